@@ -272,7 +272,7 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     """
     import onnxruntime as ort
 
-    from radapter_serve.runtimes.encoder import CUDA, cuda_provider
+    from radapter_serve.runtimes.onnxruntime import CUDA, cuda_provider
 
     if towers.bench.device == "cpu":
         session = ort.InferenceSession(towers.graph(case), providers=["CPUExecutionProvider"])

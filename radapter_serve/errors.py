@@ -32,6 +32,17 @@ def check_installed(name: str, extra: str) -> None:
         raise RAdapterError(f"{name} is not installed; {install_command(extra)}")
 
 
+def not_installed(name: str, extra: str, error: ImportError) -> RAdapterError:
+    """The error where a library is missing, with the command that installs it.
+
+    Args:
+        name: of the library, for people.
+        extra: of radapter-serve, which brings it.
+        error: what the import said.
+    """
+    return RAdapterError(f"{name} is not installed ({error}); {install_command(extra)}")
+
+
 def reason(error: BaseException) -> str:
     """The first line of another library's error, for a message of ours; its class where it says
     nothing.

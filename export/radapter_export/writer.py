@@ -40,8 +40,8 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME, indistinguishable
 from radapter_serve.files import digest_of
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.release import Release
-from radapter_serve.release.repository import RUNTIMES, TASKS
+from radapter_serve.release.release import TASKS, Release
+from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder

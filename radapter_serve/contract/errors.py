@@ -33,6 +33,17 @@ Cancelled = Callable[[], bool]  # whether the caller of a request has given up
 _PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 
 
+# gRPC's status of an error by its code; of all others it is INVALID_ARGUMENT.
+_STATUS = {
+    ENCODER_FAILED: "INTERNAL",
+    INTERNAL_ERROR: "INTERNAL",
+    CANCELLED: "CANCELLED",
+    SERVER_STOPPING: "UNAVAILABLE",
+    RESTARTING: "UNAVAILABLE",
+    OVERLOADED: "UNAVAILABLE",
+}
+
+
 class TaskError(RAdapterError):
     """A request that cannot be answered; `str()` is "[code] sentence".
 
@@ -49,6 +60,11 @@ class TaskError(RAdapterError):
         self.code = code
         self.message = message
         self.what = what
+
+    @property
+    def status(self) -> str:
+        """gRPC's name of the kind of error, such as INVALID_ARGUMENT."""
+        return _STATUS.get(self.code, "INVALID_ARGUMENT")
 
 
 def invalid(message: str) -> TaskError:

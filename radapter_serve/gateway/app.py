@@ -37,9 +37,10 @@ from radapter_serve.gateway.health import Health
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import Memory, Places
 from radapter_serve.gateway.metrics import GONE, OK, Metrics
-from radapter_serve.gateway.models import TASKS, Model
+from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.settings import MIB, Settings
 from radapter_serve.gateway.upstream import LOG, Upstream
+from radapter_serve.release.release import TASKS
 
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"
@@ -301,7 +302,9 @@ async def _refuse(error: Refused, scope: Scope, receive: Receive, send: Send) ->
 
 
 def _named(request: Request) -> tuple[str, str]:
-    """Model and version of a request's path."""
+    """Model and version of a request's path. Encoders, and whatever else a repository holds, are
+    not reached through the gateway.
+    """
     name, version = request.path_params["model"], request.path_params.get("version", "")
     if name not in TASKS:
         raise Refused(

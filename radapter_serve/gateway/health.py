@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
-from typing import Any
 
-import numpy as np
-from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
@@ -20,8 +16,8 @@ from radapter_serve.contract.errors import (
     TIMED_OUT,
 )
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
-from radapter_serve.gateway.models import TASKS
 from radapter_serve.gateway.upstream import SHORT, Upstream
+from radapter_serve.tasks.table import TASKS
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
 # Other refusals are answers, such as that a release has no patch encoder.
@@ -80,22 +76,9 @@ class Health:
 
 
 def probe(task: str) -> service_pb2.ModelInferRequest:
-    """The smallest request that a task answers. No index is called so: that `retrieve` says so is
-    its answer.
-    """
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "grey").save(file, "PNG")
-    image, text = file.getvalue(), b"ready"
-    tasks: dict[str, dict[str, Any]] = {
-        "embed_image": {"image": [[image]]},
-        "embed_text": {"text": [[text]]},
-        "classify": {"image": [[image]], "labels": [[text]], "templates": [[b"{}"]]},
-        "segment": {"image": [image], "labels": [text], "templates": [b"{}"]},
-        "retrieve": {"text": [text], "index": [b" "]},
-    }
+    """The smallest request that goes all the way through a task."""
     message = service_pb2.ModelInferRequest(model_name=task)
-    for name, values in tasks[task].items():
-        array = np.array(values, np.object_)
+    for name, array in TASKS[task].probe.items():
         message.inputs.add(name=name, datatype="BYTES", shape=array.shape)
         message.raw_input_contents.append(serialize_byte_tensor(array).item())
     return message

@@ -13,28 +13,10 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.contract.errors import public
-
-# Encoders, and whatever else a repository holds, are not reached through the gateway.
-TASKS = ("embed_image", "embed_text", "classify", "retrieve", "segment")
+from radapter_serve.release.tensors import Tensor, tensors_of
 
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
 _OF_USERS = ("templates", "label_sets")  # texts, in which a slash is no path
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or an output.
-
-    Args:
-        datatype: as KServe names it, such as BYTES or FP32.
-        dims: without the batch; -1 is any number.
-        optional: whether a request may leave it out.
-    """
-
-    name: str
-    datatype: str
-    dims: tuple[int, ...]
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +39,6 @@ class Model:
         """From Triton's configuration; what is no caller's business, such as instances, stays
         out.
         """
-        inputs = [
-            Tensor(one.name, _datatype(one), tuple(one.dims), one.optional) for one in config.input
-        ]
-        outputs = [Tensor(one.name, _datatype(one), tuple(one.dims)) for one in config.output]
         releases = {
             key: _public(value.string_value)
             for key, value in config.parameters.items()
@@ -69,8 +47,8 @@ class Model:
         return cls(
             config.name,
             config.max_batch_size,
-            {one.name: one for one in inputs},
-            {one.name: one for one in outputs},
+            tensors_of(config.input),
+            tensors_of(config.output),
             releases,
         )
 
@@ -123,11 +101,6 @@ def _public(facts: str) -> str:
         return public(value) if path is None else path[1] + PurePosixPath(path[2]).name
 
     return json.dumps(shown(json.loads(facts)))
-
-
-def _datatype(tensor: Any) -> str:
-    name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
-    return "BYTES" if name == "STRING" else str(name)
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
 from radapter_serve.gateway.errors import bad, shown
-from radapter_serve.gateway.models import Model, Tensor
+from radapter_serve.gateway.models import Model
+from radapter_serve.release.tensors import Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20

@@ -16,6 +16,8 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 
+# The task models of a release, in the order of writing: one whose last task is there is complete.
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
 _OPTIONAL = ("quantization", "accuracy", "confidence")  # left out of the file where they are None

@@ -16,15 +16,11 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
-from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.release import FILE, TASKS, Release
 
 PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
-TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
-MODELS = (
-    *ENCODERS,
-    *TASKS,
-)  # in the order of writing: a version that stands in the last is complete
+MODELS = (*ENCODERS, *TASKS)  # in the order of writing
 CONFIG = "config.pbtxt"
 
 
@@ -280,6 +276,21 @@ def named_releases(config: Any) -> dict[int, Release]:
             f"the config of {config.name} says of its release what is no JSON: {error}"
         ) from error
     return {int(release.version): release for release in found}
+
+
+def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
+    """Name releases in a config's parameters, in place of those that it names, for clients to read.
+
+    Args:
+        config: a `ModelConfig`, changed in place.
+        releases: the facts of each by number; the highest is also the one without a number.
+    """
+    for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
+        del config.parameters[name]
+    for version, facts in sorted(releases.items()):
+        text = json.dumps(facts.to_dict())
+        config.parameters[f"release.{version}"].string_value = text
+        config.parameters["release"].string_value = text
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:

@@ -13,8 +13,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import TASKS
 from radapter_serve.server.models import ModelEntry, parsed, processes_of
-from radapter_serve.server.probe import TASKS
 
 MAX_INSTANCES = 64
 MIB = 2**20

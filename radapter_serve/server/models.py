@@ -5,7 +5,6 @@ repository.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import read_facts
 from radapter_serve.release.integrity import check
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
     CONFIG,
     MODELS,
-    TASKS,
     config_of,
     encoders_of,
+    name_releases,
     releases_of,
     releases_with_digest,
     versions_of,
@@ -100,10 +99,7 @@ def plan_models(
         encoders: the config of each for this machine, by name.
     """
     found = {}
-    facts = {
-        version: json.dumps(Release.load(repository / MODELS[-1] / str(version)).to_dict())
-        for version in releases
-    }
+    facts = {version: Release.load(repository / MODELS[-1] / str(version)) for version in releases}
     for model in MODELS:
         there = versions_of(repository / model)
         versions = [one for one in releases if one in there]
@@ -114,14 +110,8 @@ def plan_models(
             if model in encoders
             else config_of(repository, model, versions[-1])
         )
-        for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
-            del config.parameters[name]
-        if model in TASKS:
-            named = {f"release.{version}": facts[version] for version in versions} | {
-                "release": facts[versions[-1]]
-            }
-            for name, text in named.items():
-                config.parameters[name].string_value = text
+        named = versions if model in TASKS else ()
+        name_releases(config, {version: facts[version] for version in named})
         without_queue_policy(config)
         more = [one for one in kept if one in there and model in EMBEDDING]
         found[model] = ModelEntry((), text_format.MessageToString(config)).at({*versions, *more})

@@ -4,6 +4,7 @@ while it runs.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from typing import Any
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Answer, Control, NoAnswer
 from radapter_serve.server.watch import SERVER
+from radapter_serve.tasks.table import TASKS, Tensors
 
 INTERVAL_SECONDS = 5.0  # from an answer to the next question
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
@@ -21,41 +24,22 @@ MAX_UNANSWERED = 2  # questions, one after the other
 # frozen.
 BUSY_TICKS = 10
 
-ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
-# An image of 8 x 8 pixels.
-_PNG = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcB"
-    "kGHHl6YAAAAASUVORK5CYII="
-)
 
+def in_json(tensors: Tensors) -> list[dict[str, Any]]:
+    """The inputs of a request, texts and encoded images, as its JSON body has them."""
 
-def _texts(name: str, *values: str, rows: bool = True) -> dict[str, Any]:
-    shape = [1, len(values)] if rows else [len(values)]
-    return {"name": name, "shape": shape, "datatype": "BYTES", "data": list(values)}
+    def text(name: str, value: bytes) -> str:
+        return base64.b64encode(value).decode() if name == "image" else value.decode()
 
-
-# What takes a task all the way through its encoders, so that no caller's first request has to wait
-# for them.
-WHOLE: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "embed_image": [_texts("image", _PNG)],
-    "embed_text": [_texts("text", "a")],
-    "classify": [_texts("image", _PNG), _texts("labels", "a")],
-    "segment": [_texts("image", _PNG, rows=False), _texts("labels", "a", rows=False)],
-    "retrieve": [
-        _texts("index", "/", rows=False),
-        _texts("text", "a", rows=False),
-        {"name": "top_k", "shape": [1], "datatype": "INT32", "data": [1]},
-    ],
-}
-# What a task refuses at once, without its encoders: even so it has answered.
-SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "embed_image": [_texts("image", "-")],
-    "embed_text": [_texts("text", " ")],
-    "classify": [_texts("image", "-")],
-    "segment": [_texts("image", "-", rows=False)],
-    "retrieve": WHOLE["retrieve"],
-}
-TASKS = tuple(SMALL)
+    return [
+        {
+            "name": name,
+            "shape": list(array.shape),
+            "datatype": "BYTES",
+            "data": [text(name, value) for value in array.ravel()],
+        }
+        for name, array in tensors.items()
+    ]
 
 
 def warm_up(
@@ -74,11 +58,13 @@ def warm_up(
     """
     deadline = clock.monotonic() + timeout
     for model, versions in models.items():
-        for version in versions if model in WHOLE else ():
+        for version in versions if model in TASKS else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
                 answer = control.ask(
-                    path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - clock.monotonic())
+                    path,
+                    {"inputs": in_json(TASKS[model].probe)},
+                    timeout=max(0.1, deadline - clock.monotonic()),
                 )
             except NoAnswer:
                 raise RAdapterError(
@@ -135,7 +121,7 @@ class Probe:
         self._asked: dict[str, _Asked] = {}
         self._interval = interval
         self._timeout = timeout
-        self._threads = threads or ThreadPoolExecutor(len(SMALL) + 1, thread_name_prefix="probe")
+        self._threads = threads or ThreadPoolExecutor(len(TASKS) + 1, thread_name_prefix="probe")
 
     def step(self, models: Collection[str]) -> list[str]:
         """Ask who has not been asked for a while, without waiting for the answers.
@@ -148,7 +134,7 @@ class Probe:
         """
         silent = [
             name
-            for name in (SERVER, *SMALL)
+            for name in (SERVER, *TASKS)
             if (name == SERVER or name in models) and self._step(name)
         ]
         return [SERVER] if SERVER in silent else silent
@@ -177,10 +163,9 @@ class Probe:
     def _ask(self, name: str) -> bool:
         """Whether there was any answer: even a failure comes from a process that lives."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
+        body = None if name == SERVER else {"inputs": in_json(TASKS[name].glance)}
         try:
-            self._control.ask(
-                path, None if name == SERVER else {"inputs": SMALL[name]}, timeout=self._timeout
-            )
+            self._control.ask(path, body, timeout=self._timeout)
         except NoAnswer:
             return False
         return True

@@ -20,7 +20,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import find_gpu
-from radapter_serve.runtimes.encoder import CUDA, Encoder
+from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan import check_plan
 from radapter_serve.server.installation import Installation
 from radapter_serve.threads import share
@@ -213,24 +213,29 @@ def fastest(measured: Sequence[Measured]) -> str:
 
 
 def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
-    path, provider = encoder.file(version, runtime), _provider(encoder, runtime)
     return Encoder(
-        path, runtime, precision=encoder.facts.precision, threads=threads, provider=provider
+        encoder.file(version, runtime),
+        runtime,
+        precision=encoder.facts.precision,
+        threads=threads,
+        device=_device(encoder, runtime),
     )
 
 
-def _provider(encoder: ServedEncoder, runtime: str) -> str:
-    """ONNX Runtime's, where Triton will place it: on a GPU if there is one, unless the config says
+def _device(encoder: ServedEncoder, runtime: str) -> int | None:
+    """Where Triton will place ONNX Runtime: on a GPU if there is one, unless the config says
     KIND_CPU.
     """
+    if runtime == "openvino":
+        return None
     kinds = {group.kind for group in encoder.config.instance_group}
     if runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds:
-        return "CPUExecutionProvider"
+        return None
     try:
         find_gpu()
     except RAdapterError:
-        return "CPUExecutionProvider"
-    return CUDA
+        return None
+    return 0
 
 
 def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:

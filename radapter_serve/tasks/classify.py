@@ -103,6 +103,11 @@ class EmbedImages:
             start += count
         return results
 
+    def close(self) -> None:
+        """End the threads that decode."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def _decode(self, images: Sequence[bytes]) -> tuple[NDArray[np.uint8], list[Outcome[None]]]:
         """The pixels of all images, uint8 [N, S, S, 3], and what became of each; those of bad ones
         mean nothing.

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,53 +24,25 @@ from radapter_serve.contract.errors import (
     public,
 )
 from radapter_serve.extras import install_command
-from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.runtimes.encoder import load_graph
+from radapter_serve.tasks.outcome import Outcome, isolated, run_good
+from radapter_serve.tasks.table import need
 from radapter_serve.triton import surplus
-from radapter_serve.triton.responses import answer, need
+from radapter_serve.triton.responses import RequestInputs, answer
 
 Feed = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A graph that a runtime has loaded.
-
-    Attributes:
-        inputs: their names.
-        outputs: their names.
-        run: from inputs by name, and the names of outputs, to these outputs.
-    """
-
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    run: Callable[[Feed, Sequence[str]], Sequence[NDArray[Any]]]
-
-
-class GraphModel(ABC):
+class GraphModel:
     """One graph in one runtime, as Triton wants a `TritonPythonModel` to be.
 
     Attributes:
-        runtime: its name, for errors.
+        runtime: one of `RUNTIMES`.
+        title: its name, for errors.
     """
 
     runtime: str
-
-    @abstractmethod
-    def load(
-        self,
-        path: Path,
-        config: Mapping[str, Any],
-        parameters: Mapping[str, str],
-        device: int | None,
-    ) -> Graph:
-        """Load a graph.
-
-        Args:
-            path: of its file.
-            config: the model's config.
-            parameters: those of the config.
-            device: number of the GPU, None on the CPU.
-        """
+    title: str
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
@@ -104,16 +74,21 @@ class GraphModel(ABC):
         }
         tokenizer = json.loads(parameters.get("release", "{}")).get("tokenizer", {})
         self._most_tokens = float(tokenizer.get("context_length", math.inf))
-        self._graph = self.load(path, config, parameters, device)
+        level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+        self._graph = load_graph(path, self.runtime, parameters, device=device, optimization=level)
         self._check_names()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer(requests, self._feed, self._run_all, lambda tensors: tensors)
+        return answer(requests, self._answer)
 
     def finalize(self) -> None:
         del self._graph
 
-    def _feed(self, request: Any) -> Feed:
+    def _answer(self, requests: Sequence[RequestInputs]) -> list[Outcome[Mapping[str, Any]]]:
+        feeds = [Outcome.of(partial(self._feed, request)) for request in requests]
+        return run_good(feeds, partial(isolated, self._run_all))
+
+    def _feed(self, request: RequestInputs) -> Feed:
         feed = {name: need(request, name) for name in self._inputs}
         for name, values in feed.items():
             if not values.size:
@@ -128,7 +103,7 @@ class GraphModel(ABC):
             )
         return feed
 
-    def _run_all(self, feeds: Sequence[Feed]) -> list[Outcome[Feed]]:
+    def _run_all(self, feeds: Sequence[Feed]) -> list[Outcome[Mapping[str, Any]]]:
         if not self._batched or len(feeds) == 1 or not _same_shapes(feeds):
             return [Outcome.of(partial(self._run, feed)) for feed in feeds]
         outputs = self._run(
@@ -144,7 +119,7 @@ class GraphModel(ABC):
         except Exception as error:
             # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
-            raise TaskError(code, f"{self.runtime}: {public(str(error))}") from None
+            raise TaskError(code, f"{self.title}: {public(str(error))}") from None
         pairs = zip(self._outputs, outputs, strict=True)
         return {name: output.astype(dtype, copy=False) for (name, dtype), output in pairs}
 

@@ -4,29 +4,25 @@ of its processes.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
-    CANCELLED,
-    ENCODER_FAILED,
-    INTERNAL_ERROR,
     OVERLOADED,
-    RESTARTING,
-    SERVER_STOPPING,
     TIMED_OUT,
     Cancelled,
     TaskError,
-    invalid,
 )
-from radapter_serve.tasks.outcome import Outcome, isolated
+from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.triton import surplus
 
 MAX_SECONDS = 120.0  # of work on one request
@@ -40,26 +36,23 @@ _TOO_MANY: Outcome[Any] = Outcome(
     )
 )
 
-T = TypeVar("T")
-A = TypeVar("A")
 
+@dataclass(frozen=True)
+class RequestInputs:
+    """What a request of Triton's brings, as the tasks read it."""
 
-def read(request: Any, name: str) -> Any:
-    """A request's input as an array, or None where it was left out."""
-    tensor = pb.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy()
+    request: Any
 
+    def get(self, name: str) -> Any:
+        tensor = pb.get_input_tensor_by_name(self.request, name)
+        return None if tensor is None else tensor.as_numpy()
 
-def need(request: Any, name: str) -> Any:
-    """A request's input as an array.
+    def wants(self, output: str) -> bool:
+        return output in self.request.requested_output_names()
 
-    Raises:
-        TaskError: it was left out.
-    """
-    array = read(request, name)
-    if array is None:
-        raise invalid(f"the input {name} is missing")
-    return array
+    @cached_property
+    def cancelled(self) -> Cancelled:
+        return given_up(self.request)
 
 
 def given_up(request: Any) -> Cancelled:
@@ -83,12 +76,9 @@ def given_up(request: Any) -> Cancelled:
 
 def answer(
     requests: Sequence[Any],
-    read_one: Callable[[Any], T],
-    run: Callable[[Sequence[T]], Sequence[Outcome[A]]],
-    outputs: Callable[[A], dict[str, NDArray[Any]]],
+    run: Callable[[Sequence[RequestInputs]], Sequence[Outcome[Mapping[str, NDArray[Any]]]]],
 ) -> list[Any]:
-    """One response for each request. Whatever is wrong with a request, its neighbours are answered
-    as without it.
+    """One response for each request.
 
     What takes `HUNG` seconds ends this process, with a traceback in the server's log;
     `radapter-serve` starts it again. From outside nobody could tell that it hangs, where another
@@ -98,39 +88,30 @@ def answer(
 
     Args:
         requests: what Triton gave to `execute`.
-        read_one: what the task needs of a request; may raise a `TaskError`.
-        run: the outcomes of all requests that could be read.
-        outputs: the output tensors of an answer, by name.
+        run: the output tensors for each of some requests, or its error.
     """
     refused = surplus.of_this_process.take(len(requests))
-    if refused:
-        return [_response(_TOO_MANY) for _ in range(refused)] + answer(
-            requests[refused:], read_one, run, outputs
-        )
+    with _watchdog():
+        outcomes = run([RequestInputs(request) for request in requests[refused:]])
+    return [_response(outcome) for outcome in (*[_TOO_MANY] * refused, *outcomes)]
+
+
+@contextlib.contextmanager
+def _watchdog() -> Iterator[None]:
+    """End this process where the work takes `HUNG` seconds."""
     faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
     try:
-        inputs = [Outcome.of(partial(read_one, request)) for request in requests]
-        outcomes = iter(isolated(run, [one.unwrap() for one in inputs if one.error is None]))
-        return [_response(one.then(lambda _: outputs(next(outcomes).unwrap()))) for one in inputs]
+        yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
-    """A task for one request as `answer` runs it."""
-    return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
-
-
-def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
+def _response(outcome: Outcome[Mapping[str, NDArray[Any]]]) -> Any:
     if (error := outcome.error) is None:
         return pb.InferenceResponse(
             [pb.Tensor(name, array) for name, array in outcome.unwrap().items()]
         )
-    kinds = {
-        ENCODER_FAILED: pb.TritonError.INTERNAL,
-        INTERNAL_ERROR: pb.TritonError.INTERNAL,
-        CANCELLED: pb.TritonError.CANCELLED,
-        **dict.fromkeys((SERVER_STOPPING, RESTARTING, OVERLOADED), pb.TritonError.UNAVAILABLE),
-    }
-    code = kinds.get(error.code, pb.TritonError.INVALID_ARG)
+    # Triton's name of one of gRPC's statuses is another.
+    name = "INVALID_ARG" if error.status == "INVALID_ARGUMENT" else error.status
+    code = getattr(pb.TritonError, name)
     return pb.InferenceResponse(error=pb.TritonError(str(error), code))

@@ -1,12 +1,15 @@
-"""What the task models share of Triton's Python backend; importable only inside one of its
+"""A release whose encoders are models of the same server; importable only inside one of Triton's
 processes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb
@@ -22,12 +25,12 @@ from radapter_serve.contract.errors import (
     TaskError,
     public,
 )
-from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.environment import INDEXES
 from radapter_serve.release.release import FILE, Release
-from radapter_serve.tasks.classify import EmbedImages
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
-from radapter_serve.threads import decoders
-from radapter_serve.triton import surplus
+from radapter_serve.tasks.version import Version
+
+if TYPE_CHECKING:
+    from radapter_serve.tasks.retrieve import Embedder
 
 # What a caller is told where another model cannot answer now.
 _RETRYABLE = {
@@ -39,88 +42,59 @@ _RETRYABLE = {
 }
 
 
-class Version:
-    """One version of a task model: its folder, its release, and the encoders of the same release.
+class TritonVersion(Version):
+    """One version of a task model, whose encoders are the server's models of the same version.
 
     Args:
         arguments: what Triton gives to `initialize`.
-
-    Attributes:
-        origin: the model repository and the number of the release, as `DIR@N`.
     """
 
     def __init__(self, arguments: dict[str, str]) -> None:
-        self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self.release = Release.load(self.folder)
+        folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self._number = int(arguments["model_version"])
         # The server's folder has links to the files of the model repository.
-        repository = (self.folder / FILE).resolve().parents[2]
-        self.origin = f"{repository}@{self._number}"
-        if (
-            "model_name" in arguments
-        ):  # of this process, and none of the other versions that it looks at
-            surplus.of_this_process.heed(arguments["model_name"])
+        repository = (folder / FILE).resolve().parents[2]
+        indexes = Path(os.environ.get(INDEXES, "indexes"))
+        super().__init__(Release.load(folder), folder, indexes, f"{repository}@{self._number}")
 
     def encode_images(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
     ) -> NDArray[np.float32]:
-        """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`; here and below with α where that
-        is an input.
-        """
         return self._call("image_encoder", "image", pixels, alpha, "image_embeds")
 
     def encode_patches(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
     ) -> NDArray[np.float32]:
-        """uint8 [B, S, S, 3] -> float32 [B, g, g, D] by `patch_encoder`."""
         return self._call("patch_encoder", "image", pixels, alpha, "patch_embeds")
 
     def encode_tokens(
         self, tokens: NDArray[np.int32], alpha: Alpha | None = None
     ) -> NDArray[np.float32]:
-        """int32 [B, L] -> float32 [B, D] by `text_encoder`."""
         return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
 
-    def embed_images(self) -> EmbedImages:
-        """The task that embeds images with this version's encoder."""
-        return EmbedImages(self.release, self.encode_images, threads=decoders())
+    def embedder(self) -> Embedder:
+        from radapter_serve.tasks.retrieve import Embedder  # here: for `retrieve` alone
 
-    def tokenizer(self) -> Tokenizer:
-        """This version's tokenizer."""
-        return Tokenizer.load(self.folder / "tokenizer.json", self.release.tokenizer)
+        return Embedder(self.release, partial(self._query, "text"), partial(self._query, "image"))
 
-    def embed_text(self, text: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
-        """Text in UTF-8 -> float32 [D] by `embed_text`."""
-        return self._call(
-            "embed_text", "text", np.array([[text]], object), alpha, "text_embeds"
-        ).ravel()
-
-    def embed_image(self, image: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
-        """Encoded image -> float32 [D] by `embed_image`."""
-        return self._call(
-            "embed_image", "image", np.array([[image]], object), alpha, "image_embeds"
-        ).ravel()
-
-    def others(self, model: str) -> list[Version]:
-        """The other versions that the server has of a task."""
+    def others(self) -> Iterator[Embedder]:
+        """Older releases, which stay for the indexes that they made."""
         from radapter_serve.release.repository import (
             CONFIG,
             read_config,
         )  # here: few need it, and it takes a while
 
-        folder = self.folder.parent.parent / model
+        folder = self.folder.parent.parent / "embed_text"
         served = read_config(folder / CONFIG).version_policy.specific.versions
-        return [
-            Version({"model_repository": str(folder), "model_version": str(version)})
-            for version in served
-            if version != self._number
-        ]
+        for version in served:
+            if version != self._number:
+                arguments = {"model_repository": str(folder), "model_version": str(version)}
+                yield TritonVersion(arguments).embedder()
 
-    def embed_labels(self) -> LabelEmbedder:
-        """What embeds the labels of a request with this version's text encoder."""
-        return LabelEmbedder(
-            self.tokenizer(), self.encode_tokens, max_batch_size=self.release.max_batch_size
-        )
+    def _query(self, kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """A text (UTF-8) or an encoded image -> float32 [D] by `embed_text` or `embed_image`."""
+        array = np.array([[value]], object)
+        return self._call(f"embed_{kind}", kind, array, alpha, f"{kind}_embeds").ravel()
 
     def _call(
         self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str

@@ -86,4 +86,4 @@ def test_onnxruntime_on_the_gpu_agrees_with_torch(repository: Path, model: str) 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime without CUDA")
     folder = repository / model / "1"
-    agrees(model, Encoder(folder / "model.onnx", provider="CUDAExecutionProvider"), folder)
+    agrees(model, Encoder(folder / "model.onnx", device=0), folder)

@@ -26,7 +26,7 @@ import radapter_client
 from radapter_client import Client
 from radapter_serve.gateway import front, health, run
 from radapter_serve.gateway.errors import Refused, from_triton
-from radapter_serve.gateway.models import TASKS
+from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import Served, packed, serving
 
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}

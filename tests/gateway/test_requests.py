@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from radapter_client import Request
 from radapter_client._http import encode
 from radapter_serve.gateway.errors import CODES, Refused
-from radapter_serve.gateway.models import TASKS, Model
+from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import MAX_JSON_VALUES, Inference, read
+from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import config, packed, unpacked
 
 MODELS = {name: Model.from_config(config(name)) for name in TASKS}

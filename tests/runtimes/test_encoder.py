@@ -17,7 +17,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes import local_release as release
-from radapter_serve.runtimes.encoder import Encoder, openvino_properties
+from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.runtimes.openvino import openvino_properties
 
 
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
@@ -59,10 +60,13 @@ def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32"), ("bf16", "bf16")]
+    ("parameters", "hint"),
+    [(None, "f32"), ({}, "f32"), ({"HINT_BF16": "NO"}, "f32"), ({"HINT_BF16": "YES"}, "bf16")],
 )
-def test_openvino_is_never_left_to_choose_the_precision(precision: str, hint: str) -> None:
-    assert openvino_properties(precision)["INFERENCE_PRECISION_HINT"] == hint
+def test_openvino_is_never_left_to_choose_the_precision(
+    parameters: dict[str, str] | None, hint: str
+) -> None:
+    assert openvino_properties(parameters)["INFERENCE_PRECISION_HINT"] == hint
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +101,7 @@ def test_a_release_is_run_by_its_own_runtime(
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
     code = (
-        "import sys; from radapter_serve.runtimes.encoder import import_openvino;"
+        "import sys; from radapter_serve.runtimes.openvino import import_openvino;"
         " import_openvino();assert not [name for name, module in sys.modules.items() if"
         " name.startswith('openvino_telemetry') and module]"
     )

@@ -20,7 +20,7 @@ from radapter_serve.release.agreement import Samples
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu
-from radapter_serve.runtimes.encoder import _load_cuda
+from radapter_serve.runtimes.onnxruntime import _load_cuda
 from radapter_serve.server import runtime_choice as choice
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
@@ -151,7 +151,7 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append("for CUDA"))
     _load_cuda.cache_clear()
     with pytest.raises(
-        RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"
+        RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu .* KIND_CPU"
     ):
         check(encoder(own), "onnxruntime", 1)
     assert looked == ["for CUDA"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -20,7 +21,7 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import probe
 from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
-from radapter_serve.server.probe import SMALL, TIMEOUT_SECONDS, WHOLE, Probe, warm_up
+from radapter_serve.server.probe import TIMEOUT_SECONDS, Probe, in_json, warm_up
 from radapter_serve.server.processes import Process, how_it_ended
 from radapter_serve.server.supervisor import (
     MAX_FAILURES,
@@ -30,6 +31,7 @@ from radapter_serve.server.supervisor import (
     Supervisor,
 )
 from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
+from radapter_serve.tasks.table import TASKS
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
@@ -448,25 +450,18 @@ def test_before_it_is_ready_every_version_of_every_task_is_asked():
         warm_up(Asked(classify=FINE), models, 5)  # type: ignore[arg-type]
 
 
-def test_the_questions_fit_the_models():
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    kinds = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32"}
-    for questions in (WHOLE, SMALL):
-        for model, inputs in questions.items():
-            template = (
-                Path(__file__).parents[2] / "model_repository" / model / "config.template.pbtxt"
-            )
-            config = text_format.Parse(template.read_text(), model_config_pb2.ModelConfig())
-            known = {tensor.name: tensor for tensor in config.input}
-            for given in inputs:
-                tensor = known[given["name"]]
-                assert model_config_pb2.DataType.Name(tensor.data_type) == kinds[given["datatype"]]
-                assert len(given["shape"]) == len(tensor.dims) + (config.max_batch_size > 0)
-    assert (
-        set(WHOLE) == set(SMALL) == {"classify", "embed_image", "embed_text", "retrieve", "segment"}
-    )
+def test_questions_in_json_are_what_the_table_says():
+    for task in TASKS.values():
+        for tensors in (task.probe, task.glance):
+            for given in in_json(tensors):
+                array = tensors[given["name"]]
+                assert (given["datatype"], given["shape"]) == ("BYTES", list(array.shape))
+                sent = [
+                    base64.b64decode(text) if given["name"] == "image" else text.encode()
+                    for text in given["data"]
+                ]
+                assert sent == array.ravel().tolist()
+    json.dumps([in_json(task.probe) for task in TASKS.values()])
 
 
 def test_control_sends_the_secret_and_reads_the_index():

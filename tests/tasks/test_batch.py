@@ -269,16 +269,16 @@ def test_tokens_that_no_text_has(repository, monkeypatch, backend):
 HANGS = """
 import threading, time
 import pytest
+from radapter_serve.tasks.outcome import Outcome
 from tests.helpers import fake_triton
 fake_triton.install(pytest.MonkeyPatch())
 from radapter_serve.triton import responses
 responses.HUNG = 0.5
 requests = [fake_triton.Request(text=[["a"]])]
-same = lambda one: one
-answered = responses.answer(requests, same, responses.each(lambda one: {}), same)
+answered = responses.answer(requests, lambda some: [Outcome({}) for _ in some])
 time.sleep(1)
 print(len(answered), flush=True)
-responses.answer(requests, same, responses.each(lambda one: threading.Event().wait()), same)
+responses.answer(requests, lambda some: threading.Event().wait())
 """
 
 

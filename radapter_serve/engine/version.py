@@ -1,0 +1,123 @@
+"""A release whose encoders run in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, public
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import MODELS, RUNTIMES, config_of
+from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.tasks.retrieve import Embedder
+from radapter_serve.tasks.version import Version
+
+# A text or an encoded image, with its α, to its embedding.
+Query = Callable[[int, str, bytes, Alpha | None], NDArray[np.float32]]
+
+
+class LocalVersion(Version):
+    """One release of a model repository, by the runtime that its encoders were exported for.
+
+    Args:
+        repository: the model repository.
+        number: of the release.
+        indexes: folder of the indexes.
+        query: embeds a query of `retrieve`: number of the release, kind (text or image), value, α.
+        others: the other releases that are served.
+        device: number of a GPU for ONNX Runtime; None for the CPU.
+        threads: that compute a batch; None for one a core.
+
+    Raises:
+        RAdapterError: a file is missing or broken, or the runtime can't load an encoder.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        number: int,
+        indexes: Path,
+        query: Query,
+        others: Callable[[], Iterable[Embedder]],
+        *,
+        device: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        folder = repository / MODELS[-1] / str(number)
+        super().__init__(Release.load(folder), folder, indexes, f"{repository}@{number}")
+        self._repository = repository
+        self._number = number
+        self._query = query
+        self._others = others
+        self._device = device
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._encoders: dict[str, Encoder] = {}
+
+    def load(self) -> None:
+        """Load all encoders, so that no caller has to wait for them.
+
+        Raises:
+            RAdapterError: one can't be loaded.
+        """
+        names = ["image_encoder", "text_encoder"]
+        if self.release.dense:
+            names.append("patch_encoder")
+        for name in names:
+            self._encoder(name)
+
+    def encode_images(
+        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        return self._encode("image_encoder", pixels, alpha)
+
+    def encode_patches(
+        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        return self._encode("patch_encoder", pixels, alpha)
+
+    def encode_tokens(
+        self, tokens: NDArray[np.int32], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        return self._encode("text_encoder", tokens, alpha)
+
+    def embedder(self) -> Embedder:
+        def query(kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
+            return self._query(self._number, kind, value, alpha)
+
+        return Embedder(self.release, partial(query, "text"), partial(query, "image"))
+
+    def others(self) -> Iterable[Embedder]:
+        return self._others()
+
+    def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
+        encoder = self._encoder(name)
+        try:
+            return encoder(rows) if alpha is None else encoder(rows, alpha)
+        except Exception as error:  # runtimes' errors have no common base
+            raise TaskError(ENCODER_FAILED, f"{name} failed: {public(str(error))}") from error
+
+    def _encoder(self, name: str) -> Encoder:
+        with self._lock:
+            if name not in self._encoders:
+                self._encoders[name] = self._load(name)
+            return self._encoders[name]
+
+    def _load(self, name: str) -> Encoder:
+        config = config_of(self._repository, name, self._number)
+        runtime = str(config.backend)
+        return Encoder(
+            self._repository / name / str(self._number) / RUNTIMES[runtime].file,
+            runtime,
+            precision=self.release.precision,
+            threads=self._threads,
+            device=self._device if runtime == "onnxruntime" else None,
+            parameters={key: value.string_value for key, value in config.parameters.items()},
+        )

@@ -1,0 +1,103 @@
+"""Graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError, not_installed, reason
+from radapter_serve.release.repository import CUDA_OPTIONS
+from radapter_serve.runtimes.graph import Graph
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+
+def load(
+    path: Path,
+    parameters: Mapping[str, str] | None = None,
+    *,
+    device: int | None = None,
+    optimization: int = 0,
+) -> Graph:
+    """Load a graph, and refuse to run it elsewhere than was asked for.
+
+    Args:
+        path: `model.onnx`.
+        parameters: as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
+            `inter_op_thread_count`, `execution_mode`, `enable_mem_arena` and `session.*`.
+        device: number of the GPU; None for the CPU.
+        optimization: `level` of the graph optimization in a config.pbtxt: below 0 basic, 0 as ONNX
+            Runtime itself, above 0 all.
+
+    Raises:
+        RAdapterError: ONNX Runtime is not installed, cannot load the file, or fell back to another
+            device.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise not_installed("ONNX Runtime", "server", error) from error
+    onnxruntime.disable_telemetry_events()  # a graph tells nobody but its callers
+    options = _options(parameters or {}, optimization)
+    providers: list[Any] = [CPU] if device is None else [cuda_provider(device), CPU]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise RAdapterError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}"
+        ) from error
+    used = session.get_providers()[0]
+    if device is not None and used != CUDA:
+        raise RAdapterError(
+            f"ONNX Runtime uses {used} where GPU {device} was asked for; install onnxruntime-gpu"
+            " with CUDA and cuDNN, or set kind: KIND_CPU in the instance_group of the encoders'"
+            " config.pbtxt"
+        )
+    return Graph(
+        [tensor.name for tensor in session.get_inputs()],
+        [tensor.name for tensor in session.get_outputs()],
+        lambda feed, names: session.run(list(names), dict(feed)),
+    )
+
+
+def cuda_provider(device: int = 0) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's provider on a GPU, and its options, by which fp32 is fp32.
+
+    The CUDA and cuDNN that came with pip, which lie where no loader looks, are loaded first.
+    """
+    _load_cuda()
+    return CUDA, {"device_id": str(device), **CUDA_OPTIONS}
+
+
+@functools.cache
+def _load_cuda() -> None:
+    import onnxruntime
+
+    with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when it falls back
+        onnxruntime.preload_dlls()
+
+
+def _options(parameters: Mapping[str, str], optimization: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
+    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 0))
+    if parameters.get("execution_mode") == "1":
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+    if parameters.get("enable_mem_arena") == "0":
+        options.enable_cpu_mem_arena = False
+    if optimization < 0:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if optimization > 0:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    for key, value in parameters.items():
+        if key.startswith("session."):
+            options.add_session_config_entry(key, value)
+    return options
