@@ -92,7 +92,8 @@ def main() -> None:
             train(
                 dataclasses.replace(
                     recipe, data=source, delta=delta, captions_per_image=captions, out=out
-                )
+                ),
+                progress=True,
             )
             embedder = from_adapter(out, [recipe.alpha, 1.0] if lines else [0.0, recipe.alpha, 1.0])
             rows = evaluate_suite(embedder, suite, Results(out))

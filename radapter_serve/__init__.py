@@ -1,23 +1,57 @@
 """Robust fine-tuning of CLIP with R-Adapter, from training to a served model.
 
-The names below need the extra `train` or `export`; they load on first use, so that whoever imports
+The names below load on first use, with the extra that each needs, so that whoever imports
 the rooms below without torch stays free of it.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter, Metadata, attach, fold, load_adapter, save_adapter
+    from radapter_serve.errors import RAdapterError
+    from radapter_serve.evaluation.start import Evaluation, evaluate
+    from radapter_serve.training.run import Run
+    from radapter_serve.training.start import train
 
-__all__ = ["Adapter", "Metadata", "attach", "fold", "load_adapter", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "Evaluation",
+    "Metadata",
+    "RAdapterError",
+    "Run",
+    "attach",
+    "evaluate",
+    "fold",
+    "load_adapter",
+    "save_adapter",
+    "train",
+]
 __version__ = "0.1.0"
+
+# Where each name lives.
+_HOME = {
+    "Adapter": "radapter_serve.adapter",
+    "Evaluation": "radapter_serve.evaluation.start",
+    "Metadata": "radapter_serve.adapter",
+    "RAdapterError": "radapter_serve.errors",
+    "Run": "radapter_serve.training.run",
+    "attach": "radapter_serve.adapter",
+    "evaluate": "radapter_serve.evaluation.start",
+    "fold": "radapter_serve.adapter",
+    "load_adapter": "radapter_serve.adapter",
+    "save_adapter": "radapter_serve.adapter",
+    "train": "radapter_serve.training.start",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from radapter_serve import adapter
+    from radapter_serve.errors import one_line
 
-    return getattr(adapter, name)
+    with one_line():
+        module = importlib.import_module(_HOME[name])
+    return getattr(module, name)

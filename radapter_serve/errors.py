@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,3 +73,19 @@ def all_of(problems: Sequence[str], subject: str) -> RAdapterError:
         return RAdapterError(problems[0])
     lines = "".join(f"\n  - {problem}" for problem in problems)
     return RAdapterError(f"{subject} won't do, for {len(problems)} reasons:{lines}")
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what a missing library or the disk raises within the block into an `RAdapterError`."""
+    try:
+        yield
+    except BrokenPipeError:  # is for whoever prints
+        raise
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("radapter"):
+            raise
+        raise RAdapterError(f"{error.name} is not installed; {install_command('all')}") from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise RAdapterError(f"{place}{error.strerror or reason(error)}") from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,10 +63,7 @@ class RAdapter(Method):
             self.variant.check(recipe)
             if self.variant.dropout:
                 recipe = dataclasses.replace(recipe, form="activation")
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # its run is gone when a reader could follow what it says
-                adapter = load_adapter(train(recipe, self.variant.parts()))
+            adapter = load_adapter(train(recipe, parts=self.variant.parts()))
             cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
+from radapter_serve.runs import ADAPTER
 
 FORMAT_VERSION = 1
 # Fields of a recipe that no longer exist, with the value that trains as the method does.
@@ -171,7 +173,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
         raise RAdapterError(f"could not write {path}: {error}") from error
 
 
-def load_adapter(path: str | Path) -> Adapter:
+def load_adapter(path: str | PathLike[str]) -> Adapter:
     """Read an adapter file, or the one in a run's folder.
 
     Args:
@@ -182,7 +184,7 @@ def load_adapter(path: str | Path) -> Adapter:
             version known here.
     """
     path = Path(path)
-    path = path / "adapter.safetensors" if path.is_dir() else path
+    path = path / ADAPTER if path.is_dir() else path
     if not path.is_file():
         raise RAdapterError(
             f"no adapter file at {path}; make one with radapter-train --out {path.parent}"

@@ -15,8 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from radapter_serve import __version__
-from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.extras import install_command
+from radapter_serve.errors import RAdapterError, one_line
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
@@ -112,20 +111,13 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
         # Jupyter sets it, and rich would then draw its spinners into a file or a notebook.
         os.environ.pop("FORCE_COLOR", None)
     try:
-        return call() or 0
+        with one_line():
+            return call() or 0
     except RAdapterError as error:
         message = str(error)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("radapter"):
-            raise
-        message = f"{error.name} is not installed; {install_command('all')}"
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the interpreter's last flush
         return 1
-    except OSError as error:
-        message = (f"{error.filename}: " if error.filename else "") + (
-            error.strerror or reason(error)
-        )
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.confidence import NO_TEMPERATURE
 from radapter_serve.release.served import FILE as SERVED
+from radapter_serve.runs import newest_run
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ FIRST = (
     *("alpha", "adapter", "label_set", "templates", "dense", "precision", "validation"),
     *("model_repository", "merged", "transformers", "runtime", "format"),
 )
-RUNS = Path("runs")
-ADAPTER = "adapter.safetensors"
 
 
 def export(
@@ -198,21 +197,6 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
         f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
         f" after{worse}; {labels}"
     )
-
-
-def newest_run() -> Path:
-    """The newest adapter file in ./runs.
-
-    Raises:
-        RAdapterError: there is none.
-    """
-    found = sorted(RUNS.glob(f"*/{ADAPTER}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise RAdapterError(
-            f"no run with an adapter in {RUNS.absolute()}; train one with radapter-train, or give"
-            " --adapter FILE"
-        )
-    return found[-1]
 
 
 def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:

@@ -6,15 +6,12 @@ import dataclasses
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import tyro
 
 from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
-from radapter_serve.errors import RAdapterError
-from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_serve.training.recipe import Recipe
@@ -49,19 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from radapter_serve.training.recipe import RECIPE, Recipe, load_recipe, ready_recipes
+    from radapter_serve.training.recipe import Recipe, ready_recipes, recipe_from
 
     source, rest = _take("--recipe", arguments)
     run, rest = _take("--resume", rest)
     if run is None and source is None and "--resume" in rest:  # as --resume --out RUN
         run, _ = _take("--out", rest)
-    if run and source is None:
-        if not (Path(run) / RECIPE).is_file():
-            raise RAdapterError(f"no run to resume in {run}: it has no {RECIPE}")
-        source = str(Path(run) / RECIPE)
-    recipe = load_recipe(source) if source else Recipe()
-    if run:
-        recipe = dataclasses.replace(recipe, out=Path(run), resume=True)
+    recipe = recipe_from(source, run or False)
     description = (
         "Train R-Adapter on a CLIP. Recipes that come with the package:"
         f" {', '.join(ready_recipes())}."
@@ -74,11 +65,10 @@ def _train(arguments: list[str]) -> None:
     recipe = tyro.cli(
         Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description
     )
-    recipe.check()  # before torch is loaded, which takes seconds
-    limit_threads(recipe.threads)
+    recipe.check()  # before a library of data sets is loaded, which takes seconds
     from radapter_serve.training.start import train
 
-    train(recipe)
+    train(recipe, progress=True)
 
 
 def _in_groups(recipe: Recipe, names: Collection[str]) -> type:

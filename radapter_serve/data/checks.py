@@ -30,19 +30,22 @@ MAX_DECODED = 10_000  # images of a data set, evenly spread
 _BLOCK = 1000  # paths that a thread looks at in one go
 
 
-def broken_images(data: Labelled | Captioned | Masked, max_decoded: int = MAX_DECODED) -> list[str]:
-    """Images that are missing or can't be decoded, a line each; shows how far it is.
+def broken_images(
+    data: Labelled | Captioned | Masked, max_decoded: int = MAX_DECODED, *, progress: bool = True
+) -> list[str]:
+    """Images that are missing or can't be decoded, a line each.
 
     Every file that the data names is looked for, also those that are not decoded.
 
     Args:
         data: a stream is not read.
         max_decoded: images that are decoded, evenly spread.
+        progress: show how far it is.
     """
     images = _images(data)
     count = len(images.rows)
     chosen = spread(range(count), max_decoded)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not progress)
     if not console.is_terminal and len(chosen) >= _BLOCK:
         console.print(f"checking {len(chosen):,} of {count:,} images", highlight=False)
     broken: dict[int, str] = {}
@@ -56,7 +59,7 @@ def broken_images(data: Labelled | Captioned | Masked, max_decoded: int = MAX_DE
             total=len(chosen),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (progress and console.is_terminal),
         ):
             if line:
                 broken[number] = line

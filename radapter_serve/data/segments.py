@@ -83,14 +83,17 @@ class Segments:
         return SegmentCrops(self.rows, self.masked.images, self.masked.classes, crop, templates)
 
 
-def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None) -> Segments:
-    """List the segments of a data set; reads every mask once, and shows how far it is.
+def list_segments(
+    masked: Masked, min_area: int, broken: list[str] | None = None, *, progress: bool = True
+) -> Segments:
+    """List the segments of a data set; reads every mask once.
 
     Args:
         masked: as `load_masked` gives it.
         min_area: pixels below which a segment is left out.
         broken: takes the names of images that can't be read, which are then left out; None refuses
             them.
+        progress: show how far it is.
 
     Raises:
         RAdapterError: masks can't be read or do not fit their images, or no segment is left; names
@@ -99,9 +102,8 @@ def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
     largest = 0
-    console = Console(
-        quiet=os.environ.get("LOCAL_RANK", "0") != "0"
-    )  # of several processes, one tells
+    progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one
+    console = Console(quiet=not progress)
     if not console.is_terminal:
         console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
     bar = track(
@@ -109,7 +111,7 @@ def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None
         "reading masks",
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (progress and console.is_terminal),
     )
     for number, image in enumerate(bar):
         try:

@@ -142,7 +142,8 @@ def _learn(
         out / "runs" / lesson.task, ignore_errors=True
     )  # the demo's own, from an earlier call
     recipe = recipe_of(lesson, out, seed=seed, steps=steps)
-    run, alpha = train(recipe), recipe.alpha if alpha is None else alpha
+    run = train(recipe, progress=True).folder
+    alpha = recipe.alpha if alpha is None else alpha
     facts: dict[str, Any] = {"alpha": alpha, "metrics": lesson.metrics}
     beside: dict[str, Sets] = {}
     if lesson.task == "classification":

@@ -11,6 +11,7 @@ from typing import Any
 
 from radapter_serve import __version__
 from radapter_serve.adapter import Metadata, load_adapter
+from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
@@ -33,7 +34,7 @@ from radapter_serve.evaluation.results import (
 )
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Entry, OwnValidation, Suite
+from radapter_serve.evaluation.suite import AsTrained, Entry, Suite
 
 Say = Callable[[str], None]
 
@@ -239,20 +240,34 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
             " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
             " validation`"
         )
+    return _as_trained(metadata, source, Entry(place, name="validation", split="validation"))
+
+
+def as_trained(metadata: Metadata, data: str) -> Suite:
+    """Test data as a suite of one set, opened as a run opened its validation data.
+
+    Args:
+        metadata: of the run's adapter.
+        data: of the run's task and columns, such as `imagefolder:photos/test`.
+    """
+    source = dataclasses.replace(metadata.source, val_data=data)
+    return _as_trained(metadata, source, Entry(data, name=data))
+
+
+def _as_trained(metadata: Metadata, source: RunSource, entry: Entry) -> Suite:
     dense = None
     if source.task == "segmentation":
         dense = PROPOSALS if source.dense == "none" else source.dense
-    entry = Entry(
-        place,
-        name="validation",
+    entry = dataclasses.replace(
+        entry,
         task=source.task,
-        split="validation",
+        metric="",  # the task's own
         class_split=source.class_split,
         exif_orientation=source.exif_orientation,
         dense=dense,
     )
-    own = OwnValidation(source, metadata.classes, metadata.held_out)
-    return Suite("validation", (entry,), own=own)
+    own = AsTrained(source, metadata.classes, metadata.held_out)
+    return Suite(entry.name, (entry,), as_trained=own)
 
 
 def _place(source: str) -> tuple[str, Path, str]:

@@ -31,7 +31,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, OwnValidation, Suite
+from radapter_serve.evaluation.suite import AsTrained, Entry, Suite
 from radapter_serve.files import read_yaml
 
 _READERS = (*READERS, "masks", "coco")
@@ -52,8 +52,8 @@ def open_set(
         RAdapterError: the data, a class file or a template file can't be read, or they do not
             match.
     """
-    if suite.own is not None:
-        return _own_set(suite.own, entry, limit, seed)
+    if suite.as_trained is not None:
+        return _own_set(suite.as_trained, entry, limit, seed)
     spec = _below(suite.data_root, entry.data)
     try:
         if entry.task == "retrieval":
@@ -132,7 +132,7 @@ def _retrieval_set(
     return retrieval_set(entry, data, limit, seed)
 
 
-def _own_set(own: OwnValidation, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
+def _own_set(own: AsTrained, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
     """The validation data of a run, as training opened it."""
     data = validation_data(own.source, own.classes, broken=[])
     assert data is not None  # as own_validation has seen

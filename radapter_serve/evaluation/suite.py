@@ -173,11 +173,11 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
 
 
 @dataclass(frozen=True)
-class OwnValidation:
-    """What a run was validated with.
+class AsTrained:
+    """How a run opened its validation data: any other is opened alike.
 
     Attributes:
-        source: names it.
+        source: names the data and its columns.
         classes: of the run, in their order; None where its task has none.
         held_out: digest of the images that training held out; None where it held none out.
     """
@@ -196,7 +196,7 @@ class Suite:
         entries: its data sets, in the order of the file.
         folder: the suite file's folder, where its class and template files are.
         data_root: what relative paths of data are relative to.
-        own: the run whose own validation data the one entry is; None for data that a suite file
+        as_trained: of data that is opened as a run opened its own; None for data that a suite file
             names.
     """
 
@@ -204,7 +204,7 @@ class Suite:
     entries: tuple[Entry, ...]
     folder: Path = Path()
     data_root: Path = Path()
-    own: OwnValidation | None = None
+    as_trained: AsTrained | None = None
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from radapter_serve.training.average import Average
     from radapter_serve.training.loss import gather_with_grad, mpm_nce
     from radapter_serve.training.recipe import Recipe, load_recipe
+    from radapter_serve.training.run import Run
     from radapter_serve.training.setup import choose_form
     from radapter_serve.training.start import train
 
 __all__ = [
     "Average",
     "Recipe",
+    "Run",
     "choose_form",
     "gather_with_grad",
     "load_recipe",
@@ -29,6 +31,7 @@ __all__ = [
 _HOME = {
     "Average": "average",
     "Recipe": "recipe",
+    "Run": "run",
     "choose_form": "setup",
     "gather_with_grad": "loss",
     "load_recipe": "recipe",

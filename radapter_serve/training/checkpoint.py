@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from radapter_serve.adapter import Adapters
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
+from radapter_serve.runs import CHECKPOINT
 from radapter_serve.training.average import Average
-from radapter_serve.training.recipe import CHECKPOINT, Recipe
+from radapter_serve.training.recipe import Recipe
 
 FREE = {
     "workers",

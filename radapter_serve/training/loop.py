@@ -32,13 +32,15 @@ from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
+from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import Examples, batches
 from radapter_serve.training.checkpoint import Learner, load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.progress import Progress
-from radapter_serve.training.recipe import RECIPE, Recipe
+from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.run import Run
 from radapter_serve.training.setup import (
     augmentation,
     choose_form,
@@ -65,12 +67,19 @@ class TwoTower(nn.Module):
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
-def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> Path:
+def train_on(
+    recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN, *, show: bool = True
+) -> Run:
     """`start.train` once the recipe and the data are known to be all right."""
     run = _prepare(recipe, opened, out, parts)
     _start(run)
     with Progress(
-        run.accelerator, run.out, run.schedule.steps, run.recipe.batch_size, done=run.step
+        run.accelerator,
+        run.out,
+        run.schedule.steps,
+        run.recipe.batch_size,
+        done=run.step,
+        show=show,
     ) as progress:
         progress.say(run.description())
         for note in run.notes:
@@ -83,7 +92,7 @@ def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> 
         _write_adapter(run, metrics, progress)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    return run.out
+    return Run(run.out, run.recipe, metrics, (*run.notes, *progress.notes))
 
 
 @dataclass(frozen=True)
@@ -364,7 +373,7 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
     recipe = run.recipe
     data = run.pairs.train
     base = run.model.base
-    path = run.out / "adapter.safetensors"
+    path = run.out / ADAPTER
     run.model.adapters.load_tensors(run.learner.average.tensors)
     metadata = Metadata(
         architecture=base.name,

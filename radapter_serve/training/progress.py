@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from radapter_serve.runs import METRICS
+
 
 class Progress:
     """Reports from the main process; the others stay silent.
@@ -24,20 +26,31 @@ class Progress:
         steps: of the whole run.
         batch_size: images a step.
         done: steps of the run before it was cut; what was reported later is forgotten.
+        show: False prints nothing.
+
+    Attributes:
+        notes: lines for the user that nobody knew before the end.
     """
 
     def __init__(
-        self, accelerator: Accelerator, out: Path, steps: int, batch_size: int, done: int = 0
+        self,
+        accelerator: Accelerator,
+        out: Path,
+        steps: int,
+        batch_size: int,
+        done: int = 0,
+        *,
+        show: bool = True,
     ) -> None:
-        self.accelerator, self.out, self.steps, self.batch_size = (
-            accelerator,
-            out,
-            steps,
-            batch_size,
-        )
-        self.speed, self.printed = 0.0, time.monotonic()
+        self.accelerator = accelerator
+        self.out = out
+        self.steps = steps
+        self.batch_size = batch_size
+        self.notes: list[str] = []
+        self.speed = 0.0
+        self.printed = time.monotonic()
         self.broken_images: set[str] = set()
-        self.console = Console(quiet=not accelerator.is_main_process)
+        self.console = Console(quiet=not (show and accelerator.is_main_process))
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -46,10 +59,13 @@ class Progress:
             TimeRemainingColumn(),
         )
         self.bar = Bar(
-            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+            *columns,
+            console=self.console,
+            disable=not (show and self.console.is_terminal),
+            transient=True,
         )
         self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
-        self.path = out / "metrics.jsonl"
+        self.path = out / METRICS
         if accelerator.is_main_process and self.path.exists():
             rows = [
                 line
@@ -117,10 +133,11 @@ class Progress:
         if names and self.accelerator.is_main_process:
             path = self.out / "broken.txt"
             path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            self.say(
+            self.notes.append(
                 f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names"
                 " them"
             )
+            self.say(self.notes[-1])
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,8 @@ from radapter_serve.data.source import (
 )
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
+from radapter_serve.runs import RECIPE
 
-RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
 # The paper's, where they follow the length of the run.
 LONGEST_WARMUP = 500
 LONGEST_MOMENTUM = 0.999
@@ -334,6 +335,42 @@ def load_recipe(source: str | Path) -> Recipe:
             f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}"
         )
     return recipe_of(read_yaml(path, "the recipe"), f"the recipe {path}")
+
+
+def recipe_from(
+    source: str | Path | Recipe | None = None,
+    resume: str | PathLike[str] | bool = False,
+    **fields: Any,
+) -> Recipe:
+    """A recipe with some fields changed.
+
+    Args:
+        source: of `load_recipe`, or a recipe; None has the defaults.
+        resume: folder of a stopped run, whose own recipe is taken where there is no source; True
+            goes on with the recipe's `out`.
+        fields: the fields to change.
+
+    Raises:
+        RAdapterError: as of `load_recipe`; there is no run to resume.
+    """
+    if resume and not isinstance(resume, bool):
+        if source is None:
+            source = Path(resume) / RECIPE
+            if not source.is_file():
+                raise RAdapterError(f"no run to resume in {resume}: it has no {RECIPE}")
+        fields["out"] = Path(resume)
+    if resume:
+        fields["resume"] = True
+    if source is None:
+        source = Recipe()
+    if isinstance(source, str | Path):
+        source = load_recipe(source)
+    if not isinstance(source, Recipe):
+        raise RAdapterError(
+            f"the recipe is {short(source)}; allowed: a name, a file, or a Recipe of fields"
+        )
+    own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    return recipe_of({**own, **fields}, "the recipe") if fields else source
 
 
 def recipe_of(values: Any, what: str) -> Recipe:

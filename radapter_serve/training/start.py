@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import time
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.training.recipe import CHECKPOINT, Recipe
+from radapter_serve.errors import RAdapterError, one_line
+from radapter_serve.runs import ADAPTER, CHECKPOINT
+from radapter_serve.threads import limit_threads
+from radapter_serve.training.recipe import Recipe, recipe_from
+from radapter_serve.training.run import Run
 from radapter_serve.training.tasks import open_run
 
 if TYPE_CHECKING:
     from radapter_serve.training.parts import Parts
 
 
-def train(recipe: Recipe, parts: Parts | None = None) -> Path:
-    """Train adapters as a recipe says.
+@one_line()
+def train(
+    recipe: str | Path | Recipe | None = None,
+    *,
+    resume: str | PathLike[str] | bool = False,
+    progress: bool = False,
+    parts: Parts | None = None,
+    **fields: Any,
+) -> Run:
+    """Train adapters, as `radapter-train` does.
 
     Args:
-        recipe: see `Recipe`.
+        recipe: name of a recipe that comes with the package, a YAML file, or a `Recipe`; None
+            starts from the defaults.
+        resume: folder of a stopped run to go on with, by its own recipe; True goes on with `out`.
+        progress: show a bar, and what the command prints; without it nothing is printed.
         parts: what an ablation exchanges; None for the method's own.
+        fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...
 
     Returns:
-        The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`,
-        the tracker's files.
+        The run, with its folder and its metrics.
 
     Raises:
         RAdapterError: the recipe, the model or the data won't do; nothing was written then.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         SystemExit: after SIGTERM, once a checkpoint is written.
     """
-    recipe.check()
-    out = run_folder(recipe)
-    opened = open_run(recipe)
+    chosen = recipe_from(recipe, resume, **fields)
+    chosen.check()
+    limit_threads(chosen.threads)  # before torch is loaded
+    out = run_folder(chosen)
+    opened = open_run(chosen, progress=progress)
     from radapter_serve.training.loop import train_on
     from radapter_serve.training.parts import OWN
 
-    return train_on(recipe, opened, out, parts or OWN)
+    return train_on(chosen, opened, out, parts or OWN, show=progress)
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -44,9 +61,7 @@ def run_folder(recipe: Recipe) -> Path:
     stem = recipe.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
     out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
-    if not recipe.resume and any(
-        (out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")
-    ):
+    if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
         raise RAdapterError(
             f"{out} holds a run; go on with it by --resume {out}, or name another folder by --out"
         )

@@ -55,12 +55,13 @@ class RunData:
         )
 
 
-def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
+def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
     """Open the data of a recipe as its task reads it, and find all that is wrong with it.
 
     Args:
         recipe: names the task, the data and its columns.
         images: look at the images themselves, see `broken_images`.
+        progress: show how far that is.
 
     Raises:
         RAdapterError: it can't be read, is no data for this task, or images can't be read; names
@@ -106,17 +107,17 @@ def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
     ):
         for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
             if part is not None:
-                _look(recipe, part, spec, problems, notes)
-    opened = [
-        (
-            tried(lambda part=part: list_segments(part, recipe.mask_min_area, skipped))  # type: ignore[misc]
-            if isinstance(part, Masked)
-            else part
-        )
-        for part in (data, val)
-    ]
-    data_, val_ = opened
-    if isinstance(data_, Labelled | Captioned | Segments) and not recipe.streaming:
+                broken_here = broken_images(part, progress=progress)
+                _report_broken(recipe, part, spec, broken_here, problems, notes)
+
+    def segmented(part: Labelled | Captioned | Masked | None) -> Opened | None:
+        if not isinstance(part, Masked):
+            return part
+        return tried(lambda: list_segments(part, recipe.mask_min_area, skipped, progress=progress))
+
+    data_ = segmented(data)
+    val_ = segmented(val)
+    if data_ is not None and not recipe.streaming:
         parts = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
         tried(lambda: recipe.fitted(len(data_.rows), parts))
     if problems or data_ is None:
@@ -176,15 +177,15 @@ def _problems_of_classes(recipe: Recipe, data: Labelled | Masked) -> list[str]:
     return problems
 
 
-def _look(
+def _report_broken(
     recipe: Recipe,
     data: Labelled | Captioned | Masked,
     spec: str,
+    broken: list[str],
     problems: list[str],
     notes: list[str],
 ) -> None:
     """Add what is wrong with the images."""
-    broken = broken_images(data)
     if not broken:
         return
     count = len(data.rows if isinstance(data, Labelled) else data.images)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.cli.eval import Model, default_out, main
+from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
+from radapter_serve.evaluation.start import Evaluated, default_out
 from radapter_serve.evaluation.suite import Suite
 from tests.helpers.own_cache import own_cache as own_cache
 
@@ -165,7 +166,7 @@ def test_the_pages_order_and_the_other_way_round(
     """A choice and a sweep, with and without a suite, each in its folder or in one that is named:
     none is refused.
     """
-    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
+    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 1.0))
     suite = COMMON[:4]
     assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
     assert main(["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5", *suite]) == 0
@@ -191,18 +192,18 @@ def test_the_pages_order_and_the_other_way_round(
 @pytest.mark.parametrize(
     ("model", "tests", "expected"),
     [
-        (Model(), None, "results/photos/validation"),
-        (Model(merged="merged/"), Suite("pacs", ()), "results/merged/pacs"),
+        (Evaluated(), None, "results/photos/validation"),
+        (Evaluated(merged="merged/"), Suite("pacs", ()), "results/merged/pacs"),
         (
-            Model(release="/models/repository@3"),
+            Evaluated(release="/models/repository@3"),
             Suite("My own/suite", ()),
             "results/repository@3/My_own_suite",
         ),
-        (Model(url="grpc://host:8001"), Suite("pacs", ()), "results/host_8001/pacs"),
+        (Evaluated(url="grpc://host:8001"), Suite("pacs", ()), "results/host_8001/pacs"),
     ],
 )
 def test_results_have_a_folder_for_each_model_and_suite(
-    model: Model, tests: Suite | None, expected: str
+    model: Evaluated, tests: Suite | None, expected: str
 ) -> None:
     assert default_out(model.name(Path("runs/photos")), tests) == Path(expected)
 
@@ -281,9 +282,7 @@ def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made
 def test_piped_output_has_plain_lines_of_progress(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from radapter_serve.cli import eval as command
-
-    monkeypatch.setattr(command._Lines.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr("radapter_serve.evaluation.progress.INTERVAL", 0.0)
     assert main([*COMMON, "--alpha", "0.5"]) == 0
     lines = capfd.readouterr().err.splitlines()
     assert (
@@ -422,7 +421,7 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
     here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
+    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 1.0))
     assert main([*COMMON, "--alpha", "auto", "--out", "apart"]) == 0
     assert "warning" not in capfd.readouterr().err
     place = (here / "data").resolve()
@@ -487,7 +486,7 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no suite; give one with --suite: a file, or one of base-to-novel, coco200, "),
+        ([], "no test data; give a suite with --suite: a file, or one of base-to-novel, coco200, "),
         (
             ["--suite", "none.yaml"],
             "there is no suite none.yaml; allowed: a file, or one of base-to-novel, ",
@@ -507,12 +506,12 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ),
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
         ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
-        ([*COMMON, "--merged", "a", "--alpha", "0.5"], "--merged, --alpha don't go together"),
+        ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
         (
             [*COMMON, "--release", "a", "--alpha", "auto"],
-            "--release, --alpha auto don't go together",
+            "release, alpha auto don't go together",
         ),
-        ([*COMMON, "--limit", "0"], "--limit is 0; allowed: 1 or more"),
+        ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
         ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
         ([*COMMON, "--device", "abacus"], "abacus"),

@@ -59,7 +59,7 @@ def rival(given: dict[str, Any]) -> Ends:
 def run(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """R-Adapter of the same recipe."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return train(Recipe(**given, momentum=0.0, out=out))
+    return train(Recipe(**given, momentum=0.0, out=out)).folder
 
 
 @pytest.fixture(scope="module")

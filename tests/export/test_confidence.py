@@ -122,7 +122,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
         Image.fromarray(pixels + random.integers(0, 60, pixels.shape, np.uint8)).save(path)
     data, others = (f"imagefolder:{tmp_path / name}" for name in ("photos", "others"))
     base = make_base("siglip", tmp_path / "base")
-    run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=30))
+    run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=30)).folder
     (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=others))
     release = exported.release
     assert exported.accuracy is not None and exported.accuracy.release > 90

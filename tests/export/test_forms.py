@@ -396,7 +396,7 @@ def test_a_base_of_transformers_is_trained_and_exported(
                 tmp_path / "photos" / color / f"{number}.png"
             )
     data = f"imagefolder:{tmp_path / 'photos'}"
-    run = train(short_run(f"local-dir:{folder}", tmp_path, data=data, val_data=data, rank=2))
+    run = train(short_run(f"local-dir:{folder}", tmp_path, data=data, val_data=data, rank=2)).folder
     with quick_exports(common):
         (release,) = export_release(run, [1.0], settings_in(tmp_path))
     assert release.release.architecture == f"local-dir:{folder}"

@@ -131,7 +131,7 @@ def adapted_inputs(model: nn.Module) -> int:
 def test_training_is_that_by_hand(recipe: Recipe, tmp_path: Path, variant: Variant) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data)
-    found = load_adapter(train(recipe, variant.parts())).tensors
+    found = load_adapter(train(recipe, parts=variant.parts())).tensors
     assert_same(found, train_by_hand(recipe, pairs, variant=variant))
 
 

@@ -65,7 +65,7 @@ def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
     cut, before = dataclasses.replace(recipe, out=tmp_path / "cut"), signal.getsignal(number)
     signal_after(5, number)
     with pytest.raises(ending) as raised:
-        train(cut)
+        train(cut, progress=True)
     assert ending is KeyboardInterrupt or raised.value.code == 143  # type: ignore[attr-defined]
     assert signal.getsignal(number) is before
     assert {path.name for path in cut.out.iterdir()} == {  # type: ignore[union-attr]
@@ -94,7 +94,9 @@ def test_the_other_ways_to_name_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[Recipe] = []
-    monkeypatch.setattr("radapter_serve.training.start.train", asked.append)
+    monkeypatch.setattr(
+        "radapter_serve.training.start.train", lambda recipe, **_: asked.append(recipe)
+    )
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))

@@ -114,7 +114,7 @@ def test_the_first_loss_is_that_of_the_base(recipe: Recipe, captions_per_image: 
         val_data=None,
         drop=0.0,
     )
-    (row,) = rows(train(recipe))
+    (row,) = rows(train(recipe).folder)
     model, _, preprocess = open_clip.create_model_and_transforms(recipe.architecture)
     table = pd.read_csv(recipe.data.removeprefix("csv:"))
     folder = Path(recipe.data.removeprefix("csv:")).parent
@@ -134,7 +134,7 @@ def test_the_first_loss_is_that_of_the_base(recipe: Recipe, captions_per_image: 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2])
 def test_a_run_learns_to_find_captions(recipe: Recipe, captions_per_image: int) -> None:
-    out = train(dataclasses.replace(recipe, steps=30, captions_per_image=captions_per_image))
+    out = train(dataclasses.replace(recipe, steps=30, captions_per_image=captions_per_image)).folder
     losses = [row["loss"] for row in rows(out) if "loss" in row]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     adapter = load_adapter(out)
@@ -211,7 +211,7 @@ def test_broken_images_and_rows_without_captions(recipe: Recipe, tmp_path: Path)
         file.write("red1.png,\n")
     with pytest.raises(RAdapterError, match=r"row 49 of .* has no text in 'caption'"):
         train(recipe)
-    out = train(dataclasses.replace(recipe, on_broken="skip", out=tmp_path / "skipped"))
+    out = train(dataclasses.replace(recipe, on_broken="skip", out=tmp_path / "skipped")).folder
     broken = (out / "broken.txt").read_text()
     assert "red0.png can't be read: 8 bytes are not an image\n" in broken and "row 49 of" in broken
     assert load_adapter(out).metadata.metrics  # the broken image is in the validation data too
@@ -226,4 +226,4 @@ def test_images_in_another_folder(recipe: Recipe, tmp_path: Path) -> None:
     other = dataclasses.replace(
         recipe, data=data, val_data=None, steps=1, warmup_steps=0, out=tmp_path / "other"
     )
-    assert (train(dataclasses.replace(other, images=tmp_path)) / "adapter.safetensors").exists()
+    assert train(dataclasses.replace(other, images=tmp_path)).adapter.exists()

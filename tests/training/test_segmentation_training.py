@@ -236,7 +236,7 @@ def test_a_run_leaves_out_and_names_broken_images(recipe: Recipe, scenes: Path) 
     for number, keep in ((3, 0), (4, 200)):  # the second is found out only when it is decoded
         path = scenes / "images" / f"{number}.png"
         path.write_bytes(path.read_bytes()[:keep])
-    out = train(dataclasses.replace(recipe, steps=4, on_broken="skip", workers=1))
+    out = train(dataclasses.replace(recipe, steps=4, on_broken="skip", workers=1)).folder
     named = (out / "broken.txt").read_text().splitlines()
     assert len(named) == 2 and "3.png" in named[0] and "4.png" in named[1]
     adapter = load_adapter(out)

@@ -119,7 +119,7 @@ def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_pa
     recipe = short_run(
         tiny_clip_dir, tmp_path, data=data, val_data=data, steps=None, epochs=1, **few
     )
-    steps = [row for row in rows(train(recipe)) if "loss" in row]
+    steps = [row for row in rows(train(recipe).folder) if "loss" in row]
     assert len(steps) == 2  # two classes, two images each
 
 

@@ -33,7 +33,7 @@ def test_a_run_learns_and_leaves_what_it_says(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = dataclasses.replace(recipe, steps=30, validate_every=10, tracker="tensorboard")
-    out = train(recipe)
+    out = train(recipe, progress=True).folder
     losses = [row["loss"] for row in rows(out) if "loss" in row]
     assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
     accuracies = [row["acc1@alpha=1"] for row in rows(out) if "acc1@alpha=1" in row]
@@ -272,7 +272,7 @@ def test_a_stream_resumes_behind_broken_images(
 
 
 def test_a_damaged_checkpoint(recipe: Recipe) -> None:
-    out = train(dataclasses.replace(recipe, val_data=None))
+    out = train(dataclasses.replace(recipe, val_data=None)).folder
     (out / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(RAdapterError, match="is not a whole checkpoint"):
         train(dataclasses.replace(recipe, resume=True))
@@ -327,7 +327,10 @@ def test_recipes_of_the_project_are_valid() -> None:
 def test_few_images_are_one_batch_and_notes_come_before_the_first_step(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(dataclasses.replace(recipe, batch_size=100, val_data=None, steps=3, momentum=0.99))
+    out = train(
+        dataclasses.replace(recipe, batch_size=100, val_data=None, steps=3, momentum=0.99),
+        progress=True,
+    )
     assert load_adapter(out).metadata.recipe["batch_size"] == 24
     printed = capsys.readouterr().out
     assert (

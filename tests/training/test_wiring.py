@@ -200,7 +200,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     val_data, val = labelled(tmp_path / "val", 45, seed=2)
     recipe = dataclasses.replace(recipe, data=data, val_data=val_data, validate_every=3, alpha=0.6)
     seen: dict[int, Weights] = {}
-    out = train(recipe)
+    out = train(recipe).folder
     assert_same(load_adapter(out).tensors, train_by_hand(recipe, pairs, see=seen.__setitem__))
     classes = [prompts(name) for name in CLASSES]
     scores = {}

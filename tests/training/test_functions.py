@@ -1,0 +1,191 @@
+"""`train` and `evaluate` as functions: they give what the commands give, print nothing that was not
+asked for, and refuse in one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radapter_serve import RAdapterError, Run, evaluate, load_adapter, train
+from radapter_serve.cli.eval import main as eval_command
+from radapter_serve.cli.train import main as train_command
+
+FIELDS: dict[str, Any] = {
+    "batch_size": 8,
+    "steps": 4,
+    "warmup_steps": 1,
+    "learning_rate": 3e-3,
+    "momentum": 0.5,
+    "workers": 0,
+    "seed": 3,
+    "tracker": "none",
+}
+SUITE = """
+templates: simple
+sets:
+  - {name: test, data: "imagefolder:images"}
+  - {name: held, data: "imagefolder:images", split: validation}
+"""
+
+
+@pytest.fixture
+def run(tiny_clip_dir: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run in the folder that holds its images, without a word."""
+    monkeypatch.chdir(images.parent)
+    monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
+    monkeypatch.setattr("radapter_serve.evaluation.run.draw_choice", lambda *_: Path("drawn"))
+    Path("suite.yaml").write_text(SUITE, encoding="utf-8")
+    return train(
+        recipe="small",
+        architecture=tiny_clip_dir,
+        pretrained=None,
+        data="imagefolder:images",
+        val_fraction=0.25,
+        out="runs/python",
+        **FIELDS,
+    )
+
+
+def figures(folder: str) -> list[dict[str, Any]]:
+    """The rows of a folder of results, without the seconds that they took."""
+    text = Path(folder, "results.jsonl").read_text(encoding="utf-8")
+    return [{**json.loads(line), "runtime": 0} for line in text.splitlines()]
+
+
+def test_training_gives_what_the_command_gives(
+    run: Run, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert capfd.readouterr() == ("", "")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FIELDS.items()]
+    command = ["--recipe=small", "--data=imagefolder:images", "--val-fraction=0.25"]
+    model = [f"--architecture={tiny_clip_dir}", "--pretrained=none"]
+    assert train_command([*command, *model, *flags, "--out=runs/command"]) == 0
+    mine, other = load_adapter(run), load_adapter("runs/command")
+    assert mine.digest == other.digest
+    assert mine.metadata == other.metadata
+    assert run.metrics == mine.metadata.metrics
+    assert set(run.metrics) == {"acc1@alpha=0.5", "acc1@alpha=1"}
+    assert run.recipe.to_dict() == mine.metadata.recipe
+    assert os.fspath(run) == str(run.folder) == "runs/python"
+    assert run.adapter.is_file()
+    assert run.notes == ()
+
+
+def test_a_run_says_what_its_user_should_know_and_can_be_resumed(run: Run) -> None:
+    recipe = dataclasses.replace(run.recipe, out=Path("runs/few"), momentum=0.99, steps=3)
+    few = train(recipe)
+    assert [note.partition(" keeps")[0] for note in few.notes] == ["warning: momentum 0.99"]
+    again = train(resume=run)
+    assert load_adapter(again).digest == load_adapter(run).digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no training data; name it with --data"),
+        ({"recipe": "tiny"}, "there is no recipe tiny; allowed: a file, or one of base-to-novel"),
+        ({"recipe": 5}, "the recipe is 5; allowed: "),
+        ({"colour": "red"}, "the recipe has unknown fields colour; allowed: architecture, "),
+        ({"data": "csv:t.csv", "steps": 0}, "steps is 0; it should be greater than or equal to 1"),
+        ({"data": "csv:t.csv", "alpha": float("nan")}, "alpha is nan; it should be a finite"),
+        ({"data": Path("photos")}, "data is PosixPath('photos'); it should be a valid string"),
+        ({"data": "imagefolder:none"}, "none"),
+        ({"resume": "nowhere"}, "no run to resume in nowhere: it has no recipe.yaml"),
+        ({"resume": True}, "--resume needs --out"),
+    ],
+)
+def test_what_training_refuses(
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RAdapterError) as error:
+        train(**arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run: Run) -> None:
+    with pytest.raises(RAdapterError, match=r"^suite\.yaml/run: Not a directory$"):
+        train(dataclasses.replace(run.recipe, out=Path("suite.yaml/run")))
+
+
+def test_evaluation_gives_what_the_command_gives(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(run, alpha=[0, 0.5], suite="suite.yaml", seed=2, limit=9, out="python")
+    assert capfd.readouterr() == ("", "")
+    flags = ["--suite=suite.yaml", "--seed=2", "--limit=9", "--out=command", "--alpha", "0", "0.5"]
+    assert eval_command(["--adapter", "runs/python", *flags]) == 0
+    assert figures("python") == figures("command")
+    assert [row.alpha for row in found.rows] == [0, 0.5]
+    for row in found.rows:
+        low, high = (row.intervals or {})["acc1"]
+        assert low <= row.metrics["acc1"] <= high and row.n == 9
+    assert found.choice is None and found.alpha is None
+    assert found.measured == 2 and found.files == (Path("python/results.jsonl"),)
+    # Nine test images are validation images, too.
+    assert [note.partition(":")[0] for note in found.notes] == ["test"]
+    assert found.table().row_count == 2
+    assert evaluate(run, alpha=0.5, suite="suite.yaml", seed=2, limit=9, out="python").measured == 0
+
+
+def test_auto_chooses_and_says_so(run: Run) -> None:
+    found = evaluate(run, alpha="auto")
+    kept = json.loads(Path("runs/python/alpha.json").read_text(encoding="utf-8"))
+    assert found.alpha == kept["alpha"] and found.choice is not None
+    assert found.choice.curve == kept["curve"] and len(kept["curve"]) == 11
+    assert found.rows == () and found.suite is None
+    assert Path("runs/python/alpha.json") in found.files
+    # The share that training held out: a quarter of eight images of each of three classes.
+    assert [of.n for of in found.choice.sets.values()] == [6]
+
+
+def test_one_data_set_is_opened_as_the_run_opened_its_own(run: Run) -> None:
+    (row,) = evaluate(run.adapter, alpha=1, data="imagefolder:images").rows
+    (other,) = evaluate(run, alpha=1, suite="suite.yaml").rows
+    assert (row.dataset, row.classes, row.n) == ("imagefolder:images", 3, 24)
+    assert row.metrics == other.metrics
+    assert Path("results/python/imagefolder_images/results.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no test data; give a suite with --suite: a file, or one of base-to-novel, "),
+        ({"suite": "none"}, "there is no suite none; allowed: "),
+        ({"suite": "pacs", "data": "imagefolder:x"}, "are both given; leave one out"),
+        ({"suite": "pacs", "adapter": "none"}, "no adapter file at none"),
+        ({"suite": "pacs"}, "no run with an adapter in "),
+        ({"suite": "pacs", "alpha": 2}, "alpha is 2; allowed: numbers from 0 "),
+        ({"suite": "pacs", "alpha": float("nan")}, "alpha is nan; allowed: "),
+        ({"suite": "pacs", "alpha": [0.5, None]}, "alpha is None; allowed: "),
+        ({"suite": "pacs", "alpha": [0.5, 0.5]}, "an alpha is given twice: 0.5 0.5"),
+        ({"suite": "pacs", "alpha": ["auto", 0.5]}, "alpha auto takes no other alpha"),
+        ({"suite": "pacs", "merged": "a", "url": "grpc://b"}, "merged, url don't go together"),
+        ({"suite": "pacs", "batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
+        ({"suite": "pacs", "threads": 0}, "threads is 0; allowed: 1 or more"),
+        ({"alpha": "auto", "release": "r"}, "release, alpha auto don't go together"),
+    ],
+)
+def test_what_evaluation_refuses(
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RAdapterError) as error:
+        evaluate(**arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
