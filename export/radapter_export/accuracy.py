@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from radapter_export.settings import NONE, OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.contract.mask_crop import MaskCrop
@@ -31,7 +32,6 @@ from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelSet
 
 MOST = 2000  # images at most: one is 0.05 points then
-NONE, OWN = "none", "own"
 
 
 @dataclass(frozen=True)

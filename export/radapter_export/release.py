@@ -9,7 +9,7 @@ from typing import Literal
 
 from radapter_export.accuracy import open_validation
 from radapter_export.calibration import calibrate
-from radapter_export.change import AdapterChange
+from radapter_export.change import Change
 from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms, check_forms
@@ -22,8 +22,8 @@ from radapter_export.source import Source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_export.towers import check
 from radapter_export.writer import Outputs, Writer
-from radapter_serve.adapter.file import check_alpha, check_base
-from radapter_serve.clip.base import Base, load_base
+from radapter_serve.adapter.file import check_alpha
+from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.data.image_files import open_images
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 def export_release(
-    adapter_path: str | Path | Sequence[str | Path],
+    adapter_path: str | Path | Sequence[str | Path] = (),
     alphas: Sequence[float] | Literal["dynamic"] | None = None,
     settings: ExportSettings = ExportSettings(),  # noqa: B008  # frozen
     *,
@@ -49,7 +49,8 @@ def export_release(
     one.
 
     Args:
-        adapter_path: adapter file, or the folder of a run; several of one base are averaged.
+        adapter_path: adapter file, or the folder of a run; several of one base are averaged. None
+            where the settings name a checkpoint or a LoRA.
         alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients
             get by default. "dynamic": one release whose encoders take α as an input, by default the
             one that was chosen on validation data, or else the adapter's own. The adapter's own if
@@ -73,7 +74,7 @@ def export_release(
         PlanWriter(progress=say) if settings.served_by == TENSORRT else None
     )  # looks for a GPU, before all else
     validation = open_validation(
-        source.adapter.metadata,
+        source.metadata,
         settings.validation,
         source.way,
         settings.precision,
@@ -82,11 +83,12 @@ def export_release(
     images = None
     if settings.calibration is not None:
         images = open_images(settings.calibration, "--calibration")
-    base = _load(source, settings, say)
+    base, change = _load(source, settings, say)
+    for alpha in numbers:
+        change.check(alpha)
     unfinished = Forms(settings, base)  # which refuses bases without such a form
     graphs = _graphs(base, source, settings.precision, say)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
-    change = AdapterChange(source.adapter, dict(base.model.state_dict()))
     with (
         tempfile.TemporaryDirectory() as scratch,
         Merged(settings.merged) as merged,
@@ -153,16 +155,14 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
         )
 
 
-def _load(source: Source, settings: ExportSettings, say: Say) -> Base:
-    """The base, once it is checked that it can be exported and that the adapter belongs to it."""
+def _load(source: Source, settings: ExportSettings, say: Say) -> tuple[Base, Change]:
+    """The base and what α scales, once it is checked that they can be exported."""
     say("loading the base")
-    meta = source.adapter.metadata
-    base = load_base(settings.base or meta.architecture, settings.pretrained or meta.pretrained)
+    base, change = source.load(settings)
     check(base)
     if source.way is not None:
         check_dense(base.model, source.way)
-    check_base(base.model.state_dict(), source.adapter)
-    return base
+    return base, change
 
 
 def _graphs(base: Base, source: Source, precision: str, say: Say) -> list[Graph]:

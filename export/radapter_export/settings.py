@@ -15,6 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
 
 CLASSES = "classes"  # the label set of the run's own classes
+NONE, OWN = "none", "own"  # validation data: none at all, or the run's
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,17 @@ class ExportSettings:
     """How adapters become releases.
 
     Args:
+        checkpoint: a model that was tuned elsewhere, in place of an adapter: a .pt or .safetensors
+            file, a model's folder, hf-hub:NAME or NAME:TAG. Alpha 1 is the checkpoint as it is,
+            less is on the line from --base to it (WiSE-FT).
+        lora: folder of a LoRA of peft for a CLIPModel, in place of an adapter; alpha scales what it
+            adds.
         weights: of the adapters in their average, one each, with sum 1; equal ones if none are
             given.
-        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if
-            none is given.
-        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none
-            is given.
+        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
+            local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
+        pretrained: open_clip tag or path of a checkpoint, where the base is named without; what the
+            adapter says if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is
             made if there is none.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for
@@ -59,6 +65,8 @@ class ExportSettings:
             --no-exif-orientation leaves them as the files have them, as open_clip does.
     """
 
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
     base: str | None = None
     pretrained: str | None = None

@@ -1,5 +1,5 @@
-"""What is exported: an adapter, or the average of several, and what goes with it into every release
-of one call.
+"""What is exported: an adapter, the average of several, a checkpoint or a LoRA; and what goes with
+it into every release of one call.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radapter_export.settings import CLASSES, ExportSettings
-from radapter_serve.adapter import Adapter, average_adapters, load_adapter
+from radapter_export.change import ALPHA_IS_FOLDED, AdapterChange, Change, LineChange
+from radapter_export.settings import CLASSES, OWN, ExportSettings
+from radapter_serve.adapter import Adapter, Metadata, average_adapters, load_adapter
+from radapter_serve.adapter.checkpoint import load_checkpoint
+from radapter_serve.adapter.file import check_base
+from radapter_serve.adapter.line import Tuned
+from radapter_serve.adapter.lora import load_lora
+from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import check_labels, read_label_file, split_label
@@ -23,10 +29,11 @@ from radapter_serve.evaluation.alpha_choice import chosen
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter and what goes with it.
+    """What was learned, and what goes with it.
 
     Attributes:
-        adapter: to be folded, or to stand beside its layers.
+        metadata: of the adapter; of a checkpoint or a LoRA, with nothing about training.
+        adapter: to be folded, or to stand beside its layers; None for a checkpoint or a LoRA.
         adapters: digest and weight of each that it is the average of.
         alpha: re-scaling in [0, 1] where none is asked for.
         dynamic_alpha: whether α is an input of the encoders.
@@ -36,7 +43,8 @@ class Source:
         exif_orientation: whether images are turned as their EXIF says.
     """
 
-    adapter: Adapter
+    metadata: Metadata
+    adapter: Adapter | None
     adapters: list[dict[str, Any]]
     alpha: float
     dynamic_alpha: bool
@@ -51,31 +59,81 @@ class Source:
     ) -> Source:
         """Read adapters, templates and label files.
 
+        Args:
+            paths: of the adapters; none where the settings name a checkpoint or a LoRA.
+            settings: of the call.
+            dynamic_alpha: whether α shall be an input of the encoders.
+
         Raises:
-            RAdapterError: one of them can't be read, or the adapters can't be averaged.
+            RAdapterError: one of them can't be read, the adapters can't be averaged, or there is
+                not one thing to export.
         """
+        _check_one_thing(paths, settings)
+        if not paths:
+            if dynamic_alpha:
+                raise RAdapterError(ALPHA_IS_FOLDED)
+            nothing = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
+            return cls._with(settings, nothing, None, [], nothing.alpha, dynamic_alpha=False)
         adapters = [load_adapter(path) for path in paths]
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
         adapter = average_adapters(adapters, weights)
-        meta = adapter.metadata
-        alpha = meta.alpha
+        alpha = adapter.metadata.alpha
         if dynamic_alpha and len(paths) == 1:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
                 alpha = chosen(paths[0]).alpha
+        shares = [
+            {"digest": one.digest, "weight": share}
+            for one, share in zip(adapters, weights, strict=True)
+        ]
+        return cls._with(
+            settings, adapter.metadata, adapter, shares, alpha, dynamic_alpha=dynamic_alpha
+        )
+
+    @classmethod
+    def _with(
+        cls,
+        settings: ExportSettings,
+        meta: Metadata,
+        adapter: Adapter | None,
+        adapters: list[dict[str, Any]],
+        alpha: float,
+        *,
+        dynamic_alpha: bool,
+    ) -> Source:
         way = settings.dense or meta.source.dense
         return cls(
-            adapter,
-            [
-                {"digest": one.digest, "weight": share}
-                for one, share in zip(adapters, weights, strict=True)
-            ],
-            alpha,
-            dynamic_alpha,
-            None if way == "none" else way,
-            templates_of(meta.templates if settings.templates is None else settings.templates),
-            _label_sets(settings.label_sets, meta.classes),
-            settings.exif_orientation and meta.source.exif_orientation,
+            metadata=meta,
+            adapter=adapter,
+            adapters=adapters,
+            alpha=alpha,
+            dynamic_alpha=dynamic_alpha,
+            way=None if way == "none" else way,
+            templates=templates_of(
+                meta.templates if settings.templates is None else settings.templates
+            ),
+            label_sets=_label_sets(settings.label_sets, meta.classes),
+            exif_orientation=settings.exif_orientation and meta.source.exif_orientation,
         )
+
+    def load(self, settings: ExportSettings) -> tuple[Base, Change]:
+        """Load the base, and what α scales.
+
+        Raises:
+            RAdapterError: one of them can't be had, or they do not fit.
+        """
+        if self.adapter is None:
+            tuned = _tuned(settings)
+            return tuned.base, LineChange(tuned.line)
+        if settings.base is None:
+            name = self.metadata.architecture
+            tag = settings.pretrained or self.metadata.pretrained
+        else:
+            name, tag = split_name(settings.base, settings.pretrained)
+            tag = tag or self.metadata.pretrained
+        base = load_base(name, tag)
+        weights = dict(base.model.state_dict())
+        check_base(weights, self.adapter)
+        return base, AdapterChange(self.adapter, weights)
 
     def crop(self, mean: Sequence[float]) -> MaskCrop:
         """How masks are shown to the image encoder, as in training.
@@ -83,7 +141,37 @@ class Source:
         Args:
             mean: RGB in [0, 1] that the encoder subtracts.
         """
-        return self.adapter.metadata.source.mask_crop(mean)
+        return self.metadata.source.mask_crop(mean)
+
+
+def _check_one_thing(paths: Sequence[str | Path], settings: ExportSettings) -> None:
+    named = [
+        flag
+        for flag, given in (
+            ("--adapter", paths),
+            ("--checkpoint", settings.checkpoint),
+            ("--lora", settings.lora),
+        )
+        if given
+    ]
+    if not named:
+        raise RAdapterError("nothing to export; give --adapter, --checkpoint or --lora")
+    if len(named) > 1:
+        raise RAdapterError(f"{' and '.join(named)} don't go together; export one thing a call")
+    if settings.weights and not paths:
+        raise RAdapterError(f"--weights is for several adapters; leave it out beside {named[0]}")
+    if settings.validation == OWN and not paths:
+        raise RAdapterError(
+            f"--validation own is for runs; beside {named[0]} name some data, such as"
+            " --validation imagefolder:val"
+        )
+
+
+def _tuned(settings: ExportSettings) -> Tuned:
+    if settings.lora is not None:
+        return load_lora(settings.lora, settings.base, settings.pretrained)
+    assert settings.checkpoint is not None  # as `_check_one_thing` has seen
+    return load_checkpoint(settings.checkpoint, settings.base, settings.pretrained)
 
 
 def _label_sets(

@@ -334,6 +334,7 @@ class Writer:
             base_digest=self.change.base_digest,
             adapter_digest=self.change.digest,
             adapters=source.adapters,
+            made_of=self.change.made_of,
             precision=settings.precision,
             quantization=self._quantization(),
             runtime=settings.served_by,

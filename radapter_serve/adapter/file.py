@@ -97,7 +97,7 @@ class Adapter:
     @property
     def digest(self) -> str:
         """`sha256:` over names and fp32 values."""
-        return _digest(self.tensors, self.tensors)
+        return tensors_digest(self.tensors)
 
     def layer(self, key: str) -> dict[str, Tensor]:
         """The tensors of one layer: `full` [d, d], or `up` [d, r] and `down` [r, d]."""
@@ -120,7 +120,7 @@ def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
         keys: state-dict keys of the adapted layers.
     """
     names = [f"{key}.{kind}" for key in keys for kind in ("weight", "bias")]
-    return _digest(state_dict, [name for name in names if name in state_dict])
+    return tensors_digest({name: state_dict[name] for name in names if name in state_dict})
 
 
 def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
@@ -275,9 +275,10 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
             )
 
 
-def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """`sha256:` over the names and fp32 values of tensors."""
     digest = hashlib.sha256()
-    for name in sorted(names):
+    for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())
         digest.update(values.numpy().data)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
 
 FIRST = (
-    *("alpha", "adapter", "label_set", "templates", "dense", "precision", "validation"),
-    *("model_repository", "merged", "transformers", "runtime", "format"),
+    *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
+    *("precision", "validation", "model_repository", "merged", "transformers", "runtime"),
+    "format",
 )
 
 
@@ -40,16 +41,17 @@ def export(
     threads: int | None = None,
     settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
 ) -> None:
-    """Fold an adapter into its base, export the towers, and check them against torch with the
-    adapters attached.
+    """Fold an adapter into its base, or take a checkpoint or a LoRA; export the towers, and check
+    them against torch.
 
     Each alpha becomes a merged checkpoint, which open_clip loads, and a release in a model
     repository, which radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
         alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is
-            given; auto takes what radapter-eval --alpha auto chose; dynamic makes one release that
-            takes any alpha from each request, by default the chosen one.
+            given, and 1 of a checkpoint or a LoRA; auto takes what radapter-eval --alpha auto
+            chose; dynamic makes one release that takes any alpha from each request, by default the
+            chosen one.
         adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given
             several times, the average of these adapters of one base is exported.
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a
@@ -75,7 +77,15 @@ def export(
             "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
         )
     alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
-    paths = [Path(path) for path in adapter] or [newest_run()]
+    paths = [Path(path) for path in adapter]
+    tuned = settings.checkpoint or settings.lora
+    if not paths and tuned is None:
+        paths = [newest_run()]
+    if None in alphas and tuned is not None:
+        raise RAdapterError(
+            "--alpha auto is for runs, whose validation data it is chosen by; give a number, or"
+            " compare several by radapter-eval"
+        )
     if None in alphas and len(paths) > 1:
         raise RAdapterError(
             "--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic"
@@ -106,19 +116,19 @@ def export(
         )
     for warning in releases[-1].warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    _show(releases, paths, settings, time.perf_counter() - start)
+    names = [str(path) for path in paths] or [str(tuned)]
+    _show(releases, ", ".join(names), settings, time.perf_counter() - start)
 
 
 def _show(
     releases: Sequence[ExportedRelease],
-    paths: Sequence[Path],
+    names: str,
     settings: ExportSettings,
     seconds: float,
 ) -> None:
     """Print what was exported, and how to go on."""
     from radapter_serve.evaluation.results import metric_name
 
-    names = ", ".join(map(str, paths))
     kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
     table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):

@@ -64,6 +64,24 @@ class Base:
         return sides.pop()
 
 
+def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | None]:
+    """What `load_base` takes, of a name that may hold the weights' tag: `ViT-B-32:openai`.
+
+    Args:
+        name: as of `load_base`, or `NAME:TAG`.
+        pretrained: the tag or file of the weights, where the name does not say it.
+
+    Raises:
+        RAdapterError: the weights are named twice.
+    """
+    if name.startswith((LOCAL, HUB)):
+        return name, None
+    model, _, tag = name.partition(":")
+    if tag and pretrained:
+        raise RAdapterError(f"the weights of {model} are named twice: {tag} and {pretrained}")
+    return model, tag or pretrained
+
+
 def load_base(name: str, pretrained: str | None = None) -> Base:
     """Load a CLIP with its weights; never one with random weights.
 

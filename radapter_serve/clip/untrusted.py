@@ -80,8 +80,8 @@ def _check_configs(folder: Path) -> None:
     """Look into all configurations that `transformers` may read from a folder."""
     if (folder / "adapter_config.json").exists():
         raise RAdapterError(
-            f"{folder} holds adapter_config.json, an adapter of peft; merge it into the weights,"
-            " and delete it"
+            f"{folder} holds adapter_config.json, an adapter of peft: export it with --lora, or"
+            " merge it into the weights and delete it"
         )
     for path in sorted(folder.glob("*config*.json")):
         for field, value in _fields(_read(path)):

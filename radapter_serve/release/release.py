@@ -20,7 +20,12 @@ from radapter_serve.files import digest_of, staged
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
-_OPTIONAL = ("quantization", "accuracy", "confidence")  # left out of the file where they are None
+_OPTIONAL = (
+    "made_of",
+    "quantization",
+    "accuracy",
+    "confidence",
+)  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
@@ -37,7 +42,8 @@ class Release:
             [0, 1].
         architecture: of the base: an open_clip name, or `local-dir:PATH`.
         base_digest: of the base's adapted tensors.
-        adapter_digest: of the adapter, or of the average of several.
+        adapter_digest: of the adapter, or of the average of several; of the tuned weights where
+            `made_of` says that they are a checkpoint or a LoRA.
         preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std,
             exif_orientation.
         tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
@@ -49,6 +55,8 @@ class Release:
         logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
         dynamic_alpha: whether the encoders take α as an input.
         adapters: digest and weight of each adapter that was averaged.
+        made_of: kind (`checkpoint` or `lora`), name, base and digest of what was tuned elsewhere;
+            None of adapters.
         precision: of the encoders.
         quantization: of int8: kind, and what the ranges were found by; None for other precisions.
         runtime: what runs the encoders.
@@ -78,6 +86,7 @@ class Release:
     logit_bias: float | None = None
     dynamic_alpha: bool = False
     adapters: list[dict[str, Any]] = field(default_factory=list)
+    made_of: dict[str, Any] | None = None
     precision: str = "fp32"
     quantization: dict[str, Any] | None = None
     runtime: str = "onnxruntime"

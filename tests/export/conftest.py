@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
@@ -16,6 +18,7 @@ from radapter_serve.clip.base import Base, load_base
 from tests.helpers.graphs import graph_of, quick_exports
 
 ALPHAS = (0.3, 0.8)
+CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
 ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
 
 
@@ -51,6 +54,18 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("labels") / "animals.txt"
     path.write_text(ANIMALS, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, one folder a class."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(3)
+    for number in range(30):
+        colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        path = folder / CLASSES[number % len(CLASSES)] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(colours).resize((40, 36), Image.Resampling.NEAREST).save(path)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -36,10 +36,10 @@ from radapter_serve.evaluation.evaluate import Scored
 from radapter_serve.evaluation.release_embedder import release_variants
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.runtimes.encoder import Encoder
+from tests.export.conftest import CLASSES
 from tests.helpers.a_row import a_row
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
 
 
 def types_of(path: Path) -> dict[str, set[int]]:
@@ -209,18 +209,6 @@ def test_int8_adds_up_large_values_right_on_every_cpu(tmp_path: Path, static: bo
     quantize(path, [x] if static else ())
     np.testing.assert_allclose(Encoder(path)(x), x @ weight, rtol=0.02)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx"}
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, one folder a class."""
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(3)
-    for number in range(30):
-        colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        path = folder / CLASSES[number % len(CLASSES)] / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(colours).resize((40, 36), Image.Resampling.NEAREST).save(path)
-    return folder
 
 
 Export = Callable[..., ExportedRelease]

@@ -1,0 +1,169 @@
+"""Checkpoints that were tuned elsewhere: a file of weights, a model's folder, or a name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from radapter_serve.adapter.file import tensors_digest
+from radapter_serve.adapter.line import Line, Tuned, check_weights, weights_of
+from radapter_serve.clip.base import Base, load_base, split_name
+from radapter_serve.errors import RAdapterError, reason, short
+from radapter_serve.files import digest_of
+from radapter_serve.hub import HUB, LOCAL
+
+_FILES_OF_FOLDERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
+_ALLOWED = (
+    "allowed: a .pt or .safetensors file, a model's folder, hf-hub:NAME, or NAME:TAG such as"
+    " ViT-B-32:openai"
+)
+
+
+def load_checkpoint(
+    checkpoint: str, base: str | None = None, pretrained: str | None = None
+) -> Tuned:
+    """Load a tuned checkpoint and its base.
+
+    Args:
+        checkpoint: a file of weights; a model's folder, in the form of open_clip or of
+            `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`.
+        base: what was tuned, named as `load_base` takes it, or `NAME:TAG`. A file of weights needs
+            one, for its architecture; the others need it for an α below 1.
+        pretrained: tag or file of the base's weights, where `base` does not say it.
+
+    Raises:
+        RAdapterError: one of them can't be read, or they are of different architectures.
+    """
+    name = _model_name(checkpoint)
+    if name is None:
+        return _of_file(Path(checkpoint), base, pretrained)
+    tuned = load_base(*split_name(name))
+    weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
+    made_of = _made_of(Path(checkpoint).name, tensors_digest(weights), base, pretrained)
+    if base is None:
+        return Tuned(tuned, Line(None, weights, made_of))
+    start = load_base(*split_name(base, pretrained))
+    _check_same(checkpoint, tuned, start)
+    check_weights(checkpoint, weights, start.model.state_dict())
+    start_weights = weights_of(start)
+    tuned.model.load_state_dict(start_weights)
+    return Tuned(tuned, Line(start_weights, weights, made_of))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights, which runs no code.
+
+    Args:
+        path: a file of safetensors; or one of `torch.save`, a state dict or a training checkpoint
+            that holds one as `state_dict`.
+
+    Raises:
+        RAdapterError: it is neither, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RAdapterError(
+            f"{path} holds pickled objects beside its weights, or is no checkpoint at all; loading"
+            " them could run foreign code: save the state dict alone, by"
+            " torch.save(model.state_dict(), 'tuned.pt')"
+        ) from error
+    except Exception as error:  # torch and safetensors raise many kinds on what they can't read
+        raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    weights = _named(found)
+    if not weights:
+        raise RAdapterError(f"{path} holds no state dict: weights by their names")
+    return weights
+
+
+def _named(found: Any) -> dict[str, Tensor]:
+    """Weights by their names in the model itself; none if it is anything else."""
+    if not isinstance(found, Mapping):
+        return {}
+    weights = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return {}
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        weights[name] = value
+    return weights
+
+
+def _model_name(checkpoint: str) -> str | None:
+    """What `load_base` loads as a whole, with architecture and preprocessing; None for a file of
+    weights.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return f"{LOCAL}{path}"
+    if path.is_file():
+        whole = path.name in _FILES_OF_FOLDERS and (path.parent / "open_clip_config.json").is_file()
+        return f"{LOCAL}{path.parent}" if whole else None
+    if checkpoint.startswith((LOCAL, HUB)) or ":" in checkpoint:
+        return checkpoint
+    raise RAdapterError(f"there is no checkpoint {short(checkpoint)}; {_ALLOWED}")
+
+
+def _of_file(path: Path, base: str | None, pretrained: str | None) -> Tuned:
+    if base is None:
+        raise RAdapterError(
+            f"{path} holds weights alone; name what was tuned with --base, such as --base"
+            " ViT-B-32:openai"
+        )
+    name, tag = split_name(base, pretrained)
+    found = read_weights(path)
+    made_of = _made_of(path.name, digest_of(path), base, pretrained)
+    if tag is None and not name.startswith((LOCAL, HUB)):  # an architecture alone
+        model = load_base(name, str(path))
+        weights = check_weights(str(path), found, model.model.state_dict())
+        return Tuned(model, Line(None, weights, made_of))
+    start = load_base(name, tag)
+    start_weights = weights_of(start)
+    return Tuned(
+        start, Line(start_weights, check_weights(str(path), found, start_weights), made_of)
+    )
+
+
+def _made_of(name: str, digest: str, base: str | None, pretrained: str | None) -> dict[str, Any]:
+    whole = f"{base}:{pretrained}" if base and pretrained else base
+    return {"kind": "checkpoint", "name": name, "base": whole, "digest": digest}
+
+
+def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
+    """Refuse models that compute differently, whatever the shapes of their weights are."""
+    for one, other in zip(_structure(tuned.model), _structure(base.model), strict=False):
+        if one != other:
+            raise RAdapterError(
+                f"{checkpoint} is of another architecture than its base: it has {one}, and the base"
+                f" {other}"
+            )
+    for name in ("mean", "std"):
+        values = [[float(value) for value in of.preprocess[name]] for of in (tuned, base)]
+        if values[0] != values[1]:
+            raise RAdapterError(
+                f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
+                f" and {values[1]} in the base"
+            )
+
+
+def _structure(model: nn.Module) -> list[str]:
+    """What a model is built of, in words: activations and heads show in no weight's shape."""
+    parts = []
+    for name, module in model.named_modules():
+        heads = getattr(module, "num_heads", None)
+        of = f" of {heads} heads" if isinstance(heads, int) else ""
+        parts.append(f"{name} {type(module).__name__}{of}")
+    return parts

@@ -1,0 +1,131 @@
+"""Two models of one architecture and all models between them: WiSE-FT's interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radapter_serve.adapter.file import check_alpha, tensors_digest
+from radapter_serve.clip.base import Base
+from radapter_serve.errors import RAdapterError
+
+
+@dataclass(frozen=True)
+class Line:
+    """The weights `(1 − α)·base + α·tuned`.
+
+    Attributes:
+        base: state dict of the model that was tuned; None where it is not known, and α must be 1.
+        tuned: state dict of the tuned model: the same names and shapes, fp32.
+        made_of: what a release says that it was made of: `kind`, `name`, `base` and `digest`.
+    """
+
+    base: Mapping[str, Tensor] | None
+    tuned: Mapping[str, Tensor]
+    made_of: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of the tuned weights, over names and fp32 values."""
+        return tensors_digest(self.tuned)
+
+    @property
+    def base_digest(self) -> str:
+        """Of the weights that the line starts from."""
+        return tensors_digest(self.tuned if self.base is None else self.base)
+
+    def check(self, alpha: float) -> None:
+        """Refuse an α that the line does not have.
+
+        Raises:
+            RAdapterError: it is outside of [0, 1], or less than 1 without a base.
+        """
+        check_alpha(alpha)
+        if self.base is None and alpha != 1:
+            raise RAdapterError(
+                f"alpha is {alpha:g}, which needs the weights that {self.made_of['name']} was tuned"
+                " from; give them with --base, such as --base ViT-B-32:openai, or take alpha 1"
+            )
+
+    @torch.no_grad()
+    def at(self, alpha: float) -> dict[str, Tensor]:
+        """The weights at one α: as WiSE-FT computes them, to the bit.
+
+        Args:
+            alpha: in [0, 1]; 0 is the base, 1 the tuned model.
+
+        Raises:
+            RAdapterError: the line has no such α.
+        """
+        self.check(alpha)
+        if self.base is None or alpha == 1:
+            return dict(self.tuned)
+        return {
+            name: (1 - alpha) * tensor + alpha * self.tuned[name]
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.base.items()
+        }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that was tuned elsewhere, as a line from its base.
+
+    Attributes:
+        base: gives architecture, preprocessing and tokenizer; its model holds the weights that the
+            line starts from.
+        line: from the base to the tuned weights.
+    """
+
+    base: Base
+    line: Line
+
+
+def weights_of(base: Base) -> dict[str, Tensor]:
+    """A copy of a model's weights, which stays as it is when the model changes."""
+    return {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
+
+
+def check_weights(
+    name: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Refuse weights of another architecture, and values that are no numbers.
+
+    Args:
+        name: of their file, for messages.
+        found: the weights.
+        like: state dict of a model of the architecture.
+
+    Returns:
+        The weights in fp32, in the order of `like`; what is no floating-point number there is as it
+            is there.
+
+    Raises:
+        RAdapterError: a weight is missing, left over, of another shape, or not finite.
+    """
+    needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
+    other = f"{name} is of another architecture than its base"
+    for key, tensor in needed.items():
+        if key not in found:
+            raise RAdapterError(f"{other}: it has no weight {key}")
+        if found[key].shape != tensor.shape:
+            shapes = f"{list(found[key].shape)}, and {list(tensor.shape)} in the base"
+            raise RAdapterError(f"{other}: its weight {key} is {shapes}")
+        if not found[key].isfinite().all():
+            raise RAdapterError(
+                f"{name} is damaged: its weight {key} holds values that are not finite"
+            )
+    unknown = sorted(
+        key for key, tensor in found.items() if key not in like and tensor.is_floating_point()
+    )
+    if unknown:
+        raise RAdapterError(f"{other}: it has the weight {unknown[0]}, which the base has not")
+    return {
+        key: found[key].detach().float() if key in needed else tensor
+        for key, tensor in like.items()
+    }

@@ -1,0 +1,327 @@
+"""Checkpoints that were tuned elsewhere, and LoRA of peft: what is between them and their base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from radapter_serve.adapter.checkpoint import load_checkpoint
+from radapter_serve.adapter.lora import load_lora
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.form import to_transformers
+from radapter_serve.clip.transformers_form import form_of
+from radapter_serve.errors import RAdapterError
+
+# peft asks transformers for a property by its former name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_clip_dir: str) -> Base:
+    return load_base(tiny_clip_dir)
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny: Base) -> dict[str, Tensor]:
+    """The weights of the tiny CLIP after some training: all but the positions differ."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: tensor
+        if "positional" in name
+        else tensor + 0.03 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tiny.model.state_dict().items()
+    }
+
+
+def _folder(path: Path, weights: dict[str, Tensor], tiny_clip_dir: str) -> Path:
+    """A model's folder like the tiny CLIP's, with other weights."""
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), path)
+    save_file(weights, path / "open_clip_model.safetensors")
+    return path
+
+
+def _wise_ft(theta_0: dict[str, Tensor], theta_1: dict[str, Tensor], alpha: float) -> Any:
+    """As in the repository of WiSE-FT: for all keys of the zero-shot model."""
+    assert set(theta_0.keys()) == set(theta_1.keys())
+    return {key: (1 - alpha) * theta_0[key] + alpha * theta_1[key] for key in theta_0}
+
+
+@pytest.mark.parametrize("kind", ["tensors.pt", "training.pt", "weights.safetensors", "folder"])
+def test_the_line_is_that_of_wise_ft_to_the_bit(
+    tiny: Base, tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        _folder(path, tuned, tiny_clip_dir)
+    elif kind == "weights.safetensors":
+        save_file(tuned, path)
+    elif kind == "tensors.pt":
+        torch.save(tuned, path)
+    else:  # as open_clip's own training writes it
+        named = {f"module.{name}": tensor for name, tensor in tuned.items()}
+        torch.save({"epoch": 3, "name": "run", "state_dict": named}, path)
+    before = copy.deepcopy(tiny.model.state_dict())
+    found = load_checkpoint(str(path), tiny_clip_dir)
+    for alpha in (0.0, 0.3, 0.5, 1.0):
+        expected = _wise_ft(before, tuned, alpha)
+        weights = found.line.at(alpha)
+        assert list(weights) == list(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name], tensor), name
+    start = found.base.model.state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in before.items())
+    assert found.line.made_of["kind"] == "checkpoint"
+    assert found.line.made_of["name"] == kind
+
+
+def test_a_folder_needs_no_base_where_it_is_taken_as_it_is(
+    tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    folder = _folder(tmp_path / "tuned", tuned, tiny_clip_dir)
+    for name in (folder, folder / "open_clip_model.safetensors", f"local-dir:{folder}"):
+        line = load_checkpoint(str(name)).line
+        assert all(torch.equal(line.at(1)[key], tensor) for key, tensor in tuned.items())
+        with pytest.raises(RAdapterError, match="alpha is 0.5, which needs the weights that"):
+            line.at(0.5)
+
+
+class _Pickled:
+    """What a pickle may hold beside tensors."""
+
+
+def _with(name: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[Any], Any]:
+    """A change of one weight; it is left out if that gives None."""
+
+    def changed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        new = change(weights[name].clone())
+        rest = {key: value for key, value in weights.items() if key != name}
+        return rest if new is None else {**rest, name: new}
+
+    return changed
+
+
+_BIAS = "visual.ln_post.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _with(_BIAS, lambda _: None),
+            "is of another architecture than its base: it has no weight",
+        ),
+        (_with(_BIAS, lambda x: x[:5]), r"its weight visual.ln_post.bias is \[5\], and \[64\]"),
+        (_with(_BIAS, lambda x: x.fill_(float("nan"))), "is damaged: its weight visual.ln_post"),
+        (_with(_BIAS, lambda x: x.fill_(float("-inf"))), "values that are not finite"),
+        (lambda weights: {**weights, "head.weight": torch.ones(2)}, "has the weight head.weight"),
+        (lambda weights: [weights], "holds no state dict"),
+        (lambda weights: {"a": 1, **weights}, "holds no state dict"),
+        (lambda weights: {}, "holds no state dict"),
+        (lambda weights: {**weights, "x": _Pickled()}, "loading them could run foreign code"),
+        (None, "could not read the checkpoint|could run foreign code"),
+    ],
+)
+def test_bad_checkpoints_are_refused_in_one_line(
+    tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path, change: Any, message: str
+) -> None:
+    path = tmp_path / "tuned.pt"
+    if change is None:
+        path.write_bytes(b"no checkpoint")
+    else:
+        torch.save(change(tuned), path)
+    with pytest.raises(RAdapterError, match=message) as error:
+        load_checkpoint(str(path), tiny_clip_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_checkpoint_or_has_no_architecture_is_refused(
+    tuned: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(tuned, tmp_path / "tuned.pt")
+    for name, base, message in (
+        (str(tmp_path / "none.pt"), None, "there is no checkpoint"),
+        (str(tmp_path / "tuned.pt"), None, "holds weights alone; name what was tuned with --base"),
+        (str(tmp_path), None, "is no model folder"),
+        ("ViT-B-32:nobody", None, "pretrained is 'nobody'"),
+        (str(tmp_path / "tuned.pt"), "ViT-B-32:nobody", "pretrained is 'nobody'"),
+    ):
+        with pytest.raises(RAdapterError, match=message):
+            load_checkpoint(name, base)
+
+
+def test_models_that_compute_differently_are_refused(
+    tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    """Neither activations nor heads nor the images' normalisation show in a weight's shape."""
+    folder = _folder(tmp_path / "tuned", tuned, tiny_clip_dir)
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+
+    def refused(message: str, *keys: str, value: Any) -> None:
+        changed = copy.deepcopy(config)
+        place = changed
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        file.write_text(json.dumps(changed))
+        with pytest.raises(RAdapterError, match=message):
+            load_checkpoint(str(folder), tiny_clip_dir)
+
+    refused("it has .*GELU, and the base .*QuickGELU", "model_cfg", "quick_gelu", value=False)
+    refused("of 4 heads, and the base", "model_cfg", "vision_cfg", "head_width", value=16)
+    refused("another way than its base: mean is", "preprocess_cfg", "mean", value=[0.5] * 3)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny CLIP as `transformers` has it: without a processor, which peft needs none of."""
+    folder = tmp_path_factory.mktemp("transformers") / "clip"
+    form = form_of(tiny)
+    model = transformers.CLIPModel(transformers.CLIPConfig(**form.config))
+    model.load_state_dict(to_transformers(tiny.model.state_dict(), form.weights))
+    model.save_pretrained(folder)
+    return folder
+
+
+def _trained(folder: Path, out: Path, **config: Any) -> Any:
+    """A LoRA of random values, saved; gives the model of peft."""
+    torch.manual_seed(0)
+    usual: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    model = peft.get_peft_model(
+        transformers.CLIPModel.from_pretrained(folder), peft.LoraConfig(**usual | config)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(str(out))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": ["out_proj", "fc1", "fc2", "visual_projection", "text_projection"]},
+        {
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+            "alpha_pattern": {"v_proj": 3, "^vision_model.encoder.layers.1.self_attn.q_proj": 5},
+        },
+    ],
+)
+def test_a_lora_is_merged_as_peft_merges_it(
+    tiny: Base, tiny_clip_dir: str, clip_folder: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    model = _trained(clip_folder, tmp_path / "lora", **config)
+    found = load_lora(tmp_path / "lora", tiny_clip_dir)
+    merged = model.merge_and_unload()
+    theirs = merged.state_dict()
+    ours = to_transformers(found.line.at(1), form_of(tiny).weights)
+    start = to_transformers(tiny.model.state_dict(), form_of(tiny).weights)
+    half = to_transformers(found.line.at(0.5), form_of(tiny).weights)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(half[name], (start[name] + tensor) / 2, rtol=0, atol=1e-6)
+    assert max((ours[name] - start[name]).abs().max().item() for name in ours) > 0.1
+    clip: Any = found.base.model
+    clip.load_state_dict(found.line.at(1))
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(["a cat", "a photo of two dogs"])
+    with torch.no_grad():
+        image = merged.vision_model(pixels).pooler_output @ theirs["visual_projection.weight"].T
+        text = merged.text_model(tokens.long()).pooler_output @ theirs["text_projection.weight"].T
+        torch.testing.assert_close(clip.encode_image(pixels), image, rtol=0, atol=2e-5)
+        torch.testing.assert_close(clip.encode_text(tokens), text, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def lora_folder(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "lora"
+    _trained(clip_folder, folder)
+    return folder
+
+
+def _edited(name: str, value: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+    return edit
+
+
+def _reweighted(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+
+    return edit
+
+
+_Q = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_edited("peft_type", "LOHA"), "is of the kind LOHA; allowed: LORA"),
+        (_edited("use_dora", True), "has use_dora True, which is more than a plain LoRA"),
+        (_edited("bias", "all"), "has bias all, which is more than a plain LoRA"),
+        (_edited("modules_to_save", ["visual_projection"]), "has modules_to_save"),
+        (_edited("init_lora_weights", "pissa"), "init_lora_weights pissa, which changes the base"),
+        (_edited("alpha_pattern", {"(a+)+$": 1}), "allowed are names of layers"),
+        (_edited("lora_alpha", float("nan")), "rank or alpha nan; allowed are numbers"),
+        (_edited("lora_alpha", 0), "rank or alpha 0; allowed: more than 0"),
+        (_edited("r", 3), "has rank 4, and 3 by adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "is no folder of peft"),
+        (lambda folder: (folder / "adapter_config.json").write_text("["), "is no folder of peft"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds no adapter_model"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+            "could not read",
+        ),
+        (_reweighted(lambda w: w[_Q].fill_(float("inf"))), "holds values that are not finite"),
+        (_reweighted(lambda w: w.pop(_Q)), "lora_A and lora_B of .* do not fit"),
+        (
+            _reweighted(lambda w: w.update({"x.lora_embedding_A": w[_Q].clone()})),
+            "has the tensor x.lora",
+        ),
+        (_reweighted(lambda w: w.update({_Q: torch.ones(4, 3)})), "is of another base than"),
+        (
+            _reweighted(
+                lambda w: w.update(
+                    {_Q.replace("text_model", "head"): torch.ones(4, 64)}
+                    | {_Q.replace("text_model", "head").replace("_A", "_B"): torch.ones(64, 4)}
+                )
+            ),
+            "adapts the layer head.encoder.*, which .* has not",
+        ),
+    ],
+)
+def test_bad_loras_are_refused_in_one_line(
+    tiny_clip_dir: str,
+    lora_folder: Path,
+    tmp_path: Path,
+    edit: Callable[[Path], Any],
+    message: str,
+) -> None:
+    shutil.copytree(lora_folder, tmp_path / "lora")
+    edit(tmp_path / "lora")
+    with pytest.raises(RAdapterError, match=message) as error:
+        load_lora(tmp_path / "lora", tiny_clip_dir)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,182 @@
+"""Releases of checkpoints and LoRAs that were tuned elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from radapter_export import ExportSettings, export_release
+from radapter_serve.cli.export import main
+from radapter_serve.clip.base import Base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.integrity import verify
+from radapter_serve.release.release import Release
+from radapter_serve.runtimes.local_release import LocalRelease
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_base: Base) -> dict[str, Tensor]:
+    """The weights of the tiny CLIP after some training."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: tensor + 0.03 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tiny_base.model.state_dict().items()
+    }
+
+
+@pytest.fixture
+def checkpoint(tuned: dict[str, Tensor], tmp_path: Path) -> Path:
+    path = tmp_path / "tuned.pt"
+    torch.save({"epoch": 1, "state_dict": tuned}, path)
+    return path
+
+
+def _settings(folder: Path, **changes: Any) -> ExportSettings:
+    usual = {"model_repository": folder / "repository", "merged": folder / "merged"}
+    return ExportSettings(**(usual | changes))
+
+
+def _by_open_clip(folder: Path, images: list[Image.Image], texts: list[str]) -> list[Any]:
+    """The embeddings of open_clip's own pipeline."""
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    with torch.no_grad():
+        pixels = torch.stack([transform(image) for image in images])  # type: ignore[operator]
+        return [
+            model.eval().encode_image(pixels, normalize=True).numpy(),
+            model.encode_text(tokens, normalize=True).numpy(),
+        ]
+
+
+def test_a_checkpoint_becomes_releases_on_its_line(
+    checkpoint: Path,
+    tuned: dict[str, Tensor],
+    tiny_base: Base,
+    tiny_clip_dir: str,
+    labels_path: Path,
+    tmp_path: Path,
+    quick: None,
+) -> None:
+    settings = _settings(
+        tmp_path,
+        checkpoint=str(checkpoint),
+        base=tiny_clip_dir,
+        dense="naclip",
+        label_sets={"animals": labels_path},
+        transformers=tmp_path / "transformers",
+    )
+    half, whole = export_release((), [0.5, 1.0], settings)
+    base = tiny_base.model.state_dict()
+    for release, alpha in ((half, 0.5), (whole, 1.0)):
+        merged = load_file(release.merged / "open_clip_model.safetensors")
+        for name, tensor in merged.items():  # as WiSE-FT computes it
+            assert torch.equal(tensor, (1 - alpha) * base[name] + alpha * tuned[name])
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8), "RGB"
+    )
+    image.save(tmp_path / "photo.png")
+    for number, release in enumerate((half, whole), 1):
+        served = LocalRelease(tmp_path / "repository", number)
+        prepared = served.prepare((tmp_path / "photo.png").read_bytes())
+        found = [served.encode_images([prepared]), served.embed_texts(["a cat", "two dogs"])]
+        expected = _by_open_clip(release.merged, [image], ["a cat", "two dogs"])
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+        verify(tmp_path / "repository", number)
+    facts = Release.load(tmp_path / "repository" / "classify" / "1")
+    assert facts.made_of is not None
+    assert facts.made_of["digest"].startswith("sha256:")
+    assert {**facts.made_of, "digest": ""} == {
+        "kind": "checkpoint",
+        "name": "tuned.pt",
+        "base": tiny_clip_dir,
+        "digest": "",
+    }
+    assert facts.base_digest != facts.adapter_digest
+    assert whole.release.digest != half.release.digest
+    assert {graph.name for graph in half.graphs} == {
+        "image_encoder",
+        "patch_encoder",
+        "text_encoder",
+    }
+
+
+def test_a_folder_is_exported_as_it_is_in_int8_and_judged(
+    tuned: dict[str, Tensor],
+    tiny_clip_dir: str,
+    labels_path: Path,
+    photos: Path,
+    tmp_path: Path,
+    quick: None,
+) -> None:
+    folder = tmp_path / "tuned"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
+    save_file(tuned, folder / "open_clip_model.safetensors")
+    settings = _settings(
+        tmp_path,
+        checkpoint=str(folder),
+        precision="int8",
+        calibration=str(photos),
+        validation=f"imagefolder:{photos}",
+        max_drop=100.0,
+        label_sets={"animals": labels_path},
+    )
+    (release,) = export_release((), None, settings)
+    assert release.alpha == 1
+    assert release.accuracy is not None
+    assert release.accuracy.n == 30
+    assert release.release.quantization is not None
+    assert release.release.made_of is not None
+    assert release.release.made_of["base"] is None
+    merged = load_file(release.merged / "open_clip_model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--alpha", "dynamic"], "--alpha dynamic is for adapters: a checkpoint or a LoRA has"),
+        (["--alpha", "auto"], "--alpha auto is for runs"),
+        (["--alpha", "1.5"], "alpha is 1.5; allowed: a number from 0"),
+        (["--adapter", "runs/x"], "--adapter and --checkpoint don't go together"),
+        (["--lora", "lora"], "--checkpoint and --lora don't go together"),
+        (["--weights", "1"], "--weights is for several adapters; leave it out"),
+        (["--validation", "own"], "--validation own is for runs; beside --checkpoint name some"),
+        (["--base", "ViT-B-32:openai", "--pretrained", "openai"], "are named twice"),
+        (["--base", "ViT-B-32:no"], "no weights for ViT-B-32: pretrained is 'no'"),
+    ],
+)
+def test_what_a_checkpoint_has_not_is_refused(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoint", str(checkpoint), *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.pt"}
+
+
+def test_a_release_is_not_written_where_a_weight_is_no_number(
+    checkpoint: Path, tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    bad = {**tuned, "visual.proj": torch.full_like(tuned["visual.proj"], float("nan"))}
+    torch.save(bad, checkpoint)
+    settings = _settings(tmp_path, checkpoint=str(checkpoint), base=tiny_clip_dir)
+    with pytest.raises(RAdapterError, match=r"tuned.pt is damaged: its weight visual.proj"):
+        export_release((), [0.5], settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.pt"}
