@@ -45,11 +45,8 @@ class HttpTransport:
         self._url = url
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._open: set[HTTPConnection] = set()
-        kind = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
-        self._pool = kind(url.host, url.port, maxsize=CONNECTIONS)
-        self._pool.ConnectionCls = _connection(
-            HTTPSConnection if url.secure else HTTPConnection, self._open
-        )
+        kind = _HttpsPool if url.secure else _HttpPool
+        self._pool = kind(url.host, url.port, maxsize=CONNECTIONS, open_connections=self._open)
 
     def send(self, request: Request, timeout: float) -> Any:
         body, headers = encode(request) if request.action == "infer" else (None, {})
@@ -82,9 +79,8 @@ class HttpTransport:
         """Ends the connections, those in use as well."""
         self._pool.close()
         for connection in list(self._open):
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # one that is closed by now has no socket
+            # One that is closed by now has no socket.
+            with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
 
 
@@ -210,19 +206,30 @@ def _message(body: bytes) -> str:
         return text[:200]
 
 
-class _Until(io.RawIOBase):
-    """What a socket receives until a deadline; its own time-out starts again with every byte."""
+class _UntilDeadline(io.RawIOBase):
+    """The bytes that a socket receives, until a deadline.
+
+    A socket's own time-out starts again with every byte, so that a server which sends one byte a
+    second would hold a caller for as long as it likes. Each read here waits for the rest of the
+    request's time.
+
+    Args:
+        received: what `http.client` reads the socket by.
+        sock: the socket.
+        deadline: by the monotonic clock, seconds.
+    """
 
     def __init__(self, received: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
-        self._received, self._sock, self._deadline = received, sock, deadline
+        self._received = received
+        self._sock = sock
+        self._deadline = deadline
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(
-            max(self._deadline - time.monotonic(), 1e-6)
-        )  # 0 would mean not to wait at all
+        remaining = self._deadline - time.monotonic()
+        self._sock.settimeout(max(remaining, 1e-6))  # 0 would mean not to wait at all
         return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
 
     def close(self) -> None:
@@ -230,29 +237,48 @@ class _Until(io.RawIOBase):
         super().close()
 
 
-def _connection(kind: type[HTTPConnection], connections: set[HTTPConnection]) -> Any:
-    """A kind of connection that is in `connections` while it is open, and ends a request at its
-    deadline.
+class _EndsInTime(HTTPConnection):
+    """Ends a request at its deadline, answer included, and is in a set while it is open.
+
+    `urllib3.Timeout(total=...)` bounds the connection and each read, but not all reads together.
+
+    Args:
+        open_connections: where it puts itself.
     """
 
-    class Connection(kind):  # type: ignore[misc, valid-type]
-        def connect(self) -> None:
-            super().connect()
-            connections.add(self)
+    def __init__(self, *args: Any, open_connections: set[HTTPConnection], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._open_connections = open_connections
+        self._deadline = 0.0
 
-        def request(self, *args: Any, **options: Any) -> None:
-            self._deadline = time.monotonic() + self.timeout
-            super().request(*args, **options)
+    def connect(self) -> None:
+        super().connect()
+        self._open_connections.add(self)
 
-        def response_class(
-            self, sock: socket.socket, *args: Any, **options: Any
-        ) -> http.client.HTTPResponse:
-            response = http.client.HTTPResponse(sock, *args, **options)
-            response.fp = io.BufferedReader(_Until(response.fp.detach(), sock, self._deadline))
-            return response
+    def request(self, *args: Any, **options: Any) -> None:
+        self._deadline = time.monotonic() + self.timeout  # type: ignore[operator]
+        super().request(*args, **options)
 
-        def close(self) -> None:
-            connections.discard(self)
-            super().close()
+    def response_class(  # type: ignore[override]
+        self, sock: socket.socket, *args: Any, **options: Any
+    ) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(sock, *args, **options)
+        received = response.fp.detach()
+        response.fp = io.BufferedReader(_UntilDeadline(received, sock, self._deadline))
+        return response
 
-    return Connection
+    def close(self) -> None:
+        self._open_connections.discard(self)
+        super().close()
+
+
+class _SecureEndsInTime(_EndsInTime, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _EndsInTime
+
+
+class _HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureEndsInTime
