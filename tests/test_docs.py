@@ -189,6 +189,13 @@ def test_every_recipe_is_described() -> None:
     ]
 
 
+def test_the_picture_of_the_house_has_every_room() -> None:
+    picture = (ROOT / "docs" / "images" / "house.svg").read_text(encoding="utf-8")
+    drawn = set(re.findall(r">([\w/]+)/</text>", picture))
+    rooms = {path.parent.name for path in (ROOT / "radapter_serve").glob("*/__init__.py")}
+    assert drawn == rooms | {"export/radapter_export", "clients/radapter_client"}
+
+
 def test_the_readme_lists_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
