@@ -13,7 +13,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from radapter_serve.gateway.errors import bad
+from radapter_serve.gateway.errors import bad_request
 from radapter_serve.gateway.requests import HEADER_LENGTH, MAX_JSON_VALUES, Inference
 
 
@@ -50,7 +50,7 @@ def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[byt
 def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: bytes) -> list[Any]:
     count = math.prod(output.shape)
     if count > MAX_JSON_VALUES:
-        raise bad(
+        raise bad_request(
             f"the output {output.name} has {count} values, too many for JSON; ask for it in binary"
         )
     if output.datatype != "BYTES":
@@ -62,5 +62,5 @@ def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: b
             offset += 4 + length
             texts.append(values[offset - length : offset].decode())
     except UnicodeDecodeError:
-        raise bad(f"the output {output.name} is no text; ask for it in binary") from None
+        raise bad_request(f"the output {output.name} is no text; ask for it in binary") from None
     return texts

@@ -28,14 +28,14 @@ from radapter_serve.gateway.errors import (
     UNKNOWN_MODEL,
     UNSUPPORTED_TYPE,
     Refused,
-    bad,
-    late,
-    shown,
+    bad_request,
+    escape,
+    timeout_error,
 )
 from radapter_serve.gateway.front import BrowserRule, Front
 from radapter_serve.gateway.health import Health
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.limits import Memory, Places
+from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 from radapter_serve.gateway.metrics import GONE, OK, Metrics
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.settings import MIB, Settings
@@ -49,8 +49,8 @@ _TYPES = ("", "application/json", "application/octet-stream")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Gone(Exception):
-    """The caller has left."""
+class ClientDisconnected(Exception):
+    """The caller closed the connection."""
 
 
 class Gateway:
@@ -68,16 +68,16 @@ class Gateway:
 
     app: ASGIApp
     keys: Keys | None
-    memory: Memory
+    memory: MemoryBudget
 
     def __init__(self, settings: Settings, connect: Callable[[], Upstream]) -> None:
-        self._settings, self._connect = settings, connect
+        self._settings = settings
+        self._connect = connect
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
-        paths: list[
-            tuple[str, Handler]
-        ] = [  # the first that fits is taken, so what is asked most comes first
+        # The first that fits is taken, so what is asked for most often comes first.
+        paths: list[tuple[str, Handler]] = [
             *(
                 (f"{task}{version}{tail}", handler)
                 for tail, handler in (
@@ -119,12 +119,14 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._places = Places(self._settings.max_concurrent, self._settings.max_queue)
-        self.memory = Memory(int(self._settings.max_memory * MIB))
-        self._metrics = Metrics(self._places, self.memory)
+        self._concurrency = ConcurrencyLimit(
+            self._settings.max_concurrent, self._settings.max_queue
+        )
+        self.memory = MemoryBudget(int(self._settings.max_memory * MIB))
+        self._metrics = Metrics(self._concurrency, self.memory)
         self._upstream = self._connect()
         self._health = Health(self._upstream)
-        self._openai = openai.OpenAI(self._upstream, self._model, self._places)
+        self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
         try:
             yield
         finally:
@@ -182,13 +184,13 @@ class Gateway:
         start = time.monotonic()
         name, version = _named(request)
         limit = self._settings.timeout
-        with self.memory.share() as take:
-            body = await self.body(request, take)
+        with self.memory.lease() as acquire:
+            body = await self.body(request, acquire)
             model = await self._model(name)
             asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
             del body
             left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
-            answer = await while_there(request, self._run(asked.message, left), left)
+            answer = await run_until_disconnect(request, self._run(asked.message, left), left)
             self._health.answered(name)
             content, headers = answers.write(answer, asked)
             return Response(content, headers=headers)
@@ -203,30 +205,30 @@ class Gateway:
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings, of texts and images."""
         start = time.monotonic()
-        with self.memory.share() as take:
-            body = await self.body(request, take)
+        with self.memory.lease() as acquire:
+            body = await self.body(request, acquire)
             asked = embeddings.read(body, self._settings.max_inputs)
             del body
             left = self._settings.timeout - (time.monotonic() - start)
-            answer = await while_there(request, self._openai.embed(asked, left), left)
+            answer = await run_until_disconnect(request, self._openai.embed(asked, left), left)
             return Response(answer, media_type="application/json")
 
-    async def body(self, request: Request, take: Callable[[int], None]) -> bytes:
+    async def body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
         """The body of a request, within its time."""
         limit = self._settings.timeout
         try:
             return await asyncio.wait_for(
-                _body(request, int(self._settings.max_body * MIB), take), limit
+                _body(request, int(self._settings.max_body * MIB), acquire), limit
             )
         except asyncio.TimeoutError:
-            raise late(408, f"the body did not come within {limit:g} s") from None
+            raise timeout_error(408, f"the body did not come within {limit:g} s") from None
 
     async def _run(self, message: Any, seconds: float) -> Any:
-        """Triton's answer, as soon as there is a place for the request; its deadline goes on to
+        """Triton's answer, as soon as the request may run; its deadline goes on to
         Triton.
         """
         end = time.monotonic() + seconds
-        async with self._places.place():
+        async with self._concurrency.slot():
             return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
 
     async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
@@ -242,7 +244,7 @@ class Gateway:
     # What holds for all requests
 
     def _guarded(self, handler: Handler) -> Handler:
-        """A handler behind the keys, whose every failure becomes an answer and a count."""
+        """A handler that needs a key, whose every failure becomes an answer and a count."""
         public = handler.__name__ in ("live", "ready")
 
         async def guarded(request: Request) -> Response:
@@ -253,7 +255,7 @@ class Gateway:
                 response, code = await handler(request), OK
             except Refused as error:
                 response, code = refusal(error, request), error.code
-            except (Gone, ClientDisconnect):
+            except (ClientDisconnected, ClientDisconnect):
                 response, code = Response(status_code=499), GONE
             except Exception:
                 LOG.exception("the gateway failed on a request")
@@ -283,9 +285,8 @@ class Gateway:
 
 
 def _of_openai(request: Request) -> bool:
-    return str(request.scope["path"]).startswith(
-        openai.PREFIX
-    )  # its URL needs a Host, which may be anything
+    # Not of `request.url`: that needs a Host, which may be anything.
+    return str(request.scope["path"]).startswith(openai.PREFIX)
 
 
 def refusal(error: Refused, request: Request) -> Response:
@@ -308,19 +309,19 @@ def _named(request: Request) -> tuple[str, str]:
     name, version = request.path_params["model"], request.path_params.get("version", "")
     if name not in TASKS:
         raise Refused(
-            404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {', '.join(TASKS)}"
+            404, UNKNOWN_MODEL, f"no model {escape(name)} here; there are {', '.join(TASKS)}"
         )
     if not re.fullmatch(r"(?:[1-9][0-9]{0,17})?", version):
         raise Refused(
             404,
             UNKNOWN_MODEL,
-            f"{name} has no version {shown(version)}; versions are whole numbers from 1",
+            f"{name} has no version {escape(version)}; versions are whole numbers from 1",
         )
     return name, version
 
 
-async def _body(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
-    """The body of a request, counted while it comes; `hold` hears of each part."""
+async def _body(request: Request, max_bytes: int, acquire: Callable[[int], None]) -> bytes:
+    """The body of a request; `acquire` is called with the size of each part as it comes."""
     headers = request.headers
     if headers.get("Content-Encoding", "identity") != "identity":
         raise Refused(
@@ -329,28 +330,31 @@ async def _body(request: Request, most: int, hold: Callable[[int], None]) -> byt
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind not in _TYPES:
         raise Refused(
-            415, UNSUPPORTED_TYPE, f"Content-Type is {shown(kind)}; send {' or '.join(_TYPES[1:])}"
+            415, UNSUPPORTED_TYPE, f"Content-Type is {escape(kind)}; send {' or '.join(_TYPES[1:])}"
         )
     length = headers.get("Content-Length", "")
     too_large = Refused(
-        413, TOO_LARGE, f"the body has more than {most / MIB:g} MiB, the most that is taken"
+        413, TOO_LARGE, f"the body has more than {max_bytes / MIB:g} MiB, the most that is taken"
     )
-    if length.isdigit() and int(length[:18]) > most:
+    if length.isdigit() and int(length[:18]) > max_bytes:
         raise too_large
-    parts, size = [], 0
+    parts = []
+    size = 0
     async for part in request.stream():
         size += len(part)
-        if size > most:
+        if size > max_bytes:
             raise too_large
-        hold(len(part))
+        acquire(len(part))
         parts.append(part)
     if not size:
-        raise bad("the body is empty")
+        raise bad_request("the body is empty")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
-    """The result of work that is cancelled where the caller leaves; all of the request must have
+async def run_until_disconnect(
+    request: Request, work: Coroutine[Any, Any, Any], seconds: float
+) -> Any:
+    """The result of work that is cancelled if the caller disconnects; all of the request must have
     been read.
     """
     task = asyncio.ensure_future(work)
@@ -362,7 +366,9 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Any], seconds:
         )
         if task.done():
             return task.result()
-        raise Gone if left.done() else late(504, "the request took longer than it may")
+        if left.done():
+            raise ClientDisconnected
+        raise timeout_error(504, "the request took longer than it may")
     finally:
         left.cancel()
         if not task.done():  # its place is free again before anybody hears of this

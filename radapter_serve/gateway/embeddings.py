@@ -19,7 +19,7 @@ from pydantic import Field
 
 from radapter_serve.contract.errors import INVALID_IMAGE, TaskError
 from radapter_serve.contract.labels import check_length
-from radapter_serve.gateway.errors import Refused, bad, shown
+from radapter_serve.gateway.errors import Refused, bad_request, escape
 from radapter_serve.gateway.requests import MAX_JSON_VALUES, Strict, from_json
 
 MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
@@ -73,25 +73,25 @@ class Asked:
         many for JSON.
         """
         if self.dimensions not in (None, width):
-            raise bad(
+            raise bad_request(
                 f"dimensions is {self.dimensions}; embeddings of this release have {width}, and are"
                 " not cut: leave dimensions out",
                 "dimensions",
             )
         if not self.in_base64 and self.count * width > MAX_JSON_VALUES:
-            raise bad(
+            raise bad_request(
                 f"{self.count} embeddings of {width} numbers are too many for JSON; send at most "
                 f"{MAX_JSON_VALUES // width} inputs, or ask for encoding_format base64",
                 "encoding_format",
             )
 
 
-def read(text: bytes, most: int) -> Asked:
+def read(text: bytes, max_inputs: int) -> Asked:
     """Read and check the body of a request.
 
     Args:
         text: JSON.
-        most: inputs that it may have.
+        max_inputs: that it may have.
 
     Raises:
         Refused: the first thing that is wrong, with its place among the inputs, from 0 as in the
@@ -100,14 +100,18 @@ def read(text: bytes, most: int) -> Asked:
     body = from_json(_Body, text, "send fewer inputs")
     values = [body.input] if isinstance(body.input, str) else body.input
     if not isinstance(values, list) or not values:
-        raise bad("input is needed: a text, the data URL of an image, or a list of such", "input")
+        raise bad_request(
+            "input is needed: a text, the data URL of an image, or a list of such", "input"
+        )
     if all(
         type(value) is int or (type(value) is list and value and type(value[0]) is int)
         for value in values
     ):
-        raise bad(_TOKENS, "input")
-    if len(values) > most:
-        raise bad(f"input has {len(values)} values; send at most {most} in a request", "input")
+        raise bad_request(_TOKENS, "input")
+    if len(values) > max_inputs:
+        raise bad_request(
+            f"input has {len(values)} values; send at most {max_inputs} in a request", "input"
+        )
     asked = Asked(
         body.model,
         len(values),
@@ -116,10 +120,8 @@ def read(text: bytes, most: int) -> Asked:
         dimensions=body.dimensions,
     )
     for place in range(len(values)):
-        value, values[place] = (
-            values[place],
-            None,
-        )  # memory: the text of an image goes when its bytes are there
+        # Memory: the text of an image goes when its bytes are there.
+        value, values[place] = (values[place], None)
         _add(asked, place, value, body.modality)
     return asked
 
@@ -150,7 +152,7 @@ def _add(asked: Asked, place: int, value: Any, modality: str | None) -> None:
     try:
         check_length(value)
     except TaskError as error:
-        raise bad(f"{name_of(place)}: {error.message}", name_of(place)) from None
+        raise bad_request(f"{name_of(place)}: {error.message}", name_of(place)) from None
     asked.texts[place] = value.encode()
     asked.tokens += -(-len(value) // CHARACTERS_PER_TOKEN)
 
@@ -162,7 +164,7 @@ def _image(place: int, url: str) -> bytes:
     if not comma or media not in MEDIA or parameters[-1:] != ["base64"]:
         _wrong(
             place,
-            f"begins with {shown(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and"
+            f"begins with {escape(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and"
             ' a text that looks like one is sent with "modality": "text"',
         )
     try:
@@ -179,7 +181,7 @@ def _image(place: int, url: str) -> bytes:
 
 
 def _wrong(place: int, what: str, code: str | None = None) -> NoReturn:
-    error = bad(f"{name_of(place)} {what}", name_of(place))
+    error = bad_request(f"{name_of(place)} {what}", name_of(place))
     raise error if code is None else Refused(400, code, error.message, error.param)
 
 

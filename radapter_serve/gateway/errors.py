@@ -70,7 +70,7 @@ class Refused(RAdapterError):
         self.status, self.code, self.message, self.param = status, code, message, param
 
 
-def bad(message: str, param: str | None = None) -> Refused:
+def bad_request(message: str, param: str | None = None) -> Refused:
     """The refusal of a request that can never be right."""
     return Refused(400, tasks.INVALID_ARGUMENT, message, param)
 
@@ -79,7 +79,7 @@ def overloaded(message: str) -> Refused:
     return Refused(429, OVERLOADED, message)
 
 
-def late(status: int, message: str) -> Refused:
+def timeout_error(status: int, message: str) -> Refused:
     return Refused(status, TIMED_OUT, message)
 
 
@@ -96,7 +96,7 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
     return Refused(number, code, sentence or tasks.public(failure.message))
 
 
-def shown(text: str) -> str:
+def escape(text: str) -> str:
     """What a caller sent, short and printable, for a message."""
     return (
         repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -16,7 +16,7 @@ from radapter_serve.contract.errors import (
     TIMED_OUT,
 )
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
-from radapter_serve.gateway.upstream import SHORT, Upstream
+from radapter_serve.gateway.upstream import SHORT_TIMEOUT, Upstream
 from radapter_serve.tasks.table import TASKS
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
@@ -67,7 +67,7 @@ class Health:
         try:
             if not await self._upstream.ready(task):
                 return f"{task} is not ready"
-            await self._upstream.infer(probe(task), SHORT)
+            await self._upstream.infer(probe(task), SHORT_TIMEOUT)
         except Refused as error:
             if error.code in _FAILED:
                 return f"{task} does not answer"

@@ -1,4 +1,4 @@
-"""API keys: a file of names and SHA-256 digests, so that the file alone lets nobody in."""
+"""API keys: a file of names and SHA-256 digests, so that no one can log in with the file alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})")
 class Keys:
     """The keys of a file, read again whenever it changes.
 
-    A file that has become unreadable lets nobody in: a key that was taken back must never work
+    With a file that has become unreadable no caller is let in: a revoked key must never work
     again.
 
     Args:
@@ -31,7 +31,7 @@ class Keys:
             none.
 
     Raises:
-        RAdapterError: the file cannot be read, or has a line that is none.
+        RAdapterError: the file cannot be read, or has a line that is no key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,8 @@ def new_key(path: Path, name: str) -> str:
     kept nowhere.
 
     Raises:
-        RAdapterError: a name that is none or is taken; a file that cannot be read or written.
+        RAdapterError: a name that is not allowed or is taken; a file that cannot be read or
+            written.
     """
     if not _LINE.fullmatch(f"{name}: {'0' * 64}"):
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
@@ -98,9 +99,9 @@ def new_key(path: Path, name: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """The text of a file of keys; a pipe, a device or a folder is none, and is not waited for."""
+    """The text of a file of keys; a pipe, a device or a folder is refused at once."""
     try:
-        # A pipe that nobody writes to would else hold up whoever opens it.
+        # Opening a pipe without a writer would else block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RAdapterError(

@@ -1,5 +1,5 @@
-"""What the gateway gives to all callers together: places to run in, a short queue, and memory for
-bodies.
+"""What all callers of the gateway share: a limit on concurrent requests, with a short queue, and a
+memory budget for bodies.
 """
 
 from __future__ import annotations
@@ -11,28 +11,32 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from radapter_serve.gateway.errors import overloaded
 
 
-class Places:
-    """Requests that run at once, and that may wait for it.
+class ConcurrencyLimit:
+    """How many requests run at once, and how many may wait.
 
     Args:
-        most: that run.
-        queue: that wait; one more is refused.
+        max_running: requests that run at once.
+        max_waiting: requests that wait; one more is refused.
     """
 
-    def __init__(self, most: int, queue: int) -> None:
-        self._most, self._queue, self._free = most, queue, asyncio.Semaphore(most)
-        self.running = self.waiting = 0
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._free = asyncio.Semaphore(max_running)
+        self.running = 0
+        self.waiting = 0
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place, as soon as one is free.
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait until a request may run, and count it as running.
 
         Raises:
             Refused: too many wait already.
         """
-        if self._free.locked() and self.waiting >= self._queue:
+        if self._free.locked() and self.waiting >= self._max_waiting:
             raise overloaded(
-                f"{self._most} requests run and {self._queue} wait; try again in a moment"
+                f"{self._max_running} requests run and {self._max_waiting} wait; try again in a"
+                " moment"
             )
         self.waiting += 1
         try:
@@ -47,41 +51,44 @@ class Places:
             self._free.release()
 
 
-class Memory:
-    """Bytes of bodies that are held at once, so that many large requests cannot take all memory."""
+class MemoryBudget:
+    """Bytes of bodies that are held at once, so that many large requests cannot take all memory.
 
-    def __init__(self, most: int) -> None:
-        self._most, self.held = most, 0
+    Args:
+        max_bytes: of all bodies together.
+    """
 
-    def take(self, size: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.held = 0
+
+    def acquire(self, size: int) -> None:
         """Hold so many bytes more.
 
         Raises:
             Refused: there is no room for them.
         """
-        if self.held + size > self._most:
+        if self.held + size > self._max_bytes:
             raise overloaded(
                 "the requests under way take all memory that is set apart for them; try again in a"
                 " moment"
             )
         self.held += size
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         self.held -= size
 
     @contextlib.contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Something to call with the bytes that one request takes, which are given back at the end
-        of the block.
-        """
-        taken = 0
+    def lease(self) -> Iterator[Callable[[int], None]]:
+        """Yields `acquire` for one request, whose bytes are released at the end of the block."""
+        held = 0
 
-        def take(size: int) -> None:
-            nonlocal taken
-            self.take(size)
-            taken += size
+        def acquire(size: int) -> None:
+            nonlocal held
+            self.acquire(size)
+            held += size
 
         try:
-            yield take
+            yield acquire
         finally:
-            self.give_back(taken)
+            self.release(held)

@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from radapter_serve.clock import SYSTEM, Clock
 
-EVERY = 5.0  # seconds from one question to the next
-TIMEOUT = 5.0  # seconds that an answer may take
-MAX_SILENCE = 30.0  # seconds without an answer, after which it counts as hanging
-MAX_START = 120.0  # seconds that it may take until it first answers
+INTERVAL_SECONDS = 5.0  # from one question to the next
+TIMEOUT_SECONDS = 5.0  # that an answer may take
+MAX_SILENCE_SECONDS = 30.0  # without an answer, after which it counts as hanging
+MAX_START_SECONDS = 120.0  # that it may take until it first answers
 
 
 class Liveness:
@@ -33,16 +33,16 @@ class Liveness:
         """Begin anew: it has just been started."""
         self._asked: Future[bool] | None = None
         self._asked_at = self._clock.monotonic()
-        self._patient_until = self._clock.monotonic() + MAX_START
+        self._patient_until = self._clock.monotonic() + MAX_START_SECONDS
 
     def silent(self) -> bool:
         """Whether it has not answered for too long; returns at once."""
         now = self._clock.monotonic()
         if self._asked is not None and self._asked.done():
             if self._asked.result():
-                self._patient_until = self._asked_at + MAX_SILENCE
+                self._patient_until = self._asked_at + MAX_SILENCE_SECONDS
             self._asked = None
-        if self._asked is None and now - self._asked_at >= EVERY:
+        if self._asked is None and now - self._asked_at >= INTERVAL_SECONDS:
             self._asked = self._thread.submit(self._ask)
             self._asked_at = now
         return now >= self._patient_until
@@ -56,13 +56,13 @@ def asks(address: str, port: int, *, tls: bool) -> Callable[[], bool]:
     """Whether the gateway at an address of this machine answers."""
 
     def ask() -> bool:
-        connection = http.client.HTTPConnection(address, port, timeout=TIMEOUT)
+        connection = http.client.HTTPConnection(address, port, timeout=TIMEOUT_SECONDS)
         if tls:  # its certificate is for the names that callers use
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = http.client.HTTPSConnection(
-                address, port, timeout=TIMEOUT, context=context
+                address, port, timeout=TIMEOUT_SECONDS, context=context
             )
         try:
             connection.request("GET", "/health/live", headers={"Host": "localhost"})

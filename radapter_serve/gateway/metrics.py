@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from radapter_serve.gateway.errors import CODES
-from radapter_serve.gateway.limits import Memory, Places
+from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 
 OK, GONE = "ok", "caller_gone"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -15,11 +15,11 @@ class Metrics:
     """Counters of one gateway.
 
     Args:
-        places: whose requests are counted while they run and wait.
+        concurrency: whose requests are counted while they run and wait.
         memory: whose bytes are counted.
     """
 
-    def __init__(self, places: Places, memory: Memory) -> None:
+    def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = registry = CollectorRegistry()
         self._seconds = Histogram(
             "radapter_gateway_request_seconds",
@@ -32,8 +32,8 @@ class Metrics:
             "radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry
         )
         for name, what, read in (
-            ("running", "Requests that Triton works on", lambda: places.running),
-            ("waiting", "Requests in the queue", lambda: places.waiting),
+            ("running", "Requests that Triton works on", lambda: concurrency.running),
+            ("waiting", "Requests in the queue", lambda: concurrency.waiting),
             ("body_bytes", "Bytes of bodies in memory", lambda: memory.held),
         ):
             Gauge(f"radapter_gateway_{name}", what, registry=registry).set_function(read)

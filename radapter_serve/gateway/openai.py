@@ -15,14 +15,14 @@ from tritonclient.grpc import service_pb2
 
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 from radapter_serve.gateway import embeddings
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, shown
-from radapter_serve.gateway.limits import Places
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, escape
+from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import pack
 from radapter_serve.gateway.upstream import Upstream
 
 PREFIX = "/v1/"
-NEWEST = "radapter"  # the release that answers whoever names none; NEWEST-N is release N
+NEWEST = "radapter"  # the newest release; NEWEST-N is release N
 TASKS = {"texts": ("embed_text", "text"), "images": ("embed_image", "image")}
 
 
@@ -36,11 +36,14 @@ class OpenAI:
     """
 
     def __init__(
-        self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places
+        self,
+        upstream: Upstream,
+        model: Callable[..., Awaitable[Model]],
+        concurrency: ConcurrencyLimit,
     ) -> None:
         self._upstream = upstream
         self._model = model
-        self._places = places
+        self._concurrency = concurrency
 
     async def models(self) -> dict[str, Any]:
         """The list of releases."""
@@ -65,20 +68,19 @@ class OpenAI:
             seconds: that it may take.
 
         Raises:
-            Refused: there is no such release, an image is none, or a task fails.
+            Refused: there is no such release, an image cannot be read, or a task fails.
         """
         end = time.monotonic() + seconds
         version, facts = await self._release(asked.model)
         asked.check_width(int(facts.get("embed_dim", 0)))
-        async with self._places.place():
+        async with self._concurrency.slot():
             try:
                 rows, answered = await self._rows(asked, version, end)
             except Refused as error:
                 if version or error.code != UNKNOWN_MODEL:
                     raise
-                rows, answered = await self._rows(
-                    asked, version, end
-                )  # another release took over in the middle
+                # Another release took over in the middle.
+                rows, answered = await self._rows(asked, version, end)
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
 
     async def _rows(
@@ -106,19 +108,31 @@ class OpenAI:
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
         """Version, empty for the newest, and facts of a release by its name."""
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
-        for fresh in (
-            {},
-            {"fresh": 0},
-        ):  # one that is served since a moment ago may not be known yet
-            releases = releases_of(await self._model("embed_text", **fresh))
-            if wanted and not wanted[1] and releases:
-                return "", releases[max(releases)]
-            if wanted and wanted[1] and int(wanted[1]) in releases:
-                return wanted[1], releases[int(wanted[1])]
+        releases = releases_of(await self._model("embed_text"))
+        found = _find(releases, wanted)
+        if found is None:  # it may be served since a moment ago, and not be known yet
+            releases = releases_of(await self._model("embed_text", fresh=0))
+            found = _find(releases, wanted)
+        if found is not None:
+            return found
         known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
         raise Refused(
-            404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {known}", "model"
+            404, UNKNOWN_MODEL, f"no model {escape(name)} here; there are {known}", "model"
         )
+
+
+def _find(
+    releases: dict[int, dict[str, Any]], wanted: re.Match[str] | None
+) -> tuple[str, dict[str, Any]] | None:
+    """The version that a name asks for, empty for the newest, and its facts; None if there is
+    none.
+    """
+    if wanted is None:
+        return None
+    if not wanted[1]:
+        return ("", releases[max(releases)]) if releases else None
+    version = int(wanted[1])
+    return (wanted[1], releases[version]) if version in releases else None
 
 
 def releases_of(model: Model) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from radapter_serve.gateway.errors import bad, shown
+from radapter_serve.gateway.errors import bad_request, escape
 from radapter_serve.gateway.models import Model
 from radapter_serve.release.tensors import Tensor
 
@@ -104,8 +104,8 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
             and header_length.isdigit()
             and 0 < int(header_length[:12]) <= end
         ):
-            raise bad(
-                f"{HEADER_LENGTH} is {shown(header_length)}; allowed are 1 to {end}, the length of"
+            raise bad_request(
+                f"{HEADER_LENGTH} is {escape(header_length)}; allowed are 1 to {end}, the length of"
                 " the body"
             )
         end = int(header_length[:12])
@@ -115,21 +115,23 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     for given in header.inputs:
         tensor = model.inputs.get(given.name)
         if tensor is None:
-            raise bad(
-                f"{model.name} has no input {shown(given.name)}; it has {', '.join(model.inputs)}"
+            raise bad_request(
+                f"{model.name} has no input {escape(given.name)}; it has {', '.join(model.inputs)}"
             )
         if any(given.name == other.name for other in message.inputs):
-            raise bad(f"the input {tensor.name} comes twice")
+            raise bad_request(f"the input {tensor.name} comes twice")
         _check_kind(given, tensor, model)
         rows.update(given.shape[:1] if model.max_batch_size else [])
         size = given.parameters.binary_data_size
         if (size is None) == (given.data is None):
-            raise bad(f"the input {tensor.name} needs data or binary_data_size, and not both")
+            raise bad_request(
+                f"the input {tensor.name} needs data or binary_data_size, and not both"
+            )
         if size is None:
             values = _from_json(tensor, given.shape, given.data or [])
         else:
             if size > len(rest):
-                raise bad(
+                raise bad_request(
                     f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body"
                 )
             values, rest = bytes(rest[:size]), rest[size:]
@@ -137,12 +139,14 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
         message.raw_input_contents.append(values)
     if len(rest):
-        raise bad(f"{len(rest)} bytes follow the last input")
+        raise bad_request(f"{len(rest)} bytes follow the last input")
     if len(rows) > 1:
-        raise bad(f"the inputs have {' and '.join(map(str, sorted(rows)))} rows; all need as many")
+        raise bad_request(
+            f"the inputs have {' and '.join(map(str, sorted(rows)))} rows; all need as many"
+        )
     needed = {name for name, tensor in model.inputs.items() if not tensor.optional}
     if missing := sorted(needed - {given.name for given in header.inputs}):
-        raise bad(f"the input {missing[0]} is missing")
+        raise bad_request(f"the input {missing[0]} is missing")
     binary = _outputs(header, model, message)
     timeout = header.parameters.timeout
     return Inference(message, header.id, binary, None if timeout is None else timeout / 1e6)
@@ -171,21 +175,21 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
     # An array or an object begins with a bracket, and all values of one but the first follow a
     # comma.
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
+        raise bad_request(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        what = "the body" if not where else shown(where)
-        raise bad(f"{what}: {first['msg']}", shown(where)[1:-1] or None) from None
+        what = "the body" if not where else escape(where)
+        raise bad_request(f"{what}: {first['msg']}", escape(where)[1:-1] or None) from None
 
 
 def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
     """Datatype and shape, against what the model takes."""
     if given.datatype != tensor.datatype:
-        raise bad(
-            f"the input {tensor.name} is {shown(given.datatype)}; {tensor.datatype} is needed"
+        raise bad_request(
+            f"the input {tensor.name} is {escape(given.datatype)}; {tensor.datatype} is needed"
         )
     dims = given.shape[1:] if model.max_batch_size else given.shape
     fits = len(dims) == len(tensor.dims) and all(
@@ -193,12 +197,12 @@ def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
     )
     if not fits or (model.max_batch_size and not given.shape):
         batch = [-1] if model.max_batch_size else []
-        raise bad(
+        raise bad_request(
             f"the input {tensor.name} has the shape {given.shape}; {[*batch, *tensor.dims]} is"
             " needed (-1: any)"
         )
     if model.max_batch_size and given.shape[0] > model.max_batch_size:
-        raise bad(
+        raise bad_request(
             f"the input {tensor.name} has {given.shape[0]} rows; {model.name} takes"
             f" {model.max_batch_size}"
         )
@@ -209,7 +213,7 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
     count = math.prod(shape)
     if tensor.datatype == "BYTES":
         if count > MAX_TEXTS:
-            raise bad(
+            raise bad_request(
                 f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed"
             )
         _check_texts(tensor.name, values, count)
@@ -217,11 +221,11 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
     if len(values) != count * kind.itemsize:
         needed = f"{list(shape)} of {tensor.datatype} are {count * kind.itemsize}"
-        raise bad(f"the input {tensor.name} has {len(values)} bytes; {needed}")
+        raise bad_request(f"the input {tensor.name} has {len(values)} bytes; {needed}")
     if kind.kind == "b" and max(values) > 1:
-        raise bad(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
+        raise bad_request(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
     if kind.kind == "f" and not np.isfinite(np.frombuffer(values, kind)).all():
-        raise bad(f"the input {tensor.name} holds a value that is not a finite number")
+        raise bad_request(f"the input {tensor.name} holds a value that is not a finite number")
 
 
 def _check_texts(name: str, values: bytes, count: int) -> None:
@@ -231,14 +235,16 @@ def _check_texts(name: str, values: bytes, count: int) -> None:
         length = struct.unpack_from("<I", values, offset)[0] if start <= end else end
         offset = start + length
         if offset > end:
-            raise bad(f"value {number} of {count} of the input {name} goes beyond its end")
+            raise bad_request(f"value {number} of {count} of the input {name} goes beyond its end")
         if text:
             try:
                 values[start:offset].decode()
             except UnicodeDecodeError:
-                raise bad(f"value {number} of {count} of the input {name} is not UTF-8") from None
+                raise bad_request(
+                    f"value {number} of {count} of the input {name} is not UTF-8"
+                ) from None
     if offset != end:
-        raise bad(f"the input {name} has {end - offset} bytes after its {count} values")
+        raise bad_request(f"the input {name} has {end - offset} bytes after its {count} values")
 
 
 def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
@@ -247,36 +253,35 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
         if not any(type(value) is list for value in data):
             break
         if not all(type(value) is list for value in data):
-            raise bad(f"the data of the input {tensor.name} are nested unevenly")
+            raise bad_request(f"the data of the input {tensor.name} are nested unevenly")
         data = list(chain.from_iterable(data))
     if len(data) != math.prod(shape):
-        raise bad(
+        raise bad_request(
             f"the input {tensor.name} has {len(data)} values; the shape {list(shape)} has"
             f" {math.prod(shape)}"
         )
     kinds = set(map(type, data))
     if tensor.datatype == "BYTES":
         if kinds != {str}:
-            raise bad(f"the data of the input {tensor.name} are not all texts")
+            raise bad_request(f"the data of the input {tensor.name} are not all texts")
         return pack([value.encode() for value in data])
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
     by_kind: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
     wanted = by_kind.get(kind.kind, {int})
     if not kinds <= wanted:
         what = "true or false" if kind.kind == "b" else f"numbers of type {tensor.datatype}"
-        raise bad(f"the data of the input {tensor.name} are not all {what}")
+        raise bad_request(f"the data of the input {tensor.name} are not all {what}")
     try:
         if kind.kind == "f":
-            with np.errstate(
-                over="ignore"
-            ):  # what is not finite is refused with all other such values
+            # What is not finite is refused with all other such values.
+            with np.errstate(over="ignore"):
                 return np.array(data, np.float64).astype(kind).tobytes()
         values = np.array(data, np.int64)
         if (values == values.astype(kind)).all():
             return values.astype(kind).tobytes()
     except OverflowError:
         pass
-    raise bad(f"a number of the input {tensor.name} does not fit {tensor.datatype}")
+    raise bad_request(f"a number of the input {tensor.name} does not fit {tensor.datatype}")
 
 
 def _outputs(
@@ -286,12 +291,12 @@ def _outputs(
     default, binary = header.parameters.binary_data_output, set()
     for output in header.outputs:
         if output.name not in model.outputs:
-            raise bad(
-                f"{model.name} has no output {shown(output.name)}; it has"
+            raise bad_request(
+                f"{model.name} has no output {escape(output.name)}; it has"
                 f" {', '.join(model.outputs)}"
             )
         if any(output.name == other.name for other in message.outputs):
-            raise bad(f"the output {output.name} is asked for twice")
+            raise bad_request(f"the output {output.name} is asked for twice")
         message.outputs.add(name=output.name)
         wish = output.parameters.binary_data
         if default if wish is None else wish:

@@ -35,12 +35,12 @@ from radapter_serve.gateway.upstream import Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 
-PATIENCE = 10.0  # seconds for a handshake, for the headers of a request, and between two requests
-DRAIN = 20  # seconds that running requests have when the gateway stops
+IDLE_SECONDS = 10.0  # for a handshake, for the headers of a request, and between two requests
+DRAIN_SECONDS = 20  # that running requests have when the gateway stops
 
 
 class GatewayServer:
-    """A gateway that has not started, behind granian.
+    """A gateway that has not started, served by granian.
 
     Args:
         settings: of the gateway.
@@ -71,7 +71,7 @@ class GatewayServer:
         """Serve until `stop`, or in the main thread until SIGINT, SIGTERM or SIGHUP.
 
         Raises:
-            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN` seconds
+            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN_SECONDS`
                 to.
         """
         if uvloop.run(self._run()) == signal.SIGINT:
@@ -95,7 +95,7 @@ class GatewayServer:
                     self._loop.add_signal_handler(number, on_signal, number)
         try:
             await self._server.serve()
-        except asyncio.TimeoutError:  # some requests took longer than `DRAIN`
+        except asyncio.TimeoutError:  # some requests took longer than `DRAIN_SECONDS`
             # granian then ends a task again that it has cancelled, which asyncio would report with
             # a traceback.
             self._loop.set_exception_handler(lambda *_: None)
@@ -115,20 +115,19 @@ class _Granian(granian.server.embed.Server):
             backlog=settings.max_connections,
             backpressure=settings.max_connections,
             http1_settings=HTTP1Settings(
-                header_read_timeout=int(1000 * PATIENCE), max_buffer_size=MAX_HEADERS
+                header_read_timeout=int(1000 * IDLE_SECONDS), max_buffer_size=MAX_HEADERS
             ),
             log_enabled=False,  # what callers do wrong is answered, not logged
             ssl_cert=settings.tls_certificate,
             ssl_key=settings.tls_key,
             ssl_protocol_min=SSLProtocols.tls12,
         )
-        self.workers_kill_timeout = DRAIN
+        self.workers_kill_timeout = DRAIN_SECONDS
 
     def _init_shared_socket(self) -> None:
         native: Any = granian._granian
-        self._shd = native.SocketHolder(
-            self._listener.detach(), False, self.backlog
-        )  # which closes it
+        # Which closes it.
+        self._shd = native.SocketHolder(self._listener.detach(), False, self.backlog)
 
 
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
@@ -169,10 +168,9 @@ def listen(settings: Settings, where: str = "--") -> socket.socket:
         ) from None
     # Else an answer's body waits 40 ms for the caller to confirm its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(
-        socket, "TCP_USER_TIMEOUT"
-    ):  # a caller who takes nothing at all; the kernel then ends the connection
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * PATIENCE))
+    # A caller who takes nothing at all: the kernel then ends the connection.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * IDLE_SECONDS))
     return listener
 
 
@@ -247,7 +245,7 @@ class Child:
         self._liveness.close()
         self._process.terminate()
         try:
-            self._process.wait(DRAIN + 5)
+            self._process.wait(DRAIN_SECONDS + 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -258,6 +256,6 @@ def _allow_files(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

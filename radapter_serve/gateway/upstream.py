@@ -14,11 +14,10 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
-SHORT = 10.0  # seconds for what computes nothing
-LOOK_AGAIN = (
-    30.0  # seconds after which a name's servers are looked up again: there may be more of them
-)
-LONGEST = 3600.0  # seconds that a request may go on with the servers of before
+SHORT_TIMEOUT = 10.0  # seconds for what computes nothing
+# After so many a name's servers are looked up again: there may be more of them.
+RESOLVE_SECONDS = 30.0
+MAX_DRAIN_SECONDS = 3600.0  # that a request may go on with the servers of before
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -75,8 +74,8 @@ class Triton:
     def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
         # A channel looks a name up when it is made and when a connection ends, not when servers are
         # added. A new channel shares the connections that there are.
-        if time.monotonic() - self._opened >= LOOK_AGAIN:
-            closing = asyncio.ensure_future(self._channel.close(LONGEST))
+        if time.monotonic() - self._opened >= RESOLVE_SECONDS:
+            closing = asyncio.ensure_future(self._channel.close(MAX_DRAIN_SECONDS))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
             self._open()
@@ -110,7 +109,7 @@ class Triton:
         await self._channel.close()
 
     @staticmethod
-    async def _ask(method: Any, message: Any, timeout: float = SHORT) -> Any:
+    async def _ask(method: Any, message: Any, timeout: float = SHORT_TIMEOUT) -> Any:
         try:
             return await method(message, timeout=timeout)
         except grpc.aio.AioRpcError as error:

@@ -33,10 +33,10 @@ def asked_labels() -> Iterator[tuple[str, str]]:
 
 
 def test_metrics_of_the_gateway() -> None:
-    from radapter_serve.gateway.limits import Memory, Places
+    from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
     from radapter_serve.gateway.metrics import Metrics
 
-    gateway = Metrics(Places(1, 1), Memory(1))
+    gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1))
     gateway.count("classify", "ok", 0.1)
     there = names_and_labels(gateway.text().decode())
     asked = {name for name in metrics() if name.startswith("radapter_gateway")}

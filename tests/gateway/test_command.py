@@ -19,7 +19,7 @@ from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway import run
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.liveness import MAX_START
+from radapter_serve.gateway.liveness import MAX_START_SECONDS
 from radapter_serve.gateway.run import command, start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
@@ -164,7 +164,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     def run(watched: supervisor.Supervisor) -> None:
         assert lives(url)
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            os.kill(watched._beside[GATEWAY]._process.pid, number)  # type: ignore[attr-defined]
+            os.kill(watched._sidecars[GATEWAY]._process.pid, number)  # type: ignore[attr-defined]
             before = len(said)
             for _ in range(200):
                 watched.step()
@@ -190,7 +190,7 @@ def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.M
     monkeypatch.setattr(run, "start", lambda _: subprocess.Popen(["sleep", "60"]))
     clock = FakeClock()
     with run.Child(Settings(port=port), clock) as child:
-        clock.now += MAX_START - 1
+        clock.now += MAX_START_SECONDS - 1
         assert child.died() is None
         clock.now += 1
         assert child.died() == "it no longer answered, so it was killed"

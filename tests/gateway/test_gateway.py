@@ -274,7 +274,7 @@ def test_a_body_that_does_not_come() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"GET /v2 HT", HEAD])
 def test_headers_that_do_not_come(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(run, "PATIENCE", 0.3)
+    monkeypatch.setattr(run, "IDLE_SECONDS", 0.3)
     with serving() as served, talking(served, data) as it:
         with contextlib.suppress(ConnectionResetError):
             assert it.recv(100) == b""
@@ -402,7 +402,7 @@ def test_a_gateway_that_stops_lets_requests_end_and_waits_for_none_for_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for drain, expected in ((20.0, b"200"), (0.3, b"500")):
-        monkeypatch.setattr(run, "DRAIN", drain)
+        monkeypatch.setattr(run, "DRAIN_SECONDS", drain)
         with ExitStack() as stack:
             served = stack.enter_context(serving())
             served.hold()

@@ -10,7 +10,13 @@ from collections.abc import Callable
 import pytest
 
 from radapter_serve.gateway import liveness
-from radapter_serve.gateway.liveness import EVERY, MAX_SILENCE, MAX_START, Liveness, asks
+from radapter_serve.gateway.liveness import (
+    INTERVAL_SECONDS,
+    MAX_SILENCE_SECONDS,
+    MAX_START_SECONDS,
+    Liveness,
+    asks,
+)
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import serving
 
@@ -30,29 +36,29 @@ def settled(watch: Liveness) -> bool:
 def test_it_is_silent_once_it_has_not_answered_for_so_long() -> None:
     answers = [True]
     watch, clock = watched(lambda: answers[0])
-    clock.now += EVERY
+    clock.now += INTERVAL_SECONDS
     assert not watch.silent() and not settled(watch)  # asked, and answered
     answered = clock.now
     answers[0] = False
-    while clock.now + EVERY < answered + MAX_SILENCE:
-        clock.now += EVERY
+    while clock.now + INTERVAL_SECONDS < answered + MAX_SILENCE_SECONDS:
+        clock.now += INTERVAL_SECONDS
         assert not watch.silent() and not settled(watch)
-    clock.now = answered + MAX_SILENCE - 0.01
+    clock.now = answered + MAX_SILENCE_SECONDS - 0.01
     assert not settled(watch)
-    clock.now = answered + MAX_SILENCE
+    clock.now = answered + MAX_SILENCE_SECONDS
     assert watch.silent()
     watch.close()
 
 
 def test_it_has_longer_to_start_and_again_after_a_restart() -> None:
     watch, clock = watched(lambda: False)
-    clock.now += MAX_START - 0.01
+    clock.now += MAX_START_SECONDS - 0.01
     assert not watch.silent()
     clock.now += 0.01
     assert settled(watch)
     watch.restart()
     assert not watch.silent()
-    clock.now += MAX_START - 0.01
+    clock.now += MAX_START_SECONDS - 0.01
     assert not watch.silent()
     watch.close()
 
@@ -67,12 +73,12 @@ def test_a_question_without_an_answer_holds_up_nobody() -> None:
 
     watch, clock = watched(ask)
     for _ in range(5):
-        clock.now += EVERY
+        clock.now += INTERVAL_SECONDS
         assert not watch.silent()
     while not asked:
         time.sleep(0.001)
     assert len(asked) == 1  # one question at a time
-    clock.now += MAX_START
+    clock.now += MAX_START_SECONDS
     assert watch.silent()
     go.set()
     watch.close()
@@ -84,6 +90,6 @@ def test_asking_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask()
         assert not asks("127.0.0.1", served.port, tls=True)()
     assert not ask()
-    monkeypatch.setattr(liveness, "TIMEOUT", 0.2)
+    monkeypatch.setattr(liveness, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert not asks("127.0.0.1", mute.getsockname()[1], tls=False)()

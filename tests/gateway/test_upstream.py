@@ -70,9 +70,9 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
         triton = upstream.Triton("name:8001")
         slow = asyncio.ensure_future(asked(triton))
         await asyncio.sleep(0.1)
-        monkeypatch.setattr(upstream, "LOOK_AGAIN", 0.0)
+        monkeypatch.setattr(upstream, "RESOLVE_SECONDS", 0.0)
         late = await asked(triton)
-        monkeypatch.setattr(upstream, "LOOK_AGAIN", 30.0)
+        monkeypatch.setattr(upstream, "RESOLVE_SECONDS", 30.0)
         names = [await slow, late, await asked(triton)]
         await triton.close()
         await asyncio.gather(first[0].stop(None), second[0].stop(None))

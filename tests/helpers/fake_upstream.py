@@ -193,7 +193,7 @@ def main(
     """A gateway in this process, which gives its callers `patience` seconds where a gateway gives 8
     or 10.
     """
-    run.PATIENCE = front.PIECE_SECONDS = patience
+    run.IDLE_SECONDS = front.PIECE_SECONDS = patience
     settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
     with run.listen(settings) as listener:
         run._allow_files(settings.max_connections)
