@@ -22,7 +22,6 @@ from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.facts import (
     FACTS,
-    IndexFacts,
     MadeBy,
     OnBroken,
     Plan,
@@ -40,7 +39,7 @@ from radapter_serve.index.store.local import (
     table_errors,
 )
 from radapter_serve.index.stored import file_of
-from radapter_serve.index.writer import BROKEN, Progress, Summary, Writer
+from radapter_serve.index.writer import BROKEN, Base, Progress, Summary, Writer
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
@@ -111,9 +110,9 @@ def build(
             )
         return summary
 
-    with _generation(out, plan, resume=resume, extend=False) as (made, before, base):
+    with _generation(out, plan, resume=resume, extend=False) as (made, base):
         writer = Writer(made, plan, release, out, _schema(plan, collection), cluster)
-        return _finish(made, out, writer, fill, before, base)
+        return _finish(made, out, writer, fill, base)
 
 
 def add(
@@ -132,13 +131,13 @@ def add(
         out: the index's folder.
         release: embeds the images; it must be the one that made the index, or the same exported
             again.
-        source: where to look, as of `build`; None takes the index's own source.
+        source: where to look, as in `build`; None takes the index's own source.
         prune: remove images whose files are gone.
-        on_broken: as of `build`; None does as the last build or addition did.
-        progress: as of `build`.
+        on_broken: as in `build`; None does as the last build or addition did.
+        progress: as in `build`.
 
     Raises:
-        RAdapterError: there is no index, another release made it, or as of `build`.
+        RAdapterError: there is no index, another release made it, or what `build` raises.
     """
     out = out.absolute()
     _refuse_link(out)
@@ -162,21 +161,15 @@ def add(
             summary.removed = writer.delete({id for id in writer.known if not _is_there(id, root)})
         return summary
 
-    with _generation(out, plan, resume=True, extend=True) as (made, before, base):
-        return _finish(
-            made,
-            out,
-            Writer(made, plan, release, out, _schema(plan, collection)),
-            fill,
-            before,
-            base,
-        )
+    with _generation(out, plan, resume=True, extend=True) as (made, base):
+        writer = Writer(made, plan, release, out, _schema(plan, collection))
+        return _finish(made, out, writer, fill, base)
 
 
 @contextlib.contextmanager
 def _generation(
     out: Path, plan: Plan, *, resume: bool, extend: bool
-) -> Iterator[tuple[Path, IndexFacts | None, Path | None]]:
+) -> Iterator[tuple[Path, Base | None]]:
     """A folder in which the next generation of an index is made; one writer at a time.
 
     It goes on with what a stopped command left, or begins as a copy of the generation that counts
@@ -191,7 +184,7 @@ def _generation(
             anew with other digests.
 
     Yields:
-        The folder; the facts and the folder of the generation that it began as a copy of, or None.
+        The folder; the generation that it began as a copy of, or None.
 
     Raises:
         RAdapterError: another command writes the index, a stopped one had another plan, or the
@@ -199,22 +192,20 @@ def _generation(
     """
     made = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(made, "radapter-index"), _removed_if_empty(made):
-        found = None
+        base = None
         with contextlib.nullcontext() if extend else contextlib.suppress(RAdapterError):
-            found = _whole(out) if resume else None
-        if found is not None and found[1].plan.differences(plan):
-            found = None
-        before = found[1] if found else None
-        base = out / found[0] if found else None
-        with _kept_or_removed(made, before), disk_errors(out):
+            base = _whole(out) if resume else None
+        if base is not None and base.facts.plan.differences(plan):
+            base = None
+        with _kept_or_removed(made, base), disk_errors(out):
             if resume and _holds_rows(made):
                 _check_stopped(made, out, plan)
             else:
                 _empty(made)
                 if base is not None:
-                    link_copy(base / f"{TABLE}.lance", made / f"{TABLE}.lance")
+                    link_copy(base.folder / f"{TABLE}.lance", made / f"{TABLE}.lance")
                 (made / _STOPPED).write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
-            yield made, before, base
+            yield made, base
 
 
 def _finish(
@@ -222,14 +213,13 @@ def _finish(
     out: Path,
     writer: Writer,
     fill: Callable[[Writer], Summary],
-    before: IndexFacts | None,
-    base: Path | None,
+    base: Base | None,
 ) -> Summary:
     """Fill a generation and have it be the one that counts; where it is as the one before, that
     stays.
     """
     summary = fill(writer)
-    facts = writer.finish(summary, before, base)
+    facts = writer.finish(summary, base)
     if summary.changed:
         made = install(made, out, facts, KEEP)
         (made / _STOPPED).unlink()
@@ -239,8 +229,8 @@ def _finish(
     return summary
 
 
-def _whole(out: Path) -> tuple[str, IndexFacts]:
-    """The generation that counts, and its facts.
+def _whole(out: Path) -> Base:
+    """The generation that counts.
 
     Raises:
         RAdapterError: there is none, or its table is damaged.
@@ -248,7 +238,7 @@ def _whole(out: Path) -> tuple[str, IndexFacts]:
     generation, facts = Folder(out).current()
     with table_errors(out, facts.plan):
         check_files(out / generation / f"{TABLE}.lance", facts.files, complete=True)
-    return generation, facts
+    return Base(out / generation, facts)
 
 
 @contextlib.contextmanager
@@ -285,7 +275,7 @@ def _is_there(id: str, root: Path) -> bool:
 def _refuse_link(out: Path) -> None:
     if link_of(out):
         raise RAdapterError(
-            f"{out} stands for a published index, which is read-only; change the index that was"
+            f"{out} links to a published index, which is read-only; change the index that was"
             " published there, and publish it again with radapter-index publish"
         )
 
@@ -364,14 +354,14 @@ def _holds_rows(made: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _kept_or_removed(made: Path, before: IndexFacts | None) -> Iterator[None]:
+def _kept_or_removed(made: Path, base: Base | None) -> Iterator[None]:
     """Where the work fails: keep what is embedded and say how to go on, or leave nothing where
     nothing was.
     """
     try:
         yield
     except BaseException as error:
-        if not _embedded_anything(made, before):
+        if not _embedded_anything(made, base):
             shutil.rmtree(made, ignore_errors=True)
             raise
         kept = "the embeddings so far are kept: give the same command again to continue"
@@ -382,11 +372,11 @@ def _kept_or_removed(made: Path, before: IndexFacts | None) -> Iterator[None]:
         raise
 
 
-def _embedded_anything(made: Path, before: IndexFacts | None) -> bool:
-    if before is None:
+def _embedded_anything(made: Path, base: Base | None) -> bool:
+    if base is None:
         return _holds_rows(made)
     with contextlib.suppress(Exception):
-        return bool(lancedb.connect(made).open_table(TABLE).version != before.table_version)
+        return bool(lancedb.connect(made).open_table(TABLE).version != base.facts.table_version)
     return False
 
 

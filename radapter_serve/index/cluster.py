@@ -21,7 +21,7 @@ from radapter_serve.index.stored import StoredFile, file_of
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.runtimes.origin import release_of
 
-_LOOK = ("width", "height", "thumbnail")
+_DETAILS = ("width", "height", "thumbnail")
 _AHEAD = 2  # batches that wait for a worker
 
 
@@ -53,9 +53,8 @@ class Cluster:
                 " --head"
             ) from None
         self._gpus = int(resources.get("GPU", 0))
-        self.workers = max(
-            1, self._gpus or int(resources.get("CPU", 1)) - 1
-        )  # one core reads and passes on
+        # One core reads and passes on.
+        self.workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)
 
     def read(
         self,
@@ -70,7 +69,7 @@ class Cluster:
         Args:
             items: as `read` takes them: id, file, and the digest of the bytes that the index has.
             batch: how many files at a time.
-            thumbnails, exif_orientation: as of `build`.
+            thumbnails, exif_orientation: as in `build`.
 
         Raises:
             RAdapterError: the workers can't embed.
@@ -169,8 +168,8 @@ class _Worker:
                 "kept": [one.kept for one in found],
                 "error": [one.error.encode("utf-8", "surrogateescape") for one in found],
                 **{
-                    name: pa.array([one.look.get(name) for one in found], _TYPES[name])
-                    for name in _LOOK
+                    name: pa.array([one.details.get(name) for one in found], _TYPES[name])
+                    for name in _DETAILS
                 },
                 "vector": pa.array(
                     [embeds.get(one.digest) for one in found], pa.list_(pa.float32())
@@ -186,7 +185,7 @@ def _reads(found: pa.Table) -> list[Read]:
     return [
         Read(
             row["digest"],
-            look={name: row[name] for name in _LOOK if row[name] is not None},
+            details={name: row[name] for name in _DETAILS if row[name] is not None},
             kept=row["kept"],
             error=row["error"].decode("utf-8", "surrogateescape"),
             vector=None if row["vector"] is None else np.asarray(row["vector"], np.float32),

@@ -1,4 +1,4 @@
-"""The image files that an index is made of: all of a folder, or those that a table names beside
+"""The image files that an index is made of: all of a folder, or those that a table names with
 their metadata.
 """
 
@@ -180,9 +180,8 @@ def _read(kind: str, path: Path | str) -> Any:
     repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
     if repeated:
         raise RAdapterError(f"{path} has the column {min(repeated)!r} twice; rename one")
-    for number, column in enumerate(
-        table.schema
-    ):  # a column with nothing in it: text, as good as any
+    # A column without a value has no type; text is as good as any.
+    for number, column in enumerate(table.schema):
         if pyarrow.types.is_null(column.type):
             table = table.set_column(number, column.name, table[column.name].cast(pyarrow.string()))
     return table

@@ -51,7 +51,7 @@ def check_condition(where: str) -> str:
     """A condition that compares columns, written anew from what was understood of it.
 
     Raises:
-        TaskError: as of `parse_condition`.
+        TaskError: as in `parse_condition`.
     """
     try:
         return parse_condition(where).sql(dialect=_Lance, comments=False)
@@ -78,19 +78,19 @@ def parse_condition(where: str) -> exp.Expr:
         raise
     except RecursionError:
         raise _too_deep() from None
-    except (
-        Exception
-    ):  # on input that makes no sense the parser raises errors of its own and of Python's
+    # On input that makes no sense the parser raises errors of its own and of Python's.
+    except Exception:
         raise _refused(f"{where!r:.200} cannot be read; {ALLOWED}") from None
 
 
 def _brackets(where: str) -> int:
-    """How deep brackets stand in each other, before any is parsed."""
-    depth = most = 0
+    """How deep brackets are nested, before any is parsed."""
+    depth = 0
+    max_depth = 0
     for token in _Lance().tokenize(where):
         depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
-        most = max(most, depth)
-    return most
+        max_depth = max(max_depth, depth)
+    return max_depth
 
 
 def _check(condition: exp.Expr) -> None:

@@ -1,5 +1,5 @@
 """The embeddings of an index as plain files, in the layout of clip-retrieval: NumPy arrays, and
-Parquet beside them.
+Parquet next to them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def export_embeddings(
     """Write `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`, and so on for each million
     images.
 
-    Row n of an array is row n of the table beside it. The files appear all or not at all.
+    Row n of an array is row n of the table next to it. The files appear all or not at all.
 
     Args:
         index: the index's folder.
@@ -83,9 +83,8 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
     for name in ("img_emb", "metadata"):
         (staged / name).mkdir(parents=True)
     count, rows = len(source), _rows(source)
-    digits = len(
-        str(max(count - 1, 0) // PART)
-    )  # readers take the files in the order of their names
+    # Readers take the files in the order of their names.
+    digits = len(str(max(count - 1, 0) // PART))
     for number, start in enumerate(range(0, count, PART)):
         name, length, written = str(number).zfill(digits), min(PART, count - start), 0
         with contextlib.ExitStack() as held:

@@ -26,7 +26,7 @@ class MadeBy:
 
     Args:
         architecture, alpha, dynamic_alpha, version, precision, base_digest, adapter_digest,
-            embed_dim: as of `Release`, with the α that the images were embedded at.
+            embed_dim: as in `Release`, with the α that the images were embedded at.
         digest: of the release.
     """
 
@@ -68,7 +68,7 @@ class Plan:
         exif_orientation: whether images are turned as their EXIF says.
         on_broken: what becomes of images that can't be read.
         release: that embeds.
-        origin: where the release is, as of `EmbeddingRelease`.
+        origin: where the release is, as in `EmbeddingRelease`.
     """
 
     source: str
@@ -202,7 +202,7 @@ def build_command(
         folder: of the index.
         plan: of the index; None where it can't be read.
         release: the other release.
-        origin: where that is, as of `EmbeddingRelease`.
+        origin: where that is, as in `EmbeddingRelease`.
     """
     if plan is None:
         return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"

@@ -175,7 +175,7 @@ def _truth(node: Any) -> bool | None:
 
 
 def _time(node: Any) -> datetime.datetime | None:
-    """A date, or a time without a zone, which stands for UTC as LanceDB and Qdrant have it."""
+    """A date, or a time without a zone, which is in UTC, as in LanceDB and Qdrant."""
     if isinstance(node, exp.Cast) and node.is_type("date", "timestamp"):
         node = node.this.unnest()
     text = _text(node)

@@ -23,7 +23,7 @@ from radapter_serve.index.store.qdrant import Qdrant, is_qdrant
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.store.table import UNIT
 
-LINK = "at"  # the one fact in the index.json of a folder that stands for a published index
+LINK = "at"  # the one fact in the index.json of a folder that links to a published index
 MAX_TOP_K = 1000
 
 
@@ -47,7 +47,7 @@ class Index:
         return self.facts.count
 
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
-        """As of `Store`."""
+        """As in `Store`."""
         return self._store.rows(columns, batch)
 
     def search(
@@ -135,7 +135,7 @@ def published(url: str) -> Bucket | Qdrant:
 
 
 def link_of(folder: Path) -> str:
-    """The address of the published index that a folder stands for; empty where it stands for
+    """The address of the published index that a folder links to; empty where it links to
     none.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -144,7 +144,7 @@ def link_of(folder: Path) -> str:
 
 
 def write_link(folder: Path, url: str) -> None:
-    """Have a folder, which is made, stand for a published index."""
+    """Make a folder link to a published index; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     with staged(folder / FACTS) as temporary:
         temporary.write_text(json.dumps({LINK: url}), encoding="utf-8")

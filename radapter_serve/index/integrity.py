@@ -48,7 +48,7 @@ def check_files(folder: Path, files: Files, *, complete: bool) -> None:
 
     Args:
         folder: of the table.
-        files: as of `files_of`.
+        files: as in `files_of`.
         complete: whether all files are read, however large; else as CHECKED_AT_OPEN says.
 
     Raises:
@@ -72,7 +72,7 @@ def _size(path: Path) -> int | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that are read of a version; beside them LanceDB has a log, and a hint that it
+    """The files that are read of a version; besides them LanceDB has a log, and a hint that it
     writes again.
     """
     return [path for pattern in _READ for path in folder.rglob(pattern) if path.is_file()]

@@ -1,7 +1,7 @@
 """Which vectors of a big index are nearest: FAISS names candidates, and the vectors themselves sort
 them.
 
-A folder `neighbours` lies beside the table of a generation. It holds `codes.faiss` (IVF-PQ with
+A folder `neighbours` lies next to the table of a generation. It holds `codes.faiss` (IVF-PQ with
 4-bit codes, in memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the
 same order).
 """
@@ -34,9 +34,8 @@ _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # for each hit at least
 _FACTOR = 4  # how much more is searched where it was too little
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
-_ROUNDING = (
-    2.0**-10
-)  # four deviations of the error that float16 gives a cosine, times the root of D
+# Four deviations of the error that float16 gives a cosine, times the root of D.
+_ROUNDING = 2.0**-10
 _BLOCK = 10_000  # vectors at a time
 
 Positions = NDArray[np.int64]
@@ -72,9 +71,8 @@ class Neighbours:
             self._index = self._faiss.read_index(str(ascii_path(folder) / CODES))
         except RAdapterError:
             raise
-        except (
-            Exception
-        ) as error:  # FAISS raises RuntimeError, numpy ValueError, a fact of another type TypeError
+        except Exception as error:
+            # FAISS raises RuntimeError, numpy ValueError, a fact of another type TypeError.
             raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
         _check(self, self._index, self._faiss, folder, shape)
         self.cells = int(self._index.nlist)
@@ -87,7 +85,7 @@ class Neighbours:
         return np.asarray(self.rows[positions], np.uint64)
 
     def positions(self, rows: NDArray[np.uint64]) -> Positions:
-        """Where vectors stand whose row ids are given."""
+        """The positions of the vectors with these row ids."""
         found = np.searchsorted(self._sorted, rows)
         return found if self._order is None else self._order[found]
 

@@ -54,9 +54,8 @@ class OpenIndexes:
         self._known: dict[str, _Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        if any(
-            folder.glob(f"*/{FACTS}")
-        ):  # LanceDB takes seconds to load, for which the first caller should not wait
+        # LanceDB takes seconds to load, for which the first caller should not wait.
+        if any(folder.glob(f"*/{FACTS}")):
             with contextlib.suppress(ImportError):  # a search says what is missing
                 importlib.import_module("lancedb")
 
@@ -98,9 +97,8 @@ class OpenIndexes:
         index = known.index if known is not None and same else None
         try:
             index = open_index(folder)
-        except (
-            RAdapterError
-        ) as error:  # what a link stood for goes on, where what stands there now is broken
+        except RAdapterError as error:
+            # If the index that a link names now is broken, the one that it named before stays open.
             print(error, file=sys.stderr)
         self._known[name] = _Opened(pointer, index, self._clock())
         return index

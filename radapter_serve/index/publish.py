@@ -1,4 +1,4 @@
-"""Putting an index on object storage or into Qdrant, and a folder that stands for it."""
+"""Putting an index on object storage or into Qdrant, and a folder that links to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
     place = published(url)
     if link_of(folder):
         raise RAdapterError(
-            f"{folder} stands for a published index; publish the index that it was made of"
+            f"{folder} links to a published index; publish the index that it was made of"
         )
     read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
@@ -43,10 +43,10 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
 
 
 def link(url: str, out: Path) -> None:
-    """Make a folder that stands for a published index, for a server to serve.
+    """Make a folder that links to a published index, for a server to serve.
 
     Raises:
-        RAdapterError: there is no such index, or something else stands at `out`.
+        RAdapterError: there is no such index, or something else is at `out`.
     """
     published(url).current()
     if out.exists() and not link_of(out):

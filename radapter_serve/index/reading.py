@@ -30,7 +30,7 @@ class Read:
     Args:
         digest: of its bytes.
         prepared: what the release's `encode_images` takes.
-        look: width, height and thumbnail.
+        details: width, height and thumbnail.
         kept: whether its bytes are those that the index has.
         error: why it can't be indexed.
         vector: its embedding, where it is known, float32 [D].
@@ -38,7 +38,7 @@ class Read:
 
     digest: str = ""
     prepared: Any = None
-    look: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
     kept: bool = False
     error: str = ""
     vector: NDArray[np.float32] | None = None
@@ -66,7 +66,7 @@ def read(
         return Read(
             digest,
             release.prepare(data),
-            look(data, thumbnails, release.preprocess.exif_orientation),
+            describe_image(data, thumbnails, release.preprocess.exif_orientation),
         )
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")
@@ -76,9 +76,8 @@ def read(
         return Read(error=error.what)
 
 
-def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:
-    """Width and height of the image as it was embedded, and a thumbnail, which always stands
-    upright.
+def describe_image(data: bytes, size: int, turned: bool) -> dict[str, Any]:
+    """Width and height of the image as it was embedded, and an upright thumbnail.
 
     Args:
         data: the file's bytes.
@@ -86,10 +85,8 @@ def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:
         turned: whether the image was turned by its EXIF orientation before it was embedded.
     """
     found: dict[str, Any] = {}
-    with (
-        contextlib.suppress(Exception),
-        Image.open(io.BytesIO(data)) as image,
-    ):  # it was decoded once; do without
+    # The file was decoded once already; where this fails, an index does without.
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         sideways = turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         found["width"], found["height"] = image.size[::-1] if sideways else image.size
         if size:

@@ -14,18 +14,17 @@ RECALL, TOP_K = 0.97, 10  # a little more than is promised: it is measured on a 
 _BLOCK = 10_000
 # cells probed, and how many candidates are sorted by the vectors themselves
 EFFORTS = (
-    *(
-        (8, 100),
-        (16, 100),
-        (32, 200),
-        (32, 400),
-        (64, 400),
-        (64, 700),
-        (128, 1000),
-        (256, 1500),
-        (512, 2000),
-    ),
-    *((1024, 4000), (4096, 10_000)),
+    (8, 100),
+    (16, 100),
+    (32, 200),
+    (32, 400),
+    (64, 400),
+    (64, 700),
+    (128, 1000),
+    (256, 1500),
+    (512, 2000),
+    (1024, 4000),
+    (4096, 10_000),
 )
 # Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
 _THINGS = (
@@ -81,16 +80,22 @@ def tune(
     own = np.repeat([1, 0], [queries, len(texts)])
     best = _best_scores(neighbours.vectors, asked)
     tenth = np.where(own == 1, best[:, TOP_K], best[:, TOP_K - 1]) - 1e-5
-    for nprobes, candidates in efforts:
+
+    def measure(nprobes: int, candidates: int) -> float:
         found = np.zeros(len(asked))
         for row, vector in enumerate(asked):  # an image's first hit is itself
             _, scores = neighbours.nearest(vector, TOP_K + int(own[row]), nprobes, candidates)
             hits = scores[own[row] : own[row] + TOP_K]
             found[row] = (hits >= tenth[row]).sum() / TOP_K
-        recall = min(float(found[own == kind].mean()) for kind in (0, 1))
+        return min(float(found[own == kind].mean()) for kind in (0, 1))
+
+    result = {}
+    for nprobes, candidates in efforts:
+        recall = measure(nprobes, candidates)
+        result = {"nprobes": nprobes, "candidates": candidates, "recall": recall}
         if recall >= RECALL:
-            break
-    return {"nprobes": nprobes, "candidates": candidates, "recall": recall}
+            return result
+    return result
 
 
 def _best_scores(vectors: NDArray[np.float16], asked: NDArray[np.float32]) -> NDArray[np.float32]:

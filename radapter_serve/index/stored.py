@@ -29,10 +29,8 @@ class StoredFile:
         try:
             with file_system().open_input_stream(self._path) as file:
                 return bytes(file.read())
-        except (
-            FileNotFoundError,
-            ValueError,
-        ) as error:  # pyarrow's ArrowInvalid, of a name with // in it
+        except (FileNotFoundError, ValueError) as error:
+            # pyarrow's ArrowInvalid, of a name with // in it.
             raise FileNotFoundError(2, "no such object") from error
         except OSError as error:
             raise RAdapterError(f"{self.url} can't be read: {reason(error):.300}") from error

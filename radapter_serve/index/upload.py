@@ -1,4 +1,4 @@
-"""Putting an index into a running Qdrant, beside the one that is searched there, then in its
+"""Putting an index into a running Qdrant, next to the one that is searched there, then in its
 place.
 """
 

@@ -35,9 +35,8 @@ from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
-_AT_ONCE = datetime.timedelta(
-    milliseconds=1
-)  # less makes LanceDB warn of readers, which there are none of
+# Less makes LanceDB warn of readers, which there are none of.
+_AT_ONCE = datetime.timedelta(milliseconds=1)
 
 Progress = Callable[[int, int], None]  # images done, of how many
 
@@ -71,8 +70,21 @@ class Summary:
     recall: float | None = None
 
 
+@dataclass(frozen=True)
+class Base:
+    """The generation that a new one begins as a copy of.
+
+    Attributes:
+        folder: of that generation.
+        facts: what is known of it.
+    """
+
+    folder: Path
+    facts: IndexFacts
+
+
 class Writer:
-    """Writes the table of a generation, which nobody sees before it is installed.
+    """Writes the table of a generation, which no search sees before it is installed.
 
     Args:
         folder: of the generation.
@@ -148,7 +160,7 @@ class Writer:
             batch = list(zip(collection.items[done : done + len(found)], found, strict=True))
             for item, image in batch:
                 if image.error:
-                    _complain(item, image.error, summary, on_broken)
+                    _record_broken(item, image.error, summary, on_broken)
             summary.kept += sum(image.kept for image in found)
             with table_errors(self._out, self._plan):
                 self._append(
@@ -171,50 +183,53 @@ class Writer:
             del self.known[id]
         return len(ids)
 
-    def finish(self, summary: Summary, before: IndexFacts | None, base: Path | None) -> IndexFacts:
-        """Make what a search of many images needs; returns what is known of the index now.
+    def finish(self, summary: Summary, base: Base | None) -> IndexFacts:
+        """Complete the generation, and the summary; returns what is known of the index now.
 
         Args:
             summary: what was done.
-            before: facts of the generation that this one began as a copy of; None where it began
-                with nothing.
-            base: folder of that generation.
+            base: what the generation began as a copy of; None where it began with nothing.
         """
-        summary.count = len(self.known)
         digests = [digest for digest, _ in self.known.values()]
+        summary.count = len(digests)
         summary.copies = len(digests) - len(set(digests))
-        _write(
-            self._folder / BROKEN,
-            "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())),
-        )
-        if before is not None and base is not None and self._is_same(before, base):
+        lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
+        _write(self._folder / BROKEN, "".join(lines))
+        if base is not None and self._is_same(base):
             summary.changed = False
-            summary.recall = before.nearest.recall if before.nearest else None
-            return before
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            facts = base.facts
+        else:
+            facts = self._commit(base)
+        summary.recall = facts.nearest.recall if facts.nearest else None
+        return facts
+
+    def _commit(self, base: Base | None) -> IndexFacts:
+        """Make what a search of many images needs, and describe the files as they stay."""
         with table_errors(self._out, self._plan):
-            self._settle()
-            nearest = self._nearest(before.nearest if before else None, base)
-            files = files_of(self._folder / f"{TABLE}.lance", before.files if before else {})
-        summary.recall = nearest.recall if nearest else None
+            version = _compact(self._table)
+            # Compacting gives rows other numbers and other files, so both are taken after it.
+            nearest = self._write_nearest(base)
+            known_files = base.facts.files if base else {}
+            files = files_of(self._folder / f"{TABLE}.lance", known_files)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return IndexFacts(
             plan=self._plan,
-            count=summary.count,
+            count=len(self.known),
             columns=[name for name in self._schema.names if name not in ("vector", "thumbnail")],
             files=files,
             nearest=nearest,
-            table_version=self._table.version,
-            created=before.created if before else now,
+            table_version=version,
+            created=base.facts.created if base else now,
             changed=now,
         )
 
-    def _is_same(self, before: IndexFacts, base: Path) -> bool:
+    def _is_same(self, base: Base) -> bool:
         """Whether nothing was written to the copy, and what a search needs is there."""
-        if self._table.version != before.table_version:
+        if self._table.version != base.facts.table_version:
             return False
-        if before.nearest is None:
+        if base.facts.nearest is None:
             return len(self.known) <= EXACT
-        return intact(base / NEIGHBOURS, before.nearest)
+        return intact(base.folder / NEIGHBOURS, base.facts.nearest)
 
     def _before(self, item: Item) -> str:
         """The digest of an image that the index has with the same metadata; a folder says nothing
@@ -260,7 +275,7 @@ class Writer:
             )
         summary.embedded += len(fresh)
         rows = [
-            {**_row(item, image.digest), **image.look, "vector": embeds[image.digest]}
+            {**_row(item, image.digest), **image.details, "vector": embeds[image.digest]}
             for item, image in images
         ]
         self.delete(item.id for item, _ in images)
@@ -282,18 +297,17 @@ class Writer:
         )
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
-    def _nearest(self, before: NearestFacts | None, base: Path | None) -> NearestFacts | None:
+    def _write_nearest(self, base: Base | None) -> NearestFacts | None:
         """Make what a search of more than EXACT images needs; None where they are fewer."""
         count = len(self.known)
         if count <= EXACT:
             return None
         place = self._folder / NEIGHBOURS
         shape = count, self._plan.release.embed_dim
+        before = base.facts.nearest if base else None
         cells = None
-        if (
-            before is not None and base is not None and count <= 2 * before.trained_on
-        ):  # else they have changed much
-            cells = base / NEIGHBOURS
+        if base is not None and before is not None and count <= 2 * before.trained_on:
+            cells = base.folder / NEIGHBOURS  # of a larger index the vectors have changed much
         made = write_neighbours(place, self._stored(), shape, cells, before)
         effort = tune(Neighbours(place, made, shape), self._release.embed_texts(TEXTS))
         return dataclasses.replace(
@@ -308,22 +322,26 @@ class Writer:
         for batch in self._table.search().select(["vector"]).with_row_id(True).to_batches():
             yield batch["_rowid"].to_numpy(), vectors_of(batch["vector"])
 
-    def _settle(self) -> None:
-        """Let LanceDB tidy up until nothing is left to do, and drop all versions but the last."""
-        before = None
-        while before != self._table.version:
-            before = self._table.version
-            self._table.optimize(cleanup_older_than=_AT_ONCE)
+
+def _compact(table: Any) -> int:
+    """Have LanceDB merge the table's files, and drop all versions but the last, which is
+    returned.
+    """
+    version = None
+    while version != table.version:
+        version = table.version
+        table.optimize(cleanup_older_than=_AT_ONCE)
+    return int(version)
 
 
 def _row(item: Item, digest: str) -> dict[str, Any]:
     return {**item.row, "path": item.id, "digest": digest}
 
 
-def _complain(item: Item, why: str, summary: Summary, on_broken: OnBroken) -> None:
+def _record_broken(item: Item, why: str, summary: Summary, on_broken: OnBroken) -> None:
     if on_broken == "refuse":
         raise RAdapterError(
-            f"{item.id!r} can't be indexed: {why}; mend it, or leave such images out: --on-broken"
+            f"{item.id!r} can't be indexed: {why}; repair it, or leave such images out: --on-broken"
             " skip"
         )
     summary.broken[item.id] = why

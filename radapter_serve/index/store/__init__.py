@@ -1,4 +1,4 @@
-"""What holds the images of an index: a folder, object storage, or a running Qdrant, behind one
+"""What holds the images of an index: a folder, object storage, or a running Qdrant, with one
 interface.
 """
 
@@ -78,7 +78,7 @@ class Place(Protocol):
         """A generation, to be searched.
 
         Args:
-            generation, facts: as of `current`.
+            generation, facts: as in `current`.
             complete: whether all files on this machine's disk are compared with their digests,
                 however large.
 

@@ -1,4 +1,4 @@
-"""An index in a folder: generations beside each other, and a pointer that names the one that
+"""An index in a folder: generations next to each other, and a pointer that names the one that
 counts.
 
 `index.json` in the folder names the generation, a folder `g-...` in it, which holds an `index.json`
@@ -115,7 +115,7 @@ def generations_of(folder: Path) -> list[Path]:
 
 
 def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
-    """Make a finished folder the generation that counts; whoever looks meanwhile finds this one or
+    """Make a finished folder the generation that counts; a reader meanwhile finds this one or
     the one before.
 
     Args:
@@ -173,7 +173,7 @@ def table_errors(folder: Path, plan: Plan | None = None) -> Iterator[None]:
 
     Args:
         folder: of the index.
-        plan: of the index, from which the command is that mends it.
+        plan: of the index, which names the command that mends it.
     """
     try:
         yield

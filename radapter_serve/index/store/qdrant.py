@@ -64,7 +64,7 @@ class Qdrant:
 
     @property
     def name(self) -> str:
-        """The alias that stands for the index."""
+        """The alias of the index."""
         return self._parts[3]
 
     @property

@@ -1,6 +1,6 @@
 """Indexes on object storage: published as a whole, opened read-only by any number of servers.
 
-`s3://BUCKET/PATH/index.json` names the generation that counts, a folder beside it; to replace that
+`s3://BUCKET/PATH/index.json` names the generation that counts, a folder next to it; to replace that
 one object is to replace the index. Who may read and write is what the environment says
 (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, or the
 role of the machine).
@@ -106,7 +106,7 @@ class Bucket:
 
         Args:
             folder: of the generation.
-            generation, facts: as of `current`.
+            generation, facts: as in `current`.
 
         Returns:
             False where it counts already.
@@ -125,7 +125,7 @@ class Bucket:
             system = file_system()
             with system.open_output_stream(f"{self.path}/{FACTS}") as file:  # seen when it is whole
                 file.write(json.dumps({**asdict(facts), GENERATION: generation}).encode())
-            if before is not None:  # else nobody knows which one is being read
+            if before is not None:  # else no one knows which one is being read
                 _drop_all_but({before, generation}, system, self.path)
         return True
 
@@ -165,7 +165,7 @@ class Bucket:
 
 
 def storage_options() -> dict[str, str]:
-    """What LanceDB has to be told beside the variables that it reads itself."""
+    """What LanceDB has to be told besides the variables that it reads itself."""
     endpoint = _endpoint()
     plain = {"allow_http": "true"} if endpoint and endpoint.startswith("http://") else {}
     return (
