@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit
 
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
@@ -18,10 +20,6 @@ from radapter_serve.release.confidence import Confidence
 LEAST = 100  # images
 MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
-_ROUNDS, _TRIED = (
-    7,
-    13,
-)  # temperatures are tried, and in the next round those between the neighbours of the best one
 
 Doubles = NDArray[np.float64]
 
@@ -100,34 +98,32 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
             right from wrong.
     """
     logits, truth = _some(logits, truth)
-    logits, rows = np.array(logits, np.float64), np.arange(len(logits))
+    logits = np.array(logits, np.float64)
+    rows = np.arange(len(logits))
     best = logits.argmax(axis=1)
-    signs = np.where(best == truth, -1.0, 1.0)
+    right = best == truth
+    if right.all():
+        return None
+    signs = np.where(right, -1.0, 1.0)
     logits -= logits[rows, best][:, None]
     logits[rows, best] = -np.inf
-    second = logits.max(
-        axis=1
-    )  # of the others, which are compared with it so that none is too small
+    # The other logits are compared with the highest of them, so that none is too small.
+    second = logits.max(axis=1)
     logits -= second[:, None]
 
     def loss(log_temperature: float) -> float:
         inverse = np.exp(-log_temperature)
-        odds = -inverse * second - np.log(
-            np.exp(inverse * logits).sum(axis=1)
-        )  # of the best label against all others
-        return float(np.logaddexp(0, signs * odds).mean())
+        # Of the best label against all others.
+        log_odds = -inverse * second - np.log(np.exp(inverse * logits).sum(axis=1))
+        return float(np.logaddexp(0, signs * log_odds).mean())
 
-    ends = low, high = np.log(RANGE[0]), np.log(RANGE[1])
-    for _ in range(_ROUNDS):
-        tried = np.linspace(low, high, _TRIED)
-        least = int(np.argmin([loss(one) for one in tried]))
-        low, high = tried[max(least - 1, 0)], tried[min(least + 1, _TRIED - 1)]
-    return float(np.exp(tried[least])) if ends[0] < tried[least] < ends[1] else None
+    ends = np.log(RANGE)
+    found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-6}).x
+    return float(np.exp(found)) if np.abs(ends - found).min() > 1e-4 else None
 
 
 def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
-    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by
-    Newton's method.
+    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right.
 
     Args:
         cosines: [N, C].
@@ -135,41 +131,32 @@ def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float
     """
     cosines, truth = _some(cosines, truth)
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
-    count, others = right.sum(), (~right).sum()
+    count = right.sum()
+    others = len(right) - count
     # Platt's targets: as if there were one more of both, so that there is an answer where all
     # cosines tell all apart.
     target = np.where(right, (count + 1) / (count + 2), 1 / (others + 2))
     values = np.asarray(cosines, np.float64).ravel()
-    mean, spread = values.mean(), max(float(values.std()), 1e-12)
+    mean = values.mean()
+    spread = max(float(values.std()), 1e-12)
     values = (values - mean) / spread
-    found: Doubles = np.array([0.0, np.log((count + 1) / (others + 1))])
-    loss = _loss(found, values, target)
-    for _ in range(100):
-        shares = 1 / (1 + np.exp(-(found[0] * values + found[1])))
-        slope = np.array([((shares - target) * values).sum(), (shares - target).sum()])
-        weights = shares * (1 - shares)
-        mixed = (weights * values).sum()
-        curve = np.array(
-            [[(weights * values**2).sum(), mixed], [mixed, weights.sum()]]
-        ) + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curve, slope)
-        while (new := _loss(found - step, values, target)) > loss and np.abs(step).max() > 1e-12:
-            step /= 2
-        found, loss = found - step, min(new, loss)
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(found[0] / spread), float(found[1] - found[0] * mean / spread)
+
+    def loss(found: Doubles) -> tuple[float, Doubles]:
+        """The mean cross-entropy, and its gradient."""
+        logits = found[0] * values + found[1]
+        error = expit(logits) - target
+        gradient = np.array([(error * values).mean(), error.mean()])
+        return float((np.logaddexp(0, logits) - target * logits).mean()), gradient
+
+    start = np.array([0.0, np.log((count + 1) / (others + 1))])
+    slope, shift = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    return float(slope / spread), float(shift - slope * mean / spread)
 
 
 def _some(values: Floats, truth: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
     """Every k-th image, where all have too many pairs."""
     step = -(-values.size // MOST_PAIRS)
     return values[::step], truth[::step]
-
-
-def _loss(found: Doubles, values: Doubles, target: Doubles) -> float:
-    logits = found[0] * values + found[1]
-    return float((np.logaddexp(0, logits) - target * logits).sum())
 
 
 def _error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
