@@ -1,52 +1,25 @@
-"""The compose files: in agreement with the images, and closed but for the gateway."""
+"""The compose files: valid, in agreement with the images, and closed but for the gateway."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import jsonschema
 import pytest
+from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from tests.deploy.files import DEPLOY, command, document, instructions
 
-# Of the compose specification, what these files may use.
-TOP = {"name", "services", "networks", "volumes", "secrets"}
-SERVICE = {
-    *(
-        "build",
-        "cap_drop",
-        "command",
-        "depends_on",
-        "deploy",
-        "environment",
-        "image",
-        "init",
-        "networks",
-        "ports",
-    ),
-    *(
-        "read_only",
-        "restart",
-        "secrets",
-        "security_opt",
-        "shm_size",
-        "stop_grace_period",
-        "tmpfs",
-        "volumes",
-    ),
-}
 BASE = document(DEPLOY / "compose.yaml")
 SERVICES: dict[str, Any] = BASE["services"]
 PUBLISHED = re.compile(r"(?P<address>[^:]+|\$\{\w+:-[^}]+\}):(?P<outside>\d+):(?P<inside>\d+)")
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
-def test_shape(name: str) -> None:
-    whole = document(DEPLOY / name)
-    assert set(whole) <= TOP
-    assert set(whole["services"]) <= set(SERVICES)
-    for service in whole["services"].values():
-        assert set(service) <= SERVICE
+def test_it_is_valid_by_the_compose_specification(name: str) -> None:
+    schema = get_builtin_schema("vendor.compose-spec")
+    jsonschema.validate(document(DEPLOY / name), schema)
 
 
 def test_only_the_gateway_can_be_reached_from_other_machines() -> None:

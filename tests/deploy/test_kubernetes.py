@@ -170,18 +170,6 @@ def test_pods_may_do_little(objects: Objects) -> None:
         }
 
 
-def test_an_update_leaves_no_gap(objects: Objects) -> None:
-    for name, pod in pods(objects):
-        assert (
-            objects["Deployment", name]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
-        )
-        assert pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == [
-            "sleep",
-            "10",
-        ]
-        assert pod["spec"]["terminationGracePeriodSeconds"] >= 60
-
-
 def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes(objects: Objects) -> None:
     spec = objects["HorizontalPodAutoscaler", "server"]["spec"]
     (rule,) = document(FOLDER / "prometheus-adapter.yaml")["rules"]["custom"]
