@@ -1,4 +1,4 @@
-"""The one exception that means: the input was wrong, and this sentence says how to mend it."""
+"""The one exception that means: the input was wrong, and this sentence says how to correct it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from radapter_serve.errors import RAdapterError
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Where to write a file: beside its place, which it takes at the end; whatever fails before
+    """Where to write a file: next to its place, which it takes at the end; whatever fails before
     leaves nothing.
 
     Its mode follows the umask, whoever writes it: safetensors makes files that only their owner can
@@ -62,9 +62,8 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RAdapterError(f"could not read {what} {path}: {error.strerror}") from None
-    except (
-        Exception
-    ) as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
+    except Exception as error:
+        # PyYAML raises many kinds on values that it can't construct, and on deep nesting.
         raise RAdapterError(
             f"could not read {what} {path}: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -77,9 +76,8 @@ def shipped(folder: str) -> dict[str, Path]:
         folder: such as `recipes`, as a checkout has it.
     """
     package = Path(__file__).parent
-    home = (
-        package if (package / folder).is_dir() else package.parent
-    )  # in a wheel, and in a checkout
+    # In a wheel it is in the package, in a checkout next to it.
+    home = package if (package / folder).is_dir() else package.parent
     return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
 
 
@@ -99,7 +97,7 @@ def swap_in(staged: Path, folder: Path, old: Path) -> None:
     if not folder.exists():
         staged.rename(folder)
         return
-    staged.rename(old)  # first, so that nobody who is killed leaves the other one at `staged`
+    staged.rename(old)  # first, so that a killed program does not leave the other one at `staged`
     if not exchange(old, folder):
         old.rename(staged)
         folder.rename(old)
@@ -119,9 +117,8 @@ def exchange(one: Path, other: Path) -> bool:
     """Have two paths of a disk change places in one step; False where the system or the disk
     can't.
     """
-    rename = getattr(
-        ctypes.CDLL(None), "renameat2", None
-    )  # Python's own library has no function for it
+    # Python's own library has no function for it.
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(
         _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
     )

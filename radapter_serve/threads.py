@@ -35,12 +35,12 @@ def total() -> int:
     return int(os.environ.get(THREADS) or cores())
 
 
-def decoders(most: int = 4) -> int:
+def decoders(max_threads: int = 4) -> int:
     """How many images are decoded at once."""
-    return min(most, total())
+    return min(max_threads, total())
 
 
-def share(threads: int, instances: int) -> int:
+def threads_per_instance(threads: int, instances: int) -> int:
     """Threads of each of an encoder's instances, which compute at once when many ask for it.
 
     Encoders are not set against each other: where only images are asked for, half of the cores
@@ -69,9 +69,8 @@ def limit_threads(threads: int | None) -> None:
     """
     if threads is not None and threads < 1:
         raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that wait leave their cores to other work
+    # Threads that wait leave their cores to other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(threads)
         if "torch" in sys.modules:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from radapter_serve.environment import THREADS
-from radapter_serve.threads import cores, decoders, environment, share, total
+from radapter_serve.threads import cores, decoders, environment, threads_per_instance, total
 
 
 @pytest.fixture
@@ -90,4 +90,4 @@ def test_what_is_given_counts_in_the_processes_of_the_server(machine, monkeypatc
     ("given", "instances", "each"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 1, 1), (2, 3, 1)]
 )
 def test_the_instances_of_an_encoder_share_its_threads(given, instances, each):
-    assert share(given, instances) == each
+    assert threads_per_instance(given, instances) == each

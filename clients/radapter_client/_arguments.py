@@ -30,7 +30,7 @@ def label_inputs(
     inputs = text_inputs(label_set=label_set)
     if label_set is None:
         names = (
-            [] if labels is None else [utf8("labels", label) for label in listed("labels", labels)]
+            [] if labels is None else [utf8("labels", label) for label in as_list("labels", labels)]
         )
         if not names:
             raise InvalidRequest(
@@ -38,7 +38,7 @@ def label_inputs(
             )
         inputs["labels"] = text_array(names)
     if templates is not None:
-        texts = [utf8("templates", template) for template in listed("templates", templates)]
+        texts = [utf8("templates", template) for template in as_list("templates", templates)]
         if not texts:
             raise bad_argument(
                 'no templates: give some, such as "a photo of a {}.", or None for the'
@@ -48,10 +48,10 @@ def label_inputs(
     return inputs
 
 
-def share_inputs(**given: float | None) -> dict[str, Array]:
+def fraction_inputs(**given: float | None) -> dict[str, Array]:
     """Those that are not None of numbers in [0, 1]."""
     return {
-        name: np.array([_share(name, value)], np.float32)
+        name: np.array([_fraction(name, value)], np.float32)
         for name, value in given.items()
         if value is not None
     }
@@ -94,7 +94,7 @@ def proposal_inputs(
                 " for each proposal"
             )
             raise bad_argument(f"{why} and a column for each of the C labels")
-    return inputs | share_inputs(proposal_weight=weight)
+    return inputs | fraction_inputs(proposal_weight=weight)
 
 
 def search_inputs(
@@ -121,13 +121,13 @@ def for_each(name: str, value: Any, images: int | None) -> list[Any]:
     """An argument of one image as a list of one; that of a list of images must be a list as long.
 
     Args:
-        images: how many; None for one image that does not stand in a list.
+        images: how many; None for one image that is not in a list.
     """
     if images is None:
         return [value]
     if value is None:
         return [None] * images
-    items = listed(name, value)
+    items = as_list(name, value)
     if len(items) != images:
         raise bad_argument(
             f"{name} has {len(items)} entries for {images} images; a list of images needs one for"
@@ -180,7 +180,7 @@ def _array(name: str, value: Any) -> Array:
     return array
 
 
-def listed(name: str, items: Any) -> list[Any]:
+def as_list(name: str, items: Any) -> list[Any]:
     """A list of many; one alone would otherwise fall apart into letters or rows."""
     if is_one_image(items) or not isinstance(items, Iterable):
         raise bad_argument(f"{name} takes a list, not one {type(items).__name__}")
@@ -217,7 +217,7 @@ def seconds(value: float) -> float:
 
 
 def check_key(key: str, url: ServerURL) -> None:
-    """An API key that can stand in a header; warns where others could read it on the way."""
+    """An API key that fits in a header; warns where others could read it on the way."""
     if (
         not isinstance(key, str)
         or not key
@@ -233,7 +233,7 @@ def check_key(key: str, url: ServerURL) -> None:
         warnings.warn(f"the API key travels to {url} in the clear; use {kind}://", stacklevel=3)
 
 
-def _share(name: str, value: float) -> float:
+def _fraction(name: str, value: float) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float, np.floating))

@@ -29,15 +29,15 @@ class Client(BaseClient[Transport]):
             release is given here.
         timeout: seconds that one request may take, with all its tries, where a call brings no
             time-out of its own.
-        retries: how often a request is tried again where nobody answers, the connection breaks, or
-            the server has too much to do; after a growing wait, or that which the server asks for.
-            A time-out is not tried again.
+        retries: how often a request is tried again where no server answers, the connection breaks,
+            or the server has too much to do; after a growing wait, or that which the server asks
+            for. A time-out is not tried again.
         batch_size: images or texts in a request at most; the server's limit is
             `release().facts["max_batch_size"]`.
         concurrency: requests that calls with lists keep under way at once, over all threads.
         api_key: that radapter-gateway asks for. Without TLS (https, grpcs) others can read it on
             the way.
-        transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server
+        transport: what requests go through instead of gRPC or HTTP, such as a fake server
             in tests.
 
     Raises:

@@ -1,12 +1,12 @@
 """The exceptions, the same over gRPC and HTTP.
 
 RAdapterClientError
-├── ServerUnavailable     nobody answers, or the server starts, stops, is overloaded or went away
+├── ServerUnavailable     no server answers, or it starts, stops, is overloaded or went away
 ├── Unauthorized          the server wants an API key, or another one
 ├── Timeout               no answer within the time-out
 ├── InvalidRequest        the request was wrong, here or in the server's eyes
 │   ├── InvalidImage      an image that cannot be read, decoded or is too large
-│   └── InvalidURL        a server URL that is none
+│   └── InvalidURL        a server URL that cannot be read
 ├── ModelNotFound         a model or release that the server does not serve, or the release lacks
 └── ServerError           the server failed
 """

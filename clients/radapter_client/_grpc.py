@@ -76,10 +76,8 @@ class _Grpc:
         text = str(error.message())
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
-        if status in (
-            "UNAVAILABLE",
-            "CANCELLED",
-        ):  # a server that stops cancels what it has not answered
+        # A server that stops cancels what it has not answered.
+        if status in ("UNAVAILABLE", "CANCELLED"):
             if (
                 said := from_server(status, text)
             ).code is not None:  # by a task, or by Triton, and not by gRPC

@@ -167,7 +167,7 @@ def _png(image: Image.Image) -> bytes:
     if 0 in image.size:
         raise bad_image(f"an image of {image.width} x {image.height} pixels")
     file = io.BytesIO()
-    # A colour profile is as large as a small image, and nobody reads it.
+    # A colour profile is as large as a small image, and is never read.
     options: dict[str, Any] = {"compress_level": 1, "icc_profile": None}
     try:
         if (turned := orientation(image)) != 1:
@@ -179,10 +179,7 @@ def _png(image: Image.Image) -> bytes:
                 "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')"
             )
         image.save(file, "PNG", **options)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # an image opened from a broken file fails only now
+    except (OSError, ValueError, SyntaxError) as error:
+        # An image opened from a broken file fails only now.
         raise bad_image(f"cannot read the PIL image: {error}") from error
     return file.getvalue()

@@ -16,17 +16,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from ._arguments import (
+    as_list,
     check_key,
     count,
     count_inputs,
     for_each,
+    fraction_inputs,
     image_input,
     label_inputs,
-    listed,
     proposal_inputs,
     search_inputs,
     seconds,
-    share_inputs,
     utf8,
 )
 from ._calls import Answer, Part, call, call_each
@@ -59,8 +59,8 @@ Embeddings = npt.NDArray[np.float32]
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 # Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
 MAX_BYTES = 32 * 2**20
-# Labels and templates are repeated for each row of a request; this many keep it small beside its
-# images.
+# Labels and templates are repeated for each row of a request; this many keep it small compared with
+# its images.
 MAX_STRINGS = 8192
 
 
@@ -134,7 +134,7 @@ class BaseClient(Generic[W]):
 
         Raises:
             InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage
-                among them, for the first image that is none.
+                among them, for the first image that cannot be read.
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
@@ -143,7 +143,7 @@ class BaseClient(Generic[W]):
             raise bad_argument(
                 "threshold without multi_label=True: softmax scores have no threshold"
             )
-        options = label_inputs(labels, label_set, templates) | share_inputs(
+        options = label_inputs(labels, label_set, templates) | fraction_inputs(
             alpha=alpha, threshold=threshold
         )
         if top_k is not None or not multi_label:
@@ -213,7 +213,7 @@ class BaseClient(Generic[W]):
         """
         items = _items(images)
         many = None if is_one_image(images) else len(items)
-        options = label_inputs(labels, label_set, templates) | share_inputs(
+        options = label_inputs(labels, label_set, templates) | fraction_inputs(
             alpha=alpha, threshold=threshold
         )
         options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(
@@ -305,7 +305,7 @@ class BaseClient(Generic[W]):
 
         Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts(["a cat"]).T`
         """
-        items = listed("images", images)
+        items = as_list("images", images)
         return (yield from self._embed("image", items, list(map(size_bound, items)), alpha))
 
     @call
@@ -319,7 +319,7 @@ class BaseClient(Generic[W]):
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
-        items = [utf8("texts", text) for text in listed("texts", texts)]
+        items = [utf8("texts", text) for text in as_list("texts", texts)]
         return (yield from self._embed("text", items, list(map(len, items)), alpha))
 
     @call
@@ -342,7 +342,7 @@ class BaseClient(Generic[W]):
     @call
     def is_ready(self, *, timeout: float | None = None) -> Answer[bool]:
         """Whether the server can answer every method, in the client's release; False also where
-        nobody answers.
+        no server answers.
 
         Example: `while not client.is_ready(): time.sleep(1)`
         """
@@ -414,15 +414,14 @@ class BaseClient(Generic[W]):
                     raise
 
     def _served(self, task: str = TASKS[-1]) -> Answer[list[Release]]:
-        [config] = yield [
-            partial(Request, "config", task)
-        ]  # the newest configuration names every release
+        # The newest configuration names every release.
+        [config] = yield [partial(Request, "config", task)]
         return read_releases(config)
 
     def _embed(
         self, kind: str, items: list[Any], sizes: list[int], alpha: float | None
     ) -> Answer[Embeddings]:
-        options = share_inputs(alpha=alpha)
+        options = fraction_inputs(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
@@ -445,8 +444,8 @@ class BaseClient(Generic[W]):
         return self._timeout if timeout is None else seconds(timeout)
 
     def _tries(self, request: Request, seconds: float) -> Tries:
-        """The tries of a request. Whether a server is ready is asked once, for "nobody answers" is
-        an answer too.
+        """The tries of a request. Whether a server is ready is asked once, for "no server answers"
+        is an answer too.
         """
         return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
 
@@ -466,7 +465,7 @@ class BaseClient(Generic[W]):
 
 
 def _items(images: Any) -> list[Any]:
-    return [images] if is_one_image(images) else listed("images", images)
+    return [images] if is_one_image(images) else as_list("images", images)
 
 
 def _batch(

@@ -28,10 +28,8 @@ FIRST = (
     (213, 94, 0),
 )
 COLOURS = 256  # before they repeat
-RECENT, CLOSER = (
-    3,
-    3,
-)  # the last colours, from which the next one is to differ three times as much as from the others
+# The last colours, from which the next one is to differ three times as much as from the others.
+RECENT, CLOSER = (3, 3)
 LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
 ENTRIES = 40  # of the legend at most; the rest is summed up in one
 PAPER, INK, PALE = (255, 255, 255), (32, 33, 36), (110, 114, 120)
@@ -210,7 +208,7 @@ def _cut(name: str, font: ImageFont.FreeTypeFont, room: float) -> str:
 def read_font(path: str | os.PathLike[str] | None, size: int) -> ImageFont.FreeTypeFont:
     """The font of a file, or Pillow's own; `size` in px."""
     try:
-        # Characters stand side by side in either way; the basic one never fails on a script.
+        # Either way lays characters side by side; the basic one never fails on a script.
         layout = ImageFont.Layout.BASIC
         font = (
             ImageFont.load_default(size)

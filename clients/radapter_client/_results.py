@@ -25,7 +25,7 @@ class Classification:
     Args:
         labels: best first; none where no label of `multi_label` reached the threshold.
         scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the
-            model was trained with a sigmoid or the labels stand alone (`multi_label`).
+            model was trained with a sigmoid or the labels are scored on their own (`multi_label`).
         release: the version of the release that answered.
 
     Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
@@ -94,7 +94,7 @@ class Segmentation:
 
         Raises:
             InvalidImage: the image cannot be read, or no longer.
-            InvalidRequest: an image of another size, or a font that is none.
+            InvalidRequest: an image of another size, or a font that cannot be read.
         """
         from ._overlay import draw
 

@@ -1,6 +1,6 @@
 """How often a request is tried again, and how long to wait before that.
 
-Every request only reads, so that what nobody answered can be asked again. A time-out is not tried
+Every request only reads, so that what got no answer can be asked again. A time-out is not tried
 again: it says that the server is slow, and the caller has waited long enough.
 """
 

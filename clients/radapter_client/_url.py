@@ -56,7 +56,7 @@ def parse_url(url: str) -> ServerURL:
     """The parts of a server's URL.
 
     Raises:
-        InvalidURL: it is none; names the allowed forms.
+        InvalidURL: it is no such URL; the message names the allowed forms.
     """
 
     def refuse(why: str) -> InvalidURL:

@@ -1,7 +1,7 @@
 """Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder,
 lines of JSON.
 
-The folder lets its owner in, and nobody else. A request is one line, such as `{"do": "load",
+The folder is open to its owner only. A request is one line, such as `{"do": "load",
 "releases": [2]}`. The answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or
 `{"error": ...}`.
 """
@@ -79,9 +79,8 @@ class AdminSocket:
 
     def _serve(self, caller: socket.socket) -> None:
         def say(**line: Any) -> None:
-            with contextlib.suppress(
-                OSError
-            ):  # who left is told nothing; what he asked for goes on
+            # Who left is told nothing; what he asked for goes on.
+            with contextlib.suppress(OSError):
                 caller.sendall(json.dumps(line).encode() + b"\n")
 
         try:
@@ -132,7 +131,7 @@ def ask(
 
     Raises:
         RAdapterError: the server refuses, or ends meanwhile.
-        OSError: nobody hears there.
+        OSError: no server listens there.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.settimeout(READ_TIMEOUT_SECONDS if request["do"] == "state" else None)
@@ -164,9 +163,8 @@ def find_server(repository: Path, http_port: int | None = None) -> Path | None:
     """
     found = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(
-            OSError, ValueError, RAdapterError
-        ):  # another user's, or one that is gone
+        # Another user's, or one that is gone.
+        with contextlib.suppress(OSError, ValueError, RAdapterError):
             state = ask(folder, {"do": "state"})
             if state["repository"] == str(repository.resolve()):
                 found[int(state["http_port"])] = folder

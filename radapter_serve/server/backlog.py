@@ -73,9 +73,8 @@ class Queue:
             counts: at that time; those of the last call were counted earlier.
         """
         arrived = counts.done + counts.waiting
-        if not counts.waiting or (
-            self._arrived and arrived < self._arrived[-1][1]
-        ):  # or Triton began to count anew
+        # Or Triton began to count anew.
+        if not counts.waiting or (self._arrived and arrived < self._arrived[-1][1]):
             self._arrived.clear()
         self._arrived.append((now, arrived))
         while len(self._arrived) > 1 and self._arrived[1][0] <= now - self.max_seconds:
@@ -127,7 +126,7 @@ class Backlog:
         self._thread.join()
         self._pool.clear()
 
-    def look(self, counts: Mapping[str, Counts], now: float) -> None:
+    def observe(self, counts: Mapping[str, Counts], now: float) -> None:
         """Say of each model what is to be refused.
 
         Args:
@@ -144,6 +143,6 @@ class Backlog:
         while not self._ended.wait(INTERVAL):
             try:
                 answer = self._pool.request("GET", self._url)
-                self.look(read_counts(answer.data.decode("utf-8", "replace")), time.monotonic())
+                self.observe(read_counts(answer.data.decode("utf-8", "replace")), time.monotonic())
             except (urllib3.exceptions.HTTPError, OSError):
                 continue  # Triton is away or busy, or the folder goes; the supervisor tells

@@ -1,8 +1,8 @@
 """What only `radapter-serve` may ask of its tritonserver: which models are there, and to load or
 unload one.
 
-Triton's own interface for it takes code from whoever may use it, so it is closed to all who do not
-send the secret.
+Triton's own interface for it takes code from anyone who may use it, so it is closed to all who do
+not send the secret.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from radapter_serve.server.processes import ending_with_parent, shm_prefix
 from radapter_serve.threads import environment
 
 WAITING = "surplus"  # what the processes of models are to refuse, a file for each model
-MODELS = (  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
+MODELS = (  # Triton loads what is in this folder of a server, and nothing next to it
     "models"
 )
 # Modules by the names that the code of releases exported before December 2026 has for them.
@@ -81,7 +81,7 @@ def _link(source: Path, target: Path) -> None:
         target.symlink_to(source)
         return
     target.mkdir()
-    # Python would write its own files beside model.py, and Triton would take that for another
+    # Python would write its own files next to model.py, and Triton would take that for another
     # version of the code.
     (target / "__pycache__").touch()
     for path in source.iterdir():
@@ -120,7 +120,7 @@ def command_line(
         f"--backend-directory={folder / 'backends'}",
         *([f"--cache-directory={installation.caches}"] if installation.caches else []),
         *endpoint_flags,
-        # which takes models, and with them code, from whoever has the secret
+        # which takes models, and with them code, from anyone who has the secret
         "--model-control-mode=explicit",
         *(f"--{flag}={_RESTRICTED}:{SECRET_HEADER}={secret}" for flag in _RESTRICTING),
         # configs of an export are complete; this halves the start

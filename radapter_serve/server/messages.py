@@ -43,7 +43,7 @@ class Messages:
             yield file
 
     def reason(self) -> str:
-        """Why the server failed, and where the rest stands."""
+        """Why the server failed, and where to read the rest."""
         if self._file is None or not self._file.exists():
             return "its messages above say why"
         why = reason(self._file.read_text(encoding="utf-8", errors="replace"))
@@ -54,9 +54,8 @@ def reason(log: str) -> str:
     """The line of a server's log that says best why it failed: a model that did not load, else the
     last error.
     """
-    lines = [
-        line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)
-    ]  # said without a GPU
+    # Said without a GPU.
+    lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]
     errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
     best = (
         [line for line in errors if "failed to load" in line]

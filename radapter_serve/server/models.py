@@ -90,7 +90,7 @@ def plan_models(
 
     The configs of tasks name the releases that are served, for clients to read. Those of encoders
     name none: with a config that stays the same, Triton goes on with the versions that it has and
-    loads the others beside them.
+    loads the others next to them.
 
     Args:
         repository: the model repository.
@@ -143,9 +143,9 @@ def kept_for_indexes(
     """Older releases that made an index that is still there, with the names of the indexes; the
     newest first.
 
-    A newer release than those that are served is none of them: it would answer whoever names no
+    A newer release than those that are served is none of them: it would answer callers that name no
     release. Nor is one whose files are not those of its export, or whose encoders cannot be loaded
-    beside the others.
+    next to the others.
 
     Args:
         repository: the model repository.

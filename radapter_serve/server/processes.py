@@ -38,8 +38,8 @@ def shm_prefix(folder: Path) -> str:
 
 
 def hide_shared_memory(folder: Path) -> None:
-    """Remove the names of a server's files in /dev/shm: its processes keep them open, and nobody
-    else can open them.
+    """Remove the names of a server's files in /dev/shm: its processes keep them open, and no
+    other can open them.
     """
     for file in Path("/dev/shm").glob(f"{shm_prefix(folder)}*"):
         file.unlink(missing_ok=True)

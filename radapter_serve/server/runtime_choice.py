@@ -23,7 +23,7 @@ from radapter_serve.runtimes.cuda import find_gpu
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan import check_plan
 from radapter_serve.server.installation import Installation
-from radapter_serve.threads import share
+from radapter_serve.threads import threads_per_instance
 
 BATCHES = (1, 8)
 _ROUNDS = 5
@@ -93,10 +93,13 @@ def configure(
         raise RAdapterError(
             f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
         )
-    shares = {encoder.name: share(threads, encoder.instances) for encoder in encoders}
-    found, chosen = Configured(), runtime
+    per_instance = {
+        encoder.name: threads_per_instance(threads, encoder.instances) for encoder in encoders
+    }
+    found = Configured()
+    chosen = runtime
     if runtime == AUTO:
-        found.measured = measure(encoders, shares, installation.backends, progress)
+        found.measured = measure(encoders, per_instance, installation.backends, progress)
         chosen = fastest(found.measured)
     found.runtime = chosen
     for encoder in encoders:
@@ -112,13 +115,13 @@ def configure(
         if own != encoder.runtime and not found.measured:
             progress(f"checking {encoder.name} by {own}")
             try:
-                check(encoder, own, shares[encoder.name])
+                check(encoder, own, per_instance[encoder.name])
             except RAdapterError as error:
                 raise RAdapterError(
                     f"{error}; leave --runtime out ({encoder.name} was exported for"
                     f" {encoder.runtime}), or export for it: radapter-export --runtime {own}"
                 ) from error
-        found.configs[encoder.name] = encoder.configured(own, shares[encoder.name])
+        found.configs[encoder.name] = encoder.configured(own, per_instance[encoder.name])
     return found
 
 
@@ -134,7 +137,9 @@ def check(
         RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than
             was allowed at export.
     """
-    bounds, distance = encoder.bounds, 0.0
+    bounds = encoder.bounds
+    distance = 0.0
+    newest = None
     for version in encoder.versions:
         name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
         samples = Samples.load(encoder.folder / str(version))
@@ -146,7 +151,9 @@ def check(
                 f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed"
             )
         distance = max(distance, 1 - agreement.min_cosine)
-    return distance, loaded
+        newest = loaded
+    assert newest is not None  # an encoder is served in a version at least
+    return distance, newest
 
 
 def measure(

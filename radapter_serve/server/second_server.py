@@ -43,7 +43,7 @@ def verify_in_second_server(
         runtime=server.checks.runtime,
         threads=server.config.threads,
     )
-    say(f"trying release {', '.join(map(str, releases))} beside the running one")
+    say(f"trying release {', '.join(map(str, releases))} next to the running one")
     with TritonServer(config) as second:
         address = second.grpc_url.removeprefix("grpc://")
         with tritonclient.grpc.InferenceServerClient(address) as client:

@@ -64,7 +64,7 @@ class TritonProcess:
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             cwd=launch.folder,  # a model's process imports from the current folder first
-            umask=0o077,  # nobody else reads its memory in /dev/shm
+            umask=0o077,  # no other user reads its memory in /dev/shm
             # Ctrl-C reaches this process only, which then stops the server in order
             start_new_session=True,
         )

@@ -49,7 +49,7 @@ class Supervised(Protocol):
 
 
 class Sidecar(Protocol):
-    """Another program that is kept up beside a server."""
+    """Another program that is supervised together with a server."""
 
     @property
     def name(self) -> str:
@@ -96,7 +96,7 @@ class Supervisor:
     Args:
         server: that was started.
         say: told in one line what died, why, and that it is back.
-        beside: other programs that were started.
+        sidecars: other programs that were started.
         clock: tells the time and waits.
         probe: asks the models; one of the server's own if None.
     """
@@ -105,18 +105,18 @@ class Supervisor:
         self,
         server: Supervised,
         say: Callable[[str], None],
-        beside: Sequence[Sidecar] = (),
+        sidecars: Sequence[Sidecar] = (),
         *,
         clock: Clock = SYSTEM,
         probe: Asking | None = None,
     ) -> None:
         self._server = server
         self._say = say
-        self._beside = {one.name: one for one in beside}
+        self._sidecars = {one.name: one for one in sidecars}
         self._clock = clock
         self._probe = probe or Probe(server.control, server.ticks, clock=clock)
         self._histories: defaultdict[str, _History] = defaultdict(_History)
-        for name in self._beside:
+        for name in self._sidecars:
             self._histories[name].up_since = clock.monotonic()
 
     def run(self) -> None:
@@ -141,10 +141,9 @@ class Supervisor:
                 self._server.kill(name)
                 failures.append(Failure(name, "it no longer answered, so it was killed"))
         if any(failure.name == SERVER for failure in failures):
-            failures = [
-                failure for failure in failures if failure.name == SERVER
-            ]  # which brings its models back
-        for name, one in self._beside.items():
+            # Which brings its models back.
+            failures = [failure for failure in failures if failure.name == SERVER]
+        for name, one in self._sidecars.items():
             if (why := one.died()) is not None:
                 failures.append(Failure(name, why))
         for failure in failures:
@@ -152,7 +151,7 @@ class Supervisor:
 
     def _mend(self, failure: Failure) -> None:
         history = self._histories[failure.name]
-        if failure.name in self._beside:
+        if failure.name in self._sidecars:
             ready = self._clock.monotonic() - history.up_since >= STEADY_SECONDS
             history.failures = 0 if ready else history.failures + 1
         while True:
@@ -186,17 +185,17 @@ class Supervisor:
     def _start(self, name: str) -> None:
         if name == SERVER:
             self._server.restart()
-        elif name in self._beside:
-            self._beside[name].start()
+        elif name in self._sidecars:
+            self._sidecars[name].start()
         else:
             self._server.reload(name)
 
     def _ready(self, name: str) -> None:
-        """A start is done: with tritonserver, all its models are ready; of a program beside it,
+        """A start is done: with tritonserver, all its models are ready; of a sidecar,
         time will tell.
         """
         for other, history in self._histories.items():
-            if other not in self._beside and name in (SERVER, other):
+            if other not in self._sidecars and name in (SERVER, other):
                 history.failures = 0
 
     def _pause(self, history: _History) -> float:

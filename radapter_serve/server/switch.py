@@ -134,7 +134,7 @@ def check_side_by_side(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEn
         why = difference(parsed(live[name].config), parsed(new[name].config))
         if why:
             raise RAdapterError(
-                f"{name} cannot be loaded beside the one that is served: {why}; stop the server,"
+                f"{name} cannot be loaded next to the one that is served: {why}; stop the server,"
                 " give this command again, and start the server"
             )
 

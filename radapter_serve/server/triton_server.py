@@ -114,7 +114,7 @@ class _Running:
 class TritonServer:
     """A running tritonserver, as a context manager.
 
-    The server ends with the thread that started it, so that a killed program leaves none behind.
+    The server ends with the thread that started it, so that none survives a killed program.
 
     No caller can load a model into it: that would let him run his own code. `Releases` puts other
     releases in the place of those that it serves, and `Supervisor` keeps it up.

@@ -154,7 +154,7 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
 
     def _learn(self, found: Mapping[int, Process]) -> None:
-        """Keep the models of processes: of a dead one nobody can tell any more."""
+        """Keep the models of processes: a dead one does not tell its own."""
         for pid, process in found.items():
             if (model := process.model) is not None:  # for a moment a child is still a shell
                 self._names[pid] = model
@@ -170,7 +170,7 @@ class Watch:
             )
         if pid == self._process.pid:
             return Failure(SERVER, why)
-        if pid not in self._names:  # nobody can tell which model is to be loaded again, so all are
+        if pid not in self._names:  # which model to load again is unknown, so all are
             return Failure(SERVER, f"process {pid} of it ended: {why}")
         name, version = self._names[pid]
         return Failure(name, why, version)

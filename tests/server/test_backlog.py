@@ -80,12 +80,12 @@ def test_each_process_refuses_its_share_once(tmp_path: Path):
         Surplus(tmp_path / "classify"),
         Surplus(tmp_path / "segment"),
     )
-    backlog.look({"classify": Counts(9)}, 0.0)
+    backlog.observe({"classify": Counts(9)}, 0.0)
     assert (one.take(2), one.take(10), one.take(10)) == (2, 1, 0)
     assert (other.take(10), none.take(10)) == (3, 0)
-    backlog.look({"classify": Counts(9)}, 0.25)  # as many again
+    backlog.observe({"classify": Counts(9)}, 0.25)  # as many again
     assert one.take(10) == 3
-    backlog.look({"classify": Counts(4)}, 0.5)
+    backlog.observe({"classify": Counts(4)}, 0.5)
     assert other.take(10) == 0
     assert list(tmp_path.iterdir()) == []
 
