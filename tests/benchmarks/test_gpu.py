@@ -17,6 +17,7 @@ def table(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -398,15 +399,13 @@ def test_the_handler_of_sigterm_is_as_before_after_the_command(tmp_path: Path) -
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
-    code = (
-        "import os, signal, sys; from radapter_serve.cli.index import main; "
-        "from radapter_serve.runtimes.local_release import LocalRelease; "
-        "LocalRelease.encode_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
-        "sys.exit(main(['build', 'photos', '--out', 'i']))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], timeout=120, capture_output=True, text=True
-    )
-    assert found.returncode == 130 and "interrupted" in found.stderr
+def test_a_stopped_build_is_put_in_order_by_sigterm(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LocalRelease, "encode_images", stop)
+    assert main(["build", "photos", "--out", "i"]) == 130
+    assert "interrupted" in capsys.readouterr().err
     assert not list(place.glob(".i*"))

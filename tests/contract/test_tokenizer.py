@@ -56,7 +56,7 @@ def test_tokens_are_those_of_open_clip(reference, served, text):
     np.testing.assert_array_equal(served([text]), reference([text]).numpy())
 
 
-def test_several_thousand_random_strings(reference, served):
+def test_a_thousand_random_strings(reference, served):
     generator = random.Random(0)
     ranges = [
         (0x20, 0x7F),
@@ -68,8 +68,8 @@ def test_several_thousand_random_strings(reference, served):
     ]
     alphabet = [chr(c) for low, high in ranges for c in range(low, high)]
     latin = "etaoinshrdlucmfwypvbgkjqxz" * 3 + " ' ,.-0123456789ETAOIN"
-    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(3000)]
-    texts += ["".join(generator.choices(latin, k=generator.randint(1, 200))) for _ in range(3000)]
+    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(500)]
+    texts += ["".join(generator.choices(latin, k=generator.randint(1, 200))) for _ in range(500)]
     np.testing.assert_array_equal(served(texts), reference(texts).numpy())
 
 

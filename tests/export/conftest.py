@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
@@ -20,16 +18,6 @@ from tests.helpers.graphs import graph_of, quick_exports
 ALPHAS = (0.3, 0.8)
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
 ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _operators_once() -> Iterator[None]:
-    """The table of operators, which torch's exporter makes anew for every graph, is made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-        )
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: 
     assert found is not None and len(found.data) == 30
 
 
+@pytest.mark.slow
 def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     quick: None, folders: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
-import sentence_transformers
 import torch
 import transformers
 from PIL import Image
@@ -124,6 +123,7 @@ def test_transformers_gives_what_open_clip_gives(made: Path, alpha: float) -> No
     assert np.abs(base[0] - expected[0]).max() > 1e-2 and np.abs(base[1] - expected[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_transformers_gives_what_open_clip_gives_of_siglip(siglip: Path) -> None:
     assert {path.name for path in (siglip / "hf").iterdir()} == TRANSFORMERS
     check_transformers(siglip / "hf", by_open_clip(siglip / "merged"), padding="max_length")
@@ -160,6 +160,7 @@ def test_the_pipeline_scores_as_clip_does(made: Path) -> None:
     assert {one["label"]: one["score"] for one in found} == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_pipeline_scores_as_siglip_does(siglip: Path) -> None:
     image, text, scale = by_open_clip(siglip / "merged")
     bias = load_base(f"local-dir:{siglip / 'merged'}").model.state_dict()["logit_bias"].item()
@@ -172,13 +173,18 @@ def test_the_pipeline_scores_as_siglip_does(siglip: Path) -> None:
 
 
 def test_sentence_transformers_opens_it(made: Path) -> None:
+    import sentence_transformers  # here: it takes seconds to load
+
     image, text, _ = by_open_clip(made / "merged" / "alpha-0.3")
     model = sentence_transformers.SentenceTransformer(str(made / "hf" / "alpha-0.3"), device="cpu")
     np.testing.assert_allclose(unit(model.encode(TEXTS)), text, atol=1e-5)
     np.testing.assert_allclose(unit(model.encode([images()[2]])), image[2:3], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_opens_siglip_once_it_fills_texts_up(siglip: Path) -> None:
+    import sentence_transformers
+
     model = sentence_transformers.SentenceTransformer(str(siglip / "hf"), device="cpu")
     found = model.encode(TEXTS, processing_kwargs={"text": {"padding": "max_length"}})
     np.testing.assert_allclose(unit(found), by_open_clip(siglip / "merged")[1], atol=1e-5)
@@ -385,6 +391,7 @@ def test_the_command_shows_the_forms(
     assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "model_repository"}
 
 
+@pytest.mark.slow
 def test_a_base_of_transformers_is_trained_and_exported(
     made: Path, common: Path, tmp_path: Path
 ) -> None:

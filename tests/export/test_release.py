@@ -351,6 +351,7 @@ with quick_exports(Path(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
     export: Export, adapter_path: Path, common: Path, tmp_path: Path
 ) -> None:

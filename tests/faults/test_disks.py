@@ -73,7 +73,7 @@ def test_an_index_on_a_disk_that_fills(
         assert open_index(index).facts.plan.release.digest
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.9])
 def test_an_export_to_a_disk_that_fills(
     exported_tiny_clip: Path,
     random_adapter: Callable[..., Adapter],

@@ -16,8 +16,6 @@ import numpy as np
 import openai
 import pytest
 import urllib3
-from langchain_openai import OpenAIEmbeddings
-from llama_index.embeddings.openai import OpenAIEmbedding
 
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
@@ -162,6 +160,8 @@ def test_extras_of_a_request(served: Served) -> None:
 
 
 def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from langchain_openai import OpenAIEmbeddings  # here: it takes seconds to load
+
     options: Any = {"model": "radapter", "base_url": f"{served.url}/v1", "api_key": "none"}
     embeddings = OpenAIEmbeddings(check_embedding_ctx_length=False, chunk_size=2, **options)
     assert embeddings.embed_documents(["abc", IMAGE, "ü"]) == [[3, 97], OF_IMAGE, [2, 195]]
@@ -176,6 +176,8 @@ def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_client_of_llama_index(served: Served) -> None:
+    from llama_index.embeddings.openai import OpenAIEmbedding  # here: it takes seconds to load
+
     embeddings = OpenAIEmbedding(
         model_name="radapter",
         api_base=f"{served.url}/v1",
@@ -278,7 +280,7 @@ def test_numbers_that_json_cannot_hold(served: Served) -> None:
 
 def test_bodies_keys_places_and_metrics(tmp_path: Path) -> None:
     with (
-        serving(max_body=0.01, max_concurrent=1, max_queue=0, timeout=5) as served,
+        serving(max_body=0.01, max_concurrent=1, max_queue=0, timeout=2) as served,
         ThreadPoolExecutor(1) as pool,
     ):
         assert refusal(served, input="x" * 11_000)[:2] == (413, "too_large")
@@ -291,7 +293,7 @@ def test_bodies_keys_places_and_metrics(tmp_path: Path) -> None:
         served.hold()
         assert refusal(served, input="a")[:2] == (504, "timed_out")
         served.let_go()
-        assert ask(served, input="a")[0] == 200 and 4 < served.upstream.timeouts[-1] <= 5
+        assert ask(served, input="a")[0] == 200 and 1 < served.upstream.timeouts[-1] <= 2
         text = urllib3.request("GET", f"{served.url}/metrics").data.decode()
         assert 'radapter_gateway_requests_total{code="ok",task="embeddings"} 2.0' in text
         assert 'radapter_gateway_requests_total{code="overloaded",task="embeddings"} 1.0' in text

@@ -132,7 +132,7 @@ def fake_qdrant() -> Iterator[FakeQdrant]:
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     fake.url = f"qdrant://127.0.0.1:{server.server_port}"
     try:

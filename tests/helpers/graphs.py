@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
@@ -21,6 +22,9 @@ from radapter_serve.clip.base import Base
 from tests.helpers.shared import shared
 
 _read: dict[Path, Graph] = {}
+# The table of operators, which torch's exporter makes anew for every graph, is made once.
+_operators = functools.cache(ONNXRegistry.from_torchlib)
+ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign, assignment]
 
 
 @contextmanager

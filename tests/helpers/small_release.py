@@ -4,6 +4,7 @@ writes it.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -229,6 +230,18 @@ def seal(repository: Path, *versions: int) -> None:
         write_sums(repository, version)
 
 
+@functools.cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder / "tokenizer.json", Release.load(folder).tokenizer)
+
+
+@functools.cache
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class Local:
     """The same tasks in this process: what the served ones must equal; and the encoders and
     tokenizer below them.
@@ -237,7 +250,7 @@ class Local:
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
         release = Release.load(folder)
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json", release.tokenizer)
+        self.tokenizer = _tokenizer(folder)
         self.calls: list[tuple[int, ...]] = []
         self.encode_images = self._encoder(
             repository / "image_encoder" / str(version) / "model.onnx", "image"
@@ -257,9 +270,7 @@ class Local:
         )
 
     def _encoder(self, path: Path, name: str):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = _session(path)
 
         def encode(array: np.ndarray) -> np.ndarray:
             self.calls.append(array.shape)

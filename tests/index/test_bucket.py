@@ -104,6 +104,7 @@ def test_published_linked_and_searched(client, photos: Path, tmp_path: Path) -> 
     assert "somebody" not in index.facts.to_json() and main(["info", str(tmp_path / "linked")]) == 0
 
 
+@pytest.mark.slow
 def test_many_images_are_found_by_files_in_a_bounded_cache(
     client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +201,7 @@ def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> Non
     link(URL, tmp_path / "linked")
     before = keys(client)
     with pytest.raises(
-        RAdapterError, match="linked stands for a published index; publish the index that"
+        RAdapterError, match="linked links to a published index; publish the index that"
     ):
         publish(tmp_path / "linked", URL)
     with pytest.raises(RAdapterError, match="no index at .*nowhere"):

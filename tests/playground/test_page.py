@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gradio
 import numpy as np
 import pytest
 import urllib3
@@ -21,7 +20,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.extras import install_command
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
-from radapter_serve.playground.page import build
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
@@ -50,7 +48,9 @@ def picture(tmp_path: Path) -> str:
 
 
 def handlers(client: Client) -> dict[str, Any]:
-    async def built() -> gradio.Blocks:
+    from radapter_serve.playground.page import build  # here: Gradio takes seconds to load
+
+    async def built() -> Any:
         return build(client)
 
     return {str(event.api_name): event.fn for event in asyncio.run(built()).fns.values()}
@@ -142,6 +142,8 @@ def test_without_a_picture_the_page_says_so(
 def test_what_is_refused_is_said_in_words(
     served: Served, events: dict[str, Any], tmp_path: Path
 ) -> None:
+    import gradio
+
     with pytest.raises(gradio.Error, match="there are: drawings, photos"):
         events["search_text"]("a cat", "none", 3)
     broken = tmp_path / "broken.png"

@@ -49,6 +49,7 @@ def rows_of(number: str, benchmark: Path, *flags: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in table if set(cells[0]) != {"-"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["2", "5", "hyper", "why"])
 def test_a_table_of_classification(benchmark_file: Path, here: list[str], number: str) -> None:
     names = [
@@ -126,7 +127,12 @@ def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("table", "name"), [("all", "r-adapter"), ("all", "lora"), ("2", "R-Adapter, rank 4")]
+    ("table", "name"),
+    [
+        ("all", "r-adapter"),
+        pytest.param("all", "lora", marks=pytest.mark.slow),
+        pytest.param("2", "R-Adapter, rank 4", marks=pytest.mark.slow),
+    ],
 )
 def test_save_writes_what_the_table_has_judged(
     table: str,

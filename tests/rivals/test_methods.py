@@ -22,7 +22,13 @@ def small(name: str) -> Method:
     return dataclasses.replace(method, members=2) if isinstance(method, UniformSoup) else method
 
 
-@pytest.mark.parametrize("name", METHODS)
+ALWAYS = ("zero-shot", "ft", "r-adapter")  # the others take half a minute together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_learns_is_kept_and_judged(
     name: str,
     make_run: Callable[..., Run],

@@ -24,7 +24,6 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.index.build import add, build
 from radapter_serve.index.opened import OpenIndexes
-from radapter_serve.playground import page
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.indexes import table
 from tests.index.test_index import FakeRelease, embeds_of, write
@@ -67,6 +66,7 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
 
 def the_playground_knows(retrieve: Retrieve) -> list[str]:
     """The names that it takes from this task's refusal of a name that is none."""
+    from radapter_serve.playground import page  # here: Gradio takes seconds to load
 
     class Client:
         def search(self, *given: Any, index: str) -> None:

@@ -130,6 +130,7 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = {"x": torch.randn(6, 5), "y": torch.randn(6, 5), "weight": torch.randn(5, 4)}

@@ -258,36 +258,35 @@ def test_none_as_the_help_writes_it(
     assert "/nowhere is no model folder" in error and "there is no file t.csv" in error
 
 
-def test_help_and_refusals_do_not_load_torch() -> None:
+def test_help_refusals_and_threads_come_before_torch() -> None:
     code = (
-        "import sys, contextlib\n"
+        "import os, sys, contextlib\n"
         "from radapter_serve.cli.train import main\n"
         "with contextlib.suppress(SystemExit): main(['--help'])\n"
         "assert main(['--alpha', '2', '--data', 'csv:t.csv']) == 2\n"
         "assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules)\n"
         "assert main(['--data', 'imagefolder:/nowhere']) == 2\n"
         "assert not {'torch', 'open_clip'} & set(sys.modules)\n"
+        "from radapter_serve.threads import limit_threads, total\n"
+        "limit_threads(1)\n"
+        "assert 'torch' not in sys.modules and total() == 1\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+        "import torch\n"
+        "assert torch.get_num_threads() == 1\n"
+        "limit_threads(2)\n"
+        "assert torch.get_num_threads() == 2\n"
     )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
     assert "no folder /nowhere" in done.stderr
-
-
-def test_threads_are_set_before_torch_is_loaded() -> None:
-    code = (
-        "import os, sys\nfrom radapter_serve.threads import limit_threads,"
-        " total\nlimit_threads(1)\nassert 'torch' not in sys.modules and total() == 1 and"
-        " os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\nimport torch\nassert torch.get_num_threads()"
-        " == 1\nlimit_threads(2)\nassert torch.get_num_threads() == 2\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", [evaluate, export])
