@@ -88,19 +88,20 @@ def _public(facts: str) -> str:
     folder, only its name.
     """
 
-    def shown(value: Any) -> Any:
+    def without_paths(value: Any) -> Any:
         if isinstance(value, dict):
             return {
-                key: value if key in _OF_USERS else shown(value) for key, value in value.items()
+                key: value if key in _OF_USERS else without_paths(value)
+                for key, value in value.items()
             }
         if isinstance(value, list):
-            return [shown(one) for one in value]
+            return [without_paths(one) for one in value]
         if not isinstance(value, str):
             return value
         path = _PATH.fullmatch(value)
         return public(value) if path is None else path[1] + PurePosixPath(path[2]).name
 
-    return json.dumps(shown(json.loads(facts)))
+    return json.dumps(without_paths(json.loads(facts)))
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
