@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from radapter_export.start import Export, export
     from radapter_serve.adapter import Adapter, Metadata, attach, fold, load_adapter, save_adapter
     from radapter_serve.errors import RAdapterError
     from radapter_serve.evaluation.start import Evaluation, evaluate
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Evaluation",
+    "Export",
     "Metadata",
     "RAdapterError",
     "Run",
     "attach",
     "evaluate",
+    "export",
     "fold",
     "load_adapter",
     "save_adapter",
@@ -35,11 +38,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "radapter_serve.adapter",
     "Evaluation": "radapter_serve.evaluation.start",
+    "Export": "radapter_export.start",
     "Metadata": "radapter_serve.adapter",
     "RAdapterError": "radapter_serve.errors",
     "Run": "radapter_serve.training.run",
     "attach": "radapter_serve.adapter",
     "evaluate": "radapter_serve.evaluation.start",
+    "export": "radapter_export.start",
     "fold": "radapter_serve.adapter",
     "load_adapter": "radapter_serve.adapter",
     "save_adapter": "radapter_serve.adapter",

@@ -14,19 +14,24 @@ if TYPE_CHECKING:
     from radapter_export.merged import write_merged
     from radapter_export.release import Exported, ExportedRelease, export_release
     from radapter_export.settings import ExportSettings
+    from radapter_export.start import Export, export
     from radapter_serve.release.agreement import Agreement
 
 _ELSEWHERE = {
     "Agreement": "radapter_serve.release.agreement",
+    "Export": "radapter_export.start",
     "ExportSettings": "radapter_export.settings",
+    "export": "radapter_export.start",
     "write_merged": "radapter_export.merged",
 }
 
 __all__ = [
     "Agreement",
+    "Export",
     "ExportSettings",
     "Exported",
     "ExportedRelease",
+    "export",
     "export_release",
     "write_merged",
 ]

@@ -65,7 +65,7 @@ class ExportSettings:
             --no-exif-orientation leaves them as the files have them, as open_clip does.
     """
 
-    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
+    checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
     lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
     base: str | None = None

@@ -171,7 +171,7 @@ def _tuned(settings: ExportSettings) -> Tuned:
     if settings.lora is not None:
         return load_lora(settings.lora, settings.base, settings.pretrained)
     assert settings.checkpoint is not None  # as `_check_one_thing` has seen
-    return load_checkpoint(settings.checkpoint, settings.base, settings.pretrained)
+    return load_checkpoint(str(settings.checkpoint), settings.base, settings.pretrained)
 
 
 def _label_sets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _is_pickle(path):
+            raise RAdapterError(
+                f"could not read the checkpoint {path}: it is neither of torch.save nor of"
+                " safetensors"
+            ) from error
         raise RAdapterError(
-            f"{path} holds pickled objects beside its weights, or is no checkpoint at all; loading"
-            " them could run foreign code: save the state dict alone, by"
-            " torch.save(model.state_dict(), 'tuned.pt')"
+            f"{path} holds pickled objects beside its weights, and loading them could run foreign"
+            " code; save the state dict alone, by torch.save(model.state_dict(), 'tuned.pt')"
         ) from error
     except Exception as error:  # torch and safetensors raise many kinds on what they can't read
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
@@ -86,6 +91,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise RAdapterError(f"{path} holds no state dict: weights by their names")
     return weights
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is one of `torch.save`, of any version."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def _named(found: Any) -> dict[str, Tensor]:

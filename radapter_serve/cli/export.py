@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from radapter_export import start
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.confidence import NO_TEMPERATURE
 from radapter_serve.release.served import FILE as SERVED
-from radapter_serve.runs import newest_run
-from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
-    from radapter_export import ExportedRelease
-    from radapter_serve.evaluation.alpha_choice import Choice
+    from radapter_export import Export
 
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
@@ -62,73 +59,26 @@ def export(
             work.
         settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
-    limit_threads(threads)
-    settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
-    if format == "tensorrt":
-        if settings.runtime not in (None, "tensorrt"):
-            raise RAdapterError(
-                f"--format tensorrt is served by --runtime tensorrt, and not by {settings.runtime};"
-                " leave one out"
-            )
-        settings = dataclasses.replace(settings, runtime="tensorrt")
-    dynamic = "dynamic" in alpha
-    if dynamic and len(alpha) > 1:
-        raise RAdapterError(
-            "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
-        )
-    alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
-    paths = [Path(path) for path in adapter]
-    tuned = settings.checkpoint or settings.lora
-    if not paths and tuned is None:
-        paths = [newest_run()]
-    if None in alphas and tuned is not None:
-        raise RAdapterError(
-            "--alpha auto is for runs, whose validation data it is chosen by; give a number, or"
-            " compare several by radapter-eval"
-        )
-    if None in alphas and len(paths) > 1:
-        raise RAdapterError(
-            "--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic"
-        )
-    console = Console(stderr=True)
-    choice: Choice | None = None
-    with console.status("starting") as status:
-        start = time.perf_counter()
-        from radapter_export import (
-            export_release,
-        )  # torch and onnx take seconds to load: not for --help
-        from radapter_serve.evaluation.alpha_choice import chosen
-
-        numbers = [value for value in alphas if value is not None]
-        if None in alphas:
-            choice = chosen(paths[0])
-            numbers = [choice.alpha if value is None else value for value in alphas]
-        releases = export_release(
-            paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update
-        )
-    if choice and choice.smaller is not None:
-        console.print(
-            f"note: no set that alpha {choice.alpha:g} was chosen by is shifted; alpha"
-            f" {choice.smaller:g} is within the interval of its score, and keeps more of the base:"
-            f" --alpha {choice.smaller:g}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    for warning in releases[-1].warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    names = [str(path) for path in paths] or [str(tuned)]
-    _show(releases, ", ".join(names), settings, time.perf_counter() - start)
+    began = time.perf_counter()
+    done = start.export(
+        adapter or None,
+        alpha or None,
+        format=format,
+        threads=threads,
+        progress=True,
+        **{**vars(settings), "label_sets": _label_sets(label_set)},
+    )
+    for note in done.notes:
+        Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    _show(done, settings, time.perf_counter() - began)
 
 
-def _show(
-    releases: Sequence[ExportedRelease],
-    names: str,
-    settings: ExportSettings,
-    seconds: float,
-) -> None:
+def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
     """Print what was exported, and how to go on."""
     from radapter_serve.evaluation.results import metric_name
 
+    releases = done.releases
+    names = ", ".join(done.made_of)
     kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
     table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
@@ -221,15 +171,6 @@ def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:
             raise RAdapterError(f"--label-set {name} is given twice")
         label_sets[name] = Path(file)
     return label_sets
-
-
-def _number(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise RAdapterError(
-            f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto or dynamic"
-        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

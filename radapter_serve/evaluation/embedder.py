@@ -33,7 +33,7 @@ class Variant:
     """One of the models that an embedder holds.
 
     Attributes:
-        source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
+        source: `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release`, `server`.
         alpha: its α in [0, 1]; None where that is unknown.
         facts: what a row says about it.
     """

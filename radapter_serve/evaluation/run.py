@@ -190,11 +190,11 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     ways: dict[str, list[Row]] = {}
     for row in rows:
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
-    names = ("adapter", "release", "server", "wise-ft")
+    names = ("adapter", "checkpoint", "lora", "release", "server", "wise-ft")
     for way, some in ways.items():
         ids, ood = by_shift({row.dataset: row for row in some})
         lines = {source: curve([r for r in some if r.source == source]) for source in names}
-        line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
+        line = next((lines[source] for source in names[:-1] if len(lines[source]) > 1), None)
         if curve_too and line is not None:
             pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
             beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None

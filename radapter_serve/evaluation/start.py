@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 GRID = tuple(round(0.1 * step, 1) for step in range(11))  # of auto
 Place = str | PathLike[str]
+_INSTEAD = ("merged", "release", "url", "checkpoint", "lora")  # of a run
+_OF_RUNS = ("adapter", "finetuned", "base", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,13 @@ class Evaluated:
         url: a live server, instead of a run, such as grpc://localhost:8001.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas
             beside the run.
-        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if
-            none is given.
-        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none
-            is given.
+        checkpoint: a model that was tuned elsewhere, instead of a run: a .pt or .safetensors file,
+            a model's folder, hf-hub:NAME or NAME:TAG; at any alpha on the line from --base.
+        lora: folder of a LoRA of peft for a CLIPModel, instead of a run.
+        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
+            local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
+        pretrained: open_clip tag or path of a checkpoint, where the base is named without; what the
+            adapter says if none is given.
         precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
     """
@@ -88,6 +93,8 @@ class Evaluated:
     release: str | None = None
     url: str | None = None
     finetuned: str | None = None
+    checkpoint: str | None = None
+    lora: str | None = None
     base: str | None = None
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -96,14 +103,14 @@ class Evaluated:
     @property
     def is_a_run(self) -> bool:
         """Whether it is none of the others."""
-        return not (self.merged or self.release or self.url)
+        return not any(getattr(self, name) for name in _INSTEAD)
 
     def check(self, alphas: Sequence[float], *, auto: bool) -> None:
         """Refuse several models, and what only a run has beside another model."""
-        given = [name for name in ("merged", "release", "url") if getattr(self, name)]
-        also = [
-            name for name in ("adapter", "finetuned", "base", "pretrained") if getattr(self, name)
-        ]
+        given = [name for name in _INSTEAD if getattr(self, name)]
+        has_base = bool(self.checkpoint or self.lora)
+        of_runs = ("adapter", "finetuned") if has_base else _OF_RUNS
+        also = [name for name in of_runs if getattr(self, name)]
         if auto:
             also.append("alpha auto")
         elif alphas and self.merged:  # which release has which α is seen when it is read
@@ -123,14 +130,24 @@ class Evaluated:
         """
         if self.url:
             return self.url.partition("://")[2] or self.url
-        whole = Path(self.merged or self.release or path).absolute()
+        if self.checkpoint:
+            return Path(self.checkpoint).name
+        whole = Path(self.merged or self.release or self.lora or path).absolute()
         return (whole.parent if whole.name == ADAPTER else whole).name
 
     def load(self, path: Path, alphas: Sequence[float]) -> Embedder:
         """Load it, at these alphas; of a run from its path."""
+        from radapter_serve.adapter.checkpoint import load_checkpoint
+        from radapter_serve.adapter.lora import load_lora
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
-        from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+        from radapter_serve.evaluation.torch_embedder import from_adapter, from_line, from_merged
 
+        if self.checkpoint or self.lora:
+            if self.checkpoint:
+                tuned = load_checkpoint(self.checkpoint, self.base, self.pretrained)
+            else:
+                tuned = load_lora(str(self.lora), self.base, self.pretrained)
+            return from_line(tuned, alphas, precision=self.precision, device=self.device)
         if self.merged:
             return from_merged(self.merged, precision=self.precision, device=self.device)
         if self.release:
@@ -160,6 +177,8 @@ def evaluate(
     release: Place | None = None,
     url: str | None = None,
     finetuned: Place | None = None,
+    checkpoint: Place | None = None,
+    lora: Place | None = None,
     base: str | None = None,
     pretrained: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -185,8 +204,10 @@ def evaluate(
             the run opened its own, with its columns, and among its classes.
         data_root: folder that the suite's paths start from.
         merged, release, url: a merged checkpoint, a model repository or a server in place of a run.
+        checkpoint, lora: a model that was tuned elsewhere, or a LoRA of peft, in place of a run;
+            for them α goes from 0, their base, to 1, and is 1 alone where a checkpoint has no base.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT beside the run.
-        base, pretrained: other than the adapter says.
+        base, pretrained: other than the adapter or the LoRA says; the base of a checkpoint.
         precision, device: of torch.
         out: folder for rows and pictures; results/MODEL/SUITE if none is given.
         resume: keep the rows in `out`, and measure only what is missing or has changed.
@@ -212,6 +233,8 @@ def evaluate(
         release=_text(release),
         url=url,
         finetuned=_text(finetuned),
+        checkpoint=_text(checkpoint),
+        lora=_text(lora),
         base=base,
         pretrained=pretrained,
         precision=precision,

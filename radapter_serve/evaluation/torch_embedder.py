@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from radapter_serve.adapter import Adapter, load_adapter
+from radapter_serve.adapter.checkpoint import read_weights
 from radapter_serve.adapter.file import check_alpha, check_base
+from radapter_serve.adapter.line import Tuned, check_weights
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense, encode_patches
 from radapter_serve.clip.towers import encode_image, encode_texts
@@ -305,6 +306,40 @@ def as_it_is(
     )
 
 
+def from_line(
+    tuned: Tuned,
+    alphas: Sequence[float] = (),
+    *,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> TorchEmbedder:
+    """A checkpoint or a LoRA that was tuned elsewhere, at several α.
+
+    Args:
+        tuned: from `load_checkpoint` or `load_lora`.
+        alphas: re-scalings in [0, 1]; if none, 0, 0.5 and 1, or 1 alone where there is no base.
+        precision: of the towers.
+        device: of torch.
+
+    Raises:
+        RAdapterError: the line has no such α.
+    """
+    line = tuned.line
+    alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
+    for alpha in alphas:
+        line.check(alpha)
+    changes = {} if line.base is None else _changes(line.base, line.tuned)
+    facts = ModelFacts(base_digest=line.base_digest, weights_digest=line.digest)
+    return TorchEmbedder(
+        tuned.base,
+        [Line(line.made_of["kind"], changes, facts)],
+        alphas,
+        ["a photo of a {}."],
+        precision=precision,
+        device=device,
+    )
+
+
 def from_merged(
     folder: str | Path, *, precision: Precision = "fp32", device: str | None = None
 ) -> TorchEmbedder:
@@ -349,19 +384,16 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
             f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model"
             " folder"
         )
-    try:
-        tuned = load_state_dict(str(file))
-    except (
-        Exception
-    ) as error:  # torch, pickle and safetensors raise many kinds, and all mean: no checkpoint
-        raise RAdapterError(f"could not read the checkpoint {file}: {reason(error)}") from error
-    names = {key for key, value in base.items() if value.is_floating_point()}
-    odd = sorted(key for key in names if key not in tuned or tuned[key].shape != base[key].shape)
-    if odd:
-        raise RAdapterError(
-            f"{file} is no fine-tuned copy of the base: {odd[0]} is"
-            f" {'missing' if odd[0] not in tuned else 'different'} ({len(odd)} of {len(names)}"
-            " tensors); give a checkpoint of the same architecture"
-        )
-    changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
-    return {key: value for key, value in changes.items() if value.any()}, digest_of(file)
+    start = {name: tensor.cpu() for name, tensor in base.items()}
+    tuned = check_weights(str(file), read_weights(file), start)
+    return _changes(start, tuned), digest_of(file)
+
+
+def _changes(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What α scales, of the weights that differ."""
+    changes = {
+        name: tuned[name].float() - tensor.float()
+        for name, tensor in base.items()
+        if tensor.is_floating_point()
+    }
+    return {name: change for name, change in changes.items() if change.any()}

@@ -513,6 +513,14 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ),
         ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
+        ([*COMMON, "--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+        ([*COMMON, "--checkpoint", "suite.yaml"], "name what was tuned with --base"),
+        ([*COMMON, "--lora", "runs"], "runs is no folder of peft"),
+        ([*COMMON, "--lora", "a", "--adapter", "b"], "lora, adapter don't go together"),
+        (
+            [*COMMON, "--checkpoint", "a", "--alpha", "auto"],
+            "checkpoint, alpha auto don't go together",
+        ),
         ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
         ([*COMMON, "--device", "abacus"], "abacus"),
         (

@@ -24,6 +24,7 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEm
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from tests.helpers.graphs import quick_exports
@@ -202,6 +203,20 @@ def test_wise_ft_interpolates_all_weights(
     with torch.no_grad():
         expected = base.model.encode_image(torch.stack(items), normalize=True).numpy()  # type: ignore[operator]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    rows = evaluate(
+        checkpoint=tmp_path / "tuned.safetensors",
+        base=tiny_clip_dir,
+        alpha=[0, 0.5],
+        suite=world / "suite.yaml",
+        data_root=world,
+        out=tmp_path / "results",
+    ).rows
+    assert {(row.source, row.alpha) for row in rows} == {("checkpoint", 0.0), ("checkpoint", 0.5)}
+    with torch.no_grad():
+        by_hand = by_open_clip(base.model, tiny_clip_dir, world)
+    at_half = measured([row for row in rows if row.alpha == 0.5])
+    assert at_half["captioned"] == pytest.approx(by_hand["captioned"], abs=1e-5)
+    assert (tmp_path / "results" / "alpha.png").is_file()
 
 
 @pytest.mark.triton

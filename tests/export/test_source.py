@@ -97,7 +97,7 @@ def test_labels_that_cannot_be_told_apart_are_named(
         == 0
     )
     err = capfd.readouterr().err
-    assert err.startswith("warning: label set classes") and err.count("\n") == 1
+    assert err.startswith("note: label set classes") and err.count("\n") == 1
 
 
 def test_dynamic_takes_the_chosen_alpha_by_default(
