@@ -35,13 +35,21 @@ sets:
 
 
 @pytest.fixture
-def run(tiny_clip_dir: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    tiny_clip_dir: str,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Run:
     """A run in the folder that holds its images, without a word."""
+    # So that few images and little time have progress to show, if it is shown.
+    monkeypatch.setattr("radapter_serve.data.checks._BLOCK", 1)
+    monkeypatch.setattr("radapter_serve.evaluation.progress.INTERVAL", 0.0)
     monkeypatch.chdir(images.parent)
     monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
     monkeypatch.setattr("radapter_serve.evaluation.run.draw_choice", lambda *_: Path("drawn"))
     Path("suite.yaml").write_text(SUITE, encoding="utf-8")
-    return train(
+    made = train(
         recipe="small",
         architecture=tiny_clip_dir,
         pretrained=None,
@@ -50,6 +58,8 @@ def run(tiny_clip_dir: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
         out="runs/python",
         **FIELDS,
     )
+    assert capfd.readouterr() == ("", "")
+    return made
 
 
 def figures(folder: str) -> list[dict[str, Any]]:
@@ -58,10 +68,7 @@ def figures(folder: str) -> list[dict[str, Any]]:
     return [{**json.loads(line), "runtime": 0} for line in text.splitlines()]
 
 
-def test_training_gives_what_the_command_gives(
-    run: Run, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert capfd.readouterr() == ("", "")
+def test_training_gives_what_the_command_gives(run: Run, tiny_clip_dir: str) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FIELDS.items()]
     command = ["--recipe=small", "--data=imagefolder:images", "--val-fraction=0.25"]
     model = [f"--architecture={tiny_clip_dir}", "--pretrained=none"]
