@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter, Metadata, attach, fold, load_adapter, save_adapter
     from radapter_serve.errors import RAdapterError
     from radapter_serve.evaluation.start import Evaluation, evaluate
+    from radapter_serve.model import Model
     from radapter_serve.training.run import Run
     from radapter_serve.training.start import train
 
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "Metadata",
+    "Model",
     "RAdapterError",
     "Run",
     "attach",
@@ -40,6 +42,7 @@ _HOME = {
     "Evaluation": "radapter_serve.evaluation.start",
     "Export": "radapter_export.start",
     "Metadata": "radapter_serve.adapter",
+    "Model": "radapter_serve.model",
     "RAdapterError": "radapter_serve.errors",
     "Run": "radapter_serve.training.run",
     "attach": "radapter_serve.adapter",

@@ -29,6 +29,7 @@ FLOORS = [
     "evaluation",
     "training",
     "playground",
+    "model",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

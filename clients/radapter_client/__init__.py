@@ -14,7 +14,7 @@ from ._exceptions import (
     Timeout,
     Unauthorized,
 )
-from ._images import ImageLike
+from ._images import ImageLike, list_images
 from ._profile import Profile
 from ._results import Classification, Hit, Release, Segmentation
 from ._wire import AsyncTransport, Reply, Request, Transport
@@ -41,4 +41,5 @@ __all__ = [
     "Timeout",
     "Transport",
     "Unauthorized",
+    "list_images",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,6 +40,8 @@ class Client(BaseClient[Transport]):
             the way.
         transport: what requests go through instead of gRPC or HTTP, such as a fake server
             in tests.
+        progress: show a bar on stderr while a call takes several requests; `AsyncClient` shows
+            none.
 
     Raises:
         RAdapterClientError: here and in every method; the same for every protocol: see its
@@ -92,7 +95,7 @@ class Client(BaseClient[Transport]):
                     parts = step()
                     try:  # one request is not handed over to another thread
                         replies = list(
-                            map(send, parts) if len(parts) == 1 else self._threads.map(send, parts)
+                            map(send, parts) if len(parts) == 1 else self._in_threads(send, parts)
                         )
                         step = partial(answer.send, replies)
                     except RAdapterClientError as error:
@@ -100,6 +103,21 @@ class Client(BaseClient[Transport]):
             except StopIteration as done:
                 found: T = done.value
                 return found
+
+    def _in_threads(self, send: Callable[[Part], Any], parts: Sequence[Part]) -> Iterator[Any]:
+        replies = self._threads.map(send, parts)
+        if not self._progress:
+            return replies
+        from rich.console import Console  # here: few calls show a bar
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        watched = console.is_terminal or console.is_jupyter
+        return iter(
+            track(
+                replies, "asking", len(parts), console=console, transient=True, disable=not watched
+            )
+        )
 
 
 class AsyncClient(BaseClient[AsyncTransport]):

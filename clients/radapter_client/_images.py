@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from ._exceptions import bad_image
+from ._exceptions import bad_argument, bad_image
 
 ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
 
@@ -27,6 +27,31 @@ ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.N
 # locally.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
 ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
+
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
+    """The JPEG, PNG and WebP files in a folder and in all folders in it, in the order of their
+    names.
+
+    Raises:
+        RAdapterClientError: there is no such folder, or no image in it.
+
+    Example: `client.classify(list_images("photos"), ["a cat", "a dog"])`
+    """
+    if not Path(folder).is_dir():
+        raise bad_argument(f"there is no folder {folder}")
+    found = [str(path) for path in sorted(Path(folder).rglob("*")) if is_image_file(path)]
+    if not found:
+        raise bad_argument(f"there is no JPEG, PNG or WebP file in the folder {folder}")
+    return found
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether this is a file whose name ends as that of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def is_one_image(images: object) -> bool:
@@ -139,6 +164,8 @@ def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise bad_image(f"{path} is a folder; give the images in it: list_images({str(path)!r})")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:

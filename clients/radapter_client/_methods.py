@@ -38,7 +38,14 @@ from ._exceptions import (
     Timeout,
     bad_argument,
 )
-from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
+from ._images import (
+    ImageLike,
+    chunks,
+    encode_image,
+    is_one_image,
+    orientation,
+    size_bound,
+)
 from ._profile import Profile, Totals, read_statistics
 from ._results import (
     Classification,
@@ -78,6 +85,7 @@ class BaseClient(Generic[W]):
         concurrency: int = 4,
         api_key: str | None = None,
         transport: W | None = None,
+        progress: bool = False,
     ) -> None:
         self._url = parse_url(url)
         self._version = None if release is None else count("release", release)
@@ -85,6 +93,7 @@ class BaseClient(Generic[W]):
         self._retries = count("retries", retries, 0)
         self._batch_size = count("batch_size", batch_size)
         self._concurrency = count("concurrency", concurrency)
+        self._progress = progress
         self._closed = False
         if api_key is not None:
             check_key(api_key, self._url)
@@ -115,7 +124,8 @@ class BaseClient(Generic[W]):
 
         Args:
             images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB)
-                or [H, W] (grey); or a list of them. The server turns an image by its EXIF
+                or [H, W] (grey); or a list of them, such as `list_images` gives of a folder. The
+                server turns an image by its EXIF
                 orientation, unless its release says otherwise.
             labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
                 label.

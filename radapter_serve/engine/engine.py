@@ -1,12 +1,12 @@
-"""`Engine`: the tasks of a model repository in this process, asked as a server is asked."""
+"""`Engine`: the tasks of releases in this process, asked as a server is asked."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,17 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
-from radapter_serve.engine.version import LocalVersion
+from radapter_serve.engine.version import InProcess, LocalVersion
 from radapter_serve.engine.waiting import MAX_WAITING, Together
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.integrity import check
 from radapter_serve.release.release import TASKS as NAMES
-from radapter_serve.release.repository import (
-    config_of,
-    find_release,
-    name_releases,
-    split_repository,
-)
+from radapter_serve.release.repository import find_release, name_releases, split_repository
 from radapter_serve.release.served import Served
 from radapter_serve.release.tensors import Tensor, tensors_of
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.table import TASKS, Inputs, Tensors
-from radapter_serve.tasks.version import Version
 
 MAX_SECONDS = 120.0  # of one request, whatever its caller allows
 # Batches that one task runs at once: while one is encoded, the next is decoded.
@@ -69,31 +64,15 @@ class _Given:
 class _Served:
     """A release with its tasks, each made when it is first asked for."""
 
-    def __init__(self, version: Version, config: Callable[[str], Any], max_waiting: int) -> None:
+    def __init__(self, version: InProcess, max_waiting: int) -> None:
         self.version = version
-        self._config = config
-        self._max_waiting = max_waiting
+        configs = {name: version.config(name) for name in NAMES}
+        self.inputs = {name: tensors_of(config.input) for name, config in configs.items()}
+        # The most rows of a batch; 0 where tensors have no batch dimension.
+        self.rows = {name: int(config.max_batch_size) for name, config in configs.items()}
+        self.tasks = {name: self._task(name, max_waiting) for name in NAMES}
 
-    def inputs(self, task: str) -> dict[str, Tensor]:
-        return self._inputs[task]
-
-    def rows(self, task: str) -> int:
-        """The most rows of a batch; 0 where tensors have no batch dimension."""
-        return self._rows[task]
-
-    @cached_property
-    def _inputs(self) -> dict[str, dict[str, Tensor]]:
-        return {name: tensors_of(self._config(name).input) for name in NAMES}
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {name: int(self._config(name).max_batch_size) for name in NAMES}
-
-    @cached_property
-    def tasks(self) -> dict[str, Together[Inputs, Tensors]]:
-        return {name: self._task(name) for name in NAMES}
-
-    def _task(self, name: str) -> Together[Inputs, Tensors]:
+    def _task(self, name: str, max_waiting: int) -> Together[Inputs, Tensors]:
         task = TASKS[name]
         lock = threading.Lock()
         made: list[Any] = []
@@ -104,52 +83,64 @@ class _Served:
                     made.append(task.make(self.version))
             return task.answer(made[0], requests)
 
-        rows = self.rows(name)
         return Together(
             run,
-            max_rows=rows or 1,
+            max_rows=self.rows[name] or 1,
             # Queries embed their texts with those of others, so they must not wait for each other.
-            at_once=self._max_waiting if name == "retrieve" else _AT_ONCE,
-            max_waiting=self._max_waiting,
+            at_once=max_waiting if name == "retrieve" else _AT_ONCE,
+            max_waiting=max_waiting,
         )
 
 
 class Engine:
-    """Releases of a model repository in this process; a `Transport` of the client.
+    """Releases in this process; a `Transport` of the client.
 
     Its answers are those of Triton, for both go through the same tasks and the same runtimes.
 
     Args:
-        repository: the model repository; `DIR@N` serves release N alone, else what
-            `radapter-release` chose, or the newest export.
-        indexes: folder of the indexes that `retrieve` searches.
-        device: number of a GPU for ONNX Runtime; None for the CPU.
-        threads: that compute a batch; None for one a core.
+        versions: the releases.
         max_waiting: requests that wait for a task at most.
-
-    Raises:
-        RAdapterError: no such release, a broken one, or one that its runtime can't load.
     """
 
-    def __init__(
-        self,
+    def __init__(self, versions: Sequence[InProcess], *, max_waiting: int = MAX_WAITING) -> None:
+        self._closed = False
+        self._served = {one.release.version: _Served(one, max_waiting) for one in versions}
+        for number, served in self._served.items():
+            served.version.join(partial(self._query, number), partial(self._others, number))
+
+    @classmethod
+    def open(
+        cls,
         repository: str | Path,
         *,
         indexes: str | Path = "indexes",
         device: int | None = None,
         threads: int | None = None,
         max_waiting: int = MAX_WAITING,
-    ) -> None:
-        folder = find_release(repository)
-        self.repository = folder.parent.parent
+    ) -> Engine:
+        """The releases of a model repository.
+
+        Args:
+            repository: the model repository; `DIR@N` serves release N alone, else what
+                `radapter-release` chose, or the newest export.
+            indexes: folder of the indexes that `retrieve` searches.
+            device: number of a GPU for ONNX Runtime; None for the CPU.
+            threads: that compute a batch; None for one a core.
+            max_waiting: requests that wait for a task at most.
+
+        Raises:
+            RAdapterError: no such release, one whose files are not those of its export, or one that
+                its runtime can't load.
+        """
+        folder = find_release(repository).parent.parent
         _, number = split_repository(repository)
-        numbers = [int(number)] if number else list(Served.load(self.repository).releases)
-        self._indexes = Path(indexes)
-        self._device = device
-        self._threads = threads
-        self._max_waiting = max_waiting
-        self._closed = False
-        self._served = {one: self._load(one) for one in sorted(numbers)}
+        numbers = [int(number)] if number else list(Served.load(folder).releases)
+        check(folder, numbers)
+        versions = [
+            LocalVersion(folder, one, Path(indexes), device=device, threads=threads)
+            for one in numbers
+        ]
+        return cls(versions, max_waiting=max_waiting)
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
@@ -205,7 +196,7 @@ class Engine:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
         number, served = self._pick(model, version)
-        rows = _check(model, inputs, served.inputs(model), served.rows(model))
+        rows = _check(model, inputs, served.inputs[model], served.rows[model])
         end = time.monotonic() + MAX_SECONDS
         until = end if deadline is None else min(end, deadline)
 
@@ -231,8 +222,8 @@ class Engine:
         Raises:
             NotServed: no such task or release.
         """
-        number, _ = self._pick(model, version)
-        config = config_of(self.repository, model, number)
+        _, served = self._pick(model, version)
+        config = served.version.config(model)
         name_releases(config, {one: kept.version.release for one, kept in self._served.items()})
         config.version_policy.specific.versions[:] = sorted(self._served)
         return config
@@ -267,23 +258,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _load(self, number: int) -> _Served:
-        version = LocalVersion(
-            self.repository,
-            number,
-            self._indexes,
-            self._query,
-            lambda: self._others(number),
-            device=self._device,
-            threads=self._threads,
-        )
-        version.load()
-        return _Served(
-            version,
-            lambda model: config_of(self.repository, model, number),
-            self._max_waiting,
-        )
 
     def _pick(self, model: str, version: str) -> tuple[int, _Served]:
         if model not in TASKS:

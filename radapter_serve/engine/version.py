@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,42 @@ from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.version import Version
 
-# A text or an encoded image, with its α, to its embedding.
-Query = Callable[[int, str, bytes, Alpha | None], NDArray[np.float32]]
+# The kind of a query (text or image), its value and its α, to its embedding, float32 [D].
+Query = Callable[[str, bytes, Alpha | None], NDArray[np.float32]]
 
 
-class LocalVersion(Version):
+class InProcess(Version):
+    """A release that an engine serves.
+
+    `join` must be called before `retrieve` is asked.
+    """
+
+    def join(self, query: Query, others: Callable[[], Iterable[Embedder]]) -> None:
+        """Say how the engine embeds queries, and which other releases it has."""
+        self._query = query
+        self._others = others
+
+    @abstractmethod
+    def config(self, model: str) -> Any:
+        """The `ModelConfig` of a task."""
+
+    def embedder(self) -> Embedder:
+        def query(kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
+            return self._query(kind, value, alpha)
+
+        return Embedder(self.release, partial(query, "text"), partial(query, "image"))
+
+    def others(self) -> Iterable[Embedder]:
+        return self._others()
+
+
+class LocalVersion(InProcess):
     """One release of a model repository, by the runtime that its encoders were exported for.
 
     Args:
         repository: the model repository.
         number: of the release.
         indexes: folder of the indexes.
-        query: embeds a query of `retrieve`: number of the release, kind (text or image), value, α.
-        others: the other releases that are served.
         device: number of a GPU for ONNX Runtime; None for the CPU.
         threads: that compute a batch; None for one a core.
 
@@ -44,8 +67,6 @@ class LocalVersion(Version):
         repository: Path,
         number: int,
         indexes: Path,
-        query: Query,
-        others: Callable[[], Iterable[Embedder]],
         *,
         device: int | None = None,
         threads: int | None = None,
@@ -54,24 +75,16 @@ class LocalVersion(Version):
         super().__init__(Release.load(folder), folder, indexes, f"{repository}@{number}")
         self._repository = repository
         self._number = number
-        self._query = query
-        self._others = others
         self._device = device
         self._threads = threads
-        self._lock = threading.Lock()
-        self._encoders: dict[str, Encoder] = {}
-
-    def load(self) -> None:
-        """Load all encoders, so that no caller has to wait for them.
-
-        Raises:
-            RAdapterError: one can't be loaded.
-        """
+        # At once, so that what is broken is refused before anybody asks.
         names = ["image_encoder", "text_encoder"]
         if self.release.dense:
             names.append("patch_encoder")
-        for name in names:
-            self._encoder(name)
+        self._encoders = {name: self._load(name) for name in names}
+
+    def config(self, model: str) -> Any:
+        return config_of(self._repository, model, self._number)
 
     def encode_images(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
@@ -88,30 +101,15 @@ class LocalVersion(Version):
     ) -> NDArray[np.float32]:
         return self._encode("text_encoder", tokens, alpha)
 
-    def embedder(self) -> Embedder:
-        def query(kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
-            return self._query(self._number, kind, value, alpha)
-
-        return Embedder(self.release, partial(query, "text"), partial(query, "image"))
-
-    def others(self) -> Iterable[Embedder]:
-        return self._others()
-
     def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
-        encoder = self._encoder(name)
+        encoder = self._encoders[name]
         try:
             return encoder(rows) if alpha is None else encoder(rows, alpha)
         except Exception as error:  # runtimes' errors have no common base
             raise TaskError(ENCODER_FAILED, f"{name} failed: {public(str(error))}") from error
 
-    def _encoder(self, name: str) -> Encoder:
-        with self._lock:
-            if name not in self._encoders:
-                self._encoders[name] = self._load(name)
-            return self._encoders[name]
-
     def _load(self, name: str) -> Encoder:
-        config = config_of(self._repository, name, self._number)
+        config = self.config(name)
         runtime = str(config.backend)
         return Encoder(
             self._repository / name / str(self._number) / RUNTIMES[runtime].file,

@@ -290,7 +290,7 @@ def test_file_is_sent_as_it_is(tmp_path: Path):
     ("image", "why"),
     [
         ("no/such/file.jpg", "no/such/file.jpg: No such file"),
-        (Path("/"), "Is a directory"),
+        (Path("/"), "is a folder; give the images in it"),
         ("a\0b", "null byte"),
         (b"", "zero bytes"),
         (np.zeros((4, 4, 3)), r"float64 \[4, 4, 3\].*allowed are uint8 \[H, W, 3\]"),

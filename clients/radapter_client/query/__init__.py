@@ -4,6 +4,7 @@ in `main`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -39,6 +40,9 @@ class Server:
         url: one of grpc://HOST:8001, grpcs://HOST, http://HOST:8000 and https://HOST; the
             environment variable RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API
             key that radapter-gateway asks for.
+        model: answer in this process, without a server: a model repository, a run, a folder with a
+            checkpoint, or what else `radapter_serve.Model` takes; the URL is not asked then.
+        indexes: folder of the indexes that --model searches.
         release: version of the release to use; the newest if none is given.
         timeout: seconds that a request may take.
         json: print JSON, one object a line, instead of tables.
@@ -47,11 +51,15 @@ class Server:
     url: str = field(
         default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "grpc://localhost:8001"
     )
+    model: str | None = None
+    indexes: Path = Path("indexes")
     release: int | None = None
     timeout: float = 60.0
     json: bool = False
 
     def client(self) -> Client:
+        if self.model is not None:
+            return _local(self)
         key = os.environ.get("RADAPTER_API_KEY") or None  # no flag: others can read a command line
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
@@ -59,6 +67,18 @@ class Server:
         for note in notes:
             print(f"note: {note.message}", file=sys.stderr)
         return client
+
+
+def _local(server: Server) -> Client:
+    """A model in this process."""
+    # By its name: the client needs nothing of radapter_serve, unless it is asked for this.
+    serve = importlib.import_module("radapter_serve.model")
+    named = server.model if server.release is None else f"{server.model}@{server.release}"
+    try:
+        local: Client = serve.Model(named, indexes=server.indexes, timeout=server.timeout)
+    except serve.RAdapterError as error:
+        raise RAdapterClientError(str(error)) from error
+    return local
 
 
 @dataclass(frozen=True)
@@ -370,7 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands = (classify, segment, search, embed_image, embed_text, release, profile)
     named = {command.__name__.replace("_", "-"): command for command in commands}
-    description = "Asks a server that radapter-serve started."
+    description = (
+        "Asks a server that radapter-serve started, or with --model a model in this process."
+    )
     with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from .._exceptions import InvalidImage, RAdapterClientError
+from .._images import is_image_file
 
 T = TypeVar("T")
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -53,11 +53,9 @@ class ImageFiles:
                 self.paths.append(name)
                 continue
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
-            images = [str(path) for path in files if path.suffix.lower() in SUFFIXES]
+            images = [str(path) for path in files if is_image_file(path)]
             others.update(
-                path.suffix.lower() or path.name
-                for path in files
-                if path.suffix.lower() not in SUFFIXES
+                path.suffix.lower() or path.name for path in files if not is_image_file(path)
             )
             self.paths += images
             self._found |= set(images)

@@ -1,0 +1,222 @@
+"""A model in torch as the tasks see it: what an export of it in fp32 would answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from google.protobuf import text_format
+from numpy.typing import NDArray
+from torch import Tensor
+from tritonclient.grpc import model_config_pb2
+
+from radapter_export.repository import config, sources
+from radapter_export.tokenizer import ServedTokenizer
+from radapter_serve.adapter import Adapter
+from radapter_serve.adapter.file import check_alpha, check_base
+from radapter_serve.adapter.fold import fold
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.dense import check_dense, encode_patches
+from radapter_serve.clip.towers import encode_image, encode_text, is_causal
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.engine.version import InProcess
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.release.release import Release
+from radapter_serve.tasks.label_embeddings import LabelSet
+
+CLASSES = "classes"  # the label set of a run's own classes
+_TEMPLATES = ("a photo of a {}.",)
+
+
+class TorchVersion(InProcess):
+    """A base, or a base with an adapter folded into it, in torch.
+
+    Args:
+        base: its weights become those of the fold.
+        adapter: to be folded; None for the base alone.
+        told: what `release.json` says beside a merged checkpoint; None where there is none.
+        alpha: of the fold, in [0, 1]; the adapter's own if None.
+        dense: method of dense embeddings, naclip or maskclip, for `segment`; None for what the run
+            was trained for, if for any.
+        device: of torch, such as "cpu" or "cuda"; None takes a GPU where there is one.
+        indexes: folder of the indexes that `retrieve` searches.
+
+    Raises:
+        RAdapterError: the adapter is another base's, α is none, or there is no such device.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter | None = None,
+        *,
+        told: Release | None = None,
+        alpha: float | None = None,
+        dense: str | None = None,
+        device: str | None = None,
+        indexes: Path = Path("indexes"),
+    ) -> None:
+        if adapter is None and alpha not in (None, 0.0):
+            raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
+        if adapter is not None:
+            alpha = adapter.metadata.alpha if alpha is None else alpha
+            check_alpha(alpha)
+            check_base(base.model.state_dict(), adapter)
+            base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
+        self._device = _device(device)
+        self._model = base.model.to(self._device).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            self._written = ServedTokenizer.write(
+                base.tokenizer,
+                Path(folder) / "tokenizer.json",
+                dynamic_length=is_causal(base.model),
+            )
+        self._classes = () if adapter is None else tuple(adapter.metadata.classes or ())
+        if dense is None and adapter is not None and adapter.metadata.source.dense != "none":
+            dense = adapter.metadata.source.dense
+        release = _describe(base, adapter, alpha or 0.0, dense, self._written.spec)
+        if told is not None:
+            release = _as_told(release, told, base, dense)
+        super().__init__(release, Path(), indexes, base.name)  # it has no files
+
+    @property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+        return self._written.encode
+
+    @cached_property
+    def label_sets(self) -> dict[str, LabelSet]:
+        """The classes that a run was trained for; embedded when a label set is first asked for."""
+        if not self._classes:
+            return {}
+        return {CLASSES: self.embed_labels(self._classes, self.release.templates)}
+
+    def config(self, model: str) -> Any:
+        side, width = self.release.preprocess["size"], self.release.embed_dim
+        dims = {
+            "image": [side, side, 3],
+            "image_embeds": [width],
+            "text_embeds": [width],
+        }
+        template = sources() / model / "config.template.pbtxt"
+        text = config(template, model, [self.release], dims, self.release.max_batch_size)
+        return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+    @torch.inference_mode()
+    def encode_images(
+        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        return _floats(encode_image(self._model, self._normalised(pixels)))
+
+    @torch.inference_mode()
+    def encode_patches(
+        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        method = (self.release.dense or {})["way"]
+        return _floats(encode_patches(self._model, self._normalised(pixels), method))
+
+    @torch.inference_mode()
+    def encode_tokens(
+        self, tokens: NDArray[np.int32], alpha: Alpha | None = None
+    ) -> NDArray[np.float32]:
+        rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
+        return _floats(encode_text(self._model, rows))
+
+    def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """uint8 [B, S, S, 3] to float32 [B, 3, S, S], as open_clip normalises."""
+        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        values = values.permute(0, 3, 1, 2).float() / 255
+        mean, std = (
+            torch.tensor(self.release.preprocess[name], device=self._device)[:, None, None]
+            for name in ("mean", "std")
+        )
+        return (values - mean) / std
+
+
+def _describe(
+    base: Base,
+    adapter: Adapter | None,
+    alpha: float,
+    dense: str | None,
+    tokenizer: dict[str, Any],
+) -> Release:
+    """The facts that an export would write, without those that are measured."""
+    weights = base.model.state_dict()
+    bias = weights.get("logit_bias")
+    own = base.preprocess
+    source = None if adapter is None else adapter.metadata.source
+    mean = own["mean"]
+    crop = MaskCrop.filled_with(mean) if source is None else source.mask_crop(mean)
+    return Release(
+        version=1,
+        alpha=alpha,
+        architecture=base.name,
+        base_digest="" if adapter is None else adapter.metadata.base_digest,
+        adapter_digest="" if adapter is None else adapter.digest,
+        preprocess={
+            "size": base.image_size,
+            **{name: own[name] for name in ("mode", "interpolation", "resize_mode", "fill_color")},
+            **{name: [float(value) for value in own[name]] for name in ("mean", "std")},
+            "exif_orientation": True if source is None else source.exif_orientation,
+        },
+        tokenizer=tokenizer,
+        embed_dim=int(base.config["embed_dim"]),
+        logit_scale=float(weights["logit_scale"].float().exp()),
+        logit_bias=None if bias is None else float(bias),
+        templates=list(_TEMPLATES) if adapter is None else adapter.metadata.templates,
+        agreement={},
+        dense=_dense(base, dense),
+        crop=crop.to_dict(),
+        runtime="torch",
+        tools={"torch": torch.__version__},
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _as_told(release: Release, told: Release, base: Base, dense: str | None) -> Release:
+    """The facts of a merged checkpoint, of which its `release.json` knows more than the weights."""
+    way = dense if dense is not None else (told.dense or {}).get("way")
+    return dataclasses.replace(
+        release,
+        alpha=told.alpha,
+        base_digest=told.base_digest,
+        adapter_digest=told.adapter_digest,
+        adapters=told.adapters,
+        templates=told.templates,
+        preprocess={
+            **release.preprocess,
+            "exif_orientation": told.preprocess.get("exif_orientation", True),
+        },
+        crop=told.crop,
+        dense=_dense(base, way),
+        confidence=told.confidence,
+    )
+
+
+def _dense(base: Base, method: str | None) -> dict[str, Any] | None:
+    if method is None:
+        return None
+    return {"way": method, "grid": int(check_dense(base.model, method).grid_size[0])}
+
+
+def _device(name: str | None) -> torch.device:
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by torch's build
+        raise RAdapterError(
+            f"device {wanted!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
+        ) from error
+    return device
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return np.asarray(values.float().cpu().numpy(), np.float32)

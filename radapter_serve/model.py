@@ -1,0 +1,134 @@
+"""`Model`: a CLIP asked in this process, by the methods of the client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from radapter_client import Client
+from radapter_serve.engine.engine import Engine
+from radapter_serve.engine.version import InProcess
+from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.repository import releases_of, split_repository
+from radapter_serve.runs import ADAPTER
+
+_FORMS = (
+    "a model repository, a run or an adapter file, a folder with a checkpoint of open_clip or"
+    " transformers, hf-hub:NAME, or an open_clip name with pretrained="
+)
+
+
+class Model(Client):
+    """A model in this process; its methods, arguments, results and errors are those of `Client`.
+
+    Args:
+        source: a model repository (`DIR@N` for release N), which needs no torch; or, in torch, the
+            folder of a run, an adapter file, a merged checkpoint or another folder with a model of
+            open_clip or transformers, `hf-hub:ORGANISATION/NAME`, or an open_clip name such as
+            `ViT-B-32`.
+        pretrained: weights of an open_clip name: a tag such as `openai`, or a checkpoint's path.
+        base: where a run's base is, if not where it was in training.
+        alpha: re-scaling of a run's adapter, in [0, 1]; None for its own.
+        dense: method of dense embeddings for `segment`, naclip or maskclip, of a model in torch;
+            None for what its run was trained for.
+        device: "cpu", "cuda" or "cuda:N"; None for the CPU, and in torch a GPU where there is one.
+        indexes: folder of the indexes that `search` searches.
+        threads: that compute a batch; None for one a core.
+        timeout: seconds that one request may take.
+        batch_size: images or texts in a batch at most.
+        progress: show a bar on stderr while a call takes several batches.
+
+    Raises:
+        RAdapterError: no such model, or a broken one. Methods raise what those of `Client` raise.
+
+    Example:
+        ```python
+        model = Model("model_repository")
+        print(model.classify("cat.jpg", ["a cat", "a dog"]).top)
+        ```
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        pretrained: str | None = None,
+        *,
+        base: str | None = None,
+        alpha: float | None = None,
+        dense: str | None = None,
+        device: str | None = None,
+        indexes: str | Path = "indexes",
+        threads: int | None = None,
+        timeout: float = 600.0,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> None:
+        name = os.fspath(source)
+        folder, number = split_repository(name)
+        if releases_of(Path(folder)) or number:
+            own = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
+            for what, value in own.items():
+                if value is not None:
+                    raise RAdapterError(
+                        f"{what} is {value!r}, but {name} is a model repository, whose releases"
+                        " have theirs; leave it out, or export another release"
+                    )
+            check_installed("onnxruntime", "server")
+            engine = Engine.open(name, indexes=indexes, device=_number(device), threads=threads)
+        else:
+            load = _in_torch(name, pretrained, base)
+            engine = Engine([load(alpha=alpha, dense=dense, device=device, indexes=Path(indexes))])
+        self._source = name
+        super().__init__(
+            transport=engine,
+            timeout=timeout,
+            batch_size=batch_size,
+            # Requests of one call share the cores: two, so that one is decoded while another is
+            # encoded.
+            concurrency=2,
+            progress=progress,
+        )
+
+    def __repr__(self) -> str:
+        return f"Model({self._source!r})"
+
+
+def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[..., InProcess]:
+    """What makes a model that torch runs, at an α, on a device."""
+    path = Path(name)
+    is_folder = path.is_dir()
+    is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
+    if path.is_file() and not is_run:
+        raise RAdapterError(f"{name} is no model; allowed: {_FORMS}")
+    if is_folder and not is_run and not any(path.glob("*config.json")):
+        raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
+    if not path.exists() and os.sep in name and ":" not in name:
+        raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
+    if base is not None and not is_run:
+        raise RAdapterError(f"base is {base!r}, but {name} is no run; leave it out")
+    check_installed("torch", "export")
+    from radapter_export.in_torch import TorchVersion
+    from radapter_serve.adapter import load_adapter
+    from radapter_serve.clip.base import load_base
+
+    if not is_run:
+        source = f"local-dir:{name}" if is_folder else name
+        told = Release.load(path) if (path / FILE).is_file() else None
+        return partial(TorchVersion, load_base(source, pretrained), told=told)
+    adapter = load_adapter(path)
+    meta = adapter.metadata
+    loaded = load_base(base or meta.architecture, pretrained or meta.pretrained)
+    return partial(TorchVersion, loaded, adapter)
+
+
+def _number(device: str | None) -> int | None:
+    """The number of a GPU for ONNX Runtime."""
+    kind, _, number = (device or "cpu").partition(":")
+    if kind == "cpu" and not number:
+        return None
+    if kind == "cuda" and (number.isdecimal() or not number):
+        return int(number or 0)
+    raise RAdapterError(f"device is {device!r}; allowed: cpu, cuda or cuda:N")

@@ -1,0 +1,111 @@
+"""The engine's answers are Triton's, to the byte: all tasks, good requests and bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_client import Client, RAdapterClientError
+from radapter_serve.engine.engine import Engine
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.small_release import png
+
+pytestmark = pytest.mark.triton
+
+# The labels of segmentation are others than those of classification: Triton's processes embed them
+# apart, and of texts that are embedded in another batch a runtime may round the last bit otherwise.
+Ask = Callable[[Client], Any]
+
+GOOD: dict[str, Ask] = {
+    "images": lambda client: client.embed_images([png(0), png(1, kind="JPEG"), png(2, 60, 61)]),
+    "texts": lambda client: client.embed_texts(["a cat", "Ölkäfer 猫", "word " * 200, "a cat"]),
+    "labels": lambda client: client.classify([png(3)], ["red", "green, lime", "blue"], top_k=2),
+    "label set": lambda client: client.classify(png(4), label_set="colours"),
+    "alone": lambda client: client.classify(png(5), ["red", "green"], multi_label=True),
+    "calibrated": lambda client: client.classify(png(5), ["red", "green"], calibrated=True),
+    "templates": lambda client: client.classify(png(5), ["red"], templates=["one {}", "two {}"]),
+    "mask": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], threshold=0.4),
+    "refined": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], refine=2),
+    "proposals": lambda client: client.segment(
+        png(6, 50, 40), ["sky", "sea"], proposals=np.tri(40, 50)[None] > 0
+    ),
+    "search by text": lambda client: client.search("red", index="photos", top_k=3),
+    "search by image": lambda client: client.search(
+        image=png(7), index="photos", where="width > 20", thumbnails=True
+    ),
+    "release": lambda client: client.release(),
+    "releases": lambda client: client.releases(),
+    "ready": lambda client: client.is_ready(),
+}
+BAD: dict[str, Ask] = {
+    "no image": lambda client: client.classify(b"no image", ["a"]),
+    "second image": lambda client: client.embed_images([png(0), b"no image"]),
+    "empty label": lambda client: client.classify(png(0), ["a", " "]),
+    "same label": lambda client: client.classify(png(0), ["a", "a"]),
+    "no label set": lambda client: client.classify(png(0), label_set="none"),
+    "template": lambda client: client.classify(png(0), ["a"], templates=["no place"]),
+    "alpha": lambda client: client.embed_texts(["a"], alpha=0.9),
+    "empty text": lambda client: client.embed_texts(["a", ""]),
+    "no index": lambda client: client.search("a", index="none"),
+    "condition": lambda client: client.search("a", index="photos", where="nothing = 1"),
+    "no column": lambda client: client.search("a", index="photos", where="DROP TABLE images"),
+    "proposals": lambda client: client.segment(
+        png(6, 50, 40), ["red"], proposals=np.ones((1, 3, 3), bool)
+    ),
+    "stride": lambda client: client.segment(png(6), ["red"], stride=0),
+}
+
+
+@pytest.fixture(scope="module")
+def both(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Client, Client]]:
+    folder = tmp_path_factory.mktemp("both")
+    (folder / "photos").mkdir()
+    for number in range(8):
+        (folder / "photos" / f"{number}.png").write_bytes(png(number))
+    indexes = folder / "indexes"
+    build(str(folder / "photos"), indexes / "photos", LocalRelease(repository))
+    config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
+    with (
+        TritonServer(config) as server,
+        Client(server.grpc_url) as served,
+        Engine.open(repository, indexes=indexes) as engine,
+        Client(transport=engine) as here,
+    ):
+        yield served, here
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_requests(both: tuple[Client, Client], name: str) -> None:
+    served, here = (plain(GOOD[name](client)) for client in both)
+    assert served == here
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests(both: tuple[Client, Client], name: str) -> None:
+    found = []
+    for client in both:
+        with pytest.raises(RAdapterClientError) as error:
+            BAD[name](client)
+        found.append((type(error.value), error.value.code, str(error.value)))
+    assert found[0] == found[1]
+
+
+def plain(found: Any) -> Any:
+    """Something to compare: arrays by their bytes, and what holds arrays by its parts."""
+    if isinstance(found, np.ndarray):
+        return found.dtype, found.shape, found.tobytes()
+    if isinstance(found, list):
+        return [plain(one) for one in found]
+    if hasattr(found, "__dict__"):
+        return {name: plain(value) for name, value in vars(found).items()}
+    return found
