@@ -17,6 +17,7 @@ import torch
 
 import radapter_client
 from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.training.recipe import load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +188,32 @@ def test_every_recipe_is_described() -> None:
     assert not [
         path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page
     ]
+
+
+def _activation(architecture: str, tag: str) -> str:
+    """The activation that a tag was trained with, as open_clip's own tables say."""
+    of_tag = open_clip.get_pretrained_cfg(architecture, tag)
+    of_model = open_clip.get_model_config(architecture)
+    assert of_tag is not None
+    assert of_model is not None
+    quick = of_tag.get("quick_gelu", False) or of_model.get("quick_gelu", False)
+    return "QuickGELU" if quick else "GELU"
+
+
+def test_bases_of_recipes_and_of_the_page_are_open_clips_own() -> None:
+    """Their tags exist, and `small` starts from GELU where the paper's recipes have QuickGELU."""
+    known = set(open_clip.list_pretrained())
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("## Which base to start from")[2].partition("\n\n## ")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", table, re.MULTILINE)
+    assert len(listed) >= 6
+    assert set(listed) <= known
+    own = {name: load_recipe(name) for name in ready_recipes()}
+    bases = {name: (one.architecture, str(one.pretrained)) for name, one in own.items()}
+    assert set(bases.values()) <= known
+    assert listed[0] == bases.pop("small")
+    assert _activation(*listed[0]) == "GELU"
+    assert {_activation(*base) for base in bases.values()} == {"QuickGELU"}
 
 
 def test_the_picture_of_the_house_has_every_room() -> None:

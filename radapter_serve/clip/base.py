@@ -196,7 +196,7 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
             f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this"
             f" machine, and the Hugging Face hub can't be reached ({unreachable()});"
             f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
-            f" clip`, copy the folder here, and name it: --architecture {LOCAL}clip"
+            f" clip`, copy the folder here, and name it {LOCAL}clip in place of {name}"
         ) from error
 
 

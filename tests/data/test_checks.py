@@ -246,6 +246,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("name", "tag", "repository"),
     [
         ("ViT-B-32", "laion400m_e31", "timm/vit_base_patch32_clip_224.laion400m_e31"),
+        ("ViT-B-32", "datacomp_xl_s13b_b90k", "laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K"),
         ("hf-hub:nobody/nothing", None, "nobody/nothing"),
     ],
 )
@@ -257,7 +258,7 @@ def test_weights_that_are_not_there_say_how_to_bring_them(
     for words in (
         f"hf download {repository}`",
         repository.replace("/", "--"),
-        "--architecture local-dir:clip",
+        f"name it local-dir:clip in place of {name}",
     ):
         assert words in str(caught.value), words
     assert "\n" not in str(caught.value) and "(no route to host)" in str(caught.value)
