@@ -272,7 +272,7 @@ def test_spread_and_cost():
         ({"suite": "suite.yaml"}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": {}, "more": 1}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": []}, "train is []; it should be a dict"),
-        ({"suite": "suite.yaml", "train": {"speed": 3}}, "has unknown fields speed; allowed: task"),
+        ({"suite": "suite.yaml", "train": {"speed": 3}}, "has unknown fields speed; allowed: architecture"),
     ],
 )
 def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_file: Path):
@@ -464,7 +464,7 @@ def test_refuses_what_makes_no_table(
         ("templates", ["{}", "a drawing of {}"], "templates is"),
         ("images", 5, "images is 5"),
         ("weight_decay", "much", "weight_decay is 'much'"),
-        ("colour", 1, "has unknown fields colour; allowed: task"),
+        ("colour", 1, "has unknown fields colour; allowed: architecture"),
     ],
 )
 def test_refuses_a_benchmark_that_trains_by_nothing_known(
