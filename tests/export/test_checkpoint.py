@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import peft
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radapter_export import ExportSettings, export_release
+from radapter_export import ExportedRelease, ExportSettings, export, export_release
 from radapter_serve.cli.export import main
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
+from tests.helpers.graphs import quick_exports
 
 
 @pytest.fixture(scope="session")
@@ -57,24 +60,40 @@ def _by_open_clip(folder: Path, images: list[Image.Image], texts: list[str]) -> 
         ]
 
 
-def test_a_checkpoint_becomes_releases_on_its_line(
-    checkpoint: Path,
+@pytest.fixture(scope="module")
+def line(
     tuned: dict[str, Tensor],
-    tiny_base: Base,
     tiny_clip_dir: str,
     labels_path: Path,
-    tmp_path: Path,
-    quick: None,
-) -> None:
+    common: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, list[ExportedRelease]]:
+    """A folder with `repository`, `merged` and `transformers`, and the releases of a checkpoint at
+    0.5 and 1. Not to be changed.
+    """
+    folder = tmp_path_factory.mktemp("line")
+    checkpoint = folder / "tuned.pt"
+    torch.save({"epoch": 1, "state_dict": tuned}, checkpoint)
     settings = _settings(
-        tmp_path,
+        folder,
         checkpoint=str(checkpoint),
         base=tiny_clip_dir,
         dense="naclip",
         label_sets={"animals": labels_path},
-        transformers=tmp_path / "transformers",
+        transformers=folder / "transformers",
     )
-    half, whole = export_release((), [0.5, 1.0], settings)
+    with quick_exports(common):
+        return folder, export_release((), [0.5, 1.0], settings)
+
+
+def test_a_checkpoint_becomes_releases_on_its_line(
+    line: tuple[Path, list[ExportedRelease]],
+    tuned: dict[str, Tensor],
+    tiny_base: Base,
+    tiny_clip_dir: str,
+    tmp_path: Path,
+) -> None:
+    folder, (half, whole) = line
     base = tiny_base.model.state_dict()
     for release, alpha in ((half, 0.5), (whole, 1.0)):
         merged = load_file(release.merged / "open_clip_model.safetensors")
@@ -85,14 +104,14 @@ def test_a_checkpoint_becomes_releases_on_its_line(
     )
     image.save(tmp_path / "photo.png")
     for number, release in enumerate((half, whole), 1):
-        served = LocalRelease(tmp_path / "repository", number)
+        served = LocalRelease(folder / "repository", number)
         prepared = served.prepare((tmp_path / "photo.png").read_bytes())
         found = [served.encode_images([prepared]), served.embed_texts(["a cat", "two dogs"])]
         expected = _by_open_clip(release.merged, [image], ["a cat", "two dogs"])
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
-        verify(tmp_path / "repository", number)
-    facts = Release.load(tmp_path / "repository" / "classify" / "1")
+        verify(folder / "repository", number)
+    facts = Release.load(folder / "repository" / "classify" / "1")
     assert facts.made_of is not None
     assert facts.made_of["digest"].startswith("sha256:")
     assert {**facts.made_of, "digest": ""} == {
@@ -108,6 +127,39 @@ def test_a_checkpoint_becomes_releases_on_its_line(
         "patch_encoder",
         "text_encoder",
     }
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_lora_becomes_a_release_on_the_base_that_it_names(
+    line: tuple[Path, list[ExportedRelease]], tmp_path: Path, quick: None
+) -> None:
+    base = line[0] / "transformers" / "alpha-1"
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        transformers.CLIPModel.from_pretrained(base),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc1"]),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(str(tmp_path / "lora"))
+    done = export(
+        lora=tmp_path / "lora",
+        model_repository=tmp_path / "repository",
+        merged=tmp_path / "merged",
+        transformers=tmp_path / "transformers",
+    )
+    assert done.alpha == 1
+    made_of = done.releases[0].release.made_of
+    assert made_of is not None
+    assert (made_of["kind"], made_of["name"]) == ("lora", "lora")
+    assert made_of["base"] == f"local-dir:{base}"
+    expected = model.merge_and_unload().state_dict()
+    found = load_file(tmp_path / "transformers" / "model.safetensors")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_folder_is_exported_as_it_is_in_int8_and_judged(

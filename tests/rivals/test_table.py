@@ -272,7 +272,10 @@ def test_spread_and_cost():
         ({"suite": "suite.yaml"}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": {}, "more": 1}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": []}, "train is []; it should be a dict"),
-        ({"suite": "suite.yaml", "train": {"speed": 3}}, "has unknown fields speed; allowed: architecture"),
+        (
+            {"suite": "suite.yaml", "train": {"speed": 3}},
+            "has unknown fields speed; allowed: architecture",
+        ),
     ],
 )
 def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_file: Path):
