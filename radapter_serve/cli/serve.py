@@ -1,4 +1,4 @@
-"""radapter-serve: serve a model repository with tritonserver."""
+"""radapter-serve: serve a model repository, with tritonserver or in this process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.engine_server import EngineServer
+from radapter_serve.server.installation import find_tritonserver
+from radapter_serve.server.releases import Releases
 from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
@@ -32,7 +35,16 @@ if TYPE_CHECKING:
 
 PROG = "radapter-serve"
 FIRST = (
-    *("model_repository", "host", "http_port", "grpc_port", "indexes", "runtime", "instances"),
+    *(
+        "engine",
+        "model_repository",
+        "host",
+        "http_port",
+        "grpc_port",
+        "indexes",
+        "runtime",
+        "instances",
+    ),
     *("trust_network", "gateway_port", "api_keys"),
 )
 
@@ -59,6 +71,11 @@ class GatewayFlags:
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+
+    @property
+    def lets_in(self) -> bool:
+        """Whether callers beyond this machine are let in, with keys or all of them."""
+        return self.no_api_keys or self.api_keys is not None
 
     def child(self, endpoints: Endpoints) -> Child | None:
         """The gateway of a server that listens there, or None if none is wanted.
@@ -91,6 +108,7 @@ class GatewayFlags:
 
 def serve(
     model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
+    engine: Literal["auto", "triton", "process"] = "auto",
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -113,6 +131,9 @@ def serve(
 
     Args:
         model_repository: folder to serve; --model-repository PATH says the same.
+        engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
+            process, on any machine, with keys, limits and /v1/embeddings as radapter-gateway has
+            them; auto takes Triton where it is installed.
         host: address or name to listen on; anything but loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
@@ -134,7 +155,10 @@ def serve(
         verbose: show Triton's own messages.
         gateway: a gateway beside the server.
     """
-    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, trust_network)
+    chosen, why = (engine, "") if engine != "auto" else choose_engine()
+    in_process = chosen == "process"
+    let_in = trust_network or (in_process and gateway.lets_in)
+    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, let_in)
     config = ServerConfig(
         model_repository,
         endpoints,
@@ -147,7 +171,82 @@ def serve(
         drain_seconds=drain_seconds,
         verbose=verbose,
     )
-    keep_serving(TritonServer(config), gateway.child(endpoints))
+    if not in_process:
+        keep_serving(TritonServer(config), gateway.child(endpoints))
+        return
+    if why:
+        _say(f"engine: process, because {why}")
+    given = {
+        "--grpc-port": grpc_port != 8001,
+        "--metrics-port": metrics_port != 8002,
+        "--instances": instances != ("2",),
+        "--verbose": verbose,
+        "--gateway-port": gateway.gateway_port is not None,
+    }
+    if wrong := ", ".join(flag for flag, is_given in given.items() if is_given):
+        raise RAdapterError(
+            f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
+            " leave it out"
+        )
+    answer_in_process(config, gateway, trust_network)
+
+
+def choose_engine() -> tuple[Literal["triton", "process"], str]:
+    """What `--engine auto` takes, and why it is not Triton."""
+    try:
+        find_tritonserver()
+    except RAdapterError as error:
+        return "process", str(error)
+    return "triton", ""
+
+
+def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
+    """Answer over HTTP in this process, until a signal ends it.
+
+    Args:
+        config: what to serve.
+        flags: keys and TLS.
+        trust_network: let everybody in who reaches the port.
+
+    Raises:
+        RAdapterError: a release that can't be served, or a port that is taken.
+    """
+    check_installed("granian", "server")
+    from radapter_serve.gateway.in_process import InProcess
+    from radapter_serve.gateway.run import GatewayServer, allow_files, listen
+    from radapter_serve.gateway.settings import Settings
+
+    endpoints = config.endpoints
+    settings = Settings(
+        host=endpoints.host,
+        port=endpoints.http_port,
+        api_keys=flags.api_keys,
+        no_api_keys=flags.no_api_keys or (trust_network and flags.api_keys is None),
+        tls_certificate=flags.tls_certificate,
+        tls_key=flags.tls_key,
+    )
+    listener = listen(settings, "--http-")
+    with contextlib.closing(listener):
+        allow_files(settings.max_connections)
+        server = EngineServer(config)
+        gateway = GatewayServer(
+            settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
+        )
+        with (
+            handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP),
+            Console(stderr=True).status("starting") as status,
+        ):
+            server.start(lambda line: status.update(f"{escape(line)} ..."))
+        try:
+            if server.measured:
+                _show_measured(server.measured, config.encoder_threads)
+            _show_releases(server)
+            with AdminSocket(server.folder, server):
+                gateway.run()
+        except KeyboardInterrupt:
+            print("stopping ...", file=sys.stderr)
+        finally:
+            server.stop()
 
 
 def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
@@ -164,7 +263,10 @@ def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
         try:
             _start(server)
-            with AdminSocket(server), gateway or contextlib.nullcontext():
+            with (
+                AdminSocket(server.folder, Releases(server)),
+                gateway or contextlib.nullcontext(),
+            ):
                 Supervisor(server, _say, [gateway] if gateway else []).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
@@ -218,6 +320,22 @@ def _show(server: TritonServer) -> None:
             '\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url'
             f" {server.grpc_url}\n"
         )
+    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
+
+
+def _show_releases(server: EngineServer) -> None:
+    """Print what is served in this process, and where."""
+    repository = server.config.model_repository
+    table = Table(title=escape(str(repository)), title_justify="left")
+    for column in ("release", "what it is"):
+        table.add_column(column)
+    for version in server.engine.versions():
+        described = _describe(repository / "classify", [version])
+        table.add_row(str(version), escape(described.partition(": ")[2]))
+    Console().print(table)
+    url = server.state()["url"]
+    print(f"HTTP     {url}\nmetrics  {url}/metrics\nindexes  {server.config.indexes}")
+    print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n')
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class _Served:
 
     def __init__(self, version: InProcess, max_waiting: int) -> None:
         self.version = version
+        self.number = version.release.version
         configs = {name: version.config(name) for name in NAMES}
         self.inputs = {name: tensors_of(config.input) for name, config in configs.items()}
         # The most rows of a batch; 0 where tensors have no batch dimension.
@@ -92,6 +93,19 @@ class _Served:
         )
 
 
+@dataclass(frozen=True)
+class _State:
+    """What an engine serves; replaced as a whole, so that a request sees one of two states.
+
+    Attributes:
+        served: the releases by number.
+        kept: older ones, which embed the queries for the indexes that they made.
+    """
+
+    served: Mapping[int, _Served]
+    kept: Mapping[int, _Served] = field(default_factory=dict)
+
+
 class Engine:
     """Releases in this process; a `Transport` of the client.
 
@@ -104,9 +118,8 @@ class Engine:
 
     def __init__(self, versions: Sequence[InProcess], *, max_waiting: int = MAX_WAITING) -> None:
         self._closed = False
-        self._served = {one.release.version: _Served(one, max_waiting) for one in versions}
-        for number, served in self._served.items():
-            served.version.join(partial(self._query, number), partial(self._others, number))
+        self._max_waiting = max_waiting
+        self._state = _State({one.release.version: self._join(one) for one in versions})
 
     @classmethod
     def open(
@@ -141,6 +154,33 @@ class Engine:
             for one in numbers
         ]
         return cls(versions, max_waiting=max_waiting)
+
+    def switch(self, versions: Sequence[InProcess], kept: Sequence[InProcess] = ()) -> None:
+        """Serve other releases from one request to the next; what is under way ends as it began.
+
+        Each new release has answered a question to each of its tasks before.
+
+        Args:
+            versions: that are served; those of before may be among them.
+            kept: older ones, for the indexes that they made.
+
+        Raises:
+            TaskError: a task fails; what was served is still served.
+        """
+        known = {**self._state.kept, **self._state.served}
+        ready: dict[int, _Served] = {}
+        for version in (*versions, *kept):
+            before = known.get(version.release.version)
+            if before is not None and before.version is version:
+                ready[before.number] = before
+                continue
+            joined = self._join(version)
+            self._probe(joined)
+            ready[joined.number] = joined
+        self._state = _State(
+            {one.release.version: ready[one.release.version] for one in versions},
+            {one.release.version: ready[one.release.version] for one in kept},
+        )
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
@@ -193,9 +233,75 @@ class Engine:
             TaskError: why there is no answer.
             NotServed: no such task or release.
         """
+        served = self._pick(model, version)
+        return self._answer(served, model, inputs, outputs, deadline, cancelled)
+
+    def config(self, model: str, version: str = "") -> Any:
+        """A task's `ModelConfig`, which names the releases that are served.
+
+        Raises:
+            NotServed: no such task or release.
+        """
+        state = self._state
+        served = self._pick(model, version)
+        config = served.version.config(model)
+        releases = {number: one.version.release for number, one in state.served.items()}
+        name_releases(config, releases)
+        config.version_policy.specific.versions[:] = sorted(releases)
+        return config
+
+    def versions(self) -> list[int]:
+        """The releases that are served, the newest last."""
+        return sorted(self._state.served)
+
+    def warm_up(self) -> None:
+        """Ask every task once, so that no caller's first request has to wait.
+
+        Raises:
+            TaskError: one fails.
+        """
+        for served in self._state.served.values():
+            self._probe(served)
+
+    def close(self) -> None:
+        """Let go of the releases; what is asked after that is refused."""
+        self._closed = True
+        state, self._state = self._state, _State({})
+        for one in (*state.served.values(), *state.kept.values()):
+            one.version.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _join(self, version: InProcess) -> _Served:
+        served = _Served(version, self._max_waiting)
+        version.join(partial(self._query, served), partial(self._others, served.number))
+        return served
+
+    def _pick(self, model: str, version: str) -> _Served:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
-        number, served = self._pick(model, version)
+        if model not in TASKS:
+            raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
+        served = self._state.served
+        number = max(served) if not version else int(version) if version.isdecimal() else 0
+        if number not in served:
+            known = ", ".join(map(str, served))
+            raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
+        return served[number]
+
+    def _answer(
+        self,
+        served: _Served,
+        model: str,
+        inputs: Tensors,
+        outputs: Sequence[str] = (),
+        deadline: float | None = None,
+        cancelled: Cancelled = lambda: False,
+    ) -> Reply:
         rows = _check(model, inputs, served.inputs[model], served.rows[model])
         end = time.monotonic() + MAX_SECONDS
         until = end if deadline is None else min(end, deadline)
@@ -206,84 +312,36 @@ class Engine:
             return cancelled()
 
         outcome = served.tasks[model](_Given(inputs, outputs, given_up), rows, until)
-        found = outcome.unwrap()
-        return Reply(
-            number,
-            {
-                name: _on_the_wire(array)
-                for name, array in found.items()
-                if not outputs or name in outputs
-            },
-        )
+        wanted = {
+            name: _on_the_wire(array)
+            for name, array in outcome.unwrap().items()
+            if not outputs or name in outputs
+        }
+        return Reply(served.number, wanted)
 
-    def config(self, model: str, version: str = "") -> Any:
-        """A task's `ModelConfig`, which names the releases that are served.
-
-        Raises:
-            NotServed: no such task or release.
-        """
-        _, served = self._pick(model, version)
-        config = served.version.config(model)
-        name_releases(config, {one: kept.version.release for one, kept in self._served.items()})
-        config.version_policy.specific.versions[:] = sorted(self._served)
-        return config
-
-    def versions(self) -> list[int]:
-        """The releases that are served, the newest last."""
-        return sorted(self._served)
-
-    def warm_up(self) -> None:
-        """Ask every task once, so that no caller's first request has to wait.
-
-        Raises:
-            RAdapterError: one fails.
-        """
-        for number in self._served:
-            for name, task in TASKS.items():
-                try:
-                    self.infer(name, str(number), task.probe)
-                except TaskError as error:
-                    if error.status != "INVALID_ARGUMENT":  # a refusal comes from a task that works
-                        raise
-
-    def close(self) -> None:
-        """Let go of the releases; what is asked after that is refused."""
-        self._closed = True
-        for served in self._served.values():
-            served.version.close()
-        self._served = {}
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _pick(self, model: str, version: str) -> tuple[int, _Served]:
-        if model not in TASKS:
-            raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
-        known = ", ".join(map(str, self._served))
-        if not version and self._served:
-            number = max(self._served)
-            return number, self._served[number]
-        if not version.isdecimal() or int(version) not in self._served:
-            raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
-        return int(version), self._served[int(version)]
+    def _probe(self, served: _Served) -> None:
+        for name, task in TASKS.items():
+            try:
+                self._answer(served, name, task.probe)
+            except TaskError as error:
+                if error.status != "INVALID_ARGUMENT":  # a refusal comes from a task that works
+                    raise
 
     def _query(
-        self, number: int, kind: str, value: bytes, alpha: Alpha | None
+        self, served: _Served, kind: str, value: bytes, alpha: Alpha | None
     ) -> NDArray[np.float32]:
         """A text or an encoded image -> float32 [D], together with what others ask for."""
         inputs: dict[str, NDArray[Any]] = {kind: np.array([[value]], object)}
         if alpha is not None:
             inputs["alpha"] = alpha
-        reply = self.infer(f"embed_{kind}", str(number), inputs)
+        reply = self._answer(served, f"embed_{kind}", inputs)
         return np.asarray(reply.outputs[f"{kind}_embeds"], np.float32).ravel()
 
     def _others(self, number: int) -> Iterator[Embedder]:
-        for one, served in self._served.items():
-            if one != number:
-                yield served.version.embedder()
+        state = self._state
+        for one in (*state.served.values(), *state.kept.values()):
+            if one.number != number:
+                yield one.version.embedder()
 
 
 def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, public
+from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, RUNTIMES, config_of
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.version import Version
+from radapter_serve.threads import total
 
 # The kind of a query (text or image), its value and its α, to its embedding, float32 [D].
 Query = Callable[[str, bytes, Alpha | None], NDArray[np.float32]]
@@ -57,6 +59,7 @@ class LocalVersion(InProcess):
         indexes: folder of the indexes.
         device: number of a GPU for ONNX Runtime; None for the CPU.
         threads: that compute a batch; None for one a core.
+        configs: of encoders by name, in place of the repository's, for another runtime.
 
     Raises:
         RAdapterError: a file is missing or broken, or the runtime can't load an encoder.
@@ -70,12 +73,14 @@ class LocalVersion(InProcess):
         *,
         device: int | None = None,
         threads: int | None = None,
+        configs: Mapping[str, Any] | None = None,
     ) -> None:
         folder = repository / MODELS[-1] / str(number)
         super().__init__(Release.load(folder), folder, indexes, f"{repository}@{number}")
         self._repository = repository
         self._number = number
         self._device = device
+        self._configs = configs or {}
         self._threads = threads
         # At once, so that what is broken is refused before anybody asks.
         names = ["image_encoder", "text_encoder"]
@@ -84,7 +89,24 @@ class LocalVersion(InProcess):
         self._encoders = {name: self._load(name) for name in names}
 
     def config(self, model: str) -> Any:
-        return config_of(self._repository, model, self._number)
+        return self._configs.get(model) or config_of(self._repository, model, self._number)
+
+    def check(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Compare the encoders with torch's embeddings of the export.
+
+        Args:
+            say: called with a short line before each.
+
+        Raises:
+            RAdapterError: one differs by more than was allowed at the export.
+        """
+        agreement = self.release.agreement
+        bounds = Tolerance(float(agreement["tolerance"]), float(agreement["min_cosine"]))
+        for name, encoder in self._encoders.items():
+            named = f"{name} of release {self._number}"
+            say(f"comparing {named} with torch's embeddings")
+            samples = Samples.load(self._repository / name / str(self._number))
+            compare(named, encoder, samples, bounds)
 
     def encode_images(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
@@ -115,7 +137,7 @@ class LocalVersion(InProcess):
             self._repository / name / str(self._number) / RUNTIMES[runtime].file,
             runtime,
             precision=self.release.precision,
-            threads=self._threads,
+            threads=total() if self._threads is None else self._threads,
             device=self._device if runtime == "onnxruntime" else None,
             parameters={key: value.string_value for key, value in config.parameters.items()},
         )

@@ -145,7 +145,7 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
     )
     logging.getLogger("radapter-gateway").setLevel(logging.INFO)
     with listen(settings) as listener:
-        _allow_files(settings.max_connections)
+        allow_files(settings.max_connections)
         server = GatewayServer(settings, listener)
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
@@ -251,7 +251,7 @@ class Child:
             self._process.wait()
 
 
-def _allow_files(connections: int) -> None:
+def allow_files(connections: int) -> None:
     """Each connection is an open file; the usual limit of a process is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256

@@ -14,14 +14,12 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.processes import FOLDER_PREFIX
-from radapter_serve.server.releases import Releases
-from radapter_serve.server.triton_server import TritonServer
 
 SOCKET = "release.sock"
 MAX_CALLERS = 8  # callers at once
@@ -32,22 +30,39 @@ CLEANUP_INTERVAL_SECONDS = (
 )
 
 
+class Releases(Protocol):
+    """The releases of a running server, which change at another's request."""
+
+    def load(self, releases: Sequence[int], say: Callable[[str], None]) -> str:
+        """Serve these in the place of the present ones; says what was done."""
+
+    def rollback(self, say: Callable[[str], None]) -> str:
+        """Serve again what was served before; says what was done."""
+
+    def remove_unneeded(self) -> None:
+        """Let go of older releases that no index needs any more."""
+
+    def state(self) -> dict[str, Any]:
+        """What is served, and where."""
+
+
 class AdminSocket:
     """Hears requests for a server, as a context manager.
 
     Args:
-        server: that runs.
+        folder: of the server.
+        releases: of the server.
     """
 
-    def __init__(self, server: TritonServer) -> None:
-        self._server, self._releases = server, Releases(server)
+    def __init__(self, folder: Path, releases: Releases) -> None:
+        self._folder = folder
+        self._releases = releases
         self._callers = threading.BoundedSemaphore(MAX_CALLERS)
         self._closed = threading.Event()
 
     def __enter__(self) -> AdminSocket:
-        folder = self._server.folder
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short(folder) as path:
+        with _short(self._folder) as path:
             self._socket.bind(path)
         self._socket.listen(MAX_CALLERS)
         self._socket.settimeout(CLEANUP_INTERVAL_SECONDS)
@@ -83,23 +98,23 @@ class AdminSocket:
             with contextlib.suppress(OSError):
                 caller.sendall(json.dumps(line).encode() + b"\n")
 
-        try:
-            with caller:
+        with caller:
+            try:
                 caller.settimeout(READ_TIMEOUT_SECONDS)
                 with caller.makefile("rb") as lines:
                     request = json.loads(lines.readline(MAX_REQUEST_BYTES))
                 say(done=self._answer(request, lambda line: say(say=line)))
-        except RAdapterError as error:
-            say(error=str(error))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            say(
-                error=(
-                    f"this server does not understand the request ({error}); use the"
-                    " radapter-release of its version"
+            except RAdapterError as error:
+                say(error=str(error))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                say(
+                    error=(
+                        f"this server does not understand the request ({error}); use the"
+                        " radapter-release of its version"
+                    )
                 )
-            )
-        finally:
-            self._callers.release()
+            finally:
+                self._callers.release()
 
     def _answer(self, request: dict[str, Any], say: Callable[[str], None]) -> Any:
         if request["do"] == "load":
@@ -107,15 +122,7 @@ class AdminSocket:
         if request["do"] == "rollback":
             return self._releases.rollback(say)
         if request["do"] == "state":
-            server = self._server
-            return {
-                "repository": str(server.config.model_repository),
-                "http_port": server.endpoints.http_port,
-                "url": server.http_url,
-                "releases": server.serving.served.releases,
-                "before": server.serving.served.before,
-                "kept": {str(version): names for version, names in server.serving.kept.items()},
-            }
+            return self._releases.state()
         raise ValueError(request["do"])
 
 
@@ -184,6 +191,9 @@ def find_server(repository: Path, http_port: int | None = None) -> Path | None:
 @contextlib.contextmanager
 def _short(folder: Path) -> Iterator[str]:
     """The socket's path, short enough for the system however long the folder's is."""
+    if not Path("/proc/self/fd").is_dir():
+        yield str(folder / SOCKET)
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{handle}/{SOCKET}"

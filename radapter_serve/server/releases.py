@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
@@ -77,6 +78,19 @@ class Releases:
             pass  # they stay a little longer
         finally:
             self._one_at_a_time.release()
+
+    def state(self) -> dict[str, Any]:
+        """What is served and where, for `radapter-release`."""
+        server = self._server
+        serving = server.serving
+        return {
+            "repository": str(server.config.model_repository),
+            "http_port": server.endpoints.http_port,
+            "url": server.http_url,
+            "releases": serving.served.releases,
+            "before": serving.served.before,
+            "kept": {str(version): names for version, names in serving.kept.items()},
+        }
 
     def _change(self, wanted: Served, say: Say) -> str:
         server = self._server

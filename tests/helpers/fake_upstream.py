@@ -196,7 +196,7 @@ def main(
     run.IDLE_SECONDS = front.PIECE_SECONDS = patience
     settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
     with run.listen(settings) as listener:
-        run._allow_files(settings.max_connections)
+        run.allow_files(settings.max_connections)
         run.GatewayServer(settings, listener, BigAnswers).run()
 
 

@@ -73,7 +73,7 @@ def running(folder: Path) -> Iterator[TritonServer]:
     server = TritonServer(
         ServerConfig(folder / "repository", Endpoints.on_free_ports(), indexes=folder / "indexes")
     )
-    with server, AdminSocket(server):
+    with server, AdminSocket(server.folder, Releases(server)):
         yield server
 
 

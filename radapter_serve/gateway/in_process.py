@@ -1,0 +1,113 @@
+"""The way to an engine in this process, in place of Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.utils import (
+    deserialize_bytes_tensor,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+    triton_to_np_dtype,
+)
+
+from radapter_client import Reply
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.engine.engine import Engine, NotServed
+from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_triton
+
+LOG = logging.getLogger("radapter-gateway")
+
+
+class InProcess:
+    """An `Upstream` that asks an engine.
+
+    Args:
+        engine: that answers.
+        at_once: requests at the same time, each in a thread of its own, where it waits for others
+            to be run with it.
+    """
+
+    def __init__(self, engine: Engine, at_once: int) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="request")
+
+    async def infer(
+        self, message: service_pb2.ModelInferRequest, timeout: float
+    ) -> service_pb2.ModelInferResponse:
+        gone = threading.Event()
+        work = partial(self._infer, message, time.monotonic() + timeout, gone)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except TaskError as error:
+            refused = from_triton(grpc.StatusCode[error.status], str(error))
+            if refused.status >= 500:
+                LOG.warning("%s: %s", message.model_name, error)
+            raise refused from None
+        except NotServed as error:
+            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+        finally:
+            gone.set()  # where nobody waits any more
+
+    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        try:
+            config: model_config_pb2.ModelConfig = self._engine.config(model, version)
+            return config
+        except NotServed as error:
+            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+
+    async def versions(self, model: str) -> list[str]:
+        return [str(version) for version in self._engine.versions()]
+
+    async def ready(self, model: str, version: str = "") -> bool:
+        return not version or version in await self.versions(model)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _infer(
+        self, message: service_pb2.ModelInferRequest, deadline: float, gone: threading.Event
+    ) -> service_pb2.ModelInferResponse:
+        inputs = {
+            tensor.name: _array(tensor.datatype, tensor.shape, data)
+            for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True)
+        }
+        reply = self._engine.infer(
+            message.model_name,
+            message.model_version,
+            inputs,
+            [output.name for output in message.outputs],
+            deadline=deadline,
+            cancelled=gone.is_set,
+        )
+        return _message(message.model_name, reply)
+
+
+def _array(datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
+    if datatype == "BYTES":
+        return np.asarray(deserialize_bytes_tensor(data)).reshape(shape)
+    return np.frombuffer(data, triton_to_np_dtype(datatype)).reshape(shape)
+
+
+def _message(model: str, reply: Reply) -> service_pb2.ModelInferResponse:
+    answer = service_pb2.ModelInferResponse(model_name=model, model_version=str(reply.version))
+    for name, array in reply.outputs.items():
+        datatype = np_to_triton_dtype(array.dtype)
+        answer.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        if datatype != "BYTES":
+            answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+        else:
+            packed = serialize_byte_tensor(array)
+            answer.raw_output_contents.append(packed.item() if packed.size else b"")
+    return answer

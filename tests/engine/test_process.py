@@ -1,0 +1,264 @@
+"""`radapter-serve --engine process`: the gateway's app in front of an engine, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from radapter_client import Client, InvalidRequest, ModelNotFound, Unauthorized
+from radapter_serve.cli.release import main as release
+from radapter_serve.cli.serve import main as serve
+from radapter_serve.engine.engine import Engine
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.in_process import InProcess
+from radapter_serve.gateway.run import GatewayServer, listen
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.index.build import build
+from radapter_serve.release.served import Served
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.admin_socket import AdminSocket, find_server
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.engine_server import EngineServer
+from tests.helpers.shared import shared
+from tests.helpers.small_release import png, seal
+
+
+@dataclass
+class Running:
+    """A server in a thread."""
+
+    url: str
+    server: EngineServer
+
+
+@pytest.fixture(scope="session")
+def two_releases(common: Path) -> Path:
+    """A repository that serves the second of two releases."""
+
+    def make(folder: Path) -> None:
+        from radapter_serve.release.release import TASKS
+        from tests.helpers.small_release import write_release
+
+        write_release(folder, 1, seed=1, tasks=TASKS)
+        write_release(folder, 2, seed=2, tasks=TASKS)
+        Served((2,)).save(folder)
+
+    return shared(common, "two-releases", make)
+
+
+@contextlib.contextmanager
+def running(repository: Path, indexes: Path, **settings: Any) -> Iterator[Running]:
+    port, *_ = free_ports()
+    endpoints = Endpoints("127.0.0.1", port)
+    config = ServerConfig(repository, endpoints, indexes=indexes)
+    given = Settings(port=port, **settings)
+    with listen(given) as listener, EngineServer(config) as server:
+        gateway = GatewayServer(given, listener, lambda: InProcess(server.engine, 16))
+        thread = threading.Thread(target=gateway.run)
+        thread.start()
+        try:
+            with AdminSocket(server.folder, server):
+                yield Running(f"http://127.0.0.1:{port}", server)
+        finally:
+            gateway.stop()
+            thread.join(30)
+
+
+@pytest.fixture
+def copy(two_releases: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(two_releases, tmp_path / "models")
+
+
+def test_answers_are_those_of_the_engine(two_releases: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(png(number))
+    build(str(photos), tmp_path / "indexes" / "photos", LocalRelease(two_releases, 2))
+    with (
+        running(two_releases, tmp_path / "indexes") as one,
+        Client(one.url) as client,
+        Engine.open(two_releases, indexes=tmp_path / "indexes") as engine,
+        Client(transport=engine) as here,
+    ):
+        images = [png(5), png(6, kind="JPEG")]
+        np.testing.assert_array_equal(client.embed_images(images), here.embed_images(images))
+        assert client.embed_texts(["a cat"]).tolist() == here.embed_texts(["a cat"]).tolist()
+        assert client.classify(images, ["red", "green"]) == here.classify(images, ["red", "green"])
+        masks = [each.segment(png(7), ["sky", "sea"]) for each in (client, here)]
+        np.testing.assert_array_equal(masks[0].mask, masks[1].mask)
+        assert client.search("a cat", index="photos") == here.search("a cat", index="photos")
+        assert client.release() == here.release() and client.is_ready()
+        with pytest.raises(InvalidRequest, match="label 1 of 1 is empty"):
+            client.classify(images, [" "])
+        with pytest.raises(ModelNotFound, match="no release 1 of embed_text here; there are 2"):
+            Client(one.url, release=1).embed_texts(["a"])
+        asked = openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0)
+        [found] = asked.embeddings.create(input="a cat", model="radapter").data
+        np.testing.assert_allclose(found.embedding, client.embed_texts(["a cat"])[0], atol=1e-6)
+        with urllib.request.urlopen(f"{one.url}/metrics") as answer:
+            assert b'radapter_gateway_requests_total{code="ok",task="classify"}' in answer.read()
+
+
+def test_a_switch_fails_nobody_and_mixes_nothing(copy: Path, tmp_path: Path) -> None:
+    """Callers without a pause, while the releases change places: every answer is one of the two."""
+    expected = {}
+    for number in (1, 2):
+        with Engine.open(f"{copy}@{number}") as engine:
+            texts = [f"text {one}" for one in range(3)]
+            expected[number] = Client(transport=engine).embed_texts(texts)
+    with running(copy, tmp_path) as one:
+        stop = threading.Event()
+        seen: list[int] = []
+        wrong: list[Any] = []
+
+        def ask() -> None:
+            with Client(one.url, retries=0) as client:
+                while not stop.is_set():
+                    try:
+                        found = client.embed_texts(texts)
+                    except Exception as error:
+                        wrong.append(error)
+                        return
+                    fits = [n for n, values in expected.items() if np.allclose(found, values)]
+                    seen.extend(fits)
+                    if not fits:
+                        wrong.append(found)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in (1, 2, 1):
+            said: list[str] = []
+            assert one.server.load([number], said.append) == f"release {number} is served"
+            assert any("comparing image_encoder" in line for line in said)
+            before = len(seen)
+            end = time.monotonic() + 20
+            while len(seen) < before + 10 and time.monotonic() < end:
+                time.sleep(0.01)
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert not wrong
+        assert set(seen) == {1, 2}
+        assert Served.load(copy).releases == (1,)
+        assert one.server.rollback(lambda line: None) == "release 2 is served"
+
+
+def test_radapter_release_finds_it(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(copy, tmp_path) as one:
+        assert find_server(copy) == one.server.folder
+        assert release(["load", "1", "--model-repository", str(copy)]) == 0
+        assert "release 1 is served" in capsys.readouterr().out
+        assert release(["list", "--model-repository", str(copy)]) == 0
+        assert one.url in capsys.readouterr().out
+        (copy / "text_encoder" / "2" / "model.onnx").write_bytes(b"broken")
+        seal(copy, 2)
+        assert release(["load", "2", "--model-repository", str(copy)]) == 2
+        message = capsys.readouterr().err
+        assert "release 2 was not loaded, and release 1 is served as before" in message
+        with Client(one.url) as client:
+            assert client.release().version == 1
+    assert find_server(copy) is None and not one.server.folder.exists()
+
+
+def test_an_index_of_an_older_release_is_still_searched(copy: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(png(number))
+    indexes = tmp_path / "indexes"
+    build(str(photos), indexes / "photos", LocalRelease(copy, 1))
+    with running(copy, indexes) as one, Client(one.url) as client:
+        assert one.server.state()["kept"] == {"1": ["photos"]}
+        hits = client.search("a cat", index="photos")
+        with Engine.open(f"{copy}@1", indexes=indexes) as engine:
+            assert hits == Client(transport=engine).search("a cat", index="photos")
+        with pytest.raises(ModelNotFound):
+            Client(one.url, release=1).embed_texts(["a"])
+        build(str(photos), indexes / "photos", LocalRelease(copy, 2), resume=False)
+        one.server.remove_unneeded()
+        assert one.server.state()["kept"] == {}
+        assert len(client.search("a cat", index="photos")) == 4
+
+
+def test_keys(two_releases: Path, tmp_path: Path) -> None:
+    from radapter_serve.gateway.keys import new_key
+
+    keys = tmp_path / "keys"
+    key = new_key(keys, "me")
+    with running(two_releases, tmp_path, api_keys=keys) as one:
+        with Client(one.url) as client, pytest.raises(Unauthorized):
+            client.embed_texts(["a"])
+        with Client(one.url, api_key=key) as client:
+            assert client.embed_texts(["a"]).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--instances", "3"], "--instances has no effect with --engine process"),
+        (["--gateway-port", "9000"], "--gateway-port has no effect with --engine process"),
+        (["--host", "0.0.0.0"], "lets other machines in"),
+        (["--model-repository", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_flags_that_can_not_be(
+    two_releases: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    port = str(free_ports()[0])
+    models = [] if "--model-repository" in flags else [str(two_releases)]
+    assert serve([*models, "--engine", "process", "--http-port", port, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: Path) -> None:
+    port = free_ports()[0]
+    command = [sys.executable, "-m", "radapter_serve.cli.serve", str(two_releases)]
+    command += ["--engine", "process", "--http-port", str(port), "--indexes", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and process.poll() is None:
+            path = f"http://127.0.0.1:{port}/health/ready"
+            with contextlib.suppress(OSError), urllib.request.urlopen(path, timeout=10) as answer:
+                assert json.load(answer) == {"ready": True}
+                break
+            time.sleep(0.1)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            other = str(taken.getsockname()[1])
+            assert serve([str(two_releases), "--engine", "process", "--http-port", other]) == 2
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"HTTP     http://127.0.0.1:{port}" in out and "Traceback" not in err
+
+
+def test_an_unknown_release_is_refused(two_releases: Path) -> None:
+    config = ServerConfig(two_releases, Endpoints.on_free_ports(), releases=[7])
+    with pytest.raises(RAdapterError, match="7"):
+        EngineServer(config).start()
