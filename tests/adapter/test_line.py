@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import peft
 import pytest
 import torch
 import transformers
@@ -197,6 +196,8 @@ def clip_folder(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _trained(folder: Path, out: Path, **config: Any) -> Any:
     """A LoRA of random values, saved; gives the model of peft."""
+    import peft  # here: it takes seconds to load
+
     torch.manual_seed(0)
     usual: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     model = peft.get_peft_model(

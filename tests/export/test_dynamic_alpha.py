@@ -125,14 +125,12 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
     }
     keys = {name.rpartition(".")[0] for name in tensors}
     adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
+    alpha = np.full((len(ALPHAS), 1), 0.25, np.float32)
     for make in (image_graph, text_graph):
         graph = make(tiny_base, adapter)
         graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
         graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
-        values, alpha = (
-            inputs_of(graph.name, tiny_base),
-            np.full((len(ALPHAS), 1), 0.25, np.float32),
-        )
+        values = inputs_of(graph.name, tiny_base)
         found = run(tmp_path / "dynamic.onnx", values, alpha)
         np.testing.assert_allclose(found, run(tmp_path / "fixed.onnx", values), atol=2e-6)
 

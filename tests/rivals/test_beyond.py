@@ -102,6 +102,7 @@ def test_interval_is_students() -> None:
     assert with_interval([1.0, 2.0, 3.0], "+") == "+2.0 ± 2.5"
 
 
+@pytest.mark.slow
 def test_the_table(
     benchmark_file: Path,
     here: list[str],
