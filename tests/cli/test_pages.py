@@ -66,7 +66,9 @@ def test_the_commands_of_a_page_are_read(
         ),
     )
     monkeypatch.setitem(
-        sys.modules, "radapter_serve.training.start", SimpleNamespace(train=lambda recipe: None)
+        sys.modules,
+        "radapter_serve.training.start",
+        SimpleNamespace(train=lambda recipe, **_: None),
     )  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     for command in commands(page):

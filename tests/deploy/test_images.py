@@ -22,17 +22,17 @@ def let_in(tree: Path) -> None:
     """Copy what .dockerignore lets into the build, by its rules: the last line that fits a path
     decides.
     """
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert lines[0] == "*"  # so nothing else than what is named after it can be let in
     rules = []
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            pattern = (
-                re.escape(line.removeprefix("!"))
-                .replace(r"\*\*/", "(.*/)?")
-                .replace(r"\*", "[^/]*")
-            )
-            pattern = pattern.replace(r"\[0\-9\]", "[0-9]")
-            rules.append((re.compile(f"{pattern}(/.*)?"), line.startswith("!")))
-    for path in ROOT.rglob("*"):
+    for line in lines:
+        pattern = re.escape(line.removeprefix("!"))
+        pattern = pattern.replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        pattern = pattern.replace(r"\[0\-9\]", "[0-9]")
+        rules.append((re.compile(f"{pattern}(/.*)?"), line.startswith("!")))
+    named = [ROOT / line.removeprefix("!") for line in lines if line.startswith("!")]
+    for path in [*named, *(inner for one in named for inner in one.rglob("*"))]:
         name = path.relative_to(ROOT).as_posix()
         if path.is_file() and [inside for rule, inside in rules if rule.fullmatch(name)][-1]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.runtimes.encoder import Encoder
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
-QUICK = ("siglip", "roberta")
+QUICK = ("roberta",)
 CROPPED = (
     "vit",
     "vit-quickgelu",

@@ -172,6 +172,7 @@ def test_the_pipeline_scores_as_siglip_does(siglip: Path) -> None:
     assert {one["label"]: one["score"] for one in found} == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_opens_it(made: Path) -> None:
     import sentence_transformers  # here: it takes seconds to load
 

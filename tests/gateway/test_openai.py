@@ -159,6 +159,7 @@ def test_extras_of_a_request(served: Served) -> None:
         assert found.data[0].embedding == [len(IMAGE), ord("d")]
 
 
+@pytest.mark.slow
 def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from langchain_openai import OpenAIEmbeddings  # here: it takes seconds to load
 
@@ -175,6 +176,7 @@ def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch
         OpenAIEmbeddings(**options).embed_query("abc")
 
 
+@pytest.mark.slow
 def test_the_client_of_llama_index(served: Served) -> None:
     from llama_index.embeddings.openai import OpenAIEmbedding  # here: it takes seconds to load
 

@@ -16,6 +16,7 @@ from tests.helpers.use_playground import use
 
 
 @pytest.mark.filterwarnings("ignore")  # of Gradio, in its own threads
+@pytest.mark.slow
 def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     picture = tmp_path / "red.png"
     picture.write_bytes(png("red", (64, 48)))

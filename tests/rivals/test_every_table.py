@@ -62,6 +62,7 @@ def test_a_table_of_classification(benchmark_file: Path, here: list[str], number
         assert name == "method" or all(0 <= float(cell) <= 100 for cell in cells[4:]), name
 
 
+@pytest.mark.slow
 def test_table_3_of_retrieval(
     images: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_table_3_of_retrieval(
     assert sorted(cell.partition(" (n")[0] for cell in rows["method"][4:]) == sorted(recalls)
 
 
+@pytest.mark.slow
 def test_table_4_takes_the_output_of_a_proposal_network(
     scenes: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_table_is_written_and_not_made_twice(
     benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
