@@ -25,7 +25,7 @@ from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.row import ModelFacts, Row
-from radapter_serve.evaluation.torch_embedder import Line, TorchEmbedder
+from radapter_serve.evaluation.torch_embedder import Interpolation, TorchEmbedder
 from rivals.run import Run
 from rivals.system import Learned, System
 
@@ -53,7 +53,7 @@ def judge(
         return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
     start = base.model.state_dict()
     changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
-    line = Line(name, {key: change for key, change in changes.items() if change.any()})
+    line = Interpolation(name, {key: change for key, change in changes.items() if change.any()})
     crop = run.recipe.mask_crop(base.preprocess["mean"])
     embedder = TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
     return [row for data in sets for row in evaluate(embedder, data)]

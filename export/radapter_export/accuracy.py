@@ -26,7 +26,7 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.torch_embedder import as_it_is
+from radapter_serve.evaluation.torch_embedder import from_attached
 from radapter_serve.release.confidence import Confidence
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelSet
@@ -108,7 +108,9 @@ class Validation:
         entry = self.data.entry
         release = ReleaseEmbedder(str(repository))
         known = {release.variants[0].key: _label_embeds(repository)}
-        by_torch = self._score("torch", as_it_is(base, alpha, templates, crop=crop), known, say)
+        by_torch = self._score(
+            "torch", from_attached(base, alpha, templates, crop=crop), known, say
+        )
         by_release = self._score("release", release, known, say)
         torch = _per_cent(by_torch.row)
         own = _per_cent(by_release.row)

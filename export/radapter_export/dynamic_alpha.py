@@ -62,19 +62,20 @@ class DynamicAlphaLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = layer.weight
+        self.bias = layer.bias
         for name, tensor in adapter.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._full_rank = "full" in adapter
         self._alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., k] to [B, ..., d]."""
         y = F.linear(x, self.weight, self.bias)
-        change = (
-            F.linear(y, self.full)
-            if hasattr(self, "full")
-            else F.linear(F.linear(y, self.down), self.up)
-        )
+        if self._full_rank:
+            change = F.linear(y, self.full)
+        else:
+            change = F.linear(F.linear(y, self.down), self.up)
         alpha = self._alpha.rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
         return y + alpha * change
 

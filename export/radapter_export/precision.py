@@ -21,48 +21,17 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
-_WIDE = {  # squares, sums and exponentials leave the range of fp16
-    *(
-        "LayerNormalization",
-        "RMSNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "BatchNormalization",
-    ),
-    *(
-        "Softmax",
-        "LogSoftmax",
-        "Exp",
-        "Log",
-        "Pow",
-        "Sqrt",
-        "Reciprocal",
-        "CumSum",
-        "GlobalAveragePool",
-    ),
-    *(
-        "ReduceMean",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceProd",
-        "ReduceLogSumExp",
-    ),
+# Squares, sums and exponentials leave the range of fp16.
+_FP32_OPS = {
+    *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
+    *("BatchNormalization", "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal"),
+    *("CumSum", "GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1"),
+    *("ReduceL2", "ReduceProd", "ReduceLogSumExp"),
 }
-_MOVES = {  # they compute nothing and take what they get
-    *(
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "Pad",
-        "Reshape",
-    ),
-    *("Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+# They compute nothing, and take values of any type as they come.
+_PASSTHROUGH_OPS = {
+    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad"),
+    *("Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
 
 
@@ -99,63 +68,80 @@ def lower(graph: Graph, precision: str) -> Graph:
     low = TYPES[precision]
     model = graph.model.clone()
     nodes = list(model.graph)
-    wide = _wide_nodes(nodes, low)
-    # A weight is kept in the low type wherever some node takes it so: tables and matrices, but no
-    # norm's weight.
-    for value in model.graph.initializers.values():
-        if value.dtype == _FLOAT and any(node not in wide for node in value.consumers()):
-            value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
-            if value.const_value is not None:
-                value.const_value = ir.tensor(
-                    value.const_value.numpy().astype(low.numpy()), name=value.name
-                )
+    fp32_nodes = _fp32_nodes(nodes, low)
+    _lower_weights(model.graph, fp32_nodes, low)
     for node in nodes:
         for value in node.outputs:
-            if value.dtype == _FLOAT and node not in wide:
+            if value.dtype == _FLOAT and node not in fp32_nodes:
                 value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
+    _insert_casts(model.graph, nodes, fp32_nodes, low)
+    return dataclasses.replace(graph, model=model)
+
+
+def _lower_weights(graph: ir.Graph, fp32_nodes: set[ir.Node], low: ir.DataType) -> None:
+    """Keep a weight in the low type wherever some node takes it so: tables and matrices, but no
+    norm's weight.
+    """
+    for value in graph.initializers.values():
+        if value.dtype != _FLOAT or all(node in fp32_nodes for node in value.consumers()):
+            continue
+        value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
+        if value.const_value is not None:
+            lowered = value.const_value.numpy().astype(low.numpy())
+            value.const_value = ir.tensor(lowered, name=value.name)
+
+
+def _insert_casts(
+    graph: ir.Graph, nodes: list[ir.Node], fp32_nodes: set[ir.Node], low: ir.DataType
+) -> None:
+    """Cast what a node takes to the type that it computes in, each value once."""
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in nodes:
-        kind = _FLOAT if node in wide else low
+        kind = _FLOAT if node in fp32_nodes else low
         for place, value in _floats(node):
             if value.dtype == kind:
                 continue
             if (value, kind) not in casts:
                 cast = ir.node("Cast", [value], {"to": kind})
-                cast.outputs[0].name, cast.outputs[0].dtype = (
-                    f"{value.name}_{kind.short_name()}",
-                    kind,
-                )
-                cast.outputs[0].shape = value.shape
-                model.graph.insert_before(node, cast)
-                casts[value, kind] = cast.outputs[0]
+                made = cast.outputs[0]
+                made.name = f"{value.name}_{kind.short_name()}"
+                made.dtype = kind
+                made.shape = value.shape
+                graph.insert_before(node, cast)
+                casts[value, kind] = made
             node.replace_input_with(place, casts[value, kind])
-    return dataclasses.replace(graph, model=model)
 
 
-def _wide_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute in fp32."""
-    wide = {
+def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
+    """The nodes that compute in fp32: those that must, and then, until nothing changes, those that
+    stand between them.
+    """
+    found = {
         node
         for node in nodes
-        if node.op_type in _WIDE
+        if node.op_type in _FP32_OPS
         or not any(True for _ in _floats(node))
         or any(value.is_graph_output() for value in node.outputs)
     }
-    free = [node for node in nodes if node.op_type not in _PRODUCTS]
-    while more := {node for node in free if node not in wide and _follows(node, wide, low)}:
-        wide |= more
-    return wide
+    undecided = [node for node in nodes if node.op_type not in _PRODUCTS and node not in found]
+    count = -1
+    while count < len(found):
+        count = len(found)
+        found |= {node for node in undecided if _belongs_to(node, found, low)}
+    return found
 
 
-def _follows(node: ir.Node, wide: set[ir.Node], low: ir.DataType) -> bool:
+def _belongs_to(node: ir.Node, fp32_nodes: set[ir.Node], low: ir.DataType) -> bool:
     """Whether a node is to be computed in fp32 as one before it is, or as all of those after it
     are.
     """
-    if any(value.producer() in wide or _too_large(value, low) for _, value in _floats(node)):
-        return True
-    return node.op_type not in _MOVES and all(
-        user in wide for value in node.outputs for user in value.consumers()
-    )
+    for _, value in _floats(node):
+        if value.producer() in fp32_nodes or _too_large(value, low):
+            return True
+    if node.op_type in _PASSTHROUGH_OPS:
+        return False
+    users = [user for value in node.outputs for user in value.consumers()]
+    return all(user in fp32_nodes for user in users)
 
 
 def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:

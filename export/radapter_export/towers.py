@@ -56,7 +56,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, base: Base) -> None:
         super().__init__()
-        self.model = share(base.model, only="visual")
+        self.model = exportable(base.model, only="visual")
         self.register_buffer("mean", torch.tensor(base.preprocess["mean"], dtype=torch.float32))
         self.register_buffer("std", torch.tensor(base.preprocess["std"], dtype=torch.float32))
 
@@ -99,7 +99,7 @@ class TextTower(nn.Module):
 
     def __init__(self, base: Base) -> None:
         super().__init__()
-        self.model = share(base.model, without="visual")
+        self.model = exportable(base.model, without="visual")
         transformer: Any = getattr(text_tower(self.model), "transformer", None)
         if hasattr(transformer, "set_attn_implementation"):  # Hugging Face's
             # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot
@@ -195,9 +195,13 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24))
 
 
-def share(model: nn.Module, *, only: str = "", without: str = "") -> Any:
+def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
     """A copy of a model's structure that holds the same parameters, its attention exchanged for
     `Attention`.
+
+    The modules are new, so that exchanging some leaves the model as it is; parameters and buffers
+    are the model's own, so that a large model is in memory once; and their names are the model's,
+    by which a graph finds its weights in a state dict.
 
     Args:
         model: left as it is.
@@ -216,6 +220,8 @@ def share(model: nn.Module, *, only: str = "", without: str = "") -> Any:
 def skeleton(module: nn.Module) -> Any:
     """A copy of a module whose parameters and buffers have shapes but no values, on the `meta`
     device.
+
+    The exporter can fold none of them into the graph then, so one graph serves every α.
     """
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Adapters on a living model: attach, drop, scale, take off."""
+"""Adapters on a model in memory: attach, drop, scale, remove."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ Form = Literal["weight", "activation"]
 class LinearAdapter(nn.Module):
     """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d]; no effect at
     the start.
+
+    Args:
+        width: d, of the layer's output.
+        rank: r; None for full rank.
     """
 
     def __init__(self, width: int, rank: int | None) -> None:
         super().__init__()
+        self.rank = rank
         if rank is None:
             self.full = nn.Parameter(torch.zeros(width, width))
         else:
@@ -40,9 +45,9 @@ class LinearAdapter(nn.Module):
     def change(self, x: Tensor) -> Tensor:
         """What the adapter adds to activations [..., d]: `X·W_adp`."""
         linear = nn.functional.linear
-        return (
-            linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
-        )
+        if self.rank is None:
+            return linear(x, self.full)
+        return linear(linear(x, self.down), self.up)
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter file has of it: `full`, or `up` and `down`."""
@@ -52,7 +57,7 @@ class LinearAdapter(nn.Module):
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias
         [d].
         """
-        change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
+        change = self.full @ value if self.rank is None else self.up @ (self.down @ value)
         return value + self.factor * change
 
     def on_output(self, x: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ class Adapters(nn.Module):
                 for name in _tensors_of(site.layer):
                     parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
 
-    def share(self, model: nn.Module) -> str:
+    def summary(self, model: nn.Module) -> str:
         """One line that says how much of a model is trained, and what is left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -234,7 +239,7 @@ def _attach(
             )
     model.requires_grad_(False)
     adapters = Adapters(sites, rank, form, drop, left_out, make)
-    logging.getLogger(__name__).info(adapters.share(model))
+    logging.getLogger(__name__).info(adapters.summary(model))
     return adapters
 
 
@@ -244,7 +249,7 @@ def attach_adapter(
     """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree
     with.
 
-    Exactly the layers that the file has are adapted, so one that is partial needs no word here.
+    Exactly the layers that the file has are adapted, whether or not it was trained with `partial`.
 
     Args:
         model: the base that the adapter was trained on, in fp32; changed in place.

@@ -51,7 +51,7 @@ _WINDOWS = 16
 
 
 @dataclass
-class Line:
+class Interpolation:
     """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT."""
 
     source: str
@@ -77,7 +77,7 @@ class TorchEmbedder:
     def __init__(
         self,
         base: Base,
-        lines: Sequence[Line],
+        lines: Sequence[Interpolation],
         alphas: Sequence[float | None],
         templates: list[str],
         *,
@@ -264,12 +264,14 @@ def embedder_of(
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
     lines = [
-        Line("adapter", deltas, ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest))
+        Interpolation(
+            "adapter", deltas, ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest)
+        )
     ]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
         facts = ModelFacts(base_digest=base_digest, weights_digest=digest)
-        lines.append(Line("wise-ft", change, facts))
+        lines.append(Interpolation("wise-ft", change, facts))
     source = adapter.metadata.source
     return TorchEmbedder(
         base,
@@ -283,7 +285,7 @@ def embedder_of(
     )
 
 
-def as_it_is(
+def from_attached(
     base: Base,
     alpha: float,
     templates: list[str],
@@ -302,7 +304,13 @@ def as_it_is(
     """
     device = str(next(base.model.parameters()).device)
     return TorchEmbedder(
-        base, [Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device
+        base,
+        [Interpolation("adapter", {})],
+        [alpha],
+        templates,
+        dense=dense,
+        crop=crop,
+        device=device,
     )
 
 
@@ -332,7 +340,7 @@ def from_line(
     facts = ModelFacts(base_digest=line.base_digest, weights_digest=line.digest)
     return TorchEmbedder(
         tuned.base,
-        [Line(line.made_of["kind"], changes, facts)],
+        [Interpolation(line.made_of["kind"], changes, facts)],
         alphas,
         ["a photo of a {}."],
         precision=precision,
@@ -354,7 +362,7 @@ def from_merged(
     candidates = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
     weights = next((p for p in candidates if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = release_facts(release) if release else ModelFacts()
-    line = Line(
+    line = Interpolation(
         "merged", {}, replace(facts, weights_digest=digest_of(weights) if weights else None)
     )
     return TorchEmbedder(

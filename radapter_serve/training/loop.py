@@ -182,7 +182,7 @@ class _Run:
         rank = "full rank" if self.recipe.rank is None else f"rank {self.recipe.rank}"
         processes = self.accelerator.num_processes
         return (
-            f"{self.model.adapters.share(self.model.base.model)}, {rank}, in {self.model.form}"
+            f"{self.model.adapters.summary(self.model.base.model)}, {rank}, in {self.model.form}"
             f" form; {self.schedule.steps} steps of {self.recipe.batch_size} images"
             + (f" in {processes} processes" if processes > 1 else "")
         )

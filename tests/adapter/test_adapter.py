@@ -70,7 +70,7 @@ def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
         model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
         adapters = attach(model)
     assert sum(p.numel() for p in adapters.parameters()) == 20_447_232  # 20.45 M, Table 1
-    assert "20,447,232 parameters, 13.52 %" in adapters.share(model)
+    assert "20,447,232 parameters, 13.52 %" in adapters.summary(model)
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -127,7 +127,9 @@ def test_convolutional_towers_are_refused_or_left_out(
     ):
         attach(model)
     adapters = attach(model, partial=True)
-    assert f"left out: the image tower of {type(model).__name__} ({tower})" in adapters.share(model)
+    assert f"left out: the image tower of {type(model).__name__} ({tower})" in adapters.summary(
+        model
+    )
     adapters.remove()
     with pytest.raises(RAdapterError, match=r"image tower .*nothing was changed$"):
         find_sites(model, text=False, partial=True)
@@ -164,7 +166,7 @@ def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> N
             attach(model)
         adapters = attach(model, partial=True)
         assert [site.key for site in adapters.sites] == CUSTOM
-        assert "norm1" in adapters.share(model) and "and 1 more" in adapters.share(model)
+        assert "norm1" in adapters.summary(model) and "and 1 more" in adapters.summary(model)
 
 
 def test_an_adapter_of_layers_that_none_fits_is_refused(load: Callable[[str], Base]) -> None:
