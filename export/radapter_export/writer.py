@@ -194,7 +194,7 @@ class Writer:
         """Inputs of each graph, and torch's embeddings of them."""
         dynamic = self.source.dynamic_alpha
         others = " and others" if dynamic else ""
-        self.say(f"torch's embeddings at alpha {alpha:g}{others}, adapters attached")
+        self.say(f"torch's embeddings at alpha {alpha:g}{others}, nothing folded")
         return self._samples_at(mixed_alphas(alpha) if dynamic else _one_alpha(alpha), dynamic)
 
     def _samples_at(self, alphas: Sequence[NDArray[Any]], dynamic: bool) -> dict[str, Samples]:

@@ -110,22 +110,37 @@ def check_weights(
     """
     needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
     other = f"{name} is of another architecture than its base"
+    weights = dict(like)
     for key, tensor in needed.items():
         if key not in found:
             raise RAdapterError(f"{other}: it has no weight {key}")
         if found[key].shape != tensor.shape:
             shapes = f"{list(found[key].shape)}, and {list(tensor.shape)} in the base"
             raise RAdapterError(f"{other}: its weight {key} is {shapes}")
-        if not found[key].isfinite().all():
-            raise RAdapterError(
-                f"{name} is damaged: its weight {key} holds values that are not finite"
-            )
+        weights[key] = plain_values(found[key], f"{name} is damaged: its weight {key}")
     unknown = sorted(
         key for key, tensor in found.items() if key not in like and tensor.is_floating_point()
     )
     if unknown:
         raise RAdapterError(f"{other}: it has the weight {unknown[0]}, which the base has not")
-    return {
-        key: found[key].detach().float() if key in needed else tensor
-        for key, tensor in like.items()
-    }
+    return weights
+
+
+def plain_values(tensor: Tensor, subject: str) -> Tensor:
+    """A tensor of a file in fp32.
+
+    Args:
+        tensor: as it was read.
+        subject: begins the message.
+
+    Raises:
+        RAdapterError: its values are not there, are no real numbers, or are not finite.
+    """
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not (plain and tensor.is_floating_point()):
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise RAdapterError(f"{subject} is {kind}; allowed are plain floating-point numbers")
+    values = tensor.detach().float()
+    if not values.isfinite().all():
+        raise RAdapterError(f"{subject} holds values that are not finite")
+    return values

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from radapter_serve.adapter.line import Line, Tuned, check_weights, weights_of
+from radapter_serve.adapter.line import Line, Tuned, check_weights, plain_values, weights_of
 from radapter_serve.clip.base import load_base, split_name
 from radapter_serve.clip.form import to_open_clip, to_transformers
 from radapter_serve.clip.transformers_form import form_of
@@ -138,9 +138,8 @@ def read_lora(folder: Path) -> Lora:
                 f"{path} has the tensor {short(name)}; allowed are lora_A and lora_B of linear"
                 " layers: merge it by peft's merge_and_unload, and export that with --checkpoint"
             )
-        if not tensor.isfinite().all():
-            raise RAdapterError(f"{path} is damaged: {name} holds values that are not finite")
-        halves.setdefault(match[1], {})[match[2]] = tensor.float()
+        values = plain_values(tensor, f"{path} is damaged: {name}")
+        halves.setdefault(match[1], {})[match[2]] = values
     if not halves:
         raise RAdapterError(f"{path} holds no tensors")
     layers = {name: _layer(path, name, half, config) for name, half in halves.items()}

@@ -125,6 +125,13 @@ _BIAS = "visual.ln_post.bias"
         (_with(_BIAS, lambda x: x.fill_(float("nan"))), "is damaged: its weight visual.ln_post"),
         (_with(_BIAS, lambda x: x.fill_(float("-inf"))), "values that are not finite"),
         (lambda weights: {**weights, "head.weight": torch.ones(2)}, "has the weight head.weight"),
+        (
+            _with(_BIAS, lambda x: x.to("meta")),
+            "is torch.float32, torch.strided, on meta",
+        ),
+        (_with(_BIAS, lambda x: x.to_sparse()), r"is torch.float32, torch.sparse_coo, on cpu"),
+        (_with(_BIAS, lambda x: x.to(torch.int8)), r"is torch.int8, .* allowed are plain floating"),
+        (_with(_BIAS, lambda x: x.to(torch.complex64)), "is torch.complex64, "),
         (lambda weights: [weights], "holds no state dict"),
         (lambda weights: {"a": 1, **weights}, "holds no state dict"),
         (lambda weights: {}, "holds no state dict"),
