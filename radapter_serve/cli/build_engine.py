@@ -34,7 +34,7 @@ def build_engine(
 
     Runs on the GPU that will serve, under the TensorRT that will: in NVIDIA's Triton container,
     say. It needs neither torch nor the adapter, for samples and torch's embeddings of them lie
-    beside each graph. Engines that fit stay.
+    next to each graph. Engines that fit stay.
 
     Args:
         model_repository: folder that radapter-export has filled.

@@ -1,4 +1,4 @@
-"""radapter-gateway: the way in for callers whom nobody trusts."""
+"""radapter-gateway: the way in for callers that are not trusted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gateway(
     console = Console(stderr=True)
     if settings.no_api_keys:
         console.print(
-            "[bold yellow]Note:[/] without keys, whoever reaches this port may use the models."
+            "[bold yellow]Note:[/] without keys, anyone who reaches this port may use the models."
         )
     elif settings.api_keys is not None and settings.tls_certificate is None:
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
@@ -63,7 +63,7 @@ def make_key(settings: Settings, name: str) -> None:
     key = new_key(settings.api_keys, name)
     print(key)
     print(
-        f"Keep it: {settings.api_keys} has only its digest. Give it to whoever may ask:",
+        f"Keep it: {settings.api_keys} has only its digest. Give it to those who may ask:",
         file=sys.stderr,
     )
     print(

@@ -263,7 +263,7 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
 
 
 def link(url: tyro.conf.Positional[str], out: Path) -> None:
-    """Make a folder that stands for an index on object storage or in Qdrant, so that a server
+    """Make a folder that links to an index on object storage or in Qdrant, so that a server
     searches that.
 
     Args:
@@ -274,7 +274,7 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
     from radapter_serve.index.publish import link
 
     link(url, out)
-    print(f"{out} stands for {url}")
+    print(f"{out} links to {url}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def load(
     does not stop the server's work.
 
     Args:
-        release: its number; several are served together, and the highest answers whoever names
+        release: its number; several are served together, and the highest answers callers that name
             none.
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server, where several serve the repository.

@@ -51,10 +51,10 @@ FIRST = (
 
 @dataclass(frozen=True)
 class GatewayFlags:
-    """A gateway beside the server; radapter-gateway has all its settings.
+    """A gateway in front of the server; radapter-gateway has all its settings.
 
     Args:
-        gateway_port: of a gateway, the way in for callers whom nobody trusts; none is started if
+        gateway_port: of a gateway, the way in for callers that are not trusted; none is started if
             not given.
         gateway_host: address or name that it listens on.
         api_keys: file of the keys that let callers into the gateway; radapter-gateway --new-key
@@ -150,10 +150,10 @@ def serve(
             longest are refused.
         timeout: seconds to wait until all models answer.
         drain_seconds: how long calls under way may take when the server is stopped.
-        trust_network: let whoever can reach --host use the server, for Triton asks nobody for a
+        trust_network: let anyone who can reach --host use the server, for Triton asks for no
             password.
         verbose: show Triton's own messages.
-        gateway: a gateway beside the server.
+        gateway: a gateway in front of the server.
     """
     chosen, why = (engine, "") if engine != "auto" else choose_engine()
     in_process = chosen == "process"

@@ -73,7 +73,7 @@ def invalid(message: str) -> TaskError:
 
 
 def check_cancelled(cancelled: Cancelled | None) -> None:
-    """Raise a `TaskError` where the caller has given up, so that nobody waits for the rest."""
+    """Raise a `TaskError` where the caller has given up, so that no one computes the rest."""
     if cancelled is not None and cancelled():
         raise TaskError(CANCELLED, "the caller gave up")
 

@@ -52,7 +52,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 def oriented(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says, so that a photo taken with the phone held upright
-    stands upright.
+    is upright.
 
     Args:
         image: as Pillow opened it.
@@ -308,11 +308,11 @@ def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
-    most = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
-    if data.count(_SCAN) > most and (scans := count_scans(data)) > most:
+    max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
+    if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
         raise TaskError(
             IMAGE_TOO_LARGE,
-            f"the JPEG has {scans} scans for its {pixels} pixels; at most {most} are allowed",
+            f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are allowed",
         )
 
 

@@ -25,8 +25,8 @@ def class_probabilities(
             over the labels (CLIP).
 
     Returns:
-        float32 [..., C], in [0, 1]; of a softmax they sum to 1, of a sigmoid each label stands
-        alone.
+        float32 [..., C], in [0, 1]; of a softmax they sum to 1, of a sigmoid each label is scored
+        on its own.
     """
     logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
     if logit_bias is not None:

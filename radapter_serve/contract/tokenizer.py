@@ -171,7 +171,7 @@ class _HuggingFaceRows:
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in the order of CLIP's vocabulary."""
+    """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
     plain = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

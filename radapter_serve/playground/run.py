@@ -112,7 +112,7 @@ def _launched(
     fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: none is fetched
 
     async def launched() -> tuple[gradio.Blocks, str]:
-        # Gradio takes the event loop that runs, or else makes some that nobody closes.
+        # Gradio takes the event loop that runs, or else makes some that are never closed.
         page = build(client)
         _, url, _ = page.launch(
             prevent_thread_lock=True,

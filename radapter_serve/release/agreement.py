@@ -1,9 +1,9 @@
 """Proof that a graph computes what torch computes, on any machine and by any runtime: no torch
 needed.
 
-Each encoder of a release lies beside samples and torch's embeddings of them, written by the export.
-So whoever runs the graph in another way, or makes an engine of it, can check that the numbers are
-still the same.
+Each encoder of a release lies next to samples and torch's embeddings of them, written by the
+export. So anyone who runs the graph in another way, or makes an engine of it, can check that the
+numbers are still the same.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Samples:
             yield [values, *self.alphas[number : number + 1]], reference
 
     def save(self, folder: Path) -> None:
-        """Write `samples.npz` beside a graph."""
+        """Write `samples.npz` next to a graph."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for kind, batches in (
             ("input", self.inputs),

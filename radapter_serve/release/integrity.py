@@ -78,7 +78,7 @@ def verify(
         progress: called with a short line as the work goes on.
 
     Raises:
-        RAdapterError: a file differs, is missing, or is none of the release's; names the files.
+        RAdapterError: a file differs, is missing, or is not of the release; names the files.
     """
     path = sums_of(repository, version)
     if not path.exists():

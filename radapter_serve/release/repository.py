@@ -26,7 +26,7 @@ CONFIG = "config.pbtxt"
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a config.pbtxt asks for a runtime, beside `backend`, which is its name.
+    """How a config.pbtxt asks for a runtime, besides `backend`, which is its name.
 
     Attributes:
         file: what it loads, in a version's folder.
@@ -164,7 +164,7 @@ class ServedEncoder:
 
 
 def versions_of(model: Path) -> list[int]:
-    """The versions of a model that stand in its folder, the newest last; none where there is no
+    """The versions of a model that are in its folder, the newest last; none where there is no
     such folder.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -246,7 +246,7 @@ def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[in
 
 
 def read_config(path: Path) -> Any:
-    """A `ModelConfig` as it stands in a config.pbtxt.
+    """A `ModelConfig` as it is in a config.pbtxt.
 
     Raises:
         RAdapterError: it is missing or broken.

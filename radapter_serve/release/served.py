@@ -21,7 +21,7 @@ class Served:
     """What is served, and what was served before.
 
     Args:
-        releases: numbers, the highest last, which answers whoever names no release.
+        releases: numbers, the highest last, which answers callers that name no release.
         before: those that `rollback` goes back to; nothing if there are none.
     """
 
@@ -30,7 +30,7 @@ class Served:
 
     @classmethod
     def load(cls, repository: Path) -> Served:
-        """What a repository says; the newest export where nobody has chosen yet.
+        """What a repository says; the newest export where none was chosen yet.
 
         Raises:
             RAdapterError: `served.json` is broken, or names a release that is not there.

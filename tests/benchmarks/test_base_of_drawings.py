@@ -214,6 +214,7 @@ def test_common_names_come_more_often_up_to_a_bound():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_it_would_have(folder, small, tmp_path):
     base.train(arguments(folder, tmp_path / "whole"))
     base.train(arguments(folder, tmp_path / "parts", steps=2))

@@ -138,6 +138,7 @@ def test_the_table(
     assert main(call) == 0 and here == []
 
 
+@pytest.mark.slow
 def test_the_table_of_a_suite_without_shifts(
     benchmark_file: Path, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_line_is_an_interpolation(make_run: Callable[..., Run]):
     assert "head.bias" in found.end
 
 
+@pytest.mark.slow
 def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
     run, method = make_run(), ProbeThenFineTuning()
     standing = dataclasses.replace(method, settings={**method.settings, "learning_rate": 1e-12})
@@ -126,6 +127,7 @@ def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
     assert found.cost.parameters == learned(FullFineTuning(), run).cost.parameters
 
 
+@pytest.mark.slow
 def test_soup_is_the_mean_of_its_members(make_run: Callable[..., Run]):
     run, method = make_run(), UniformSoup(members=3)
     found = learned(method, run)

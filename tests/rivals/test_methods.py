@@ -48,6 +48,7 @@ def test_learns_is_kept_and_judged(
     assert rows[0][0].n == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wise-ft", "wise-flyp", "r-adapter"])
 def test_start_of_the_line_is_zero_shot(name: str, make_run: Callable[..., Run]):
     run = make_run()

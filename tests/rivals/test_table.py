@@ -141,6 +141,7 @@ def test_table_is_written_and_not_made_twice(
     assert here == ["FullFineTuning"]
 
 
+@pytest.mark.slow
 def test_what_is_done_counts_where_the_data_has_moved(
     benchmark_file: Path, here: list[str], tmp_path: Path
 ):
