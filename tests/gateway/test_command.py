@@ -159,7 +159,8 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
     monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
-    monkeypatch.setattr(serve, "AdminSocket", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(TritonServer, "folder", tmp_path)
+    monkeypatch.setattr(serve, "AdminSocket", lambda *_: contextlib.nullcontext())
 
     def run(watched: supervisor.Supervisor) -> None:
         assert lives(url)
