@@ -38,8 +38,6 @@ from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.table import TASKS, Inputs, Tensors
 
 MAX_SECONDS = 120.0  # of one request, whatever its caller allows
-# Batches that one task runs at once: while one is encoded, the next is decoded.
-_AT_ONCE = 2
 
 
 class NotServed(RAdapterError):
@@ -88,7 +86,7 @@ class _Served:
             run,
             max_rows=self.rows[name] or 1,
             # Queries embed their texts with those of others, so they must not wait for each other.
-            at_once=max_waiting if name == "retrieve" else _AT_ONCE,
+            at_once=max_waiting if name == "retrieve" else 1,
             max_waiting=max_waiting,
         )
 

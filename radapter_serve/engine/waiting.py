@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ R = TypeVar("R")
 A = TypeVar("A")
 
 MAX_WAITING = 128  # requests that wait for one task
+PATIENCE_SECONDS = 2.0  # after which those that wait no longer wait for the batch that runs
+MAX_LONG_BATCHES = 4  # that run at the same time, each of them longer than that
 
 
 @dataclass(eq=False)
@@ -38,13 +41,15 @@ class Together(Generic[R, A]):
     """Runs what waits as one batch, in the thread of one of its callers: no thread is left behind.
 
     A caller who finds nobody running runs its own request at once. Who comes meanwhile waits; then
-    the first of them runs all that wait, up to `max_rows`.
+    the first of them runs all that wait, up to `max_rows`. One batch at a time uses all cores; but
+    where it takes long, such as thousands of new labels do, the others start another beside it.
 
     Args:
         run: the outcomes of some requests; it is never called with none.
         max_rows: rows of a batch at most, unless one request has more.
-        at_once: batches that run at the same time at most.
+        at_once: batches that run at the same time.
         max_waiting: requests that wait at most; more are refused.
+        patience: seconds after which those that wait start another batch.
     """
 
     def __init__(
@@ -54,7 +59,9 @@ class Together(Generic[R, A]):
         max_rows: int = 1,
         at_once: int = 1,
         max_waiting: int = MAX_WAITING,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
+        self._patience = patience
         self._run = run
         self._max_rows = max_rows
         self._at_once = at_once
@@ -98,9 +105,22 @@ class Together(Generic[R, A]):
         return caller.outcome
 
     def _wait(self, caller: _Caller[R, A], deadline: float | None) -> None:
-        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+        """Wait for an outcome, for a batch to run, or for the deadline."""
+        end = math.inf if deadline is None else deadline
+        impatient = time.monotonic() + self._patience
         try:
-            caller.wake.wait(seconds)
+            while time.monotonic() < end:
+                if caller.wake.wait(max(0.0, min(impatient, end) - time.monotonic())):
+                    return
+                if time.monotonic() < impatient:
+                    continue
+                impatient = time.monotonic() + self._patience
+                with self._lock:
+                    is_first = bool(self._queue) and self._queue[0] is caller
+                    if is_first and self._running < self._at_once + MAX_LONG_BATCHES:
+                        self._running += 1
+                        caller.batch = self._take()
+                        return
         finally:
             with self._lock:
                 if caller in self._queue:
@@ -123,12 +143,18 @@ class Together(Generic[R, A]):
 
     def _hand_over(self) -> None:
         with self._lock:
-            if not self._queue:
+            if not self._queue or self._running > self._at_once:
                 self._running -= 1
                 return
             first = self._queue[0]
-            rows = 0
-            while self._queue and (not rows or rows + self._queue[0].rows <= self._max_rows):
-                rows += self._queue[0].rows
-                first.batch.append(self._queue.popleft())
+            first.batch = self._take()
         first.wake.set()
+
+    def _take(self) -> list[_Caller[R, A]]:
+        """The next batch from the queue, which is not empty."""
+        batch = [self._queue.popleft()]
+        rows = batch[0].rows
+        while self._queue and rows + self._queue[0].rows <= self._max_rows:
+            rows += self._queue[0].rows
+            batch.append(self._queue.popleft())
+        return batch

@@ -141,6 +141,24 @@ def test_a_caller_who_is_interrupted_leaves_the_others_an_answer() -> None:
     assert {number: one.unwrap() for number, one in found.items()} == {1: 1, 2: 2}
 
 
+def test_nobody_waits_for_a_batch_that_takes_long() -> None:
+    held = Held()
+    together = Together(held, patience=0.02)
+    found: dict[int, Outcome[int]] = {}
+    threads = [threading.Thread(target=ask, args=(together, n, found)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert held.begun.acquire(timeout=WAIT)  # each runs beside the others, which never end
+    held.gate.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert {number: one.unwrap() for number, one in found.items()} == {0: 0, 1: 2, 2: 4}
+    held.batches.clear()
+    assert together(5).unwrap() == 10  # and later one batch at a time again
+    assert together._running == 0
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(1, 8))
 def test_everybody_gets_an_answer_of_their_own(rows: list[int], max_rows: int) -> None:
     sizes: list[int] = []

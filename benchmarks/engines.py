@@ -1,0 +1,182 @@
+"""The two engines of radapter-serve side by side: Triton, and this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import tyro
+from common import RESULTS, Process, Report, picture, say
+from gateway import export
+from loop import Closed, Measured, Send, measure
+from serving import LABEL_SET
+
+from radapter_client import AsyncClient
+from radapter_serve.server.endpoints import free_ports
+
+ENGINES = ("triton", "process")
+TASKS = ("classify", "embed_text")
+MIB = 2**20
+WHAT = """`radapter-serve --engine triton` and `--engine process`, with their defaults, asked over
+HTTP by our own client on the same machine. Images are JPEG files of 640 x 480 pixels, against a
+label set of 100 labels; every text is another one. Each row was measured for {seconds:g} s, after
+{warmup:g} s that do not count; the engines take turns, the one beside the other stopped."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task of one engine with so many callers.
+
+    Args:
+        measured: what came of it.
+    """
+
+    engine: str
+    task: str
+    callers: int
+    measured: Measured
+
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        p50, p99 = (1000 * value for value in self.measured.percentiles(50, 99))
+        slowest = 1000 * max(self.measured.latencies)
+        figures = (self.measured.throughput, p50, p99, slowest)
+        return [
+            f"{self.task}, {self.callers} callers, {self.engine}",
+            *(f"{value:.1f}" for value in figures),
+            str(sum(self.measured.errors.values())),
+        ]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an engine takes.
+
+    Args:
+        start: seconds from its command to its first answer that all tasks work.
+        idle, loaded: bytes (PSS) of all its processes then, and at the end.
+    """
+
+    start: float
+    idle: int
+    loaded: int
+
+
+@contextlib.contextmanager
+def served(engine: str, repository: Path) -> Iterator[tuple[str, psutil.Process, float]]:
+    """A server as its command starts it: its URL, its process, and the seconds of its start."""
+    http, grpc, metrics = free_ports()
+    command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
+    command += ["--engine", engine, "--http-port", str(http)]
+    if engine == "triton":
+        command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ready = "v2/health/ready"
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{http}/{ready}", timeout=5).close()
+                break
+            if process.poll() is not None:
+                raise SystemExit((process.stderr.read() if process.stderr else b"").decode())
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{http}", psutil.Process(process.pid), time.perf_counter() - begun
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def proportional(process: psutil.Process) -> int:
+    """Bytes of a process and all below it; what several share counts once (PSS)."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += int(one.memory_full_info().pss)
+    return total
+
+
+async def ask(
+    url: str, task: str, image: bytes, callers: int, seconds: float, warmup: float
+) -> Measured:
+    """Callers who wait for their answer before they ask again."""
+    async with AsyncClient(url, batch_size=1, concurrency=callers, retries=0) as client:
+        sends: dict[str, Send] = {
+            "classify": lambda _: client.classify(image, label_set=LABEL_SET),
+            "embed_text": lambda number: client.embed_texts([f"a photo of thing {number}"]),
+        }
+        await measure(sends[task], Closed(callers), warmup)
+        return await measure(sends[task], Closed(callers), seconds)
+
+
+def main(
+    architecture: str = "ViT-B-32",
+    precision: str = "int8",
+    callers: tuple[int, ...] = (1, 8, 64),
+    seconds: float = 6.0,
+    warmup: float = 1.5,
+    out: Path = RESULTS,
+) -> None:
+    """Measure both engines.
+
+    Args:
+        architecture: open_clip architecture, with random weights and an adapter.
+        precision: of the release.
+        callers: at once.
+        seconds: of each row.
+        warmup: seconds before each row.
+        out: folder of the tables.
+    """
+    what = WHAT.replace("\n", " ").format(seconds=seconds, warmup=warmup)
+    title = f"Engines: {architecture} {precision} by Triton and in this process"
+    report = Report("engines", title, what, timed=False)
+    found: list[Cell] = []
+    footprints: dict[str, Footprint] = {}
+    image = picture(640, 480, seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        say("exporting")
+        with Process() as process:
+            process.call(export, architecture, precision, Path(folder))
+        for engine in ENGINES:
+            say(f"starting {engine}")
+            with served(engine, Path(folder) / "repository") as (url, server, start):
+                idle = proportional(server)
+                for task in TASKS:
+                    for count in callers:
+                        say(f"{engine}: {task}, {count} callers")
+                        measured = asyncio.run(ask(url, task, image, count, seconds, warmup))
+                        found.append(Cell(engine, task, count, measured))
+                footprints[engine] = Footprint(start, idle, proportional(server))
+    found.sort(key=lambda cell: (TASKS.index(cell.task), cell.callers))
+    report.table(
+        "Answers",
+        ["task, load, engine", "per s", "p50 ms", "p99 ms", "slowest ms", "errors"],
+        [cell.cells() for cell in found],
+    )
+    report.table(
+        "What an engine takes",
+        ["engine", "start s", "idle MiB", "after load MiB"],
+        [
+            [
+                engine,
+                f"{one.start:.1f}",
+                f"{one.idle / MIB:.0f}",
+                f"{one.loaded / MIB:.0f}",
+            ]
+            for engine, one in footprints.items()
+        ],
+    )
+    report.write(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
