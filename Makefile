@@ -1,8 +1,8 @@
-# `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
+# `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.13. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
 # WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV.
 PYTHON ?= python3
-PYTHONS ?= python3.10 python3.12
+PYTHONS ?= python3.10 python3.12 python3.13
 VENV ?= .venv
 COVERAGE ?=
 WORKERS ?= 3
@@ -21,7 +21,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
 
-# Each Python has an environment of its own: .venv-3.10, .venv-3.12.
+# Each Python has an environment of its own: .venv-3.10, .venv-3.12, .venv-3.13.
 test-all:
 	set -e; for python in $(PYTHONS); do \
 	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
@@ -40,8 +40,8 @@ docs: install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[all,docs,test]'
 	@touch $@

@@ -98,10 +98,11 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         (
             ("server",),
             (
-                "radapter_serve.server.supervisor radapter_serve.index.writer"
-                " radapter_serve.tasks.retrieve"
+                "radapter_serve.model radapter_serve.cli.serve radapter_serve.gateway.in_process"
+                " radapter_serve.index.writer radapter_serve.tasks.retrieve"
             ),
         ),
+        (("triton",), "radapter_serve.server.supervisor"),
         (("gateway",), "radapter_serve.gateway.app"),
         (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
         (("server", "qdrant"), "radapter_serve.index.upload"),

@@ -13,14 +13,13 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import granian._granian
 import granian.server.embed
-import uvloop
 from granian.constants import HTTPModes, Interfaces, SSLProtocols
 from granian.http import HTTP1Settings
 from starlette.types import ASGIApp
@@ -35,6 +34,7 @@ from radapter_serve.gateway.upstream import Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 
+T = TypeVar("T")
 IDLE_SECONDS = 10.0  # for a handshake, for the headers of a request, and between two requests
 DRAIN_SECONDS = 20  # that running requests have when the gateway stops
 
@@ -74,7 +74,7 @@ class GatewayServer:
             KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN_SECONDS`
                 to.
         """
-        if uvloop.run(self._run()) == signal.SIGINT:
+        if _run_loop(self._run()) == signal.SIGINT:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
@@ -100,6 +100,15 @@ class GatewayServer:
             # a traceback.
             self._loop.set_exception_handler(lambda *_: None)
         return got[0] if got else None
+
+
+def _run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run in uvloop, which Windows lacks."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 class _Granian(granian.server.embed.Server):

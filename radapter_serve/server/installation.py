@@ -157,5 +157,6 @@ def _python() -> str:
 
 def _mend() -> str:
     return (
-        f"with Python 3.10 to 3.12, {install_command('server')}; or use NVIDIA's Triton container"
+        f"with Python 3.10 to 3.12 on Linux, {install_command('triton')}; or use NVIDIA's Triton"
+        " container, or radapter-serve --engine process, which needs no Triton"
     )

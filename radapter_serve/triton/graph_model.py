@@ -53,7 +53,7 @@ class GraphModel:
         if int(np.__version__.split(".")[0]) >= 2:
             raise RuntimeError(
                 f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors"
-                f" under numpy 2; {install_command('server')}"
+                f" under numpy 2; {install_command('triton')}"
             )
         config = json.loads(args["model_config"])
         surplus.of_this_process.heed(args["model_name"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.campaign import run
-from tests.hostile.world import Good, world
+from tests.hostile.world import Good, engine, world
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "50000"))
@@ -33,3 +33,14 @@ def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) 
         assert report.count == count
         assert good.troubles == [] and good.asked >= 10
         assert running.processes() == before
+
+
+@pytest.mark.slow
+def test_hostile_requests_to_an_engine(tmp_path: Path) -> None:
+    """The same promises hold where the tasks run in the gateway's own process."""
+    with engine(tmp_path) as (address, process), Good(address) as good:
+        report = run(address, SEED, range(2_000), failures=tmp_path / "failures")
+        assert not report.failures, "; ".join(map(str, report.failures[:20]))
+        assert report.count == 2_000 and process.poll() is None
+    assert good.troubles == [] and good.asked >= 10
+    assert process.returncode == 0

@@ -5,6 +5,7 @@ disturb.
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,6 +80,41 @@ def _peak(pid: int) -> int:
     return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
+def prepare(folder: Path) -> tuple[Path, Path, Path]:
+    """Make a model repository with a tiny release, a folder with its index, and a file of keys."""
+    repository, indexes, keys = folder / "models", folder / "indexes", folder / "keys"
+    write_release(repository, 1, seed=1, tasks=(*TASKS, "retrieve"))
+    photos = folder / "photos"
+    photos.mkdir()
+    for number in range(6):
+        (photos / f"{number}.png").write_bytes(png(number, 50, 40))
+    build(str(photos), indexes / INDEX, LocalRelease(repository))
+    keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    return repository, indexes, keys
+
+
+@contextmanager
+def engine(folder: Path) -> Iterator[tuple[tuple[str, int], Popen[bytes]]]:
+    """The same release in one process, without Triton: where it listens, and the process.
+
+    Args:
+        folder: an empty one, as of `world`.
+    """
+    port = free_ports()[0]
+    command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, prepare(folder))]
+    process = Popen([*command, str(port), str(TIMEOUT)], cwd=Path(__file__).parents[2])
+    ready = Case("ready", (message("GET", "/v2/health/ready", {}),))
+    try:
+        deadline = time.monotonic() + 60
+        while not any(one.status == 200 for one in exchange(("127.0.0.1", port), ready).answers):
+            assert time.monotonic() < deadline and process.poll() is None, "it does not start"
+            time.sleep(0.1)
+        yield ("127.0.0.1", port), process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
     """Everything started, and stopped again.
@@ -86,15 +122,7 @@ def world(folder: Path) -> Iterator[World]:
     Args:
         folder: an empty one, for the release, the index and the file of keys.
     """
-    repository, indexes = folder / "models", folder / "indexes"
-    write_release(repository, 1, seed=1, tasks=(*TASKS, "retrieve"))
-    photos = folder / "photos"
-    photos.mkdir()
-    for number in range(6):
-        (photos / f"{number}.png").write_bytes(png(number, 50, 40))
-    build(str(photos), indexes / INDEX, LocalRelease(repository))
-    keys = folder / "keys"
-    keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    repository, indexes, keys = prepare(folder)
     with TritonServer(
         ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
     ) as server:
