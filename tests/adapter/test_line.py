@@ -23,8 +23,12 @@ from radapter_serve.clip.form import to_transformers
 from radapter_serve.clip.transformers_form import form_of
 from radapter_serve.errors import RAdapterError
 
-# peft asks transformers for a property by its former name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    # peft asks transformers for a property by its former name
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # a pattern that no layer matches is one of the cases
+    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +230,11 @@ def _trained(folder: Path, out: Path, **config: Any) -> Any:
         {"target_modules": ["out_proj", "fc1", "fc2", "visual_projection", "text_projection"]},
         {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-            "alpha_pattern": {"v_proj": 3, "^vision_model.encoder.layers.1.self_attn.q_proj": 5},
+            "alpha_pattern": {
+                "^q_proj": 7,
+                "v_proj": 3,
+                "^vision_model.encoder.layers.1.self_attn.q_proj": 5,
+            },
         },
     ],
 )
