@@ -1,11 +1,13 @@
-"""Graphs of small models, each made once in a test run: torch's exporter takes seconds, and graphs
-hold no weights.
+"""Graphs of small models, each made once for as long as what makes it stays the same: torch's
+exporter takes seconds, and graphs hold no weights.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,22 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
+from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from tests.helpers.shared import shared
+
+ROOT = Path(__file__).parents[2]
+MAKERS = (
+    "export/radapter_export",
+    "radapter_serve/adapter",
+    "radapter_serve/clip",
+    "radapter_serve/contract",
+)
+TOOLS = ("onnx", "onnx-ir", "onnxscript", "open_clip_torch", "timm", "torch", "transformers")
 
 _read: dict[Path, Graph] = {}
 # The table of operators, which torch's exporter makes anew for every graph, is made once.
@@ -45,7 +57,7 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
     """What `make(base, *rest)` gives; on the values of weights it does not depend.
 
     Args:
-        common: folder of all workers.
+        common: folder that all workers of this run have in common.
         make: `image_graph`, `patch_graph` or `text_graph`.
         base: the model.
         rest: the way to embed patches, and an adapter or None, as `make` takes them.
@@ -71,7 +83,7 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
         graph.save({**base.model.state_dict(), **state}, folder / "model.onnx")
         torch.save((graph.name, weights, graph.constants), folder / "rest.pt")
 
-    folder = shared(common, name, write)
+    folder = shared(_kept(common), name, write)
     if folder not in _read:
         model_name, weights, constants = torch.load(folder / "rest.pt")
         model = onnx_ir.load(folder / "model.onnx")
@@ -79,3 +91,23 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
             model.graph.initializers[key].const_value = None
         _read[folder] = Graph(model_name, model, constants)
     return _read[folder]
+
+
+@functools.cache
+def _kept(common: Path) -> Path:
+    """Where graphs stay from one run to the next, while the code and the tools that make them are
+    the same.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for folder in MAKERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    for tool in TOOLS:
+        digest.update(f"{tool} {importlib.metadata.version(tool)}".encode())
+    place = ROOT / ".pytest_cache" / "graphs"
+    own = place / digest.hexdigest()[:16]
+    with FileLock(common / "graphs.lock"):
+        if not own.is_dir():
+            shutil.rmtree(place, ignore_errors=True)  # of other code
+            own.mkdir(parents=True)
+    return own
