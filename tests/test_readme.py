@@ -1,4 +1,6 @@
-"""The commands of the walk-through and of the README, run as they stand there."""
+"""The commands of the walk-through, and the Python and the commands of the README, run as they
+stand there.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import pytest
+import torch
+from PIL import Image
+
+from radapter_serve.evaluation.alpha_choice import chosen
+from tests.helpers.small_release import png
 
 ROOT = Path(__file__).parents[1]
 README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
@@ -43,16 +52,12 @@ def quick_start() -> str:
     """The README's lines, in a folder of their own, on the demo's drawings and its small base for a
     few steps.
     """
-    lines = script(README, "quick-start").splitlines()
-    text = "\n".join(
-        line for line in lines if not line.startswith(("python3 -m venv", "pip install"))
-    )
     base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
     ready = (
         "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd"
         " quick\n"
     )
-    text = text.replace(
+    text = script(README, "quick-start").replace(
         "--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0"
     )
     return ready + text
@@ -127,3 +132,39 @@ def test_commands_of_the_walk_through_exist() -> None:
     } <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()
+
+
+def best_by_open_clip(folder: Path, image: Path, labels: list[str]) -> str:
+    """What open_clip alone takes an image for."""
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"a photo of a {x}." for x in labels])
+    with torch.inference_mode():
+        seen = model.encode_image(transform(Image.open(image).convert("RGB"))[None], normalize=True)
+        said = model.encode_text(tokens, normalize=True)
+    return labels[int((seen @ said.T).argmax())]
+
+
+def test_the_python_of_the_readme(
+    quick: None,
+    tiny_clip_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its first lines, on a few images and a small base: the answer is open_clip's own."""
+    classes = ["cat", "dog", "house"]
+    for number in range(15):
+        folder = tmp_path / "photos" / classes[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "cat.jpg").write_bytes(png(99, kind="JPEG"))
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
+    small = f'recipe="small", architecture="{tiny_clip_dir}", pretrained=None, steps=3, workers=0'
+    made: dict[str, Any] = {}
+    exec(lines.replace('recipe="small"', small), made)
+    assert made["done"].alpha == chosen(made["run"]).alpha
+    assert (
+        capfd.readouterr().out == f"{best_by_open_clip(Path('merged'), Path('cat.jpg'), classes)}\n"
+    )

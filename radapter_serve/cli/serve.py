@@ -180,6 +180,8 @@ def serve(
         "--grpc-port": grpc_port != 8001,
         "--metrics-port": metrics_port != 8002,
         "--instances": instances != ("2",),
+        "--timeout": timeout != 120.0,
+        "--drain-seconds": drain_seconds != 10,
         "--verbose": verbose,
         "--gateway-port": gateway.gateway_port is not None,
     }

@@ -220,6 +220,10 @@ def test_keys(two_releases: Path, tmp_path: Path) -> None:
     [
         (["--instances", "3"], "--instances has no effect with --engine process"),
         (["--gateway-port", "9000"], "--gateway-port has no effect with --engine process"),
+        (
+            ["--timeout", "9", "--drain-seconds", "9"],
+            "--timeout, --drain-seconds has no effect with --engine process",
+        ),
         (["--host", "0.0.0.0"], "lets other machines in"),
         (["--model-repository", "nowhere"], "nowhere does not exist"),
     ],
