@@ -21,7 +21,7 @@ def test_it_is_kept_without_outputs_and_with_the_demo_s_drawings() -> None:
     assert cells[0].source.startswith("PHOTOS = None")
 
 
-@pytest.mark.triton
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own
 def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
     from nbclient import NotebookClient

@@ -203,12 +203,17 @@ def evaluate(
         data: one data set in place of a suite, such as `imagefolder:photos/test`; it is opened as
             the run opened its own, with its columns, and among its classes.
         data_root: folder that the suite's paths start from.
-        merged, release, url: a merged checkpoint, a model repository or a server in place of a run.
-        checkpoint, lora: a model that was tuned elsewhere, or a LoRA of peft, in place of a run;
-            for them α goes from 0, their base, to 1, and is 1 alone where a checkpoint has no base.
+        merged: a merged checkpoint, in place of a run.
+        release: a model repository, in place of a run.
+        url: a server, in place of a run.
+        checkpoint: a model that was tuned elsewhere, in place of a run; α goes from 0, its base, to
+            1, and is 1 alone where it has no base.
+        lora: a LoRA of peft, in place of a run, with α as of a checkpoint.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT beside the run.
-        base, pretrained: other than the adapter or the LoRA says; the base of a checkpoint.
-        precision, device: of torch.
+        base: of a checkpoint, or another than the adapter or the LoRA says.
+        pretrained: weights of the base, where its name has none.
+        precision: of torch.
+        device: of torch.
         out: folder for rows and pictures; results/MODEL/SUITE if none is given.
         resume: keep the rows in `out`, and measure only what is missing or has changed.
         limit: images of a data set at most, drawn by the seed.
