@@ -187,6 +187,23 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
     axes.legend(fontsize="small")
 
 
+def worst(rows: Sequence[Row]) -> str:
+    """Which row has the longest tail for its median, and where the time of its requests goes."""
+    tail, middle = PERCENTILES.index(99), PERCENTILES.index(50)
+    row = max(rows, key=lambda one: one.latency[tail] / one.latency[middle])
+    longest = max(rows, key=lambda one: one.latency[tail])
+    stages = {stage: float(getattr(longest.profile, stage)) for stage in STAGES}
+    most = max(stages, key=stages.__getitem__)
+    return (
+        f"The worst p99 is that of {longest.task}, {longest.protocol}, {longest.load}:"
+        f" {longest.latency[tail]:.0f} ms, {longest.latency[tail] / longest.latency[middle]:.1f}"
+        f" times its median; its requests spend most of their time in {most}"
+        f" ({stages[most]:.0f} ms of {sum(stages.values()):.0f} in the mean). The worst for its"
+        f" median is that of {row.task}, {row.protocol}, {row.load}: {row.latency[tail]:.0f} ms,"
+        f" {row.latency[tail] / row.latency[middle]:.1f} times."
+    )
+
+
 def overlapping_cells(row: Row) -> list[str]:
     """A row of the table of callers who overlap."""
     latencies = [1000 * value for value in row.measured.latencies]
@@ -294,13 +311,14 @@ def main(
     report.table("Closed loop", columns, [row.cells() for row in closed])
     report.note(
         "Callers wait for their answer before they ask again. Times are in ms; the last four are"
-        " means."
+        f" means. {worst(closed)}"
     )
     report.table("Open loop", columns, [row.cells() for row in opened])
     shown = ", ".join(f"{share:g}" for share in shares)
     report.note(
         "Requests come at random times, whether or not the server keeps up; latency counts from "
         f"when they were due. Rates are {shown} of the best rate of the closed loop over gRPC."
+        f" At 1.1 of it a queue grows until the row ends. {worst(opened)}"
     )
     report.note("![Latency against answers a second, for each task](load.png)")
     report.write(out)

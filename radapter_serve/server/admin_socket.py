@@ -14,12 +14,13 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.processes import FOLDER_PREFIX
+from radapter_serve.server.releases import ReleaseChanges
 
 SOCKET = "release.sock"
 MAX_CALLERS = 8  # callers at once
@@ -30,22 +31,6 @@ CLEANUP_INTERVAL_SECONDS = (
 )
 
 
-class Releases(Protocol):
-    """The releases of a running server, which change at another's request."""
-
-    def load(self, releases: Sequence[int], say: Callable[[str], None]) -> str:
-        """Serve these in the place of the present ones; says what was done."""
-
-    def rollback(self, say: Callable[[str], None]) -> str:
-        """Serve again what was served before; says what was done."""
-
-    def remove_unneeded(self) -> None:
-        """Let go of older releases that no index needs any more."""
-
-    def state(self) -> dict[str, Any]:
-        """What is served, and where."""
-
-
 class AdminSocket:
     """Hears requests for a server, as a context manager.
 
@@ -54,7 +39,7 @@ class AdminSocket:
         releases: of the server.
     """
 
-    def __init__(self, folder: Path, releases: Releases) -> None:
+    def __init__(self, folder: Path, releases: ReleaseChanges) -> None:
         self._folder = folder
         self._releases = releases
         self._callers = threading.BoundedSemaphore(MAX_CALLERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import releases_of
 from radapter_serve.release.served import Served
+from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import ModelEntry, kept_for_indexes
 from radapter_serve.server.second_server import verify_in_second_server
 from radapter_serve.server.switch import carry_out, check_side_by_side, plan_switch
@@ -20,18 +22,38 @@ Say = Callable[[str], None]
 Verify = Callable[[TritonServer, Sequence[int], Say], None]
 
 
-class Releases:
+class ReleaseChanges(ABC):
     """Changes which releases a server serves; one change at a time.
 
     Args:
-        server: that runs.
-        verify: checks that releases answer rightly, before they are loaded.
+        config: of the server.
     """
 
-    def __init__(self, server: TritonServer, verify: Verify = verify_in_second_server) -> None:
-        self._server = server
-        self._verify = verify
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
         self._one_at_a_time = threading.Lock()
+
+    @property
+    @abstractmethod
+    def served(self) -> Served:
+        """What is served, and what was served before."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> Mapping[int, list[str]]:
+        """Older releases with the names of the indexes that they made."""
+
+    @abstractmethod
+    def _take_over(self, wanted: Served, kept: dict[int, list[str]], say: Say) -> None:
+        """Check that releases answer rightly, and serve them.
+
+        Raises:
+            RAdapterError: they do not; the present ones are still served.
+        """
+
+    @abstractmethod
+    def _let_go(self, kept: dict[int, list[str]]) -> None:
+        """Keep these older releases alone."""
 
     def load(self, releases: Sequence[int], say: Say) -> str:
         """Serve these releases in the place of the present ones.
@@ -47,8 +69,8 @@ class Releases:
             RAdapterError: a release does not exist, is not as it was exported, or does not answer
                 rightly; the present releases are still served.
         """
-        wanted = require_known(self._server.config.model_repository, releases)
-        return self._change(self._server.serving.served.next(wanted), say)
+        wanted = require_known(self._config.model_repository, releases)
+        return self._change(self.served.next(wanted), say)
 
     def rollback(self, say: Say) -> str:
         """Serve again what was served before.
@@ -56,24 +78,16 @@ class Releases:
         Raises:
             RAdapterError: as `load`; or nothing was served before.
         """
-        return self._change(previous(self._server.serving.served), say)
+        return self._change(previous(self.served), say)
 
     def remove_unneeded(self) -> None:
         """Unload older releases that no index needs any more."""
-        server = self._server
-        serving = server.serving
-        if not serving.kept or not self._one_at_a_time.acquire(blocking=False):
+        if not self.kept or not self._one_at_a_time.acquire(blocking=False):
             return
+        config = self._config
         try:
-            releases = serving.served.releases
-            kept = kept_for_indexes(server.config.model_repository, releases, server.config.indexes)
-            if set(kept) < set(serving.kept):
-                models = server.plan_models(releases, kept)
-                self._switch(models, lambda line: None)
-            remaining = {
-                version: names for version, names in kept.items() if version in serving.kept
-            }
-            server.record(serving.served, remaining)
+            releases = self.served.releases
+            self._let_go(kept_for_indexes(config.model_repository, releases, config.indexes))
         except RAdapterError:
             pass  # they stay a little longer
         finally:
@@ -81,22 +95,20 @@ class Releases:
 
     def state(self) -> dict[str, Any]:
         """What is served and where, for `radapter-release`."""
-        server = self._server
-        serving = server.serving
+        endpoints = self._config.endpoints
         return {
-            "repository": str(server.config.model_repository),
-            "http_port": server.endpoints.http_port,
-            "url": server.http_url,
-            "releases": serving.served.releases,
-            "before": serving.served.before,
-            "kept": {str(version): names for version, names in serving.kept.items()},
+            "repository": str(self._config.model_repository),
+            "http_port": endpoints.http_port,
+            "url": endpoints.http_url,
+            "releases": self.served.releases,
+            "before": self.served.before,
+            "kept": {str(version): names for version, names in self.kept.items()},
         }
 
     def _change(self, wanted: Served, say: Say) -> str:
-        server = self._server
-        config = server.config
+        config = self._config
         named = format_list(wanted.releases)
-        if wanted.releases == server.serving.served.releases:
+        if wanted.releases == self.served.releases:
             return f"release {named} is served already"
         if not self._one_at_a_time.acquire(blocking=False):
             raise RAdapterError(
@@ -105,18 +117,52 @@ class Releases:
         try:
             check(config.model_repository, wanted.releases, say)
             kept = kept_for_indexes(config.model_repository, wanted.releases, config.indexes)
-            models = server.plan_models(wanted.releases, kept, say)
-            check_side_by_side(server.serving.offered, models)
-            self._verify(server, wanted.releases, say)
-            with server.changing:
-                self._switch(models, say)
-                server.record(wanted, kept)
+            self._take_over(wanted, kept, say)
             return f"release {named} is served{save(config.model_repository, wanted)}"
         except RAdapterError as error:
-            still = f"release {format_list(server.serving.served.releases)} is served as before"
+            still = f"release {format_list(self.served.releases)} is served as before"
             raise RAdapterError(f"release {named} was not loaded, and {still}: {error}") from error
         finally:
             self._one_at_a_time.release()
+
+
+class Releases(ReleaseChanges):
+    """The releases of a tritonserver.
+
+    Args:
+        server: that runs.
+        verify: checks that releases answer rightly, before they are loaded.
+    """
+
+    def __init__(self, server: TritonServer, verify: Verify = verify_in_second_server) -> None:
+        super().__init__(server.config)
+        self._server = server
+        self._verify = verify
+
+    @property
+    def served(self) -> Served:
+        return self._server.serving.served
+
+    @property
+    def kept(self) -> Mapping[int, list[str]]:
+        return self._server.serving.kept
+
+    def _take_over(self, wanted: Served, kept: dict[int, list[str]], say: Say) -> None:
+        server = self._server
+        models = server.plan_models(wanted.releases, kept, say)
+        check_side_by_side(server.serving.offered, models)
+        self._verify(server, wanted.releases, say)
+        with server.changing:
+            self._switch(models, say)
+            server.record(wanted, kept)
+
+    def _let_go(self, kept: dict[int, list[str]]) -> None:
+        server = self._server
+        serving = server.serving
+        if set(kept) < set(serving.kept):
+            self._switch(server.plan_models(serving.served.releases, kept), lambda line: None)
+        remaining = {version: names for version, names in kept.items() if version in serving.kept}
+        server.record(serving.served, remaining)
 
     def _switch(self, models: Mapping[str, ModelEntry], say: Say) -> None:
         with self._server.changing:
