@@ -158,7 +158,8 @@ def serve(
     chosen, why = (engine, "") if engine != "auto" else choose_engine()
     in_process = chosen == "process"
     let_in = trust_network or (in_process and gateway.lets_in)
-    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, let_in)
+    tls = in_process and gateway.tls_certificate is not None
+    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, let_in, tls)
     config = ServerConfig(
         model_repository,
         endpoints,

@@ -23,6 +23,7 @@ class Endpoints:
         grpc_port: as `http_port`.
         metrics_port: port of the Prometheus metrics, as `http_port`.
         trust_network: whether everybody who can reach a host beyond loopback may use the server.
+        tls: whether HTTP is spoken over TLS.
 
     Raises:
         RAdapterError: an unknown host, or one that other machines can reach although the network is
@@ -34,6 +35,7 @@ class Endpoints:
     grpc_port: int = 8001
     metrics_port: int = 8002
     trust_network: bool = False
+    tls: bool = False
 
     def __post_init__(self) -> None:
         given = self.host
@@ -64,7 +66,7 @@ class Endpoints:
     @property
     def http_url(self) -> str:
         """For example `http://127.0.0.1:8000`."""
-        return f"http://{self.address}:{self.http_port}"
+        return f"{'https' if self.tls else 'http'}://{self.address}:{self.http_port}"
 
     @property
     def grpc_url(self) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import trustme
 
 from radapter_client import Client, InvalidRequest, ModelNotFound, Unauthorized
 from radapter_serve.cli.release import main as release
@@ -241,15 +243,23 @@ def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: P
     port = free_ports()[0]
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(two_releases)]
     command += ["--engine", "process", "--http-port", str(port), "--indexes", str(tmp_path)]
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "chain.pem")
+    command += ["--tls-certificate", str(tmp_path / "chain.pem")]
+    command += ["--tls-key", str(tmp_path / "chain.pem")]
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
     try:
         end = time.monotonic() + 60
         while time.monotonic() < end and process.poll() is None:
-            path = f"http://127.0.0.1:{port}/health/ready"
-            with contextlib.suppress(OSError), urllib.request.urlopen(path, timeout=10) as answer:
-                assert json.load(answer) == {"ready": True}
+            path = f"https://localhost:{port}/health/ready"
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(path, timeout=10, context=trusting) as answer:
+                    assert json.load(answer) == {"ready": True}
                 break
             time.sleep(0.1)
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -259,7 +269,7 @@ def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: P
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert f"HTTP     http://127.0.0.1:{port}" in out and "Traceback" not in err
+    assert f"HTTP     https://127.0.0.1:{port}" in out and "Traceback" not in err
 
 
 def test_an_unknown_release_is_refused(two_releases: Path) -> None:
