@@ -42,9 +42,10 @@ class Endpoints:
         object.__setattr__(self, "host", address_of(given))
         if not (self.loopback or self.trust_network):
             raise RAdapterError(
-                f"--host {given} lets other machines in, and Triton asks for no password:"
-                " leave --host out and put radapter-gateway in front, or add --trust-network if"
-                " you trust all who can reach this address"
+                f"--host {given} lets other machines in, and asks nobody for a password: leave"
+                " --host out and put radapter-gateway in front of Triton, or add --api-keys KEYS"
+                " to --engine process, or --trust-network if you trust all who can reach this"
+                " address"
             )
 
     @classmethod

@@ -226,7 +226,7 @@ def test_keys(two_releases: Path, tmp_path: Path) -> None:
             ["--timeout", "9", "--drain-seconds", "9"],
             "--timeout, --drain-seconds has no effect with --engine process",
         ),
-        (["--host", "0.0.0.0"], "lets other machines in"),
+        (["--host", "0.0.0.0"], "or add --api-keys KEYS to --engine process"),
         (["--model-repository", "nowhere"], "nowhere does not exist"),
     ],
 )

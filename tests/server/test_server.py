@@ -81,7 +81,7 @@ def test_bad_addresses(host, ports, message):
 def test_a_host_that_others_reach_needs_a_network_that_is_trusted(repository, host, capsys):
     assert main([str(repository), "--host", host]) == 2
     said = capsys.readouterr().err
-    assert f"--host {host} lets other machines in, and Triton asks for no password" in said
+    assert f"--host {host} lets other machines in, and asks nobody for a password" in said
     assert "radapter-gateway in front, or add --trust-network" in said
 
 
