@@ -82,7 +82,8 @@ def test_a_host_that_others_reach_needs_a_network_that_is_trusted(repository, ho
     assert main([str(repository), "--host", host]) == 2
     said = capsys.readouterr().err
     assert f"--host {host} lets other machines in, and asks nobody for a password" in said
-    assert "radapter-gateway in front, or add --trust-network" in said
+    assert "radapter-gateway in front of Triton, or add --api-keys KEYS" in said
+    assert "or --trust-network if you trust all" in said
 
 
 @pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
