@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +37,6 @@ from radapter_serve.release.tensors import Tensor, tensors_of
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.table import TASKS, Inputs, Tensors
-
-MAX_SECONDS = 120.0  # of one request, whatever its caller allows
 
 
 class NotServed(RAdapterError):
@@ -112,10 +111,18 @@ class Engine:
     Args:
         versions: the releases.
         max_waiting: requests that wait for a task at most.
+        max_seconds: of one request, whatever its caller allows.
     """
 
-    def __init__(self, versions: Sequence[InProcess], *, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(
+        self,
+        versions: Sequence[InProcess],
+        *,
+        max_waiting: int = MAX_WAITING,
+        max_seconds: float = math.inf,
+    ) -> None:
         self._closed = False
+        self._max_seconds = max_seconds
         self._max_waiting = max_waiting
         self._state = _State({one.release.version: self._join(one) for one in versions})
 
@@ -285,7 +292,9 @@ class Engine:
         if model not in TASKS:
             raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
         served = self._state.served
-        number = max(served) if not version else int(version) if version.isdecimal() else 0
+        number = int(version) if version.isdecimal() else 0
+        if not version:
+            number = max(served, default=0)
         if number not in served:
             known = ", ".join(map(str, served))
             raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
@@ -301,7 +310,7 @@ class Engine:
         cancelled: Cancelled = lambda: False,
     ) -> Reply:
         rows = _check(model, inputs, served.inputs[model], served.rows[model])
-        end = time.monotonic() + MAX_SECONDS
+        end = time.monotonic() + self._max_seconds
         until = end if deadline is None else min(end, deadline)
 
         def given_up() -> bool:

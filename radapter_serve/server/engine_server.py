@@ -23,6 +23,7 @@ from radapter_serve.server.processes import FOLDER_PREFIX, lock_folder, remove, 
 from radapter_serve.server.releases import ReleaseChanges, Say, format_list
 from radapter_serve.server.runtime_choice import Measured, configure
 
+MAX_REQUEST_SECONDS = 120.0  # of work on one request, as in Triton's processes
 # What the engine can run: all the runtimes there are.
 _ENGINE = Installation(Path(sys.executable), {name: OUR_BACKENDS / name for name in RUNTIMES})
 
@@ -73,7 +74,9 @@ class EngineServer(ReleaseChanges):
             served = Served(tuple(sorted(self.config.releases)))
         check(repository, served.releases, progress)
         kept = kept_for_indexes(repository, served.releases, self.config.indexes)
-        self.engine = Engine([], max_waiting=self.config.max_waiting)
+        self.engine = Engine(
+            [], max_waiting=self.config.max_waiting, max_seconds=MAX_REQUEST_SECONDS
+        )
         self._take_over(served, kept, progress)
         remove_leftovers()
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))

@@ -19,6 +19,7 @@ from radapter_client import (
     Timeout,
 )
 from radapter_serve.engine.engine import Engine
+from radapter_serve.engine.version import LocalVersion
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import ClassifyRequest
@@ -139,19 +140,15 @@ def test_one_output_alone(engine: Engine) -> None:
     assert set(reply.outputs) == {"score"} and reply.version == 2
 
 
-def test_nobody_waits_longer_than_they_said(engine: Engine) -> None:
-    with pytest.raises(Timeout):
-        engine.send(
-            Request(
-                "infer",
-                "classify",
-                inputs={
-                    "image": texts(png(0)),
-                    "labels": np.array([[f"label {n}".encode() for n in range(2000)]], object),
-                },
-            ),
-            0.001,
-        )
+@pytest.mark.parametrize(("own", "of_all"), [(0.001, 60.0), (60.0, 0.001)])
+def test_nobody_waits_longer_than_they_said_or_than_is_allowed(
+    repository: Path, own: float, of_all: float
+) -> None:
+    labels = np.array([[f"label {number}".encode() for number in range(2000)]], object)
+    inputs = {"image": texts(png(0)), "labels": labels}
+    version = LocalVersion(repository, 2, Path("indexes"))
+    with Engine([version], max_seconds=of_all) as engine, pytest.raises(Timeout):
+        engine.send(Request("infer", "classify", inputs=inputs), own)
 
 
 def test_a_closed_engine_says_so(repository: Path) -> None:
