@@ -239,6 +239,19 @@ def test_flags_that_can_not_be(
     assert message in capsys.readouterr().err
 
 
+def until_ready(process: subprocess.Popen[str], port: int, trusting: ssl.SSLContext) -> None:
+    """Wait until a server answers that all its tasks work."""
+    path = f"https://localhost:{port}/health/ready"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError):
+            with urllib.request.urlopen(path, timeout=10, context=trusting) as answer:
+                assert json.load(answer) == {"ready": True}
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is not ready")
+
+
 def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: Path) -> None:
     port = free_ports()[0]
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(two_releases)]
@@ -250,21 +263,22 @@ def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: P
     command += ["--tls-key", str(tmp_path / "chain.pem")]
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and process.poll() is None:
-            path = f"https://localhost:{port}/health/ready"
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(path, timeout=10, context=trusting) as answer:
-                    assert json.load(answer) == {"ready": True}
-                break
-            time.sleep(0.1)
+        until_ready(process, port, trusting)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             other = str(taken.getsockname()[1])
             assert serve([str(two_releases), "--engine", "process", "--http-port", other]) == 2
+        folder = find_server(two_releases)
+        assert folder is not None
+        os.kill(process.pid, signal.SIGKILL)  # nothing of it keeps the next one away
+        process.communicate(timeout=60)
+        assert find_server(two_releases) is None
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        until_ready(process, port, trusting)
+        assert not folder.exists()
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
