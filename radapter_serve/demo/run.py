@@ -4,10 +4,11 @@ commands.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from radapter_serve.demo.learn import (
     with_mean,
 )
 from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
+from radapter_serve.model import Model
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.installation import find_tritonserver
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.training import train
 
@@ -101,11 +105,7 @@ def run_demo(
             summary = build(f"csv:{scenes.gallery}", index, LocalRelease(repository))
             say(f"{index}: an index of {summary.count} test scenes")
 
-        say("serve with tritonserver, and ask through the client")
-        server = TritonServer(
-            ServerConfig(repository, Endpoints.on_free_ports(), indexes=out / "indexes")
-        )
-        with server, Client(server.grpc_url) as client:
+        with asked(repository, out / "indexes", say) as client:
             if task == "classification":
                 picture = out / "classified.png"
                 say(ask_classify(client, merged, data, LABEL_SET, picture, seed))
@@ -115,13 +115,36 @@ def run_demo(
             else:
                 picture = out / "segmented.png"
                 say(ask_segment(client, merged, data, scenes, picture, seed))
-        say(f"the picture: {picture}; the server has stopped")
+        say(f"the picture: {picture}")
 
     results["seconds"] = round(time.perf_counter() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     chapter("Done. To continue by hand:")
     say(f"  cd {out} && radapter-serve repositories/retrieval")
     return results
+
+
+@contextlib.contextmanager
+def asked(repository: Path, indexes: Path, say: Callable[[str], None]) -> Iterator[Client]:
+    """A client of a tritonserver of its own; where there is no Triton, a model in this process.
+
+    Args:
+        repository: to be served.
+        indexes: folder of the indexes.
+        say: called with a line of what is done.
+    """
+    try:
+        find_tritonserver()
+    except RAdapterError:
+        say("ask in this process, for Triton is not installed")
+        with Model(repository, indexes=indexes) as model:
+            yield model
+        return
+    say("serve with tritonserver, and ask through the client")
+    server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes))
+    with server, Client(server.grpc_url) as client:
+        yield client
+    say("the server has stopped")
 
 
 def _learn(
