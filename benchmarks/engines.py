@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ label set of 100 labels; every text is another one. Each row was measured for {s
 {warmup:g} s that do not count; the engines take turns, the one beside the other stopped."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One task of one engine with so many callers.
 
@@ -69,6 +69,24 @@ class Footprint:
     start: float
     idle: int
     loaded: int
+
+
+def worst(found: Sequence[Cell]) -> str:
+    """Where the process is furthest behind Triton, and which answers take longest."""
+    rates = {(one.engine, one.task, one.callers): one.measured.throughput for one in found}
+    ratios = {
+        (task, callers): rates["process", task, callers] / rate
+        for (engine, task, callers), rate in rates.items()
+        if engine == "triton"
+    }
+    (task, callers), ratio = min(ratios.items(), key=lambda item: item[1])
+    tails = {one: 1000 * one.measured.percentiles(99)[0] for one in found}
+    slowest = max(found, key=lambda one: tails[one])
+    return (
+        f"Of Triton's answers a second the process has {ratio:.2f} at worst: {task},"
+        f" {callers} callers. The worst p99 is {tails[slowest]:.0f} ms: {slowest.task},"
+        f" {slowest.callers} callers, {slowest.engine}; so many callers wait for each other."
+    )
 
 
 @contextlib.contextmanager
@@ -162,6 +180,7 @@ def main(
         ["task, load, engine", "per s", "p50 ms", "p99 ms", "slowest ms", "errors"],
         [cell.cells() for cell in found],
     )
+    report.note(worst(found))
     report.table(
         "What an engine takes",
         ["engine", "start s", "idle MiB", "after load MiB"],
