@@ -22,7 +22,6 @@ from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.engine_server import EngineServer
 from radapter_serve.server.installation import find_tritonserver
 from radapter_serve.server.releases import Releases
 from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
@@ -32,6 +31,7 @@ from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
     from radapter_serve.gateway.run import Child
+    from radapter_serve.server.engine_server import EngineServer
 
 PROG = "radapter-serve"
 FIRST = (
@@ -218,6 +218,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     from radapter_serve.gateway.in_process import InProcess
     from radapter_serve.gateway.run import GatewayServer, allow_files, listen
     from radapter_serve.gateway.settings import Settings
+    from radapter_serve.server.engine_server import EngineServer
 
     endpoints = config.endpoints
     settings = Settings(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import np_to_triton_dtype
 
 from radapter_client import Reply, Request
@@ -35,8 +36,9 @@ from radapter_serve.release.repository import find_release, name_releases, split
 from radapter_serve.release.served import Served
 from radapter_serve.release.tensors import Tensor, tensors_of
 from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.tasks.probes import PROBES, Tensors
 from radapter_serve.tasks.retrieve import Embedder
-from radapter_serve.tasks.table import TASKS, Inputs, Tensors
+from radapter_serve.tasks.table import TASKS, Inputs
 
 
 class NotServed(RAdapterError):
@@ -64,10 +66,10 @@ class _Served:
     def __init__(self, version: InProcess, max_waiting: int) -> None:
         self.version = version
         self.number = version.release.version
-        configs = {name: version.config(name) for name in NAMES}
-        self.inputs = {name: tensors_of(config.input) for name, config in configs.items()}
+        self.configs = {name: version.config(name) for name in NAMES}
+        self.inputs = {name: tensors_of(config.input) for name, config in self.configs.items()}
         # The most rows of a batch; 0 where tensors have no batch dimension.
-        self.rows = {name: int(config.max_batch_size) for name, config in configs.items()}
+        self.rows = {name: int(config.max_batch_size) for name, config in self.configs.items()}
         self.tasks = {name: self._task(name, max_waiting) for name in NAMES}
 
     def _task(self, name: str, max_waiting: int) -> Together[Inputs, Tensors]:
@@ -247,10 +249,9 @@ class Engine:
         Raises:
             NotServed: no such task or release.
         """
-        state = self._state
-        served = self._pick(model, version)
-        config = served.version.config(model)
-        releases = {number: one.version.release for number, one in state.served.items()}
+        releases = {number: one.version.release for number, one in self._state.served.items()}
+        config = model_config_pb2.ModelConfig()
+        config.CopyFrom(self._pick(model, version).configs[model])
         name_releases(config, releases)
         config.version_policy.specific.versions[:] = sorted(releases)
         return config
@@ -258,15 +259,6 @@ class Engine:
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""
         return sorted(self._state.served)
-
-    def warm_up(self) -> None:
-        """Ask every task once, so that no caller's first request has to wait.
-
-        Raises:
-            TaskError: one fails.
-        """
-        for served in self._state.served.values():
-            self._probe(served)
 
     def close(self) -> None:
         """Let go of the releases; what is asked after that is refused."""
@@ -327,9 +319,9 @@ class Engine:
         return Reply(served.number, wanted)
 
     def _probe(self, served: _Served) -> None:
-        for name, task in TASKS.items():
+        for name, inputs in PROBES.items():
             try:
-                self._answer(served, name, task.probe)
+                self._answer(served, name, inputs)
             except TaskError as error:
                 if error.status != "INVALID_ARGUMENT":  # a refusal comes from a task that works
                     raise

@@ -17,7 +17,8 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
 from radapter_serve.gateway.upstream import SHORT_TIMEOUT, Upstream
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.release.release import TASKS
+from radapter_serve.tasks.probes import PROBES
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
 # Other refusals are answers, such as that a release has no patch encoder.
@@ -78,7 +79,7 @@ class Health:
 def probe(task: str) -> service_pb2.ModelInferRequest:
     """The smallest request that goes all the way through a task."""
     message = service_pb2.ModelInferRequest(model_name=task)
-    for name, array in TASKS[task].probe.items():
+    for name, array in PROBES[task].items():
         message.inputs.add(name=name, datatype="BYTES", shape=array.shape)
         message.raw_input_contents.append(serialize_byte_tensor(array).item())
     return message

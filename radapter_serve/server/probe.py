@@ -15,7 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Answer, Control, NoAnswer
 from radapter_serve.server.watch import SERVER
-from radapter_serve.tasks.table import TASKS, Tensors
+from radapter_serve.tasks.probes import GLANCES, PROBES, Tensors
 
 INTERVAL_SECONDS = 5.0  # from an answer to the next question
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
@@ -58,12 +58,12 @@ def warm_up(
     """
     deadline = clock.monotonic() + timeout
     for model, versions in models.items():
-        for version in versions if model in TASKS else ():
+        for version in versions if model in PROBES else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
                 answer = control.ask(
                     path,
-                    {"inputs": in_json(TASKS[model].probe)},
+                    {"inputs": in_json(PROBES[model])},
                     timeout=max(0.1, deadline - clock.monotonic()),
                 )
             except NoAnswer:
@@ -121,7 +121,7 @@ class Probe:
         self._asked: dict[str, _Asked] = {}
         self._interval = interval
         self._timeout = timeout
-        self._threads = threads or ThreadPoolExecutor(len(TASKS) + 1, thread_name_prefix="probe")
+        self._threads = threads or ThreadPoolExecutor(len(GLANCES) + 1, thread_name_prefix="probe")
 
     def step(self, models: Collection[str]) -> list[str]:
         """Ask who has not been asked for a while, without waiting for the answers.
@@ -134,7 +134,7 @@ class Probe:
         """
         silent = [
             name
-            for name in (SERVER, *TASKS)
+            for name in (SERVER, *GLANCES)
             if (name == SERVER or name in models) and self._step(name)
         ]
         return [SERVER] if SERVER in silent else silent
@@ -163,7 +163,7 @@ class Probe:
     def _ask(self, name: str) -> bool:
         """Whether there was any answer: even a failure comes from a process that lives."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
-        body = None if name == SERVER else {"inputs": in_json(TASKS[name].glance)}
+        body = None if name == SERVER else {"inputs": in_json(GLANCES[name])}
         try:
             self._control.ask(path, body, timeout=self._timeout)
         except NoAnswer:

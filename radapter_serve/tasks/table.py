@@ -6,7 +6,6 @@ request has the same answer everywhere.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
 from radapter_serve.tasks.outcome import Outcome, isolated, run_good
+from radapter_serve.tasks.probes import Tensors
 from radapter_serve.tasks.segment import LabelledMask, Segment, SegmentRequest
 from radapter_serve.tasks.version import Version
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 A = TypeVar("A")
 
-Tensors = Mapping[str, NDArray[Any]]
 Run = Callable[[Sequence[R]], Sequence[Outcome[A]]]
 
 _SEGMENT_OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
@@ -61,16 +59,11 @@ class Task(Generic[R, A]):
         read: a request from its inputs; may raise a `TaskError`.
         make: the task of a release.
         outputs: the output tensors of an answer, by name.
-        probe: the smallest request that goes through the task's encoders, so that no caller's first
-            request has to wait for them.
-        glance: a request that the task answers at once, and be it with a refusal.
     """
 
     read: Callable[[Inputs], R]
     make: Callable[[Version], Run[R, A]]
     outputs: Callable[[A], dict[str, NDArray[Any]]]
-    probe: Tensors
-    glance: Tensors
 
     def answer(self, run: Run[R, A], requests: Sequence[Inputs]) -> list[Outcome[Tensors]]:
         """The outputs for each of some requests, or its error. Whatever is wrong with a request,
@@ -205,56 +198,19 @@ def _each(task: Callable[[R], A]) -> Run[R, A]:
     return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
 
 
-def _small_image() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "grey").save(file, "PNG")
-    return file.getvalue()
-
-
-def _texts(*values: bytes, rows: bool = True) -> NDArray[np.object_]:
-    array = np.array(values, np.object_)
-    return array[None] if rows else array
-
-
-_IMAGE = _small_image()
-_SEARCH = {"index": _texts(b"/", rows=False), "text": _texts(b"a", rows=False)}
-
 TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
-        partial(_read_rows, "image"),
-        _embed_images,
-        lambda embeds: {"image_embeds": embeds},
-        probe={"image": _texts(_IMAGE)},
-        glance={"image": _texts(b"-")},
+        partial(_read_rows, "image"), _embed_images, lambda embeds: {"image_embeds": embeds}
     ),
     "embed_text": Task(
-        partial(_read_rows, "text"),
-        _embed_texts,
-        lambda embeds: {"text_embeds": embeds},
-        probe={"text": _texts(b"a")},
-        glance={"text": _texts(b" ")},
+        partial(_read_rows, "text"), _embed_texts, lambda embeds: {"text_embeds": embeds}
     ),
-    "retrieve": Task(
-        _read_retrieve,
-        _retrieve,
-        _hits_outputs,
-        # No index has this name: that `retrieve` says so is its answer.
-        probe=_SEARCH,
-        glance=_SEARCH,
-    ),
-    "segment": Task(
-        _read_segment,
-        _segment,
-        _mask_outputs,
-        probe={"image": _texts(_IMAGE, rows=False), "labels": _texts(b"a", rows=False)},
-        glance={"image": _texts(b"-", rows=False)},
-    ),
+    "retrieve": Task(_read_retrieve, _retrieve, _hits_outputs),
+    "segment": Task(_read_segment, _segment, _mask_outputs),
     "classify": Task(
         _read_classify,
         _classify,
         lambda found: {"label": found.labels, "score": found.scores},
-        probe={"image": _texts(_IMAGE), "labels": _texts(b"a")},
-        glance={"image": _texts(b"-")},
     ),
 }
 assert tuple(TASKS) == NAMES

@@ -26,7 +26,6 @@ def main(repository: Path, indexes: Path, keys: Path, port: int, timeout: float)
     settings = Settings(port=port, api_keys=keys, timeout=timeout)
     with listen(settings) as listener, Engine.open(repository, indexes=indexes) as engine:
         allow_files(settings.max_connections)
-        engine.warm_up()
         at_once = settings.max_concurrent
         GatewayServer(settings, listener, lambda: InProcess(engine, at_once)).run()
 

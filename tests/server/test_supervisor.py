@@ -31,7 +31,7 @@ from radapter_serve.server.supervisor import (
     Supervisor,
 )
 from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.probes import GLANCES, PROBES
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
@@ -451,8 +451,8 @@ def test_before_it_is_ready_every_version_of_every_task_is_asked():
 
 
 def test_questions_in_json_are_what_the_table_says():
-    for task in TASKS.values():
-        for tensors in (task.probe, task.glance):
+    for asked in (PROBES, GLANCES):
+        for tensors in asked.values():
             for given in in_json(tensors):
                 array = tensors[given["name"]]
                 assert (given["datatype"], given["shape"]) == ("BYTES", list(array.shape))
@@ -461,7 +461,7 @@ def test_questions_in_json_are_what_the_table_says():
                     for text in given["data"]
                 ]
                 assert sent == array.ravel().tolist()
-    json.dumps([in_json(task.probe) for task in TASKS.values()])
+    json.dumps([in_json(tensors) for tensors in PROBES.values()])
 
 
 def test_control_sends_the_secret_and_reads_the_index():
