@@ -16,19 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tritonclient.grpc import model_config_pb2
 
+from radapter_export.facts import dense_facts, preprocess_facts
 from radapter_export.repository import config, sources
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.adapter.fold import fold
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import check_dense, encode_patches
-from radapter_serve.clip.towers import encode_image, encode_text, is_causal
+from radapter_serve.clip.dense import encode_patches
+from radapter_serve.clip.towers import (
+    encode_image,
+    encode_text,
+    is_causal,
+    logit_scale_and_bias,
+    normalised,
+    to_device,
+)
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.engine.version import InProcess
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelSet
 
@@ -71,8 +79,8 @@ class TorchVersion(InProcess):
             check_alpha(alpha)
             check_base(base.model.state_dict(), adapter)
             base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
-        self._device = _device(device)
-        self._model = base.model.to(self._device).eval()
+        self._model = base.model
+        self._device = to_device(base.model, device)
         with tempfile.TemporaryDirectory() as folder:
             self._written = ServedTokenizer.write(
                 base.tokenizer,
@@ -113,14 +121,14 @@ class TorchVersion(InProcess):
     def encode_images(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
     ) -> NDArray[np.float32]:
-        return _floats(encode_image(self._model, self._normalised(pixels)))
+        return _floats(encode_image(self._model, self._pixels(pixels)))
 
     @torch.inference_mode()
     def encode_patches(
         self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
     ) -> NDArray[np.float32]:
         method = (self.release.dense or {})["way"]
-        return _floats(encode_patches(self._model, self._normalised(pixels), method))
+        return _floats(encode_patches(self._model, self._pixels(pixels), method))
 
     @torch.inference_mode()
     def encode_tokens(
@@ -129,15 +137,8 @@ class TorchVersion(InProcess):
         rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
         return _floats(encode_text(self._model, rows))
 
-    def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """uint8 [B, S, S, 3] to float32 [B, 3, S, S], as open_clip normalises."""
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-        values = values.permute(0, 3, 1, 2).float() / 255
-        mean, std = (
-            torch.tensor(self.release.preprocess[name], device=self._device)[:, None, None]
-            for name in ("mean", "std")
-        )
-        return (values - mean) / std
+    def _pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
+        return normalised(pixels, self.release.preprocess, self._device)
 
 
 def _describe(
@@ -148,11 +149,9 @@ def _describe(
     tokenizer: dict[str, Any],
 ) -> Release:
     """The facts that an export would write, without those that are measured."""
-    weights = base.model.state_dict()
-    bias = weights.get("logit_bias")
-    own = base.preprocess
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
     source = None if adapter is None else adapter.metadata.source
-    mean = own["mean"]
+    mean = base.preprocess["mean"]
     crop = MaskCrop.filled_with(mean) if source is None else source.mask_crop(mean)
     return Release(
         version=1,
@@ -160,19 +159,16 @@ def _describe(
         architecture=base.name,
         base_digest="" if adapter is None else adapter.metadata.base_digest,
         adapter_digest="" if adapter is None else adapter.digest,
-        preprocess={
-            "size": base.image_size,
-            **{name: own[name] for name in ("mode", "interpolation", "resize_mode", "fill_color")},
-            **{name: [float(value) for value in own[name]] for name in ("mean", "std")},
-            "exif_orientation": True if source is None else source.exif_orientation,
-        },
+        preprocess=preprocess_facts(
+            base, exif_orientation=True if source is None else source.exif_orientation
+        ),
         tokenizer=tokenizer,
         embed_dim=int(base.config["embed_dim"]),
-        logit_scale=float(weights["logit_scale"].float().exp()),
-        logit_bias=None if bias is None else float(bias),
+        logit_scale=scale,
+        logit_bias=bias,
         templates=list(_TEMPLATES) if adapter is None else adapter.metadata.templates,
         agreement={},
-        dense=_dense(base, dense),
+        dense=dense_facts(base, dense),
         crop=crop.to_dict(),
         runtime="torch",
         tools={"torch": torch.__version__},
@@ -195,27 +191,9 @@ def _as_told(release: Release, told: Release, base: Base, dense: str | None) -> 
             "exif_orientation": told.preprocess.get("exif_orientation", True),
         },
         crop=told.crop,
-        dense=_dense(base, way),
+        dense=dense_facts(base, way),
         confidence=told.confidence,
     )
-
-
-def _dense(base: Base, method: str | None) -> dict[str, Any] | None:
-    if method is None:
-        return None
-    return {"way": method, "grid": int(check_dense(base.model, method).grid_size[0])}
-
-
-def _device(name: str | None) -> torch.device:
-    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by torch's build
-        raise RAdapterError(
-            f"device {wanted!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
-        ) from error
-    return device
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from radapter_export.accuracy import Measured, Validation
 from radapter_export.calibration import Calibration
 from radapter_export.change import Change, Reference
 from radapter_export.exported import Exported, ExportedRelease
+from radapter_export.facts import dense_facts, preprocess_facts
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
@@ -33,8 +34,7 @@ from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import check_dense
-from radapter_serve.clip.towers import is_causal
+from radapter_serve.clip.towers import is_causal, logit_scale_and_bias
 from radapter_serve.contract.alpha import Encode, at
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME, indistinguishable
@@ -172,9 +172,8 @@ class Writer:
 
     @property
     def _grid(self) -> int:
-        if self.source.way is None:
-            return 0
-        return int(check_dense(self.base.model, self.source.way).grid_size[0])
+        dense = dense_facts(self.base, self.source.way)
+        return 0 if dense is None else int(dense["grid"])
 
     @property
     def _crop(self) -> MaskCrop:
@@ -325,7 +324,7 @@ class Writer:
         exported: Sequence[Exported],
     ) -> Release:
         source, settings = self.source, self.settings
-        bias = folded.get("logit_bias")
+        scale, bias = logit_scale_and_bias(folded)
         return Release(
             version=version,
             alpha=alpha,
@@ -338,13 +337,13 @@ class Writer:
             precision=settings.precision,
             quantization=self._quantization(),
             runtime=settings.served_by,
-            preprocess=self._preprocess(),
+            preprocess=preprocess_facts(self.base, exif_orientation=source.exif_orientation),
             tokenizer=self.tokenizer.spec,
             embed_dim=self._width,
-            dense=None if source.way is None else {"way": source.way, "grid": self._grid},
+            dense=dense_facts(self.base, source.way),
             crop=self._crop.to_dict(),
-            logit_scale=float(folded["logit_scale"].float().exp()),
-            logit_bias=None if bias is None else float(bias),
+            logit_scale=scale,
+            logit_bias=bias,
             templates=source.templates,
             label_sets=label_sets,
             max_batch_size=settings.max_batch_size,
@@ -364,16 +363,6 @@ class Writer:
         if self.calibration is None:
             return {"kind": "dynamic"}
         return {"kind": "static", **self.calibration.facts()}
-
-    def _preprocess(self) -> dict[str, Any]:
-        own = self.base.preprocess
-        names = ("mode", "interpolation", "resize_mode", "fill_color")
-        return {
-            "size": self.base.image_size,
-            **{name: own[name] for name in names},
-            **{name: [float(value) for value in own[name]] for name in ("mean", "std")},
-            "exif_orientation": self.source.exif_orientation,
-        }
 
 
 def _one_alpha(alpha: float) -> list[NDArray[Any]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
+
+from radapter_serve.errors import RAdapterError, reason
 
 
 def encode_image(model: Any, pixels: Tensor) -> Tensor:
@@ -62,6 +67,56 @@ def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
         [encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)]
     )
     return embeds[torch.argsort(order).to(device)]
+
+
+def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:
+    """Pixels as the image tower takes them.
+
+    Args:
+        pixels: uint8 [B, S, S, 3] in RGB.
+        preprocess: of the base; mean and std, of each channel in [0, 1].
+        device: of torch.
+
+    Returns:
+        float32 [B, 3, S, S].
+    """
+    scaled = (
+        torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
+    )
+    mean, std = (torch.tensor(preprocess[name], device=device) for name in ("mean", "std"))
+    return (scaled - mean[:, None, None]) / std[:, None, None]
+
+
+def to_device(model: nn.Module, name: str | None = None) -> torch.device:
+    """Move a model, in place.
+
+    Args:
+        model: to be moved.
+        name: of a device of torch, such as cpu or cuda:1; None takes a GPU where there is one.
+
+    Raises:
+        RAdapterError: there is no such device, or it has no room for the model.
+    """
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch was built
+        raise RAdapterError(
+            f"device {wanted!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
+        ) from error
+    return device
+
+
+def logit_scale_and_bias(weights: Mapping[str, Tensor]) -> tuple[float, float | None]:
+    """What makes logits of cosines: the factor, and of models that were trained with a sigmoid loss
+    the bias.
+
+    Args:
+        weights: state dict of a CLIP.
+    """
+    bias = weights.get("logit_bias")
+    return float(weights["logit_scale"].float().exp()), None if bias is None else float(bias)
 
 
 def is_causal(model: nn.Module) -> bool:

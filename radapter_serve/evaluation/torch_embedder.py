@@ -22,11 +22,17 @@ from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.adapter.line import Tuned, check_weights
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense, encode_patches
-from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.clip.towers import (
+    encode_image,
+    encode_texts,
+    logit_scale_and_bias,
+    normalised,
+    to_device,
+)
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.contract.probabilities import class_probabilities
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
     NoSuchWay,
@@ -87,18 +93,9 @@ class TorchEmbedder:
         device: str | None = None,
     ) -> None:
         self.templates, self._dense, self._precision = templates, dense, precision
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self._device = torch.device(device)
-            self._base, self._model = base, base.model.to(self._device)
-        except (
-            RuntimeError,
-            AssertionError,
-            NotImplementedError,
-        ) as error:  # what torch says depends on its build
-            raise RAdapterError(
-                f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
-            ) from error
+        self._base = base
+        self._model = base.model
+        self._device = to_device(base.model, device)
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
         self.size, self.exif_orientation = (
@@ -165,7 +162,7 @@ class TorchEmbedder:
 
         @torch.inference_mode()
         def encode(windows: NDArray[np.uint8], way: str | None = None) -> Floats:
-            pixels = self._pixels(windows)
+            pixels = normalised(windows, self._base.preprocess, self._device)
             with self._autocast():
                 found = (
                     encode_image(self._model, pixels)
@@ -192,18 +189,7 @@ class TorchEmbedder:
         self._selected = None
 
     def _logits(self) -> tuple[float, float | None]:
-        """Scale and bias that make logits of cosines."""
-        bias = self._tensors.get("logit_bias")
-        return float(self._tensors["logit_scale"].float().exp()), (
-            None if bias is None else float(bias)
-        )
-
-    def _pixels(self, windows: NDArray[np.uint8]) -> Tensor:
-        pixels = torch.from_numpy(windows).to(self._device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (
-            torch.tensor(self._base.preprocess[key], device=self._device) for key in ("mean", "std")
-        )
-        return (pixels - mean[:, None, None]) / std[:, None, None]
+        return logit_scale_and_bias(self._tensors)
 
     def _autocast(self) -> Any:
         kind = _AUTOCAST.get(self._precision)
