@@ -6,7 +6,6 @@ the rooms below without torch stays free of it.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,10 +55,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from radapter_serve.errors import one_line
+    from radapter_serve.lazy import attribute
 
     with one_line():
-        module = importlib.import_module(_HOME[name])
-    return getattr(module, name)
+        return attribute(__name__, _HOME, name)

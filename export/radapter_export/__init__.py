@@ -7,8 +7,9 @@ release.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_export.merged import write_merged
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from radapter_export.start import Export, export
     from radapter_serve.release.agreement import Agreement
 
-_ELSEWHERE = {
+_HOME = {
     "Agreement": "radapter_serve.release.agreement",
-    "Export": "radapter_export.start",
-    "ExportSettings": "radapter_export.settings",
-    "export": "radapter_export.start",
-    "write_merged": "radapter_export.merged",
+    "Export": ".start",
+    "ExportSettings": ".settings",
+    "Exported": ".release",
+    "ExportedRelease": ".release",
+    "export": ".start",
+    "export_release": ".release",
+    "write_merged": ".merged",
 }
 
 __all__ = [
@@ -38,6 +42,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE.get(name, "radapter_export.release")), name)
+    return attribute(__name__, _HOME, name)

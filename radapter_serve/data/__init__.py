@@ -7,8 +7,9 @@ no library of data sets.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
@@ -61,34 +62,32 @@ __all__ = [
 ]
 
 _HOME = {
-    "IGNORE": "masks",
-    "READERS": "rows",
-    "BrokenImage": "rows",
-    "Captioned": "captions",
-    "CaptionedImage": "captions",
-    "DataSource": "source",
-    "ImageColumn": "rows",
-    "Labelled": "labelled",
-    "LabelledImages": "rows",
-    "Masked": "masks",
-    "MaskedImage": "masks",
-    "RunSource": "source",
-    "TrainingData": "rows",
-    "class_split": "labelled",
-    "few_shot": "labelled",
-    "imagenet_classes": "classes",
-    "load_captioned": "captions",
-    "load_labelled": "labelled",
-    "load_masked": "masked",
-    "open_rows": "rows",
-    "refuse_wordnet_ids": "classes",
-    "run_data": "runs",
-    "split_classes": "labelled",
-    "validation_data": "runs",
+    "IGNORE": ".masks",
+    "READERS": ".rows",
+    "BrokenImage": ".rows",
+    "Captioned": ".captions",
+    "CaptionedImage": ".captions",
+    "DataSource": ".source",
+    "ImageColumn": ".rows",
+    "Labelled": ".labelled",
+    "LabelledImages": ".rows",
+    "Masked": ".masks",
+    "MaskedImage": ".masks",
+    "RunSource": ".source",
+    "TrainingData": ".rows",
+    "class_split": ".labelled",
+    "few_shot": ".labelled",
+    "imagenet_classes": ".classes",
+    "load_captioned": ".captions",
+    "load_labelled": ".labelled",
+    "load_masked": ".masked",
+    "open_rows": ".rows",
+    "refuse_wordnet_ids": ".classes",
+    "run_data": ".runs",
+    "split_classes": ".labelled",
+    "validation_data": ".runs",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return attribute(__name__, _HOME, name)

@@ -6,8 +6,9 @@ no data sets.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
@@ -29,18 +30,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Average": "average",
-    "Recipe": "recipe",
-    "Run": "run",
-    "choose_form": "setup",
-    "gather_with_grad": "loss",
-    "load_recipe": "recipe",
-    "mpm_nce": "loss",
-    "train": "start",
+    "Average": ".average",
+    "Recipe": ".recipe",
+    "Run": ".run",
+    "choose_form": ".setup",
+    "gather_with_grad": ".loss",
+    "load_recipe": ".recipe",
+    "mpm_nce": ".loss",
+    "train": ".start",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return attribute(__name__, _HOME, name)
