@@ -86,8 +86,7 @@ class Model(Client):
             transport=engine,
             timeout=timeout,
             batch_size=batch_size,
-            # Requests of one call share the cores: two, so that one is decoded while another is
-            # encoded.
+            # Two: while one batch runs, the images of the next are read.
             concurrency=2,
             progress=progress,
         )

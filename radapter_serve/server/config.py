@@ -8,6 +8,7 @@ from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import AUTO, RUNTIMES
+from radapter_serve.release.served import Served
 from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.instances import counts
@@ -75,6 +76,16 @@ class ServerConfig:
         if self.max_waiting < 1:
             raise RAdapterError(f"--max-waiting is {self.max_waiting}; allowed are 1 and more")
         counts(self.instances)
+
+    def wanted(self) -> Served:
+        """The releases that a server begins with.
+
+        Raises:
+            RAdapterError: as `Served.load`.
+        """
+        if self.releases is None:
+            return Served.load(self.model_repository)
+        return Served(tuple(sorted(self.releases)))
 
     @property
     def encoder_threads(self) -> int:

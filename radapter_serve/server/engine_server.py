@@ -49,7 +49,6 @@ class EngineServer(ReleaseChanges):
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.config = config
         self.measured: Sequence[Measured] = ()
         self._runtime = config.runtime
         self._served = Served(())
@@ -69,9 +68,7 @@ class EngineServer(ReleaseChanges):
         """
         repository = self.config.model_repository
         models_of(repository)
-        served = Served.load(repository)
-        if self.config.releases is not None:
-            served = Served(tuple(sorted(self.config.releases)))
+        served = self.config.wanted()
         check(repository, served.releases, progress)
         kept = kept_for_indexes(repository, served.releases, self.config.indexes)
         self.engine = Engine(

@@ -26,11 +26,11 @@ class ReleaseChanges(ABC):
     """Changes which releases a server serves; one change at a time.
 
     Args:
-        config: of the server.
+        config: of the server, which stays an attribute.
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self._config = config
+        self.config = config
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -69,7 +69,7 @@ class ReleaseChanges(ABC):
             RAdapterError: a release does not exist, is not as it was exported, or does not answer
                 rightly; the present releases are still served.
         """
-        wanted = require_known(self._config.model_repository, releases)
+        wanted = require_known(self.config.model_repository, releases)
         return self._change(self.served.next(wanted), say)
 
     def rollback(self, say: Say) -> str:
@@ -84,7 +84,7 @@ class ReleaseChanges(ABC):
         """Unload older releases that no index needs any more."""
         if not self.kept or not self._one_at_a_time.acquire(blocking=False):
             return
-        config = self._config
+        config = self.config
         try:
             releases = self.served.releases
             self._let_go(kept_for_indexes(config.model_repository, releases, config.indexes))
@@ -95,9 +95,9 @@ class ReleaseChanges(ABC):
 
     def state(self) -> dict[str, Any]:
         """What is served and where, for `radapter-release`."""
-        endpoints = self._config.endpoints
+        endpoints = self.config.endpoints
         return {
-            "repository": str(self._config.model_repository),
+            "repository": str(self.config.model_repository),
             "http_port": endpoints.http_port,
             "url": endpoints.http_url,
             "releases": self.served.releases,
@@ -106,7 +106,7 @@ class ReleaseChanges(ABC):
         }
 
     def _change(self, wanted: Served, say: Say) -> str:
-        config = self._config
+        config = self.config
         named = format_list(wanted.releases)
         if wanted.releases == self.served.releases:
             return f"release {named} is served already"

@@ -208,9 +208,7 @@ class TritonServer:
         repository = self.config.model_repository
         models_of(repository)
         self.endpoints.check_ports()
-        served = Served.load(repository)
-        if self.config.releases is not None:
-            served = Served(tuple(sorted(self.config.releases)))
+        served = self.config.wanted()
         check(repository, served.releases, progress)
         if self._installation is None:
             self._installation = find_tritonserver()

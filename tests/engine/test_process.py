@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -29,6 +30,7 @@ from radapter_serve.cli.serve import main as serve
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.in_process import InProcess
+from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.run import GatewayServer, listen
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
@@ -51,15 +53,11 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def two_releases(common: Path) -> Path:
+def two_releases(common: Path, repository: Path) -> Path:
     """A repository that serves the second of two releases."""
 
     def make(folder: Path) -> None:
-        from radapter_serve.release.release import TASKS
-        from tests.helpers.small_release import write_release
-
-        write_release(folder, 1, seed=1, tasks=TASKS)
-        write_release(folder, 2, seed=2, tasks=TASKS)
+        shutil.copytree(repository, folder, dirs_exist_ok=True)
         Served((2,)).save(folder)
 
     return shared(common, "two-releases", make)
@@ -85,16 +83,20 @@ def running(repository: Path, indexes: Path, **settings: Any) -> Iterator[Runnin
 
 @pytest.fixture
 def copy(two_releases: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return shutil.copytree(two_releases, tmp_path / "models")
 
 
-def test_answers_are_those_of_the_engine(two_releases: Path, tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for number in range(4):
-        (photos / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.png").write_bytes(png(number))
+    return folder
+
+
+def test_answers_are_those_of_the_engine(two_releases: Path, photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", LocalRelease(two_releases, 2))
     with (
         running(two_releases, tmp_path / "indexes") as one,
@@ -185,11 +187,9 @@ def test_radapter_release_finds_it(
     assert find_server(copy) is None and not one.server.folder.exists()
 
 
-def test_an_index_of_an_older_release_is_still_searched(copy: Path, tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(4):
-        (photos / f"{number}.png").write_bytes(png(number))
+def test_an_index_of_an_older_release_is_still_searched(
+    copy: Path, photos: Path, tmp_path: Path
+) -> None:
     indexes = tmp_path / "indexes"
     build(str(photos), indexes / "photos", LocalRelease(copy, 1))
     with running(copy, indexes) as one, Client(one.url) as client:
@@ -206,8 +206,6 @@ def test_an_index_of_an_older_release_is_still_searched(copy: Path, tmp_path: Pa
 
 
 def test_keys(two_releases: Path, tmp_path: Path) -> None:
-    from radapter_serve.gateway.keys import new_key
-
     keys = tmp_path / "keys"
     key = new_key(keys, "me")
     with running(two_releases, tmp_path, api_keys=keys) as one:
