@@ -32,6 +32,7 @@ from tests.hostile.images import png_of
 
 MIB = 2**20
 END = b"\r\n\r\n"  # of headers
+WAIT = 300  # seconds for an answer, after which a request counts as a TimeoutError
 PIECE = 2**17  # bytes that a caller hands over at once
 GRPC_CALLERS = 100  # connections over gRPC; its messages take turns on one
 
@@ -82,33 +83,39 @@ class Flood:
 
     async def _http(self, url: str) -> None:
         place = urlsplit(url)
-        message = memoryview(ask(self.model, dict(self.inputs), binary=True).raw())
+        asked = ask(self.model, dict(self.inputs), binary=True)
+        asked.headers["Host"] = place.netloc  # without keys the gateway takes no other name
+        message = memoryview(asked.raw())
         go = asyncio.Event()
 
         async def one() -> None:
             try:
-                reader, writer = await asyncio.open_connection(place.hostname, place.port)
-                answer = asyncio.ensure_future(
-                    reader.readuntil(END)
-                )  # a connection too many is told so at once
-                await go.wait()
-                with contextlib.suppress(ConnectionError):
-                    for start in range(0, len(message), PIECE):
-                        if answer.done():  # refused before it was sent
-                            break
-                        writer.write(message[start : start + PIECE])
-                        await writer.drain()
-                head = await answer
-                length = re.search(rb"(?i)content-length: (\d+)", head)
-                left = int(length[1]) if length else 0
-                while left and (part := await reader.read(PIECE)):
-                    left -= len(part)
-                self.results[head[9:12].decode()] += 1
-                writer.close()
+                async with asyncio.timeout(WAIT):
+                    await exchange()
             except asyncio.IncompleteReadError:
                 self.results["closed"] += 1
             except OSError as error:
                 self.results[type(error).__name__] += 1
+
+        async def exchange() -> None:
+            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            answer = asyncio.ensure_future(
+                reader.readuntil(END)
+            )  # a connection too many is told so at once
+            await go.wait()
+            with contextlib.suppress(ConnectionError):
+                for start in range(0, len(message), PIECE):
+                    if answer.done():  # refused before it was sent
+                        break
+                    writer.write(message[start : start + PIECE])
+                    await writer.drain()
+            head = await answer
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            left = int(length[1]) if length else 0
+            while left and (part := await reader.read(PIECE)):
+                left -= len(part)
+            self.results[head[9:12].decode()] += 1
+            writer.close()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(self.count):
@@ -138,7 +145,7 @@ class Flood:
 
             async def one(number: int) -> None:
                 try:
-                    await calls[number % len(calls)](data, timeout=300)
+                    await calls[number % len(calls)](data, timeout=WAIT)
                     self.results["OK"] += 1
                 except grpc.aio.AioRpcError as error:
                     self.results[error.code().name] += 1

@@ -177,7 +177,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(supervisor.Supervisor, "run", run)
-    assert serve.main([str(tmp_path), "--gateway-port", str(port)]) == 0
+    assert serve.main([str(tmp_path), "--engine", "triton", "--gateway-port", str(port)]) == 0
     assert f"radapter-serve: {GATEWAY} died: it was killed by SIGKILL; starting it again" in said
     assert any(
         f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said
@@ -216,7 +216,7 @@ def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.M
 def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    assert serve.main([str(tmp_path), *flags]) == 2
+    assert serve.main([str(tmp_path), "--engine", "triton", *flags]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -224,7 +224,8 @@ def test_a_port_that_is_taken_is_named_with_its_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert serve.main([str(tmp_path), "--gateway-port", str(taken.getsockname()[1])]) == 2
+        port = str(taken.getsockname()[1])
+        assert serve.main([str(tmp_path), "--engine", "triton", "--gateway-port", port]) == 2
     assert "Address already in use; choose another with --gateway-port" in capsys.readouterr().err
 
 

@@ -29,6 +29,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_tensorrt import Driver, install
+from tests.helpers.needs_triton import needs_triton
 
 ENGINES = [
     ("image_encoder", 1),
@@ -284,9 +285,19 @@ def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(
         check_plan(folder)
     assert main(["--check", str(mine)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(RAdapterError, match=r"model\.plan.* radapter-build-engine"):
-        TritonServer(ServerConfig(mine, Endpoints.on_free_ports())).start()
     check_plan(mine / "image_encoder" / "2")
+
+
+@needs_triton
+def test_a_server_does_not_start_with_a_plan_that_does_not_fit(
+    built: Path, tmp_path: Path, trt: Any
+) -> None:
+    mine = copy_encoders(built, tmp_path / "repository")
+    change, message = MISMATCHES["version"]
+    change(mine / "image_encoder" / "1")
+    sealed(mine)
+    with pytest.raises(RAdapterError, match=rf"{message}.* radapter-build-engine"):
+        TritonServer(ServerConfig(mine, Endpoints.on_free_ports())).start()
 
 
 def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_path: Path) -> None:
@@ -307,6 +318,15 @@ def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_pat
         check_plan(folder)
 
 
+@needs_triton
+def test_a_server_does_not_start_without_the_gpu_of_its_plans(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, None, version=None)
+    with pytest.raises(RAdapterError, match="no GPU"):
+        TritonServer(ServerConfig(built, Endpoints.on_free_ports())).start()
+
+
 def test_without_a_gpu_nothing_is_touched(
     mine: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,8 +337,6 @@ def test_without_a_gpu_nothing_is_touched(
     assert configs(mine) == before
     with pytest.raises(RAdapterError, match="no GPU"):
         check_plan(built / "image_encoder" / "1")
-    with pytest.raises(RAdapterError, match="no GPU"):
-        TritonServer(ServerConfig(built, Endpoints.on_free_ports())).start()
     install(monkeypatch, Driver(), version=None)
     with pytest.raises(RAdapterError, match="TensorRT is not installed"):
         build_engines(mine)

@@ -14,12 +14,11 @@ import pytest
 
 from radapter_serve.server.installation import OUR_BACKENDS
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
+from tests.helpers.needs_triton import needs_triton
 from tests.helpers.small_release import SOURCES, png, png_header
 from tests.server.test_backends import arguments
 
-pytestmark = pytest.mark.skipif(
-    int(np.__version__.split(".")[0]) >= 2, reason="Triton's Python models refuse numpy 2"
-)
+pytestmark = needs_triton
 GOOD = {"image": [[png(7)]], "labels": [[b"cat", b"dog"]]}
 F32 = np.float32
 LABELS = [b"cat", b"dog"]
