@@ -214,7 +214,8 @@ def main(
     report.note(
         f"Classify: an image of {size:g} MiB. Segment: one of 8 kB with 8,000 x 8,000 pixels, so a"
         " mask of 122 MiB. MiB are each process's peak above what it had before; for the tasks,"
-        " the sum over their processes."
+        " the sum over their processes. BrokenPipeError is a request that the gateway refused, and"
+        " whose connection it closed, before the caller had sent all of it."
     )
     report.write(out)
 
