@@ -23,6 +23,7 @@ from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import find_tritonserver
+from radapter_serve.server.probe import Probe
 from radapter_serve.server.releases import Releases
 from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
 from radapter_serve.server.supervisor import Supervisor
@@ -30,7 +31,11 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
+    import socket
+
+    from radapter_serve.gateway.group import WorkerGroup
     from radapter_serve.gateway.run import Child
+    from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.engine_server import EngineServer
 
 PROG = "radapter-serve"
@@ -44,6 +49,7 @@ FIRST = (
         "indexes",
         "runtime",
         "instances",
+        "workers",
     ),
     *("trust_network", "gateway_port", "api_keys"),
 )
@@ -117,6 +123,7 @@ def serve(
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
     instances: tuple[str, ...] = ("2",),
+    workers: int = 1,
     max_waiting: int = MAX_WAITING,
     timeout: float = 120.0,
     drain_seconds: int = 10,
@@ -127,13 +134,14 @@ def serve(
     """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts
     another release in its place.
 
-    What dies meanwhile, tritonserver or the process of a model, is started again.
+    What dies meanwhile, tritonserver, the process of a model or one of several workers, is started
+    again.
 
     Args:
         model_repository: folder to serve; --model-repository PATH says the same.
         engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
-            process, on any machine, with keys, limits and /v1/embeddings as radapter-gateway has
-            them; auto takes Triton where it is installed.
+            process or in --workers of them, on any machine, with keys, limits and /v1/embeddings as
+            radapter-gateway has them; auto takes Triton where it is installed.
         host: address or name to listen on; anything but loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
@@ -146,6 +154,8 @@ def serve(
             is given.
         instances: processes of each task, so that a slow request does not hold up the others: a
             number for all, and TASK=NUMBER for one, such as: 2 segment=4.
+        workers: processes that answer at --http-port with --engine process, each with the whole
+            model; they share out --threads, and one that dies is started again.
         max_waiting: requests that may wait for a model; where more do, those that have waited
             longest are refused.
         timeout: seconds to wait until all models answer.
@@ -172,6 +182,7 @@ def serve(
         drain_seconds=drain_seconds,
         verbose=verbose,
     )
+    check_workers(workers, in_process=in_process)
     if not in_process:
         keep_serving(TritonServer(config), gateway.child(endpoints))
         return
@@ -191,7 +202,26 @@ def serve(
             f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
             " leave it out"
         )
-    answer_in_process(config, gateway, trust_network)
+    answer_in_process(config, gateway, trust_network, workers)
+
+
+def check_workers(workers: int, *, in_process: bool) -> None:
+    """Check the number of workers.
+
+    Raises:
+        RAdapterError: one that is not allowed, or not here.
+    """
+    if workers < 1:
+        raise RAdapterError(f"--workers is {workers}; allowed are 1 and more")
+    if workers > 1 and not in_process:
+        raise RAdapterError(
+            f"--workers {workers} has no effect with --engine triton; say --instances"
+            f" {workers}, or --engine process"
+        )
+    if workers > 1 and sys.platform == "win32":
+        raise RAdapterError(
+            f"--workers is {workers}; on Windows processes can't share a port, so leave it out"
+        )
 
 
 def choose_engine() -> tuple[Literal["triton", "process"], str]:
@@ -203,22 +233,23 @@ def choose_engine() -> tuple[Literal["triton", "process"], str]:
     return "triton", ""
 
 
-def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
-    """Answer over HTTP in this process, until a signal ends it.
+def answer_in_process(
+    config: ServerConfig, flags: GatewayFlags, trust_network: bool, workers: int = 1
+) -> None:
+    """Answer over HTTP in this process, or in several, until a signal ends it.
 
     Args:
         config: what to serve.
         flags: keys and TLS.
         trust_network: let everybody in who reaches the port.
+        workers: how many processes; with one it is this.
 
     Raises:
         RAdapterError: a release that can't be served, or a port that is taken.
     """
     check_installed("granian", "server")
-    from radapter_serve.gateway.in_process import InProcess
-    from radapter_serve.gateway.run import GatewayServer, allow_files, listen
+    from radapter_serve.gateway.run import allow_files, listen
     from radapter_serve.gateway.settings import Settings
-    from radapter_serve.server.engine_server import EngineServer
 
     endpoints = config.endpoints
     settings = Settings(
@@ -229,21 +260,22 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
         tls_certificate=flags.tls_certificate,
         tls_key=flags.tls_key,
     )
-    listener = listen(settings, "--http-")
-    with contextlib.closing(listener):
+    with contextlib.closing(listen(settings, "--http-")) as listener:
+        if workers > 1:
+            answer_in_workers(config, settings, listener, workers)
+            return
+        from radapter_serve.gateway.in_process import InProcess
+        from radapter_serve.gateway.run import GatewayServer
+        from radapter_serve.server.engine_server import EngineServer
+
         allow_files(settings.max_connections)
         server = EngineServer(config)
         gateway = GatewayServer(
             settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
         )
-        with (
-            handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP),
-            Console(stderr=True).status("starting") as status,
-        ):
-            server.start(lambda line: status.update(f"{escape(line)} ..."))
+        with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+            _start_in_process(server)
         try:
-            if server.measured:
-                _show_measured(server.measured, config.encoder_threads)
             _show_releases(server)
             with AdminSocket(server.folder, server):
                 gateway.run()
@@ -251,6 +283,43 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
             print("stopping ...", file=sys.stderr)
         finally:
             server.stop()
+
+
+def answer_in_workers(
+    config: ServerConfig, settings: Settings, listener: socket.socket, workers: int
+) -> None:
+    """Answer in several processes, which are kept up, until a signal ends it.
+
+    Args:
+        config: what to serve.
+        settings: of the gateway.
+        listener: where to answer.
+        workers: how many processes.
+
+    Raises:
+        RAdapterError: a release that can't be served, or a worker that never becomes ready again.
+    """
+    from radapter_serve.gateway.group import NoProbe, WorkerGroup
+
+    group = WorkerGroup(config, settings, listener, workers)
+    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+        try:
+            _start_in_process(group)
+            _show_releases(group)
+            with AdminSocket(group.folder, group):
+                Supervisor(group, _say, probe=NoProbe()).run()
+        except KeyboardInterrupt:
+            print("stopping ...", file=sys.stderr)
+        finally:
+            listener.close()  # whoever comes now is refused
+            group.stop()
+
+
+def _start_in_process(server: EngineServer | WorkerGroup) -> None:
+    with Console(stderr=True).status("starting") as status:
+        server.start(lambda line: status.update(f"{escape(line)} ..."))
+    if server.measured:
+        _show_measured(server.measured, server.config.encoder_threads)
 
 
 def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
@@ -271,7 +340,12 @@ def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
                 AdminSocket(server.folder, Releases(server)),
                 gateway or contextlib.nullcontext(),
             ):
-                Supervisor(server, _say, [gateway] if gateway else []).run()
+                Supervisor(
+                    server,
+                    _say,
+                    [gateway] if gateway else [],
+                    probe=Probe(server.control, server.ticks),
+                ).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:
@@ -327,13 +401,13 @@ def _show(server: TritonServer) -> None:
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
-def _show_releases(server: EngineServer) -> None:
-    """Print what is served in this process, and where."""
+def _show_releases(server: EngineServer | WorkerGroup) -> None:
+    """Print what is served without Triton, and where."""
     repository = server.config.model_repository
     table = Table(title=escape(str(repository)), title_justify="left")
     for column in ("release", "what it is"):
         table.add_column(column)
-    for version in server.engine.versions():
+    for version in server.served.releases:
         described = _describe(repository / "classify", [version])
         table.add_row(str(version), escape(described.partition(": ")[2]))
     Console().print(table)

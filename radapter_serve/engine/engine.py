@@ -40,6 +40,8 @@ from radapter_serve.tasks.probes import PROBES, Tensors
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.table import TASKS, Inputs
 
+MAX_HOLD_SECONDS = 30.0  # that a request waits for the releases to change places
+
 
 class NotServed(RAdapterError):
     """A model or a release that the engine does not have."""
@@ -93,8 +95,9 @@ class _Served:
 
 
 @dataclass(frozen=True)
-class _State:
-    """What an engine serves; replaced as a whole, so that a request sees one of two states.
+class Prepared:
+    """What an engine serves, or is to; replaced as a whole, so that a request sees one of two
+    states.
 
     Attributes:
         served: the releases by number.
@@ -124,9 +127,11 @@ class Engine:
         max_seconds: float = math.inf,
     ) -> None:
         self._closed = False
+        self._open = threading.Event()
+        self._open.set()
         self._max_seconds = max_seconds
         self._max_waiting = max_waiting
-        self._state = _State({one.release.version: self._join(one) for one in versions})
+        self._state = Prepared({one.release.version: self._join(one) for one in versions})
 
     @classmethod
     def open(
@@ -162,17 +167,17 @@ class Engine:
         ]
         return cls(versions, max_waiting=max_waiting)
 
-    def switch(self, versions: Sequence[InProcess], kept: Sequence[InProcess] = ()) -> None:
-        """Serve other releases from one request to the next; what is under way ends as it began.
+    def prepare(self, versions: Sequence[InProcess], kept: Sequence[InProcess] = ()) -> Prepared:
+        """Make other releases ready to be served, next to those that are.
 
-        Each new release has answered a question to each of its tasks before.
+        Each new release has then answered a question to each of its tasks.
 
         Args:
-            versions: that are served; those of before may be among them.
+            versions: that are to be served; those of before may be among them.
             kept: older ones, for the indexes that they made.
 
         Raises:
-            TaskError: a task fails; what was served is still served.
+            TaskError: a task fails.
         """
         known = {**self._state.kept, **self._state.served}
         ready: dict[int, _Served] = {}
@@ -184,10 +189,25 @@ class Engine:
             joined = self._join(version)
             self._probe(joined)
             ready[joined.number] = joined
-        self._state = _State(
+        return Prepared(
             {one.release.version: ready[one.release.version] for one in versions},
             {one.release.version: ready[one.release.version] for one in kept},
         )
+
+    def hold(self) -> None:
+        """Let new requests wait until `commit` or `release`: what is under way goes on."""
+        self._open.clear()
+
+    def release(self) -> None:
+        """Let requests go on that `hold` lets wait."""
+        self._open.set()
+
+    def commit(self, prepared: Prepared) -> None:
+        """Serve what was made ready, from one request to the next; what is under way ends as it
+        began.
+        """
+        self._state = prepared
+        self._open.set()
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
@@ -204,7 +224,7 @@ class Engine:
                 config = self.config(request.model, request.version)
                 return json_format.MessageToDict(config, preserving_proto_field_name=True)
             if request.action == "ready":
-                self._pick(request.model, request.version)
+                self._pick(self._present(), request.model, request.version)
                 return True
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
@@ -240,7 +260,7 @@ class Engine:
             TaskError: why there is no answer.
             NotServed: no such task or release.
         """
-        served = self._pick(model, version)
+        served = self._pick(self._present(deadline), model, version)
         return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def config(self, model: str, version: str = "") -> Any:
@@ -249,21 +269,22 @@ class Engine:
         Raises:
             NotServed: no such task or release.
         """
-        releases = {number: one.version.release for number, one in self._state.served.items()}
+        present = self._present()
+        releases = {number: one.version.release for number, one in present.served.items()}
         config = model_config_pb2.ModelConfig()
-        config.CopyFrom(self._pick(model, version).configs[model])
+        config.CopyFrom(self._pick(present, model, version).configs[model])
         name_releases(config, releases)
         config.version_policy.specific.versions[:] = sorted(releases)
         return config
 
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""
-        return sorted(self._state.served)
+        return sorted(self._present().served)
 
     def close(self) -> None:
         """Let go of the releases; what is asked after that is refused."""
         self._closed = True
-        state, self._state = self._state, _State({})
+        state, self._state = self._state, Prepared({})
         for one in (*state.served.values(), *state.kept.values()):
             one.version.close()
 
@@ -278,12 +299,24 @@ class Engine:
         version.join(partial(self._query, served), partial(self._others, served.number))
         return served
 
-    def _pick(self, model: str, version: str) -> _Served:
+    def _present(self, deadline: float | None = None) -> Prepared:
+        """What is served now; while requests are held, what is served after that.
+
+        Args:
+            deadline: of `time.monotonic`, after which the caller no longer waits.
+        """
+        if not self._open.is_set():
+            seconds = math.inf if deadline is None else deadline - time.monotonic()
+            if not self._open.wait(max(0.0, min(seconds, MAX_HOLD_SECONDS))):
+                raise TaskError(TIMED_OUT, "no answer within the time-out")
+        return self._state
+
+    def _pick(self, present: Prepared, model: str, version: str) -> _Served:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
         if model not in TASKS:
             raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
-        served = self._state.served
+        served = present.served
         number = int(version) if version.isdecimal() else 0
         if not version:
             number = max(served, default=0)

@@ -59,20 +59,32 @@ class Gateway:
     Args:
         settings: what it allows.
         connect: makes the way to Triton, in the event loop of the app.
+        meanwhile: runs in that loop for as long as the app does.
 
     Attributes:
         app: serves it.
         keys: that let callers in; None where there are none.
         memory: of the bodies of all requests, from the start of the app on.
+        health, metrics: from the start of the app on.
+        others: why other processes that answer at the same port do not; None where they do.
     """
 
     app: ASGIApp
     keys: Keys | None
     memory: MemoryBudget
+    health: Health
+    metrics: Metrics
+    others: str | None = None
 
-    def __init__(self, settings: Settings, connect: Callable[[], Upstream]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        connect: Callable[[], Upstream],
+        meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._settings = settings
         self._connect = connect
+        self._meanwhile = meanwhile
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
@@ -93,7 +105,7 @@ class Gateway:
                 for prefix in ("", "/v2")
                 for name in ("live", "ready")
             ),
-            ("/metrics", self.metrics),
+            ("/metrics", self.prometheus),
             ("/v2", self.server),
             (f"{openai.PREFIX}embeddings", self.embeddings),
             (f"{openai.PREFIX}models", self.releases),
@@ -123,13 +135,17 @@ class Gateway:
             self._settings.max_concurrent, self._settings.max_queue
         )
         self.memory = MemoryBudget(int(self._settings.max_memory * MIB))
-        self._metrics = Metrics(self._concurrency, self.memory)
+        self.metrics = Metrics(self._concurrency, self.memory)
         self._upstream = self._connect()
-        self._health = Health(self._upstream)
+        self.health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
+        beside = asyncio.ensure_future(self._meanwhile(self)) if self._meanwhile else None
         try:
             yield
         finally:
+            if beside is not None:
+                beside.cancel()
+                await asyncio.gather(beside, return_exceptions=True)
             await self._upstream.close()
 
     # What it answers
@@ -140,15 +156,16 @@ class Gateway:
 
     async def ready(self, request: Request) -> Response:
         """Every task answers."""
-        if why := await self._health.trouble():
+        why = self.others or await self.health.trouble()
+        if why is not None:
             raise Refused(503, SERVER_UNAVAILABLE, why)
         return JSONResponse({"ready": True})
 
-    async def metrics(self, request: Request) -> Response:
+    async def prometheus(self, request: Request) -> Response:
         """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole
         port.
         """
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def server(self, request: Request) -> Response:
         return JSONResponse(
@@ -191,7 +208,7 @@ class Gateway:
             del body
             left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
             answer = await run_until_disconnect(request, self._run(asked.message, left), left)
-            self._health.answered(name)
+            self.health.answered(name)
             content, headers = answers.write(answer, asked)
             return Response(content, headers=headers)
 
@@ -266,7 +283,7 @@ class Gateway:
             if handler.__name__ in _COUNTED:
                 name = request.path_params.get("model", EMBEDDINGS)
                 known = name in TASKS or handler.__name__ == EMBEDDINGS
-                self._metrics.count(name if known else "none", code, time.monotonic() - start)
+                self.metrics.count(name if known else "none", code, time.monotonic() - start)
             return response
 
         guarded.__name__ = handler.__name__

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -27,6 +27,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.engine.engine import Engine, NotServed
 from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_triton
 
+T = TypeVar("T")
 LOG = logging.getLogger("radapter-gateway")
 
 
@@ -42,6 +43,8 @@ class InProcess:
     def __init__(self, engine: Engine, at_once: int) -> None:
         self._engine = engine
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="request")
+        # Of its own, for it must not wait until requests have ended.
+        self._facts = ThreadPoolExecutor(1, thread_name_prefix="facts")
 
     async def infer(
         self, message: service_pb2.ModelInferRequest, timeout: float
@@ -49,32 +52,35 @@ class InProcess:
         gone = threading.Event()
         work = partial(self._infer, message, time.monotonic() + timeout, gone)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except TaskError as error:
-            refused = from_triton(grpc.StatusCode[error.status], str(error))
-            if refused.status >= 500:
-                LOG.warning("%s: %s", message.model_name, error)
-            raise refused from None
-        except NotServed as error:
-            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+            return await self._run(self._threads, work, message.model_name)
         finally:
             gone.set()  # where nobody waits any more
 
     async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
-        try:
-            config: model_config_pb2.ModelConfig = self._engine.config(model, version)
-            return config
-        except NotServed as error:
-            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+        return await self._run(self._facts, partial(self._engine.config, model, version), model)
 
     async def versions(self, model: str) -> list[str]:
-        return [str(version) for version in self._engine.versions()]
+        found = await self._run(self._facts, self._engine.versions, model)
+        return [str(version) for version in found]
 
     async def ready(self, model: str, version: str = "") -> bool:
         return not version or version in await self.versions(model)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._facts.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T], model: str) -> T:
+        """What the engine says, whose errors become refusals."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
+        except TaskError as error:
+            refused = from_triton(grpc.StatusCode[error.status], str(error))
+            if refused.status >= 500:
+                LOG.warning("%s: %s", model, error)
+            raise refused from None
+        except NotServed as error:
+            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
 
     def _infer(
         self, message: service_pb2.ModelInferRequest, deadline: float, gone: threading.Event

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 
 OK, GONE = "ok", "caller_gone"
+# Names the folder that several processes share for their counters.
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of one gateway.
+    """Counters of one gateway; where several processes are one, of all of them together.
 
     Args:
         concurrency: whose requests are counted while they run and wait.
@@ -21,6 +28,7 @@ class Metrics:
 
     def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = registry = CollectorRegistry()
+        self._gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self._seconds = Histogram(
             "radapter_gateway_request_seconds",
             "From a request's headers to its answer",
@@ -36,7 +44,10 @@ class Metrics:
             ("waiting", "Requests in the queue", lambda: concurrency.waiting),
             ("body_bytes", "Bytes of bodies in memory", lambda: memory.held),
         ):
-            Gauge(f"radapter_gateway_{name}", what, registry=registry).set_function(read)
+            gauge = Gauge(
+                f"radapter_gateway_{name}", what, registry=registry, multiprocess_mode="livesum"
+            )
+            self._gauges.append((gauge, read))
 
     def count(self, task: str, code: str, seconds: float) -> None:
         """Notes the end of a request: its task ("none" where it named none), its code, and how long
@@ -47,6 +58,32 @@ class Metrics:
         if task != "none":
             self._seconds.labels(task).observe(seconds)
 
+    def refresh(self) -> None:
+        """Notes what runs and waits now, for other processes to read."""
+        for gauge, read in self._gauges:
+            gauge.set(read())
+
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
-        return generate_latest(self._registry)
+        self.refresh()
+        if SHARED not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def allocate(folder: Path) -> None:
+    """Take the disk space of this process's counters now: where the disk is full later, a write
+    would end the process.
+
+    Args:
+        folder: that the processes share.
+
+    Raises:
+        OSError: there is no space.
+    """
+    for path in folder.glob(f"*_{os.getpid()}.db"):
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

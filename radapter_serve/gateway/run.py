@@ -46,6 +46,10 @@ class GatewayServer:
         settings: of the gateway.
         listener: of `listen`.
         connect: makes the way to Triton; gRPC to `settings.server` if None.
+        meanwhile: runs in the event loop for as long as the gateway does.
+
+    Attributes:
+        gateway: that it serves.
 
     Raises:
         RAdapterError: a certificate or a key that cannot be read.
@@ -56,10 +60,11 @@ class GatewayServer:
         settings: Settings,
         listener: socket.socket,
         connect: Callable[[], Upstream] | None = None,
+        meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        gateway = Gateway(settings, connect or partial(Triton, settings.server))
+        self.gateway = Gateway(settings, connect or partial(Triton, settings.server), meanwhile)
         try:
-            self._server: Any = _Granian(gateway.app, settings, listener)
+            self._server: Any = _Granian(self.gateway.app, settings, listener)
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
                 f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"

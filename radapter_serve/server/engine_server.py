@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.engine.engine import Engine
+from radapter_serve.engine.engine import Engine, Prepared
 from radapter_serve.engine.version import LocalVersion
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
@@ -19,7 +18,7 @@ from radapter_serve.release.served import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.installation import OUR_BACKENDS, Installation
 from radapter_serve.server.models import kept_for_indexes, models_of, parsed
-from radapter_serve.server.processes import FOLDER_PREFIX, lock_folder, remove, remove_leftovers
+from radapter_serve.server.processes import server_folder
 from radapter_serve.server.releases import ReleaseChanges, Say, format_list
 from radapter_serve.server.runtime_choice import Measured, configure
 
@@ -28,8 +27,112 @@ MAX_REQUEST_SECONDS = 120.0  # of work on one request, as in Triton's processes
 _ENGINE = Installation(Path(sys.executable), {name: OUR_BACKENDS / name for name in RUNTIMES})
 
 
-def _ignore(line: str) -> None:
+def ignore(line: str) -> None:
     """Takes the place of a progress display."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an engine is to serve.
+
+    Args:
+        served: the releases.
+        kept: older ones, with the names of the indexes that they made.
+        runtime: of all encoders; as exported if None; "auto" takes the fastest.
+        checked: whether its encoders have been compared with torch's embeddings already.
+    """
+
+    served: Served
+    kept: Mapping[int, list[str]]
+    runtime: str | None = None
+    checked: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What came of making a plan's releases ready.
+
+    Attributes:
+        runtime: of all encoders; None if each has that of its export.
+        measured: what "auto" has measured; empty if nothing was.
+    """
+
+    runtime: str | None
+    measured: Sequence[Measured] = ()
+
+
+class Loaded:
+    """An engine, and the releases of a repository that are loaded for it.
+
+    Args:
+        config: of the server.
+
+    Attributes:
+        engine: that answers.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.engine = Engine([], max_waiting=config.max_waiting, max_seconds=MAX_REQUEST_SECONDS)
+        self._config = config
+        self._versions: dict[int, LocalVersion] = {}
+        self._next: tuple[Prepared, dict[int, LocalVersion]] | None = None
+
+    def prepare(self, plan: Plan, say: Say) -> Ready:
+        """Load what is not loaded yet, and check it; what is served stays.
+
+        Args:
+            plan: what is to be served after `commit`.
+            say: called with a short line before each step.
+
+        Raises:
+            RAdapterError: a release that can't be loaded, or does not answer rightly.
+        """
+        self._next = None
+        ready = Ready(plan.runtime)
+        versions: dict[int, LocalVersion] = {}
+        for number in sorted({*plan.served.releases, *plan.kept}):
+            if number in self._versions:
+                versions[number] = self._versions[number]
+            else:
+                versions[number], ready = self._load(number, plan, ready, say)
+        say(f"asking the tasks of release {format_list(plan.served.releases)}")
+        try:
+            prepared = self.engine.prepare(
+                [versions[number] for number in plan.served.releases],
+                [versions[number] for number in plan.kept],
+            )
+        except TaskError as error:
+            raise RAdapterError(f"a task does not answer: {error.message}") from error
+        self._next = prepared, versions
+        return ready
+
+    def forget(self) -> None:
+        """Let go of what was made ready and is not to be served; requests that wait go on."""
+        self._next = None
+        self.engine.release()
+
+    def commit(self) -> None:
+        """Serve what was made ready."""
+        if self._next is None:
+            raise RAdapterError("nothing is ready to be served")
+        prepared, self._versions = self._next
+        self._next = None
+        self.engine.commit(prepared)
+
+    def _load(self, number: int, plan: Plan, ready: Ready, say: Say) -> tuple[LocalVersion, Ready]:
+        config = self._config
+        repository = config.model_repository
+        configured = configure(
+            repository, [number], ready.runtime, config.encoder_threads, _ENGINE, say
+        )
+        if configured.measured:  # of all releases the same runtime
+            ready = Ready(configured.runtime, configured.measured)
+        say(f"loading release {number}")
+        configs = {name: parsed(text) for name, text in configured.configs.items()}
+        version = LocalVersion(repository, number, config.indexes, configs=configs)
+        if not plan.checked:
+            version.check(say, without=configured.checked)
+        return version, ready
 
 
 class EngineServer(ReleaseChanges):
@@ -53,10 +156,9 @@ class EngineServer(ReleaseChanges):
         self._runtime = config.runtime
         self._served = Served(())
         self._kept: dict[int, list[str]] = {}
-        self._loaded: dict[int, LocalVersion] = {}
-        self._lock: int | None = None
+        self._stack = contextlib.ExitStack()
 
-    def start(self, progress: Say = _ignore) -> EngineServer:
+    def start(self, progress: Say = ignore) -> EngineServer:
         """Load the releases, and ask each of their tasks once.
 
         Args:
@@ -66,29 +168,17 @@ class EngineServer(ReleaseChanges):
             RAdapterError: no release, one that is not as it was exported, or one that does not
                 answer.
         """
-        repository = self.config.model_repository
-        models_of(repository)
-        served = self.config.wanted()
-        check(repository, served.releases, progress)
-        kept = kept_for_indexes(repository, served.releases, self.config.indexes)
-        self.engine = Engine(
-            [], max_waiting=self.config.max_waiting, max_seconds=MAX_REQUEST_SECONDS
-        )
+        served, kept = first_releases(self.config, progress)
+        self._loaded = Loaded(self.config)
+        self.engine = self._loaded.engine
         self._take_over(served, kept, progress)
-        remove_leftovers()
-        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-        self._lock = lock_folder(self.folder)
-        (self.folder / "models").mkdir()  # from now on, who is not locked is left over
+        self.folder = self._stack.enter_context(server_folder())
+        self._stack.callback(self.engine.close)
         return self
 
     def stop(self) -> None:
         """Let go of everything."""
-        if self._lock is None:
-            return
-        self.engine.close()
-        remove(self.folder)
-        os.close(self._lock)
-        self._lock = None
+        self._stack.close()
 
     @property
     def served(self) -> Served:
@@ -100,38 +190,15 @@ class EngineServer(ReleaseChanges):
 
     def _let_go(self, kept: dict[int, list[str]]) -> None:
         if set(kept) < set(self._kept):
-            self._take_over(self._served, kept, _ignore)
+            self._take_over(self._served, kept, ignore)
 
     def _take_over(self, wanted: Served, kept: dict[int, list[str]], say: Say) -> None:
-        """Load what is not loaded yet, check it, and switch to it as a whole."""
-        loaded = {
-            number: self._loaded.get(number) or self._load(number, say)
-            for number in sorted({*wanted.releases, *kept})
-        }
-        say(f"asking the tasks of release {format_list(wanted.releases)}")
-        try:
-            self.engine.switch(
-                [loaded[number] for number in wanted.releases], [loaded[number] for number in kept]
-            )
-        except TaskError as error:
-            raise RAdapterError(f"a task does not answer: {error.message}") from error
+        ready = self._loaded.prepare(Plan(wanted, kept, self._runtime), say)
+        self._loaded.commit()
+        self._runtime = ready.runtime
+        self.measured = ready.measured or self.measured
         self._served = wanted
         self._kept = kept
-        self._loaded = loaded
-
-    def _load(self, number: int, say: Say) -> LocalVersion:
-        config = self.config
-        configured = configure(
-            config.model_repository, [number], self._runtime, config.encoder_threads, _ENGINE, say
-        )
-        if configured.measured:  # of all releases the same runtime
-            self.measured = configured.measured
-            self._runtime = configured.runtime
-        say(f"loading release {number}")
-        configs = {name: parsed(text) for name, text in configured.configs.items()}
-        version = LocalVersion(config.model_repository, number, config.indexes, configs=configs)
-        version.check(say)
-        return version
 
     def __enter__(self) -> EngineServer:
         return self.start()
@@ -139,3 +206,17 @@ class EngineServer(ReleaseChanges):
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self.stop()
+
+
+def first_releases(config: ServerConfig, progress: Say) -> tuple[Served, dict[int, list[str]]]:
+    """What a server begins with, its files checked: the releases, and older ones for the indexes
+    that they made.
+
+    Raises:
+        RAdapterError: no release, or one that is not as it was exported.
+    """
+    repository = config.model_repository
+    models_of(repository)
+    served = config.wanted()
+    check(repository, served.releases, progress)
+    return served, kept_for_indexes(repository, served.releases, config.indexes)

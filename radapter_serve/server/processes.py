@@ -12,9 +12,11 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from radapter_serve.errors import RAdapterError
 
 FOLDER_PREFIX = "radapter-serve-"
 _LAUNCHER = """import ctypes, os, sys
@@ -27,8 +29,10 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
     it) ends.
 
     Asked to stop by SIGTERM, it would keep its ports for as long as a caller keeps a connection
-    open.
+    open. Only Linux can do this; elsewhere it is the command as it is.
     """
+    if sys.platform != "linux":
+        return list(command)
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
@@ -83,6 +87,40 @@ def lock_folder(folder: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+@contextlib.contextmanager
+def server_folder() -> Iterator[Path]:
+    """A folder for a server, which only its owner can read, locked while the server lives; it is
+    removed at the end.
+
+    Raises:
+        RAdapterError: the folder for temporary files can't be written.
+    """
+    remove_leftovers()
+    with disk_errors():
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    lock = lock_folder(folder)
+    try:
+        with disk_errors():
+            (folder / "models").mkdir()  # from now on, who is not locked is left over
+        yield folder
+    finally:
+        remove(folder)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Say what to do where the folder for temporary files can't be written."""
+    try:
+        yield
+    except OSError as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise RAdapterError(
+            f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to"
+            " another"
+        ) from None
 
 
 def remove_leftovers(parent: Path | None = None) -> None:

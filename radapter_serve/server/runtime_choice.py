@@ -58,12 +58,14 @@ class Configured:
         measured: what was measured to choose the runtime; nothing if it was given.
         version_compatible: whether an engine brings a runtime of its own, code that Triton runs
             only if told to.
+        checked: the encoders that have been compared with torch's embeddings, by name.
     """
 
     configs: dict[str, str] = field(default_factory=dict)
     runtime: str | None = None
     measured: list[Measured] = field(default_factory=list)
     version_compatible: bool = False
+    checked: set[str] = field(default_factory=set)
 
 
 def configure(
@@ -112,7 +114,9 @@ def configure(
         if own == TENSORRT:
             plans = [check_plan(file.parent) for file in files]
             found.version_compatible |= any(plan.options.version_compatible for plan in plans)
-        if own != encoder.runtime and not found.measured:
+        if found.measured:
+            found.checked.add(encoder.name)
+        elif own != encoder.runtime:
             progress(f"checking {encoder.name} by {own}")
             try:
                 check(encoder, own, per_instance[encoder.name])
@@ -121,6 +125,7 @@ def configure(
                     f"{error}; leave --runtime out ({encoder.name} was exported for"
                     f" {encoder.runtime}), or export for it: radapter-export --runtime {own}"
                 ) from error
+            found.checked.add(encoder.name)
         found.configs[encoder.name] = encoder.configured(own, per_instance[encoder.name])
     return found
 

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.control import Control, NoAnswer
-from radapter_serve.server.probe import Probe
+from radapter_serve.server.control import NoAnswer
 from radapter_serve.server.watch import SERVER, Failure
 
 INTERVAL_SECONDS = 1.0  # from one look to the next
@@ -25,18 +24,11 @@ class Supervised(Protocol):
     """What a supervisor asks of a server."""
 
     @property
-    def control(self) -> Control:
-        """Of its tritonserver."""
-
-    @property
     def models(self) -> Collection[str]:
         """Those that it serves."""
 
     def failures(self) -> list[Failure]:
         """What has died since this was last asked."""
-
-    def ticks(self, models: Collection[str]) -> int:
-        """The processor's time that models have used, in hundredths of a second."""
 
     def kill(self, name: str) -> None:
         """End the processes of a model, or tritonserver."""
@@ -98,7 +90,7 @@ class Supervisor:
         say: told in one line what died, why, and that it is back.
         sidecars: other programs that were started.
         clock: tells the time and waits.
-        probe: asks the models; one of the server's own if None.
+        probe: asks the models.
     """
 
     def __init__(
@@ -108,13 +100,13 @@ class Supervisor:
         sidecars: Sequence[Sidecar] = (),
         *,
         clock: Clock = SYSTEM,
-        probe: Asking | None = None,
+        probe: Asking,
     ) -> None:
         self._server = server
         self._say = say
         self._sidecars = {one.name: one for one in sidecars}
         self._clock = clock
-        self._probe = probe or Probe(server.control, server.ticks, clock=clock)
+        self._probe = probe
         self._histories: defaultdict[str, _History] = defaultdict(_History)
         for name in self._sidecars:
             self._histories[name].up_since = clock.monotonic()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +36,7 @@ from radapter_serve.server.models import (
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import (
     FOLDER_PREFIX,
+    disk_errors,
     hide_argument,
     hide_shared_memory,
     how_it_ended,
@@ -393,7 +392,7 @@ class TritonServer:
         return Messages(None if self.config.verbose else log, where)
 
     def _make_folder(self, installation: Installation) -> None:
-        with _disk_errors():
+        with disk_errors():
             path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
             self._folder = _Folder(path, lock_folder(path))
             lay_out(path, installation, self.config.model_repository, self.serving.offered)
@@ -460,15 +459,3 @@ class TritonServer:
             self._running = None
         if self._folder is not None:
             hide_shared_memory(self._folder.path)
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-        raise RAdapterError(
-            f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to"
-            " another"
-        ) from None

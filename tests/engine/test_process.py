@@ -288,3 +288,20 @@ def test_an_unknown_release_is_refused(two_releases: Path) -> None:
     config = ServerConfig(two_releases, Endpoints.on_free_ports(), releases=[7])
     with pytest.raises(RAdapterError, match="7"):
         EngineServer(config).start()
+
+
+@pytest.mark.parametrize(("runtime", "checked"), [(None, "comparing"), ("openvino", "checking")])
+def test_a_release_is_compared_with_torch_once(
+    two_releases: Path, tmp_path: Path, runtime: str | None, checked: str
+) -> None:
+    said: list[str] = []
+    config = ServerConfig(
+        two_releases, Endpoints.on_free_ports(), indexes=tmp_path, runtime=runtime
+    )
+    server = EngineServer(config)
+    try:
+        server.start(said.append)
+    finally:
+        server.stop()
+    found = [line for line in said if "text_encoder" in line and "digest" not in line]
+    assert len(found) == 1 and found[0].startswith(checked), said

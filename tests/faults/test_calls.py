@@ -19,6 +19,7 @@ import pytest
 import urllib3
 
 from radapter_client import Client
+from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
 from tests.faults.conftest import RunningGateway, outcome, until
 from tests.helpers.fake_server import FakeServer
@@ -130,7 +131,9 @@ def test_a_server_that_starts_again_under_clients_with_retries(
     """
     url = {**running.urls, "gateway": gateway.url}[way]
     said: list[str] = []
-    supervisor, found, end = Supervisor(running, said.append), list[str](), threading.Event()
+    supervisor = Supervisor(running, said.append, probe=Probe(running.control, running.ticks))
+    found: list[str] = []
+    end = threading.Event()
 
     def ask() -> None:
         with Client(url, retries=40, timeout=120) as client:

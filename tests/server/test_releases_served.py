@@ -29,6 +29,7 @@ from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.admin_socket import AdminSocket, find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.probe import Probe
 from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
@@ -379,7 +380,8 @@ def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
     with pytest.raises(RAdapterError, match="release 1 is served as before"):
         Releases(served).load([2], kill)
     lines: list[str] = []
-    supervisor, deadline = Supervisor(served, lines.append), time.monotonic() + 90
+    supervisor = Supervisor(served, lines.append, probe=Probe(served.control, served.ticks))
+    deadline = time.monotonic() + 90
     while not (lines and "is back" in lines[-1]):
         assert time.monotonic() < deadline, lines
         supervisor.step()

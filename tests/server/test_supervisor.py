@@ -167,8 +167,6 @@ def test_the_model_of_a_process(argument, model):
 class Server:
     """What a supervisor asks of a server; each look gives the next of `polls`."""
 
-    control: Any = None
-
     def __init__(self, *polls: list[Failure], fails: int = 0) -> None:
         self.polls = list(polls)
         self.fails = fails
@@ -179,9 +177,6 @@ class Server:
 
     def failures(self) -> list[Failure]:
         return self.polls.pop(0) if self.polls else []
-
-    def ticks(self, _: object) -> int:
-        return 0
 
     def kill(self, name: str) -> None:
         self.done.append(f"kill {name}")

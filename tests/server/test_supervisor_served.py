@@ -62,7 +62,9 @@ class Watched:
 
     def __init__(self, server: FakeServer, probe: Probe | None = None) -> None:
         self.said: list[str] = []
-        self._supervisor = Supervisor(server, self.said.append, probe=probe)
+        self._supervisor = Supervisor(
+            server, self.said.append, probe=probe or Probe(server.control, server.ticks)
+        )
 
     def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
