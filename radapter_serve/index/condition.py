@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlglot import TokenType, exp, generator, parse_one, tokens
+from sqlglot import TokenType, exp, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
 from radapter_serve.contract.errors import TaskError, invalid
 
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # of brackets, functions and NOT in each other: parsers need time and stack for them
-# names and operators: the stack of LanceDB overflows on longer chains, which ends the process
-MAX_PARTS = 300
+MAX_PARTS = 300  # names and operators, each of which reads all rows
 ALLOWED = (
     "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
 )
@@ -29,34 +28,11 @@ _OPENING = (TokenType.L_PAREN, TokenType.L_BRACKET, TokenType.L_BRACE)
 _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
 
 
-class _Lance(Dialect):
-    """What LanceDB reads: names in backticks, and no backslash that would end a text elsewhere than
-    it does there.
-    """
+class Sql(Dialect):
+    """Names in backticks or double quotes, and no backslash that ends a text."""
 
     class Tokenizer(tokens.Tokenizer):
         IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
-
-    class Generator(generator.Generator):
-        TYPE_MAPPING = {  # noqa: RUF012
-            **generator.Generator.TYPE_MAPPING,
-            **dict.fromkeys(
-                (exp.DataType.Type.TEXT, exp.DataType.Type.VARCHAR, exp.DataType.Type.CHAR),
-                "STRING",
-            ),
-        }
-
-
-def check_condition(where: str) -> str:
-    """A condition that compares columns, written anew from what was understood of it.
-
-    Raises:
-        TaskError: as in `parse_condition`.
-    """
-    try:
-        return parse_condition(where).sql(dialect=_Lance, comments=False)
-    except RecursionError:
-        raise _too_deep() from None
 
 
 def parse_condition(where: str) -> exp.Expr:
@@ -71,7 +47,7 @@ def parse_condition(where: str) -> exp.Expr:
     try:
         if _brackets(where) > MAX_DEPTH:
             raise _too_deep()
-        parsed = parse_one(where, read=_Lance, into=exp.Condition)
+        parsed = parse_one(where, read=Sql, into=exp.Condition)
         _check(parsed)
         return parsed
     except TaskError:
@@ -87,7 +63,7 @@ def _brackets(where: str) -> int:
     """How deep brackets are nested, before any is parsed."""
     depth = 0
     max_depth = 0
-    for token in _Lance().tokenize(where):
+    for token in Sql().tokenize(where):
         depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
         max_depth = max(max_depth, depth)
     return max_depth

@@ -15,7 +15,7 @@ import pydantic
 
 from radapter_serve.release.release import Release
 
-FORMAT = 4
+FORMAT = 5
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
 
@@ -118,7 +118,6 @@ class NearestFacts:
     Args:
         cells: number of cells.
         trained_on: number of vectors that the cells were computed from.
-        files: by name.
         nprobes: cells that a search for ten looks into.
         candidates: that FAISS names, for the vectors to sort.
         recall: recall@10 on a sample.
@@ -126,7 +125,6 @@ class NearestFacts:
 
     cells: int
     trained_on: int
-    files: dict[str, FileFacts]
     nprobes: int = 1
     candidates: int = 1
     recall: float = 0.0
@@ -140,7 +138,8 @@ class IndexFacts:
         plan: how it was made.
         count: number of images.
         columns: of the metadata.
-        files: of the table, by their paths in its folder.
+        files: of the table that is written to, by their paths in its folder.
+        searched: that a search reads, by name.
         nearest: what FAISS needs; None where every vector is compared.
         table_version: LanceDB's number of the table's state.
         created: when the index was made first, in UTC, ISO 8601.
@@ -152,6 +151,7 @@ class IndexFacts:
     count: pydantic.NonNegativeInt
     columns: list[str]
     files: dict[str, FileFacts]
+    searched: dict[str, FileFacts]
     nearest: NearestFacts | None
     table_version: int
     created: str

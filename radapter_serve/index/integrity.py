@@ -1,17 +1,17 @@
-"""Whether the files of an index's table are those that were written: by their sizes and digests, in
+"""Whether the files of an index are those that were written: by their sizes and digests, in
 `index.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from radapter_serve.files import as_text, digest_of
 from radapter_serve.index.facts import FileFacts
 
-#: up to so many bytes of a table are compared each time it is opened: a second or two; of a larger
+#: up to so many bytes of a folder are compared each time it is opened: a second or two; of a larger
 #: one, the small files
 CHECKED_AT_OPEN = 1 << 30
 _SMALL = 16 << 20  # bytes of a file
@@ -43,19 +43,22 @@ def files_of(folder: Path, known: Files) -> dict[str, FileFacts]:
     return found
 
 
-def check_files(folder: Path, files: Files, *, complete: bool) -> None:
-    """Compare a table's files with their sizes and digests.
+def check_files(
+    folder: Path, files: Files, *, complete: bool, always: Collection[str] = ()
+) -> None:
+    """Compare files with their sizes and digests.
 
     Args:
-        folder: of the table.
+        folder: of the files.
         files: as in `files_of`.
         complete: whether all files are read, however large; else as CHECKED_AT_OPEN says.
+        always: names of files that are read in any case.
 
     Raises:
         DamagedFileError: one is missing, or differs; names it.
     """
     every = complete or sum(said.size for said in files.values()) <= CHECKED_AT_OPEN
-    read = [name for name, said in files.items() if every or said.size < _SMALL]
+    read = [name for name, said in files.items() if every or said.size < _SMALL or name in always]
     differing = {name for name, said in files.items() if _size(folder / name) != said.size}
     digest = _digest if complete else _known_digest
     with ThreadPoolExecutor(_WORKERS) as pool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import Index, link_of, open_index, place_of
 
 POLL = 5.0  # seconds between two questions to a storage for the generation that counts
+OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
 TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 
 
@@ -54,10 +55,27 @@ class OpenIndexes:
         self._known: dict[str, _Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        # LanceDB takes seconds to load, for which the first caller should not wait.
-        if any(folder.glob(f"*/{FACTS}")):
-            with contextlib.suppress(ImportError):  # a search says what is missing
-                importlib.import_module("lancedb")
+
+    def open_all(self, seconds: float = OPENING) -> None:
+        """Open every index of the folder, so that no caller waits for it; one that is broken is
+        said in the log and tried again when it is asked for.
+
+        Args:
+            seconds: after which those that are not open yet, such as on a storage that does not
+                answer, are left to a thread of their own.
+        """
+        threads = [
+            threading.Thread(target=self._open, args=(name,), daemon=True) for name in self._there()
+        ]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _open(self, name: str) -> None:
+        with contextlib.suppress(TaskError):
+            self.get(name)
 
     def get(self, name: str) -> Index:
         """The index of that name as it is now.
@@ -118,7 +136,9 @@ class OpenIndexes:
         return generation != known.index.generation
 
     def _names(self) -> str:
+        return there_are(self._there(), "radapter-index build makes them")
+
+    def _there(self) -> list[str]:
+        """The names of the indexes in the folder."""
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
-        return there_are(
-            (name for name in names if name[0] != "."), "radapter-index build makes them"
-        )
+        return [name for name in names if name[0] != "."]

@@ -46,7 +46,7 @@ TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
 class Searched(Protocol):
     """What `tune` needs of `Neighbours`."""
 
-    vectors: NDArray[np.float16]
+    vectors: NDArray[np.float32]
 
     def nearest(
         self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
@@ -76,7 +76,7 @@ def tune(
         `nprobes`, `candidates` and `recall`.
     """
     chosen = np.random.default_rng(0).choice(len(neighbours.vectors), queries, replace=False)
-    asked = np.concatenate([neighbours.vectors[np.sort(chosen)].astype(np.float32), texts])
+    asked = np.concatenate([neighbours.vectors[np.sort(chosen)], texts])
     own = np.repeat([1, 0], [queries, len(texts)])
     best = _best_scores(neighbours.vectors, asked)
     tenth = np.where(own == 1, best[:, TOP_K], best[:, TOP_K - 1]) - 1e-5
@@ -98,12 +98,12 @@ def tune(
     return result
 
 
-def _best_scores(vectors: NDArray[np.float16], asked: NDArray[np.float32]) -> NDArray[np.float32]:
+def _best_scores(vectors: NDArray[np.float32], asked: NDArray[np.float32]) -> NDArray[np.float32]:
     """The best cosines of each query, float32 [N, TOP_K + 1], by comparing all vectors in one
     pass.
     """
     best = np.zeros((len(asked), 0), np.float32)
     for start in range(0, len(vectors), _BLOCK):
-        scores = asked @ vectors[start : start + _BLOCK].astype(np.float32).T
+        scores = asked @ vectors[start : start + _BLOCK].T
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, : TOP_K + 1]
     return best

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from radapter_serve.files import staged
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item
 from radapter_serve.index.facts import IndexFacts, NearestFacts, OnBroken, Plan, build_command
-from radapter_serve.index.integrity import files_of
-from radapter_serve.index.neighbours import FOLDER as NEIGHBOURS
-from radapter_serve.index.neighbours import Neighbours, intact, write_neighbours
+from radapter_serve.index.integrity import DamagedFileError, check_files, files_of
+from radapter_serve.index.mapped import FOLDER as SEARCHED
+from radapter_serve.index.mapped import Mapped, described, write_mapped
+from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
 from radapter_serve.index.reading import Read, read
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.index.store import EXACT, TABLE, vectors_of
@@ -204,19 +206,23 @@ class Writer:
         return facts
 
     def _commit(self, base: Base | None) -> IndexFacts:
-        """Make what a search of many images needs, and describe the files as they stay."""
+        """Make what a search reads, and describe the files as they stay."""
         with table_errors(self._out, self._plan):
             version = _compact(self._table)
-            # Compacting gives rows other numbers and other files, so both are taken after it.
-            nearest = self._write_nearest(base)
-            known_files = base.facts.files if base else {}
-            files = files_of(self._folder / f"{TABLE}.lance", known_files)
+            files = files_of(self._folder / f"{TABLE}.lance", base.facts.files if base else {})
+            place = self._folder / SEARCHED
+            shutil.rmtree(place, ignore_errors=True)  # what a stopped build left there
+            place.mkdir()
+            shape = len(self.known), self._plan.release.embed_dim
+            write_mapped(place, self._table.search().to_batches(), shape)
+            nearest = self._write_nearest(place, base)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return IndexFacts(
             plan=self._plan,
             count=len(self.known),
             columns=[name for name in self._schema.names if name not in ("vector", "thumbnail")],
             files=files,
+            searched=described(place),
             nearest=nearest,
             table_version=version,
             created=base.facts.created if base else now,
@@ -227,9 +233,12 @@ class Writer:
         """Whether nothing was written to the copy, and what a search needs is there."""
         if self._table.version != base.facts.table_version:
             return False
-        if base.facts.nearest is None:
-            return len(self.known) <= EXACT
-        return intact(base.folder / NEIGHBOURS, base.facts.nearest)
+        if (base.facts.nearest is None) != (len(self.known) <= EXACT):
+            return False
+        with contextlib.suppress(DamagedFileError):
+            check_files(base.folder / SEARCHED, base.facts.searched, complete=True)
+            return True
+        return False
 
     def _before(self, item: Item) -> str:
         """The digest of an image that the index has with the same metadata; a folder says nothing
@@ -297,30 +306,28 @@ class Writer:
         )
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
-    def _write_nearest(self, base: Base | None) -> NearestFacts | None:
+    def _write_nearest(self, place: Path, base: Base | None) -> NearestFacts | None:
         """Make what a search of more than EXACT images needs; None where they are fewer."""
         count = len(self.known)
         if count <= EXACT:
             return None
-        place = self._folder / NEIGHBOURS
-        shape = count, self._plan.release.embed_dim
+        vectors = Mapped(place, (count, self._plan.release.embed_dim)).vectors
         before = base.facts.nearest if base else None
         cells = None
+        # Of a larger index the vectors have changed much.
         if base is not None and before is not None and count <= 2 * before.trained_on:
-            cells = base.folder / NEIGHBOURS  # of a larger index the vectors have changed much
-        made = write_neighbours(place, self._stored(), shape, cells, before)
-        effort = tune(Neighbours(place, made, shape), self._release.embed_texts(TEXTS))
+            codes = {CODES: base.facts.searched[CODES]}
+            with contextlib.suppress(DamagedFileError):
+                check_files(base.folder / SEARCHED, codes, complete=True)
+                cells = base.folder / SEARCHED
+        made = write_neighbours(place, vectors, cells, before)
+        effort = tune(Neighbours(place, vectors), self._release.embed_texts(TEXTS))
         return dataclasses.replace(
             made,
             nprobes=int(effort["nprobes"]),
             candidates=int(effort["candidates"]),
             recall=effort["recall"],
         )
-
-    def _stored(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
-        """Row ids and vectors of the whole table."""
-        for batch in self._table.search().select(["vector"]).with_row_id(True).to_batches():
-            yield batch["_rowid"].to_numpy(), vectors_of(batch["vector"])
 
 
 def _compact(table: Any) -> int:

@@ -110,6 +110,7 @@ class Retrieve:
         self._others = others
         self._origin = origin
         self._indexes = OpenIndexes(indexes, clock)
+        self._indexes.open_all()
         self._told: set[str] = set()  # generations for which the log has the command
 
     def __call__(self, request: RetrieveRequest) -> Retrieved:

@@ -19,6 +19,11 @@ def table(out: Path) -> Path:
     return generation(out) / "images.lance"
 
 
+def searched(out: Path) -> Path:
+    """The folder of the files that a search reads."""
+    return generation(out) / "search"
+
+
 def point_again(out: Path) -> None:
     """Have a server open the generation again, which it does where `index.json` has other bytes."""
     (out / FACTS).write_bytes((out / FACTS).read_bytes() + b"\n")
@@ -41,7 +46,7 @@ def write_facts(out: Path, digest: str) -> None:
     """
     made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", "sha256:1", "sha256:2", 16, digest)
     plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
-    facts = IndexFacts(plan, 0, ["path"], {}, None, 1, "", "")
+    facts = IndexFacts(plan, 0, ["path"], {}, {}, None, 1, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)
     (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())
     (out / FACTS).write_text(json.dumps({"generation": "g-0123456789abcdef"}))

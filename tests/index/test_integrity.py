@@ -15,9 +15,10 @@ from radapter_serve.index import integrity
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
+from radapter_serve.index.mapped import ROWS, VECTORS
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
-from tests.helpers.indexes import said, say, table
+from tests.helpers.indexes import said, say, searched, table
 from tests.index.test_index import FakeRelease, embeds_of, write
 
 
@@ -37,52 +38,57 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
     path.write_bytes(data)
 
 
-def table_files(out: Path) -> list[Path]:
-    """The files of the table that is searched."""
-    return [table(out) / name for name in said(out)["files"]]
+def files(out: Path) -> list[Path]:
+    """The files that a search reads."""
+    return [searched(out) / name for name in said(out)["searched"]]
+
+
+def grown(out: Path) -> None:
+    add(out, FakeRelease())
 
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 0.99])
 def test_one_flipped_bit_of_any_file_is_refused_and_named(
     where: float, out: Path, tmp_path: Path
 ) -> None:
-    files = table_files(out)
-    assert {path.parent.name for path in files} >= {"data", "_versions"}
-    for path in files:
+    """Of the table that is written to, when it is verified or written to; of what a search reads,
+    when it is opened.
+    """
+    written = [table(out) / name for name in said(out)["files"]]
+    assert {path.parent.name for path in written} >= {"data", "_versions"}
+    for path in [*written, *files(out)]:
         before = path.read_bytes()
         flip(path, int(where * len(before)))
-        for tried in (
-            lambda: open_index(out),
-            lambda: verify(out),
-            lambda: add(out, FakeRelease()),
-        ):
-            with pytest.raises(
-                RAdapterError, match=f"{path.name} in images.lance is not.*build it again"
-            ) as refused:
-                tried()
+        folder = "images.lance" if path in written else "search"
+        why = f"{path.name} in {folder} is not.*(build it again|mend it)"
+        for tried in (verify, grown if path in written else open_index):
+            with pytest.raises(RAdapterError, match=why) as refused:
+                tried(out)
             assert "\n" not in str(refused.value)
         path.write_bytes(before)
     assert len(open_index(out)) == 4 and not (tmp_path / ".index.building").exists()
 
 
 def test_a_damaged_index_is_mended_by_a_build(out: Path, tmp_path: Path) -> None:
-    flip(table_files(out)[0], 100)
+    flip(table(out) / next(iter(said(out)["files"])), 100)
     release = FakeRelease()
     assert build(str(tmp_path / "photos"), out, release).embedded == 4 and verify(out).ok
+    flip(files(out)[0], 100)
+    assert build(str(tmp_path / "photos"), out, release).embedded == 0 and verify(out).ok
 
 
-def test_a_large_table_is_compared_by_its_small_files_at_open_and_whole_by_verify(
+def test_rows_of_a_large_index_are_compared_by_verify_and_vectors_whenever_it_is_opened(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = max(table_files(out), key=lambda path: path.stat().st_size)
-    small = min(table_files(out), key=lambda path: path.stat().st_size)
+    data = searched(out) / ROWS
+    small = searched(out) / VECTORS
     monkeypatch.setattr(integrity, "CHECKED_AT_OPEN", 0)
-    monkeypatch.setattr(integrity, "_SMALL", data.stat().st_size)
-    flip(data, data.stat().st_size // 2)
+    monkeypatch.setattr(integrity, "_SMALL", 0)
+    flip(data, data.read_bytes().index(b"\xff\xd8") + 5)  # in a thumbnail
     assert len(open_index(out)) == 4
     with pytest.raises(RAdapterError, match=data.name):
         verify(out)
-    flip(data, data.stat().st_size // 2)
+    flip(data, data.read_bytes().index(b"\xff\xd8") + 5)
     flip(small, 0)
     with pytest.raises(RAdapterError, match=small.name):
         open_index(out)
@@ -109,16 +115,13 @@ def test_scores_that_no_cosine_has_are_refused(
         build(str(tmp_path / "photos"), out, FakeRelease(), resume=False)
     query = embeds_of(FakeRelease(), [tmp_path / "photos" / "1.png"])[0]
     facts = said(out)
-    harmed = 0
-    for path in table_files(out):
-        data, name = path.read_bytes(), path.relative_to(table(out)).as_posix()
-        if query.tobytes() in data:
-            vector = query.copy()
-            vector[3] = value
-            path.write_bytes(data.replace(query.tobytes(), vector.tobytes()))
-            facts["files"][name]["digest"] = digest_of(path)
-            harmed += 1
-    assert harmed
+    path = searched(out) / VECTORS
+    data = path.read_bytes()
+    assert query.tobytes() in data
+    vector = query.copy()
+    vector[3] = value
+    path.write_bytes(data.replace(query.tobytes(), vector.tobytes()))
+    facts["searched"][VECTORS]["digest"] = digest_of(path)
     say(out, facts)
     with pytest.raises(TaskError, match="a file is damaged; the server's log says why") as refused:
         open_index(out).search(query, 3)
@@ -138,8 +141,8 @@ def test_an_index_that_grows_is_read_once(
     open_index(out)
     first = len(read)
     open_index(out)
-    assert first == len(table_files(out)) and len(read) == first
-    known = set(table_files(out))
+    assert first == len(files(out)) and len(read) == first
+    known = set(files(out))
     write(tmp_path / "photos" / "new.png", 9)
     add(out, FakeRelease())
     read.clear()

@@ -4,10 +4,10 @@ computed when.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     TaskError,
 )
+from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
+from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
-from tests.helpers.indexes import table
+from tests.helpers.indexes import searched
 from tests.index.test_index import FakeRelease, embeds_of, write
 from tests.index.test_neighbours import Ready, clustered, lower, write_numbers
 
@@ -114,7 +116,7 @@ def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
     query = np.eye(16, dtype=np.float32)[0]
     assert len(held.search(query, 10, "width > 1")) == 4 and len(retrieve.index("photos")) == 3
     assert retrieve.index("photos") is retrieve.index("photos") is not held
-    next((table(out) / "data").iterdir()).unlink()
+    (searched(out) / "rows.arrow").unlink()
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
         task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
 
@@ -124,7 +126,7 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
 ) -> None:
     release, out = FakeRelease(), tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
-    (data,) = (table(out) / "data").iterdir()
+    data = searched(out) / "vectors.npy"
     data.rename(out / "aside")
     now = [0.0]
     indexes = OpenIndexes(tmp_path / "indexes", lambda: now[0])
@@ -228,14 +230,37 @@ def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_the_engine_is_loaded_before_the_first_search_where_there_is_an_index(
+def test_indexes_are_opened_before_the_first_search(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """All but one that is broken, which the log says at once; the others are searched."""
+    release = FakeRelease()
+    for name in ("photos", "broken"):
+        build(str(photos), tmp_path / "indexes" / name, release)
+    (searched(tmp_path / "indexes" / "broken") / "vectors.npy").unlink()
+    retrieve = task(tmp_path / "indexes", release)
+    assert "the index" in capsys.readouterr().err
+    monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
+    assert len(retrieve(RetrieveRequest(b"photos", text=b"a")).ids) == 4
+    with pytest.raises(TaskError, match="'broken' can't be opened"):
+        retrieve(RetrieveRequest(b"broken", text=b"a"))
+
+
+def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = FakeRelease()
-    loaded: list[str] = []
-    build(str(photos), tmp_path / "indexes" / "photos", release)
-    monkeypatch.setattr(importlib, "import_module", loaded.append)
-    task(tmp_path / "nowhere", release)
-    assert loaded == []
-    task(tmp_path / "indexes", release)
-    assert loaded == ["lancedb"]
+    answers = threading.Event()
+
+    def slow(folder: Path) -> Any:
+        if folder.name == "slow":
+            answers.wait(20)
+        return open_index(folder)
+
+    monkeypatch.setattr(opened, "open_index", slow)
+    for name in ("photos", "slow"):
+        build(str(photos), tmp_path / "indexes" / name, FakeRelease())
+    indexes = OpenIndexes(tmp_path / "indexes", time.monotonic)
+    indexes.open_all(seconds=0.1)
+    assert len(indexes.get("photos")) == 4
+    answers.set()
+    assert len(indexes.get("slow")) == 4

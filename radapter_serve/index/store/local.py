@@ -2,8 +2,8 @@
 counts.
 
 `index.json` in the folder names the generation, a folder `g-...` in it, which holds an `index.json`
-with the facts, the LanceDB table and, of many images, what FAISS needs. A generation never changes;
-to replace `index.json` is to replace the index.
+with the facts, the LanceDB table that is written to, and the files that a search maps. A generation
+never changes; to replace `index.json` is to replace the index.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.files import as_text, ascii_path, staged
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import as_text, staged
 from radapter_serve.index.facts import FACTS, IndexFacts, Plan, build_command
 from radapter_serve.index.integrity import DamagedFileError, check_files
-from radapter_serve.index.neighbours import FOLDER, Neighbours
+from radapter_serve.index.mapped import FOLDER as SEARCHED
 from radapter_serve.index.store import TABLE
-from radapter_serve.index.store.table import Table, short_reason
+from radapter_serve.index.store.table import Table
 
 GENERATION = "generation"
 _CHANGING = "latest_version_hint.json"  # the one file that LanceDB writes again
@@ -70,25 +71,17 @@ class Folder:
         return build_command(self._folder).replace("SOURCE", source, 1)
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
-        check_installed("lancedb", "server")
-        import lancedb  # here: a server without indexes needs none
-
         place = self._folder / generation
         with table_errors(self._folder, facts.plan):
-            check_files(place / f"{TABLE}.lance", facts.files, complete=complete)
-            table = lancedb.connect(ascii_path(place)).open_table(TABLE)
-        nearest = None
-        if facts.nearest is not None:
+            if complete:
+                check_files(place / f"{TABLE}.lance", facts.files, complete=True)
             try:
-                nearest = Neighbours(
-                    place / FOLDER, facts.nearest, (facts.count, facts.plan.release.embed_dim)
-                )
-            except RAdapterError as error:
+                return Table(as_text(self._folder.name), place / SEARCHED, facts, complete=complete)
+            except (RAdapterError, DamagedFileError) as error:
                 mend = f"radapter-index add --out {shlex.quote(str(self._folder))}"
                 raise RAdapterError(
                     f"the index {self._folder} can't be searched: {error}; mend it: {mend}"
                 ) from None
-        return Table(as_text(self._folder.name), table, facts, nearest)
 
 
 def is_generation(name: Any) -> bool:
@@ -183,6 +176,13 @@ def table_errors(folder: Path, plan: Plan | None = None) -> Iterator[None]:
         why = str(error) if isinstance(error, DamagedFileError) else short_reason(error)
         again = f"build it again: {build_command(folder, plan)} --no-resume"
         raise RAdapterError(f"the index {folder} can't be used: {why}; {again}") from error
+
+
+def short_reason(error: BaseException) -> str:
+    """The first line of LanceDB's error, without the paths of its source."""
+    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", reason(error))[:300].removeprefix(
+        "Invalid input, "
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,16 +20,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.errors import RAdapterError, check_installed, reason
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.facts import FACTS, IndexFacts
-from radapter_serve.index.neighbours import FOLDER, Neighbours
-from radapter_serve.index.store import TABLE
+from radapter_serve.index.integrity import DamagedFileError
+from radapter_serve.index.mapped import FOLDER
 from radapter_serve.index.store.local import GENERATION, is_generation
-from radapter_serve.index.store.table import Table, short_reason
+from radapter_serve.index.store.table import Table
 from radapter_serve.lock import lock
 
 SCHEME = "s3://"
-CACHE = "RADAPTER_CACHE"  # where the files lie that are searched in memory
+CACHE = "RADAPTER_CACHE"  # where the files lie that are searched
 MAX_FACTS = 16 << 20  # bytes
 KEPT = 2  # generations of an index in the cache: a server may still open the one before
 _JUST_NOW = 600.0  # seconds; a broken index is not fetched again and again
@@ -80,25 +80,15 @@ class Bucket:
             ) from None
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
-        check_installed("lancedb", "server")
-        import lancedb  # here: a server without indexes needs none
-
+        name = self.url.rpartition("/")[2]
+        with contextlib.suppress(DamagedFileError):
+            return Table(name, self.fetch(generation), facts, complete=complete)
         try:
-            place = f"{SCHEME}{self.path}/{generation}"
-            table = lancedb.connect(place, storage_options=storage_options()).open_table(TABLE)
-        except Exception as error:
-            why = short_reason(error)
+            return Table(name, self.fetch(generation, anew=True), facts, complete=complete)
+        except DamagedFileError as error:
             raise RAdapterError(
-                f"the index {self.url} can't be used: {why}; {_again(self.url)}"
-            ) from error
-        nearest = None
-        if facts.nearest is not None:
-            shape = facts.count, facts.plan.release.embed_dim
-            with contextlib.suppress(RAdapterError):
-                nearest = Neighbours(self.fetch(generation), facts.nearest, shape)
-            if nearest is None:
-                nearest = Neighbours(self.fetch(generation, anew=True), facts.nearest, shape)
-        return Table(self.url.rpartition("/")[2], table, facts, nearest)
+                f"the index {self.url} can't be used: {error}; {_again(self.url)}"
+            ) from None
 
     def put(self, folder: Path, generation: str, facts: IndexFacts) -> bool:
         """Copy a generation here, then have it be the one that counts, and drop all but the one
@@ -120,8 +110,7 @@ class Bucket:
         if before == generation:
             return False
         with bucket_errors(self.url):
-            for part in (path for path in folder.iterdir() if path.is_dir()):
-                copy(str(part), f"{self.path}/{generation}/{part.name}", down=False)
+            copy(str(folder / FOLDER), f"{self.path}/{generation}/{FOLDER}", down=False)
             system = file_system()
             with system.open_output_stream(f"{self.path}/{FACTS}") as file:  # seen when it is whole
                 file.write(json.dumps({**asdict(facts), GENERATION: generation}).encode())
@@ -130,7 +119,8 @@ class Bucket:
         return True
 
     def fetch(self, generation: str, *, anew: bool = False) -> Path:
-        """What FAISS needs of a generation on this machine's disk, from the cache or into it.
+        """The files of a generation that a search maps, on this machine's disk, from the cache or
+        into it.
 
         Args:
             generation: its name.
@@ -149,7 +139,7 @@ class Bucket:
                 fresh = own / f".{generation}.new"
                 try:
                     (fresh / FOLDER).mkdir(parents=True)
-                    copy(f"{self.path}/{generation}/{FOLDER}", str(fresh / FOLDER), down=True)
+                    self._download(generation, fresh / FOLDER)
                     shutil.rmtree(wanted, ignore_errors=True)
                     fresh.rename(wanted)
                 finally:
@@ -163,16 +153,13 @@ class Bucket:
                 shutil.rmtree(path, ignore_errors=True)
         return wanted / FOLDER
 
-
-def storage_options() -> dict[str, str]:
-    """What LanceDB has to be told besides the variables that it reads itself."""
-    endpoint = _endpoint()
-    plain = {"allow_http": "true"} if endpoint and endpoint.startswith("http://") else {}
-    return (
-        {"aws_endpoint": endpoint, "aws_virtual_hosted_style_request": "false", **plain}
-        if endpoint
-        else {}
-    )
+    def _download(self, generation: str, target: Path) -> None:
+        try:
+            copy(f"{self.path}/{generation}/{FOLDER}", str(target), down=True)
+        except FileNotFoundError:
+            raise RAdapterError(
+                f"{self.url} lacks the files of {generation}; {_again(self.url)}"
+            ) from None
 
 
 @contextlib.contextmanager

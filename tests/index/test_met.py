@@ -1,0 +1,206 @@
+"""Conditions on mapped columns: against SQLite's answers, and where SQLite has none against SQL's
+rules.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sqlite3
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.index.met import met_by
+
+TEXTS = ["", "a", "A", "a/x.jpg", "b%c", "c_d", "line\nbreak", "it's"]
+WHOLE = [-3, 0, 1, 2, 7, 2020]
+PARTS = [-1.5, 0.25, 1.0, 7.0, 2020.5]
+Rows = list[tuple[str | None, str | None, int | None, int | None, float | None, bool | None]]
+
+
+def maybe(values: list[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | st.sampled_from(values)
+
+
+ROWS = st.lists(
+    st.tuples(
+        *(
+            maybe(TEXTS),
+            maybe(TEXTS),
+            maybe(WHOLE),
+            maybe(WHOLE),
+            maybe(PARTS),
+            maybe([True, False]),
+        )
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+texts = st.sampled_from(["path", "`other`"]) | st.sampled_from(TEXTS).map(quoted)
+numbers = st.sampled_from(["year", "small", "part"]) | st.sampled_from(WHOLE + PARTS).map(str)
+computed = st.recursive(
+    numbers,
+    lambda one: (
+        st.tuples(one, st.sampled_from("+-*"), one).map(lambda three: f"({' '.join(three)})")
+        | one.map(lambda value: f"-({value})")
+        | st.tuples(one, one).map(lambda two: f"coalesce({two[0]}, {two[1]})")
+    ),
+    max_leaves=4,
+) | st.just("length(path)")
+operators = st.sampled_from(["=", "!=", "<", "<=", ">", ">="])
+patterns = st.sampled_from(["a%", "%x%", "_", "c_d", "%", "", "b%c", "A%", "line%"]).map(quoted)
+simple = (
+    st.tuples(texts, operators, texts).map(" ".join)
+    | st.tuples(computed, operators, computed).map(" ".join)
+    | st.tuples(st.sampled_from(["path", "other"]), st.sampled_from(["IS", "IS NOT"])).map(
+        lambda two: f"{two[0]} {two[1]} NULL"
+    )
+    | st.tuples(st.sampled_from(["", "NOT "]), patterns).map(
+        lambda two: f"path {two[0]}LIKE {two[1]}"
+    )
+    | st.tuples(numbers, st.sampled_from(["", "NOT "]), numbers, numbers).map(
+        lambda four: f"{four[0]} {four[1]}BETWEEN {four[2]} AND {four[3]}"
+    )
+    | st.tuples(
+        st.sampled_from(["year", "small", "part"]),
+        st.sampled_from(["", "NOT "]),
+        st.lists(st.sampled_from([*map(str, WHOLE + PARTS), "NULL"]), min_size=1, max_size=4),
+    ).map(lambda three: f"{three[0]} {three[1]}IN ({', '.join(three[2])})")
+    | st.tuples(
+        st.sampled_from(["", "NOT "]),
+        st.lists(st.sampled_from([*map(quoted, TEXTS), "NULL"]), min_size=1, max_size=4),
+    ).map(lambda two: f"path {two[0]}IN ({', '.join(two[1])})")
+    | st.sampled_from(
+        ["flag", "flag = true", "flag IS TRUE", "flag IS NOT FALSE", "flag IS NULL", "year = NULL"]
+    )
+)
+conditions = st.recursive(
+    simple,
+    lambda one: (
+        st.tuples(one, st.sampled_from([" AND ", " OR "]), one).map(
+            lambda three: f"({''.join(three)})"
+        )
+        | one.map(lambda part: f"NOT ({part})")
+    ),
+    max_leaves=6,
+)
+
+
+def columns_of(rows: Rows, chunk: int) -> dict[str, Any]:
+    kinds = {
+        **{"path": pa.string(), "other": pa.large_string(), "year": pa.int64()},
+        **{"small": pa.int16(), "part": pa.float64(), "flag": pa.bool_()},
+    }
+    table = pa.table([list(column) for column in zip(*rows, strict=True)], names=list(kinds))
+    table = table.cast(pa.schema(kinds.items()))
+    parts = [table.slice(start, chunk) for start in range(0, len(table), chunk)]
+    whole = pa.concat_tables(parts)
+    return dict(zip(whole.column_names, whole.columns, strict=True))
+
+
+def by_sqlite(rows: Rows, where: str) -> list[int]:
+    with sqlite3.connect(":memory:") as database:
+        database.execute("PRAGMA case_sensitive_like = true")
+        database.execute(
+            "CREATE TABLE t (path TEXT, other TEXT, year INTEGER, small INTEGER, part REAL, flag)"
+        )
+        database.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return [row - 1 for (row,) in database.execute(f"SELECT rowid FROM t WHERE {where}")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ROWS, conditions, st.integers(1, 5))
+def test_any_condition_is_met_by_the_rows_that_sqlite_names(
+    rows: Rows, where: str, chunk: int
+) -> None:
+    met = met_by(where, columns_of(rows, chunk), len(rows))
+    assert met.positions.tolist() == by_sqlite(rows, where)
+    assert met.count == len(met.positions)
+
+
+DAYS = [datetime.date(2020, 1, 1), datetime.date(2021, 1, 1), None]
+TIMES = [datetime.datetime(2020, 1, 1, 12), datetime.datetime(2021, 1, 1), None]
+SPECIAL = {
+    "day": pa.chunked_array([DAYS]),
+    "time": pa.chunked_array([pa.array(TIMES, pa.timestamp("us"))]),
+    "zoned": pa.chunked_array([pa.array(TIMES, pa.timestamp("ms", "UTC"))]),
+    "part": pa.chunked_array([[float("nan"), 1.5, None]]),
+    "narrow": pa.chunked_array([pa.array([0.1, 1.5, None], pa.float32())]),
+    "tiny": pa.chunked_array([pa.array([100, -3, None], pa.int8())]),
+    "unsigned": pa.chunked_array([pa.array([1, 100, None], pa.uint64())]),
+    "kind": pa.chunked_array([pa.array(["cat", "Émile", None]).dictionary_encode()]),
+    "tags": pa.chunked_array([[["x"], [], None]]),
+    "Year": pa.chunked_array([[5, 6, None]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("day = date '2020-01-01'", [0]),
+        ("day > '2020-06-01'", [1]),
+        ("day = time", [1]),
+        ("time >= timestamp '2021-01-01 00:00:00'", [1]),
+        ("time < '2020-01-01T12:00:01'", [0]),
+        ("zoned > timestamp '2020-06-01 00:00:00'", [1]),
+        ("zoned = time", [0, 1]),
+        ("cast(time as date) = day", [0, 1]),
+        ("cast(day as string) = '2020-01-01'", [0]),
+        # NaN is equal to itself, and greater than all else.
+        *(("part = part", [0, 1]), ("part > 1e300", [0]), ("part < 5", [1]), ("part != part", [])),
+        *(("part >= 1.5", [0, 1]), ("part <= part", [0, 1]), ("1e300 < part", [0])),
+        # A number is as exact as the column that it is compared with.
+        *(("narrow = 0.1", [0]), ("narrow IN (0.1)", [0]), ("cast(narrow as double) = 0.1", [])),
+        *(("tiny + 100 > 150", [0]), ("tiny > 200", []), ("unsigned > -1", [0, 1])),
+        *(("tiny % 2 = -1", [1]), ("tiny / 2 = -1", [1]), ("part % 1 = 0.5", [1])),
+        ("tiny > 99999999999999999999", []),
+        *(("kind = 'cat'", [0]), ("kind ILIKE 'é%'", [1]), ("upper(kind) = 'ÉMILE'", [1])),
+        *(("kind LIKE '%a\\%'", []), ("kind NOT ILIKE 'é%'", [0]), ("length(kind) = 5", [1])),
+        *(("tags IS NULL", [2]), ("year = 5", [0]), ("YEAR = 5", [0]), ('"Year" = 5', [0])),
+        *(
+            ("1 = 1", [0, 1, 2]),
+            ("NOT NULL", []),
+            ("true", [0, 1, 2]),
+            ("NULL = 1 OR tiny = 100", [0]),
+        ),
+        *(("coalesce(NULL, tiny) = 100", [0]), ("coalesce(part, 7) = 7", [2])),
+        *(("kind LIKE NULL", []), ("cast(tiny as string) = '100'", [0])),
+        ("Year = 5 AND Year" + " + 0" * 140 + " = 5", [0]),
+    ],
+)
+def test_what_sqlite_has_not(where: str, rows: list[int]) -> None:
+    assert met_by(where, SPECIAL, 3).positions.tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        *(("tiny", "neither yes nor no"), ("kind = 3", "compares string with int64")),
+        *(("nosuch = 1", "names 'nosuch'; the columns: day"), ("tiny / 0 = 1", "divide by zero")),
+        *(
+            ("tiny = 'x'", "compares"),
+            ("tags = 'x'", "compares"),
+            ("kind + 1 = 2", "has 'kind \\+ 1'"),
+        ),
+        *(("cast(kind as int) = 1", "fails"), ("cast(part as int) = 1", "fails")),
+        *(("kind LIKE kind", "has"), ("kind LIKE 'x!%' ESCAPE '!'", "has"), ("NOT tiny", "has")),
+        *(("tiny IS TRUE", "has"), ("cast(part as string) = '1'", "in many ways")),
+        *(("tiny AND true", "has"), ("- kind = 1", "has")),
+        ("cast(tiny as interval) = 1", "casts to INTERVAL"),
+        ("day = 'no day'", "fails"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused_in_one_line(where: str, why: str) -> None:
+    with pytest.raises(TaskError, match=f"where .*{why}") as refused:
+        met_by(where, SPECIAL, 3)
+    assert refused.value.code == INVALID_ARGUMENT and "\n" not in str(refused.value)
