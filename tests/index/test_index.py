@@ -543,7 +543,7 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(tmp_path) == {"photos", "index"}
     index = tmp_path / "index"
     assert names(index) == {FACTS, "broken.txt", generation(index).name}
-    assert names(generation(index)) == {FACTS, "images.lance"}
+    assert names(generation(index)) == {FACTS, "images.lance", "search"}
 
 
 @pytest.mark.parametrize(
@@ -874,7 +874,7 @@ def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRe
     assert names(tmp_path) == {"photos", "index"}
     index = tmp_path / "index"
     assert names(index) == {FACTS, "broken.txt", generation(index).name}
-    assert names(generation(index)) == {FACTS, "images.lance"}
+    assert names(generation(index)) == {FACTS, "images.lance", "search"}
 
 
 KILLED = """
