@@ -39,6 +39,33 @@ def class_probabilities(
     return logits
 
 
+def best_class(
+    cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """The best label of each place and its probability, as `class_probabilities` has them, without
+    the probabilities of the others.
+
+    Args:
+        cosines: of the labels with the places, float32 [C, N], each label's side by side; used up.
+        logit_scale, logit_bias: as of `class_probabilities`.
+
+    Returns:
+        The index of the label, of equal ones the first, intp [N], and its probability, float32 [N].
+    """
+    greatest = cosines.max(0)
+    winners = cosines == greatest
+    best = np.empty(len(greatest), np.intp)
+    # Of equal ones the first is written last. Near each other, few labels win anywhere.
+    for label in np.flatnonzero(winners.any(1))[::-1]:
+        np.copyto(best, label, where=winners[label])
+    if logit_bias is not None:
+        return best, class_probabilities(greatest, logit_scale, logit_bias)
+    cosines -= greatest
+    cosines *= np.float32(logit_scale)
+    np.exp(cosines, out=cosines)
+    return best, 1 / cosines.sum(0)
+
+
 def indistinguishable(
     labels: Sequence[str], embeddings: NDArray[np.float32]
 ) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.contract.probabilities import best_class
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
@@ -114,20 +114,19 @@ class DenseSegmenter:
         columns = Axis(image.width, width, size, grid, tuple(lefts))
         if options.refine:
             _check_values(height * width, len(embeds), "to refine; or leave refine out")
-            maps = np.empty((height, width, len(embeds)), np.float32)
-            for where, part in upsampled(
+            maps = np.empty((len(embeds), height, width), np.float32)
+            for (vertical, horizontal), part in upsampled(
                 values, replace(rows, pixels=height), replace(columns, pixels=width)
             ):
                 check()
-                maps[where] = part
+                maps[:, vertical, horizontal] = part
             refine(maps, working, options.refine, check)
-            values = maps
+            values = maps.transpose(1, 0, 2)
             rows, columns = (
                 Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns)
             )
-        scale = (
-            PATCH_SCALE if self.logit_bias is None else self.logit_scale
-        )  # a bias belongs to its own scale
+        # A bias belongs to its own scale.
+        scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale
         tally = MaskTally(
             (image.height, image.width),
             len(embeds),
@@ -136,9 +135,10 @@ class DenseSegmenter:
         )
         for where, cosines in upsampled(values, rows, columns):
             check()
-            best = cosines.argmax(-1)[..., None]
-            probabilities = class_probabilities(cosines, scale, self.logit_bias)
-            tally.put(where, best[..., 0], np.take_along_axis(probabilities, best, -1)[..., 0])
+            shape = cosines.shape[1:]
+            flat = cosines.reshape(len(embeds), -1)
+            best, probabilities = best_class(flat, scale, self.logit_bias)
+            tally.put(where, best.reshape(shape), probabilities.reshape(shape))
         return tally.result()
 
     def _windows(
@@ -169,8 +169,8 @@ class DenseSegmenter:
         embeds: NDArray[np.float32],
         check: Callable[[], None],
     ) -> NDArray[np.float32]:
-        """The cosines of all windows' patches side by side, float32 [windows down x g, windows
-        across x g, C].
+        """The cosines of all windows' patches side by side, float32 [windows down x g, C, windows
+        across x g].
         """
         assert self.encode_patches is not None
         size, step = self.preprocess.size[0], self.max_batch_size
@@ -186,10 +186,11 @@ class DenseSegmenter:
             if not start:
                 grid = patches.shape[1]
                 _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
-                values = np.empty((len(tops), grid, len(lefts), grid, len(embeds)), np.float32)
+                values = np.empty((len(tops), grid, len(embeds), len(lefts), grid), np.float32)
             for (row, column), patch in zip(batch, patches, strict=True):
-                values[row, :, column] = patch @ embeds.T
-        return values.reshape(len(tops) * grid, len(lefts) * grid, -1)
+                cosines = embeds @ patch.reshape(grid * grid, -1).T
+                values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
+        return values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
 
 
 def _check_values(places: int, labels: int, way_out: str) -> None:

@@ -28,7 +28,7 @@ def refine(
     "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
 
     Args:
-        maps: float32 [h, w, C], changed in place.
+        maps: float32 [C, h, w], changed in place.
         image: uint8 [h, w, 3].
         steps: number of iterations; 10 is usual.
         check: called after each map; may raise.
@@ -45,16 +45,13 @@ def refine(
     ]
     weights = _weights(image, views, border)
     product = np.empty((height, width), np.float32)
-    for label in range(
-        maps.shape[2]
-    ):  # one by one: a map, its weights and the product stay in the cache
-        scores = np.ascontiguousarray(maps[:, :, label])
+    # One by one: a map, its weights and the product stay in the cache.
+    for scores in maps:
         for _ in range(steps):
             padded = np.pad(scores, border, mode="edge")
             scores[:] = 0
             for weight, view in zip(weights, views, strict=True):
                 scores += np.multiply(weight, padded[view], out=product)
-        maps[:, :, label] = scores
         check()
 
 

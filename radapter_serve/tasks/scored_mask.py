@@ -44,7 +44,9 @@ class MaskTally:
         self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None
     ) -> None:
         self._mask = np.empty(shape, np.uint16)
-        self._labels, self._threshold = labels, threshold
+        self._labels = labels
+        self._background = background
+        self._threshold = threshold
         self._sums = np.zeros(labels + background)
         self._pixels = np.zeros(len(self._sums), np.int64)
 
@@ -52,7 +54,8 @@ class MaskTally:
         """Label the pixels `where`; `best` may hold the background already."""
         if self._threshold is not None:
             best = np.where(probabilities < self._threshold, self._labels, best)
-        probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
+        if self._background:
+            probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
         self._mask[where] = best
         self._sums += np.bincount(best.ravel(), probabilities.ravel(), len(self._sums))
         self._pixels += np.bincount(best.ravel(), minlength=len(self._sums))

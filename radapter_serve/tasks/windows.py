@@ -4,7 +4,6 @@ time.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 2**22  # values worked on at once: bounds the memory
-_COLUMNS = 256
+_CACHED = 2**18  # values of which a block and its sums stay in a core's second cache
+BAND = 256  # pixels whose weights are computed at once
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -58,24 +58,41 @@ class Axis:
             first, K].
         """
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
-        total = (
-            self._of_working(low) * (1 - share)[:, None] + self._of_working(high) * share[:, None]
-        )
+        share = share[:, None]
+        total = self._of_working(low) * (1 - share) + self._of_working(high) * share
         used = np.flatnonzero(total.any(0))
         which = slice(int(used[0]), int(used[-1]) + 1)
         return which, np.ascontiguousarray(total[:, which], np.float32)
+
+    def bands(self, step: int) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """The image's own pixels in bands: which, and their `weights`.
+
+        Args:
+            step: pixels of a band, at most `BAND`.
+        """
+        for first in range(0, self.pixels, BAND):
+            which, weights = self.weights(first, min(first + BAND, self.pixels))
+            for start in range(0, len(weights), step):
+                band = weights[start : start + step]
+                used = np.flatnonzero(band.any(0))
+                begin = int(used[0])
+                end = int(used[-1]) + 1
+                yield (
+                    slice(first + start, first + start + len(band)),
+                    slice(which.start + begin, which.start + end),
+                    np.ascontiguousarray(band[:, begin:end]),
+                )
 
     def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
         """Weights [n, windows x grid] for pixels of the working image: the mean over the windows
         that cover each.
         """
         total = np.zeros((len(positions), len(self.starts), self.grid))
-        for index, start in enumerate(self.starts):
-            (inside,) = np.nonzero((positions >= start) & (positions < start + self.window))
-            if len(inside):
-                low, high, share = _between(positions[inside] - start, self.window, self.grid)
-                total[inside, index, low] += 1 - share
-                total[inside, index, high] += share
+        within = positions[:, None] - np.array(self.starts)
+        position, window = np.nonzero((within >= 0) & (within < self.window))
+        low, high, share = _between(within[position, window], self.window, self.grid)
+        total[position, window, low] += 1 - share
+        total[position, window, high] += share
         total /= total.sum((1, 2), keepdims=True)
         return total.reshape(len(positions), -1)
 
@@ -83,23 +100,19 @@ class Axis:
 def upsampled(
     values: NDArray[np.float32], rows: Axis, columns: Axis
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """The values [k, l, C] of patches at the image's own pixels, block by block: where, and float32
-    [h, w, C].
+    """The values [k, C, l] of patches at the image's own pixels, block by block: where, and float32
+    [C, h, w].
     """
-    count = values.shape[2]
-    edges = [*range(0, columns.pixels, _COLUMNS), columns.pixels]
-    across = [
-        (slice(left, right), *columns.weights(left, right))
-        for left, right in itertools.pairwise(edges)
-    ]
-    step = max(1, BLOCK // (min(columns.pixels, _COLUMNS) * count))
-    for top in range(0, rows.pixels, step):
-        bottom = min(top + step, rows.pixels)
-        above, down = rows.weights(top, bottom)
-        for where, beside, along in across:
-            part = values[above, beside]
-            part = (down @ part.reshape(len(part), -1)).reshape(len(down), -1, count)
-            yield (slice(top, bottom), where), along @ part
+    count = values.shape[1]
+    across = list(columns.bands(BAND))
+    step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
+    for vertical, above, down in rows.bands(min(step, BAND)):
+        for horizontal, beside, along in across:
+            part = values[above, :, beside]
+            part = down @ part.reshape(len(part), -1)
+            part = part.reshape(len(down), count, -1).transpose(1, 0, 2)
+            block = part.reshape(-1, part.shape[2]) @ along.T
+            yield (vertical, horizontal), block.reshape(count, len(down), -1)
 
 
 def _between(

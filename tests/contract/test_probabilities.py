@@ -8,7 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.contract.probabilities import class_probabilities, indistinguishable
+from radapter_serve.contract.probabilities import (
+    best_class,
+    class_probabilities,
+    indistinguishable,
+)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 200), st.none() | st.floats(-20, 20))
@@ -28,6 +32,29 @@ def test_a_softmax_or_with_a_bias_a_sigmoid_as_torch_has_them(
 def test_a_sigmoid_far_out_is_no_warning() -> None:
     assert class_probabilities(np.array([-1, 1], np.float32), 1e4, 0.0).tolist() == pytest.approx(
         [0, 1]
+    )
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.floats(0.1, 200),
+    st.none() | st.floats(-20, 20),
+)
+def test_the_best_label_is_the_first_of_equal_ones_with_its_probability(
+    seed: int, labels: int, places: int, scale: float, bias: float | None
+) -> None:
+    # So coarse that many are equal.
+    coarse = np.random.default_rng(seed).integers(-4, 5, (labels, places))
+    cosines = (coarse / 4).astype(np.float32)
+    logits = scale * torch.from_numpy(cosines).double()
+    expected = logits.softmax(0) if bias is None else (logits + bias).sigmoid()
+    first = [column.index(max(column)) for column in coarse.T.tolist()]
+    best, probabilities = best_class(cosines.copy(), scale, bias)
+    assert best.tolist() == first
+    np.testing.assert_allclose(
+        probabilities, expected.numpy()[first, range(places)], rtol=1e-4, atol=1e-6
     )
 
 

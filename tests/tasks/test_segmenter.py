@@ -80,7 +80,9 @@ def embeds(count: int, seed: int = 1) -> np.ndarray:
 def reference(
     picture: Image.Image, labels: np.ndarray, short_side: int, stride: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """The working image's cosines [C, h, w], window by window with torch, and its pixels."""
+    """The working image's cosines [C, h, w], window by window with torch, as precise as `labels`,
+    and its pixels.
+    """
     ratio = max(picture.size) / min(picture.size)
     sides = [
         short_side if side == min(picture.size) else int(short_side * ratio)
@@ -88,7 +90,8 @@ def reference(
     ]
     working = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC).convert("RGB"))
     height, width = working.shape[:2]
-    total, count = torch.zeros(len(labels), height, width), torch.zeros(height, width)
+    total = torch.zeros(len(labels), height, width, dtype=torch.from_numpy(labels).dtype)
+    count = torch.zeros(height, width)
     top = 0
     while True:
         bottom = min(top + SIZE, height)
@@ -154,6 +157,26 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
 )
 def test_dense_is_a_loop_over_windows_with_torch(size):
     check(image(*size), embeds(5), SegmentOptions())
+
+
+@pytest.mark.parametrize(("count", "bias"), [(2, None), (10, -3.0), (100, None)])
+def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
+    picture = image(640, 480)
+    labels = embeds(count)
+    maps, _ = reference(picture, labels.astype(np.float64), SIZE * 3 // 2, SIZE // 2)
+    full = interpolate(maps[None], (480, 640), mode="bilinear", align_corners=False)[0]
+    scale = PATCH_SCALE if bias is None else 10.0
+    best, expected = full.max(0)
+    if bias is None:
+        probabilities = 1 / (scale * (full - best)).exp_().sum(0)
+    else:
+        probabilities = (scale * best + bias).sigmoid()
+    found = segmenter(bias=bias).dense(picture, labels)
+    assert (found.mask != expected.numpy()).mean() <= 1e-5
+    for label in range(count):
+        own = probabilities[expected == label]
+        mean = float(own.mean()) if len(own) else 0.0
+        assert found.scores[label] == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -284,9 +307,9 @@ def test_refining_is_pamr():
     picture = image(90, 71)
     maps, working = reference(picture, embeds(20), 48, 16)
     expected = torch_pamr(maps.double(), working, 3)
-    found = np.ascontiguousarray(maps.permute(1, 2, 0).numpy())
+    found = maps.numpy().copy()
     refine(found, working, 3)
-    np.testing.assert_allclose(found, expected.permute(1, 2, 0), atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     check(picture, embeds(20), SegmentOptions(refine=3), maps=expected.float())
 
 
