@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tyro
-from common import RESULTS, Report, alternate, clocked, picture, ratio
+from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ratio
 from numpy.typing import NDArray
 
 from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.engine.version import LocalVersion
+from radapter_serve.release.served import Served
+from radapter_serve.tasks.classify import CHUNK
 from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
+from radapter_serve.tasks.label_store import LabelStore
 
 WIDTH = 512
 SIZE = 224
@@ -63,30 +68,101 @@ def segmentation(labels: int) -> Mapping[str, Callable[[], object]]:
     return {"segment": lambda: segmenter(decode(image), embeds), "floor": floor}
 
 
-def main(repeats: int = 9, out: Path = RESULTS) -> None:
+def new_labels(
+    version: LocalVersion, count: int, folder: Path
+) -> Mapping[str, Callable[[], float]]:
+    """New labels in the first process and in the second, and their prompts through the encoder
+    alone; each in seconds.
+    """
+    numbers = itertools.count()
+    template = "a photo of a {}."
+
+    def labels() -> list[str]:
+        run = next(numbers)
+        names = itertools.product(CLASS_NAMES, CLASS_NAMES)
+        return [f"{one} {other} {run}" for one, other in itertools.islice(names, count)]
+
+    def encoder() -> float:
+        rows = version.tokenizer.encode([template.replace("{}", label) for label in labels()])
+        batches = [
+            version.tokenizer.batch(some)
+            for some in _batched(sorted(rows, key=len), version.release.max_batch_size)
+        ]
+        start = time.perf_counter()
+        for batch in batches:
+            version.encode_tokens(batch)
+        return time.perf_counter() - start
+
+    def embedder() -> LabelEmbedder:
+        store = LabelStore(folder / "labels.sqlite")
+        return LabelEmbedder(version.tokenizer, version.encode_tokens, store=store)
+
+    latest: list[list[str]] = []
+
+    def first() -> float:
+        latest[:] = [labels()]
+        embed = embedder()
+        start = time.perf_counter()
+        embed(latest[0], [template])
+        return time.perf_counter() - start
+
+    def second() -> float:
+        if not latest:
+            first()
+        embed = embedder()
+        start = time.perf_counter()
+        embed(latest[0], [template])
+        return time.perf_counter() - start
+
+    return {"encoder": encoder, "first": first, "second": second}
+
+
+def many_images(version: LocalVersion, count: int) -> Mapping[str, Callable[[], float]]:
+    """Images in one call, and their pixels through the encoder alone; seconds an image."""
+    images = [picture(640, 480, seed) for seed in range(count)]
+    pixels = np.zeros((count, SIZE, SIZE, 3), np.uint8)
+
+    def call() -> float:
+        start = time.perf_counter()
+        [outcome] = version.embed_images([images])
+        outcome.unwrap()
+        return (time.perf_counter() - start) / count
+
+    def encoder() -> float:
+        start = time.perf_counter()
+        for first in range(0, count, CHUNK):
+            version.encode_images(pixels[first : first + CHUNK])
+        return (time.perf_counter() - start) / count
+
+    return {"call": call, "encoder": encoder}
+
+
+def main(
+    repository: Path,
+    repeats: int = 9,
+    labels: int = 1000,
+    counts: tuple[int, ...] = (1, 4, 16, 64),
+    out: Path = RESULTS,
+) -> None:
     """Measure the tasks beside their encoders.
 
     Args:
+        repository: a model repository with a release of ViT-B-32, whose weights may be random.
         repeats: rounds.
+        labels: how many new ones.
+        counts: images of a call.
         out: folder of the table.
     """
     report = Report(
         "tasks",
         "Tasks beside their encoders",
-        "In this process, on one thread of numpy where nothing else is said.",
+        "In this process, on one thread of numpy; encoders by two.",
     )
     rows = []
-    for labels in (2, 10, 100):
-        candidates = segmentation(labels)
+    for number in (2, 10, 100):
+        candidates = segmentation(number)
         times = alternate({name: clocked(run) for name, run in candidates.items()}, repeats)
-        rows.append(
-            [
-                f"{labels}",
-                f"{1e3 * statistics.median(times['floor']):.1f}",
-                f"{1e3 * statistics.median(times['segment']):.1f}",
-                f"{ratio(times['segment'], times['floor']):.2f}",
-            ]
-        )
+        rows.append([f"{number}", *_row(times, "floor", "segment")])
     report.table(
         "segment without its encoder, 640 x 480", ["labels", "floor, ms", "ms", "ratio"], rows
     )
@@ -94,7 +170,37 @@ def main(repeats: int = 9, out: Path = RESULTS) -> None:
         "Floor: the JPEG is decoded and resized as open_clip does it, and each pixel gets one"
         " exponential a label. The encoder's patches are given; ViT-B/32 has 7 x 7 in a window."
     )
+    version = LocalVersion(repository, max(Served.load(repository).releases), Path("indexes"))
+    with tempfile.TemporaryDirectory() as folder:
+        times = alternate(new_labels(version, labels, Path(folder)), max(3, repeats // 3))
+    report.table(
+        f"{labels} new labels, {version.release.precision}",
+        ["process", "encoder alone, ms", "ms", "ratio"],
+        [[name, *_row(times, "encoder", name)] for name in ("first", "second")],
+    )
+    rows = []
+    for count in counts:
+        times = alternate(many_images(version, count), max(3, repeats // 3))
+        rows.append([f"{count}", *_row(times, "encoder", "call")])
+    report.table(
+        f"images of 640 x 480 in a call, {version.release.precision}",
+        ["images", "encoder alone, ms an image", "ms an image", "ratio"],
+        rows,
+    )
+    version.close()
     report.write(out)
+
+
+def _batched(rows: Sequence[list[int]], size: int) -> list[Sequence[list[int]]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _row(times: Mapping[str, Sequence[float]], floor: str, name: str) -> list[str]:
+    return [
+        f"{1e3 * statistics.median(times[floor]):.1f}",
+        f"{1e3 * statistics.median(times[name]):.1f}",
+        f"{ratio(times[name], times[floor]):.2f}",
+    ]
 
 
 if __name__ == "__main__":

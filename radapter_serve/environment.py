@@ -5,3 +5,4 @@ INDEXES = "RADAPTER_INDEXES"  # the folder of the indexes that the task `retriev
 SURPLUS = (  # the folder of files that say how many waiting requests a model is to refuse
     "RADAPTER_SURPLUS"
 )
+LABELS = "RADAPTER_LABELS"  # the file in which the processes of a server keep labels' embeddings

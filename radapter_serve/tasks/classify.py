@@ -5,12 +5,12 @@ each request out.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,10 @@ from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome, run_good
 from radapter_serve.tasks.scored_mask import finite
 from radapter_serve.tasks.scores import Scores, Scoring
+
+# Images that the encoder takes at once while the next are decoded. On a CPU more are slower: what
+# lies between the layers no longer fits in its cache.
+CHUNK = 16
 
 
 class EmbedImages:
@@ -52,7 +56,7 @@ class EmbedImages:
     def __call__(
         self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
     ) -> list[Outcome[NDArray[np.float32]]]:
-        """Embed the images of several requests in as few encoder calls as possible.
+        """Embed the images of several requests together.
 
         Args:
             requests: the images of each request.
@@ -75,32 +79,36 @@ class EmbedImages:
         Returns:
             For each request float32 [B, D], or the error of its first bad image.
         """
-        pixels, decoded = self._decode([image for images, _ in requests for image in images])
+        images = [image for images, _ in requests for image in images]
         counts = [len(images) for images, _ in requests]
+        owners = np.repeat(np.arange(len(requests)), counts)
+        known = [alpha for _, alpha in requests if alpha is not None]  # none where α is no input
+        rows = np.concatenate(known) if known else None
+        pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
+        decoded: list[Outcome[None]] = []
+        good = np.ones(len(requests), bool)
+        encoded: list[int] = []
+        parts: list[NDArray[np.float32]] = []
+        decoding = self._decode(images, pixels)
+        for chunk in self._chunks(len(images)):
+            found = list(itertools.islice(decoding, len(chunk)))
+            decoded += found
+            broken = [row for row, one in zip(chunk, found, strict=True) if one.error is not None]
+            good[owners[broken]] = False
+            chosen = [row for row in chunk if good[owners[row]]]
+            if chosen:
+                inputs = [pixels[chosen]] if rows is None else [pixels[chosen], rows[chosen]]
+                parts.append(self._encode(*inputs))
+                encoded += chosen
+        embeds = np.empty((len(images), parts[0].shape[1] if parts else 0), np.float32)
+        if parts:
+            embeds[encoded] = np.concatenate(parts)
         ends = list(itertools.accumulate(counts))
-        errors = [
-            _first_error(decoded[end - count : end])
-            for end, count in zip(ends, counts, strict=True)
-        ]
-        if all(error is not None for error in errors):
-            return [Outcome(error=error) for error in errors]
-        good = np.repeat([error is None for error in errors], counts)
-        inputs: list[NDArray[Any]] = [pixels if good.all() else pixels[good]]
-        alphas = [
-            alpha for (_, alpha), error in zip(requests, errors, strict=True) if error is None
-        ]
-        known = [alpha for alpha in alphas if alpha is not None]  # none where α is no input
-        if known:
-            inputs.append(np.concatenate(known))
-        embeds = self._encode_all(*inputs)
         results: list[Outcome[NDArray[np.float32]]] = []
-        start = 0
-        for count, error in zip(counts, errors, strict=True):
-            if error is not None:
-                results.append(Outcome(error=error))
-                continue
-            results.append(Outcome(embeds[start : start + count]))
-            start += count
+        for count, end in zip(counts, ends, strict=True):
+            error = _first_error(decoded[end - count : end])
+            own = embeds[end - count : end]
+            results.append(Outcome(own) if error is None else Outcome(error=error))
         return results
 
     def close(self) -> None:
@@ -108,25 +116,29 @@ class EmbedImages:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _decode(self, images: Sequence[bytes]) -> tuple[NDArray[np.uint8], list[Outcome[None]]]:
-        """The pixels of all images, uint8 [N, S, S, 3], and what became of each; those of bad ones
-        mean nothing.
+    def _decode(
+        self, images: Sequence[bytes], pixels: NDArray[np.uint8]
+    ) -> Iterator[Outcome[None]]:
+        """Decode images into their `pixels`, [N, S, S, 3], all from now on, and say what became of
+        each, in their order; the pixels of bad ones mean nothing.
         """
-        pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
 
         def fill(index: int) -> Outcome[None]:
             return Outcome.of(lambda: decode_into(images[index], self._preprocess, pixels[index]))
 
         indices = range(len(images))
         if self._pool is None or len(images) < 2:
-            return pixels, [fill(index) for index in indices]
-        return pixels, list(self._pool.map(fill, indices))
+            return map(fill, indices)
+        return self._pool.map(fill, indices)
 
-    def _encode_all(self, *rows: NDArray[Any]) -> NDArray[np.float32]:
-        step = self._max_batch_size
-        starts = range(0, len(rows[0]), step)
-        parts = [self._encode(*(each[start : start + step] for each in rows)) for start in starts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _chunks(self, count: int) -> list[range]:
+        """The rows of each call of the encoder: as few calls as there can be, of about as many
+        rows.
+        """
+        size = min(CHUNK, self._max_batch_size)
+        parts = math.ceil(count / size)
+        edges = [count * part // parts for part in range(parts + 1)]
+        return [range(*edge) for edge in itertools.pairwise(edges)]
 
 
 class EmbedTexts:

@@ -1,12 +1,11 @@
-"""Label sets with their text embeddings, and a cache of the embeddings of the labels that requests
-bring.
-"""
+"""Label sets with their text embeddings, and what embeds the labels that requests bring."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.contract.labels import check_labels, check_templates, mean_embeddings
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import staged
+from radapter_serve.tasks.label_store import MAX_LABELS, LabelStore
 
 _BATCHES = 16  # of prompts, after which the labels so far are kept, even if the caller gives up
 
@@ -56,16 +56,15 @@ class LabelSet:
 
 
 class LabelEmbedder:
-    """Text embeddings of labels: computed once per (α, templates, label), kept in a bounded cache.
-
-    One embedder belongs to one release, so the release is no part of the key.
+    """Text embeddings of labels: computed once per (α, templates, label), and kept.
 
     Args:
         tokenizer: the release's tokenizer.
         encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit
             length.
         max_batch_size: rows that `encode_tokens` takes at most.
-        cache_size: number of labels whose embeddings are kept; the least recently used go first.
+        store: keeps the embeddings, perhaps for several releases.
+        release: tells its releases apart.
     """
 
     def __init__(
@@ -74,20 +73,18 @@ class LabelEmbedder:
         encode_tokens: Encode,
         *,
         max_batch_size: int = 64,
-        cache_size: int = 20_000,
+        store: LabelStore | None = None,
+        release: str = "",
     ) -> None:
-        self._tokenizer, self._encode, self._max_batch_size = (
-            tokenizer,
-            encode_tokens,
-            max_batch_size,
-        )
-        # Templates by their digest, and labels have a greatest length: so the size bounds the
-        # bytes, too.
-        self._cache: OrderedDict[tuple[_Prompts, str], NDArray[np.float32]] = OrderedDict()
-        self._cache_size = cache_size
+        self._tokenizer = tokenizer
+        self._encode = encode_tokens
+        self._max_batch_size = max_batch_size
+        self._store = LabelStore() if store is None else store
+        self._release = release
         # Callers mostly send the same list again; this saves them the walk through it.
         self._sets: OrderedDict[tuple[_Prompts, tuple[str, ...]], LabelSet] = OrderedDict()
         self._labels_in_sets = 0
+        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -112,18 +109,26 @@ class LabelEmbedder:
             TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
                 cancelled.
         """
-        key = (alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()), tuple(labels)
-        if (found := self._sets.get(key)) is not None:
-            self._sets.move_to_end(key)
-            return found
-        label_set = self._sets[key] = self._embed(
-            key[0], tuple(templates), key[1], cancelled, progress
-        )
-        self._labels_in_sets += len(labels)
-        while len(self._sets) > 1 and self._labels_in_sets > self._cache_size:
+        prompts = alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()
+        key = prompts, tuple(labels)
+        with self._lock:
+            found = self._sets.get(key)
+            if found is not None:
+                self._sets.move_to_end(key)
+                return found
+        label_set = self._embed(prompts, tuple(templates), key[1], cancelled, progress)
+        with self._lock:
+            self._remember(key, label_set)
+        return label_set
+
+    def _remember(self, key: tuple[_Prompts, tuple[str, ...]], label_set: LabelSet) -> None:
+        if key in self._sets:  # by another thread, meanwhile
+            return
+        self._sets[key] = label_set
+        self._labels_in_sets += len(label_set.labels)
+        while len(self._sets) > 1 and self._labels_in_sets > MAX_LABELS:
             _, dropped = self._sets.popitem(last=False)
             self._labels_in_sets -= len(dropped.labels)
-        return label_set
 
     def _embed(
         self,
@@ -135,29 +140,35 @@ class LabelEmbedder:
     ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
-        known: dict[str, NDArray[np.float32]] = {}
-        for label in labels:
-            if (mean := self._cache.get((prompts, label))) is not None:
-                known[label] = mean
-                self._cache.move_to_end((prompts, label))
         encode = at(self._encode, prompts[0])
 
         def embed(texts: list[str]) -> NDArray[np.float32]:
             return embed_texts(texts, self._tokenizer, encode, self._max_batch_size, cancelled)
 
+        keys = {label: self._key(prompts, label) for label in labels}
+        known = self._kept(keys)
         missing = {label: names[label] for label in labels if label not in known}
         for part in _parts(missing, _BATCHES * self._max_batch_size // len(templates)):
-            means = mean_embeddings(embed, part, templates)
-            for label, mean in zip(part, means, strict=True):
-                known[label] = self._cache[prompts, label] = mean
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+            # Another process may have embedded the same labels since.
+            known.update(self._kept({label: keys[label] for label in part}))
+            new = [label for label in part if label not in known]
+            if new:
+                own = dict(zip(new, mean_embeddings(embed, new, templates), strict=True))
+                self._store.put({keys[label]: mean for label, mean in own.items()})
+                known.update(own)
             if progress is not None:
                 progress(len(known))
             if len(known) < len(labels):
                 check_cancelled(cancelled)
         embeds = np.stack([known[label] for label in labels])
         return LabelSet(tuple(names[label][0] for label in labels), embeds, labels, templates)
+
+    def _key(self, prompts: _Prompts, label: str) -> bytes:
+        return hashlib.sha256(repr((self._release, prompts, label)).encode()).digest()
+
+    def _kept(self, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float32]]:
+        found = self._store.get(list(keys.values()))
+        return {label: found[key] for label, key in keys.items() if key in found}
 
 
 def _parts(names: dict[str, list[str]], most: int) -> Iterator[list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.environment import LABELS
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.tasks.label_store import LabelStore
 from radapter_serve.threads import decoders
 
 if TYPE_CHECKING:
@@ -91,8 +95,13 @@ class Version(ABC):
     @cached_property
     def embed_labels(self) -> LabelEmbedder:
         """What embeds the labels that requests bring, and keeps their embeddings."""
+        shared = os.environ.get(LABELS)
         return LabelEmbedder(
-            self.tokenizer, self.encode_tokens, max_batch_size=self.release.max_batch_size
+            self.tokenizer,
+            self.encode_tokens,
+            max_batch_size=self.release.max_batch_size,
+            store=LabelStore(Path(shared)) if shared else None,
+            release=json.dumps(self.release.to_dict(), sort_keys=True),
         )
 
     def close(self) -> None:

@@ -4,14 +4,18 @@ request.
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.tasks.classify import Classify, ClassifyRequest
+from radapter_serve.contract.preprocess import Preprocess, decode_into
+from radapter_serve.release.release import Release
+from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages
 from tests.helpers.small_models import release
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, png
 
@@ -49,9 +53,60 @@ def test_a_bad_image_fails_its_own_request_only(local):
     assert not local.calls
 
 
-def test_large_batches_are_split(local):
-    assert local.embed_images([[png(0)] * 40] * 3)[2].unwrap().shape == (40, WIDTH)
-    assert [shape[0] for shape in local.calls] == [64, 56]
+@pytest.mark.parametrize(
+    ("counts", "max_batch_size", "expected"),
+    [
+        ((40, 40, 40), 64, [15] * 8),
+        ((64,), 64, [16] * 4),
+        ((9, 8), 64, [8, 9]),
+        ((16,), 64, [16]),
+        ((7,), 3, [2, 2, 3]),
+    ],
+)
+def test_many_images_are_encoded_in_parts(local, repository, counts, max_batch_size, expected):
+    facts = dataclasses.replace(
+        Release.load(repository / "classify" / "2"), max_batch_size=max_batch_size
+    )
+    embed = EmbedImages(facts, local.encode_images)
+    images = [png(number) for number in range(sum(counts))]
+    ends = list(itertools.accumulate(counts))
+    requests = [images[end - count : end] for count, end in zip(counts, ends, strict=True)]
+    found = np.concatenate(answers(embed(requests)))
+    assert [shape[0] for shape in local.calls] == expected
+    for image, row in zip(images, found, strict=True):
+        [[alone]] = answers(embed([[image]]))
+        np.testing.assert_allclose(row, alone, atol=1e-6)
+    embed.close()
+
+
+def test_a_bad_image_in_a_late_part_fails_its_own_request_only(local):
+    good = [png(number) for number in range(40)]
+    results = local.embed_images([good[:20], [*good[20:], b"nonsense"], good[:1]])
+    assert "image 21 of 21" in str(results[1].error)
+    expected = np.concatenate(answers(local.embed_images([[image] for image in good[:20]])))
+    np.testing.assert_allclose(results[0].unwrap(), expected, atol=1e-6)
+    np.testing.assert_allclose(results[2].unwrap(), expected[:1], atol=1e-6)
+
+
+def test_images_are_decoded_while_others_are_encoded(local, repository, monkeypatch):
+    late = threading.Event()
+    images = [png(number) for number in range(32)]
+    waited = []
+
+    def decode(data, *others):
+        if data == images[-1]:
+            late.set()
+        decode_into(data, *others)
+
+    def encode(pixels):
+        waited.append(late.wait(10))
+        return local.encode_images(pixels)
+
+    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
+    embed = EmbedImages(Release.load(repository / "classify" / "2"), encode)
+    assert answers(embed([images]))[0].shape == (32, WIDTH)
+    assert waited == [True, True]
+    embed.close()
 
 
 def test_embed_texts(local):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.tasks.label_store import LabelStore
 
 SIMPLE = ["a photo of a {}."]
 
@@ -56,16 +60,116 @@ def test_only_what_is_missing_is_computed_once_and_by_length(local):
     assert lengths[0] < lengths[-1]
 
 
-def test_the_cache_is_bounded_and_still_right(local):
-    small = LabelEmbedder(local.tokenizer, local.encode_tokens, cache_size=5)
+def embedder(local, file=None, release="", max_labels=20_000) -> LabelEmbedder:
+    store = LabelStore(file, max_labels=max_labels)
+    return LabelEmbedder(local.tokenizer, local.encode_tokens, store=store, release=release)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, shared):
+    file = tmp_path / "labels.sqlite" if shared else None
+    small = embedder(local, file, max_labels=5)
     words = [f"thing {index}" for index in range(40)]
-    for _ in range(2):
-        np.testing.assert_array_equal(
-            small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds
+    for count in (40, 7, 39):
+        found = small(words[:count], SIMPLE)
+        expected = local.embed_labels(words[:count], SIMPLE)
+        np.testing.assert_allclose(found.embeds, expected.embeds, atol=1e-6)
+    keys = [
+        small._key((None, hashlib.sha256(repr(("a photo of a {}.",)).encode()).digest()), word)
+        for word in words
+    ]
+    assert len(small._store.get(keys)) == 5
+
+
+def test_the_lists_that_are_kept_are_bounded(local, monkeypatch):
+    monkeypatch.setattr("radapter_serve.tasks.label_embeddings.MAX_LABELS", 10)
+    small = embedder(local)
+    words = [f"thing {index}" for index in range(40)]
+    for start in range(0, 36, 4):
+        small(words[start : start + 4], SIMPLE)
+    assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets == 8
+    small(words, SIMPLE)  # a list by itself may be longer
+    assert [len(found.labels) for found in small._sets.values()] == [40]
+
+
+def test_what_one_process_embedded_the_others_need_not(local, tmp_path):
+    file = tmp_path / "labels.sqlite"
+    words = [f"thing {index}" for index in range(1200)]
+    first = embedder(local, file)(words, SIMPLE)
+    local.calls.clear()
+    again = embedder(local, file)(words[::-1], SIMPLE)
+    assert not local.calls
+    np.testing.assert_array_equal(again.embeds, first.embeds[::-1])
+    embedder(local, file)([*words, "one more"], SIMPLE)
+    assert [rows for rows, _ in local.calls] == [1]
+
+
+@pytest.mark.parametrize(
+    ("release", "templates", "alpha"),
+    [("another", SIMPLE, None), ("", ["a drawing of a {}."], None), ("", SIMPLE, 0.5)],
+)
+def test_embeddings_of_another_release_template_or_alpha_are_others(
+    local, tmp_path, release, templates, alpha
+):
+    encoded = []
+
+    def encode(tokens, given=None):
+        encoded.append(given)
+        return local.encode_tokens(tokens)
+
+    file = tmp_path / "labels.sqlite"
+    embedder(local, file)(["cat"], SIMPLE)
+    LabelEmbedder(local.tokenizer, encode, store=LabelStore(file), release=release)(
+        ["cat"], templates, alpha=alpha
+    )
+    assert len(encoded) == 1
+
+
+def test_labels_that_another_process_embeds_at_the_same_time_are_taken_from_it(
+    local, tmp_path, monkeypatch
+):
+    file = tmp_path / "labels.sqlite"
+    words = [f"thing {index}" for index in range(2048)]
+    other = embedder(local, file)
+    other(words[1024:], SIMPLE)
+    local.calls.clear()
+    ours = embedder(local, file)
+    store = ours._store.get
+    asked: list[int] = []
+
+    def late(keys):  # the other one is done when the first part has been embedded
+        asked.append(len(keys))
+        return {} if len(asked) == 1 else store(keys)
+
+    monkeypatch.setattr(ours._store, "get", late)
+    ours(words, SIMPLE)
+    assert sum(rows for rows, _ in local.calls) == 1024
+    assert asked == [2048, 1024, 1024]
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, None])
+def test_a_store_that_can_not_be_used_costs_no_answer(local, tmp_path, capsys, content):
+    file = tmp_path / "labels.sqlite"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    embed = embedder(local, file)
+    for words in (["cat"], ["cat", "dog"]):
+        np.testing.assert_allclose(
+            embed(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds, atol=1e-6
         )
-        small(words[:7], SIMPLE)
-    assert len(small._cache) <= 5
-    assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets <= 40
+    assert capsys.readouterr().err.count("embeddings of labels are not kept:") == 1
+
+
+def test_threads_may_share_an_embedder(local, tmp_path):
+    embed = embedder(local, tmp_path / "labels.sqlite")
+    lists = [[f"thing {number + index}" for index in range(20)] for number in range(0, 400, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda words: embed(words, SIMPLE), lists * 2))
+    for words, one in zip(lists * 2, found, strict=True):
+        expected = local.embed_labels(words, SIMPLE)
+        np.testing.assert_allclose(one.embeds, expected.embeds, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +229,7 @@ def test_templates_are_not_kept(local):
     local.embed_labels(["cat"], templates)
     local.embed_labels(["cat"], templates)
     assert len(local.calls) == 1
-    assert all(
-        isinstance(digest, bytes)
-        for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets]
-    )
+    assert all(isinstance(digest, bytes) for (_, digest), _ in local.embed_labels._sets)
 
 
 def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):
