@@ -28,6 +28,7 @@ from radapter_serve.server.releases import Releases
 from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
+from radapter_serve.server.weaknesses import weaknesses_of
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
@@ -382,7 +383,15 @@ def _say(line: str) -> None:
 
 
 def _show(server: TritonServer) -> None:
-    """Print what is served where."""
+    """Print what is served where, and by which Triton."""
+    version = server.control.version()
+    if not server.endpoints.loopback:
+        _say(
+            f"warning: --trust-network: whoever reaches {server.endpoints.host} can try the"
+            f" published weaknesses that Triton {version} has or may have:"
+            f" {', '.join(weaknesses_of(version))}; SECURITY.md says what closes each, and"
+            " radapter-gateway and --engine process have none of them"
+        )
     table = Table(title=escape(str(server.config.model_repository)), title_justify="left")
     for column in ("model", "versions", "release"):
         table.add_column(column)
@@ -391,6 +400,7 @@ def _show(server: TritonServer) -> None:
         table.add_row(escape(name), ", ".join(map(str, versions)), escape(described))
     console = Console()
     console.print(table)
+    print(f"Triton   {version}")
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
     print(f"indexes  {server.config.indexes}")
     if "classify" in server.models:

@@ -130,6 +130,14 @@ class Control:
         except NoAnswer:
             return False
 
+    def version(self) -> str:
+        """Of Triton, such as 2.51.0.
+
+        Raises:
+            RAdapterError: no answer.
+        """
+        return str(self.ask("").body["version"])
+
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0
     ) -> Answer:
@@ -140,7 +148,8 @@ class Control:
         """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", SECRET_HEADER: self._secret}
-        request = urllib.request.Request(f"{self.url}/v2/{path}", data, headers)
+        url = f"{self.url}/v2/{path}".rstrip("/")
+        request = urllib.request.Request(url, data, headers)
         try:
             with _OPENER.open(request, timeout=timeout) as response:
                 return Answer(response.status, _json(response.read()))

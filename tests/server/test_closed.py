@@ -1,0 +1,188 @@
+"""What Triton offers and `radapter-serve` closes: no spelling of it opens it over HTTP or gRPC."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from radapter_serve.server.control import SECRET_HEADER
+from radapter_serve.server.triton_server import TritonServer
+from radapter_serve.server.weaknesses import WEAKNESSES, weaknesses_of
+
+ROOT = Path(__file__).parents[2]
+MEMORY = {"key": "/any", "offset": 0, "byte_size": 8}
+CUDA = {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 8}
+FILE = "/tmp/radapter-never"  # nothing is written there: the request is refused
+CLOSED = {
+    "systemsharedmemory/status": None,
+    "systemsharedmemory/region/x/register": MEMORY,
+    "systemsharedmemory/region/x/unregister": {},
+    "systemsharedmemory/unregister": {},
+    "cudasharedmemory/status": None,
+    "cudasharedmemory/region/x/register": CUDA,
+    "cudasharedmemory/unregister": {},
+    "repository/index": {},
+    "repository/models/classify/load": {},
+    "repository/models/classify/unload": {},
+    "trace/setting": {"trace_file": FILE},
+    "models/classify/trace/setting": {"trace_file": FILE},
+    "logging": {"log_file": FILE, "log_verbose_level": 9},
+}
+SPELLINGS = 200
+
+
+def test_weaknesses_are_those_that_the_page_lists() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (CVE-\d{4}-\d+) \|(.+)\|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [weakness.name for weakness in WEAKNESSES]
+    for name, cells in rows:
+        assert all(cell.strip() for cell in cells.split("|")), name
+
+
+@pytest.mark.parametrize(
+    ("version", "has"),
+    [("2.51.0", True), ("2.59.0", True), ("2.59.1", False), ("2.60.0", False), ("3.0", False)],
+)
+def test_a_version_has_what_was_mended_after_it(version: str, has: bool) -> None:
+    assert ("CVE-2025-23310" in weaknesses_of(version)) == has
+    assert "CVE-2026-24207" in weaknesses_of(version)  # of which no version is known
+
+
+def paths_of(path: str, random: random.Random) -> Iterator[str]:
+    """Ways to write a path, without an end."""
+    plain = f"/v2/{path}"
+    yield from (
+        plain,
+        f"{plain}/",
+        f"{plain}//",
+        f"/{plain}",
+        f"//{path}",
+        plain.upper(),
+        plain.title(),
+        f"{plain}?",
+        f"{plain}?a=b",
+        f"{plain}#a",
+        f"{plain};a=b",
+        f"{plain}%00",
+        f"{plain}%20",
+        f"{plain}.",
+        f"{plain}/.",
+        f"{plain}/x/..",
+        f"/v2/./{path}",
+        f"/v2/x/../{path}",
+        f"/v2/models/classify/../../{path}",
+        f"/v2/health/ready/../../{path}",
+        f"/v2//{path}",
+        f"/v2%2f{path}",
+        f"\\v2\\{path}",
+        f"/v1/../v2/{path}",
+        f"http://localhost{plain}",
+        f"http://other.invalid{plain}",
+        f"/v2/{path.replace('/', '//')}",
+        f"/v2/{path.replace('/', '%2f')}",
+        f"/v2/{path.replace('/', '%2F')}",
+        f"/v2/{path.replace('/', '%252f')}",
+        f"/v2/{path.replace('/', '/./')}",
+    )
+    while True:
+        letters = [
+            random.choice((letter, f"%{ord(letter):02x}", f"%{ord(letter):02X}", letter.upper()))
+            if random.random() < 0.3
+            else letter
+            for letter in path
+        ]
+        yield "/v2/" + "".join(letters)
+
+
+HEADERS: tuple[dict[str, str], ...] = (
+    {},
+    {SECRET_HEADER: ""},
+    {SECRET_HEADER: "0" * 64},
+    {SECRET_HEADER.upper(): "*"},
+    {"X-Original-URL": "/v2/health/live", "X-Rewrite-URL": "/v2/health/live"},
+    {"X-HTTP-Method-Override": "GET"},
+    {"Connection": SECRET_HEADER},
+    {"Triton-grpc-protocol": "health", "Inference-Header-Content-Length": "0"},
+)
+
+
+def ask(server: TritonServer, method: str, path: str, headers: dict[str, str], body: str) -> int:
+    """The status of an answer, 0 where the connection closes without one."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"Content-Length: {len(body)}", "Content-Type: application/json", "", body]
+    address = ("127.0.0.1", server.endpoints.http_port)
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        connection.shutdown(socket.SHUT_WR)
+        first = connection.makefile("rb").readline().split()
+    return int(first[1]) if len(first) > 1 else 0
+
+
+def state(server: TritonServer) -> dict[str, object]:
+    """What the closed doors would change, by the secret that opens them."""
+    return {
+        path: server.control.ask(path).body
+        for path in ("systemsharedmemory/status", "cudasharedmemory/status", "logging")
+    } | {"serving": server.control.serving(), "trace": server.control.ask("trace/setting").body}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("path", CLOSED)
+def test_no_spelling_of_a_path_opens_it(path: str, server: TritonServer) -> None:
+    before = state(server)
+    chance = random.Random(path)
+    body = json.dumps(CLOSED[path] or {})
+    ways = itertools.product(("POST", "GET", "PUT", "DELETE", "HEAD", "get"), HEADERS)
+    found = Counter(
+        ask(server, *way, body)
+        for way in (
+            (method, spelled, headers)
+            for spelled, (method, headers) in itertools.islice(
+                zip(paths_of(path, chance), itertools.cycle(ways), strict=False), SPELLINGS
+            )
+        )
+    )
+    assert found.total() == SPELLINGS
+    assert found[403] > 0  # the path itself is closed, and not only unknown
+    assert set(found) <= {0, 400, 403, 404, 405, 501}, found
+    assert state(server) == before
+
+
+@pytest.mark.triton
+def test_no_closed_method_opens_over_grpc(
+    server: TritonServer, client: grpc.InferenceServerClient
+) -> None:
+    before = state(server)
+    calls = (
+        partial(client.register_system_shared_memory, "x", "/any", 8),
+        partial(client.unregister_system_shared_memory, "x"),
+        client.get_system_shared_memory_status,
+        partial(client.register_cuda_shared_memory, "x", b"", 0, 8),
+        partial(client.unregister_cuda_shared_memory, "x"),
+        client.get_cuda_shared_memory_status,
+        client.get_model_repository_index,
+        partial(client.load_model, "classify"),
+        partial(client.unload_model, "classify"),
+        partial(client.update_trace_settings, settings={"trace_file": FILE}),
+        client.get_trace_settings,
+        partial(client.update_log_settings, {"log_file": FILE}),
+        client.get_log_settings,
+    )
+    secrets = (None, "", "0" * 64, "*", ",", server.control.url)
+    for call, secret in itertools.product(calls, secrets):
+        headers = None if secret is None else {SECRET_HEADER: secret}
+        with pytest.raises(InferenceServerException, match="restricted"):
+            call(headers=headers)
+    assert state(server) == before
