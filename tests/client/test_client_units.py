@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 import radapter_client
 from radapter_client import AsyncClient, Client, Reply, Request
-from radapter_client._results import pick_release, read_releases
+from radapter_client._images import orientation
+from radapter_client._results import pick_release, read_hits, read_releases
 from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
 
 CLIENT = Client(transport=Recorder(), release=1)
@@ -246,6 +247,7 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
     back = Image.open(io.BytesIO(data))
     assert (back.format, back.mode, back.size) == ("PNG", image.mode, image.size)
     assert back.tobytes() == image.tobytes()
+    assert "icc_profile" not in back.info
     assert len(data) < 2 * len(image.tobytes()) + 2000
     # What preprocessing does: resize in the image's own mode, then convert.
     if image.mode == "I;16":  # which older Pillows cannot resize
@@ -615,6 +617,7 @@ def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
         ({"text": ["a"], "index": "i"}, "text takes texts, not list"),
         ({"text": "a", "index": None}, "index takes texts, not NoneType"),
         ({"text": "a", "index": "i", "top_k": 0}, "top_k is 0"),
+        ({"text": "a", "index": "i", "top_k": 2**31}, "top_k is 2147483648"),
         ({"text": "a", "index": "i", "where": 3}, "where takes texts"),
         ({"image": "no.jpg", "index": "i"}, "cannot read the image no.jpg"),
     ],
@@ -639,3 +642,37 @@ def test_other_bad_arguments():
         CLIENT.embed_images(Path("a.jpg"))  # type: ignore[arg-type]
     with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one int"):
         CLIENT.embed_images(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, 9])
+def test_an_orientation_that_exif_does_not_know_is_upright(value: int):
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    Image.fromarray(PIXELS).save(file, "PNG", exif=exif)
+    assert orientation(Image.open(file)) == 1
+
+
+def test_no_images_have_no_embeddings():
+    assert CLIENT.embed_images([]).shape == CLIENT.embed_texts([]).shape == (0, 4)
+
+
+def test_calls_of_several_requests_show_a_bar_and_answer_alike(capsys: pytest.CaptureFixture[str]):
+    quiet, shown = (
+        radapter_client.Client(transport=Recorder(), batch_size=2, progress=progress)
+        for progress in (False, True)
+    )
+    texts = list("abcde")
+    assert np.array_equal(quiet.embed_texts(texts), shown.embed_texts(texts))
+    assert capsys.readouterr() == ("", "")  # a bar is for a terminal
+
+
+def test_hits_are_read_with_all_that_they_have():
+    ids = np.array([b"a.jpg", b"\xff"], object)
+    scores = np.array([0.5, 0.25], np.float32)
+    metadata = np.array([b'{"path": "a.jpg"}', b"{}"], object)
+    thumbnails = np.array([b"jpeg", b""], object)
+    first, second = read_hits(ids, scores, metadata, thumbnails)
+    assert (first.id, first.score, first.metadata) == ("a.jpg", 0.5, {"path": "a.jpg"})
+    assert (second.id, second.score, second.metadata) == ("\ufffd", 0.25, {})
+    assert (first.thumbnail, second.thumbnail) == (b"jpeg", None)

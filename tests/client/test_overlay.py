@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Segmentation
+from radapter_client._overlay import _lab, _spelled, read_font
 
 # Okabe and Ito's, which people with any colour vision tell apart.
 FIRST = (
@@ -79,6 +80,20 @@ def test_colours_can_be_told_apart():
     np.fill_diagonal(distances, np.inf)
     for count, least in ((20, 25), (64, 18), (256, 10)):  # of any two
         assert distances[:count, :count].min() > least
+
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),  # as published for sRGB under D65
+    [
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 255, 0), (87.73, -86.18, 83.18)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+        ((128, 128, 128), (53.59, 0, 0)),
+        ((8, 8, 8), (2.19, 0, 0)),
+    ],
+)
+def test_colours_in_lab(rgb: tuple[int, int, int], lab: tuple[float, float, float]):
+    assert _lab(np.array([rgb], np.float64))[0] == pytest.approx(lab, abs=0.1)
 
 
 def test_a_label_keeps_its_colour():
@@ -202,6 +217,12 @@ def test_labels_are_spelled():
         "line break"
     )
     assert len(set(map(legend, LABELS))) == len(LABELS) - 1
+
+
+def test_a_glyph_as_large_as_the_box_of_a_missing_one_is_no_missing_one():
+    font = read_font(None, 12)
+    assert font.getmask("™").size == font.getmask("\uffff").size
+    assert _spelled("™", font) == "™"
 
 
 def test_font_of_the_user(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from radapter_client import Profile
+from radapter_client._profile import read_statistics
 
 
 def counts(count: int, executions: int, queue: float, compute: float) -> dict[str, float]:
@@ -40,3 +41,36 @@ def test_a_task_that_the_server_says_nothing_of_is_all_network():
     found = Profile.between("classify", {}, after, seconds=0.010, requests=1)
     assert (found.total, found.network) == pytest.approx((10, 10))
     assert (found.queue, found.task, found.encoder) == (0, 0, 0)
+
+
+def test_a_profile_is_drawn_as_a_tree():
+    tree = """\
+request                     40.00 ms
+├── network and client       7.00 ms
+└── server                  33.00 ms
+    ├── queue                7.00 ms
+    ├── task                 6.00 ms
+    └── encoder             20.00 ms"""
+    assert str(Profile(40, 7, 7, 6, 20, requests=8)) == tree
+
+
+def test_statistics_are_added_over_the_versions_of_a_model():
+    def version(count: int) -> dict[str, object]:
+        """As Triton has it: whole numbers are texts in its JSON."""
+        times = {
+            name: {"count": str(count), "ns": str(nanoseconds)}
+            for name, nanoseconds in (
+                ("success", 0),
+                ("queue", 10),
+                ("compute_input", 1),
+                ("compute_infer", 2),
+                ("compute_output", 4),
+                ("cache_hit", 8),
+            )
+        }
+        return {"name": "classify", "execution_count": "3", "inference_stats": times}
+
+    found = read_statistics({"model_stats": [version(5), version(6), {"name": "segment"}]})
+    assert found["classify"] == {"count": 11, "executions": 6, "queue": 20, "compute": 14}
+    assert found["segment"] == {"count": 0, "executions": 0, "queue": 0, "compute": 0}
+    assert read_statistics({}) == {}
