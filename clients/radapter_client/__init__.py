@@ -16,7 +16,7 @@ from ._exceptions import (
 )
 from ._images import ImageLike, list_images
 from ._profile import Profile
-from ._results import Classification, Hit, Release, Segmentation
+from ._results import Classification, Hit, Hits, Release, Segmentation
 from ._wire import AsyncTransport, Reply, Request, Transport
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Classification",
     "Client",
     "Hit",
+    "Hits",
     "ImageLike",
     "InvalidImage",
     "InvalidRequest",

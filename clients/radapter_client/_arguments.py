@@ -17,6 +17,8 @@ from ._wire import Array, text_array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
+MAX_PARTS = 16  # of a search: texts, images and ids
+CALIBRATED = "calibrated"  # the least score that the release was exported with
 
 
 def label_inputs(
@@ -98,18 +100,77 @@ def proposal_inputs(
 
 
 def search_inputs(
-    text: str | None, image: ImageLike | None, index: str, top_k: int, where: str | None
+    text: str | Sequence[str] | None,
+    image: ImageLike | Sequence[ImageLike] | None,
+    id: str | Sequence[str] | None,
+    weights: Sequence[float] | None,
+) -> tuple[dict[str, Array], list[ImageLike]]:
+    """The inputs of `retrieve` that say what to search for, and the images that go with them."""
+    texts = _one_or_more("text", text)
+    ids = _one_or_more("id", id)
+    images: list[ImageLike] = []
+    if image is not None:
+        images = [image] if is_one_image(image) else as_list("image", image)
+    many = len(texts) + len(images) + len(ids)
+    if not many:
+        raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
+    if many > MAX_PARTS:
+        raise bad_argument(f"{many} texts, images and ids; at most {MAX_PARTS} are allowed")
+    inputs = {name: text_array(values) for name, values in (("text", texts), ("id", ids)) if values}
+    if weights is not None:
+        inputs["weight"] = _weights(weights, many)
+    return inputs, images
+
+
+def _one_or_more(name: str, value: str | Sequence[str] | None) -> list[bytes]:
+    if value is None:
+        return []
+    values = [value] if isinstance(value, str) else as_list(name, value)
+    return [utf8(name, one) for one in values]
+
+
+def _weights(weights: Sequence[float], many: int) -> Array:
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        values = _array("weights", as_list("weights", weights)).astype(np.float32)
+    if values.shape != (many,):
+        raise bad_argument(
+            f"weights has the shape {list(values.shape)}; [{many}] is needed: one for each text,"
+            " image and id, in this order"
+        )
+    if not np.isfinite(values).all():
+        raise bad_argument(f"weights are {list(weights)}; allowed are finite numbers")
+    return values
+
+
+def result_inputs(
+    index: str,
+    top_k: int,
+    where: str | None,
+    min_score: float | str | None,
+    offset: int | None,
+    index_version: str | None,
 ) -> dict[str, Array]:
-    """The inputs of `retrieve`, but for the image."""
-    if (text is None) == (image is None):
-        raise bad_argument('give a text to search for, or image="FILE", and not both')
-    if image is not None and not is_one_image(image):
-        raise bad_argument(f"image takes one image, not {type(image).__name__}")
+    """The inputs of `retrieve` that say where to search, and what to give back."""
     inputs = {
         "index": text_array([utf8("index", index)]),
         "top_k": np.array([count("top_k", top_k)], np.int32),
     }
-    return inputs | text_inputs(text=text, where=where)
+    inputs |= text_inputs(where=where, index_version=index_version)
+    inputs |= count_inputs(0, offset=offset)
+    if isinstance(min_score, str) and min_score == CALIBRATED:
+        return inputs | {"calibrated": np.array([True])}
+    if min_score is not None:
+        inputs["min_score"] = np.array([_cosine(min_score)], np.float32)
+    return inputs
+
+
+def _cosine(value: float | str) -> float:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not -1 <= float(value) <= 1:
+        raise bad_argument(
+            f"min_score is {value!r}; allowed are numbers from -1 to 1, and {CALIBRATED!r}"
+        )
+    return float(value)
 
 
 def image_input(image: ImageLike) -> Array:

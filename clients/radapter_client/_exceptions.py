@@ -102,6 +102,7 @@ IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
 REQUEST_CODES = frozenset(
     {
         "index_mismatch",
+        "index_replaced",
         "invalid_argument",
         "no_labels",
         "not_calibrated",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from ._arguments import (
     image_input,
     label_inputs,
     proposal_inputs,
+    result_inputs,
     search_inputs,
     seconds,
     utf8,
@@ -49,7 +50,7 @@ from ._images import (
 from ._profile import Profile, Totals, read_statistics
 from ._results import (
     Classification,
-    Hit,
+    Hits,
     Release,
     Segmentation,
     pick_release,
@@ -265,41 +266,67 @@ class BaseClient(Generic[W]):
     @call
     def search(
         self,
-        text: str | None = None,
+        text: str | Sequence[str] | None = None,
         *,
-        image: ImageLike | None = None,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        id: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
         index: str,
         top_k: int = 10,
         where: str | None = None,
+        min_score: float | Literal["calibrated"] | None = None,
+        offset: int | None = None,
+        index_version: str | None = None,
         thumbnails: bool = False,
         timeout: float | None = None,
-    ) -> Answer[list[Hit]]:
+    ) -> Answer[Hits]:
         """The images of an index that are nearest to a text or an image, best first.
 
+        Several texts, images and ids, at most 16, are one query: the weighted sum of their
+        embeddings.
+
         Args:
-            text: what to search for; or
-            image: an image (as in `classify`) to find the like of.
+            text: what to search for, or several; or
+            image: an image (as in `classify`) to find the like of, or several; or
+            id: an image of the index, by its id, or several.
+            weights: of texts, images and ids, in this order; negative ones lead away. None for 1
+                each.
             index: name of an index that `radapter-index build` wrote and the server has.
             top_k: hits to return, fewer where there are fewer.
             where: condition in SQL on the index's metadata, such as "year > 2020".
+            min_score: cosine in [-1, 1] from which images are returned; "calibrated" for the one
+                that the release was exported with, of a search by one text.
+            offset: images to leave out before the first, 0 to 1000. Pages of one search begin with
+                0, and go on with the `index_version` of the first page.
+            index_version: refuse to search another version of the index, as after it was replaced.
             thumbnails: whether hits bring their thumbnails.
             timeout: as in `classify`.
 
         Raises:
-            InvalidRequest: bad arguments, an unknown index, or one of another release; its message
-                names the command that builds it.
+            InvalidRequest: bad arguments, a page past the end, an unknown index, or one of another
+                release; its message names the command that builds it.
 
         Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
         """
-        options = search_inputs(text, image, index, top_k, where)
-        outputs = ("id", "score", "metadata", *(["thumbnail"] if thumbnails else []))
+        query, images = search_inputs(text, image, id, weights)
+        options = result_inputs(index, top_k, where, min_score, offset, index_version)
+        outputs = ["id", "score", "metadata"]
+        if thumbnails:
+            outputs.append("thumbnail")
+        paged = offset is not None or index_version is not None
+        asked = [*outputs, "index_version"] if paged else outputs
 
         def part() -> Request:
-            inputs = options if image is None else {"image": image_input(image), **options}
-            return Request("infer", "retrieve", inputs=inputs, outputs=outputs)
+            inputs = {**query, **options}
+            if images:
+                inputs["image"] = text_array([encode_image(one) for one in images])
+            return Request("infer", "retrieve", inputs=inputs, outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])
-        return read_hits(*(_output(reply, name) for name in outputs))
+        hits = read_hits(*(_output(reply, name) for name in outputs))
+        if paged:
+            [hits.index_version] = _texts(_output(reply, "index_version"))
+        return hits
 
     @call
     def embed_images(

@@ -141,6 +141,19 @@ class Hit:
         }
 
 
+class Hits(list[Hit]):
+    """What a search found, best first: a list of `Hit`.
+
+    Attributes:
+        index_version: of the index that was searched, for the pages that follow; None where the
+            search had neither `offset` nor `index_version`.
+
+    Example: `client.search("a cat", index="photos", offset=0).index_version`
+    """
+
+    index_version: str | None = None
+
+
 @dataclass(frozen=True)
 class Release:
     """What one served version is made of.
@@ -195,9 +208,7 @@ class Release:
             ) from error
 
 
-def read_hits(
-    ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None
-) -> list[Hit]:
+def read_hits(ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None) -> Hits:
     """The outputs of `retrieve`, best first."""
     pictures = (
         [None] * len(ids)
@@ -205,10 +216,10 @@ def read_hits(
         else [bytes(picture) or None for picture in thumbnails]
     )
     try:
-        return [
+        return Hits(
             Hit(name.decode("utf-8", "replace"), float(score), json.loads(known), picture)
             for name, score, known, picture in zip(ids, scores, metadata, pictures, strict=True)
-        ]
+        )
     except ValueError as error:
         raise ServerError(f"the server's hits cannot be read: {error}") from error
 

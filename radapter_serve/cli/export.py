@@ -16,7 +16,7 @@ from radapter_export import start
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.confidence import NO_TEMPERATURE
+from radapter_serve.release.confidence import KEPT, NO_TEMPERATURE
 from radapter_serve.release.served import FILE as SERVED
 
 if TYPE_CHECKING:
@@ -141,7 +141,11 @@ def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
 
 def _calibrated(fitted: Mapping[str, Any]) -> str:
     """A sentence about the calibrated scores of a release."""
-    labels = f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %"
+    labels = (
+        f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %; a"
+        f" search with --min-score calibrated ({fitted['min_score']:.3f}) keeps {KEPT:.0%} of the"
+        f" images, and answers {fitted['false_answers']:.0%} of the queries for what is not there"
+    )
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
         return (

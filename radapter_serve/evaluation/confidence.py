@@ -15,7 +15,7 @@ from scipy.special import expit
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, calibration_error, calibration_sums
-from radapter_serve.release.confidence import Confidence
+from radapter_serve.release.confidence import KEPT, Confidence
 
 LEAST = 100  # images
 MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
@@ -68,6 +68,8 @@ def fit_confidence(
             ]
     hits, right = best == truth, np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
+    min_score = fit_min_score(cosines, truth)
+    others = np.where(right, -np.inf, cosines)
     return Confidence(
         scale=scale,
         bias=bias,
@@ -78,6 +80,8 @@ def fit_confidence(
         label_ece=_error(pairs.ravel(), right.ravel()),
         temperature=temperature,
         ece_after=_error(after, hits) if known else None,
+        min_score=min_score,
+        false_answers=float((others.max(axis=0) >= min_score).mean()),
     )
 
 
@@ -151,6 +155,17 @@ def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float
     start = np.array([0.0, np.log((count + 1) / (others + 1))])
     slope, shift = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return float(slope / spread), float(shift - slope * mean / spread)
+
+
+def fit_min_score(cosines: Floats, truth: NDArray[np.int64]) -> float:
+    """The highest cosine that at least `KEPT` of the images have with their own label.
+
+    Args:
+        cosines: [N, C].
+        truth: [N].
+    """
+    own = np.sort(cosines[np.arange(len(truth)), truth])
+    return float(own[int((1 - KEPT) * len(own) + 1e-9)])
 
 
 def _some(values: Floats, truth: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
+from radapter_serve.contract.labels import check_length
 from radapter_serve.files import as_text, staged
 from radapter_serve.index.facts import FACTS, IndexFacts
 from radapter_serve.index.store import Hit, Place, Store
@@ -57,36 +58,73 @@ class Index:
         where: str | None = None,
         *,
         thumbnails: bool = False,
+        offset: int | None = None,
+        min_score: float | None = None,
     ) -> list[Hit]:
         """Find the nearest images, best first; images with equal vectors come in the order of their
         ids.
+
+        With an `offset`, the images are a page of the 1000 nearest: such pages, put together, are
+        as one large page. In a big index, a search without `offset` looks less deep.
 
         Args:
             embedding: float32 [D], unit length.
             top_k: how many images at most, 1 to 1000.
             where: a condition in SQL on the columns, such as "year > 2020 AND path LIKE 'cats/%'".
             thumbnails: whether the hits have their thumbnails.
+            offset: how many of the nearest images are left out, 0 to 1000; None for no pages.
+            min_score: images with a lower cosine are left out, in [-1, 1]; None leaves none out.
 
         Raises:
-            TaskError: `top_k` or the condition is not allowed, or the index can't be read.
+            TaskError: an argument or the condition is not allowed, there are fewer images than
+                `offset`, or the index can't be read.
         """
         if not 1 <= top_k <= MAX_TOP_K:
             raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+        if offset is not None and not 0 <= offset <= MAX_TOP_K:
+            raise invalid(f"offset is {offset}; allowed are whole numbers from 0 to {MAX_TOP_K}")
+        if min_score is not None and not -1 <= min_score <= 1:
+            raise invalid(f"min_score is {min_score:g}; allowed are numbers from -1 to 1")
         condition = where if where and where.strip() else None
-        hits = self._store.find(embedding, top_k, condition, thumbnails=thumbnails)
+        # What is found may depend on how deep a search looks, so all pages look equally deep.
+        depth = top_k if offset is None else MAX_TOP_K
+        hits = self._store.find(embedding, depth, condition, thumbnails=thumbnails)
         for hit in hits:
             if not abs(hit.score) <= 1 + UNIT:
-                self._refuse(hit)
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+                raise self._damaged(f"gives {hit.id!r:.200} the score {hit.score:g}")
+        if min_score is not None:
+            hits = [hit for hit in hits if hit.score >= min_score]
+        hits = sorted(hits, key=lambda hit: (-hit.score, hit.id))
+        if offset is None:
+            return hits
+        if offset > len(hits):
+            raise invalid(f"offset is {offset}, past the end; this search finds {len(hits)} images")
+        return hits[offset : offset + top_k]
 
-    def _refuse(self, hit: Hit) -> None:
+    def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The embeddings of images, float32 [D] each, unit length.
+
+        Args:
+            ids: of the images.
+
+        Raises:
+            TaskError: the index has no such image, or can't be read.
+        """
+        for id in ids:
+            check_length(id, what="name of an image")
+        found = self._store.embeddings(list(dict.fromkeys(ids)))
+        for id in ids:
+            if id not in found:
+                name = as_text(self.folder.name)
+                raise invalid(f"the index {name!r} has no image {id!r:.200}")
+            if not abs(np.linalg.norm(found[id]) - 1) < UNIT:
+                raise self._damaged(f"has no unit length for {id!r:.200}")
+        return [found[id] for id in ids]
+
+    def _damaged(self, why: str) -> TaskError:
         name = as_text(self.folder.name)
-        see = "see radapter-index verify"
-        print(
-            f"the index {name} gives {hit.id!r:.200} the score {hit.score:g}; {see}",
-            file=sys.stderr,
-        )
-        raise TaskError(
+        print(f"the index {name} {why}; see radapter-index verify", file=sys.stderr)
+        return TaskError(
             UNKNOWN_INDEX,
             f"the index {name} can't be searched: a file is damaged; the server's log says why",
         )

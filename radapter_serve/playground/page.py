@@ -130,15 +130,25 @@ def _search(client: Client, picture: Any) -> Any:
     with gradio.Row():
         index = gradio.Dropdown([""], label="Index", allow_custom_value=True, elem_id="index")
         count = gradio.Slider(1, 60, 12, step=1, label="How many")
+        least = gradio.Slider(
+            -1, 1, -1, step=0.01, label="Pictures with a lower score are left out", elem_id="least"
+        )
     with gradio.Row():
         by_text = gradio.Button("Search by text", variant="primary")
         by_picture = gradio.Button("Search by the picture")
+        by_both = gradio.Button("Search by both")
     gallery = gradio.Gallery(label="Found", columns=4, elem_id="found")
     took = gradio.Markdown(elem_id="found-took")
 
-    def search(index: str, count: float, **query: Any) -> tuple[Any, str]:
+    def search(index: str, count: float, least: float, **query: Any) -> tuple[Any, str]:
         start = time.perf_counter()
-        hits = client.search(**query, index=index or "", top_k=int(count), thumbnails=True)
+        hits = client.search(
+            **query,
+            index=index or "",
+            top_k=int(count),
+            min_score=None if least == -1 else least,
+            thumbnails=True,
+        )
         shown = [
             (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
             for hit in hits
@@ -146,17 +156,24 @@ def _search(client: Client, picture: Any) -> Any:
         ]
         return shown, f"{_took(start)}, {len(hits)} found"
 
-    def search_text(text: str, index: str, count: float) -> tuple[Any, str]:
-        return search(index, count, text=text)
+    def search_text(text: str, *options: Any) -> tuple[Any, str]:
+        return search(*options, text=text)
 
-    def search_picture(file: str | None, index: str, count: float) -> tuple[Any, str]:
+    def search_picture(file: str | None, *options: Any) -> tuple[Any, str]:
         if file is None:
             return None, "Drop a picture on the left."
-        return search(index, count, image=Path(file))
+        return search(*options, image=Path(file))
+
+    def search_both(file: str | None, text: str, *options: Any) -> tuple[Any, str]:
+        if file is None:
+            return None, "Drop a picture on the left."
+        return search(*options, text=text, image=Path(file))
 
     answers = [gallery, took]
-    gradio.on([by_text.click, text.submit], told(search_text), [text, index, count], answers)
-    by_picture.click(told(search_picture), [picture, index, count], answers)
+    options = [index, count, least]
+    gradio.on([by_text.click, text.submit], told(search_text), [text, *options], answers)
+    by_picture.click(told(search_picture), [picture, *options], answers)
+    by_both.click(told(search_both), [picture, text, *options], answers)
     return index
 
 

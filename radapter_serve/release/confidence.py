@@ -11,6 +11,9 @@ from typing import Any
 #: why a softmax has no temperature that is best
 NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
 
+#: share of the images that a search with the calibrated least score is to keep
+KEPT = 0.95
+
 
 @dataclass(frozen=True)
 class Confidence:
@@ -29,6 +32,9 @@ class Confidence:
             other half says.
         label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by
             halves too.
+        min_score: cosine that at least `KEPT` of the images have with their own label; of a release
+            that an earlier export made, None.
+        false_answers: share of the labels that reach it with an image of another label, in [0, 1].
     """
 
     scale: float
@@ -40,6 +46,8 @@ class Confidence:
     label_ece: float
     temperature: float | None = None
     ece_after: float | None = None
+    min_score: float | None = None
+    false_answers: float | None = None
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Confidence:

@@ -1,5 +1,5 @@
-"""The task `retrieve`, without Triton: a text or an image in, the images of an index that are
-nearest to it out.
+"""The task `retrieve`, without Triton: texts and images in, the images of an index that are nearest
+to them out.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError, invalid, public
+from radapter_serve.contract.errors import (
+    INDEX_MISMATCH,
+    INDEX_REPLACED,
+    TaskError,
+    invalid,
+    public,
+)
 from radapter_serve.files import as_text
 from radapter_serve.index.facts import build_command, mismatch
 from radapter_serve.index.index import Index, link_of
 from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.query import Query, combine
+from radapter_serve.tasks.scores import fitted_min_score
 
 DEFAULT_TOP_K = 10
 
@@ -35,19 +43,26 @@ class RetrieveRequest:
 
     Args:
         index: name of the index.
-        text: UTF-8; either this or `image`.
-        image: encoded image.
+        query: what to search for.
         top_k: number of images to give back, or None for 10.
         where: a condition in SQL on the metadata's columns, or None.
         thumbnails: whether they are asked for.
+        offset: number of images to leave out before the first, of a search by pages; None for no
+            pages.
+        index_version: the index's, as an answer named it; None for whichever there is.
+        min_score: cosine in [-1, 1] from which images are given back, or None.
+        calibrated: whether it is the one that the release was fitted to; for one text.
     """
 
     index: bytes
-    text: bytes | None = None
-    image: bytes | None = None
+    query: Query = field(default_factory=Query)
     top_k: int | None = None
     where: bytes | None = None
     thumbnails: bool = False
+    offset: int | None = None
+    index_version: bytes | None = None
+    min_score: float | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +89,14 @@ class Retrieved:
         scores: float32 [k], cosines.
         metadata: object [k] of str, JSON.
         thumbnails: object [k] of bytes, JPEG; None where they were not asked for.
+        index_version: of the index that was searched.
     """
 
     ids: NDArray[np.object_]
     scores: NDArray[np.float32]
     metadata: NDArray[np.object_]
     thumbnails: NDArray[np.object_] | None
+    index_version: str
 
 
 class Retrieve:
@@ -117,28 +134,39 @@ class Retrieve:
         """Search.
 
         Raises:
-            TaskError: no such index, one of another release, a bad condition or top_k, neither text
-                nor image, or an embedding that failed.
+            TaskError: no such index, one of another release or another version, a value that is
+                not allowed, or an embedding that failed.
         """
-        if (request.text is None) == (request.image is None):
-            raise invalid("give text or image, one of them")
+        weights = request.query.checked_weights()
         index = self._indexes.get(_text(request.index, "index"))
         embedder = self._embedder(index)
+        _check_version(index, request.index_version)
         where = None if request.where is None else _text(request.where, "where")
-        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
-        alpha = embedder.release.request_alpha(index.facts.plan.release.alpha, 1)
-        extra = [] if alpha is None else [alpha]
-        if request.text is not None:
-            embedding = embedder.text(request.text, *extra)
-        else:
-            embedding = embedder.image(request.image or b"", *extra)
-        hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)
+        min_score = _min_score(request, index, embedder)
+        hits = index.search(
+            combine(self._vectors(request.query, index, embedder), weights),
+            DEFAULT_TOP_K if request.top_k is None else request.top_k,
+            where,
+            thumbnails=request.thumbnails,
+            offset=request.offset,
+            min_score=min_score,
+        )
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
             _objects([json.dumps(hit.metadata, ensure_ascii=False) for hit in hits]),
             _objects([hit.thumbnail for hit in hits]) if request.thumbnails else None,
+            index.generation,
         )
+
+    def _vectors(self, query: Query, index: Index, embedder: Embedder) -> list[NDArray[np.float32]]:
+        """The embedding of each part of a query."""
+        stored = index.embeddings([_text(id, "id") for id in query.ids]) if query.ids else ()
+        alpha = embedder.release.request_alpha(index.facts.plan.release.alpha, 1)
+        extra = [] if alpha is None else [alpha]
+        texts = [embedder.text(text, *extra) for text in query.texts]
+        images = [embedder.image(image, *extra) for image in query.images]
+        return [*texts, *images, *stored]
 
     def index(self, name: str) -> Index:
         """The index of that name as it is now.
@@ -180,6 +208,31 @@ class Retrieve:
             index.folder.absolute(), index.facts.plan, self._own.release, origin
         )
         return f"build it again: {command}"
+
+
+def _min_score(request: RetrieveRequest, index: Index, embedder: Embedder) -> float | None:
+    """The cosine from which images are given back.
+
+    Raises:
+        TaskError: none is calibrated for what the request asks.
+    """
+    if not request.calibrated:
+        return request.min_score
+    if request.min_score is not None:
+        raise invalid("give min_score or calibrated, not both")
+    if not request.query.is_one_text:
+        raise invalid("calibrated is for a search by one text; give a number as min_score")
+    return fitted_min_score(embedder.release, index.facts.plan.release.alpha)
+
+
+def _check_version(index: Index, wanted: bytes | None) -> None:
+    """Raise a `TaskError` where an index is no longer the one whose next page is asked for."""
+    if wanted is not None and wanted != index.generation.encode():
+        raise TaskError(
+            INDEX_REPLACED,
+            f"the index {as_text(index.folder.name)!r} has another version than the page before;"
+            " search again from offset 0",
+        )
 
 
 def _text(value: bytes, what: str) -> str:

@@ -22,6 +22,29 @@ DEFAULT_THRESHOLD = 0.5
 HOW = "export one with radapter-export --validation DATA"
 
 
+def fitted_min_score(release: Release, alpha: float) -> float:
+    """The least score of a search by a text that a release was fitted to.
+
+    Args:
+        release: its facts.
+        alpha: of the embeddings that are searched.
+
+    Raises:
+        TaskError: it has none, or not at this alpha.
+    """
+    facts = release.confidence
+    fitted = None if facts is None else Confidence.from_dict(facts).min_score
+    if fitted is None:
+        raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
+    if alpha != release.alpha:
+        raise TaskError(
+            NOT_CALIBRATED,
+            f"the least score of this release is calibrated at alpha {release.alpha:g}, and the"
+            f" index is at {alpha:g}",
+        )
+    return fitted
+
+
 @dataclass(frozen=True)
 class Scores:
     """How one request wants its labels scored.

@@ -19,6 +19,7 @@ from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
 from radapter_serve.tasks.outcome import Outcome, isolated, run_good
 from radapter_serve.tasks.probes import Tensors
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.segment import LabelledMask, Segment, SegmentRequest
 from radapter_serve.tasks.version import Version
 
@@ -95,6 +96,11 @@ def _flat(inputs: Inputs, name: str) -> Any:
     return None if array is None else array.ravel()
 
 
+def _all(inputs: Inputs, name: str) -> Any:
+    array = inputs.get(name)
+    return () if array is None else array.ravel()
+
+
 def _first(inputs: Inputs, name: str) -> Any:
     array = inputs.get(name)
     return None if array is None else array.ravel()[0]
@@ -164,11 +170,19 @@ def _read_retrieve(inputs: Inputs) -> RetrieveRequest:
 
     return RetrieveRequest(
         need(inputs, "index").ravel()[0],
-        text=_first(inputs, "text"),
-        image=_first(inputs, "image"),
+        Query(
+            texts=_all(inputs, "text"),
+            images=_all(inputs, "image"),
+            ids=_all(inputs, "id"),
+            weights=_flat(inputs, "weight"),
+        ),
         top_k=_first(inputs, "top_k"),
         where=_first(inputs, "where"),
         thumbnails=inputs.wants("thumbnail"),
+        offset=_first(inputs, "offset"),
+        index_version=_first(inputs, "index_version"),
+        min_score=_first(inputs, "min_score"),
+        calibrated=bool(_first(inputs, "calibrated")),
     )
 
 
@@ -189,7 +203,12 @@ def _retrieve(version: Version) -> Run[RetrieveRequest, Retrieved]:
 
 
 def _hits_outputs(found: Retrieved) -> dict[str, NDArray[Any]]:
-    outputs = {"id": found.ids, "score": found.scores, "metadata": found.metadata}
+    outputs = {
+        "id": found.ids,
+        "score": found.scores,
+        "metadata": found.metadata,
+        "index_version": np.array([found.index_version], object),
+    }
     return outputs if found.thumbnails is None else {**outputs, "thumbnail": found.thumbnails}
 
 

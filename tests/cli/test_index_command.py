@@ -27,6 +27,7 @@ from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.index.index import open_index
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
 from tests.helpers.indexes import table
 
@@ -223,7 +224,7 @@ def search(models: Path, version: int) -> Retrieved:
         lambda image: release.encode_images([release.prepare(image)])[0],
         origin=f"{models.absolute()}@{version}",
     )
-    return retrieve(RetrieveRequest(b"photos", text=b"a photo"))
+    return retrieve(RetrieveRequest(b"photos", Query([b"a photo"])))
 
 
 def test_the_served_release_embeds_and_every_advice_ends_the_trouble(

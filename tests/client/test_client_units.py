@@ -611,10 +611,23 @@ def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"index": "i"}, "give a text to search for, or image="),
-        ({"text": "a", "image": b"x", "index": "i"}, "and not both"),
-        ({"image": [b"x"], "index": "i"}, "image takes one image, not list"),
-        ({"text": ["a"], "index": "i"}, "text takes texts, not list"),
+        ({"index": "i"}, "give a text to search for, image="),
+        ({"text": [], "image": [], "id": [], "index": "i"}, "give a text to search for"),
+        ({"text": ["a"] * 9, "image": [b"x"] * 9, "index": "i"}, "18 texts.*at most 16"),
+        ({"text": 3, "index": "i"}, "text takes a list, not one int"),
+        ({"text": ["a", 3], "index": "i"}, "text takes texts, not int"),
+        ({"id": b"a", "index": "i"}, "id takes a list, not one bytes"),
+        ({"text": "a", "weights": [1, 2], "index": "i"}, r"weights has the shape \[2\]; \[1\] is"),
+        ({"text": "a", "weights": 1, "index": "i"}, "weights takes a list, not one int"),
+        ({"text": "a", "weights": ["b"], "index": "i"}, "weights is no array of numbers"),
+        ({"text": "a", "weights": [float("nan")], "index": "i"}, r"weights are \[nan\]; allowed"),
+        ({"text": "a", "weights": [1e39], "index": "i"}, "weights are .*allowed are finite"),
+        ({"text": "a", "index": "i", "min_score": 1.01}, "min_score is 1.01; allowed are numbers"),
+        ({"text": "a", "index": "i", "min_score": float("nan")}, "min_score is nan; allowed"),
+        ({"text": "a", "index": "i", "min_score": True}, "min_score is True; allowed"),
+        ({"text": "a", "index": "i", "min_score": "high"}, "min_score is 'high'; .*'calibrated'"),
+        ({"text": "a", "index": "i", "offset": -1}, "offset is -1; allowed are whole numbers"),
+        ({"text": "a", "index": "i", "index_version": 3}, "index_version takes texts"),
         ({"text": "a", "index": None}, "index takes texts, not NoneType"),
         ({"text": "a", "index": "i", "top_k": 0}, "top_k is 0"),
         ({"text": "a", "index": "i", "top_k": 2**31}, "top_k is 2147483648"),
@@ -625,6 +638,62 @@ def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
 def test_bad_arguments_of_search(arguments, why: str):
     with pytest.raises(radapter_client.InvalidRequest, match=why):
         CLIENT.search(**arguments)
+
+
+def test_what_a_search_sends_and_what_it_makes_of_the_answer():
+    asked: list[Request] = []
+
+    class Recorder:
+        def send(self, request: Request, _: float) -> Any:
+            asked.append(request)
+            outputs = {
+                "id": np.array([b"a.jpg"], object),
+                "score": np.array([0.5], np.float32),
+                "metadata": np.array([b"{}"], object),
+                "index_version": np.array([b"g-1"], object),
+            }
+            return Reply(1, {name: outputs[name] for name in request.outputs})
+
+        def close(self) -> None:
+            pass
+
+    with Client(transport=Recorder(), release=1) as client:
+        plain = client.search("cat", index="i")
+        assert plain == [radapter_client.Hit("a.jpg", 0.5, {})]
+        assert plain.index_version is None
+        sent = {name: array.tolist() for name, array in asked[-1].inputs.items()}
+        assert sent == {"text": [b"cat"], "index": [b"i"], "top_k": [10]}
+        assert asked[-1].outputs == ("id", "score", "metadata")
+        paged = client.search(
+            ["cat", "dog"],
+            image=[b"x", b"y"],
+            id="z.jpg",
+            weights=[1, -0.5, 2, 0, 0.25],
+            index="i",
+            min_score=np.float32(0.25),
+            offset=0,
+            index_version="g-1",
+        )
+        assert paged.index_version == "g-1"
+        sent = {name: array.tolist() for name, array in asked[-1].inputs.items()}
+        assert sent == {
+            "text": [b"cat", b"dog"],
+            "image": [b"x", b"y"],
+            "id": [b"z.jpg"],
+            "weight": [1, -0.5, 2, 0, 0.25],
+            "index": [b"i"],
+            "top_k": [10],
+            "min_score": [0.25],
+            "offset": [0],
+            "index_version": [b"g-1"],
+        }
+        assert {str(array.dtype) for array in asked[-1].inputs.values()} == {
+            "object",
+            "float32",
+            "int32",
+        }
+        client.search("cat", index="i", min_score="calibrated")
+        assert asked[-1].inputs["calibrated"].tolist() == [True]
 
 
 def test_other_bad_arguments():

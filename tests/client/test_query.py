@@ -363,7 +363,10 @@ def test_failed_query_leaves_the_old_file(
         (["classify", "a.png", "--labels", "a", "--label-set", "b"], "give one of --labels"),
         (["segment", "a.png"], "give one of --labels"),
         (["search", "--index", "photos"], "give a text to search for"),
-        (["search", "a", "--image", "a.png", "--index", "photos"], "and not both"),
+        (["search", "a", "b", "--weights", "1", "--index", "photos"], "weights has the shape"),
+        (["search", "a", "--weights", "-nan", "--index", "photos"], "weights are .*finite"),
+        (["search", "a", "--min-score", "2", "--index", "photos"], "min_score is 2.0; allowed"),
+        (["search", "a", "--offset", "-1", "--index", "photos"], "offset is -1; allowed"),
         (["embed-text"], "give texts"),
         (["segment", "no.png", "--labels", "a", "--save", "x.png"], "cannot read the image no.png"),
         (

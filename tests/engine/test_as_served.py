@@ -41,6 +41,18 @@ GOOD: dict[str, Ask] = {
     "search by image": lambda client: client.search(
         image=png(7), index="photos", where="width > 20", thumbnails=True
     ),
+    "search by parts": lambda client: client.search(
+        ["red", "blue"],
+        image=png(7),
+        id=["3.png", "5.png"],
+        weights=[1, -0.5, 0.3, 2, 0],
+        index="photos",
+    ),
+    "search by pages": lambda client: pages(client),
+    "least score": lambda client: client.search("red", index="photos", min_score=0.05),
+    "calibrated search": lambda client: client.search(
+        "red", index="photos", min_score="calibrated"
+    ),
     "release": lambda client: client.release(),
     "releases": lambda client: client.releases(),
     "ready": lambda client: client.is_ready(),
@@ -57,11 +69,33 @@ BAD: dict[str, Ask] = {
     "no index": lambda client: client.search("a", index="none"),
     "condition": lambda client: client.search("a", index="photos", where="nothing = 1"),
     "no column": lambda client: client.search("a", index="photos", where="DROP TABLE images"),
+    "past the end": lambda client: client.search("a", index="photos", offset=9),
+    "another version": lambda client: client.search("a", index="photos", index_version="g-1"),
+    "weights that cancel": lambda client: client.search(
+        ["a", "a"], weights=[1, -1], index="photos"
+    ),
+    "no such image": lambda client: client.search(id="none.png", index="photos"),
+    "calibrated image": lambda client: client.search(
+        image=png(7), index="photos", min_score="calibrated"
+    ),
     "proposals": lambda client: client.segment(
         png(6, 50, 40), ["red"], proposals=np.ones((1, 3, 3), bool)
     ),
     "stride": lambda client: client.segment(png(6), ["red"], stride=0),
 }
+
+
+def pages(client: Client) -> list[Any]:
+    """The pages of a search, and the version that they are of."""
+    first = client.search("red", index="photos", top_k=3, offset=0)
+    version = first.index_version
+    assert version is not None
+    rest = [
+        client.search("red", index="photos", top_k=3, offset=offset, index_version=version)
+        for offset in (3, 6)
+    ]
+    assert [len(page) for page in rest] == [3, 2]
+    return [version, first, *rest]
 
 
 @pytest.fixture(scope="module")

@@ -147,6 +147,24 @@ def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None
     assert found.label_ece == pytest.approx(by_hand(pairs.ravel(), right.ravel()), abs=1e-3)
 
 
+def test_the_least_score_keeps_95_of_100_images_and_says_what_else_reaches_it(
+    logits: np.ndarray,
+) -> None:
+    cosines = logits[:1010] / 20
+    truth = drawn(logits, 1.0)[:1010]
+    found = fit_confidence(cosines, truth, 20.0, None, "photos")
+    assert found.min_score is not None
+    own = cosines[np.arange(1010), truth]
+    kept = int((own >= found.min_score).sum())
+    assert kept == 960  # 95 % of 1,010 are 959.5
+    assert found.min_score in own
+    above = [
+        any(cosines[row, label] >= found.min_score for row in range(1010) if truth[row] != label)
+        for label in range(CLASSES)
+    ]
+    assert found.false_answers == sum(above) / CLASSES
+
+
 def test_a_model_with_a_bias_has_no_temperature(logits: np.ndarray) -> None:
     found = fit_confidence(logits / 100, drawn(logits, 1.0), 100.0, -9.0, "photos")
     assert found.temperature is None and found.ece_after is not None

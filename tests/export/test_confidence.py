@@ -174,7 +174,10 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     ],
 )
 def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> None:
-    assert words in command._calibrated({"ece_before": 0.2, "label_ece": 0.02, **facts})
+    least = {"min_score": 0.25, "false_answers": 0.4}
+    said = command._calibrated({"ece_before": 0.2, "label_ece": 0.02, **least, **facts})
+    assert words in said
+    assert "--min-score calibrated (0.250) keeps 95% of the images, and answers 40% of" in said
 
 
 def test_releases_without_it_stay_as_they_were(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ class FakeQdrant:
                 limit=asked_for.limit or 10,
                 with_payload=asked_for.with_payload or False,
             )
+        if rest == "points/scroll":
+            scroll = models.ScrollRequest.model_validate(body)
+            points, following = local.scroll(
+                name,
+                scroll_filter=scroll.filter,
+                limit=scroll.limit or 10,
+                with_payload=scroll.with_payload or False,
+                with_vectors=scroll.with_vector or False,
+            )
+            return models.ScrollResult(points=points, next_page_offset=following)
         return _OK if rest == "index" else info
 
 

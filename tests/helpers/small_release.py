@@ -42,6 +42,7 @@ TASKS = ("embed_image", "embed_text", "segment", "classify")
 CONFIDENCE = {
     **{"scale": 6.0, "bias": -1.0, "temperature": 2.0, "dataset": "photos", "n": 200, "classes": 4},
     **{"ece_before": 0.2, "ece_after": 0.05, "label_ece": 0.01},
+    **{"min_score": 0.1, "false_answers": 0.5},
 }
 LABELS = ["red", "green", "blue, azure", "a striped thing"]
 

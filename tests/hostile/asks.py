@@ -167,6 +167,8 @@ def right(random: Random) -> Ask:
         query: dict[str, Any] = {"text": ["a cat"]} if random.random() < 0.5 else {"image": image}
         inputs = {**query, "index": [INDEX], "top_k": np.array([random.randrange(1, 5)], np.int32)}
         if random.random() < 0.5:
+            inputs["offset"] = np.array([0], np.int32)
+            inputs["min_score"] = np.array([-0.5], np.float32)
             inputs["where"] = [
                 random.choice(
                     ["width > 10", "path LIKE '%.png'", "width > 10 AND NOT (height = 3)"]

@@ -632,6 +632,22 @@ def _numbers() -> Iterator[Made]:
             "numbers out of range",
             ask("retrieve", {"text": ["a"], "index": [INDEX], "top_k": number}).raw,
         )
+    search: dict[str, Any] = {"text": ["a"], "index": [INDEX]}
+    for value in (nan, inf, -inf, np.array([-1.1], np.float32), np.array([3e38], np.float32)):
+        for binary in (True, False):
+            inputs = {**search, "min_score": value}
+            yield _later("numbers out of range", ask("retrieve", inputs, binary=binary).raw)
+    for wrong_search in (
+        {"weight": nan},
+        {"weight": np.zeros(1, np.float32)},
+        {"weight": np.ones(2, np.float32)},
+        {"offset": np.array([-1], np.int32)},
+        {"offset": np.array([2**31 - 1], np.int32)},
+        {"index_version": ["\x00" * 1000]},
+        {"id": ["' OR 1 = 1 --"]},
+        {"id": ["a"] * 17},
+    ):
+        yield _later("searches that fit nothing", ask("retrieve", {**search, **wrong_search}).raw)
     for value in (nan, inf, -inf, np.array([-0.1], np.float32), np.array([1.1], np.float32)):
         for binary in (True, False):
             inputs = {

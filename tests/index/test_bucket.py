@@ -31,6 +31,7 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.index.store import s3 as storage
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.verify import verify
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
@@ -157,7 +158,7 @@ def test_a_server_goes_over_to_what_was_published_last(
     retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
 
     def count() -> int:
-        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     assert count() == 5
     write(photos / "new.png", 9)
@@ -248,7 +249,7 @@ def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
     retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
-    request = RetrieveRequest(b"photos", text=b"a", top_k=100)
+    request = RetrieveRequest(b"photos", Query([b"a"]), top_k=100)
     assert len(retrieve(request).ids) == 5
     put_broken(client, read_facts(tmp_path / "index"), "g-0123456789abcdef")
     assert len(retrieve(request).ids) == len(retrieve(request).ids) == 5
@@ -477,4 +478,4 @@ def test_storage_that_does_not_answer(
         open_index(tmp_path / "indexes" / "photos")
     retrieve = Retrieve(FakeRelease().facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
-        retrieve(RetrieveRequest(b"photos", text=b"a"))
+        retrieve(RetrieveRequest(b"photos", Query([b"a"])))

@@ -124,6 +124,21 @@ def copied(
     return tmp_path / "index", built[1]
 
 
+@pytest.mark.parametrize("where", [None, "path < '002000.jpg'", "path < '000150.jpg'"])
+def test_pages_put_together_are_one_large_page(
+    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch, where: str | None
+) -> None:
+    lower(monkeypatch)
+    index = open_index(built[0] / "index")
+    query = built[1].texts[3]
+    whole = index.search(query, 100, where, offset=0)
+    pages = [index.search(query, 10, where, offset=offset) for offset in range(0, 100, 10)]
+    assert [hit for page in pages for hit in page] == whole
+    assert len(whole) == 100
+    rest = index.search(query, 1000, where, offset=100)
+    assert [*whole, *rest] == index.search(query, 1000, where, offset=0)
+
+
 def test_images_and_texts_are_found_with_their_own_scores(
     built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
 ) -> None:

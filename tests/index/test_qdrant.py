@@ -26,6 +26,7 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.index.store import qdrant
 from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.fake_qdrant import FakeQdrant, fake_qdrant
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
@@ -196,6 +197,37 @@ def test_other_conditions_are_refused(
     assert error.value.code == INVALID_ARGUMENT and "\n" not in str(error.value)
 
 
+def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
+    store: FakeQdrant, photos: Path, tmp_path: Path
+) -> None:
+    release = put(store, str(photos), tmp_path)
+    shutil.copytree(tmp_path / "index", tmp_path / "folders" / "photos")
+    requests = [
+        RetrieveRequest(b"photos", Query([b"a"], ids=[b"3.png", b"5.png"], weights=[1, -2, 0.5])),
+        RetrieveRequest(b"photos", Query(ids=[b"3.png"]), top_k=3, offset=4),
+        RetrieveRequest(b"photos", Query(ids=[b"3.png"]), min_score=0.3, where=b"width > 5"),
+    ]
+    answers = []
+    for folder in ("indexes", "folders"):
+        retrieve = Retrieve(release.facts, tmp_path / folder, lambda _: QUERY, lambda _: QUERY)
+        found = [retrieve(request) for request in requests]
+        answers.append([list(one.ids) for one in found])
+        version = found[0].index_version.encode()
+        assert len(retrieve(dataclasses.replace(requests[1], index_version=version)).ids) == 3
+        for wrong, why in (
+            (Query(ids=[b"no.png"]), "has no image 'no.png'"),
+            (Query([b"a", b"a"], weights=[1, -1]), "cancel to nothing"),
+        ):
+            with pytest.raises(TaskError, match=why):
+                retrieve(RetrieveRequest(b"photos", wrong))
+    assert answers[0] == answers[1]
+    assert 0 < len(answers[0][2]) < 8
+    for broken in ({"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}, 3):
+        store.answer = lambda path, true, broken=broken: broken if "scroll" in path else true
+        with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
+            open_index(tmp_path / "indexes" / "photos").embeddings(["3.png"])
+
+
 def test_a_long_condition(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     put(store, str(photos), tmp_path)
     index = open_index(tmp_path / "indexes" / "photos")
@@ -215,7 +247,7 @@ def test_a_server_goes_over_to_what_was_published_last(
     retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
 
     def count() -> int:
-        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     assert count() == 8 and not publish(tmp_path / "index", f"{store.url}/photos")
     for number in range(3):
@@ -226,7 +258,7 @@ def test_a_server_goes_over_to_what_was_published_last(
         assert len(store.local.get_collections().collections) == 2
     with pytest.raises(TaskError, match=r"\[index_mismatch\]"):
         Retrieve(FakeRelease(0.1).facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)(
-            RetrieveRequest(b"photos", text=b"a")
+            RetrieveRequest(b"photos", Query([b"a"]))
         )
 
 
@@ -298,7 +330,7 @@ def test_answers_that_make_no_sense(
 ) -> None:
     release = put(store, str(photos), tmp_path)
     retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
-    request = RetrieveRequest(b"photos", text=b"a", top_k=8, thumbnails=True)
+    request = RetrieveRequest(b"photos", Query([b"a"]), top_k=8, thumbnails=True)
     assert len(retrieve(request).ids) == 8
     store.answer = answer
     with pytest.raises(
@@ -381,7 +413,7 @@ def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
     with fake_qdrant() as store:
         release = put(store, str(photos), tmp_path)
         retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
-        request = RetrieveRequest(b"photos", text=b"a")
+        request = RetrieveRequest(b"photos", Query([b"a"]))
         assert len(retrieve(request).ids) == 8
     with pytest.raises(
         TaskError, match="can't be searched in Qdrant: it does not answer as it should"

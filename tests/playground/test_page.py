@@ -78,12 +78,15 @@ def test_classify_by_a_label_set(events: dict[str, Any], picture: str) -> None:
     assert list(scores) == ["a", "b", "c"]
 
 
-def test_search_by_text_and_by_picture(events: dict[str, Any], picture: str) -> None:
+def test_search_by_text_by_picture_and_by_both(
+    served: Served, events: dict[str, Any], picture: str
+) -> None:
     for name, query, asked in (
-        ("search_text", "a cat", "a cat"),
-        ("search_picture", picture, "picture"),
+        ("search_text", ["a cat"], "a cat"),
+        ("search_picture", [picture], "picture"),
+        ("search_both", [picture, "a cat"], "picture"),
     ):
-        found, took = events[name](query, "photos", 3)
+        found, took = events[name](*query, "photos", 3, -1)
         assert [caption for _, caption in found] == [
             f"{0.9 - 0.1 * n:.3f} folder/{asked} {n}<b>" for n in range(3)
         ]
@@ -93,6 +96,10 @@ def test_search_by_text_and_by_picture(events: dict[str, Any], picture: str) -> 
             (0, 0, 255),
         ]
         assert took.endswith("3 found")
+        assert "min_score" not in given(served)
+    assert {"image", "text"} < given(served).keys()
+    events["search_text"]("a cat", "photos", 3, 0.25)
+    assert np.frombuffer(given(served)["min_score"], np.float32) == 0.25
 
 
 def test_segment_draws_the_labels_on_a_picture_that_is_no_larger_than_the_page_shows(
@@ -129,12 +136,15 @@ def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: 
         assert "alpha" not in given(served)
 
 
-@pytest.mark.parametrize("name", ["classify", "segment", "search_picture"])
+@pytest.mark.parametrize("name", ["classify", "segment", "search_picture", "search_both"])
 def test_without_a_picture_the_page_says_so(
     served: Served, events: dict[str, Any], name: str
 ) -> None:
     asked = len(served.upstream.asked)
-    rest = ["photos", 3] if name == "search_picture" else ["cat", "", 0]
+    rest = {
+        "search_picture": ["photos", 3, -1],
+        "search_both": ["a cat", "photos", 3, -1],
+    }.get(name, ["cat", "", 0])
     assert events[name](None, *rest) == (None, "Drop a picture on the left.")
     assert len(served.upstream.asked) == asked
 
@@ -145,7 +155,7 @@ def test_what_is_refused_is_said_in_words(
     import gradio
 
     with pytest.raises(gradio.Error, match="there are: drawings, photos"):
-        events["search_text"]("a cat", "none", 3)
+        events["search_text"]("a cat", "none", 3, -1)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
     with pytest.raises(gradio.Error) as caught:

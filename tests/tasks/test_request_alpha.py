@@ -20,6 +20,7 @@ from radapter_serve.index.index import open_index
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
 from tests.helpers.small_models import release
@@ -249,7 +250,7 @@ def test_an_index_belongs_to_one_alpha(
 
     served = LocalRelease(dynamic_tiny_clip)  # its own alpha is 0.5
     retrieve = Retrieve(served.facts, tmp_path / "indexes", embed_text, embed_text)
-    found = retrieve(RetrieveRequest(b"photos", b"a cat"))
+    found = retrieve(RetrieveRequest(b"photos", Query([b"a cat"])))
     assert asked == [pytest.approx(0.8)]
     fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@2")
     images = fixed.encode_images(
@@ -259,7 +260,7 @@ def test_an_index_belongs_to_one_alpha(
     # A release with that alpha folded in can search it, too; one with another can't.
     text = fixed.embed_texts(["a cat"])[0]
     one = Retrieve(fixed.facts, tmp_path / "indexes", lambda _: text, lambda _: text)
-    assert one(RetrieveRequest(b"photos", b"a cat")).ids.tolist() == found.ids.tolist()
+    assert one(RetrieveRequest(b"photos", Query([b"a cat"]))).ids.tolist() == found.ids.tolist()
     other = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@1")
     with pytest.raises(TaskError, match=r"index_mismatch.*at alpha 0.8.*this is .* at alpha 0.3"):
         Retrieve(other.facts, tmp_path / "indexes", lambda _: text, lambda _: text).index("photos")

@@ -26,6 +26,7 @@ from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
+from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.indexes import searched
 from tests.index.test_index import FakeRelease, embeds_of, write
@@ -54,16 +55,16 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", release)
     retrieve = task(tmp_path / "indexes", release)
     embeds = embeds_of(release, sorted(photos.iterdir()))
-    found = retrieve(RetrieveRequest(b"photos", text=b"abc", top_k=2))
+    found = retrieve(RetrieveRequest(b"photos", Query([b"abc"]), top_k=2))
     best = np.argsort(-embeds[:, 3])[:2]
     assert list(found.ids) == [f"{number}.png" for number in best] and found.thumbnails is None
     np.testing.assert_allclose(found.scores, embeds[best, 3], atol=1e-6)
     assert [json.loads(text)["path"] for text in found.metadata] == list(found.ids)
     image = (photos / "2.png").read_bytes()
-    found = retrieve(RetrieveRequest(b"photos", image=image, thumbnails=True))
+    found = retrieve(RetrieveRequest(b"photos", Query(images=[image]), thumbnails=True))
     assert found.ids[0] == "2.png" and len(found.ids) == 4 and found.thumbnails is not None
     assert all(thumbnail.startswith(b"\xff\xd8") for thumbnail in found.thumbnails)
-    assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"path = 'x'")).ids) == 0
+    assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), where=b"path = 'x'")).ids) == 0
 
 
 def the_playground_knows(retrieve: Retrieve) -> list[str]:
@@ -84,7 +85,7 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     retrieve = task(tmp_path / "indexes", release)
 
     def count() -> int:
-        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     with pytest.raises(TaskError, match=r"there are: none \(radapter-index build makes them\)"):
         count()
@@ -118,7 +119,7 @@ def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
     assert retrieve.index("photos") is retrieve.index("photos") is not held
     (searched(out) / "rows.arrow").unlink()
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
-        task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
+        task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", Query([b"a"])))
 
 
 def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
@@ -163,7 +164,7 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
     def search() -> None:
         while not over.is_set():
             try:
-                found = retrieve(RetrieveRequest(b"photos", text=b"5", top_k=1000))
+                found = retrieve(RetrieveRequest(b"photos", Query([b"5"]), top_k=1000))
                 assert found.ids[0] == "000005.jpg" and len(set(found.ids)) == len(found.ids)
                 counts.append(len(found.ids))
             except Exception as error:
@@ -205,28 +206,29 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
         b"broken",
     ):
         with pytest.raises(TaskError) as error:
-            retrieve(RetrieveRequest(name, text=b"a"))
+            retrieve(RetrieveRequest(name, Query([b"a"])))
         assert error.value.code == UNKNOWN_INDEX and str(tmp_path / "indexes") not in str(
             error.value
         )
     for request in (
         RetrieveRequest(b"photos"),
-        RetrieveRequest(b"photos", text=b"a", image=b"b"),
-        RetrieveRequest(b"photos", text=b"a", where=b"\xff"),
-        RetrieveRequest(b"\xff", text=b"a"),
-        RetrieveRequest(b"photos", text=b"a", top_k=0),
+        RetrieveRequest(b"photos", Query([b"a"]), where=b"\xff"),
+        RetrieveRequest(b"\xff", Query([b"a"])),
+        RetrieveRequest(b"photos", Query([b"a"]), top_k=0),
     ):
         with pytest.raises(TaskError) as error:
             retrieve(request)
         assert error.value.code == INVALID_ARGUMENT
     with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*; the server's log has") as error:
-        task(tmp_path / "indexes", FakeRelease(alpha=0.9))(RetrieveRequest(b"photos", text=b"a"))
+        task(tmp_path / "indexes", FakeRelease(alpha=0.9))(
+            RetrieveRequest(b"photos", Query([b"a"]))
+        )
     assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)
 
 
 def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"^\[unknown_index\]") as caught:
-        task(tmp_path, FakeRelease())(RetrieveRequest(b"b" * 10_001, text=b"a"))
+        task(tmp_path, FakeRelease())(RetrieveRequest(b"b" * 10_001, Query([b"a"])))
     assert len(str(caught.value)) < 200
 
 

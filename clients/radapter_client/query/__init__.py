@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -240,31 +240,51 @@ def segment(
 def search(
     server: OmitArgPrefixes[Server],
     index: str,
-    text: Annotated[Positional[str | None], arg(metavar="[TEXT]")] = None,
-    image: str | None = None,
+    text: Annotated[Positional[tuple[str, ...]], arg(metavar="[TEXT ...]")] = (),
+    image: tuple[str, ...] = (),
+    id: tuple[str, ...] = (),
+    weights: tuple[float, ...] = (),
     top_k: int = 10,
     where: str | None = None,
+    min_score: float | Literal["calibrated"] | None = None,
+    offset: int | None = None,
+    index_version: str | None = None,
     save: Path | None = None,
 ) -> None:
     """The images of an index that are nearest to a text or an image.
 
+    Several texts, images and ids, at most 16, are one query: the weighted sum of their embeddings.
+
     Args:
         index: name of an index that radapter-index build wrote.
         text: what to search for, such as "a red bicycle".
-        image: file of an image to find the like of, instead of a text.
+        image: files of images to find the like of.
+        id: images of the index to find the like of, by their ids.
+        weights: of texts, images and ids, in this order; negative ones lead away. 1 each if none
+            are given.
         top_k: hits to show.
         where: condition on the metadata, such as "year > 2020".
+        min_score: cosine from -1 to 1 from which images are shown, or calibrated: the one that the
+            release was exported with, of a search by one text.
+        offset: hits to leave out before the first; pages begin with --offset 0.
+        index_version: of the index, as the first page names it; another one is refused.
         save: .html to write: a page of thumbnails.
     """
-    if (text is None) == (image is None):
-        raise RAdapterClientError(
-            'give a text to search for, such as "a red bicycle", or --image FILE, and not both'
-        )
     if save is not None:
         check_output("--save", save, ".html")
     with server.client() as client:
         hits = client.search(
-            text, image=image, index=index, top_k=top_k, where=where, thumbnails=save is not None
+            text,
+            image=image,
+            id=id,
+            weights=weights or None,
+            index=index,
+            top_k=top_k,
+            where=where,
+            min_score=min_score,
+            offset=offset,
+            index_version=index_version,
+            thumbnails=save is not None,
         )
         used = client.release().version if save is not None else None
     if save is not None:
@@ -272,11 +292,17 @@ def search(
 
         facts = {"index": index, "where": where, "hits": len(hits), "release": used}
         known = {name: str(value) for name, value in facts.items() if value is not None}
-        content = page(hits, text or Path(image or "").name, image, known)
+        # One image alone is shown; of several parts, their names are.
+        names = [*text, *(Path(one).name for one in image), *id]
+        alone = image[0] if len(names) == len(image) == 1 else None
+        content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
     if server.json:
         for hit in hits:
-            print(to_json({"id": hit.id, "score": hit.score, "metadata": hit.metadata}))
+            facts = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+            if hits.index_version is not None:
+                facts["index_version"] = hits.index_version
+            print(to_json(facts))
         return
     table = Table(Column("score", justify="right"), "id", "metadata")
     for hit in hits:
@@ -285,6 +311,8 @@ def search(
             f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold")
         )
     Console().print(table)
+    if hits.index_version is not None:
+        print(f"index version: {hits.index_version}")
     if save is not None:
         print(save)
 

@@ -56,6 +56,13 @@ class Store(Protocol):
             TaskError: the condition is not allowed, or the store can't be read.
         """
 
+    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        """The embeddings of those of these images that are there, float32 [D] each.
+
+        Raises:
+            TaskError: the store can't be read.
+        """
+
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
         """Columns of all images as Arrow's record batches of at most so many rows, in one order.
 

@@ -148,9 +148,35 @@ class Collection:
         types = OWN | self._facts.plan.column_types
         own = {name: kind for name, kind in types.items() if name in self._facts.columns}
         met = None if where is None else to_filter(where, own)
-        try:
+        with self._search_errors():
             return self._asked_for(embedding, top_k, met, thumbnails)
+
+    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        from qdrant_client import models
+
+        any_of = models.FieldCondition(key="path", match=models.MatchAny(any=ids))
+        with self._search_errors(), qdrant_errors(self._place.url):
+            points, _ = self._place.client().scroll(
+                self._name,
+                scroll_filter=models.Filter(must=[any_of]),
+                limit=len(ids),
+                with_payload=["path"],
+                with_vectors=True,
+            )
+            vectors = [np.array(point.vector, np.float32) for point in points]
+            wanted = (self._facts.plan.release.embed_dim,)
+            if any(vector.shape != wanted for vector in vectors):
+                raise ValueError("a vector of another width")
+            return {str(p.payload["path"]): v for p, v in zip(points, vectors, strict=True)}
+
+    @contextlib.contextmanager
+    def _search_errors(self) -> Iterator[None]:
+        """Turn why a search fails into an answer for its caller, and a line in the log."""
+        try:
+            yield
         except RAdapterError as error:
+            if isinstance(error, TaskError):
+                raise
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
             why = public(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
             raise TaskError(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
@@ -64,6 +66,14 @@ class Table:
             else:
                 found = self._approximate(self._nearest, embedding, top_k, met)
             return self._hits(found, embedding, top_k, thumbnails=thumbnails)
+
+    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        with _search_errors(self._name):
+            paths = self._mapped.columns["path"]
+            met = pc.is_in(paths, pa.array(ids, paths.type))
+            found = np.flatnonzero(met.to_numpy())
+            names = self._mapped.values("path", found)
+            return dict(zip(names, np.array(self._mapped.vectors[found]), strict=True))
 
     def _evaluated(self, where: str) -> Met:
         columns = {name: self._mapped.columns[name] for name in self._facts.columns}
