@@ -96,9 +96,9 @@ def _flat(inputs: Inputs, name: str) -> Any:
     return None if array is None else array.ravel()
 
 
-def _all(inputs: Inputs, name: str) -> Any:
+def _list(inputs: Inputs, name: str) -> list[Any]:
     array = inputs.get(name)
-    return () if array is None else array.ravel()
+    return [] if array is None else array.ravel().tolist()
 
 
 def _first(inputs: Inputs, name: str) -> Any:
@@ -171,10 +171,10 @@ def _read_retrieve(inputs: Inputs) -> RetrieveRequest:
     return RetrieveRequest(
         need(inputs, "index").ravel()[0],
         Query(
-            texts=_all(inputs, "text"),
-            images=_all(inputs, "image"),
-            ids=_all(inputs, "id"),
-            weights=_flat(inputs, "weight"),
+            texts=_list(inputs, "text"),
+            images=_list(inputs, "image"),
+            ids=_list(inputs, "id"),
+            weights=_list(inputs, "weight") or None,
         ),
         top_k=_first(inputs, "top_k"),
         where=_first(inputs, "where"),

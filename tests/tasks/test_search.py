@@ -24,6 +24,7 @@ from radapter_serve.index.build import build
 from radapter_serve.tasks.query import MAX_PARTS, Query, combine
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.scores import fitted_min_score
+from radapter_serve.tasks.table import TASKS
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 
 ODD = ["it's.png", 'quo"te.png', "Ünï 猫.png", "100%_.png", "back\\slash.png"]
@@ -256,6 +257,37 @@ def test_refusals(world: World, query: Query, options: dict[str, Any], why: str)
         world.find(query, **options)
     assert caught.value.code == INVALID_ARGUMENT
     assert "\n" not in str(caught.value)
+
+
+class Arrays(dict[str, Any]):
+    """What a request brings, as a server has it."""
+
+    cancelled = staticmethod(lambda: False)
+
+    def wants(self, output: str) -> bool:
+        return output == "thumbnail"
+
+
+def test_a_request_is_read_from_its_arrays(world: World) -> None:
+    image = world.files[5].read_bytes()
+    inputs = Arrays(
+        index=np.array([b"photos"], object),
+        text=np.array([b"1", b"2"], object),
+        image=np.array([image], object),
+        id=np.array([b"03.png", b"04.png"], object),
+        weight=np.array([1, -0.5, 0.25, 2, 0], np.float32),
+        top_k=np.array([7], np.int32),
+        offset=np.array([2], np.int32),
+        min_score=np.array([-0.5], np.float32),
+    )
+    request = TASKS["retrieve"].read(inputs)
+    query = Query([b"1", b"2"], [image], [b"03.png", b"04.png"], [1, -0.5, 0.25, 2, 0])
+    assert request == RetrieveRequest(
+        b"photos", query, top_k=7, thumbnails=True, offset=2, min_score=-0.5
+    )
+    outputs = TASKS["retrieve"].outputs(world.retrieve(request))
+    assert list(outputs["id"]) == world.find(query, top_k=7, offset=2, min_score=-0.5)[0]
+    assert outputs["index_version"].tolist() == [world.retrieve.index("photos").generation]
 
 
 def test_an_image_that_is_none_is_refused_with_its_code(world: World) -> None:
