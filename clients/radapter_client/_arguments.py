@@ -108,9 +108,8 @@ def search_inputs(
     """The inputs of `retrieve` that say what to search for, and the images that go with them."""
     texts = _one_or_more("text", text)
     ids = _one_or_more("id", id)
-    images: list[ImageLike] = []
-    if image is not None:
-        images = [image] if is_one_image(image) else as_list("image", image)
+    given: Any = [] if image is None else image
+    images: list[ImageLike] = [given] if is_one_image(given) else as_list("image", given)
     many = len(texts) + len(images) + len(ids)
     if not many:
         raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')

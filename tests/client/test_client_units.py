@@ -670,7 +670,7 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
             id="z.jpg",
             weights=[1, -0.5, 2, 0, 0.25],
             index="i",
-            min_score=np.float32(0.25),
+            min_score=0.25,
             offset=0,
             index_version="g-1",
         )

@@ -243,9 +243,9 @@ def test_indexes_are_opened_before_the_first_search(
     retrieve = task(tmp_path / "indexes", release)
     assert "the index" in capsys.readouterr().err
     monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
-    assert len(retrieve(RetrieveRequest(b"photos", text=b"a")).ids) == 4
+    assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]))).ids) == 4
     with pytest.raises(TaskError, match="'broken' can't be opened"):
-        retrieve(RetrieveRequest(b"broken", text=b"a"))
+        retrieve(RetrieveRequest(b"broken", Query([b"a"])))
 
 
 def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(

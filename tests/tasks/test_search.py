@@ -180,7 +180,7 @@ def test_a_page_of_another_version_is_refused(world: World, tmp_path: Path) -> N
 def calibrated(world: World, alpha: float = 0.5, **confidence: Any) -> Retrieve:
     """The task of a release that was fitted to validation data."""
     release = FakeRelease(alpha)
-    fitted = dict.fromkeys(("scale", "bias", "ece_before", "label_ece"), 0.0)
+    fitted: dict[str, Any] = dict.fromkeys(("scale", "bias", "ece_before", "label_ece"), 0.0)
     fitted |= {"dataset": "photos", "n": 100, "classes": 2, **confidence}
     release.facts = replace(release.facts, confidence=fitted)
     return task(world.folder, release)
@@ -216,7 +216,13 @@ def test_without_a_calibrated_least_score_the_command_is_named(world: World) -> 
 
 def test_a_least_score_belongs_to_its_alpha() -> None:
     facts = FakeRelease(0.25).facts
-    fitted = {"scale": 1.0, "bias": 0.0, "dataset": "photos", "n": 100, "classes": 2}
+    fitted: dict[str, Any] = {
+        "scale": 1.0,
+        "bias": 0.0,
+        "dataset": "photos",
+        "n": 100,
+        "classes": 2,
+    }
     fitted |= {"ece_before": 0.0, "label_ece": 0.0, "min_score": 0.5}
     facts = replace(facts, confidence=fitted)
     assert fitted_min_score(facts, 0.25) == 0.5

@@ -299,10 +299,10 @@ def search(
         write_whole(save, lambda file: file.write(content))
     if server.json:
         for hit in hits:
-            facts = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+            found = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
             if hits.index_version is not None:
-                facts["index_version"] = hits.index_version
-            print(to_json(facts))
+                found["index_version"] = hits.index_version
+            print(to_json(found))
         return
     table = Table(Column("score", justify="right"), "id", "metadata")
     for hit in hits:
