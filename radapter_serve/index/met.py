@@ -19,6 +19,7 @@ from sqlglot import exp
 
 from radapter_serve.contract.errors import invalid, public
 from radapter_serve.index.condition import ALLOWED, parse_condition
+from radapter_serve.index.store import EXACT
 
 Values = Any  # an Arrow ChunkedArray or Scalar
 Types = exp.DataType.Type
@@ -66,12 +67,19 @@ class Met:
         self.count = int(np.count_nonzero(marks))
         self.bits = np.packbits(marks, bitorder="little")
         self._size = len(marks)
+        self._few = np.flatnonzero(marks) if self.count <= EXACT else None
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Where they are, int64 [count]."""
+        """Where they are, int64 [count]; of few rows they are kept."""
+        if self._few is not None:
+            return self._few
         marks = np.unpackbits(self.bits, count=self._size, bitorder="little")
         return np.flatnonzero(marks)
+
+    def count_of(self, positions: NDArray[np.int64]) -> int:
+        """How many of some rows are among them."""
+        return int(np.count_nonzero(self.bits[positions >> 3] >> (positions & 7) & 1))
 
 
 def met_by(where: str, columns: Mapping[str, Any], count: int) -> Met:

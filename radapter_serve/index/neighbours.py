@@ -24,6 +24,7 @@ _MOST_CELLS = 65_536
 _SAMPLE = 32  # vectors that a cell's centre is computed from
 _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # for each hit at least
+_MORE = 0.3  # the power of the number of hits, in tens, by which a search for more takes more
 _FACTOR = 4  # how much more is searched where it was too little
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
 _ROUNDING = 1e-5  # of a cosine in float32
@@ -56,61 +57,96 @@ class Neighbours:
                 " index.json names"
             )
         self.cells = int(self._index.nlist)
+        lists = self._index.invlists
+        self._in_cell = [
+            self._faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
+            for cell in range(self.cells)
+        ]
 
     def nearest(
-        self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
+        self,
+        query: NDArray[np.float32],
+        top_k: int,
+        nprobes: int,
+        candidates: int,
+        among: Met | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
-        """The nearest of all vectors and their cosines, best first, as `best` has them.
+        """The nearest vectors and their cosines, best first, as `best` has them.
+
+        The ten nearest of a tenth of all vectors are among some hundred nearest of all: they lie in
+        more cells, and fewer others are named before them.
 
         Args:
             query: float32 [D], unit length.
-            top_k: how many, 1 to N.
+            top_k: how many, 1 to the number of vectors that may be found.
             nprobes: cells that are searched for ten; more are for more.
-            candidates: how many FAISS names at least, which the vectors themselves sort.
+            candidates: how many FAISS names for ten, which the vectors themselves sort.
+            among: the vectors that may be found, drawn as if by lot; None for all.
         """
-        count = len(self.vectors)
-        wanted = min(count, max(candidates, _CANDIDATES * top_k))
-        probes = min(self.cells, round(nprobes * max(1.0, top_k / 10) ** 0.5))
+        count = len(self.vectors) if among is None else among.count
+        share = count / len(self.vectors)
+        more = max(1.0, top_k / 10) ** _MORE
+        wanted = min(count, max(round(candidates * more * share**0.5), _CANDIDATES * top_k))
+        probes = min(self.cells, round(nprobes * more / share**0.6))
         while True:
-            named, approximate = self._named(query, wanted, probes)
+            named, approximate = self._named(query, wanted, probes, among)
             if len(named) < top_k and probes < self.cells:
                 probes = min(self.cells, _FACTOR * probes)
                 continue
-            found, scores = self.best(query, named, top_k)
+            scores = self._cosines(query, named)
+            near = _near(scores, top_k)
             # Where a hit is the last that FAISS named, its equals may be left out.
-            tied = approximate[np.isin(named, found)].min() <= approximate.min()
+            tied = approximate[near].min() <= approximate.min()
             if not tied or len(named) < wanted or wanted == count:
-                return found, scores
+                return _in_order(named[near], scores[near])
             wanted = min(count, _FACTOR * wanted)
 
     def nearest_of(
-        self, query: NDArray[np.float32], top_k: int, candidates: int, among: Met
+        self,
+        query: NDArray[np.float32],
+        top_k: int,
+        nprobes: int,
+        candidates: int,
+        among: Met,
     ) -> tuple[Positions, NDArray[np.float32]]:
         """The nearest of some vectors and their cosines, best first, as `best` has them.
 
-        What a condition leaves may lie anywhere, also where vectors are dense and codes tell them
-        apart badly. Therefore all cells are searched, for as many candidates as it takes until, by
-        the errors of the codes that are seen, none of the others can be a hit.
+        Where a condition takes away what is near the query, the rest may lie anywhere, also where
+        vectors are dense and codes tell them apart badly. There all cells are searched, for as many
+        candidates as it takes until, by the errors of the codes that are seen, none of the others
+        can be a hit.
 
         Args:
-            query: float32 [D], unit length.
-            top_k: how many, 1 to the number of those that may be found.
-            candidates: how many FAISS names at least.
-            among: the vectors that may be found.
+            query, top_k, nprobes, candidates: as in `nearest`.
+            among: the vectors that may be found, by whatever condition.
         """
-        selector = self._selector(among)
+        if self._as_if_by_lot(query, nprobes, among):
+            return self.nearest(query, top_k, nprobes, candidates, among)
         wanted = max(candidates, _CANDIDATES * top_k)
         while _FACTOR * wanted < among.count:
-            named, approximate = self._named(query, wanted, self.cells, selector)
+            named, approximate = self._named(query, wanted, self.cells, among)
             if len(named) < top_k:
                 break
             scores = self._cosines(query, named)
             errors = scores - approximate
             reach = approximate.min() + errors.mean() + _DEVIATIONS * errors.std()
             if reach < np.partition(scores, -top_k)[-top_k]:
-                return self._finalists(named, scores, top_k)
+                near = _near(scores, top_k)
+                return _in_order(named[near], scores[near])
             wanted *= _FACTOR
         return self.best(query, among.positions, top_k)
+
+    def _as_if_by_lot(self, query: NDArray[np.float32], nprobes: int, among: Met) -> bool:
+        """Whether the cells nearest to a query hold as many of some vectors as all cells do, or
+        more; fewer by two deviations is hardly chance.
+        """
+        asked = np.ascontiguousarray(query[None], np.float32)
+        _, cells = self._index.quantizer.search(asked, min(self.cells, max(1, nprobes // 4)))
+        near = np.concatenate([self._in_cell[cell] for cell in cells[0].tolist()])
+        share = among.count / len(self.vectors)
+        expected = share * len(near)
+        there = among.count_of(near)
+        return bool(there >= expected - 2 * (expected * (1 - share)) ** 0.5)
 
     def best(
         self, query: NDArray[np.float32], of: Positions, top_k: int
@@ -119,17 +155,9 @@ class Neighbours:
 
         There may be more than `top_k`: all that rounding lets no one tell from the last.
         """
-        return self._finalists(of, self._cosines(query, of), top_k)
-
-    def _finalists(
-        self, of: Positions, scores: NDArray[np.float32], top_k: int
-    ) -> tuple[Positions, NDArray[np.float32]]:
-        if len(scores) > top_k:
-            near = ~(scores < np.partition(scores, -top_k)[-top_k] - _ROUNDING)
-            of = of[near]
-            scores = scores[near]
-        order = np.argsort(-scores, kind="stable")
-        return of[order], scores[order]
+        scores = self._cosines(query, of)
+        near = _near(scores, top_k)
+        return _in_order(of[near], scores[near])
 
     def _cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
         """By FAISS's own sums, which read the mapped vectors where they lie."""
@@ -147,9 +175,13 @@ class Neighbours:
         return scores
 
     def _named(
-        self, query: NDArray[np.float32], wanted: int, probes: int, selector: Any = None
+        self, query: NDArray[np.float32], wanted: int, probes: int, among: Met | None
     ) -> tuple[Positions, NDArray[np.float32]]:
         """What FAISS names, and the cosines by its codes."""
+        selector = None
+        if among is not None:
+            bits = self._faiss.swig_ptr(among.bits)  # which FAISS only points at
+            selector = self._faiss.IDSelectorBitmap(len(self.vectors), bits)
         options = self._faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
         scores, named = self._index.search(
@@ -158,10 +190,17 @@ class Neighbours:
         there = (named[0] >= 0) & (named[0] < len(self.vectors))
         return named[0][there], scores[0][there]
 
-    def _selector(self, among: Met) -> Any:
-        return self._faiss.IDSelectorBitmap(
-            len(self.vectors), self._faiss.swig_ptr(among.bits)
-        )  # which points at the bits
+
+def _near(scores: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
+    """Which scores are among the best, or may be by rounding."""
+    if len(scores) <= top_k:
+        return np.ones(len(scores), bool)
+    return np.asarray(~(scores < np.partition(scores, -top_k)[-top_k] - _ROUNDING))
+
+
+def _in_order(of: Positions, scores: NDArray[np.float32]) -> tuple[Positions, NDArray[np.float32]]:
+    order = np.argsort(-scores, kind="stable")
+    return of[order], scores[order]
 
 
 def write_neighbours(

@@ -949,12 +949,12 @@ def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
 
     class Fake:
         def __init__(self) -> None:
-            self.vectors = vectors.astype(np.float16)
+            self.vectors = vectors
 
         def nearest(
             self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
         ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            scores = self.vectors.astype(np.float32) @ query
+            scores = self.vectors @ query
             bad = nprobes < 64 and (query == texts).all(1).any() == (worse == "texts")
             best = np.argsort(-scores)[20 if bad else 0 :][:top_k]
             return best, scores[best]

@@ -386,7 +386,9 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
             order = order[: len(order) // 2]
         marks = np.zeros(len(vectors), bool)
         marks[order] = True
-        found, _ = near.nearest_of(query, 10, int(effort["candidates"]), Met(marks))
+        found, _ = near.nearest_of(
+            query, 10, int(effort["nprobes"]), int(effort["candidates"]), Met(marks)
+        )
         hits += len(set(order[:10]) & set(found[:10]))
     assert hits / (10 * len(queries)) >= 0.97
 

@@ -50,7 +50,7 @@ class Table:
         check_files(folder, facts.searched, complete=complete, always=(VECTORS, CODES))
         self._mapped = Mapped(folder, (facts.count, facts.plan.release.embed_dim))
         self._nearest = Neighbours(folder, self._mapped.vectors) if facts.nearest else None
-        room = max(1, min(_MAX_CONDITIONS, _MAX_BYTES // (facts.count // 8 + 1)))
+        room = max(1, min(_MAX_CONDITIONS, _MAX_BYTES // (facts.count // 8 + 8 * EXACT)))
         self._met = lru_cache(room)(self._evaluated)
 
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
@@ -105,7 +105,7 @@ class Table:
         elif met.count <= EXACT:
             found, _ = near.best(embedding, met.positions, top_k)
         else:
-            found, _ = near.nearest_of(embedding, top_k, effort.candidates, met)
+            found, _ = near.nearest_of(embedding, top_k, effort.nprobes, effort.candidates, met)
         return found
 
     def _hits(

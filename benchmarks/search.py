@@ -1,0 +1,322 @@
+"""A search of an index from the query's embedding to ids, scores and metadata, with and without a
+condition, against the floor of the same run: FAISS or numpy alone on the same vectors.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tyro
+from common import RESULTS, Report, say
+from index import BATCH, QUERIES, collection, embed, photos_of
+from numpy.typing import NDArray
+
+from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
+from radapter_serve.index.index import Index, open_index
+from radapter_serve.index.mapped import FOLDER, Mapped, described, write_mapped
+from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
+from radapter_serve.index.recall import tune
+from radapter_serve.index.store import EXACT
+from radapter_serve.index.store.local import install
+
+Array = NDArray[np.float32]
+THUMBNAIL = bytes(range(256)) * 16  # as long as a thumbnail of 128 px is
+ROUNDS = 3  # in which all questions are asked again
+Numbers = NDArray[np.int64]
+# A condition, which of the numbered images meet it, and Arrow's own comparison of its first column.
+WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
+    "year >= 2010": (
+        lambda n: n * 7 % 20 >= 10,
+        lambda table: pc.greater_equal(table["year"], 2010),
+    ),
+    "kind = 'photo'": (lambda n: n % 3 == 0, lambda table: pc.equal(table["kind"], "photo")),
+    "year >= 2005 AND kind = 'photo'": (
+        lambda n: (n * 7 % 20 >= 5) & (n % 3 == 0),
+        lambda table: pc.and_(
+            pc.greater_equal(table["year"], 2005), pc.equal(table["kind"], "photo")
+        ),
+    ),
+    "path LIKE '%7.jpg'": (
+        lambda n: n % 10 == 7,
+        lambda table: pc.match_like(table["path"], "%7.jpg"),
+    ),
+    "year = 2019": (lambda n: n * 7 % 20 == 19, lambda table: pc.equal(table["year"], 2019)),
+    "path LIKE '%77.jpg'": (
+        lambda n: n % 100 == 77,
+        lambda table: pc.match_like(table["path"], "%77.jpg"),
+    ),
+    "path LIKE '%777.jpg'": (
+        lambda n: n % 1000 == 777,
+        lambda table: pc.match_like(table["path"], "%777.jpg"),
+    ),
+}
+
+
+def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
+    """An index's columns: a path, a size, a digest, a year of twenty, one of three kinds, and a
+    thumbnail.
+    """
+    for start in range(0, len(vectors), BATCH):
+        part = np.ascontiguousarray(vectors[start : start + BATCH])
+        numbers = range(start, start + len(part))
+        size = pa.array([640] * len(part), pa.int32())
+        columns = {
+            "path": pa.array([f"photos/{number % 97:02}/{number:07}.jpg" for number in numbers]),
+            "width": size,
+            "height": size,
+            "digest": pa.array([f"sha256:{number:064x}" for number in numbers]),
+            "year": pa.array([2000 + number * 7 % 20 for number in numbers], pa.int64()),
+            "kind": pa.array([("photo", "drawing", "print")[number % 3] for number in numbers]),
+            "thumbnail": pa.array([THUMBNAIL] * len(part)),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), part.shape[1]),
+        }
+        yield pa.record_batch(list(columns.values()), list(columns))
+
+
+def make(vectors: Array, texts: Array, out: Path) -> None:
+    """An index as `radapter-index build` writes it, but for the table that is written to."""
+    made = out.with_name(f".{out.name}.building")
+    place = made / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    write_mapped(place, rows_of(vectors), vectors.shape)
+    nearest = None
+    if len(vectors) > EXACT:
+        mapped = Mapped(place, vectors.shape).vectors
+        written = write_neighbours(place, mapped)
+        effort = tune(Neighbours(place, mapped), texts)
+        nearest = NearestFacts(
+            written.cells,
+            written.trained_on,
+            int(effort["nprobes"]),
+            int(effort["candidates"]),
+            effort["recall"],
+        )
+    release = MadeBy("made", 0.5, False, 1, "fp32", "", "", vectors.shape[1], "sha256:0")
+    plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    columns = ["path", "width", "height", "digest", "year", "kind"]
+    facts = IndexFacts(
+        plan, len(vectors), columns, {}, described(place), nearest, 1, created=now, changed=now
+    )
+    install(made, out, facts, datetime.timedelta(0))
+
+
+def exact(vectors: Array, queries: Array, top_k: int, marks: NDArray[np.bool_]) -> list[set[int]]:
+    """The positions of the nearest of some vectors, by numpy."""
+    best = np.full((len(queries), top_k), -2.0, np.float32)
+    rows = np.full((len(queries), top_k), -1)
+    for start in range(0, len(vectors), 50_000):
+        scores = queries @ vectors[start : start + 50_000].T
+        scores[:, ~marks[start : start + 50_000]] = -2
+        both = np.concatenate([best, scores], axis=1)
+        named = np.concatenate(
+            [rows, np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)], axis=1
+        )
+        chosen = np.argpartition(-both, top_k - 1, axis=1)[:, :top_k]
+        best = np.take_along_axis(both, chosen, 1)
+        rows = np.take_along_axis(named, chosen, 1)
+    return [set(one.tolist()) - {-1} for one in rows]
+
+
+def numbers(found: Any) -> set[int]:
+    return {int(hit.id[-11:-4]) for hit in found}
+
+
+def median_ms(function: Callable[[Array], Any], queries: Array) -> float:
+    """What one question takes, in the middle of all rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        for query in queries:
+            start = time.perf_counter()
+            function(query)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def floor_of(index: Index, folder: Path, vectors: Array) -> Callable[[int], Callable[[Array], Any]]:
+    """FAISS's or numpy's own search of the same vectors, with the same effort: no ids, no rows."""
+    nearest = index.facts.nearest
+    if nearest is None:
+
+        def compared(top_k: int) -> Callable[[Array], Any]:
+            return lambda query: np.argpartition(vectors @ query, -top_k)[-top_k:]
+
+        return compared
+    import faiss
+
+    codes = faiss.read_index(str(folder / index.generation / FOLDER / CODES))
+    refined = faiss.IndexRefineFlat(codes, faiss.swig_ptr(vectors))
+
+    def named(top_k: int) -> Callable[[Array], Any]:
+        codes.nprobe = min(nearest.cells, round(nearest.nprobes * (top_k / 10) ** 0.5))
+        refined.k_factor = max(nearest.candidates / top_k, 8)
+        return lambda query: refined.search(query[None], top_k)
+
+    return named
+
+
+def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
+    index = open_index(folder)
+    count = len(index)
+    vectors = Mapped(
+        folder / index.generation / FOLDER, (count, index.facts.plan.release.embed_dim)
+    ).vectors
+    everything = np.ones(count, bool)
+    floor = floor_of(index, folder, vectors)
+    effort = index.facts.nearest
+    said = f"{effort.nprobes}/{effort.candidates}" if effort else "–"
+    rows = []
+    for top_k in (10, 100):
+        for kind, asked in queries.items():
+            truth = exact(vectors, asked, top_k, everything)
+            hits = [
+                len(numbers(index.search(query, top_k)) & best)
+                for query, best in zip(asked, truth, strict=True)
+            ]
+            alone = floor(top_k)
+            lowest = median_ms(alone, asked)
+            whole = median_ms(lambda query, k=top_k: index.search(query, k), asked)
+            pictures = median_ms(
+                lambda query, k=top_k: index.search(query, k, thumbnails=True), asked
+            )
+            recall = sum(hits) / (top_k * len(asked))
+            rows.append(
+                [str(top_k), kind, f"{recall:.3f}", said]
+                + [f"{one:.2f}" for one in (lowest, whole, whole / lowest, pictures)]
+            )
+            say(" | ".join(rows[-1]))
+    heads = [
+        "hits",
+        "queries",
+        "recall",
+        "effort",
+        "floor ms",
+        "search ms",
+        "ratio",
+        "+ thumbnails",
+    ]
+    report.table(f"{count:,} images", heads, rows)
+    report.table(
+        f"{count:,} images, a condition", *conditions(index, folder, vectors, queries["texts"])
+    )
+
+
+def conditions(
+    index: Index, folder: Path, vectors: Array, asked: Array
+) -> tuple[list[str], list[list[str]]]:
+    """What a condition adds to a search for ten, when it is new and when it was asked before."""
+    table = {
+        name: pa.chunked_array([batch.column(name) for batch in index.rows([name], 1 << 16)])
+        for name in ("path", "year", "kind")
+    }
+    plain = median_ms(lambda query: index.search(query), asked)
+    rows = []
+    for where, (meets, compare) in WHERE.items():
+        marks = meets(np.arange(len(index)))
+        floor = median_ms(lambda _, compare=compare: compare(table), asked[:10])
+        truth = exact(vectors, asked, 10, marks)
+        fresh = []
+        for number, query in enumerate(asked[:30]):
+            start = time.perf_counter()
+            index.search(query, 10, f"{where} AND {number} = {number}")
+            fresh.append((time.perf_counter() - start) * 1e3)
+        again = median_ms(lambda query, where=where: index.search(query, 10, where), asked)
+        hits = [
+            len(numbers(index.search(query, 10, where)) & best)
+            for query, best in zip(asked, truth, strict=True)
+        ]
+        wanted = sum(map(len, truth))
+        new = statistics.median(fresh)
+        rows.append(
+            [f"`{where}`", f"{marks.mean():.2%}"]
+            + [f"{one:.2f}" for one in (floor, plain, new, again, new - plain, again - plain)]
+            + [f"{sum(hits) / wanted:.3f}"]
+        )
+        say(" | ".join(rows[-1]))
+    heads = [
+        "condition",
+        "met by",
+        "Arrow alone, ms",
+        "search without, ms",
+        "new, ms",
+        "asked before, ms",
+    ]
+    return [*heads, "added, new", "added, before", "recall"], rows
+
+
+def main(
+    captions: tuple[Path, ...],
+    indexes: Path,
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000),
+    photos: int = 4000,
+    cache: Path | None = None,
+    out: Path = RESULTS,
+) -> None:
+    """Measure a search of indexes as `radapter-index build` makes them.
+
+    Args:
+        captions: tables (CSV) with the columns image and caption; at least five captions a photo.
+        indexes: folder that keeps the indexes for another run.
+        sizes: numbers of images.
+        photos: how many of them at most, drawn at random.
+        cache: file that keeps the embeddings for another run.
+        out: folder of the table.
+    """
+    indexes.mkdir(parents=True, exist_ok=True)
+    if cache is None or not cache.exists():
+        images, texts = embed(*photos_of(captions, photos), indexes)
+        if cache is not None:
+            np.savez(cache, images=images, texts=texts)
+    else:
+        with np.load(cache) as kept:
+            images = kept["images"]
+            texts = kept["texts"]
+    queries = {}
+    parts = {
+        **{"images": images[:QUERIES], "texts": texts[:QUERIES]},
+        "tuning": texts[QUERIES : 2 * QUERIES],
+    }
+    for name, part in parts.items():
+        path = indexes / f"{name}.npy"
+        collection(part, QUERIES, path)
+        queries[name] = np.load(path)
+    tuning = queries.pop("tuning")
+    for size in sizes:
+        if not (indexes / f"{size}").exists():
+            say(f"building {size}")
+            path = indexes / "vectors.npy"
+            collection(images[2 * QUERIES :], size, path)
+            make(np.load(path, mmap_mode="r"), tuning, indexes / f"{size}")
+            path.unlink()
+    report = Report(
+        "search",
+        "A search of an index",
+        "From the query's embedding (D = 512, made as in `benchmarks/index.py`) to ids, scores and"
+        f" all metadata, by `Index.search` in one thread; {QUERIES} images and {QUERIES} texts ask,"
+        f" of photos that are not in the index, {ROUNDS} times each; medians. The effort (cells and"
+        " candidates) is what `build` chooses, here by the captions of other photos. The floor is"
+        " FAISS's IndexRefineFlat over the same codes and vectors with the same effort, or numpy's"
+        " matrix product up to 20,000 images, without ids, metadata and the order of equals. A"
+        " condition is asked by the texts, for ten hits: new in other words each time, then the"
+        " same again; what it adds is against the search without it; Arrow alone is its own"
+        " comparison of the columns. Recall is against numpy.",
+        timed=False,
+    )
+    for size in sizes:
+        measure(indexes / f"{size}", queries, report)
+        report.write(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
