@@ -26,8 +26,13 @@ class RAdapterClientError(Exception):
         code: what programs can rely on, such as "invalid_image": the word in brackets before a
             server's sentence, or None.
 
-    Example: `except RAdapterClientError as error: print(error, error.code)`
+    Attributes:
+        request_id: by which the gateway's log names the request; None where none was told.
+
+    Example: `except RAdapterClientError as error: print(error, error.code, error.request_id)`
     """
+
+    request_id: str | None = None
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
@@ -111,7 +116,9 @@ REQUEST_CODES = frozenset(
         "unknown_label_set",
     }
 )
-UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "server_unavailable"})
+UNAVAILABLE_CODES = frozenset(
+    {"overloaded", "rate_limited", "restarting", "server_stopping", "server_unavailable"}
+)
 MODEL_CODES = frozenset({"no_patch_encoder"})
 
 # gRPC's names and HTTP's numbers of the same failures.
@@ -145,7 +152,7 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidRequest
     elif code in UNAVAILABLE_CODES:
         kind = ServerUnavailable
-        if code != "overloaded" and not failure.by_task:
+        if code not in ("overloaded", "rate_limited") and not failure.by_task:
             text = f"the server is starting or stopping: {text}"
     elif code == "timed_out":
         kind = Timeout

@@ -127,6 +127,7 @@ def answer(
         return status == 200
     if status != 200:
         failed = from_server(str(status), _message(body))
+        failed.request_id = headers.get("X-Request-Id")
         if isinstance(failed, ServerUnavailable):
             failed.retry_after = _retry_after(headers.get("Retry-After"))
         raise failed

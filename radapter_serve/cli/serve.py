@@ -70,6 +70,8 @@ class GatewayFlags:
         tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by
             https.
         tls_key: PEM file of its key.
+        log: what the gateway says of each request on stderr: nothing, a line of words, or one of
+            JSON.
     """
 
     gateway_port: int | None = None
@@ -78,6 +80,7 @@ class GatewayFlags:
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    log: Literal["off", "line", "json"] = "off"
 
     @property
     def lets_in(self) -> bool:
@@ -108,6 +111,7 @@ class GatewayFlags:
             no_api_keys=self.no_api_keys,
             tls_certificate=self.tls_certificate,
             tls_key=self.tls_key,
+            log=self.log,
         )
         listen(settings, "--gateway-").close()
         return Child(settings)
@@ -260,6 +264,7 @@ def answer_in_process(
         no_api_keys=flags.no_api_keys or (trust_network and flags.api_keys is None),
         tls_certificate=flags.tls_certificate,
         tls_key=flags.tls_key,
+        log=flags.log,
     )
     with contextlib.closing(listen(settings, "--http-")) as listener:
         if workers > 1:

@@ -22,7 +22,6 @@ from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.gateway import answers, embeddings, openai, requests
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
-    RETRY_AFTER,
     SERVER_UNAVAILABLE,
     TOO_LARGE,
     UNKNOWN_MODEL,
@@ -34,10 +33,12 @@ from radapter_serve.gateway.errors import (
 )
 from radapter_serve.gateway.front import BrowserRule, Front
 from radapter_serve.gateway.health import Health
+from radapter_serve.gateway.journal import Entry, WithRequestId
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 from radapter_serve.gateway.metrics import GONE, OK, Metrics
 from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.quotas import Quota, Quotas
 from radapter_serve.gateway.settings import MIB, Settings
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.release.release import TASKS
@@ -86,6 +87,7 @@ class Gateway:
         self._connect = connect
         self._meanwhile = meanwhile
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
+        self._quotas = Quotas()
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
         # The first that fits is taken, so what is asked for most often comes first.
@@ -127,7 +129,7 @@ class Gateway:
         browsers = None
         if self.keys is None:
             browsers = BrowserRule(None if settings.no_api_keys else settings.host)
-        self.app = Front(app, _refuse, browsers)
+        self.app = WithRequestId(Front(app, _refuse, browsers))
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -206,8 +208,13 @@ class Gateway:
             model = await self._model(name)
             asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
             del body
+            self._count_images(request, asked.images)
+            entry: Entry = request.state.entry
+            asked.message.id = entry.id
             left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
-            answer = await run_until_disconnect(request, self._run(asked.message, left), left)
+            work = self._run(asked.message, left, entry)
+            answer = await run_until_disconnect(request, work, left)
+            entry.release = answer.model_version
             self.health.answered(name)
             content, headers = answers.write(answer, asked)
             return Response(content, headers=headers)
@@ -226,27 +233,40 @@ class Gateway:
             body = await self.body(request, acquire)
             asked = embeddings.read(body, self._settings.max_inputs)
             del body
+            self._count_images(request, len(asked.images))
             left = self._settings.timeout - (time.monotonic() - start)
-            answer = await run_until_disconnect(request, self._openai.embed(asked, left), left)
+            work = self._openai.embed(asked, left, request.state.entry)
+            answer = await run_until_disconnect(request, work, left)
             return Response(answer, media_type="application/json")
 
     async def body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
         """The body of a request, within its time."""
         limit = self._settings.timeout
         try:
-            return await asyncio.wait_for(
+            body = await asyncio.wait_for(
                 _body(request, int(self._settings.max_body * MIB), acquire), limit
             )
+            request.state.entry.bytes_in = len(body)
+            return body
         except asyncio.TimeoutError:
             raise timeout_error(408, f"the body did not come within {limit:g} s") from None
 
-    async def _run(self, message: Any, seconds: float) -> Any:
+    async def _run(self, message: Any, seconds: float, entry: Entry) -> Any:
         """Triton's answer, as soon as the request may run; its deadline goes on to
         Triton.
         """
         end = time.monotonic() + seconds
-        async with self._concurrency.slot():
-            return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+        with entry.times("queue_ms") as running:
+            async with self._concurrency.slot():
+                running()
+                with entry.times("model_ms"):
+                    return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+
+    def _count_images(self, request: Request, count: int) -> None:
+        quota: Quota | None = request.state.quota
+        if quota is not None:
+            quota.images(count)
+            self.metrics.count_images(quota.key.name, count)
 
     async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
         """A model by its configuration, which is asked for again after some seconds: a new release
@@ -261,29 +281,48 @@ class Gateway:
     # What holds for all requests
 
     def _guarded(self, handler: Handler) -> Handler:
-        """A handler that needs a key, whose every failure becomes an answer and a count."""
+        """A handler that needs a key, whose every failure becomes an answer, a count and a line."""
         public = handler.__name__ in ("live", "ready")
+        counted = handler.__name__ in _COUNTED
 
         async def guarded(request: Request) -> Response:
             start = time.monotonic()
+            request.state.entry = entry = Entry(request.state.request_id)
+            request.state.quota = None
             try:
                 if self.keys is not None and not public:
-                    self.keys.check(request.headers.get("Authorization"))
-                response, code = await handler(request), OK
+                    key = self.keys.check(request.headers.get("Authorization"))
+                    entry.key = key.name
+                    request.state.quota = self._quotas.of(key)
+                if counted and request.state.quota is not None:
+                    with request.state.quota.request():
+                        response = await handler(request)
+                else:
+                    response = await handler(request)
+                entry.code = OK
             except Refused as error:
-                response, code = refusal(error, request), error.code
+                response, entry.code = refusal(error, request), error.code
             except (ClientDisconnected, ClientDisconnect):
-                response, code = Response(status_code=499), GONE
+                response, entry.code = Response(status_code=499), GONE
             except Exception:
-                LOG.exception("the gateway failed on a request")
+                LOG.exception("the gateway failed on the request %s", entry.id)
                 failed = Refused(
                     500, INTERNAL_ERROR, "the gateway failed on this request; its log says why"
                 )
-                response, code = refusal(failed, request), failed.code
-            if handler.__name__ in _COUNTED:
+                response, entry.code = refusal(failed, request), failed.code
+            seconds = time.monotonic() - start
+            if counted:
                 name = request.path_params.get("model", EMBEDDINGS)
                 known = name in TASKS or handler.__name__ == EMBEDDINGS
-                self.metrics.count(name if known else "none", code, time.monotonic() - start)
+                entry.task = name if known else None
+                self.metrics.count(entry.task or "none", entry.code, seconds)
+                if entry.key is not None:
+                    self.metrics.count_key(entry.key, entry.code)
+            if not public:
+                entry.status = response.status_code
+                entry.bytes_out = len(response.body)
+                entry.ms = round(1e3 * seconds, 3)
+                entry.write(self._settings.log)
             return response
 
         guarded.__name__ = handler.__name__
@@ -308,7 +347,7 @@ def _of_openai(request: Request) -> bool:
 
 def refusal(error: Refused, request: Request) -> Response:
     """The answer that says why a request is refused, in the form of what was asked."""
-    headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else {}
+    headers = {"Retry-After": str(error.retry_after)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     content = openai.refusal(error) if _of_openai(request) else {"error": str(error)}

@@ -10,6 +10,7 @@ from radapter_serve.contract.errors import OVERLOADED, RESTARTING, SERVER_STOPPI
 from radapter_serve.errors import RAdapterError
 
 UNAUTHORIZED = "unauthorized"
+RATE_LIMITED = "rate_limited"
 NOT_FOUND = "not_found"
 UNKNOWN_MODEL = "unknown_model"
 TOO_LARGE = "too_large"
@@ -18,7 +19,15 @@ SERVER_UNAVAILABLE = "server_unavailable"
 
 # All that a caller can get.
 CODES = frozenset(
-    {UNAUTHORIZED, NOT_FOUND, UNKNOWN_MODEL, TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
+    {
+        UNAUTHORIZED,
+        RATE_LIMITED,
+        NOT_FOUND,
+        UNKNOWN_MODEL,
+        TOO_LARGE,
+        UNSUPPORTED_TYPE,
+        SERVER_UNAVAILABLE,
+    }
     | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
 )
 RETRY_AFTER = 1  # second
@@ -63,11 +72,23 @@ class Refused(RAdapterError):
         code: one of `CODES`, or another of a task.
         message: what is wrong, which value, what is allowed.
         param: the field of the request that is wrong, where one is.
+        retry_after: seconds after which the same request may be answered.
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after: int = RETRY_AFTER,
+    ) -> None:
         super().__init__(f"[{code}] {message}")
-        self.status, self.code, self.message, self.param = status, code, message, param
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
 
 
 def bad_request(message: str, param: str | None = None) -> Refused:

@@ -1,4 +1,6 @@
-"""API keys: a file of names and SHA-256 digests, so that no one can log in with the file alone."""
+"""API keys: a file of names, SHA-256 digests and limits, so that no one can log in with the file
+alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
@@ -17,7 +23,54 @@ from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
 
 LOG = logging.getLogger("radapter-gateway")
 PREFIX = "radapter-"
-_LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})")
+_LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a file.
+
+    Args:
+        name: of who has it.
+        digest: SHA-256, in hex.
+        requests_per_second: inferences that it may send, above 0; None for any number.
+        at_once: inferences that it may have under way, 1 or more; None for any number.
+        images_per_minute: images that it may send, above 0; None for any number.
+        until: the last day, in UTC, on which it works; None where it has no end.
+    """
+
+    name: str
+    digest: str
+    requests_per_second: float | None = None
+    at_once: int | None = None
+    images_per_minute: float | None = None
+    until: date | None = None
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e9:
+        raise ValueError
+    return number
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise ValueError
+    return int(text)
+
+
+# How the text of each limit is read, and an example.
+_LIMITS: dict[str, tuple[Callable[[str], object], str]] = {
+    "requests_per_second": (_positive, "10"),
+    "at_once": (_count, "4"),
+    "images_per_minute": (_positive, "600"),
+    "until": (date.fromisoformat, "2027-12-31"),
+}
+
+
+def _today() -> date:
+    return datetime.now(timezone.utc).date()
 
 
 class Keys:
@@ -27,43 +80,48 @@ class Keys:
     again.
 
     Args:
-        path: a line `name: digest` for each key; empty lines and lines that begin with # count as
-            none.
+        path: a line `name: digest` for each key, which limits such as `at_once=4` may follow; empty
+            lines and lines that begin with # count as none.
+        today: the day, in UTC.
 
     Raises:
         RAdapterError: the file cannot be read, or has a line that is no key.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, today: Callable[[], date] = _today) -> None:
         self._path = path
+        self._today = today
         self._seen: object = _state(path)
-        self._digests = _read(path)
+        self._keys = _read(path)
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorization: str | None) -> Key:
         """Let a caller in by the header `Authorization: Bearer KEY`.
 
         Raises:
-            Refused: no key, or none of the file's.
+            Refused: no key, none of the file's, or one that has ended.
         """
         if (state := _state(self._path)) != self._seen:
             self._seen = state
             try:
-                self._digests = _read(self._path)
-                LOG.info("%s has changed: %d keys", self._path, len(self._digests))
+                self._keys = _read(self._path)
+                LOG.info("%s has changed: %d keys", self._path, len(self._keys))
             except RAdapterError as error:
-                self._digests = {}
+                self._keys = {}
                 LOG.error("no key is accepted: %s", error)
         kind, _, key = (authorization or "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
         # Every digest is compared, so that the time tells nothing.
-        if kind.lower() != "bearer" or not sum(
-            hmac.compare_digest(given, known) for known in self._digests.values()
-        ):
+        found = [key for key in self._keys.values() if hmac.compare_digest(given, key.digest)]
+        if kind.lower() != "bearer" or not found:
             raise Refused(
                 401,
                 UNAUTHORIZED,
                 "send the header Authorization: Bearer KEY, with a key of this gateway",
             )
+        until = found[0].until
+        if until is not None and self._today() > until:
+            raise Refused(401, UNAUTHORIZED, f"this key ended with {until}; ask for another")
+        return found[0]
 
 
 def new_key(path: Path, name: str) -> str:
@@ -79,7 +137,7 @@ def new_key(path: Path, name: str) -> str:
     key = PREFIX + secrets.token_urlsafe(32)
     try:
         before = _text(path) if path.exists() else ""
-        if name in _digests(path, before):
+        if name in _parse(path, before):
             raise RAdapterError(
                 f"{path} has a key {name} already; take its line out first, or choose another name"
             )
@@ -116,23 +174,40 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _read(path: Path) -> dict[str, str]:
-    return _digests(path, _text(path))
+def _read(path: Path) -> dict[str, Key]:
+    return _parse(path, _text(path))
 
 
-def _digests(path: Path, text: str) -> dict[str, str]:
-    digests: dict[str, str] = {}
+def _parse(path: Path, text: str) -> dict[str, Key]:
+    keys: dict[str, Key] = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
+        where = f"{path}, line {number}"
         found = _LINE.fullmatch(line)
-        if not found or found[1] in digests:
+        if not found or found[1] in keys:
             raise RAdapterError(
-                f"{path}, line {number}: each line is `name: SHA-256 in hex`, and no name comes"
-                " twice"
+                f"{where}: each line is `name: SHA-256 in hex`, which limits such as at_once=4 may"
+                " follow, and no name comes twice"
             )
-        digests[found[1]] = found[2]
-    return digests
+        keys[found[1]] = Key(found[1], found[2], **_limits(where, found[3].split()))
+    return keys
+
+
+def _limits(where: str, words: list[str]) -> dict[str, Any]:
+    limits: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in _LIMITS or name in limits:
+            raise RAdapterError(
+                f"{where}: {name} is no limit, or comes twice; there are {', '.join(_LIMITS)}"
+            )
+        read, example = _LIMITS[name]
+        try:
+            limits[name] = read(text)
+        except ValueError:
+            raise RAdapterError(f"{where}: {word} won't do; write {name}={example}") from None
+    return limits
 
 
 def _state(path: Path) -> object:

@@ -1,4 +1,4 @@
-"""What Prometheus reads. Labels are tasks and codes, never what a caller sends."""
+"""What Prometheus reads. Labels are tasks, codes and names of keys, never what a caller sends."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ class Metrics:
         self._requests = Counter(
             "radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry
         )
+        self._of_keys = Counter(
+            "radapter_gateway_key_requests",
+            "By the caller's key and outcome",
+            ["key", "code"],
+            registry=registry,
+        )
+        self._images = Counter(
+            "radapter_gateway_key_images",
+            "Images that were sent with a key",
+            ["key"],
+            registry=registry,
+        )
         for name, what, read in (
             ("running", "Requests that Triton works on", lambda: concurrency.running),
             ("waiting", "Requests in the queue", lambda: concurrency.waiting),
@@ -53,10 +65,17 @@ class Metrics:
         """Notes the end of a request: its task ("none" where it named none), its code, and how long
         it took.
         """
-        known = code if code in CODES or code in (OK, GONE) else "other"
-        self._requests.labels(task, known).inc()
+        self._requests.labels(task, _known(code)).inc()
         if task != "none":
             self._seconds.labels(task).observe(seconds)
+
+    def count_key(self, key: str, code: str) -> None:
+        """Notes the end of a request by the name of its key."""
+        self._of_keys.labels(key, _known(code)).inc()
+
+    def count_images(self, key: str, count: int) -> None:
+        """Notes images that came with a key."""
+        self._images.labels(key).inc(count)
 
     def refresh(self) -> None:
         """Notes what runs and waits now, for other processes to read."""
@@ -71,6 +90,10 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+def _known(code: str) -> str:
+    return code if code in CODES or code in (OK, GONE) else "other"
 
 
 def allocate(folder: Path) -> None:

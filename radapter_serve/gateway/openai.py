@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 from radapter_serve.gateway import embeddings
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, escape
+from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import pack
@@ -60,12 +61,13 @@ class OpenAI:
         _, facts = await self._release(name)
         return _described(name, facts)
 
-    async def embed(self, asked: embeddings.Asked, seconds: float) -> bytes:
+    async def embed(self, asked: embeddings.Asked, seconds: float, entry: Entry) -> bytes:
         """The answer to a request for embeddings, all of them by one release.
 
         Args:
             asked: that is right as far as it goes.
             seconds: that it may take.
+            entry: of the journal, which is told the release and the times.
 
         Raises:
             Refused: there is no such release, an image cannot be read, or a task fails.
@@ -73,18 +75,22 @@ class OpenAI:
         end = time.monotonic() + seconds
         version, facts = await self._release(asked.model)
         asked.check_width(int(facts.get("embed_dim", 0)))
-        async with self._concurrency.slot():
-            try:
-                rows, answered = await self._rows(asked, version, end)
-            except Refused as error:
-                if version or error.code != UNKNOWN_MODEL:
-                    raise
-                # Another release took over in the middle.
-                rows, answered = await self._rows(asked, version, end)
+        with entry.times("queue_ms") as running:
+            async with self._concurrency.slot():
+                running()
+                with entry.times("model_ms"):
+                    try:
+                        rows, answered = await self._rows(asked, version, end, entry.id)
+                    except Refused as error:
+                        if version or error.code != UNKNOWN_MODEL:
+                            raise
+                        # Another release took over in the middle.
+                        rows, answered = await self._rows(asked, version, end, entry.id)
+        entry.release = answered
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
 
     async def _rows(
-        self, asked: embeddings.Asked, version: str, end: float
+        self, asked: embeddings.Asked, version: str, end: float, request_id: str
     ) -> tuple[list[NDArray[np.float32]], str]:
         """The embeddings in the order of the inputs, and the version that made them."""
         rows: dict[int, NDArray[np.float32]] = {}
@@ -97,6 +103,7 @@ class OpenAI:
                 message = _message(
                     task, tensor, [values[place] for place in some], version, asked.alpha
                 )
+                message.id = request_id
                 try:
                     answer = await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
                 except Refused as error:

@@ -85,6 +85,11 @@ class Inference:
     binary: frozenset[str]
     timeout: float | None
 
+    @property
+    def images(self) -> int:
+        """How many images it holds."""
+        return sum(math.prod(one.shape) for one in self.message.inputs if one.name in IMAGES)
+
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
     """Read and check the body of an inference.

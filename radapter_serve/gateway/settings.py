@@ -6,6 +6,7 @@ import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -13,6 +14,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server.endpoints import address_of
 
 MIB = 2**20
+Log = Literal["off", "line", "json"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
         max_connections: connections at once.
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
+        log: what to say of each request on stderr: nothing, a line of words, or one of JSON.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +53,7 @@ class Settings:
     max_connections: int = 2048
     timeout: float = 60.0
     max_inputs: int = 2048
+    log: Log = "off"
 
     def check(self, where: str = "--") -> str:
         """The address to listen on.
