@@ -23,6 +23,9 @@ from common import RESULTS, Report, memory, say
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.index.arrays import npy_file
+from radapter_serve.index.mapped import VECTORS
+from radapter_serve.index.met import Met
 from radapter_serve.index.neighbours import Neighbours, write_neighbours
 from radapter_serve.index.recall import EFFORTS as OWN_EFFORTS
 
@@ -163,30 +166,22 @@ def usearch_search(folder: Path, kind: str) -> Search:
 
 def own_build(vectors: Array, folder: Path, kind: str) -> None:
     """What radapter-index makes of many images: IVF-PQ with 4-bit codes, and the vectors in
-    float16.
+    float32.
     """
-    parts = (
-        (np.arange(s, min(s + BATCH, len(vectors)), dtype=np.uint64), vectors[s : s + BATCH])
-        for s in _starts(vectors)
-    )
-    said = write_neighbours(folder, parts, vectors.shape)
-    (folder / "said.json").write_text(
-        json.dumps({**said, "shape": vectors.shape}), encoding="utf-8"
-    )
+    folder.mkdir()
+    with npy_file(folder / VECTORS, "<f4", vectors.shape) as write:
+        for start in range(0, len(vectors), BATCH):
+            write(vectors[start : start + BATCH])
+    write_neighbours(folder, np.load(folder / VECTORS, mmap_mode="r"))
 
 
 def own_open(folder: Path) -> Neighbours:
-    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))
-    return Neighbours(folder, said, tuple(said["shape"]))
+    return Neighbours(folder, np.asarray(np.load(folder / VECTORS, mmap_mode="r")))
 
 
 def own_search(folder: Path, kind: str) -> Search:
     near = own_open(folder)
     return lambda query, effort: near.nearest(query, TOP_K, *effort)[0][:TOP_K]
-
-
-def _starts(vectors: Array) -> range:
-    return range(0, len(vectors), BATCH)
 
 
 ENGINES: dict[str, tuple[Any, Any, Any]] = {
@@ -198,7 +193,7 @@ ENGINES: dict[str, tuple[Any, Any, Any]] = {
     "FAISS IVF-PQ": (faiss_build, faiss_search, "IVF-PQ"),
     "FAISS HNSW": (faiss_build, faiss_search, "HNSW"),
     "FAISS HNSW-SQ8": (faiss_build, faiss_search, "HNSW-SQ8"),
-    "FAISS IVF-PQ 4-bit, float16": (own_build, own_search, "own"),
+    "FAISS IVF-PQ 4-bit, float32": (own_build, own_search, "own"),
     "usearch HNSW": (usearch_build, usearch_search, "HNSW"),
 }
 EFFORTS: tuple[Any, ...] = (8, 16, 32, 64, 128, 256, 512)
@@ -251,17 +246,21 @@ def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> 
     """In a process of its own: recall and time where few or many vectors meet a condition."""
     vectors, asked, near = np.load(data, mmap_mode="r"), np.load(queries), own_open(Path(folder))
     rows = []
+    nprobes, candidates = map(int, effort.split("/"))
     for share in SHARES:
         among = np.sort(
             np.random.default_rng(2).choice(len(vectors), int(len(vectors) * share), replace=False)
         )
         truth = among[exact(vectors, asked, among)]
+        marks = np.zeros(len(vectors), bool)
+        marks[among] = True
+        met = Met(marks)
         row: list[Any] = [share]
         for part in (slice(0, QUERIES), slice(QUERIES, None)):
             times, hits = [], 0
             for one, best in zip(asked[part], truth[part], strict=True):
                 start = time.perf_counter()
-                found, _ = near.nearest_of(one, TOP_K, int(effort.split("/")[1]), among)
+                found, _ = near.nearest_of(one, TOP_K, nprobes, candidates, met)
                 found = found[:TOP_K]
                 times.append(time.perf_counter() - start)
                 hits += len(np.intersect1d(found, best))

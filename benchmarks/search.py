@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,8 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
             ]
             alone = floor(top_k)
             lowest = median_ms(alone, asked)
-            whole = median_ms(lambda query, k=top_k: index.search(query, k), asked)
-            pictures = median_ms(
-                lambda query, k=top_k: index.search(query, k, thumbnails=True), asked
-            )
+            whole = median_ms(partial(index.search, top_k=top_k), asked)
+            pictures = median_ms(partial(index.search, top_k=top_k, thumbnails=True), asked)
             recall = sum(hits) / (top_k * len(asked))
             rows.append(
                 [str(top_k), kind, f"{recall:.3f}", said]
@@ -220,18 +219,18 @@ def conditions(
         name: pa.chunked_array([batch.column(name) for batch in index.rows([name], 1 << 16)])
         for name in ("path", "year", "kind")
     }
-    plain = median_ms(lambda query: index.search(query), asked)
+    plain = median_ms(index.search, asked)
     rows = []
     for where, (meets, compare) in WHERE.items():
         marks = meets(np.arange(len(index)))
-        floor = median_ms(lambda _, compare=compare: compare(table), asked[:10])
+        floor = median_ms(_on(table, compare), asked[:10])
         truth = exact(vectors, asked, 10, marks)
         fresh = []
         for number, query in enumerate(asked[:30]):
             start = time.perf_counter()
             index.search(query, 10, f"{where} AND {number} = {number}")
             fresh.append((time.perf_counter() - start) * 1e3)
-        again = median_ms(lambda query, where=where: index.search(query, 10, where), asked)
+        again = median_ms(partial(index.search, where=where), asked)
         hits = [
             len(numbers(index.search(query, 10, where)) & best)
             for query, best in zip(asked, truth, strict=True)
@@ -253,6 +252,10 @@ def conditions(
         "asked before, ms",
     ]
     return [*heads, "added, new", "added, before", "recall"], rows
+
+
+def _on(table: Any, compare: Callable[[Any], Any]) -> Callable[[Array], Any]:
+    return lambda _: compare(table)
 
 
 def main(

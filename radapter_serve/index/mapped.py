@@ -62,8 +62,9 @@ class Mapped:
                 " names"
             )
         self.vectors: NDArray[np.float32] = vectors
-        chunks = self._table.column(0).chunks
-        self._ends = np.cumsum([len(chunk) for chunk in chunks])
+        self._chunks = {name: column.chunks for name, column in self.columns.items()}
+        sizes = [len(batch) for batch in self._table.to_batches()]
+        self._starts = np.cumsum([0, *sizes])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -73,13 +74,16 @@ class Mapped:
         """Each column but the vectors, as Arrow's chunked array."""
         return dict(zip(self._table.column_names, self._table.columns, strict=True))
 
-    def values(self, name: str, positions: Positions) -> list[Any]:
-        """A column's values at some positions, as Python has them."""
-        chunks = self._table.column(name).chunks
-        which = np.searchsorted(self._ends, positions, side="right")
-        starts = self._ends[which] - [len(chunks[one]) for one in which]
-        places = zip(which.tolist(), (positions - starts).tolist(), strict=True)
-        return [chunks[chunk][row].as_py() for chunk, row in places]
+    def values(self, names: Sequence[str], positions: Positions) -> dict[str, list[Any]]:
+        """The values of some columns at some positions, as Python has them."""
+        which = np.searchsorted(self._starts, positions, side="right") - 1
+        rows = (positions - self._starts[which]).tolist()
+        places = list(zip(which.tolist(), rows, strict=True))
+        found = {}
+        for name in names:
+            chunks = self._chunks[name]
+            found[name] = [chunks[chunk][row].as_py() for chunk, row in places]
+        return found
 
     def batches(self, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
         """Columns of all images, `vector` among them, in batches of at most so many rows."""

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pyarrow.types import is_integer, is_string
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.index.facts import IndexFacts
@@ -49,6 +50,11 @@ class Table:
         self._facts = facts
         check_files(folder, facts.searched, complete=complete, always=(VECTORS, CODES))
         self._mapped = Mapped(folder, (facts.count, facts.plan.release.embed_dim))
+        self._plain = {
+            name
+            for name, column in self._mapped.columns.items()
+            if is_string(column.type) or is_integer(column.type)
+        }
         self._nearest = Neighbours(folder, self._mapped.vectors) if facts.nearest else None
         room = max(1, min(_MAX_CONDITIONS, _MAX_BYTES // (facts.count // 8 + 8 * EXACT)))
         self._met = lru_cache(room)(self._evaluated)
@@ -88,7 +94,10 @@ class Table:
             scores = vectors @ embedding
             return np.flatnonzero(_near(scores, top_k))
         among = met.positions
-        scores = vectors[among] @ embedding
+        if len(among) > len(vectors) // 8:  # to copy these takes longer than to compare all
+            scores = (vectors @ embedding)[among]
+        else:
+            scores = vectors[among] @ embedding
         return among[_near(scores, top_k)]
 
     def _approximate(
@@ -113,23 +122,18 @@ class Table:
     ) -> list[Hit]:
         """The best of some images, by their cosines and then by their ids."""
         scores = cosines(self._mapped.vectors[found], embedding)
-        ids = self._mapped.values("path", found)
+        ids = self._mapped.values(["path"], found)["path"]
         keys = (-np.nan_to_num(scores, nan=np.inf)).tolist()  # what is no score is seen and refused
         order = sorted(range(len(ids)), key=lambda one: (keys[one], ids[one]))[:top_k]
-        best = found[order]
-        columns = {
-            name: [plain(value) for value in self._mapped.values(name, best)]
-            for name in self._facts.columns
-        }
-        images = self._mapped.values(THUMBNAIL, best) if thumbnails else [b""] * len(best)
+        names = [*self._facts.columns, *([THUMBNAIL] if thumbnails else [])]
+        columns = self._mapped.values(names, found[order])
+        images = columns.pop(THUMBNAIL) if thumbnails else [b""] * len(order)
+        for name in columns.keys() - self._plain:
+            columns[name] = [plain(value) for value in columns[name]]
+        rows = zip(*columns.values(), strict=True)
         return [
-            Hit(
-                ids[one],
-                float(scores[one]),
-                {name: values[place] for name, values in columns.items()},
-                images[place] or b"",
-            )
-            for place, one in enumerate(order)
+            Hit(ids[one], float(scores[one]), dict(zip(columns, row, strict=True)), image or b"")
+            for one, row, image in zip(order, rows, images, strict=True)
         ]
 
 
