@@ -40,6 +40,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
 
 LABEL_SET = "names"
 STAGES = (
@@ -96,9 +97,10 @@ class Local:
         )
         folder = repository / "classify" / "1"
         release = Release.load(folder)
-        no_labels: Any = None  # no request here brings its own
+        no_tokenizer: Any = None  # no request here brings labels of its own
+        embed_labels = LabelEmbedder(no_tokenizer, no_tokenizer)
         label_sets = load_label_sets(folder / "label_sets")
-        self._task = Classify(release, EmbedImages(release, self._encode), no_labels, label_sets)
+        self._task = Classify(release, EmbedImages(release, self._encode), embed_labels, label_sets)
         self.encoding: list[float] = []
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ._exceptions import InvalidRequest, bad_argument
+from ._exceptions import InvalidImage, InvalidRequest, bad_argument
 from ._images import ImageLike, encode_image, image_sizes, is_one_image
 from ._url import ServerURL
 from ._wire import Array, text_array
@@ -48,6 +48,35 @@ def label_inputs(
             )
         inputs["templates"] = text_array(texts)
     return inputs
+
+
+def example_inputs(
+    labels: Sequence[str],
+    examples: Mapping[str, ImageLike | Sequence[ImageLike]],
+    weight: float | None,
+) -> dict[str, Array]:
+    """Images that show some of the labels.
+
+    Args:
+        labels: of the request.
+        examples: of each label that has some, by its name in `labels`.
+        weight: of examples beside texts, in [0, 1]; None for the server's own.
+    """
+    images: list[bytes] = []
+    places: list[int] = []
+    for name, shown in examples.items():
+        if name not in labels:
+            raise bad_argument(f"examples has {name!r:.80}, which is not among the labels")
+        items = [shown] if is_one_image(shown) else as_list("examples", shown)
+        try:
+            images += map(encode_image, items)
+        except InvalidImage as error:
+            raise bad_argument(f"an example of {name!r:.80}: {error}") from error
+        places += [labels.index(name)] * len(items)
+    if not images:
+        raise bad_argument('no examples: give some, such as {"a mug": ["mug.jpg"]}, or None')
+    inputs = {"examples": text_array(images), "example_labels": np.array(places, np.int32)}
+    return inputs | fraction_inputs(example_weight=weight)
 
 
 def fraction_inputs(**given: float | None) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from ._arguments import (
     check_key,
     count,
     count_inputs,
+    example_inputs,
     for_each,
     fraction_inputs,
     image_input,
@@ -118,6 +119,9 @@ class BaseClient(Generic[W]):
         multi_label: bool = False,
         threshold: float | None = None,
         calibrated: bool = False,
+        unknown: float | None = None,
+        examples: Mapping[str, ImageLike | Sequence[ImageLike]] | None = None,
+        example_weight: float | None = None,
         timeout: float | None = None,
     ) -> Answer[list[Classification]]:
         """The best labels of an image, or of each of a list of images: a `Classification`, or a
@@ -141,6 +145,12 @@ class BaseClient(Generic[W]):
             threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
             calibrated: scores that say how often a label is right, as the release was fitted to
                 validation data. The labels and their order stay the same.
+            unknown: score in [0, 1], of a label by itself as with multi_label, below which no label
+                fits: the answer is then "unknown" alone. Needs calibrated scores.
+            examples: images that show some of the labels, by label; without labels, its keys are
+                the labels. A server keeps their embeddings, so they may be sent each time.
+            example_weight: weight of a label's examples beside its text, in [0, 1]; 1 leaves the
+                text out, None is 0.5.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:
@@ -154,8 +164,13 @@ class BaseClient(Generic[W]):
             raise bad_argument(
                 "threshold without multi_label=True: softmax scores have no threshold"
             )
-        options = label_inputs(labels, label_set, templates) | fraction_inputs(
-            alpha=alpha, threshold=threshold
+        if examples is not None and label_set is not None:
+            raise bad_argument("examples are for labels, not for a label_set")
+        if examples is None and example_weight is not None:
+            raise bad_argument("example_weight without examples")
+        names = list(examples) if labels is None and examples else labels
+        options = label_inputs(names, label_set, templates) | fraction_inputs(
+            alpha=alpha, threshold=threshold, unknown=unknown
         )
         if top_k is not None or not multi_label:
             options["top_k"] = np.array([5 if top_k is None else count("top_k", top_k)], np.int32)
@@ -164,9 +179,18 @@ class BaseClient(Generic[W]):
             for name, wanted in (("multi_label", multi_label), ("calibrated", calibrated))
             if wanted
         }
+        room = MAX_BYTES
+        if examples is not None:
+            options |= example_inputs(list(names or []), examples, example_weight)
+            room -= sum(map(len, options["examples"]))
+            if room < MAX_BYTES // 2:
+                raise bad_argument(
+                    f"examples of {(MAX_BYTES - room) / 2**20:.0f} MiB; at most"
+                    f" {MAX_BYTES // 2**21} MiB are allowed, so send smaller ones"
+                )
         strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
-        runs = chunks(list(map(size_bound, items)), rows, MAX_BYTES)
+        runs = chunks(list(map(size_bound, items)), rows, room)
         replies = yield from self._infer(
             "classify", [partial(_batch, "classify", "image", items, run, options) for run in runs]
         )
@@ -510,6 +534,8 @@ def _batch(
 ) -> Request:
     """Some images or encoded texts; what they share, once for each."""
     shared = {key: np.tile(array, (len(rows), 1)) for key, array in options.items()}
+    if "examples" in shared:
+        shared["examples"][1:] = b""  # those of the row before
     encode: Callable[[Any], bytes] = encode_image if name == "image" else bytes
     return Request(
         "infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])}

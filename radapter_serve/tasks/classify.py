@@ -22,11 +22,12 @@ from radapter_serve.contract.preprocess import Preprocess, decode_into
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.examples import ByExample, Examples, read_examples
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome, run_good
 from radapter_serve.tasks.scored_mask import finite
-from radapter_serve.tasks.scores import Scores, Scoring
+from radapter_serve.tasks.scores import UNKNOWN, Scores, Scoring, one_value
 
 # Images that the encoder takes at once while the next are decoded. On a CPU more are slower: what
 # lies between the layers no longer fits in its cache.
@@ -201,6 +202,11 @@ class ClassifyRequest:
         multi_label: whether each label is scored by itself, so that several may be right, or none.
         threshold: score from which such labels are given back, or None for 0.5.
         calibrated: whether scores are as the release fitted them to validation data.
+        unknown: score by itself of the best label below which an image is unknown, or None.
+        examples: encoded images that show the labels, or None; an image whose examples are all
+            empty has those of the image before.
+        example_labels: places of the examples' labels, from 0.
+        example_weight: of the examples of a label beside its text, or None for half.
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
@@ -213,6 +219,10 @@ class ClassifyRequest:
     multi_label: Sequence[bool] | None = None
     threshold: Sequence[float] | None = None
     calibrated: Sequence[bool] | None = None
+    unknown: Sequence[float] | None = None
+    examples: Sequence[Sequence[bytes]] | None = None
+    example_labels: Sequence[Sequence[int]] | None = None
+    example_weight: Sequence[float] | None = None
     cancelled: Cancelled | None = None
 
 
@@ -221,7 +231,7 @@ class Classes:
     """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first.
 
     An image with fewer labels above the threshold than another of its request has empty labels of
-    score 0 at its end; k is at least 1.
+    score 0 at its end, and so has an image that is unknown; k is at least 1.
     """
 
     labels: NDArray[np.object_]
@@ -247,6 +257,7 @@ class Classify:
     ) -> None:
         self._embed_images = embed_images
         self._label_source = LabelSource(release, embed_labels, label_sets)
+        self._by_example = ByExample(embed_images.at, embed_labels.store, embed_labels.release)
         self._request_alpha = release.request_alpha
         self._scoring = Scoring(release)
 
@@ -264,13 +275,42 @@ class Classify:
 
     def _plan(self, request: ClassifyRequest) -> _Plan:
         alpha = self._request_alpha(request.alpha, len(request.images))
+        weight = one_value(
+            "example_weight",
+            request.example_weight,
+            lambda value: 0 <= value <= 1,
+            "one number from 0 (the text alone) to 1 (the examples alone)",
+        )
+        examples = read_examples(request.examples, request.example_labels, weight)
         scores = self._scoring(
-            request.top_k, request.multi_label, request.threshold, request.calibrated, alpha
+            request.top_k,
+            request.multi_label,
+            request.threshold,
+            request.calibrated,
+            alpha,
+            request.unknown,
+            examples=examples is not None,
         )
         sets = self._label_source(
             request.labels, request.label_set, request.templates, alpha, request.cancelled
         )
+        if examples is not None:
+            sets = self._with_examples(sets, examples, alpha)
         return _Plan(request.images, alpha, sets, scores)
+
+    def _with_examples(
+        self, sets: Sequence[LabelSet], examples: Sequence[Examples], alpha: Alpha | None
+    ) -> list[LabelSet]:
+        """The label set of each image with its examples; images mostly share both."""
+        made: dict[tuple[int, Examples], LabelSet] = {}
+        found: list[LabelSet] = []
+        for row, (label_set, own) in enumerate(zip(sets, examples, strict=True)):
+            key = id(label_set), own
+            if key not in made:
+                at = None if alpha is None else alpha[row : row + 1]
+                made[key] = self._by_example(label_set, own, at)
+            found.append(made[key])
+        return found
 
     def _classify(self, plans: Sequence[_Plan]) -> list[Outcome[Classes]]:
         embeds = self._embed_images.at([(plan.images, plan.alpha) for plan in plans])
@@ -306,12 +346,18 @@ class _Plan:
         # As wide as the image with most; but where all are to have as many labels, as many as each
         # has.
         widths = [len(best) for best, _ in found]
-        k = min(widths) if self.scores.threshold is None else max(1, *widths)
+        k = max(1, *widths) if self.scores.ragged else min(widths)
         labels = np.full((len(sets), k), "", object)
         scores = np.zeros((len(sets), k), np.float32)
         for row, ((best, values), label_set) in enumerate(zip(found, sets, strict=True)):
             labels[row, : len(best)] = [label_set.labels[index] for index in best[:k]]
             scores[row, : len(best)] = values[:k]
+        if self.scores.doubt is not None:
+            for row, cosine in enumerate(cosines):
+                unknown = self.scores.doubt.unknown(cosine)
+                if unknown is not None:
+                    labels[row] = [UNKNOWN, *[""] * (k - 1)]
+                    scores[row] = [unknown, *[0.0] * (k - 1)]
         return Classes(labels, scores)
 
 

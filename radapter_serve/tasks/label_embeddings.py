@@ -79,8 +79,8 @@ class LabelEmbedder:
         self._tokenizer = tokenizer
         self._encode = encode_tokens
         self._max_batch_size = max_batch_size
-        self._store = LabelStore() if store is None else store
-        self._release = release
+        self.store = LabelStore() if store is None else store
+        self.release = release
         # Callers mostly send the same list again; this saves them the walk through it.
         self._sets: OrderedDict[tuple[_Prompts, tuple[str, ...]], LabelSet] = OrderedDict()
         self._labels_in_sets = 0
@@ -154,7 +154,7 @@ class LabelEmbedder:
             new = [label for label in part if label not in known]
             if new:
                 own = dict(zip(new, mean_embeddings(embed, new, templates), strict=True))
-                self._store.put({keys[label]: mean for label, mean in own.items()})
+                self.store.put({keys[label]: mean for label, mean in own.items()})
                 known.update(own)
             if progress is not None:
                 progress(len(known))
@@ -164,10 +164,10 @@ class LabelEmbedder:
         return LabelSet(tuple(names[label][0] for label in labels), embeds, labels, templates)
 
     def _key(self, prompts: _Prompts, label: str) -> bytes:
-        return hashlib.sha256(repr((self._release, prompts, label)).encode()).digest()
+        return hashlib.sha256(repr((self.release, prompts, label)).encode()).digest()
 
     def _kept(self, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float32]]:
-        found = self._store.get(list(keys.values()))
+        found = self.store.get(list(keys.values()))
         return {label: found[key] for label, key in keys.items() if key in found}
 
 

@@ -22,6 +22,9 @@ DEFAULT_THRESHOLD = 0.5
 HOW = "export one with radapter-export --validation DATA"
 
 
+UNKNOWN = "unknown"
+
+
 def fitted_min_score(release: Release, alpha: float) -> float:
     """The least score of a search by a text that a release was fitted to.
 
@@ -46,6 +49,30 @@ def fitted_min_score(release: Release, alpha: float) -> float:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """Which images show none of the labels.
+
+    Args:
+        least: score of the best label, by itself, below which an image is unknown, in [0, 1].
+        scale, bias: sigmoid(scale x cosine + bias) is that score.
+    """
+
+    least: float
+    scale: float
+    bias: float
+
+    def unknown(self, cosines: NDArray[np.float32]) -> np.float32 | None:
+        """The score of an image's being unknown, one minus that of its best label; None where it
+        is known.
+
+        Args:
+            cosines: float32 [C], finite.
+        """
+        best = class_probabilities(cosines.max(keepdims=True), self.scale, self.bias)[0]
+        return None if best >= self.least else np.float32(1 - best)
+
+
+@dataclass(frozen=True)
 class Scores:
     """How one request wants its labels scored.
 
@@ -53,12 +80,19 @@ class Scores:
         top_k: labels to give back; None for all.
         scale, bias: of the scores, as `class_probabilities` takes them.
         threshold: labels below it are left out; None leaves none out.
+        doubt: which images are unknown; None for none.
     """
 
     top_k: int | None
     scale: float
     bias: float | None
     threshold: float | None = None
+    doubt: Doubt | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether images may get fewer labels than others."""
+        return self.threshold is not None or self.doubt is not None
 
     def best(self, cosines: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """The best labels of an image by their places, the best first, and their scores.
@@ -104,29 +138,45 @@ class Scoring:
         threshold: Sequence[float] | None = None,
         calibrated: Sequence[bool] | None = None,
         alpha: Alpha | None = None,
+        unknown: Sequence[float] | None = None,
+        *,
+        examples: bool = False,
     ) -> Scores:
         """The scores that a request asks for; the arguments have an entry for each of its images,
         all the same.
 
-        `alpha` is as `RequestAlpha` gives it.
+        `alpha` is as `RequestAlpha` gives it; `examples` says whether labels have some.
 
         Raises:
-            TaskError: a value that is not allowed; the release has no such scores.
+            TaskError: a value that is not allowed; the release has no such scores, or none for
+                labels by example.
         """
-        k = _one("top_k", top_k, lambda value: value >= 1, "one whole number from 1")
+        k = one_value("top_k", top_k, lambda value: value >= 1, "one whole number from 1")
         alone, exact = (
-            bool(_one(name, of))
+            bool(one_value(name, of))
             for name, of in (("multi_label", multi_label), ("calibrated", calibrated))
         )
-        least = _one(
+        least = one_value(
             "threshold", threshold, lambda value: 0 <= value <= 1, "one number from 0 to 1"
         )
         if least is not None and not alone:
             raise invalid("threshold leaves out labels that stand alone; send multi_label too")
+        doubt = one_value(
+            "unknown", unknown, lambda value: 0 <= value <= 1, "one number from 0 to 1"
+        )
+        if doubt is not None and alone:
+            raise invalid("unknown does not go with multi_label, whose threshold says the same")
+        if examples and (alone or exact or doubt is not None):
+            raise TaskError(
+                NOT_CALIBRATED,
+                "scores are calibrated for labels by their texts; leave multi_label, calibrated and"
+                " unknown out, or the examples",
+            )
         plain = self._scale, self._bias
         if not alone:
             scale, bias = self._calibrated(alpha) if exact else plain
-            return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias)
+            least = None if doubt is None else Doubt(float(doubt), *self._sigmoid(alpha))
+            return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias, doubt=least)
         # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which
         # moves the cosines and leaves the sigmoid's own scale and bias where they were.
         scale, bias = self._sigmoid(alpha)
@@ -164,7 +214,7 @@ class Scoring:
         return self._fitted
 
 
-def _one(
+def one_value(
     name: str, values: Sequence[Any] | None, allowed: Any = lambda value: True, rule: str = "one"
 ) -> Any:
     """The value that all images of a request share; None where it brings none."""

@@ -129,6 +129,10 @@ def _read_classify(inputs: Inputs) -> ClassifyRequest:
         multi_label=_flat(inputs, "multi_label"),
         threshold=_flat(inputs, "threshold"),
         calibrated=_flat(inputs, "calibrated"),
+        unknown=_flat(inputs, "unknown"),
+        examples=inputs.get("examples"),
+        example_labels=inputs.get("example_labels"),
+        example_weight=_flat(inputs, "example_weight"),
         cancelled=inputs.cancelled,
     )
 

@@ -424,6 +424,46 @@ def test_labels_that_stand_alone_are_asked_for():
     assert recorder.inferences[1].inputs["multi_label"].dtype == np.bool_
 
 
+def test_examples_are_sent_with_the_first_image_alone():
+    recorder = Recorder()
+    with Client(transport=recorder, release=1, batch_size=2) as client:
+        shown: dict[str, Any] = {"mug": [b"m1", b"m2"], "cup": b"c"}
+        client.classify([b"x", b"y", b"z"], ["cup", "tin", "mug"], examples=shown, unknown=0.25)
+        client.classify(b"x", examples=shown, example_weight=1)
+    first, second, alone = [request.inputs for request in recorder.inferences]
+    assert first["examples"].tolist() == [[b"m1", b"m2", b"c"], [b"", b"", b""]]
+    assert first["example_labels"].tolist() == [[2, 2, 0]] * 2
+    assert first["example_labels"].dtype == np.int32
+    assert first["unknown"].tolist() == [[0.25]] * 2 and "example_weight" not in first
+    assert second["examples"].tolist() == [[b"m1", b"m2", b"c"]]
+    assert alone["labels"].tolist() == [[b"mug", b"cup"]]
+    assert alone["example_weight"].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"examples": {"mug": b"x"}, "labels": ["cup"]}, "examples has 'mug', which is not among"),
+        ({"examples": {"mug": b"x"}, "label_set": "all"}, "examples are for labels"),
+        ({"examples": {}, "labels": ["cup"]}, "no examples"),
+        ({"examples": {"cup": ["/no/such.png"]}}, "an example of 'cup': .*no/such.png"),
+        ({"examples": {"cup": b"x"}, "example_weight": float("nan")}, "example_weight is nan"),
+        ({"labels": ["cup"], "example_weight": 0.5}, "example_weight without examples"),
+        ({"labels": ["cup"], "unknown": 2}, "unknown is 2; allowed"),
+        ({"examples": {"cup": bytes(17 * 2**20)}}, "examples of 17 MiB; at most 16 MiB"),
+    ],
+)
+def test_bad_examples_are_refused_before_anything_is_sent(options, message):
+    recorder = Recorder()
+    with (
+        Client(transport=recorder, release=1) as client,
+        pytest.raises(radapter_client.InvalidRequest, match=message) as raised,
+    ):
+        client.classify(b"x", **options)
+    assert not isinstance(raised.value, radapter_client.InvalidImage)
+    assert not recorder.inferences
+
+
 def test_labels_that_fill_up_a_row_are_left_out():
     class Filled(Recorder):
         def _outputs(self, request):

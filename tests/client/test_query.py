@@ -455,6 +455,34 @@ def test_templates_are_summed_up(monkeypatch, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["release"]["templates"] == templates
 
 
+def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
+    for name in ("mug/1.png", "mug/2.png", "cup/1.png", ".hidden/1.png"):
+        path = tmp_path / "shown" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    recorder = Recorder()
+    monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder, release=1))
+    image = str(tmp_path / "shown/mug/1.png")
+    shown = ["--examples", str(tmp_path / "shown")]
+    assert main(["classify", image, *shown, "--example-weight", "1"]) == 0
+    assert main(["classify", image, "--labels", "mug", "tin", "cup", *shown]) == 0
+    own, given = [request.inputs for request in recorder.inferences]
+    assert own["labels"].tolist() == [[b"cup", b"mug"]]
+    assert own["example_labels"].tolist() == [[0, 1, 1]]
+    assert own["example_weight"].tolist() == [[1.0]]
+    assert given["example_labels"].tolist() == [[2, 0, 0]]
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    for folder, message in (
+        (tmp_path / "empty", "has no folders: it needs one for each label"),
+        (tmp_path / "shown" / "mug", "has no folders"),
+        (tmp_path / "none", "cannot read"),
+    ):
+        assert main(["classify", image, "--examples", str(folder)]) != 0
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path, monkeypatch):
     path = tmp_path / "labels.txt"
     path.write_text(

@@ -31,6 +31,11 @@ GOOD: dict[str, Ask] = {
     "label set": lambda client: client.classify(png(4), label_set="colours"),
     "alone": lambda client: client.classify(png(5), ["red", "green"], multi_label=True),
     "calibrated": lambda client: client.classify(png(5), ["red", "green"], calibrated=True),
+    "unknown": lambda client: client.classify(png(5), ["red", "green"], unknown=0.5),
+    "examples": lambda client: client.classify(
+        [png(5), png(6)], ["red", "green"], examples={"red": [png(8), png(9)]}, example_weight=0.3
+    ),
+    "examples alone": lambda client: client.classify(png(5), examples={"a": png(8), "b": png(9)}),
     "templates": lambda client: client.classify(png(5), ["red"], templates=["one {}", "two {}"]),
     "mask": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], threshold=0.4),
     "refined": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], refine=2),

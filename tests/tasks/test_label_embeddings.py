@@ -78,7 +78,7 @@ def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, s
         small._key((None, hashlib.sha256(repr(("a photo of a {}.",)).encode()).digest()), word)
         for word in words
     ]
-    assert len(small._store.get(keys)) == 5
+    assert len(small.store.get(keys)) == 5
 
 
 def test_the_lists_that_are_kept_are_bounded(local, monkeypatch):
@@ -134,14 +134,14 @@ def test_labels_that_another_process_embeds_at_the_same_time_are_taken_from_it(
     other(words[1024:], SIMPLE)
     local.calls.clear()
     ours = embedder(local, file)
-    store = ours._store.get
+    store = ours.store.get
     asked: list[int] = []
 
     def late(keys):  # the other one is done when the first part has been embedded
         asked.append(len(keys))
         return {} if len(asked) == 1 else store(keys)
 
-    monkeypatch.setattr(ours._store, "get", late)
+    monkeypatch.setattr(ours.store, "get", late)
     ours(words, SIMPLE)
     assert sum(rows for rows, _ in local.calls) == 1024
     assert asked == [2048, 1024, 1024]

@@ -203,7 +203,7 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(local, options
     """Also where another is as near as float32 has it, and in a later row."""
     facts = release(alpha=0.3, dynamic_alpha=True, templates=TEMPLATES, confidence=CONFIDENCE)
     scoring = Scoring(facts)
-    given = {name: [value] * 2 for name, value in options.items()}
+    given: dict[str, Any] = {name: [value] * 2 for name, value in options.items()}
     own = np.float32(0.3)
     assert scoring(**given, alpha=facts.request_alpha([0.3, float(own)], 2)) == scoring(
         **given, alpha=None

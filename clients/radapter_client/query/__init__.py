@@ -26,7 +26,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from .._client import Client
 from .._exceptions import RAdapterClientError
-from .inputs import ImageFiles, read_lines
+from .inputs import ImageFiles, read_examples, read_lines
 from .output import Found, Pictures, check_output, report, to_json, write_whole
 
 PROG = "radapter-query"
@@ -99,8 +99,9 @@ class Labels:
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATE [TEMPLATE ...]")] = ()
     alpha: float | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        if sum(map(bool, (self.labels, self.labels_file, self.label_set))) != 1:
+    def arguments(self, optional: bool = False) -> dict[str, Any]:
+        given = sum(map(bool, (self.labels, self.labels_file, self.label_set)))
+        if given > 1 or not (given or optional):
             raise RAdapterClientError("give one of --labels, --labels-file and --label-set")
         labels = (
             self.labels or None
@@ -139,6 +140,9 @@ def classify(
     multi_label: FlagCreatePairsOff[bool] = False,
     threshold: float | None = None,
     calibrated: FlagCreatePairsOff[bool] = False,
+    unknown: float | None = None,
+    examples: Path | None = None,
+    example_weight: float | None = None,
     out: Path | None = None,
 ) -> int:
     """The best labels of images.
@@ -151,14 +155,24 @@ def classify(
         threshold: show labels that score at least this, from 0 to 1; 0.5 if none is given.
         calibrated: scores that say how often a label is right, of a release that was exported with
             validation data.
+        unknown: answer "unknown" where the best label scores less than this by itself, from 0 to
+            1, of a release that was exported with validation data.
+        examples: folder with a folder of images for each label that has some, called as the label;
+            the folders are the labels where none are given.
+        example_weight: of a label's examples beside its text, from 0 to 1; 1 leaves the text out,
+            and 0.5 is taken if none is given.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
-    files, arguments = ImageFiles(images), labels.arguments()
+    files = ImageFiles(images)
+    arguments = labels.arguments(optional=examples is not None)
     arguments |= {
         "top_k": top_k,
         "multi_label": multi_label,
         "threshold": threshold,
         "calibrated": calibrated,
+        "unknown": unknown,
+        "examples": None if examples is None else read_examples(examples),
+        "example_weight": example_weight,
     }
     with server.client() as client:
 

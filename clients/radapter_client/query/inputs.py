@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .._exceptions import InvalidImage, RAdapterClientError
-from .._images import is_image_file
+from .._images import is_image_file, list_images
 
 T = TypeVar("T")
 
@@ -30,6 +30,22 @@ def read_lines(path: Path, what: str) -> list[str]:
     if not lines:
         raise RAdapterClientError(f"{path} is empty: it needs {what} a line")
     return lines
+
+
+def read_examples(folder: Path) -> dict[str, list[str]]:
+    """The images in each folder of a folder, by its name.
+
+    Raises:
+        RAdapterClientError: there is no folder in it, or one without images.
+    """
+    try:
+        folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise RAdapterClientError(f"cannot read {folder}: {error.strerror}") from error
+    folders = [path for path in folders if not path.name.startswith(".")]
+    if not folders:
+        raise RAdapterClientError(f"{folder} has no folders: it needs one for each label")
+    return {path.name: list(list_images(path)) for path in folders}
 
 
 class ImageFiles:

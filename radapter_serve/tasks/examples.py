@@ -1,0 +1,148 @@
+"""Labels by example: images that a request brings for its labels, alone or beside their texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, invalid
+from radapter_serve.tasks.label_embeddings import LabelSet
+from radapter_serve.tasks.label_store import LabelStore
+from radapter_serve.tasks.outcome import Outcome
+
+# The images of several requests, and their α, to the embeddings of each.
+EmbedAt = Callable[
+    [Sequence[tuple[Sequence[bytes], Alpha | None]]], Sequence[Outcome[NDArray[np.float32]]]
+]
+MAX_EXAMPLES = 128  # of a request
+DEFAULT_WEIGHT = 0.5
+_CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples for the labels of one image.
+
+    Args:
+        images: encoded images.
+        labels: of each example, the place of its label in the request's list, from 0.
+        weight: of the examples of a label beside its text, in [0, 1]; 1 leaves the text out.
+    """
+
+    images: tuple[bytes, ...]
+    labels: tuple[int, ...]
+    weight: float = DEFAULT_WEIGHT
+
+
+def read_examples(
+    images: Sequence[Sequence[bytes]] | None,
+    labels: Sequence[Sequence[int]] | None,
+    weight: float | None,
+) -> list[Examples] | None:
+    """The examples of each image of a request; None where it brings none.
+
+    Args:
+        images: of each image its examples; where all are empty, those of the image before.
+        labels: of each image, the places of its examples' labels.
+        weight: None for half.
+
+    Raises:
+        TaskError: one of them without the others; numbers that differ; too many examples.
+    """
+    if images is None and labels is None and weight is None:
+        return None
+    if images is None or labels is None:
+        raise invalid("examples and example_labels belong together, and example_weight to them")
+    found: list[Examples] = []
+    for own, places in zip(images, labels, strict=True):
+        given = tuple(image if isinstance(image, bytes) else image.encode() for image in own)
+        if found and not any(given):
+            given = found[-1].images
+        if not given:
+            raise invalid("no examples; give at least one, or leave example_labels out")
+        if len(given) != len(places):
+            raise invalid(
+                f"{len(given)} examples and {len(places)} example_labels; each example has one"
+            )
+        found.append(
+            Examples(given, tuple(map(int, places)), DEFAULT_WEIGHT if weight is None else weight)
+        )
+    count = len({image for examples in found for image in examples.images})
+    if count > MAX_EXAMPLES:
+        raise invalid(f"{count} examples in a request; at most {MAX_EXAMPLES} are allowed")
+    return found
+
+
+class ByExample:
+    """Label sets with the embeddings of examples mixed in.
+
+    Args:
+        embed_images: the images of several requests at a checked α, as `EmbedImages.at` does it.
+        store: keeps the embeddings of examples, so that callers may send them again and again.
+        release: tells its releases apart.
+    """
+
+    def __init__(self, embed_images: EmbedAt, store: LabelStore, release: str) -> None:
+        self._embed_images = embed_images
+        self._store = store
+        self._release = release
+
+    def __call__(self, label_set: LabelSet, examples: Examples, alpha: Alpha | None) -> LabelSet:
+        """The labels, those with examples by the mean of these, made unit length, and their text.
+
+        Args:
+            label_set: of the texts.
+            examples: for some of its labels, or for all.
+            alpha: of the image, [1, 1], as `RequestAlpha` gives it.
+
+        Raises:
+            TaskError: a label that there is not; an example that is no image; a text and examples
+                that cancel out.
+        """
+        count = len(label_set.labels)
+        for place in examples.labels:
+            if not 0 <= place < count:
+                raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
+        embeds = self._embed(examples.images, alpha)
+        mixed = label_set.embeds.copy()
+        places = np.array(examples.labels)
+        weight = np.float32(examples.weight)
+        for place in np.unique(places):
+            shown = _unit(embeds[places == place].mean(0), label_set.labels[place])
+            both = (1 - weight) * label_set.embeds[place] + weight * shown
+            mixed[place] = _unit(both, label_set.labels[place])
+        return replace(label_set, embeds=mixed)
+
+    def _embed(self, images: Sequence[bytes], alpha: Alpha | None) -> NDArray[np.float32]:
+        at = None if alpha is None else float(alpha[0, 0])
+        keys = {image: self._key(image, at) for image in images}
+        known = self._store.get(list(keys.values()))
+        new = [image for image, key in keys.items() if key not in known]
+        outcomes = self._embed_images([([image], alpha) for image in new]) if new else []
+        made: dict[bytes, NDArray[np.float32]] = {}
+        for image, outcome in zip(new, outcomes, strict=True):
+            error = outcome.error
+            if error is not None and error.code in (INVALID_IMAGE, IMAGE_TOO_LARGE):
+                where = f"example {images.index(image) + 1} of {len(images)}"
+                raise invalid(f"{where}: {error.message}")  # the image itself is not at fault
+            made[keys[image]] = outcome.unwrap()[0]
+        if made:
+            self._store.put(made)
+        known.update(made)
+        return np.stack([known[keys[image]] for image in images])
+
+    def _key(self, image: bytes, alpha: float | None) -> bytes:
+        digest = hashlib.sha256(image).digest()
+        return hashlib.sha256(repr((self._release, "example", alpha, digest)).encode()).digest()
+
+
+def _unit(vector: NDArray[np.float32], label: str) -> NDArray[np.float32]:
+    length = np.linalg.norm(vector)
+    if not length > _CANCELLED:
+        raise invalid(f"the examples of {label!r:.80}, or they and its text, cancel out")
+    return np.asarray(vector / length, np.float32)
