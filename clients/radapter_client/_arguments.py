@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ._exceptions import InvalidImage, InvalidRequest, bad_argument
-from ._images import ImageLike, encode_image, image_sizes, is_one_image
+from ._images import ImageLike, encode_image, encode_small, image_sizes, is_one_image
 from ._url import ServerURL
 from ._wire import Array, text_array
 
@@ -54,6 +54,7 @@ def example_inputs(
     labels: Sequence[str],
     examples: Mapping[str, ImageLike | Sequence[ImageLike]],
     weight: float | None,
+    shrink_to: int | None,
 ) -> dict[str, Array]:
     """Images that show some of the labels.
 
@@ -61,6 +62,7 @@ def example_inputs(
         labels: of the request.
         examples: of each label that has some, by its name in `labels`.
         weight: of examples beside texts, in [0, 1]; None for the server's own.
+        shrink_to: as of `encode_small`.
     """
     images: list[bytes] = []
     places: list[int] = []
@@ -69,7 +71,7 @@ def example_inputs(
             raise bad_argument(f"examples has {name!r:.80}, which is not among the labels")
         items = [shown] if is_one_image(shown) else as_list("examples", shown)
         try:
-            images += map(encode_image, items)
+            images += [encode_small(item, shrink_to) for item in items]
         except InvalidImage as error:
             raise bad_argument(f"an example of {name!r:.80}: {error}") from error
         places += [labels.index(name)] * len(items)

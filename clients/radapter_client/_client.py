@@ -40,6 +40,10 @@ class Client(BaseClient[Transport]):
             the way.
         transport: what requests go through instead of gRPC or HTTP, such as a fake server
             in tests.
+        shrink_to: pixels; photos whose shorter side has more are made so small before they are
+            sent, to classify, to embed and to search by: less to send, and less for the server to
+            decode. Take twice the side of the model's input or more: answers change a little.
+            `segment` sends images as they are.
         progress: show a bar on stderr while a call takes several requests; `AsyncClient` shows
             none.
 

@@ -26,6 +26,7 @@ ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.N
 # RGB after, so an image converted here would not get what the same image gets from open_clip
 # locally.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
+_PHOTOS = ("RGB", "L", "RGBA", "LA")
 ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
 
 
@@ -78,6 +79,49 @@ def encode_image(image: ImageLike) -> bytes:
     if not isinstance(image, Image.Image):
         raise bad_image(f"not an image: {type(image).__name__}; allowed are {ALLOWED}")
     return _png(image)
+
+
+def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
+    """As `encode_image`, but photos are made small first.
+
+    What cannot be read here is sent as it is, for the server to say what is wrong with it; so are
+    palettes and whatever else has no mode of photos.
+
+    Args:
+        image: of any kind.
+        shrink_to: pixels that the shorter side has at most; None leaves images as they are.
+
+    Raises:
+        InvalidImage: as `encode_image` does.
+    """
+    if shrink_to is None:
+        return encode_image(image)
+    try:
+        opened = _opened(image)
+        ratio = shrink_to / min(opened.size)
+        if ratio < 1 and opened.mode in _PHOTOS:
+            return _shrunk(opened, ratio)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        pass
+    return encode_image(image)
+
+
+def _shrunk(image: Image.Image, ratio: float) -> bytes:
+    size = tuple(max(1, round(side * ratio)) for side in image.size)
+    turned = orientation(image)
+    if image.format == "JPEG":
+        # Twice as large, so that the filter still has something to average.
+        image.draft(None, (2 * size[0], 2 * size[1]))
+    small = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if turned != 1:
+        exif[ExifTags.Base.Orientation] = turned
+    file = io.BytesIO()
+    if small.mode in ("RGB", "L"):
+        small.save(file, "JPEG", quality=95, subsampling=0, exif=exif)
+    else:
+        small.save(file, "PNG", compress_level=1, exif=exif, icc_profile=None)
+    return file.getvalue()
 
 
 def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:

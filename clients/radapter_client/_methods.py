@@ -43,7 +43,7 @@ from ._exceptions import (
 from ._images import (
     ImageLike,
     chunks,
-    encode_image,
+    encode_small,
     is_one_image,
     orientation,
     size_bound,
@@ -71,6 +71,7 @@ MAX_BYTES = 32 * 2**20
 # Labels and templates are repeated for each row of a request; this many keep it small compared with
 # its images.
 MAX_STRINGS = 8192
+MIN_SIDE = 64  # of photos that are made small
 
 
 class BaseClient(Generic[W]):
@@ -88,6 +89,7 @@ class BaseClient(Generic[W]):
         api_key: str | None = None,
         transport: W | None = None,
         progress: bool = False,
+        shrink_to: int | None = None,
     ) -> None:
         self._url = parse_url(url)
         self._version = None if release is None else count("release", release)
@@ -96,6 +98,7 @@ class BaseClient(Generic[W]):
         self._batch_size = count("batch_size", batch_size)
         self._concurrency = count("concurrency", concurrency)
         self._progress = progress
+        self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
         self._closed = False
         if api_key is not None:
             check_key(api_key, self._url)
@@ -181,7 +184,7 @@ class BaseClient(Generic[W]):
         }
         room = MAX_BYTES
         if examples is not None:
-            options |= example_inputs(list(names or []), examples, example_weight)
+            options |= example_inputs(list(names or []), examples, example_weight, self._shrink_to)
             room -= sum(map(len, options["examples"]))
             if room < MAX_BYTES // 2:
                 raise bad_argument(
@@ -192,7 +195,11 @@ class BaseClient(Generic[W]):
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, room)
         replies = yield from self._infer(
-            "classify", [partial(_batch, "classify", "image", items, run, options) for run in runs]
+            "classify",
+            [
+                partial(_batch, "classify", "image", items, run, options, self._shrink_to)
+                for run in runs
+            ],
         )
         return [
             _classification(names, scores, reply.version)
@@ -343,7 +350,7 @@ class BaseClient(Generic[W]):
         def part() -> Request:
             inputs = {**query, **options}
             if images:
-                inputs["image"] = text_array([encode_image(one) for one in images])
+                inputs["image"] = text_array([encode_small(one, self._shrink_to) for one in images])
             return Request("infer", "retrieve", inputs=inputs, outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])
@@ -489,7 +496,8 @@ class BaseClient(Generic[W]):
         runs = chunks(sizes, self._batch_size, MAX_BYTES)
         task = f"embed_{kind}"
         replies = yield from self._infer(
-            task, [partial(_batch, task, kind, items, run, options) for run in runs]
+            task,
+            [partial(_batch, task, kind, items, run, options, self._shrink_to) for run in runs],
         )
         return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(
             np.float32, copy=False
@@ -530,13 +538,19 @@ def _items(images: Any) -> list[Any]:
 
 
 def _batch(
-    task: str, name: str, items: list[Any], rows: range, options: dict[str, Array]
+    task: str,
+    name: str,
+    items: list[Any],
+    rows: range,
+    options: dict[str, Array],
+    shrink_to: int | None,
 ) -> Request:
     """Some images or encoded texts; what they share, once for each."""
     shared = {key: np.tile(array, (len(rows), 1)) for key, array in options.items()}
     if "examples" in shared:
         shared["examples"][1:] = b""  # those of the row before
-    encode: Callable[[Any], bytes] = encode_image if name == "image" else bytes
+    small = partial(encode_small, shrink_to=shrink_to)
+    encode: Callable[[Any], bytes] = small if name == "image" else bytes
     return Request(
         "infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])}
     )

@@ -20,8 +20,6 @@ from radapter_serve.release.release import Release
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
 HOW = "export one with radapter-export --validation DATA"
-
-
 UNKNOWN = "unknown"
 
 

@@ -288,6 +288,74 @@ def test_file_is_sent_as_it_is(tmp_path: Path):
     assert sent(path) == sent(str(path)) == sent(data) == sent(memoryview(data)) == data
 
 
+def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: int = 1) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    exif[0x010E] = "a secret"
+    file = io.BytesIO()
+    image.save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "kind"),
+    [
+        (photo(1600, 1200), (597, 448), "JPEG"),
+        (photo(1200, 1600, turn=6), (448, 597), "JPEG"),
+        (photo(900, 450), (896, 448), "JPEG"),
+        (photo(1600, 1200, mode="L"), (597, 448), "JPEG"),
+        (photo(1600, 1200, "PNG", "RGBA"), (597, 448), "PNG"),
+        (photo(1600, 1200, "WEBP"), (597, 448), "JPEG"),
+    ],
+)
+def test_photos_are_made_small_before_they_are_sent(data: bytes, size, kind: str):
+    recorder = Recorder()
+    with Client(transport=recorder, release=1, shrink_to=448) as client:
+        client.embed_images([data])
+    sent = recorder.inferences[0].inputs["image"][0, 0]
+    with Image.open(io.BytesIO(sent)) as image, Image.open(io.BytesIO(data)) as whole:
+        assert (image.size, image.format, image.mode) == (size, kind, whole.mode)
+        assert image.getexif().get(0x0112, 1) == whole.getexif().get(0x0112, 1)
+        assert b"a secret" not in sent
+        expected = np.asarray(whole.resize(size, Image.Resampling.BICUBIC), np.float64)
+        assert np.abs(np.asarray(image, np.float64) - expected).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        photo(600, 448),
+        photo(40, 30),
+        photo(1600, 1200, "PNG", "P"),
+        photo(1600, 1200)[:500],
+        b"no image",
+    ],
+)
+def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
+    recorder = Recorder()
+    with Client(transport=recorder, release=1, shrink_to=448) as client:
+        client.classify(data, ["a"])
+        client.search(image=data, index="photos")
+        client.segment(photo(1600, 1200), ["a"])
+    images = [request.inputs["image"].ravel()[0] for request in recorder.inferences]
+    assert images == [data, data, photo(1600, 1200)]
+
+
+def test_photos_of_all_methods_but_segment_are_made_small():
+    recorder = Recorder()
+    big = photo(1600, 1200)
+    with Client(transport=recorder, release=1, shrink_to=448) as client:
+        client.classify([big, big], ["a"], examples={"a": big})
+        client.search(image=big, index="photos")
+    first, second = [request.inputs for request in recorder.inferences]
+    sent = [*first["image"].ravel(), first["examples"][0, 0], *second["image"].ravel()]
+    assert [min(Image.open(io.BytesIO(one)).size) for one in sent] == [448] * 4
+    with pytest.raises(radapter_client.InvalidRequest, match="shrink_to is 10; .* from 64"):
+        Client(transport=recorder, shrink_to=10)
+
+
 @pytest.mark.parametrize(
     ("image", "why"),
     [

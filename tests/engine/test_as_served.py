@@ -20,8 +20,8 @@ from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 
-# The labels of segmentation are others than those of classification: Triton's processes embed them
-# apart, and of texts that are embedded in another batch a runtime may round the last bit otherwise.
+# No label is one that a server embeds in a batch of its own when it starts ("a"): of texts that are
+# embedded in another batch a runtime may round the last bit otherwise.
 Ask = Callable[[Client], Any]
 
 GOOD: dict[str, Ask] = {
@@ -35,7 +35,9 @@ GOOD: dict[str, Ask] = {
     "examples": lambda client: client.classify(
         [png(5), png(6)], ["red", "green"], examples={"red": [png(8), png(9)]}, example_weight=0.3
     ),
-    "examples alone": lambda client: client.classify(png(5), examples={"a": png(8), "b": png(9)}),
+    "examples alone": lambda client: client.classify(
+        png(5), examples={"tin": png(8), "cup": png(9)}
+    ),
     "templates": lambda client: client.classify(png(5), ["red"], templates=["one {}", "two {}"]),
     "mask": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], threshold=0.4),
     "refined": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], refine=2),

@@ -45,6 +45,8 @@ class Server:
         indexes: folder of the indexes that --model searches.
         release: version of the release to use; the newest if none is given.
         timeout: seconds that a request may take.
+        shrink_to: px; photos whose shorter side has more are made so small before they are sent,
+            except to segment; they are sent as they are if none is given.
         json: print JSON, one object a line, instead of tables.
     """
 
@@ -55,6 +57,7 @@ class Server:
     indexes: Path = Path("indexes")
     release: int | None = None
     timeout: float = 60.0
+    shrink_to: int | None = None
     json: bool = False
 
     def client(self) -> Client:
@@ -63,7 +66,13 @@ class Server:
         key = os.environ.get("RADAPTER_API_KEY") or None  # no flag: others can read a command line
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            client = Client(self.url, release=self.release, timeout=self.timeout, api_key=key)
+            client = Client(
+                self.url,
+                release=self.release,
+                timeout=self.timeout,
+                api_key=key,
+                shrink_to=self.shrink_to,
+            )
         for note in notes:
             print(f"note: {note.message}", file=sys.stderr)
         return client
