@@ -69,7 +69,7 @@ def example_inputs(
     for name, shown in examples.items():
         if name not in labels:
             raise bad_argument(f"examples has {name!r:.80}, which is not among the labels")
-        items = [shown] if is_one_image(shown) else as_list("examples", shown)
+        items: list[Any] = [shown] if is_one_image(shown) else as_list("examples", shown)
         try:
             images += [encode_small(item, shrink_to) for item in items]
         except InvalidImage as error:
