@@ -23,7 +23,7 @@ from radapter_serve.release.tensors import Tensor
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
 MAX_TEXTS = 2**17
-IMAGES = {"image"}  # of the inputs of type BYTES, those that are no text
+IMAGES = {"image", "examples"}  # of the inputs of type BYTES, those that are no text
 
 Name = Annotated[str, Field(max_length=64)]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -87,8 +87,10 @@ class Inference:
 
     @property
     def images(self) -> int:
-        """How many images it holds."""
-        return sum(math.prod(one.shape) for one in self.message.inputs if one.name in IMAGES)
+        """How many images it holds; an example that stands empty is none."""
+        message = self.message
+        pairs = zip(message.inputs, message.raw_input_contents, strict=True)
+        return sum(_count_filled(values) for one, values in pairs if one.name in IMAGES)
 
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
@@ -250,6 +252,17 @@ def _check_texts(name: str, values: bytes, count: int) -> None:
                 ) from None
     if offset != end:
         raise bad_request(f"the input {name} has {end - offset} bytes after its {count} values")
+
+
+def _count_filled(values: bytes) -> int:
+    """How many of the values of a tensor, which were checked, are not empty."""
+    count = 0
+    offset = 0
+    while offset < len(values):
+        (length,) = struct.unpack_from("<I", values, offset)
+        count += length > 0
+        offset += 4 + length
+    return count
 
 
 def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import urllib3
 from hypothesis import given
@@ -193,12 +194,20 @@ def test_images_are_counted(served: Served) -> None:
         with pytest.raises(ServerUnavailable, match="photos may send 2 images a minute"):
             photos.classify(png(0), ["a"])
         photos.embed_texts(["texts are no images"])
+    with Client(served.url, api_key="x", retries=0) as free:
+        served.upstream.outputs = {
+            "label": np.array([[b"a"], [b"a"]], object),
+            "score": np.ones((2, 1), np.float32),
+        }
+        # Examples are sent with the first image alone.
+        free.classify([png(0), png(1)], examples={"a": [png(2), png(3)], "b": png(4)})
     with pytest.raises(Unauthorized, match="this key ended with 2020-01-01"):
         Client(served.url, api_key="o").embed_texts(["a"])
     text = urllib3.request(
         "GET", f"{served.url}/metrics", headers={"Authorization": "Bearer x"}
     ).data.decode()
     assert 'radapter_gateway_key_images_total{key="photos"} 2.0' in text
+    assert 'radapter_gateway_key_images_total{key="free"} 5.0' in text
     assert 'radapter_gateway_key_requests_total{code="rate_limited",key="photos"} 1.0' in text
     assert 'radapter_gateway_key_requests_total{code="ok",key="photos"} 3.0' in text
 
