@@ -6,3 +6,4 @@ SURPLUS = (  # the folder of files that say how many waiting requests a model is
     "RADAPTER_SURPLUS"
 )
 LABELS = "RADAPTER_LABELS"  # the file in which the processes of a server keep labels' embeddings
+LABELS_FILE = "labels.sqlite"  # its name in a server's folder

@@ -21,6 +21,7 @@ from typing import Any
 from prometheus_client.multiprocess import mark_process_dead
 
 from radapter_serve.clock import SYSTEM, Clock
+from radapter_serve.environment import LABELS, LABELS_FILE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.metrics import SHARED
 from radapter_serve.gateway.run import DRAIN_SECONDS
@@ -131,6 +132,7 @@ class _Member:
                     **os.environ,
                     **environment(self._begin.config.encoder_threads),
                     SHARED: str(self._folder),
+                    LABELS: str(self._folder.parent / LABELS_FILE),
                 },
             )
         self._connection = Connection(ours.detach())

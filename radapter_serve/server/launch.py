@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from radapter_serve.environment import INDEXES, LABELS, SURPLUS
+from radapter_serve.environment import INDEXES, LABELS, LABELS_FILE, SURPLUS
 from radapter_serve.files import staged
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.control import SECRET_HEADER
@@ -145,7 +145,7 @@ def server_environment(
         "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
         INDEXES: str(indexes),
         SURPLUS: str(folder / WAITING),
-        LABELS: str(folder / "labels.sqlite"),
+        LABELS: str(folder / LABELS_FILE),
     }
     for name, folders in first.items():
         given = [Path(folder) for folder in variables.get(name, "").split(":") if folder]

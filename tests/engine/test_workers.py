@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -90,6 +91,15 @@ def group(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         until(lambda: not one.trouble())
         yield one
         listener.close()
+
+
+def test_workers_keep_the_embeddings_of_labels_in_one_file(group: Group) -> None:
+    names = ["kept", "by all workers"]
+    with Client(group.url, timeout=WAIT) as client:
+        client.classify(png(0), names)
+    with contextlib.closing(sqlite3.connect(group.workers.folder / "labels.sqlite")) as file:
+        [[count]] = file.execute("SELECT COUNT(*) FROM labels")
+    assert count >= len(names)
 
 
 @contextlib.contextmanager

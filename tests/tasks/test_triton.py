@@ -27,6 +27,7 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from radapter_client import Client
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
@@ -143,6 +144,17 @@ def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
     assert status == 200 and len(found["outputs"][0]["data"]) == 5
     status, found = post(server, "models/classify/infer", {"inputs": [*body[:2], body[3]]})
     assert status == 400 and "[invalid_argument] threshold" in found["error"]
+
+
+def test_new_labels_are_embedded_once_for_all_processes(server):
+    """Two of `classify` and two of `segment`, in turn."""
+    labels = ["asked of everybody", "by many callers"]
+    with Client(server.grpc_url) as client, ThreadPoolExecutor(4) as callers:
+        before = client.statistics()["text_encoder"]["count"]
+        client.classify(png(0), labels)
+        list(callers.map(lambda _: client.classify(png(0), labels), range(12)))
+        list(callers.map(lambda _: client.segment(png(0), labels), range(12)))
+        assert client.statistics()["text_encoder"]["count"] == before + 1
 
 
 def test_encoders_take_pixels_and_tokens(client, local):
