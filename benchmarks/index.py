@@ -293,14 +293,11 @@ def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
 
 
-def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[Array, Array]:
-    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N,
-    CROPS, D], and their captions, float32 [N, CAPTIONS, D].
-    """
+def export_base(folder: Path) -> Path:
+    """A model repository with the demo's base as a release."""
     from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
     from radapter_serve.clip.base import load_base
-    from radapter_serve.runtimes.local_release import LocalRelease
 
     name = f"local-dir:{DEMO_BASE}"
     base = load_base(name)
@@ -316,7 +313,16 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
         None,
         ExportSettings(model_repository=models, merged=folder / "merged"),
     )
-    release = LocalRelease(models)
+    return models
+
+
+def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[Array, Array]:
+    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N,
+    CROPS, D], and their captions, float32 [N, CAPTIONS, D].
+    """
+    from radapter_serve.runtimes.local_release import LocalRelease
+
+    release = LocalRelease(export_base(folder))
     random = np.random.default_rng(0)
     embeds, pixels = [], []
     for number, path in enumerate(photos, 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
-from common import RESULTS, Report, say
-from index import BATCH, QUERIES, collection, embed, photos_of
+from common import RESULTS, Report, picture, say
+from index import BATCH, QUERIES, collection, embed, export_base, photos_of
 from numpy.typing import NDArray
+from serving import counters
 
 from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
 from radapter_serve.index.index import Index, open_index
@@ -33,6 +35,7 @@ from radapter_serve.index.store.local import install
 
 Array = NDArray[np.float32]
 THUMBNAIL = bytes(range(256)) * 16  # as long as a thumbnail of 128 px is
+CALLS = 300  # of a server
 ROUNDS = 3  # in which all questions are asked again
 Numbers = NDArray[np.int64]
 # A condition, which of the numbered images meet it, and Arrow's own comparison of its first column.
@@ -254,6 +257,47 @@ def conditions(
     return [*heads, "added, new", "added, before", "recall"], rows
 
 
+def served(folder: Path, report: Report) -> None:
+    """`retrieve` by tritonserver: its first answer after "ready", and what it takes besides
+    `embed_text`, by Triton's own statistics.
+    """
+    from radapter_client import Client
+    from radapter_serve.index.build import build
+    from radapter_serve.runtimes.local_release import LocalRelease
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
+
+    models = export_base(folder)
+    photos = folder / "photos"
+    photos.mkdir()
+    for seed in range(64):
+        (photos / f"{seed:02}.jpg").write_bytes(picture(seed=seed))
+    build(str(photos), folder / "indexes" / "photos", LocalRelease(models))
+    config = ServerConfig(models, Endpoints.on_free_ports(), indexes=folder / "indexes")
+    rows = []
+    with TritonServer(config) as server, Client(server.http_url) as client:
+        for name, where in {"no condition": None, "a condition": "width > 1"}.items():
+            times = []
+            before = counters(server)
+            for _ in range(CALLS):
+                start = time.perf_counter()
+                client.search("a photo of a dog", index="photos", where=where)
+                times.append((time.perf_counter() - start) * 1e3)
+            after = counters(server)
+            spent = {
+                model: (after[model]["all"] - before[model]["all"])
+                / (after[model]["requests"] - before[model]["requests"])
+                for model in ("retrieve", "embed_text")
+            }
+            own = (spent["retrieve"] - spent["embed_text"]) * 1e3
+            middle = statistics.median(times)
+            rows.append([name, *(f"{one:.2f}" for one in (times[0], times[9], middle, own))])
+            say(" | ".join(rows[-1]))
+    heads = ["`retrieve` of 64 images", "first, ms", "tenth, ms", "median, ms", "its own, ms"]
+    report.table("Served by Triton over HTTP", heads, rows)
+
+
 def _on(table: Any, compare: Callable[[Any], Any]) -> Callable[[Array], Any]:
     return lambda _: compare(table)
 
@@ -319,6 +363,9 @@ def main(
     for size in sizes:
         measure(indexes / f"{size}", queries, report)
         report.write(out)
+    with tempfile.TemporaryDirectory() as temporary:
+        served(Path(temporary), report)
+    report.write(out)
 
 
 if __name__ == "__main__":

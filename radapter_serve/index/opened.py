@@ -16,6 +16,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import Index, link_of, open_index, place_of
+from radapter_serve.index.met import prepare
 
 POLL = 5.0  # seconds between two questions to a storage for the generation that counts
 OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
@@ -69,6 +70,8 @@ class OpenIndexes:
         ]
         for thread in threads:
             thread.start()
+        if threads:
+            prepare()
         end = time.monotonic() + seconds
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))

@@ -240,8 +240,12 @@ def test_indexes_are_opened_before_the_first_search(
     for name in ("photos", "broken"):
         build(str(photos), tmp_path / "indexes" / name, release)
     (searched(tmp_path / "indexes" / "broken") / "vectors.npy").unlink()
+    prepared: list[bool] = []
+    monkeypatch.setattr(opened, "prepare", lambda: prepared.append(True))
+    task(tmp_path / "nowhere", release)
+    assert not prepared
     retrieve = task(tmp_path / "indexes", release)
-    assert "the index" in capsys.readouterr().err
+    assert prepared and "the index" in capsys.readouterr().err
     monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
     assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]))).ids) == 4
     with pytest.raises(TaskError, match="'broken' can't be opened"):
