@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
+from radapter_serve.errors import RAdapterError
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
@@ -215,6 +216,50 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     return 0 if found.ok else 1
 
 
+def duplicates(
+    index: tyro.conf.Positional[Path],
+    threshold: float = 0.95,
+    out: Path = Path("duplicates.csv"),
+    picture: Path | None = None,
+) -> None:
+    """List groups of images that are nearly the same, such as copies in other sizes.
+
+    Every pair of images is compared: minutes for 100,000 images.
+
+    Args:
+        index: folder of the index.
+        threshold: cosine above 0 and up to 1, from which two images count as nearly the same.
+        out: .csv to write: group, id and the highest cosine with another image of the group.
+        picture: .png or .jpg to write: the groups' thumbnails, a row each, up to 100 groups.
+    """
+    from radapter_serve.index.duplicates import (
+        check_threshold,
+        check_thumbnails,
+        find_duplicates,
+        write_picture,
+        write_table,
+    )
+    from radapter_serve.index.index import open_index
+
+    check_threshold(threshold)
+    for flag, path, endings in (("--out", out, [".csv"]), ("--picture", picture, [".png", ".jpg"])):
+        if path is not None and path.suffix not in endings:
+            raise RAdapterError(f"{flag} {path} does not end in {' or '.join(endings)}")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise RAdapterError(f"{flag} {path}: {path.parent} is no folder")
+    opened = open_index(index)
+    if picture is not None:
+        check_thumbnails(opened)
+    with _progress("comparing") as progress:
+        groups = find_duplicates(opened, threshold, progress)
+    write_table(groups, out)
+    many = sum(len(group.ids) for group in groups)
+    print(f"{out}: {len(groups):,} groups of {many:,} images, of {len(opened):,}")
+    if picture is not None and groups:
+        write_picture(opened, groups, picture)
+        print(picture)
+
+
 def export_embeddings(
     index: tyro.conf.Positional[Path],
     to: Path,
@@ -284,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "add": add,
         "info": info,
         "verify": verify,
+        "duplicates": duplicates,
         "publish": publish,
     }
     commands |= {"link": link, "export-embeddings": export_embeddings}
