@@ -78,7 +78,7 @@ class Table:
             paths = self._mapped.columns["path"]
             met = pc.is_in(paths, pa.array(ids, paths.type))
             found = np.flatnonzero(met.to_numpy())
-            names = self._mapped.values("path", found)
+            names = self._mapped.values(["path"], found)["path"]
             return dict(zip(names, np.array(self._mapped.vectors[found]), strict=True))
 
     def _evaluated(self, where: str) -> Met:
