@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
+from radapter_export.card import FILE as CARD
 from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, replaced
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import swap_in
@@ -15,6 +16,13 @@ from radapter_serve.lock import lock
 from radapter_serve.release.release import FILE, Release
 
 Self = TypeVar("Self", bound="NewFolder")
+
+
+class Card(Protocol):
+    """Writes the model card of a release."""
+
+    def __call__(self, release: Release, *, library: str) -> str:
+        """The text of the card, for a folder that this library opens."""
 
 
 class NewFolder:
@@ -25,7 +33,8 @@ class NewFolder:
 
     Attributes:
         flag: of the command that names the folder.
-        files: all that a checkpoint may hold.
+        files: all that a checkpoint may hold, but for its facts and its card.
+        library: that opens it.
 
     Raises:
         RAdapterError: the folder holds something that was not written here, or another export is
@@ -34,6 +43,7 @@ class NewFolder:
 
     flag: ClassVar[str]
     files: ClassVar[frozenset[str]]
+    library: ClassVar[str]
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
@@ -65,10 +75,13 @@ class NewFolder:
         target.mkdir(exist_ok=True)
         return target
 
-    def add_release(self, name: str, release: Release) -> None:
-        """Write `release.json` beside a checkpoint."""
+    def add_release(self, name: str, release: Release, card: Card | None = None) -> None:
+        """Write `release.json` beside a checkpoint, and a card where one is wanted."""
         with disk_errors(self.folder.parent):
             release.save(self._staged / name)
+            if card is not None:
+                text = card(release, library=self.library)
+                (self._staged / name / CARD).write_text(text, encoding="utf-8")
 
     def commit(self) -> None:
         """Put all of it in place."""
@@ -77,17 +90,24 @@ class NewFolder:
 
     def _check_replaceable(self) -> None:
         """Refuse a path that holds anything but what was written here."""
-        folder, ours = self.folder, {*self.files, FILE}
+        folder = self.folder
         if not folder.exists():
             return
         if not folder.is_dir():
             raise RAdapterError(f"{folder} is a file; give another folder with {self.flag}")
+        names = {path.name for path in folder.iterdir()}
         for path in folder.iterdir():
             inside = {child.name for child in path.iterdir()} if path.is_dir() else set()
-            if path.name not in ours and not (
-                path.name.startswith("alpha-") and inside and inside <= ours
+            if path.name not in self._ours(names) and not (
+                path.name.startswith("alpha-") and inside and inside <= self._ours(inside)
             ):
                 raise RAdapterError(
                     f"{folder} holds {path.name}, which no export wrote; it would be replaced: give"
                     f" another folder with {self.flag}, or move that away"
                 )
+
+    def _ours(self, names: set[str]) -> set[str]:
+        """What an export writes into a folder that holds these; a README.md without a release is
+        somebody's own.
+        """
+        return {*self.files, FILE, *([CARD] if FILE in names else [])}

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from radapter_export.exported import Exported
+from radapter_export.folder import Card
 from radapter_export.settings import ExportSettings
 from radapter_export.transformers_folder import TransformersFolder
 from radapter_serve.clip.base import Base
@@ -102,10 +103,10 @@ class Forms:
             exported.append(Exported("transformers", folder.size(name), found, seconds))
         return exported
 
-    def add_release(self, name: str, release: Release) -> None:
-        """Write `release.json` beside each form."""
+    def add_release(self, name: str, release: Release, card: Card | None = None) -> None:
+        """Write `release.json` beside each form, and a card where one is wanted."""
         for folder in self._folders:
-            folder.add_release(name, release)
+            folder.add_release(name, release, card)
 
     def commit(self) -> None:
         """Put all of them in place."""

@@ -47,6 +47,7 @@ class Merged(NewFolder):
     """Merged checkpoints in the making; see `NewFolder`."""
 
     flag = "--merged"
+    library = "open_clip"
     files = frozenset({CONFIG, WEIGHTS, *TOKENIZER})
 
     def add(

@@ -61,6 +61,7 @@ class ExportSettings:
             embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
             widens with its square, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
+        card: write a model card, README.md, beside the merged weights and those for transformers.
         exif_orientation: the server turns images as their EXIF says, where training did so;
             --no-exif-orientation leaves them as the files have them, as open_clip does.
     """
@@ -83,6 +84,7 @@ class ExportSettings:
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
     tolerance: float | None = None
     max_batch_size: int = 64
+    card: bool = True
     exif_orientation: bool = True
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Source:
         templates: prompt templates.
         label_sets: labels, with their synonyms, by the name of their label set.
         exif_orientation: whether images are turned as their EXIF says.
+        curve: of each α what validation data said, where α was chosen; see `Choice`.
     """
 
     metadata: Metadata
@@ -52,6 +53,7 @@ class Source:
     templates: list[str]
     label_sets: dict[str, list[str]]
     exif_orientation: bool
+    curve: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     def read(
@@ -78,16 +80,20 @@ class Source:
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
         adapter = average_adapters(adapters, weights)
         alpha = adapter.metadata.alpha
-        if dynamic_alpha and len(paths) == 1:
+        curve: list[dict[str, float]] = []
+        if len(paths) == 1:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
-                alpha = chosen(paths[0]).alpha
+                choice = chosen(paths[0])
+                curve = choice.curve
+                alpha = choice.alpha if dynamic_alpha else alpha
         shares = [
             {"digest": one.digest, "weight": share}
             for one, share in zip(adapters, weights, strict=True)
         ]
-        return cls._with(
+        found = cls._with(
             settings, adapter.metadata, adapter, shares, alpha, dynamic_alpha=dynamic_alpha
         )
+        return replace(found, curve=curve)
 
     @classmethod
     def _with(

@@ -29,6 +29,7 @@ class TransformersFolder(NewFolder):
     """Folders that `transformers` opens, in the making; see `NewFolder`."""
 
     flag = "--transformers"
+    library = "transformers"
     files = frozenset({CONFIG, WEIGHTS, *PROCESSOR})
 
     def add(

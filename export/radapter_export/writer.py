@@ -20,6 +20,7 @@ from torch import Tensor
 
 from radapter_export.accuracy import Measured, Validation
 from radapter_export.calibration import Calibration
+from radapter_export.card import card_of
 from radapter_export.change import Change, Reference
 from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.facts import dense_facts, preprocess_facts
@@ -152,8 +153,9 @@ class Writer:
                     confidence=None if confidence is None else asdict(confidence),
                 )
                 self._save(release)  # again: what was measured is the release as it is written
-        merged.add_release(name, release)
-        self.outputs.forms.add_release(name, release)
+        card = self._card if self.settings.card else None
+        merged.add_release(name, release, card)
+        self.outputs.forms.add_release(name, release, card)
         warnings = [*label_sets.warnings, *(measured.warnings if measured else ())]
         if release.logit_bias is not None and release.confidence is None:
             warnings.append(UNFITTED)
@@ -165,6 +167,9 @@ class Writer:
             warnings=warnings,
             forms=others,
         )
+
+    def _card(self, release: Release, *, library: str) -> str:
+        return card_of(release, self.source.metadata, self.source.curve, library)
 
     @property
     def _width(self) -> int:

@@ -33,8 +33,8 @@ TEXTS = ["a photo of a cat", "two dogs on a red sofa", "many words " * 60, ""]
 #: upright, wide and square ones, whose margins transformers and open_clip crop alike
 SIZES = ((40, 48), (52, 44), (32, 32), (96, 64))
 TRANSFORMERS = {
-    *("config.json", "model.safetensors", "preprocessor_config.json", "release.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
+    *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+    *("release.json", "tokenizer.json", "tokenizer_config.json"),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -32,7 +32,7 @@ def test_open_clip_loads_it_equal_to_the_bit(
     folder, releases = exported
     assert names(folder / "merged") == {"alpha-0.3", "alpha-0.8"}
     for made in releases:
-        assert names(made.merged) == FILES
+        assert names(made.merged) == {*FILES, "README.md"}
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{made.merged}")
         expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), made.alpha)
         state = model.state_dict()
@@ -72,6 +72,10 @@ def test_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> 
     with pytest.raises(RAdapterError, match="is a file"):
         write_merged(tmp_path / "thesis.tex", tiny_base, {}, release(1))
     assert names(tmp_path) == {"thesis.tex"}
+    (tmp_path / "thesis.tex").rename(tmp_path / "README.md")
+    with pytest.raises(RAdapterError, match=r"README\.md.*--merged"):
+        write_merged(tmp_path, tiny_base, {}, release(1))
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "years of work"
 
 
 def test_full_disk_leaves_the_earlier_one(
