@@ -131,7 +131,7 @@ def test_what_describes_the_server(served: Served) -> None:
     assert ask(served, "/v2/models/retrieve")[1]["inputs"][0] == {
         "name": "text",
         "datatype": "BYTES",
-        "shape": [1],
+        "shape": [-1],
     }
     assert ask(served, "/v2/models/embed_text")[1]["outputs"] == [
         {"name": "text_embeds", "datatype": "FP32", "shape": [-1, -1]}
