@@ -290,11 +290,9 @@ def _is_exact(literal: Any, kind: Any) -> bool:
 
 
 def _common(left: Any, right: Any) -> Any:
-    """The type that two types of numbers are compared in."""
-    whole = pa.types.is_integer(left) and pa.types.is_integer(right)
-    unsigned = pa.types.is_unsigned_integer(left) and pa.types.is_unsigned_integer(right)
-    if whole:
-        return pa.uint64() if unsigned else pa.int64()
+    """The type that two types of numbers are compared and computed in."""
+    if all(pa.types.is_integer(one) or pa.types.is_null(one) for one in (left, right)):
+        return pa.int64()
     return pa.float64()
 
 
@@ -345,18 +343,18 @@ def _as_numpy(values: Values) -> Any:
 
 
 def _numbers(node: Any, operands: Sequence[Values]) -> tuple[Values, Values]:
-    """Two operands that are numbers, in the type that they are computed in."""
+    """Two operands that are numbers, in a type that holds what is computed of narrow ones."""
     if any(_kind(one.type) not in ("number", "null") for one in operands):
         _refuse(node)
     left, right = operands
-    common = _common(left.type, right.type) if left.type != right.type else left.type
+    common = _common(left.type, right.type)
     return left.cast(common), right.cast(common)
 
 
 def _negative(node: Any, operands: list[Values]) -> Values:
     if _kind(operands[0].type) != "number":
         _refuse(node)
-    return pc.negate(operands[0])
+    return pc.negate(operands[0].cast(_common(operands[0].type, operands[0].type)))
 
 
 def _both(how: Callable[[Values, Values], Values]) -> Callable[[Any, list[Values]], Values]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
@@ -123,7 +123,11 @@ def by_sqlite(rows: Rows, where: str) -> list[int]:
 def test_any_condition_is_met_by_the_rows_that_sqlite_names(
     rows: Rows, where: str, chunk: int
 ) -> None:
-    met = met_by(where, columns_of(rows, chunk), len(rows))
+    try:
+        met = met_by(where, columns_of(rows, chunk), len(rows))
+    except TaskError as error:  # what is drawn may be nested deeper than is allowed
+        assert "in each other" in str(error)
+        reject()
     assert met.positions.tolist() == by_sqlite(rows, where)
     assert met.count == len(met.positions)
 
@@ -164,6 +168,7 @@ SPECIAL = {
         *(("tiny + 100 > 150", [0]), ("tiny > 200", []), ("unsigned > -1", [0, 1])),
         *(("tiny % 2 = -1", [1]), ("tiny / 2 = -1", [1]), ("part % 1 = 0.5", [1])),
         ("tiny > 99999999999999999999", []),
+        *(("tiny * tiny = 10000", [0]), ("- unsigned < 0", [0, 1]), ("unsigned - 2 < 0", [0])),
         *(("kind = 'cat'", [0]), ("kind ILIKE 'é%'", [1]), ("upper(kind) = 'ÉMILE'", [1])),
         *(("kind LIKE '%a\\%'", []), ("kind NOT ILIKE 'é%'", [0]), ("length(kind) = 5", [1])),
         *(("tags IS NULL", [2]), ("year = 5", [0]), ("YEAR = 5", [0]), ('"Year" = 5', [0])),
