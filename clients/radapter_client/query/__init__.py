@@ -333,7 +333,10 @@ def search(
         table.add_row(
             f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold")
         )
-    Console().print(table)
+    if hits:
+        Console().print(table)
+    else:
+        print("nothing was found")
     if hits.index_version is not None:
         print(f"index version: {hits.index_version}")
     if save is not None:
