@@ -1,4 +1,4 @@
-"""The two engines of radapter-serve side by side: Triton, and this process."""
+"""The engines of radapter-serve side by side: Triton, one process, and two of them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from serving import LABEL_SET
 from radapter_client import AsyncClient
 from radapter_serve.server.endpoints import free_ports
 
-ENGINES = ("triton", "process")
+# The flags of each, by the name that the tables give it.
+ENGINES = {
+    "triton": ("triton",),
+    "process": ("process",),
+    "2 workers": ("process", "--workers", "2"),
+}
 TASKS = ("classify", "embed_text")
 MIB = 2**20
-WHAT = """`radapter-serve --engine triton` and `--engine process`, with their defaults, asked over
-HTTP by our own client on the same machine. Images are JPEG files of 640 x 480 pixels, against a
-label set of 100 labels; every text is another one. Each row was measured for {seconds:g} s, after
-{warmup:g} s that do not count; the engines take turns, the one beside the other stopped."""
+WHAT = """`radapter-serve --engine triton`, `--engine process` and `--engine process --workers 2`,
+with their defaults otherwise, asked over HTTP by our own client on the same machine. Images
+are JPEG files of 640 x 480 pixels, against a label set of 100 labels; every text is another
+one. Each row was measured for {seconds:g} s, after {warmup:g} s that do not count; the
+engines take turns, and one runs at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +77,29 @@ class Footprint:
     loaded: int
 
 
-def worst(found: Sequence[Cell]) -> str:
-    """Where the process is furthest behind Triton, and which answers take longest."""
+def worst(found: Sequence[Cell], engine: str) -> str:
+    """Where an engine is furthest behind Triton."""
     rates = {(one.engine, one.task, one.callers): one.measured.throughput for one in found}
     ratios = {
-        (task, callers): rates["process", task, callers] / rate
-        for (engine, task, callers), rate in rates.items()
-        if engine == "triton"
+        (task, callers): rates[engine, task, callers] / rate
+        for (other, task, callers), rate in rates.items()
+        if other == "triton"
     }
-    (task, callers), ratio = min(ratios.items(), key=lambda item: item[1])
-    tails = {one: 1000 * one.measured.percentiles(99)[0] for one in found}
-    slowest = max(found, key=lambda one: tails[one])
+    (task, callers), least = min(ratios.items(), key=lambda item: item[1])
+    (other, count), most = max(ratios.items(), key=lambda item: item[1])
     return (
-        f"Of Triton's answers a second the process has {ratio:.2f} at worst: {task},"
-        f" {callers} callers. The worst p99 is {tails[slowest]:.0f} ms: {slowest.task},"
-        f" {slowest.callers} callers, {slowest.engine}; so many callers wait for each other."
+        f"Of Triton's answers a second, {engine} has {least:.2f} at worst ({task}, {callers}"
+        f" callers), and {most:.2f} at best ({other}, {count} callers)."
+    )
+
+
+def slowest(found: Sequence[Cell]) -> str:
+    """Which answers take longest."""
+    tails = {one: 1000 * one.measured.percentiles(99)[0] for one in found}
+    last = max(found, key=lambda one: tails[one])
+    return (
+        f"The worst p99 is {tails[last]:.0f} ms: {last.task}, {last.callers} callers,"
+        f" {last.engine}; so many callers wait for each other."
     )
 
 
@@ -94,7 +108,7 @@ def served(engine: str, repository: Path) -> Iterator[tuple[str, psutil.Process,
     """A server as its command starts it: its URL, its process, and the seconds of its start."""
     http, grpc, metrics = free_ports()
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
-    command += ["--engine", engine, "--http-port", str(http)]
+    command += ["--engine", *ENGINES[engine], "--http-port", str(http)]
     if engine == "triton":
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     begun = time.perf_counter()
@@ -144,7 +158,7 @@ def main(
     warmup: float = 1.5,
     out: Path = RESULTS,
 ) -> None:
-    """Measure both engines.
+    """Measure the engines.
 
     Args:
         architecture: open_clip architecture, with random weights and an adapter.
@@ -155,7 +169,7 @@ def main(
         out: folder of the tables.
     """
     what = WHAT.replace("\n", " ").format(seconds=seconds, warmup=warmup)
-    title = f"Engines: {architecture} {precision} by Triton and in this process"
+    title = f"Engines: {architecture} {precision} by Triton and without it"
     report = Report("engines", title, what, timed=False)
     found: list[Cell] = []
     footprints: dict[str, Footprint] = {}
@@ -180,7 +194,9 @@ def main(
         ["task, load, engine", "per s", "p50 ms", "p99 ms", "slowest ms", "errors"],
         [cell.cells() for cell in found],
     )
-    report.note(worst(found))
+    for engine in list(ENGINES)[1:]:
+        report.note(worst(found, engine))
+    report.note(slowest(found))
     report.table(
         "What an engine takes",
         ["engine", "start s", "idle MiB", "after load MiB"],

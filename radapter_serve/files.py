@@ -117,6 +117,8 @@ def exchange(one: Path, other: Path) -> bool:
     """Have two paths of a disk change places in one step; False where the system or the disk
     can't.
     """
+    if sys.platform == "win32":
+        return False
     # Python's own library has no function for it.
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(

@@ -28,9 +28,9 @@ class Model(Client):
         source: a model repository (`DIR@N` for release N), which needs no torch; or, in torch, the
             folder of a run, an adapter file, a merged checkpoint or another folder with a model of
             open_clip or transformers, `hf-hub:ORGANISATION/NAME`, or an open_clip name such as
-            `ViT-B-32`.
+            `ViT-B-32`, with its weights as `ViT-B-32:openai` or by `pretrained`.
         pretrained: weights of an open_clip name: a tag such as `openai`, or a checkpoint's path.
-        base: where a run's base is, if not where it was in training.
+        base: where a run's base is, if not where it was in training; `NAME:TAG` names its weights.
         alpha: re-scaling of a run's adapter, in [0, 1]; None for its own.
         dense: method of dense embeddings for `segment`, naclip or maskclip, of a model in torch;
             None for what its run was trained for.
@@ -111,15 +111,20 @@ def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[.
     check_installed("torch", "export")
     from radapter_export.in_torch import TorchVersion
     from radapter_serve.adapter import load_adapter
-    from radapter_serve.clip.base import load_base
+    from radapter_serve.clip.base import load_base, split_name
 
-    if not is_run:
-        source = f"local-dir:{name}" if is_folder else name
+    if is_folder and not is_run:
         told = Release.load(path) if (path / FILE).is_file() else None
-        return partial(TorchVersion, load_base(source, pretrained), told=told)
+        return partial(TorchVersion, load_base(f"local-dir:{name}", pretrained), told=told)
+    if not is_run:
+        return partial(TorchVersion, load_base(*split_name(name, pretrained)))
     adapter = load_adapter(path)
     meta = adapter.metadata
-    loaded = load_base(base or meta.architecture, pretrained or meta.pretrained)
+    architecture = meta.architecture
+    tag = pretrained
+    if base is not None:
+        architecture, tag = split_name(base, pretrained)
+    loaded = load_base(architecture, tag or meta.pretrained)
     return partial(TorchVersion, loaded, adapter)
 
 

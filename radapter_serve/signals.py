@@ -8,6 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# By which kill, systemd, Kubernetes and a closed terminal stop a program; Windows lacks SIGHUP.
+STOPPING: tuple[int, ...] = (
+    signal.SIGTERM,
+    *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+)
+
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:

@@ -220,3 +220,36 @@ def test_a_release_needs_no_torch(exported_tiny_clip: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("cat", "dog") and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "pretrained", "loaded"),
+    [
+        ("ViT-B-32:openai", None, ("ViT-B-32", "openai")),
+        ("ViT-B-32", "openai", ("ViT-B-32", "openai")),
+        ("local-dir:somewhere", None, ("local-dir:somewhere", None)),
+        ("ViT-B-32:openai", "laion2b_s34b_b79k", "are named twice: openai and laion2b_s34b_b79k"),
+    ],
+)
+@pytest.mark.parametrize("of", ["run", "base"])
+def test_weights_may_be_part_of_the_name(
+    exported_tiny_clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of: str,
+    base: str,
+    pretrained: str | None,
+    loaded: tuple[str, str | None] | str,
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, pretrained: str | None = None) -> None:
+        asked.append((name, pretrained))
+        raise RAdapterError("not here")
+
+    monkeypatch.setattr("radapter_serve.clip.base.load_base", load)
+    with pytest.raises(RAdapterError, match=loaded if isinstance(loaded, str) else "not here"):
+        if of == "run":
+            Model(exported_tiny_clip / "adapter.safetensors", pretrained, base=base)
+        else:
+            Model(base, pretrained)
+    assert asked == ([] if isinstance(loaded, str) else [loaded])

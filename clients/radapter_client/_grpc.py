@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import tritonclient.grpc
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from ._exceptions import RAdapterClientError, ServerUnavailable, Timeout, from_server
+from ._exceptions import InvalidURL, RAdapterClientError, ServerUnavailable, Timeout, from_server
 from ._url import ServerURL
 from ._wire import Reply, Request
 
@@ -34,6 +35,22 @@ METHODS = {
 # gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in
 # all clients of the process, for they share connections.
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
+# What gRPC says of a server that speaks something else, and of one that has just ended.
+CLOSED = "Socket closed"
+
+
+def speaks_http(url: ServerURL) -> bool:
+    """Whether a server answers HTTP/1.1 there; asked for a second at most."""
+    kind = http.client.HTTPSConnection if url.secure else http.client.HTTPConnection
+    connection = kind(url.host.strip("[]"), url.port, timeout=1.0)
+    try:
+        connection.request("GET", "/v2/health/live")
+        connection.getresponse()
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return True
 
 
 class _Grpc:
@@ -82,6 +99,12 @@ class _Grpc:
                 said := from_server(status, text)
             ).code is not None:  # by a task, or by Triton, and not by gRPC
                 return said
+            if CLOSED in text and speaks_http(self._url):
+                scheme = "https" if self._url.secure else "http"
+                return InvalidURL(
+                    f"{self._url} answers HTTP and no gRPC, as radapter-serve --engine process and"
+                    f" radapter-gateway do; write {scheme}://{self._url.address}"
+                )
             kind = Timeout if SILENT.search(text) else ServerUnavailable
             return kind(
                 f"no answer from {self._url}: {text}; is the server running (radapter-serve)?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.signals import handled
+from radapter_serve.signals import STOPPING, handled
 
 PROG = "radapter-gateway"
 FIRST = (
@@ -52,7 +51,7 @@ def gateway(
         )
     elif settings.api_keys is not None and settings.tls_certificate is None:
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
-    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+    with handled(lambda *_: sys.exit(0), *STOPPING):
         serve(settings, lambda url: print(f"gateway  {url}\nCtrl-C stops it.", flush=True))
 
 

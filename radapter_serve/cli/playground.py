@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from radapter_serve.cli import run
 from radapter_serve.playground.run import Settings, serving
-from radapter_serve.signals import handled
+from radapter_serve.signals import STOPPING, handled
 
 
 def playground(
@@ -33,7 +32,7 @@ def playground(
         Console(stderr=True).print(
             "[bold yellow]Note:[/] the password travels in the clear; put TLS in front."
         )
-    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP), serving(settings) as url:
+    with handled(lambda *_: sys.exit(0), *STOPPING), serving(settings) as url:
         print(f"playground  {url}\nCtrl-C stops it.", flush=True)
         threading.Event().wait()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +28,7 @@ from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.weaknesses import weaknesses_of
-from radapter_serve.signals import handled
+from radapter_serve.signals import STOPPING, handled
 
 if TYPE_CHECKING:
     import socket
@@ -279,7 +278,7 @@ def answer_in_process(
         gateway = GatewayServer(
             settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
         )
-        with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+        with handled(lambda *_: sys.exit(0), *STOPPING):
             _start_in_process(server)
         try:
             _show_releases(server)
@@ -308,7 +307,7 @@ def answer_in_workers(
     from radapter_serve.gateway.group import NoProbe, WorkerGroup
 
     group = WorkerGroup(config, settings, listener, workers)
-    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+    with handled(lambda *_: sys.exit(0), *STOPPING):
         try:
             _start_in_process(group)
             _show_releases(group)
@@ -339,7 +338,7 @@ def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
         RAdapterError: the server does not start, or a part of it never becomes ready again.
     """
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
-    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+    with handled(lambda *_: sys.exit(0), *STOPPING):
         try:
             _start(server)
             with (

@@ -4,19 +4,23 @@ to ask both.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.demo.data import prepare
 from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.installation import find_tritonserver
 from radapter_serve.server.triton_server import TritonServer
 
 # It has learned from scenes and captions; every task of the page works with its encoders.
@@ -50,11 +54,27 @@ def play(out: Path) -> None:
         f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}",
         flush=True,
     )
-    with TritonServer(
-        ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
-    ) as server:
-        port, *_ = free_ports()
-        with serving(Settings(server.grpc_url, port=port)) as url:
-            print(f"playground  {url}\nCtrl-C stops it.", flush=True)
-            webbrowser.open(url)
-            threading.Event().wait()
+    port, *_ = free_ports()
+    with served(repository, indexes) as server, serving(Settings(server, port=port)) as url:
+        print(f"playground  {url}\nCtrl-C stops it.", flush=True)
+        webbrowser.open(url)
+        threading.Event().wait()
+
+
+@contextlib.contextmanager
+def served(repository: Path, indexes: Path) -> Iterator[str]:
+    """The URL of a server of its own: of tritonserver, or of the engine where that is not
+    installed.
+    """
+    config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
+    try:
+        find_tritonserver()
+    except RAdapterError:
+        from radapter_serve.gateway.in_process import answering
+        from radapter_serve.gateway.settings import Settings as GatewaySettings
+
+        with answering(config, GatewaySettings(port=config.endpoints.http_port)):
+            yield config.endpoints.http_url
+        return
+    with TritonServer(config) as server:
+        yield server.grpc_url

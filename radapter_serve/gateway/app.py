@@ -65,8 +65,9 @@ class Gateway:
     Attributes:
         app: serves it.
         keys: that let callers in; None where there are none.
-        memory: of the bodies of all requests, from the start of the app on.
-        health, metrics: from the start of the app on.
+        memory: of the bodies of all requests.
+        metrics: what it counts.
+        health: from the start of the app on.
         others: why other processes that answer at the same port do not; None where they do.
     """
 
@@ -89,6 +90,9 @@ class Gateway:
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._quotas = Quotas()
         self._models: dict[str, tuple[float, Model]] = {}
+        self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
+        self.memory = MemoryBudget(int(settings.max_memory * MIB))
+        self.metrics = Metrics(self._concurrency, self.memory)
         task = "/v2/models/{model}"
         # The first that fits is taken, so what is asked for most often comes first.
         paths: list[tuple[str, Handler]] = [
@@ -98,10 +102,13 @@ class Gateway:
                     ("/infer", self.infer),
                     ("/config", self.config),
                     ("/ready", self.model_ready),
-                    ("", self.metadata),
+                    ("/stats", self.statistics),
                 )
                 for version in ("", "/versions/{version}")
             ),
+            ("/v2/models/stats", self.statistics),
+            (task, self.metadata),
+            (f"{task}/versions/{{version}}", self.metadata),
             *(
                 (f"{prefix}/health/{name}", getattr(self, name))
                 for prefix in ("", "/v2")
@@ -133,11 +140,6 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._concurrency = ConcurrencyLimit(
-            self._settings.max_concurrent, self._settings.max_queue
-        )
-        self.memory = MemoryBudget(int(self._settings.max_memory * MIB))
-        self.metrics = Metrics(self._concurrency, self.memory)
         self._upstream = self._connect()
         self.health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
@@ -168,6 +170,14 @@ class Gateway:
         port.
         """
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def statistics(self, request: Request) -> Response:
+        raise Refused(
+            404,
+            NOT_FOUND,
+            "the statistics of models are not open here; GET /metrics counts requests and their"
+            " seconds, and radapter-query profile asks a port of Triton itself",
+        )
 
     async def server(self, request: Request) -> Response:
         return JSONResponse(

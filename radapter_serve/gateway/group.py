@@ -41,7 +41,7 @@ from radapter_serve.server.processes import (
 from radapter_serve.server.releases import ReleaseChanges, Say
 from radapter_serve.server.runtime_choice import Measured
 from radapter_serve.server.watch import Failure
-from radapter_serve.signals import handled
+from radapter_serve.signals import STOPPING, handled
 from radapter_serve.threads import environment
 
 MAX_SILENCE_SECONDS = 30.0  # without a pulse, after which a worker counts as hanging
@@ -329,7 +329,7 @@ class WorkerGroup(ReleaseChanges):
     def stop(self) -> None:
         """Let running requests end, and then the workers."""
         # What stops already must not be cut short by a second Ctrl-C.
-        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with handled(signal.SIG_IGN, signal.SIGINT, *STOPPING):
             for member in self._members.values():
                 if member.is_listening:
                     member.tell("stop")

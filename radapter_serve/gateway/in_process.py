@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.engine.engine import Engine, NotServed
 from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_triton
+from radapter_serve.gateway.run import GatewayServer, listen
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.engine_server import EngineServer
 
 T = TypeVar("T")
 LOG = logging.getLogger("radapter-gateway")
@@ -98,6 +103,31 @@ class InProcess:
             cancelled=gone.is_set,
         )
         return _message(message.model_name, reply)
+
+
+@contextlib.contextmanager
+def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
+    """An engine that answers over HTTP in a thread of this process.
+
+    Args:
+        config: what to serve, and how.
+        settings: where to answer, and what is allowed.
+
+    Raises:
+        RAdapterError: a release that can't be served, or a port that is taken.
+    """
+    with contextlib.closing(listen(settings, "--http-")) as listener, EngineServer(config) as one:
+        gateway = GatewayServer(
+            settings, listener, lambda: InProcess(one.engine, settings.max_concurrent)
+        )
+        thread = threading.Thread(target=gateway.run, name="gateway")
+        thread.start()
+        try:
+            gateway.began.wait(60)
+            yield one
+        finally:
+            gateway.stop()
+            thread.join()
 
 
 def _array(datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:

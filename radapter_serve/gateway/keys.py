@@ -23,6 +23,7 @@ from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
 
 LOG = logging.getLogger("radapter-gateway")
 PREFIX = "radapter-"
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # which Windows lacks, as it lacks such pipes
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -160,7 +161,7 @@ def _text(path: Path) -> str:
     """The text of a file of keys; a pipe, a device or a folder is refused at once."""
     try:
         # Opening a pipe without a writer would else block.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123
+        with open(os.open(path, _READ), encoding="utf-8") as file:  # noqa: PTH123
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RAdapterError(
                     f"cannot read the keys {path}: it is no plain file; give --api-keys FILE"

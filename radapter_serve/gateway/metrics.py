@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,10 +13,12 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
+from radapter_serve.release.release import TASKS
 
 OK, GONE = "ok", "caller_gone"
 # Names the folder that several processes share for their counters.
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
+_ROOM = 1 << 20  # bytes, several times what the counters of a process take
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -60,6 +64,10 @@ class Metrics:
                 f"radapter_gateway_{name}", what, registry=registry, multiprocess_mode="livesum"
             )
             self._gauges.append((gauge, read))
+        if SHARED in os.environ:  # the files are made now, while there is room for them
+            for task in TASKS:
+                self._requests.labels(task, OK)
+                self._seconds.labels(task)
 
     def count(self, task: str, code: str, seconds: float) -> None:
         """Notes the end of a request: its task ("none" where it named none), its code, and how long
@@ -96,9 +104,10 @@ def _known(code: str) -> str:
     return code if code in CODES or code in (OK, GONE) else "other"
 
 
-def allocate(folder: Path) -> None:
-    """Take the disk space of this process's counters now: where the disk is full later, a write
-    would end the process.
+@contextlib.contextmanager
+def room_for_counters(folder: Path) -> Iterator[None]:
+    """Take the disk space of the counters that this process makes in the block: where the disk is
+    full when they are written, that would end the process.
 
     Args:
         folder: that the processes share.
@@ -106,7 +115,11 @@ def allocate(folder: Path) -> None:
     Raises:
         OSError: there is no space.
     """
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, _ROOM)
+    yield
     for path in folder.glob(f"*_{os.getpid()}.db"):
-        with path.open("r+b") as file:
+        with path.open("r+b") as counters:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                os.posix_fallocate(counters.fileno(), 0, path.stat().st_size)

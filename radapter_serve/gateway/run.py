@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 import ssl
@@ -33,6 +32,13 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
+from radapter_serve.signals import STOPPING
+
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None
 
 T = TypeVar("T")
 IDLE_SECONDS = 10.0  # for a handshake, for the headers of a request, and between two requests
@@ -50,6 +56,7 @@ class GatewayServer:
 
     Attributes:
         gateway: that it serves.
+        began: set once it can be stopped.
 
     Raises:
         RAdapterError: a certificate or a key that cannot be read.
@@ -62,6 +69,7 @@ class GatewayServer:
         connect: Callable[[], Upstream] | None = None,
         meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        self.began = threading.Event()
         self.gateway = Gateway(settings, connect or partial(Triton, settings.server), meanwhile)
         try:
             self._server: Any = _Granian(self.gateway.app, settings, listener)
@@ -90,20 +98,29 @@ class GatewayServer:
         self._loop = asyncio.get_running_loop()
         got: list[int] = []
 
-        def on_signal(number: int) -> None:
+        def on_signal(number: int, _: object = None) -> None:
             got.append(number)
-            self._server.stop()
+            self.stop()
 
+        before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
+            for number in (signal.SIGINT, *STOPPING):
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue
+                try:
                     self._loop.add_signal_handler(number, on_signal, number)
+                except NotImplementedError:  # Windows
+                    before[number] = signal.signal(number, on_signal)
+        self.began.set()
         try:
             await self._server.serve()
         except asyncio.TimeoutError:  # some requests took longer than `DRAIN_SECONDS`
             # granian then ends a task again that it has cancelled, which asyncio would report with
             # a traceback.
             self._loop.set_exception_handler(lambda *_: None)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return got[0] if got else None
 
 
@@ -267,6 +284,8 @@ class Child:
 
 def allow_files(connections: int) -> None:
     """Each connection is an open file; the usual limit of a process is 1,024."""
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

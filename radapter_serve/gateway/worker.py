@@ -20,11 +20,12 @@ from typing import Any
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.in_process import InProcess
-from radapter_serve.gateway.metrics import SHARED, allocate
+from radapter_serve.gateway.metrics import SHARED, room_for_counters
 from radapter_serve.gateway.run import GatewayServer, allow_files
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import Loaded, Plan, Ready
+from radapter_serve.server.processes import disk_errors
 
 PULSE_SECONDS = 1.0
 
@@ -136,13 +137,12 @@ def main(argv: list[str]) -> int:
     begin: Begin = connection.recv()
     allow_files(begin.settings.max_connections)
     try:
-        worker = Worker(connection, begin, listener)
-        if SHARED in os.environ:
-            allocate(Path(os.environ[SHARED]))
-        connection.send(("done", None))
-    except (RAdapterError, OSError) as error:
+        with disk_errors(), room_for_counters(Path(os.environ[SHARED])):
+            worker = Worker(connection, begin, listener)
+    except RAdapterError as error:
         connection.send(("error", str(error)))
         return 1
+    connection.send(("done", None))
     worker.run()
     return 0
 

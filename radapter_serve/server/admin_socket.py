@@ -1,16 +1,19 @@
 """Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder,
 lines of JSON.
 
-The folder is open to its owner only. A request is one line, such as `{"do": "load",
-"releases": [2]}`. The answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or
-`{"error": ...}`.
+The folder is open to its owner only. Where there are no such sockets, as in Python on Windows, it
+has a file with the number of a port of this machine and a secret that requests must have. A
+request is one line, such as `{"do": "load", "releases": [2]}`. The answer is lines of `{"say":
+...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -19,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.server.processes import FOLDER_PREFIX
 from radapter_serve.server.releases import ReleaseChanges
 
 SOCKET = "release.sock"
+PORT = "release.port"
 MAX_CALLERS = 8  # callers at once
 MAX_REQUEST_BYTES = 4096  # bytes of a request
 READ_TIMEOUT_SECONDS = 5.0  # seconds to wait for a request
@@ -46,10 +51,7 @@ class AdminSocket:
         self._closed = threading.Event()
 
     def __enter__(self) -> AdminSocket:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short(self._folder) as path:
-            self._socket.bind(path)
-        self._socket.listen(MAX_CALLERS)
+        self._socket, self._secret = _listen(self._folder)
         self._socket.settimeout(CLEANUP_INTERVAL_SECONDS)
         threading.Thread(target=self._run, name="admin socket", daemon=True).start()
         return self
@@ -88,6 +90,8 @@ class AdminSocket:
                 caller.settimeout(READ_TIMEOUT_SECONDS)
                 with caller.makefile("rb") as lines:
                     request = json.loads(lines.readline(MAX_REQUEST_BYTES))
+                if not hmac.compare_digest(str(request.get("secret", "")), self._secret):
+                    raise ValueError("its secret is another")
                 say(done=self._answer(request, lambda line: say(say=line)))
             except RAdapterError as error:
                 say(error=str(error))
@@ -125,11 +129,10 @@ def ask(
         RAdapterError: the server refuses, or ends meanwhile.
         OSError: no server listens there.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        server.settimeout(READ_TIMEOUT_SECONDS if request["do"] == "state" else None)
-        with _short(folder) as path:
-            server.connect(path)
-        server.sendall(json.dumps(request).encode() + b"\n")
+    seconds = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
+    server, secret = _connect(folder, seconds)
+    with server:
+        server.sendall(json.dumps({**request, "secret": secret}).encode() + b"\n")
         with server.makefile("rb") as lines:
             for line in lines:
                 answer = json.loads(line)
@@ -171,6 +174,37 @@ def find_server(repository: Path, http_port: int | None = None) -> Path | None:
             f" {' or '.join(map(str, sorted(found)))}"
         )
     return next(iter(found.values()), None) if http_port is None else found[http_port]
+
+
+def _listen(folder: Path) -> tuple[socket.socket, str]:
+    """A socket that listens for requests, and the secret that they must have."""
+    if hasattr(socket, "AF_UNIX"):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(folder) as path:
+            listener.bind(path)
+        listener.listen(MAX_CALLERS)
+        return listener, ""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=MAX_CALLERS)
+    secret = secrets.token_hex(32)
+    with staged(folder / PORT) as file:
+        file.write_text(f"{listener.getsockname()[1]} {secret}", encoding="ascii")
+    return listener, secret
+
+
+def _connect(folder: Path, seconds: float | None) -> tuple[socket.socket, str]:
+    """A connection to the server that has this folder, and the secret of its requests."""
+    if hasattr(socket, "AF_UNIX"):
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.settimeout(seconds)
+        try:
+            with _short(folder) as path:
+                server.connect(path)
+        except BaseException:
+            server.close()
+            raise
+        return server, ""
+    port, secret = (folder / PORT).read_text(encoding="ascii").split()
+    return socket.create_connection(("127.0.0.1", int(port)), seconds), secret
 
 
 @contextlib.contextmanager

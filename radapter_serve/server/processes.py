@@ -5,7 +5,6 @@ both of one name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.lock import hold
 
 FOLDER_PREFIX = "radapter-serve-"
 _LAUNCHER = """import ctypes, os, sys
@@ -73,22 +73,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def lock_folder(folder: Path) -> int:
-    """Lock a server's folder for as long as the returned handle is open; a killed program closes
-    it.
-
-    Raises:
-        OSError: another program holds the lock, or the folder cannot be opened.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
 @contextlib.contextmanager
 def server_folder() -> Iterator[Path]:
     """A folder for a server, which only its owner can read, locked while the server lives; it is
@@ -100,14 +84,14 @@ def server_folder() -> Iterator[Path]:
     remove_leftovers()
     with disk_errors():
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-    lock = lock_folder(folder)
+    let_go = hold(folder)
     try:
         with disk_errors():
             (folder / "models").mkdir()  # from now on, who is not locked is left over
         yield folder
     finally:
         remove(folder)
-        os.close(lock)
+        let_go()
 
 
 @contextlib.contextmanager
@@ -133,11 +117,11 @@ def remove_leftovers(parent: Path | None = None) -> None:
         if not (folder / "models").is_dir():  # just made, and not locked yet
             continue
         with contextlib.suppress(OSError):  # another's, or in use
-            lock = lock_folder(folder)
+            let_go = hold(folder)
             try:
                 remove(folder)
             finally:
-                os.close(lock)
+                let_go()
 
 
 STOPPED = "a signal had stopped it, so it was killed"

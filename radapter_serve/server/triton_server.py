@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import tempfile
@@ -15,6 +14,7 @@ from typing import Literal
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
+from radapter_serve.lock import hold
 from radapter_serve.release.integrity import check
 from radapter_serve.release.served import Served
 from radapter_serve.server.backlog import Backlog
@@ -40,14 +40,13 @@ from radapter_serve.server.processes import (
     hide_argument,
     hide_shared_memory,
     how_it_ended,
-    lock_folder,
     remove,
     remove_leftovers,
 )
 from radapter_serve.server.runtime_choice import Measured, configure
 from radapter_serve.server.server_process import Launch, ServerProcess, StartProcess, TritonProcess
 from radapter_serve.server.watch import SERVER, Failure, Watch
-from radapter_serve.signals import handled
+from radapter_serve.signals import STOPPING, handled
 
 _READY_POLL_SECONDS = 0.05
 
@@ -93,12 +92,15 @@ class Checks:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A server's folder, which only its owner can read, and the handle that locks it while the
-    server lives.
+    """A server's folder, which only its owner can read, locked while the server lives.
+
+    Attributes:
+        path: of it.
+        let_go: ends the lock.
     """
 
     path: Path
-    lock: int
+    let_go: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -340,11 +342,11 @@ class TritonServer:
         model repository.
         """
         # What stops already must not be cut short by a second Ctrl-C.
-        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with handled(signal.SIG_IGN, signal.SIGINT, *STOPPING):
             self._end_process(grace_seconds=self.config.drain_seconds + 5)
             if self._folder is not None:
                 remove(self._folder.path)
-                os.close(self._folder.lock)
+                self._folder.let_go()
                 self._folder = None
 
     def __enter__(self) -> TritonServer:
@@ -394,7 +396,7 @@ class TritonServer:
     def _make_folder(self, installation: Installation) -> None:
         with disk_errors():
             path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-            self._folder = _Folder(path, lock_folder(path))
+            self._folder = _Folder(path, hold(path))
             lay_out(path, installation, self.config.model_repository, self.serving.offered)
 
     def _launch(self) -> Launch:

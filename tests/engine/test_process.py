@@ -14,8 +14,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +22,29 @@ import openai
 import pytest
 import trustme
 
-from radapter_client import Client, InvalidRequest, ModelNotFound, Unauthorized
+from radapter_client import (
+    Client,
+    InvalidRequest,
+    InvalidURL,
+    ModelNotFound,
+    RAdapterClientError,
+    Unauthorized,
+)
 from radapter_serve.cli.release import main as release
 from radapter_serve.cli.serve import main as serve
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.keys import new_key
-from radapter_serve.gateway.run import GatewayServer, listen
-from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
 from radapter_serve.release.served import Served
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.admin_socket import AdminSocket, find_server
+from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.engine_server import EngineServer
 from tests.helpers.shared import shared
 from tests.helpers.small_release import png, seal
-
-
-@dataclass
-class Running:
-    """A server in a thread."""
-
-    url: str
-    server: EngineServer
+from tests.helpers.ways import in_process
 
 
 @pytest.fixture(scope="session")
@@ -61,24 +56,6 @@ def two_releases(common: Path, repository: Path) -> Path:
         Served((2,)).save(folder)
 
     return shared(common, "two-releases", make)
-
-
-@contextlib.contextmanager
-def running(repository: Path, indexes: Path, **settings: Any) -> Iterator[Running]:
-    port, *_ = free_ports()
-    endpoints = Endpoints("127.0.0.1", port)
-    config = ServerConfig(repository, endpoints, indexes=indexes)
-    given = Settings(port=port, **settings)
-    with listen(given) as listener, EngineServer(config) as server:
-        gateway = GatewayServer(given, listener, lambda: InProcess(server.engine, 16))
-        thread = threading.Thread(target=gateway.run)
-        thread.start()
-        try:
-            with AdminSocket(server.folder, server):
-                yield Running(f"http://127.0.0.1:{port}", server)
-        finally:
-            gateway.stop()
-            thread.join(30)
 
 
 @pytest.fixture
@@ -99,7 +76,7 @@ def photos(tmp_path: Path) -> Path:
 def test_answers_are_those_of_the_engine(two_releases: Path, photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", LocalRelease(two_releases, 2))
     with (
-        running(two_releases, tmp_path / "indexes") as one,
+        in_process(two_releases, tmp_path / "indexes") as one,
         Client(one.url) as client,
         Engine.open(two_releases, indexes=tmp_path / "indexes") as engine,
         Client(transport=engine) as here,
@@ -130,7 +107,7 @@ def test_a_switch_fails_nobody_and_mixes_nothing(copy: Path, tmp_path: Path) -> 
         with Engine.open(f"{copy}@{number}") as engine:
             texts = [f"text {one}" for one in range(3)]
             expected[number] = Client(transport=engine).embed_texts(texts)
-    with running(copy, tmp_path) as one:
+    with in_process(copy, tmp_path) as one:
         stop = threading.Event()
         seen: list[int] = []
         wrong: list[Any] = []
@@ -171,8 +148,8 @@ def test_a_switch_fails_nobody_and_mixes_nothing(copy: Path, tmp_path: Path) -> 
 def test_radapter_release_finds_it(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with running(copy, tmp_path) as one:
-        assert find_server(copy) == one.server.folder
+    with in_process(copy, tmp_path) as one:
+        assert find_server(copy) == one.folder
         assert release(["load", "1", "--model-repository", str(copy)]) == 0
         assert "release 1 is served" in capsys.readouterr().out
         assert release(["list", "--model-repository", str(copy)]) == 0
@@ -184,7 +161,7 @@ def test_radapter_release_finds_it(
         assert "release 2 was not loaded, and release 1 is served as before" in message
         with Client(one.url) as client:
             assert client.release().version == 1
-    assert find_server(copy) is None and not one.server.folder.exists()
+    assert find_server(copy) is None and not one.folder.exists()
 
 
 def test_an_index_of_an_older_release_is_still_searched(
@@ -192,7 +169,7 @@ def test_an_index_of_an_older_release_is_still_searched(
 ) -> None:
     indexes = tmp_path / "indexes"
     build(str(photos), indexes / "photos", LocalRelease(copy, 1))
-    with running(copy, indexes) as one, Client(one.url) as client:
+    with in_process(copy, indexes) as one, Client(one.url) as client:
         assert one.server.state()["kept"] == {"1": ["photos"]}
         hits = client.search("a cat", index="photos")
         with Engine.open(f"{copy}@1", indexes=indexes) as engine:
@@ -208,7 +185,7 @@ def test_an_index_of_an_older_release_is_still_searched(
 def test_keys(two_releases: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     key = new_key(keys, "me")
-    with running(two_releases, tmp_path, api_keys=keys) as one:
+    with in_process(two_releases, tmp_path, api_keys=keys) as one:
         with Client(one.url) as client, pytest.raises(Unauthorized):
             client.embed_texts(["a"])
         with Client(one.url, api_key=key) as client:
@@ -305,3 +282,55 @@ def test_a_release_is_compared_with_torch_once(
         server.stop()
     found = [line for line in said if "text_encoder" in line and "digest" not in line]
     assert len(found) == 1 and found[0].startswith(checked), said
+
+
+def test_what_is_triton_s_alone_is_said_in_one_line(two_releases: Path, tmp_path: Path) -> None:
+    with in_process(two_releases, tmp_path) as one:
+        address = one.url.removeprefix("http://")
+        message = f"answers HTTP and no gRPC.*write {one.url}$"
+        with Client(f"grpc://{address}") as client, pytest.raises(InvalidURL, match=message):
+            client.embed_texts(["a"])
+        with Client(one.url) as client, pytest.raises(RAdapterClientError) as error:
+            client.profile()
+        assert "the statistics of models are not open here; GET /metrics" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
+    """It serves, `radapter-release` finds it and needs its secret, and it stops in order."""
+    port = free_ports()[0]
+    command = [sys.executable, "-m", "tests.helpers.no_unix"]
+    where = {"cwd": Path(__file__).parents[2], "env": {**os.environ, "TMPDIR": str(tmp_path)}}
+    flags = ["--engine", "process", "--http-port", str(port), "--indexes", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "serve", str(copy), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **where,  # type: ignore[call-overload]
+    )
+    try:
+        end = time.monotonic() + 60
+        while not (found := list(tmp_path.glob("radapter-serve-*/release.port"))):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        load = subprocess.run(
+            [*command, "release", "load", "1", "--model-repository", str(copy)],
+            capture_output=True,
+            text=True,
+            check=False,
+            **where,  # type: ignore[call-overload]
+        )
+        assert (load.returncode, load.stdout.partition("\n")[0]) == (0, "release 1 is served")
+        with Client(f"http://127.0.0.1:{port}") as client:
+            assert client.classify(png(0), ["a"]).release == 1
+        number, _ = found[0].read_text().split()
+        with socket.create_connection(("127.0.0.1", int(number)), 10) as stranger:
+            stranger.sendall(b'{"do": "load", "releases": [2], "secret": ""}\n')
+            assert b"error" in stranger.makefile("rb").readline()
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and "Traceback" not in err, err
+    assert "stopping" in err
+    assert not list(tmp_path.glob("radapter-serve-*"))

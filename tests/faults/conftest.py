@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ import urllib3
 from radapter_client import RAdapterClientError
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.release.release import TASKS
+from radapter_serve.release.served import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.served import repository
+from tests.helpers.shared import shared
+from tests.helpers.small_release import seal, write_release
 
 __all__ = ["repository"]
 
@@ -42,20 +48,28 @@ def outcome(call: Callable[[], Any]) -> str:
     return "an answer"
 
 
-class RunningGateway:
-    """A gateway in a process of its own that can be killed, frozen and started again at the same
-    port.
+class RunningProcess(ABC):
+    """What answers over HTTP in a process of its own that can be killed, frozen and started again
+    at the same port.
+
+    Attributes:
+        elsewhere: URLs of other ways in that must not notice what becomes of this one.
     """
 
-    def __init__(self, server: str, **options: Any) -> None:
-        self._settings = Settings(port=free_ports()[0], server=server, **options)
-        self.port = self._settings.port
-        self.url = f"http://127.0.0.1:{self.port}"
+    elsewhere: Sequence[str] = ()
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.start()
+
+    @abstractmethod
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start the process."""
 
     def start(self) -> None:
         """Start it, and wait until it is alive."""
-        self._process: subprocess.Popen[bytes] = start(self._settings)
+        self._process = self.launch()
         until(self._alive, 60)
 
     def _alive(self) -> bool:
@@ -80,6 +94,34 @@ class RunningGateway:
         self._process.wait()
 
 
+class RunningGateway(RunningProcess):
+    """A gateway in front of a Triton with the stand-in models."""
+
+    def __init__(self, server: str, **options: Any) -> None:
+        self._settings = Settings(port=free_ports()[0], server=server, **options)
+        self.elsewhere = [f"grpc://{server}"]
+        super().__init__(self._settings.port)
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        return start(self._settings)
+
+
+class RunningEngine(RunningProcess):
+    """An engine with the gateway's app in front of it, whose `classify` obeys as the stand-in
+    models do.
+    """
+
+    def __init__(self, repository: Path, *extra: str) -> None:
+        self._repository = repository
+        self._extra = extra
+        super().__init__(free_ports()[0])
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.helpers.engine_process", str(self._repository)]
+        command += [str(self._repository / "indexes"), "-", str(self.port), "60", *self._extra]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[2])
+
+
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the stand-in models, in one release, which no test changes."""
@@ -97,3 +139,30 @@ def gateway(running: FakeServer) -> Iterator[RunningGateway]:
     gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"))
     yield gateway
     gateway.end()
+
+
+@pytest.fixture(scope="session")
+def models(common: Path) -> Path:
+    """Two sealed releases, of which the second is served."""
+
+    def make(folder: Path) -> None:
+        for number in (1, 2):
+            write_release(folder, number, seed=number, tasks=TASKS)
+        seal(folder, 1, 2)
+        Served((2,)).save(folder)
+
+    return shared(common, "sealed-releases", make)
+
+
+@pytest.fixture
+def engine(models: Path) -> Iterator[RunningEngine]:
+    engine = RunningEngine(models, "orders")
+    yield engine
+    engine.end()
+
+
+@pytest.fixture(params=["gateway", "engine"])
+def front(request: pytest.FixtureRequest) -> RunningProcess:
+    """What strangers ask: a gateway in front of Triton, or an engine."""
+    found: RunningProcess = request.getfixturevalue(request.param)
+    return found

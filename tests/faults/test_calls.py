@@ -21,7 +21,7 @@ import urllib3
 from radapter_client import Client
 from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
-from tests.faults.conftest import RunningGateway, outcome, until
+from tests.faults.conftest import RunningGateway, RunningProcess, outcome, until
 from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
@@ -29,92 +29,94 @@ pytestmark = pytest.mark.triton
 SLOW = b'{"sleep": 3}'
 
 
-def test_a_killed_gateway(gateway: RunningGateway) -> None:
+def test_a_killed_gateway(front: RunningProcess) -> None:
     """Calls under way fail with ServerUnavailable at once; the same client works as soon as the
     gateway is back.
     """
-    with Client(gateway.url, retries=0) as client, ThreadPoolExecutor(4) as threads:
+    with Client(front.url, retries=0) as client, ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(outcome, partial(client.classify, SLOW, ["a"])) for _ in range(4)]
         time.sleep(0.7)
-        gateway.end()
+        front.end()
         assert {call.result(10) for call in calls} == {"ServerUnavailable None"}
         assert outcome(partial(client.classify, b"x", ["a"])) == "ServerUnavailable None"
-        gateway.start()
+        front.start()
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
 
 
-def test_a_gateway_that_starts_again_under_a_client_with_retries(gateway: RunningGateway) -> None:
+def test_a_gateway_that_starts_again_under_a_client_with_retries(front: RunningProcess) -> None:
     """A client that tries again sees no failure while the gateway is killed in the middle of its
     calls and starts.
     """
-    with Client(gateway.url, retries=20, timeout=60) as client, ThreadPoolExecutor(4) as threads:
+    with Client(front.url, retries=20, timeout=60) as client, ThreadPoolExecutor(4) as threads:
         calls = [
             threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"]))
             for _ in range(4)
         ]
         time.sleep(0.5)
-        gateway.end()
-        gateway.start()
+        front.end()
+        front.start()
         assert {call.result(60) for call in calls} == {"an answer"}
 
 
-def test_a_frozen_gateway(gateway: RunningGateway, running: FakeServer) -> None:
+def test_a_frozen_gateway(front: RunningProcess) -> None:
     """A call to a frozen gateway ends with Timeout in its own time; callers of Triton itself notice
     nothing.
     """
-    with Client(gateway.url) as client, Client(running.grpc_url) as direct:
+    with Client(front.url) as client, contextlib.ExitStack() as stack:
+        others = [stack.enter_context(Client(url)) for url in front.elsewhere]
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-        gateway.signal(signal.SIGSTOP)
+        front.signal(signal.SIGSTOP)
         assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)) == "Timeout None"
-        assert outcome(partial(direct.classify, b"x", ["a"], timeout=10.0)) == "an answer"
-        gateway.signal(signal.SIGCONT)
+        for other in others:
+            assert outcome(partial(other.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        front.signal(signal.SIGCONT)
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
 
 
-def test_a_killed_client(gateway: RunningGateway, running: FakeServer, tmp_path: Path) -> None:
+def test_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
     """What a killed client had asked through the gateway is given up within seconds; other callers
     notice nothing.
     """
     left = tmp_path / "left"
-    with Client(gateway.url) as client:
-        with caller(gateway, {"watch": str(left)}) as asking:
+    with Client(front.url) as client:
+        with caller(front, {"watch": str(left)}) as asking:
             asking.kill()
         assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
         until(left.exists, 15)
         until(lambda: left.read_text() == "cancelled", 1)
 
 
-def test_a_frozen_client(gateway: RunningGateway) -> None:
+def test_a_frozen_client(front: RunningProcess) -> None:
     """A client that freezes holds up nobody: its call ends in the server, and it reads its answer
     when it goes on.
     """
-    with Client(gateway.url) as client, caller(gateway, {"sleep": 1}) as asking:
+    with Client(front.url) as client, caller(front, {"sleep": 1}) as asking:
         asking.send_signal(signal.SIGSTOP)
-        until(lambda: running_requests(gateway) == 0, 10)
+        until(lambda: running_requests(front) == 0, 10)
         assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
         asking.send_signal(signal.SIGCONT)
         assert asking.wait(10) == 0
 
 
 @contextlib.contextmanager
-def caller(gateway: RunningGateway, order: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+def caller(front: RunningProcess, order: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
     """A client in a process of its own, whose call through the gateway is under way."""
     code = (
         "import sys; from radapter_client import Client;"
         " Client(sys.argv[1]).classify(sys.argv[2].encode(), ['a'])"
     )
-    with subprocess.Popen([sys.executable, "-c", code, gateway.url, json.dumps(order)]) as process:
-        until(lambda: running_requests(gateway) > 0)
+    with subprocess.Popen([sys.executable, "-c", code, front.url, json.dumps(order)]) as process:
+        until(lambda: running_requests(front) > 0)
         time.sleep(0.3)
         assert process.poll() is None
         yield process
 
 
-def running_requests(gateway: RunningGateway) -> float:
-    """How many requests of the gateway Triton works on."""
+def running_requests(front: RunningProcess) -> float:
+    """How many requests are worked on."""
     found = re.search(
         rb"^radapter_gateway_running (\S+)",
-        urllib3.request("GET", f"{gateway.url}/metrics").data,
+        urllib3.request("GET", f"{front.url}/metrics").data,
         re.M,
     )
     assert found

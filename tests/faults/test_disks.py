@@ -4,27 +4,16 @@ behind.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from radapter_client import Client
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
-from radapter_serve.server.triton_server import TritonServer
-from tests.faults.conftest import outcome
-from tests.helpers.fake_server import FakeServer
 from tests.helpers.small_disk import small_disk
 
 if TYPE_CHECKING:
@@ -118,74 +107,3 @@ def test_an_export_to_a_disk_that_nobody_can_write(
         with pytest.raises(RAdapterError, match="(?i)read-only file system") as error:
             export_release(exported_tiny_clip / "adapter.safetensors", [0.3], settings)
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.triton
-def test_a_repository_that_nobody_can_write(stand_ins: Path, tmp_path: Path) -> None:
-    """A server needs no right to write its repository: it starts, answers and stops on a read-only
-    one.
-    """
-    with small_disk(tmp_path / "disk", "16m") as disk:
-        shutil.copytree(stand_ins, disk.folder / "repository")
-        disk.read_only()
-        with FakeServer(disk.folder / "repository") as server, Client(server.grpc_url) as client:
-            assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-
-
-def left_by(folder: Path) -> list[Path]:
-    """What a server whose folder is gone has left in /dev/shm and beside it."""
-    return [
-        *Path("/dev/shm").glob(f"{shm_prefix(folder)}*"),
-        *folder.parent.glob(f"{FOLDER_PREFIX}*"),
-    ]
-
-
-@pytest.mark.triton
-def test_a_temporary_folder_that_is_full(
-    stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Full at the start: refused with what to do, nothing left. Full later: calls go on, and it
-    stops in order.
-    """
-    with small_disk(tmp_path / "disk", "64m") as disk:
-        monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
-        disk.fill(16 << 10)
-        with pytest.raises(
-            RAdapterError, match=r"cannot write into .*No space left on device.*set TMPDIR"
-        ):
-            TritonServer(ServerConfig(stand_ins, Endpoints.on_free_ports())).start()
-        disk.empty()
-        assert not list(disk.folder.iterdir())
-        with FakeServer(stand_ins) as server:
-            folder = server.folder
-            disk.fill()
-            for url in server.urls.values():
-                with Client(url) as client:
-                    assert outcome(partial(client.classify, b"x" * 100_000, ["a"])) == "an answer"
-                    assert (
-                        outcome(partial(client.classify, b'{"error": "[no_labels] x"}', ["a"]))
-                        != "an answer"
-                    )
-        disk.empty()
-        assert left_by(folder) == []
-
-
-@pytest.mark.triton
-def test_two_servers_on_one_repository(running: FakeServer, stand_ins: Path) -> None:
-    """Two servers share a repository; the end of one harms the other in nothing. A port that is
-    taken is named.
-    """
-
-    def ask(server: Any) -> str:
-        with Client(server.grpc_url) as client:
-            return outcome(partial(client.classify, b"x", ["a"]))
-
-    with FakeServer(stand_ins) as second:
-        assert ask(running) == ask(second) == "an answer"
-        folder = second.folder
-        taken = running.endpoints.http_port
-        endpoints = replace(Endpoints.on_free_ports(), http_port=taken)
-        with pytest.raises(RAdapterError, match=f"port {taken}: .*choose another with --http-port"):
-            TritonServer(ServerConfig(stand_ins, endpoints)).start()
-    assert ask(running) == "an answer"
-    assert not folder.exists() and not list(Path("/dev/shm").glob(f"{shm_prefix(folder)}*"))

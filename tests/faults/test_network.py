@@ -15,21 +15,24 @@ from functools import partial
 import pytest
 
 from radapter_client import Client
-from tests.faults.conftest import RunningGateway, outcome
+from tests.faults.conftest import RunningGateway, RunningProcess, outcome
 from tests.helpers.bad_network import BadNetwork, bad_network
 from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 
-WAYS = ["grpc", "http", "gateway"]
+WAYS = ["grpc", "http", "gateway", "engine"]
 
 
 @pytest.fixture(params=WAYS)
 def network(
-    request: pytest.FixtureRequest, running: FakeServer, gateway: RunningGateway
+    request: pytest.FixtureRequest,
 ) -> Iterator[tuple[str, BadNetwork]]:
     """A URL of each way in, through a network that can be bad."""
-    url = {**running.urls, "gateway": gateway.url}[request.param]
+    if request.param in ("gateway", "engine"):
+        url = request.getfixturevalue(request.param).url
+    else:
+        url = request.getfixturevalue("running").urls[request.param]
     with bad_network(int(url.rpartition(":")[2])) as network:
         yield network.url(url), network
 
@@ -101,17 +104,13 @@ def held_open(port: int) -> Iterator[None]:
         yield
 
 
-def test_a_thousand_idle_and_two_hundred_half_open_connections(running: FakeServer) -> None:
+def test_a_thousand_idle_and_two_hundred_half_open_connections(front: RunningProcess) -> None:
     """1,000 silent connections and 200 with half a request do not keep a good call from its
     answer.
     """
-    gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"), max_connections=2048)
-    try:
-        with held_open(gateway.port), Client(gateway.url, timeout=20, retries=0) as client:
-            for _ in range(20):
-                assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-    finally:
-        gateway.end()
+    with held_open(front.port), Client(front.url, timeout=20, retries=0) as client:
+        for _ in range(20):
+            assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
 
 
 @pytest.mark.slow

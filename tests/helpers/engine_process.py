@@ -4,25 +4,72 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.tasks.table import TASKS, Inputs, Task
+from radapter_serve.tasks.version import Version
 
 
-def main(repository: Path, indexes: Path, keys: Path, port: int, timeout: float) -> None:
+def obey(request: Inputs) -> None:
+    """Do what an image orders that is JSON, as fake_model.py does in Triton."""
+    image = bytes(request.get("image")[0, 0])
+    if not image.startswith(b"{"):
+        return
+    order = json.loads(image)
+    time.sleep(order.get("sleep", 0))
+    if "watch" in order:
+        end = time.monotonic() + 20
+        while not request.cancelled() and time.monotonic() < end:
+            time.sleep(0.01)
+        Path(order["watch"]).write_text("cancelled" if request.cancelled() else "late")
+
+
+def obedient(version: Version) -> Any:
+    """What `classify` is in place of the real one."""
+    return lambda requests: [Outcome.of(partial(obey, request)) for request in requests]
+
+
+def letters(_: None) -> dict[str, np.ndarray]:
+    return {"label": np.array([["a"]], object), "score": np.ones((1, 1), np.float32)}
+
+
+ORDERS = Task(lambda inputs: inputs, obedient, letters)
+
+
+def main(
+    repository: Path,
+    indexes: Path,
+    keys: Path | None,
+    port: int,
+    timeout: float,
+    extra: Sequence[str] = (),
+) -> None:
     """Serve until a signal.
 
     Args:
         repository: the model repository.
         indexes: folder of the indexes.
-        keys: file of the keys.
+        keys: file of the keys; None for none.
         port: to listen on.
         timeout: seconds that a request may take.
+        extra: "orders" lets `classify` obey what images order.
     """
+    if "orders" in extra:
+        engines.TASKS = {**TASKS, "classify": ORDERS}  # type: ignore[attr-defined]
     settings = Settings(port=port, api_keys=keys, timeout=timeout)
     with listen(settings) as listener, Engine.open(repository, indexes=indexes) as engine:
         allow_files(settings.max_connections)
@@ -31,5 +78,6 @@ def main(repository: Path, indexes: Path, keys: Path, port: int, timeout: float)
 
 
 if __name__ == "__main__":
-    models, indexes, keys, port, timeout = sys.argv[1:]
-    main(Path(models), Path(indexes), Path(keys), int(port), float(timeout))
+    models, indexes, keys, port, timeout, *extra = sys.argv[1:]
+    own_keys = Path(keys) if keys != "-" else None
+    main(Path(models), Path(indexes), own_keys, int(port), float(timeout), extra)

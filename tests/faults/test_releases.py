@@ -1,0 +1,245 @@
+"""Releases, indexes and disks that are broken, under each way to serve them: what is refused, what
+goes on, and what is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from radapter_client import Client
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import build
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.served import Served
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
+from tests.faults.conftest import outcome, until
+from tests.helpers.small_disk import small_disk
+from tests.helpers.small_release import png, seal
+from tests.helpers.ways import WAYS, Running
+
+each_way = pytest.mark.parametrize(
+    "way", [pytest.param("triton", marks=pytest.mark.triton), "process", "workers"]
+)
+
+
+def ask(url: str) -> tuple[str, int]:
+    """What a good call gets, and of which release."""
+    with Client(url, timeout=60) as client:
+        return outcome(partial(client.embed_texts, ["a"])), client.classify(png(0), ["a"]).release
+
+
+def cut(repository: Path) -> None:
+    path = repository / "image_encoder" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def lose(repository: Path) -> None:
+    (repository / "embed_text" / "1" / "tokenizer.json").unlink()
+
+
+def scribble(repository: Path) -> None:
+    (repository / "classify" / "1" / "release.json").write_text("{")
+
+
+def no_graph(repository: Path) -> None:
+    (repository / "text_encoder" / "1" / "model.onnx").write_bytes(b"no graph")
+    seal(repository, 1)
+
+
+def other_samples(repository: Path) -> None:
+    folder = repository / "image_encoder" / "1"
+    samples = Samples.load(folder)
+    Samples(samples.inputs, [-one for one in samples.references]).save(folder)
+    seal(repository, 1)
+
+
+# What is done to a release, and what the refusal names.
+DAMAGES: dict[Callable[[Path], None], str] = {
+    cut: "image_encoder",
+    lose: "tokenizer.json",
+    scribble: "release.json",
+    no_graph: "text_encoder",
+    other_samples: "image_encoder of release 1 differs from",
+}
+
+
+@each_way
+def test_a_damaged_release_leaves_the_present_one(models: Path, tmp_path: Path, way: str) -> None:
+    repository = shutil.copytree(models, tmp_path / "models")
+    with WAYS[way](repository, tmp_path / "indexes") as running:
+        for damage, named in DAMAGES.items():
+            damage(repository)
+            with pytest.raises(RAdapterError) as error:
+                running.server.load([1], lambda line: None)
+            message = str(error.value)
+            assert "release 1 was not loaded, and release 2 is served as before: " in message
+            assert named in message and "\n" not in message, damage
+            assert ask(running.url) == ("an answer", 2)
+            for model in repository.glob("*/1"):
+                shutil.rmtree(model)
+                shutil.copytree(models / model.relative_to(repository), model)
+        assert running.server.load([1], lambda line: None) == "release 1 is served"
+        assert ask(running.url) == ("an answer", 1)
+
+
+@each_way
+@pytest.mark.parametrize("damage", [cut, lose, scribble, no_graph])
+def test_a_damaged_release_is_not_served(
+    models: Path, tmp_path: Path, way: str, damage: Callable[[Path], None]
+) -> None:
+    repository = shutil.copytree(models, tmp_path / "models")
+    Served((1,)).save(repository)
+    damage(repository)
+    with pytest.raises(RAdapterError) as error, WAYS[way](repository, tmp_path / "indexes"):
+        pass
+    assert DAMAGES[damage] in str(error.value) and "\n" not in str(error.value)
+
+
+@each_way
+def test_a_repository_that_is_full_or_that_nobody_can_write(
+    models: Path, tmp_path: Path, way: str
+) -> None:
+    """A server needs no right to write its repository; a choice then holds until it ends."""
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        repository = shutil.copytree(models, disk.folder / "models")
+        disk.fill()
+        with WAYS[way](repository, tmp_path / "indexes") as running:
+            said = running.server.load([1], lambda line: None)
+            assert "release 1 is served, until the server ends" in said
+            assert "No space left on device" in said
+            assert ask(running.url) == ("an answer", 1)
+            disk.read_only()
+            said = running.server.rollback(lambda line: None)
+            assert "release 2 is served, until the server ends" in said
+            assert "Read-only file system" in said
+            assert ask(running.url) == ("an answer", 2)
+        assert Served.load(repository).releases == (2,)
+        with WAYS[way](repository, tmp_path / "indexes") as running:
+            assert ask(running.url) == ("an answer", 2)
+
+
+def left_by(folder: Path) -> list[Path]:
+    """What a server whose folder is gone has left in /dev/shm and beside it."""
+    return [
+        *Path("/dev/shm").glob(f"{shm_prefix(folder)}*"),
+        *folder.parent.glob(f"{FOLDER_PREFIX}*"),
+    ]
+
+
+@each_way
+def test_a_temporary_folder_that_is_full(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Full at the start: refused with what to do, nothing left. Full later: calls go on, and it
+    stops in order.
+    """
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
+        monkeypatch.setenv("TMPDIR", str(disk.folder))
+        indexes = tmp_path / "indexes"
+        disk.fill()
+        with contextlib.ExitStack() as stack:
+            if way != "process":  # which writes nothing there
+                refused = r"cannot write into .*No space left on.*set TMPDIR"
+                stack.enter_context(pytest.raises(RAdapterError, match=refused))
+            stack.enter_context(WAYS[way](models, indexes))
+        disk.empty()
+        assert not list(disk.folder.iterdir())
+        with WAYS[way](models, indexes) as running:
+            disk.fill()
+            for _ in range(20):
+                assert ask(running.url) == ("an answer", 2)
+            with Client(running.url) as client:
+                assert (
+                    outcome(partial(client.classify, b"x", ["a"])) == "InvalidImage invalid_image"
+                )
+        disk.empty()
+        assert left_by(running.folder) == []
+
+
+@each_way
+def test_two_servers_on_one_repository(models: Path, tmp_path: Path, way: str) -> None:
+    """Two servers share a repository; the end of one harms the other in nothing. A port that is
+    taken is named.
+    """
+    serve = partial(WAYS[way], models, tmp_path / "indexes")
+    with serve() as first:
+        with serve() as second:
+            assert ask(first.url) == ask(second.url) == ("an answer", 2)
+            taken = int(first.url.rpartition(":")[2])
+            with (
+                pytest.raises(
+                    RAdapterError, match=f"port {taken}: .*choose another with --http-port"
+                ),
+                serve(port=taken),
+            ):
+                pass
+        assert ask(first.url) == ("an answer", 2)
+        assert not second.folder.exists() and first.folder.exists()
+
+
+@contextlib.contextmanager
+def with_index(way: str, models: Path, folder: Path) -> Iterator[tuple[Running, Path]]:
+    """A server, and the folder of an index that it has searched."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(png(number))
+    index = folder / "indexes" / "photos"
+    build(str(photos), index, LocalRelease(f"{models}@2"))
+    with WAYS[way](models, folder / "indexes") as running:
+        yield running, index
+
+
+@each_way
+def test_an_index_that_breaks(models: Path, tmp_path: Path, way: str) -> None:
+    """A search in it fails by its code, in one line; other tasks go on, and a new index is
+    searched.
+    """
+    with with_index(way, models, tmp_path) as (running, index), Client(running.url) as client:
+        search = partial(client.search, "a", index="photos")
+        assert outcome(search) == "an answer"
+        whole = shutil.copytree(index, tmp_path / "whole")
+        for break_it, expected in BREAKS.items():
+            break_it(index)
+            if expected:  # else what was read before may be searched on
+                until(partial(gets, search, expected))
+            outcome(search)
+            assert ask(running.url) == ("an answer", 2)
+            shutil.rmtree(index, ignore_errors=True)
+            shutil.copytree(whole, index)
+            until(partial(gets, search, "an answer"))
+
+
+def gets(call: Callable[[], object], expected: str) -> bool:
+    return outcome(call) == expected
+
+
+def no_facts(index: Path) -> None:
+    (index / "index.json").write_text("{")
+
+
+def no_files(index: Path) -> None:
+    shutil.rmtree(index)
+
+
+def cut_all(index: Path) -> None:
+    for path in index.rglob("*"):
+        if path.is_file() and path.name != "index.json":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# What is done to an index, and what a search gets.
+BREAKS: dict[Callable[[Path], None], str | None] = {
+    no_facts: "InvalidRequest unknown_index",
+    no_files: "InvalidRequest unknown_index",
+    cut_all: None,
+}

@@ -1,0 +1,38 @@
+"""radapter-serve as far as possible as on Windows: without the modules, signals and sockets that
+are Unix's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import types
+from typing import Any
+
+for name in ("fcntl", "resource", "termios", "pwd", "grp", "uvloop"):
+    sys.modules[name] = None  # type: ignore[assignment]  # so that an import of it fails
+del signal.SIGHUP
+del os.O_NONBLOCK
+
+
+def _no_signals(*_: Any) -> None:
+    raise NotImplementedError
+
+
+asyncio.SelectorEventLoop.add_signal_handler = _no_signals  # type: ignore[assignment]
+
+from radapter_serve.cli.release import main as release  # noqa: E402
+from radapter_serve.cli.serve import main as serve  # noqa: E402
+from radapter_serve.server import admin_socket  # noqa: E402
+
+# asyncio itself needs them here, and does not on Windows.
+admin_socket.socket = types.SimpleNamespace(  # type: ignore[attr-defined, assignment]
+    **{name: value for name, value in vars(socket).items() if name != "AF_UNIX"}
+)
+
+if __name__ == "__main__":
+    command = {"serve": serve, "release": release}[sys.argv[1]]
+    sys.exit(command(sys.argv[2:]))

@@ -1,0 +1,78 @@
+"""A repository served in each way that there is: by Triton, in this process, by workers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.gateway.group import WorkerGroup
+from radapter_serve.gateway.in_process import answering
+from radapter_serve.gateway.run import listen
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.server.admin_socket import AdminSocket
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.releases import ReleaseChanges, Releases
+from radapter_serve.server.triton_server import TritonServer
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server.
+
+    Attributes:
+        url: where it answers.
+        server: its releases.
+        folder: of the server.
+    """
+
+    url: str
+    server: ReleaseChanges
+    folder: Path
+
+
+@contextlib.contextmanager
+def by_triton(repository: Path, indexes: Path, port: int | None = None) -> Iterator[Running]:
+    http, grpc, metrics = free_ports()
+    endpoints = Endpoints("127.0.0.1", port or http, grpc, metrics)
+    with TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server:
+        yield Running(server.http_url, Releases(server), server.folder)
+
+
+@contextlib.contextmanager
+def in_process(
+    repository: Path, indexes: Path, port: int | None = None, **settings: Any
+) -> Iterator[Running]:
+    port = port or free_ports()[0]
+    config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
+    with (
+        answering(config, Settings(port=port, **settings)) as server,
+        AdminSocket(server.folder, server),
+    ):
+        yield Running(f"http://127.0.0.1:{port}", server, server.folder)
+
+
+@contextlib.contextmanager
+def by_workers(repository: Path, indexes: Path, port: int | None = None) -> Iterator[Running]:
+    port = port or free_ports()[0]
+    config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
+    settings = Settings(port=port)
+    with contextlib.closing(listen(settings, "--http-")) as listener:
+        group = WorkerGroup(config, settings, listener, 2)
+        try:
+            group.start()
+            yield Running(f"http://127.0.0.1:{port}", group, group.folder)
+        finally:
+            listener.close()
+            group.stop()
+
+
+WAYS: dict[str, Callable[..., AbstractContextManager[Running]]] = {
+    "triton": by_triton,
+    "process": in_process,
+    "workers": by_workers,
+}
