@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BOARD = DEPLOY / "grafana" / "boards" / "radapter.json"
+RULES = DEPLOY / "prometheus-rules.yaml"
 
 
 def documents(path: Path) -> list[Any]:
@@ -63,6 +64,8 @@ def expressions() -> Iterator[tuple[str, str]]:
     """Where Prometheus is asked for something, and for what."""
     for panel in json.loads(BOARD.read_text(encoding="utf-8"))["panels"]:
         yield from ((panel["title"], target["expr"]) for target in panel["targets"])
+    for group in document(RULES)["groups"]:
+        yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
     for rule in document(DEPLOY / "kubernetes" / "prometheus-adapter.yaml")["rules"]["custom"]:
         yield "prometheus-adapter", rule["seriesQuery"]
         yield "prometheus-adapter", rule["metricsQuery"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.files import DEPLOY, documents, expressions, metrics
+from tests.deploy.files import DEPLOY, RULES, document, documents, expressions, metrics
 
 Labels = dict[str, set[str]]
 
@@ -38,6 +38,8 @@ def test_metrics_of_the_gateway() -> None:
 
     gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1))
     gateway.count("classify", "ok", 0.1)
+    gateway.count_key("ann", "ok")
+    gateway.count_images("ann", 1)
     there = names_and_labels(gateway.text().decode())
     asked = {name for name in metrics() if name.startswith("radapter_gateway")}
     assert asked and asked <= set(there)
@@ -46,6 +48,24 @@ def test_metrics_of_the_gateway() -> None:
         for name, label in asked_labels()
         if name in there and label not in there[name]
     ]
+
+
+def test_prometheus_reads_every_question() -> None:
+    promql_parser = pytest.importorskip("promql_parser", reason="pip install promql-parser")
+    for title, text in expressions():
+        if title != "prometheus-adapter":  # whose questions are templates
+            assert promql_parser.parse(text.replace("$__rate_interval", "5m")), title
+
+
+def test_alerts_name_codes_that_there_are() -> None:
+    from radapter_serve.gateway.errors import CODES
+
+    alerts = [rule for group in document(RULES)["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in alerts} >= {"NotReady", "Errors", "SlowTail", "Memory"}
+    for rule in alerts:
+        assert rule["annotations"]["summary"] and rule["annotations"]["action"]
+        named = re.findall(r'code=~?"([\w|]+)"', rule["expr"])
+        assert {code for codes in named for code in codes.split("|")} <= CODES
 
 
 @pytest.mark.triton
