@@ -161,11 +161,23 @@ def test_a_server_goes_over_to_what_was_published_last(
         return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     assert count() == 5
+    # An image of the index asks by its id, and pages are as in a folder.
+    here = open_index(tmp_path / "index")
+    linked = open_index(tmp_path / "indexes" / "photos")
+    name = here.search(QUERY, 1)[0].id
+    np.testing.assert_array_equal(linked.embeddings([name]), here.embeddings([name]))
+    page = RetrieveRequest(b"photos", Query(ids=[name.encode()]), top_k=2, offset=1)
+    following = retrieve(page)
+    assert list(following.ids) == [
+        hit.id for hit in here.search(here.embeddings([name])[0], 2, offset=1)
+    ]
     write(photos / "new.png", 9)
     add(tmp_path / "index", release)
     assert count() == 5  # not published yet
     publish(tmp_path / "index", URL)
     assert count() == 6
+    with pytest.raises(TaskError, match=r"\[index_replaced\]"):
+        retrieve(dataclasses.replace(page, index_version=following.index_version.encode()))
     client.delete_object(Bucket="pictures", Key="indexes/photos/index.json")
     assert count() == 6  # who can't ask goes on
 
