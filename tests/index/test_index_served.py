@@ -231,7 +231,7 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
             {"text": "a", "index": "other"},
         ),
         (
-            r"\[invalid_argument\] where 'nosuch = 1'.*path",
+            r"\[invalid_argument\] where names 'nosuch'; the columns: path",
             {"text": "a", "index": "good", "where": "nosuch = 1"},
         ),
         (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
