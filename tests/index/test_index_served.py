@@ -236,11 +236,7 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
         ),
         (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
         (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
-        (r"\[invalid_argument\] give text or image", {"index": "good"}),
-        (
-            r"\[invalid_argument\] give text or image",
-            {"index": "good", "text": "a", "image": png(1)},
-        ),
+        (r"\[invalid_argument\] nothing to search for", {"index": "good"}),
         (r"\[invalid_argument\] text 1 of 1 is empty", {"index": "good", "text": " "}),
         (r"\[invalid_image\]", {"index": "good", "image": b"no image"}),
     ):
