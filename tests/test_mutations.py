@@ -116,7 +116,9 @@ ROOMS = {
     ),
     "release": Room(("tests/release",), ("radapter_serve/release",), sample=("*__mutmut_*3",)),
     "index": Room(
-        tuple(f"tests/index/test_{name}.py" for name in ("index", "neighbours", "integrity")),
+        tuple(
+            f"tests/index/test_{name}.py" for name in ("index", "neighbours", "integrity", "met")
+        ),
         ("radapter_serve/index",),
         ("radapter_serve/index/cluster.py", "radapter_serve/index/upload.py"),
     ),

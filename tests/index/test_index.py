@@ -34,8 +34,9 @@ from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
+from radapter_serve.index.collection import open_collection
 from radapter_serve.index.condition import Sql, parse_condition
-from radapter_serve.index.facts import FACTS
+from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
@@ -50,8 +51,9 @@ DIM = 16
 class FakeRelease(EmbeddingRelease):
     """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
 
-    def __init__(self, alpha: float = 0.5) -> None:
-        facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess={"size": 4})
+    def __init__(self, alpha: float = 0.5, *, turns: bool = True) -> None:
+        preprocess = {"size": 4, "exif_orientation": turns}
+        facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess=preprocess)
         super().__init__(facts, {"model_repository": "/models of mine"})
         self.embedded = 0
 
@@ -625,6 +627,54 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(
     assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
 
 
+def test_who_finds_no_index_is_told_the_command_that_makes_one(tmp_path: Path) -> None:
+    out = tmp_path / "my index"
+
+    def told() -> str:
+        with pytest.raises(RAdapterError) as refused:
+            open_index(out)
+        return str(refused.value).rpartition(": radapter-index ")[2]
+
+    assert told() == f"build PHOTOS --out '{out}'"
+    (out / FACTS).mkdir(parents=True)  # can't be read as a file
+    assert told() == f"build SOURCE --out '{out}'"
+    (out / FACTS).rmdir()
+    (tmp_path / FACTS).write_text('{"source": "elsewhere"}')
+    (out / FACTS).write_text('{"generation": ".."}')  # what lies outside is not looked at
+    assert told() == f"build SOURCE --out '{out}'"
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags"),
+    [
+        ({}, ""),
+        ({"image_column": "file"}, "--image-column file "),
+        ({"thumbnails": 0}, "--thumbnails 0 "),
+        ({"exif_orientation": False}, "--no-exif-orientation "),
+        ({"on_broken": "skip"}, "--on-broken skip "),
+    ],
+)
+def test_the_command_that_builds_an_index_again_names_what_is_not_the_default(
+    changed: dict[str, Any], flags: str, release: FakeRelease
+) -> None:
+    made_by = MadeBy.of(release.facts)
+    plan = Plan("csv:t.csv", "/", "image", {}, 128, True, "refuse", made_by, dict(release.origin))
+    command = build_command(Path("my index"), dataclasses.replace(plan, **changed))
+    assert command == (
+        f"radapter-index build csv:t.csv --out 'my index' {flags}"
+        "--model-repository '/models of mine'"
+    )
+
+
+def test_an_image_on_object_storage_has_the_row_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,title\ns3://photos/a.jpg,first\nb.jpg,second\n")
+    items = open_collection(f"csv:{tmp_path / 't.csv'}").items
+    assert [(item.id, str(item.file), item.row) for item in items] == [
+        ("s3://photos/a.jpg", "s3://photos/a.jpg", {"title": "first"}),
+        ("b.jpg", str(tmp_path / "b.jpg"), {"title": "second"}),
+    ]
+
+
 def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
     photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
@@ -666,16 +716,19 @@ def test_a_build_that_is_interrupted_says_how_to_go_on(
     assert build(str(photos), tmp_path / "index", release).kept == 5
 
 
-@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize(("own", "turns"), [(True, True), (True, False), (False, True)])
 def test_an_addition_turns_images_as_the_build_did(
-    turns: bool, photos: Path, tmp_path: Path
+    own: bool, turns: bool, photos: Path, tmp_path: Path
 ) -> None:
-    build(str(photos), tmp_path / "index", FakeRelease(), exif_orientation=turns)
+    """As the build was told, whatever the release does by itself."""
+    release = FakeRelease(turns=own)
+    build(str(photos), tmp_path / "index", release, exif_orientation=turns)
+    assert release.preprocess.exif_orientation is turns
     exif = Image.Exif()
     exif[274] = 6
     pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photos / "new.png", exif=exif)
-    add(tmp_path / "index", FakeRelease())
+    add(tmp_path / "index", FakeRelease(turns=own))
     (query,) = FakeRelease().encode_images(
         [(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5]
     )
@@ -961,3 +1014,29 @@ def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
 
     found = recall.tune(Fake(), texts)
     assert found == {"nprobes": 64, "candidates": 400, "recall": 1.0}
+
+
+@pytest.mark.parametrize("lost", [0, 99, 100, 299])
+def test_recall_is_measured_against_every_vector(
+    lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One vector of three blocks is never found, which each text has among its ten nearest."""
+    monkeypatch.setattr(recall, "_BLOCK", 100)
+    drawn = np.random.default_rng(0).standard_normal((300, 8))
+    vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+    class Fake:
+        def __init__(self) -> None:
+            self.vectors = vectors
+
+        def nearest(
+            self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
+        ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            scores = self.vectors @ query
+            order = np.argsort(-scores)
+            best = order[order != lost][:top_k]
+            return best, scores[best]
+
+    texts = np.repeat(vectors[[lost]], 3, axis=0)
+    found = recall.tune(Fake(), texts, efforts=[(1, 10)])
+    assert found["recall"] == pytest.approx(0.9)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
@@ -126,6 +127,25 @@ def test_scores_that_no_cosine_has_are_refused(
     with pytest.raises(TaskError, match="a file is damaged; the server's log says why") as refused:
         open_index(out).search(query, 3)
     assert refused.value.code == UNKNOWN_INDEX
+
+
+def test_a_row_without_a_name_is_refused_with_the_command_that_builds_again(
+    out: Path, tmp_path: Path
+) -> None:
+    """A row of the file is harmed, and the digest is that of the harmed file."""
+    path = searched(out) / ROWS
+    with pa.OSFile(str(path)) as file:
+        rows = pa.ipc.open_file(file).read_all()
+    names = pa.array([None, *rows["path"].to_pylist()[1:]], pa.string())
+    rows = rows.set_column(rows.schema.get_field_index("path"), "path", names)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_table(rows)
+    facts = said(out)
+    facts["searched"][ROWS] = {"size": path.stat().st_size, "digest": digest_of(path)}
+    say(out, facts)
+    again = f"radapter-index build {tmp_path / 'photos'} --out {out} .*--no-resume"
+    with pytest.raises(RAdapterError, match=f"can't be used: .*; build it again: {again}"):
+        verify(out)
 
 
 def test_an_index_that_grows_is_read_once(

@@ -350,6 +350,46 @@ def many(
     return Neighbours(folder, vectors), vectors, queries
 
 
+def test_few_vectors_have_a_cell_for_each_32_and_more_have_twice_their_root(
+    built: tuple[Path, Ready], many: tuple[Neighbours, Any, Any]
+) -> None:
+    assert said(built[0] / "index")["nearest"]["cells"] == 3000 // 32
+    assert many[0].cells == 282  # 20,000 // 32 is more
+
+
+def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that starts with too few images for cells."""
+    for module in (store_table, index_writer):
+        monkeypatch.setattr(module, "EXACT", 20)
+    monkeypatch.setattr(
+        index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
+    )
+    photos, out = tmp_path / "photos", tmp_path / "index"
+    vectors, texts = clustered(61, 16, 5)
+    release = Ready(vectors, texts)
+    for count, trained_on in ((20, None), (30, 30), (60, 30), (61, 61)):
+        write_numbers(photos, range(count))
+        build(str(photos), out, release)
+        index = open_index(out)
+        nearest = index.facts.nearest
+        assert (nearest.trained_on if nearest else None) == trained_on
+        assert found(index, vectors[count - 1], 1) == [count - 1]
+
+
+@pytest.mark.parametrize("how", ["float64", "strided"])
+def test_a_query_in_another_layout_is_the_same_query(
+    how: str, many: tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]
+) -> None:
+    near, vectors, queries = many
+    query = np.repeat(queries[0], 2)[::2] if how == "strided" else queries[0].astype(np.float64)
+    scores = vectors[::7] @ queries[0]
+    found, cosines = near.best(query, np.arange(0, len(vectors), 7), 10)
+    assert found.tolist() == (7 * np.argsort(-scores)[:10]).tolist()
+    np.testing.assert_allclose(cosines, np.sort(scores)[::-1][:10], atol=1e-6)
+
+
 def test_more_hits_than_the_cells_hold_are_found_in_others(
     many: tuple[Neighbours, Any, Any],
 ) -> None:

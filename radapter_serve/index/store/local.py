@@ -123,7 +123,7 @@ def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelt
     text = facts.to_json()
     generation = generation_of(text)
     _write(made / FACTS, text)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     before = pointed(folder)
     shutil.rmtree(folder / generation, ignore_errors=True)
     made.rename(folder / generation)
