@@ -445,3 +445,21 @@ def test_a_good_request_with_some_bytes_changed(data: st.DataObject) -> None:
         changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed
     )
     checked(bytes(cut), headers["Inference-Header-Content-Length"], MODELS["classify"])
+
+
+def test_a_model_is_described_as_its_configuration_has_it() -> None:
+    told = Model.from_config(config("embed_text")).metadata(["1", "2"])
+    assert (told["name"], told["versions"]) == ("embed_text", ["1", "2"])
+    assert told["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1, 1]}
+    assert [(one["name"], one["datatype"]) for one in told["outputs"]] == [("text_embeds", "FP32")]
+
+
+@pytest.mark.parametrize(
+    ("fact", "told"),
+    [("local-dir:/srv/secret/base", "local-dir:base"), ("/srv/secret/base/", "base")],
+)
+def test_a_path_in_the_facts_of_a_release_is_told_by_its_name(fact: str, told: str) -> None:
+    given = config("classify")
+    given.parameters["release"].string_value = json.dumps({"version": 1, "architecture": fact})
+    found = Model.from_config(given).config()["parameters"]["release"]["string_value"]
+    assert json.loads(found) == {"version": 1, "architecture": told}

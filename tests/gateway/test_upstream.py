@@ -13,6 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from radapter_serve.gateway import upstream
+from radapter_serve.gateway.errors import Refused
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -79,3 +80,29 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
         return names
 
     assert asyncio.run(main()) == ["first", "second", "second"]
+
+
+def test_a_failure_of_triton_is_logged_and_what_a_caller_did_wrong_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(Server):
+        async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
+            await context.abort(grpc.StatusCode[request.model_name], "why\nand more")
+            raise AssertionError
+
+    async def refused(status: str) -> int:
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Failing(""), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        triton = upstream.Triton(f"127.0.0.1:{port}")
+        with pytest.raises(Refused) as error:
+            await triton.infer(service_pb2.ModelInferRequest(model_name=status), 10)
+        await triton.close()
+        await server.stop(None)
+        return error.value.status
+
+    assert asyncio.run(refused("INTERNAL")) == 500
+    assert caplog.messages == ["Triton: INTERNAL: why"]
+    assert asyncio.run(refused("INVALID_ARGUMENT")) == 400
+    assert len(caplog.messages) == 1
