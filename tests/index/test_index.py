@@ -31,7 +31,7 @@ from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import build as indexing
-from radapter_serve.index import recall
+from radapter_serve.index import mapped, recall
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.collection import open_collection
@@ -1040,3 +1040,29 @@ def test_recall_is_measured_against_every_vector(
     texts = np.repeat(vectors[[lost]], 3, axis=0)
     found = recall.tune(Fake(), texts, efforts=[(1, 10)])
     assert found["recall"] == pytest.approx(0.9)
+
+
+def test_values_are_read_from_every_batch_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty rows, written in batches of six, of which the last has two."""
+    monkeypatch.setattr(mapped, "_CHUNK_ROWS", 4)
+    vectors = np.eye(20, DIM, dtype=np.float32)
+    names = [f"{number}.png" for number in range(20)]
+    images = [f"small {number}".encode() for number in range(20)]
+    table = pa.table(
+        {
+            "path": names,
+            "thumbnail": pa.array(images, pa.binary()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM),
+        }
+    )
+    mapped.write_mapped(tmp_path, table.to_batches(max_chunksize=3), (20, DIM))
+    rows = mapped.Mapped(tmp_path, (20, DIM))
+    assert len(rows.columns["path"].chunks) == 4
+    order = np.random.default_rng(0).permutation(20)
+    assert rows.values(["path", "thumbnail"], order) == {
+        "path": [names[position] for position in order],
+        "thumbnail": [images[position] for position in order],
+    }
+    assert (rows.vectors == vectors).all()
