@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class LabelStore:
             timeout=_WAIT,
             check_same_thread=False,
         )
+        weakref.finalize(self, connection.close)
         # Those who read and those who write do not wait for each other; a machine that fails may
         # lose what is kept.
         connection.execute("PRAGMA journal_mode = WAL")

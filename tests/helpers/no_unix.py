@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ for name in ("fcntl", "resource", "termios", "pwd", "grp", "uvloop"):
     sys.modules[name] = None  # type: ignore[assignment]  # so that an import of it fails
 del signal.SIGHUP
 del os.O_NONBLOCK
+shutil._use_fd_functions = False  # type: ignore[attr-defined]  # which need that flag from 3.13 on
 
 
 def _no_signals(*_: Any) -> None:

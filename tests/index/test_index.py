@@ -37,7 +37,7 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.collection import open_collection
 from radapter_serve.index.condition import Sql, parse_condition
 from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
-from radapter_serve.index.index import open_index
+from radapter_serve.index.index import link_of, open_index, write_link
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
 from radapter_serve.lock import lock
@@ -1066,3 +1066,10 @@ def test_values_are_read_from_every_batch_of_the_rows(
         "thumbnail": [images[position] for position in order],
     }
     assert (rows.vectors == vectors).all()
+
+
+def test_a_link_leads_to_its_storage_and_a_folder_nowhere(tmp_path: Path) -> None:
+    write_link(tmp_path / "linked", "s3://bucket/photos")
+    assert link_of(tmp_path / "linked") == "s3://bucket/photos"
+    (tmp_path / "plain").mkdir()
+    assert link_of(tmp_path / "plain") == ""

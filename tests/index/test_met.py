@@ -4,6 +4,7 @@ rules.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sqlite3
 from typing import Any
@@ -109,7 +110,7 @@ def columns_of(rows: Rows, chunk: int) -> dict[str, Any]:
 
 
 def by_sqlite(rows: Rows, where: str) -> list[int]:
-    with sqlite3.connect(":memory:") as database:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.execute("PRAGMA case_sensitive_like = true")
         database.execute(
             "CREATE TABLE t (path TEXT, other TEXT, year INTEGER, small INTEGER, part REAL, flag)"
