@@ -79,7 +79,7 @@ def check_cancelled(cancelled: Cancelled | None) -> None:
         raise TaskError(CANCELLED, "the caller gave up")
 
 
-def public(message: str) -> str:
+def redact(message: str) -> str:
     """What callers may read of an error's message: its first line, without paths and names of
     shared memory.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
-from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, public
+from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, RUNTIMES, config_of
@@ -133,7 +133,7 @@ class LocalVersion(InProcess):
         try:
             return encoder(rows) if alpha is None else encoder(rows, alpha)
         except Exception as error:  # runtimes' errors have no common base
-            raise TaskError(ENCODER_FAILED, f"{name} failed: {public(str(error))}") from error
+            raise TaskError(ENCODER_FAILED, f"{name} failed: {redact(str(error))}") from error
 
     def _load(self, name: str) -> Encoder:
         config = self.config(name)

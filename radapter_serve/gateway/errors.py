@@ -111,10 +111,10 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
     number = _STATUS.get(status, 500)
     failure = read_failure(text)
     if failure.code is not None:
-        message = tasks.public(failure.message) if failure.by_task else _RETRYABLE[failure.code]
+        message = tasks.redact(failure.message) if failure.by_task else _RETRYABLE[failure.code]
         return Refused(_BY_CODE.get(failure.code, number), failure.code, message)
     code, sentence = _PLAIN[number]
-    return Refused(number, code, sentence or tasks.public(failure.message))
+    return Refused(number, code, sentence or tasks.redact(failure.message))
 
 
 def escape(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
-from radapter_serve.contract.errors import public
+from radapter_serve.contract.errors import redact
 from radapter_serve.release.tensors import Tensor, tensors_of
 
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
@@ -99,7 +99,7 @@ def _public(facts: str) -> str:
         if not isinstance(value, str):
             return value
         path = _PATH.fullmatch(value)
-        return public(value) if path is None else path[1] + PurePosixPath(path[2]).name
+        return redact(value) if path is None else path[1] + PurePosixPath(path[2]).name
 
     return json.dumps(without_paths(json.loads(facts)))
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from sqlglot import exp
 
-from radapter_serve.contract.errors import invalid, public
+from radapter_serve.contract.errors import invalid, redact
 from radapter_serve.index.condition import ALLOWED, parse_condition
 from radapter_serve.index.store import EXACT
 
@@ -97,7 +97,7 @@ def met_by(where: str, columns: Mapping[str, Any], count: int) -> Met:
     try:
         truth = _evaluated(condition, columns)
     except pa.ArrowException as error:
-        why = f"where {where!r:.200} fails: {public(str(error)):.200}"
+        why = f"where {where!r:.200} fails: {redact(str(error)):.200}"
         raise invalid(f"{why}; the columns: {', '.join(columns)}") from None
     if not pa.types.is_boolean(truth.type):
         raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")

@@ -13,7 +13,7 @@ import gradio
 from PIL import Image, ImageOps
 
 from radapter_client import Client, InvalidRequest, RAdapterClientError
-from radapter_serve.contract.errors import public
+from radapter_serve.contract.errors import redact
 from radapter_serve.contract.names import names_of
 
 TITLE = "radapter-serve playground"
@@ -33,7 +33,7 @@ def told(handler: Handler) -> Handler:
             return handler(*given)
         except (RAdapterClientError, OSError, Image.DecompressionBombError) as error:
             raise gradio.Error(
-                public(str(error)), print_exception=False, title="No answer"
+                redact(str(error)), print_exception=False, title="No answer"
             ) from None
 
     return telling

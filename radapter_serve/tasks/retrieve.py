@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
     INDEX_REPLACED,
     TaskError,
     invalid,
-    public,
+    redact,
 )
 from radapter_serve.files import as_text
 from radapter_serve.index.facts import build_command, mismatch
@@ -195,7 +195,7 @@ class Retrieve:
             print(f"the index {name!r} {why}; {self._again(index)}", file=sys.stderr)
         raise TaskError(
             INDEX_MISMATCH,
-            f"the index {name!r} {public(why)}; the server's log has the command that builds it"
+            f"the index {name!r} {redact(why)}; the server's log has the command that builds it"
             " again",
         )
 

@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
     INVALID_ARGUMENT,
     TaskError,
     invalid,
-    public,
+    redact,
 )
 from radapter_serve.extras import install_command
 from radapter_serve.runtimes.encoder import load_graph
@@ -119,7 +119,7 @@ class GraphModel:
         except Exception as error:
             # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
-            raise TaskError(code, f"{self.title}: {public(str(error))}") from None
+            raise TaskError(code, f"{self.title}: {redact(str(error))}") from None
         pairs = zip(self._outputs, outputs, strict=True)
         return {name: output.astype(dtype, copy=False) for (name, dtype), output in pairs}
 

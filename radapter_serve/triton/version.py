@@ -23,7 +23,7 @@ from radapter_serve.contract.errors import (
     RESTARTING,
     SERVER_STOPPING,
     TaskError,
-    public,
+    redact,
 )
 from radapter_serve.environment import INDEXES
 from radapter_serve.release.release import FILE, Release
@@ -119,6 +119,6 @@ class TritonVersion(Version):
                 raise TaskError(failure.code, sentence)
             print(f"{model} version {self._number} failed: {message}", file=sys.stderr)
             raise TaskError(
-                ENCODER_FAILED, f"{model} version {self._number} failed: {public(message)}"
+                ENCODER_FAILED, f"{model} version {self._number} failed: {redact(message)}"
             )
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)

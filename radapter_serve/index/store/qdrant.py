@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, public
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, redact
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.index.facts import IndexFacts
 from radapter_serve.index.store import EXACT, THUMBNAIL, Hit, Store
@@ -178,7 +178,7 @@ class Collection:
             if isinstance(error, TaskError):
                 raise
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
-            why = public(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
+            why = redact(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}"
             ) from None
