@@ -8,6 +8,7 @@ import re
 import struct
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from radapter_client import Request
 from radapter_client._http import encode
-from radapter_serve.gateway.errors import CODES, Refused
+from radapter_serve.gateway.errors import CODES, Refused, from_triton
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import MAX_JSON_VALUES, Inference, read
 from radapter_serve.release.release import TASKS
@@ -452,6 +453,15 @@ def test_a_model_is_described_as_its_configuration_has_it() -> None:
     assert (told["name"], told["versions"]) == ("embed_text", ["1", "2"])
     assert told["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1, 1]}
     assert [(one["name"], one["datatype"]) for one in told["outputs"]] == [("text_embeds", "FP32")]
+    text = Model.from_config(config("embed_text")).config()["input"][0]
+    assert text == {"name": "text", "data_type": "TYPE_STRING", "dims": [1], "optional": False}
+
+
+def test_a_refusal_of_a_task_is_told_without_paths() -> None:
+    text = "[invalid_image] image 1 of 1: /srv/secret/file is no image\nTraceback"
+    refused = from_triton(grpc.StatusCode.INVALID_ARGUMENT, text)
+    assert (refused.status, refused.code) == (400, "invalid_image")
+    assert refused.message == "image 1 of 1: ... is no image"
 
 
 @pytest.mark.parametrize(
