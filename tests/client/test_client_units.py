@@ -853,3 +853,9 @@ def test_hits_are_read_with_all_that_they_have():
     assert (first.id, first.score, first.metadata) == ("a.jpg", 0.5, {"path": "a.jpg"})
     assert (second.id, second.score, second.metadata) == ("\ufffd", 0.25, {})
     assert (first.thumbnail, second.thumbnail) == (b"jpeg", None)
+
+
+def test_examples_that_are_no_images_are_named():
+    examples: Any = {"a": 3}
+    with pytest.raises(radapter_client.InvalidRequest, match="examples takes a list, not one int"):
+        CLIENT.classify(PIXELS, ["a"], examples=examples)
