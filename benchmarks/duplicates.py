@@ -6,7 +6,6 @@ python benchmarks/duplicates.py --model-repository REPO --data DATA/drawings
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, Report, say
+from common import Report, of_drawings, say
 from PIL import Image
 
 from radapter_serve.index.build import build
@@ -72,11 +71,7 @@ def precision_and_recall(groups: Sequence[Group], images: int) -> tuple[float, f
 
 def main() -> None:
     """Render, index, judge each threshold, and draw the groups at the chosen one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model-repository", type=Path, required=True, help="of the release")
-    parser.add_argument("--data", type=Path, required=True, help="the drawings, DATA/drawings")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    arguments = parser.parse_args()
+    arguments = of_drawings(__doc__)
     sets = {"validation": "val", "colour": "test", "emoji-noto": "shifts/emoji-noto"}
     report = Report(
         "duplicates",

@@ -9,13 +9,12 @@ radapter-export --validation own), which chose the threshold; the tests are othe
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, Report, say
+from common import Report, of_drawings, say
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -66,11 +65,7 @@ def rates(cosines: NDArray[np.float32], truth: NDArray[np.int64], least: float) 
 
 def main() -> None:
     """Embed, judge each threshold, write the table and draw the curve."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model-repository", type=Path, required=True, help="of the release")
-    parser.add_argument("--data", type=Path, required=True, help="the drawings, DATA/drawings")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    arguments = parser.parse_args()
+    arguments = of_drawings(__doc__)
     names = [split_label(line)[0] for line in read_label_file(arguments.data / "classes.txt")]
     shifts = sorted(path for path in (arguments.data / "shifts").iterdir() if path.is_dir())
     folders = {"validation": arguments.data / "val", "colour": arguments.data / "test"}

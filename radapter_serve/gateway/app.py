@@ -33,10 +33,10 @@ from radapter_serve.gateway.errors import (
 )
 from radapter_serve.gateway.front import BrowserRule, Front
 from radapter_serve.gateway.health import Health
-from radapter_serve.gateway.journal import Entry, WithRequestId
+from radapter_serve.gateway.journal import Entry, WithRequestId, timed_slot
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
-from radapter_serve.gateway.metrics import GONE, OK, Metrics
+from radapter_serve.gateway.metrics import GONE, Metrics
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.quotas import Quota, Quotas
 from radapter_serve.gateway.settings import MIB, Settings
@@ -266,11 +266,8 @@ class Gateway:
         Triton.
         """
         end = time.monotonic() + seconds
-        with entry.times("queue_ms") as running:
-            async with self._concurrency.slot():
-                running()
-                with entry.times("model_ms"):
-                    return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+        async with timed_slot(self._concurrency, entry):
+            return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.state.quota
@@ -304,12 +301,9 @@ class Gateway:
                     key = self.keys.check(request.headers.get("Authorization"))
                     entry.key = key.name
                     request.state.quota = self._quotas.of(key)
-                if counted and request.state.quota is not None:
-                    with request.state.quota.request():
-                        response = await handler(request)
-                else:
+                limited = counted and request.state.quota is not None
+                with request.state.quota.request() if limited else contextlib.nullcontext():
                     response = await handler(request)
-                entry.code = OK
             except Refused as error:
                 response, entry.code = refusal(error, request), error.code
             except (ClientDisconnected, ClientDisconnect):

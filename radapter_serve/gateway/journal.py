@@ -8,13 +8,15 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from radapter_serve.gateway.limits import ConcurrencyLimit
+from radapter_serve.gateway.metrics import OK
 from radapter_serve.gateway.settings import Log
 
 REQUEST_ID = "X-Request-Id"
@@ -43,31 +45,13 @@ class Entry:
     key: str | None = None
     task: str | None = None
     release: str | None = None
-    code: str = "ok"
+    code: str = OK
     status: int = 200
     bytes_in: int = 0
     bytes_out: int = 0
     ms: float = 0.0
     queue_ms: float = 0.0
     model_ms: float = 0.0
-
-    @contextlib.contextmanager
-    def times(self, name: str) -> Iterator[Callable[[], None]]:
-        """Add the time until the block ends, or until what it yields is called, to a field."""
-        start = time.monotonic()
-        told = False
-
-        def stop() -> None:
-            nonlocal told
-            if not told:
-                told = True
-                spent = 1e3 * (time.monotonic() - start)
-                setattr(self, name, round(getattr(self, name) + spent, 3))
-
-        try:
-            yield stop
-        finally:
-            stop()
 
     def write(self, log: Log, out: Callable[[str], object] | None = None) -> None:
         """Say it as one line, in words or as JSON.
@@ -91,6 +75,34 @@ class Entry:
             out(line)
             return
         print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def timed_slot(limit: ConcurrencyLimit, entry: Entry) -> AsyncIterator[None]:
+    """A place among the requests that run; the entry is told how long it was waited for, and how
+    long it was taken.
+
+    Args:
+        limit: that gives places.
+        entry: of the request.
+
+    Raises:
+        Refused: too many wait already.
+    """
+    asked = time.monotonic()
+    began = None
+    try:
+        async with limit.slot():
+            began = time.monotonic()
+            yield
+    finally:
+        now = time.monotonic()
+        entry.queue_ms = _milliseconds((began or now) - asked)
+        entry.model_ms = _milliseconds(now - (began or now))
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
 
 
 class WithRequestId:

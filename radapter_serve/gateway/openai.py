@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 from radapter_serve.gateway import embeddings
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, escape
-from radapter_serve.gateway.journal import Entry
+from radapter_serve.gateway.journal import Entry, timed_slot
 from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import pack
@@ -75,17 +75,14 @@ class OpenAI:
         end = time.monotonic() + seconds
         version, facts = await self._release(asked.model)
         asked.check_width(int(facts.get("embed_dim", 0)))
-        with entry.times("queue_ms") as running:
-            async with self._concurrency.slot():
-                running()
-                with entry.times("model_ms"):
-                    try:
-                        rows, answered = await self._rows(asked, version, end, entry.id)
-                    except Refused as error:
-                        if version or error.code != UNKNOWN_MODEL:
-                            raise
-                        # Another release took over in the middle.
-                        rows, answered = await self._rows(asked, version, end, entry.id)
+        async with timed_slot(self._concurrency, entry):
+            try:
+                rows, answered = await self._rows(asked, version, end, entry.id)
+            except Refused as error:
+                if version or error.code != UNKNOWN_MODEL:
+                    raise
+                # Another release took over in the middle.
+                rows, answered = await self._rows(asked, version, end, entry.id)
         entry.release = answered
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
 
