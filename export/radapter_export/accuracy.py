@@ -20,7 +20,7 @@ from radapter_serve.evaluation.confidence import fit_confidence
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
 from radapter_serve.evaluation.evaluate import Scored, evaluate_scored
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.image_sets import ClassificationSet, SeveralLabelsSet
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.row import Row
@@ -145,6 +145,12 @@ class Validation:
         """
         if not isinstance(self.data, ClassificationSet) or self.data.members or cosines is None:
             return Measured(accuracy)
+        if isinstance(self.data, SeveralLabelsSet):
+            line = (
+                f"{accuracy.dataset} has several labels an image, by which scores are not"
+                " calibrated: the release has no calibrated scores"
+            )
+            return Measured(accuracy, warnings=(line,))
         try:
             confidence = fit_confidence(
                 cosines,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ class Labelled(ImageColumn, LabelledImages):
             has none. Empty where the data has all classes in this order.
         exif_orientation: turn images as their EXIF says.
         left_out: number of files in class folders that are no images, by the end of their names.
+        label_separator: what parts several labels in one text; None takes it whole.
+        several: whether a row may have several labels.
     """
 
     rows: Any
@@ -47,6 +50,8 @@ class Labelled(ImageColumn, LabelledImages):
     numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
+    label_separator: str | None = None
+    several: bool = False
 
     def __post_init__(self) -> None:
         self.own = self.own or self.classes
@@ -60,12 +65,31 @@ class Labelled(ImageColumn, LabelledImages):
         self._index |= {line: i for i, (line, _) in enumerate(names)}
 
     def label(self, row: dict[str, Any]) -> int:
-        """The number of a row's class.
+        """The number of a row's class, of several the first.
 
         Raises:
             RAdapterError: no class of that name or number.
         """
+        return self.labels_of(row)[0]
+
+    def labels_of(self, row: dict[str, Any]) -> tuple[int, ...]:
+        """The numbers of all classes of a row, in its own order, each once.
+
+        Raises:
+            RAdapterError: no class of that name or number, or none at all.
+        """
         value = row[self.label_column]
+        if not self.several:
+            return (self._number(value),)
+        labels = split_labels(value, self.label_separator)
+        if not labels:
+            raise RAdapterError(
+                f"image {self.name(row)} has no label in {self.label_column!r}; take it out, or"
+                " give it a class of its own, such as 'none of them'"
+            )
+        return tuple(dict.fromkeys(self._number(label) for label in labels))
+
+    def _number(self, value: Any) -> int:
         try:
             whole = isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
             index = (
@@ -83,12 +107,22 @@ class Labelled(ImageColumn, LabelledImages):
             )
         return index
 
+    def label_sets(self) -> list[tuple[int, ...]]:
+        """The numbers of all classes of each row; not of a stream."""
+        if not self.several:
+            return [(self._number(value),) for value in self.rows[self.label_column]]
+        columns = [self.image_column, self.label_column]
+        return [self.labels_of(row) for row in self.rows.select_columns(columns)]
+
     def labels(self) -> NDArray[np.int64]:
-        """The numbers of all rows' classes, [N]; not of a stream."""
-        values = self.rows[self.label_column]
-        return np.fromiter(
-            (self.label({self.label_column: value}) for value in values), np.int64, len(self.rows)
-        )
+        """The number of each row's class, [N]; of several classes the one with the fewest images.
+
+        Not of a stream.
+        """
+        sets = self.label_sets()
+        counts = Counter(label for labels in sets for label in labels)
+        rarest = (min(labels, key=lambda label: (counts[label], label)) for labels in sets)
+        return np.fromiter(rarest, np.int64, len(sets))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
         """The data without a share of each class, and that share.
@@ -106,12 +140,23 @@ class Labelled(ImageColumn, LabelledImages):
         for number in range(len(self.classes)):
             images = order[labels == number]
             held[images[: share_of(len(images), fraction)]] = True
+        if self.several:
+            self._keep_every_class(held)
         kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
         if not len(taken):
             raise RAdapterError(
                 f"val_fraction is {fraction} but no class has two images; name validation data"
             )
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
+
+    def _keep_every_class(self, held: NDArray[np.bool_]) -> None:
+        """Take back an image of each class whose images are all held out."""
+        sets = self.label_sets()
+        left = {label for number in np.flatnonzero(~held) for label in sets[number]}
+        for number in np.flatnonzero(held):
+            if not left.issuperset(sets[number]):
+                held[number] = False
+                left.update(sets[number])
 
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
         """The same images, with other classes beside their own.
@@ -154,6 +199,22 @@ class Labelled(ImageColumn, LabelledImages):
         )
 
 
+def split_labels(value: Any, separator: str | None) -> list[Any]:
+    """The labels that a value of the label column holds.
+
+    Args:
+        value: a label, a list of labels, or None.
+        separator: what parts several labels in one text; None takes it whole.
+    """
+    if value is None:
+        return []
+    if isinstance(value, list | tuple | np.ndarray):
+        return [label for part in value for label in split_labels(part, separator)]
+    if isinstance(value, str) and separator is not None:
+        return [part.strip() for part in value.split(separator) if part.strip()]
+    return [value]
+
+
 def split_classes(count: int, split: str) -> range:
     """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is
     rounded up.
@@ -174,10 +235,14 @@ def class_split(data: Labelled, split: str) -> Labelled:
         split: of `split_classes`.
 
     Raises:
-        RAdapterError: it is a stream, or the half has no class.
+        RAdapterError: it is a stream, has several labels an image, or the half has no class.
     """
     if split == "all":
         return data
+    if data.several:
+        raise RAdapterError(
+            f"class_split {split} needs one label an image, and this data may have several"
+        )
     if isinstance(data.rows, datasets.IterableDataset):
         raise RAdapterError(
             f"class_split {split} needs all labels at once; it does not go with a stream"
@@ -192,7 +257,8 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     """A few images of each class, drawn by the seed; a class with fewer gives all that it has, as
     in CoOp.
 
-    More shots of the same seed hold the fewer.
+    More shots of the same seed hold the fewer. An image of several classes counts for the one with
+    the fewest images.
 
     Args:
         data: not a stream.
@@ -217,6 +283,7 @@ def load_labelled(
     *,
     image_column: str = "image",
     label_column: str = "label",
+    label_separator: str | None = None,
     classes: Path | None = None,
     templates: Sequence[str] = ("a photo of a {}.",),
     images: Path | None = None,
@@ -230,7 +297,8 @@ def load_labelled(
             too) or a name on the Hugging Face hub; `@SPLIT` at the end names a split, `train` by
             default. `coop:FILE@SPLIT` is a file of CoOp's splits, `@train+val` two of them as one.
         image_column: paths, bytes or images.
-        label_column: class names or numbers.
+        label_column: class names or numbers, or lists of them.
+        label_separator: what parts several labels in one text; None takes it whole.
         classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own
             names.
         templates: prompt templates with `{}`.
@@ -247,11 +315,18 @@ def load_labelled(
         spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
     )
     rows = found.table
-    feature = (rows.features or {}).get(label_column)
+    feature: Any = (rows.features or {}).get(label_column)
+    lists = isinstance(feature, datasets.List | datasets.LargeList)
+    if lists:
+        feature = feature.feature
+    several = lists or label_separator is not None
     own = getattr(feature, "names", None)
     by_name = own is None
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
-        own = sorted({value for value in rows[label_column] if value is not None})
+        values = rows[label_column]
+        if several:
+            values = (label for value in values for label in split_labels(value, label_separator))
+        own = sorted({value for value in values if value is not None})
     empty = (
         sorted(sub_folders(found.folder) - set(own))
         if found.class_folders and own is not None
@@ -270,7 +345,16 @@ def load_labelled(
     )
     start = images or found.folder
     data = Labelled(
-        rows, names, image_column, label_column, start, templates, own, left_out=found.left_out
+        rows,
+        names,
+        image_column,
+        label_column,
+        start,
+        templates,
+        own,
+        left_out=found.left_out,
+        label_separator=label_separator,
+        several=several,
     )
     _check_classes(data, spec, every_class)
     return data
@@ -280,7 +364,7 @@ def _check_classes(data: Labelled, spec: str, every_class: bool) -> None:
     if isinstance(data.rows, datasets.Dataset):
         if len(data.rows) == 0:
             raise RAdapterError(f"{spec} holds no images")
-        present = set(data.labels().tolist())
+        present = {label for labels in data.label_sets() for label in labels}
         missing = [name for index, name in enumerate(data.classes) if index not in present]
         if missing and every_class:
             raise RAdapterError(

@@ -50,7 +50,9 @@ class TrainingData(Protocol):
     @property
     def rows(self) -> Any: ...
 
-    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
+    def pair(
+        self, row: Any, draw: random.Random
+    ) -> tuple[Image.Image, int | tuple[int, ...], str | list[str]]:
         """One training pair of a row.
 
         Args:
@@ -59,7 +61,8 @@ class TrainingData(Protocol):
 
         Returns:
             The image, its label (pairs with equal labels are positives of each other) and its text;
-            several texts, equally many for every row, share one encoding of the image.
+            several texts, equally many for every row, share one encoding of the image. Of several
+            labels the first is that of the text.
 
         Raises:
             BrokenImage: the image is missing or can't be decoded; says which.
@@ -85,13 +88,26 @@ class LabelledImages(ABC):
 
     @abstractmethod
     def label(self, row: Any) -> int:
-        """The number of a row's class."""
+        """The number of a row's class, of several the first."""
 
-    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str]:
-        """The image, the number of its class, and a prompt with the class's first name."""
-        label, image = self.label(row), self.image(row)
+    def labels_of(self, row: Any) -> tuple[int, ...]:
+        """The numbers of all classes of a row."""
+        return (self.label(row),)
+
+    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int | tuple[int, ...], str]:
+        """The image, the number of its class, and a prompt with the class's first name.
+
+        Of several classes one is drawn for the prompt, and its number comes first.
+        """
+        labels = self.labels_of(row)
+        image = self.image(row)
+        label = labels[0]
+        if len(labels) > 1:
+            label = draw.choice(labels)
+            labels = (label, *(other for other in labels if other != label))
         name = split_label(self.classes[label])[0]
-        return image, label, draw.choice(self.templates).replace("{}", name)
+        text = draw.choice(self.templates).replace("{}", name)
+        return image, labels if len(labels) > 1 else label, text
 
 
 class ImageColumn:
@@ -294,16 +310,27 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
             f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes; "
             f"images are {', '.join(SUFFIXES)}"
         )
-    paths = sorted((str(file.absolute()), name) for name, files in filled.items() for file in files)
-    labels = {name: number for number, name in enumerate(filled)}
-    features = datasets.Features(
-        {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(filled))}
+    names = list(filled)
+    paths = sorted(
+        (str(file.absolute()), number) for number, name in enumerate(names) for file in filled[name]
     )
+    # A file that stands in several class folders, by a link, is one image of several classes.
+    images: dict[tuple[int, int] | str, tuple[str, list[int]]] = {}
+    for path, number in paths:
+        _, labels = images.setdefault(_file_of(path), (path, []))
+        if number not in labels:
+            labels.append(number)
+    label: Any = datasets.ClassLabel(names=names)
+    several = any(len(labels) > 1 for _, labels in images.values())
+    if several:
+        rows = [(path, sorted(labels)) for path, labels in images.values()]
+        columns_of = {"image": [path for path, _ in rows], "label": [of for _, of in rows]}
+        label = datasets.List(label)
+    else:
+        columns_of = {"image": [path for path, _ in paths], "label": [of for _, of in paths]}
+    features = datasets.Features({"image": datasets.Value("string"), "label": label})
     try:
-        table = datasets.Dataset.from_dict(
-            {"image": [path for path, _ in paths], "label": [labels[name] for _, name in paths]},
-            features,
-        )
+        table = datasets.Dataset.from_dict(columns_of, features)
     except UnicodeEncodeError as error:
         raise RAdapterError(
             f"a name in {folder} is not UTF-8: {error.object!r}; rename it"
@@ -312,6 +339,15 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     for files in found.values():
         left_out.update(files.left_out)
     return Rows(table.to_iterable_dataset() if streaming else table, folder, True, left_out)
+
+
+def _file_of(path: str) -> tuple[int, int] | str:
+    """Equal for all names of one file, whether they are links of either kind."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return path  # a link to nowhere is an image of its own, which is reported as missing
+    return (found.st_dev, found.st_ino) if found.st_ino else path  # some file systems number none
 
 
 def image_source(value: Any) -> bytes | str:

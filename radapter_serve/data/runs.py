@@ -111,6 +111,7 @@ def _open(
             spec,
             image_column=source.image_column,
             label_column=source.label_column,
+            label_separator=source.label_separator,
             classes=source.classes,
             images=source.images,
             streaming=streaming,

@@ -64,7 +64,9 @@ class DataSource:
         task: what is trained for: classification (images with labels), retrieval (images with
             captions) or segmentation (images with masks).
         image_column: column of the images (paths, bytes or images).
-        label_column: column of the labels (class names or numbers).
+        label_column: column of the labels (class names or numbers, or lists of them).
+        label_separator: what parts several labels in one text of the label column, such as ";";
+            none takes the whole text as one label.
         caption_column: column of the captions, one text or a list of texts; rows of the same image
             belong together.
         images: folder of the images, for data that names them relative to elsewhere.
@@ -82,6 +84,7 @@ class DataSource:
     task: Literal["classification", "retrieval", "segmentation"] = "classification"
     image_column: Annotated[str, For("classification", "retrieval")] = "image"
     label_column: Annotated[str, For("classification")] = "label"
+    label_separator: Annotated[str | None, Field(min_length=1), For("classification")] = None
     caption_column: Annotated[str, For("retrieval")] = "caption"
     images: Path | None = None
     classes: Annotated[Path | None, For("classification", "segmentation")] = None

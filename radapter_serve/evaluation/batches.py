@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -17,7 +19,7 @@ from radapter_serve.data import BrokenImage
 def evaluation_batches(
     base: Base,
     rows: Sequence[Any],
-    read: Callable[[Any], tuple[Image.Image, int]],
+    read: Callable[[Any], tuple[Image.Image, int | NDArray[np.bool_]]],
     batch_size: int = 64,
     *,
     rank: int = 0,
@@ -29,7 +31,7 @@ def evaluation_batches(
     Args:
         base: whose preprocessing is used.
         rows: not a stream.
-        read: the image of a row and its label.
+        read: the image of a row and its label, or of every class whether it is one of its labels.
         batch_size: images a batch.
         rank, world: number of this process and of all; each gets its share.
         broken: takes the names of images that can't be read, which are then left out; None raises
@@ -49,4 +51,4 @@ def evaluation_batches(
                     raise
                 broken.append(str(error))
         if pixels:
-            yield torch.stack(pixels), torch.tensor(labels)  # type: ignore[arg-type]
+            yield torch.stack(pixels), torch.from_numpy(np.array(labels))  # type: ignore[arg-type]

@@ -69,7 +69,8 @@ def count_hits(
     Args:
         model: an open_clip model.
         classifier: [C, D] from `zero_shot_classifier`.
-        batches: pairs of pixels [B, 3, S, S] and labels [B].
+        batches: pairs of pixels [B, 3, S, S] and labels, integer [B], or bool [B, C] where images
+            have several.
 
     Raises:
         RAdapterError: embeddings that are not finite.
@@ -79,6 +80,8 @@ def count_hits(
         scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
         if not scores.isfinite().all():
             raise RAdapterError(NOT_FINITE)
-        hits += int((scores.argmax(dim=1).cpu() == labels.cpu()).sum())
+        best = scores.argmax(dim=1, keepdim=True).cpu()
+        right = labels.cpu().gather(1, best) if labels.ndim == 2 else labels.cpu()[:, None] == best
+        hits += int(right.sum())
         total += len(labels)
     return hits, total

@@ -134,14 +134,17 @@ def by_class(
     n: NDArray[Any],
     recall: NDArray[np.float64],
     iou: NDArray[np.float64] | None = None,
+    average_precision: NDArray[np.float64] | None = None,
 ) -> list[ClassFigures]:
     """`per_class` of a row, by first name, from the cases and values of each class; NaN becomes
     None.
     """
-    recalls = _rounded(recall)
-    ious = [None] * len(recalls) if iou is None else _rounded(iou)
+    columns = [
+        [None] * len(classes) if values is None else _rounded(values)
+        for values in (recall, iou, average_precision)
+    ]
     names = first_names(classes)
-    return [ClassFigures(*of) for of in zip(names, n.tolist(), recalls, ious, strict=True)]
+    return [ClassFigures(*of) for of in zip(names, n.tolist(), *columns, strict=True)]
 
 
 def by_bin(sums: NDArray[np.float64]) -> list[Bin]:

@@ -30,10 +30,16 @@ from radapter_serve.evaluation.evaluation_set import (
     first_names,
     png_of,
 )
-from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
+from radapter_serve.evaluation.intervals import (
+    Interval,
+    mean_recall_interval,
+    precision_interval,
+    wilson,
+)
 from radapter_serve.evaluation.metrics import (
     BINS,
     Floats,
+    average_precisions,
     calibration_error,
     calibration_sums,
     caption_groups,
@@ -45,6 +51,7 @@ from radapter_serve.evaluation.metrics import (
     true_ranks,
 )
 from radapter_serve.evaluation.row import Measured, SetFacts, Setup
+from radapter_serve.evaluation.suite import SEVERAL_METRIC
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class ClassificationSet(_ImageSet):
             it its score; empty where each class has prompts of its own.
     """
 
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     classes: list[str]
     templates: list[str] | None
     members: Sequence[Sequence[str]] = ()
@@ -129,8 +136,13 @@ class ClassificationSet(_ImageSet):
             n=len(self.labels),
             classes=len(self.classes),
             class_split=None if split == "all" else split,
-            set_digest=digest(named, self.labels.tolist(), self.contents),
+            set_digest=digest(named, self._truth, self.contents),
         )
+
+    @property
+    def _truth(self) -> list[Any]:
+        labels: list[Any] = self.labels.tolist()
+        return labels
 
     @cached_property
     def prompted(self) -> list[str]:
@@ -151,6 +163,24 @@ class ClassificationSet(_ImageSet):
         templates = self.templates or embedder.templates
         classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
         return _ClassificationScorer(self, embedder, classifier)
+
+
+@dataclass(frozen=True)
+class SeveralLabelsSet(ClassificationSet):
+    """Images of which each may have several labels.
+
+    Attributes:
+        labels: bool [N, C], one True at least in every row.
+    """
+
+    @property
+    def _truth(self) -> list[Any]:
+        return [np.flatnonzero(of).tolist() for of in self.labels]
+
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        templates = self.templates or embedder.templates
+        classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
+        return _SeveralLabelsScorer(self, embedder, classifier)
 
 
 @dataclass(frozen=True)
@@ -237,6 +267,40 @@ class _ClassificationScorer:
             per_class=by_class(classes, count, shares(hits, count)),
             confusion=confused(confusion(labels, found, len(classes))) if few else None,
             indistinguishable=alike or None,
+        )
+
+
+class _SeveralLabelsScorer:
+    def __init__(self, data: SeveralLabelsSet, embedder: Embedder, classifier: Floats) -> None:
+        self._data, self._embedder, self._classifier = data, embedder, classifier
+        self._scores: list[Floats] = []
+
+    def add(self, items: Sequence[Any]) -> Floats:
+        embeds = check_finite(self._embedder.embed_images(items))
+        scores = check_finite(self._data.scores(embeds @ self._classifier.T))
+        self._scores.append(scores)
+        return scores
+
+    def measured(self) -> Measured:
+        data, scores = self._data, np.concatenate(self._scores)
+        precisions = average_precisions(scores, data.labels)
+        best = np.take_along_axis(data.labels, scores.argmax(axis=1)[:, None], axis=1)
+        metrics = {
+            SEVERAL_METRIC: float(np.nanmean(precisions)),
+            "acc1": float(best.mean()),
+        }
+        intervals: dict[str, Interval] = {"acc1": wilson(metrics["acc1"], len(scores))}
+        if (interval := precision_interval(scores, data.labels)) is not None:
+            intervals[SEVERAL_METRIC] = interval
+        count = data.labels.sum(axis=0)
+        return Measured(
+            metrics=metrics,
+            intervals=intervals,
+            per_class=by_class(
+                data.classes, count, np.full(len(count), np.nan), average_precision=precisions
+            ),
+            indistinguishable=indistinguishable(first_names(data.prompted), self._classifier)
+            or None,
         )
 
 

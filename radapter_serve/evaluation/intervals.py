@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.evaluation.metrics import mean_metrics
+from radapter_serve.evaluation.metrics import average_precisions, mean_metrics
 
 Interval = tuple[float, float]
 
 _Z = 1.959964  # of the normal distribution, 95 % within
 _DRAWS = 1000  # of the bootstrap
 _BLOCK = 100  # draws in memory at once
+_FEWER_DRAWS = 200  # where each takes long
+_PRECISION_BLOCK = 20
+_MAX_SCORES = 5_000_000  # of an image and a class
 
 
 def wilson(share: float, n: float) -> Interval:
@@ -59,6 +62,26 @@ def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
     freedom = int((count - 1).sum())
     variance = (freedom * float((within / count).sum()) + together * scale) / (freedom + 1)
     return wilson(mean, len(count) ** 2 * together / variance)
+
+
+def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interval | None:
+    """The interval of the mean of `average_precisions`, by a bootstrap that draws images.
+
+    Args:
+        scores, truth: as there.
+
+    Returns:
+        It, or None for a single image and where there are too many scores to draw from.
+    """
+    n = len(scores)
+    if n < 2 or scores.size > _MAX_SCORES:
+        return None
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(_FEWER_DRAWS // _PRECISION_BLOCK):
+        times = generator.multinomial(n, np.full(n, 1 / n), _PRECISION_BLOCK)
+        means.append(np.nanmean(average_precisions(scores, truth, times), axis=1))
+    return _middle(np.concatenate(means))
 
 
 def paired_difference(

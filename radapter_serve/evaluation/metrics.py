@@ -77,6 +77,37 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
     return metrics
 
 
+def average_precisions(
+    scores: Floats, truth: NDArray[np.bool_], weights: NDArray[Any] | None = None
+) -> NDArray[np.float64]:
+    """The average precision of each class: how high the images that have it rank by its score.
+
+    `Σ_n (R_n − R_{n−1})·P_n` over the scores from the highest on, in which images of equal score
+    come together; no interpolation.
+
+    Args:
+        scores: [N, C].
+        truth: which labels each image has, [N, C].
+        weights: how often each image counts, [N] or for several draws [D, N]; None counts each
+            once.
+
+    Returns:
+        float64 [C] or [D, C], in [0, 1]; NaN for a class without an image.
+    """
+    counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
+    classes = []
+    for own, right in zip(scores.T, truth.T, strict=True):
+        order = np.argsort(-own, kind="stable")
+        ends = np.flatnonzero(np.append(np.diff(own[order]) != 0, True))
+        weighted = counted[..., order]
+        hits = np.cumsum(weighted * right[order], axis=-1)[..., ends]
+        ranks = np.cumsum(weighted, axis=-1)[..., ends]
+        precision = np.divide(hits, ranks, out=np.zeros_like(hits), where=ranks > 0)
+        gained = np.diff(hits, axis=-1, prepend=0.0)
+        classes.append(shares((gained * precision).sum(axis=-1), hits[..., -1]))
+    return np.stack(classes, axis=-1)
+
+
 def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
     """What the expected calibration error is made of: sums over the images in each bin of
     confidence.

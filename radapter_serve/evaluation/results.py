@@ -113,6 +113,7 @@ def metric_name(metric: str) -> str:
         "pixel_accuracy": "pixel acc",
         "mean_class_accuracy": "mean acc",
         "harmonic_mean": "H",
+        "mean_average_precision": "mAP",
     }
     return names.get(metric, metric.replace("_retrieval_recall", " R"))
 

@@ -107,14 +107,19 @@ class Setup:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Of one class: its first name, number of cases, recall and IoU in [0, 1]; None without a
-    case.
+    """Of one class: its first name, number of cases, and figures in [0, 1]; None without a case.
+
+    Attributes:
+        recall: of images with one label, and of pixels.
+        iou: of pixels.
+        average_precision: of images with several labels.
     """
 
     name: str
     n: int
     recall: float | None
     iou: float | None = None
+    average_precision: float | None = None
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = {
         **_STRICT,
@@ -221,9 +226,12 @@ class Row(Measured, Case):
         """As a line of `results.jsonl` has it."""
         values = super().to_dict()
         if self.per_class is not None:
-            values["per_class"] = [
-                _of_class(figures, self.dense is not None) for figures in self.per_class
-            ]
+            kind = "recall"
+            if self.metric == "mean_average_precision":
+                kind = "average_precision"
+            elif self.dense is not None:
+                kind = "iou"
+            values["per_class"] = [_of_class(figures, kind) for figures in self.per_class]
         return values
 
     @classmethod
@@ -257,6 +265,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _of_class(figures: ClassFigures, masks: bool) -> dict[str, Any]:
+def _of_class(figures: ClassFigures, kind: str) -> dict[str, Any]:
     values = {"class": figures.name, "n": figures.n, "recall": figures.recall}
-    return {**values, "iou": figures.iou} if masks else values
+    return values if kind == "recall" else {**values, kind: getattr(figures, kind)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ from radapter_serve.data.objectnet import objectnet_members
 from radapter_serve.data.proposals import load_proposals
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
-from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
+from radapter_serve.evaluation.image_sets import (
+    ClassificationSet,
+    Image,
+    RetrievalSet,
+    SeveralLabelsSet,
+)
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import AsTrained, Entry, Suite
+from radapter_serve.evaluation.suite import SEVERAL_METRIC, AsTrained, Entry, Suite
 from radapter_serve.files import read_yaml
 
 _READERS = (*READERS, "masks", "coco")
@@ -65,6 +71,7 @@ def open_set(
             spec,
             image_column=entry.image_column,
             label_column=entry.label_column,
+            label_separator=entry.label_separator,
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
             images=_images(suite, entry),
             every_class=entry.class_split != "all",  # the halves are of all classes
@@ -102,8 +109,16 @@ def classification_set(
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
-    labels = data.labels()
-    classes, chosen, asked = data.classes, np.arange(len(labels)), list[Sequence[str]]()
+    if data.several:
+        entry = dataclasses.replace(entry, metric=SEVERAL_METRIC)
+    elif entry.metric == SEVERAL_METRIC:
+        raise RAdapterError(
+            f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
+            " labels; leave it out, or see label_separator"
+        )
+    sets = data.label_sets()
+    number_of = {index: index for index in range(len(data.classes))}
+    classes, asked = data.classes, list[Sequence[str]]()
     if mapping is not None:
         kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:
@@ -111,15 +126,22 @@ def classification_set(
                 f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
                 f" classes: {', '.join(data.own[:5])}, ..."
             )
-        new = np.full(len(classes), -1)
-        new[kept] = np.arange(len(kept))
-        classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
+        number_of = {index: number for number, index in enumerate(kept)}
+        classes = [mapping[data.own[index]] for index in kept]
         asked = [members[data.own[index]] for index in kept] if members else []
-        chosen = np.flatnonzero(labels >= 0)
+    labels = [[number_of[label] for label in of if label in number_of] for of in sets]
+    chosen = np.flatnonzero([bool(of) for of in labels])
     chosen = chosen[drawn(len(chosen), limit, seed)]
     data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
-    return ClassificationSet(entry, images, labels[chosen], list(classes), templates, asked)
+    labels = [labels[index] for index in chosen]
+    if not data.several:
+        single = np.array(labels, np.int64)[:, 0]
+        return ClassificationSet(entry, images, single, list(classes), templates, asked)
+    truth = np.zeros((len(labels), len(classes)), bool)
+    for row, of in zip(truth, labels, strict=True):
+        row[of] = True
+    return SeveralLabelsSet(entry, images, truth, list(classes), templates, asked)
 
 
 def _retrieval_set(

@@ -18,8 +18,9 @@ from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.tasks.segment_options import SegmentOptions
 
+SEVERAL_METRIC = "mean_average_precision"
 METRICS = {
-    "classification": ("acc1", "acc5", "mean_per_class_recall"),
+    "classification": ("acc1", "acc5", "mean_per_class_recall", SEVERAL_METRIC),
     "retrieval": tuple(
         f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)
     ),
@@ -53,7 +54,8 @@ class Entry(DataSource):
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
         metric: what tables, pictures and the choice of α show; every row has all metrics of the
-            task.
+            task. Images with several labels are always shown by `mean_average_precision`, and
+            others never.
         classes: classification: a label file in the order of the labels; a YAML mapping from the
             data's own class names to names for prompts, which leaves out classes that it lacks;
             `imagenet`, that mapping from WordNet ids or numbers to CLIP's names; the folder

@@ -14,6 +14,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from radapter_serve.data import BrokenImage, TrainingData
@@ -21,6 +22,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.interruption import ignore_interruptions
 
 Transform = Callable[[Image.Image], Tensor]
+NO_LABEL = -1  # in the place of labels that an image does not have
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Examples(Dataset[dict[str, Any]]):
         """One row, augmented by the draw that belongs to its index."""
         draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
         augmentation = draw.getrandbits(63)
-        image, label, text = self.data.pair(row, draw)
+        image, labels, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(
                 augmentation
@@ -71,7 +73,7 @@ class Examples(Dataset[dict[str, Any]]):
             pixels = self.transform(image)
         return {
             "pixels": pixels,
-            "label": label,
+            "labels": labels if isinstance(labels, tuple) else (labels,),
             "texts": [text] if isinstance(text, str) else text,
         }
 
@@ -169,9 +171,11 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     errors = [item["error"] for item in items if "error" in item]
     if errors:
         return {"error": errors[0]}
+    of_images = [torch.tensor(item["labels"]) for item in items]
     return {
         "pixels": torch.stack([item["pixels"] for item in items]),
-        "labels": torch.tensor([item["label"] for item in items]),
+        "labels": torch.stack([labels[0] for labels in of_images]),  # of the texts
+        "of_images": pad_sequence(of_images, batch_first=True, padding_value=NO_LABEL),
         "texts": [text for item in items for text in item["texts"]],
         "broken": [name for item in items for name in item["broken"]],
         "row": items[-1]["row"],

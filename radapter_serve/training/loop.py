@@ -33,10 +33,10 @@ from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER, RECIPE
-from radapter_serve.training.batches import Examples, batches
+from radapter_serve.training.batches import NO_LABEL, Examples, batches
 from radapter_serve.training.checkpoint import Learner, load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
-from radapter_serve.training.loss import gather_with_grad, mpm_nce
+from radapter_serve.training.loss import gather_with_grad, mpm_nce, positives_of
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
@@ -340,15 +340,22 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     device = run.accelerator.device
     tokens = run.model.base.tokenizer(batch["texts"]).to(device)
     images, texts = run.model.towers(batch["pixels"].to(device, non_blocking=True), tokens)
-    labels = run.accelerator.gather(batch["labels"].to(device))
+    # Processes may have images of more labels than others.
+    own = run.accelerator.pad_across_processes(
+        batch["of_images"].to(device), dim=1, pad_index=NO_LABEL
+    )
+    of_images = run.accelerator.gather(own)
     # each image stands beside each of its texts: but for a constant that is the loss of one image
     # with several texts, because all images come equally often
     several = len(texts) // len(images)
-    labels = labels.repeat_interleave(several)
+    of_images = of_images.repeat_interleave(several, dim=0)
+    labels = torch.arange(len(of_images), device=device)
+    if run.recipe.positives == "several":
+        labels = positives_of(of_images, of_images[:, 0])
     return mpm_nce(
         gather_with_grad(images).repeat_interleave(several, dim=0),
         gather_with_grad(texts),
-        labels if run.recipe.positives == "several" else torch.arange(len(labels), device=device),
+        labels,
         logit_scale=run.model.scale,
         delta=run.recipe.delta,
         epsilon=run.recipe.epsilon,

@@ -1,11 +1,12 @@
 """MPM-NCE: contrast with several positives a row, a margin on the negatives, and smoothed
-targets.
+targets; and the same by pairwise sigmoids, for bases that are scored so.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,7 +28,9 @@ def mpm_nce(
     Args:
         image_embeds: f, float [B, D], unit length.
         text_embeds: g, float [B, D], unit length.
-        labels: integer [B]; pairs with the same label are positives of each other.
+        labels: integer [B], pairs with the same label are positives of each other; or bool [B, B],
+            whether text j is right for image i, of which there is one at least in every row and
+            column.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
         epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
@@ -36,15 +39,66 @@ def mpm_nce(
     Returns:
         A float32 scalar.
     """
-    positive = labels[:, None] == labels[None, :]
+    positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
+    logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
+    to_texts = _cross_entropy(logits, positive, epsilon)
+    to_images = _cross_entropy(logits.T, positive.T, epsilon)
+    return (to_texts + to_images) / 2
+
+
+def pairwise_sigmoid(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    labels: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    delta: float = 0.05,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """The loss of SigLIP with several positives a row, the margin of MPM-NCE, and its smoothing.
+
+    `L = −1/B Σ_ij y'_ij·log σ(z_ij) + (1−y'_ij)·log σ(−z_ij)` with `z_ij = (f_i·g_j + δ_ij)/τ + b`,
+    where `y'_ij` is 1−ε for positives and ε/(B−|P(i)|) for negatives; `δ_ij` is 0 for positives
+    and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is SigLIP's loss.
+
+    Args:
+        image_embeds, text_embeds, labels, delta, epsilon: as of `mpm_nce`.
+        logit_scale, logit_bias: 1/τ and b of the base, by which its scores are made; frozen.
+
+    Returns:
+        A float32 scalar.
+    """
+    positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
+    cosines = image_embeds.float() @ text_embeds.float().T + delta * ~positive
+    negatives = (~positive).sum(dim=1, keepdim=True)
+    targets = torch.where(positive, 1 - epsilon, epsilon / negatives.clamp(min=1))
+    total = F.binary_cross_entropy_with_logits(
+        logit_scale * cosines + logit_bias, targets, reduction="sum"
+    )
+    return total / len(positive)
+
+
+def _cross_entropy(logits: Tensor, positive: Tensor, epsilon: float) -> Tensor:
+    """The mean over rows of the cross-entropy with the smoothed targets ỹ."""
     positives = positive.sum(dim=1, keepdim=True)
-    negatives = len(labels) - positives
+    negatives = positive.shape[1] - positives
     smoothing = torch.where(negatives > 0, epsilon, 0.0)
     targets = torch.where(positive, (1 - smoothing) / positives, smoothing / negatives.clamp(min=1))
-    logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
-    to_texts = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
-    to_images = -(targets * logits.T.log_softmax(dim=1)).sum(dim=1)
-    return (to_texts.mean() + to_images.mean()) / 2
+    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
+    """Which texts are right for which images: those of any of an image's labels.
+
+    Args:
+        of_images: labels of each image, integer [B, K], negative where it has fewer than K.
+        of_texts: the label of each text, integer [B], 0 or more.
+
+    Returns:
+        bool [B, B], images down.
+    """
+    return (of_images[:, :, None] == of_texts).any(dim=1)
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from radapter_serve.contract.labels import read_templates
 from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data, validation_data
 from radapter_serve.data.checks import broken_images, equal_names
 from radapter_serve.data.classes import IMAGENET
+from radapter_serve.data.labelled import split_labels
 from radapter_serve.data.segments import SegmentCrops, Segments, list_segments
 from radapter_serve.errors import RAdapterError, all_of, listed
 from radapter_serve.hub import LOCAL
@@ -97,6 +98,9 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         notes.append(
             f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
         )
+    if isinstance(data, Labelled) and not recipe.streaming:
+        labelled = data
+        notes += tried(lambda: _notes_of_labels(recipe, labelled)) or []
     if isinstance(data, Labelled) and recipe.shots is not None:
         data = few_shot(data, recipe.shots, recipe.seed)
     # of several processes, one looks
@@ -175,6 +179,20 @@ def _problems_of_classes(recipe: Recipe, data: Labelled | Masked) -> list[str]:
             f" --classes FILE:{listed(same)}"
         )
     return problems
+
+
+def _notes_of_labels(recipe: Recipe, data: Labelled) -> list[str]:
+    """How many images have several labels, and whether some look as if they had."""
+    if data.several:
+        count = sum(len(labels) > 1 for labels in data.label_sets())
+        return [f"note: {count:,} of {len(data.rows):,} images have several labels"]
+    parted = [name for name in data.own if len(split_labels(name, ";")) > 1]
+    if not parted:
+        return []
+    return [
+        f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as {parted[0]!r};"
+        " --label-separator ';' would read them as several labels"
+    ]
 
 
 def _report_broken(

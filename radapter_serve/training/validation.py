@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from radapter_serve.adapter import Adapters
@@ -66,16 +68,20 @@ def _classification(
     share: dict[str, Any],
     accelerator: Accelerator,
 ) -> list[dict[str, float]]:
-    """Zero-shot accuracy for each α, in one pass over the images."""
+    """Zero-shot accuracy for each α, in one pass over the images; each class of an image is
+    right.
+    """
     classifiers, hits, total = [], [0] * len(alphas), 0
     for alpha in alphas:
         adapters.alpha = alpha
         classifiers.append(
             zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates)
         )
-    for batch in evaluation_batches(
-        base, val.rows, lambda row: (val.image(row), val.label(row)), **share
-    ):
+
+    def read(row: Any) -> tuple[Image.Image, NDArray[np.bool_]]:
+        return val.image(row), np.isin(np.arange(len(val.classes)), val.labels_of(row))
+
+    for batch in evaluation_batches(base, val.rows, read, **share):
         total += len(batch[1])
         for index, alpha in enumerate(alphas):
             adapters.alpha = alpha

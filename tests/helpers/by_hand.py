@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,16 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, its label, and the texts of which one or several are drawn."""
+    """An image, its label, and the texts of which one or several are drawn.
+
+    Attributes:
+        several: all its labels, where there may be several, each with the texts of its own.
+    """
 
     image: Image.Image
     label: int
     texts: Sequence[str]
+    several: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
 
 class ClipWithAdapters:
@@ -158,12 +163,10 @@ def train_by_hand(
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
-            pixels, labels, texts = next(parts)
-            of_text = labels.repeat_interleave(recipe.captions_per_image)
-            y = labels[:, None] == of_text[None, :]
+            pixels, y, texts = next(parts)
             f, g = clip.images(pixels), clip.texts(texts)
             if recipe.positives == "single":
-                y = torch.eye(len(labels), dtype=torch.bool)
+                y = torch.eye(len(pixels), dtype=torch.bool)
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
@@ -218,8 +221,8 @@ def _rate(recipe: Recipe, step: int) -> float:
 def _parts(
     recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Pixels, labels and texts of batch after batch, by the draws that the seed gives to epoch and
-    index.
+    """Pixels, which text belongs to which image, and texts of batch after batch, by the draws that
+    the seed gives to epoch and index.
     """
     size, epoch = recipe.batch_size // recipe.accumulate, 0
     while True:
@@ -230,17 +233,22 @@ def _parts(
             if len(chunk) < size:
                 continue
             pixels, texts = [], []
+            of_text: list[int] = []
+            of_image: list[set[int]] = []
             for index in chunk.tolist():
+                pair = pairs[index]
                 draw = random.Random(f"{recipe.seed}-{epoch}-{index}")
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(draw.getrandbits(63))
-                    pixels.append(_augmented(pairs[index].image, recipe, clip))
-                texts += _drawn_texts(pairs[index].texts, recipe, draw)
-            yield (
-                torch.stack(pixels),
-                torch.tensor([pairs[index].label for index in chunk.tolist()]),
-                texts,
-            )
+                    pixels.append(_augmented(pair.image, recipe, clip))
+                label = pair.label
+                if len(pair.several) > 1:
+                    label = draw.choice(list(pair.several))
+                texts += _drawn_texts(pair.several.get(label, pair.texts), recipe, draw)
+                of_text += [label] * recipe.captions_per_image
+                of_image.append({pair.label, *pair.several})
+            y = torch.tensor([[text in image for text in of_text] for image in of_image])
+            yield torch.stack(pixels), y, texts
         epoch += 1
 
 

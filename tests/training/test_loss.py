@@ -17,6 +17,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from radapter_serve.training import gather_with_grad, mpm_nce
+from radapter_serve.training.loss import positives_of
 
 
 def by_the_formula(
@@ -58,6 +59,46 @@ def test_equals_the_formula(
     assert found.item() == pytest.approx(
         by_the_formula(f, g, labels, scale, delta, epsilon), rel=1e-4, abs=1e-4
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    labels=st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=2, max_size=7),
+    scale=st.floats(1, 100),
+    delta=st.floats(0, 0.2),
+    epsilon=st.floats(0, 0.3),
+    seed=st.integers(0, 99),
+)
+def test_several_labels_an_image_equal_the_formula(
+    labels: list[set[int]], scale: float, delta: float, epsilon: float, seed: int
+) -> None:
+    """A text is right for every image that has its label; each direction sums over its own rows."""
+    torch.manual_seed(seed)
+    size = len(labels)
+    of_texts = [sorted(of)[seed % len(of)] for of in labels]
+    f, g = (F.normalize(torch.randn(size, 5), dim=-1) for _ in range(2))
+    right = [[of_texts[j] in labels[i] for j in range(size)] for i in range(size)]
+    total = 0.0
+    for i in range(size):
+        for a, b, own in (
+            (f[i], g, right[i]),
+            (g[i], f, [row[i] for row in right]),
+        ):
+            eps = epsilon if not all(own) else 0.0
+            logits = [
+                scale * (float(a.double() @ b[j].double()) + (0.0 if own[j] else delta))
+                for j in range(size)
+            ]
+            log_sum = torch.logsumexp(torch.tensor(logits, dtype=torch.float64), 0).item()
+            for j in range(size):
+                target = (1 - eps) / sum(own) if own[j] else eps / (size - sum(own))
+                total -= target * (logits[j] - log_sum)
+    widest = max(map(len, labels))
+    of_images = torch.tensor([[*of, *[-1] * (widest - len(of))] for of in map(sorted, labels)])
+    mask = positives_of(of_images, torch.tensor(of_texts))
+    assert mask.tolist() == right
+    found = mpm_nce(f, g, mask, logit_scale=scale, delta=delta, epsilon=epsilon)
+    assert found.item() == pytest.approx(total / size / 2, rel=1e-4, abs=1e-4)
 
 
 def test_is_clips_loss_with_one_positive_a_row() -> None:

@@ -1,0 +1,211 @@
+"""Several labels an image: read from a column, from lists and from links, and trained and evaluated
+as by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from radapter_serve import evaluate
+from radapter_serve.adapter import load_adapter
+from radapter_serve.data import Labelled, class_split, few_shot, load_labelled
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Suite, entry_of
+from radapter_serve.training import Recipe, train
+from radapter_serve.training.tasks import open_run
+from tests.helpers.by_hand import ClipWithAdapters, Pair, train_by_hand
+from tests.helpers.short_run import short_run
+from tests.training.test_wiring import CLASSES, FIELDS, TEMPLATES, assert_same, picture, prompts
+
+SETS = [
+    (0, 2),
+    (1,),
+    (2, 1),
+    (0,),
+    (2,),
+    (0, 1, 2),
+    (1, 0),
+    (2,),
+    (1,),
+    (0,),
+    (2, 0),
+]  # of each image, in its own order
+
+
+def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
+    """Images with one to three labels in one of the forms that are read, and the same as pairs."""
+    generator = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    pairs = []
+    for number, labels in enumerate(SETS):
+        image = picture(generator)
+        image.save(folder / "images" / f"{number}.png")
+        own = {label: prompts(CLASSES[label]) for label in labels}
+        pairs.append(Pair(image, labels[0], own[labels[0]], own))
+    names = [f"images/{number}.png" for number in range(len(SETS))]
+    lists = [[CLASSES[label] for label in labels] for labels in SETS]
+    if kind == "lists":
+        pd.DataFrame({"image": names, "label": lists}).to_parquet(folder / "rows.parquet")
+        return f"parquet:{folder}/rows.parquet", pairs
+    if kind == "text":
+        texts = [" ; ".join(of) + ";" for of in lists]
+        pd.DataFrame({"image": names, "label": texts}).to_csv(folder / "rows.csv", index=False)
+        return f"csv:{folder}/rows.csv", pairs
+    for name, of in zip(names, lists, strict=True):
+        for place, label in enumerate(of):
+            (folder / "classes" / label).mkdir(parents=True, exist_ok=True)
+            link = folder / "classes" / label / Path(name).name
+            if place:
+                link.symlink_to(folder / name)
+            else:
+                link.hardlink_to(folder / name)
+    return f"imagefolder:{folder}/classes", pairs
+
+
+def label_sets(data: Labelled) -> dict[str, list[str]]:
+    return {
+        Path(data.name(row)).name: [data.classes[label] for label in data.labels_of(row)]
+        for row in data.rows
+    }
+
+
+def opened(spec: str, kind: str = "text", **options: Any) -> Labelled:
+    return load_labelled(spec, label_separator=";" if kind == "text" else None, **options)
+
+
+@pytest.mark.parametrize("kind", ["text", "lists", "links"])
+def test_every_form_has_the_same_labels(tmp_path: Path, kind: str) -> None:
+    data = opened(several(tmp_path, kind)[0], kind)
+    expected = {f"{i}.png": [CLASSES[label] for label in of] for i, of in enumerate(SETS)}
+    if kind == "links":  # folders have no order of their own
+        expected = {name: sorted(of) for name, of in expected.items()}
+    assert data.classes == CLASSES and label_sets(data) == expected
+    assert len(data.rows) == len(SETS)
+
+
+@pytest.mark.parametrize(("kind", "positives"), [("text", "several"), ("lists", "single")])
+def test_training_is_as_by_hand(
+    tiny_clip_dir: str, tmp_path: Path, kind: str, positives: str
+) -> None:
+    data, pairs = several(tmp_path / "data", kind)
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    recipe = short_run(
+        tiny_clip_dir,
+        tmp_path,
+        data=data,
+        templates=str(tmp_path / "templates.txt"),
+        label_separator=";" if kind == "text" else None,
+        positives=positives,
+        **FIELDS,
+    )
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+
+
+def average_precision_by_hand(scores: np.ndarray, right: np.ndarray) -> float:
+    """The mean, over the images that have the class, of the precision among those that score as
+    high.
+    """
+    return float(np.mean([right[scores >= scores[i]].mean() for i in np.flatnonzero(right)]))
+
+
+def test_evaluation_is_as_by_hand(
+    tiny_clip_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, _ = several(Path("data"), "text")
+    val, pairs = several(Path("val"), "lists", seed=1)
+    recipe = short_run(
+        tiny_clip_dir,
+        tmp_path,
+        data=data,
+        label_separator=";",
+        val_data=val,
+        alpha=1.0,
+        **FIELDS | {"weight_decay": 0.0},
+    )
+    run = train(recipe)
+    assert "note: 5 of 11 images have several labels" in run.notes
+    clip = ClipWithAdapters(tiny_clip_dir, load_adapter(run).tensors)
+    with torch.no_grad():
+        classes = clip.texts([f"a photo of a {name}." for name in CLASSES])
+        images = clip.images(torch.stack([clip.transform(pair.image) for pair in pairs]))
+    scores = (images @ classes.T).numpy()
+    truth = np.array([[label in of for label in range(3)] for of in SETS])
+    hits = np.mean([truth[i, scores[i].argmax()] for i in range(len(SETS))])
+    assert run.metrics == {"acc1@alpha=1": pytest.approx(100 * hits, abs=0.01)}
+
+    found = evaluate(run, 1.0, data=val, out=tmp_path / "results")
+    (row,) = found.rows
+    each = [average_precision_by_hand(scores[:, label], truth[:, label]) for label in range(3)]
+    assert row.metric == "mean_average_precision"
+    assert row.metrics == pytest.approx(
+        {"mean_average_precision": np.mean(each), "acc1": hits}, abs=1e-6
+    )
+    assert [(of.name, of.n) for of in row.per_class or ()] == list(
+        zip(CLASSES, truth.sum(axis=0).tolist(), strict=True)
+    )
+    assert [of.average_precision for of in row.per_class or ()] == pytest.approx(each, abs=1e-4)
+    again = evaluate(run, 1.0, data=val, out=tmp_path / "results")
+    assert again.measured == 0 and again.rows == found.rows
+
+
+def test_a_semicolon_stays_a_part_of_a_name_unless_asked(tmp_path: Path) -> None:
+    data, _ = several(tmp_path, "text")
+    assert len(load_labelled(data).classes) == len({";".join(map(str, of)) for of in SETS})
+    notes = open_run(Recipe(data=data), progress=False).notes
+    assert any("hold a semicolon" in note and "--label-separator ';'" in note for note in notes)
+
+
+def test_an_image_without_a_label_is_refused(tmp_path: Path) -> None:
+    table = pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "label": ["cat", "dog", " ; "]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(RAdapterError, match=r"image c\.png has no label in 'label'; take it out"):
+        load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
+
+
+def test_what_is_held_out_leaves_every_class_an_image(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", "all;rare" if i < 2 else "all;often") for i in range(12)]
+    rows += [("12.png", "one;rare")]
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
+    data = load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
+    assert data.classes == ["all", "often", "one", "rare"]
+    assert data.labels().tolist() == [3, 3, *[1] * 10, 2]  # the rarest of each
+    for seed in range(8):
+        kept, held = data.held_out(0.5, seed)
+        assert {label for of in kept.label_sets() for label in of} == {0, 1, 2, 3}
+        assert len(kept.rows) + len(held.rows) == 13 and len(held.rows) >= 5
+        few = few_shot(data, 2, seed)
+        assert np.bincount(few.labels(), minlength=4).tolist()[1:] == [2, 1, 2]
+
+
+def test_what_needs_one_label_says_so(tmp_path: Path) -> None:
+    data, _ = several(tmp_path, "text")
+    with pytest.raises(RAdapterError, match="class_split base needs one label an image"):
+        class_split(opened(data), "base")
+    plain = {"name": "x", "data": data, "metric": "mean_average_precision"}
+    with pytest.raises(RAdapterError, match="for images with several labels; leave it out"):
+        open_set(Suite("s", ()), entry_of(plain, "s"))
+    chosen = entry_of({**plain, "label_separator": ";", "metric": "acc1"}, "s")
+    assert open_set(Suite("s", ()), chosen).entry.metric == "mean_average_precision"
+    with pytest.raises(RAdapterError, match="label_separator is ''; .*at least 1 character"):
+        Recipe(data=data, label_separator="").check()
+
+
+@pytest.mark.slow
+def test_two_processes_with_images_of_more_labels_than_others(
+    tiny_clip_dir: str, tmp_path: Path, train_in_two_processes: Any
+) -> None:
+    data, _ = several(tmp_path / "data", "text")
+    fields = {**FIELDS, "label_separator": ";", "data": data}
+    recipe = short_run(tiny_clip_dir, tmp_path, **fields)
+    expected = load_adapter(train(recipe)).tensors
+    train_in_two_processes(dataclasses.replace(recipe, out=None), tmp_path / "two")
+    assert_same(load_adapter(tmp_path / "two").tensors, expected)
