@@ -37,6 +37,7 @@ def test_the_tasks_that_use_a_field_stand_beside_it() -> None:
     assert users(DataSource) == {
         "image_column": ("classification", "retrieval"),
         "label_column": ("classification",),
+        "label_separator": ("classification",),
         "caption_column": ("retrieval",),
         "classes": ("classification", "segmentation"),
         "class_split": ("classification",),

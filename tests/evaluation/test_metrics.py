@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import (
+    average_precisions,
     calibration_error,
     calibration_sums,
     caption_groups,
@@ -21,6 +22,34 @@ from radapter_serve.evaluation.metrics import (
 
 def best_first(scores: np.ndarray) -> list[int]:
     return sorted(range(len(scores)), key=lambda column: (-scores[column], column))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 2**32 - 1), st.booleans())
+def test_average_precision_against_a_loop(n: int, seed: int, tied: bool) -> None:
+    """The mean over the images that have the class of the precision among those that score as
+    high; an image that counts three times is three images.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(0, 3, (n, 4)) if tied else generator.normal(size=(n, 4))
+    scores = drawn.astype(np.float32)
+    truth = generator.random((n, 4)) < 0.4
+    truth[:, 3] = False
+    times = generator.integers(0, 4, (2, n)) + (np.arange(n) == 0)  # one image at least
+
+    def by_a_loop(scores: np.ndarray, right: np.ndarray) -> float:
+        own = [right[scores >= score].mean() for score in scores[right]]
+        return float(np.mean(own)) if own else float("nan")
+
+    found = average_precisions(scores, truth)
+    assert np.isnan(found[3])
+    for label in range(4):
+        assert found[label] == pytest.approx(
+            by_a_loop(scores[:, label], truth[:, label]), nan_ok=True
+        )
+    for draw, of in zip(times, average_precisions(scores, truth, times), strict=True):
+        copies = np.repeat(np.arange(n), draw)
+        assert of == pytest.approx(average_precisions(scores[copies], truth[copies]), nan_ok=True)
 
 
 @settings(max_examples=50, deadline=None)
