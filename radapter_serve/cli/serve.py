@@ -254,6 +254,7 @@ def answer_in_process(
     check_installed("granian", "server")
     from radapter_serve.gateway.run import allow_files, listen
     from radapter_serve.gateway.settings import Settings
+    from radapter_serve.gateway.tracing import what_is_missing
 
     endpoints = config.endpoints
     settings = Settings(
@@ -265,6 +266,8 @@ def answer_in_process(
         tls_key=flags.tls_key,
         log=flags.log,
     )
+    if missing := what_is_missing():
+        _say(f"warning: {missing}")
     with contextlib.closing(listen(settings, "--http-")) as listener:
         if workers > 1:
             answer_in_workers(config, settings, listener, workers)

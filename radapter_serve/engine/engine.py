@@ -27,6 +27,7 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
+from radapter_serve.engine.steps import step
 from radapter_serve.engine.version import InProcess, LocalVersion
 from radapter_serve.engine.waiting import MAX_WAITING, Together
 from radapter_serve.errors import RAdapterError
@@ -83,7 +84,8 @@ class _Served:
             with lock:
                 if not made:
                     made.append(task.make(self.version))
-            return task.answer(made[0], requests)
+            with step(name):
+                return task.answer(made[0], requests)
 
         return Together(
             run,
@@ -260,8 +262,9 @@ class Engine:
             TaskError: why there is no answer.
             NotServed: no such task or release.
         """
-        served = self._pick(self._present(deadline), model, version)
-        return self._answer(served, model, inputs, outputs, deadline, cancelled)
+        with step("engine"):
+            served = self._pick(self._present(deadline), model, version)
+            return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def config(self, model: str, version: str = "") -> Any:
         """A task's `ModelConfig`, which names the releases that are served.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
+from radapter_serve.engine.steps import step
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, RUNTIMES, config_of
@@ -131,7 +132,8 @@ class LocalVersion(InProcess):
     def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
         encoder = self._encoders[name]
         try:
-            return encoder(rows) if alpha is None else encoder(rows, alpha)
+            with step(name):
+                return encoder(rows) if alpha is None else encoder(rows, alpha)
         except Exception as error:  # runtimes' errors have no common base
             raise TaskError(ENCODER_FAILED, f"{name} failed: {redact(str(error))}") from error
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from radapter_serve.contract.errors import INTERNAL_ERROR, OVERLOADED, TIMED_OUT, TaskError
+from radapter_serve.engine import steps
+from radapter_serve.engine.steps import Step
 from radapter_serve.tasks.outcome import Outcome
 
 R = TypeVar("R")
@@ -28,6 +30,7 @@ class _Caller(Generic[R, A]):
     Attributes:
         wake: set once there is an outcome, or a batch that this caller is to run.
         batch: those whose requests it runs, itself among them.
+        steps: of the batch in which it was run.
     """
 
     request: R
@@ -35,6 +38,7 @@ class _Caller(Generic[R, A]):
     wake: threading.Event = field(default_factory=threading.Event)
     batch: list[_Caller[R, A]] = field(default_factory=list)
     outcome: Outcome[A] | None = None
+    steps: list[Step] = field(default_factory=list)
 
 
 class Together(Generic[R, A]):
@@ -100,6 +104,7 @@ class Together(Generic[R, A]):
                 raise
         if caller.batch:
             self._lead(caller.batch)
+        steps.add(caller.steps)
         if caller.outcome is None:
             return Outcome(error=TaskError(TIMED_OUT, "no answer within the time-out"))
         return caller.outcome
@@ -128,12 +133,15 @@ class Together(Generic[R, A]):
 
     def _lead(self, batch: list[_Caller[R, A]]) -> None:
         """Run a batch, and hand over to the first who waits."""
+        taken: list[Step] = []
         try:
-            outcomes = self._run([one.request for one in batch])
+            with steps.collected() as taken:
+                outcomes = self._run([one.request for one in batch])
             for one, outcome in zip(batch, outcomes, strict=True):
                 one.outcome = outcome
         finally:
             for one in batch:
+                one.steps = taken
                 if one.outcome is None:  # such as Ctrl-C in the thread of the caller who ran it
                     error = TaskError(INTERNAL_ERROR, "the batch of this request was given up")
                     one.outcome = Outcome(error=error)

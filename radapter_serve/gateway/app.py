@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from radapter_serve import __version__
 from radapter_serve.contract.errors import INTERNAL_ERROR
-from radapter_serve.gateway import answers, embeddings, openai, requests
+from radapter_serve.engine.steps import encoder_ms
+from radapter_serve.gateway import answers, embeddings, openai, requests, tracing
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
     SERVER_UNAVAILABLE,
@@ -123,7 +124,7 @@ class Gateway:
         routes = [
             Route(
                 path,
-                self._guarded(handler),
+                self._guarded(handler, path),
                 methods=["POST" if handler.__name__ in _COUNTED else "GET"],
             )
             for path, handler in paths
@@ -141,6 +142,7 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self._upstream = self._connect()
+        self._spans = tracing.spans()
         self.health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
         beside = asyncio.ensure_future(self._meanwhile(self)) if self._meanwhile else None
@@ -151,6 +153,8 @@ class Gateway:
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
             await self._upstream.close()
+            if self._spans is not None:
+                await asyncio.to_thread(self._spans.close)
 
     # What it answers
 
@@ -267,7 +271,8 @@ class Gateway:
         """
         end = time.monotonic() + seconds
         async with timed_slot(self._concurrency, entry):
-            return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+            left = max(end - time.monotonic(), 1e-3)
+            return await self._upstream.infer(message, left, entry.followed)
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.state.quota
@@ -287,8 +292,13 @@ class Gateway:
 
     # What holds for all requests
 
-    def _guarded(self, handler: Handler) -> Handler:
-        """A handler that needs a key, whose every failure becomes an answer, a count and a line."""
+    def _guarded(self, handler: Handler, path: str) -> Handler:
+        """A handler that needs a key, whose every failure becomes an answer, a count and a line.
+
+        Args:
+            handler: of a path.
+            path: with names in place of what callers write.
+        """
         public = handler.__name__ in ("live", "ready")
         counted = handler.__name__ in _COUNTED
 
@@ -296,6 +306,10 @@ class Gateway:
             start = time.monotonic()
             request.state.entry = entry = Entry(request.state.request_id)
             request.state.quota = None
+            span = None
+            if counted and self._spans is not None:
+                span = self._spans.begin(request.headers, request.method, path)
+                entry.followed.traceparent = span.traceparent
             try:
                 if self.keys is not None and not public:
                     key = self.keys.check(request.headers.get("Authorization"))
@@ -322,11 +336,15 @@ class Gateway:
                 self.metrics.count(entry.task or "none", entry.code, seconds)
                 if entry.key is not None:
                     self.metrics.count_key(entry.key, entry.code)
+            if entry.followed.steps:
+                entry.encoder_ms = round(encoder_ms(entry.followed.steps), 3)
             if not public:
                 entry.status = response.status_code
                 entry.bytes_out = len(response.body)
                 entry.ms = round(1e3 * seconds, 3)
                 entry.write(self._settings.log)
+            if span is not None:
+                span.end(entry)
             return response
 
         guarded.__name__ = handler.__name__

@@ -26,9 +26,11 @@ from tritonclient.utils import (
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.engine.engine import Engine, NotServed
+from radapter_serve.engine.steps import collected
 from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_triton
 from radapter_serve.gateway.run import GatewayServer, listen
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.upstream import Followed
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import EngineServer
 
@@ -52,10 +54,14 @@ class InProcess:
         self._facts = ThreadPoolExecutor(1, thread_name_prefix="facts")
 
     async def infer(
-        self, message: service_pb2.ModelInferRequest, timeout: float
+        self,
+        message: service_pb2.ModelInferRequest,
+        timeout: float,
+        followed: Followed | None = None,
     ) -> service_pb2.ModelInferResponse:
         gone = threading.Event()
-        work = partial(self._infer, message, time.monotonic() + timeout, gone)
+        followed = followed or Followed()
+        work = partial(self._infer, message, time.monotonic() + timeout, gone, followed)
         try:
             return await self._run(self._threads, work, message.model_name)
         finally:
@@ -88,20 +94,28 @@ class InProcess:
             raise Refused(404, UNKNOWN_MODEL, str(error)) from None
 
     def _infer(
-        self, message: service_pb2.ModelInferRequest, deadline: float, gone: threading.Event
+        self,
+        message: service_pb2.ModelInferRequest,
+        deadline: float,
+        gone: threading.Event,
+        followed: Followed,
     ) -> service_pb2.ModelInferResponse:
         inputs = {
             tensor.name: _array(tensor.datatype, tensor.shape, data)
             for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True)
         }
-        reply = self._engine.infer(
-            message.model_name,
-            message.model_version,
-            inputs,
-            [output.name for output in message.outputs],
-            deadline=deadline,
-            cancelled=gone.is_set,
-        )
+        with collected() as steps:
+            try:
+                reply = self._engine.infer(
+                    message.model_name,
+                    message.model_version,
+                    inputs,
+                    [output.name for output in message.outputs],
+                    deadline=deadline,
+                    cancelled=gone.is_set,
+                )
+            finally:
+                followed.steps += steps
         return _message(message.model_name, reply)
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.metrics import OK
 from radapter_serve.gateway.settings import Log
+from radapter_serve.gateway.upstream import Followed
 
 REQUEST_ID = "X-Request-Id"
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
@@ -39,6 +40,9 @@ class Entry:
         ms: from the headers to the answer.
         queue_ms: of these, waiting in the gateway for its turn.
         model_ms: of these, in Triton or the engine.
+        encoder_ms: of these, in encoders, which run for all requests of a batch; None where Triton
+            computes, whose spans tell it.
+        followed: what else follows the request; no part of the line.
     """
 
     id: str
@@ -52,6 +56,8 @@ class Entry:
     ms: float = 0.0
     queue_ms: float = 0.0
     model_ms: float = 0.0
+    encoder_ms: float | None = None
+    followed: Followed = field(default_factory=Followed)
 
     def write(self, log: Log, out: Callable[[str], object] | None = None) -> None:
         """Say it as one line, in words or as JSON.
@@ -64,12 +70,15 @@ class Entry:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         if log == "json":
-            line = json.dumps({"time": now, **asdict(self)})
+            facts = {name: value for name, value in vars(self).items() if name != "followed"}
+            line = json.dumps({"time": now, **facts})
         else:
+            encoder = "" if self.encoder_ms is None else f", encoder {self.encoder_ms:.1f}"
             line = (
                 f"{now} {self.id} {self.key or '-'} {self.task or '-'} {self.status} {self.code}"
                 f" release {self.release or '-'}, {self.bytes_in} bytes in, {self.bytes_out} out,"
-                f" {self.ms:.1f} ms (queue {self.queue_ms:.1f}, model {self.model_ms:.1f})"
+                f" {self.ms:.1f} ms (queue {self.queue_ms:.1f}, model {self.model_ms:.1f}"
+                f"{encoder})"
             )
         if out is not None:
             out(line)

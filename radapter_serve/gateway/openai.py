@@ -77,17 +77,17 @@ class OpenAI:
         asked.check_width(int(facts.get("embed_dim", 0)))
         async with timed_slot(self._concurrency, entry):
             try:
-                rows, answered = await self._rows(asked, version, end, entry.id)
+                rows, answered = await self._rows(asked, version, end, entry)
             except Refused as error:
                 if version or error.code != UNKNOWN_MODEL:
                     raise
                 # Another release took over in the middle.
-                rows, answered = await self._rows(asked, version, end, entry.id)
+                rows, answered = await self._rows(asked, version, end, entry)
         entry.release = answered
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
 
     async def _rows(
-        self, asked: embeddings.Asked, version: str, end: float, request_id: str
+        self, asked: embeddings.Asked, version: str, end: float, entry: Entry
     ) -> tuple[list[NDArray[np.float32]], str]:
         """The embeddings in the order of the inputs, and the version that made them."""
         rows: dict[int, NDArray[np.float32]] = {}
@@ -100,9 +100,10 @@ class OpenAI:
                 message = _message(
                     task, tensor, [values[place] for place in some], version, asked.alpha
                 )
-                message.id = request_id
+                message.id = entry.id
+                left = max(end - time.monotonic(), 1e-3)
                 try:
-                    answer = await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+                    answer = await self._upstream.infer(message, left, entry.followed)
                 except Refused as error:
                     raise _placed(error, some) from None
                 version = answer.model_version  # the first that answers is asked for all the rest

@@ -29,7 +29,8 @@ from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.front import MAX_HEADERS
 from radapter_serve.gateway.liveness import Liveness, asks
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import Triton, Upstream
+from radapter_serve.gateway.tracing import what_is_missing
+from radapter_serve.gateway.upstream import LOG, Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 from radapter_serve.signals import STOPPING
@@ -174,7 +175,9 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
     )
-    logging.getLogger("radapter-gateway").setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO)
+    if missing := what_is_missing():
+        LOG.warning(missing)
     with listen(settings) as listener:
         allow_files(settings.max_connections)
         server = GatewayServer(settings, listener)

@@ -36,7 +36,8 @@ class Settings:
         max_connections: connections at once.
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
-        log: what to say of each request on stderr: nothing, a line of words, or one of JSON.
+        log: what to say of each request on stderr: nothing, a line of words, or one of JSON. Traces
+            go to where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
     """
 
     host: str = "127.0.0.1"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from radapter_serve.engine.steps import Step
 from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
@@ -32,13 +34,30 @@ _CHANNEL = [
 ]
 
 
+@dataclass
+class Followed:
+    """What follows one request.
+
+    Attributes:
+        traceparent: of W3C's Trace Context, for the server that computes; None where no spans are
+            sent.
+        steps: that an engine took for it.
+    """
+
+    traceparent: str | None = None
+    steps: list[Step] = field(default_factory=list)
+
+
 class Upstream(Protocol):
     """What the gateway asks; a task that is cancelled while it waits cancels the request in Triton
     too.
     """
 
     async def infer(
-        self, message: service_pb2.ModelInferRequest, timeout: float
+        self,
+        message: service_pb2.ModelInferRequest,
+        timeout: float,
+        followed: Followed | None = None,
     ) -> service_pb2.ModelInferResponse:
         """The answer of a model, within `timeout` seconds; all methods raise nothing but
         `Refused`.
@@ -82,9 +101,15 @@ class Triton:
         return self._own_stub
 
     async def infer(
-        self, message: service_pb2.ModelInferRequest, timeout: float
+        self,
+        message: service_pb2.ModelInferRequest,
+        timeout: float,
+        followed: Followed | None = None,
     ) -> service_pb2.ModelInferResponse:
-        return await self._ask(self._stub.ModelInfer, message, timeout)
+        metadata = ()
+        if followed is not None and followed.traceparent is not None:
+            metadata = (("traceparent", followed.traceparent),)
+        return await self._ask(self._stub.ModelInfer, message, timeout, metadata)
 
     async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
         request = service_pb2.ModelConfigRequest(name=model, version=version)
@@ -109,9 +134,14 @@ class Triton:
         await self._channel.close()
 
     @staticmethod
-    async def _ask(method: Any, message: Any, timeout: float = SHORT_TIMEOUT) -> Any:
+    async def _ask(
+        method: Any,
+        message: Any,
+        timeout: float = SHORT_TIMEOUT,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> Any:
         try:
-            return await method(message, timeout=timeout)
+            return await method(message, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             refused = from_triton(error.code(), error.details() or "")
             if refused.status >= 500:

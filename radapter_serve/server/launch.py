@@ -29,6 +29,14 @@ _FORMER = {
 # What a caller could read or change the server's memory, files and log by; open to who sends the
 # secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
+# Spans of the requests that bring a `traceparent`, to where OTEL_EXPORTER_OTLP_ENDPOINT says.
+_TRACING = (
+    "mode=opentelemetry",
+    "level=TIMESTAMPS",
+    "rate=0",
+    "count=-1",
+    "opentelemetry,resource=service.name=radapter-triton",
+)
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
 
 
@@ -101,6 +109,7 @@ def command_line(
     *,
     exit_timeout: int,
     version_compatible: bool,
+    traced: bool = False,
 ) -> list[str]:
     """The program and its arguments, but for the models to load, for a folder that `lay_out`
     filled.
@@ -113,6 +122,7 @@ def command_line(
         exit_timeout: seconds that it waits for calls under way when it is stopped.
         version_compatible: whether engines of TensorRT bring a runtime of their own, code that must
             be allowed.
+        traced: whether it sends spans.
     """
     arguments = [
         str(installation.binary),
@@ -128,6 +138,7 @@ def command_line(
         f"--exit-timeout-secs={exit_timeout}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
         *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
+        *(f"--trace-config={setting}" for setting in _TRACING if traced),
     ]
     return ending_with_parent(arguments)
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from radapter_serve.clock import SYSTEM, Clock
+from radapter_serve.environment import otlp_endpoint
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import hold
 from radapter_serve.release.integrity import check
@@ -409,6 +410,7 @@ class TritonServer:
             self._secret,
             exit_timeout=self.config.drain_seconds,
             version_compatible=self.checks.version_compatible,
+            traced=otlp_endpoint() is not None,
         )
         models = (f"--load-model={model}" for model in self.serving.offered)
         environment = server_environment(

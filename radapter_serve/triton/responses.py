@@ -9,6 +9,7 @@ import faulthandler
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from radapter_serve.contract.errors import (
     Cancelled,
     TaskError,
 )
+from radapter_serve.environment import otlp_endpoint
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.triton import surplus
 
@@ -29,6 +31,7 @@ MAX_SECONDS = 120.0  # of work on one request
 # seconds after which requests that are worked on together hang: the encoders answer within a minute
 HUNG = 300.0
 
+_trace: ContextVar[Any] = ContextVar("trace", default=None)
 _TOO_MANY: Outcome[Any] = Outcome(
     error=TaskError(
         OVERLOADED,
@@ -91,9 +94,32 @@ def answer(
         run: the output tensors for each of some requests, or its error.
     """
     refused = surplus.of_this_process.take(len(requests))
-    with _watchdog():
-        outcomes = run([RequestInputs(request) for request in requests[refused:]])
+    rest = requests[refused:]
+    with _watchdog(), _traced(rest):
+        outcomes = run([RequestInputs(request) for request in rest])
     return [_response(outcome) for outcome in (*[_TOO_MANY] * refused, *outcomes)]
+
+
+def trace_of_request() -> dict[str, Any]:
+    """What a request to another model needs besides, so that its span is inside that of the request
+    that runs now; of several that run together, the first that is traced.
+    """
+    trace = _trace.get()
+    return {} if trace is None else {"trace": trace}
+
+
+@contextlib.contextmanager
+def _traced(requests: Sequence[Any]) -> Iterator[None]:
+    """Keep the trace of these requests for `trace_of_request`."""
+    if otlp_endpoint() is None:
+        yield
+        return
+    traces = (request.trace() for request in requests)
+    token = _trace.set(next((trace for trace in traces if trace.get_context()), None))
+    try:
+        yield
+    finally:
+        _trace.reset(token)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.environment import INDEXES
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.version import Version
+from radapter_serve.triton.responses import trace_of_request
 
 if TYPE_CHECKING:
     from radapter_serve.tasks.retrieve import Embedder
@@ -108,6 +109,7 @@ class TritonVersion(Version):
             ],
             requested_output_names=[target],
             preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+            **trace_of_request(),
         ).exec()
         if response.has_error():
             message = response.error().message()

@@ -21,6 +21,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from radapter_serve.gateway import front, run
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.upstream import Followed
 from tests.helpers.fake_server import CONFIGS, release
 
 DATATYPES = {"O": "BYTES", "f": "FP32", "i": "INT32", "u": "UINT16"}
@@ -54,6 +55,7 @@ class FakeUpstream:
 
     Attributes:
         asked: the messages that came.
+        followed: what came with them.
         error: raised instead of every answer, where it is set.
         hold: answers wait until it is set.
         cancelled: how many answers nobody waited for any more.
@@ -62,6 +64,7 @@ class FakeUpstream:
 
     def __init__(self) -> None:
         self.asked: list[service_pb2.ModelInferRequest] = []
+        self.followed: list[Followed | None] = []
         self.timeouts: list[float] = []
         self.error: Exception | None = None
         self.hold = asyncio.Event()
@@ -74,9 +77,13 @@ class FakeUpstream:
         self.outputs: dict[str, np.ndarray] | None = None
 
     async def infer(
-        self, message: service_pb2.ModelInferRequest, timeout: float
+        self,
+        message: service_pb2.ModelInferRequest,
+        timeout: float,
+        followed: Followed | None = None,
     ) -> service_pb2.ModelInferResponse:
         self.asked.append(message)
+        self.followed.append(followed)
         self.timeouts.append(timeout)
         try:
             await self.hold.wait()

@@ -1,0 +1,145 @@
+"""What a request spent its time on: in the log, and in spans."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import urllib3
+
+from radapter_client import Client
+from radapter_serve.engine.steps import ENCODER, Step, collected, encoder_ms, step
+from radapter_serve.engine.waiting import Together
+from radapter_serve.environment import OTLP_ENDPOINTS
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.outcome import Outcome
+from tests.helpers.collector import Span, collecting
+from tests.helpers.small_release import png
+from tests.helpers.ways import in_process
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+CALLER = "b7ad6b7169203331"
+
+
+def test_steps_are_inside_each_other_also_where_they_fail() -> None:
+    with collected() as steps:
+        with pytest.raises(ValueError), step("outer"):
+            with step("inner"):
+                time.sleep(0.01)
+            raise ValueError
+        with step("next"):
+            pass
+    [outer, following] = steps
+    [inner] = outer.parts
+    assert (outer.name, inner.name, following.name) == ("outer", "inner", "next")
+    assert outer.start <= inner.start < inner.end <= outer.end <= following.start
+    assert inner.end - inner.start >= 10_000_000
+    with step("nobody listens"):
+        pass
+    assert steps == [outer, following]
+
+
+def test_the_milliseconds_of_encoders() -> None:
+    text = Step("text_encoder", 0, 2_000_000)
+    task = Step("classify", 0, 9_000_000, (text, Step("image_encoder", 0, 500_000)))
+    assert encoder_ms([Step("engine", 0, 10_000_000, (task,)), text]) == 4.5
+
+
+def test_all_who_run_together_have_the_steps_of_their_batch() -> None:
+    gate = threading.Event()
+
+    def run(numbers: Sequence[int]) -> list[Outcome[int]]:
+        with step(f"batch of {len(numbers)}"):
+            assert gate.wait(20)
+        return [Outcome(number) for number in numbers]
+
+    together = Together(run, max_rows=2)
+    found: dict[int, list[Step]] = {}
+
+    def ask(number: int) -> None:
+        with collected() as steps:
+            together(number)
+        found[number] = steps
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for waiting, thread in enumerate(threads):
+        thread.start()
+        end = time.monotonic() + 20
+        while len(together._queue) < waiting and time.monotonic() < end:
+            time.sleep(0.001)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert [one.name for one in found[0]] == ["batch of 1"]
+    assert [one.name for one in found[1]] == ["batch of 2"] and found[1] == found[2]
+
+
+def of_name(spans: Sequence[Span], name: str) -> Span:
+    [span] = [one for one in spans if one.name == name]
+    return span
+
+
+def check_inside(span: Span, parent: Span) -> None:
+    assert (span.parent, span.trace) == (parent.id, parent.trace)
+    assert parent.start <= span.start <= span.end <= parent.end
+
+
+def test_one_request_followed(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(png(1))
+    build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", LocalRelease(repository, 2))
+    capsys.readouterr()
+    image = base64.b64encode(png(3)).decode()
+    body = json.dumps(
+        {
+            "inputs": [
+                {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [image]},
+                {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a", "b"]},
+            ]
+        }
+    )
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-01", "X-Request-Id": "my-id"}
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        with in_process(repository, tmp_path / "indexes", log="json") as one:
+            url = f"{one.url}/v2/models/classify/infer"
+            assert urllib3.request("POST", url, body=body, headers=headers).status == 200
+            with Client(one.url) as client:
+                client.search("a", index="photos")
+    classified = [span for span in collector.spans if span.trace == TRACE]
+    names = ("POST /v2/models/{model}/infer", "engine", "classify", "image_encoder")
+    gateway, engine, task, encoder = (of_name(classified, name) for name in names)
+    assert gateway.parent == CALLER
+    check_inside(engine, gateway)
+    check_inside(task, engine)
+    check_inside(encoder, task)
+    check_inside(of_name(classified, "text_encoder"), task)
+    for span in classified:
+        facts = [span.attributes[f"radapter.{name}"] for name in ("request_id", "task", "code")]
+        assert facts == ["my-id", "classify", "ok"] and span.attributes["radapter.release"] == "2"
+    # A query is embedded by another task, and in another thread.
+    searched = [span for span in collector.spans if span.trace != TRACE]
+    for name, parent in (
+        ("engine", names[0]),
+        ("retrieve", "engine"),
+        ("embed_text", "retrieve"),
+        ("text_encoder", "embed_text"),
+    ):
+        check_inside(of_name(searched, name), of_name(searched, parent))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "{" in line]
+    first = next(line for line in lines if line["id"] == "my-id")
+    encoders = [one for one in classified if one.name.endswith(ENCODER)]
+    took = sum(span.end - span.start for span in encoders) / 1e6
+    assert first["encoder_ms"] == pytest.approx(took, abs=1e-3)
+    assert 0 < first["encoder_ms"] < first["model_ms"]

@@ -1,0 +1,231 @@
+"""Spans that the gateway sends of a request."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from radapter_serve.engine.steps import Step
+from radapter_serve.environment import OTLP_ENDPOINTS
+from radapter_serve.gateway import spans as spans_module
+from radapter_serve.gateway import tracing
+from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.journal import Entry
+from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.spans import Spans
+from tests.helpers.collector import Collector, Span, collecting
+from tests.helpers.fake_upstream import Served, serving
+from tests.helpers.small_release import png
+
+ROOT = Path(__file__).parents[2]
+INFER = "/v2/models/embed_text/infer"
+TEXT = {
+    "inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a secret text"]}]
+}
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+CALLER = "b7ad6b7169203331"
+
+
+@pytest.fixture(autouse=True)
+def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OTLP_ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextlib.contextmanager
+def traced(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[tuple[Served, Collector]]:
+    """A gateway whose spans have all come after the block."""
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        with serving(**options) as served:
+            yield served, collector
+
+
+def ask(served: Served, body: object = TEXT, path: str = INFER, **headers: str) -> int:
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    url = f"{served.url}{path}"
+    return urllib3.request("POST", url, body=json.dumps(body), headers=given).status
+
+
+def test_a_span_of_each_request_in_the_trace_of_its_caller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = new_key(tmp_path / "keys", "the-name-of-a-key")
+    with traced(monkeypatch, api_keys=tmp_path / "keys") as (served, collector):
+        known = {"Authorization": f"Bearer {key}", "traceparent": f"00-{TRACE}-{CALLER}-01"}
+        assert ask(served, **known, X_Request_Id="my-id") == 200
+        assert ask(served, path="/v2/models/no/infer", **known) == 404
+        assert ask(served, traceparent=known["traceparent"]) == 401
+        served.upstream.error = Refused(503, "server_unavailable", "gone")
+        assert ask(served, **known) == 503
+        told = served.upstream.followed[-2:]
+        urllib3.request("GET", f"{served.url}/v2", headers=known)
+    spans = collector.spans
+    assert {(one.trace, one.parent, one.service) for one in spans} == {
+        (TRACE, CALLER, "radapter-serve")
+    }
+    facts = ("radapter.task", "radapter.code", "radapter.release", "http.response.status_code")
+    assert [tuple(one.attributes.get(name) for name in facts) for one in spans] == [
+        ("embed_text", "ok", "1", 200),
+        ("none", "unknown_model", None, 404),
+        ("embed_text", "unauthorized", None, 401),
+        ("embed_text", "server_unavailable", None, 503),
+    ]
+    assert spans[0].name == "POST /v2/models/{model}/infer"
+    assert spans[0].attributes["radapter.request_id"] == "my-id"
+    # Triton is told whose part its own spans are.
+    parents = [one.traceparent for one in told if one is not None]
+    assert parents == [f"00-{TRACE}-{span.id}-01" for span in (spans[0], spans[3])]
+    sent = b"".join(collector.bodies)
+    for secret in (b"secret", key.encode(), b"the-name-of-a-key", b"Bearer"):
+        assert secret not in sent
+
+
+def test_embeddings_of_several_tasks_are_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with traced(monkeypatch) as (served, collector):
+        image = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+        body = {"model": "radapter", "input": ["a", image]}
+        assert ask(served, body, "/v1/embeddings") == 200
+        told = {one.traceparent for one in served.upstream.followed if one is not None}
+    [span] = collector.spans
+    assert span.attributes["radapter.task"] == "embeddings"
+    [traceparent] = told
+    assert str(traceparent).startswith(f"00-{span.trace}-{span.id}-")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "nonsense",
+        f"00-{TRACE}-{CALLER}",
+        f"ff-{TRACE}-{CALLER}-01",
+        f"00-{'0' * 32}-{CALLER}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{CALLER}-01",
+        f"00-{TRACE}-{CALLER}-01-more",
+        f"00-{TRACE}-{CALLER}-zz",
+        "0" * 30_000,
+    ],
+)
+def test_what_is_no_traceparent_is_ignored(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
+    class Kept(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            kept.extend(spans)
+            return SpanExportResult.SUCCESS
+
+    kept: list[ReadableSpan] = []
+    spans = Spans(Kept())
+    span = spans.begin({"traceparent": bad, "tracestate": "\x00,=" * 99}, "POST", "/x")
+    span.end(Entry("id"))
+    spans.close()
+    [one] = kept
+    assert one.parent is None and one.context.trace_id != int(TRACE, 16)
+
+
+def test_a_caller_who_keeps_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with traced(monkeypatch) as (served, collector):
+        assert ask(served, traceparent=f"00-{TRACE}-{CALLER}-00") == 200
+        [followed] = [one for one in served.upstream.followed if one is not None]
+    assert followed.traceparent is None and not collector.bodies
+
+
+def test_steps_become_spans_inside_each_other() -> None:
+    with collecting() as collector, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(OTLP_ENDPOINTS[1], f"{collector.url}/v1/traces")
+        spans = tracing.spans()
+        assert spans is not None
+        encoder = Step("image_encoder", 1_300, 1_400)
+        task = Step("classify", 1_200, 1_500, (encoder, encoder))
+        entry = Entry("id", task="classify")
+        entry.followed.steps.append(Step("engine", 1_100, 1_600, (task,)))
+        spans.begin({}, "POST", "/x").end(entry)
+        spans.close()
+    by_name: dict[str, list[Span]] = {}
+    for one in collector.spans:
+        by_name.setdefault(one.name, []).append(one)
+    [whole], [engine], [classify] = (by_name[name] for name in ("POST /x", "engine", "classify"))
+    assert (whole.parent, engine.parent, classify.parent) == ("", whole.id, engine.id)
+    assert [one.parent for one in by_name["image_encoder"]] == [classify.id] * 2
+    assert (classify.start, classify.end) == (1_200, 1_500)
+    assert {one.attributes["radapter.request_id"] for one in collector.spans} == {"id"}
+
+
+def test_nobody_takes_the_spans(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(OTLP_ENDPOINTS[0], "http://user:word@127.0.0.1:1")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setattr(spans_module, "CLOSE_SECONDS", 0.3)
+    with caplog.at_level(logging.DEBUG), serving() as served:
+        for _ in range(5):
+            assert ask(served) == 200
+            time.sleep(0.05)
+        start = time.monotonic()
+    assert time.monotonic() - start < 4
+    lines = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert lines == [
+        "the collector of OTEL_EXPORTER_OTLP_ENDPOINT takes no spans; requests are answered without"
+    ]
+
+
+def test_spans_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "16")
+    monkeypatch.setattr(spans_module, "CLOSE_SECONDS", 0.2)
+
+    class Held(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            begun.set()
+            assert gate.wait(20)
+            sent.append(len(spans))
+            return SpanExportResult.SUCCESS
+
+    begun, gate, sent = threading.Event(), threading.Event(), list[int]()
+    spans = Spans(Held())
+    for number in range(200):
+        spans.begin({}, "POST", "/x").end(Entry("id"))
+        if number == 20:
+            assert begun.wait(20)
+    start = time.monotonic()
+    spans.close()  # which does not wait for the end
+    assert time.monotonic() - start < 4
+    gate.set()
+    end = time.monotonic() + 20
+    while any(one.name == "spans" for one in threading.enumerate()) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert 64 <= sum(sent) <= 64 + 16
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracing.what_is_missing() is None and tracing.spans() is None
+    monkeypatch.setenv(OTLP_ENDPOINTS[0], "http://127.0.0.1:1")
+    monkeypatch.delitem(sys.modules, "radapter_serve.gateway.spans")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    missing = tracing.what_is_missing() or ""
+    assert tracing.spans() is None and "\n" not in missing
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT is set" in missing and "[otel]" in missing
+
+
+def test_opentelemetry_is_imported_by_one_module() -> None:
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("radapter_serve", "clients", "export")
+        for path in (ROOT / folder).rglob("*.py")
+        if "import opentelemetry" in (text := path.read_text(encoding="utf-8"))
+        or "from opentelemetry" in text
+    ]
+    assert found == ["radapter_serve/gateway/spans.py"]
