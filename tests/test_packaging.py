@@ -104,6 +104,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         ),
         (("triton",), "radapter_serve.server.supervisor"),
         (("gateway",), "radapter_serve.gateway.app"),
+        (("gateway", "otel"), "radapter_serve.gateway.spans"),
         (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
         (("server", "qdrant"), "radapter_serve.index.upload"),
     ],

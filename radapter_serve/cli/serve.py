@@ -70,7 +70,7 @@ class GatewayFlags:
             https.
         tls_key: PEM file of its key.
         log: what the gateway says of each request on stderr: nothing, a line of words, or one of
-            JSON.
+            JSON. Traces go to where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
     """
 
     gateway_port: int | None = None

@@ -1,8 +1,9 @@
-"""A collector of traces in this process: takes spans by OTLP over HTTP."""
+"""A collector of traces in this process: takes spans by OTLP over HTTP, as protobuf or as JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -53,7 +54,11 @@ class Collector:
     @property
     def spans(self) -> list[Span]:
         """All spans until now."""
-        return [span for body in list(self.bodies) for span in _read(body)]
+        return [
+            span
+            for body in list(self.bodies)
+            for span in (_read_json(body) if body.startswith(b"{") else _read(body))
+        ]
 
     def wait_for(self, *names: str, seconds: float = 30) -> list[Span]:
         """The spans, once there is one of each of these names."""
@@ -107,6 +112,27 @@ def _read(body: bytes) -> Iterator[Span]:
                     span.end_time_unix_nano,
                     _attributes(span.attributes),
                 )
+
+
+def _read_json(body: bytes) -> Iterator[Span]:
+    for resource in json.loads(body)["resourceSpans"]:
+        service = _json_attributes(resource["resource"]["attributes"])["service.name"]
+        for scope in resource["scopeSpans"]:
+            for span in scope["spans"]:
+                yield Span(
+                    service,
+                    span["name"],
+                    span["traceId"],
+                    span["spanId"],
+                    span.get("parentSpanId", ""),
+                    int(span["startTimeUnixNano"]),
+                    int(span["endTimeUnixNano"]),
+                    _json_attributes(span.get("attributes", [])),
+                )
+
+
+def _json_attributes(given: Any) -> dict[str, Any]:
+    return {one["key"]: next(iter(one["value"].values()), "") for one in given}
 
 
 def _attributes(given: Any) -> dict[str, Any]:
