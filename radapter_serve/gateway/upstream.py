@@ -106,7 +106,7 @@ class Triton:
         timeout: float,
         followed: Followed | None = None,
     ) -> service_pb2.ModelInferResponse:
-        metadata = ()
+        metadata: tuple[tuple[str, str], ...] = ()
         if followed is not None and followed.traceparent is not None:
             metadata = (("traceparent", followed.traceparent),)
         return await self._ask(self._stub.ModelInfer, message, timeout, metadata)

@@ -220,11 +220,11 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     """
     answer, calls = served.upstream.infer, []
 
-    async def switching(message: Any, timeout: float) -> Any:
+    async def switching(message: Any, timeout: float, followed: Any = None) -> Any:
         calls.append((message.model_name, message.model_version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")
-        made = await answer(message, timeout)
+        made = await answer(message, timeout, followed)
         made.model_version = "1" if len(calls) == 1 else "2"
         return made
 
