@@ -24,6 +24,7 @@ from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.results import by_shift, own_metric
 from rivals.cells import ALPHAS, Cells, Judged
+from rivals.choice import choose
 from rivals.flags import Flags, check_seeds
 from rivals.layout import T95, markdown, with_interval
 from rivals.make import command_line, machine, say
@@ -179,8 +180,8 @@ def beyond(
         flags: of all candidates; with those of rivals.table its R-Adapter is taken.
         seeds: each candidate learns once for each; 10 at most.
         alpha: of R-Adapter, to compare at: 0, 0.1, and so on to 1.
-        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with
-            the first seed; one factor is taken as it is.
+        rates: factors of R-Adapter's learning rate, of which the validation sets choose one;
+            one factor is taken as it is.
     """
     if alpha not in ALPHAS:
         raise RAdapterError(
@@ -195,7 +196,7 @@ def beyond(
                 " candidates are compared where they are equal there"
             )
     cells = Cells(benchmark, out, "beyond", flags.limit, say)
-    reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
+    reference = choose(cells, "r-adapter", [METHODS["r-adapter"]], seeds, rates).method
     assert isinstance(reference, RAdapter)
     shown = compare(cells, reference, seeds, alpha)
     how = [

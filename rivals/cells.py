@@ -22,7 +22,7 @@ from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.judge import judge
-from rivals.method import Method, at_rate, kept, learned
+from rivals.method import Method, kept, learned
 from rivals.run import Run, moved
 from rivals.system import Cost
 
@@ -110,39 +110,6 @@ class Cells:
         cell = Cell(method, system.cost, [Judged.of(row) for row in judged])
         self._keep(Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows))
         return cell
-
-    def chosen_alpha(self, name: str, method: Method, seed: int) -> Method:
-        """The method at the α that validation sets like best; of equal ones the smallest."""
-        if method.alpha is None:
-            return method
-        rows = self.cell(name, method, seed, ALPHAS, "validation").rows
-        scores = {alpha: score([row for row in rows if row.alpha == alpha]) for alpha in ALPHAS}
-        return dataclasses.replace(
-            method, alpha=max(ALPHAS, key=lambda alpha: (scores[alpha], -alpha))
-        )
-
-    def chosen_rate(self, name: str, method: Method, seed: int, factors: Sequence[float]) -> Method:
-        """The method with its learning rate times the factor that validation sets like best; of
-        equals the first.
-
-        Args:
-            name, method, seed: as of `cell`.
-            factors: to choose from; one alone is taken as it is.
-        """
-        rate = method.settings.get("learning_rate")
-        if rate is None or set(factors) <= {1}:
-            return method
-        if "learning_rate" in self.benchmark.given:
-            raise RAdapterError(
-                "the benchmark sets learning_rate for every method; take it out, or leave out"
-                " --rates"
-            )
-        methods = [at_rate(method, factor) for factor in factors]
-        if len(methods) == 1:
-            return methods[0]
-        alphas = [1.0 if method.alpha is None else method.alpha]
-        scores = [score(self.cell(name, one, seed, alphas, "validation").rows) for one in methods]
-        return methods[scores.index(max(scores))]
 
     def warnings(self) -> list[str]:
         """A line for each test set that has images in common with the sets that chose."""

@@ -20,6 +20,7 @@ from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells, Judged
+from rivals.choice import CHOICES, Choice, choose, differing
 from rivals.layout import COST, T95, cost_of, dots, markdown, spread, with_interval
 from rivals.method import Method
 from rivals.soup import of_members
@@ -72,16 +73,29 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
         for name, method in chosen.rows.items()
         if not choices.only or name in choices.only
     }
-    first = choices.seeds[0]
-    methods = {
-        name: cells.chosen_rate(name, method, first, choices.rates)
+    chosen_by = {
+        name: choose(
+            cells,
+            name,
+            [method, *chosen.others.get(name, ())] if len(choices.rates) > 1 else [method],
+            choices.seeds,
+            choices.rates,
+            CHOICES if choices.alpha else (),
+        )
         for name, method in methods.items()
     }
+    methods = {name: choice.method for name, choice in chosen_by.items()}
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"table-{number}.md"
     maker = _curves if chosen.curves else _rows
     shown = maker(cells, methods, choices, path.with_suffix(".png"))
-    parts = [f"# {chosen.title}", _how(benchmark, methods, choices), *cells.warnings(), shown]
+    parts = [
+        f"# {chosen.title}",
+        _how(benchmark, methods, choices),
+        *cells.warnings(),
+        shown,
+        *_choices(chosen_by),
+    ]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text, encoding="utf-8")
     say(f"wrote {path} and {path.with_suffix('.png')}")
@@ -92,16 +106,15 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
     """A row a method."""
     lines, found, ns = [], {}, {}
     for name, method in methods.items():
-        values, costs, alphas = [], [], []
+        values, costs = [], []
         for seed in choices.seeds:
-            own = cells.chosen_alpha(name, method, seed) if choices.alpha else method
-            cell = cells.cell(name, own, seed, [1.0 if own.alpha is None else own.alpha])
+            cell = cells.cell(name, method, seed, [1.0 if method.alpha is None else method.alpha])
             values.append(figures(cell.rows))
             costs.append(cell.cost)
-            alphas.append("-" if own.alpha is None else f"{own.alpha:g}")
             ns = {row.dataset: row.n for row in cell.rows}
         found[name] = values
-        lines.append([name, *cost_of(costs), ", ".join(dict.fromkeys(alphas)), *_spreads(values)])
+        alpha = "-" if method.alpha is None else f"{method.alpha:g}"
+        lines.append([name, *cost_of(costs), alpha, *_spreads(values)])
     heads = list(next(iter(found.values()))[0])
     if len(heads) == 1:
         plot_bars(
@@ -205,7 +218,9 @@ def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
             " the seeds."
         ),
         f"Every method learned with {shown}; the rest is its own paper's.",
-        "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
+        "Validation chose α, by the mean of all seeds."
+        if choices.alpha
+        else "α is each paper's own.",
     ]
     if set(choices.rates) - {1}:
         rates = [
@@ -215,12 +230,38 @@ def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
         ]
         factors = ", ".join(f"{rate:g}" for rate in choices.rates)
         how = (
-            "Validation chose the learning rate,"
+            "Validation chose the learning rate, by the mean of all seeds,"
             if len(choices.rates) > 1
             else "The learning rate is"
         )
         parts.append(f"{how} each paper's own times {factors}: {'; '.join(rates)}.")
+        validation = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
+        if len(choices.rates) > 1:
+            parts.append(
+                f"Validation is {validation}. A grid grew until its best was inside, and of what"
+                " can't be told from the best the lowest rate was taken."
+            )
     return "\n".join(parts)
+
+
+def _choices(chosen_by: Mapping[str, Choice]) -> list[str]:
+    """What was tried for each method; nothing where there was nothing to choose."""
+    lines = []
+    for name, choice in chosen_by.items():
+        for one in choice.tried:
+            alpha = "-" if one.method.alpha is None else f"{one.method.alpha:g}"
+            own = differing([trial.method for trial in choice.tried], one.method)
+            marks = ["chosen"] if one.method == choice.method else []
+            if marks and choice.at_edge:
+                marks.append("the best is at the edge of the grid")
+            lines.append(
+                [name, f"{one.rate:.2g}", own, alpha, with_interval(one.scores), ", ".join(marks)]
+            )
+    if not lines:
+        return []
+    head = ["method", "rate", "setting", "α", "validation, % ± 95 % interval", ""]
+    how = "What was tried: the score is the mean of the two means, in distribution and shifted."
+    return [how, markdown(head, lines)]
 
 
 def command_line(module: str) -> str:

@@ -1,5 +1,5 @@
-"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, judge on its art, cartoons
-and sketches too.
+"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, choose by photos and
+sketches, judge on photos, art and cartoons.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ PICTURES = Path(
     "images"
 )  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
-# every fifth photo of a class is not learned from: these are for the test and, every other one,
-# choose
-HELD_OUT = 5
+CHOOSES = "sketch"  # of the shifted styles, the one with the most images: it tells most apart
+# Of every five photos of a class, the first is for the test, the second chooses, three are learned
+# from.
+PARTS = ("test", "validation", "train", "train", "train")
 
 
 def pacs(root: Path, out: Path, /) -> None:
@@ -38,7 +39,7 @@ def pacs(root: Path, out: Path, /) -> None:
     parts: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for folder in sorted(path for path in (root / STYLES[0]).iterdir() if path.is_dir()):
         for number, file in enumerate(sorted(folder.iterdir())):
-            part = "train" if number % HELD_OUT else ("validation", "test")[number // HELD_OUT % 2]
+            part = PARTS[number % len(PARTS)]
             parts[part].append((PICTURES / file.relative_to(root), folder.name))
     out.mkdir(parents=True, exist_ok=True)
     link(out / PICTURES, root.resolve())
@@ -47,10 +48,17 @@ def pacs(root: Path, out: Path, /) -> None:
             csv.writer(table).writerows([("image", "label"), *rows])
     sets = [
         {"name": "photo, validation", "data": "csv:validation.csv", "split": "validation"},
+        {
+            "name": f"{CHOOSES}, validation",
+            "data": f"imagefolder:{PICTURES / CHOOSES}",
+            "shift": "ood",
+            "split": "validation",
+        },
         {"name": STYLES[0], "data": "csv:test.csv", "shift": "id"},
         *(
             {"name": style, "data": f"imagefolder:{PICTURES / style}", "shift": "ood"}
             for style in STYLES[1:]
+            if style != CHOOSES
         ),
     ]
     own = {

@@ -30,10 +30,11 @@ def table(
         flags: of all methods.
         seeds: each method learns once for each.
         only: rows to make, by the names that the table prints; all if none is given.
-        alpha: paper takes each method's own; validation chooses it for each method and seed on the
-            validation sets.
+        alpha: paper takes each method's own; validation chooses it for each method on the
+            validation sets, from 0.25, 0.5, 0.75 and 1.
         rates: factors of each method's own learning rate, of which the validation sets choose one
-            for each method, with the first seed; one factor is taken as it is.
+            for each method, by the mean of all seeds; the grid grows until the best is inside. One
+            factor is taken as it is.
         soup: models of the uniform soup.
     """
     check_seeds(seeds)

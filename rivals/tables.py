@@ -30,12 +30,15 @@ class Table:
         rows: methods by the names that the paper prints.
         given: fields of a recipe that it is made with, where the benchmark has none.
         curves: whether every α of the methods that have one is shown, as in Fig. 3.
+        others: of a row, the same method with other settings, among which validation chooses where
+            it chooses the rate.
     """
 
     title: str
     rows: Mapping[str, Method]
     given: Mapping[str, Any] = field(default_factory=dict)
     curves: bool = False
+    others: Mapping[str, Sequence[Method]] = field(default_factory=dict)
 
 
 def few_shot(rank: int | None) -> Method:

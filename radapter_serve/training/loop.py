@@ -36,7 +36,12 @@ from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, Examples, batches
 from radapter_serve.training.checkpoint import Learner, load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
-from radapter_serve.training.loss import gather_with_grad, mpm_nce, positives_of
+from radapter_serve.training.loss import (
+    distance_to_base,
+    gather_with_grad,
+    mpm_nce,
+    positives_of,
+)
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
@@ -339,7 +344,8 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     """The loss of one part over the pairs of all processes."""
     device = run.accelerator.device
     tokens = run.model.base.tokenizer(batch["texts"]).to(device)
-    images, texts = run.model.towers(batch["pixels"].to(device, non_blocking=True), tokens)
+    pixels = batch["pixels"].to(device, non_blocking=True)
+    images, texts = run.model.towers(pixels, tokens)
     # Processes may have images of more labels than others.
     own = run.accelerator.pad_across_processes(
         batch["of_images"].to(device), dim=1, pad_index=NO_LABEL
@@ -352,14 +358,33 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     labels = torch.arange(len(of_images), device=device)
     if run.recipe.positives == "several":
         labels = positives_of(of_images, of_images[:, 0])
-    return mpm_nce(
-        gather_with_grad(images).repeat_interleave(several, dim=0),
+    images = gather_with_grad(images)
+    loss = mpm_nce(
+        images.repeat_interleave(several, dim=0),
         gather_with_grad(texts),
         labels,
         logit_scale=run.model.scale,
         delta=run.recipe.delta,
         epsilon=run.recipe.epsilon,
     )
+    if run.recipe.preserve:
+        base_embeds = run.accelerator.gather(_embeds_of_base(run, pixels))
+        loss = loss + run.recipe.preserve * distance_to_base(images, base_embeds)
+    return loss
+
+
+@torch.no_grad()
+def _embeds_of_base(run: _Run, pixels: Tensor) -> Tensor:
+    """What the base gives for pixels [B, 3, S, S]: the model in training at α = 0, so that no
+    second one is in memory; float32 [B, D], unit length.
+    """
+    adapters = run.model.adapters
+    adapters.alpha = 0.0
+    # A cache of its own: the weights that training caches have the adapters in them.
+    with run.accelerator.autocast(), parametrize.cached():
+        embeds = encode_image(run.model.base.model, pixels)
+    adapters.alpha = 1.0
+    return embeds
 
 
 def _validate(run: _Run, progress: Progress) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """MPM-NCE: contrast with several positives a row, a margin on the negatives, and smoothed
-targets; and the same by pairwise sigmoids, for bases that are scored so.
+targets; the same by pairwise sigmoids, for bases that are scored so; and what keeps the base's
+embeddings.
 """
 
 from __future__ import annotations
@@ -99,6 +100,21 @@ def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
         bool [B, B], images down.
     """
     return (of_images[:, :, None] == of_texts).any(dim=1)
+
+
+def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
+    """How far fine-tuning has moved images from where the base has them: the mean of `1 − f·f₀`.
+
+    A cosine has no scale, so one weight fits bases whose features differ in length.
+
+    Args:
+        image_embeds: f, float [B, D], unit length.
+        base_embeds: f₀ of the same pixels, float [B, D], unit length, without a gradient.
+
+    Returns:
+        A float32 scalar in [0, 2].
+    """
+    return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=1)).mean()
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:

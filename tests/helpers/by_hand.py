@@ -168,6 +168,9 @@ def train_by_hand(
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
+            with clip.at(0.0):
+                base = clip.images(pixels)
+            loss = loss + recipe.preserve * (1 - F.cosine_similarity(f, base, dim=1)).mean()
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             norm = math.sqrt(

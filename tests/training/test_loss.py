@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from radapter_serve.training import gather_with_grad, mpm_nce
-from radapter_serve.training.loss import positives_of
+from radapter_serve.training.loss import distance_to_base, positives_of
 
 
 def by_the_formula(
@@ -186,3 +187,16 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["loss"], loss.detach())
         torch.testing.assert_close(found["grad"], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@given(seed=st.integers(0, 99), length=st.floats(1e-3, 1e3))
+def test_distance_to_the_base_is_of_angles_alone(seed: int, length: float) -> None:
+    generator = np.random.default_rng(seed)
+    f, base = generator.normal(size=(2, 4, 6))
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(f, base, strict=True)]
+    images, wanted = (
+        F.normalize(torch.tensor(length * values), dim=1).float() for values in (f, base)
+    )
+    found = distance_to_base(images, wanted).item()
+    assert found == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    assert distance_to_base(wanted, wanted).item() == pytest.approx(0.0, abs=1e-6)

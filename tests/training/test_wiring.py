@@ -145,6 +145,8 @@ def assert_same(found: Weights, expected: Weights) -> None:
         {"flip": True, "bias_correction": True, "grad_clip": None},
         {"accumulate": 2, "form": "weight"},
         {"positives": "single"},
+        {"preserve": 20.0, "form": "activation"},
+        {"preserve": 20.0, "form": "weight", "accumulate": 2},
     ],
 )
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
