@@ -169,4 +169,4 @@ def _worse(one: Tried, best: Tried) -> bool:
     if count < 2:
         return mean(leads) > 0
     half = T95[min(count, len(T95) + 1) - 2] * stdev(leads) / count**0.5
-    return mean(leads) > half
+    return bool(mean(leads) > half)
