@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from radapter_serve.errors import RAdapterError
 from radapter_serve.threads import limit_threads
 
-TableName = Literal["1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]
+TableName = Literal["main", "1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]
 
 if TYPE_CHECKING:
     from rivals.benchmark import Benchmark
