@@ -10,6 +10,7 @@ ADAPTER = "adapter.safetensors"
 RECIPE = "recipe.yaml"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+RATES = "rates.json"
 RUNS = Path("runs")
 
 

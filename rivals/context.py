@@ -102,7 +102,7 @@ class PromptLearning(Method):
         recipe = run.recipe
         return SGD(
             system.learning(),
-            lr=recipe.learning_rate,
+            lr=recipe.peak_rate,
             momentum=0.9,
             weight_decay=recipe.weight_decay,
         )

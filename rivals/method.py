@@ -47,7 +47,7 @@ class Method:
     def optimizer(self, system: System, run: Run) -> Optimizer:
         """The optimizer of what learns."""
         recipe = run.recipe
-        return AdamW(system.learning(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return AdamW(system.learning(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
 
     def learn(self, run: Run) -> Learned:
         """The system after its last step; `run` has this method's settings."""

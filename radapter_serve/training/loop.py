@@ -53,7 +53,6 @@ from radapter_serve.training.setup import (
     start_tracker,
 )
 from radapter_serve.training.tasks import Data, RunData
-from radapter_serve.training.validation import validate
 
 # The parts of batches, each with the (epoch, batch or row) that comes after it
 Source = Iterator[tuple[tuple[int, int], dict[str, Any]]]
@@ -225,9 +224,7 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
         base.model, recipe.rank, form=form, drop=recipe.drop, make=exchanged.layer, **where
     )
     exchanged.attached(adapters)  # may change what the optimizer is given
-    optimizer = AdamW(
-        adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
     # This moves the weights to their device, where the average then starts.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = exchanged.average(adapters, schedule.recipe, schedule.steps)
@@ -393,7 +390,9 @@ def _validate(run: _Run, progress: Progress) -> dict[str, float]:
     if run.pairs.val is None:
         return {}
     with run.learner.average.applied():
-        metrics = validate(model.base, model.adapters, run.pairs.val, run.recipe, run.accelerator)
+        metrics = run.parts.validate(
+            model.base, model.adapters, run.pairs.val, run.recipe, run.accelerator
+        )
     progress.metrics(run.step, metrics)
     return metrics
 
@@ -439,11 +438,11 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """
     assert recipe.warmup_steps is not None
     if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+        return recipe.peak_rate * (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     return (
         recipe.min_learning_rate
-        + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+        + (recipe.peak_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
     )
 
 

@@ -9,6 +9,7 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.training.average import Average
 from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.validation import validate
 
 
 def moving_average(adapters: Adapters, recipe: Recipe, steps: int) -> Average:
@@ -43,12 +44,14 @@ class Parts:
         attached: called with the adapters once they are attached.
         average: makes the average of the adapters over the steps.
         drop: the probability of adapter dropping at a step.
+        validate: measures the adapters as they are.
     """
 
     layer: Callable[[int, int | None], LinearAdapter] = LinearAdapter
     attached: Callable[[Adapters], None] = lambda adapters: None
     average: Callable[[Adapters, Recipe, int], Average] = moving_average
     drop: Callable[[Recipe, int, int], float] = constant_drop
+    validate: Callable[..., dict[str, float]] = validate
 
 
 OWN = Parts()

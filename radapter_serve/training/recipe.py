@@ -106,7 +106,8 @@ class OptimizerSettings:
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs. A stream needs it.
-        learning_rate: peak learning rate of AdamW.
+        learning_rate: peak learning rate of AdamW; auto finds one by short runs and held-out
+            images, which takes up to 1.75 times as long as the run itself.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
@@ -117,7 +118,7 @@ class OptimizerSettings:
     accumulate: Count = 1
     epochs: Count = 10
     steps: Count | None = None
-    learning_rate: Positive = 5e-4
+    learning_rate: Positive | Literal["auto"] = 5e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-6
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     warmup_steps: Number | None = None
@@ -201,10 +202,17 @@ class Recipe(
                 f"accumulate is {self.accumulate}; it should be a divisor of batch_size"
                 f" {self.batch_size}"
             )
-        if self.min_learning_rate > self.learning_rate:
+        if self.learning_rate != "auto" and self.min_learning_rate > self.learning_rate:
             raise RAdapterError(
                 f"min_learning_rate is {self.min_learning_rate}; it should be 0 to learning_rate"
                 f" {self.learning_rate}"
+            )
+        if self.learning_rate == "auto" and (
+            self.task == "retrieval" or not (self.val_fraction or self.val_data)
+        ):
+            raise RAdapterError(
+                "learning_rate auto chooses by held-out images with labels; add --val-fraction 0.2"
+                " or --val-data, or give a number such as 5e-4"
             )
         if self.val_fraction and (self.val_data or self.streaming):
             other = (
@@ -234,6 +242,12 @@ class Recipe(
             )
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, which is a number once a run starts."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
 
     def of_length(self, steps: int) -> Recipe:
         """The recipe with the warm-up and the averaging that it has in a run of so many steps.
@@ -415,8 +429,8 @@ def _validated(values: dict[str, Any]) -> Recipe:
                 .removeprefix("Value error, ")
                 .replace("Input should be", "it should be")
             )
-            wrong.setdefault(
-                str(found["loc"][0]),
-                f"{found['loc'][0]} is {reprlib.repr(found['input'])}; {message}",
-            )
+            name = str(found["loc"][0])
+            if found["type"] == "literal_error" and name in wrong:  # or such a word
+                wrong[name] += f", or {found['ctx']['expected']}"
+            wrong.setdefault(name, f"{name} is {reprlib.repr(found['input'])}; {message}")
         raise RAdapterError("; ".join(wrong.values())) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from os import PathLike
 from pathlib import Path
@@ -53,7 +54,18 @@ def train(
     from radapter_serve.training.loop import train_on
     from radapter_serve.training.parts import OWN
 
-    return train_on(chosen, opened, out, parts or OWN, show=progress)
+    parts = parts or OWN
+    if chosen.learning_rate == "auto":
+        from radapter_serve.training.rate import search_rate
+
+        say = print if progress else _silent
+        chosen, notes = search_rate(chosen, opened, out, parts, say)
+        opened = dataclasses.replace(opened, notes=(*opened.notes, *notes))
+    return train_on(chosen, opened, out, parts, show=progress)
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,16 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data import Captioned, LabelledImages
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
-from radapter_serve.evaluation.metrics import caption_groups, retrieval_metrics
+from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.evaluation.metrics import NOT_FINITE, caption_groups, retrieval_metrics
 from radapter_serve.training.recipe import Recipe
 
 
@@ -43,15 +45,11 @@ def validate(
         In per cent, by measure and α: zero-shot accuracy, or recall at 1 both ways.
     """
     alphas = sorted({recipe.alpha, 1.0})
-    share: dict[str, Any] = {
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-        "broken": [] if recipe.on_broken == "skip" else None,
-    }
     if isinstance(val, Captioned):
-        found = _retrieval(base, adapters, val, alphas, share)
+        found = _retrieval(base, adapters, val, alphas, _share(recipe, accelerator))
     else:
-        found = _classification(base, adapters, val, alphas, share, accelerator)
+        _, right = answers(base, adapters, val, alphas, recipe, accelerator)
+        found = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     adapters.alpha = 1.0
     return {
         f"{name}@alpha={alpha:g}": round(100 * value, 2)
@@ -60,18 +58,39 @@ def validate(
     }
 
 
-def _classification(
+def _share(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """This process's share of the images, and what broken ones do."""
+    return {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "broken": [] if recipe.on_broken == "skip" else None,
+    }
+
+
+@torch.no_grad()
+def answers(
     base: Base,
     adapters: Adapters,
     val: LabelledImages,
-    alphas: list[float],
-    share: dict[str, Any],
+    alphas: Sequence[float],
+    recipe: Recipe,
     accelerator: Accelerator,
-) -> list[dict[str, float]]:
-    """Zero-shot accuracy for each α, in one pass over the images; each class of an image is
-    right.
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """What the adapters answer at each α, in one pass over the images; every process calls it.
+
+    Args:
+        base, adapters, recipe, accelerator: as of `validate`; the last α stays.
+        val: validation data.
+        alphas: A of them.
+
+    Returns:
+        The class of the best score, integer [A, N], and whether it is right, bool [A, N]; each
+        class of an image is. The order of the images is the same in each call.
+
+    Raises:
+        RAdapterError: scores that are not finite.
     """
-    classifiers, hits, total = [], [0] * len(alphas), 0
+    classifiers = []
     for alpha in alphas:
         adapters.alpha = alpha
         classifiers.append(
@@ -81,15 +100,24 @@ def _classification(
     def read(row: Any) -> tuple[Image.Image, NDArray[np.bool_]]:
         return val.image(row), np.isin(np.arange(len(val.classes)), val.labels_of(row))
 
-    for batch in evaluation_batches(base, val.rows, read, **share):
-        total += len(batch[1])
-        for index, alpha in enumerate(alphas):
+    found: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
+    for pixels, labels in evaluation_batches(base, val.rows, read, **_share(recipe, accelerator)):
+        own = []
+        for alpha, classifier in zip(alphas, classifiers, strict=True):
             adapters.alpha = alpha
-            hits[index] += count_hits(base.model, classifiers[index], [batch])[0]
-    *hits, total = accelerator.reduce(
-        torch.tensor([*hits, total], device=accelerator.device)
-    ).tolist()
-    return [{"acc1": count / max(total, 1)} for count in hits]
+            with parametrize.cached():
+                scores = encode_image(base.model, pixels.to(classifier.device)) @ classifier.T
+            if not scores.isfinite().all():
+                raise RAdapterError(NOT_FINITE)
+            own.append(scores.argmax(dim=1).cpu().numpy())
+        answered = np.stack(own)
+        right = np.asarray(labels)[np.arange(len(labels)), answered]
+        found.append((answered, right))
+    of_all = gather_object(found)
+    if not of_all:
+        return np.zeros((len(alphas), 0), np.int64), np.zeros((len(alphas), 0), bool)
+    answered, right = (np.concatenate(parts, axis=1) for parts in zip(*of_all, strict=True))
+    return answered, right
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def train_by_hand(
 
 def _rate(recipe: Recipe, step: int) -> float:
     assert recipe.steps is not None and recipe.warmup_steps is not None
-    low, high, warm = recipe.min_learning_rate, recipe.learning_rate, recipe.warmup_steps
+    low, high, warm = recipe.min_learning_rate, recipe.peak_rate, recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm
     return low + (high - low) * 0.5 * (

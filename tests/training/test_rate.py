@@ -1,0 +1,146 @@
+"""`learning_rate: auto`: the rule by hand, short runs against runs that say the same, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from radapter_serve import RAdapterError, load_adapter, train
+from radapter_serve.cli.train import main as train_command
+from radapter_serve.training import Recipe
+from radapter_serve.training.rate import RATIO, START, Tried, lowest, wider
+from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand
+from tests.helpers.short_run import short_run
+
+
+def tried(rate: float, right: int, of: int = 100, first: int = 0) -> Tried:
+    """A short run that is right on `right` images, from the `first` on."""
+    number = np.arange(of)
+    return Tried(rate, (number >= first) & (number < first + right), 0.5)
+
+
+def test_the_lowest_rate_within_a_standard_error_of_the_best_is_taken() -> None:
+    # 4 of 100 paired images differ, all one way: 0.04 against √(0.04·0.96/100) = 0.0196
+    assert lowest([tried(1e-4, 56), tried(1e-3, 60), tried(1e-2, 58)]).learning_rate == 1e-3
+    # 1 of 100: 0.01 against 0.00995, just outside; equal ones are inside
+    assert lowest([tried(1e-4, 59), tried(1e-3, 60)]).learning_rate == 1e-3
+    assert lowest([tried(1e-4, 60), tried(1e-3, 60), tried(1e-2, 60)]).learning_rate == 1e-4
+    # 60 against 58 that are others: the mean is 0.02, √((118/100) − 0.0004)/10 = 0.109
+    assert lowest([tried(1e-4, 40, first=60), tried(1e-3, 45)]).learning_rate == 1e-4
+
+
+def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
+    low, middle, high = (tried(rate, 50) for rate in (1e-4, 1e-3, 1e-2))
+    better = dataclasses.replace(tried(0, 60))
+    assert wider([low, dataclasses.replace(better, learning_rate=1e-3), high]) is None
+    assert wider([dataclasses.replace(better, learning_rate=1e-4), middle, high]) == 1e-4 / RATIO
+    assert wider([low, middle, dataclasses.replace(better, learning_rate=1e-2)]) == 1e-2 * RATIO
+
+
+@pytest.fixture
+def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
+    """24 images to learn from and to choose by."""
+    return short_run(
+        tiny_clip_dir,
+        tmp_path,
+        data=f"imagefolder:{images}",
+        val_data=f"imagefolder:{images}",
+        templates="simple",
+        alpha=0.6,
+        learning_rate="auto",
+        preserve=1.0,
+    )
+
+
+def test_a_run_finds_its_rate_by_short_runs(
+    recipe: Recipe, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(recipe)
+    assert capsys.readouterr().out == ""
+    table = json.loads((run.folder / "rates.json").read_text())
+    assert table["chosen"] == run.recipe.learning_rate
+    written = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert written["learning_rate"] == table["chosen"]
+    assert load_adapter(run).metadata.recipe["learning_rate"] == table["chosen"]
+    rates = [row["learning_rate"] for row in table["tried"]]
+    assert set(START) <= set(rates) and rates == sorted(rates)
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    pairs = [
+        Pair(Image.open(path).convert("RGB"), label, [])
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+    ]
+    prompts = [[f"a photo of a {folder.name}."] for folder in folders]
+    base = ClipWithAdapters(recipe.architecture)
+    for row in table["tried"]:
+        short = dataclasses.replace(
+            recipe,
+            learning_rate=row["learning_rate"],
+            steps=2,
+            warmup_steps=0,
+            momentum=0.0,
+            out=tmp_path / f"{row['learning_rate']:g}",
+        )
+        clip = ClipWithAdapters(recipe.architecture, load_adapter(train(short)).tensors)
+        accuracy = accuracy_by_hand(clip, 0.6, pairs, prompts)
+        assert row["accuracy"] == pytest.approx(accuracy, abs=0.01)
+        assert row["images"] == len(pairs)
+        kept = np.mean(answered(clip, 0.6, pairs, prompts) == answered(base, 0, pairs, prompts))
+        assert row["base_answers_kept"] == pytest.approx(100 * kept, abs=0.01)
+    same = dataclasses.replace(recipe, learning_rate=table["chosen"], out=tmp_path / "same")
+    assert load_adapter(train(same)).digest == load_adapter(run).digest
+
+
+def answered(clip: ClipWithAdapters, alpha: float, pairs: Any, prompts: Any) -> Any:
+    with clip.at(alpha):
+        classes = torch.stack([clip.texts(texts)[0] for texts in prompts])
+        pixels = torch.stack([clip.transform(pair.image) for pair in pairs])
+        return (clip.images(pixels) @ classes.T).argmax(1).numpy()
+
+
+def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(dataclasses.replace(recipe, steps=4), progress=True)
+    printed = capsys.readouterr().out
+    table = json.loads((run.folder / "rates.json").read_text())
+    assert printed.count("held-out images right at alpha 0.6") == len(table["tried"]) + 1
+    assert f"chose learning rate {table['chosen']:.2g}" in printed
+    for note in table["notes"]:
+        assert note in run.notes and note in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_data": None}, "chooses by held-out images with labels; add --val-fraction 0.2"),
+        ({"task": "retrieval"}, "chooses by held-out images with labels"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it should be .*auto"),
+    ],
+)
+def test_refuses_what_gives_no_choice(
+    recipe: Recipe, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RAdapterError, match=message):
+        train(dataclasses.replace(recipe, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_refuses_several_processes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RAdapterError, match="searches in one process"):
+        train(recipe)
+
+
+def test_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--learning-rate", "auto", "--val-fraction", "0.2", "--data", "imagefolder:nowhere"]
+    assert train_command(flags) == 2
+    assert "nowhere" in capsys.readouterr().err
