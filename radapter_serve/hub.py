@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from radapter_serve.errors import reason
 
 LOCAL, HUB = "local-dir:", "hf-hub:"  # in front of the name of a model
+CARD = "README.md"  # of a model, in its folder
 TIMEOUT_SECONDS = 5
+_SAID = {
+    401: "the hub does not know who asks, or has no such repository (401); look at the name, and"
+    " log in with: hf auth login",
+    403: "the hub does not allow that (403); log in with a token that may, by: hf auth login",
+    404: "the hub has nothing of that name (404); look at it, and at the revision",
+}
 
 
 @functools.cache
@@ -52,6 +59,33 @@ def from_hub_or_cache() -> Iterator[None]:
     finally:
         for (module, name), value in zip(modules, before, strict=True):
             setattr(module, name, value)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of `NAME` or `NAME@REVISION`, with `hf-hub:` or without."""
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    return repository, revision or None
+
+
+def refused(error: BaseException) -> str:
+    """Why the hub did not do what it was asked for, and what to do about it, for people.
+
+    Args:
+        error: that its library raised.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(error, HFValidationError):
+        return "that is no name of a repository; write ORGANISATION/NAME"
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return _SAID.get(status, f"the hub answers {status}; try again later")
+        cause = cause.__cause__ or cause.__context__
+    if why := unreachable():
+        return f"the hub can't be reached ({why}); try again with a connection"
+    return reason(error)
 
 
 def is_absence(error: BaseException | None) -> bool:

@@ -11,6 +11,7 @@ from radapter_client import Client
 from radapter_serve.engine.engine import Engine
 from radapter_serve.engine.version import InProcess
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.hub import HUB
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import releases_of, split_repository
 from radapter_serve.runs import ADAPTER
@@ -27,8 +28,10 @@ class Model(Client):
     Args:
         source: a model repository (`DIR@N` for release N), which needs no torch; or, in torch, the
             folder of a run, an adapter file, a merged checkpoint or another folder with a model of
-            open_clip or transformers, `hf-hub:ORGANISATION/NAME`, or an open_clip name such as
-            `ViT-B-32`, with its weights as `ViT-B-32:openai` or by `pretrained`.
+            open_clip or transformers, or an open_clip name such as `ViT-B-32`, with its weights as
+            `ViT-B-32:openai` or by `pretrained`. `hf-hub:ORGANISATION/NAME`, or with `@REVISION`,
+            is a release that `radapter-export --push` sent to the hub, without torch; or, in
+            torch, another model there.
         pretrained: weights of an open_clip name: a tag such as `openai`, or a checkpoint's path.
         base: where a run's base is, if not where it was in training; `NAME:TAG` names its weights.
         alpha: re-scaling of a run's adapter, in [0, 1]; None for its own.
@@ -67,7 +70,13 @@ class Model(Client):
         progress: bool = False,
     ) -> None:
         name = os.fspath(source)
-        folder, number = split_repository(name)
+        from_hub = None
+        if name.startswith(HUB) and all(one is None for one in (pretrained, base, alpha, dense)):
+            from radapter_export.hub import take
+
+            check_installed("huggingface_hub", "server")
+            from_hub = take(name)
+        folder, number = split_repository(name) if from_hub is None else (str(from_hub), "")
         if releases_of(Path(folder)) or number:
             own = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
             for what, value in own.items():
@@ -77,7 +86,8 @@ class Model(Client):
                         " have theirs; leave it out, or export another release"
                     )
             check_installed("onnxruntime", "server")
-            engine = Engine.open(name, indexes=indexes, device=_number(device), threads=threads)
+            opened = from_hub or name
+            engine = Engine.open(opened, indexes=indexes, device=_number(device), threads=threads)
         else:
             load = _in_torch(name, pretrained, base)
             engine = Engine([load(alpha=alpha, dense=dense, device=device, indexes=Path(indexes))])

@@ -99,7 +99,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
             ("server",),
             (
                 "radapter_serve.model radapter_serve.cli.serve radapter_serve.gateway.in_process"
-                " radapter_serve.index.writer radapter_serve.tasks.retrieve"
+                " radapter_serve.index.writer radapter_serve.tasks.retrieve radapter_export.hub"
             ),
         ),
         (("triton",), "radapter_serve.server.supervisor"),

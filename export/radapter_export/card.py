@@ -12,7 +12,6 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
 
-FILE = "README.md"
 LIBRARIES = ("open_clip", "transformers")
 # Licences of weights that open_clip brings, by how their tags begin.
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
@@ -40,6 +39,9 @@ def card_of(
     metadata: Metadata,
     curve: Sequence[Mapping[str, float]],
     library: str,
+    hub: str | None = None,
+    *,
+    transformers: bool = False,
 ) -> str:
     """The text of a model card, with the head that hubs read.
 
@@ -51,19 +53,35 @@ def card_of(
         curve: of each α its `score` by the rule that chose, and the metric of each validation set,
             in per cent; empty where none was chosen.
         library: that opens the weights beside the card, one of `LIBRARIES`.
+        hub: name of the repository on the hub that the card is for; None for a folder.
+        transformers: whether that repository has the form of transformers, too.
     """
     parts = [
         f"---\n{_head(release, metadata, library)}\n---\n",
         f"# {_title(release)}\n",
         _what(release, metadata),
-        f"## Load it\n\nFOLDER is the folder of this card.\n\n```python\n{_LOAD[library]}\n```\n",
-        "```python\nfrom radapter_serve import Model\n\nmodel = Model("
-        '"FOLDER")\nprint(model.classify("photo.jpg", ["a cat", "a dog"]).top)\n```\n',
+        _load(library, hub, transformers=transformers),
         _how(metadata),
         _alphas(release, curve),
         _figures(release),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _load(library: str, hub: str | None, *, transformers: bool) -> str:
+    where = "FOLDER is the folder of this card.\n\n" if hub is None else ""
+    text = (
+        f"## Load it\n\n{where}```python\n{_LOAD[library]}\n```\n\n```python\n"
+        'from radapter_serve import Model\n\nmodel = Model("FOLDER")\n'
+        'print(model.classify("photo.jpg", ["a cat", "a dog"]).top)\n```\n'
+    )
+    if hub is None:
+        return text
+    text = text.replace("local-dir:FOLDER", f"{HUB}{hub}").replace("FOLDER", f"{HUB}{hub}")
+    if transformers:
+        own = _LOAD["transformers"].replace('"FOLDER"', f'"{hub}", subfolder="transformers"')
+        text += f"\n```python\n{own}\n```\n"
+    return f"{text}\nServed over HTTP: `radapter-serve {HUB}{hub}`.\n"
 
 
 def _head(release: Release, metadata: Metadata, library: str) -> str:

@@ -39,6 +39,7 @@ class ExportedRelease:
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
         warnings: what a user should know, a line each.
         forms: of the weights for other libraries, that were asked for.
+        pushed: `hf-hub:NAME@COMMIT`, where it is on the hub; None if it was not sent there.
     """
 
     release: Release
@@ -47,6 +48,7 @@ class ExportedRelease:
     accuracy: Accuracy | None
     warnings: list[str]
     forms: list[Exported]
+    pushed: str | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

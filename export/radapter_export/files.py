@@ -6,12 +6,17 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import remove
 from radapter_serve.lock import lock
+
+SafetensorError: Any
+try:
+    from safetensors import SafetensorError
+except ImportError:  # where releases are served, and no checkpoint is written
+    SafetensorError = OSError
 
 STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
 

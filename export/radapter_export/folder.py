@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
-from radapter_export.card import FILE as CARD
 from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, replaced
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import swap_in
+from radapter_serve.hub import CARD
 from radapter_serve.lock import lock
 from radapter_serve.release.release import FILE, Release
 

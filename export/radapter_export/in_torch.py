@@ -107,14 +107,7 @@ class TorchVersion(InProcess):
         return {CLASSES: self.embed_labels(self._classes, self.release.templates)}
 
     def config(self, model: str) -> Any:
-        side, width = self.release.preprocess["size"], self.release.embed_dim
-        dims = {
-            "image": [side, side, 3],
-            "image_embeds": [width],
-            "text_embeds": [width],
-        }
-        template = sources() / model / "config.template.pbtxt"
-        text = config(template, model, [self.release], dims, self.release.max_batch_size)
+        text = config(sources() / model / "config.template.pbtxt", model, [self.release])
         return text_format.Parse(text, model_config_pb2.ModelConfig())
 
     @torch.inference_mode()

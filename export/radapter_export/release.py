@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms, check_forms
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
+from radapter_export.hub import Hub, check_push, files_of
 from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
 from radapter_export.repository import Repository
@@ -83,6 +85,10 @@ def export_release(
     images = None
     if settings.calibration is not None:
         images = open_images(settings.calibration, "--calibration")
+    hub = None
+    if settings.push is not None:
+        say("asking the Hugging Face hub")
+        hub = Hub.open(settings.push)
     base, change = _load(source, settings, say)
     for alpha in numbers:
         change.check(alpha)
@@ -124,7 +130,7 @@ def export_release(
             releases.append(writer.write(version, alpha, name))
         for model in models:
             written = [release.release for release in releases]
-            repository.add_config(model, written, writer.dims, settings.max_batch_size)
+            repository.add_config(model, written)
         say("writing the digests of all files")
         for release in releases:
             repository.add_sums(release.version)
@@ -132,7 +138,23 @@ def export_release(
         merged.commit()
         forms.commit()
         repository.commit([release.version for release in releases])
+    if hub is not None:
+        say(f"pushing to {hub.name}")
+        releases = [_pushed(hub, releases[0], writer, settings)]
     return releases
+
+
+def _pushed(
+    hub: Hub, exported: ExportedRelease, writer: Writer, settings: ExportSettings
+) -> ExportedRelease:
+    """A release, once it is on the hub."""
+    release = exported.release
+    card = writer.card(release, library="open_clip", hub=hub.name) if settings.card else None
+    files = files_of(
+        settings.model_repository, release, exported.merged, settings.transformers, card
+    )
+    where = f"{settings.model_repository} and {settings.merged}"
+    return replace(exported, pushed=hub.push(files, release, where))
 
 
 def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSettings) -> None:
@@ -146,6 +168,8 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
         )
     if settings.served_by not in RUNTIMES:
         raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
+    if settings.push is not None:
+        check_push(settings.push, len(alphas), settings.served_by)
     check_forms(settings)
     check_precision(settings.precision, settings.calibration, settings.served_by)
     if source.dynamic_alpha and settings.calibration is not None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -108,31 +108,21 @@ class Repository:
             + 1
         )
 
-    def add_config(
-        self,
-        model: str,
-        releases: Sequence[Release],
-        dims: Mapping[str, Sequence[int]],
-        max_batch_size: int,
-    ) -> None:
+    def add_config(self, model: str, releases: Sequence[Release]) -> None:
         """Write a model's configs from its template: for the versions of these releases, and for
         each of them alone.
 
         Args:
             model: its name.
-            releases: oldest first.
-            dims: shapes, without the batch, of tensors whose template leaves them open (-1).
-            max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps
-                its 0.
+            releases: oldest first, all of one base; the newest says how many rows a batch has,
+                where the template says more than 0.
         """
         texts = {self.staged(model) / CONFIG: releases}
         # Its own outlives the next export, for a server that goes back to it.
         texts |= {self.staged(model, release.version) / CONFIG: [release] for release in releases}
         with disk_errors(self.folder):
             for path, some in texts.items():
-                text = config(
-                    sources() / model / "config.template.pbtxt", model, some, dims, max_batch_size
-                )
+                text = config(sources() / model / "config.template.pbtxt", model, some)
                 path.write_text(text, encoding="utf-8")
 
     def add_sums(self, version: int) -> None:
@@ -195,12 +185,25 @@ class Repository:
             )
 
 
+def dims_of(release: Release) -> dict[str, list[int]]:
+    """Shapes of the encoders' tensors, without the batch."""
+    size = int(release.preprocess["size"])
+    width = release.embed_dim
+    grid = int(release.dense["grid"]) if release.dense else 0
+    open_length = release.tokenizer["dynamic_length"]
+    return {
+        "image": [size, size, 3],
+        "tokens": [-1 if open_length else int(release.tokenizer["context_length"])],
+        "image_embeds": [width],
+        "patch_embeds": [grid, grid, width],
+        "text_embeds": [width],
+    }
+
+
 def config(
     template: Path,
     model: str,
     releases: Sequence[Release],
-    dims: Mapping[str, Sequence[int]],
-    max_batch_size: int,
 ) -> str:
     """Fill in a config template; the arguments are those of `Repository.add_config`.
 
@@ -217,6 +220,8 @@ def config(
         ) from error
     except text_format.ParseError as error:
         raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
+    dims = dims_of(releases[-1])
+    max_batch_size = releases[-1].max_batch_size
     parsed.name = model
     if parsed.max_batch_size:
         parsed.max_batch_size = max_batch_size

@@ -61,6 +61,10 @@ class ExportSettings:
             embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
             widens with its square, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
+        push: ORGANISATION/NAME of a repository on the Hugging Face hub, to which the release, the
+            merged weights, those for transformers if asked for, and the card are sent; it is made,
+            private, if there is none. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take it
+            from there.
         card: write a model card, README.md, beside the merged weights and those for transformers.
         exif_orientation: the server turns images as their EXIF says, where training did so;
             --no-exif-orientation leaves them as the files have them, as open_clip does.
@@ -84,6 +88,7 @@ class ExportSettings:
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
     tolerance: float | None = None
     max_batch_size: int = 64
+    push: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     card: bool = True
     exif_orientation: bool = True
 

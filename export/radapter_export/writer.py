@@ -35,7 +35,7 @@ from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import is_causal, logit_scale_and_bias
+from radapter_serve.clip.towers import logit_scale_and_bias
 from radapter_serve.contract.alpha import Encode, at
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME, indistinguishable
@@ -110,19 +110,6 @@ class Writer:
     engines: PlanWriter | None
     say: Callable[[str], None]
 
-    @property
-    def dims(self) -> dict[str, list[int]]:
-        """Shapes of the encoders' tensors, without the batch."""
-        length: int = self.base.tokenizer.context_length  # type: ignore[attr-defined]
-        size, width, grid = self.base.image_size, self._width, self._grid
-        return {
-            "image": [size, size, 3],
-            "tokens": [-1 if is_causal(self.base.model) else length],
-            "image_embeds": [width],
-            "patch_embeds": [grid, grid, width],
-            "text_embeds": [width],
-        }
-
     def write(self, version: int, alpha: float, name: str) -> ExportedRelease:
         """Write one release into the temporary folders.
 
@@ -153,7 +140,7 @@ class Writer:
                     confidence=None if confidence is None else asdict(confidence),
                 )
                 self._save(release)  # again: what was measured is the release as it is written
-        card = self._card if self.settings.card else None
+        card = self.card if self.settings.card else None
         merged.add_release(name, release, card)
         self.outputs.forms.add_release(name, release, card)
         warnings = [*label_sets.warnings, *(measured.warnings if measured else ())]
@@ -168,17 +155,20 @@ class Writer:
             forms=others,
         )
 
-    def _card(self, release: Release, *, library: str) -> str:
-        return card_of(release, self.source.metadata, self.source.curve, library)
+    def card(self, release: Release, *, library: str, hub: str | None = None) -> str:
+        """The text of a release's model card; see `card_of`."""
+        return card_of(
+            release,
+            self.source.metadata,
+            self.source.curve,
+            library,
+            hub,
+            transformers=self.settings.transformers is not None,
+        )
 
     @property
     def _width(self) -> int:
         return int(self.base.config["embed_dim"])
-
-    @property
-    def _grid(self) -> int:
-        dense = dense_facts(self.base, self.source.way)
-        return 0 if dense is None else int(dense["grid"])
 
     @property
     def _crop(self) -> MaskCrop:

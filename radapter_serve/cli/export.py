@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
     *("precision", "validation", "model_repository", "merged", "transformers", "runtime"),
-    "format",
+    *("format", "push"),
 )
 
 
@@ -118,6 +118,9 @@ def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
         out.print(
             f"Transformers: {settings.transformers}", markup=False, highlight=False, soft_wrap=True
         )
+    for release in releases:
+        if release.pushed is not None:
+            out.print(f"Pushed: {release.pushed}", markup=False, highlight=False, soft_wrap=True)
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
@@ -142,7 +143,8 @@ def serve(
     again.
 
     Args:
-        model_repository: folder to serve; --model-repository PATH says the same.
+        model_repository: folder to serve, or hf-hub:NAME, a release that radapter-export --push
+            sent to the hub; --model-repository PATH says the same.
         engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
             process or in --workers of them, on any machine, with keys, limits and /v1/embeddings as
             radapter-gateway has them; auto takes Triton where it is installed.
@@ -175,7 +177,7 @@ def serve(
     tls = in_process and gateway.tls_certificate is not None
     endpoints = Endpoints(host, http_port, grpc_port, metrics_port, let_in, tls)
     config = ServerConfig(
-        model_repository,
+        _from_hub(model_repository),
         endpoints,
         indexes=indexes,
         runtime=runtime,
@@ -207,6 +209,17 @@ def serve(
             " leave it out"
         )
     answer_in_process(config, gateway, trust_network, workers)
+
+
+def _from_hub(repository: Path) -> Path:
+    """The folder of a model repository, fetched where it is a name of the hub."""
+    name = repository.as_posix()
+    if not name.startswith(HUB):
+        return repository
+    check_installed("huggingface_hub", "server")
+    from radapter_export.hub import taken
+
+    return taken(name)
 
 
 def check_workers(workers: int, *, in_process: bool) -> None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from radapter_serve.clip.from_transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.hub import HUB, LOCAL, from_hub_or_cache, how_to_bring, is_absence, unreachable
+from radapter_serve.hub import (
+    HUB,
+    LOCAL,
+    from_hub_or_cache,
+    how_to_bring,
+    is_absence,
+    split_revision,
+    unreachable,
+)
 
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
 
@@ -32,7 +41,8 @@ class Base:
     """A pretrained CLIP and all that must travel with it.
 
     Attributes:
-        name: open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME`.
+        name: open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME`, which may
+            end in `@REVISION`.
         pretrained: open_clip tag or path of a checkpoint; None for a folder.
         model: in eval mode, fp32, on the CPU.
         config: open_clip's `model_cfg`, with `quick_gelu` always written out.
@@ -153,12 +163,13 @@ def _folder(name: str) -> Path | None:
         return None
     from huggingface_hub import snapshot_download
 
-    hub = name.removeprefix(HUB)
+    hub, revision = split_revision(name)
+    get = partial(snapshot_download, hub, revision=revision, ignore_patterns=["*/*"])
     try:
         with _source(name, None):
-            folder = Path(snapshot_download(hub, allow_patterns=_OF_A_MODEL))
+            folder = Path(get(allow_patterns=_OF_A_MODEL))
             if not any(folder.glob("*.safetensors")):
-                snapshot_download(hub, allow_patterns=[*_OF_A_MODEL, "*.bin"])
+                get(allow_patterns=[*_OF_A_MODEL, "*.bin"])
         return folder
     except RAdapterError:
         raise
@@ -186,7 +197,7 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
         if not is_absence(error):
             raise
         if name.startswith(HUB):
-            repository = name.removeprefix(HUB)
+            repository, _ = split_revision(name)
         else:
             tag = open_clip.get_pretrained_cfg(name, pretrained or "") or {}
             repository = str(tag.get("hf_hub", "")).rstrip("/")

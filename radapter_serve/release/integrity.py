@@ -33,7 +33,7 @@ def sums_of(repository: Path, version: int) -> Path:
 
 def write_sums(repository: Path, version: int) -> None:
     """Write the digests of all files of a release."""
-    _save(
+    save_sums(
         sums_of(repository, version),
         {name: digest_of(path) for name, path in _files(repository, version).items()},
     )
@@ -46,12 +46,12 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
         RAdapterError: the list of digests is broken.
     """
     path = sums_of(repository, version)
-    sums = _load(path)
+    sums = load_sums(path)
     for name in names:
         sums.pop(name, None)
         if (repository / name).is_file():
             sums[name] = digest_of(repository / name)
-    _save(path, sums)
+    save_sums(path, sums)
 
 
 def check(
@@ -85,7 +85,7 @@ def verify(
         raise _broken(
             repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"]
         )
-    sums, found = _load(path), _files(repository, version)
+    sums, found = load_sums(path), _files(repository, version)
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
     sizes = {name: file.stat().st_size for name, file in found.items()}
@@ -208,13 +208,19 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _save(path: Path, sums: Mapping[str, str]) -> None:
+def save_sums(path: Path, sums: Mapping[str, str]) -> None:
+    """Write digests by the names of their files, in the format of sha256sum."""
     lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in sorted(sums.items())]
     with staged(path) as temporary:
         temporary.write_bytes(b"".join(map(os.fsencode, lines)))
 
 
-def _load(path: Path) -> dict[str, str]:
+def load_sums(path: Path) -> dict[str, str]:
+    """Read what `save_sums` wrote.
+
+    Raises:
+        RAdapterError: it can't be read, or a line is broken.
+    """
     sums = {}
     try:
         *lines, rest = path.read_bytes().split(b"\n")

@@ -196,13 +196,13 @@ def test_a_base_on_the_hub(
     folder, model = of_transformers
     asked: list[str] = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
+    def fetch(name: str, *, revision: str | None, **_: object) -> str:
+        asked.append(f"{name} at {revision}")
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    base = load_base("hf-hub:someone/clip")
-    assert (base.name, asked) == ("hf-hub:someone/clip", ["someone/clip"])
+    base = load_base("hf-hub:someone/clip@v1")
+    assert (base.name, asked) == ("hf-hub:someone/clip@v1", ["someone/clip at v1"])
     check_equal(base, model)
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
         'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }',
         encoding="utf-8",
     )
-    parsed = parse(config(template, "embed_text", [release(3)], {}, 8))
+    parsed = parse(config(template, "embed_text", [replace(release(3), max_batch_size=8)]))
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
     assert parsed.max_batch_size == 8
     assert parsed.name == "embed_text"
@@ -81,7 +82,7 @@ def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
 def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     template.write_text('name: "segment" max_batch_size: 0', encoding="utf-8")
-    parsed = parse(config(template, "segment", [release(3)], {}, 8))
+    parsed = parse(config(template, "segment", [release(3)]))
     assert parsed.max_batch_size == 0
     assert not parsed.HasField("dynamic_batching")
 
@@ -89,10 +90,10 @@ def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
 def test_broken_template_is_said(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     with pytest.raises(RAdapterError, match=r"no template .*install radapter-serve again"):
-        config(template, "classify", [release(1)], {}, 64)
+        config(template, "classify", [release(1)])
     template.write_text("max_batch: 4", encoding="utf-8")
     with pytest.raises(RAdapterError, match="is not a Triton model config"):
-        config(template, "classify", [release(1)], {}, 64)
+        config(template, "classify", [release(1)])
 
 
 def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def release(version: int = 1, **changes: Any) -> Release:
         "base_digest": "sha256:1",
         "adapter_digest": "sha256:2",
         "preprocess": {"size": 32},
-        "tokenizer": {"digest": "sha256:3"},
+        "tokenizer": {"digest": "sha256:3", "context_length": 77, "dynamic_length": True},
         "embed_dim": 32,
         "logit_scale": 100.0,
         "templates": ["a photo of a {}."],
