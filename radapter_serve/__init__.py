@@ -33,7 +33,7 @@ __all__ = [
     "save_adapter",
     "train",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 # Where each name lives.
 _HOME = {

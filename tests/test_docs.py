@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import radapter_client
+import radapter_export
+import radapter_serve
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.training.recipe import load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
@@ -71,6 +73,23 @@ def named_commands() -> Iterator[tuple[str, str, str, set[str]]]:
             first = rest.split()[:1]
             subcommand = first[0] if first and re.fullmatch(r"[a-z]+(-[a-z]+)?", first[0]) else ""
             yield page.name, command, subcommand, set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest))
+
+
+def test_the_page_of_what_is_stable_names_it_all() -> None:
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    assert {f"radapter-{name}" for name in re.findall(r"`radapter-([a-z-]+)`", text)} == {*COMMANDS}
+    for package in (radapter_serve, radapter_export):
+        [row] = re.findall(rf"^\| `{package.__name__}` \| (.+) \|$", text, re.MULTILINE)
+        assert re.findall(r"`(\w+)`", row) == list(package.__all__)
+    [row] = re.findall(r"^\| `radapter_client` \| (.+) \|$", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) <= {*radapter_client.__all__}
+
+
+def test_one_version_everywhere() -> None:
+    version = radapter_serve.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert version in [one for one in newest if one != "Unreleased"][:1]
 
 
 def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
