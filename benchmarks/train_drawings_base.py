@@ -33,7 +33,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -266,7 +266,8 @@ def record(training: Training, losses: list[float], folder: Path) -> None:
     lines = [
         json.loads(row) for row in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     seen = [row["images"] / 1000 for row in lines]
     left.plot(seen, [row["loss"] for row in lines])
     left.set(xlabel="drawings trained on, thousands", ylabel="loss")
@@ -277,7 +278,6 @@ def record(training: Training, losses: list[float], folder: Path) -> None:
     )
     right.legend()
     figure.savefig(folder / "curve.png", dpi=100)
-    plt.close(figure)
 
 
 def save(model: nn.Module, used: list[int], folder: Path) -> None:

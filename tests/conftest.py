@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,15 +51,36 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return common_folder(tmp_path_factory)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vocabularies_are_read_once() -> Iterator[None]:
+    """Spare each model and each release the tenth of a second that reading CLIP's takes."""
+    from radapter_serve.contract.tokenizer import Tokenizer
+
+    load = Tokenizer.load
+    known: dict[tuple[bytes, str], Tokenizer] = {}
+
+    def once(path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
+        if not Path(path).is_file():
+            return load(path, spec)
+        key = Path(path).read_bytes(), json.dumps(spec, sort_keys=True)
+        if key not in known:
+            known[key] = load(path, spec)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "load", staticmethod(once))
+        for name in ("open_clip.factory", "radapter_serve.clip.from_transformers"):
+            module: Any = sys.modules.get(name)
+            if module is not None:
+                patch.setattr(module, "SimpleTokenizer", functools.cache(module.SimpleTokenizer))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_clip_dir(common: Path) -> str:
     """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU
     included.
     """
-    factory: Any = sys.modules.get("open_clip.factory")
-    if factory is not None:
-        # CLIP's vocabulary, which open_clip reads anew for every model, is read once.
-        factory.SimpleTokenizer = functools.cache(factory.SimpleTokenizer)
     return f"local-dir:{shared(common, 'tiny-clip', _write_tiny_clip)}"
 
 

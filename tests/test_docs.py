@@ -123,8 +123,10 @@ def python_blocks() -> Iterator[tuple[str, ast.Module]]:
 def test_python_on_the_pages_uses_what_there_is() -> None:
     nodes = [(page, node) for page, tree in python_blocks() for node in ast.walk(tree)]
     imported = [(page, node) for page, node in nodes if isinstance(node, ast.ImportFrom)]
-    assert len(imported) > 5
-    for page, node in imported:
+    # What pages import from other libraries, the slow tests of these libraries import too.
+    own = [each for each in imported if str(each[1].module).startswith("radapter")]
+    assert len(own) > 5
+    for page, node in own:
         module = importlib.import_module(str(node.module))
         assert not [
             f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)

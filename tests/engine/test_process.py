@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import trustme
 
@@ -93,6 +92,8 @@ def test_answers_are_those_of_the_engine(two_releases: Path, photos: Path, tmp_p
             client.classify(images, [" "])
         with pytest.raises(ModelNotFound, match="no release 1 of embed_text here; there are 2"):
             Client(one.url, release=1).embed_texts(["a"])
+        import openai  # here: it takes long to load
+
         asked = openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0)
         [found] = asked.embeddings.create(input="a cat", model="radapter").data
         np.testing.assert_allclose(found.embedding, client.embed_texts(["a cat"])[0], atol=1e-6)

@@ -276,6 +276,7 @@ def test_flags_that_can_not_be(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_command(repository: Path, tmp_path: Path, number: int) -> None:
     port = free_ports()[0]

@@ -382,7 +382,9 @@ ANY_SUITE = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.binary(max_size=60)
     | st.text(alphabet="sets: name-data[]{}'&*!?|>%@`#\n\t0129.e+~", max_size=60).map(str.encode)

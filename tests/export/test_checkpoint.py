@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import peft
 import pytest
 import torch
 import transformers
@@ -133,6 +132,8 @@ def test_a_checkpoint_becomes_releases_on_its_line(
 def test_a_lora_becomes_a_release_on_the_base_that_it_names(
     line: tuple[Path, list[ExportedRelease]], tmp_path: Path, quick: None
 ) -> None:
+    import peft  # here: it takes seconds to load
+
     base = line[0] / "transformers" / "alpha-1"
     torch.manual_seed(0)
     model = peft.get_peft_model(

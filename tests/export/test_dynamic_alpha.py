@@ -30,6 +30,7 @@ from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.release.repository import ENCODERS, encoders_of
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.server.runtime_choice import measure
+from tests.helpers.graphs import graph_of
 
 ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
 
@@ -114,7 +115,11 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
 
 
 def test_low_rank_and_a_text_tower_that_is_not_adapted(
-    graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
+    graphs: dict[str, Graph],
+    tiny_base: Base,
+    adapter_path: Path,
+    common: Path,
+    tmp_path: Path,
 ) -> None:
     base, generator = tiny_base.model.state_dict(), torch.Generator().manual_seed(5)
     tensors = {
@@ -127,7 +132,7 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
     adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
     alpha = np.full((len(ALPHAS), 1), 0.25, np.float32)
     # test_forms.py has the image tower's low rank
-    graph = text_graph(tiny_base, adapter)
+    graph = graph_of(common, text_graph, tiny_base, adapter)
     graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
     graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
     values = inputs_of(graph.name, tiny_base)

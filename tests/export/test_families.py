@@ -40,7 +40,9 @@ TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES]
 )
-def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: Path) -> None:
+def test_release_of_a_family_gives_what_open_clip_gives(
+    family: str, quick: None, tmp_path: Path
+) -> None:
     name = make_base(family, tmp_path / "base")
     save_adapter(
         random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors"

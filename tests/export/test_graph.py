@@ -21,6 +21,7 @@ from radapter_export.towers import Attention, check
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import METHODS, encode_patches
 from radapter_serve.errors import RAdapterError
+from tests.helpers.graphs import graph_of
 
 TEXTS = [
     "a photo of a cat",
@@ -55,7 +56,7 @@ def pixels(base: Base, image: np.ndarray) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def custom(tiny_base: Base) -> tuple[Base, Graph]:
+def custom(tiny_base: Base, common: Path) -> tuple[Base, Graph]:
     """The tiny CLIP in open_clip's other class, with an `eos` pool and a projection with bias."""
     config = dict(tiny_base.config)
     text = {**config.pop("text_cfg"), "pool_type": "eos", "eos_id": 49407, "proj_bias": True}
@@ -65,8 +66,8 @@ def custom(tiny_base: Base) -> tuple[Base, Graph]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    base = dataclasses.replace(tiny_base, model=model)
-    return base, text_graph(base)
+    base = dataclasses.replace(tiny_base, config={**config, "text_cfg": text}, model=model)
+    return base, graph_of(common, text_graph, base)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -86,9 +87,9 @@ def test_image_graph_gives_what_open_clip_gives(
 
 @pytest.mark.parametrize("way", METHODS)
 def test_patch_graph_gives_what_torch_gives_in_every_way(
-    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, way: str
+    tiny_base: Base, graphs: dict[str, Graph], common: Path, tmp_path: Path, way: str
 ) -> None:
-    graph = graphs["patch_encoder"] if way == "naclip" else patch_graph(tiny_base, way)
+    graph = graph_of(common, patch_graph, tiny_base, way)
     graph.save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     # TensorRT takes these of the image encoder; uint8 only to be cast, and no reduction but that of
     # `unit`.

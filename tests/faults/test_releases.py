@@ -26,7 +26,12 @@ from tests.helpers.small_release import png, seal
 from tests.helpers.ways import WAYS, Running
 
 each_way = pytest.mark.parametrize(
-    "way", [pytest.param("triton", marks=pytest.mark.triton), "process", "workers"]
+    "way",
+    [
+        pytest.param("triton", marks=pytest.mark.triton),
+        "process",
+        pytest.param("workers", marks=pytest.mark.slow),
+    ],
 )
 
 

@@ -201,7 +201,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(bodies | values, st.data())
 def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) -> None:
     text = bytearray(json.dumps(body).encode())

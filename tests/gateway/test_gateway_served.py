@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import trustme
 import urllib3
@@ -213,6 +212,8 @@ def test_errors_of_a_task_keep_their_codes(url: str) -> None:
 
 
 def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
+    import openai  # here: it takes long to load
+
     data = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
     texts = [f"text {number}" for number in range(70)]  # more than a batch
     with (

@@ -10,10 +10,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openai
 import pytest
 import urllib3
 
@@ -23,6 +22,9 @@ from tests.gateway.test_gateway import heard, talking, until
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, serving, unpacked
 from tests.helpers.small_release import png
+
+if TYPE_CHECKING:  # it takes long to load, so tests load it as they need it
+    import openai
 
 PNG = png(1, 9, 7)
 IMAGE = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
@@ -36,6 +38,8 @@ def served() -> Iterator[Served]:
 
 
 def client_of(served: Served, **options: Any) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(
         base_url=f"{served.url}/v1", api_key="none", **{"max_retries": 0, **options}
     )
@@ -98,6 +102,8 @@ def test_the_client_of_openai(served: Served) -> None:
 
 
 def test_errors_become_the_exceptions_of_openai(served: Served) -> None:
+    import openai
+
     with client_of(served) as client:
         with pytest.raises(openai.NotFoundError) as caught:
             client.embeddings.create(model="text-embedding-3-small", input="a")
@@ -124,6 +130,8 @@ def test_errors_become_the_exceptions_of_openai(served: Served) -> None:
 
 def test_the_client_of_openai_with_a_key_asynchronously(tmp_path: Path) -> None:
     import asyncio
+
+    import openai
 
     key = new_key(tmp_path / "keys", "ann")
 
@@ -161,7 +169,8 @@ def test_extras_of_a_request(served: Served) -> None:
 
 @pytest.mark.slow
 def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    from langchain_openai import OpenAIEmbeddings  # here: it takes seconds to load
+    import openai
+    from langchain_openai import OpenAIEmbeddings
 
     options: Any = {"model": "radapter", "base_url": f"{served.url}/v1", "api_key": "none"}
     embeddings = OpenAIEmbeddings(check_embedding_ctx_length=False, chunk_size=2, **options)
@@ -178,7 +187,7 @@ def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_the_client_of_llama_index(served: Served) -> None:
-    from llama_index.embeddings.openai import OpenAIEmbedding  # here: it takes seconds to load
+    from llama_index.embeddings.openai import OpenAIEmbedding
 
     embeddings = OpenAIEmbedding(
         model_name="radapter",

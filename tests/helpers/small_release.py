@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +137,15 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
     return Samples(inputs, [run(None, {source: values})[0] for values in inputs])
 
 
+@functools.cache
+def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
+    """CLIP's `tokenizer.json`, and the `tokenizer` entry of a release."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        spec = write_tokenizer(open_clip.get_tokenizer("ViT-B-32"), path, dynamic_length=True)
+        return path.read_bytes(), spec
+
+
 def write_release(
     repository: Path, version: int, seed: int, *, dense: bool = True, tasks: Sequence[str] = TASKS
 ) -> None:
@@ -182,10 +192,8 @@ def write_release(
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         shutil.copy(SOURCES / name / "model.py", folder)
-        tokenizer = open_clip.get_tokenizer("ViT-B-32")
-        release["tokenizer"] = write_tokenizer(
-            tokenizer, folder / "tokenizer.json", dynamic_length=True
-        )
+        file, release["tokenizer"] = clip_tokenizer()
+        (folder / "tokenizer.json").write_bytes(file)
         Release.from_dict(release).save(folder)
     for name in (*encoders, *tasks):
         text = (SOURCES / name / "config.template.pbtxt").read_text()

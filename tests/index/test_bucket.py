@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from radapter_serve.cli.index import main
@@ -44,6 +42,8 @@ QUERY = np.eye(DIM, dtype=np.float32)[0]
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Object storage in this process."""
+    from moto.server import ThreadedMotoServer  # here: it takes long to load
+
     served = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     served.start()
     host, port = served.get_host_and_port()
@@ -54,6 +54,8 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def client(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """The environment of who may use it, with an empty bucket; boto3 looks into it."""
+    import boto3  # here: it takes long to load
+
     for name, value in (
         ("AWS_ACCESS_KEY_ID", "somebody"),
         ("AWS_SECRET_ACCESS_KEY", "secret"),

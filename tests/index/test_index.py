@@ -394,7 +394,7 @@ def bounded_work() -> Iterator[None]:
         sys.setprofile(None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.text(max_size=2100)
     | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)

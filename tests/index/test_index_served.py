@@ -29,7 +29,6 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, post, tensors
-from tests.helpers.fake_qdrant import fake_qdrant
 from tests.helpers.indexes import point_again, said, say, searched
 from tests.helpers.small_release import png
 from tests.index.test_neighbours import lower
@@ -164,6 +163,8 @@ def test_many_images_are_found_by_faiss(
 
 
 def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+    from tests.helpers.fake_qdrant import fake_qdrant  # here: it takes a second to load
+
     server, folder = served
     release = LocalRelease(exported_tiny_clip / "model_repository")
     embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])

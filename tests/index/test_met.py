@@ -119,7 +119,7 @@ def by_sqlite(rows: Rows, where: str) -> list[int]:
         return [row - 1 for (row,) in database.execute(f"SELECT rowid FROM t WHERE {where}")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(ROWS, conditions, st.integers(1, 5))
 def test_any_condition_is_met_by_the_rows_that_sqlite_names(
     rows: Rows, where: str, chunk: int

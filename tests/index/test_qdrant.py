@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,14 +29,18 @@ from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
-from tests.helpers.fake_qdrant import FakeQdrant, fake_qdrant
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
+
+if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
+    from tests.helpers.fake_qdrant import FakeQdrant
 
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeQdrant]:
+    from tests.helpers.fake_qdrant import fake_qdrant
+
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     with fake_qdrant() as fake:
@@ -413,6 +417,8 @@ def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
 
 
 def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
+    from tests.helpers.fake_qdrant import fake_qdrant
+
     with fake_qdrant() as store:
         release = put(store, str(photos), tmp_path)
         retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)

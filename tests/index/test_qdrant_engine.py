@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import qdrant_edge as edge
-from qdrant_client import models
 
 from radapter_serve.index.build import build
-from radapter_serve.index.filters import OWN, key_of, kind_of, to_filter
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import THUMBNAIL
-from radapter_serve.index.upload import SCHEMAS, points_of
 from tests.index.test_index import DIM, FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
 
@@ -25,6 +22,8 @@ __all__ = ["photos", "table"]
 
 def _native(one: Any) -> Any:
     """A filter of the client's as one of the engine's."""
+    from qdrant_client import models  # here: it takes a second to load
+
     if isinstance(one, models.Filter):
         parts: list[Any] = [
             [_native(each) for each in some] if some else None
@@ -43,6 +42,9 @@ def _native(one: Any) -> Any:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_conditions_and_scores(table: str, tmp_path: Path, indexed: bool) -> None:
+    from radapter_serve.index.filters import OWN, key_of, kind_of, to_filter
+    from radapter_serve.index.upload import SCHEMAS, points_of
+
     build(table, tmp_path / "index", FakeRelease())
     local = open_index(tmp_path / "index")
     types = OWN | local.facts.plan.column_types

@@ -169,6 +169,7 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
                 counts.append(len(found.ids))
             except Exception as error:
                 failed.append(repr(error))
+            over.wait(0.01)
 
     searching = [threading.Thread(target=search) for _ in range(2)]
     for one in searching:
