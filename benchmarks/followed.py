@@ -209,29 +209,35 @@ def noise(report: Report, keys: Mapping[str, Way], calls: int, repeats: int, rat
     with Client(keys["calm"].url, api_key=keys["calm"].key) as client, beside(flood) as flooding:
         call = partial(client.classify, jpeg, label_set=LABEL_SET)
 
+        def tail(name: str) -> float:
+            own: list[float] = []
+            timed(call, calls, own)
+            kept[name] += own
+            return p95(own)
+
         def next_to(name: str) -> float:
             way = keys[name]
             flooding.send((way.url, way.key, body, rate))
             time.sleep(0.3)
-            found = timed(call, calls, kept[name])
+            found = tail(name)
             flooding.send("stop")
             answers[name].update(flooding.recv())
             return found
 
         say("a noisy key")
-        candidates = {"alone": partial(timed, call, calls, kept["alone"])}
-        alternate({**candidates, **{name: partial(next_to, name) for name in answers}}, repeats)
+        candidates = {"alone": partial(tail, "alone")}
+        tails = alternate(
+            {**candidates, **{name: partial(next_to, name) for name in answers}}, repeats
+        )
     rows = []
-    quiet = p95(kept["alone"][calls:])
     for name, taken in kept.items():
-        own = p95(taken[calls:])
         counts = answers.get(name, Counter())
         rows.append(
             [
                 NAMES[name],
                 f"{1e3 * statistics.median(taken[calls:]):.1f}",
-                f"{1e3 * own:.1f}",
-                f"{own / quiet:.2f}",
+                f"{1e3 * statistics.median(tails[name]):.1f}",
+                f"{ratio(tails[name], tails['alone']):.2f}",
                 f"{counts[200]}",
                 f"{counts[429]}",
             ]
@@ -250,7 +256,7 @@ def main(
     architecture: str = "ViT-B-32",
     precision: str = "int8",
     calls: int = 40,
-    repeats: int = 10,
+    repeats: int = 8,
     rate: float = 50.0,
     repository: Path | None = None,
     out: Path = RESULTS,

@@ -44,6 +44,10 @@ from radapter_serve.gateway.settings import MIB, Settings
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.release.release import TASKS
 
+# Of the body of a refused request, what is read and thrown away: a caller who is cut off while he
+# sends it never reads why.
+MAX_DISCARDED = 2**20  # bytes
+DISCARD_SECONDS = 1.0
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"
 _COUNTED = ("infer", EMBEDDINGS)  # the handlers that take a body
@@ -319,7 +323,8 @@ class Gateway:
                 with request.state.quota.request() if limited else contextlib.nullcontext():
                     response = await handler(request)
             except Refused as error:
-                response, entry.code = refusal(error, request), error.code
+                entry.code = error.code
+                response = await _read_out(refusal(error, request), request)
             except (ClientDisconnected, ClientDisconnect):
                 response, entry.code = Response(status_code=499), GONE
             except Exception:
@@ -359,7 +364,7 @@ class Gateway:
             open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
         status = getattr(error, "status_code", 404)
         message = f"{request.method} of this path is not open here; open are {open_}"
-        return refusal(Refused(status, NOT_FOUND, message), request)
+        return await _read_out(refusal(Refused(status, NOT_FOUND, message), request), request)
 
 
 def _of_openai(request: Request) -> bool:
@@ -427,6 +432,38 @@ async def _body(request: Request, max_bytes: int, acquire: Callable[[int], None]
     if not size:
         raise bad_request("the body is empty")
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _read_out(response: Response, request: Request) -> Response:
+    """The refusal of a request whose body is read and thrown away first; where that is not to be
+    done, the connection ends with the answer.
+    """
+    if request.method == "POST" and not await _discard_body(request):
+        response.headers["Connection"] = "close"
+    return response
+
+
+async def _discard_body(request: Request) -> bool:
+    """Throw away what is left of a body; whether that was all of it."""
+    length = request.headers.get("Content-Length", "")
+    too_much = length.isdigit() and int(length[:18]) > MAX_DISCARDED
+    if too_much or "Expect" in request.headers:  # which asks whether to send a body at all
+        return False
+    try:
+        return await asyncio.wait_for(_discard(request), DISCARD_SECONDS)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        return False
+    except RuntimeError:  # starlette's, where all has been read
+        return True
+
+
+async def _discard(request: Request) -> bool:
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_DISCARDED:
+            return False
+    return True
 
 
 async def run_until_disconnect(

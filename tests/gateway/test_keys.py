@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 
 from radapter_client import Client, ServerUnavailable, Unauthorized
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway import app
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import Key, Keys
 from radapter_serve.gateway.quotas import Bucket, Quota, Quotas
@@ -210,6 +213,58 @@ def test_images_are_counted(served: Served) -> None:
     assert 'radapter_gateway_key_images_total{key="free"} 5.0' in text
     assert 'radapter_gateway_key_requests_total{code="rate_limited",key="photos"} 1.0' in text
     assert 'radapter_gateway_key_requests_total{code="ok",key="photos"} 3.0' in text
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status"),
+    [
+        ("/v2/models/embed_text/infer", "s", 429),
+        ("/v2/models/embed_text/infer", "wrong", 401),
+        ("/v2/models/none/infer", "x", 404),
+        ("/v1/nowhere", "x", 404),
+    ],
+)
+def test_who_is_refused_while_he_sends_reads_why(
+    served: Served, path: str, key: str, status: int
+) -> None:
+    """He is not cut off, and the connection stays open."""
+    body = json.dumps({**TEXT, "parameters": {"padding": "x" * 300_000}})
+    with Client(served.url, api_key="s", retries=0) as slow:
+        slow.embed_texts(["a"])
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    for _ in range(20):
+        connection.request("POST", path, body, {"Authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        answer.read()
+        assert (answer.status, answer.getheader("Connection")) == (status, None)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "headers", [f"Content-Length: {2**20 + 1}", "Content-Length: 9\r\nExpect: 100-continue"]
+)
+def test_a_refusal_that_does_not_wait_for_the_body(served: Served, headers: str) -> None:
+    start = time.monotonic()
+    assert refused_at_once(served.port, headers) == (401, "close")
+    assert time.monotonic() - start < 0.9
+
+
+def test_a_refusal_waits_for_a_body_that_does_not_come(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DISCARD_SECONDS", 0.1)
+    assert refused_at_once(served.port, "Content-Length: 9") == (401, "close")
+    assert refused_at_once(served.port, "Transfer-Encoding: chunked") == (401, "close")
+
+
+def refused_at_once(port: int, headers: str) -> tuple[int, str | None]:
+    """Status and connection of the answer to a POST whose body never comes."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        head = f"POST /v2/models/embed_text/infer HTTP/1.1\r\nHost: localhost\r\n{headers}"
+        connection.sendall(f"{head}\r\n\r\n".encode())
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return answer.status, answer.getheader("Connection")
 
 
 # One request, followed
