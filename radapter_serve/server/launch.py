@@ -37,6 +37,8 @@ _TRACING = (
     "count=-1",
     "opentelemetry,resource=service.name=radapter-triton",
 )
+# How long it waits for a collector, also when it stops, in its own notation; else 10 s.
+_COLLECTOR_TIMEOUT = "2s"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
 
 
@@ -158,6 +160,8 @@ def server_environment(
         SURPLUS: str(folder / WAITING),
         LABELS: str(folder / LABELS_FILE),
     }
+    if "OTEL_EXPORTER_OTLP_TIMEOUT" not in variables:
+        variables.setdefault("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", _COLLECTOR_TIMEOUT)
     for name, folders in first.items():
         given = [Path(folder) for folder in variables.get(name, "").split(":") if folder]
         # Relative ones would start from the server's own folder.
