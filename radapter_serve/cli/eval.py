@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import start
 from radapter_serve.evaluation.results import prompts
 
@@ -49,6 +51,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
+    doubtful: int | None = None,
 ) -> None:
     """Evaluate a run at any alpha, a merged checkpoint, a release, or a live server on the data
     sets of a suite.
@@ -76,7 +79,14 @@ def evaluate(
         batch_size: images a pass.
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other
             work.
+        doubtful: in place of an evaluation: list so many training images of the run whose label
+            both the base and the run doubt, to look for wrong labels; writes OUT/doubtful.csv and
+            OUT/doubtful.png.
     """
+    if doubtful is not None:
+        given = {"suite": suite, "data": data, "alpha": alpha, "limit": limit}
+        _list_doubtful(doubtful, model, [name for name in given if given[name]], out, threads)
+        return
     found = start.evaluate(
         alpha=alpha,
         suite=suite,
@@ -112,6 +122,37 @@ def evaluate(
         _print(screen, f"Next:   {command} auto")
         if found.choice.smaller is not None:
             _print(screen, f"or:     {command} {found.choice.smaller:g}")
+
+
+def _list_doubtful(
+    count: int, model: start.Evaluated, given: list[str], out: Path | None, threads: int | None
+) -> None:
+    others = ("merged", "release", "url", "finetuned", "checkpoint", "lora")
+    given += [name for name in others if getattr(model, name)]
+    if given:
+        raise RAdapterError(
+            f"doubtful and {', '.join(given)} don't go together: it looks at the training images of"
+            " a run"
+        )
+    found, files = start.doubtful(
+        model.adapter,
+        count,
+        base=model.base,
+        pretrained=model.pretrained,
+        precision=model.precision,
+        device=model.device,
+        out=out,
+        threads=threads,
+        progress=True,
+    )
+    table = Table(title="Labels in doubt, the most doubtful first")
+    for column in ("image", "label", "the base says", "the run says"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        table.add_row(*map(escape, (one.image, one.label, one.base_says, one.run_says)))
+    screen = Console()
+    screen.print(table)
+    _print(screen, *(f"wrote {file}" for file in files))
 
 
 def _print(console: Console, *lines: str) -> None:

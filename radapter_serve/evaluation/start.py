@@ -22,6 +22,7 @@ from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
+    from radapter_serve.evaluation.doubtful import Doubtful
     from radapter_serve.evaluation.embedder import Embedder
     from radapter_serve.evaluation.suite import Suite
 
@@ -259,9 +260,62 @@ def evaluate(
         return _evaluate(subject, path, alphas, tests, results, options, say, auto=auto)
 
 
+@one_line()
+def doubtful(
+    adapter: Place | None = None,
+    count: int = 50,
+    *,
+    base: str | None = None,
+    pretrained: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str | None = None,
+    out: Place | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> tuple[list[Doubtful], list[Path]]:
+    """Find the training images of a run whose label both the base and the run doubt, as
+    `radapter-eval --doubtful` does.
+
+    Args:
+        adapter: a run of labelled images, its folder or adapter file; the newest run in ./runs if
+            none is given.
+        count: images at most, 1 or more.
+        base, pretrained, precision, device, threads, progress: as of `evaluate`.
+        out: folder for `doubtful.csv` and `doubtful.png`; results/RUN/training if none is given.
+
+    Returns:
+        The images, the most doubtful first, and the files.
+
+    Raises:
+        RAdapterError: a value won't do, the run has no images with one label each, or they can't be
+            read.
+    """
+    if count < 1:
+        raise RAdapterError(f"doubtful is {count}; allowed: 1 image or more")
+    limit_threads(threads)
+    path = Path(adapter) if adapter else newest_run()
+    from radapter_serve.evaluation.doubtful import find_doubtful  # torch takes seconds to load
+
+    folder = Path(out) if out else _results_of(Evaluated().name(path), "training")
+    with status(Console(stderr=True), show=progress) as say:
+        return find_doubtful(
+            path,
+            count,
+            folder,
+            base=base,
+            pretrained=pretrained,
+            precision=precision,
+            device=device,
+            say=say,
+        )
+
+
 def default_out(model: str, tests: Suite | None) -> Path:
     """The folder of the results of a model on a suite, or on its own validation data."""
-    parts = (model, tests.name if tests else "validation")
+    return _results_of(model, tests.name if tests else "validation")
+
+
+def _results_of(*parts: str) -> Path:
     return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in parts))
 
 

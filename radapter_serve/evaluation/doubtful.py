@@ -1,0 +1,206 @@
+"""Training images whose label both the base and the tuned model doubt: the first to look at for
+wrong labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from radapter_serve.adapter import load_adapter
+from radapter_serve.data import Labelled, run_data
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.evaluate import evaluate_scored
+from radapter_serve.evaluation.evaluation_set import first_names
+from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.sets import classification_set
+from radapter_serve.evaluation.suite import Entry
+from radapter_serve.evaluation.torch_embedder import Precision, from_adapter
+from radapter_serve.files import staged
+
+MAX_SHOWN = 48  # images of a picture
+_COLUMNS = 8
+_MAX_SCORES = 250_000_000  # of an image and a class, by each of two models
+_FIELDS = ("image", "label", "base_says", "run_says", "base_margin", "run_margin")
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """A training image whose label is in doubt.
+
+    Attributes:
+        image: what the data calls it, such as its path.
+        label: of the data, by the first name of its class.
+        base_says, run_says: the class that the base and the run find best, of the others.
+        base_margin, run_margin: how much higher the cosine of that class is than the label's;
+            negative where the label is higher.
+        number: of the image in the data.
+    """
+
+    image: str
+    label: str
+    base_says: str
+    run_says: str
+    base_margin: float
+    run_margin: float
+    number: int
+
+
+def margins(cosines: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+    """How much higher the best other class of each image is than its label, and that class.
+
+    Args:
+        cosines: [N, C], of two classes or more.
+        labels: [N].
+
+    Returns:
+        float32 [N] and int64 [N].
+    """
+    rows = np.arange(len(labels))
+    others = cosines.copy()
+    others[rows, labels] = -np.inf
+    best = others.argmax(axis=1)
+    return others[rows, best] - cosines[rows, labels], best
+
+
+def doubts(base: Floats, tuned: Floats, labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    """How much both models doubt each label: the smaller of their two margins.
+
+    Args:
+        base, tuned: cosines by the base and by the tuned model, [N, C].
+        labels: [N].
+
+    Returns:
+        float32 [N]; positive where both find another class better.
+    """
+    return np.minimum(margins(base, labels)[0], margins(tuned, labels)[0])
+
+
+def find_doubtful(
+    adapter: str | Path,
+    count: int,
+    out: Path,
+    *,
+    alpha: float = 1.0,
+    base: str | None = None,
+    pretrained: str | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Doubtful], list[Path]]:
+    """Find the training images whose label is most in doubt, and write `doubtful.csv` and
+    `doubtful.png`.
+
+    Args:
+        adapter: folder of a run of labelled images, or its adapter file.
+        count: images at most.
+        out: folder for the files.
+        alpha: of the tuned model.
+        base, pretrained, precision, device: as of `from_adapter`.
+        say: called with a line about the progress.
+
+    Returns:
+        The images, the most doubtful first, and the files.
+
+    Raises:
+        RAdapterError: the run has no labelled images with one label each, or they can't be read.
+    """
+    metadata = load_adapter(adapter).metadata
+    source = metadata.source
+    if metadata.task != "classification" or not source.data:
+        raise RAdapterError(
+            f"doubtful is for runs of labelled images; {adapter} was trained for {metadata.task}"
+            f"{'' if source.data else ', and does not say from what'}"
+        )
+    # What the run held out may have wrong labels, too.
+    plain = dataclasses.replace(source, val_data=None, val_fraction=0.0, streaming=False)
+    say(f"reading {source.data}")
+    data, _ = run_data(plain)
+    assert isinstance(data, Labelled)
+    if data.several:
+        raise RAdapterError(
+            f"doubtful needs one label an image, and {source.data} may have several"
+        )
+    entry = Entry(source.data, name=source.data, exif_orientation=source.exif_orientation)
+    images = classification_set(entry, data)
+    scores = len(images) * len(images.classes)
+    if scores > _MAX_SCORES:
+        raise RAdapterError(
+            f"{source.data} has {len(images):,} images of {len(images.classes):,} classes, which"
+            f" are {scores:,} scores; at most {_MAX_SCORES:,} are kept, so name a part of it as"
+            " the data of a run"
+        )
+    embedder = from_adapter(
+        adapter,
+        [0.0, alpha],
+        base=base,
+        pretrained=pretrained,
+        precision=precision,
+        device=device,
+    )
+    try:
+        first, second = evaluate_scored(
+            embedder, images, progress=lambda done, n: say(f"{done} of {n} images by both models")
+        )
+    finally:
+        embedder.close()
+    assert first.cosines is not None and second.cosines is not None
+    found = _ranked(images, first.cosines, second.cosines, count)
+    return found, [_write(found, out / "doubtful.csv"), _draw(found, images, out / "doubtful.png")]
+
+
+def _ranked(images: ClassificationSet, base: Floats, tuned: Floats, count: int) -> list[Doubtful]:
+    names = first_names(images.classes)
+    base_margins, base_best = margins(base, images.labels)
+    run_margins, run_best = margins(tuned, images.labels)
+    order = np.argsort(-doubts(base, tuned, images.labels), kind="stable")[:count]
+    return [
+        Doubtful(
+            images.images[number].name,
+            names[images.labels[number]],
+            names[base_best[number]],
+            names[run_best[number]],
+            round(float(base_margins[number]), 4),
+            round(float(run_margins[number]), 4),
+            number,
+        )
+        for number in order.tolist()
+    ]
+
+
+def _write(found: Sequence[Doubtful], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(_FIELDS)
+        table.writerows([getattr(one, name) for name in _FIELDS] for one in found)
+    return path
+
+
+def _draw(found: Sequence[Doubtful], images: ClassificationSet, path: Path) -> Path:
+    shown = found[:MAX_SHOWN]
+    rows = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(1.7 * _COLUMNS, 2.1 * rows), dpi=100, layout="constrained")
+    for place, one in enumerate(shown, 1):
+        axes = figure.add_subplot(rows, _COLUMNS, place)
+        with Image.open(io.BytesIO(images.images[one.number]())) as image:
+            image.thumbnail((200, 200))
+            axes.imshow(image.convert("RGB"))
+        axes.axis("off")
+        says = (
+            one.run_says if one.run_says == one.base_says else f"{one.base_says} / {one.run_says}"
+        )
+        axes.set_title(f"{one.label[:22]}\nor {says[:22]}?", fontsize=7)
+    with staged(path) as part:
+        figure.savefig(part, format="png")
+    return path
