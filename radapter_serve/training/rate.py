@@ -27,8 +27,8 @@ from radapter_serve.training.recipe import Recipe
 from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import answers
 
-START = (5e-4 / 3, 5e-4, 1.5e-3)  # around the paper's
-RATIO = 3.0
+GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+START = GRID[3:6]  # around the paper's 5e-4
 SHARE = 4  # a short run has one of so many steps
 WIDENINGS = 3  # with the start and a second seed, seven short runs: 1.75 times the cost of the run
 
@@ -148,14 +148,15 @@ def wider(tried: Sequence[Tried]) -> float | None:
     """The rate to try next: beyond the edge of the grid where the best is, or none.
 
     Args:
-        tried: short runs of one seed.
+        tried: short runs of one seed, at rates of `GRID`.
     """
     best = _best(tried).learning_rate
+    place = GRID.index(best)
     rates = [one.learning_rate for one in tried]
-    if best == max(rates):
-        return best * RATIO
-    if best == min(rates):
-        return best / RATIO
+    if best == max(rates) and best < GRID[-1]:
+        return GRID[place + 1]
+    if best == min(rates) and best > GRID[0]:
+        return GRID[place - 1]
     return None
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from radapter_serve import RAdapterError, load_adapter, train
 from radapter_serve.cli.train import main as train_command
 from radapter_serve.training import Recipe
-from radapter_serve.training.rate import RATIO, START, Tried, lowest, wider
+from radapter_serve.training.rate import START, Tried, lowest, wider
 from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand
 from tests.helpers.short_run import short_run
 
@@ -38,11 +38,14 @@ def test_the_lowest_rate_within_a_standard_error_of_the_best_is_taken() -> None:
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
-    low, middle, high = (tried(rate, 50) for rate in (1e-4, 1e-3, 1e-2))
-    better = dataclasses.replace(tried(0, 60))
-    assert wider([low, dataclasses.replace(better, learning_rate=1e-3), high]) is None
-    assert wider([dataclasses.replace(better, learning_rate=1e-4), middle, high]) == 1e-4 / RATIO
-    assert wider([low, middle, dataclasses.replace(better, learning_rate=1e-2)]) == 1e-2 * RATIO
+    def best_at(best: float) -> list[Tried]:
+        return [tried(rate, 60 if rate == best else 50) for rate in START]
+
+    assert wider(best_at(5e-4)) is None
+    assert wider(best_at(1.5e-4)) == 5e-5
+    assert wider(best_at(1.5e-3)) == 5e-3
+    assert wider([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
+    assert wider([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
 
 
 @pytest.fixture
