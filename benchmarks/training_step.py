@@ -22,12 +22,13 @@ from common import CLASS_NAMES, RESULTS, Process, Report, alternate, ratio, say
 from radapter_serve.adapter import attach
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
-from radapter_serve.training.loss import mpm_nce
+from radapter_serve.training.loss import distance_to_base, mpm_nce
 
 FULL = "full fine-tuning"
 Form = Literal["activation", "weight"]
 ADAPTERS: dict[str, tuple[Form, int | None]] = {
     "activation form, full rank": ("activation", None),
+    "activation form, full rank, preserve": ("activation", None),
     "weight form, full rank": ("weight", None),
     "activation form, rank 4": ("activation", 4),
     "weight form, rank 4": ("weight", 4),
@@ -61,6 +62,7 @@ class Step:
             [f"a photo of a {label}." for label in CLASS_NAMES]
         )
         self.average = None
+        self.preserve = name.endswith("preserve")
         trained = self.model
         if name != FULL:
             form, rank = ADAPTERS[name]
@@ -90,6 +92,12 @@ class Step:
             loss = mpm_nce(
                 images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02
             )
+            if self.preserve:
+                self.adapters.alpha = 0.0
+                with torch.no_grad():
+                    base_embeds = encode_image(self.model, pixels)
+                self.adapters.alpha = 1.0
+                loss = loss + 10 * distance_to_base(images, base_embeds)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
