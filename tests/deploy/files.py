@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BOARD = DEPLOY / "grafana" / "boards" / "radapter.json"
 RULES = DEPLOY / "prometheus-rules.yaml"
+CHART = DEPLOY / "kubernetes" / "chart"
 
 
 def documents(path: Path) -> list[Any]:
@@ -25,6 +27,16 @@ def document(path: Path) -> Any:
     """The one document of a YAML file."""
     (one,) = documents(path)
     return one
+
+
+def rendered(values: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """The objects of the Helm chart by kind and name, for values in place of its own."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        texts = chart.render(values, name="radapter", namespace="radapter").values()
+    found = [one for text in texts for one in yaml.safe_load_all(text) if one]
+    objects = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    assert len(objects) == len(found)
+    return objects
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:

@@ -1,69 +1,36 @@
-"""The Kubernetes objects: valid by Kubernetes' own schemas, and in agreement with each other and
-with the images.
+"""The Kubernetes objects of the Helm chart: valid by Kubernetes' own schemas, and in agreement with
+each other and with the images.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+from helm_python.errors import HelmError
 
-from tests.deploy.files import DEPLOY, command, document, documents, instructions
+import radapter_serve
+from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
 
 FOLDER = DEPLOY / "kubernetes"
 Objects = dict[tuple[str, str], Any]
-KEYED = {
-    "containers": "name",
-    "env": "name",
-    "ports": "containerPort",
-    "volumes": "name",
-    "volumeMounts": "mountPath",
+VALUES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "a GPU": {
+        "server": {"gpus": 1, "cpu": "4", "memory": "16Gi", "args": ["--runtime", "onnxruntime"]},
+        "gateway": {"replicas": 3, "apiKeysSecret": "keys"},
+        "storage": {"existingClaim": "shared"},
+        "images": {"server": "registry.example/serve", "tag": "v1.0.0"},
+    },
 }
 
 
-def merged(object_: Any, patch: Any, key: str = "") -> Any:
-    """A strategic merge, as far as the patches here need it."""
-    if isinstance(object_, dict) and isinstance(patch, dict):
-        return {
-            **object_,
-            **{name: merged(object_.get(name), value, name) for name, value in patch.items()},
-        }
-    if isinstance(object_, list) and key in KEYED:
-        by = {one[KEYED[key]]: one for one in object_}
-        assert {one[KEYED[key]] for one in patch} <= set(by), f"the patch adds to {key}"
-        for one in patch:
-            by[one[KEYED[key]]] = merged(by[one[KEYED[key]]], one)
-        return [*by.values()]
-    return patch
-
-
-def built(folder: Path) -> Objects:
-    """The objects of a kustomization."""
-    kustomization = document(folder / "kustomization.yaml")
-    objects: Objects = {}
-    for name in kustomization["resources"]:
-        path = folder / name
-        found = (
-            built(path)
-            if path.is_dir()
-            else {(one["kind"], one["metadata"]["name"]): one for one in documents(path)}
-        )
-        assert not objects.keys() & found.keys()
-        objects |= copy.deepcopy(found)
-    for patch in kustomization.get("patches", []):
-        for one in documents(folder / patch["path"]):
-            key = one["kind"], one["metadata"]["name"]
-            objects[key] = merged(objects[key], one)
-    return objects
-
-
-@pytest.fixture(scope="module", params=["base", "gpu"])
+@pytest.fixture(scope="module", params=VALUES)
 def objects(request: pytest.FixtureRequest) -> Objects:
-    return built(FOLDER / request.param)
+    return rendered(VALUES[request.param])
 
 
 def pods(objects: Objects) -> Iterator[tuple[str, Any]]:
@@ -175,3 +142,57 @@ def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes(objects: Objects
     (rule,) = document(FOLDER / "prometheus-adapter.yaml")["rules"]["custom"]
     assert spec["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
     assert "replicas" not in objects["Deployment", "server"]["spec"], "two would decide how many"
+
+
+def test_values_reach_what_they_name() -> None:
+    plain, objects = rendered({}), rendered(VALUES["a GPU"])
+    spec = objects["Deployment", "server"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["image"] == "registry.example/serve:v1.0.0"
+    assert container["args"] == [*command("server"), "--runtime", "onnxruntime"]
+    assert container["resources"] == {
+        "requests": {"cpu": "4", "memory": "16Gi"},
+        "limits": {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": 1},
+    }
+    assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+    found = [one.get("persistentVolumeClaim") for one in spec["volumes"]]
+    claims = [one for one in found if one]
+    assert claims == [{"claimName": "shared"}]
+    assert ("PersistentVolumeClaim", "models") in plain
+    assert not [name for kind, name in objects if kind == "PersistentVolumeClaim"]
+    gateway = objects["Deployment", "gateway"]["spec"]
+    assert gateway["replicas"] == 3
+    secrets = [one["secret"] for one in gateway["template"]["spec"]["volumes"] if "secret" in one]
+    assert [one["secretName"] for one in secrets] == ["keys"]
+    (container,) = plain["Deployment", "server"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "radapter-server:latest" and "args" not in container
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sever": {}}, "'sever' not allowed"),
+        ({"server": {"gpus": 2}}, "/server/gpus"),
+        ({"server": {"minReplicas": 0}}, "/server/minReplicas"),
+        ({"server": {"memory": "much"}}, "/server/memory"),
+        ({"gateway": {"apiKeysSecret": "a b"}}, "/gateway/apiKeysSecret"),
+        ({"images": {"tag": "a: b"}}, "/images/tag"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmError, match=message):
+        rendered(values)
+
+
+def test_every_value_is_described_and_used() -> None:
+    chart = document(CHART / "Chart.yaml")
+    assert chart["version"] == chart["appVersion"] == radapter_serve.__version__
+    schema = document(CHART / "values.schema.json")["properties"]
+    templates = "".join(path.read_text("utf-8") for path in (CHART / "templates").iterdir())
+    page = (DEPLOY.parent / "docs" / "deploying.md").read_text(encoding="utf-8")
+    for name, value in document(CHART / "values.yaml").items():
+        for inner in value if isinstance(value, dict) else [""]:
+            assert not inner or inner in schema[name]["properties"]
+            full = f"{name}.{inner}".rstrip(".")
+            assert f".Values.{full}" in templates and f"`{full}`" in page

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.files import DEPLOY, RULES, document, documents, expressions, metrics
+from tests.deploy.files import RULES, document, expressions, metrics, rendered
 
 Labels = dict[str, set[str]]
 
@@ -107,6 +107,5 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
 
 def _probes() -> set[str]:
     """The paths that Kubernetes asks the server for."""
-    deployment, *_ = documents(DEPLOY / "kubernetes" / "base" / "server.yaml")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (container,) = rendered({})["Deployment", "server"]["spec"]["template"]["spec"]["containers"]
     return {container[name]["httpGet"]["path"] for name in container if name.endswith("Probe")}
