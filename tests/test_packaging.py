@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -83,6 +84,28 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     ):
         assert f"radapter_serve/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_a_wheel_and_an_sdist_are_fit_for_an_index(tmp_path: Path) -> None:
+    """Built twice and compared by .ci/build, which also asks twine."""
+    subprocess.run([ROOT / ".ci" / "build", tmp_path], check=True, timeout=600)
+    (wheel,) = tmp_path.glob("*.whl")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    packed = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in packed if "dist-info" not in name} == {
+        "radapter_client",
+        "radapter_export",
+        "radapter_serve",
+    }
+    with tarfile.open(sdist) as file:
+        names = [name.partition("/")[2] for name in file.getnames()]
+    assert {name.partition("/")[0] for name in names} == {
+        *("radapter_serve", "export", "clients", "model_repository", "recipes"),
+        *("CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "SECURITY.md"),
+        *("pyproject.toml", ".gitignore"),
+    }
+    assert max(wheel.stat().st_size, sdist.stat().st_size) < 15e6
 
 
 @pytest.mark.slow
