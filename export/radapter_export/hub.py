@@ -248,6 +248,19 @@ def _refusals(what: str, so: str) -> Iterator[None]:
         raise RAdapterError(f"{what}: {refused(error)} ({so})") from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning where a repository holds another kind of model, which is no mistake."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _inside(folder: Path, at: str, without: tuple[str, ...]) -> dict[str, Path | bytes]:
     """The files of a folder by their names on the hub, where the card is another one."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
@@ -273,7 +286,7 @@ def _fetch(name: str) -> Path:
 
     repository, revision = split_revision(name)
     try:
-        with from_hub_or_cache():
+        with from_hub_or_cache(), _quiet():
             return Path(
                 snapshot_download(repository, revision=revision, allow_patterns=[f"{RELEASE}/*"])
             )

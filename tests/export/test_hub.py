@@ -268,7 +268,9 @@ def test_what_can_not_be_served(
     hub.commit(NAME, {"config.json": b"{}"})
     hub.answers = answers
     assert serve([name, "--engine", "process"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err
+    assert "No files matched" not in said
+    error = said.strip().splitlines()[-1]
     assert error.startswith("radapter-serve: error: ") and message in error
 
 
