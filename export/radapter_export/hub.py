@@ -7,6 +7,7 @@ and the code of its models are made anew where it arrives, so nothing of the hub
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -251,14 +252,13 @@ def _refusals(what: str, so: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without a warning where a repository holds another kind of model, which is no mistake."""
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logger.setLevel(before)
 
 
 def _inside(folder: Path, at: str, without: tuple[str, ...]) -> dict[str, Path | bytes]:
