@@ -18,6 +18,7 @@ from ._wire import Array, text_array
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
 MAX_PARTS = 16  # of a search: texts, images and ids
+EXAMPLE_WEIGHT = 0.5  # of a label's examples beside its text
 CALIBRATED = "calibrated"  # the least score that the release was exported with
 
 
@@ -53,7 +54,7 @@ def label_inputs(
 def example_inputs(
     labels: Sequence[str],
     examples: Mapping[str, ImageLike | Sequence[ImageLike]],
-    weight: float | None,
+    weight: float | Mapping[str, float] | None,
     shrink_to: int | None,
 ) -> dict[str, Array]:
     """Images that show some of the labels.
@@ -61,7 +62,8 @@ def example_inputs(
     Args:
         labels: of the request.
         examples: of each label that has some, by its name in `labels`.
-        weight: of examples beside texts, in [0, 1]; None for the server's own.
+        weight: of examples beside texts, in [0, 1], for all labels or by label; None, and for a
+            label that has none, the server's own.
         shrink_to: as of `encode_small`.
     """
     images: list[bytes] = []
@@ -78,7 +80,22 @@ def example_inputs(
     if not images:
         raise bad_argument('no examples: give some, such as {"a mug": ["mug.jpg"]}, or None')
     inputs = {"examples": text_array(images), "example_labels": np.array(places, np.int32)}
+    if isinstance(weight, Mapping):
+        return inputs | {"example_weight": _weights_by_label(weight, labels, examples)}
     return inputs | fraction_inputs(example_weight=weight)
+
+
+def _weights_by_label(
+    weights: Mapping[str, float], labels: Sequence[str], examples: Mapping[str, Any]
+) -> Array:
+    """A weight for each label."""
+    for name in weights:
+        if name not in examples:
+            raise bad_argument(f"example_weight has {name!r:.80}, which has no examples")
+    return np.array(
+        [_fraction("example_weight", weights.get(name, EXAMPLE_WEIGHT)) for name in labels],
+        np.float32,
+    )
 
 
 def fraction_inputs(**given: float | None) -> dict[str, Array]:

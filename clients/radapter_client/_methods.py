@@ -124,7 +124,7 @@ class BaseClient(Generic[W]):
         calibrated: bool = False,
         unknown: float | None = None,
         examples: Mapping[str, ImageLike | Sequence[ImageLike]] | None = None,
-        example_weight: float | None = None,
+        example_weight: float | Mapping[str, float] | None = None,
         timeout: float | None = None,
     ) -> Answer[list[Classification]]:
         """The best labels of an image, or of each of a list of images: a `Classification`, or a
@@ -136,8 +136,10 @@ class BaseClient(Generic[W]):
                 server turns an image by its EXIF
                 orientation, unless its release says otherwise.
             labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
-                label.
-            label_set: instead of labels, the name of a set that was exported with the release.
+                label. The first request with new ones waits until they are embedded; more than
+                some hundred (times templates) that stay the same are better a label set.
+            label_set: instead of labels, the name of a set that was exported with the release
+                (radapter-export --label-set).
             templates: prompts with {} for the label; None for the release's own.
             top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label
                 for all.
@@ -152,8 +154,8 @@ class BaseClient(Generic[W]):
                 fits: the answer is then "unknown" alone. Needs calibrated scores.
             examples: images that show some of the labels, by label; without labels, its keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
-            example_weight: weight of a label's examples beside its text, in [0, 1]; 1 leaves the
-                text out, None is 0.5.
+            example_weight: weight of a label's examples beside its text, in [0, 1], for all labels
+                or by label; 1 leaves the text out, 0.5 is taken where none is given.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:

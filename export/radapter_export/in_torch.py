@@ -179,10 +179,12 @@ def _as_told(release: Release, told: Release, base: Base, dense: str | None) -> 
         adapter_digest=told.adapter_digest,
         adapters=told.adapters,
         templates=told.templates,
-        preprocess={
-            **release.preprocess,
-            "exif_orientation": told.preprocess.get("exif_orientation", True),
-        },
+        preprocess=preprocess_facts(
+            base,
+            exif_orientation=told.preprocess.get("exif_orientation", True),
+            fast_decode=told.preprocess.get("fast_decode", False),
+        ),
+        fast_decode=told.fast_decode,
         crop=told.crop,
         dense=dense_facts(base, way),
         confidence=told.confidence,

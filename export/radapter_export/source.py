@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_export.change import ALPHA_IS_FOLDED, AdapterChange, Change, LineChange
+from radapter_export.label_sets import LabelFile, Shown, read_label_set
 from radapter_export.settings import CLASSES, OWN, ExportSettings
 from radapter_serve.adapter import Adapter, Metadata, average_adapters, load_adapter
 from radapter_serve.adapter.checkpoint import load_checkpoint
@@ -20,7 +21,7 @@ from radapter_serve.adapter.lora import load_lora
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.labels import check_labels, read_label_file, split_label
+from radapter_serve.contract.labels import check_labels, split_label
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.errors import RAdapterError
@@ -40,6 +41,7 @@ class Source:
         way: how patches are embedded; None if they are not.
         templates: prompt templates.
         label_sets: labels, with their synonyms, by the name of their label set.
+        shown: images that show labels of some label sets, by its name.
         exif_orientation: whether images are turned as their EXIF says.
         curve: of each α what validation data said, where α was chosen; see `Choice`.
     """
@@ -54,6 +56,7 @@ class Source:
     label_sets: dict[str, list[str]]
     exif_orientation: bool
     curve: list[dict[str, float]] = field(default_factory=list)
+    shown: dict[str, Shown] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -107,6 +110,11 @@ class Source:
         dynamic_alpha: bool,
     ) -> Source:
         way = settings.dense or meta.source.dense
+        files = {
+            name: read_label_set(path, dynamic_alpha=dynamic_alpha)
+            for name, path in settings.label_sets.items()
+            if _check_name(name)
+        }
         return cls(
             metadata=meta,
             adapter=adapter,
@@ -117,7 +125,8 @@ class Source:
             templates=templates_of(
                 meta.templates if settings.templates is None else settings.templates
             ),
-            label_sets=_label_sets(settings.label_sets, meta.classes),
+            label_sets=_label_sets(files, settings.label_sets, meta.classes),
+            shown={name: file.shown for name, file in files.items() if file.shown is not None},
             exif_orientation=settings.exif_orientation and meta.source.exif_orientation,
         )
 
@@ -181,9 +190,11 @@ def _tuned(settings: ExportSettings) -> Tuned:
 
 
 def _label_sets(
-    files: Mapping[str, str | Path], classes: Sequence[str] | None
+    files: Mapping[str, LabelFile],
+    paths: Mapping[str, str | Path],
+    classes: Sequence[str] | None,
 ) -> dict[str, list[str]]:
-    label_sets = {name: read_label_file(path) for name, path in files.items() if _check_name(name)}
+    label_sets = {name: file.labels for name, file in files.items()}
     if classes and CLASSES not in label_sets:
         first: dict[
             str, str
@@ -195,7 +206,7 @@ def _label_sets(
         try:
             check_labels(labels)
         except TaskError as error:
-            where = files.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
+            where = paths.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
             raise RAdapterError(f"{where}: {error.message}") from error
     return label_sets
 

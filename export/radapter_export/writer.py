@@ -24,9 +24,11 @@ from radapter_export.card import card_of
 from radapter_export.change import Change, Reference
 from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.facts import dense_facts, preprocess_facts
+from radapter_export.fast_decode import measure_fast_decode
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
+from radapter_export.label_sets import MAX_SHOWN, Shown
 from radapter_export.merged import Merged
 from radapter_export.quantization import quantize
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
@@ -36,16 +38,22 @@ from radapter_export.source import Source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import logit_scale_and_bias
-from radapter_serve.contract.alpha import Encode, at
+from radapter_serve.contract.alpha import Encode, at, single
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.contract.probabilities import SAME, indistinguishable
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
+from radapter_serve.tasks.classify import EmbedImages
+from radapter_serve.tasks.examples import ByExample
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.tasks.label_store import LabelStore
 
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
@@ -126,19 +134,19 @@ class Writer:
         with disk_errors(repository.folder):
             self._make_folders(version)
             samples = self._samples(alpha)
-            graphs, encode_texts = self._write_graphs(version, alpha, folded, samples)
+            graphs, encoders = self._write_graphs(version, alpha, folded, samples)
             others = self._write_forms(name, alpha, folded, samples)
-            label_sets = self._write_label_sets(version, encode_texts)
-            release = self._describe(version, alpha, folded, label_sets.facts, graphs)
+            release = self._describe(version, alpha, folded, graphs)
+            label_sets = self._write_label_sets(release, encoders)
+            release = replace(
+                release,
+                label_sets=label_sets.facts,
+                fast_decode=self._fast_decode(release, encoders["image_encoder"], samples),
+            )
             self._save(release)
             measured = self._measure(release)
             if measured is not None:
-                confidence = measured.confidence
-                release = replace(
-                    release,
-                    accuracy=asdict(measured.accuracy),
-                    confidence=None if confidence is None else asdict(confidence),
-                )
+                release = measured.added_to(release)
                 self._save(release)  # again: what was measured is the release as it is written
         card = self.card if self.settings.card else None
         merged.add_release(name, release, card)
@@ -205,8 +213,8 @@ class Writer:
         alpha: float,
         folded: Mapping[str, Tensor],
         samples: Mapping[str, Samples],
-    ) -> tuple[list[Exported], Encode]:
-        """Write and check all graphs; also gives what embeds texts, by its graph."""
+    ) -> tuple[list[Exported], dict[str, Encoder]]:
+        """Write and check all graphs; also gives the encoders by name."""
         dynamic = self.source.dynamic_alpha
         weights = self.change.beside() if dynamic else folded
         exported = []
@@ -222,7 +230,7 @@ class Writer:
             agreement = compare(named, encoder, samples[graph.name], self.settings.bounds)
             exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
             encoders[graph.name] = encoder
-        return exported, at(encoders["text_encoder"], alpha if dynamic else None)
+        return exported, encoders
 
     def _write_graph(self, graph: Graph, weights: Mapping[str, Tensor], folder: Path) -> int:
         """Write a graph with its weights, and what the runtime makes of it; gives the size in
@@ -264,26 +272,38 @@ class Writer:
             samples = self._samples_at(_one_alpha(alpha), dynamic=False)
         return forms.write(name, alpha, folded, samples, self.say)
 
-    def _write_label_sets(self, version: int, encode: Encode) -> LabelSets:
+    def _write_label_sets(self, release: Release, encoders: Mapping[str, Encoder]) -> LabelSets:
         """Embed the labels, and write them for each task that uses them."""
         repository = self.outputs.repository
-        first, *others = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-        first.mkdir()
+        folders = [repository.staged(model, release.version) / "label_sets" for model in LABELLED]
+        for folder in folders:
+            folder.mkdir()
+        own = release.request_alpha(None, 1)
+        encode = at(encoders["text_encoder"], single(own))
         embed = LabelEmbedder(
             self.tokenizer.encode, encode, max_batch_size=self.settings.max_batch_size
         )
         templates = self.source.templates
-        facts = {}
+        facts: dict[str, dict[str, Any]] = {}
         warnings = []
         for name, labels in self.source.label_sets.items():
             found = embed(labels, templates, progress=self._labels_done(name, len(labels)))
-            path = first / f"{name}.npz"
-            found.save(path)
-            facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
+            shown = self.source.shown.get(name)
+            if shown is not None:
+                self.say(f"embedding the {len(shown.files)} examples of label set {name}")
+                found = _with_examples(found, shown, release, encoders["image_encoder"])
+            # Patches are compared with texts alone.
+            for folder in folders if shown is None else folders[LABELLED.index("classify") :]:
+                found.save(folder / f"{name}.npz")
+            facts[name] = {
+                "labels": len(labels),
+                "templates": templates,
+                "digest": digest_of(folders[-1] / f"{name}.npz"),
+            }
+            if shown is not None:
+                facts[name]["examples"] = len(shown.files)
             if alike := indistinguishable(found.labels, found.embeds):
                 warnings.append(_alike(name, alike))
-        for other in others:
-            shutil.copytree(first, other)
         return LabelSets(facts, warnings)
 
     def _labels_done(self, name: str, count: int) -> Callable[[int], None]:
@@ -292,6 +312,18 @@ class Writer:
 
         say(0)
         return say
+
+    def _fast_decode(
+        self, release: Release, encode: Encode, samples: Mapping[str, Samples]
+    ) -> dict[str, Any] | None:
+        """How far fast decoding moves embeddings; None where images are decoded whole."""
+        if not self.settings.fast_decode:
+            return None
+        self.say("comparing photos that are decoded at less than their size with whole ones")
+        images = samples["image_encoder"].inputs
+        own = single(release.request_alpha(None, 1))
+        preprocess = Preprocess.from_dict(release.preprocess)
+        return asdict(measure_fast_decode(images, preprocess, at(encode, own)))
 
     def _save(self, release: Release) -> None:
         """Write `release.json`, and the code of the models, into the release's folders."""
@@ -315,7 +347,6 @@ class Writer:
         version: int,
         alpha: float,
         folded: Mapping[str, Tensor],
-        label_sets: dict[str, dict[str, Any]],
         exported: Sequence[Exported],
     ) -> Release:
         source, settings = self.source, self.settings
@@ -332,7 +363,11 @@ class Writer:
             precision=settings.precision,
             quantization=self._quantization(),
             runtime=settings.served_by,
-            preprocess=preprocess_facts(self.base, exif_orientation=source.exif_orientation),
+            preprocess=preprocess_facts(
+                self.base,
+                exif_orientation=source.exif_orientation,
+                fast_decode=settings.fast_decode,
+            ),
             tokenizer=self.tokenizer.spec,
             embed_dim=self._width,
             dense=dense_facts(self.base, source.way),
@@ -340,7 +375,6 @@ class Writer:
             logit_scale=scale,
             logit_bias=bias,
             templates=source.templates,
-            label_sets=label_sets,
             max_batch_size=settings.max_batch_size,
             tools=_versions(settings.served_by),
             agreement={
@@ -365,12 +399,28 @@ def _one_alpha(alpha: float) -> list[NDArray[Any]]:
     return [np.full((batch, 1), alpha) for batch in BATCHES]
 
 
+def _with_examples(
+    label_set: LabelSet, shown: Shown, release: Release, encode_images: Encode
+) -> LabelSet:
+    """Mix examples into a label set; where α is an input, it keeps them for other α."""
+    examples = shown.examples(Preprocess.from_dict(release.preprocess))
+    images = EmbedImages(release, encode_images)
+    mix = ByExample(images.at, LabelStore(max_labels=MAX_SHOWN), "")
+    try:
+        mixed = mix(label_set, examples, release.request_alpha(None, 1))
+    except TaskError as error:
+        raise RAdapterError(error.message) from None
+    finally:
+        images.close()
+    return replace(mixed, examples=examples if release.dynamic_alpha else None)
+
+
 def _alike(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     """A warning about labels that can't be told apart."""
     shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
     more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
     return (
-        f"label set {name} has labels that the text tower can't tell apart (cosine above {SAME}),"
+        f"label set {name} has labels that the model can't tell apart (cosine above {SAME}),"
         f" so that an image scores them alike: {shown}{more}; name them by other words"
     )
 

@@ -51,8 +51,9 @@ def export(
             chosen one.
         adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given
             several times, the average of these adapters of one base is exported.
-        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a
-            line. The run's own classes become the label set "classes" by themselves.
+        label_set: NAME=FILE, classes whose embeddings become part of the release: text, a class a
+            line, or YAML, in which classes may have images. The run's own classes become the label
+            set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served:
             --runtime tensorrt.
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other
@@ -106,9 +107,22 @@ def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
                 soft_wrap=True,
             )
     for release in releases:
+        if fast := release.release.fast_decode:
+            out.print(f"Release {release.version}: {_fast_decode(fast)}", soft_wrap=True)
+        for name, facts in release.release.label_sets.items():
+            if "accuracy" in facts:
+                out.print(
+                    f"Release {release.version}: label set {name}, with its"
+                    f" {facts['examples']} examples: {facts['accuracy']:.2%} of the validation"
+                    " images get the right label",
+                    markup=False,
+                    soft_wrap=True,
+                )
+    for release in releases:
         if fitted := release.release.confidence:
             out.print(f"Release {release.version}: {_calibrated(fitted)}", soft_wrap=True)
-    if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
+    changed = settings.precision != "fp32" or settings.fast_decode
+    if changed and settings.validation is None and not releases[-1].accuracy:
         out.print(
             "No task accuracy was measured: the run has no validation data here; give some with"
             " --validation DATA"
@@ -140,6 +154,16 @@ def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def _fast_decode(fast: Mapping[str, Any]) -> str:
+    """A sentence about large photos that are decoded at less than their size."""
+    said = (
+        "large photos are decoded fast: embeddings have a cosine of at least"
+        f" {fast['min_cosine']:.5f} with those of exact decoding, on the check images"
+    )
+    count = fast.get("validation_images")
+    return said if count is None else f"{said}; {count} of the validation images are so large"
 
 
 def _calibrated(fitted: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from radapter_serve.contract.errors import redact
 from radapter_serve.release.tensors import Tensor, tensors_of
 
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
-_OF_USERS = ("templates", "label_sets")  # texts, in which a slash is no path
+_OF_USERS = ("templates",)  # texts, in which a slash is no path
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from radapter_serve.contract.names import names_of
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
+MAX_PAGES = 16  # of 60 hits at most: pages reach the 1,000 nearest
 _LABELS = "a cat\na dog\na house\na tree\na car"
 _PARTS = "sky\ngrass\na house\na tree\na person"
 
@@ -130,6 +131,7 @@ def _search(client: Client, picture: Any) -> Any:
     with gradio.Row():
         index = gradio.Dropdown([""], label="Index", allow_custom_value=True, elem_id="index")
         count = gradio.Slider(1, 60, 12, step=1, label="How many")
+        page = gradio.Slider(1, MAX_PAGES, 1, step=1, label="Page", elem_id="page")
         least = gradio.Slider(
             -1, 1, -1, step=0.01, label="Pictures with a lower score are left out", elem_id="least"
         )
@@ -140,12 +142,15 @@ def _search(client: Client, picture: Any) -> Any:
     gallery = gradio.Gallery(label="Found", columns=4, elem_id="found")
     took = gradio.Markdown(elem_id="found-took")
 
-    def search(index: str, count: float, least: float, **query: Any) -> tuple[Any, str]:
+    def search(
+        index: str, count: float, page: float, least: float, **query: Any
+    ) -> tuple[Any, str]:
         start = time.perf_counter()
         hits = client.search(
             **query,
             index=index or "",
             top_k=int(count),
+            offset=int(count) * (int(page) - 1),
             min_score=None if least == -1 else least,
             thumbnails=True,
         )
@@ -170,7 +175,7 @@ def _search(client: Client, picture: Any) -> Any:
         return search(*options, text=text, image=Path(file))
 
     answers = [gallery, took]
-    options = [index, count, least]
+    options = [index, count, page, least]
     gradio.on([by_text.click, text.submit], told(search_text), [text, *options], answers)
     by_picture.click(told(search_picture), [picture, *options], answers)
     by_both.click(told(search_both), [picture, text, *options], answers)

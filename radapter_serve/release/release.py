@@ -25,6 +25,7 @@ _OPTIONAL = (
     "quantization",
     "accuracy",
     "confidence",
+    "fast_decode",
 )  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
@@ -62,13 +63,18 @@ class Release:
         runtime: what runs the encoders.
         dense: way and grid of `patch_encoder`; None where there is none.
         crop: how masks are shown to the image encoder: padding, square, fill.
-        label_sets: of each its number of labels, templates and digest, by name.
+        label_sets: of each its number of labels, templates and digest, by name; of one with labels
+            by example also the number of examples, and its own accuracy and confidence where
+            validation data has its labels.
         max_batch_size: rows of a batch.
         tools: versions of what made it, by name.
         created: time in UTC, ISO 8601.
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
         confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not
             fitted.
+        fast_decode: max_error and min_cosine of embeddings of photos that are decoded at less than
+            their size, against whole ones; `validation_images`, how many of the validation data are
+            decoded so, where there is some. None where all are decoded whole.
         format: version of this format.
     """
 
@@ -98,6 +104,7 @@ class Release:
     created: str = ""
     accuracy: dict[str, Any] | None = None
     confidence: dict[str, Any] | None = None
+    fast_decode: dict[str, Any] | None = None
     format: int = FORMAT
 
     @property
@@ -183,3 +190,12 @@ class Release:
         except (OSError, ValueError, RecursionError) as error:
             raise RAdapterError(f"could not read {path}: {error}") from error
         return cls.from_dict(facts)
+
+
+def by_example(label_set: Mapping[str, Any]) -> bool:
+    """Whether labels of a label set have examples.
+
+    Args:
+        label_set: an entry of `Release.label_sets`.
+    """
+    return bool(label_set.get("examples"))

@@ -22,12 +22,12 @@ from radapter_serve.contract.preprocess import Preprocess, decode_into
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.examples import ByExample, Examples, read_examples
-from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.tasks.examples import ByExample, read_examples
+from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome, run_good
 from radapter_serve.tasks.scored_mask import finite
-from radapter_serve.tasks.scores import UNKNOWN, Scores, Scoring, one_value
+from radapter_serve.tasks.scores import UNKNOWN, Scores, Scoring
 
 # Images that the encoder takes at once while the next are decoded. On a CPU more are slower: what
 # lies between the layers no longer fits in its cache.
@@ -206,7 +206,8 @@ class ClassifyRequest:
         examples: encoded images that show the labels, or None; an image whose examples are all
             empty has those of the image before.
         example_labels: places of the examples' labels, from 0.
-        example_weight: of the examples of a label beside its text, or None for half.
+        example_weight: of the examples of a label beside its text, one number for all labels or one
+            for each; or None for half.
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
@@ -222,7 +223,7 @@ class ClassifyRequest:
     unknown: Sequence[float] | None = None
     examples: Sequence[Sequence[bytes]] | None = None
     example_labels: Sequence[Sequence[int]] | None = None
-    example_weight: Sequence[float] | None = None
+    example_weight: Sequence[ArrayLike] | None = None
     cancelled: Cancelled | None = None
 
 
@@ -256,8 +257,8 @@ class Classify:
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._embed_images = embed_images
-        self._label_source = LabelSource(release, embed_labels, label_sets)
         self._by_example = ByExample(embed_images.at, embed_labels.store, embed_labels.release)
+        self._label_source = LabelSource(release, embed_labels, label_sets, self._by_example)
         self._request_alpha = release.request_alpha
         self._scoring = Scoring(release)
 
@@ -275,13 +276,7 @@ class Classify:
 
     def _plan(self, request: ClassifyRequest) -> _Plan:
         alpha = self._request_alpha(request.alpha, len(request.images))
-        weight = one_value(
-            "example_weight",
-            request.example_weight,
-            lambda value: 0 <= value <= 1,
-            "one number from 0 (the text alone) to 1 (the examples alone)",
-        )
-        examples = read_examples(request.examples, request.example_labels, weight)
+        examples = read_examples(request.examples, request.example_labels, request.example_weight)
         scores = self._scoring(
             request.top_k,
             request.multi_label,
@@ -290,6 +285,7 @@ class Classify:
             alpha,
             request.unknown,
             examples=examples is not None,
+            label_set=request.label_set,
         )
         sets = self._label_source(
             request.labels, request.label_set, request.templates, alpha, request.cancelled

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, invalid
-from radapter_serve.tasks.label_embeddings import LabelSet
+from radapter_serve.tasks.label_embeddings import DEFAULT_WEIGHT, Examples, LabelSet
 from radapter_serve.tasks.label_store import LabelStore
 from radapter_serve.tasks.outcome import Outcome
 
@@ -20,46 +20,32 @@ EmbedAt = Callable[
     [Sequence[tuple[Sequence[bytes], Alpha | None]]], Sequence[Outcome[NDArray[np.float32]]]
 ]
 MAX_EXAMPLES = 128  # of a request
-DEFAULT_WEIGHT = 0.5
 _CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The examples for the labels of one image.
-
-    Args:
-        images: encoded images.
-        labels: of each example, the place of its label in the request's list, from 0.
-        weight: of the examples of a label beside its text, in [0, 1]; 1 leaves the text out.
-    """
-
-    images: tuple[bytes, ...]
-    labels: tuple[int, ...]
-    weight: float = DEFAULT_WEIGHT
 
 
 def read_examples(
     images: Sequence[Sequence[bytes]] | None,
     labels: Sequence[Sequence[int]] | None,
-    weight: float | None,
+    weights: Sequence[ArrayLike] | None,
 ) -> list[Examples] | None:
     """The examples of each image of a request; None where it brings none.
 
     Args:
         images: of each image its examples; where all are empty, those of the image before.
         labels: of each image, the places of its examples' labels.
-        weight: None for half.
+        weights: of each image, one for all labels or one for each; None for half.
 
     Raises:
-        TaskError: one of them without the others; numbers that differ; too many examples.
+        TaskError: one of them without the others; numbers that differ; too many examples; a weight
+            that is not in [0, 1].
     """
-    if images is None and labels is None and weight is None:
+    if images is None and labels is None and weights is None:
         return None
     if images is None or labels is None:
         raise invalid("examples and example_labels belong together, and example_weight to them")
     found: list[Examples] = []
-    for own, places in zip(images, labels, strict=True):
+    shares = [DEFAULT_WEIGHT] * len(images) if weights is None else weights
+    for own, places, share in zip(images, labels, shares, strict=True):
         given = tuple(image if isinstance(image, bytes) else image.encode() for image in own)
         if found and not any(given):
             given = found[-1].images
@@ -69,13 +55,23 @@ def read_examples(
             raise invalid(
                 f"{len(given)} examples and {len(places)} example_labels; each example has one"
             )
-        found.append(
-            Examples(given, tuple(map(int, places)), DEFAULT_WEIGHT if weight is None else weight)
-        )
+        found.append(Examples(given, tuple(map(int, places)), _checked_weights(share)))
     count = len({image for examples in found for image in examples.images})
     if count > MAX_EXAMPLES:
         raise invalid(f"{count} examples in a request; at most {MAX_EXAMPLES} are allowed")
     return found
+
+
+def _checked_weights(given: ArrayLike) -> tuple[float, ...]:
+    weights = tuple(np.ravel(given).tolist())
+    wrong = [weight for weight in weights if not 0 <= weight <= 1]
+    if wrong or not weights:
+        shown = f"{wrong[0]:g}" if wrong else "empty"
+        raise invalid(
+            f"example_weight is {shown}; numbers from 0 (the text alone) to 1 (the examples alone)"
+            " are allowed, one for all labels or one for each"
+        )
+    return weights
 
 
 class ByExample:
@@ -108,13 +104,18 @@ class ByExample:
         for place in examples.labels:
             if not 0 <= place < count:
                 raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
+        if len(examples.weights) not in (1, count):
+            raise invalid(
+                f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
+                " for all, or one for each"
+            )
+        weights = np.broadcast_to(np.array(examples.weights, np.float32), count)
         embeds = self._embed(examples.images, alpha)
         mixed = label_set.embeds.copy()
         places = np.array(examples.labels)
-        weight = np.float32(examples.weight)
         for place in np.unique(places):
             shown = _unit(embeds[places == place].mean(0), label_set.labels[place])
-            both = (1 - weight) * label_set.embeds[place] + weight * shown
+            both = (1 - weights[place]) * label_set.embeds[place] + weights[place] * shown
             mixed[place] = _unit(both, label_set.labels[place])
         return replace(label_set, embeds=mixed)
 

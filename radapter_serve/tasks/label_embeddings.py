@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import staged
 from radapter_serve.tasks.label_store import MAX_LABELS, LabelStore
 
+DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
 _BATCHES = 16  # of prompts, after which the labels so far are kept, even if the caller gives up
 
 _Prompts = tuple[float | None, bytes]  # α, and the digest of the templates
@@ -26,33 +29,73 @@ _TEXTS = ("labels", "lines", "templates")  # of a label set
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Images that show some labels of a list.
+
+    Args:
+        images: encoded images.
+        labels: of each example, the place of its label in the list, from 0.
+        weights: of the examples of a label beside its text, in [0, 1]: one for all labels, or one
+            for each of the list; 1 leaves the text out.
+    """
+
+    images: tuple[bytes, ...]
+    labels: tuple[int, ...]
+    weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
+
+
+@dataclass(frozen=True)
 class LabelSet:
-    """Classes and their text embeddings.
+    """Classes and their embeddings.
 
     Args:
         labels: names to show, C of them.
-        embeds: float32 [C, D], unit length.
+        embeds: float32 [C, D], unit length, those of examples mixed in.
         lines: the labels with their synonyms, and
         templates: their prompt templates: what it takes to embed them again.
+        examples: those mixed in, where it takes them to embed the labels again; else None.
     """
 
     labels: tuple[str, ...]
     embeds: NDArray[np.float32]
     lines: tuple[str, ...]
     templates: tuple[str, ...]
+    examples: Examples | None = None
 
     def save(self, path: str | Path) -> None:
         """Write all of it as npz, in one piece or not at all."""
-        texts = {name: np.array(getattr(self, name), dtype=np.str_) for name in _TEXTS}
+        arrays: dict[str, Any] = {
+            name: np.array(getattr(self, name), dtype=np.str_) for name in _TEXTS
+        }
+        if self.examples is not None:
+            arrays |= {
+                "examples": np.frombuffer(b"".join(self.examples.images), np.uint8),
+                "example_sizes": np.array([len(image) for image in self.examples.images]),
+                "example_labels": np.array(self.examples.labels),
+                "example_weights": np.array(self.examples.weights),
+            }
         with staged(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez(file, embeds=np.asarray(self.embeds, np.float32), **texts)  # type: ignore[arg-type]
+            np.savez(file, embeds=np.asarray(self.embeds, np.float32), **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
-            return cls(embeds=np.ascontiguousarray(file["embeds"], np.float32), **texts)
+            embeds = np.ascontiguousarray(file["embeds"], np.float32)
+            return cls(embeds=embeds, **texts, examples=_examples(file))
+
+
+def _examples(file: Mapping[str, NDArray[Any]]) -> Examples | None:
+    if "examples" not in file:
+        return None
+    whole = file["examples"].tobytes()
+    ends = np.cumsum(file["example_sizes"]).tolist()
+    return Examples(
+        tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends])),
+        tuple(file["example_labels"].tolist()),
+        tuple(file["example_weights"].tolist()),
+    )
 
 
 class LabelEmbedder:

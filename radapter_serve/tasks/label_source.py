@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.labels import check_prompts
 from radapter_serve.contract.names import spellings
-from radapter_serve.release.release import Release
-from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.release.release import Release, by_example
+from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 
 Texts = Sequence[bytes]
 
@@ -31,11 +31,18 @@ class LabelSource:
         release: its prompt templates are for requests that bring none.
         embed_labels: embeds the labels that a request brings.
         label_sets: the release's label sets by name, at its own α.
+        mix: mixes examples into a label set at another α; None where labels have none.
     """
 
     def __init__(
-        self, release: Release, embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
+        self,
+        release: Release,
+        embed_labels: LabelEmbedder,
+        label_sets: Mapping[str, LabelSet],
+        mix: Callable[[LabelSet, Examples, Alpha | None], LabelSet] | None = None,
     ) -> None:
+        self._mix = mix
+        self._by_example = {name for name, facts in release.label_sets.items() if by_example(facts)}
         self._templates, self._alpha = tuple(release.templates), np.float32(release.alpha)
         self._embed_labels, self._label_sets = embed_labels, label_sets
 
@@ -96,6 +103,12 @@ class LabelSource:
     def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         known = next((one for one in spellings(text) if one in self._label_sets), None)
+        shown = next((one for one in spellings(text) if one in self._by_example), None)
+        if known is None and shown is not None:
+            raise invalid(
+                f"the label set {shown!r:.80} has labels by example, which are for classify; there"
+                f" are: {self._known()}"
+            )
         if known is None:
             raise TaskError(
                 UNKNOWN_LABEL_SET,
@@ -104,7 +117,10 @@ class LabelSource:
         found = self._label_sets[known]
         if alpha is None or alpha == self._alpha:
             return found
-        return self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
+        texts = self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
+        if found.examples is None or self._mix is None:
+            return texts
+        return self._mix(texts, found.examples, np.full((1, 1), alpha, np.float32))
 
     def _known(self) -> str:
         return (

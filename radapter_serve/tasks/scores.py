@@ -4,7 +4,7 @@ scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,20 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, invalid
+from radapter_serve.contract.names import spellings
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.confidence import NO_TEMPERATURE, Confidence
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Release, by_example
 
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
 HOW = "export one with radapter-export --validation DATA"
 UNKNOWN = "unknown"
+BY_EXAMPLE = (
+    "scores are not calibrated for examples that a request brings; leave multi_label, calibrated"
+    " and unknown out, or export the labels with their examples as a label set, with --validation"
+)
+SEVERAL = "label sets whose scores were fitted apart; ask for calibrated scores of one at a time"
 
 
 def fitted_min_score(release: Release, alpha: float) -> float:
@@ -112,6 +118,19 @@ class Scores:
         return best, scores
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """What the scores of a request were fitted to.
+
+    Args:
+        confidence: None where there is none.
+        why: it is None, as a sentence.
+    """
+
+    confidence: Confidence | None
+    why: str = f"this release has no calibrated scores; {HOW}"
+
+
 class Scoring:
     """The kinds of scores that a release has.
 
@@ -125,9 +144,12 @@ class Scoring:
             release.logit_bias,
             np.float32(release.alpha),
         )
-        self._fitted = (
-            None if release.confidence is None else Confidence.from_dict(release.confidence)
-        )
+        self._fitted = _Fitted(_confidence(release.confidence))
+        self._by_example = {
+            name: _Fitted(_confidence(facts.get("confidence")), _not_fitted(name))
+            for name, facts in release.label_sets.items()
+            if by_example(facts)
+        }
 
     def __call__(
         self,
@@ -139,11 +161,12 @@ class Scoring:
         unknown: Sequence[float] | None = None,
         *,
         examples: bool = False,
+        label_set: Sequence[bytes] | None = None,
     ) -> Scores:
         """The scores that a request asks for; the arguments have an entry for each of its images,
-        all the same.
+        all the same, but for `label_set`.
 
-        `alpha` is as `RequestAlpha` gives it; `examples` says whether labels have some.
+        `alpha` is as `RequestAlpha` gives it; `examples` says whether the request brings some.
 
         Raises:
             TaskError: a value that is not allowed; the release has no such scores, or none for
@@ -164,20 +187,15 @@ class Scoring:
         )
         if doubt is not None and alone:
             raise invalid("unknown does not go with multi_label, whose threshold says the same")
-        if examples and (alone or exact or doubt is not None):
-            raise TaskError(
-                NOT_CALIBRATED,
-                "scores are calibrated for labels by their texts; leave multi_label, calibrated and"
-                " unknown out, or the examples",
-            )
+        fitted = self._fitted_to(examples, label_set)
         plain = self._scale, self._bias
         if not alone:
-            scale, bias = self._calibrated(alpha) if exact else plain
-            least = None if doubt is None else Doubt(float(doubt), *self._sigmoid(alpha))
+            scale, bias = self._calibrated(fitted, alpha) if exact else plain
+            least = None if doubt is None else Doubt(float(doubt), *self._sigmoid(fitted, alpha))
             return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias, doubt=least)
         # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which
         # moves the cosines and leaves the sigmoid's own scale and bias where they were.
-        scale, bias = self._sigmoid(alpha)
+        scale, bias = self._sigmoid(fitted, alpha)
         return Scores(
             None if k is None else int(k),
             scale,
@@ -185,23 +203,35 @@ class Scoring:
             DEFAULT_THRESHOLD if least is None else least,
         )
 
-    def _calibrated(self, alpha: Alpha | None) -> tuple[float, float | None]:
+    def _fitted_to(self, examples: bool, label_set: Sequence[bytes] | None) -> _Fitted:
+        """What scores of some labels were fitted to: those by example, to their own label set."""
+        if examples:
+            return _Fitted(None, BY_EXAMPLE)
+        names = {name.decode("utf-8", "replace") for name in label_set or ()}
+        found = {self._named(name) for name in names} or {self._fitted}
+        return found.pop() if len(found) == 1 else _Fitted(None, SEVERAL)
+
+    def _named(self, label_set: str) -> _Fitted:
+        known = (self._by_example.get(name) for name in spellings(label_set))
+        return next((fitted for fitted in known if fitted is not None), self._fitted)
+
+    def _calibrated(self, fitted: _Fitted, alpha: Alpha | None) -> tuple[float, float | None]:
         """Scale and bias of the scores that `calibrated` asks for."""
         if self._bias is not None:
-            return self._sigmoid(alpha)
-        temperature = self._of(alpha).temperature
+            return self._sigmoid(fitted, alpha)
+        temperature = self._of(fitted, alpha).temperature
         if temperature is None:
             why = f"in its validation data {NO_TEMPERATURE}"
             raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
         return self._scale / temperature, None
 
-    def _sigmoid(self, alpha: Alpha | None) -> tuple[float, float]:
-        fitted = self._of(alpha)
-        return fitted.scale, fitted.bias
+    def _sigmoid(self, fitted: _Fitted, alpha: Alpha | None) -> tuple[float, float]:
+        found = self._of(fitted, alpha)
+        return found.scale, found.bias
 
-    def _of(self, alpha: Alpha | None) -> Confidence:
-        if self._fitted is None:
-            raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
+    def _of(self, fitted: _Fitted, alpha: Alpha | None) -> Confidence:
+        if fitted.confidence is None:
+            raise TaskError(NOT_CALIBRATED, fitted.why)
         others = [] if alpha is None else list(alpha[alpha != self._alpha])
         if others:
             raise TaskError(
@@ -209,7 +239,18 @@ class Scoring:
                 f"the scores of this release are calibrated at alpha {self._alpha!s}, not at"
                 f" {others[0]!s}",
             )
-        return self._fitted
+        return fitted.confidence
+
+
+def _confidence(facts: Mapping[str, Any] | None) -> Confidence | None:
+    return None if facts is None else Confidence.from_dict(facts)
+
+
+def _not_fitted(label_set: str) -> str:
+    return (
+        f"the label set {label_set!r:.80} has labels by example, to which no scores were fitted;"
+        " export it with --validation DATA whose classes are all among its labels"
+    )
 
 
 def one_value(

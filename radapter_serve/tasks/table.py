@@ -132,7 +132,7 @@ def _read_classify(inputs: Inputs) -> ClassifyRequest:
         unknown=_flat(inputs, "unknown"),
         examples=inputs.get("examples"),
         example_labels=inputs.get("example_labels"),
-        example_weight=_flat(inputs, "example_weight"),
+        example_weight=inputs.get("example_weight"),
         cancelled=inputs.cancelled,
     )
 

@@ -498,7 +498,14 @@ def test_examples_are_sent_with_the_first_image_alone():
         shown: dict[str, Any] = {"mug": [b"m1", b"m2"], "cup": b"c"}
         client.classify([b"x", b"y", b"z"], ["cup", "tin", "mug"], examples=shown, unknown=0.25)
         client.classify(b"x", examples=shown, example_weight=1)
-    first, second, alone = [request.inputs for request in recorder.inferences]
+        by_label: dict[str, float] = {"mug": 0.75}
+        client.classify(b"x", ["cup", "mug", "tin"], examples=shown, example_weight=by_label)
+        with pytest.raises(radapter_client.InvalidRequest, match="'tin', which has no examples"):
+            client.classify(b"x", ["mug", "cup", "tin"], examples=shown, example_weight={"tin": 1})
+        with pytest.raises(radapter_client.InvalidRequest, match="example_weight is 2; allowed"):
+            client.classify(b"x", examples=shown, example_weight={"mug": 2})
+    first, second, alone, apart = [request.inputs for request in recorder.inferences]
+    assert apart["example_weight"].tolist() == [[0.5, 0.75, 0.5]]
     assert first["examples"].tolist() == [[b"m1", b"m2", b"c"], [b"", b"", b""]]
     assert first["example_labels"].tolist() == [[2, 2, 0]] * 2
     assert first["example_labels"].dtype == np.int32

@@ -466,7 +466,10 @@ def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
     shown = ["--examples", str(tmp_path / "shown")]
     assert main(["classify", image, *shown, "--example-weight", "1"]) == 0
     assert main(["classify", image, "--labels", "mug", "tin", "cup", *shown]) == 0
-    own, given = [request.inputs for request in recorder.inferences]
+    weights = ["--example-weight", "0.25", "mug=1"]
+    assert main(["classify", image, "--labels", "mug", "tin", "cup", *shown, *weights]) == 0
+    own, given, weighted = [request.inputs for request in recorder.inferences]
+    assert weighted["example_weight"].tolist() == [[1.0, 0.5, 0.25]]
     assert own["labels"].tolist() == [[b"cup", b"mug"]]
     assert own["example_labels"].tolist() == [[0, 1, 1]]
     assert own["example_weight"].tolist() == [[1.0]]
@@ -481,6 +484,10 @@ def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
         assert main(["classify", image, "--examples", str(folder)]) != 0
         [line] = capsys.readouterr().err.splitlines()
         assert message in line
+    for weight in (["much"], ["0.5", "0.6"], ["mug=1", "mug=0"], ["tin=1"]):
+        assert main(["classify", image, *shown, "--example-weight", *weight]) != 0
+        [line] = capsys.readouterr().err.splitlines()
+        assert "example" in line and "weight" in line
 
 
 def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path, monkeypatch):

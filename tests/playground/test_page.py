@@ -86,7 +86,7 @@ def test_search_by_text_by_picture_and_by_both(
         ("search_picture", [picture], "picture"),
         ("search_both", [picture, "a cat"], "picture"),
     ):
-        found, took = events[name](*query, "photos", 3, -1)
+        found, took = events[name](*query, "photos", 3, 1, -1)
         assert [caption for _, caption in found] == [
             f"{0.9 - 0.1 * n:.3f} folder/{asked} {n}<b>" for n in range(3)
         ]
@@ -98,8 +98,9 @@ def test_search_by_text_by_picture_and_by_both(
         assert took.endswith("3 found")
         assert "min_score" not in given(served)
     assert {"image", "text"} < given(served).keys()
-    events["search_text"]("a cat", "photos", 3, 0.25)
+    events["search_text"]("a cat", "photos", 3, 4, 0.25)
     assert np.frombuffer(given(served)["min_score"], np.float32) == 0.25
+    assert np.frombuffer(given(served)["offset"], np.int32) == 9
 
 
 def test_segment_draws_the_labels_on_a_picture_that_is_no_larger_than_the_page_shows(
@@ -142,8 +143,8 @@ def test_without_a_picture_the_page_says_so(
 ) -> None:
     asked = len(served.upstream.asked)
     rest = {
-        "search_picture": ["photos", 3, -1],
-        "search_both": ["a cat", "photos", 3, -1],
+        "search_picture": ["photos", 3, 1, -1],
+        "search_both": ["a cat", "photos", 3, 1, -1],
     }.get(name, ["cat", "", 0])
     assert events[name](None, *rest) == (None, "Drop a picture on the left.")
     assert len(served.upstream.asked) == asked
@@ -155,7 +156,7 @@ def test_what_is_refused_is_said_in_words(
     import gradio
 
     with pytest.raises(gradio.Error, match="there are: drawings, photos"):
-        events["search_text"]("a cat", "none", 3, -1)
+        events["search_text"]("a cat", "none", 3, 1, -1)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
     with pytest.raises(gradio.Error) as caught:

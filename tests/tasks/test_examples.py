@@ -10,6 +10,7 @@ import pytest
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
 from radapter_serve.tasks.examples import MAX_EXAMPLES
+from radapter_serve.tasks.label_source import LabelSource
 from radapter_serve.tasks.outcome import Outcome
 from tests.helpers.small_models import release
 from tests.helpers.small_release import CONFIDENCE, png
@@ -54,6 +55,78 @@ def test_examples_are_mixed_with_texts_by_their_weight(local, weight):
     order = np.argsort(-scores, 1)
     assert found.labels.tolist() == names[order].tolist()
     np.testing.assert_allclose(found.scores, np.take_along_axis(scores, order, 1), rtol=1e-4)
+
+
+def test_each_label_may_have_a_weight_of_its_own(local):
+    texts = local.embed_labels([one.decode() for one in LABELS], ["a {}"]).embeds.astype(float)
+    shown = embeds(local, SHOWN)
+    weights = [0.25, 0.9, 1.0]
+    expected = texts.copy()
+    expected[0] = unit(0.75 * texts[0] + 0.25 * shown[0])
+    expected[2] = shown[1]
+    logits = 10 * embeds(local, IMAGES) @ expected.T
+    scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    found = ask(
+        classify_of(local), examples=SHOWN[:2], example_labels=[0, 2], example_weight=weights
+    )
+    np.testing.assert_allclose(found.scores, -np.sort(-scores, 1), rtol=1e-4)
+
+
+BY_EXAMPLE = {"labels": 3, "examples": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (b"shown", r"^\[not_calibrated\] the label set 'shown' has labels by example, to which no"),
+        (b"fitted", None),
+        (b"texts", None),
+    ],
+)
+def test_a_label_set_by_example_has_scores_that_were_fitted_to_it(local, name, message):
+    label_set = local.embed_labels(["cat", "dog"], ["a {}"])
+    own = {**CONFIDENCE, "scale": 3.0, "bias": 0.5}
+    facts = {
+        "templates": ["a {}"],
+        "logit_scale": 10.0,
+        "confidence": CONFIDENCE,
+        "label_sets": {
+            "shown": BY_EXAMPLE,
+            "fitted": {**BY_EXAMPLE, "confidence": own},
+            "texts": {"labels": 2},
+        },
+    }
+    sets = dict.fromkeys(("shown", "fitted", "texts"), label_set)
+    classify = Classify(release(**facts), local.embed_images, local.embed_labels, sets)
+
+    def scores(names: list[bytes]) -> np.ndarray:
+        request = ClassifyRequest(
+            IMAGES[: len(names)],
+            label_set=names,
+            multi_label=[True] * len(names),
+            threshold=[0.0] * len(names),
+        )
+        return classify([request])[0].unwrap().scores
+
+    if message is not None:
+        with pytest.raises(TaskError, match=message):
+            scores([name])
+        return
+    scale, bias = (3.0, 0.5) if name == b"fitted" else (6.0, -1.0)
+    cosines = embeds(local, IMAGES[:1]) @ label_set.embeds.astype(float).T
+    expected = -np.sort(-1 / (1 + np.exp(-(scale * cosines + bias))), 1)
+    np.testing.assert_allclose(scores([name]), expected, rtol=1e-5)
+    with pytest.raises(TaskError, match="label sets whose scores were fitted apart; ask"):
+        scores([b"texts", b"fitted"])
+
+
+def test_label_sets_by_example_are_not_for_segment(local):
+    known = release(label_sets={"shown": BY_EXAMPLE, "texts": {"labels": 2}})
+    source = LabelSource(known, local.embed_labels, {"texts": local.embed_labels(["a"], ["{}"])})
+    with pytest.raises(
+        TaskError, match=r"'shown' has labels by example, which are for classify; there are: texts"
+    ):
+        source(None, [b"shown"], None)
 
 
 def test_a_label_by_its_example_alone_is_what_the_example_is(local):
@@ -116,14 +189,16 @@ ONE = {"examples": SHOWN[:1], "example_labels": [0]}
         ({"examples": SHOWN, "example_labels": [0, 1]}, "3 examples and 2 example_labels"),
         ({"examples": SHOWN[:1], "example_labels": [3]}, "example_labels has 3; .* 0 to 2"),
         ({"examples": SHOWN[:1], "example_labels": [-1]}, "example_labels has -1"),
-        ({**ONE, "example_weight": float("nan")}, "example_weight is .*nan.*; one number from 0"),
-        ({**ONE, "example_weight": 1.5}, "example_weight is .*1.5"),
+        ({**ONE, "example_weight": float("nan")}, "example_weight is nan; numbers from 0"),
+        ({**ONE, "example_weight": [0.5, 1.5, 0.1]}, "example_weight is 1.5; .* one for each"),
+        ({**ONE, "example_weight": [0.5, 0.1]}, "example_weight has 2 numbers for 3 labels"),
+        ({**ONE, "example_weight": []}, "example_weight is empty"),
         (
             {"examples": [SHOWN[0], b"nonsense"], "example_labels": [0, 1]},
             r"^\[invalid_argument\] example 2 of 2: 6 bytes are not an image",
         ),
         ({"examples": MANY, "example_labels": [0] * len(MANY)}, "129 examples .* at most 128"),
-        ({**ONE, "unknown": 0.5}, r"^\[not_calibrated\] scores are calibrated for labels by their"),
+        ({**ONE, "unknown": 0.5}, r"^\[not_calibrated\] scores are not calibrated for examples"),
         ({**ONE, "multi_label": True}, r"^\[not_calibrated\]"),
         ({**ONE, "calibrated": True}, r"^\[not_calibrated\]"),
         ({"unknown": -0.1}, r"^\[invalid_argument\] unknown is .*-0.1.*; one number from 0 to 1"),

@@ -26,7 +26,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from .._client import Client
 from .._exceptions import RAdapterClientError
-from .inputs import ImageFiles, read_examples, read_lines
+from .inputs import ImageFiles, read_examples, read_lines, read_weights
 from .output import Found, Pictures, check_output, report, to_json, write_whole
 
 PROG = "radapter-query"
@@ -97,7 +97,7 @@ class Labels:
     Args:
         labels: such as "a cat" "a dog"; synonyms after commas.
         labels_file: one label a line, synonyms after commas, # comments.
-        label_set: a set that was exported with the release.
+        label_set: a set that was exported with the release, which many labels are better as.
         templates: prompts with {} for the label; the release's own if none are given.
         alpha: from 0 to 1, of a release that takes any; the release's own if none is given.
     """
@@ -151,7 +151,7 @@ def classify(
     calibrated: FlagCreatePairsOff[bool] = False,
     unknown: float | None = None,
     examples: Path | None = None,
-    example_weight: float | None = None,
+    example_weight: Annotated[tuple[str, ...], arg(metavar="W|LABEL=W [...]")] = (),
     out: Path | None = None,
 ) -> int:
     """The best labels of images.
@@ -168,20 +168,21 @@ def classify(
             1, of a release that was exported with validation data.
         examples: folder with a folder of images for each label that has some, called as the label;
             the folders are the labels where none are given.
-        example_weight: of a label's examples beside its text, from 0 to 1; 1 leaves the text out,
-            and 0.5 is taken if none is given.
+        example_weight: of a label's examples beside its text, from 0 to 1, for all labels or as
+            LABEL=W for one; 1 leaves the text out, and 0.5 is taken if none is given.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
     files = ImageFiles(images)
     arguments = labels.arguments(optional=examples is not None)
+    shown = None if examples is None else read_examples(examples)
     arguments |= {
         "top_k": top_k,
         "multi_label": multi_label,
         "threshold": threshold,
         "calibrated": calibrated,
         "unknown": unknown,
-        "examples": None if examples is None else read_examples(examples),
-        "example_weight": example_weight,
+        "examples": shown,
+        "example_weight": read_weights(example_weight, shown or {}),
     }
     with server.client() as client:
 
@@ -404,6 +405,7 @@ def release(server: OmitArgPrefixes[Server]) -> None:
         "α": f"{used.alpha:g}, or any from 0 to 1 by request" if used.dynamic_alpha else used.alpha,
         "architecture": used.architecture,
         "precision": used.precision,
+        "decoding": "fast, for large photos" if used.facts.get("fast_decode") else "exact",
         "embedding width": used.embed_dim,
         "templates": (
             used.templates[0]

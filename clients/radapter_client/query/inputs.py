@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -46,6 +46,40 @@ def read_examples(folder: Path) -> dict[str, list[str]]:
     if not folders:
         raise RAdapterClientError(f"{folder} has no folders: it needs one for each label")
     return {path.name: list(list_images(path)) for path in folders}
+
+
+def read_weights(
+    given: Sequence[str], examples: Mapping[str, Any]
+) -> float | dict[str, float] | None:
+    """The weight of examples beside texts, for all labels or by label.
+
+    Args:
+        given: such as `0.7` and `a mug=0.9`.
+        examples: by label.
+
+    Raises:
+        RAdapterClientError: one is no number, or given twice.
+    """
+    common: float | None = None
+    by_label: dict[str, float] = {}
+    for text in given:
+        label, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            raise RAdapterClientError(
+                f"--example-weight {text}: write a number from 0 to 1, or LABEL=NUMBER"
+            ) from None
+        if label in by_label or (not equals and common is not None):
+            raise RAdapterClientError(f"--example-weight {text}: this weight is given twice")
+        if equals:
+            by_label[label] = weight
+        else:
+            common = weight
+    if not by_label:
+        return common
+    others = {} if common is None else dict.fromkeys(examples, common)
+    return {**others, **by_label}
 
 
 class ImageFiles:

@@ -1,0 +1,207 @@
+"""Label sets with labels by example: their files, what a release holds of them, and their
+calibration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_client import InvalidRequest
+from radapter_export import ExportSettings, export_release
+from radapter_export.label_sets import MAX_SHOWN, read_label_set
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation import confidence
+from radapter_serve.model import Model
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.label_embeddings import LabelSet
+from tests.helpers.small_release import png
+
+NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.fixture
+def label_file(tmp_path: Path) -> Path:
+    """Three labels by text and images, one by images alone, one by its text."""
+    shown = tmp_path / "shown"
+    (shown / "walls").mkdir(parents=True)
+    for seed, name in enumerate(("cat.png", "dog.png", "walls/1.png", "walls/2.png")):
+        (shown / name).write_bytes(png(seed, 50, 40))
+    entries = [
+        {"label": "cat, kitty", "images": "cat.png"},
+        {"label": "dog", "images": ["dog.png"], "weight": 0.25},
+        "guinea pig",
+        {"label": "horse"},
+        {"label": "old wall", "images": ["walls", "dog.png"], "weight": 1},
+    ]
+    path = shown / "animals.yaml"
+    path.write_text(json.dumps(entries), encoding="utf-8")  # which is YAML
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Any]:
+    return {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+
+
+def by_hand(local: LocalRelease, templates: list[str], shown: Path) -> np.ndarray:
+    texts = []
+    for names in (["cat", "kitty"], *([name] for name in NAMES[1:])):
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        texts.append(unit(local.embed_texts(prompts).mean(0)))
+    files = ["cat.png", "dog.png", "walls/1.png", "walls/2.png"]
+    cat, dog, *walls = local.encode_images(
+        [local.prepare((shown / file).read_bytes()) for file in files]
+    )
+    return np.stack(
+        [
+            unit((texts[0] + cat) / 2),
+            unit(0.75 * texts[1] + 0.25 * dog),
+            *texts[2:4],
+            unit(walls[0] + walls[1] + dog),
+        ]
+    )
+
+
+@pytest.mark.parametrize("alphas", [[0.7], "dynamic"])
+def test_a_release_has_labels_by_example(
+    quick: None, adapter_path: Path, label_file: Path, folders: dict[str, Any], alphas: Any
+) -> None:
+    settings = ExportSettings(**folders, label_sets={"animals": label_file})
+    (exported,) = export_release(adapter_path, alphas, settings)
+    facts = exported.release.label_sets["animals"]
+    assert (facts["labels"], facts["examples"]) == (5, 5)
+    repository = folders["model_repository"]
+    found = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
+    assert (found.examples is not None) == (alphas == "dynamic")
+    others = repository / "segment" / "1" / "label_sets"
+    assert not list(others.iterdir())  # patches are compared with texts alone
+    local = LocalRelease(str(repository))
+    templates = exported.release.templates
+    expected = by_hand(local, templates, label_file.parent)
+    np.testing.assert_allclose(found.embeds, expected, atol=1e-5)
+    with Model(repository) as model:
+        if alphas == "dynamic":
+            local.set_alpha(0.2)
+            expected = by_hand(local, templates, label_file.parent)
+        alpha = {"alpha": 0.2} if alphas == "dynamic" else {}
+        answer = model.classify(png(9), label_set="animals", **alpha)
+        with pytest.raises(InvalidRequest, match="'animals' has labels by example, to which no"):
+            model.classify(png(9), label_set="animals", unknown=0.5)
+    [embed] = local.encode_images([local.prepare(png(9))])
+    scores = np.exp(exported.release.logit_scale * (expected @ embed))
+    scores /= scores.sum()
+    assert answer.labels == [NAMES[place] for place in np.argsort(-scores)]
+    np.testing.assert_allclose(answer.scores, -np.sort(-scores), rtol=1e-3)
+
+
+def test_its_scores_are_fitted_where_the_validation_data_has_its_labels(
+    quick: None,
+    adapter_path: Path,
+    photos: Path,
+    label_file: Path,
+    folders: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(confidence, "LEAST", 30)
+    other = label_file.with_name("other.yaml")
+    other.write_text("[{label: a cat, images: cat.png}]", encoding="utf-8")
+    data = f"imagefolder:{photos}"
+    settings = ExportSettings(
+        **folders,
+        label_sets={"animals": label_file, "other": other},
+        validation=data,
+        max_drop=100,
+    )
+    (exported,) = export_release(adapter_path, [0.7], settings)
+    facts = exported.release.label_sets
+    assert "confidence" not in facts["other"]
+    assert any("no scores are fitted to the label set other" in one for one in exported.warnings)
+    local = LocalRelease(str(folders["model_repository"]))
+    paths = sorted(photos.rglob("*.png"))
+    images = local.encode_images([local.prepare(path.read_bytes()) for path in paths])
+    cosines = images @ by_hand(local, exported.release.templates, label_file.parent).T
+    truth = np.array([NAMES.index(path.parent.name) for path in paths])
+    assert facts["animals"]["accuracy"] == pytest.approx((cosines.argmax(1) == truth).mean())
+    fitted = facts["animals"]["confidence"]
+    assert fitted != exported.release.confidence
+    scale, bias = confidence.fit_sigmoid(cosines, truth)
+    assert (fitted["scale"], fitted["bias"]) == pytest.approx((scale, bias), rel=1e-3)
+    with Model(folders["model_repository"]) as model:
+        found = model.classify(paths[0], label_set="animals", multi_label=True, threshold=0)
+    expected = 1 / (1 + np.exp(-(scale * cosines[0] + bias)))
+    np.testing.assert_allclose(found.scores, expected[np.argsort(-cosines[0])], rtol=1e-2)
+
+
+def test_examples_may_not_be_among_the_validation_images(
+    quick: None, adapter_path: Path, photos: Path, tmp_path: Path, folders: dict[str, Any]
+) -> None:
+    path = tmp_path / "cats.yaml"
+    path.write_text(json.dumps([{"label": "cat", "images": str(photos / "cat")}]))
+    settings = ExportSettings(
+        **folders, label_sets={"cats": path}, validation=f"imagefolder:{photos}"
+    )
+    with pytest.raises(RAdapterError, match="6 of the examples of the label set cats are among"):
+        export_release(adapter_path, [0.7], settings)
+    assert not folders["model_repository"].exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no list of labels; each entry is a label, or has label, images and weight"),
+        ("cat: [a.png]", "is no list of labels"),
+        ("[cat", "could not read the label set"),
+        ("[{images: a.png}]", "entry 1: label is missing"),
+        ("[cat, {label: dog, image: a.png}]", "entry 2: 'image' is unknown"),
+        ("[no]", "entry 1: the label is False, no text; write it in quotes"),
+        ("['  ']", "entry 1: '  ' names no class"),
+        ("[{label: cat, images: 3}]", "entry 1: images is 3; allowed: files and folders"),
+        ("[{label: cat, images: [a.png], weight: 1.5}]", "weight is 1.5; allowed: numbers from 0"),
+        ("[{label: cat, images: a.png, weight: .nan}]", "weight is nan"),
+        ("[{label: cat, images: a.png, weight: yes}]", "weight is True"),
+        ("[{label: cat, weight: 1}]", "entry 1: weight is for images, and there are none"),
+        ("[{label: cat, images: none.png}]", r"cannot read .*none.png: No such file"),
+        ("[{label: cat, images: broken.png}]", r"broken.png: the image is broken or truncated"),
+        ("[{label: cat, images: text.png}]", r"text.png: 3 bytes are not an image"),
+        ("[{label: cat, images: empty}]", "empty holds no image"),
+    ],
+)
+def test_files_that_are_none_are_refused_in_a_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "broken.png").write_bytes(png(0, 60, 60)[:200])
+    (tmp_path / "text.png").write_bytes(b"text")
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "labels.yml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RAdapterError, match=message) as caught:
+        read_label_set(path, dynamic_alpha=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("dynamic", "most"), [(False, MAX_SHOWN), (True, 128)])
+def test_as_many_images_as_are_allowed(tmp_path: Path, dynamic: bool, most: int) -> None:
+    (tmp_path / "a.png").write_bytes(png(0, 4, 4))
+    for count in (most, most + 1):
+        path = tmp_path / f"{count}.yaml"
+        path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * count}]))
+    found = read_label_set(tmp_path / f"{most}.yaml", dynamic_alpha=dynamic)
+    assert found.shown is not None and len(found.shown.files) == most
+    with pytest.raises(RAdapterError, match=f"has {most + 1} images; at most {most} are allowed"):
+        read_label_set(tmp_path / f"{most + 1}.yaml", dynamic_alpha=dynamic)
+
+
+def test_a_text_file_is_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(f"cat, kitty{os.linesep}# no\ndog\n", encoding="utf-8")
+    found = read_label_set(path, dynamic_alpha=True)
+    assert (found.labels, found.shown) == (["cat, kitty", "dog"], None)
