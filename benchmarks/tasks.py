@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ import tyro
 from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ratio
 from numpy.typing import NDArray
 
-from radapter_client._images import encode_small
-from radapter_serve.contract.preprocess import Preprocess, decode, decode_pixels
+from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.engine.version import LocalVersion
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import CHUNK
@@ -139,31 +137,6 @@ def many_images(version: LocalVersion, count: int) -> Mapping[str, Callable[[], 
     return {"call": call, "encoder": encoder}
 
 
-def large_photos() -> list[list[str]]:
-    """A photo of 12 megapixels as it is, and as the client makes it small: bytes, processor
-    milliseconds of the client and of the server's decoding.
-    """
-    photo = picture(4000, 3000)
-    preprocess = Preprocess((SIZE, SIZE))
-    rows = []
-    for side in (None, 2 * SIZE):
-        sent = encode_small(photo, side)
-        made = _processor_ms(partial(encode_small, photo, side))
-        decoded = _processor_ms(partial(decode_pixels, sent, preprocess))
-        name = "as it is" if side is None else f"shrink_to={side}"
-        rows.append([name, f"{len(sent) / 1e3:.0f}", f"{made:.0f}", f"{decoded:.1f}"])
-    return rows
-
-
-def _processor_ms(run: Callable[[], object], repeats: int = 9) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return 1e3 * statistics.median(times)
-
-
 def main(
     repository: Path,
     repeats: int = 9,
@@ -215,11 +188,6 @@ def main(
         rows,
     )
     version.close()
-    report.table(
-        "a photo of 12 megapixels",
-        ["sent", "kB", "client, processor ms", "decoding, processor ms"],
-        large_photos(),
-    )
     report.write(out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
@@ -57,6 +58,37 @@ def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
         kept = encoder(first, second)
         encoder(second, second)
         np.testing.assert_array_equal(kept, [[4, 2]])
+
+
+def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
+    """4 MiB between the layers for each row; what runs of 8 rows take stays for the next."""
+    weight = numpy_helper.from_array(np.ones((1, 1024), np.float32), "weight")
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "weight"], ["wide"]),
+            helper.make_node("ReduceMax", ["wide"], ["y"], keepdims=0, axes=[1, 2]),
+        ],
+        "wide",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1024, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "model.onnx")
+    encoder = Encoder(tmp_path / "model.onnx", "onnxruntime", threads=1)
+
+    def grown(rows: int) -> float:
+        np.testing.assert_array_equal(encoder(np.ones((rows, 1024, 1), np.float32)), [1] * rows)
+        return (resident() - before) / 2**20
+
+    before = resident()
+    assert 20 < grown(8) < 100
+    assert grown(40) < 20
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(

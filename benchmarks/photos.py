@@ -1,0 +1,137 @@
+"""What a photo of 12 megapixels costs: whole, made small by the client, and decoded fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tyro
+from common import RESULTS, Report, alternate, ratio
+from PIL import Image
+
+from radapter_client import list_images
+from radapter_client._images import encode_small
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
+from radapter_serve.engine.version import LocalVersion
+from radapter_serve.release.served import Served
+from radapter_serve.tasks.classify import EmbedImages
+
+SIZE = 224
+LONG, SHORT = 4000, 3000  # pixels
+
+
+def large(path: Path) -> bytes:
+    """A photo of 12 megapixels that is made of a smaller one."""
+    with Image.open(path) as image:
+        photo = image.convert("RGB")
+    side = (LONG, SHORT) if photo.width >= photo.height else (SHORT, LONG)
+    file = io.BytesIO()
+    photo.resize(side, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def decoding(photo: bytes) -> Mapping[str, Callable[[], float]]:
+    """Processor seconds of decoding and resizing, in each way."""
+    small = encode_small(photo, 2 * SIZE)
+    ways = {
+        "exact": (photo, Preprocess((SIZE, SIZE))),
+        "--fast-decode": (photo, Preprocess((SIZE, SIZE), fast_decode=True)),
+        f"shrink_to={2 * SIZE}": (small, Preprocess((SIZE, SIZE))),
+    }
+    return {name: partial(_processor, partial(decode_pixels, *way)) for name, way in ways.items()}
+
+
+def embedding(photo: bytes, version: LocalVersion) -> Mapping[str, Callable[[], float]]:
+    """Seconds of a call that embeds a photo, in each way; the encoder is the same."""
+    small = encode_small(photo, 2 * SIZE)
+    fast = {**version.release.preprocess, "fast_decode": True}
+    quick = EmbedImages(
+        dataclasses.replace(version.release, preprocess=fast), version.encode_images
+    )
+    ways = {
+        "exact": (version.embed_images, photo),
+        "--fast-decode": (quick, photo),
+        f"shrink_to={2 * SIZE}": (version.embed_images, small),
+    }
+
+    def call(embed: EmbedImages, data: bytes) -> float:
+        start = time.perf_counter()
+        [outcome] = embed([[data]])
+        outcome.unwrap()
+        return time.perf_counter() - start
+
+    return {name: partial(call, *way) for name, way in ways.items()}
+
+
+def cosines(photos: list[bytes], version: LocalVersion) -> Iterator[float]:
+    """Of the embeddings of photos that are decoded fast with those of exact decoding."""
+    exact = Preprocess.from_dict(version.release.preprocess)
+    fast = dataclasses.replace(exact, fast_decode=True)
+    for photo in photos:
+        pixels = np.stack([decode_pixels(photo, way) for way in (exact, fast)])
+        one, other = version.encode_images(pixels)
+        yield float(one @ other)
+
+
+def _processor(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def main(
+    photos: Path, repository: Path, count: int = 20, repeats: int = 9, out: Path = RESULTS
+) -> None:
+    """Measure large photos.
+
+    Args:
+        photos: folder; the first of them are made large.
+        repository: a model repository with a release of ViT-B-32, without fast decoding.
+        count: photos whose embeddings are compared.
+        repeats: rounds.
+        out: folder of the table.
+    """
+    report = Report(
+        "photos",
+        "Photos of 12 megapixels",
+        f"{LONG} x {SHORT} pixels, made of smaller photos; JPEG of quality 90. Decoding with"
+        " resizing is processor time; a call embeds one photo in this process, encoder included."
+        " shrink_to: the client made the photo small before.",
+    )
+    made = [large(Path(path)) for path in list(list_images(photos))[:count]]
+    version = LocalVersion(repository, max(Served.load(repository).releases), Path("indexes"))
+    rows = []
+    decoded = alternate(decoding(made[0]), repeats)
+    called = alternate(embedding(made[0], version), repeats)
+    for name in decoded:
+        rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(decoded[name]):.1f}",
+                f"{ratio(decoded[name], decoded['exact']):.2f}",
+                f"{1e3 * statistics.median(called[name]):.1f}",
+                f"{ratio(called[name], called['exact']):.2f}",
+            ]
+        )
+    report.table(
+        f"a photo, {version.release.precision}",
+        ["way", "decoding, ms", "ratio to exact", "a call, ms", "ratio to exact"],
+        rows,
+    )
+    found = sorted(cosines(made, version))
+    report.note(
+        f"Of {len(found)} photos, the cosine of the embedding by --fast-decode with the exact one"
+        f" is {found[0]:.5f} at least, and {statistics.median(found):.5f} in the median."
+    )
+    version.close()
+    report.write(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
