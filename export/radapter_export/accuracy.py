@@ -220,8 +220,9 @@ class Validation:
             truth = self._truth(label_set)
             if truth is None:
                 warnings.append(
-                    f"no scores are fitted to the label set {name}: it has labels by example, and"
-                    f" {measured.accuracy.dataset} has other classes than its labels"
+                    f"no scores are fitted to the label set {name}: it has labels by example, which"
+                    f" takes data with one of its labels an image, and {measured.accuracy.dataset}"
+                    " is other"
                 )
                 continue
             cosines = check_finite(np.concatenate(release.kept) @ label_set.embeds.T)
@@ -247,13 +248,16 @@ class Validation:
 
     def _truth(self, label_set: LabelSet) -> NDArray[np.int64] | None:
         """Of each image its label's place in a label set; None where there are other classes."""
-        if not isinstance(self.data, ClassificationSet) or self.data.members:
+        data = self.data
+        if not isinstance(data, ClassificationSet) or isinstance(data, SeveralLabelsSet):
+            return None
+        if data.members:
             return None
         places = {label: place for place, label in enumerate(label_set.labels)}
-        own = [places.get(name) for name in first_names(self.data.classes)]
+        own = [places.get(name) for name in first_names(data.classes)]
         if None in own:
             return None
-        return np.array(own, np.int64)[self.data.labels]
+        return np.array(own, np.int64)[data.labels]
 
 
 class _Keeping(ReleaseEmbedder):
