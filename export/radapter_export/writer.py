@@ -276,8 +276,8 @@ class Writer:
         """Embed the labels, and write them for each task that uses them."""
         repository = self.outputs.repository
         folders = [repository.staged(model, release.version) / "label_sets" for model in LABELLED]
-        for folder in folders:
-            folder.mkdir()
+        first, *others = folders
+        first.mkdir()
         own = release.request_alpha(None, 1)
         encode = at(encoders["text_encoder"], single(own))
         embed = LabelEmbedder(
@@ -292,18 +292,15 @@ class Writer:
             if shown is not None:
                 self.say(f"embedding the {len(shown.files)} examples of label set {name}")
                 found = _with_examples(found, shown, release, encoders["image_encoder"])
-            # Patches are compared with texts alone.
-            for folder in folders if shown is None else folders[LABELLED.index("classify") :]:
-                found.save(folder / f"{name}.npz")
-            facts[name] = {
-                "labels": len(labels),
-                "templates": templates,
-                "digest": digest_of(folders[-1] / f"{name}.npz"),
-            }
+            path = first / f"{name}.npz"
+            found.save(path)
+            facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if shown is not None:
                 facts[name]["examples"] = len(shown.files)
             if alike := indistinguishable(found.labels, found.embeds):
                 warnings.append(_alike(name, alike))
+        for other in others:
+            shutil.copytree(first, other)
         return LabelSets(facts, warnings)
 
     def _labels_done(self, name: str, count: int) -> Callable[[int], None]:

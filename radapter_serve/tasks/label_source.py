@@ -31,7 +31,7 @@ class LabelSource:
         release: its prompt templates are for requests that bring none.
         embed_labels: embeds the labels that a request brings.
         label_sets: the release's label sets by name, at its own α.
-        mix: mixes examples into a label set at another α; None where labels have none.
+        mix: mixes examples into a label set at another α; None where labels by example are refused.
     """
 
     def __init__(
@@ -103,11 +103,10 @@ class LabelSource:
     def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         known = next((one for one in spellings(text) if one in self._label_sets), None)
-        shown = next((one for one in spellings(text) if one in self._by_example), None)
-        if known is None and shown is not None:
+        if known in self._by_example and self._mix is None:
             raise invalid(
-                f"the label set {shown!r:.80} has labels by example, which are for classify; there"
-                f" are: {self._known()}"
+                f"the label set {known!r:.80} has labels by example, which are for classify; give"
+                " labels, or another label set"
             )
         if known is None:
             raise TaskError(

@@ -122,10 +122,10 @@ def test_a_label_set_by_example_has_scores_that_were_fitted_to_it(local, name, m
 
 def test_label_sets_by_example_are_not_for_segment(local):
     known = release(label_sets={"shown": BY_EXAMPLE, "texts": {"labels": 2}})
-    source = LabelSource(known, local.embed_labels, {"texts": local.embed_labels(["a"], ["{}"])})
-    with pytest.raises(
-        TaskError, match=r"'shown' has labels by example, which are for classify; there are: texts"
-    ):
+    sets = dict.fromkeys(("shown", "texts"), local.embed_labels(["a", "b"], ["{}"]))
+    source = LabelSource(known, local.embed_labels, sets)
+    assert source(None, [b"texts"], None) == [sets["texts"]]
+    with pytest.raises(TaskError, match="'shown' has labels by example, which are for classify"):
         source(None, [b"shown"], None)
 
 
