@@ -81,4 +81,5 @@ class SmallWorld(FakeUpstream):
             "score": np.array([0.9, 0.8, 0.7], np.float32),
             "metadata": np.array([b"{}"] * 3, object),
             "thumbnail": np.array(thumbnails, object),
+            "index_version": np.array([b"g-1"], object),
         }

