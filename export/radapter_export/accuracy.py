@@ -257,7 +257,8 @@ class Validation:
         own = [places.get(name) for name in first_names(data.classes)]
         if None in own:
             return None
-        return np.array(own, np.int64)[data.labels]
+        found: NDArray[np.int64] = np.array(own, np.int64)[data.labels]
+        return found
 
 
 class _Keeping(ReleaseEmbedder):

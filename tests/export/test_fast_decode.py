@@ -77,7 +77,7 @@ def test_a_release_with_fast_decoding(
         for one in (model, in_torch):
             np.testing.assert_allclose(np.asarray(one.embed_images([data]))[0], fast, atol=1e-4)
         masks = [model.segment(one, ["a", "b"]).mask for one in (data, whole.getvalue())]
-    np.testing.assert_array_equal(*masks)  # decoded whole, as the same pixels in a PNG
+    np.testing.assert_array_equal(masks[0], masks[1])  # decoded whole, as the same pixels in a PNG
 
 
 def test_without_it_nothing_is_said(quick: None, adapter_path: Path, tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_a_release_has_labels_by_example(
         if alphas == "dynamic":
             local.set_alpha(0.2)
             expected = by_hand(local, templates, label_file.parent)
-        alpha = {"alpha": 0.2} if alphas == "dynamic" else {}
-        answer = model.classify(png(9), label_set="animals", **alpha)
+        alpha = 0.2 if alphas == "dynamic" else None
+        answer = model.classify(png(9), label_set="animals", alpha=alpha)
         with pytest.raises(InvalidRequest, match="'animals' has labels by example, to which no"):
             model.classify(png(9), label_set="animals", unknown=0.5)
     [embed] = local.encode_images([local.prepare(png(9))])

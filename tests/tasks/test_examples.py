@@ -86,7 +86,7 @@ BY_EXAMPLE = {"labels": 3, "examples": 2}
 def test_a_label_set_by_example_has_scores_that_were_fitted_to_it(local, name, message):
     label_set = local.embed_labels(["cat", "dog"], ["a {}"])
     own = {**CONFIDENCE, "scale": 3.0, "bias": 0.5}
-    facts = {
+    facts: dict[str, Any] = {
         "templates": ["a {}"],
         "logit_scale": 10.0,
         "confidence": CONFIDENCE,
