@@ -30,7 +30,7 @@ from radapter_serve.evaluation.intervals import paired_difference
 
 OURS, RIVAL = "R-Adapter", "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
-_BATCH = 16  # on a CPU more are slower: what lies between the layers leaves its cache
+_BATCH = 32  # on a CPU more are slower: what lies between the layers leaves its cache
 _SURE = {True: "larger than its interval", False: "within its interval"}
 
 
