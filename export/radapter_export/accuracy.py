@@ -296,9 +296,9 @@ def _per_cent(row: Row) -> float:
 
 
 def _label_sets(repository: Path) -> dict[str, LabelSet]:
-    """The label sets of the one release in a repository."""
-    (folder,) = repository.glob("classify/*/label_sets")
-    return load_label_sets(folder)
+    """The label sets of the newest release in a repository, which is the one that is evaluated."""
+    newest = max(repository.glob("classify/[0-9]*"), key=lambda folder: int(folder.name))
+    return load_label_sets(newest / "label_sets")
 
 
 def _label_embeds(label_sets: Sequence[LabelSet]) -> Known:
