@@ -156,6 +156,7 @@ def main(
     callers: tuple[int, ...] = (1, 8, 64),
     seconds: float = 6.0,
     warmup: float = 1.5,
+    repository: Path | None = None,
     out: Path = RESULTS,
 ) -> None:
     """Measure the engines.
@@ -163,6 +164,8 @@ def main(
     Args:
         architecture: open_clip architecture, with random weights and an adapter.
         precision: of the release.
+        repository: a model repository whose release has the label set `names`; one is exported if
+            none is given.
         callers: at once.
         seconds: of each row.
         warmup: seconds before each row.
@@ -175,12 +178,14 @@ def main(
     footprints: dict[str, Footprint] = {}
     image = picture(640, 480, seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        say("exporting")
-        with Process() as process:
-            process.call(export, architecture, precision, Path(folder))
+        models = Path(folder) / "repository" if repository is None else repository
+        if repository is None:
+            say("exporting")
+            with Process() as process:
+                process.call(export, architecture, precision, Path(folder))
         for engine in ENGINES:
             say(f"starting {engine}")
-            with served(engine, Path(folder) / "repository") as (url, server, start):
+            with served(engine, models) as (url, server, start):
                 idle = proportional(server)
                 for task in TASKS:
                     for count in callers:
