@@ -12,7 +12,7 @@ from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
-    from radapter_serve.training.loss import gather_with_grad, mpm_nce
+    from radapter_serve.training.loss import gather_with_grad, mpm_nce, pairwise_sigmoid
     from radapter_serve.training.recipe import Recipe, load_recipe
     from radapter_serve.training.run import Run
     from radapter_serve.training.setup import choose_form
@@ -26,6 +26,7 @@ __all__ = [
     "gather_with_grad",
     "load_recipe",
     "mpm_nce",
+    "pairwise_sigmoid",
     "train",
 ]
 
@@ -37,6 +38,7 @@ _HOME = {
     "gather_with_grad": ".loss",
     "load_recipe": ".recipe",
     "mpm_nce": ".loss",
+    "pairwise_sigmoid": ".loss",
     "train": ".start",
 }
 

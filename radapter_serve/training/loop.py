@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from radapter_serve.adapter import (
 )
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.clip.towers import encode_image, encode_text
+from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
@@ -40,6 +41,7 @@ from radapter_serve.training.loss import (
     distance_to_base,
     gather_with_grad,
     mpm_nce,
+    pairwise_sigmoid,
     positives_of,
 )
 from radapter_serve.training.parts import OWN, Parts
@@ -110,6 +112,7 @@ class _Model:
         form: that they are applied in.
         towers: both, as accelerate wraps them.
         scale: 1/τ of the base.
+        bias: that the base adds to logits, where its scores are sigmoids; None for a softmax.
     """
 
     base: Base
@@ -118,6 +121,7 @@ class _Model:
     form: Form
     towers: nn.Module
     scale: float
+    bias: float | None
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,7 @@ class _Run:
             f"{self.model.adapters.summary(self.model.base.model)}, {rank}, in {self.model.form}"
             f" form; {self.schedule.steps} steps of {self.recipe.batch_size} images"
             + (f" in {processes} processes" if processes > 1 else "")
+            + ("" if self.model.bias is None else "; pairwise sigmoid loss, as the base is scored")
         )
 
     def save(self) -> None:
@@ -228,13 +233,15 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
     # This moves the weights to their device, where the average then starts.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = exchanged.average(adapters, schedule.recipe, schedule.steps)
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
     model = _Model(
         base=base,
         digest=digest,
         adapters=adapters,
         form=form,
         towers=towers,
-        scale=float(base.model.state_dict()["logit_scale"].exp()),
+        scale=scale,
+        bias=bias,
     )
     run = _Run(
         recipe=recipe,
@@ -356,7 +363,10 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     if run.recipe.positives == "several":
         labels = positives_of(of_images, of_images[:, 0])
     images = gather_with_grad(images)
-    loss = mpm_nce(
+    contrast: Callable[..., Tensor] = mpm_nce
+    if run.model.bias is not None:
+        contrast = partial(pairwise_sigmoid, logit_bias=run.model.bias)
+    loss = contrast(
         images.repeat_interleave(several, dim=0),
         gather_with_grad(texts),
         labels,

@@ -78,11 +78,13 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The loss: MPM-NCE, and what keeps the base's embeddings of the training images.
+    """The loss, MPM-NCE or its pairwise sigmoid, and what keeps the base's embeddings.
+
+    A base that is scored by sigmoids (SigLIP) takes the latter.
 
     Attributes:
-        delta: margin δ of MPM-NCE, in cosine.
-        epsilon: label smoothing ε of MPM-NCE.
+        delta: margin δ on wrong pairs, in cosine.
+        epsilon: label smoothing ε.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
         preserve: weight of the mean of 1 - cosine between an image's embedding and that of the

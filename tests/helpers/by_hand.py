@@ -125,6 +125,17 @@ def mpm_nce_by_hand(
     return (one_way(logits, y) + one_way(logits.T, y.T)) / 2
 
 
+def pairwise_by_hand(
+    f: Tensor, g: Tensor, y: Tensor, scale: float, bias: float, delta: float, epsilon: float
+) -> Tensor:
+    """SigLIP's loss of N images f and M texts g, with margin and smoothing; y as above."""
+    y = y.float()
+    logits = scale * (f @ g.T + delta * (1 - y)) + bias
+    targets = y * (1 - epsilon) + (1 - y) * epsilon / (1 - y).sum(1, keepdim=True).clamp(min=1)
+    each = targets * F.softplus(-logits) + (1 - targets) * F.softplus(logits)
+    return each.sum() / len(f)
+
+
 def train_by_hand(
     recipe: Recipe,
     pairs: Sequence[Pair],
@@ -147,6 +158,7 @@ def train_by_hand(
         clip.weights |= {f"{key}.scale": torch.tensor(0.1, requires_grad=True) for key in clip.keys}
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
+    bias = clip.model.logit_bias
     raw = {name: w.detach() * (not recipe.bias_correction) for name, w in clip.weights.items()}
     average: Weights = {}
     way = [{name: weight.detach().clone() for name, weight in clip.weights.items()}]
@@ -167,7 +179,10 @@ def train_by_hand(
             f, g = clip.images(pixels), clip.texts(texts)
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
-            loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
+            if bias is None:
+                loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
+            else:
+                loss = pairwise_by_hand(f, g, y, scale, bias.item(), recipe.delta, recipe.epsilon)
             with clip.at(0.0):
                 base = clip.images(pixels)
             loss = loss + recipe.preserve * (1 - F.cosine_similarity(f, base, dim=1)).mean()

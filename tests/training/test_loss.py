@@ -4,6 +4,7 @@ processes.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from radapter_serve.training import gather_with_grad, mpm_nce
+from radapter_serve.training import gather_with_grad, mpm_nce, pairwise_sigmoid
 from radapter_serve.training.loss import distance_to_base, positives_of
 
 
@@ -100,6 +101,44 @@ def test_several_labels_an_image_equal_the_formula(
     assert mask.tolist() == right
     found = mpm_nce(f, g, mask, logit_scale=scale, delta=delta, epsilon=epsilon)
     assert found.item() == pytest.approx(total / size / 2, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize(("delta", "epsilon"), [(0.0, 0.0), (0.07, 0.0), (0.05, 0.1)])
+def test_the_pairwise_sigmoid_equals_its_formula(
+    several: bool, delta: float, epsilon: float
+) -> None:
+    torch.manual_seed(1)
+    f, g = (F.normalize(torch.randn(9, 6), dim=-1) for _ in range(2))
+    labels = torch.tensor([0, 1, 0, 2, 1, 3, 0, 4, 5]) if several else torch.arange(9)
+    scale, bias = 7.5, -3.25
+    total = 0.0
+    for i in range(9):
+        wrong = sum(int(labels[i] != labels[j]) for j in range(9))
+        for j in range(9):
+            right = bool(labels[i] == labels[j])
+            cosine = float(f[i].double() @ g[j].double())
+            z = scale * (cosine + (0.0 if right else delta)) + bias
+            target = 1 - epsilon if right else epsilon / wrong
+            log_p, log_q = -math.log1p(math.exp(-z)), -math.log1p(math.exp(z))
+            total -= target * log_p + (1 - target) * log_q
+    keywords = {"logit_scale": scale, "logit_bias": bias, "delta": delta, "epsilon": epsilon}
+    found = pairwise_sigmoid(f, g, labels, **keywords)
+    assert found.item() == pytest.approx(total / 9, rel=1e-5)
+    mask = labels[:, None] == labels[None, :]
+    assert pairwise_sigmoid(f, g, mask, **keywords).item() == found.item()
+
+
+def test_the_pairwise_sigmoid_is_siglips_loss_with_one_positive_a_row() -> None:
+    torch.manual_seed(0)
+    f, g = (F.normalize(torch.randn(16, 8), dim=-1).requires_grad_() for _ in range(2))
+    expected = SigLipLoss()(f, g, torch.tensor(50.0), torch.tensor(-10.0))
+    found = pairwise_sigmoid(
+        f, g, torch.arange(16), logit_scale=50.0, logit_bias=-10.0, delta=0.0, epsilon=0.0
+    )
+    torch.testing.assert_close(found, expected)
+    own, other = (torch.autograd.grad(loss, f, retain_graph=True)[0] for loss in (found, expected))
+    torch.testing.assert_close(own, other)
 
 
 def test_is_clips_loss_with_one_positive_a_row() -> None:

@@ -5,13 +5,17 @@ the paper says.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.evaluation.results import Results
@@ -152,6 +156,25 @@ def assert_same(found: Weights, expected: Weights) -> None:
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch
     recipe = dataclasses.replace(recipe, data=data, **change)
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+
+
+@pytest.mark.parametrize("positives", ["several", "single"])
+def test_a_base_with_a_bias_learns_by_its_sigmoids(
+    recipe: Recipe, tmp_path: Path, tiny_clip_dir: str, positives: Literal["several", "single"]
+) -> None:
+    source, sigmoid = Path(tiny_clip_dir.removeprefix("local-dir:")), tmp_path / "sigmoid"
+    shutil.copytree(source, sigmoid)
+    config = json.loads((sigmoid / "open_clip_config.json").read_text())
+    config["model_cfg"]["init_logit_bias"] = -10.0
+    (sigmoid / "open_clip_config.json").write_text(json.dumps(config))
+    weights = load_file(sigmoid / "open_clip_model.safetensors")
+    weights["logit_bias"] = torch.tensor(-2.5)
+    save_file(weights, sigmoid / "open_clip_model.safetensors")
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    recipe = dataclasses.replace(
+        recipe, data=data, architecture=f"local-dir:{sigmoid}", positives=positives
+    )
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
 
 
