@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
-
 from radapter_serve.release.release import Release
 
 FORMAT = 5
@@ -148,7 +146,7 @@ class IndexFacts:
     """
 
     plan: Plan
-    count: pydantic.NonNegativeInt
+    count: int
     columns: list[str]
     files: dict[str, FileFacts]
     searched: dict[str, FileFacts]
@@ -174,6 +172,8 @@ class IndexFacts:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"it has the format {found!r:.40} and this version reads {FORMAT}")
         facts: IndexFacts = read(cls, values)
+        if facts.count < 0:
+            raise ValueError(f"count: {facts.count} is less than 0")
         return facts
 
 
@@ -183,6 +183,8 @@ def read(kind: Any, values: Any) -> Any:
     Raises:
         ValueError: something is missing, or of another type; names the first.
     """
+    import pydantic  # a base installation, which has none, shows the help of its commands
+
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:

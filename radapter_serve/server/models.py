@@ -15,7 +15,6 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import FACTS
-from radapter_serve.index.index import read_facts
 from radapter_serve.release.integrity import check
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
@@ -152,6 +151,8 @@ def kept_for_indexes(
         releases: served.
         indexes: folder of the indexes.
     """
+    from radapter_serve.index.index import read_facts  # a base installation has not its libraries
+
     wanted = []
     for path in sorted(indexes.glob(f"*/{FACTS}")):
         try:
