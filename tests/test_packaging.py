@@ -194,7 +194,7 @@ import importlib, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"pydantic", "pyarrow", "torch", "starlette", "psutil", "faiss"}:
+        if name.partition(".")[0] in {"pydantic", "pyarrow", "torch", "starlette", "faiss"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
