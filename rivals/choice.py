@@ -11,7 +11,6 @@ from statistics import mean, stdev
 
 from radapter_serve.errors import RAdapterError
 from rivals.cells import Cells, score
-from rivals.layout import T95
 from rivals.method import Method, at_rate
 
 CHOICES = (0.25, 0.5, 0.75, 1.0)  # of α: a curve over α is smooth, and each costs an evaluation
@@ -161,12 +160,11 @@ def _lowest(tried: Sequence[Tried]) -> Tried:
 
 
 def _worse(one: Tried, best: Tried) -> bool:
-    """Whether the 95 % interval of the paired differences of the seeds lies below zero; without
-    several seeds, whether the mean does.
+    """Whether the mean of the paired differences of the seeds is more than its standard error below
+    zero, as `learning_rate: auto` has it; without several seeds, whether it is below.
     """
     leads = [a - b for a, b in zip(best.scores, one.scores, strict=True)]
     count = len(leads)
     if count < 2:
         return mean(leads) > 0
-    half = T95[min(count, len(T95) + 1) - 2] * stdev(leads) / count**0.5
-    return bool(mean(leads) > half)
+    return bool(mean(leads) > stdev(leads) / count**0.5)

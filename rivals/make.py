@@ -239,7 +239,7 @@ def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
         if len(choices.rates) > 1:
             parts.append(
                 f"Validation is {validation}. A grid grew until its best was inside, and of what"
-                " can't be told from the best the lowest rate was taken."
+                " is within one standard error of the best the lowest rate was taken."
             )
     return "\n".join(parts)
 

@@ -280,7 +280,12 @@ def doubtful(
         adapter: a run of labelled images, its folder or adapter file; the newest run in ./runs if
             none is given.
         count: images at most, 1 or more.
-        base, pretrained, precision, device, threads, progress: as of `evaluate`.
+        base: as of `evaluate`, like all but `out`.
+        pretrained: weights of the base.
+        precision: to compute in.
+        device: to compute on.
+        threads: to compute with.
+        progress: show how far it is.
         out: folder for `doubtful.csv` and `doubtful.png`; results/RUN/training if none is given.
 
     Returns:

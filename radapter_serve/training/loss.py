@@ -64,8 +64,13 @@ def pairwise_sigmoid(
     and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is SigLIP's loss.
 
     Args:
-        image_embeds, text_embeds, labels, delta, epsilon: as of `mpm_nce`.
-        logit_scale, logit_bias: 1/τ and b of the base, by which its scores are made; frozen.
+        image_embeds: as of `mpm_nce`, like all but the next two.
+        text_embeds: g.
+        labels: of the pairs.
+        logit_scale: 1/τ of the base, by which its scores are made; frozen.
+        logit_bias: b of the base.
+        delta: margin.
+        epsilon: smoothing.
 
     Returns:
         A float32 scalar.
