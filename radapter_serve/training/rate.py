@@ -186,8 +186,11 @@ def _error(one: Tried, other: Tried) -> float:
 
 def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -> Recipe:
     """The recipe of a short run; its warm-up and its average follow its length."""
-    fitted = recipe.fitted(len(opened.data.rows), recipe.accumulate)
-    steps = recipe.steps or recipe.epochs * (len(opened.data.rows) // fitted.batch_size)
+    if recipe.steps is not None:  # as of a stream, which has no length
+        steps = recipe.steps
+    else:
+        images = len(opened.data.rows)
+        steps = recipe.epochs * (images // recipe.fitted(images, recipe.accumulate).batch_size)
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
@@ -206,7 +209,8 @@ def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -
 def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
     """What the search can't settle, a line each."""
     notes = []
-    if wider(tried) is not None:
+    tried_rates = sorted(one.learning_rate for one in tried)
+    if _best(tried).learning_rate in (tried_rates[0], tried_rates[-1]):
         notes.append(
             f"warning: the best learning rate, {_best(tried).learning_rate:.2g}, is at the edge of"
             " what was tried; see whether the loss falls, or give a rate of your own"

@@ -42,9 +42,11 @@ def train(
         The run, with its folder and its metrics.
 
     Raises:
-        RAdapterError: the recipe, the model or the data won't do; nothing was written then.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
-        SystemExit: after SIGTERM, once a checkpoint is written.
+        RAdapterError: the recipe, the model or the data won't do; nothing was written then, but for
+            the table of a search for the learning rate.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; a search for the learning
+            rate has none.
+        SystemExit: after SIGTERM, likewise.
     """
     chosen = recipe_from(recipe, resume, **fields)
     chosen.check()

@@ -248,7 +248,7 @@ def test_the_rate_is_chosen_by_the_mean_of_all_seeds_and_the_grid_grows(cells_of
 
 
 def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken(cells_of: Any):
-    """3e-5 leads 1e-5 by 0.5 on the mean, with a standard error of 0.87 by hand; 1e-6 is 9 worse."""
+    """3e-5 leads 1e-5 by 0.5 on the mean, with a standard error of 0.87; 1e-6 is 9 worse."""
     leads = {1: -1.0, 2: 0.5, 3: 2.0}  # standard deviation 1.5, by √3
 
     def value(method: Any, seed: int, alpha: float) -> float:

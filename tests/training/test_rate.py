@@ -16,7 +16,7 @@ from PIL import Image
 from radapter_serve import RAdapterError, load_adapter, train
 from radapter_serve.cli.train import main as train_command
 from radapter_serve.training import Recipe
-from radapter_serve.training.rate import START, Tried, lowest, wider
+from radapter_serve.training.rate import GRID, START, Tried, _notes, lowest, wider
 from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand
 from tests.helpers.short_run import short_run
 
@@ -119,6 +119,16 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     assert f"chose learning rate {table['chosen']:.2g}" in printed
     for note in table["notes"]:
         assert note in run.notes and note in printed
+
+
+def test_warns_where_the_best_is_the_last_of_the_grid() -> None:
+    ladder = [tried(rate, number) for number, rate in enumerate(GRID[3:], 50)]
+    (note,) = _notes(ladder, ladder[-1], ladder[-1])
+    assert note.startswith("warning: the best learning rate, 0.05, is at the edge")
+    inside = [*ladder[:-1], tried(GRID[-1], 10)]
+    assert _notes(inside, inside[-2], inside[-2]) == []
+    (note,) = _notes(inside, inside[-2], tried(GRID[-2], 20))
+    assert note.startswith("warning: two seeds differ by 34.0 points at learning rate 0.015")
 
 
 @pytest.mark.parametrize(
