@@ -101,16 +101,19 @@ def is_absence(error: BaseException | None) -> bool:
     return False
 
 
-def how_to_bring(repository: str, kind: str = "model") -> str:
+def how_to_bring(repository: str, kind: str = "model", folder: str | None = None) -> str:
     """What to do on a machine without a connection, for the end of a message.
 
     Args:
         repository: its name on the hub.
         kind: model or dataset.
+        folder: of the repository that is enough; None for all of it.
     """
     from huggingface_hub import constants
 
     flag = "" if kind == "model" else " --repo-type dataset"
+    if folder is not None:
+        flag += f' --include "{folder}/*"'
     return (
         f"on a machine with a connection run `hf download {repository}{flag}`, and copy"
         f" {kind}s--{repository.replace('/', '--')} from its cache into {constants.HF_HUB_CACHE}"

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 RELEASE, TRANSFORMERS = "release", "transformers"  # folders of a repository on the hub
+BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub is written
 TOKENIZER, LABEL_SETS = "tokenizer.json", "label_sets"
 _GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
 _TOKENIZED = ("embed_text", "segment", "classify")
@@ -187,7 +188,8 @@ def take(name: str) -> Path | None:
     """The release of a repository on the hub as a model repository in the cache.
 
     It is fetched where the cache lacks it, its files are compared with their digests, and the
-    configs of its models are written.
+    configs of its models are written. It lies outside the snapshot, which may hold any file of
+    the hub.
 
     Args:
         name: `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit.
@@ -203,14 +205,16 @@ def take(name: str) -> Path | None:
     data = folder / RELEASE
     if not (data / FILE).is_file():
         return None
-    target = folder / "model_repository"
+    built = folder.parents[1] / BUILT
+    target = built / folder.name  # the commit
     if releases_of(target):  # from last time; whoever opens it checks its files
         return target
     sums = _verified(name, data)
     release = Release.load(data)
     _check_facts(name, release)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".model_repository-") as scratch:
+        built.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built, prefix=".") as scratch:
             made = Path(scratch, "made")
             _lay_out(data, sums, release, made)
             try:
@@ -220,8 +224,8 @@ def take(name: str) -> Path | None:
                     raise
     except OSError as error:
         raise RAdapterError(
-            f"cannot write to {folder}, where {name} is: {reason(error)}; set HF_HOME to a folder"
-            " that can be written"
+            f"cannot write to {built}, where {name} is built: {reason(error)}; set HF_HOME to a"
+            " folder that can be written"
         ) from error
     return target
 
@@ -294,7 +298,7 @@ def _fetch(name: str) -> Path:
         if unreachable() and is_absence(error):
             raise RAdapterError(
                 f"{name} is not on this machine, and the Hugging Face hub can't be reached"
-                f" ({unreachable()}); {how_to_bring(repository)}"
+                f" ({unreachable()}); {how_to_bring(repository, folder=RELEASE)}"
             ) from error
         raise RAdapterError(
             f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
@@ -335,7 +339,8 @@ def _differs(name: str, problems: list[str]) -> RAdapterError:
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     return RAdapterError(
         f"{name} is not as it was pushed: {'; '.join(problems[:5])}{more}; fetch it again with:"
-        f" hf download {repository} --force-download, or push it again with radapter-export"
+        f' hf download {repository} --include "{RELEASE}/*" --force-download, or push it again with'
+        " radapter-export"
     )
 
 
@@ -347,6 +352,8 @@ def _check_facts(name: str, release: Release) -> None:
         f"runtime {release.runtime!r:.40}": release.runtime in ("onnxruntime", "openvino"),
         f"max_batch_size {release.max_batch_size!r:.40}": isinstance(release.max_batch_size, int)
         and 0 < release.max_batch_size <= _MAX_VERSION,
+        f"label_sets {release.label_sets!r:.40}": isinstance(release.label_sets, dict)
+        and all(isinstance(facts, dict) for facts in release.label_sets.values()),
     }
     for fact, fits in allowed.items():
         if not fits:

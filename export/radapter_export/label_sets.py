@@ -17,8 +17,7 @@ from radapter_serve.contract.labels import join_label, read_label_file, split_la
 from radapter_serve.contract.preprocess import MAX_BYTES, Preprocess, decode_pixels, verify
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml
-from radapter_serve.tasks.examples import MAX_EXAMPLES
-from radapter_serve.tasks.label_embeddings import DEFAULT_WEIGHT, Examples
+from radapter_serve.tasks.label_embeddings import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 
 MAX_SHOWN = 2000  # examples of a label set
 YAML = (".yaml", ".yml")

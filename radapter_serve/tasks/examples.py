@@ -11,7 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, invalid
-from radapter_serve.tasks.label_embeddings import DEFAULT_WEIGHT, Examples, LabelSet
+from radapter_serve.tasks.label_embeddings import (
+    DEFAULT_WEIGHT,
+    MAX_EXAMPLES,
+    Examples,
+    LabelSet,
+)
 from radapter_serve.tasks.label_store import LabelStore
 from radapter_serve.tasks.outcome import Outcome
 
@@ -19,7 +24,6 @@ from radapter_serve.tasks.outcome import Outcome
 EmbedAt = Callable[
     [Sequence[tuple[Sequence[bytes], Alpha | None]]], Sequence[Outcome[NDArray[np.float32]]]
 ]
-MAX_EXAMPLES = 128  # of a request
 _CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
 
 

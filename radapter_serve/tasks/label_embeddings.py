@@ -18,10 +18,12 @@ from radapter_serve.contract.alpha import Encode, at
 from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.contract.labels import check_labels, check_templates, mean_embeddings
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.tasks.label_store import MAX_LABELS, LabelStore
 
 DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
+MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _BATCHES = 16  # of prompts, after which the labels so far are kept, even if the caller gives up
 
 _Prompts = tuple[float | None, bytes]  # α, and the digest of the templates
@@ -79,8 +81,17 @@ class LabelSet:
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            RAdapterError: more examples than an export writes.
+        """
         with np.load(path, allow_pickle=False) as file:
+            if "examples" in file and file["example_sizes"].size > MAX_EXAMPLES:
+                raise RAdapterError(
+                    f"{path} has {file['example_sizes'].size} examples; at most {MAX_EXAMPLES} are"
+                    " allowed; export it again with radapter-export"
+                )
             texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
             return cls(embeds=embeds, **texts, examples=_examples(file))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, snapshot_download
 
 from radapter_export import ExportSettings, export_release
-from radapter_export.hub import RELEASE, Hub, files_of, take
+from radapter_export.hub import BUILT, RELEASE, Hub, files_of, take
 from radapter_export.merged import CONFIG, WEIGHTS
 from radapter_serve import Model, RAdapterError
 from radapter_serve.cli.export import main as export
@@ -95,8 +95,32 @@ def test_a_release_travels(
     with Model(f"hf-hub:{NAME}") as model:
         assert model.release().alpha == 0.5
     assert len(hub.asked) == before
-    with pytest.raises(RAdapterError, match=r"hf-hub:a/b is not on this machine.*hf download a/b"):
+    with pytest.raises(RAdapterError, match=r"hf-hub:a/b is not on this machine") as absent:
         Model("hf-hub:a/b")
+    assert 'run `hf download a/b --include "release/*"`, and copy models--a--b' in str(absent.value)
+
+
+def test_a_model_repository_on_the_hub_is_never_served(pushed: str, hub: FakeHub) -> None:
+    theirs = take(pushed)
+    assert theirs is not None
+    found = [path for path in theirs.rglob("*") if path.is_file()]
+    hostile = {
+        f"{at}/{path.relative_to(theirs)}": path.read_bytes()
+        for path in found
+        for at in ("model_repository", "radapter")
+    }
+    code = b"raise SystemExit('code of the hub')\n"
+    hostile |= {name: code for name in hostile if name.endswith(".py")}
+    assert code in hostile.values()
+    oid = hub.commit(NAME, {**hub.files(NAME), **hostile})
+    folder = Path(snapshot_download(NAME))  # all of it, as `hf download` brings it
+    assert folder.name == oid and (folder / "model_repository" / "classify").is_dir()
+    for _ in range(2):  # built, and found again
+        there = take(f"hf-hub:{NAME}")
+        assert there is not None and not there.is_relative_to(folder)
+        assert there != theirs
+        check(there, [1])
+        assert code not in [path.read_bytes() for path in there.rglob("*.py")]
 
 
 def test_the_next_push_takes_the_place_of_the_last(
@@ -293,7 +317,7 @@ def test_what_differs_is_refused_by_name(pushed: str, hub: FakeHub, tmp_path: Pa
         oid = hub.commit(NAME, files)
         with pytest.raises(RAdapterError, match=f"is not as it was pushed: .*{re.escape(message)}"):
             Model(f"hf-hub:{NAME}@{oid}")
-    assert not list((tmp_path / "cache").rglob("model_repository"))
+    assert not list((tmp_path / "cache").rglob(BUILT))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +326,8 @@ def test_what_differs_is_refused_by_name(pushed: str, hub: FakeHub, tmp_path: Pa
         ("version", "../../x", "says version '../../x'"),
         ("runtime", "python", "says runtime 'python'"),
         ("max_batch_size", -1, "says max_batch_size -1"),
+        ("label_sets", {"x": 5}, "says label_sets {'x': 5}, which no release has"),
+        ("label_sets", [], "says label_sets []"),
         ("preprocess", [], "is broken"),
         ("tokenizer", {}, "is broken"),
         ("embed_dim", "many", "is broken"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
+from radapter_serve.errors import RAdapterError
+from radapter_serve.tasks.label_embeddings import MAX_EXAMPLES, Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_store import LabelStore
 
 SIMPLE = ["a photo of a {}."]
@@ -25,6 +27,17 @@ def test_label_set_round_trip(tmp_path):
     assert loaded.labels == ("Ölkäfer", "猫")
     assert (loaded.lines, loaded.templates) == (("Ölkäfer, beetle", "猫"), ("a {}",))
     np.testing.assert_array_equal(loaded.embeds, embeds)
+
+
+def test_a_file_of_too_many_examples_is_refused(tmp_path: Path) -> None:
+    path, embeds = tmp_path / "a.npz", np.eye(1, 4, dtype=np.float32)
+    for count in (MAX_EXAMPLES, MAX_EXAMPLES + 1):
+        examples = Examples((b"x",) * count, (0,) * count)
+        LabelSet(("cat",), embeds, ("cat",), ("a {}",), examples).save(path)
+        if count == MAX_EXAMPLES:
+            assert LabelSet.load(path).examples == examples
+    with pytest.raises(RAdapterError, match=r"a\.npz has 129 examples; at most 128 are allowed"):
+        LabelSet.load(path)
 
 
 def test_embeddings_are_the_mean_over_names_and_templates(local):
