@@ -16,6 +16,7 @@ import radapter_serve
 from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
 
 FOLDER = DEPLOY / "kubernetes"
+INSTANCE = {"app.kubernetes.io/instance": "radapter"}
 Objects = dict[tuple[str, str], Any]
 VALUES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -55,14 +56,18 @@ def test_selectors_find_their_pods(objects: Objects) -> None:
     labels = {name: pod["metadata"]["labels"].items() for name, pod in pods(objects)}
     selectors = {
         "Deployment": lambda spec: spec["selector"]["matchLabels"],
-        "NetworkPolicy": lambda spec: spec["podSelector"].get("matchLabels"),
+        "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
         "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
         "Service": lambda spec: spec["selector"],
     }
     for (kind, name), one in objects.items():
         selector = selectors[kind](one["spec"]) if kind in selectors else None
-        if selector:
+        if (kind, name) == ("NetworkPolicy", "closed"):
+            assert all(selector.items() <= own for own in labels.values())
+        elif selector:
             assert [pod for pod, own in labels.items() if selector.items() <= own] == [name]
+        # A pod of the same namespace that belongs to something else is none of the chart's.
+        assert selector is None or INSTANCE.items() <= selector.items()
 
 
 def test_ports_and_folders_are_those_of_the_images(objects: Objects) -> None:
@@ -94,14 +99,14 @@ def test_the_gateway_finds_every_pod_of_the_server(objects: Objects) -> None:
 
 
 def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
-    """The ports that a policy opens, one way, to pods with the label `app: peer`; to all where no
-    peer is named.
+    """The ports that a policy opens, one way, to the chart's pods with the label `app: peer`; to
+    all where no peer is named.
     """
     side = "from" if direction == "ingress" else "to"
     found = set()
     for rule in policy["spec"].get(direction, []):
         peers = [one.get("podSelector", {}).get("matchLabels") for one in rule.get(side, [])]
-        if side not in rule or {"app": peer} in peers:
+        if side not in rule or {"app": peer, **INSTANCE} in peers:
             found |= {(port["protocol"], port["port"]) for port in rule["ports"]}
     return found
 
@@ -109,7 +114,7 @@ def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
 def test_only_the_gateway_reaches_the_server(objects: Objects) -> None:
     policies = {name: one for (kind, name), one in objects.items() if kind == "NetworkPolicy"}
     assert policies.pop("closed")["spec"] == {
-        "podSelector": {},
+        "podSelector": {"matchLabels": INSTANCE},
         "policyTypes": ["Ingress", "Egress"],
     }
     assert set(policies) == {"server", "gateway"}
@@ -169,6 +174,24 @@ def test_values_reach_what_they_name() -> None:
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
 
+def test_names_that_yaml_reads_as_something_else_stay_names() -> None:
+    objects = rendered(
+        {
+            "gateway": {"apiKeysSecret": "1e3"},
+            "storage": {"className": "true"},
+            "prometheusNamespace": "123",
+        }
+    )
+    for one in objects.values():
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    claim = objects["PersistentVolumeClaim", "models"]["spec"]
+    assert claim["storageClassName"] == "true"
+    spec = rendered({"storage": {"existingClaim": "0"}})["Deployment", "server"]["spec"]
+    assert {"claimName": "0"} in [
+        one.get("persistentVolumeClaim") for one in spec["template"]["spec"]["volumes"]
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -178,6 +201,8 @@ def test_values_reach_what_they_name() -> None:
         ({"server": {"memory": "much"}}, "/server/memory"),
         ({"gateway": {"apiKeysSecret": "a b"}}, "/gateway/apiKeysSecret"),
         ({"images": {"tag": "a: b"}}, "/images/tag"),
+        ({"storage": {"existingClaim": "a}, b: {"}}, "/storage/existingClaim"),
+        ({"storage": {"className": "a b"}}, "/storage/className"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
