@@ -4,6 +4,7 @@ as they need. `actionlint`, where there is one, reads them too.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -79,6 +80,56 @@ def test_every_python_is_tested() -> None:
     assert re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project) == PYTHONS
     assert jobs("ci.yml")["fast"]["strategy"]["matrix"]["python"] == PYTHONS
     assert jobs("release.yml")["test"]["strategy"]["matrix"]["python"] == PYTHONS
+
+
+def test_a_release_is_tested_where_a_change_is() -> None:
+    installed = {
+        name: [step["run"] for step in jobs(name)[job]["steps"] if "apt-get" in step.get("run", "")]
+        for name, job in (("ci.yml", "fast"), ("release.yml", "test"))
+    }
+    assert len(installed["ci.yml"]) == 1 and installed["ci.yml"] == installed["release.yml"]
+
+
+def test_an_image_has_a_name_in_lower_case(tmp_path: Path) -> None:
+    job = jobs("release.yml")["image"]
+    assert job["env"]["DOCKER_BUILD_RECORD_UPLOAD"] == "false"
+    variables = tmp_path / "env"
+    names = {"OWNER": "Some-One", "TARGET": "server", "GITHUB_ENV": str(variables)}
+    subprocess.run(["bash", "-ec", job["steps"][0]["run"]], env=names, check=True, timeout=60)
+    assert variables.read_text() == "IMAGE=ghcr.io/some-one/radapter-server\n"
+
+
+def test_only_a_pull_request_is_cancelled_by_the_next_push() -> None:
+    workflow = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))
+    expected = "${{ github.event_name == 'pull_request' }}"
+    assert workflow["concurrency"]["cancel-in-progress"] == expected
+
+
+def tried(folder: Path, python: str, *extras: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python}
+    words = [str(ROOT / ".ci" / "try"), "some.whl", *extras]
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("extras", [["server"], ["gateway", "server", "export"]])
+def test_what_has_no_release_to_be_asked_about_is_not_tried(
+    extras: list[str], tmp_path: Path
+) -> None:
+    done = tried(tmp_path, "python3", *extras)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "is asked about a release that export makes; name export before it" in done.stderr
+
+
+def test_a_wheel_is_tried_by_a_python_beside_the_caller(tmp_path: Path) -> None:
+    python = tmp_path / "own"
+    python.write_text('#!/bin/sh\necho "own $1"\n[ $1 = --version ]\n')
+    python.chmod(0o755)
+    done = tried(tmp_path, "./own", "export", "server")
+    assert (done.returncode, done.stdout) == (1, "export on own --version\nown -m\n")
+    done = tried(tmp_path, "./none")
+    assert done.returncode == 1 and "no ./none here; name another by PYTHON" in done.stderr
 
 
 def test_nothing_is_published_before_it_is_tested_and_attested() -> None:
