@@ -84,8 +84,9 @@ def evaluate(
             OUT/doubtful.png.
     """
     if doubtful is not None:
-        given = {"suite": suite, "data": data, "alpha": alpha, "limit": limit}
-        _list_doubtful(doubtful, model, [name for name in given if given[name]], out, threads)
+        given = {"suite": suite, "data": data, "alpha": alpha, "limit": limit, "seed": seed}
+        names = [name for name, value in given.items() if value]
+        _list_doubtful(doubtful, model, names, out, batch_size, threads)
         return
     found = start.evaluate(
         alpha=alpha,
@@ -125,7 +126,12 @@ def evaluate(
 
 
 def _list_doubtful(
-    count: int, model: start.Evaluated, given: list[str], out: Path | None, threads: int | None
+    count: int,
+    model: start.Evaluated,
+    given: list[str],
+    out: Path | None,
+    batch_size: int,
+    threads: int | None,
 ) -> None:
     others = ("merged", "release", "url", "finetuned", "checkpoint", "lora")
     given += [name for name in others if getattr(model, name)]
@@ -142,6 +148,7 @@ def _list_doubtful(
         precision=model.precision,
         device=model.device,
         out=out,
+        batch_size=batch_size,
         threads=threads,
         progress=True,
     )

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,18 @@ class Labelled(ImageColumn, LabelledImages):
         Raises:
             RAdapterError: no class of that name or number, or none at all.
         """
-        value = row[self.label_column]
-        if not self.several:
-            return (self._number(value),)
-        labels = split_labels(value, self.label_separator)
-        if not labels:
+        numbers = self._numbers(row[self.label_column])
+        if not numbers:
             raise RAdapterError(
                 f"image {self.name(row)} has no label in {self.label_column!r}; take it out, or"
                 " give it a class of its own, such as 'none of them'"
             )
+        return numbers
+
+    def _numbers(self, value: Any) -> tuple[int, ...]:
+        if not self.several:
+            return (self._number(value),)
+        labels = split_labels(value, self.label_separator)
         return tuple(dict.fromkeys(self._number(label) for label in labels))
 
     def _number(self, value: Any) -> int:
@@ -108,11 +112,20 @@ class Labelled(ImageColumn, LabelledImages):
         return index
 
     def label_sets(self) -> list[tuple[int, ...]]:
-        """The numbers of all classes of each row; not of a stream."""
-        if not self.several:
-            return [(self._number(value),) for value in self.rows[self.label_column]]
-        columns = [self.image_column, self.label_column]
-        return [self.labels_of(row) for row in self.rows.select_columns(columns)]
+        """The numbers of all classes of each row; not of a stream.
+
+        Raises:
+            RAdapterError: as of `labels_of`.
+        """
+        return self._label_sets
+
+    @cached_property
+    def _label_sets(self) -> list[tuple[int, ...]]:
+        # The column of labels alone: reading images takes long.
+        sets = [self._numbers(value) for value in self.rows[self.label_column]]
+        if () in sets:
+            self.labels_of(self.rows[sets.index(())])  # says which image has none
+        return sets
 
     def labels(self) -> NDArray[np.int64]:
         """The number of each row's class, [N]; of several classes the one with the fewest images.
@@ -258,7 +271,7 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     in CoOp.
 
     More shots of the same seed hold the fewer. An image of several classes counts for the one with
-    the fewest images.
+    the fewest images; a class that has none among those of one shot gives one more.
 
     Args:
         data: not a stream.
@@ -275,7 +288,22 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     chosen = [
         order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))
     ]
-    return dataclasses.replace(data, rows=data.rows.select(np.sort(np.concatenate(chosen))))
+    chosen.append(_of_lost_classes(data, order, [images[:1] for images in chosen]))
+    return dataclasses.replace(data, rows=data.rows.select(np.unique(np.concatenate(chosen))))
+
+
+def _of_lost_classes(
+    data: Labelled, order: NDArray[np.int64], one_shot: Sequence[NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """The first image of each class that one shot leaves without."""
+    sets = data.label_sets()
+    present = {label for number in np.concatenate(one_shot) for label in sets[number]}
+    found: list[int] = []
+    for number in order.tolist() if data.several else ():
+        if not present.issuperset(sets[number]):
+            found.append(number)
+            present.update(sets[number])
+    return np.array(found, np.int64)
 
 
 def load_labelled(

@@ -91,11 +91,11 @@ def find_doubtful(
     count: int,
     out: Path,
     *,
-    alpha: float = 1.0,
     base: str | None = None,
     pretrained: str | None = None,
     precision: Precision = "fp32",
     device: str | None = None,
+    batch_size: int = 64,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Doubtful], list[Path]]:
     """Find the training images whose label is most in doubt, and write `doubtful.csv` and
@@ -105,8 +105,8 @@ def find_doubtful(
         adapter: folder of a run of labelled images, or its adapter file.
         count: images at most.
         out: folder for the files.
-        alpha: of the tuned model.
         base, pretrained, precision, device: as of `from_adapter`.
+        batch_size: images a pass.
         say: called with a line about the progress.
 
     Returns:
@@ -142,7 +142,7 @@ def find_doubtful(
         )
     embedder = from_adapter(
         adapter,
-        [0.0, alpha],
+        [0.0, 1.0],
         base=base,
         pretrained=pretrained,
         precision=precision,
@@ -150,7 +150,10 @@ def find_doubtful(
     )
     try:
         first, second = evaluate_scored(
-            embedder, images, progress=lambda done, n: say(f"{done} of {n} images by both models")
+            embedder,
+            images,
+            batch_size=batch_size,
+            progress=lambda done, n: say(f"{done} of {n} images by both models"),
         )
     finally:
         embedder.close()
@@ -200,7 +203,8 @@ def _draw(found: Sequence[Doubtful], images: ClassificationSet, path: Path) -> P
         says = (
             one.run_says if one.run_says == one.base_says else f"{one.base_says} / {one.run_says}"
         )
-        axes.set_title(f"{one.label[:22]}\nor {says[:22]}?", fontsize=7)
+        # Names of classes are no formulas.
+        axes.set_title(f"{one.label[:22]}\nor {says[:22]}?", fontsize=7, parse_math=False)
     with staged(path) as part:
         figure.savefig(part, format="png")
     return path

@@ -83,6 +83,7 @@ def evaluate_scored(
     embedder: Embedder,
     data: EvaluationSet,
     *,
+    batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
     known: dict[Any, Known] | None = None,
 ) -> list[Scored]:
@@ -93,6 +94,7 @@ def evaluate_scored(
         embedder,
         data,
         embedder.variants,
+        batch_size=batch_size,
         progress=progress,
         known={} if known is None else known,
         keep_cosines=True,

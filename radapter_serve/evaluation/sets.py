@@ -131,12 +131,18 @@ def classification_set(
         asked = [members[data.own[index]] for index in kept] if members else []
     labels = [[number_of[label] for label in of if label in number_of] for of in sets]
     chosen = np.flatnonzero([bool(of) for of in labels])
+    if not len(chosen):
+        present = sorted({data.own[label] for of in sets for label in of})
+        raise RAdapterError(
+            f"data set {entry.name!r}: no image has one of the classes {', '.join(classes[:5])}; it"
+            f" has images of {', '.join(present[:5])}"
+        )
     chosen = chosen[drawn(len(chosen), limit, seed)]
     data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
     labels = [labels[index] for index in chosen]
     if not data.several:
-        single = np.array(labels, np.int64)[:, 0]
+        single = np.array([of[0] for of in labels], np.int64)
         return ClassificationSet(entry, images, single, list(classes), templates, asked)
     truth = np.zeros((len(labels), len(classes)), bool)
     for row, of in zip(truth, labels, strict=True):

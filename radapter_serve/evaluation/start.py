@@ -270,6 +270,7 @@ def doubtful(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str | None = None,
     out: Place | None = None,
+    batch_size: int = 64,
     threads: int | None = None,
     progress: bool = False,
 ) -> tuple[list[Doubtful], list[Path]]:
@@ -284,6 +285,7 @@ def doubtful(
         pretrained: weights of the base.
         precision: to compute in.
         device: to compute on.
+        batch_size: images a pass.
         threads: to compute with.
         progress: show how far it is.
         out: folder for `doubtful.csv` and `doubtful.png`; results/RUN/training if none is given.
@@ -297,6 +299,7 @@ def doubtful(
     """
     if count < 1:
         raise RAdapterError(f"doubtful is {count}; allowed: 1 image or more")
+    _Options(None, 0, batch_size)
     limit_threads(threads)
     path = Path(adapter) if adapter else newest_run()
     from radapter_serve.evaluation.doubtful import find_doubtful  # torch takes seconds to load
@@ -311,6 +314,7 @@ def doubtful(
             pretrained=pretrained,
             precision=precision,
             device=device,
+            batch_size=batch_size,
             say=say,
         )
 

@@ -311,20 +311,22 @@ class Gateway:
             request.state.entry = entry = Entry(request.state.request_id)
             request.state.quota = None
             span = None
-            if counted and self._spans is not None:
-                span = self._spans.begin(request.headers, request.method, path)
-                entry.followed.traceparent = span.traceparent
+            refused = False
             try:
                 if self.keys is not None and not public:
                     key = self.keys.check(request.headers.get("Authorization"))
                     entry.key = key.name
                     request.state.quota = self._quotas.of(key)
+                # After the key: whoever has none is not to say what is sent to the collector.
+                if counted and self._spans is not None:
+                    span = self._spans.begin(request.headers, request.method, path)
+                    entry.followed.traceparent = span.traceparent
                 limited = counted and request.state.quota is not None
                 with request.state.quota.request() if limited else contextlib.nullcontext():
                     response = await handler(request)
             except Refused as error:
-                entry.code = error.code
-                response = await _read_out(refusal(error, request), request)
+                refused = True
+                response, entry.code = refusal(error, request), error.code
             except (ClientDisconnected, ClientDisconnect):
                 response, entry.code = Response(status_code=499), GONE
             except Exception:
@@ -350,7 +352,8 @@ class Gateway:
                 entry.write(self._settings.log)
             if span is not None:
                 span.end(entry)
-            return response
+            # Last: the time of a refusal is not that of a body that nobody wants.
+            return await _read_out(response, request) if refused else response
 
         guarded.__name__ = handler.__name__
         return guarded

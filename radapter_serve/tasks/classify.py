@@ -22,7 +22,7 @@ from radapter_serve.contract.preprocess import Preprocess, decode_into
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.examples import ByExample, read_examples
+from radapter_serve.tasks.examples import ByExample, check_encoded, read_examples
 from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome, run_good
@@ -287,15 +287,22 @@ class Classify:
             examples=examples is not None,
             label_set=request.label_set,
         )
+        if examples is not None:
+            alphas = [None] * len(examples) if alpha is None else alpha.ravel().tolist()
+            check_encoded(zip(examples, alphas, strict=True))
         sets = self._label_source(
             request.labels, request.label_set, request.templates, alpha, request.cancelled
         )
         if examples is not None:
-            sets = self._with_examples(sets, examples, alpha)
+            sets = self._with_examples(sets, examples, alpha, request.cancelled)
         return _Plan(request.images, alpha, sets, scores)
 
     def _with_examples(
-        self, sets: Sequence[LabelSet], examples: Sequence[Examples], alpha: Alpha | None
+        self,
+        sets: Sequence[LabelSet],
+        examples: Sequence[Examples],
+        alpha: Alpha | None,
+        cancelled: Cancelled | None,
     ) -> list[LabelSet]:
         """The label set of each image with its examples; images mostly share both."""
         made: dict[tuple[int, Examples], LabelSet] = {}
@@ -304,7 +311,7 @@ class Classify:
             key = id(label_set), own
             if key not in made:
                 at = None if alpha is None else alpha[row : row + 1]
-                made[key] = self._by_example(label_set, own, at)
+                made[key] = self._by_example(label_set, own, at, cancelled)
             found.append(made[key])
         return found
 

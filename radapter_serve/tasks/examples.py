@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.contract.alpha import Alpha
-from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, invalid
+from radapter_serve.contract.alpha import Alpha, single
+from radapter_serve.contract.errors import (
+    IMAGE_TOO_LARGE,
+    INVALID_IMAGE,
+    Cancelled,
+    check_cancelled,
+    invalid,
+)
 from radapter_serve.tasks.label_embeddings import (
     DEFAULT_WEIGHT,
     MAX_EXAMPLES,
@@ -24,6 +30,8 @@ from radapter_serve.tasks.outcome import Outcome
 EmbedAt = Callable[
     [Sequence[tuple[Sequence[bytes], Alpha | None]]], Sequence[Outcome[NDArray[np.float32]]]
 ]
+MAX_ENCODED = 256  # of a request, each at each α that it asks for
+_PART = 16  # images, after which their embeddings are kept, even if the caller gives up
 _CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
 
 
@@ -66,6 +74,24 @@ def read_examples(
     return found
 
 
+def check_encoded(asked: Iterable[tuple[Examples, float | None]]) -> None:
+    """Refuse a request that has more examples at more α than are encoded for one.
+
+    Args:
+        asked: the examples of each row, and its α.
+
+    Raises:
+        TaskError: there are too many.
+    """
+    unique = {(image, alpha) for examples, alpha in set(asked) for image in examples.images}
+    if len(unique) > MAX_ENCODED:
+        count = len({alpha for _, alpha in unique})
+        raise invalid(
+            f"examples at {count} α are {len(unique)} images to encode for their labels; at most"
+            f" {MAX_ENCODED} are allowed in a request, so send fewer α or examples in each"
+        )
+
+
 def _checked_weights(given: ArrayLike) -> tuple[float, ...]:
     weights = tuple(np.ravel(given).tolist())
     wrong = [weight for weight in weights if not 0 <= weight <= 1]
@@ -92,17 +118,24 @@ class ByExample:
         self._store = store
         self._release = release
 
-    def __call__(self, label_set: LabelSet, examples: Examples, alpha: Alpha | None) -> LabelSet:
+    def __call__(
+        self,
+        label_set: LabelSet,
+        examples: Examples,
+        alpha: Alpha | None,
+        cancelled: Cancelled | None = None,
+    ) -> LabelSet:
         """The labels, those with examples by the mean of these, made unit length, and their text.
 
         Args:
             label_set: of the texts.
             examples: for some of its labels, or for all.
             alpha: of the image, [1, 1], as `RequestAlpha` gives it.
+            cancelled: asked between some examples and the next.
 
         Raises:
             TaskError: a label that there is not; an example that is no image; a text and examples
-                that cancel out.
+                that cancel out; cancelled.
         """
         count = len(label_set.labels)
         for place in examples.labels:
@@ -114,7 +147,7 @@ class ByExample:
                 " for all, or one for each"
             )
         weights = np.broadcast_to(np.array(examples.weights, np.float32), count)
-        embeds = self._embed(examples.images, alpha)
+        embeds = self._embed(examples.images, alpha, cancelled)
         mixed = label_set.embeds.copy()
         places = np.array(examples.labels)
         for place in np.unique(places):
@@ -123,22 +156,26 @@ class ByExample:
             mixed[place] = _unit(both, label_set.labels[place])
         return replace(label_set, embeds=mixed)
 
-    def _embed(self, images: Sequence[bytes], alpha: Alpha | None) -> NDArray[np.float32]:
-        at = None if alpha is None else float(alpha[0, 0])
+    def _embed(
+        self, images: Sequence[bytes], alpha: Alpha | None, cancelled: Cancelled | None
+    ) -> NDArray[np.float32]:
+        at = single(alpha)
         keys = {image: self._key(image, at) for image in images}
         known = self._store.get(list(keys.values()))
         new = [image for image, key in keys.items() if key not in known]
-        outcomes = self._embed_images([([image], alpha) for image in new]) if new else []
-        made: dict[bytes, NDArray[np.float32]] = {}
-        for image, outcome in zip(new, outcomes, strict=True):
-            error = outcome.error
-            if error is not None and error.code in (INVALID_IMAGE, IMAGE_TOO_LARGE):
-                where = f"example {images.index(image) + 1} of {len(images)}"
-                raise invalid(f"{where}: {error.message}")  # the image itself is not at fault
-            made[keys[image]] = outcome.unwrap()[0]
-        if made:
+        for start in range(0, len(new), _PART):
+            check_cancelled(cancelled)
+            part = new[start : start + _PART]
+            outcomes = self._embed_images([([image], alpha) for image in part])
+            made: dict[bytes, NDArray[np.float32]] = {}
+            for image, outcome in zip(part, outcomes, strict=True):
+                error = outcome.error
+                if error is not None and error.code in (INVALID_IMAGE, IMAGE_TOO_LARGE):
+                    where = f"example {images.index(image) + 1} of {len(images)}"
+                    raise invalid(f"{where}: {error.message}")  # the image itself is not at fault
+                made[keys[image]] = outcome.unwrap()[0]
             self._store.put(made)
-        known.update(made)
+            known.update(made)
         return np.stack([known[keys[image]] for image in images])
 
     def _key(self, image: bytes, alpha: float | None) -> bytes:

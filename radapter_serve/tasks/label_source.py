@@ -19,9 +19,11 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.labels import check_prompts
 from radapter_serve.contract.names import spellings
 from radapter_serve.release.release import Release, by_example
+from radapter_serve.tasks.examples import check_encoded
 from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 
 Texts = Sequence[bytes]
+Mix = Callable[[LabelSet, Examples, Alpha | None, Cancelled | None], LabelSet]
 
 
 class LabelSource:
@@ -39,7 +41,7 @@ class LabelSource:
         release: Release,
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
-        mix: Callable[[LabelSet, Examples, Alpha | None], LabelSet] | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self._mix = mix
         self._by_example = {name for name, facts in release.label_sets.items() if by_example(facts)}
@@ -61,11 +63,11 @@ class LabelSource:
             label_set: name of a label set for each image, or None.
             templates: prompt templates for `labels`, or None for the release's.
             alpha: of each image, from `RequestAlpha`.
-            cancelled: asked between batches of prompts.
+            cancelled: asked between batches of prompts and of examples.
 
         Raises:
             TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or
-                templates.
+                templates; too many examples at too many α; cancelled.
         """
         alphas: Iterable[float | None] = (
             itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
@@ -73,10 +75,9 @@ class LabelSource:
         if label_set is not None:
             if labels is not None or templates is not None:
                 raise invalid("give labels (with templates, if you like) or label_set, not both")
-            return [
-                self._named(name, own, cancelled)
-                for name, own in zip(label_set, alphas, strict=False)
-            ]
+            known = {name: self._known_as(name) for name in set(label_set)}
+            rows = [(known[name], own) for name, own in zip(label_set, alphas, strict=False)]
+            return self._named(rows, cancelled)
         if labels is None:
             raise TaskError(
                 NO_LABELS, f"give labels, or a label_set of this release: {self._known()}"
@@ -100,7 +101,7 @@ class LabelSource:
         }
         return [embedded[id(one)] for one in lists]
 
-    def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
+    def _known_as(self, name: bytes) -> str:
         text = name.decode("utf-8", "replace")
         known = next((one for one in spellings(text) if one in self._label_sets), None)
         if known in self._by_example and self._mix is None:
@@ -113,13 +114,29 @@ class LabelSource:
                 UNKNOWN_LABEL_SET,
                 f"no label set {text!r:.80} in this release; there are: {self._known()}",
             )
-        found = self._label_sets[known]
-        if alpha is None or alpha == self._alpha:
+        return known
+
+    def _named(
+        self, rows: Sequence[tuple[str, float | None]], cancelled: Cancelled | None
+    ) -> list[LabelSet]:
+        """The label set of each row by its name and α, each made once."""
+        unique = list(dict.fromkeys(rows))
+        shown = ((self._label_sets[name].examples, alpha) for name, alpha in unique)
+        check_encoded((own, at) for own, at in shown if own is not None and not self._is_own(at))
+        made = {(name, alpha): self._at(name, alpha, cancelled) for name, alpha in unique}
+        return [made[row] for row in rows]
+
+    def _is_own(self, alpha: float | None) -> bool:
+        return alpha is None or alpha == self._alpha
+
+    def _at(self, name: str, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
+        found = self._label_sets[name]
+        if alpha is None or self._is_own(alpha):
             return found
         texts = self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
         if found.examples is None or self._mix is None:
             return texts
-        return self._mix(texts, found.examples, np.full((1, 1), alpha, np.float32))
+        return self._mix(texts, found.examples, np.full((1, 1), alpha, np.float32), cancelled)
 
     def _known(self) -> str:
         return (

@@ -193,8 +193,8 @@ class Scoring:
             scale, bias = self._calibrated(fitted, alpha) if exact else plain
             least = None if doubt is None else Doubt(float(doubt), *self._sigmoid(fitted, alpha))
             return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias, doubt=least)
-        # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which
-        # moves the cosines and leaves the sigmoid's own scale and bias where they were.
+        # Also of a model that was pretrained with a sigmoid: training moves the cosines, and leaves
+        # the scale and the bias of its base where they were.
         scale, bias = self._sigmoid(fitted, alpha)
         return Scores(
             None if k is None else int(k),

@@ -464,9 +464,9 @@ def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder, release=1))
     image = str(tmp_path / "shown/mug/1.png")
     shown = ["--examples", str(tmp_path / "shown")]
-    assert main(["classify", image, *shown, "--example-weight", "1"]) == 0
+    assert main(["classify", *shown, "--example-weight", "1", image]) == 0
     assert main(["classify", image, "--labels", "mug", "tin", "cup", *shown]) == 0
-    weights = ["--example-weight", "0.25", "mug=1"]
+    weights = ["--example-weight", "0.25", "--example-weight", "mug=1"]
     assert main(["classify", image, "--labels", "mug", "tin", "cup", *shown, *weights]) == 0
     own, given, weighted = [request.inputs for request in recorder.inferences]
     assert weighted["example_weight"].tolist() == [[1.0, 0.5, 0.25]]
@@ -485,7 +485,8 @@ def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
         [line] = capsys.readouterr().err.splitlines()
         assert message in line
     for weight in (["much"], ["0.5", "0.6"], ["mug=1", "mug=0"], ["tin=1"]):
-        assert main(["classify", image, *shown, "--example-weight", *weight]) != 0
+        flags = [text for one in weight for text in ("--example-weight", one)]
+        assert main(["classify", image, *shown, *flags]) != 0
         [line] = capsys.readouterr().err.splitlines()
         assert "example" in line and "weight" in line
 

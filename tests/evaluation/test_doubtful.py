@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.doubtful import doubts, margins
+from radapter_serve.evaluation.doubtful import Doubtful, _draw, doubts, margins
 from radapter_serve.evaluation.start import doubtful
 from tests.evaluation.conftest import picture
 from tests.helpers.by_hand import ClipWithAdapters
@@ -63,7 +65,7 @@ def test_images_are_listed_by_what_both_models_doubt(
         least = np.minimum(least, np.array(others) - own)
     expected = [str(files[number]) for number in np.argsort(-least)[:5]]
 
-    found, (table, drawn) = doubtful(run, 5, out=tmp_path / "out")
+    found, (table, drawn) = doubtful(run, 5, out=tmp_path / "out", batch_size=5)
     assert [one.image for one in found] == expected
     margins_found = [min(one.base_margin, one.run_margin) for one in found]
     assert margins_found == pytest.approx(np.sort(least)[::-1][:5], abs=1e-4)
@@ -86,8 +88,21 @@ def test_the_command_lists_and_refuses(
     assert "wrote results/tiny/training/doubtful.csv" in out
     assert main(["--adapter", str(run), "--doubtful", "3", "--suite", "pacs"]) == 2
     assert "doubtful and suite don't go together" in capsys.readouterr().err
+    for flags, message in (
+        (["--seed", "1"], "doubtful and seed don't go together"),
+        (["--batch-size", "0"], "batch_size is 0; allowed: 1 or more"),
+    ):
+        assert main(["--adapter", str(run), "--doubtful", "3", *flags]) == 2
+        assert message in capsys.readouterr().err
     assert main(["--adapter", str(run), "--doubtful", "0"]) == 2
     assert "doubtful is 0; allowed: 1 image or more" in capsys.readouterr().err
+
+
+def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
+    picture(np.random.default_rng(0)).save(tmp_path / "a.png")
+    images: Any = SimpleNamespace(images=[(tmp_path / "a.png").read_bytes])
+    one = Doubtful("a.png", r"$\broken{$", "cat", "dog", 0.1, 0.2, 0)
+    assert _draw([one], images, tmp_path / "doubtful.png").is_file()
 
 
 def test_what_has_no_one_label_an_image_is_refused(

@@ -457,6 +457,7 @@ def test_a_class_without_an_image_stays_a_choice(
         ("data: 'imagefolder:plain', classes: none.txt", "cannot read"),
         ("data: 'imagefolder:plain', classes: none.yaml", "could not read the classes"),
         ("data: 'imagefolder:plain', classes: other.yaml", "knows none of its classes: cat, dog"),
+        ("data: 'imagefolder:few', classes: bird.yaml", "no image has one of the classes a bird"),
         ("data: 'imagefolder:plain', classes: list.yaml", "must map"),
         ("data: 'imagefolder:plain', templates: 'no place'", "cannot read no place"),
         ("data: 'csv:captions.csv', task: retrieval, caption_column: text", "no column 'text'"),
@@ -466,6 +467,9 @@ def test_a_class_without_an_image_stays_a_choice(
 def test_data_that_can_not_be_used(world: Path, tmp_path: Path, fields: str, message: str) -> None:
     for name in ("plain", "captions.csv"):
         (tmp_path / name).symlink_to(world / name)
+    shutil.copytree(world / "plain", tmp_path / "few")
+    (tmp_path / "few" / "bird").mkdir()
+    (tmp_path / "bird.yaml").write_text("bird: a bird", encoding="utf-8")
     (tmp_path / "other.yaml").write_text("x: y", encoding="utf-8")
     (tmp_path / "list.yaml").write_text("[a, b]", encoding="utf-8")
     (tmp_path / "blank.csv").write_text("image,caption\na.png,text\na.png,\n", encoding="utf-8")

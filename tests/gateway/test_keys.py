@@ -334,6 +334,15 @@ def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]
     assert lines[3]["release"] == "1"
 
 
+def test_the_time_of_a_refusal_is_without_the_wait_for_its_body(
+    keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DISCARD_SECONDS", 0.5)
+    with serving(api_keys=keys, log="json") as served:
+        assert refused_at_once(served.port, "Content-Length: 9") == (401, "close")
+    assert json.loads(capsys.readouterr().err)["ms"] < 400
+
+
 def test_time_in_the_queue_and_in_the_model_are_told_apart(
     keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ by α.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
+from radapter_serve.tasks.examples import MAX_ENCODED, ByExample
+from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
 from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, png
 
+SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
 FIXED, DYNAMIC = RequestAlpha(0.3), RequestAlpha(0.3, dynamic=True)
 
 
@@ -92,6 +95,7 @@ def tasks(local: Any) -> Callable[..., Any]:
     embed_labels = LabelEmbedder(local.tokenizer, tokens)
     own = facts.request_alpha.one(None)
     sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
+    sets["shown"] = replace(sets["colours"], examples=Examples(SHOWN, (0,) * len(SHOWN)))
 
     def make(kind: str) -> Any:
         calls.clear()
@@ -127,6 +131,75 @@ def test_requests_of_several_alphas_share_a_batch(
     np.testing.assert_allclose(found[1].unwrap(), alone[0.3][1:], atol=1e-6)
     assert "alpha is 2" in str(found[2].error)
     np.testing.assert_allclose(found[3].unwrap(), alone[1][1:], atol=1e-6)
+
+
+# Examples of a request, and of a label set of the release
+IN_REQUEST = {
+    "labels": [b"red, scarlet", b"blue"],
+    "examples": list(SHOWN),
+    "example_labels": [0] * len(SHOWN),
+}
+BOTH_WAYS = pytest.mark.parametrize("options", [IN_REQUEST, {"label_set": b"shown"}])
+
+
+def by_example(
+    options: dict[str, Any], alphas: list[float], cancelled: Callable[[], bool] | None = None
+) -> ClassifyRequest:
+    rows = {name: [value] * len(alphas) for name, value in options.items()}
+    alpha = np.array(alphas, np.float32)[:, None]
+    images = [png(seed) for seed in range(len(alphas))]
+    return ClassifyRequest(images, alpha=alpha, cancelled=cancelled, **rows)
+
+
+@BOTH_WAYS
+def test_examples_are_encoded_once_for_each_alpha(
+    tasks: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classify, calls = tasks("classify"), tasks("calls")
+    mixed: list[Any] = []
+    mix = ByExample.__call__
+
+    def counted(self: ByExample, *given: Any) -> LabelSet:
+        mixed.append(given)
+        return mix(self, *given)
+
+    monkeypatch.setattr(ByExample, "__call__", counted)
+    alphas = [0.5, 0.75] * 4
+    together = classify([by_example(options, alphas)])[0].unwrap()
+    assert len(mixed) == 2
+    # At each α three texts and the examples; then the images.
+    assert sum(map(len, calls)) == 2 * (3 + len(SHOWN)) + len(alphas)
+    alone = classify([by_example(options, alphas[:1])])[0].unwrap()
+    np.testing.assert_allclose(together.scores[0], alone.scores[0], rtol=1e-5)
+
+
+@BOTH_WAYS
+def test_examples_at_too_many_alphas_are_refused(tasks: Any, options: dict[str, Any]) -> None:
+    classify, calls = tasks("classify"), tasks("calls")
+    count = MAX_ENCODED // len(SHOWN) + 1
+    alphas = [0.5 + number / 100 for number in range(count)]
+    message = f"examples at {count} α are {count * len(SHOWN)} images .* at most {MAX_ENCODED} are"
+    with pytest.raises(TaskError, match=message):
+        classify([by_example(options, alphas)])[0].unwrap()
+    assert not calls
+    classify([by_example(options, alphas[1:])])[0].unwrap()
+
+
+@BOTH_WAYS
+def test_who_gives_up_gets_no_more_examples(tasks: Any, options: dict[str, Any]) -> None:
+    classify, calls = tasks("classify"), tasks("calls")
+    encoded = 16  # of 20 images, one part
+
+    def gone() -> bool:
+        return any(len(call) == encoded for call in calls)
+
+    with pytest.raises(TaskError, match="gave up"):
+        classify([by_example(options, [0.5], gone)])[0].unwrap()
+    assert [len(call) for call in calls] == [3, encoded]  # the texts, and one part
+    # What it had is kept.
+    calls.clear()
+    classify([by_example(options, [0.5])])[0].unwrap()
+    assert [len(call) for call in calls] == [len(SHOWN) - encoded, 1]
 
 
 def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:

@@ -186,6 +186,44 @@ def test_what_is_held_out_leaves_every_class_an_image(tmp_path: Path) -> None:
         assert np.bincount(few.labels(), minlength=4).tolist()[1:] == [2, 1, 2]
 
 
+def test_few_shots_leave_every_class_an_image(tmp_path: Path) -> None:
+    # "wide" stands beside half the images of each of the others, which are rarer.
+    labels = [name + beside for name in "abc" for beside in ("", ";wide") for _ in range(3)]
+    rows = [(f"{number}.png", label) for number, label in enumerate(labels)]
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
+    data = load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
+    sizes = set()
+    for seed in range(20):
+        draws = [few_shot(data, shots, seed) for shots in (1, 2, 6)]
+        for few in draws:
+            assert {label for of in few.label_sets() for label in of} == {0, 1, 2, 3}
+        names = [{row["image"] for row in few.rows} for few in draws]
+        assert names[0] <= names[1] <= names[2] and len(names[2]) == len(labels)
+        sizes.add(len(names[0]))
+    assert sizes == {3, 4}
+
+
+def test_labels_are_read_without_images_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(several(tmp_path, "text")[0])
+    expected = [data.labels_of(row) for row in data.rows]
+    asked = []
+
+    class Rows:
+        def __getitem__(self, column: str) -> Any:
+            asked.append(column)
+            return rows[column]
+
+        def __len__(self) -> int:
+            return len(rows)
+
+    rows = data.rows
+    again = dataclasses.replace(data, rows=Rows())
+    assert again.label_sets() == again.label_sets() == expected
+    assert len(again.labels()) == len(expected) and asked == [data.label_column]
+
+
 def test_what_needs_one_label_says_so(tmp_path: Path) -> None:
     data, _ = several(tmp_path, "text")
     with pytest.raises(RAdapterError, match="class_split base needs one label an image"):

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from .._client import Client
 from .._exceptions import RAdapterClientError
@@ -151,7 +151,7 @@ def classify(
     calibrated: FlagCreatePairsOff[bool] = False,
     unknown: float | None = None,
     examples: Path | None = None,
-    example_weight: Annotated[tuple[str, ...], arg(metavar="W|LABEL=W [...]")] = (),
+    example_weight: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="W|LABEL=W")] = (),
     out: Path | None = None,
 ) -> int:
     """The best labels of images.
@@ -169,7 +169,7 @@ def classify(
         examples: folder with a folder of images for each label that has some, called as the label;
             the folders are the labels where none are given.
         example_weight: of a label's examples beside its text, from 0 to 1, for all labels or as
-            LABEL=W for one; 1 leaves the text out, and 0.5 is taken if none is given.
+            LABEL=W for one, a flag each; 1 leaves the text out, and 0.5 is taken if none is given.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
     files = ImageFiles(images)
