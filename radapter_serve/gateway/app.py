@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -453,11 +454,15 @@ async def _discard_body(request: Request) -> bool:
     if too_much or "Expect" in request.headers:  # which asks whether to send a body at all
         return False
     try:
-        return await asyncio.wait_for(_discard(request), DISCARD_SECONDS)
-    except (asyncio.TimeoutError, ClientDisconnect):
+        # `asyncio.wait_for` would leave a cycle of references, which keeps the body, and with it
+        # the connection, until Python looks for cycles.
+        with anyio.move_on_after(DISCARD_SECONDS):
+            return await _discard(request)
+    except ClientDisconnect:
         return False
     except RuntimeError:  # starlette's, where all has been read
         return True
+    return False
 
 
 async def _discard(request: Request) -> bool:
