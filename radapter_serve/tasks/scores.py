@@ -207,7 +207,9 @@ class Scoring:
         """What scores of some labels were fitted to: those by example, to their own label set."""
         if examples:
             return _Fitted(None, BY_EXAMPLE)
-        names = {name.decode("utf-8", "replace") for name in label_set or ()}
+        names = {
+            name.decode("utf-8", "replace") for name in ([] if label_set is None else label_set)
+        }
         found = {self._named(name) for name in names} or {self._fitted}
         return found.pop() if len(found) == 1 else _Fitted(None, SEVERAL)
 

@@ -169,6 +169,16 @@ def test_sigmoid_where_the_model_has_a_bias(local):
     np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
 
 
+def test_label_sets_may_come_as_an_array(local):
+    """Triton gives the names of a request's images so."""
+    names = np.array([b"colours", b"colours"], object)
+    images = [png(5), png(7)]
+    [found] = answers(local.classify([ClassifyRequest(images, label_set=names, top_k=[2])]))
+    [wanted] = answers(local.classify([ClassifyRequest(images, label_set=list(names), top_k=[2])]))
+    assert found.labels.tolist() == wanted.labels.tolist()
+    np.testing.assert_array_equal(found.scores, wanted.scores)
+
+
 def test_requests_of_all_kinds_share_a_batch(local):
     good, bad = png(7), b"nonsense"
     requests = [
