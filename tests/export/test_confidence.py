@@ -108,7 +108,7 @@ def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: 
 def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     quick: None, folders: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Its own sigmoid, which a softmax left behind, gives no label 0.5."""
+    """So does its own sigmoid, which training by the loss of the base does not leave behind."""
     random = np.random.default_rng(0)
     for number in range(204):
         path = (
@@ -123,7 +123,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
         Image.fromarray(pixels + random.integers(0, 60, pixels.shape, np.uint8)).save(path)
     data, others = (f"imagefolder:{tmp_path / name}" for name in ("photos", "others"))
     base = make_base("siglip", tmp_path / "base")
-    run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=30)).folder
+    run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=90)).folder
     (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=others))
     release = exported.release
     assert exported.accuracy is not None and exported.accuracy.release > 90
@@ -140,7 +140,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     )
     right = np.array([label_set.labels.index(path.parent.name) for path in paths])
     own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))
-    assert (own[np.arange(102), right] >= 0.5).mean() < 0.1
+    assert (own[np.arange(102), right] >= 0.5).mean() > 0.6
     scores = Scoring(release)(multi_label=[True])
     found = [scores.best(row)[0].tolist() for row in cosines]
     assert np.mean([place in places for place, places in zip(right, found, strict=True)]) > 0.6
