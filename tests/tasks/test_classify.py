@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_sigmoid_where_the_model_has_a_bias(local):
 
 def test_label_sets_may_come_as_an_array(local):
     """Triton gives the names of a request's images so."""
-    names = np.array([b"colours", b"colours"], object)
+    names: Any = np.array([b"colours", b"colours"], object)
     images = [png(5), png(7)]
     [found] = answers(local.classify([ClassifyRequest(images, label_set=names, top_k=[2])]))
     [wanted] = answers(local.classify([ClassifyRequest(images, label_set=list(names), top_k=[2])]))
