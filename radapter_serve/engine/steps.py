@@ -32,9 +32,13 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[list[Step]]:
-    """Yields the steps that this thread takes in the block, as they end."""
-    steps: list[Step] = []
+def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
+    """Yields the steps that this thread takes in the block, as they end.
+
+    Args:
+        into: a list that they are added to; a new one if None.
+    """
+    steps = [] if into is None else into
     token = _taken.set(steps)
     try:
         yield steps

@@ -135,7 +135,7 @@ class Together(Generic[R, A]):
         """Run a batch, and hand over to the first who waits."""
         taken: list[Step] = []
         try:
-            with steps.collected() as taken:
+            with steps.collected(taken):
                 outcomes = self._run([one.request for one in batch])
             for one, outcome in zip(batch, outcomes, strict=True):
                 one.outcome = outcome

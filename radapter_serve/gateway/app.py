@@ -261,14 +261,13 @@ class Gateway:
     async def body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
         """The body of a request, within its time."""
         limit = self._settings.timeout
-        try:
-            body = await asyncio.wait_for(
-                _body(request, int(self._settings.max_body * MIB), acquire), limit
-            )
+        # `asyncio.wait_for` would leave a cycle of references with every refusal, which keeps the
+        # body, and with it the connection, until Python looks for cycles.
+        with anyio.move_on_after(limit):
+            body = await _body(request, int(self._settings.max_body * MIB), acquire)
             request.state.entry.bytes_in = len(body)
             return body
-        except asyncio.TimeoutError:
-            raise timeout_error(408, f"the body did not come within {limit:g} s") from None
+        raise timeout_error(408, f"the body did not come within {limit:g} s")
 
     async def _run(self, message: Any, seconds: float, entry: Entry) -> Any:
         """Triton's answer, as soon as the request may run; its deadline goes on to
@@ -419,23 +418,26 @@ async def _body(request: Request, max_bytes: int, acquire: Callable[[int], None]
         raise Refused(
             415, UNSUPPORTED_TYPE, f"Content-Type is {escape(kind)}; send {' or '.join(_TYPES[1:])}"
         )
-    length = headers.get("Content-Length", "")
-    too_large = Refused(
-        413, TOO_LARGE, f"the body has more than {max_bytes / MIB:g} MiB, the most that is taken"
-    )
-    if length.isdigit() and int(length[:18]) > max_bytes:
-        raise too_large
+    too_large = f"the body has more than {max_bytes / MIB:g} MiB, the most that is taken"
+    if _is_longer(request, max_bytes):
+        raise Refused(413, TOO_LARGE, too_large)
     parts = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise too_large
+            raise Refused(413, TOO_LARGE, too_large)
         acquire(len(part))
         parts.append(part)
     if not size:
         raise bad_request("the body is empty")
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _is_longer(request: Request, most: int) -> bool:
+    """Whether a request says that its body has more bytes."""
+    length = request.headers.get("Content-Length", "")
+    return length.isdigit() and int(length[:18]) > most
 
 
 async def _read_out(response: Response, request: Request) -> Response:
@@ -449,13 +451,10 @@ async def _read_out(response: Response, request: Request) -> Response:
 
 async def _discard_body(request: Request) -> bool:
     """Throw away what is left of a body; whether that was all of it."""
-    length = request.headers.get("Content-Length", "")
-    too_much = length.isdigit() and int(length[:18]) > MAX_DISCARDED
-    if too_much or "Expect" in request.headers:  # which asks whether to send a body at all
+    # The second asks whether to send a body at all.
+    if _is_longer(request, MAX_DISCARDED) or "Expect" in request.headers:
         return False
     try:
-        # `asyncio.wait_for` would leave a cycle of references, which keeps the body, and with it
-        # the connection, until Python looks for cycles.
         with anyio.move_on_after(DISCARD_SECONDS):
             return await _discard(request)
     except ClientDisconnect:
@@ -497,3 +496,4 @@ async def run_until_disconnect(
         if not task.done():  # its place is free again before anybody hears of this
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        del task  # else its exception holds this frame, and this frame holds it

@@ -6,12 +6,12 @@ and connections.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -125,9 +125,9 @@ def _in_pieces(send: Send) -> Send:
         for start in range(0, len(body), PIECE):
             end = start + PIECE
             piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
-            try:
-                await asyncio.wait_for(send(piece), PIECE_SECONDS)
-            except asyncio.TimeoutError:
-                raise _TooSlow from None
+            with anyio.move_on_after(PIECE_SECONDS) as taking:
+                await send(piece)
+            if taking.cancelled_caught:
+                raise _TooSlow
 
     return sending

@@ -104,18 +104,15 @@ class InProcess:
             tensor.name: _array(tensor.datatype, tensor.shape, data)
             for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True)
         }
-        with collected() as steps:
-            try:
-                reply = self._engine.infer(
-                    message.model_name,
-                    message.model_version,
-                    inputs,
-                    [output.name for output in message.outputs],
-                    deadline=deadline,
-                    cancelled=gone.is_set,
-                )
-            finally:
-                followed.steps += steps
+        with collected(followed.steps):
+            reply = self._engine.infer(
+                message.model_name,
+                message.model_version,
+                inputs,
+                [output.name for output in message.outputs],
+                deadline=deadline,
+                cancelled=gone.is_set,
+            )
         return _message(message.model_name, reply)
 
 
