@@ -61,7 +61,7 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         raise RAdapterError(
             f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it"
         )
-    steps = recipe.steps or recipe.epochs * (count // recipe.batch_size)
+    steps = recipe.length(count)
     schedule = recipe.of_length(steps)
     meter = Meter()
     device, source = meter.device, _batches(run, meter.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +122,9 @@ class Labelled(ImageColumn, LabelledImages):
     @cached_property
     def _label_sets(self) -> list[tuple[int, ...]]:
         # The column of labels alone: reading images takes long.
-        sets = [self._numbers(value) for value in self.rows[self.label_column]]
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal sets are one object
+        found = map(self._numbers, self.rows[self.label_column])
+        sets = [same.setdefault(labels, labels) for labels in found]
         if () in sets:
             self.labels_of(self.rows[sets.index(())])  # says which image has none
         return sets
@@ -133,6 +135,8 @@ class Labelled(ImageColumn, LabelledImages):
         Not of a stream.
         """
         sets = self.label_sets()
+        if not self.several:
+            return np.fromiter((labels[0] for labels in sets), np.int64, len(sets))
         counts = Counter(label for labels in sets for label in labels)
         rarest = (min(labels, key=lambda label: (counts[label], label)) for labels in sets)
         return np.fromiter(rarest, np.int64, len(sets))
@@ -166,10 +170,7 @@ class Labelled(ImageColumn, LabelledImages):
         """Take back an image of each class whose images are all held out."""
         sets = self.label_sets()
         left = {label for number in np.flatnonzero(~held) for label in sets[number]}
-        for number in np.flatnonzero(held):
-            if not left.issuperset(sets[number]):
-                held[number] = False
-                left.update(sets[number])
+        held[_bringing(sets, np.flatnonzero(held).tolist(), left)] = False
 
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
         """The same images, with other classes beside their own.
@@ -288,7 +289,8 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     chosen = [
         order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))
     ]
-    chosen.append(_of_lost_classes(data, order, [images[:1] for images in chosen]))
+    if data.several:
+        chosen.append(_of_lost_classes(data, order, [images[:1] for images in chosen]))
     return dataclasses.replace(data, rows=data.rows.select(np.unique(np.concatenate(chosen))))
 
 
@@ -298,12 +300,19 @@ def _of_lost_classes(
     """The first image of each class that one shot leaves without."""
     sets = data.label_sets()
     present = {label for number in np.concatenate(one_shot) for label in sets[number]}
-    found: list[int] = []
-    for number in order.tolist() if data.several else ():
+    return np.array(_bringing(sets, order.tolist(), present), np.int64)
+
+
+def _bringing(
+    sets: Sequence[tuple[int, ...]], numbers: Iterable[int], present: set[int]
+) -> list[int]:
+    """Of these images those that bring a class which is not there yet; `present` has it then."""
+    found = []
+    for number in numbers:
         if not present.issuperset(sets[number]):
             found.append(number)
             present.update(sets[number])
-    return np.array(found, np.int64)
+    return found
 
 
 def load_labelled(

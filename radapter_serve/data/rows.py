@@ -315,19 +315,15 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
         (str(file.absolute()), number) for number, name in enumerate(names) for file in filled[name]
     )
     # A file that stands in several class folders, by a link, is one image of several classes.
-    images: dict[tuple[int, int] | str, tuple[str, list[int]]] = {}
+    images: dict[tuple[int, int] | str, tuple[str, set[int]]] = {}
     for path, number in paths:
-        _, labels = images.setdefault(_file_of(path), (path, []))
-        if number not in labels:
-            labels.append(number)
+        images.setdefault(_file_of(path), (path, set()))[1].add(number)
+    rows: list[tuple[str, Any]] = list(paths)
     label: Any = datasets.ClassLabel(names=names)
-    several = any(len(labels) > 1 for _, labels in images.values())
-    if several:
+    if any(len(labels) > 1 for _, labels in images.values()):
         rows = [(path, sorted(labels)) for path, labels in images.values()]
-        columns_of = {"image": [path for path, _ in rows], "label": [of for _, of in rows]}
         label = datasets.List(label)
-    else:
-        columns_of = {"image": [path for path, _ in paths], "label": [of for _, of in paths]}
+    columns_of = {"image": [path for path, _ in rows], "label": [of for _, of in rows]}
     features = datasets.Features({"image": datasets.Value("string"), "label": label})
     try:
         table = datasets.Dataset.from_dict(columns_of, features)
@@ -344,7 +340,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
 def _file_of(path: str) -> tuple[int, int] | str:
     """Equal for all names of one file, whether they are links of either kind."""
     try:
-        found = Path(path).stat()
+        found = os.stat(path)  # noqa: PTH116 - a path object for each of a million images is dear
     except OSError:
         return path  # a link to nowhere is an image of its own, which is reported as missing
     return (found.st_dev, found.st_ino) if found.st_ino else path  # some file systems number none

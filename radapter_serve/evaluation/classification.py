@@ -61,6 +61,23 @@ def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
 
 
 @torch.no_grad()
+def best_classes(model: nn.Module, classifier: Tensor, pixels: Tensor) -> Tensor:
+    """The class that fits each image best, integer [B], on the CPU.
+
+    Args:
+        model: an open_clip model.
+        classifier: [C, D] from `zero_shot_classifier`.
+        pixels: [B, 3, S, S].
+
+    Raises:
+        RAdapterError: embeddings that are not finite.
+    """
+    scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
+    if not scores.isfinite().all():
+        raise RAdapterError(NOT_FINITE)
+    return scores.argmax(dim=1).cpu()
+
+
 def count_hits(
     model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[int, int]:
@@ -69,19 +86,13 @@ def count_hits(
     Args:
         model: an open_clip model.
         classifier: [C, D] from `zero_shot_classifier`.
-        batches: pairs of pixels [B, 3, S, S] and labels, integer [B], or bool [B, C] where images
-            have several.
+        batches: pairs of pixels [B, 3, S, S] and labels [B].
 
     Raises:
         RAdapterError: embeddings that are not finite.
     """
     hits = total = 0
     for pixels, labels in batches:
-        scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
-        if not scores.isfinite().all():
-            raise RAdapterError(NOT_FINITE)
-        best = scores.argmax(dim=1, keepdim=True).cpu()
-        right = labels.cpu().gather(1, best) if labels.ndim == 2 else labels.cpu()[:, None] == best
-        hits += int(right.sum())
+        hits += int((best_classes(model, classifier, pixels) == labels.cpu()).sum())
         total += len(labels)
     return hits, total

@@ -73,19 +73,6 @@ def margins(cosines: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray
     return others[rows, best] - cosines[rows, labels], best
 
 
-def doubts(base: Floats, tuned: Floats, labels: NDArray[np.int64]) -> NDArray[np.float32]:
-    """How much both models doubt each label: the smaller of their two margins.
-
-    Args:
-        base, tuned: cosines by the base and by the tuned model, [N, C].
-        labels: [N].
-
-    Returns:
-        float32 [N]; positive where both find another class better.
-    """
-    return np.minimum(margins(base, labels)[0], margins(tuned, labels)[0])
-
-
 def find_doubtful(
     adapter: str | Path,
     count: int,
@@ -166,7 +153,8 @@ def _ranked(images: ClassificationSet, base: Floats, tuned: Floats, count: int) 
     names = first_names(images.classes)
     base_margins, base_best = margins(base, images.labels)
     run_margins, run_best = margins(tuned, images.labels)
-    order = np.argsort(-doubts(base, tuned, images.labels), kind="stable")[:count]
+    least = np.minimum(base_margins, run_margins)  # positive where both find another class better
+    order = np.argsort(-least, kind="stable")[:count]
     return [
         Doubtful(
             images.images[number].name,

@@ -60,7 +60,7 @@ def open_set(
     """
     if suite.as_trained is not None:
         return _own_set(suite.as_trained, entry, limit, seed)
-    spec = _below(suite.data_root, entry.data)
+    spec = below(suite.data_root, entry.data)
     try:
         if entry.task == "retrieval":
             return _retrieval_set(suite, entry, spec, limit, seed)
@@ -214,7 +214,7 @@ def _segmentation_set(
     )
 
 
-def _below(root: Path, spec: str) -> str:
+def below(root: Path, spec: str) -> str:
     reader, colon, path = spec.partition(":")
     return f"{reader}:{root / path}" if colon and reader in _READERS else spec
 

@@ -261,8 +261,9 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
 def _schedule(given: Recipe, opened: RunData, accelerator: Accelerator) -> tuple[_Schedule, Recipe]:
     """The schedule of a run, and its recipe with a batch that the data can fill."""
     parts = given.accumulate * accelerator.num_processes
-    recipe = given.fitted(None if given.streaming else len(opened.data.rows), parts)
-    steps = recipe.steps or recipe.epochs * (len(opened.data.rows) // recipe.batch_size)
+    images = None if given.streaming else len(opened.data.rows)
+    recipe = given.fitted(images, parts)
+    steps = recipe.length(images)
     return _Schedule(recipe.of_length(steps), steps, recipe.batch_size // parts), recipe
 
 

@@ -76,10 +76,12 @@ class _Answers:
     ) -> dict[str, float]:
         """As `validate`."""
         assert not isinstance(val, Captioned)
+        alphas = [recipe.alpha] if self.of_base is not None else [0.0, recipe.alpha]
+        answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
         if self.of_base is None:
-            (self.of_base,), _ = answers(base, adapters, val, [0.0], recipe, accelerator)
-        (own,), (self.right,) = answers(base, adapters, val, [recipe.alpha], recipe, accelerator)
-        self.kept = float((own == self.of_base).mean())
+            self.of_base = answered[0]
+        self.right = right[-1]
+        self.kept = float((answered[-1] == self.of_base).mean())
         adapters.alpha = 1.0
         return {}
 
@@ -108,7 +110,6 @@ def search_rate(
             " give several processes the rate that it prints"
         )
     collector = _Answers()
-    tried: list[Tried] = []
 
     def short_run(rate: float, seed: int) -> Tried:
         began = time.monotonic()
@@ -124,8 +125,7 @@ def search_rate(
         )
         return found
 
-    for rate in START:
-        tried.append(short_run(rate, recipe.seed))
+    tried = [short_run(rate, recipe.seed) for rate in START]
     for _ in range(WIDENINGS):
         beyond = wider(tried)
         if beyond is None:
@@ -186,11 +186,8 @@ def _error(one: Tried, other: Tried) -> float:
 
 def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -> Recipe:
     """The recipe of a short run; its warm-up and its average follow its length."""
-    if recipe.steps is not None:  # as of a stream, which has no length
-        steps = recipe.steps
-    else:
-        images = len(opened.data.rows)
-        steps = recipe.epochs * (images // recipe.fitted(images, recipe.accumulate).batch_size)
+    images = None if recipe.streaming else len(opened.data.rows)
+    steps = recipe.fitted(images, recipe.accumulate).length(images)
     return dataclasses.replace(
         recipe,
         learning_rate=rate,
@@ -209,10 +206,11 @@ def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -
 def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
     """What the search can't settle, a line each."""
     notes = []
-    tried_rates = sorted(one.learning_rate for one in tried)
-    if _best(tried).learning_rate in (tried_rates[0], tried_rates[-1]):
+    best = _best(tried).learning_rate
+    rates = [one.learning_rate for one in tried]
+    if best in (min(rates), max(rates)):
         notes.append(
-            f"warning: the best learning rate, {_best(tried).learning_rate:.2g}, is at the edge of"
+            f"warning: the best learning rate, {best:.2g}, is at the edge of"
             " what was tried; see whether the loss falls, or give a rate of your own"
         )
     difference = abs(again.accuracy - chosen.accuracy)

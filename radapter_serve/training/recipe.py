@@ -292,6 +292,17 @@ class Recipe(
             )
         return dataclasses.replace(self, batch_size=min(self.batch_size, largest))
 
+    def length(self, images: int | None) -> int:
+        """Optimizer steps of a run by a recipe that is `fitted`.
+
+        Args:
+            images: as of `fitted`.
+        """
+        if self.steps is not None:
+            return self.steps
+        assert images is not None  # a stream says its steps
+        return self.epochs * (images // self.batch_size)
+
     def notes(self, given: Recipe, steps: int) -> list[str]:
         """What a user may want to change before a run of so many steps, a line each.
 

@@ -18,10 +18,9 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data import Captioned, LabelledImages
-from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.classification import zero_shot_classifier
-from radapter_serve.evaluation.metrics import NOT_FINITE, caption_groups, retrieval_metrics
+from radapter_serve.evaluation.classification import best_classes, zero_shot_classifier
+from radapter_serve.evaluation.metrics import caption_groups, retrieval_metrics
 from radapter_serve.training.recipe import Recipe
 
 
@@ -106,10 +105,7 @@ def answers(
         for alpha, classifier in zip(alphas, classifiers, strict=True):
             adapters.alpha = alpha
             with parametrize.cached():
-                scores = encode_image(base.model, pixels.to(classifier.device)) @ classifier.T
-            if not scores.isfinite().all():
-                raise RAdapterError(NOT_FINITE)
-            own.append(scores.argmax(dim=1).cpu().numpy())
+                own.append(best_classes(base.model, classifier, pixels).numpy())
         answered = np.stack(own)
         right = np.asarray(labels)[np.arange(len(labels)), answered]
         found.append((answered, right))
