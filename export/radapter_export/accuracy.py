@@ -32,7 +32,7 @@ from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import from_attached
 from radapter_serve.release.confidence import Confidence
-from radapter_serve.release.release import Release, by_example
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import load_label_sets
 from radapter_serve.tasks.label_embeddings import LabelSet
 
@@ -272,9 +272,7 @@ class _Keeping(ReleaseEmbedder):
 
     def __init__(self, repository: str) -> None:
         super().__init__(repository)
-        self.by_example = [
-            name for name, facts in self.facts.label_sets.items() if by_example(facts)
-        ]
+        self.by_example = list(self.facts.sets_by_example)
         self.kept: list[Floats] = []
         self.decoded_smaller: list[None] = []
 

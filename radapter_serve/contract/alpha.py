@@ -65,6 +65,11 @@ def single(alpha: Alpha | None) -> float | None:
     return None if alpha is None else float(alpha[0, 0])
 
 
+def each(alpha: Alpha | None, rows: int) -> list[float | None]:
+    """The α of each row as a number."""
+    return [None] * rows if alpha is None else alpha.ravel().tolist()
+
+
 def at(encode: Encode, alpha: float | None) -> Encode:
     """An encoder at one α for all rows; None where it has no α."""
     if alpha is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 MAX_BYTES = (
     200  # in UTF-8; a file system takes 255, and files that are being written have longer names
@@ -37,6 +37,11 @@ def spellings(name: str) -> list[str]:
     return list(
         dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
     )
+
+
+def known_as(name: str, names: Container[str]) -> str | None:
+    """How a name is spelled among names; None where it is none of them."""
+    return next((one for one in spellings(name) if one in names), None)
 
 
 def there_are(names: Iterable[str], how: str) -> str:

@@ -33,7 +33,7 @@ def sums_of(repository: Path, version: int) -> Path:
 
 def write_sums(repository: Path, version: int) -> None:
     """Write the digests of all files of a release."""
-    save_sums(
+    _save(
         sums_of(repository, version),
         {name: digest_of(path) for name, path in _files(repository, version).items()},
     )
@@ -51,7 +51,7 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
         sums.pop(name, None)
         if (repository / name).is_file():
             sums[name] = digest_of(repository / name)
-    save_sums(path, sums)
+    _save(path, sums)
 
 
 def check(
@@ -208,15 +208,19 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def save_sums(path: Path, sums: Mapping[str, str]) -> None:
-    """Write digests by the names of their files, in the format of sha256sum."""
+def written_sums(sums: Mapping[str, str]) -> bytes:
+    """Digests by the names of their files, in the format of sha256sum."""
     lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in sorted(sums.items())]
+    return b"".join(map(os.fsencode, lines))
+
+
+def _save(path: Path, sums: Mapping[str, str]) -> None:
     with staged(path) as temporary:
-        temporary.write_bytes(b"".join(map(os.fsencode, lines)))
+        temporary.write_bytes(written_sums(sums))
 
 
 def load_sums(path: Path) -> dict[str, str]:
-    """Read what `save_sums` wrote.
+    """Read what `written_sums` gave.
 
     Raises:
         RAdapterError: it can't be read, or a line is broken.

@@ -148,6 +148,11 @@ class Release:
             if name not in _OPTIONAL or value is not None
         }
 
+    @property
+    def sets_by_example(self) -> dict[str, Any]:
+        """The facts of the label sets some of whose labels have examples, by name."""
+        return {name: facts for name, facts in self.label_sets.items() if facts.get("examples")}
+
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Release:
         """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer
@@ -190,12 +195,3 @@ class Release:
         except (OSError, ValueError, RecursionError) as error:
             raise RAdapterError(f"could not read {path}: {error}") from error
         return cls.from_dict(facts)
-
-
-def by_example(label_set: Mapping[str, Any]) -> bool:
-    """Whether labels of a label set have examples.
-
-    Args:
-        label_set: an entry of `Release.label_sets`.
-    """
-    return bool(label_set.get("examples"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.contract.alpha import Alpha, Encode, RequestAlpha
+from radapter_serve.contract.alpha import Alpha, Encode, RequestAlpha, each
 from radapter_serve.contract.errors import Cancelled, TaskError, invalid
 from radapter_serve.contract.labels import check_length
 from radapter_serve.contract.preprocess import Preprocess, decode_into
@@ -288,8 +288,7 @@ class Classify:
             label_set=request.label_set,
         )
         if examples is not None:
-            alphas = [None] * len(examples) if alpha is None else alpha.ravel().tolist()
-            check_encoded(zip(examples, alphas, strict=True))
+            check_encoded(zip(examples, each(alpha, len(examples)), strict=True))
         sets = self._label_source(
             request.labels, request.label_set, request.templates, alpha, request.cancelled
         )
@@ -398,8 +397,7 @@ def _first_error(decoded: Sequence[Outcome[None]]) -> TaskError | None:
 
 def _rows_of_texts(request: Sequence[bytes], alpha: Alpha | None) -> list[tuple[str, float | None]]:
     texts = _texts(request)
-    alphas = [None] * len(texts) if alpha is None else alpha.ravel()
-    return list(zip(texts, alphas, strict=True))
+    return list(zip(texts, each(alpha, len(texts)), strict=True))
 
 
 def _texts(request: Sequence[bytes]) -> list[str]:

@@ -147,7 +147,7 @@ class ByExample:
                 " for all, or one for each"
             )
         weights = np.broadcast_to(np.array(examples.weights, np.float32), count)
-        embeds = self._embed(examples.images, alpha, cancelled)
+        embeds = self._embed(examples, alpha, cancelled)
         mixed = label_set.embeds.copy()
         places = np.array(examples.labels)
         for place in np.unique(places):
@@ -157,10 +157,14 @@ class ByExample:
         return replace(label_set, embeds=mixed)
 
     def _embed(
-        self, images: Sequence[bytes], alpha: Alpha | None, cancelled: Cancelled | None
+        self, examples: Examples, alpha: Alpha | None, cancelled: Cancelled | None
     ) -> NDArray[np.float32]:
         at = single(alpha)
-        keys = {image: self._key(image, at) for image in images}
+        images = examples.images
+        keys = {
+            image: self._key(digest, at)
+            for image, digest in zip(images, examples.digests, strict=True)
+        }
         known = self._store.get(list(keys.values()))
         new = [image for image, key in keys.items() if key not in known]
         for start in range(0, len(new), _PART):
@@ -178,8 +182,7 @@ class ByExample:
             known.update(made)
         return np.stack([known[keys[image]] for image in images])
 
-    def _key(self, image: bytes, alpha: float | None) -> bytes:
-        digest = hashlib.sha256(image).digest()
+    def _key(self, digest: bytes, alpha: float | None) -> bytes:
         return hashlib.sha256(repr((self._release, "example", alpha, digest)).encode()).digest()
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ class Examples:
     images: tuple[bytes, ...]
     labels: tuple[int, ...]
     weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of each image; those of a label set are asked for again and again."""
+        return tuple(hashlib.sha256(image).digest() for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -87,21 +93,22 @@ class LabelSet:
             RAdapterError: more examples than an export writes.
         """
         with np.load(path, allow_pickle=False) as file:
-            if "examples" in file and file["example_sizes"].size > MAX_EXAMPLES:
-                raise RAdapterError(
-                    f"{path} has {file['example_sizes'].size} examples; at most {MAX_EXAMPLES} are"
-                    " allowed; export it again with radapter-export"
-                )
             texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
-            return cls(embeds=embeds, **texts, examples=_examples(file))
+            return cls(embeds=embeds, **texts, examples=_examples(file, path))
 
 
-def _examples(file: Mapping[str, NDArray[Any]]) -> Examples | None:
+def _examples(file: Mapping[str, NDArray[Any]], path: str | Path) -> Examples | None:
     if "examples" not in file:
         return None
+    sizes = file["example_sizes"]
+    if sizes.size > MAX_EXAMPLES:
+        raise RAdapterError(
+            f"{path} has {sizes.size} examples; at most {MAX_EXAMPLES} are allowed; export it again"
+            " with radapter-export"
+        )
     whole = file["examples"].tobytes()
-    ends = np.cumsum(file["example_sizes"]).tolist()
+    ends = np.cumsum(sizes).tolist()
     return Examples(
         tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends])),
         tuple(file["example_labels"].tolist()),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.alpha import Alpha, each
 from radapter_serve.contract.errors import (
     NO_LABELS,
     UNKNOWN_LABEL_SET,
@@ -17,8 +16,8 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.labels import check_prompts
-from radapter_serve.contract.names import spellings
-from radapter_serve.release.release import Release, by_example
+from radapter_serve.contract.names import known_as
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.examples import check_encoded
 from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 
@@ -44,7 +43,7 @@ class LabelSource:
         mix: Mix | None = None,
     ) -> None:
         self._mix = mix
-        self._by_example = {name for name, facts in release.label_sets.items() if by_example(facts)}
+        self._by_example = set(release.sets_by_example)
         self._templates, self._alpha = tuple(release.templates), np.float32(release.alpha)
         self._embed_labels, self._label_sets = embed_labels, label_sets
 
@@ -69,14 +68,14 @@ class LabelSource:
             TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or
                 templates; too many examples at too many α; cancelled.
         """
-        alphas: Iterable[float | None] = (
-            itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
-        )
         if label_set is not None:
             if labels is not None or templates is not None:
                 raise invalid("give labels (with templates, if you like) or label_set, not both")
             known = {name: self._known_as(name) for name in set(label_set)}
-            rows = [(known[name], own) for name, own in zip(label_set, alphas, strict=False)]
+            rows = [
+                (known[name], own)
+                for name, own in zip(label_set, each(alpha, len(label_set)), strict=False)
+            ]
             return self._named(rows, cancelled)
         if labels is None:
             raise TaskError(
@@ -88,7 +87,7 @@ class LabelSource:
         lists: list[tuple[tuple[str, ...], tuple[str, ...], float | None]] = []
         last: Any = None
         row: Any
-        for row in zip(labels, own, alphas, strict=False):
+        for row in zip(labels, own, each(alpha, len(labels)), strict=False):
             # Mostly all images of a request bring the same list.
             if last is None or not all(map(np.array_equal, row, last)):
                 found, last = (strings(*row[0]), strings(*row[1]), row[2]), row
@@ -103,7 +102,7 @@ class LabelSource:
 
     def _known_as(self, name: bytes) -> str:
         text = name.decode("utf-8", "replace")
-        known = next((one for one in spellings(text) if one in self._label_sets), None)
+        known = known_as(text, self._label_sets)
         if known in self._by_example and self._mix is None:
             raise invalid(
                 f"the label set {known!r:.80} has labels by example, which are for classify; give"

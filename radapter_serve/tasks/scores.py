@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, invalid
-from radapter_serve.contract.names import spellings
+from radapter_serve.contract.names import known_as
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.confidence import NO_TEMPERATURE, Confidence
-from radapter_serve.release.release import Release, by_example
+from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
@@ -147,8 +147,7 @@ class Scoring:
         self._fitted = _Fitted(_confidence(release.confidence))
         self._by_example = {
             name: _Fitted(_confidence(facts.get("confidence")), _not_fitted(name))
-            for name, facts in release.label_sets.items()
-            if by_example(facts)
+            for name, facts in release.sets_by_example.items()
         }
 
     def __call__(
@@ -207,15 +206,14 @@ class Scoring:
         """What scores of some labels were fitted to: those by example, to their own label set."""
         if examples:
             return _Fitted(None, BY_EXAMPLE)
-        names = {
-            name.decode("utf-8", "replace") for name in ([] if label_set is None else label_set)
-        }
-        found = {self._named(name) for name in names} or {self._fitted}
-        return found.pop() if len(found) == 1 else _Fitted(None, SEVERAL)
+        if label_set is None or not self._by_example:
+            return self._fitted
+        found = {self._named(name.decode("utf-8", "replace")) for name in set(label_set)}
+        return _Fitted(None, SEVERAL) if len(found) > 1 else next(iter(found), self._fitted)
 
     def _named(self, label_set: str) -> _Fitted:
-        known = (self._by_example.get(name) for name in spellings(label_set))
-        return next((fitted for fitted in known if fitted is not None), self._fitted)
+        known = known_as(label_set, self._by_example)
+        return self._fitted if known is None else self._by_example[known]
 
     def _calibrated(self, fitted: _Fitted, alpha: Alpha | None) -> tuple[float, float | None]:
         """Scale and bias of the scores that `calibrated` asks for."""
