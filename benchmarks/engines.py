@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +104,29 @@ def slowest(found: Sequence[Cell]) -> str:
 
 
 @contextlib.contextmanager
-def served(engine: str, repository: Path) -> Iterator[tuple[str, psutil.Process, float]]:
-    """A server as its command starts it: its URL, its process, and the seconds of its start."""
+def served(
+    engine: str,
+    repository: Path,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, psutil.Process, float]]:
+    """A server as its command starts it: its URL, its process, and the seconds of its start.
+
+    Args:
+        engine: of `ENGINES`.
+        repository: to serve.
+        flags: further ones of the command.
+        environment: of the process; that of this one if None.
+    """
     http, grpc, metrics = free_ports()
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
-    command += ["--engine", *ENGINES[engine], "--http-port", str(http)]
+    command += ["--engine", *ENGINES[engine], "--http-port", str(http), *flags]
     if engine == "triton":
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
     ready = "v2/health/ready"
     try:
         while True:

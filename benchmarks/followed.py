@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,12 +26,12 @@ import psutil
 import tyro
 import urllib3
 from common import CLASS_NAMES, RESULTS, Process, Report, alternate, picture, ratio, say
+from engines import served
 from gateway import export, timed
 from serving import LABEL_SET, together
 
 from radapter_client import Client
 from radapter_serve.gateway.keys import new_key
-from radapter_serve.server.endpoints import free_ports
 
 # Each by the name of its key. The noisy one sends far more than it may.
 LIMITS = {"calm": "", "noisy": "requests_per_second=0.5 at_once=1", "unlimited": ""}
@@ -78,24 +76,10 @@ class Server:
 @contextlib.contextmanager
 def engine(repository: Path, keys: Path, more: Mapping[str, str]) -> Iterator[Server]:
     """An engine in a process of its own, as radapter-serve starts it."""
-    port, *_ = free_ports()
-    command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
-    flags = ["--engine", "process", "--http-port", str(port), "--api-keys", str(keys)]
     environment = {name: one for name, one in os.environ.items() if not name.startswith("OTEL_")}
-    process = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.DEVNULL, env={**environment, **more}
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                if urllib3.request("GET", f"{url}/health/ready", retries=False).status == 200:
-                    break
-            time.sleep(0.1)
-        yield Server(url, psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        process.wait(30)
+    flags = ["--api-keys", str(keys)]
+    with served("process", repository, flags, {**environment, **more}) as (url, process, _):
+        yield Server(url, process)
 
 
 def collect(told: Connection) -> None:

@@ -77,12 +77,10 @@ def refused(error: BaseException) -> str:
 
     if isinstance(error, HFValidationError):
         return "that is no name of a repository; write ORGANISATION/NAME"
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
             return _SAID.get(status, f"the hub answers {status}; try again later")
-        cause = cause.__cause__ or cause.__context__
     if why := unreachable():
         return f"the hub can't be reached ({why}); try again with a connection"
     return reason(error)
@@ -94,11 +92,15 @@ def is_absence(error: BaseException | None) -> bool:
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    kinds = LocalEntryNotFoundError | OfflineModeIsEnabled
+    return any(isinstance(cause, kinds) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it follows from."""
     while error is not None:
-        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def how_to_bring(repository: str, kind: str = "model", folder: str | None = None) -> str:

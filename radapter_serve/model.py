@@ -70,13 +70,12 @@ class Model(Client):
         progress: bool = False,
     ) -> None:
         name = os.fspath(source)
-        from_hub = None
+        place = name
         if name.startswith(HUB) and all(one is None for one in (pretrained, base, alpha, dense)):
             from radapter_export.hub import take
 
-            check_installed("huggingface_hub", "server")
-            from_hub = take(name)
-        folder, number = split_repository(name) if from_hub is None else (str(from_hub), "")
+            place = str(take(name) or name)
+        folder, number = split_repository(place)
         if releases_of(Path(folder)) or number:
             own = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
             for what, value in own.items():
@@ -86,8 +85,7 @@ class Model(Client):
                         " have theirs; leave it out, or export another release"
                     )
             check_installed("onnxruntime", "server")
-            opened = from_hub or name
-            engine = Engine.open(opened, indexes=indexes, device=_number(device), threads=threads)
+            engine = Engine.open(place, indexes=indexes, device=_number(device), threads=threads)
         else:
             load = _in_torch(name, pretrained, base)
             engine = Engine([load(alpha=alpha, dense=dense, device=device, indexes=Path(indexes))])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radapter_export.repository import Repository
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import digest_of
 from radapter_serve.hub import (
     CARD,
@@ -31,7 +31,7 @@ from radapter_serve.hub import (
     unreachable,
 )
 from radapter_serve.release.agreement import SAMPLES
-from radapter_serve.release.integrity import SUMS, load_sums, save_sums
+from radapter_serve.release.integrity import SUMS, load_sums, written_sums
 from radapter_serve.release.release import FILE, TASKS, Release
 from radapter_serve.release.repository import (
     ENCODERS,
@@ -177,10 +177,8 @@ def files_of(
         files[CARD] = card.encode()
     data = _data_of(repository, release.version)
     files |= {f"{RELEASE}/{name}": path for name, path in data.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, SUMS)
-        save_sums(path, {name: digest_of(file) for name, file in data.items()})
-        files[f"{RELEASE}/{SUMS}"] = path.read_bytes()
+    sums = written_sums({name: digest_of(file) for name, file in data.items()})
+    files[f"{RELEASE}/{SUMS}"] = sums
     return files
 
 
@@ -286,6 +284,7 @@ def _data_of(repository: Path, version: int) -> dict[str, Path]:
 
 def _fetch(name: str) -> Path:
     """The folder of the cache that holds the release of a repository."""
+    check_installed("huggingface_hub", "server")
     from huggingface_hub import constants, snapshot_download
 
     repository, revision = split_revision(name)

@@ -216,7 +216,6 @@ def _from_hub(repository: Path) -> Path:
     name = repository.as_posix()
     if not name.startswith(HUB):
         return repository
-    check_installed("huggingface_hub", "server")
     from radapter_export.hub import taken
 
     return taken(name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.helpers.stand_ins import http_server
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,26 @@ class Span:
 class Collector:
     """Keeps the spans that come.
 
-    Attributes:
+    Args:
         url: for `OTEL_EXPORTER_OTLP_ENDPOINT`.
-        bodies: of all requests, as they came.
+        seen: the requests that come, as `http_server` has them.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seen: list[Any]) -> None:
         self.url = url
-        self.bodies: list[bytes] = []
+        self._seen = seen
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """Of all requests that bring traces, as they came."""
+        return [body for _, path, _, body, _ in list(self._seen) if path == "/v1/traces"]
 
     @property
     def spans(self) -> list[Span]:
         """All spans until now."""
         return [
             span
-            for body in list(self.bodies)
+            for body in self.bodies
             for span in (_read_json(body) if body.startswith(b"{") else _read(body))
         ]
 
@@ -73,27 +78,8 @@ class Collector:
 def collecting() -> Iterator[Collector]:
     """A collector on a free port, until the end of the block."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path == "/v1/traces":
-                collector.bodies.append(body)
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        collector = Collector(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield collector
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(200, b"") as (url, seen):
+        yield Collector(url, seen)
 
 
 def _read(body: bytes) -> Iterator[Span]:
