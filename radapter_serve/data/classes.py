@@ -92,12 +92,12 @@ def prompt_names(
                     f"the class file {classes} must number its lines from 0 on, in order"
                 )
         else:
+            folders = set(own) if whole else set()
             own, shown = _matched(own, lines, classes, spec, every_class)
-            if whole:  # a line that is the folder's name and no more
-                shown = [
-                    join_label([line]) if line == name else line
-                    for name, line in zip(own, shown, strict=True)
-                ]
+            shown = [  # a line that is a folder's name and no more parts no synonyms
+                join_label([line]) if line == name and name in folders else line
+                for name, line in zip(own, shown, strict=True)
+            ]
     nameless = next(
         (name for name, line in zip(own, shown, strict=True) if not split_label(line)), None
     )

@@ -188,6 +188,12 @@ def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
         assert data.among(data.classes).labels().tolist() == data.labels().tolist()
 
 
+def test_a_class_without_a_folder_keeps_its_synonyms(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("cat\ndog\nfire truck\nwine, wine glass\n")
+    data = load_labelled(f"imagefolder:{photos}", classes=tmp_path / "c.txt", every_class=False)
+    assert split_label(data.classes[-1]) == ["wine", "wine glass"]
+
+
 @pytest.mark.parametrize("names", [["a"], ["a, b"], ["a", "b, c", "d"], [",", "x"], ["a,b,"]])
 def test_labels_keep_their_names_with_commas(names: list[str]) -> None:
     assert split_label(join_label(names)) == names

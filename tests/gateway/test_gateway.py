@@ -270,6 +270,8 @@ HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n" % INFER.
 def test_a_body_that_does_not_come() -> None:
     with serving(timeout=0.3) as served, talking(served, HEAD + b"\r\nabc") as it:
         assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
+        with contextlib.suppress(ConnectionResetError):
+            assert it.recv(100) == b""
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /v2 HT", HEAD])
