@@ -23,6 +23,7 @@ from radapter_serve.contract.labels import read_label_file, read_templates, spli
 from radapter_serve.data import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData
 from radapter_serve.demo.full import Ends
+from radapter_serve.demo.learn import ALPHAS
 from radapter_serve.evaluation.batches import evaluation_batches
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.evaluation_set import drawn
@@ -135,18 +136,18 @@ def compare(
     run: Path,
     rival: Ends,
     data: DemoData,
-    alphas: Sequence[float],
     alpha: float,
     limit: int | None = None,
 ) -> Comparison:
     """Evaluate R-Adapter and full fine-tuning at points from zero-shot, α = 0, to the end of
     learning, α = 1.
 
+    Full fine-tuning is evaluated at both ends and in the middle, where WiSE-FT is.
+
     Args:
         run: folder of R-Adapter's run on the demo's base.
         rival: from `fine_tune`.
         data: test folders, and the classes in the order of the rival's classifier.
-        alphas: of both methods, with 0, 0.5 and 1 among them.
         alpha: at which R-Adapter is compared.
         limit: images of a style at most, drawn by a fixed seed; all if None.
     """
@@ -155,7 +156,7 @@ def compare(
         for name, value in load_base(f"local-dir:{BASE}").model.state_dict().items()
     }
     lines = {OURS: Ends(start, fold(start, load_adapter(run), 1.0)), RIVAL: rival}
-    points = {OURS: sorted({*alphas, alpha}), RIVAL: sorted(alphas)}
+    points = {OURS: sorted({*ALPHAS, alpha}), RIVAL: (0.0, 0.5, 1.0)}
     return Comparison(right(lines, data, points, limit), alpha)
 
 

@@ -22,7 +22,6 @@ from radapter_serve.demo.compare import OURS, RIVAL, compare
 from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare
 from radapter_serve.demo.full import fine_tune
 from radapter_serve.demo.learn import (
-    ALPHAS,
     Lesson,
     Sets,
     draw_curve,
@@ -172,7 +171,7 @@ def _learn(
     if lesson.task == "classification":
         picture = out / "alpha.png"
         rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
-        compared = compare(run, rival, data, ALPHAS, alpha, limit)
+        compared = compare(run, rival, data, alpha, limit)
         console.print(compared.table())
         sets, beside = (
             compared.sets(OURS),

@@ -73,7 +73,7 @@ def two_styles(some: data.DemoData) -> data.DemoData:
 @pytest.fixture(scope="module")
 def comparison(run: Path, rival: Ends, two_styles: data.DemoData) -> Comparison:
     """Of the two."""
-    return compare(run, rival, two_styles, (0.0, 0.5, 1.0), 0.3)
+    return compare(run, rival, two_styles, 0.3)
 
 
 def suite_of(tests: data.DemoData) -> Suite:
@@ -103,7 +103,7 @@ def test_full_fine_tuning_is_that_of_the_rivals(
 def test_r_adapter_is_right_as_often_as_radapter_eval_says(
     run: Path, comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
 ) -> None:
-    alphas = (0.0, 0.3, 0.5, 1.0)
+    alphas = (0.0, 0.25, 0.3, 0.5, 0.75, 1.0)
     rows = evaluate_suite(from_adapter(run, alphas), suite_of(two_styles), Results(tmp_path))
     expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
     found = {
