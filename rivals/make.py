@@ -45,6 +45,10 @@ class Choices:
     soup: int = 72
     limit: int | None = None
 
+    def grid(self, start: float) -> list[float]:
+        """The factors of a row's rate, from `start` on; one factor is taken as it is."""
+        return [start * rate for rate in self.rates] if len(self.rates) > 1 else list(self.rates)
+
 
 def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -> str:
     """Make what is missing, and write `table-NUMBER.md` and `.png`.
@@ -79,7 +83,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
             name,
             [method, *chosen.others.get(name, ())] if len(choices.rates) > 1 else [method],
             choices.seeds,
-            choices.rates,
+            choices.grid(chosen.starts.get(name, 1.0)),
             CHOICES if choices.alpha else (),
         )
         for name, method in methods.items()
@@ -91,7 +95,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
     shown = maker(cells, methods, choices, path.with_suffix(".png"))
     parts = [
         f"# {chosen.title}",
-        _how(benchmark, methods, choices),
+        _how(benchmark, methods, choices, chosen.starts),
         *cells.warnings(),
         shown,
         *_choices(chosen_by),
@@ -202,7 +206,9 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
     return [f"{head} (n {ns[head]})" if head in ns else head for head in heads]
 
 
-def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
+def _how(
+    benchmark: Benchmark, methods: Methods, choices: Choices, starts: Mapping[str, float]
+) -> str:
     """The command, the machine, and all that was chosen."""
     values = {**benchmark.given, "architecture": Path(benchmark.given["architecture"]).name}
     hidden = {"data", "images", "classes", "templates"} | (
@@ -229,6 +235,9 @@ def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
             if of.settings
         ]
         factors = ", ".join(f"{rate:g}" for rate in choices.rates)
+        further = [f"{name} {start:g}" for name, start in starts.items() if name in methods]
+        if further and len(choices.rates) > 1:
+            factors += f", and these times {', '.join(further)}"
         how = (
             "Validation chose the learning rate, by the mean of all seeds,"
             if len(choices.rates) > 1

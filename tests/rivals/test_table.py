@@ -28,6 +28,7 @@ from rivals.cells import ALPHAS, Cell, Cells, Judged, read_lines, score
 from rivals.choice import CHOICES, choose, differing
 from rivals.clipood import CLIPood
 from rivals.layout import cost_of, spread, with_interval
+from rivals.make import Choices
 from rivals.method import at_rate, learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
@@ -313,6 +314,12 @@ def test_alpha_and_settings_are_chosen_together_with_the_rate(cells_of: Any):
     (taken,) = {rate_of(choose(asked.cells, "ft", [slow], [0], [7]).method)}
     assert taken == pytest.approx(7 * rate_of(slow))
     assert choose(asked.cells, "ft", [slow], [0], [1]).method == slow
+
+
+def test_a_grid_starts_where_its_row_says() -> None:
+    assert set(TABLES["main"].starts) <= set(TABLES["main"].rows)
+    assert Choices(rates=(1.0, 3.0)).grid(10) == [10, 30]
+    assert Choices(rates=(7.0,)).grid(10) == [7]
 
 
 def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_path: Path):
