@@ -135,38 +135,36 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
             for name, values in found.items()
         }
         dots(points, (x, y), picture)
-    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + _leads(found)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(found)
 
 
-def _leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A second table: what each method leads zero-shot by; nothing without that row or without
-    several seeds.
+def leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A table each of what the methods lead zero-shot and R-Adapter by, where these have a row;
+    nothing without several seeds.
 
     Args:
         found: by method, the figures of each seed, in per cent by the heads of their columns.
     """
-    base = next((name for name in found if name.lower() == "zero-shot"), None)
-    if base is None or len(found) == 1 or not 2 <= len(found[base]) <= len(T95) + 1:
+    seeds = len(next(iter(found.values())))
+    if len(found) == 1 or not 2 <= seeds <= len(T95) + 1:
         return ""
-    heads = list(found[base][0])
-    lines = []
-    for name, of_seeds in found.items():
-        if name != base:
+    tables = []
+    for base in (name for name in found if name.lower() in ("zero-shot", "r-adapter")):
+        heads = list(found[base][0])
+        lines = []
+        for name, of_seeds in found.items():
             pairs = list(zip(of_seeds, found[base], strict=True))
-            lines.append(
-                [
-                    name,
-                    *(
-                        with_interval([own[head] - of[head] for own, of in pairs], "+")
-                        for head in heads
-                    ),
-                ]
-            )
-    how = (
-        f"What each method leads {base} by, in points: the mean over the seeds with its interval of"
-        " 95 %."
-    )
-    return f"\n\n{how}\n\n{markdown(['method', *heads], lines)}"
+            ahead = [
+                with_interval([own[head] - of[head] for own, of in pairs], "+") for head in heads
+            ]
+            if name != base:
+                lines.append([name, *ahead])
+        tables.append(
+            f"What each method leads {base} by, in points: the mean over the seeds of the paired"
+            " differences with its interval of 95 %."
+        )
+        tables.append(markdown(["method", *heads], lines))
+    return "".join(f"\n\n{part}" for part in tables)
 
 
 def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:

@@ -28,7 +28,7 @@ from rivals.cells import ALPHAS, Cell, Cells, Judged, read_lines, score
 from rivals.choice import CHOICES, choose, differing
 from rivals.clipood import CLIPood
 from rivals.layout import cost_of, spread, with_interval
-from rivals.make import Choices
+from rivals.make import Choices, leads
 from rivals.method import at_rate, learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
@@ -105,7 +105,7 @@ def test_table_is_written_and_not_made_twice(
     )  # WiSE-FT is another place of the line of FT
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    shown, _, leads = text.partition("What each method leads Zero-shot")
+    shown, _, ahead = text.partition("What each method leads Zero-shot")
     head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert head.split(" | ")[4:] == [
         "α",
@@ -133,7 +133,7 @@ def test_table_is_written_and_not_made_twice(
     values = of_the_same("FT")
     assert rows[1].split(" | ")[5] == spread(values)
     (base,) = set(of_the_same("Zero-shot"))
-    head, _, *rows = [line for line in leads.splitlines() if line.startswith("|")]
+    head, _, *rows = [line for line in ahead.splitlines() if line.startswith("|")]
     assert head == "| method | same | mean of 2 shifts | other | third |"
     assert [row.split(" | ")[0] for row in rows] == ["| FT", "| WiSE-FT"]
     assert rows[0].split(" | ")[1] == with_interval([value - base for value in values], "+")
@@ -314,6 +314,19 @@ def test_alpha_and_settings_are_chosen_together_with_the_rate(cells_of: Any):
     (taken,) = {rate_of(choose(asked.cells, "ft", [slow], [0], [7]).method)}
     assert taken == pytest.approx(7 * rate_of(slow))
     assert choose(asked.cells, "ft", [slow], [0], [1]).method == slow
+
+
+def test_leads_are_paired_over_seeds() -> None:
+    found = {
+        "Zero-shot": [{"id": 40.0}, {"id": 40.0}],
+        "FT": [{"id": 50.0}, {"id": 60.0}],
+        "R-Adapter": [{"id": 51.0}, {"id": 62.0}],
+    }
+    _, over_zero_shot, _, over_ours = leads(found).strip().split("\n\n")
+    assert with_interval([10, 20], "+") in over_zero_shot.splitlines()[2]
+    assert over_ours.splitlines()[3] == f"| FT | {with_interval([-1, -2], '+')} |"
+    assert "R-Adapter" not in over_ours
+    assert leads({name: of[:1] for name, of in found.items()}) == ""
 
 
 def test_a_grid_starts_where_its_row_says() -> None:
