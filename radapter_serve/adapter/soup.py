@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from radapter_serve.adapter.file import Adapter
+from radapter_serve.adapter.file import Adapter, Metadata
 from radapter_serve.errors import RAdapterError
 
 
@@ -32,50 +32,60 @@ def average_adapters(
     """
     if not adapters:
         raise RAdapterError("no adapters to average; give at least one")
-    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    weights = _checked([1 / len(adapters)] * len(adapters) if weights is None else weights)
     if len(weights) != len(adapters):
         raise RAdapterError(
             f"{len(weights)} weights for {len(adapters)} adapters; give one for each"
-        )
-    if not all(weight >= 0 for weight in weights) or not math.isclose(
-        sum(weights), 1, abs_tol=1e-6
-    ):
-        shown = " ".join(f"{weight:g}" for weight in weights)
-        raise RAdapterError(
-            f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5"
         )
     first, *others = adapters
     for number, other in enumerate(others, 2):
         _check_same_base(first, other, number)
     if not others:
         return first
-    ranks = [adapter.metadata.rank for adapter in adapters]
-    narrowest = min(
-        len(tensor) for name, tensor in first.tensors.items() if not name.endswith(".down")
-    )
-    rank = None if None in ranks else sum(rank or 0 for rank in ranks)
-    if rank is not None and rank >= narrowest:
-        rank = None
     weighted = list(zip(weights, adapters, strict=True))
+    rank = _rank_of_sum(adapters)
     tensors = {}
     for key in first.keys:
         if rank is None:
-            tensors[key] = torch.stack(
-                [weight * adapter.matrix(key) for weight, adapter in weighted]
-            ).sum(0)
+            matrices = [weight * adapter.matrix(key) for weight, adapter in weighted]
+            tensors[key] = torch.stack(matrices).sum(0)
         else:
             layers = [(weight, adapter.layer(key)) for weight, adapter in weighted]
-            tensors[f"{key}.up"] = torch.cat(
-                [weight * layer["up"].float() for weight, layer in layers], dim=1
-            )
+            ups = [weight * layer["up"].float() for weight, layer in layers]
+            tensors[f"{key}.up"] = torch.cat(ups, dim=1)
             tensors[f"{key}.down"] = torch.cat([layer["down"].float() for _, layer in layers])
-    metadata = dataclasses.replace(first.metadata, rank=rank, metrics={})
-    if any(
-        other.metadata.held_out != metadata.held_out for other in others
-    ):  # what one held out, another learned
-        recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
-        metadata = dataclasses.replace(metadata, held_out=None, recipe=recipe)
-    return Adapter(tensors, metadata)
+    return Adapter(tensors, _metadata(adapters, rank))
+
+
+def _checked(weights: Sequence[float]) -> list[float]:
+    sums_up = math.isclose(sum(weights), 1, abs_tol=1e-6)
+    if not sums_up or not all(weight >= 0 for weight in weights):
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        raise RAdapterError(
+            f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5"
+        )
+    return list(weights)
+
+
+def _rank_of_sum(adapters: Sequence[Adapter]) -> int | None:
+    """The sum of the ranks; None, which is full rank, where a layer is no larger."""
+    ranks = [adapter.metadata.rank for adapter in adapters]
+    if None in ranks:
+        return None
+    rank = sum(rank or 0 for rank in ranks)
+    tensors = adapters[0].tensors.items()
+    narrowest = min(len(tensor) for name, tensor in tensors if not name.endswith(".down"))
+    return rank if rank < narrowest else None
+
+
+def _metadata(adapters: Sequence[Adapter], rank: int | None) -> Metadata:
+    """Those of the first, without what holds for it alone."""
+    metadata = dataclasses.replace(adapters[0].metadata, rank=rank, metrics={})
+    if all(other.metadata.held_out == metadata.held_out for other in adapters):
+        return metadata
+    # What one held out, another learned.
+    recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
+    return dataclasses.replace(metadata, held_out=None, recipe=recipe)
 
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from radapter_serve.release.served import FILE as SERVED
 
 if TYPE_CHECKING:
     from radapter_export import Export
+    from radapter_export.exported import ExportedRelease
 
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
@@ -76,8 +77,14 @@ def export(
 
 def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
     """Print what was exported, and how to go on."""
-    from radapter_serve.evaluation.results import metric_name
+    out = Console()
+    out.print(_agreement(done, settings, seconds))
+    for line in (*_measured(done.releases, settings), *_written(done.releases, settings)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
+
+def _agreement(done: Export, settings: ExportSettings, seconds: float) -> Table:
+    """A row for each graph, with its agreement with torch."""
     releases = done.releases
     names = ", ".join(done.made_of)
     kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
@@ -97,63 +104,57 @@ def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
                 f"{1 - agreement.min_cosine:.1e}",
                 f"{graph.seconds:.1f}",
             )
-    out = Console()
-    out.print(table)
-    for release in releases:
-        if found := release.accuracy:
-            out.print(
-                f"Release {release.version}: {metric_name(found.metric)} on {found.n} images of"
-                f" {found.dataset}: {found.release:.2f} %, torch {found.torch:.2f} %",
-                soft_wrap=True,
+    return table
+
+
+def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> Iterator[str]:
+    """A line for each measurement of a release, and one where there should have been some."""
+    from radapter_serve.evaluation.results import metric_name
+
+    for written in releases:
+        release = written.release
+        name = f"Release {written.version}"
+        if found := written.accuracy:
+            yield (
+                f"{name}: {metric_name(found.metric)} on {found.n} images of {found.dataset}:"
+                f" {found.release:.2f} %, torch {found.torch:.2f} %"
             )
-    for release in releases:
-        if fast := release.release.fast_decode:
-            out.print(f"Release {release.version}: {_fast_decode(fast)}", soft_wrap=True)
-        for name, facts in release.release.label_sets.items():
+        if release.fast_decode:
+            yield f"{name}: {_fast_decode(release.fast_decode)}"
+        for label_set, facts in release.label_sets.items():
             if "accuracy" in facts:
-                out.print(
-                    f"Release {release.version}: label set {name}, with its"
-                    f" {facts['examples']} examples: {facts['accuracy']:.2%} of the validation"
-                    " images get the right label",
-                    markup=False,
-                    soft_wrap=True,
+                yield (
+                    f"{name}: label set {label_set}, with its {facts['examples']} examples:"
+                    f" {facts['accuracy']:.2%} of the validation images get the right label"
                 )
-    for release in releases:
-        if fitted := release.release.confidence:
-            out.print(f"Release {release.version}: {_calibrated(fitted)}", soft_wrap=True)
+        if release.confidence:
+            yield f"{name}: {_calibrated(release.confidence)}"
     changed = settings.precision != "fp32" or settings.fast_decode
     if changed and settings.validation is None and not releases[-1].accuracy:
-        out.print(
+        yield (
             "No task accuracy was measured: the run has no validation data here; give some with"
             " --validation DATA"
         )
-    out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
+
+
+def _written(releases: Sequence[ExportedRelease], settings: ExportSettings) -> Iterator[str]:
+    """Where everything is, and the commands to go on with."""
+    yield f"Merged: {', '.join(str(release.merged) for release in releases)}"
     if settings.transformers is not None:
-        out.print(
-            f"Transformers: {settings.transformers}", markup=False, highlight=False, soft_wrap=True
-        )
+        yield f"Transformers: {settings.transformers}"
     for release in releases:
         if release.pushed is not None:
-            out.print(f"Pushed: {release.pushed}", markup=False, highlight=False, soft_wrap=True)
+            yield f"Pushed: {release.pushed}"
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
-    out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
+    yield f"Next:   radapter-serve{repository}"
     if (folder / SERVED).exists():  # its starts serve what was chosen
         numbers = " ".join(str(release.version) for release in releases)
         where = f" --model-repository{repository}" if repository else ""
-        out.print(
-            f"        radapter-release load {numbers}{where}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        yield f"        radapter-release load {numbers}{where}"
     if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
-        out.print(
-            f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}",
-            markup=False,
-            highlight=False,
-        )
+        yield f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}"
 
 
 def _fast_decode(fast: Mapping[str, Any]) -> str:

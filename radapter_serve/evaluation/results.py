@@ -179,22 +179,18 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
         pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two
             means.
     """
-    sets = {
-        row.dataset: row for row in sorted(rows, key=lambda row: row.shift)
-    }  # in distribution first
+    # In distribution first.
+    sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, row in sets.items():
         kinds.setdefault(_kind(row), []).append(name)
     means = [names for names in kinds.values() if len(names) > 1]
     out = Table(title=title)
-    for column in ("model", "α"):
-        out.add_column(column, justify="left" if column == "model" else "right")
+    out.add_column("model")
+    out.add_column("α", justify="right")
     for name, row in sets.items():
-        out.add_column(
-            f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}",
-            justify="right",
-            overflow="fold",
-        )
+        head = f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}"
+        out.add_column(head, justify="right", overflow="fold")
     for names in means:
         first = sets[names[0]]
         out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")
@@ -206,17 +202,23 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for (source, alpha), of_set in models.items():
         values = {name: own_metric(row) for name, row in of_set.items()}
         cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
-        for names in means:
-            found = [values[name] for name in names if name in values]
-            cells.append(f"{sum(found) / len(found):.2f}" if len(found) == len(names) else "")
+        cells += [_two_places(_mean_of(values, names)) for names in means]
         if pairs:
-            means_of = [[values.get(name) for name in names] for names in zip(*pairs, strict=True)]
-            whole = all(value is not None for of in means_of for value in of)
-            cells.append(
-                f"{harmonic(*(sum(of) / len(of) for of in means_of)):.2f}" if whole else ""  # type: ignore[arg-type]
-            )
+            halves = [_mean_of(values, names) for names in zip(*pairs, strict=True)]
+            known = [half for half in halves if half is not None]
+            cells.append(_two_places(harmonic(*known) if len(known) == len(halves) else None))
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
+
+
+def _mean_of(values: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The mean of a model's figures on these sets; None where it was not evaluated on all."""
+    found = [values[name] for name in names if name in values]
+    return sum(found) / len(found) if len(found) == len(names) else None
+
+
+def _two_places(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _kind(row: Row) -> tuple[object, ...]:
