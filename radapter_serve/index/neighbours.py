@@ -24,7 +24,10 @@ _MOST_CELLS = 65_536
 _SAMPLE = 32  # vectors that a cell's centre is computed from
 _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # for each hit at least
-_MORE = 0.3  # the power of the number of hits, in tens, by which a search for more takes more
+# The power of the number of hits, in tens, by which a search for more takes more: ten hits among a
+# tenth of all vectors lie as far away as a hundred among all.
+_MORE = 0.3
+_SEEN = 25  # vectors for a hit, of those that may be found, that the cells hold at least
 _FACTOR = 4  # how much more is searched where it was too little
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
 _ROUNDING = 1e-5  # of a cosine in float32
@@ -85,9 +88,11 @@ class Neighbours:
         """
         count = len(self.vectors) if among is None else among.count
         share = count / len(self.vectors)
-        more = max(1.0, top_k / 10) ** _MORE
-        wanted = min(count, max(round(candidates * more * share**0.5), _CANDIDATES * top_k))
-        probes = min(self.cells, round(nprobes * more / share**0.6))
+        tens = max(1.0, top_k / 10)
+        wanted = round(candidates * (tens * share) ** _MORE)
+        wanted = min(count, max(wanted, _CANDIDATES * top_k))
+        seen = _SEEN * top_k * self.cells / count
+        probes = min(self.cells, round(max(nprobes * (tens / share) ** _MORE, seen)))
         while True:
             named, approximate = self._named(query, wanted, probes, among)
             if len(named) < top_k and probes < self.cells:

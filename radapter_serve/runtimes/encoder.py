@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,6 +89,21 @@ def load_graph(
     Raises:
         RAdapterError: the runtime is not installed, or cannot load the file there.
     """
+    graph = _loaded(path, runtime, parameters, device, optimization)
+    # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
+    # weights. Other systems than Linux with glibc lack the function.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return graph
+
+
+def _loaded(
+    path: Path,
+    runtime: str,
+    parameters: Mapping[str, str],
+    device: int | None,
+    optimization: int,
+) -> Graph:
     if runtime == "openvino":
         from radapter_serve.runtimes import openvino
 

@@ -35,7 +35,8 @@ def load(
     Args:
         path: `model.onnx`.
         parameters: as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
-            `inter_op_thread_count`, `execution_mode`, `enable_mem_arena` and `session.*`.
+            `inter_op_thread_count`, `execution_mode`, `enable_mem_arena`, `enable_mem_pattern` (off
+            unless it says 1) and `session.*`.
         device: number of the GPU; None for the CPU.
         optimization: `level` of the graph optimization in a config.pbtxt: below 0 basic, 0 as ONNX
             Runtime itself, above 0 all.
@@ -121,6 +122,9 @@ def _options(parameters: Mapping[str, str], optimization: int) -> Any:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
     if parameters.get("enable_mem_arena") == "0":
         options.enable_cpu_mem_arena = False
+    # A pattern takes a block of its own for each shape, beside what the runs before took; batches
+    # have many shapes, and are no faster by it.
+    options.enable_mem_pattern = parameters.get("enable_mem_pattern") == "1"
     if optimization < 0:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if optimization > 0:

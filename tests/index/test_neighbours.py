@@ -433,6 +433,26 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
     assert hits / (10 * len(queries)) >= 0.97
 
 
+@pytest.mark.parametrize(("share", "cells"), [(1, 32), (0.5, 39), (0.1, 64), (0.02, 176)])
+def test_the_fewer_meet_a_condition_the_more_cells_are_visited_and_no_more_than_it_takes(
+    share: float, cells: int, many: tuple[Neighbours, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search takes as long as it reads cells, of which there are 282."""
+    near, vectors, queries = many
+    visited = []
+    named = Neighbours._named
+
+    def counted(self: Neighbours, query: Any, wanted: int, probes: int, among: Any) -> Any:
+        visited.append(probes)
+        return named(self, query, wanted, probes, among)
+
+    monkeypatch.setattr(Neighbours, "_named", counted)
+    marks = np.zeros(len(vectors), bool)
+    marks[:: round(1 / share)] = True
+    near.nearest(queries[0], 10, 32, 200, Met(marks))
+    assert visited[0] == cells
+
+
 def test_a_condition_on_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
@@ -85,6 +86,73 @@ def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
     before = resident()
     assert 20 < grown(8) < 100
     assert grown(40) < 100  # of 160 that the run took, beside what the first keeps
+
+
+def test_what_loading_takes_beside_the_weights_is_given_back(tmp_path: Path) -> None:
+    """96 MiB of weights, which are read, and then packed."""
+    Encoder(products(tmp_path, 1), "onnxruntime", threads=1)  # loads the runtime
+    path = products(tmp_path, 24)
+    before = resident()
+    encoder = Encoder(path, "onnxruntime", threads=1)
+    assert resident() - before < 1.15 * 96 * 2**20
+    assert encoder(np.ones((1, 1024), np.float32)).shape == (1, 1024)
+
+
+def products(folder: Path, times: int) -> Path:
+    """A graph of products with as many weights of 4 MiB."""
+    names = [f"value_{number}" for number in range(times + 1)]
+    nodes = [
+        helper.make_node("MatMul", [before, f"weight_{after}"], [after])
+        for before, after in itertools.pairwise(names)
+    ]
+    weights = [
+        numpy_helper.from_array(np.full((1024, 1024), number + 1, np.float32), f"weight_{name}")
+        for number, name in enumerate(names[1:])
+    ]
+    first, last = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1024])
+        for name in (names[0], names[-1])
+    )
+    graph = helper.make_graph(nodes, "products", [first], [last], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 10
+    path = folder / f"{times}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_a_shape_that_comes_again_takes_no_memory_of_its_own(tmp_path: Path) -> None:
+    """Layers of several widths, whose values take 96 MiB at once for 8 rows."""
+    widths = [1, 1024, 512, 1536, 256]
+    names = ["x", "a", "b", "c", "d"]
+    weights = [
+        numpy_helper.from_array(np.full(shape, 1 / shape[0], np.float32), f"weight_{name}")
+        for name, shape in zip(names[1:], itertools.pairwise(widths), strict=True)
+    ]
+    nodes = [
+        helper.make_node("MatMul", [before, f"weight_{name}"], [name])
+        for before, name in itertools.pairwise(names)
+    ]
+    nodes.append(helper.make_node("ReduceMax", ["d"], ["y"], keepdims=0, axes=[1, 2]))
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1024, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "model.onnx")
+    encoder = Encoder(tmp_path / "model.onnx", "onnxruntime", threads=1)
+    before = resident()
+    encoder(np.ones((8, 1024, 1), np.float32))
+    first = resident() - before
+    for rows in (8, 8, 7, 7):
+        found = encoder(np.ones((rows, 1024, 1), np.float32))
+        np.testing.assert_allclose(found, [1] * rows, rtol=1e-5)
+    assert first > 60 * 2**20
+    assert resident() - before < 1.5 * first
 
 
 def resident() -> int:
