@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
-    "clock errors extras files lock environment signals threads hub runs lazy",
+    "clock errors extras files lock environment signals threads hub runs lazy typed",
     "contract",
     "release",
     "runtimes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class ExportedRelease:
     @property
     def facts(self) -> dict[str, Any]:
         """What `release.json` holds."""
-        return self.release.to_dict()
+        return copy.deepcopy(self.release.to_dict())
 
     @property
     def version(self) -> int:

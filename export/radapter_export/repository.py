@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import os
 import shutil
 import tempfile
@@ -24,6 +24,7 @@ from radapter_serve.release.repository import (
     MODELS,
     PATCH_ENCODER,
     configure,
+    name_releases,
     versions_of,
 )
 
@@ -117,13 +118,15 @@ class Repository:
             releases: oldest first, all of one base; the newest says how many rows a batch has,
                 where the template says more than 0.
         """
-        texts = {self.staged(model) / CONFIG: releases}
-        # Its own outlives the next export, for a server that goes back to it.
-        texts |= {self.staged(model, release.version) / CONFIG: [release] for release in releases}
+        template = sources() / model / "config.template.pbtxt"
+        of_all = config(template, model, releases)
         with disk_errors(self.folder):
-            for path, some in texts.items():
-                text = config(sources() / model / "config.template.pbtxt", model, some)
-                path.write_text(text, encoding="utf-8")
+            (self.staged(model) / CONFIG).write_text(of_all, encoding="utf-8")
+            # Its own outlives the next export, for a server that goes back to it.
+            for release in releases:
+                own = of_all if len(releases) == 1 else config(template, model, [release])
+                path = self.staged(model, release.version) / CONFIG
+                path.write_text(own, encoding="utf-8")
 
     def add_sums(self, version: int) -> None:
         """Write the digests of all files of a version, which is complete."""
@@ -200,6 +203,11 @@ def dims_of(release: Release) -> dict[str, list[int]]:
     }
 
 
+@functools.lru_cache(maxsize=len(MODELS))
+def _parsed(text: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
 def config(
     template: Path,
     model: str,
@@ -210,10 +218,9 @@ def config(
     Raises:
         RAdapterError: there is no template, or it is not a model config.
     """
+    parsed = model_config_pb2.ModelConfig()
     try:
-        parsed = text_format.Parse(
-            template.read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
-        )
+        parsed.CopyFrom(_parsed(template.read_text(encoding="utf-8")))
     except OSError as error:
         raise RAdapterError(
             f"no template {template}: {error.strerror}; install radapter-serve again"
@@ -238,9 +245,7 @@ def config(
     # By number, not "the latest K": what a killed export left, or half of a release, is never
     # served.
     parsed.version_policy.specific.versions[:] = [release.version for release in releases]
-    for release in releases:
-        parsed.parameters[f"release.{release.version}"].string_value = json.dumps(release.to_dict())
-    parsed.parameters["release"].string_value = json.dumps(releases[-1].to_dict())
+    name_releases(parsed, {release.version: release for release in releases})
     if model in ENCODERS:
         configure(parsed, releases[-1].runtime, releases[-1].precision, max_batch_size)
     return str(text_format.MessageToString(parsed))

@@ -16,6 +16,7 @@ from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.progress import status
 from radapter_serve.runs import newest_run
 from radapter_serve.threads import limit_threads
+from radapter_serve.typed import checker
 
 if TYPE_CHECKING:
     from radapter_export.exported import ExportedRelease
@@ -143,7 +144,7 @@ def _settings(values: Mapping[str, Any], format: str) -> ExportSettings:
     if unknown := [name for name in values if name not in names]:
         raise RAdapterError(f"there is no setting {unknown[0]!r}; allowed are {', '.join(names)}")
     try:
-        settings = pydantic.TypeAdapter(ExportSettings).validate_python(dict(values))
+        settings = checker(ExportSettings).validate_python(dict(values))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +23,7 @@ from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 from radapter_serve.runs import ADAPTER
+from radapter_serve.typed import checker
 
 FORMAT_VERSION = 1
 # Fields of a recipe that no longer exist, with the value that trains as the method does.
@@ -215,7 +216,7 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
             f" {FORMAT_VERSION}; use the version of radapter-serve that wrote it"
         )
     try:
-        metadata = TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
+        metadata = checker(Metadata).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise _refusal(error) from error
     try:

@@ -19,6 +19,8 @@ from typing import Any
 import open_clip
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.from_transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
@@ -33,6 +35,8 @@ from radapter_serve.hub import (
     unreachable,
 )
 
+# The other functions of `init` come to one of these.
+_DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
 
 
@@ -136,9 +140,10 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         )
     try:
         with _quiet(), _source(name, pretrained):
-            model = open_clip.create_model(
-                source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
-            )
+            with _NoRandomWeights():
+                model = open_clip.create_model(
+                    source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+                )
             tokenizer = open_clip.get_tokenizer(source)
     except RAdapterError:
         raise
@@ -153,6 +158,24 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     return Base(
         name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer
     )
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Draws none where a model is made: all its weights come from a file, and drawing those of a
+    large one first takes seconds.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        values = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else values["tensor"]
+        return func(*args, **values)
 
 
 def _folder(name: str) -> Path | None:

@@ -6,15 +6,17 @@ into one. So each field stands once, whoever names it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field
 
 from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.typed import checker
 
 
 def _no_truth(value: Any) -> Any:
@@ -40,7 +42,8 @@ class For:
         self.tasks = tasks
 
 
-def users(kind: type) -> dict[str, tuple[str, ...]]:
+@functools.cache
+def users(kind: type) -> Mapping[str, tuple[str, ...]]:
     """The tasks that use a field, for each field of a dataclass that not every task uses."""
     hints = get_type_hints(kind, include_extras=True)
     return {
@@ -149,7 +152,7 @@ class RunSource(DataSource):
         names = {field.name for field in fields(cls)}
         values = {name: value for name, value in recipe.items() if name in names}
         text = json.dumps({**values, "task": task})
-        return TypeAdapter(cls).validate_json(text, strict=True)
+        return checker(cls).validate_json(text, strict=True)
 
     def mask_crop(self, mean: Sequence[float]) -> MaskCrop:
         """How a segment is cut out.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import short
 from radapter_serve.evaluation.intervals import Interval
+from radapter_serve.typed import checker
 
 _FIRST = (  # in a file: CLIP_benchmark's fields, and what else a reader looks for
     "dataset",
@@ -241,10 +242,10 @@ class Row(Measured, Case):
         Raises:
             ValueError: it is no JSON; a field is unknown, missing or of another type.
         """
-        from pydantic import TypeAdapter, ValidationError  # which a client has not
+        from pydantic import ValidationError  # which a client has not
 
         try:
-            return TypeAdapter(cls).validate_json(line)
+            return checker(cls).validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
         place = short(".".join(map(str, first["loc"])))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radapter_serve.release.release import Release
+from radapter_serve.typed import checker
 
 FORMAT = 5
 FACTS = "index.json"
@@ -186,7 +187,7 @@ def read(kind: Any, values: Any) -> Any:
     import pydantic  # a base installation, which has none, shows the help of its commands
 
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return checker(kind).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -140,8 +140,8 @@ class Release:
         return dataclasses.replace(self, alpha=float(alpha))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them."""
-        values = dataclasses.asdict(self)
+        """Plain values, as JSON holds them: the release's own, so not to be changed."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         return {
             name: value
             for name, value in values.items()

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from radapter_serve.data.source import (
     Count,
@@ -24,6 +24,7 @@ from radapter_serve.data.source import (
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.runs import RECIPE
+from radapter_serve.typed import checker
 
 # The paper's, where they follow the length of the run.
 LONGEST_WARMUP = 500
@@ -433,7 +434,7 @@ def recipe_of(values: Any, what: str) -> Recipe:
 
 def _validated(values: dict[str, Any]) -> Recipe:
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        return checker(Recipe).validate_python(values)
     except ValidationError as error:
         wrong: dict[str, str] = {}
         for found in error.errors():  # of a field that may be none, the errors of both kinds

@@ -310,7 +310,7 @@ def test_nobody_there(protocol: str, kind: type):
     assert attempt(kind, url, lambda client: client.is_ready(), timeout=5) is False
 
 
-@pytest.mark.parametrize("timeout", [0.3, 1.2])
+@pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.3), ("grpc", 0.3), ("grpc", 1.2)])
 def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
     """Someone accepts and never says a word; gRPC itself gives up after a second."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

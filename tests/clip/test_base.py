@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
@@ -74,6 +75,27 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
     assert ("name the architecture tiny-quickgelu" in told) == (
         name == "weights.pt" and beside is None
     )
+
+
+def test_no_weight_is_drawn_before_those_of_the_file_are_read(tiny_clip_dir: str) -> None:
+    class Draws(TorchFunctionMode):
+        """Counts what is drawn, of all that an inner mode lets through."""
+
+        count = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func.__name__.endswith(("normal_", "uniform_"))
+            return func(*args, **(kwargs or {}))
+
+    folder = Path(tiny_clip_dir.removeprefix("local-dir:"))
+    weights = load_file(folder / "open_clip_model.safetensors")
+    with Draws() as draws:
+        found = load_base(tiny_clip_dir).model.state_dict()
+    assert draws.count == 0
+    torch.testing.assert_close(found, weights, rtol=0, atol=0)
+    with draws:
+        torch.nn.Linear(2, 2)
+    assert draws.count == 2
 
 
 def test_quickgelu_for_a_checkpoint_without_is_refused(architectures: str, tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def keys(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text(
         line("slow", "s", "requests_per_second=0.5")
+        + line("soon", "n", "requests_per_second=1")
         + line("few", "f", "at_once=2")
         + line("photos", "p", "images_per_minute=2")
         + line("free", "x")
@@ -175,7 +176,8 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
         assert slow.release().version == 1  # what computes nothing is not counted
         for _ in range(20):
             free.embed_texts(["a"])
-    with Client(served.url, api_key="s", retries=2) as patient:
+    with Client(served.url, api_key="n", retries=2) as patient:
+        patient.embed_texts(["a"])
         assert len(patient.embed_texts(["a"])) == 1  # after the wait that the gateway names
 
 

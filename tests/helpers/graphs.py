@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from radapter_export import tokenizer
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
@@ -37,14 +38,17 @@ _read: dict[Path, Graph] = {}
 # The table of operators, which torch's exporter makes anew for every graph, is made once.
 _operators = functools.cache(ONNXRegistry.from_torchlib)
 ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign, assignment]
+# And CLIP's vocabulary is written once for each tokenizer, which the tests share.
+_clip = functools.lru_cache(maxsize=8)(tokenizer._clip)
 
 
 @contextmanager
 def quick_exports(common: Path) -> Iterator[None]:
     """Within the block `export_release` takes graphs that were made for a model of the same form,
-    if there are any.
+    if there are any, and writes CLIP's vocabulary but once.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radapter_export.tokenizer._clip", _clip)
         for make in (image_graph, patch_graph, text_graph):
             patch.setattr(
                 f"radapter_export.release.{make.__name__}",

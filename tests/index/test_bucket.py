@@ -8,7 +8,9 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,29 @@ def server() -> Iterator[str]:
     host, port = served.get_host_and_port()
     yield f"http://{host}:{port}"
     served.stop()
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[str]:
+    """Storage that refuses whatever is asked; where nobody listens, one asks for seconds."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_PUT = do_POST = answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -308,7 +333,7 @@ def test_what_is_open_needs_its_storage_no_more(client, photos: Path, tmp_path: 
 
 
 def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
-    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client, refusing: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.put_object(
         Bucket="pictures",
@@ -334,7 +359,7 @@ def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
     monkeypatch.setenv(storage.CACHE, str(photos / "0.png"))
     with pytest.raises(RAdapterError, match="cannot write the cache"):
         bucket.fetch(generation)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", refusing)
     monkeypatch.setenv(storage.CACHE, str(tmp_path / "other"))
     with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
         bucket.fetch(generation)
@@ -429,7 +454,9 @@ def test_refusals(client, photos: Path, tmp_path: Path) -> None:
         open_index(tmp_path / "linked")
 
 
-def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Path) -> None:
+def test_images_on_object_storage_are_indexed(
+    client, refusing: str, photos: Path, tmp_path: Path
+) -> None:
     def put(name: str, data: bytes) -> None:
         client.put_object(Bucket="pictures", Key=name, Body=data)
 
@@ -451,7 +478,7 @@ def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Pa
         ["s3://pictures/raw/deep/1.png"],
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        patch.setenv("AWS_ENDPOINT_URL", refusing)
         with pytest.raises(RAdapterError, match="can't be used"):
             verify(out)  # what can't be asked is not gone
         with pytest.raises(RAdapterError, match="can't be used"):
