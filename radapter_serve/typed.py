@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
+_made: dict[Any, TypeAdapter[Any]] = {}
 
 
 def checker(kind: type[T]) -> TypeAdapter[T]:
@@ -17,11 +17,8 @@ def checker(kind: type[T]) -> TypeAdapter[T]:
     Args:
         kind: a dataclass.
     """
-    return _kept(kind)
-
-
-@functools.cache
-def _kept(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter  # which a client and a base installation have not
 
-    return TypeAdapter(kind)
+    if kind not in _made:
+        _made[kind] = TypeAdapter(kind)
+    return _made[kind]
