@@ -280,6 +280,18 @@ class Engine:
         config.version_policy.specific.versions[:] = sorted(releases)
         return config
 
+    def outdated_indexes(self) -> dict[str, bool]:
+        """Whether another release than the newest that is served made the indexes, by the names of
+        these.
+        """
+        from radapter_serve.index.index import outdated  # here: its libraries take a while
+
+        served = self._state.served
+        if not served:
+            return {}
+        newest = served[max(served)].version
+        return outdated(newest.indexes, newest.release)
+
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""
         return sorted(self._present().served)

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import anyio
@@ -49,6 +49,7 @@ from radapter_serve.release.release import TASKS
 # sends it never reads why.
 MAX_DISCARDED = 2**20  # bytes
 DISCARD_SECONDS = 1.0
+INDEX_SECONDS = 2.0  # to look which release made which index, perhaps on an object storage
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"
 _COUNTED = ("infer", EMBEDDINGS)  # the handlers that take a body
@@ -96,6 +97,7 @@ class Gateway:
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._quotas = Quotas()
         self._models: dict[str, tuple[float, Model]] = {}
+        self._outdated: Mapping[str, bool] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self.memory = MemoryBudget(int(settings.max_memory * MIB))
         self.metrics = Metrics(self._concurrency, self.memory)
@@ -178,7 +180,10 @@ class Gateway:
         """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole
         port.
         """
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        with anyio.move_on_after(INDEX_SECONDS):  # then what was known last
+            self._outdated = await self._upstream.outdated_indexes()
+        text = self.metrics.text(self._outdated)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def statistics(self, request: Request) -> Response:
         raise Refused(

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -52,6 +52,8 @@ class InProcess:
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="request")
         # Of its own, for it must not wait until requests have ended.
         self._facts = ThreadPoolExecutor(1, thread_name_prefix="facts")
+        # And this one may wait for an object storage.
+        self._indexes = ThreadPoolExecutor(1, thread_name_prefix="indexes")
 
     async def infer(
         self,
@@ -77,9 +79,14 @@ class InProcess:
     async def ready(self, model: str, version: str = "") -> bool:
         return not version or version in await self.versions(model)
 
+    async def outdated_indexes(self) -> Mapping[str, bool]:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._indexes, self._engine.outdated_indexes
+        )
+
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._facts.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._facts, self._indexes):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T], model: str) -> T:
         """What the engine says, whose errors become refusals."""

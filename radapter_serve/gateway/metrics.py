@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
+from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.release.release import TASKS
 
 OK, GONE = "ok", "caller_gone"
@@ -90,14 +93,38 @@ class Metrics:
         for gauge, read in self._gauges:
             gauge.set(read())
 
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+    def text(self, outdated: Mapping[str, bool]) -> bytes:
+        """All of it, as Prometheus reads it.
+
+        Args:
+            outdated: as `Upstream.outdated_indexes`; every process knows it of all indexes.
+        """
         self.refresh()
-        if SHARED not in os.environ:
-            return generate_latest(self._registry)
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        registry = self._registry
+        if SHARED in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + _of_indexes(outdated)
+
+
+class _Indexes(Collector):
+    """Which indexes another release made."""
+
+    def __init__(self, outdated: Mapping[str, bool]) -> None:
+        self._outdated = outdated
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        gauge = GaugeMetricFamily(OUTDATED, OUTDATED_MEANS, labels=["index"])
+        for index, is_outdated in self._outdated.items():
+            gauge.add_metric([index], float(is_outdated))
+        if gauge.samples:
+            yield gauge
+
+
+def _of_indexes(outdated: Mapping[str, bool]) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(_Indexes(outdated))
+    return generate_latest(registry)
 
 
 def _known(code: str) -> str:

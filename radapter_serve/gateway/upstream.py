@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,6 +73,11 @@ class Upstream(Protocol):
     async def ready(self, model: str, version: str = "") -> bool:
         """Whether Triton calls a model ready."""
 
+    async def outdated_indexes(self) -> Mapping[str, bool]:
+        """Whether another release than the newest that is served made the indexes, by the names of
+        these; of what has no metrics of its own.
+        """
+
     async def close(self) -> None:
         """Ends the connection."""
 
@@ -127,6 +133,9 @@ class Triton:
     async def ready(self, model: str, version: str = "") -> bool:
         request = service_pb2.ModelReadyRequest(name=model, version=version)
         return bool((await self._ask(self._stub.ModelReady, request)).ready)
+
+    async def outdated_indexes(self) -> Mapping[str, bool]:
+        return {}  # Triton's own metrics say it
 
     async def close(self) -> None:
         for closing in self._closing:

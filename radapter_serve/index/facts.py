@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -11,12 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.typed import checker
 
 FORMAT = 5
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
+# What Prometheus reads of each index, by its name in the label `index`.
+OUTDATED = "radapter_index_outdated"
+OUTDATED_MEANS = "1 where another release than the newest that is served made the index, else 0"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class MadeBy:
 
     def is_of(self, release: Release) -> bool:
         """Whether the embeddings are of a release; one that takes any α has that of the index."""
-        return self.digest == (release.at(self.alpha) if release.dynamic_alpha else release).digest
+        with contextlib.suppress(RAdapterError):  # an α that no release has
+            return (
+                self.digest == (release.at(self.alpha) if release.dynamic_alpha else release).digest
+            )
+        return False
 
     def __str__(self) -> str:
         return f"{self.architecture} at alpha {self.alpha:g}, release {self.version}"

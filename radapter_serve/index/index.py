@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
 from radapter_serve.contract.labels import check_length
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, staged
-from radapter_serve.index.facts import FACTS, IndexFacts
+from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy
 from radapter_serve.index.store import Hit, Place, Store
 from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.qdrant import Qdrant, is_qdrant
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.store.table import UNIT
+from radapter_serve.release.release import Release
 
 LINK = "at"  # the one fact in the index.json of a folder that links to a published index
 MAX_TOP_K = 1000
@@ -155,6 +157,30 @@ def read_facts(folder: Path) -> IndexFacts:
     """
     _, facts = place_of(folder).current()
     return facts
+
+
+def made_by(indexes: Path) -> dict[str, MadeBy]:
+    """The releases that made the indexes of a folder, by the names of these; what can't be read is
+    left out.
+    """
+    found = {}
+    for path in sorted(indexes.glob(f"*/{FACTS}")):
+        name = as_text(path.parent.name)
+        with contextlib.suppress(RAdapterError):  # a broken one is refused when it is asked for
+            if name[0] != ".":
+                found[name] = read_facts(path.parent).plan.release
+    return found
+
+
+def outdated(indexes: Path, release: Release) -> dict[str, bool]:
+    """Whether another release made the indexes of a folder, by the names of these; what can't be
+    read is left out.
+
+    Args:
+        indexes: the folder.
+        release: that callers get who name none.
+    """
+    return {name: not made.is_of(release) for name, made in made_by(indexes).items()}
 
 
 def place_of(folder: Path) -> Place:

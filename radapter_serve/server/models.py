@@ -14,7 +14,6 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.facts import FACTS
 from radapter_serve.release.integrity import check
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
@@ -151,19 +150,11 @@ def kept_for_indexes(
         releases: served.
         indexes: folder of the indexes.
     """
-    from radapter_serve.index.index import read_facts  # a base installation has not its libraries
+    from radapter_serve.index.index import made_by  # a base installation has not its libraries
 
-    wanted = []
-    for path in sorted(indexes.glob(f"*/{FACTS}")):
-        try:
-            facts = read_facts(path.parent)
-            made = facts.plan.release
-            wanted.append((path.parent.name, made.digest, made.alpha))
-        except RAdapterError:
-            continue  # a broken one is refused when it is asked for
     found: dict[int, list[str]] = {}
-    for name, digest, alpha in wanted if releases else ():
-        matching = releases_with_digest(repository, digest, alpha)
+    for name, made in made_by(indexes).items() if releases else ():
+        matching = releases_with_digest(repository, made.digest, made.alpha)
         older = [one for one in matching if one < max(releases)]
         if older and not set(matching) & set(releases):
             found.setdefault(older[-1], []).append(name)

@@ -17,14 +17,17 @@ class TaskModel:
 
     Attributes:
         task: its name.
+        version: the release, from `initialize` on.
     """
 
     task: str
+    version: TritonVersion
 
     def initialize(self, args: dict[str, str]) -> None:
         surplus.of_this_process.heed(self.task)
         task = TASKS[self.task]
-        self._answer = partial(task.answer, task.make(TritonVersion(args)))
+        self.version = TritonVersion(args)
+        self._answer = partial(task.answer, task.make(self.version))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._answer)

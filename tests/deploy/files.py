@@ -88,5 +88,5 @@ def metrics() -> set[str]:
     return {
         name
         for _, text in expressions()
-        for name in re.findall(r"\b(?:nv|radapter_gateway)_\w+", text)
+        for name in re.findall(r"\b(?:nv|radapter_gateway|radapter_index)_\w+", text)
     }

@@ -26,7 +26,7 @@ def asked_labels() -> Iterator[tuple[str, str]]:
     """Metric and label of every selector and grouping of the board."""
     for _, text in expressions():
         for by, name, selector in re.findall(
-            r"sum by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text
+            r"(?:sum|max) by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text
         ):
             yield from ((name, label.strip()) for label in by.split(","))
             yield from ((name, label) for label in re.findall(r"(\w+)(?:=~?|!=)", selector))
@@ -40,8 +40,8 @@ def test_metrics_of_the_gateway() -> None:
     gateway.count("classify", "ok", 0.1)
     gateway.count_key("ann", "ok")
     gateway.count_images("ann", 1)
-    there = names_and_labels(gateway.text().decode())
-    asked = {name for name in metrics() if name.startswith("radapter_gateway")}
+    there = names_and_labels(gateway.text({"photos": True}).decode())
+    asked = {name for name in metrics() if name.startswith("radapter_")}
     assert asked and asked <= set(there)
     assert not [
         (name, label)
@@ -61,7 +61,13 @@ def test_alerts_name_codes_that_there_are() -> None:
     from radapter_serve.gateway.errors import CODES
 
     alerts = [rule for group in document(RULES)["groups"] for rule in group["rules"]]
-    assert {rule["alert"] for rule in alerts} >= {"NotReady", "Errors", "SlowTail", "Memory"}
+    assert {rule["alert"] for rule in alerts} >= {
+        "NotReady",
+        "Errors",
+        "SlowTail",
+        "Memory",
+        "OutdatedIndex",
+    }
     for rule in alerts:
         assert rule["annotations"]["summary"] and rule["annotations"]["action"]
         named = re.findall(r'code=~?"([\w|]+)"', rule["expr"])
@@ -76,11 +82,16 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.asking import connect, tensors
-    from tests.helpers.small_release import write_release
+    from tests.helpers.indexes import write_facts
+    from tests.helpers.small_release import TASKS, write_release
 
-    write_release(tmp_path / "models", 3, seed=1)
+    write_release(tmp_path / "models", 3, seed=1, tasks=(*TASKS, "retrieve"))
+    write_facts(tmp_path / "indexes" / "photos", "sha256:another")
+    config = ServerConfig(
+        tmp_path / "models", Endpoints.on_free_ports(), indexes=tmp_path / "indexes"
+    )
     with (
-        TritonServer(ServerConfig(tmp_path / "models", Endpoints.on_free_ports())) as server,
+        TritonServer(config) as server,
         connect(server) as client,
     ):
         client.infer("embed_text", tensors(text=[["a cat"]]))
@@ -90,13 +101,13 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
         for path in _probes():
             assert urllib.request.urlopen(server.http_url + path, timeout=10).status == 200
     there = names_and_labels(text)
-    asked = {name for name in metrics() if name.startswith("nv_")}
+    asked = {name for name in metrics() if name.startswith(("nv_", "radapter_index_"))}
     assert len(asked) > 5 and asked <= set(there)
     assert not [
         (name, label)
         for name, label in asked_labels()
-        # Prometheus itself adds these two.
-        if name in there and label not in {*there[name], "namespace", "pod"}
+        # Prometheus itself adds these three.
+        if name in there and label not in {*there[name], "instance", "namespace", "pod"}
     ]
     # The board tells releases apart by this label.
     answered = re.findall(

@@ -41,6 +41,7 @@ from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.engine_server import EngineServer
+from tests.helpers.indexes import outdated_at
 from tests.helpers.shared import shared
 from tests.helpers.small_release import png, seal
 from tests.helpers.ways import in_process
@@ -172,6 +173,7 @@ def test_an_index_of_an_older_release_is_still_searched(
     build(str(photos), indexes / "photos", LocalRelease(copy, 1))
     with in_process(copy, indexes) as one, Client(one.url) as client:
         assert one.server.state()["kept"] == {"1": ["photos"]}
+        assert outdated_at(f"{one.url}/metrics") == {"photos": 1}
         hits = client.search("a cat", index="photos")
         with Engine.open(f"{copy}@1", indexes=indexes) as engine:
             assert hits == Client(transport=engine).search("a cat", index="photos")
@@ -180,6 +182,12 @@ def test_an_index_of_an_older_release_is_still_searched(
         build(str(photos), indexes / "photos", LocalRelease(copy, 2), resume=False)
         one.server.remove_unneeded()
         assert one.server.state()["kept"] == {}
+        assert outdated_at(f"{one.url}/metrics") == {"photos": 0}
+        one.server.load([1, 2], lambda line: None)
+        assert outdated_at(f"{one.url}/metrics") == {"photos": 0}
+        one.server.load([1], lambda line: None)
+        assert outdated_at(f"{one.url}/metrics") == {"photos": 1}
+        one.server.load([2], lambda line: None)
         assert len(client.search("a cat", index="photos")) == 4
 
 

@@ -31,6 +31,7 @@ from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.supervisor import Supervisor
+from tests.helpers.indexes import outdated_at, write_facts
 from tests.helpers.small_release import png, seal
 
 WAIT = 90.0  # seconds, in which a test that works has long ended
@@ -142,6 +143,14 @@ def test_both_answer_and_are_counted_together(group: Group) -> None:
     assert min(used) > 0
     parts = [path.name for path in (group.workers.folder / "counters").glob("counter_*")]
     assert len(parts) == 2
+
+
+def test_any_of_them_says_which_index_is_of_another_release(group: Group) -> None:
+    photos = group.workers.config.indexes / "photos"
+    write_facts(photos, "sha256:another")
+    assert [outdated_at(f"{group.url}/metrics") for _ in range(4)] == [{"photos": 1}] * 4
+    shutil.rmtree(photos)
+    assert outdated_at(f"{group.url}/metrics") == {}
 
 
 def counted(group: Group) -> float:

@@ -24,10 +24,11 @@ import urllib3
 
 import radapter_client
 from radapter_client import Client
-from radapter_serve.gateway import front, health, run
+from radapter_serve.gateway import app, front, health, run
 from radapter_serve.gateway.errors import Refused, from_triton
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import Served, packed, serving
+from tests.helpers.indexes import outdated_at
 
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
 INFER = "/v2/models/embed_text/infer"
@@ -551,6 +552,22 @@ def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
     ):
         assert line in text
     assert "mallory" not in text
+
+
+def test_metrics_of_indexes_do_not_wait_for_a_storage(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = 'fötos "写真" \\ 👩‍🔬'
+    assert "radapter_index" not in ask(served, "/metrics")[1].decode()
+    served.upstream.outdated = {name: True, "new": False}
+    assert outdated_at(f"{served.url}/metrics") == {name: 1, "new": 0}
+    monkeypatch.setattr(app, "INDEX_SECONDS", 0.05)
+    served.upstream.outdated = {}
+    served.hold()
+    known = outdated_at(f"{served.url}/metrics")
+    served.let_go()
+    assert known == {name: 1, "new": 0}  # what was known last
+    assert outdated_at(f"{served.url}/metrics") == {}
 
 
 # Keys

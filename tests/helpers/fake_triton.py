@@ -89,11 +89,13 @@ def by_name(owner: Request | Response, name: str) -> Tensor | None:
 def install(
     monkeypatch: pytest.MonkeyPatch,
     encode: Callable[[str, list[np.ndarray]], Response] | None = None,
+    **more: Any,
 ) -> None:
     """Put the stand-in where models import it from.
 
     Args:
         encode: what a request to another model gives, from its name and its inputs.
+        more: what else the module has.
     """
 
     def request(model_name: str, inputs: list[Tensor], **_: Any) -> SimpleNamespace:
@@ -110,6 +112,7 @@ def install(
         InferenceRequest=request,
         PreferredMemory=lambda *_: None,
         TRITONSERVER_MEMORY_CPU=0,
+        **more,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
     for name in [name for name in sys.modules if name.startswith("radapter_serve.triton.")]:

@@ -75,6 +75,7 @@ class FakeUpstream:
             for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")
         }
         self.outputs: dict[str, np.ndarray] | None = None
+        self.outdated: dict[str, bool] = {}
 
     async def infer(
         self,
@@ -118,6 +119,10 @@ class FakeUpstream:
 
     async def ready(self, model: str, version: str = "") -> bool:
         return version in ("", "1")
+
+    async def outdated_indexes(self) -> dict[str, bool]:
+        await self.hold.wait()
+        return self.outdated
 
     async def close(self) -> None:
         pass

@@ -36,6 +36,7 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.gateway import gateway
+from tests.helpers.indexes import outdated_at
 from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
 
 pytestmark = pytest.mark.triton
@@ -300,6 +301,13 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     assert served.models["image_encoder"] == [1]
 
 
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_an_index_is_searched_by_the_release_that_made_it(
     served: TritonServer, folder: Path
 ) -> None:
@@ -310,6 +318,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
         before = client.search("a cat", index=INDEX)
         releases.load([2], say)
         assert served.serving.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
+        until(lambda: outdated_at(served.metrics_url) == {INDEX: 1})
         assert served.models["classify"] == [2] and client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
@@ -323,6 +332,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
             and served.models["image_encoder"] == [2]
         )
         assert client.search("a cat", index=INDEX) == after
+        until(lambda: outdated_at(served.metrics_url) == {INDEX: 0})
         releases.rollback(say)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
