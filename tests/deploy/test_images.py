@@ -98,7 +98,7 @@ def test_the_wheel_of_the_image_is_whole(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["gateway", "server"])
+@pytest.mark.parametrize("stage", ["engine", "gateway", "server"])
 def test_the_image_installs_and_its_command_starts(stage: str, place: Path) -> None:
     run(stage, place, place)
     own = place / stage / "bin"
@@ -136,7 +136,7 @@ def test_the_server_has_what_its_extras_ask_for_but_their_tritonserver() -> None
     assert installed == {name: needed[name] for name in needed.keys() - elsewhere}
 
 
-@pytest.mark.parametrize("stage", ["gateway", "server"])
+@pytest.mark.parametrize("stage", ["engine", "gateway", "server"])
 def test_an_image_runs_a_command_of_ours_with_flags_that_it_has(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +147,7 @@ def test_an_image_runs_a_command_of_ours_with_flags_that_it_has(
     assert not flags - set(re.findall(r"--[a-z][a-z-]*", help_of(program)))
 
 
-@pytest.mark.parametrize("stage", ["gateway", "server"])
+@pytest.mark.parametrize("stage", ["engine", "gateway", "server"])
 def test_an_image_is_harmless_and_says_whether_it_is_well(stage: str) -> None:
     assert instructions(stage, "USER") == ["1000:1000"]
     ports = instructions(stage, "EXPOSE")[0].split()

@@ -4,6 +4,7 @@ each other and with the images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import pytest
 from helm_python.errors import HelmError
 
 import radapter_serve
+from radapter_serve.environment import OTLP_ENDPOINTS
 from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
 
 FOLDER = DEPLOY / "kubernetes"
 INSTANCE = {"app.kubernetes.io/instance": "radapter"}
+WITHOUT_TRITON: dict[str, Any] = {
+    "engine": "process",
+    "server": {"workers": 3, "cpu": "4", "cpuPercent": 60, "args": ["--runtime", "openvino"]},
+    "traces": {"endpoint": "https://collector.monitoring:443"},
+}
 Objects = dict[tuple[str, str], Any]
 VALUES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -25,12 +32,18 @@ VALUES: dict[str, dict[str, Any]] = {
         "gateway": {"replicas": 3, "apiKeysSecret": "keys"},
         "storage": {"existingClaim": "shared"},
         "images": {"server": "registry.example/serve", "tag": "v1.0.0"},
+        "traces": {"endpoint": "http://collector.seen:4318/v1", "namespace": "seen"},
     },
 }
 
 
-@pytest.fixture(scope="module", params=VALUES)
+@pytest.fixture(scope="module", params=[*VALUES, "without Triton"])
 def objects(request: pytest.FixtureRequest) -> Objects:
+    return rendered(VALUES.get(request.param, WITHOUT_TRITON))
+
+
+@pytest.fixture(scope="module", params=VALUES)
+def of_triton(request: pytest.FixtureRequest) -> Objects:
     return rendered(VALUES[request.param])
 
 
@@ -67,7 +80,7 @@ def test_selectors_find_their_pods(objects: Objects) -> None:
         # A pod of the same namespace that belongs to something else is none of the chart's.
         assert selector.items() >= INSTANCE.items()
         found = {pod for pod, own in labels.items() if selector.items() <= own}
-        assert found == (set(labels) if name == "closed" else {name})
+        assert found == (set(labels) if name in ("closed", "traces") else {name})
 
 
 def test_ports_and_folders_are_those_of_the_images(objects: Objects) -> None:
@@ -82,17 +95,21 @@ def test_ports_and_folders_are_those_of_the_images(objects: Objects) -> None:
         for kind in ("readinessProbe", "livenessProbe"):
             assert container[kind]["httpGet"]["port"] in ports(objects, name)
         mounts[name] = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    serve = command("server")
-    for folder in (serve[1], serve[serve.index("--indexes") + 1]):
-        assert mounts["server"][folder]["readOnly"] is True
-    assert "/dev/shm" in mounts["server"]
-    assert mounts["gateway"][str(Path(command("gateway")[-1]).parent)]["readOnly"] is True
+        words = command(name)
+        if words[0] == "radapter-serve":
+            for folder in (words[1], words[words.index("--indexes") + 1]):
+                assert mounts[name][folder]["readOnly"] is True
+        if "--api-keys" in words:
+            keys = Path(words[words.index("--api-keys") + 1])
+            assert mounts[name][str(keys.parent)]["readOnly"] is True
+    assert set(mounts) in ({"server", "gateway"}, {"engine"})
+    assert "/dev/shm" in mounts.get("server", ["/dev/shm"])
 
 
-def test_the_gateway_finds_every_pod_of_the_server(objects: Objects) -> None:
+def test_the_gateway_finds_every_pod_of_the_server(of_triton: Objects) -> None:
     words = command("gateway")
     name, port = words[words.index("--server") + 1].split(":")
-    service = objects["Service", name]["spec"]
+    service = of_triton["Service", name]["spec"]
     assert int(port) in {one["port"] for one in service["ports"]}
     # A gateway keeps its connections, so it must see the pods themselves to spread its requests.
     assert service["clusterIP"] == "None"
@@ -111,19 +128,20 @@ def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
     return found
 
 
-def test_only_the_gateway_reaches_the_server(objects: Objects) -> None:
-    policies = {name: one for (kind, name), one in objects.items() if kind == "NetworkPolicy"}
+def test_only_the_gateway_reaches_the_server(of_triton: Objects) -> None:
+    policies = {name: one for (kind, name), one in of_triton.items() if kind == "NetworkPolicy"}
     assert policies.pop("closed")["spec"] == {
         "podSelector": {"matchLabels": INSTANCE},
         "policyTypes": ["Ingress", "Egress"],
     }
+    policies.pop("traces", None)
     assert set(policies) == {"server", "gateway"}
-    grpc = {("TCP", ports(objects, "server")["grpc"])}
+    grpc = {("TCP", ports(of_triton, "server")["grpc"])}
     assert allowed(policies["server"], "ingress", "gateway") == grpc
     assert allowed(policies["server"], "ingress", "anybody") == set()
     assert allowed(policies["gateway"], "egress", "server") == grpc
     assert allowed(policies["gateway"], "ingress", "anybody") == {
-        ("TCP", ports(objects, "gateway")["http"])
+        ("TCP", ports(of_triton, "gateway")["http"])
     }
     assert "egress" not in policies["server"]["spec"]
 
@@ -142,11 +160,73 @@ def test_pods_may_do_little(objects: Objects) -> None:
         }
 
 
-def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes(objects: Objects) -> None:
-    spec = objects["HorizontalPodAutoscaler", "server"]["spec"]
+def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes(of_triton: Objects) -> None:
+    spec = of_triton["HorizontalPodAutoscaler", "server"]["spec"]
     (rule,) = document(FOLDER / "prometheus-adapter.yaml")["rules"]["custom"]
     assert spec["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
-    assert "replicas" not in objects["Deployment", "server"]["spec"], "two would decide how many"
+    assert "replicas" not in of_triton["Deployment", "server"]["spec"], "two would decide how many"
+
+
+def test_without_triton_one_deployment_answers_everybody() -> None:
+    found = rendered(WITHOUT_TRITON)
+    assert {kind for kind, name in found if name == "engine"} == {
+        "Deployment",
+        "Service",
+        "NetworkPolicy",
+        "HorizontalPodAutoscaler",
+        "PodDisruptionBudget",
+    }
+    assert not [name for _, name in found if name in ("server", "gateway")]
+    (container,) = found["Deployment", "engine"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "radapter-engine:latest"
+    more = ["--workers", "3", "--runtime", "openvino"]
+    assert container["args"] == [*command("engine"), *more]
+    policy = found["NetworkPolicy", "engine"]
+    assert allowed(policy, "ingress", "anybody") == {("TCP", ports(found, "engine")["http"])}
+    assert "egress" not in policy["spec"] and ("NetworkPolicy", "closed") in found
+    spec = found["HorizontalPodAutoscaler", "engine"]["spec"]
+    target = {"type": "Utilization", "averageUtilization": 60}
+    assert spec["metrics"] == [{"type": "Resource", "resource": {"name": "cpu", "target": target}}]
+    assert "replicas" not in found["Deployment", "engine"]["spec"], "two would decide how many"
+
+
+@pytest.mark.parametrize(
+    ("values", "endpoint", "namespace", "port"),
+    [
+        (VALUES["a GPU"], "http://collector.seen:4318/v1", "seen", 4318),
+        (WITHOUT_TRITON, "https://collector.monitoring:443", "monitoring", 443),
+    ],
+)
+def test_traces_reach_their_collector(
+    values: dict[str, Any], endpoint: str, namespace: str, port: int
+) -> None:
+    found = rendered(values)
+    for name, pod in pods(found):
+        (container,) = pod["spec"]["containers"]
+        assert container["env"] == [{"name": OTLP_ENDPOINTS[0], "value": endpoint}]
+        if name != "server":  # where Triton itself sends them
+            assert ",otel]" in instructions(name, "RUN")[0]
+    collector, names = found["NetworkPolicy", "traces"]["spec"]["egress"]
+    wanted = {"kubernetes.io/metadata.name": namespace}
+    assert collector["to"] == [{"namespaceSelector": {"matchLabels": wanted}}]
+    assert collector["ports"] == [{"protocol": "TCP", "port": port}]
+    assert {one["port"] for one in names["ports"]} == {53}
+
+
+def test_without_a_collector_pods_call_nobody() -> None:
+    found = rendered({})
+    assert ("NetworkPolicy", "traces") not in found
+    for _, pod in pods(found):
+        assert "env" not in pod["spec"]["containers"][0]
+
+
+def test_prometheus_finds_every_port_with_metrics(objects: Objects) -> None:
+    jobs = document(FOLDER / "prometheus-scrape.yaml")["scrape_configs"]
+    kept = [job["relabel_configs"][0]["regex"] for job in jobs]
+    for name, pod in pods(objects):
+        (container,) = pod["spec"]["containers"]
+        targets = [f"{name};{port['name']}" for port in container["ports"]]
+        assert sum(bool(re.fullmatch(one, target)) for one in kept for target in targets) == 1
 
 
 def test_values_reach_what_they_name() -> None:
@@ -196,11 +276,18 @@ def test_names_that_yaml_reads_as_something_else_stay_names() -> None:
     ("values", "message"),
     [
         ({"sever": {}}, "'sever' not allowed"),
+        ({"engine": "tensorrt"}, "/engine"),
+        ({"engine": "process", "server": {"gpus": 1}}, "/server/gpus"),
+        ({"server": {"workers": 2}}, "/server/workers"),
+        ({"engine": "process", "server": {"workers": 0}}, "/server/workers"),
+        ({"server": {"cpuPercent": 101}}, "/server/cpuPercent"),
         ({"server": {"gpus": 2}}, "/server/gpus"),
         ({"server": {"minReplicas": 0}}, "/server/minReplicas"),
         ({"server": {"memory": "much"}}, "/server/memory"),
         ({"gateway": {"apiKeysSecret": "a b"}}, "/gateway/apiKeysSecret"),
         ({"images": {"tag": "a: b"}}, "/images/tag"),
+        ({"traces": {"endpoint": "http://collector"}}, "/traces/endpoint"),
+        ({"traces": {"endpoint": "http://a:1\nb: c"}}, "/traces/endpoint"),
         ({"storage": {"existingClaim": "a}, b: {"}}, "/storage/existingClaim"),
         ({"storage": {"className": "a b"}}, "/storage/className"),
     ],

@@ -2,6 +2,9 @@
 {{- define "server" -}}
 {app: server, app.kubernetes.io/instance: {{ .Release.Name | quote }}}
 {{- end -}}
+{{- define "engine" -}}
+{app: engine, app.kubernetes.io/instance: {{ .Release.Name | quote }}}
+{{- end -}}
 {{- define "gateway" -}}
 {app: gateway, app.kubernetes.io/instance: {{ .Release.Name | quote }}}
 {{- end -}}
