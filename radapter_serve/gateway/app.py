@@ -390,7 +390,9 @@ def refusal(error: Refused, request: Request) -> Response:
 
 
 async def _refuse(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-    await refusal(error, Request(scope))(scope, receive, send)
+    request = Request(scope, receive)
+    response = await _read_out(refusal(error, request), request)
+    await response(scope, receive, send)
 
 
 def _named(request: Request) -> tuple[str, str]:

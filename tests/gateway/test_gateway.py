@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import re
 import socket
@@ -508,6 +509,16 @@ def test_a_fault_of_the_gateway_is_one_line_without_a_trace(
         {"error": "[internal_error] the gateway failed on this request; its log says why"},
     )
     assert "a bug at /home/x" in caplog.text
+
+
+def test_the_page_of_another_site_is_not_cut_off_while_it_sends(served: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    for _ in range(20):
+        connection.request("POST", INFER, bytes(300_000), {"Origin": "https://elsewhere"})
+        answer = connection.getresponse()
+        answer.read()
+        assert (answer.status, answer.getheader("Connection")) == (403, None)
+    connection.close()
 
 
 # Health and metrics

@@ -41,7 +41,8 @@ def all_cases() -> list[Made]:
         _images,
         _work,
     )
-    return [*(made for group in groups for made in group()), *embeddings.cases()]
+    own = (made for group in groups for made in group())
+    return [*own, *embeddings.cases(), *_refused_bodies()]
 
 
 def _one(kind: str, *parts: bytes | float, promise: str = REFUSED, **options: Any) -> Made:
@@ -253,6 +254,52 @@ def _slow() -> Iterator[Made]:
     yield _one("slow: half a body", right[:-10], 25.0)
     more = message("POST", INFER, {"Content-Length": str(MIB)}, b"")
     yield _one("slow: body that never comes", more, 25.0)
+
+
+def _refused_bodies() -> Iterator[Made]:
+    """Requests that are refused by their heads, and bodies that the gateway throws away."""
+    size = 60_000
+    chunked: dict[str, str | None] = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+    none = b"0\r\n\r\n"
+    piece = b"%x\r\n%s\r\n" % (size, bytes(size))
+    doors: tuple[tuple[str, dict[str, str | None]], ...] = (
+        (INFER, {"Authorization": None}),
+        ("/v2/repository/index", {}),
+        (INFER, {TYPE: "text/html"}),
+    )
+    for path, headers in doors:
+
+        def head(
+            more: dict[str, str | None],
+            path: str = path,
+            headers: dict[str, str | None] = headers,
+        ) -> bytes:
+            return message("POST", path, {**headers, **more})
+
+        said = head({"Content-Length": str(size)})
+        whole = said + bytes(size)
+        trickle: list[bytes | float] = [part for _ in range(90) for part in (b" ", 0.05)]
+        yield _one("refused body, whole", whole)
+        yield _one("refused body, two on one connection", whole + whole, answers=2)
+        yield _one("refused body, in chunks", head(chunked) + piece * 5 + none)
+        yield _one("refused body, a byte at a time", said, *trickle)
+        yield _one("refused body, half of it", whole[: -size // 2])
+        yield _one("refused body, never comes", said)
+        yield _one("refused body, never comes in chunks", head(chunked))
+        yield _one(
+            "refused body, who asks whether to send it",
+            head({"Content-Length": str(size), "Expect": "100-continue"}),
+        )
+        for kind, data in (
+            ("too long", head(chunked) + piece * 50 + none),
+            ("longer than said", head({"Content-Length": "5"}) + bytes(size)),
+            ("chunks of bad sizes", head(chunked) + b"xyz\r\n" + piece),
+            ("chunks longer than said", head(chunked) + b"5\r\n" + bytes(size) + b"\r\n" + none),
+            ("chunks shorter than said", head(chunked) + b"FFFF\r\n" + bytes(9)),
+            ("chunks of one byte", head(chunked) + b"1\r\n \r\n" * size + none),
+            ("gone in the middle", said + bytes(9)),
+        ):
+            yield _one(f"refused body, {kind}", data, promise=BROKEN, hang_up=0.3)
 
 
 def _bodies() -> Iterator[Made]:

@@ -32,3 +32,8 @@ def case(seed: int, number: int) -> Case:
 def by_hand() -> list[Made]:
     """The list made by hand."""
     return all_cases()
+
+
+def of_kind(kind: str) -> list[int]:
+    """The numbers of those made by hand whose kind begins so."""
+    return [number for number, (name, _) in enumerate(by_hand()) if name.startswith(kind)]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.campaign import run
-from tests.hostile.world import Good, engine, world
+from tests.hostile.generate import of_kind
+from tests.hostile.world import Good, engine, open_files, rss, world
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "50000"))
@@ -33,6 +34,22 @@ def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) 
         assert report.count == count
         assert good.troubles == [] and good.asked >= 10
         assert running.processes() == before
+
+
+@pytest.mark.slow
+def test_refused_bodies_of_many_callers(tmp_path: Path) -> None:
+    """Their bodies are thrown away, and neither connections nor memory stay."""
+    numbers = of_kind("refused body") * 20
+    with engine(tmp_path) as (address, process):
+        # What the first requests load is not theirs.
+        run(address, SEED, numbers[: len(numbers) // 20])
+        files, memory = open_files(process.pid), rss(process.pid)
+        with Good(address) as good:
+            report = run(address, SEED, numbers, workers=100, failures=tmp_path / "failures")
+        assert not report.failures, "; ".join(map(str, report.failures[:20]))
+        assert good.troubles == [] and good.asked >= 10
+        assert open_files(process.pid) <= files
+        assert rss(process.pid) - memory < 48
 
 
 @pytest.mark.slow

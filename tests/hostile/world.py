@@ -61,6 +61,10 @@ class World:
         living = {pid for pid, process in children(own).items() if process.state != "Z"}
         return living | {own} | ({self.gateway.pid} if self.gateway.poll() is None else set())
 
+    def gateway_files(self) -> int:
+        """How many files and connections the gateway has open, once their number stays the same."""
+        return open_files(self.gateway.pid)
+
     def memory(self) -> dict[str, int]:
         """MiB that the gateway, tritonserver and the largest of the models' processes had at
         most.
@@ -75,9 +79,30 @@ class World:
         }
 
 
-def _peak(pid: int) -> int:
+def open_files(pid: int) -> int:
+    """How many files and connections a process has open, once none has ended for 2 seconds; those
+    without a request end by themselves after 10.
+    """
+    folder = Path(f"/proc/{pid}/fd")
+    found = len(list(folder.iterdir()))
+    since = time.monotonic()
+    while time.monotonic() - since < 2:
+        time.sleep(0.1)
+        now = len(list(folder.iterdir()))
+        if now < found:
+            found = now
+            since = time.monotonic()
+    return found
+
+
+def rss(pid: int, name: str = "VmRSS") -> int:
+    """MiB of a process now, or what else its status calls so."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith(name)), 0)
+
+
+def _peak(pid: int) -> int:
+    return rss(pid, "VmHWM")
 
 
 def prepare(folder: Path) -> tuple[Path, Path, Path]:
