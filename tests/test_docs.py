@@ -95,7 +95,8 @@ def test_one_version_everywhere() -> None:
 def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     found = list(named_commands())
-    images = {"radapter-server"}  # of containers, whose names begin as those of commands
+    # Names of images begin as those of commands.
+    images = {"radapter-engine", "radapter-server"}
     assert {command for _, command, *_ in found} - images == set(COMMANDS)
     unknown = []
     for page, command, subcommand, flags in found:
