@@ -34,14 +34,13 @@ TINY_CLIP = {
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Spare the garbage collector what imports leave: a million objects that live to the end, which
-    it would look through again and again.
+    """Import without the garbage collector, which would look through a million objects that live to
+    the end again and again.
     """
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.enable()
 
 
