@@ -89,7 +89,8 @@ class LossSettings:
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
         preserve: weight of the mean of 1 - cosine between an image's embedding and that of the
-            base; 0 keeps nothing and is the paper's. A step takes 1.3 times as long with it.
+            base; 0 keeps nothing and is the paper's. With it each step also embeds its images by
+            the base.
     """
 
     delta: Real = 0.05
