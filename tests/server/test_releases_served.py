@@ -318,7 +318,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
         before = client.search("a cat", index=INDEX)
         releases.load([2], say)
         assert served.serving.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
-        until(lambda: outdated_at(served.metrics_url) == {INDEX: 1})
+        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 1)
         assert served.models["classify"] == [2] and client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
@@ -332,7 +332,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
             and served.models["image_encoder"] == [2]
         )
         assert client.search("a cat", index=INDEX) == after
-        until(lambda: outdated_at(served.metrics_url) == {INDEX: 0})
+        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 0)
         releases.rollback(say)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
