@@ -159,7 +159,7 @@ def read_facts(folder: Path) -> IndexFacts:
     return facts
 
 
-def made_by(indexes: Path) -> dict[str, MadeBy]:
+def releases_of(indexes: Path) -> dict[str, MadeBy]:
     """The releases that made the indexes of a folder, by the names of these; what can't be read is
     left out.
     """
@@ -180,7 +180,7 @@ def outdated(indexes: Path, release: Release) -> dict[str, bool]:
         indexes: the folder.
         release: that callers get who name none.
     """
-    return {name: not made.is_of(release) for name, made in made_by(indexes).items()}
+    return {name: not made.is_of(release) for name, made in releases_of(indexes).items()}
 
 
 def place_of(folder: Path) -> Place:

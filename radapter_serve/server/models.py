@@ -150,10 +150,10 @@ def kept_for_indexes(
         releases: served.
         indexes: folder of the indexes.
     """
-    from radapter_serve.index.index import made_by  # a base installation has not its libraries
+    from radapter_serve.index.index import releases_of  # a base installation has not its libraries
 
     found: dict[int, list[str]] = {}
-    for name, made in made_by(indexes).items() if releases else ():
+    for name, made in releases_of(indexes).items() if releases else ():
         matching = releases_with_digest(repository, made.digest, made.alpha)
         older = [one for one in matching if one < max(releases)]
         if older and not set(matching) & set(releases):
