@@ -74,7 +74,9 @@ def measure(name: str) -> list[str]:
     start = time.perf_counter()
     folded = fold(state, adapter, 1.0)
     fold_seconds = time.perf_counter() - start
-    cells, size, worst = [], 0, 0.0
+    cells = []
+    size = 0
+    worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for make, values, reference in zip(
             (image_graph, text_graph), (image, tokens), references, strict=True

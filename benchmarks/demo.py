@@ -57,7 +57,8 @@ def main() -> None:
 
 def choose(name: str, rates: list[float], seeds: list[int], folder: Path) -> None:
     """Print the accuracy on validation drawings, in %, over α for each learning rate."""
-    data, scenes = prepare(folder / "data"), prepare_scenes(folder / "data" / "scenes")
+    data = prepare(folder / "data")
+    scenes = prepare_scenes(folder / "data" / "scenes")
     lesson, *_ = lessons(data, scenes)
     validation = dataclasses.replace(data, test={FINE_TUNED: data.val})
     start = load_base(f"local-dir:{BASE}").model.state_dict()
@@ -117,15 +118,14 @@ def report(seeds: list[int], out: Path, folder: Path) -> None:
 
 def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -> None:
     """Systems down; accuracy and R-Adapter's lead across."""
-    groups, rows = ("in_distribution", "shifts"), []
+    groups = ("in_distribution", "shifts")
+    rows = []
     for place, system in enumerate(of_seeds[0]):
         cells = [system["system"]]
         for group in groups:
             of = [facts[place][group] for facts in of_seeds]
-            lead, interval = (
-                statistics.mean(one["lead"] for one in of),
-                max(one["interval"] for one in of),
-            )
+            lead = statistics.mean(one["lead"] for one in of)
+            interval = max(one["interval"] for one in of)
             cells.append(with_spread([one["accuracy"] for one in of]))
             cells.append(lead_in_words(lead, interval) if interval else "")
         rows.append(cells)
@@ -137,7 +137,8 @@ def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -
 
 def curves(tables: Report, title: str, of_seeds: list[list[Any]], number: int) -> None:
     """Data sets down, α across."""
-    alphas, rows = list(of_seeds[0][0][2]), []
+    alphas = list(of_seeds[0][0][2])
+    rows = []
     for place, (name, count, values) in enumerate(of_seeds[0]):
         cells = [style_of(name), f"{count:,}"]
         for alpha in alphas:

@@ -121,7 +121,8 @@ def _speed() -> str:
     """How long a comparison of random embeddings takes, in words."""
     from radapter_serve.index import duplicates
 
-    count, width = 20_000, 512
+    count = 20_000
+    width = 512
     vectors = np.random.default_rng(0).standard_normal((count, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     start = time.perf_counter()

@@ -19,7 +19,8 @@ from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.runtimes.encoder import Encoder
 
-FOLDED, FULL = "folded", "full rank"
+FOLDED = "folded"
+FULL = "full rank"
 
 
 def low_rank(adapter: Adapter, rank: int) -> Adapter:
@@ -63,7 +64,8 @@ def overhead(
     rows = []
     for case, candidates in cases.items():
         for size in batches:
-            values, alpha = batch_of(base, case, size), np.full((size, 1), 0.5, np.float32)
+            values = batch_of(base, case, size)
+            alpha = np.full((size, 1), 0.5, np.float32)
             error = float(
                 np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max()
             )

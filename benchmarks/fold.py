@@ -18,7 +18,8 @@ from radapter_export import write_merged
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 
-BASELINE, FOLD = "torch.load + torch.save", "load, fold, save"
+BASELINE = "torch.load + torch.save"
+FOLD = "load, fold, save"
 
 
 def copy_checkpoint(source: Path, target: Path) -> list[float]:
@@ -35,7 +36,8 @@ def fold_and_save(name: str, adapter_path: Path, target: Path) -> list[float]:
     save.
     """
     start = time.perf_counter()
-    base, adapter = load_base(name), load_adapter(adapter_path)
+    base = load_base(name)
+    adapter = load_adapter(adapter_path)
     weights = dict(base.model.state_dict())
     loaded = time.perf_counter()
     folded = fold(weights, adapter, 0.5)

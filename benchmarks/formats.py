@@ -95,7 +95,8 @@ def main(
             samples = Samples(
                 [*arrays.values()], [towers[case](tensor).numpy() for tensor in tensors.values()]
             )
-            encoders, rows = {}, {}
+            encoders = {}
+            rows = {}
             for form, runtimes in FORMATS.items():
                 say(f"{case}: {form}")
                 path, size = write(graph, form, weights, base, folder)

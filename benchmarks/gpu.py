@@ -32,14 +32,13 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError, reason
 
-EAGER, COMPILE, FLASH, ONNX, TENSORRT = (
-    "torch eager",
-    "torch.compile",
-    "torch flash",
-    "ONNX Runtime",
-    "TensorRT",
-)
-IMAGES, TEXTS = "images", "texts"
+EAGER = "torch eager"
+COMPILE = "torch.compile"
+FLASH = "torch flash"
+ONNX = "ONNX Runtime"
+TENSORRT = "TensorRT"
+IMAGES = "images"
+TEXTS = "texts"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMOKE = {
     "embed_dim": 32,
@@ -168,7 +167,9 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
         "weight form, full rank",
         "activation form, rank 4",
     ]
-    steps, peaks, flops = {}, {}, {}
+    steps = {}
+    peaks = {}
+    flops = {}
     for name in names:
         held = torch.cuda.memory_allocated() if bench.device == "cuda" else 0
         steps[name] = Step(name, architecture, batch, bench.device, torch.bfloat16)
@@ -208,7 +209,9 @@ class Towers:
     """
 
     def __init__(self, bench: Bench, architecture: str, folder: Path) -> None:
-        self.bench, self.name, self.folder = bench, architecture, folder
+        self.bench = bench
+        self.name = architecture
+        self.folder = folder
         name, adapter, _ = random_clip(architecture, folder)
         self.base: Base = load_base(name)
         self.weights = fold(self.base.model.state_dict(), load_adapter(adapter), 0.5)
@@ -259,7 +262,8 @@ class Towers:
         from radapter_export.graph import image_graph, text_graph
         from radapter_export.precision import lower
 
-        path, precision = self.folder / f"{case}.onnx", self.bench.precision
+        path = self.folder / f"{case}.onnx"
+        precision = self.bench.precision
         if not path.exists():
             graph = (image_graph if case == IMAGES else text_graph)(self.base)
             (graph if precision == "fp32" else lower(graph, precision)).save(self.weights, path)
@@ -288,7 +292,8 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     def bind(batch: Tensor) -> Run:
         binding = session.io_binding()
         out = torch.empty(len(batch), towers.base.config["embed_dim"], device="cuda")
-        source, target = session.get_inputs()[0].name, session.get_outputs()[0].name
+        source = session.get_inputs()[0].name
+        target = session.get_outputs()[0].name
         kind = np.uint8 if batch.dtype == torch.uint8 else np.int32
         binding.bind_input(source, "cuda", 0, kind, tuple(batch.shape), batch.data_ptr())
         binding.bind_output(target, "cuda", 0, np.float32, tuple(out.shape), out.data_ptr())
@@ -325,7 +330,8 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     stream = torch.cuda.Stream()
 
     def bind(batch: Tensor) -> Run:
-        [source], [target] = engine.inputs, engine.outputs
+        [source] = engine.inputs
+        [target] = engine.outputs
         out = torch.empty(engine.shapes({source: tuple(batch.shape)})[target], device="cuda")
         addresses = {source: batch.data_ptr(), target: out.data_ptr()}
 
@@ -348,7 +354,10 @@ class Inference:
     """
 
     def __init__(self, towers: Towers, case: str, batches: tuple[int, ...]) -> None:
-        self.bench, self.towers, self.case, self.batches = towers.bench, towers, case, batches
+        self.bench = towers.bench
+        self.towers = towers
+        self.case = case
+        self.batches = batches
         self.title = f"{towers.name}, {case}, {self.bench.precision}"
         self.flops = towers.flops(case)
         self.eager = self.run(self.model())
@@ -401,7 +410,9 @@ class Inference:
                     )
 
     def _measure(self, name: str, batch: Tensor, runs: dict[str, Run]) -> None:
-        bench, towers, size = self.bench, self.towers, len(batch)
+        bench = self.bench
+        towers = self.towers
+        size = len(batch)
         expected = towers.torch(self.case, towers.reference, torch.float32)(batch)
         for which, run in runs.items():
             embeds = run()
@@ -464,13 +475,16 @@ def main(
         folder = tempfile.TemporaryDirectory()
         Path(folder.name, "smoke.json").write_text(json.dumps(SMOKE), encoding="utf-8")
         open_clip.add_model_config(folder.name)
-        architectures, device, size = ("smoke",), "cpu", 64
+        architectures = ("smoke",)
+        device = "cpu"
+        size = 64
     elif not torch.cuda.is_available():
         raise SystemExit(
             "gpu.py: no GPU: torch.cuda.is_available() is False here; --smoke runs on the CPU"
         )
     else:
-        device, size = "cuda", 8192
+        device = "cuda"
+        size = 8192
     torch.backends.cudnn.allow_tf32 = False
     card = torch.cuda.get_device_name() if device == "cuda" else "smoke"
     report = Report(

@@ -104,7 +104,8 @@ def attacked(
     def progress(done: int) -> None:
         say(f"{done:,} of {len(numbers):,}")
 
-    before, start = running.processes(), time.monotonic()
+    before = running.processes()
+    start = time.monotonic()
     with Good(running.address) as good:
         found = campaign.run(
             running.address,

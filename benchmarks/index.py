@@ -34,12 +34,13 @@ Search = Callable[
     [Array, Any], NDArray[np.int64]
 ]  # a query [D] and an effort to the rows of the ten nearest
 
-QUERIES, TOP_K, RECALL = 100, 10, 0.95
-CROPS, CAPTIONS, TOGETHER = (
-    6,
-    5,
-    4,
-)  # random crops of a photo; of these, so many side by side make a vector
+QUERIES = 100
+TOP_K = 10
+RECALL = 0.95
+# random crops of a photo; of these, so many side by side make a vector
+CROPS = 6
+CAPTIONS = 5
+TOGETHER = 4
 SHARES = (0.5, 0.1, 0.03)  # of the vectors that meet a condition
 BATCH = 10_000
 DEMO_BASE = Path(__file__).parents[1] / "radapter_serve" / "demo" / "base"
@@ -105,7 +106,8 @@ def faiss_build(vectors: Array, folder: Path, kind: str) -> None:
     """A FAISS index; IVF-PQ beside the vectors themselves, by which the best are sorted again."""
     import faiss
 
-    dim, lists = vectors.shape[1], int(4 * len(vectors) ** 0.5)
+    dim = vectors.shape[1]
+    lists = int(4 * len(vectors) ** 0.5)
     made: Any = {
         "flat": lambda: faiss.IndexFlatIP(dim),
         "HNSW": lambda: faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT),
@@ -220,7 +222,8 @@ def query(engine: str, queries: str, exact: str, folder: str, result: str) -> No
     kinds of query.
     """
     _, opened, kind = ENGINES[engine]
-    asked, nearest = np.load(queries), np.load(exact)
+    asked = np.load(queries)
+    nearest = np.load(exact)
     before = memory("VmRSS")
     search = opened(Path(folder), kind)
     efforts = (0,) if "exact" in engine or "flat" in engine else OF_ENGINE.get(kind, EFFORTS)
@@ -229,7 +232,8 @@ def query(engine: str, queries: str, exact: str, folder: str, result: str) -> No
         for what, part in (("images", slice(0, QUERIES)), ("texts", slice(QUERIES, None))):
             for one in asked[part][:3]:
                 search(one, effort)
-            times, hits = [], 0
+            times = []
+            hits = 0
             for one, truth in zip(asked[part], nearest[part], strict=True):
                 start = time.perf_counter()
                 rows = search(one, effort)
@@ -244,7 +248,9 @@ def query(engine: str, queries: str, exact: str, folder: str, result: str) -> No
 
 def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> None:
     """In a process of its own: recall and time where few or many vectors meet a condition."""
-    vectors, asked, near = np.load(data, mmap_mode="r"), np.load(queries), own_open(Path(folder))
+    vectors = np.load(data, mmap_mode="r")
+    asked = np.load(queries)
+    near = own_open(Path(folder))
     rows = []
     nprobes, candidates = map(int, effort.split("/"))
     for share in SHARES:
@@ -257,7 +263,8 @@ def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> 
         met = Met(marks)
         row: list[Any] = [share]
         for part in (slice(0, QUERIES), slice(QUERIES, None)):
-            times, hits = [], 0
+            times = []
+            hits = 0
             for one, best in zip(asked[part], truth[part], strict=True):
                 start = time.perf_counter()
                 found, _ = near.nearest_of(one, TOP_K, nprobes, candidates, met)
@@ -324,17 +331,16 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
 
     release = LocalRelease(export_base(folder))
     random = np.random.default_rng(0)
-    embeds, pixels = [], []
+    embeds = []
+    pixels = []
     for number, path in enumerate(photos, 1):
         with Image.open(path) as photo:
             photo.draft("RGB", (192, 192))
             image = photo.convert("RGB")
         for _ in range(CROPS):
             width, height = (int(side * random.uniform(0.5, 1)) for side in image.size)
-            left, top = (
-                random.integers(image.width - width + 1),
-                random.integers(image.height - height + 1),
-            )
+            left = random.integers(image.width - width + 1)
+            top = random.integers(image.height - height + 1)
             crop = image.crop((left, top, left + width, top + height))
             pixels.append(release.preprocess(crop)[:, :: random.choice((-1, 1))])
         if len(pixels) >= 512 or number == len(photos):
@@ -450,7 +456,8 @@ def main(
                 np.savez(cache, images=images, texts=texts)
         else:
             with np.load(cache) as kept:
-                images, texts = kept["images"], kept["texts"]
+                images = kept["images"]
+                texts = kept["texts"]
         report.note(f"{len(images)} photos.")
         asked = []
         for name, one in (("images", images), ("texts", texts)):
@@ -470,7 +477,8 @@ def _compare(
     )
     collection(images, size, data)
     np.save(nearest, exact(np.load(data, mmap_mode="r"), np.load(queries)))
-    rows, shares = [], []
+    rows = []
+    shares = []
     for name in engines:
         say(f"{size} vectors: {name}")
         built = limited(build, limit, folder / "built.json", name, data, index)

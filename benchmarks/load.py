@@ -169,7 +169,8 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
         colour = f"C{number}"
         points.sort(key=lambda row: row.measured.throughput)
         rates = [row.measured.throughput for row in points]
-        median, tail = PERCENTILES.index(50), PERCENTILES.index(99)
+        median = PERCENTILES.index(50)
+        tail = PERCENTILES.index(99)
         medians = [row.latency[median] for row in points]
         axes.plot(rates, medians, "o-", color=colour, label=f"{name}: p50")
         axes.plot(rates, [row.latency[tail] for row in points], "x--", color=colour, label="p99")
@@ -189,7 +190,8 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
 
 def worst(rows: Sequence[Row]) -> str:
     """Which row has the longest tail for its median, and where the time of its requests goes."""
-    tail, middle = PERCENTILES.index(99), PERCENTILES.index(50)
+    tail = PERCENTILES.index(99)
+    middle = PERCENTILES.index(50)
     row = max(rows, key=lambda one: one.latency[tail] / one.latency[middle])
     longest = max(rows, key=lambda one: one.latency[tail])
     stages = {stage: float(getattr(longest.profile, stage)) for stage in STAGES}

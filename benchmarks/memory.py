@@ -52,7 +52,8 @@ def work(url: str) -> None:
     """What fills the processes: full batches, many labels, large images, searches; each often
     enough for two.
     """
-    photo, wall = png(1, 640, 480), png(2, 4000, 3000, "JPEG")
+    photo = png(1, 640, 480)
+    wall = png(2, 4000, 3000, "JPEG")
     with Client(url, timeout=300) as client:
         for number in range(4):
             client.embed_images([photo] * 64)
@@ -72,7 +73,9 @@ class Flood:
     """
 
     def __init__(self, model: str, inputs: Mapping[str, list[Any]], count: int) -> None:
-        self.model, self.inputs, self.count = model, inputs, count
+        self.model = model
+        self.inputs = inputs
+        self.count = count
         self.results: Counter[str] = Counter()
 
     def over(self, url: str) -> Counter[str]:

@@ -23,7 +23,9 @@ from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import EmbedImages
 
 SIZE = 224
-LONG, SHORT = 4000, 3000  # pixels
+# pixels
+LONG = 4000
+SHORT = 3000
 
 
 def large(path: Path) -> bytes:

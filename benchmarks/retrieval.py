@@ -73,7 +73,8 @@ def main() -> None:
     lines: list[list[str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, evaluated = arguments.train, dict(enumerate(arguments.evaluate))
+        source = arguments.train
+        evaluated = dict(enumerate(arguments.evaluate))
         if source is None:
             scenes = prepare_scenes(folder / "scenes")
             source = f"csv:{scenes.train / 'captions.csv'}"

@@ -61,7 +61,8 @@ def export(architecture: str, folder: Path) -> tuple[float, int]:
     names = folder / "names.txt"
     names.write_text("\n".join(CLASS_NAMES), encoding="utf-8")
     start = time.perf_counter()
-    merged, repository = folder / "merged", folder / "repository"
+    merged = folder / "merged"
+    repository = folder / "repository"
     export_release(
         adapter,
         [0.5],
@@ -145,7 +146,9 @@ class Caller:
     def __init__(
         self, call: Callable[[], object], count: int, source: Local | TritonServer
     ) -> None:
-        self._call, self._count, self._source = call, count, source
+        self._call = call
+        self._count = count
+        self._source = source
         self.calls: list[float] = []
         self.stages: list[list[float]] = []
 
@@ -214,7 +217,8 @@ def main(
         with Process() as process:
             seconds, size = process.call(export, architecture, folder)
             peak = process.peak()
-        repository, jpeg = folder / "repository", picture(640, 480)
+        repository = folder / "repository"
+        jpeg = picture(640, 480)
         local = Local(repository, options_of(repository / "image_encoder" / "config.pbtxt"))
         plain = Local(repository, onnxruntime.SessionOptions())
         say("starting the server")

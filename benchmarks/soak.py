@@ -36,7 +36,9 @@ SHARES = (
     0.5,
     1.0,
 )  # of the requests, after which memory is read; the first is the warm-up
-GRPC, HTTP, GATEWAY = "gRPC", "HTTP", "gateway"
+GRPC = "gRPC"
+HTTP = "HTTP"
+GATEWAY = "gateway"
 IMAGES = [png(number, 40, 30) for number in range(4)]
 TEXTS = ["a cat", "Ölkäfer", "a red thing"]
 
@@ -180,7 +182,9 @@ class Load:
         self.sent = itertools.count()
         self.done = self.bad = 0
         self.wrong: list[str] = []
-        self._requests, self._seconds, self._lock = requests, seconds, threading.Lock()
+        self._requests = requests
+        self._seconds = seconds
+        self._lock = threading.Lock()
         self._began = time.monotonic()
         self._known: dict[str, Any] = {}
         self._ways = ways

@@ -47,11 +47,13 @@ class Load:
         self, callers: Sequence[int], calls: Sequence[Callable[[], object]], count: int, pid: int
     ) -> None:
         self._parts = [(some, call) for some, call in zip(callers, calls, strict=True) if some]
-        self._count, self._pid = count, pid
+        self._count = count
+        self._pid = pid
         self.processor: list[float] = []
 
     def __call__(self) -> float:
-        before, start = processor_seconds(self._pid), time.perf_counter()
+        before = processor_seconds(self._pid)
+        start = time.perf_counter()
         with ThreadPoolExecutor() as pool:
             for some, call in self._parts:
                 for _ in range(some):
@@ -99,7 +101,8 @@ def main(
         say("exporting")
         with Process() as process:
             process.call(export, architecture, folder)
-        jpeg, text = picture(224, 224), "a photo of a red bicycle leaning against a wall"
+        jpeg = picture(224, 224)
+        text = "a photo of a red bicycle leaning against a wall"
         loads: dict[str, dict[str, Load]] = {title: {} for title in LOADS}
         for name, own in candidates.items():
             say(f"starting a server with {name}")

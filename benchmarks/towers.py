@@ -26,8 +26,12 @@ from radapter_serve.clip.towers import causal_text_features
 from radapter_serve.runtimes.encoder import Encoder
 
 Embed = Callable[[Tensor], Tensor]
-EAGER, COMPILE, ONNX = "torch eager", "torch.compile", "ONNX Runtime"
-IMAGE, SHORT, LONG = "images", "short texts", "texts of 77 tokens"
+EAGER = "torch eager"
+COMPILE = "torch.compile"
+ONNX = "ONNX Runtime"
+IMAGE = "images"
+SHORT = "short texts"
+LONG = "texts of 77 tokens"
 
 
 def folded_clip(architecture: str, folder: Path) -> tuple[Base, dict[str, Encoder]]:
@@ -118,8 +122,10 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         base, encoders = folded_clip(architecture, Path(folder))
     towers = torch_towers(base)
-    rows, medians = [], {}
-    worst, failure = {EAGER: 0.0, COMPILE: 0.0}, ""
+    rows = []
+    medians = {}
+    worst = {EAGER: 0.0, COMPILE: 0.0}
+    failure = ""
     for case, embed in towers.items():
         encoder = encoders["image_encoder" if case == IMAGE else "text_encoder"]
         for size in batches:

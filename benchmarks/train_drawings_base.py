@@ -88,7 +88,8 @@ class Training:
     """
 
     def __init__(self, pairs: Pairs, args: argparse.Namespace) -> None:
-        self.pairs, self.args = pairs, args
+        self.pairs = pairs
+        self.args = args
         torch.manual_seed(args.seed)
         self.words = Words({*pairs.words, *pairs.meaning})
         self.model: Any = open_clip.CLIP(
@@ -105,17 +106,23 @@ class Training:
             torch.optim.AdamW(rest, args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.average: Any = copy.deepcopy(self.model).eval()
-        self.draw, self.numbers = random.Random(args.seed), np.random.default_rng(args.seed)
+        self.draw = random.Random(args.seed)
+        self.numbers = np.random.default_rng(args.seed)
         own = set(pairs.classes.names)
         self.pools = [
             Pool(pairs, own & pairs.by_name.keys(), 1.0),
             Pool(pairs, pairs.by_name.keys() - own, 1.5),
         ]
-        self.step, self.images, self.seconds, self.decayed = 0, 0, 0.0, 0
+        self.step = 0
+        self.images = 0
+        self.seconds = 0.0
+        self.decayed = 0
 
     def one_step(self, rate: float) -> float:
         """Train on one batch; returns its loss."""
-        args, pairs, model = self.args, self.pairs, self.model
+        args = self.args
+        pairs = self.pairs
+        model = self.model
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * rate
@@ -129,7 +136,8 @@ class Training:
         model.visual.patch_dropout.index = inked(pixels, args.patches)
         # The fused attention of CPUs is slow in bfloat16.
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
-            images, texts = encode_image(model, pixels), encode_text(model, self.words(captions))
+            images = encode_image(model, pixels)
+            texts = encode_text(model, self.words(captions))
         loss = contrast(images, texts, model.logit_scale.exp())
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -137,7 +145,8 @@ class Training:
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.step, self.images = self.step + 1, self.images + len(rows)
+        self.step = self.step + 1
+        self.images = self.images + len(rows)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
             weight = 1 - min(args.average, (1 + self.step) / (10 + self.step))
@@ -149,7 +158,8 @@ class Training:
         """Zero-shot accuracy in % of the running average on the classes, by set that training does
         not see.
         """
-        pairs, average = self.pairs, self.average
+        pairs = self.pairs
+        average = self.average
         lines = [
             [t.format(name) for name in split_label(line) for t in TEMPLATES]
             for line in pairs.classes.prompt_lines
@@ -212,7 +222,8 @@ def train(args: argparse.Namespace) -> None:
     written.
     """
     torch.set_num_threads(args.threads)
-    training, own = Training(Pairs(args.pairs), args), args.out / "checkpoint.pt"
+    training = Training(Pairs(args.pairs), args)
+    own = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     if own.is_file() or args.start:
         training.load(own if own.is_file() else args.start, fresh_decay=not own.is_file())
@@ -242,7 +253,8 @@ def train(args: argparse.Namespace) -> None:
             )
             if now - measured > args.measure_every or last:
                 record(training, losses, args.out)
-                losses, measured = [], time.monotonic()
+                losses = []
+                measured = time.monotonic()
             if now - saved > args.save_every or last:
                 with staged(own) as part:
                     torch.save(training.state(), part)

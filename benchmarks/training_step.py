@@ -57,7 +57,9 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         self.model: Any = open_clip.create_model(architecture, device=device).eval()
-        self.batch, self.device, self.dtype = batch, device, dtype
+        self.batch = batch
+        self.device = device
+        self.dtype = dtype
         self.tokens = open_clip.get_tokenizer(architecture)(
             [f"a photo of a {label}." for label in CLASS_NAMES]
         )
@@ -88,7 +90,8 @@ class Step:
                 texts = F.normalize(self.model.encode_text(tokens), dim=-1)
             else:
                 self.adapters.sample_drop(draw)
-                images, texts = encode_image(self.model, pixels), encode_text(self.model, tokens)
+                images = encode_image(self.model, pixels)
+                texts = encode_text(self.model, tokens)
             loss = mpm_nce(
                 images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02
             )
@@ -209,10 +212,8 @@ def main(
                 if other == rank and not name.endswith("preserve")
             }
             found = ratio(forms["weight"], forms["activation"])
-            faster, chosen = (
-                "weight" if found < 1 else "activation",
-                choose_form(model, rank, batch),
-            )
+            faster = "weight" if found < 1 else "activation"
+            chosen = choose_form(model, rank, batch)
             size = "full rank" if rank is None else f"rank {rank}"
             verdict = "even" if 0.95 < found < 1.05 else "right" if chosen == faster else "wrong"
             choices.append([f"{batch}, {size}", f"{found:.2f}", faster, chosen, verdict])

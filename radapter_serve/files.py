@@ -126,7 +126,9 @@ def exchange(one: Path, other: Path) -> bool:
     )
 
 
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
+# AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
+_HERE = -100
+_EXCHANGE = 2
 
 
 # Triton's model processes read file names as ASCII, and no variable changes that (the interpreter

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 from radapter_serve.errors import reason
 
-LOCAL, HUB = "local-dir:", "hf-hub:"  # in front of the name of a model
+# in front of the name of a model
+LOCAL = "local-dir:"
+HUB = "hf-hub:"
 CARD = "README.md"  # of a model, in its folder
 TIMEOUT_SECONDS = 5
 _SAID = {

@@ -36,8 +36,10 @@ class Parallel(nn.Module):
     def __init__(self, block: Any, hidden: int, scale: float, dropout: float) -> None:
         super().__init__()
         width = width_of(block)
-        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)

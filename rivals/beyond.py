@@ -134,7 +134,8 @@ def groups(rows: Sequence[Judged]) -> dict[str, float]:
 def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: float) -> str:
     """Candidates down, the α of each and its lead over R-Adapter across, as Markdown."""
     first: list[dict[str, float]] = []
-    target, lines = 0.0, []
+    target = 0.0
+    lines = []
     for name, method in candidates(reference).items():
         of_seeds = [cells.cell(name, method, seed, ALPHAS, "validation").rows for seed in seeds]
         scores = {
@@ -188,7 +189,8 @@ def beyond(
             f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}"
         )
     check_seeds(seeds, len(T95) + 1)
-    benchmark, out = flags.benchmark(), flags.out
+    benchmark = flags.benchmark()
+    out = flags.out
     for split in ("validation", "test"):
         if all(entry.shift != "id" for entry in benchmark.suite.of_split(split)):
             raise RAdapterError(

@@ -93,7 +93,8 @@ def choose(
 
     for factor in rates:
         trials(factor)
-    low, high = rates[0], rates[-1]
+    low = rates[0]
+    high = rates[-1]
     step = (high / low) ** (1 / max(1, len(rates) - 1))
     for _ in range(WIDENINGS if len(rates) > 1 else 0):
         best = _best(tried)

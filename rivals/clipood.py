@@ -37,7 +37,8 @@ class Margins(Tuned):
 
     def __init__(self, run: Run, margin: float, beta: float) -> None:
         super().__init__(run)
-        self.margin, self.beta = margin, beta
+        self.margin = margin
+        self.beta = beta
         self.register_buffer(
             "texts", encode_texts(self.model, self.prompts).detach(), persistent=False
         )

@@ -32,7 +32,8 @@ class Conditional(Prompted):
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
         super().__init__(run, words, length)
-        width, features = self.context.vectors.shape[1], self.model.visual.output_dim
+        width = self.context.vectors.shape[1]
+        features = self.model.visual.output_dim
         inner = features // 16
         self.net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, width))
         self.asked = self.prompts
@@ -41,7 +42,8 @@ class Conditional(Prompted):
         return self.scale * self._cosines(pixels, self.prompts)
 
     def _cosines(self, pixels: Tensor, prompts: Tensor) -> Tensor:
-        images, rows = encode_image(self.model, pixels), []
+        images = encode_image(self.model, pixels)
+        rows = []
         for image, shift in zip(images, self.net(images), strict=True):
             self.context.shift = shift
             rows.append(encode_text(self.model, prompts) @ image)

@@ -56,7 +56,8 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         RAdapterError: there are fewer images than a batch takes, an image can't be read, or the
             loss is not finite.
     """
-    recipe, count = run.recipe, len(run.data.rows)
+    recipe = run.recipe
+    count = len(run.data.rows)
     if count < recipe.batch_size:
         raise RAdapterError(
             f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it"
@@ -64,7 +65,8 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
     steps = recipe.length(count)
     schedule = recipe.of_length(steps)
     meter = Meter()
-    device, source = meter.device, _batches(run, meter.device)
+    device = meter.device
+    source = _batches(run, meter.device)
     system.to(device).eval()  # CLIP's towers drop nothing
     learning = system.learning()
     for step in track(range(steps), "learning", console=Console(stderr=True), transient=True):
@@ -88,7 +90,8 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
 
 def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
     """The parts of all epochs, without an end."""
-    recipe, epoch = run.recipe, 0
+    recipe = run.recipe
+    epoch = 0
     examples = Examples(
         run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
     )

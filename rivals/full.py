@@ -73,7 +73,8 @@ class Classifier(System):
         for row, line in enumerate(self.classes):
             by_line.setdefault(line, []).append(row)
             by_name.setdefault(split_label(line)[0], []).append(row)
-        wanted, before = [], Counter[str]()
+        wanted = []
+        before = Counter[str]()
         for line in classes:
             found = by_line.get(line) or by_name.get(split_label(line)[0])
             if not found:

@@ -47,7 +47,9 @@ def judge(
     Returns:
         Rows as of `radapter_serve.evaluation.evaluate`, a set after the other, for each α.
     """
-    base, name, weights = run.base, type(learned.system).__name__, learned.at(1.0).clip()
+    base = run.base
+    name = type(learned.system).__name__
+    weights = learned.at(1.0).clip()
     if weights is None:
         own = SystemEmbedder(learned, base, alphas)
         return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
@@ -68,16 +70,12 @@ class SystemEmbedder(Embedder):
     """
 
     def __init__(self, learned: Learned, base: Base, alphas: Sequence[float]) -> None:
-        self._learned, self._transform = (
-            learned,
-            image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False),
-        )
+        self._learned = learned
+        self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         preprocess = Preprocess.from_dict(base.preprocess)
-        self.templates, self.size, self.exif_orientation = (
-            TEMPLATES,
-            preprocess.size[0],
-            preprocess.exif_orientation,
-        )
+        self.templates = TEMPLATES
+        self.size = preprocess.size[0]
+        self.exif_orientation = preprocess.exif_orientation
         self.crop = MaskCrop.filled_with(base.preprocess["mean"])
         facts = ModelFacts(model=base.name, pretrained=base.pretrained, precision="fp32")
         self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]

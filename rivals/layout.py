@@ -66,7 +66,8 @@ def dots(
     figure = Figure(figsize=(9, 1.2 + 0.27 * len(points)), dpi=150, layout="constrained")
     for panel, head, number in zip(figure.subplots(1, 2, sharey=True), heads, (0, 1), strict=True):
         for row, (name, values) in enumerate(points.items()):
-            figures, ours = values[number], "r-adapter" in name.lower()
+            figures = values[number]
+            ours = "r-adapter" in name.lower()
             bar = stdev(figures) if len(figures) > 1 else None
             panel.errorbar(
                 mean(figures),

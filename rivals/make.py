@@ -108,9 +108,12 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
 
 def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
     """A row a method."""
-    lines, found, ns = [], {}, {}
+    lines = []
+    found = {}
+    ns = {}
     for name, method in methods.items():
-        values, costs = [], []
+        values = []
+        costs = []
         for seed in choices.seeds:
             cell = cells.cell(name, method, seed, [1.0 if method.alpha is None else method.alpha])
             values.append(figures(cell.rows))
@@ -129,7 +132,8 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
             picture,
         )
     else:
-        x, y = heads[0], next((head for head in heads if head.startswith("mean of")), heads[-1])
+        x = heads[0]
+        y = next((head for head in heads if head.startswith("mean of")), heads[-1])
         points = {
             name: ([of[x] for of in values], [of[y] for of in values])
             for name, values in found.items()

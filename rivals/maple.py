@@ -35,8 +35,10 @@ class Coupled(Prompted):
 
     def __init__(self, run: Run, words: str, length: int, depth: int) -> None:
         super().__init__(run, words, length)
-        text, image = blocks_of(run.base.model, "text"), blocks_of(run.base.model, "image")
-        depth, width = min(depth, len(text), len(image)), width_of(text[0])
+        text = blocks_of(run.base.model, "text")
+        image = blocks_of(run.base.model, "image")
+        depth = min(depth, len(text), len(image))
+        width = width_of(text[0])
         self.deep = nn.ParameterList(
             torch.empty(length, width).normal_(std=0.02) for _ in range(depth - 1)
         )

@@ -39,11 +39,13 @@ class Masked(Classifier):
     def __init__(self, run: Run, threshold: float, weight: float) -> None:
         super().__init__(run)
         check_dense(self.model, "maskclip")  # relevance is that of open_clip's own transformer
-        self.threshold, self.weight = threshold, weight
+        self.threshold = threshold
+        self.weight = weight
         self.teacher: Any = copy.deepcopy(self.model.visual)
 
     def forward(self, batch: Batch) -> Tensor:
-        pixels, labels = batch["pixels"], batch["labels"]
+        pixels = batch["pixels"]
+        labels = batch["labels"]
         masked = self.filled(
             pixels, self.object_patches(pixels, labels), torch.randperm(len(pixels))
         )

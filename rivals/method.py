@@ -75,13 +75,15 @@ def learned(method: Method, run: Run) -> Learned:
     Returns:
         With the tensors that learning has changed, which `Learned.at` needs.
     """
-    path, run = kept(method, run), run.of(method.settings)
+    path = kept(method, run)
+    run = run.of(method.settings)
     if path.exists():
         with safe_open(path, "pt") as file:
             end = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             found = Learned(method.start(run).eval(), Cost(**json.loads(file.metadata()["cost"])))
         start = found.system.state_dict()
-        found.start, found.end = {name: start[name].clone() for name in end}, end
+        found.start = {name: start[name].clone() for name in end}
+        found.end = end
         found.at(1.0)
         return found
     start = method.start(run).state_dict()

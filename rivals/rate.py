@@ -93,7 +93,8 @@ def compare(
     lines = []
     for seed, (chosen, seconds) in found.items():
         of_rates = {rate: whole_run(cells, method, seed, rate) for rate in rates}
-        own, best = of_rates[chosen], max(of_rates.values(), key=lambda one: one.score)
+        own = of_rates[chosen]
+        best = max(of_rates.values(), key=lambda one: one.score)
         behind = f"{best.score - own.score:.1f}"
         cost = f"{seconds / own.seconds:.2f}"
         lines.append([str(seed), *own.cells(), *best.cells(), behind, cost])
@@ -109,7 +110,8 @@ def rate(flags: tyro.conf.OmitArgPrefixes[Flags], seeds: tuple[int, ...] = (0, 1
         seeds: the search and each whole run are made once for each.
     """
     check_seeds(seeds)
-    benchmark, out = flags.benchmark(), flags.out
+    benchmark = flags.benchmark()
+    out = flags.out
     entries = [one for one in benchmark.suite.of_split("validation") if one.shift == "id"]
     if len(entries) != 1:
         raise RAdapterError(

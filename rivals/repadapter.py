@@ -35,8 +35,10 @@ class LinearBottleneck(nn.Module):
 
     def __init__(self, width: int, hidden: int, groups: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, hidden), nn.Conv1d(hidden, width, 1, groups=groups)
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Conv1d(hidden, width, 1, groups=groups)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.down.weight)
         for zero in (self.down.bias, *self.up.parameters()):
             nn.init.zeros_(zero)

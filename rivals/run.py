@@ -31,7 +31,8 @@ class Run:
     def __init__(
         self, given: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None
     ) -> None:
-        self.given, self.folder = dict(given), folder
+        self.given = dict(given)
+        self.folder = folder
         self.asked = {
             **(settings or {}),
             **given,
@@ -49,7 +50,8 @@ class Run:
         """
         most = min(settings.get("batch_size", 0), self.size)
         run = Run(self.given, self.folder, {**settings, "batch_size": most} if most else settings)
-        run.ground, run.size = self.ground, self.size
+        run.ground = self.ground
+        run.size = self.size
         return run
 
     @cached_property

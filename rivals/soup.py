@@ -39,17 +39,17 @@ class Mixed(Classifier):
 
     def __init__(self, run: Run, smoothing: float, mixup: float) -> None:
         super().__init__(run)
-        self.smoothing, self.mixup = smoothing, mixup
+        self.smoothing = smoothing
+        self.mixup = mixup
 
     def forward(self, batch: Batch) -> Tensor:
-        pixels, labels = batch["pixels"], F.one_hot(batch["labels"], len(self.classes)).float()
+        pixels = batch["pixels"]
+        labels = F.one_hot(batch["labels"], len(self.classes)).float()
         if self.mixup:
             share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
             others = torch.randperm(len(pixels), device=pixels.device)
-            pixels, labels = (
-                share * pixels + (1 - share) * pixels[others],
-                share * labels + (1 - share) * labels[others],
-            )
+            pixels = share * pixels + (1 - share) * pixels[others]
+            labels = share * labels + (1 - share) * labels[others]
         return F.cross_entropy(self.logits(pixels), labels, label_smoothing=self.smoothing)
 
 
@@ -104,8 +104,10 @@ class UniformSoup(FullFineTuning):
         )
 
     def learn(self, run: Run) -> Learned:
-        system, recipes = self.start(run), self.recipes()
-        mean, cost = {name: value.clone() for name, value in system.state_dict().items()}, Cost()
+        system = self.start(run)
+        recipes = self.recipes()
+        mean = {name: value.clone() for name, value in system.state_dict().items()}
+        cost = Cost()
         for recipe in recipes:
             member = learned(recipe, run)
             for name, end in member.end.items():

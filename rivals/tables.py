@@ -61,8 +61,10 @@ def ablations() -> dict[str, Method]:
         "delta": 0.0,
         "epsilon": 0.0,
     }
-    dropping, average = {"drop": 0.2}, {"momentum": None}
-    several, smooth = {"positives": "several", "delta": 0.05}, {"epsilon": 0.02}
+    dropping = {"drop": 0.2}
+    average = {"momentum": None}
+    several = {"positives": "several", "delta": 0.05}
+    smooth = {"epsilon": 0.02}
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {
         "E0: none": (None, {}),
         "E1: DO": (None, {"variant": Variant(dropout=0.2)}),

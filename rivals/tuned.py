@@ -38,7 +38,8 @@ class Tuned(System):
         super().__init__(run.base)
         if not isinstance(run.data, LabelledImages):
             raise RAdapterError("this rival learns from images with labels (task: classification)")
-        self.loss, self.template = loss, template or run.data.templates[0]
+        self.loss = loss
+        self.template = template or run.data.templates[0]
         self.extra = (
             nn.ModuleList()
         )  # what a method adds; it drops out while it learns, and only then

@@ -153,7 +153,8 @@ def test_the_loop_on_the_page_of_adapters_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = f"local-dir:{ROOT}/radapter_serve/demo/base"
-    model, tokenizer = open_clip.create_model_and_transforms(base)[0], open_clip.get_tokenizer(base)
+    model = open_clip.create_model_and_transforms(base)[0]
+    tokenizer = open_clip.get_tokenizer(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(4, 3, *model.visual.image_size)
     batches = [

@@ -39,7 +39,8 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
 
 def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> None:
-    first, second = os.urandom((1 << 20) + 3), b"more"
+    first = os.urandom((1 << 20) + 3)
+    second = b"more"
     (tmp_path / "a").write_bytes(first)
     (tmp_path / "b").write_bytes(second)
     assert (
@@ -57,7 +58,9 @@ def test_a_folder_takes_the_place_of_another_or_of_none(
     """
     if not exchanged:
         monkeypatch.setattr("radapter_serve.files.exchange", lambda *_: False)
-    folder, old, there = tmp_path / "new \u00e9", tmp_path / "old", list[bool]()
+    folder = tmp_path / "new \u00e9"
+    old = tmp_path / "old"
+    there: list[bool] = []
     rename = Path.rename
 
     def watched(self: Path, target: Path) -> Path:

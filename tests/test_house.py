@@ -193,3 +193,15 @@ def test_ci_asks_for_slow_tests_that_there_are():
         assert [name for name in names if word in name], f"-k {word} finds no slow test"
     for name in re.findall(r"::(\w+)", found[1]):
         assert [one for one in names if one.endswith(f"::{name}")], f"{name} is no slow test"
+
+
+def test_a_line_assigns_one_value():
+    """But for values that change places."""
+    for folder in ("radapter_serve", "clients/radapter_client", "export/radapter_export"):
+        for name, path in sources(folder).items():
+            for node in ast.walk(parsed(path)):
+                match node:
+                    case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)):
+                        written = {ast.unparse(one) for one in targets}
+                        read = {ast.unparse(part) for one in values for part in ast.walk(one)}
+                        assert written & read, f"{name}, line {node.lineno}: {ast.unparse(node)}"

@@ -96,7 +96,8 @@ def test_a_base_alone_and_its_patches(tiny_clip_dir: str, exported_tiny_clip: Pa
 
 def test_segmentation_in_torch_is_that_of_the_export(dense_tiny_clip: Path) -> None:
     folder = dense_tiny_clip
-    image, labels = png(3, 60, 45), ["a cat", "a dog", "snow"]
+    image = png(3, 60, 45)
+    labels = ["a cat", "a dog", "snow"]
     with (
         Model(folder / "model_repository") as release,
         Model(folder / "merged") as checkpoint,

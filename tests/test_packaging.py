@@ -137,7 +137,8 @@ def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules:
     installed = {
         canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()
     }
-    named, seen = [("radapter-serve", extras)], set[tuple[str, tuple[str, ...]]]()
+    named = [("radapter-serve", extras)]
+    seen: set[tuple[str, tuple[str, ...]]] = set()
     while named:
         name, own = named.pop()
         for needed in map(Requirement, importlib.metadata.requires(name) or []):
@@ -173,7 +174,7 @@ def test_the_gpu_extra_has_all_that_all_has() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     def packages(extra: str) -> set[str]:
-        found = set[str]()
+        found: set[str] = set()
         for line in project["optional-dependencies"][extra]:
             own = re.fullmatch(r"radapter-serve\[(.*)\]", line)
             found |= (

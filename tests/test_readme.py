@@ -22,7 +22,8 @@ from radapter_serve.evaluation.alpha_choice import chosen
 from tests.helpers.small_release import png
 
 ROOT = Path(__file__).parents[1]
-README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
+README = ROOT / "README.md"
+WALK_THROUGH = ROOT / "docs" / "walk-through.md"
 
 
 PRELUDE = [

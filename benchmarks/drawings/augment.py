@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE, PATCH, MEAN, STD = 48, 8, (0.75, 0.75, 0.75), (0.35, 0.35, 0.35)
+SIZE = 48
+PATCH = 8
+MEAN = (0.75, 0.75, 0.75)
+STD = (0.35, 0.35, 0.35)
 
 
 def augment(drawings: Tensor, black: Tensor, one_way: Tensor) -> Tensor:
@@ -16,12 +19,14 @@ def augment(drawings: Tensor, black: Tensor, one_way: Tensor) -> Tensor:
     outlined, recoloured.
     """
     x = drawings.permute(0, 3, 1, 2).float() / 255
-    count, size = len(x), x.shape[-1]
+    count = len(x)
+    size = x.shape[-1]
 
     def some(share: float) -> Tensor:
         return torch.rand(count) < share
 
-    angle, scale = torch.randn(count) * 0.12, torch.empty(count).uniform_(0.8, 1.25)
+    angle = torch.randn(count) * 0.12
+    scale = torch.empty(count).uniform_(0.8, 1.25)
     flip = torch.where(some(0.5) & ~one_way, -1.0, 1.0)
     move = (torch.rand(2, count) - 0.5) * 0.25
     stretch = torch.empty(count).uniform_(0.88, 1.14)
@@ -48,8 +53,11 @@ def augment(drawings: Tensor, black: Tensor, one_way: Tensor) -> Tensor:
         -alpha[outlined], 3, 1, 1
     )
 
-    paper, ink = torch.ones(count, 3), torch.zeros(count, 3)
-    coloured_paper, coloured_ink, inverted = some(0.35), some(0.35), some(0.2)
+    paper = torch.ones(count, 3)
+    ink = torch.zeros(count, 3)
+    coloured_paper = some(0.35)
+    coloured_ink = some(0.35)
+    inverted = some(0.2)
     paper[coloured_paper] = 0.55 + 0.45 * torch.rand(int(coloured_paper.sum()), 3)
     ink[coloured_ink] = (
         0.6 * torch.rand(int(coloured_ink.sum()), 3) * torch.rand(int(coloured_ink.sum()), 1)

@@ -55,7 +55,8 @@ class Pairs:
 
     def batch(self, names: list[str], draw: random.Random) -> tuple[Tensor, list[str]]:
         """Two drawings of each name, by two hands where there are, and a caption of each name."""
-        chosen, captions = [], []
+        chosen = []
+        captions = []
         for name in names:
             hands = list(self.by_name[name].values())
             two = draw.sample(hands, 2) if len(hands) > 1 else hands * 2
@@ -82,7 +83,8 @@ class Words:
             {part for text in (*words, *TEMPLATES) for part in text.replace("{}", "").split()}
         ):
             self.pieces[word] = self.tokenizer.encode(word)
-        self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        self.start = self.tokenizer.sot_token_id
+        self.end = self.tokenizer.eot_token_id
         self.used = sorted(
             {self.start, self.end} | {token for pieces in self.pieces.values() for token in pieces}
         )

@@ -29,7 +29,9 @@ from radapter_serve.demo.data import made_whole, on_paper
 SIDE = 96
 MOST_A_CLASS = 10  # test drawings of a class in one style
 MOST_VARIANTS = 2  # test drawings that one set has of one name: "camera" and "camera off"
-SHARE_TESTED, SHARE_VALIDATION = 0.3, 0.15  # of the drawings in the style to fine-tune on
+# of the drawings in the style to fine-tune on
+SHARE_TESTED = 0.3
+SHARE_VALIDATION = 0.15
 TEMPLATES = ("{}", "a drawing of {}", "an icon of {}", "a picture of {}")
 
 
@@ -75,7 +77,8 @@ def samples(
     """
     found: dict[str, list[Sample]] = {name: [] for name in classes.names}
     for source, wanted in style.sets.items():
-        drawn, made = set(), Counter[tuple[str, str]]()
+        drawn = set()
+        made = Counter[tuple[str, str]]()
         own = drawings(package, source)
         for drawing in sorted(
             own, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))
@@ -103,7 +106,8 @@ def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
             test.
     """
     together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
-    fresh, stale = [], []
+    fresh = []
+    stale = []
     for members in together:
         known = len(seen) and alike(np.stack([own[i].mark for i in members]), seen).any()
         (stale if known else fresh).append(members)
@@ -141,7 +145,8 @@ def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]])
     placed = 0
     for sample in turns:
         if placed < MOST_A_CLASS and not (seen and alike(sample.mark[None], np.stack(seen)).any()):
-            sample.place, placed = place, placed + 1
+            sample.place = place
+            placed = placed + 1
             seen.append(sample.mark)
 
 
@@ -170,7 +175,8 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
     """Draw all folders; returns how many images each has."""
     credited = sources(package)
     seen = known_marks(pairs, classes)
-    rows, count = [], Counter[str]()
+    rows = []
+    count = Counter[str]()
     with made_whole(out, "images") as part:
         for style in track((roles.fine_tuned, *roles.shifts), "Drawing the styles"):
             tuned = style is roles.fine_tuned
@@ -184,7 +190,8 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
                     shift(own, f"shifts/{style.name}", seen[name])
                 for sample in own:
                     if sample.place:
-                        path, source = write(sample, part, style.paper), sample.drawing.source
+                        path = write(sample, part, style.paper)
+                        source = sample.drawing.source
                         licence = credited[source].licence
                         rows.append(
                             [

@@ -99,7 +99,8 @@ def sources(package: Path) -> dict[str, Source]:
     listed = json.loads((package / "collections.json").read_text(encoding="utf-8"))
     found = {}
     for name, facts in sorted(listed.items()):
-        licence, author = facts["license"], facts["author"]
+        licence = facts["license"]
+        author = facts["author"]
         spdx = licence.get("spdx", "")
         if spdx in (*LICENCES, *SHARE_ALIKE):
             url = author.get("url") or licence.get("url", "")
@@ -145,7 +146,9 @@ def read_name(name: str) -> tuple[str, str, str]:
     Returns:
         Such as ("credit card", "2", "line").
     """
-    words, number, style = [], "", ""
+    words = []
+    number = ""
+    style = ""
     for word in re.split(r"[^a-z0-9]+", name.lower()):
         if word in _STYLE_OF:
             style = _STYLE_OF[word] if style != "two-tone" and _STYLE_OF[word] else style
@@ -170,6 +173,7 @@ def render(svg: str, side: int) -> NDArray[np.uint8] | None:
     if max(high, wide) > side:  # a drawing many times as long as wide
         return None
     square = np.zeros((side, side, 4), np.uint8)
-    top, left = (side - high) // 2, (side - wide) // 2
+    top = (side - high) // 2
+    left = (side - wide) // 2
     square[top : top + high, left : left + wide] = drawn
     return square if (square[..., 3] > 64).mean() > 0.01 else None

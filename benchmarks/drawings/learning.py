@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """CLIP's loss, images [C·E, D] being E drawings of each of the texts [C, D]."""
-    count, each = len(texts), len(images) // len(texts)
+    count = len(texts)
+    each = len(images) // len(texts)
     logits = scale * images @ texts.T
     own = torch.arange(count).repeat_interleave(each)
     to_texts = F.cross_entropy(logits, own)

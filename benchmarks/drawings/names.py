@@ -85,7 +85,8 @@ def _mentions(parts: list[str], meanings: Mapping[str, str]) -> list[tuple[int, 
     """What is named where, longest names first, from the left: start, end, meaning; of + and the
     like only its own.
     """
-    found, start = [], 0
+    found = []
+    start = 0
     while start < len(parts):
         for end in range(len(parts), start, -1):
             meaning = _named(" ".join(parts[start:end]), meanings)

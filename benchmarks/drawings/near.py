@@ -26,7 +26,8 @@ def signature(drawn: NDArray[np.uint8]) -> NDArray[np.float32]:
     cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     side = max(cut.shape)  # padded to a square, so that a flat drawing is not like a high one
     square = np.zeros((side, side), np.float32)
-    top, left = (side - cut.shape[0]) // 2, (side - cut.shape[1]) // 2
+    top = (side - cut.shape[0]) // 2
+    left = (side - cut.shape[1]) // 2
     square[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
     small = np.asarray(
         Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32
@@ -57,7 +58,8 @@ def clusters(signatures: NDArray[np.float32], groups: list[str]) -> list[list[in
     found: list[list[int]] = []
     left = set(range(len(groups)))
     while left:
-        members, edge = set(), {min(left)}
+        members = set()
+        edge = {min(left)}
         while edge:
             members |= edge
             edge = {int(other) for one in edge for other in np.flatnonzero(together[one])} - members

@@ -82,10 +82,8 @@ def write_pairs(
         pixels.flush()
     with staged(out / "pairs.csv") as part, part.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
-    used, title = (
-        Counter(row[0] for row in rows),
-        f"The pairs of this folder, drawn from @iconify/json {VERSION}",
-    )
+    used = Counter(row[0] for row in rows)
+    title = f"The pairs of this folder, drawn from @iconify/json {VERSION}"
     (out / "ATTRIBUTION.md").write_text(
         attribution(title, used, sources(package)), encoding="utf-8"
     )

@@ -141,7 +141,8 @@ def answer(
 
 def encode(request: Request) -> tuple[bytes, dict[str, str]]:
     """The body and the headers of an inference."""
-    tensors, parts = [], []
+    tensors = []
+    parts = []
     for name, array in request.inputs.items():
         data = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
         parts.append(data)
@@ -173,17 +174,16 @@ def decode(body: bytes, length: str | None) -> Reply:
     head = json.loads(body[:end])
     outputs: dict[str, Array] = {}
     for output in head["outputs"]:
-        shape, kind = (
-            [int(side) for side in output["shape"]],
-            triton_to_np_dtype(output["datatype"]),
-        )
+        shape = [int(side) for side in output["shape"]]
+        kind = triton_to_np_dtype(output["datatype"])
         if "data" in output:
             values = (
                 [text.encode() for text in output["data"]] if kind is np.object_ else output["data"]
             )
             array = np.array(values, kind)
         else:
-            start, end = end, end + int(output["parameters"]["binary_data_size"])
+            start = end
+            end = end + int(output["parameters"]["binary_data_size"])
             data = memoryview(body)[start:end]
             array = (
                 deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)

@@ -202,7 +202,8 @@ def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
     for index, size in enumerate(sizes):
         if index > start and (index - start >= max_rows or total + size > max_bytes):
             runs.append(range(start, index))
-            start, total = index, 0
+            start = index
+            total = 0
         total += size
     return [*runs, range(start, len(sizes))] if len(sizes) else []
 

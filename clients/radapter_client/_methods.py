@@ -263,10 +263,8 @@ class BaseClient(Generic[W]):
         options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(
             0, refine=refine
         )
-        masks, scores = (
-            for_each("proposals", proposals, many),
-            for_each("proposal_scores", proposal_scores, many),
-        )
+        masks = for_each("proposals", proposals, many)
+        scores = for_each("proposal_scores", proposal_scores, many)
 
         def part(index: int) -> Request:
             given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
@@ -284,13 +282,15 @@ class BaseClient(Generic[W]):
             }
         found = []
         for image, reply in zip(items, replies, strict=True):
-            mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
+            mask = _output(reply, "mask")
+            names = _texts(_output(reply, "label"))
             if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
                 raise ServerError(
                     f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
                 )
             background = None if threshold is None and proposals is None else len(names) - 1
-            scored, upright = _output(reply, "score").tolist(), turned.get(reply.version, True)
+            scored = _output(reply, "score").tolist()
+            upright = turned.get(reply.version, True)
             found.append(
                 Segmentation(mask, names, scored, reply.version, background, image, upright)
             )
@@ -470,7 +470,8 @@ class BaseClient(Generic[W]):
         """The replies to inferences of a task, all from one release; asked again where another took
         over meanwhile.
         """
-        version, free = self._version, self._version is None and len(parts) > 1
+        version = self._version
+        free = self._version is None and len(parts) > 1
         if free:
             version = (yield from self._served(task))[-1].version
         while True:

@@ -29,10 +29,13 @@ FIRST = (
 )
 COLOURS = 256  # before they repeat
 # The last colours, from which the next one is to differ three times as much as from the others.
-RECENT, CLOSER = (3, 3)
+RECENT = 3
+CLOSER = 3
 LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
 ENTRIES = 40  # of the legend at most; the rest is summed up in one
-PAPER, INK, PALE = (255, 255, 255), (32, 33, 36), (110, 114, 120)
+PAPER = (255, 255, 255)
+INK = (32, 33, 36)
+PALE = (110, 114, 120)
 
 
 @lru_cache(maxsize=1)
@@ -76,7 +79,8 @@ def draw(
     font: str | os.PathLike[str] | None,
 ) -> Image.Image:
     """See Segmentation.overlay; `image` is RGB and of the mask's size."""
-    mask, table = found.mask, palette()
+    mask = found.mask
+    table = palette()
     times = -(-LEAST_SIDE // max(image.size)) if legend else 1
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
@@ -114,7 +118,9 @@ def _with_legend(
 ) -> Image.Image:
     size = max(14, round(max(picture.size) / 50))
     font = read_font(path, size)
-    width, gap, line = max(picture.width, 24 * size), size // 2, round(1.7 * size)
+    width = max(picture.width, 24 * size)
+    gap = size // 2
+    line = round(1.7 * size)
     entries = _entries(found, table, font)
     # Columns as wide as the widest entry, or one column in which long names are cut.
     wanted = [

@@ -11,7 +11,9 @@ import time
 
 from ._exceptions import ServerUnavailable
 
-FIRST, MOST = 0.1, 5.0  # seconds before the first repetition, and at most
+# seconds before the first repetition, and at most
+FIRST = 0.1
+MOST = 5.0
 
 
 class Tries:
@@ -23,7 +25,9 @@ class Tries:
     """
 
     def __init__(self, retries: int, seconds: float) -> None:
-        self._left, self._wait, self._end = retries, FIRST, time.monotonic() + seconds
+        self._left = retries
+        self._wait = FIRST
+        self._end = time.monotonic() + seconds
         self.seconds = seconds  # for the next try
 
     def pause(self, error: ServerUnavailable) -> float:

@@ -167,7 +167,8 @@ def _export(
         raise RAdapterError(
             f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer"
         )
-    model, initializers = program.model, program.model.graph.initializers
+    model = program.model
+    initializers = program.model.graph.initializers
     values = [
         key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers
     ]
@@ -202,7 +203,8 @@ def _forget_origin(model: ir.Model) -> None:
     """Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a
     file's graph.
     """
-    model.producer_name, model.producer_version = "radapter-export", None
+    model.producer_name = "radapter-export"
+    model.producer_version = None
     for holder in (
         model,
         model.graph,

@@ -44,9 +44,12 @@ from radapter_serve.release.repository import (
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-RELEASE, TRANSFORMERS = "release", "transformers"  # folders of a repository on the hub
+# folders of a repository on the hub
+RELEASE = "release"
+TRANSFORMERS = "transformers"
 BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub is written
-TOKENIZER, LABEL_SETS = "tokenizer.json", "label_sets"
+TOKENIZER = "tokenizer.json"
+LABEL_SETS = "label_sets"
 _GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
 _TOKENIZED = ("embed_text", "segment", "classify")
 _LABELLED = ("segment", "classify")

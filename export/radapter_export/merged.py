@@ -16,7 +16,8 @@ from radapter_serve.clip.base import Base
 from radapter_serve.files import staged
 from radapter_serve.release.release import Release
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER = {
     "tokenizer.json",
     "tokenizer_config.json",

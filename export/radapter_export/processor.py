@@ -94,8 +94,10 @@ def _images(size: int) -> list[Image.Image]:
 
 
 def _image_processor(base: Base) -> dict[str, Any]:
-    preprocess, size = base.preprocess, base.image_size
-    square, squash = {"height": size, "width": size}, preprocess["resize_mode"] == "squash"
+    preprocess = base.preprocess
+    size = base.image_size
+    square = {"height": size, "width": size}
+    squash = preprocess["resize_mode"] == "squash"
     bilinear = preprocess["interpolation"] == "bilinear"
     crop = {"do_center_crop": not squash, **({} if squash else {"crop_size": square})}
     return {

@@ -51,7 +51,8 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         "use_external_data_format": large,
     }
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        plain, made = Path(name, "plain.onnx"), Path(name, "made", path.name)
+        plain = Path(name, "plain.onnx")
+        made = Path(name, "made", path.name)
         made.parent.mkdir()
         _fold_constants(path, plain)
         if calibration:

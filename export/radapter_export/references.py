@@ -59,7 +59,8 @@ class Inputs:
         self.images = [
             random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8) for batch in BATCHES
         ]
-        self.tokens, self.full_tokens = [], []
+        self.tokens = []
+        self.full_tokens = []
         for number, batch in enumerate(BATCHES):
             # The first batch is one short text; each later one holds a text that is too long, in
             # another row.
@@ -138,7 +139,9 @@ class References:
             torch.tensor(base.preprocess[key], dtype=torch.float32).view(3, 1, 1)
             for key in ("mean", "std")
         )
-        images, patches, texts = [], [], []
+        images = []
+        patches = []
+        texts = []
         for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
             pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
             images.append(encode_image(model, pixels).numpy())

@@ -15,7 +15,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
 
 CLASSES = "classes"  # the label set of the run's own classes
-NONE, OWN = "none", "own"  # validation data: none at all, or the run's
+# validation data: none at all, or the run's
+NONE = "none"
+OWN = "own"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    start = tokenizer.sot_token_id
+    end = tokenizer.eot_token_id
     core.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{special[0]} $A {special[1]}",
         special_tokens=[(special[0], start), (special[1], end)],

@@ -21,7 +21,8 @@ from radapter_serve.errors import check_installed
 from radapter_serve.files import staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 _CLASSES = {"clip": ("CLIPConfig", "CLIPModel"), "siglip": ("SiglipConfig", "SiglipModel")}
 
 

@@ -346,7 +346,8 @@ class Writer:
         folded: Mapping[str, Tensor],
         exported: Sequence[Exported],
     ) -> Release:
-        source, settings = self.source, self.settings
+        source = self.source
+        settings = self.settings
         scale, bias = logit_scale_and_bias(folded)
         return Release(
             version=version,

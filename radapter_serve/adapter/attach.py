@@ -87,8 +87,11 @@ class Adapters(nn.Module):
         make: Make = LinearAdapter,
     ) -> None:
         super().__init__()
-        self.sites, self.left_out = list(sites), left_out
-        self.rank, self.form, self.drop = rank, form, drop
+        self.sites = list(sites)
+        self.left_out = left_out
+        self.rank = rank
+        self.form = form
+        self.drop = drop
         self.layers = nn.ModuleList(make(site.layer.out_features, rank) for site in self.sites)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.layers, strict=True):

@@ -203,7 +203,8 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
 
 def _metadata(header: Mapping[str, str]) -> Metadata:
     """The metadata that a header holds as JSON, checked by the types and ranges of `Metadata`."""
-    known, values = {field.name for field in dataclasses.fields(Metadata)}, {}
+    known = {field.name for field in dataclasses.fields(Metadata)}
+    values = {}
     for name in known & set(header):
         try:
             values[name] = json.loads(header[name])
@@ -247,7 +248,8 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
         state_dict: of the base, whose layers say how wide the adapters are; the adapters themselves
             do if None.
     """
-    tensors, rank = adapter.tensors, adapter.metadata.rank
+    tensors = adapter.tensors
+    rank = adapter.metadata.rank
     shapes: dict[str, tuple[int, int]] = {}
     for key in adapter.keys:
         names = [key] if rank is None else [f"{key}.up", f"{key}.down"]
@@ -263,7 +265,8 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
     if not shapes:
         raise RAdapterError("the adapter is damaged: it has no tensors")
     for name in sorted({*shapes, *tensors}):
-        tensor, shape = tensors.get(name), shapes.get(name)
+        tensor = tensors.get(name)
+        shape = shapes.get(name)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             wanted = f"torch.float32 {shape}" if shape else f"left out at rank {rank}"

@@ -118,7 +118,8 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
 def _search_block(name: str, block: nn.Module, sites: list[Site], reasons: list[str]) -> None:
     for place in PLACES.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
         modules = dict(block.named_modules())
-        key, layer = f"{name}.{place.layer}", modules.get(place.layer)
+        key = f"{name}.{place.layer}"
+        layer = modules.get(place.layer)
         norm = modules.get(place.norm) if place.norm else None
         if not isinstance(layer, nn.Linear):
             found = "missing" if layer is None else type(layer).__name__

@@ -91,7 +91,8 @@ def _metadata(adapters: Sequence[Adapter], rank: int | None) -> Metadata:
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:
     # A digest covers the adapted layers alone: with other layers, one base could not be told from
     # two.
-    one, two = first.metadata, other.metadata
+    one = first.metadata
+    two = other.metadata
     differing = sorted(set(first.keys) ^ set(other.keys))
     if differing and one.architecture == two.architecture:
         has, lacks = (1, number) if differing[0] in first.keys else (number, 1)

@@ -17,7 +17,8 @@ import tyro
 from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, one_line
 
-HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+HELP = ("-h", "--help")
+HELP_ALL = "--help-all"
 
 
 def run(

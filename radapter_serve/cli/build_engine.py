@@ -77,7 +77,8 @@ def show(built: Sequence[Built]) -> None:
     for column in ("release", "graph", "engine", "MB", "max error", "min cosine", "seconds"):
         table.add_column(column, justify="left" if column in ("graph", "engine") else "right")
     for one in built:
-        error, cosine = one.agreement.max_error, one.agreement.min_cosine
+        error = one.agreement.max_error
+        cosine = one.agreement.min_cosine
         figures = f"{one.size / 1e6:.1f}", f"{error:.1e}", f"{cosine:.7f}", f"{one.seconds:.1f}"
         table.add_row(str(one.version), one.model, one.how, *figures)
     Console().print(table)

@@ -365,15 +365,14 @@ def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
     from radapter_serve.release.repository import split_repository
 
     repository, number = split_repository(model_repository)
-    indexes, index = shlex.quote(str(out.parent)), shlex.quote(out.absolute().name)
+    indexes = shlex.quote(str(out.parent))
+    index = shlex.quote(out.absolute().name)
     place = "" if repository == "model_repository" else f" {shlex.quote(repository)}"
     serve = f"radapter-serve{place} --indexes {indexes}"
     search = f'radapter-query search "a red bicycle" --index {index}'
     if url:
-        serve, search = (
-            f"the server needs --indexes {indexes}",
-            f"{search} --url {shlex.quote(url)}",
-        )
+        serve = f"the server needs --indexes {indexes}"
+        search = f"{search} --url {shlex.quote(url)}"
     elif number:
         search += f" --release {number}"
     return f"serve it:   {serve}\nsearch it:  {search}"

@@ -150,7 +150,8 @@ def lacking(repository: Path, before: Sequence[int], now: Sequence[int]) -> str:
         before: numbers of the releases that were served.
         now: numbers of those that are served.
     """
-    old, new = max(before, default=0), max(now)
+    old = max(before, default=0)
+    new = max(now)
     if old not in releases_of(repository):
         return ""
     had, has = (Release.load(repository / MODELS[-1] / str(version)) for version in (old, new))

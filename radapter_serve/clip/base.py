@@ -111,12 +111,14 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         RAdapterError: the name or the weights are unknown or can't be had; a folder would run code
             of its own.
     """
-    quick_gelu, source = False, name
+    quick_gelu = False
+    source = name
     if (folder := _folder(name)) is not None:
         check_folder(folder)
         if is_transformers(folder):
             return _of_transformers(name, folder)
-        pretrained, source = None, f"{LOCAL}{folder}"
+        pretrained = None
+        source = f"{LOCAL}{folder}"
         config = _local_config(folder)
     else:
         if ":" in name or (found := open_clip.get_model_config(name)) is None:
@@ -248,7 +250,8 @@ def _of_transformers(name: str, folder: Path) -> Base:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """open_clip logs to the root logger, which prints warnings if nobody has set it up."""
-    root, handler = logging.getLogger(), logging.NullHandler()
+    root = logging.getLogger()
+    handler = logging.NullHandler()
     root.addHandler(handler)
     try:
         with warnings.catch_warnings():

@@ -71,7 +71,8 @@ def to_open_clip(tensors: Mapping[str, Tensor], weights: Iterable[Weight]) -> di
     Raises:
         RAdapterError: a tensor is missing, or one is left over.
     """
-    found, rest = {}, set(tensors)
+    found = {}
+    rest = set(tensors)
     for one in weights:
         if missing := [name for name in one.theirs if name not in tensors]:
             raise RAdapterError(f"it has no weight {missing[0]}")

@@ -35,7 +35,8 @@ def form(model: Any, tokenizer: Any) -> Form:
         model: that `lacks` finds nothing wrong with.
         tokenizer: that goes with it.
     """
-    visual, text = model.visual, text_tower(model)
+    visual = model.visual
+    text = text_tower(model)
     linear = isinstance(text.text_projection, nn.Linear)
     width = int(visual.proj.shape[1])
     config = {
@@ -57,7 +58,8 @@ def form(model: Any, tokenizer: Any) -> Form:
             "pad_token_id": tokenizer.eot_token_id,
         },
     }
-    prefix, image = "" if text is model else "text.", "vision_model"
+    prefix = "" if text is model else "text."
+    image = "vision_model"
     projection = f"{prefix}text_projection{'.weight' if linear else ''}"
     weights = [
         weight("logit_scale", "logit_scale", shape=()),
@@ -83,7 +85,8 @@ def open_clip_config(config: Any) -> dict[str, Any]:
     Raises:
         RAdapterError: open_clip can't compute it; says why.
     """
-    image, text = config.vision_config, config.text_config
+    image = config.vision_config
+    text = config.text_config
     activations = {image.hidden_act, text.hidden_act}
     quick = activations == {"quick_gelu"}
     if not quick and not activations <= {"gelu", "gelu_pytorch_tanh"}:

@@ -64,8 +64,10 @@ def form(model: Any, tokenizer: Any) -> Form:
         model: that `lacks` finds nothing wrong with.
         tokenizer: that goes with it.
     """
-    trunk, text = model.visual.trunk, text_tower(model)
-    block, inner = trunk.blocks[0], tokenizer.tokenizer
+    trunk = model.visual.trunk
+    text = text_tower(model)
+    block = trunk.blocks[0]
+    inner = tokenizer.tokenizer
     config = {
         "vision_config": {
             "hidden_size": trunk.embed_dim,
@@ -87,7 +89,8 @@ def form(model: Any, tokenizer: Any) -> Form:
             "pad_token_id": inner.pad_token_id,
         },
     }
-    ours, theirs = "visual.trunk", "vision_model"
+    ours = "visual.trunk"
+    theirs = "vision_model"
     places = trunk.pos_embed.shape[1:]
     weights = [
         weight("logit_scale", "logit_scale", shape=(1,)),
@@ -136,7 +139,8 @@ def _pool(ours: str, theirs: str) -> list[Weight]:
 
 
 def _image_lacks(visual: Any) -> str:
-    trunk, pool = visual.trunk, visual.trunk.attn_pool
+    trunk = visual.trunk
+    pool = visual.trunk.attn_pool
     if (
         type(trunk) is not VisionTransformer
         or len(visual.head)
@@ -157,7 +161,8 @@ def _image_lacks(visual: Any) -> str:
         or len(set(trunk.patch_embed.patch_size)) > 1
     ):
         return "its images or patches are not square"
-    norms, activations = [trunk.norm, pool.norm], [pool.mlp.act]
+    norms = [trunk.norm, pool.norm]
+    activations = [pool.mlp.act]
     for block in trunk.blocks:
         if type(block) is not Block:
             return f"its blocks are of the kind {type(block).__name__}"

@@ -77,7 +77,8 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as library
 
     logging: Any = library  # whose functions have no types
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -14,7 +14,8 @@ def form_of(base: Base) -> Form:
     Raises:
         RAdapterError: neither of them can; says why.
     """
-    model, tokenizer = base.model, base.tokenizer
+    model = base.model
+    tokenizer = base.tokenizer
     siglip = form_siglip.is_siglip(model)
     why = form_siglip.lacks(model, tokenizer) if siglip else form_clip.lacks(model, tokenizer)
     if why := why or _preprocess_lacks(base):

@@ -26,7 +26,8 @@ class RequestAlpha:
     """
 
     def __init__(self, own: float, dynamic: bool = False) -> None:
-        self._own, self.dynamic = own, dynamic
+        self._own = own
+        self.dynamic = dynamic
 
     def __call__(self, given: ArrayLike | None, rows: int) -> Alpha | None:
         """α of each row for the encoders, float32 [rows, 1]; None where the release's α is folded

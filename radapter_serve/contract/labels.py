@@ -183,7 +183,8 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
         check_templates(templates)
         for label in labels:
             check_length(label, MAX_LABEL_LENGTH, "label")
-        names, length = sum(label.count(",") + 1 for label in labels), sum(map(len, labels))
+        names = sum(label.count(",") + 1 for label in labels)
+        length = sum(map(len, labels))
         prompts += names * len(templates)
         characters += sum(
             names * len(template) + length * template.count("{}") for template in templates

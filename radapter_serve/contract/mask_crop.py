@@ -79,18 +79,18 @@ class MaskCrop:
                 f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image"
                 f" of {image.width} x {image.height}; send it at the image's size"
             )
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        rows = np.flatnonzero(mask.any(1))
+        columns = np.flatnonzero(mask.any(0))
         if not len(rows):
             raise invalid("a mask is empty; it needs at least one pixel")
-        left, top, right, bottom = (
-            int(columns[0]),
-            int(rows[0]),
-            int(columns[-1]) + 1,
-            int(rows[-1]) + 1,
-        )
+        left = int(columns[0])
+        top = int(rows[0])
+        right = int(columns[-1]) + 1
+        bottom = int(rows[-1]) + 1
         longer = max(right - left, bottom - top)
         border = round(self.padding * longer)
-        width, height = right - left + 2 * border, bottom - top + 2 * border
+        width = right - left + 2 * border
+        height = bottom - top + 2 * border
         side = longer + 2 * border
         if side * side > MAX_PIXELS:  # of a long and thin image
             raise TaskError(

@@ -12,7 +12,8 @@ RULE = (
     "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at"
     " the start"
 )
-_THERE_ARE, _NONE = "; there are: ", "none ("
+_THERE_ARE = "; there are: "
+_NONE = "none ("
 _JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
 
 

@@ -36,7 +36,9 @@ MAX_SCANS = 100
 # left is resized by as much at least, which evens out how the pixels were averaged.
 FAST_DECODE = 2
 _LARGE = threading.Lock()
-_SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
+# markers of JPEG
+_SCAN = b"\xff\xda"
+_END = 0xD9
 # Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder
 # that looks for a restart passes over the marker alone, so no length can hide a scan there.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
@@ -254,7 +256,8 @@ class Preprocess:
         mode = config.get("resize_mode") or "shortest"
         if mode not in ("shortest", "squash", "longest"):
             raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
-        fill, turn = int(config.get("fill_color") or 0), bool(config.get("exif_orientation", True))
+        fill = int(config.get("fill_color") or 0)
+        turn = bool(config.get("exif_orientation", True))
         fast = bool(config.get("fast_decode", False))
         return cls((int(height), int(width)), interpolation, mode, fill, turn, fast)
 
@@ -293,7 +296,8 @@ class Preprocess:
             TaskError: the image is so long and thin that resizing its short side would make it
                 huge.
         """
-        (height, width), (image_width, image_height) = self.size, image.size
+        height, width = self.size
+        image_width, image_height = image.size
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "squash":
             target = (width, height)
@@ -316,7 +320,8 @@ class Preprocess:
 
 def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
     """Crop to the middle, padded first where the image is smaller (torchvision's rounding)."""
-    down, right = max(0, height - image.height), max(0, width - image.width)
+    down = max(0, height - image.height)
+    right = max(0, width - image.width)
     if down or right:
         bands = len(image.getbands())
         palette = image.getpalette() if image.mode == "P" else None
@@ -324,7 +329,8 @@ def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Imag
         image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
         if palette is not None:
             image.putpalette(palette)
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    left = round((image.width - width) / 2)
     if image.size == (width, height):
         return image
     return image.crop((left, top, left + width, top + height))
@@ -351,9 +357,11 @@ def count_scans(data: bytes) -> int:
     """The scans of a JPEG file, without those of the previews in its metadata and of what follows
     its end.
     """
-    position, scans = 2, 0
+    position = 2
+    scans = 0
     while found := _MARKER.search(data, position):
-        marker, position = found[0][1], found.end()
+        marker = found[0][1]
+        position = found.end()
         if marker == _END:
             break
         position += int.from_bytes(data[position : position + 2], "big")

@@ -22,7 +22,8 @@ from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.errors import RAdapterError
 
 # Long words are rare and could fill the memory.
-_CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32
+_CACHED_WORDS = 1 << 16
+_CACHED_LENGTH = 32
 
 
 class Tokenizer:
@@ -121,7 +122,8 @@ class _ClipRows:
         # Unicode versions.
         pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         self._words = regex.compile(pattern, regex.IGNORECASE).findall
-        self._start, self._end = int(spec["start"]), int(spec["end"])
+        self._start = int(spec["start"])
+        self._end = int(spec["end"])
         self._context_length = int(spec["context_length"])
         alphabet = bytes_to_unicode()
 
@@ -133,7 +135,8 @@ class _ClipRows:
                 for token in core.model.tokenize("".join(alphabet[byte] for byte in word.encode()))
             )
 
-        self._word_ids, self._cached_ids = word_ids, lru_cache(_CACHED_WORDS)(word_ids)
+        self._word_ids = word_ids
+        self._cached_ids = lru_cache(_CACHED_WORDS)(word_ids)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._row(text) for text in texts]

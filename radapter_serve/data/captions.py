@@ -75,10 +75,12 @@ class Captioned(ImageColumn):
         again.
         """
         if isinstance(row, tuple):
-            (label, captions), row = row, self.table[self.images[row[0]].row]
+            label, captions = row
+            row = self.table[self.images[row[0]].row]
         else:
             label, captions = self._of_stream(row)
-        image, count = self.image(row), self.captions_per_image
+        image = self.image(row)
+        count = self.captions_per_image
         texts = draw.sample(captions, len(captions))
         return (
             image,

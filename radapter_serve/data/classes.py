@@ -84,7 +84,8 @@ def prompt_names(
     else:
         lines = _read(classes, own or ())
         if own is None or by_name:
-            own, shown = [key or line for key, line in lines], [line for _, line in lines]
+            own = [key or line for key, line in lines]
+            shown = [line for _, line in lines]
             if all(name.isdecimal() for name in own) and own != [
                 str(index) for index in range(len(own))
             ]:

@@ -102,7 +102,8 @@ class Labelled(ImageColumn, LabelledImages):
                 else self._by_number.get(int(value), -1)
             )
         except (TypeError, ValueError, OverflowError):
-            whole, index = False, -1
+            whole = False
+            index = -1
         if not whole or index < 0:
             raise RAdapterError(
                 f"label {value!r} is none of the {len(self.classes)} classes"
@@ -153,7 +154,8 @@ class Labelled(ImageColumn, LabelledImages):
             RAdapterError: every class has one image alone.
         """
         order = np.random.default_rng(seed).permutation(len(self.rows))
-        labels, held = self.labels()[order], np.zeros(len(self.rows), bool)
+        labels = self.labels()[order]
+        held = np.zeros(len(self.rows), bool)
         for number in range(len(self.classes)):
             images = order[labels == number]
             held[images[: share_of(len(images), fraction)]] = True

@@ -12,8 +12,10 @@ from typing import Any
 from radapter_serve.data.classes import imagenet_classes
 from radapter_serve.errors import RAdapterError, reason
 
-_FOLDERS, _LABELS = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"
-_NUMBERS, _NAMES = "pytorch_to_imagenet_2012_id.json", "imagenet_to_label_2012_v2"
+_FOLDERS = "folder_to_objectnet_label.json"
+_LABELS = "objectnet_to_imagenet_1k.json"
+_NUMBERS = "pytorch_to_imagenet_2012_id.json"
+_NAMES = "imagenet_to_label_2012_v2"
 
 
 def objectnet_members(mappings: Path) -> dict[str, tuple[str, list[str]]]:
@@ -39,7 +41,8 @@ def objectnet_members(mappings: Path) -> dict[str, tuple[str, list[str]]]:
         lines = (mappings / _NAMES).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(mappings / _NAMES, error) from None
-    id_of, clip = {line.strip(): id_ for id_, line in enumerate(lines)}, imagenet_classes()
+    id_of = {line.strip(): id_ for id_, line in enumerate(lines)}
+    clip = imagenet_classes()
     try:
         return {
             folder_of[label]: (

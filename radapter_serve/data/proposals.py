@@ -78,7 +78,8 @@ class _Arrays(ProposalFiles):
     """A file for each image."""
 
     def __init__(self, folder: Path, stems: Sequence[str], classes: int) -> None:
-        self._folder, self._classes = folder, classes
+        self._folder = folder
+        self._classes = classes
         missing = [stem for stem in stems if not (folder / f"{stem}.npz").is_file()]
         if missing:
             raise RAdapterError(
@@ -134,7 +135,8 @@ class _Arrays(ProposalFiles):
         _check_size(str(path), self._sizes[stem], size)
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                masks, scores = arrays["masks"], arrays.get("scores")
+                masks = arrays["masks"]
+                scores = arrays.get("scores")
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise _broken(path, error) from None
         if masks.dtype.kind == "f":
@@ -157,7 +159,8 @@ class _Results(ProposalFiles):
     """One file for all images."""
 
     def __init__(self, path: Path, stems: Sequence[str], classes: int) -> None:
-        self._path, self._classes = path, classes
+        self._path = path
+        self._classes = classes
         self._of: dict[str, list[dict[str, Any]]] = {_key(stem): [] for stem in stems}
         try:
             rows = json.loads(path.read_bytes())
@@ -242,10 +245,11 @@ def _of_all(scores: NDArray[Any], classes: int) -> NDArray[np.float32]:
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and type of each array of an .npz file."""
-    found, of_version = (
-        {},
-        {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0},
-    )
+    found = {}
+    of_version = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             with archive.open(name) as file:

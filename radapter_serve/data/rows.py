@@ -203,7 +203,10 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     )
     if at and spec.partition(":")[0] in READERS and Path(spec.partition(":")[2]).exists():
-        place, at, split = spec, "", "train"  # a file or a folder with @ in its own name
+        # a file or a folder with @ in its own name
+        place = spec
+        at = ""
+        split = "train"
     reader, _, path = place.partition(":")
     if "::" in place or place == "pandas":
         raise RAdapterError(

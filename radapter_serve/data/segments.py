@@ -53,7 +53,8 @@ class SegmentCrops(LabelledImages):
             BrokenImage: the image is missing, or no image; says which.
             RAdapterError: the mask can't be read.
         """
-        number, segment = int(row[0]), int(row[1])
+        number = int(row[0])
+        segment = int(row[1])
         if (
             self._last is None or self._last[0] != number
         ):  # in their order, as in validation, each is decoded once

@@ -80,11 +80,9 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
     """
     splits: _Splits = {}
     for image in content["images"]:
-        folder, name, captions = (
-            image.get("filepath", ""),
-            image["filename"],
-            [of["raw"] for of in image["sentences"]],
-        )
+        folder = image.get("filepath", "")
+        name = image["filename"]
+        captions = [of["raw"] for of in image["sentences"]]
         _check(
             all(isinstance(text, str) for text in (folder, name, image["split"], *captions)), image
         )

@@ -128,7 +128,9 @@ def ask_search(
     embeds = reference.images(_open([scenes.gallery.parent / id for id in ids]))
     cosines = reference.texts([text for text, _ in captions]) @ embeds.T
     expected = np.sort(cosines, axis=1)[:, ::-1]
-    place, same, error = {id: number for number, id in enumerate(ids)}, 0, 0.0
+    place = {id: number for number, id in enumerate(ids)}
+    same = 0
+    error = 0.0
     for row, best, hits in zip(cosines, expected, found, strict=True):
         scores = np.array([hit.score for hit in hits])
         error = max(error, float(np.abs(scores - best[: len(hits)]).max()))
@@ -148,10 +150,14 @@ def ask_segment(
     images = random.Random(seed).sample(list(masked.images), QUESTIONS // 3)
     reference = Reference(merged)
     release = Release.from_dict(client.release().facts)
-    preprocess, crop = Preprocess.from_dict(release.preprocess), MaskCrop.from_dict(release.crop)
+    preprocess = Preprocess.from_dict(release.preprocess)
+    crop = MaskCrop.from_dict(release.crop)
     segment = DenseSegmenter(reference.patches, preprocess, release.max_batch_size)
     classes = reference.classes(masked.classes, data.templates)
-    pictures, pixels, same, error = [], 0, 0, 0.0
+    pictures = []
+    pixels = 0
+    same = 0
+    error = 0.0
     for masked_image in images:
         image = Image.open(io.BytesIO(masked_image.data()))
         segments = masked_image.segments()
@@ -162,9 +168,11 @@ def ask_segment(
         scores = _softmax(
             reference.scale * reference.images([crop(image, mask) for mask in masks]) @ classes.T
         )
-        expected, sure = np.full(masks.shape[1:], len(masked.classes)), np.zeros(masks.shape[1:])
+        expected = np.full(masks.shape[1:], len(masked.classes))
+        sure = np.zeros(masks.shape[1:])
         for mask, row in zip(masks, scores, strict=True):
-            expected[mask], sure[mask] = row.argmax(), row.max()
+            expected[mask] = row.argmax()
+            sure[mask] = row.max()
         for label in np.unique(expected[masks.any(axis=0)]):
             error = max(error, abs(float(sure[expected == label].mean()) - proposed.scores[label]))
         here = segment(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE))

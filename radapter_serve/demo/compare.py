@@ -29,7 +29,8 @@ from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.evaluation_set import drawn
 from radapter_serve.evaluation.intervals import paired_difference
 
-OURS, RIVAL = "R-Adapter", "WiSE-FT"
+OURS = "R-Adapter"
+RIVAL = "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
 _BATCH = 32  # on a CPU more are slower: what lies between the layers leaves its cache
 _SURE = {True: "larger than its interval", False: "within its interval"}
@@ -50,7 +51,8 @@ class Comparison:
     @property
     def systems(self) -> dict[str, Hits]:
         """What is compared, by name; R-Adapter at its α is the second."""
-        ours, rival = self.hits[OURS], self.hits[RIVAL]
+        ours = self.hits[OURS]
+        rival = self.hits[RIVAL]
         return {
             "zero-shot": ours[0.0],
             f"{OURS}, α = {self.alpha:g}": ours[self.alpha],
@@ -81,7 +83,8 @@ class Comparison:
             "in_distribution": [FINE_TUNED],
             "shifts": [s for s in self.hits[OURS][0.0] if s != FINE_TUNED],
         }
-        ours, found = list(self.systems.values())[1], []
+        ours = list(self.systems.values())[1]
+        found = []
         for name, hits in self.systems.items():
             row: dict[str, Any] = {"system": name}
             for group, styles in groups.items():
@@ -174,7 +177,8 @@ def right(
         alphas: of each method.
     """
     base = load_base(f"local-dir:{BASE}")
-    classes, templates = read_label_file(data.classes), read_templates(data.templates)
+    classes = read_label_file(data.classes)
+    templates = read_templates(data.templates)
     ready: dict[str, tuple[Tensor, Tensor]] = {}
     for style, folder in data.test.items():
         ready[style] = _read(base, folder, classes, limit)

@@ -28,7 +28,8 @@ from radapter_serve.extras import install_command
 
 BASE = Path(__file__).parent / "base"
 DRAWINGS = Path(__file__).parent / "drawings"
-CLASSES, TEMPLATES = DRAWINGS / "classes.txt", DRAWINGS / "templates.txt"
+CLASSES = DRAWINGS / "classes.txt"
+TEMPLATES = DRAWINGS / "templates.txt"
 STYLES = {
     "colour": "in colour",
     "line": "line drawings",

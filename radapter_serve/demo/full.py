@@ -68,7 +68,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     model.requires_grad_(False).visual.requires_grad_(True)
     learning = [*model.visual.parameters(), *head.parameters()]
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
-    start, first = _copy(model.state_dict()), _copy(head.state_dict())
+    start = _copy(model.state_dict())
+    first = _copy(head.state_dict())
     source = _batches(Examples(data, augmentation(base, recipe), recipe.seed), recipe)
     schedule = recipe.of_length(recipe.steps)
     for step in track(range(recipe.steps), "Full fine-tuning", disable=quiet):

@@ -37,8 +37,10 @@ def play(out: Path) -> None:
         RAdapterError: there is no demo in it, or something is missing.
     """
     own = out / "playground"
-    repository, indexes = own / "model_repository", own / "indexes"
-    data, scenes = prepare(out / "data"), prepare_scenes(out / "data" / "scenes")
+    repository = own / "model_repository"
+    indexes = own / "indexes"
+    data = prepare(out / "data")
+    scenes = prepare_scenes(out / "data" / "scenes")
     shutil.rmtree(own, ignore_errors=True)  # of an earlier call
     print("\nThe playground: export with any α, index the scenes, serve", flush=True)
     settings = ExportSettings(

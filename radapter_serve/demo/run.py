@@ -71,7 +71,8 @@ def run_demo(
         RAdapterError: something is missing, or served and local answers differ.
     """
     check_alpha(0.0 if alpha is None else alpha)
-    console, started = Console(), time.perf_counter()
+    console = Console()
+    started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"seed": seed}
 
@@ -84,10 +85,12 @@ def run_demo(
     chapter(
         "1. Draw the images: drawings by many hands, and scenes of them with masks and captions"
     )
-    data, scenes = prepare(out / "data"), prepare_scenes(out / "data" / "scenes")
+    data = prepare(out / "data")
+    scenes = prepare_scenes(out / "data" / "scenes")
 
     for number, lesson in enumerate(lessons(data, scenes), 2):
-        task, repository = lesson.task, out / "repositories" / lesson.task
+        task = lesson.task
+        repository = out / "repositories" / lesson.task
         chapter(
             f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate"
             " on unseen ones"
@@ -173,13 +176,12 @@ def _learn(
         rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
         compared = compare(run, rival, data, alpha, limit)
         console.print(compared.table())
-        sets, beside = (
-            compared.sets(OURS),
-            {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)},
-        )
+        sets = compared.sets(OURS)
+        beside = {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
         facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
     else:
-        picture, sets = out / f"alpha-{lesson.task}.png", evaluate(lesson, run, alpha, limit)
+        picture = out / f"alpha-{lesson.task}.png"
+        sets = evaluate(lesson, run, alpha, limit)
     console.print(table(lesson, sets, alpha))
     draw_curve(lesson, sets, picture, beside)
     console.print(f"the curve: {picture}", highlight=False, soft_wrap=True)

@@ -22,9 +22,13 @@ from radapter_serve.demo.data import CLASSES, FINE_TUNED, drawings_of, made_whol
 
 Split = Literal["train", "test"]
 
-CELL, CELLS = 80, 2  # a scene is a square of 2 x 2 cells, each with a drawing or none
+# a scene is a square of 2 x 2 cells, each with a drawing or none
+CELL = 80
+CELLS = 2
 SIDES = (60, 81)  # pixels of a drawing, from and below
-TRAIN, TEST = 600, 100  # scenes
+# scenes
+TRAIN = 600
+TEST = 100
 CLASSES_SHOWN = 48  # the work of segmentation grows with them
 CAPTIONS = (
     2  # of each scene; the first has the names of the classes, the second their synonyms, too
@@ -117,7 +121,8 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
         count: of the scenes.
         seed: of what is shown where.
     """
-    classes, draw = scene_classes(), random.Random(seed)
+    classes = scene_classes()
+    draw = random.Random(seed)
     by_class = drawings_of("train" if split == "train" else place_of(style))
     corners = [(x * CELL, y * CELL) for x in range(CELLS) for y in range(CELLS)]
     for _ in range(count):
@@ -127,7 +132,8 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
         shown = draw.sample(classes, len(chosen))
         for (left, top), line in zip(chosen, shown, strict=True):
             side = draw.randrange(*SIDES)
-            x, y = left + draw.randint(0, CELL - side), top + draw.randint(0, CELL - side)
+            x = left + draw.randint(0, CELL - side)
+            y = top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
             drawn = rendered(
                 svgs[int(draw.random() * len(svgs))]

@@ -299,7 +299,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the releases; what is asked after that is refused."""
         self._closed = True
-        state, self._state = self._state, Prepared({})
+        state = self._state
+        self._state = Prepared({})
         for one in (*state.served.values(), *state.kept.values()):
             one.version.close()
 

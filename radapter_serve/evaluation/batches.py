@@ -40,7 +40,8 @@ def evaluation_batches(
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     mine = range(rank, len(rows), world)
     for first in range(0, len(mine), batch_size):
-        pixels, labels = [], []
+        pixels = []
+        labels = []
         for index in mine[first : first + batch_size]:
             try:
                 image, label = read(rows[index])

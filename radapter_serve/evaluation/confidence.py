@@ -52,11 +52,9 @@ def fit_confidence(
     scale, bias = fit_sigmoid(cosines, truth)
     temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
     plain = class_probabilities(cosines, logit_scale, logit_bias)
-    best, after, pairs = (
-        cosines.argmax(axis=1),
-        np.full(n, np.nan, np.float32),
-        np.empty_like(plain),
-    )
+    best = cosines.argmax(axis=1)
+    after = np.full(n, np.nan, np.float32)
+    pairs = np.empty_like(plain)
     for half, other in zip(halves, reversed(halves), strict=True):
         pairs[half] = class_probabilities(cosines[half], *fit_sigmoid(cosines[other], truth[other]))
         if logit_bias is not None:
@@ -66,7 +64,8 @@ def fit_confidence(
             after[half] = class_probabilities(cosines[half], logit_scale / own)[
                 np.arange(half.sum()), best[half]
             ]
-    hits, right = best == truth, np.arange(classes) == truth[:, None]
+    hits = best == truth
+    right = np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
     min_score = fit_min_score(cosines, truth)
     others = np.where(right, -np.inf, cosines)

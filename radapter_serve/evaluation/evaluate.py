@@ -166,8 +166,10 @@ class _Model:
     """One of the models that take turns, and the seconds that its turns took."""
 
     def __init__(self, embedder: Embedder, data: EvaluationSet, variant: Variant) -> None:
-        self.variant, self.seconds = variant, 0.0
-        self._embedder, self._data = embedder, data
+        self.variant = variant
+        self.seconds = 0.0
+        self._embedder = embedder
+        self._data = data
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -200,10 +202,8 @@ def _batches(
         ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
         try:
             while ahead:
-                now, ahead = (
-                    ahead,
-                    [pool.submit(item, number) for number in islice(numbers, batch_size)],
-                )
+                now = ahead
+                ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
                 yield [future.result() for future in now]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -114,7 +114,8 @@ def class_embeds(
     """
     if not templates:
         raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
-    known, key = {} if known is None else known, tuple(templates)
+    known = {} if known is None else known
+    key = tuple(templates)
     if (whole := known.get((key, tuple(classes)))) is not None:
         return whole
     new = [line for line in dict.fromkeys(classes) if (key, line) not in known]

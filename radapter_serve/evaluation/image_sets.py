@@ -223,8 +223,11 @@ class RetrievalSet(_ImageSet):
 
 class _ClassificationScorer:
     def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
-        self._data, self._embedder, self._classifier = data, embedder, classifier
-        self._ranks, self._found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        self._data = data
+        self._embedder = embedder
+        self._classifier = classifier
+        self._ranks = [np.zeros(0, np.int64)]
+        self._found = [np.zeros(0, np.int64)]
         self._sums = np.zeros((3, BINS))
 
     def add(self, items: Sequence[Any]) -> Floats:
@@ -232,10 +235,8 @@ class _ClassificationScorer:
         scores = self._data.scores(
             check_finite(self._embedder.embed_images(items)) @ self._classifier.T
         )
-        ranks, found = (
-            true_ranks(scores, self._data.labels[start : start + len(items)]),
-            scores.argmax(axis=1),
-        )
+        ranks = true_ranks(scores, self._data.labels[start : start + len(items)])
+        found = scores.argmax(axis=1)
         confidences = np.take_along_axis(
             self._embedder.probabilities(scores), found[:, None], axis=1
         )[:, 0]
@@ -245,7 +246,9 @@ class _ClassificationScorer:
         return scores
 
     def measured(self) -> Measured:
-        labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
+        labels = self._data.labels
+        classes = self._data.classes
+        ranks = np.concatenate(self._ranks)
         metrics = {
             **classification_metrics(ranks, labels, len(classes)),
             "ece": calibration_error(self._sums),
@@ -272,7 +275,9 @@ class _ClassificationScorer:
 
 class _SeveralLabelsScorer:
     def __init__(self, data: SeveralLabelsSet, embedder: Embedder, classifier: Floats) -> None:
-        self._data, self._embedder, self._classifier = data, embedder, classifier
+        self._data = data
+        self._embedder = embedder
+        self._classifier = classifier
         self._scores: list[Floats] = []
 
     def add(self, items: Sequence[Any]) -> Floats:
@@ -282,7 +287,8 @@ class _SeveralLabelsScorer:
         return scores
 
     def measured(self) -> Measured:
-        data, scores = self._data, np.concatenate(self._scores)
+        data = self._data
+        scores = np.concatenate(self._scores)
         precisions = average_precisions(scores, data.labels)
         best = np.take_along_axis(data.labels, scores.argmax(axis=1)[:, None], axis=1)
         metrics = {
@@ -306,18 +312,17 @@ class _SeveralLabelsScorer:
 
 class _RetrievalScorer:
     def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
-        self._data, self._embedder, self._texts, self._images = (
-            data,
-            embedder,
-            texts,
-            list[Floats](),
-        )
+        self._data = data
+        self._embedder = embedder
+        self._texts = texts
+        self._images: list[Floats] = []
 
     def add(self, items: Sequence[Any]) -> None:
         self._images.append(self._embedder.embed_images(items))
 
     def measured(self) -> Measured:
-        data, images = self._data, np.concatenate(self._images)
+        data = self._data
+        images = np.concatenate(self._images)
         metrics = retrieval_metrics(images, self._texts, data.image_of, groups=data.groups)
         # captions of one image are no independent cases: images are counted both ways
         intervals = {name: wilson(share, len(images)) for name, share in metrics.items()}

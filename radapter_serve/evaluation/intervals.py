@@ -122,11 +122,9 @@ def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
     _, n, classes = sums.shape
     if n < 2:
         return {}
-    generator, flat, parts = (
-        np.random.default_rng(0),
-        np.moveaxis(sums, 1, 0).reshape(n, -1).astype(float),
-        [],
-    )
+    generator = np.random.default_rng(0)
+    flat = np.moveaxis(sums, 1, 0).reshape(n, -1).astype(float)
+    parts = []
     for _ in range(_DRAWS // _BLOCK):
         times = generator.multinomial(n, np.full(n, 1 / n), _BLOCK)
         drawn = (times @ flat).reshape(_BLOCK, 3, classes)

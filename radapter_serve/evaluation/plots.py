@@ -47,10 +47,9 @@ def plot_alpha_curve(
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for number, name in enumerate((*ids, *ood_names)):
-        style, marker = (
-            "-" if name in ids else "--",
-            "os^D"[number // 10 % 4],
-        )  # there are ten colours
+        # there are ten colours
+        style = "-" if name in ids else "--"
+        marker = "os^D"[number // 10 % 4]
         each.plot(
             alphas, [row[name] for row in rows], style, marker=marker, markersize=3, label=name
         )

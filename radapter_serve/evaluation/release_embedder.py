@@ -38,12 +38,12 @@ class _Exported:
     _release: EmbeddingRelease
 
     def __init__(self, source: str, alphas: Sequence[float]) -> None:
-        release, facts = self._release, self._release.facts
-        self.templates, self.crop = list(facts.templates), MaskCrop.from_dict(facts.crop)
-        self.size, self.exif_orientation = (
-            release.preprocess.size[0],
-            release.preprocess.exif_orientation,
-        )
+        release = self._release
+        facts = self._release.facts
+        self.templates = list(facts.templates)
+        self.crop = MaskCrop.from_dict(facts.crop)
+        self.size = release.preprocess.size[0]
+        self.exif_orientation = release.preprocess.exif_orientation
         self.variants = release_variants(source, facts, alphas)
 
     @property
@@ -126,7 +126,8 @@ class ServerEmbedder(_Exported):
         return data
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        options, windows = query.options, dict[str, Any]()
+        options = query.options
+        windows: dict[str, Any] = {}
         if query.dense != PROPOSALS:
             windows = {
                 "short_side": options.short_side,

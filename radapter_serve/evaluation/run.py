@@ -153,7 +153,8 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         choice: from `choose_alpha`.
         folder: for the picture.
     """
-    path, unit = folder / "validation.png", common_unit(of.metric for of in choice.sets.values())
+    path = folder / "validation.png"
+    unit = common_unit(of.metric for of in choice.sets.values())
     plot_alpha_curve(
         choice.curve,
         *by_shift(choice.sets),
@@ -185,7 +186,8 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         bars.setdefault(model_name(row.source, row.alpha, ", α = "), {})[row.dataset] = own_metric(
             row
         )
-    pictures, unit = [folder / "bars.png"], common_unit(row.metric for row in rows)
+    pictures = [folder / "bars.png"]
+    unit = common_unit(row.metric for row in rows)
     plot_bars(bars, pictures[0], title=title, unit=unit)
     ways: dict[str, list[Row]] = {}
     for row in rows:

@@ -127,7 +127,8 @@ class SegmentationSet(EvaluationSet):
         Raises:
             NoSuchWay: the models do not have the way that the suite asks for.
         """
-        entry, dense = self.entry, embedder.way(self.entry.dense)
+        entry = self.entry
+        dense = embedder.way(self.entry.dense)
         labels = [line for number, line in enumerate(self.classes) if number != self.background]
         if dense == PROPOSALS:
             options = SegmentOptions(threshold=entry.threshold)
@@ -159,7 +160,8 @@ class SegmentationSet(EvaluationSet):
 
     def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
         image = self.images[number]
-        data, truth = as_seen(image.data(), self.entry, embedder), image.mask()
+        data = as_seen(image.data(), self.entry, embedder)
+        truth = image.mask()
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
             used = masks.max(axis=(1, 2), initial=0) > BINARY  # the others have no crop
@@ -176,7 +178,8 @@ class SegmentationSet(EvaluationSet):
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
         open_world = query.dense == PROPOSALS or query.options.threshold is not None
-        segment, names = embedder.segmenter(query, known), first_names(query.labels)
+        segment = embedder.segmenter(query, known)
+        names = first_names(query.labels)
         embeds = [
             known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known
         ]
@@ -201,8 +204,11 @@ class SegmentationScorer:
         open_world: bool,
         alike: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self._data, self._segment, self._alike = data, segment, alike
-        count, background = len(data.classes), data.background
+        self._data = data
+        self._segment = segment
+        self._alike = alike
+        count = len(data.classes)
+        background = data.background
         # What an index of the answer means; the answer "none" is wrong everywhere where no class
         # stands for it.
         self._class_of = np.array(

@@ -118,7 +118,8 @@ def classification_set(
         )
     sets = data.label_sets()
     number_of = {index: index for index in range(len(data.classes))}
-    classes, asked = data.classes, list[Sequence[str]]()
+    classes = data.classes
+    asked: list[Sequence[str]] = []
     if mapping is not None:
         kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:

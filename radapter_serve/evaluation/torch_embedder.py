@@ -92,16 +92,16 @@ class TorchEmbedder:
         precision: Precision = "fp32",
         device: str | None = None,
     ) -> None:
-        self.templates, self._dense, self._precision = templates, dense, precision
+        self.templates = templates
+        self._dense = dense
+        self._precision = precision
         self._base = base
         self._model = base.model
         self._device = to_device(base.model, device)
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
-        self.size, self.exif_orientation = (
-            self._preprocess.size[0],
-            self._preprocess.exif_orientation,
-        )
+        self.size = self._preprocess.size[0]
+        self.exif_orientation = self._preprocess.exif_orientation
         self.crop = crop or MaskCrop.filled_with(base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}

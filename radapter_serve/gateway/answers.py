@@ -55,7 +55,8 @@ def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: b
         )
     if output.datatype != "BYTES":
         return np.frombuffer(values, triton_to_np_dtype(output.datatype)).tolist()  # type: ignore[no-any-return]
-    texts, offset = [], 0
+    texts = []
+    offset = 0
     try:
         for _ in range(count):
             (length,) = struct.unpack_from("<I", values, offset)

@@ -331,15 +331,18 @@ class Gateway:
                     response = await handler(request)
             except Refused as error:
                 refused = True
-                response, entry.code = refusal(error, request), error.code
+                response = refusal(error, request)
+                entry.code = error.code
             except (ClientDisconnected, ClientDisconnect):
-                response, entry.code = Response(status_code=499), GONE
+                response = Response(status_code=499)
+                entry.code = GONE
             except Exception:
                 LOG.exception("the gateway failed on the request %s", entry.id)
                 failed = Refused(
                     500, INTERNAL_ERROR, "the gateway failed on this request; its log says why"
                 )
-                response, entry.code = refusal(failed, request), failed.code
+                response = refusal(failed, request)
+                entry.code = failed.code
             seconds = time.monotonic() - start
             if counted:
                 name = request.path_params.get("model", EMBEDDINGS)
@@ -399,7 +402,8 @@ def _named(request: Request) -> tuple[str, str]:
     """Model and version of a request's path. Encoders, and whatever else a repository holds, are
     not reached through the gateway.
     """
-    name, version = request.path_params["model"], request.path_params.get("version", "")
+    name = request.path_params["model"]
+    version = request.path_params.get("version", "")
     if name not in TASKS:
         raise Refused(
             404, UNKNOWN_MODEL, f"no model {escape(name)} here; there are {', '.join(TASKS)}"

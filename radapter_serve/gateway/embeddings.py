@@ -121,7 +121,8 @@ def read(text: bytes, max_inputs: int) -> Asked:
     )
     for place in range(len(values)):
         # Memory: the text of an image goes when its bytes are there.
-        value, values[place] = (values[place], None)
+        value = values[place]
+        values[place] = None
         _add(asked, place, value, body.modality)
     return asked
 

@@ -240,7 +240,8 @@ class _Member:
         self._note(f"{self.name} is starting again")
 
     def _note(self, trouble: str | None) -> None:
-        before, self.trouble = self.trouble, trouble
+        before = self.trouble
+        self.trouble = trouble
         if trouble != before:
             self._changed()
 

@@ -18,7 +18,8 @@ from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.release.release import TASKS
 
-OK, GONE = "ok", "caller_gone"
+OK = "ok"
+GONE = "caller_gone"
 # Names the folder that several processes share for their counters.
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 _ROOM = 1 << 20  # bytes, several times what the counters of a process take

@@ -118,7 +118,8 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
         end = int(header_length[:12])
     header = _header(body[:end])
     message = service_pb2.ModelInferRequest(model_name=model.name, model_version=version)
-    rest, rows = memoryview(body)[end:], set()
+    rest = memoryview(body)[end:]
+    rows = set()
     for given in header.inputs:
         tensor = model.inputs.get(given.name)
         if tensor is None:
@@ -141,7 +142,8 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
                 raise bad_request(
                     f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body"
                 )
-            values, rest = bytes(rest[:size]), rest[size:]
+            values = bytes(rest[:size])
+            rest = rest[size:]
         _check_values(tensor, given.shape, values)
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
         message.raw_input_contents.append(values)
@@ -236,7 +238,9 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
 
 
 def _check_texts(name: str, values: bytes, count: int) -> None:
-    offset, end, text = 0, len(values), name not in IMAGES
+    offset = 0
+    end = len(values)
+    text = name not in IMAGES
     for number in range(1, count + 1):
         start = offset + 4
         length = struct.unpack_from("<I", values, offset)[0] if start <= end else end
@@ -306,7 +310,8 @@ def _outputs(
     header: _Header, model: Model, message: service_pb2.ModelInferRequest
 ) -> frozenset[str]:
     """Asks for the outputs; gives those that are to come in binary."""
-    default, binary = header.parameters.binary_data_output, set()
+    default = header.parameters.binary_data_output
+    binary = set()
     for output in header.outputs:
         if output.name not in model.outputs:
             raise bad_request(

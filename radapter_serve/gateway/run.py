@@ -212,7 +212,8 @@ def command(settings: Settings) -> list[str]:
     """The command that runs a gateway with these settings, for a process of its own."""
     words = [sys.executable, "-m", "radapter_serve.cli.gateway"]
     for field in fields(settings):
-        value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+        value = getattr(settings, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
         if value != field.default:
             words += (
                 [flag]

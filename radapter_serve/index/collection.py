@@ -73,7 +73,8 @@ def open_collection(
     """
     kind, colon, place = source.partition(":")
     if not colon or kind not in ("folder", "csv", "parquet"):
-        kind, place = "folder", source
+        kind = "folder"
+        place = source
     if place.startswith(SCHEME):
         return (
             _of_storage(place)

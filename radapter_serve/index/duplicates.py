@@ -23,8 +23,12 @@ _TILE = 2048  # images that are compared with as many others at once
 _ROUNDING = 1e-6  # of a cosine in float32: copies have 1, or a little less
 _MAX_EDGES = 4_000_000  # that are kept before they are put together
 _BATCH = 4096  # rows read at once
-MAX_ROWS, MAX_COLUMNS = 100, 8  # groups, and images of each, that a picture shows
-_CELL, _TEXT = 128, 28  # px of a thumbnail's side, and of the lines below it
+# groups, and images of each, that a picture shows
+MAX_ROWS = 100
+MAX_COLUMNS = 8
+# px of a thumbnail's side, and of the lines below it
+_CELL = 128
+_TEXT = 28
 _NAME_LENGTH = 20  # characters of an id below its thumbnail
 
 Vectors = NDArray[np.float32]
@@ -126,7 +130,8 @@ def _joined(
             scores = rows @ vectors[other : other + _TILE].T
             first, second = np.nonzero(scores >= threshold - _ROUNDING)
             apart = first + start < second + other
-            first, second = first[apart], second[apart]
+            first = first[apart]
+            second = second[apart]
             found = scores[first, second]
             np.maximum.at(best, first + start, found)
             np.maximum.at(best, second + other, found)
@@ -134,7 +139,8 @@ def _joined(
             waiting += len(first)
             if waiting > _MAX_EDGES:
                 labels = _components(labels, edges)
-                edges, waiting = [], 0
+                edges = []
+                waiting = 0
         if progress is not None:
             progress(min(start + _TILE, count), count)
     return _components(labels, edges)
@@ -182,7 +188,8 @@ def write_picture(index: Index, groups: Sequence[Group], path: Path) -> None:
     for row, group in enumerate(shown):
         pairs = zip(group.ids, group.scores, strict=True)
         for column, (id, score) in enumerate(list(pairs)[:MAX_COLUMNS]):
-            left, top = column * _CELL, row * height
+            left = column * _CELL
+            top = row * height
             picture = thumbnails.get(id)
             if picture is not None:
                 picture.thumbnail((_CELL - 4, _CELL - 4))

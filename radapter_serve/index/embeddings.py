@@ -82,11 +82,14 @@ def export_embeddings(
 def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress | None) -> None:
     for name in ("img_emb", "metadata"):
         (staged / name).mkdir(parents=True)
-    count, rows = len(source), _rows(source)
+    count = len(source)
+    rows = _rows(source)
     # Readers take the files in the order of their names.
     digits = len(str(max(count - 1, 0) // PART))
     for number, start in enumerate(range(0, count, PART)):
-        name, length, written = str(number).zfill(digits), min(PART, count - start), 0
+        name = str(number).zfill(digits)
+        length = min(PART, count - start)
+        written = 0
         with contextlib.ExitStack() as held:
             while written < length:
                 vectors, metadata = next(rows, (None, None))
@@ -118,7 +121,8 @@ def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
             while len(table):
                 some = table.slice(0, PART - done % PART)
                 yield vectors_of(some["vector"]), _with_files(some.drop_columns(["vector"]), root)
-                table, done = table.slice(len(some)), done + len(some)
+                table = table.slice(len(some))
+                done = done + len(some)
 
 
 def _with_files(metadata: pa.Table, root: Path) -> pa.Table:

@@ -75,7 +75,8 @@ class _Translation:
             both = isinstance(node, exp.And) == positive
             return models.Filter(must=parts) if both else models.Filter(should=parts)
         if isinstance(node, exp.Between):
-            low, high = exp.GTE(this=node.this, expression=node.args["low"]), node.args["high"]
+            low = exp.GTE(this=node.this, expression=node.args["low"])
+            high = node.args["high"]
             return self.of(
                 exp.And(this=low, expression=exp.LTE(this=node.this, expression=high)), positive
             )
@@ -148,7 +149,8 @@ class _Translation:
 
 
 def _column_first(node: Any) -> tuple[Any, Any]:
-    left, right = node.this.unnest(), node.expression.unnest()
+    left = node.this.unnest()
+    right = node.expression.unnest()
     if not isinstance(left, exp.Column):
         left, right = right, left
     if not isinstance(left, exp.Column):
@@ -159,7 +161,8 @@ def _column_first(node: Any) -> tuple[Any, Any]:
 def _number(node: Any) -> float | None:
     sign = 1
     if isinstance(node, exp.Neg):
-        node, sign = node.this.unnest(), -1
+        node = node.this.unnest()
+        sign = -1
     if not isinstance(node, exp.Literal) or node.is_string:
         return None
     value = sign * float(node.this)

@@ -23,7 +23,8 @@ from radapter_serve.index.facts import FileFacts
 from radapter_serve.index.store import THUMBNAIL, vectors_of
 
 FOLDER = "search"
-ROWS, VECTORS = "rows.arrow", "vectors.npy"
+ROWS = "rows.arrow"
+VECTORS = "vectors.npy"
 VECTOR = "vector"  # the column that `vectors.npy` holds
 _CHUNK_ROWS = 1 << 16  # of a record batch: few and large ones are compared fastest
 _CHUNK_BYTES = 256 << 20  # that a record batch reaches at most, but for its last part

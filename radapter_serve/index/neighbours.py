@@ -254,11 +254,9 @@ def _trained(faiss: Any, vectors: NDArray[np.float32]) -> Any:
     cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
     parts = dim // 2 if dim % 2 == 0 else dim
     index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
-    index.cp.niter, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = (
-        _ROUNDS,
-        1,
-        _SAMPLE,
-    )
+    index.cp.niter = _ROUNDS
+    index.cp.min_points_per_centroid = 1
+    index.cp.max_points_per_centroid = _SAMPLE
     index.pq.cp.min_points_per_centroid = 1
     chosen = np.random.default_rng(0).choice(
         count, min(count, max(_SAMPLE * cells, 16_384)), replace=False

@@ -10,7 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-RECALL, TOP_K = 0.975, 10  # a little more than is promised: it is measured on a sample
+# a little more than is promised: it is measured on a sample
+RECALL = 0.975
+TOP_K = 10
 _BLOCK = 10_000
 # cells probed, and how many candidates are sorted by the vectors themselves
 EFFORTS = (

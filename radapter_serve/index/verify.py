@@ -56,10 +56,14 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     plan = index.facts.plan
     root = Path(plan.root)
     known: set[str] = set()
-    missing, changed, damaged, new = [], [], [], []
+    missing = []
+    changed = []
+    damaged = []
+    new = []
     with table_errors(out, plan), ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.rows(["path", "digest", "vector"], BATCH):
-            ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
+            ids = batch["path"].to_pylist()
+            digests = batch["digest"].to_pylist()
             for id, digest, now in zip(
                 ids, digests, pool.map(lambda id: _file_digest(file_of(id, root)), ids), strict=True
             ):

@@ -249,7 +249,8 @@ class Writer:
 
     def _batches(self, items: list[Item]) -> Iterator[list[Read]]:
         """The files, read batch by batch, by threads of this process or by a cluster."""
-        turned, size = self._release.preprocess.exif_orientation, self._plan.thumbnails
+        turned = self._release.preprocess.exif_orientation
+        size = self._plan.thumbnails
         if self._cluster is not None:
             asked = [(item.id, item.file, self._before(item)) for item in items]
             yield from self._cluster.read(asked, BATCH, size, turned)

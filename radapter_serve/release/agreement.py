@@ -139,7 +139,8 @@ def compare(
         RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than
             is allowed.
     """
-    max_error, least = 0.0, 1.0
+    max_error = 0.0
+    least = 1.0
     for given, reference in samples.batches():
         try:
             embeds = encoder(*given)
@@ -153,7 +154,8 @@ def compare(
             raise RAdapterError(
                 f"{name} gives values that are not finite at batch {len(reference)}"
             )
-        a, b = embeds.astype(np.float64), reference.astype(np.float64)
+        a = embeds.astype(np.float64)
+        b = reference.astype(np.float64)
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # a zero vector agrees with none: 0
         max_error = max(max_error, float(np.abs(a - b).max()))

@@ -85,11 +85,14 @@ def verify(
         raise _broken(
             repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"]
         )
-    sums, found = load_sums(path), _files(repository, version)
+    sums = load_sums(path)
+    found = _files(repository, version)
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
     sizes = {name: file.stat().st_size for name, file in found.items()}
-    total, done, told = sum(sizes.values()), 0, -1
+    total = sum(sizes.values())
+    done = 0
+    told = -1
     with ThreadPoolExecutor(_WORKERS) as pool:
         # The large files first, so that no worker is left with one at the end.
         order = sorted(sums.keys() & found.keys(), key=lambda name: -sizes[name])
@@ -170,7 +173,8 @@ def _difference(exported: Any, config: Any) -> str:
     if config.name != exported.name:
         return f"it is the config of {config.name or 'no model'}"
     for kind in ("input", "output"):
-        ours, theirs = _tensors(exported, kind), _tensors(config, kind)
+        ours = _tensors(exported, kind)
+        theirs = _tensors(config, kind)
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 return f"the {kind} {name} is not the one that was exported"

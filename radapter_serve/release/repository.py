@@ -216,7 +216,8 @@ def find_release(repository: str | Path) -> Path:
         RAdapterError: no release there, or none of that number.
     """
     path, number = split_repository(repository)
-    task, found = Path(path, MODELS[-1]), releases_of(Path(path))
+    task = Path(path, MODELS[-1])
+    found = releases_of(Path(path))
     if not found:
         raise RAdapterError(
             f"no release in the model repository {path}; make one with radapter-export"
@@ -300,7 +301,8 @@ def config_of(repository: Path, model: str, version: int) -> Any:
     Raises:
         RAdapterError: there is none, or it is broken.
     """
-    upper, own = repository / model / CONFIG, repository / model / str(version) / CONFIG
+    upper = repository / model / CONFIG
+    own = repository / model / str(version) / CONFIG
     if not own.exists() or (upper.exists() and version in named_releases(read_config(upper))):
         return read_config(upper)
     return read_config(own)
@@ -361,9 +363,11 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int) ->
     for name in ours & set(config.parameters):
         del config.parameters[name]
     chosen = RUNTIMES[runtime]
-    config.backend, config.default_model_filename = runtime, chosen.file
+    config.backend = runtime
+    config.default_model_filename = chosen.file
     for group in config.instance_group:
-        group.kind, group.gpus[:] = chosen.kind, chosen.gpus
+        group.kind = chosen.kind
+        group.gpus[:] = chosen.gpus
     config.optimization.execution_accelerators.ClearField("gpu_execution_accelerator")
     if chosen.cuda:
         config.optimization.execution_accelerators.gpu_execution_accelerator.add(
@@ -378,7 +382,8 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int) ->
 
 
 def _batch(config: Any, max_batch_size: int) -> None:
-    was, config.max_batch_size = config.max_batch_size, max_batch_size
+    was = config.max_batch_size
+    config.max_batch_size = max_batch_size
     if bool(was) == bool(max_batch_size):
         return
     for tensor in (*config.input, *config.output):

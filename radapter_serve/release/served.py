@@ -35,7 +35,8 @@ class Served:
         Raises:
             RAdapterError: `served.json` is broken, or names a release that is not there.
         """
-        path, found = repository / FILE, releases_of(repository)
+        path = repository / FILE
+        found = releases_of(repository)
         if not path.exists():
             return cls(tuple(newest_export(repository)))
         try:

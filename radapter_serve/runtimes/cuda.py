@@ -18,7 +18,9 @@ from radapter_serve.errors import RAdapterError
 
 _DRIVER = "libcuda.so.1"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants another stream than the default one
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_MAJOR = 75
+_MINOR = 76
 _INSTEAD = (
     "an engine is built and run on the GPU that serves it: go on there, or take the ONNX graphs on"
     " this machine: radapter-serve --runtime onnxruntime, or radapter-export --runtime onnxruntime"
@@ -46,7 +48,9 @@ def find_gpu() -> Gpu:
     """
     driver = _load()
     device = _first(driver)
-    name, major, minor = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    major = ctypes.c_int()
+    minor = ctypes.c_int()
     _check(driver, "cuDeviceGetName", name, ctypes.c_int(len(name)), device)
     _check(driver, "cuDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(_MAJOR), device)
     _check(driver, "cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(_MINOR), device)
@@ -65,7 +69,8 @@ class Stream:
         self._device = _first(self._driver)
         self._memory: list[int] = []
         # The device's primary context, which is that of the CUDA runtime too, and so TensorRT's.
-        context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+        context = ctypes.c_void_p()
+        stream = ctypes.c_void_p()
         _check(self._driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
         _check(self._driver, "cuCtxSetCurrent", context)
         _check(self._driver, "cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
@@ -140,7 +145,8 @@ def _load() -> ctypes.CDLL:
 
 
 def _first(driver: ctypes.CDLL) -> ctypes.c_int:
-    count, device = ctypes.c_int(), ctypes.c_int()
+    count = ctypes.c_int()
+    device = ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))
     if not count.value:
         raise RAdapterError(

@@ -29,7 +29,8 @@ class EmbeddingRelease(ABC):
     """
 
     def __init__(self, facts: Release, origin: Mapping[str, str]) -> None:
-        self.facts, self.origin = facts, origin
+        self.facts = facts
+        self.origin = origin
         self.preprocess = Preprocess.from_dict(facts.preprocess)
 
     def set_alpha(self, alpha: float) -> None:

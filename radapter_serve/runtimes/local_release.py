@@ -41,7 +41,8 @@ class LocalRelease(EmbeddingRelease):
         self.version = int(folder.name)
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts.tokenizer)
-        self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
+        self._images = self._encoder("image_encoder")
+        self._texts = self._encoder("text_encoder")
         self._rows = self.facts.max_batch_size
 
     def encode_images(

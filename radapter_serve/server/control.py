@@ -77,7 +77,8 @@ class Control:
     """
 
     def __init__(self, url: str, secret: str) -> None:
-        self.url, self._secret = url, secret
+        self.url = url
+        self._secret = secret
 
     def index(self, *, ready: bool = False) -> list[ServedVersion]:
         """All versions of all models that the server knows.

@@ -138,10 +138,8 @@ def _check_environment() -> None:
 
 def _check_libpython() -> None:
     name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
-    libdir, multiarch = (
-        sysconfig.get_config_var("LIBDIR") or "",
-        sysconfig.get_config_var("MULTIARCH") or "",
-    )
+    libdir = sysconfig.get_config_var("LIBDIR") or ""
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
         return
     if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:

@@ -104,7 +104,8 @@ def check_shared_memory(
     if memory is None:
         return None
     # A stub begins with 1 MiB, and holds a batch on its way in while another is on its way out.
-    least, enough = 2 * stubs * MIB, stubs * (2 * MIB + rows)
+    least = 2 * stubs * MIB
+    enough = stubs * (2 * MIB + rows)
     how = (
         f"in a container, set --shm-size={_round(enough)}m (Docker's default is 64 MB), or take"
         f" fewer --instances; elsewhere: mount -o remount,size={_round(enough)}m {SHARED_MEMORY}"

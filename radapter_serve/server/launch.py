@@ -67,10 +67,8 @@ def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> 
     """Let a model's folder in the server's hold what Triton is to load next; nothing if there is no
     model.
     """
-    target, versions = (
-        folder / MODELS / name,
-        set() if model is None else {str(one) for one in model.versions},
-    )
+    target = folder / MODELS / name
+    versions = set() if model is None else {str(one) for one in model.versions}
     for path in target.glob("*"):
         if path.name.isdecimal() and path.name not in versions:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)

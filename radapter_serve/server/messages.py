@@ -20,7 +20,8 @@ class Messages:
     """
 
     def __init__(self, file: Path | None, where: str) -> None:
-        self._file, self._where = file, where
+        self._file = file
+        self._where = where
 
     @contextlib.contextmanager
     def open(self, mode: Literal["wb", "ab"]) -> Iterator[IO[bytes] | None]:

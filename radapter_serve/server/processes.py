@@ -59,7 +59,8 @@ def hide_argument(pid: int, secret: str) -> None:
         # 48th and 49th of proc_pid_stat(5): where the arguments begin and end; the 2nd, a name, may
         # hold spaces
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])
+        start = int(fields[45])
+        end = int(fields[46])
         with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
             memory.seek(start)
             arguments = memory.read(end - start)

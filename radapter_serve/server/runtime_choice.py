@@ -179,7 +179,8 @@ def measure(
     found = []
     for encoder in encoders:
         runs: dict[str, Encoder] = {}
-        distances, reasons = {}, {}
+        distances = {}
+        reasons = {}
         for runtime in RUNTIMES:
             progress(f"checking {encoder.name} by {runtime}")
             try:
@@ -198,7 +199,8 @@ def measure(
             medians = (
                 {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
             )
-            distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
+            distance = distances.get(runtime, math.nan)
+            why = reasons.get(runtime, "")
             found.append(Measured(encoder.name, runtime, medians, distance, why))
     return found
 

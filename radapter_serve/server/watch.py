@@ -19,7 +19,8 @@ from radapter_serve.server.processes import (
     killed_for_memory,
 )
 
-SERVER, GATEWAY = "tritonserver", "radapter-gateway"
+SERVER = "tritonserver"
+GATEWAY = "radapter-gateway"
 _SAME_TIME = 10.0  # seconds
 _SEGMENTATION_FAULT = (
     "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "

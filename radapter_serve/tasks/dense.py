@@ -105,11 +105,9 @@ class DenseSegmenter:
         check_label_embeddings(embeds)
         working, tops, lefts = self._windows(image, options)
         values = self._cosines(working, tops, lefts, embeds, check)
-        (height, width), size, grid = (
-            working.shape[:2],
-            self.preprocess.size[0],
-            values.shape[0] // len(tops),
-        )
+        height, width = working.shape[:2]
+        size = self.preprocess.size[0]
+        grid = values.shape[0] // len(tops)
         rows = Axis(image.height, height, size, grid, tuple(tops))
         columns = Axis(image.width, width, size, grid, tuple(lefts))
         if options.refine:
@@ -152,7 +150,8 @@ class DenseSegmenter:
         shortest = replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
         working = np.asarray(shortest.resize(image).convert("RGB"))
         height, width = working.shape[:2]
-        tops, lefts = window_starts(height, size, stride), window_starts(width, size, stride)
+        tops = window_starts(height, size, stride)
+        lefts = window_starts(width, size, stride)
         if len(tops) * len(lefts) > MAX_WINDOWS:
             raise invalid(
                 f"an image of {image.width} x {image.height}, resized to {width} x {height}, takes"
@@ -173,7 +172,8 @@ class DenseSegmenter:
         across x g].
         """
         assert self.encode_patches is not None
-        size, step = self.preprocess.size[0], self.max_batch_size
+        size = self.preprocess.size[0]
+        step = self.max_batch_size
         corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
         values = np.empty(0, np.float32)
         for start in range(0, len(corners), step):

@@ -239,7 +239,8 @@ def _parts(names: dict[str, list[str]], most: int) -> Iterator[list[str]]:
     for label, own in names.items():
         if part and count + len(own) > most:
             yield part
-            part, count = [], 0
+            part = []
+            count = 0
         part.append(label)
         count += len(own)
     if part:

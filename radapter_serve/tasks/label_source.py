@@ -44,8 +44,10 @@ class LabelSource:
     ) -> None:
         self._mix = mix
         self._by_example = set(release.sets_by_example)
-        self._templates, self._alpha = tuple(release.templates), np.float32(release.alpha)
-        self._embed_labels, self._label_sets = embed_labels, label_sets
+        self._templates = tuple(release.templates)
+        self._alpha = np.float32(release.alpha)
+        self._embed_labels = embed_labels
+        self._label_sets = label_sets
 
     def __call__(
         self,
@@ -90,7 +92,8 @@ class LabelSource:
         for row in zip(labels, own, each(alpha, len(labels)), strict=False):
             # Mostly all images of a request bring the same list.
             if last is None or not all(map(np.array_equal, row, last)):
-                found, last = (strings(*row[0]), strings(*row[1]), row[2]), row
+                found = (strings(*row[0]), strings(*row[1]), row[2])
+                last = row
             lists.append(found)
         unique = {id(one): one for one in lists}
         check_prompts((texts, prompts) for texts, prompts, _ in unique.values())

@@ -56,11 +56,10 @@ class ProposalSegmenter:
     @classmethod
     def of_release(cls, release: Release, encode_images: Encode) -> ProposalSegmenter:
         """As a release says."""
-        preprocess, crop = (
-            Preprocess.from_dict(release.preprocess),
-            MaskCrop.from_dict(release.crop),
-        )
-        scale, bias = release.logit_scale, release.logit_bias
+        preprocess = Preprocess.from_dict(release.preprocess)
+        crop = MaskCrop.from_dict(release.crop)
+        scale = release.logit_scale
+        bias = release.logit_bias
         return cls(encode_images, preprocess, crop, scale, release.max_batch_size, bias)
 
     def __call__(
@@ -108,7 +107,8 @@ class ProposalSegmenter:
             part = flat[:, where][used]
             part = part[present := part.any(1)]
             inside = part.astype(np.float32) / 255
-            sums, total = inside.T @ classes[present], inside.sum(0)
+            sums = inside.T @ classes[present]
+            total = inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
             best = _best(sums, inside.T, cosines[present])
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]

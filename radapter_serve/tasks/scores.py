@@ -114,7 +114,8 @@ class Scores:
         scores = class_probabilities(cosines, self.scale, self.bias)[best]
         if self.threshold is not None:
             enough = scores >= self.threshold
-            best, scores = best[enough], scores[enough]
+            best = best[enough]
+            scores = scores[enough]
         return best, scores
 
 
@@ -139,11 +140,9 @@ class Scoring:
     """
 
     def __init__(self, release: Release) -> None:
-        self._scale, self._bias, self._alpha = (
-            release.logit_scale,
-            release.logit_bias,
-            np.float32(release.alpha),
-        )
+        self._scale = release.logit_scale
+        self._bias = release.logit_bias
+        self._alpha = np.float32(release.alpha)
         self._fitted = _Fitted(_confidence(release.confidence))
         self._by_example = {
             name: _Fitted(_confidence(facts.get("confidence")), _not_fitted(name))

@@ -122,7 +122,9 @@ class Segment:
             alpha,
             request.cancelled,
         )
-        embeds, masks, cancelled = label_set.embeds, request.proposals, request.cancelled
+        embeds = label_set.embeds
+        masks = request.proposals
+        cancelled = request.cancelled
         with _image_errors():
             image = decode(request.image, exif_orientation=dense.preprocess.exif_orientation)
             _check_work(image.size, len(embeds), options, dense.preprocess.size[0])

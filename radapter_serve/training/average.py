@@ -25,7 +25,9 @@ class Average:
     def __init__(
         self, adapters: Adapters, momentum: float, *, bias_correction: bool = False
     ) -> None:
-        self.adapters, self.momentum, self.bias_correction = adapters, momentum, bias_correction
+        self.adapters = adapters
+        self.momentum = momentum
+        self.bias_correction = bias_correction
         self.steps = 0
         self.tensors = {
             name: p.detach().float().clone() for name, p in adapters.named_tensors().items()

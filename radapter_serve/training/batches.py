@@ -85,15 +85,14 @@ class _Stream(IterableDataset[dict[str, Any]]):
 
     def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
         rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)
-        self.rows, self.examples, self.first = (
-            split_dataset_by_node(rows, rank, world).skip(skip),
-            examples,
-            skip,
-        )
+        self.rows = split_dataset_by_node(rows, rank, world).skip(skip)
+        self.examples = examples
+        self.first = skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         broken: list[str] = []
-        rows, index = iter(self.rows), self.first - 1
+        rows = iter(self.rows)
+        index = self.first - 1
         while True:
             try:
                 row = next(rows)

@@ -21,7 +21,9 @@ class Interruption:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._signal, self._handled = say, 0, contextlib.ExitStack()
+        self._say = say
+        self._signal = 0
+        self._handled = contextlib.ExitStack()
 
     def __enter__(self) -> Interruption:
         self._handled.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))

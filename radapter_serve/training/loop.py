@@ -65,7 +65,8 @@ class TwoTower(nn.Module):
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         super().__init__()
-        self.model, self.adapters = model, adapters
+        self.model = model
+        self.adapters = adapters
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
@@ -481,4 +482,5 @@ def _endless(
             raise RAdapterError(
                 f"the data set has fewer images that can be read than a batch of {part}"
             )
-        epoch, start = epoch + 1, 0
+        epoch = epoch + 1
+        start = 0

@@ -38,11 +38,9 @@ def choose_form(
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
     weight = activation = 0
     for site in find_sites(model, text=text, partial=partial):
-        count, width, inner = (
-            tokens[site.key.startswith("visual.")],
-            site.layer.out_features,
-            site.layer.in_features,
-        )
+        count = tokens[site.key.startswith("visual.")]
+        width = site.layer.out_features
+        inner = site.layer.in_features
         weight += (
             4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
         )

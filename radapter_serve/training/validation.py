@@ -135,7 +135,9 @@ def _retrieval(
     texts = [
         (caption, number) for number, image in enumerate(val.images) for caption in image.captions
     ]
-    images, captions = [], []  # pairs of numbers and, for each α, embeddings
+    # pairs of numbers and, for each α, embeddings
+    images = []
+    captions = []
     for pixels, numbers in evaluation_batches(
         base,
         range(len(val.images)),
@@ -146,7 +148,8 @@ def _retrieval(
     if mine := range(share["rank"], len(texts), share["world"]):
         tokens = base.tokenizer([texts[index][0] for index in mine])
         captions.append((np.array(mine), at_each_alpha(encode_texts, tokens)))
-    images, captions = gather_object(images), gather_object(captions)
+    images = gather_object(images)
+    captions = gather_object(captions)
     if not images:
         return [{} for _ in alphas]
     read = np.concatenate([numbers for numbers, _ in images])

@@ -97,7 +97,9 @@ class PlainAdapter(nn.Module):
 
     def __init__(self, inner: nn.Module, matrix: Tensor, gate: float) -> None:
         super().__init__()
-        self.inner, self.w_adp, self.gate = inner, nn.Parameter(matrix.T.clone()), gate
+        self.inner = inner
+        self.w_adp = nn.Parameter(matrix.T.clone())
+        self.gate = gate
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.inner(*args, **kwargs)
@@ -181,8 +183,10 @@ def test_folded_equals_attached(
 @settings(max_examples=10, deadline=None)
 @given(alpha=st.floats(0, 1))
 def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
-    base, adapter = model.state_dict(), random_adapter(model)
-    one, mixed = fold(base, adapter, 1.0), fold(base, adapter, alpha)
+    base = model.state_dict()
+    adapter = random_adapter(model)
+    one = fold(base, adapter, 1.0)
+    mixed = fold(base, adapter, alpha)
     for name, value in base.items():
         if name.rpartition(".")[0] not in adapter.keys:
             assert mixed[name] is value

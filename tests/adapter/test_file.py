@@ -204,7 +204,8 @@ def test_tensors_that_the_specification_does_not_allow(
 def test_values_that_are_not_finite_are_neither_attached_nor_folded(
     tiny_clip_dir: str, alpha: float
 ) -> None:
-    model, key = load_base(tiny_clip_dir).model, "visual.transformer.resblocks.0.mlp.c_proj"
+    model = load_base(tiny_clip_dir).model
+    key = "visual.transformer.resblocks.0.mlp.c_proj"
     matrix = torch.zeros(64, 64)
     matrix[3, 5] = math.nan
     adapter = Adapter({key: matrix}, Metadata("x", base_digest(model.state_dict(), [key])))

@@ -76,10 +76,8 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
     are the same.
     """
     base = load(family)
-    model, before = (
-        base.model,
-        {key: value.clone() for key, value in base.model.state_dict().items()},
-    )
+    model = base.model
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
     adapters = attach(model, partial=FAMILIES[family].partial)
     assert [site.key for site in adapters.sites] == SITES[family]
     pixels = torch.randn(
@@ -104,7 +102,8 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
     folded.load_state_dict(fold(before, adapter, 0.7))
     with torch.no_grad():
         # open_clip's own towers, without the cropping and merging of texts
-        images, texts = folded.encode_image(pixels), folded.encode_text(tokens)  # type: ignore[operator]
+        images = folded.encode_image(pixels)  # type: ignore[operator]
+        texts = folded.encode_text(tokens)  # type: ignore[operator]
         expected = [nn.functional.normalize(embeds, dim=-1) for embeds in (images, texts)]
         assert (encode_text(model, tokens) - expected[1]).abs().max() > 1e-3
         for form in ("activation", "weight"):

@@ -62,9 +62,11 @@ def test_the_fold_of_the_average_is_the_average_of_the_folds(
 
 
 def test_low_ranks_add_up_as_columns_and_rows() -> None:
-    one, two = make(0, 1), make(1, 2)
+    one = make(0, 1)
+    two = make(1, 2)
     average = average_adapters([one, two], [0.25, 0.75])
-    up, down = average.tensors["a.out_proj.up"], average.tensors["a.out_proj.down"]
+    up = average.tensors["a.out_proj.up"]
+    down = average.tensors["a.out_proj.down"]
     assert (up.shape, down.shape) == ((6, 3), (3, 6))
     torch.testing.assert_close(up[:, :1], 0.25 * one.tensors["a.out_proj.up"])
     torch.testing.assert_close(up[:, 1:], 0.75 * two.tensors["a.out_proj.up"])
@@ -72,10 +74,8 @@ def test_low_ranks_add_up_as_columns_and_rows() -> None:
 
 
 def test_one_adapter_is_itself_and_metadata_are_the_firsts() -> None:
-    first, second = (
-        make(0, None, task="retrieval", alpha=0.8, templates=["{}"]),
-        make(1, None, task="segmentation"),
-    )
+    first = make(0, None, task="retrieval", alpha=0.8, templates=["{}"])
+    second = make(1, None, task="segmentation")
     assert average_adapters([first]).digest == first.digest
     assert average_adapters([first, second], [1, 0]).digest == first.digest
     average = average_adapters([first, second])

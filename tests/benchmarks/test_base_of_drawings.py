@@ -97,7 +97,8 @@ def test_names_that_mean_one_thing_are_one_name(folder):
 
 
 def test_a_batch_has_two_hands_and_one_caption_of_each_name(folder):
-    pairs, draw = Pairs(folder), random.Random(0)
+    pairs = Pairs(folder)
+    draw = random.Random(0)
     for _ in range(20):
         rows, captions = pairs.batch(["home", "arrow left"], draw)
         assert [row // 6 for row in sorted(rows[:2].tolist())] == [0, 1]
@@ -108,7 +109,8 @@ def test_a_batch_has_two_hands_and_one_caption_of_each_name(folder):
 def test_tokens_are_open_clips_own():
     texts = ["a drawing of credit card", "an icon of t-shirt", "xylophone"]
     words = Words(set(texts))
-    tokens, theirs = words(texts), open_clip.tokenize(texts)
+    tokens = words(texts)
+    theirs = open_clip.tokenize(texts)
     own = torch.tensor(words.used)[tokens]
     for row, (mine, other) in enumerate(zip(own, theirs, strict=True)):
         length = int(other.argmax()) + 1
@@ -165,7 +167,8 @@ def test_patches_with_ink_are_looked_at():
 
 
 def test_only_kept_patches_go_through_the_tower():
-    module, x = KeptPatches(), torch.arange(2 * 5 * 3.0).reshape(2, 5, 3)
+    module = KeptPatches()
+    x = torch.arange(2 * 5 * 3.0).reshape(2, 5, 3)
     module.index = torch.tensor([[3, 0], [1, 2]])
     torch.testing.assert_close(module(x), torch.stack([x[0, [0, 4, 1]], x[1, [0, 2, 3]]]))
     torch.testing.assert_close(module.eval()(x), x)

@@ -16,7 +16,10 @@ def test_the_rates_are_those_of_loops(least: float, monkeypatch: pytest.MonkeyPa
     random = np.random.default_rng(0)
     cosines = random.uniform(-1, 1, (6, 20)).astype(np.float32)
     truth = random.integers(0, 5, 20)  # nothing is of the last class, which therefore does not ask
-    own, wrong, kept, false = [], [], [], []
+    own = []
+    wrong = []
+    kept = []
+    false = []
     for label in range(5):
         right = [bool(cosines[label, n] >= least) for n in range(20) if truth[n] == label]
         others = [bool(cosines[label, n] >= least) for n in range(20) if truth[n] != label]

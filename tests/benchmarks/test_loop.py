@@ -16,7 +16,8 @@ class Server:
     """Answers after `seconds`, one request after the other where it is `serial`."""
 
     def __init__(self, seconds: float, *, serial: bool = False) -> None:
-        self.seconds, self.lock = seconds, asyncio.Semaphore(1 if serial else 10**6)
+        self.seconds = seconds
+        self.lock = asyncio.Semaphore(1 if serial else 10**6)
         self.now = self.most = 0
         self.numbers: list[int] = []
 

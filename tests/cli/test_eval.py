@@ -182,7 +182,8 @@ def test_the_pages_order_and_the_other_way_round(
     for first, second in (("auto", "0.5"), ("0.5", "auto")):
         for alpha in (first, second):
             assert main([*suite, "--alpha", alpha, "--out", f"{first} first"]) == 0
-    one, other = rows(here / "auto first"), rows(here / "0.5 first")
+    one = rows(here / "auto first")
+    other = rows(here / "0.5 first")
     assert {(row["split"], row["dataset"], row["alpha"]) for row in one} == {
         (row["split"], row["dataset"], row["alpha"]) for row in other
     }
@@ -554,11 +555,13 @@ def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_release_that_takes_any_alpha_is_swept(
     here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    dynamic, fixed = str(dynamic_tiny_clip), str(exported_tiny_clip / "model_repository")
+    dynamic = str(dynamic_tiny_clip)
+    fixed = str(exported_tiny_clip / "model_repository")
     assert main([*COMMON, "--release", dynamic, "--alpha", "0.3", "0.8"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed"]) == 0
-    found, expected = rows(here / "results"), rows(here / "fixed")
+    found = rows(here / "results")
+    expected = rows(here / "fixed")
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
     for row in expected:
         [same] = [

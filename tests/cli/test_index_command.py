@@ -367,7 +367,8 @@ def test_other_files_are_counted(place: Path, capsys: pytest.CaptureFixture[str]
 
 def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
     pixels = np.random.default_rng(9).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    stored, exif = Image.fromarray(pixels), Image.Exif()
+    stored = Image.fromarray(pixels)
+    exif = Image.Exif()
     for orientation in range(1, 9):
         exif[274] = orientation
         stored.save(place / "photos" / f"turned {orientation}.png", exif=exif)

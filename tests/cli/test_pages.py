@@ -56,7 +56,8 @@ def idle(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_the_commands_of_a_page_are_read(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, of_dict = tyro.cli, tyro.extras.subcommand_cli_from_dict
+    real = tyro.cli
+    of_dict = tyro.extras.subcommand_cli_from_dict
     monkeypatch.setattr(tyro, "cli", lambda function, **options: real(idle(function), **options))
     monkeypatch.setattr(
         tyro.extras,

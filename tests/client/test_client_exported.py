@@ -207,7 +207,8 @@ def test_segment_dense(dense_tiny_clip: Path):
 
 
 def test_search(client: Client):
-    images, [words] = client.embed_images(pictures()), client.embed_texts(["a cat"])
+    images = client.embed_images(pictures())
+    [words] = client.embed_texts(["a cat"])
     order = np.argsort(-images @ words)
     hits = client.search("a cat", index="pictures", top_k=5)
     assert [hit.id for hit in hits] == [f"bild é {index}.png" for index in order[:5]]

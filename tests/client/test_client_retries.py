@@ -53,7 +53,8 @@ def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[
     """The same over gRPC."""
     from concurrent.futures import ThreadPoolExecutor
 
-    left, seen = list(steps), list[Any]()
+    left = list(steps)
+    seen: list[Any] = []
 
     def infer(request: Any, context: grpc.ServicerContext) -> service_pb2.ModelInferResponse:
         seen.append(dict(context.invocation_metadata()))
@@ -175,7 +176,9 @@ def test_a_server_that_starts_a_little_later() -> None:
 
 
 def test_waits_grow_and_end() -> None:
-    tries, error, waits = Tries(50, 1000), radapter_client.ServerUnavailable("x"), []
+    tries = Tries(50, 1000)
+    error = radapter_client.ServerUnavailable("x")
+    waits = []
     assert tries.seconds == 1000
     for _ in range(10):
         waits.append(tries.pause(error))

@@ -89,7 +89,8 @@ def test_transport_of_the_user():
 
 
 def test_both_clients_ask_the_same_of_their_transport():
-    recorder, other = Recorder(), AsyncRecorder()
+    recorder = Recorder()
+    other = AsyncRecorder()
 
     def calls(client: Any) -> list[Any]:
         return [

@@ -182,7 +182,8 @@ ANSWER = {"model_name": "m", "model_version": "3"}
 
 def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
     """A reply in binary, written here by the letter of Triton's extension of the protocol."""
-    heads, parts = [], []
+    heads = []
+    parts = []
     for name, array in outputs.items():
         if array.dtype == object:
             data = b"".join(struct.pack("<I", len(text)) + text for text in array.ravel())
@@ -211,7 +212,8 @@ def test_inference_over_http(kind: type):
     assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
     assert sent["Content-Type"] == "application/octet-stream"
     length = int(sent["Inference-Header-Content-Length"])
-    head, rest = json.loads(body[:length]), body[length:]
+    head = json.loads(body[:length])
+    rest = body[length:]
     assert head["parameters"] == {"binary_data_output": True}
     values: dict[str, Any] = {}
     for tensor in head["inputs"]:

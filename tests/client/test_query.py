@@ -120,7 +120,8 @@ def test_segment(run, image: str, tmp_path: Path):
 
 @pytest.mark.triton
 def test_folders(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder, pictures = tmp_path / "photos", tmp_path / "pictures"
+    folder = tmp_path / "photos"
+    pictures = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     for name in ("b.PNG", "a.jpg", "deep/a.webp"):
         Image.new("RGB", (8, 6), "red").save(folder / name)

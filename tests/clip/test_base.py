@@ -176,7 +176,8 @@ TOWER = {
 
 @torch.no_grad()
 def check_equal(base: Base, model: Any) -> None:
-    pixels, tokens = torch.randn(3, 3, 32, 32), base.tokenizer(["a cat", "dogs " * 90, ""])
+    pixels = torch.randn(3, 3, 32, 32)
+    tokens = base.tokenizer(["a cat", "dogs " * 90, ""])
     ours: Any = base.model
     theirs = (
         model.get_image_features(pixels).pooler_output,

@@ -53,7 +53,8 @@ def reference(
         for name, value in state.items()
         if name.startswith("visual.")
     }
-    width, depth = 64, 16
+    width = 64
+    depth = 16
 
     def norm(x: Tensor, name: str) -> Tensor:
         if f"{name}.weight" not in w:
@@ -142,7 +143,8 @@ def test_every_way_is_its_formula(kind: str, way: str, pixels: Tensor) -> None:
 
 def test_the_model_stays_as_it_is(pixels: Tensor) -> None:
     model = clip()
-    structure, before = repr(model), model.encode_image(pixels)
+    structure = repr(model)
+    before = model.encode_image(pixels)
     encode_patches(model, pixels, "naclip").sum().backward()
     assert repr(model) == structure
     assert "forward" not in vars(model.visual.transformer.resblocks[-1].attn)

@@ -151,7 +151,8 @@ def test_a_folder_that_would_run_code_is_refused(
     roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, message: str
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to a library that asks whether it may
-    base, mark = tmp_path / "base", tmp_path / "mark"
+    base = tmp_path / "base"
+    mark = tmp_path / "mark"
     shutil.copytree(roberta, base)
     edit_text(base, hf_model_name=str(base / "text"))
     change(base, f"open({str(mark)!r}, 'w').close()")
@@ -162,7 +163,8 @@ def test_a_folder_that_would_run_code_is_refused(
 
 
 def test_an_adapter_that_names_such_a_base_is_refused(tmp_path: Path) -> None:
-    base, mark = tmp_path / "base", tmp_path / "mark"
+    base = tmp_path / "base"
+    mark = tmp_path / "mark"
     name = make_base("siglip", base)
     save_adapter(random_adapter(name), tmp_path / "adapter.safetensors")
     trusted_tokenizer(base, f"open({str(mark)!r}, 'w').close()")

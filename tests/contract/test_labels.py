@@ -14,7 +14,8 @@ SIMPLE = ["a photo of a {}."]
 
 
 def test_published_templates():
-    vild, ovseg = read_templates("vild"), read_templates("ovseg")
+    vild = read_templates("vild")
+    ovseg = read_templates("ovseg")
     assert len(vild) == len(set(vild)) == 63 and len(ovseg) == len(set(ovseg)) == 14
     # ViLD's code: "This is " stands before what begins with an article
     assert sum(template.startswith("This is ") for template in vild) == 58

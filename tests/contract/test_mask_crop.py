@@ -31,8 +31,10 @@ def places(crop: Image.Image) -> NDArray[np.int64]:
 
 @st.composite
 def masks(draw: st.DrawFn) -> NDArray[np.bool_]:
-    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.floats(0, 1))
+    height = draw(st.integers(1, 40))
+    width = draw(st.integers(1, 40))
+    seed = draw(st.integers(0, 2**32 - 1))
+    share = draw(st.floats(0, 1))
     mask = np.random.default_rng(seed).random((height, width)) < share
     mask[draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))] = True
     return mask
@@ -52,7 +54,8 @@ def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
     where = np.argwhere(np.asarray(crop)[..., 2] == 255)
     assert len(np.unique(where - found, axis=0)) == 1  # moved, not distorted
     longest = int(np.ptp(found, axis=0).max()) + 1
-    border, (top, left) = round(padding * longest), where.min(0)
+    border = round(padding * longest)
+    top, left = where.min(0)
     assert crop.width == longest + 2 * border
     bottom, right = crop.width - 1 - where.max(0)
     assert (

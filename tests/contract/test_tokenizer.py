@@ -118,7 +118,11 @@ def hugging_face(
 
     class Fast:
         backend_tokenizer = core
-        pad_token_id, cls_token_id, sep_token_id, bos_token_id, eos_token_id = 0, 2, 3, None, None
+        pad_token_id = 0
+        cls_token_id = 2
+        sep_token_id = 3
+        bos_token_id = None
+        eos_token_id = None
 
         def __call__(self, texts, max_length, **_):
             core.enable_truncation(max_length)
@@ -128,12 +132,11 @@ def hugging_face(
             )
 
     reference = HFTokenizer.__new__(HFTokenizer)
-    reference.tokenizer, reference.context_length, reference.clean_fn = (
-        Fast(),
-        context_length,
-        get_clean_fn(clean),
-    )
-    reference.strip_sep_token, reference.tokenizer_mode = strip, ""
+    reference.tokenizer = Fast()
+    reference.context_length = context_length
+    reference.clean_fn = get_clean_fn(clean)
+    reference.strip_sep_token = strip
+    reference.tokenizer_mode = ""
     return reference
 
 

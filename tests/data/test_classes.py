@@ -18,13 +18,11 @@ from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_data
 
 # from the list of ImageNet's classes: id, number
-MISSILE, PROJECTILE, TENCH, SUNGLASS, SUNGLASSES = (
-    "n03773504",
-    "n04008634",
-    "n01440764",
-    "n04355933",
-    "n04356056",
-)
+MISSILE = "n03773504"
+PROJECTILE = "n04008634"
+TENCH = "n01440764"
+SUNGLASS = "n04355933"
+SUNGLASSES = "n04356056"
 
 
 def folders(root: Path, *names: str) -> str:

@@ -22,7 +22,10 @@ from radapter_serve.data import IGNORE, BrokenImage, MaskedImage, load_masked
 from radapter_serve.errors import RAdapterError
 
 IDS = np.zeros((6, 8), np.uint8)
-IDS[:3, :4], IDS[3:, 4:], IDS[0, 7], IDS[5, 0] = 1, 2, 7, 255
+IDS[:3, :4] = 1
+IDS[3:, 4:] = 2
+IDS[0, 7] = 7
+IDS[5, 0] = 255
 CLASSES = {0: "unlabeled", 2: "dog", 1: "cat, kitty"}
 
 
@@ -44,7 +47,8 @@ def only(spec: str, **options: Any) -> MaskedImage:
 
 def check(image: MaskedImage) -> None:
     """What every kind of data promises of one image."""
-    mask, segments = image.mask(), image.segments()
+    mask = image.mask()
+    segments = image.segments()
     assert mask.dtype == np.int32 and all(inside.dtype == bool for _, inside in segments)
     painted = np.zeros(mask.shape, bool)
     for label, inside in segments:
@@ -60,7 +64,8 @@ def test_a_label_map(folder: Path) -> None:
     (image,) = data.images
     assert image.name == "a.jpg" and image.data() == (folder / "images" / "a.jpg").read_bytes()
     expected = np.full((6, 8), IGNORE)  # ids 0, 7 and 255 among it
-    expected[:3, :4], expected[3:, 4:] = 1, 0
+    expected[:3, :4] = 1
+    expected[3:, 4:] = 0
     np.testing.assert_array_equal(image.mask(), expected)
     assert [label for label, _ in image.segments()] == [0, 1]
     check(image)
@@ -144,7 +149,8 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> No
 
 
 def test_what_is_wrong_with_a_file_is_said(folder: Path) -> None:
-    image, path = only(f"masks:{folder}"), folder / "masks" / "a.png"
+    image = only(f"masks:{folder}")
+    path = folder / "masks" / "a.png"
     Image.new("L", (6, 8)).save(path)
     with pytest.raises(RAdapterError, match="6 x 8 pixels but the image .* 8 x 6; .*EXIF"):
         image.mask()
@@ -198,7 +204,8 @@ def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
     assert data.classes == ["cat", "person"]
     (image,) = data.images
     expected = np.full((6, 8), IGNORE)
-    expected[ids == 70000], expected[(ids == 300) | (ids == 5)] = 0, 1
+    expected[ids == 70000] = 0
+    expected[(ids == 300) | (ids == 5)] = 1
     np.testing.assert_array_equal(image.mask(), expected)
     labels, masks = zip(*image.segments(), strict=True)
     assert labels == (0, 1, 1)

@@ -57,10 +57,8 @@ def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
     save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
-    labelled, captioned = (
-        load_labelled(f"imagefolder:{tmp_path / 'set'}"),
-        load_captioned(f"csv:{tmp_path / 't.csv'}"),
-    )
+    labelled = load_labelled(f"imagefolder:{tmp_path / 'set'}")
+    captioned = load_captioned(f"csv:{tmp_path / 't.csv'}")
     for data, row in ((labelled, labelled.rows[0]), (captioned, captioned.table[0])):
         np.testing.assert_array_equal(np.asarray(data.image(row)), UPRIGHT)
         data.exif_orientation = False
@@ -169,7 +167,8 @@ class Sees:
 
     def prepare(self, data: bytes) -> NDArray[Any]:
         image = Image.open(io.BytesIO(data))
-        pixels, number = np.asarray(image), image.getexif().get(274, 1)
+        pixels = np.asarray(image)
+        number = image.getexif().get(274, 1)
         if not self.exif_orientation:
             return pixels
         candidates = [

@@ -30,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> scenes.SceneData:
 
 
 def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
-    paper, both, one = len(scenes.scene_classes()), 0, {"painted": 0, "inside": 0}
+    paper = len(scenes.scene_classes())
+    both = 0
+    one = {"painted": 0, "inside": 0}
     for scene in scenes.compose("test", "emoji-noto", 3 * FEW, 0):
         background = Image.new("RGB", scene.image.size, scene.image.getpixel((0, 0)))
         painted = np.asarray(ImageChops.difference(scene.image, background)).max(axis=2) > 0
@@ -57,7 +59,8 @@ def test_a_mask_equals_the_alpha_of_its_drawing(monkeypatch: pytest.MonkeyPatch)
     drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
     monkeypatch.setattr(scenes, "rendered", lambda svg: drawn)
     monkeypatch.setattr(scenes, "SIDES", (scenes.CELL, scenes.CELL + 1))  # fills its cell
-    paper, expected = len(scenes.scene_classes()), np.asarray(alpha) >= 128
+    paper = len(scenes.scene_classes())
+    expected = np.asarray(alpha) >= 128
     (scene,) = scenes.compose("test", "colour", 1, 0)
     cells = scene.mask.reshape(scenes.CELLS, scenes.CELL, scenes.CELLS, scenes.CELL).swapaxes(1, 2)
     full = [cell for cell in cells.reshape(-1, scenes.CELL, scenes.CELL) if (cell != paper).any()]

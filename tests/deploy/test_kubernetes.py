@@ -230,7 +230,8 @@ def test_prometheus_finds_every_port_with_metrics(objects: Objects) -> None:
 
 
 def test_values_reach_what_they_name() -> None:
-    plain, objects = rendered({}), rendered(VALUES["a GPU"])
+    plain = rendered({})
+    objects = rendered(VALUES["a GPU"])
     spec = objects["Deployment", "server"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     assert container["image"] == "registry.example/serve:v1.0.0"

@@ -10,7 +10,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import confidence
 from radapter_serve.evaluation.confidence import fit_confidence, fit_sigmoid, fit_temperature
 
-N, CLASSES = 4000, 6
+N = 4000
+CLASSES = 6
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,11 @@ def test_no_temperature_where_none_is_best(logits: np.ndarray) -> None:
 
 
 def test_the_sigmoid_is_that_of_a_logistic_regression(logits: np.ndarray) -> None:
-    cosines, truth = logits / 30 + 0.2, drawn(logits, 1.0)
+    cosines = logits / 30 + 0.2
+    truth = drawn(logits, 1.0)
     right = np.eye(CLASSES)[truth]
-    positive, negative = right.sum(), (1 - right).sum()
+    positive = right.sum()
+    negative = (1 - right).sum()
     target = torch.tensor(np.where(right, (positive + 1) / (positive + 2), 1 / (negative + 2)))
     found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(

@@ -65,7 +65,8 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
     loops.
     """
     _, _, transform = open_clip.create_model_and_transforms(name)
-    tokenize, found = open_clip.get_tokenizer(name), {}
+    tokenize = open_clip.get_tokenizer(name)
+    found = {}
 
     def embed(files: list[Path]) -> np.ndarray:
         pixels = torch.stack([transform(Image.open(file)) for file in files])
@@ -113,7 +114,8 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
 ) -> None:
     rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
-    base, adapter = load_base(tiny_clip_dir), load_adapter(run_folder)
+    base = load_base(tiny_clip_dir)
+    adapter = load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))

@@ -96,7 +96,8 @@ def test_images_are_drawn_for_segmentation() -> None:
 
 
 def test_a_paired_difference_by_hand() -> None:
-    first, second = np.array([True, True, False, True]), np.array([False, True, False, False])
+    first = np.array([True, True, False, True])
+    second = np.array([False, True, False, False])
     lead, half = paired_difference([first], [second])  # differences 1, 0, 0, 1: variance 1/3
     assert (lead, half) == pytest.approx((0.5, 1.96 * np.sqrt(1 / 3 / 4)), abs=1e-4)
     assert paired_difference([first, second], [first, second]) == (0, 0)

@@ -79,10 +79,8 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
 
 def test_calibration_error_by_hand() -> None:
     # Bins of 15: 0.9 and 0.92 share (13/15, 14/15], 0.3 is alone in (4/15, 5/15], 1 in (14/15, 1].
-    confidences, hits = (
-        np.array([0.9, 0.92, 0.3, 1.0], np.float32),
-        np.array([True, False, True, True]),
-    )
+    confidences = np.array([0.9, 0.92, 0.3, 1.0], np.float32)
+    hits = np.array([True, False, True, True])
     sums = calibration_sums(confidences, hits)
     assert sums[0].tolist() == [0] * 4 + [1] + [0] * 8 + [2, 1]
     # |1/2 - 0.91| of two images, |1 - 0.3| of one, |1 - 1| of one
@@ -98,7 +96,8 @@ def test_an_edge_belongs_to_the_bin_below() -> None:
 @given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.integers(1, 5))
 def test_calibration_error_against_a_loop(n: int, seed: int, parts: int) -> None:
     generator = np.random.default_rng(seed)
-    confidences, hits = generator.random(n).astype(np.float32), generator.random(n) < 0.6
+    confidences = generator.random(n).astype(np.float32)
+    hits = generator.random(n) < 0.6
     expected = 0.0
     for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
         inside = (confidences > low) & (confidences <= high)

@@ -138,7 +138,8 @@ def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
     """The first mask has nothing above one half: the others keep the scores that they came with."""
     for name in ("a", "b"):
         with np.load(folder / "found" / f"{name}.npz") as found:
-            masks, scores = found["masks"], found["scores"]
+            masks = found["masks"]
+            scores = found["scores"]
         masks[0] = 0
         np.savez(folder / "found" / f"{name}.npz", masks=masks, scores=scores)
     (folder / "rest").mkdir()

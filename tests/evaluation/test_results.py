@@ -112,7 +112,8 @@ def test_a_row_is_what_its_line_says(fields: dict[str, Any]) -> None:
 
 
 def test_what_is_not_known_is_left_out_or_null() -> None:
-    segmented, plain = a_row(**SEGMENTED).to_dict(), a_row(alpha=None).to_dict()
+    segmented = a_row(**SEGMENTED).to_dict()
+    plain = a_row(alpha=None).to_dict()
     nulls = {name for name, value in segmented.items() if value is None}
     assert nulls == {
         "model",
@@ -177,7 +178,8 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
     image = Image.linear_gradient("L").resize((30, 20)).convert(mode)
     image.getexif()[0x0112] = 6  # a quarter turn
     image.save(out := io.BytesIO(), "JPEG", exif=image.getexif())
-    data, entry = out.getvalue(), Entry("x", name="a", exif_orientation=turn)
+    data = out.getvalue()
+    entry = Entry("x", name="a", exif_orientation=turn)
     assert as_seen(data, entry, SimpleNamespace(exif_orientation=turn)) is data  # type: ignore[arg-type]
     seen = Image.open(io.BytesIO(as_seen(data, entry, SimpleNamespace(exif_orientation=not turn))))  # type: ignore[arg-type]
     expected = Image.open(io.BytesIO(data)).convert("L" if mode == "L" else "RGB")

@@ -47,7 +47,8 @@ from radapter_serve.tasks.proposals import ProposalSegmenter
 from tests.helpers.small_models import release
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
-SIZE, PATCH = 32, 8
+SIZE = 32
+PATCH = 8
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,7 +64,9 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
     places = [
         (i, y, x) for i, truth in enumerate(truths) for y, x in np.argwhere(truth >= 0).tolist()
     ]
-    ious, recalls, right = [], [], 0
+    ious = []
+    recalls = []
+    right = 0
     for label in range(classes):
         true = {(i, y, x) for i, y, x in places if truths[i][y, x] == label}
         found = {(i, y, x) for i, y, x in places if answers[i][y, x] == label}
@@ -197,7 +200,8 @@ def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> Non
     assert row.per_class is not None and row.intervals is not None
     counts = np.array(row.confusion)
     for label, of in enumerate(row.per_class):
-        true, found = counts[label].sum(), counts[:, label].sum()
+        true = counts[label].sum()
+        found = counts[:, label].sum()
         iou = counts[label, label] / (true + found - counts[label, label])
         assert of.name == ["sky", "grass", "cow", "barn"][label] and of.n == true
         assert of.iou == pytest.approx(iou, abs=1e-4)
@@ -286,7 +290,8 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
 
 
 def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
-    height, width = 144, 160
+    height = 144
+    width = 160
     runs = {0: [height * width], 1: [0, height * width]}  # nothing, and everything
     most = int(
         np.bincount(
@@ -447,7 +452,8 @@ def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
 
-    suite, repository = suite_of(masked, SETS), dense_release / "model_repository"
+    suite = suite_of(masked, SETS)
+    repository = dense_release / "model_repository"
     expected = masks_of(ReleaseEmbedder(str(repository)), suite)
     with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
         for url in (server.grpc_url, server.http_url):

@@ -47,7 +47,8 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images, one folder a class."""
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(3)
     for number in range(30):
         colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         path = folder / CLASSES[number % len(CLASSES)] / f"{number}.png"

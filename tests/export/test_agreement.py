@@ -184,7 +184,8 @@ def test_unrelated_directions_never_pass_whatever_the_tolerance(
     precision: str, tolerance: float
 ) -> None:
     bounds = TOLERANCES[precision].widened(tolerance)
-    one, other = units(0), units(1)
+    one = units(0)
+    other = units(1)
     assert np.abs(one - other).max() < 0.3  # by components alone, they are near
     with pytest.raises(
         RAdapterError,

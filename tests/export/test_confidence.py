@@ -32,7 +32,8 @@ CLASSES = ["cat", "dog", "horse"]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
     for number in range(30):
         path = folder / CLASSES[number % 3] / f"{number:02}.png"
         path.parent.mkdir(exist_ok=True)
@@ -62,7 +63,8 @@ def test_a_release_carries_what_its_validation_data_says(
     assert named_releases(read_config(folder / "config.pbtxt"))[1].confidence == fitted
 
     local = LocalRelease(str(folders["model_repository"]))
-    classes, paths = sorted(CLASSES), sorted(photos.rglob("*.png"))
+    classes = sorted(CLASSES)
+    paths = sorted(photos.rglob("*.png"))
     prompts = [
         [template.replace("{}", name) for template in release.facts["templates"]]
         for name in classes

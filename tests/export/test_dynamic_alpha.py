@@ -70,8 +70,10 @@ def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
     tensors = {f"layer.{name}".removesuffix(".full"): tensor for name, tensor in f.items()}
     model = nn.Sequential(OrderedDict(model=nn.Sequential(OrderedDict(layer=layer))))
     tower = DynamicAlphaTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
-    x, alpha = torch.randn(3, 7, 5), torch.tensor([[0.0], [0.3], [1.0]])
-    w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+    x = torch.randn(3, 7, 5)
+    alpha = torch.tensor([[0.0], [0.3], [1.0]])
+    w = layer.weight.detach().double().numpy()
+    b = layer.bias.detach().double().numpy()
     matrix = (f["full"] if rank is None else f["up"].double() @ f["down"].double()).double().numpy()
     for row, a in enumerate((0.0, 0.3, 1.0)):
         expected = x[row].double().numpy() @ (w + a * matrix @ w).T + (b + a * matrix @ b)
@@ -87,11 +89,9 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     adapter_path: Path,
     tmp_path: Path,
 ) -> None:
-    base, adapter, values = (
-        tiny_base.model.state_dict(),
-        load_adapter(adapter_path),
-        inputs_of(name, tiny_base),
-    )
+    base = tiny_base.model.state_dict()
+    adapter = load_adapter(adapter_path)
+    values = inputs_of(name, tiny_base)
     dynamic_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dynamic.onnx")
     found = run(tmp_path / "dynamic.onnx", values, ALPHAS)
     expected = np.empty_like(found)
@@ -121,7 +121,8 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
     common: Path,
     tmp_path: Path,
 ) -> None:
-    base, generator = tiny_base.model.state_dict(), torch.Generator().manual_seed(5)
+    base = tiny_base.model.state_dict()
+    generator = torch.Generator().manual_seed(5)
     tensors = {
         f"{key}.{name}": torch.randn(shape, generator=generator) * 0.1
         for key in load_adapter(adapter_path).keys
@@ -195,7 +196,8 @@ def test_merged_is_the_fold_at_its_own_alpha(
 def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, ExportedRelease]) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         folder = dynamic[0] / "repository" / name / "1"
-        samples, encoder = Samples.load(folder), Encoder(folder / "model.onnx")
+        samples = Samples.load(folder)
+        encoder = Encoder(folder / "model.onnx")
         assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {
             0.0,
             0.25,
@@ -280,10 +282,8 @@ def test_soup_is_exported_as_the_average(
         {"digest": other.digest, "weight": 0.25},
     ]
     assert release.facts["adapter_digest"] not in (one.digest, other.digest)
-    base, merged = (
-        tiny_base.model.state_dict(),
-        load_file(release.merged / "open_clip_model.safetensors"),
-    )
+    base = tiny_base.model.state_dict()
+    merged = load_file(release.merged / "open_clip_model.safetensors")
     folds = [fold(base, adapter, 0.5) for adapter in (one, other)]
     for key, value in merged.items():
         np.testing.assert_allclose(value, 0.75 * folds[0][key] + 0.25 * folds[1][key], atol=1e-5)

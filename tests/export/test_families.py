@@ -47,7 +47,8 @@ def test_release_of_a_family_gives_what_open_clip_gives(
     save_adapter(
         random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors"
     )
-    repository, merged = tmp_path / "repository", tmp_path / "merged"
+    repository = tmp_path / "repository"
+    merged = tmp_path / "merged"
     (release,) = export_release(
         tmp_path, [0.7], ExportSettings(model_repository=repository, merged=merged)
     )

@@ -76,7 +76,9 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
 ) -> None:
-    trained, pair, embed = set(), LabelledImages.pair, ReleaseEmbedder.embed_texts
+    trained = set()
+    pair = LabelledImages.pair
+    embed = ReleaseEmbedder.embed_texts
 
     def recorded(self: Any, row: Any, draw: random.Random) -> Any:
         trained.add(

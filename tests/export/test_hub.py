@@ -70,7 +70,8 @@ def test_a_release_travels(
     assert hub.private == {NAME}
     assert pushed == f"hf-hub:{NAME}@{hub.repositories[NAME][-1][0]}"
 
-    own, texts = Model(here), ["a cat", "a dog"]
+    own = Model(here)
+    texts = ["a cat", "a dog"]
     with own, Model(f"hf-hub:{NAME}") as model, Model(pushed) as at_commit:
         np.testing.assert_array_equal(model.embed_images([png(1)]), own.embed_images([png(1)]))
         np.testing.assert_array_equal(at_commit.embed_texts(texts), own.embed_texts(texts))
@@ -141,7 +142,8 @@ def test_open_clip_and_radapter_take_the_weights_of_a_push(
 ) -> None:
     from radapter_serve.clip.base import load_base
 
-    base, image = load_base(pushed), [png(1)]
+    base = load_base(pushed)
+    image = [png(1)]
     with Model(dense_tiny_clip / "merged") as merged, Model(pushed, dense="naclip") as model:
         np.testing.assert_array_equal(model.embed_images(image), merged.embed_images(image))
     assert base.name == pushed

@@ -62,7 +62,8 @@ def types_of(path: Path) -> dict[str, set[int]]:
 def test_products_are_low_and_what_overflows_is_fp32(
     graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path, precision: str, name: str
 ) -> None:
-    graph, path = graphs[name], tmp_path / "model.onnx"
+    graph = graphs[name]
+    path = tmp_path / "model.onnx"
     before = {value.name: value.dtype for value in graph.model.graph.initializers.values()}
     lower(graph, precision).save(tiny_base.model.state_dict(), path)
     assert {value.name: value.dtype for value in graph.model.graph.initializers.values()} == before
@@ -73,7 +74,8 @@ def test_products_are_low_and_what_overflows_is_fp32(
     for kind in ("LayerNormalization", "Softmax", "ReduceSum", "Sqrt"):
         assert found[kind] == {TensorProto.FLOAT}
     model = onnx.load(path)
-    (taken,), (given,) = model.graph.input, model.graph.output
+    (taken,) = model.graph.input
+    (given,) = model.graph.output
     assert taken.type.tensor_type.elem_type in (TensorProto.UINT8, TensorProto.INT32)
     assert given.type.tensor_type.elem_type == TensorProto.FLOAT
     made = {node.output[0]: node for node in model.graph.node}
@@ -235,7 +237,8 @@ def accuracy_of_torch(base: Base, adapter: Adapter, photos: Path) -> float:
     model: Any = load_base(base.name).model
     model.load_state_dict(fold(base.model.state_dict(), adapter, 0.7))
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    classes, hits = sorted(CLASSES), []
+    classes = sorted(CLASSES)
+    hits = []
     with torch.no_grad():
         prompts = [
             [template.replace("{}", name) for template in adapter.metadata.templates]
@@ -370,7 +373,8 @@ def test_a_release_that_loses_points_is_refused(
     adapters are.
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    base, adapter = load_base(tiny_clip_dir), load_adapter(adapter_path)
+    base = load_base(tiny_clip_dir)
+    adapter = load_adapter(adapter_path)
     data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
     assert data is not None
     attach_adapter(base.model, adapter, 1.0)

@@ -68,7 +68,8 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 
     def call(alphas: Any = (0.5,), **changes: Any) -> list[ExportedRelease]:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        adapter, progress = changes.pop("adapter", adapter_path), changes.pop("progress", None)
+        adapter = changes.pop("adapter", adapter_path)
+        progress = changes.pop("progress", None)
         return export_release(
             adapter, alphas, ExportSettings(**{**where, **changes}), progress=progress
         )
@@ -389,7 +390,8 @@ def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     export()
     folder = tmp_path / "repository"
     done = 0
-    rename, replace = Path.rename, Path.replace
+    rename = Path.rename
+    replace = Path.replace
 
     def counted(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
         def moved(self: Path, target: Path) -> Path:

@@ -53,7 +53,8 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(
         parsed = parse(
             (exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
         )
-        (source, *optional), (result,) = parsed.input, parsed.output
+        source, *optional = parsed.input
+        (result,) = parsed.output
         assert [(each.name, each.optional) for each in optional] == (
             [("alpha", True)] if "embed_" in model else []
         )

@@ -38,7 +38,8 @@ def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: P
         ]
     if precision == "int8":
         random = np.random.default_rng(0)
-        [shape], kind = shapes.values(), np.int32 if graph.name == "text_encoder" else np.uint8
+        [shape] = shapes.values()
+        kind = np.int32 if graph.name == "text_encoder" else np.uint8
         batch = [3, *(9 if size < 0 else size for size in shape[1:])]
         quantize(path, [random.integers(0, 256, batch).astype(kind)])
     plan, profile = build(trt, path, Options(), **LIMITS)

@@ -119,7 +119,8 @@ def test_a_process_that_stops_in_order_and_needs_no_triton_to_start() -> None:
     port, nobody, _ = free_ports()
     process = start(Settings(port=port, server=f"127.0.0.1:{nobody}"))
     try:
-        url, answer = f"http://127.0.0.1:{port}", None
+        url = f"http://127.0.0.1:{port}"
+        answer = None
         for _ in range(200):
             try:
                 answer = urllib3.request("GET", f"{url}/health/live", retries=False)
@@ -152,7 +153,8 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port, *_ = free_ports()
-    url, said = f"http://127.0.0.1:{port}", list[str]()
+    url = f"http://127.0.0.1:{port}"
+    said: list[str] = []
     for name in ("start", "stop"):
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "failures", lambda _: [])

@@ -95,7 +95,8 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
     }
     image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["eA=="]}
     labels = {"name": "labels", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
-    path, both = "/v2/models/classify/versions/1/infer", {"inputs": [image, labels], "id": "one"}
+    path = "/v2/models/classify/versions/1/infer"
+    both = {"inputs": [image, labels], "id": "one"}
     status, found, headers = ask(served, path, both)
     assert status == 200 and headers["Content-Type"] == "application/json"
     assert found == {
@@ -115,7 +116,8 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
     outputs = [{"name": "label"}, {"name": "score", "parameters": {"binary_data": True}}]
     status, found, headers = ask(served, path, {**both, "outputs": outputs})
     length = int(headers["Inference-Header-Content-Length"])
-    head, rest = json.loads(found[:length]), found[length:]
+    head = json.loads(found[:length])
+    rest = found[length:]
     assert rest == np.float32(0.1).tobytes() and head["outputs"][0]["data"] == ["ü"]
     assert head["outputs"][1]["parameters"] == {"binary_data_size": 4}
     assert served.upstream.asked[-1].model_version == "1"

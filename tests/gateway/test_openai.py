@@ -227,7 +227,8 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     """The first batch says which; where another release takes over in between, all are made
     anew.
     """
-    answer, calls = served.upstream.infer, []
+    answer = served.upstream.infer
+    calls = []
 
     async def switching(message: Any, timeout: float, followed: Any = None) -> Any:
         calls.append((message.model_name, message.model_version))

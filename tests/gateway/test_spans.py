@@ -195,7 +195,9 @@ def test_spans_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             sent.append(len(spans))
             return SpanExportResult.SUCCESS
 
-    begun, gate, sent = threading.Event(), threading.Event(), list[int]()
+    begun = threading.Event()
+    gate = threading.Event()
+    sent: list[int] = []
     spans = Spans(Held())
     for number in range(200):
         spans.begin({}, "POST", "/x").end(Entry("id"))

@@ -20,7 +20,8 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     """Answers every inference with its own name, and counts them."""
 
     def __init__(self, name: str, seconds: float = 0.0) -> None:
-        self._name, self._seconds = name, seconds
+        self._name = name
+        self._seconds = seconds
 
     async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
         await asyncio.sleep(self._seconds)
@@ -43,7 +44,8 @@ async def asked(triton: upstream.Triton) -> str:
 
 def test_requests_are_spread_over_all_servers_of_a_name() -> None:
     async def main() -> Counter[str]:
-        first, second = await started("first"), await started("second")
+        first = await started("first")
+        second = await started("second")
         triton = upstream.Triton(f"ipv4:{first[1]},{second[1]}")
         names = Counter([await asked(triton) for _ in range(20)])
         await triton.close()
@@ -66,7 +68,8 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
     )
 
     async def main() -> list[str]:
-        first, second = await started("first", seconds=0.5), await started("second")
+        first = await started("first", seconds=0.5)
+        second = await started("second")
         addresses.extend([first[1], second[1]])
         triton = upstream.Triton("name:8001")
         slow = asyncio.ensure_future(asked(triton))

@@ -19,7 +19,8 @@ class BadNetwork:
     """
 
     def __init__(self, port: int) -> None:
-        self.delay, self.silent = 0.0, False
+        self.delay = 0.0
+        self.silent = False
         self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]

@@ -50,11 +50,11 @@ class ClipWithAdapters:
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None = None) -> None:
         model, _, self.transform = open_clip.create_model_and_transforms(name)
-        self.model, self.tokenize = (
-            model.eval().requires_grad_(False),
-            open_clip.get_tokenizer(name),
-        )
-        self.alpha, self.keys, self.gates = 1.0, list[str](), dict[str, float]()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenize = open_clip.get_tokenizer(name)
+        self.alpha = 1.0
+        self.keys: list[str] = []
+        self.gates: dict[str, float] = {}
         start: Weights = {}
         for tower, blocks in (
             ("visual.transformer", model.visual.transformer.resblocks),
@@ -176,7 +176,8 @@ def train_by_hand(
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
             pixels, y, texts = next(parts)
-            f, g = clip.images(pixels), clip.texts(texts)
+            f = clip.images(pixels)
+            g = clip.texts(texts)
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
             if bias is None:
@@ -228,7 +229,9 @@ def train_by_hand(
 
 def _rate(recipe: Recipe, step: int) -> float:
     assert recipe.steps is not None and recipe.warmup_steps is not None
-    low, high, warm = recipe.min_learning_rate, recipe.peak_rate, recipe.warmup_steps
+    low = recipe.min_learning_rate
+    high = recipe.peak_rate
+    warm = recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm
     return low + (high - low) * 0.5 * (
@@ -242,7 +245,8 @@ def _parts(
     """Pixels, which text belongs to which image, and texts of batch after batch, by the draws that
     the seed gives to epoch and index.
     """
-    size, epoch = recipe.batch_size // recipe.accumulate, 0
+    size = recipe.batch_size // recipe.accumulate
+    epoch = 0
     while True:
         order = torch.randperm(
             len(pairs), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
@@ -250,7 +254,8 @@ def _parts(
         for chunk in order.split(size):
             if len(chunk) < size:
                 continue
-            pixels, texts = [], []
+            pixels = []
+            texts = []
             of_text: list[int] = []
             of_image: list[set[int]] = []
             for index in chunk.tolist():
@@ -314,7 +319,8 @@ def recall_by_hand(
             clip.texts([text for pair in pairs for text in pair.texts])
             @ clip.images(_prepared(clip, pairs)).T
         )
-    image, text = scores.argmax(1) == owner, owner[scores.argmax(0)] == torch.arange(len(pairs))
+    image = scores.argmax(1) == owner
+    text = owner[scores.argmax(0)] == torch.arange(len(pairs))
     return 100 * image.float().mean().item(), 100 * text.float().mean().item()
 
 

@@ -47,7 +47,8 @@ def digest(inputs: dict) -> bytes:
 
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
-        self.name, self.version = args["model_name"], int(args["model_version"])
+        self.name = args["model_name"]
+        self.version = int(args["model_version"])
         self.surplus = Surplus()
         self.surplus.heed(self.name)
 
@@ -80,12 +81,10 @@ class TritonPythonModel:
         if self.name != "classify":
             output = "text_embeds" if self.name == "embed_text" else "image_embeds"
             return [pb.Tensor(output, np.stack([embed(row) for row in rows]))]
-        labels, label_set, templates, top_k = (
-            read("labels"),
-            read("label_set"),
-            read("templates"),
-            read("top_k"),
-        )
+        labels = read("labels")
+        label_set = read("label_set")
+        templates = read("templates")
+        top_k = read("top_k")
         if label_set is not None:
             if label_set[0, 0] != b"letters":
                 raise ValueError(
@@ -97,7 +96,8 @@ class TritonPythonModel:
             raise ValueError("[no_labels] give labels or a label_set")
         suffix = b"" if templates is None else b"|".join(templates[0])
         count = min(5 if top_k is None else int(top_k[0, 0]), labels.shape[1])
-        best, scores = [], []
+        best = []
+        scores = []
         for row, names in zip(rows, labels, strict=True):
             raw = np.array(
                 [

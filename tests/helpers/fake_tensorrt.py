@@ -29,7 +29,10 @@ class Driver:
     def __init__(
         self, *, init: int = 0, devices: int = 1, name: str = "NVIDIA H100", capability: str = "9.0"
     ) -> None:
-        self.init, self.devices, self.name, self.capability = init, devices, name, capability
+        self.init = init
+        self.devices = devices
+        self.name = name
+        self.capability = capability
         self.memory: dict[int, Any] = {}
         self.contexts = self.streams = 0
         self.budget = 1 << 30
@@ -218,7 +221,8 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         hardware_compatibility_level: Any = trt.HardwareCompatibilityLevel.NONE
 
         def __init__(self) -> None:
-            self._flags, self._cache = {"TF32"}, None
+            self._flags = {"TF32"}
+            self._cache = None
             self._profiles: list[Any] = []
             self._pools: dict[str, int] = {}
 
@@ -307,7 +311,8 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
 
     class ICudaEngine:
         def __init__(self, facts: Any, model: Any) -> None:
-            self._facts, self._model = facts, model
+            self._facts = facts
+            self._model = model
             self._values = {
                 value.name: value for value in (*model.graph.input, *model.graph.output)
             }

@@ -25,12 +25,10 @@ class Tensor:
 
 class TritonError(str):
     code: str
-    INTERNAL, INVALID_ARG, CANCELLED, UNAVAILABLE = (
-        "INTERNAL",
-        "INVALID_ARG",
-        "CANCELLED",
-        "UNAVAILABLE",
-    )
+    INTERNAL = "INTERNAL"
+    INVALID_ARG = "INVALID_ARG"
+    CANCELLED = "CANCELLED"
+    UNAVAILABLE = "UNAVAILABLE"
 
     def __new__(cls, text: str, code: str) -> TritonError:
         self = super().__new__(cls, text)
@@ -47,7 +45,8 @@ class Response:
     error_: TritonError | None = None
 
     def __init__(self, output_tensors: Any = None, error: Any = None) -> None:
-        self.output_tensors, self.error_ = output_tensors, error
+        self.output_tensors = output_tensors
+        self.error_ = error
 
     def has_error(self) -> bool:
         return self.error_ is not None

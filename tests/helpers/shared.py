@@ -29,7 +29,8 @@ def shared(common: Path, name: str, make: Callable[[Path], object]) -> Path:
         name: of the folder to make.
         make: fills the folder. Workers that ask meanwhile wait for it.
     """
-    folder, made = common / name, common / f"{name}.made"
+    folder = common / name
+    made = common / f"{name}.made"
     with FileLock(common / f"{name}.lock"):
         if not made.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker failed at it

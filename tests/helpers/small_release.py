@@ -37,7 +37,10 @@ from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.tasks.segment import Segment
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
-SIZE, GRID, WIDTH, VOCABULARY = 16, 4, 8, 49408
+SIZE = 16
+GRID = 4
+WIDTH = 8
+VOCABULARY = 49408
 TASKS = ("embed_image", "embed_text", "segment", "classify")
 # Of all these releases, whoever fitted it.
 CONFIDENCE = {

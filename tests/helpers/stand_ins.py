@@ -107,7 +107,9 @@ def http_server(
         first: answers to the first requests instead, one each; None breaks the connection.
         port: a free one if 0.
     """
-    left, last, seen = list(first), (status, body, headers or {}), list[Any]()
+    left = list(first)
+    last = (status, body, headers or {})
+    seen: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

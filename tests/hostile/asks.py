@@ -17,8 +17,10 @@ import numpy as np
 from tests.helpers.small_release import png
 
 KEY = "radapter-hostile-suite"
-LABEL_SET, INDEX = "colours", "photos"
-TYPE, LENGTH = "Content-Type", "Inference-Header-Content-Length"
+LABEL_SET = "colours"
+INDEX = "photos"
+TYPE = "Content-Type"
+LENGTH = "Inference-Header-Content-Length"
 _KINDS: dict[str, str] = {"INT32": "<i4", "FP32": "<f4", "UINT8": "u1", "BOOL": "?"}
 
 Value = Any  # a text, the bytes of an image, or numbers as a nested list
@@ -90,7 +92,8 @@ def ask(
         rows: whether the tensors begin with a row; the task's own way if None.
     """
     batched = model not in ("segment", "retrieve") if rows is None else rows
-    tensors, tail = [], b""
+    tensors = []
+    tail = b""
     for name, value in inputs.items():
         datatype = (
             "BYTES"

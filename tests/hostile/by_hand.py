@@ -61,7 +61,8 @@ def _text() -> Ask:
 
 
 def _http() -> Iterator[Made]:
-    key, right = f"Authorization: Bearer {KEY}\r\n".encode(), _text().raw()
+    key = f"Authorization: Bearer {KEY}\r\n".encode()
+    right = _text().raw()
     end = right.index(b"\r\n\r\n")
     host = b"Host: x\r\n" + key
     lines: dict[str, bytes] = {
@@ -195,7 +196,8 @@ def _headed(lines: bytes) -> bytes:
 
 
 def _chunks() -> Iterator[Made]:
-    body, host = _text().body, f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
+    body = _text().body
+    host = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
     head = _headed(b"Transfer-Encoding: chunked\r\n" + host)
     for size in (
         b"FFFFFFFFFFFFFFFF",
@@ -649,7 +651,8 @@ def _tensors() -> Iterator[Made]:
 
 def _numbers() -> Iterator[Made]:
     image: list[Any] = [png(1, 20, 20)]
-    nan, inf = np.array([np.nan], np.float32), np.array([np.inf], np.float32)
+    nan = np.array([np.nan], np.float32)
+    inf = np.array([np.inf], np.float32)
     for binary in (True, False):
         for value in (
             nan,

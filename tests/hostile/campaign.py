@@ -106,7 +106,8 @@ def run(
         failures: folder for the bytes of requests that break a promise.
         progress: called now and then with how many are done.
     """
-    report, lock = Report(), threading.Lock()
+    report = Report()
+    lock = threading.Lock()
 
     deadline = time.monotonic() + seconds
 

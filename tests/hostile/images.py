@@ -40,7 +40,8 @@ def png_of(
 
 
 def _zeros(count: int) -> bytes:
-    packer, block = zlib.compressobj(9), bytes(2**20)
+    packer = zlib.compressobj(9)
+    block = bytes(2**20)
     packed = b"".join(packer.compress(block) for _ in range(count // len(block)))
     return packed + packer.compress(bytes(count % len(block))) + packer.flush()
 
@@ -72,7 +73,8 @@ def hidden_scans(regions: int = 80) -> bytes:
     Image.new("L", (2000, 2000), 128).save(file, "JPEG", **options)
     data = file.getvalue()
     last = data.rindex(b"\xff\xda")
-    scan, head = data[last:-2], data[last : last + 10]
+    scan = data[last:-2]
+    head = data[last : last + 10]
     count = 65_000 // len(scan)
     hidden = head + b"\xff\x02\xff\xff" + scan * count + head + bytes(65_523 - len(scan) * count)
     return data[:last] + scan + hidden * regions + data[-2:]

@@ -87,7 +87,8 @@ def wrong(answer: Answer) -> str | None:
         return None if answer.body.startswith(b"# HELP") else "an answer of an unknown kind"
     try:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
-        head, rest = json.loads(answer.body[:size]), answer.body[size:]
+        head = json.loads(answer.body[:size])
+        rest = answer.body[size:]
         if "object" in head:
             return _of_openai(head)
         if "outputs" not in head:
@@ -120,7 +121,8 @@ def _values(output: dict[str, Any], rest: bytes) -> tuple[Any, bytes]:
             raise ValueError(f"{output['name']} has not {count} values")
         return output["data"], rest
     size = output["parameters"]["binary_data_size"]
-    part, rest = rest[:size], rest[size:]
+    part = rest[:size]
+    rest = rest[size:]
     if len(part) != size:
         raise ValueError(f"{output['name']} is cut")
     if output["datatype"] != "BYTES":

@@ -203,7 +203,8 @@ def of_values(random: Random) -> Case:
     tensors = ask.head["inputs"]
     chosen = random.randrange(len(tensors))
     tensor = tensors[chosen]
-    name, count = tensor["name"], max(1, len(tensor.get("data", [1])))
+    name = tensor["name"]
+    count = max(1, len(tensor.get("data", [1])))
     if tensor["datatype"] != "BYTES":
         values: list[Any] = [random.choice(NUMBERS) for _ in range(count)]
     elif name == "image":
@@ -212,7 +213,8 @@ def of_values(random: Random) -> Case:
         pool = WHERE if name == "where" and random.random() < 0.8 else TEXTS
         values = [random.choice(pool) for _ in range(count)]
     if ask.binary and tensor["datatype"] == "BYTES":
-        size, start = tensor["parameters"]["binary_data_size"], _start(ask, chosen)
+        size = tensor["parameters"]["binary_data_size"]
+        start = _start(ask, chosen)
         if random.random() < 0.2:
             values = [random.randbytes(random.choice([1, 10, 1000]))]
         packed = pack(values)
@@ -220,7 +222,8 @@ def of_values(random: Random) -> Case:
         tensor["parameters"]["binary_data_size"] = len(packed)
         ask.tail = ask.tail[:start] + packed + ask.tail[start + size :]
     elif ask.binary:
-        size, start = tensor["parameters"]["binary_data_size"], _start(ask, chosen)
+        size = tensor["parameters"]["binary_data_size"]
+        start = _start(ask, chosen)
         ask.tail = ask.tail[:start] + random.randbytes(size) + ask.tail[start + size :]
     else:
         tensor["data"] = [as_text(one) if isinstance(one, bytes) else one for one in values]
@@ -262,7 +265,8 @@ def of_noise(random: Random) -> Case:
             "random bytes as a body",
             (ask.raw(noise) if not ask.binary else _plain(ask).raw(noise),),
         )
-    ask.tail, ask.binary = noise, True
+    ask.tail = noise
+    ask.binary = True
     return Case("random bytes as tensors", (ask.raw(),), CHECKED)
 
 
@@ -471,7 +475,8 @@ def _reshaped(ask: Ask, random: Random) -> None:
     if tensors := [
         one for one in _tensors(ask) if isinstance(one.get("data"), list) and one["data"]
     ]:
-        tensor, count = random.choice(tensors), random.choice([0, 2, 3, 65, 300])
+        tensor = random.choice(tensors)
+        count = random.choice([0, 2, 3, 65, 300])
         tensor["data"] = [tensor["data"][0]] * count
         tensor["shape"] = random.choice([[1, count], [count], [count, 1], [1, 1, count]])
 

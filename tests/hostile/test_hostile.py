@@ -43,7 +43,8 @@ def test_refused_bodies_of_many_callers(tmp_path: Path) -> None:
     with engine(tmp_path) as (address, process):
         # What the first requests load is not theirs.
         run(address, SEED, numbers[: len(numbers) // 20])
-        files, memory = open_files(process.pid), rss(process.pid)
+        files = open_files(process.pid)
+        memory = rss(process.pid)
         with Good(address) as good:
             report = run(address, SEED, numbers, workers=100, failures=tmp_path / "failures")
         assert not report.failures, "; ".join(map(str, report.failures[:20]))

@@ -22,7 +22,9 @@ from tests.hostile.wire import exchange
 from tests.hostile.world import World
 
 LIMIT = 5.0  # seconds after which a request counts as hanging
-SERVER_DIED, MODEL_DIED, HUNG = "tritonserver died", "a model died", "hung"
+SERVER_DIED = "tritonserver died"
+MODEL_DIED = "a model died"
+HUNG = "hung"
 _METHODS = (
     *(
         "ModelInfer",
@@ -56,7 +58,8 @@ def over_http(
         seconds: after which no more are sent.
         progress: told how many are done.
     """
-    report, deadline = Report(), time.monotonic() + seconds
+    report = Report()
+    deadline = time.monotonic() + seconds
     numbers = sorted({*range(count)} - {*of_kind("refused body")})
     Random(seed).shuffle(numbers)
     for number in numbers:
@@ -73,7 +76,8 @@ def over_grpc(
     world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]
 ) -> Report:
     """Send hostile messages over gRPC, one by one; the arguments are those of `over_http`."""
-    report, address = Report(), world.server.grpc_url.removeprefix("grpc://")
+    report = Report()
+    address = world.server.grpc_url.removeprefix("grpc://")
     deadline = time.monotonic() + seconds
     for number in range(count):
         if time.monotonic() > deadline:

@@ -102,8 +102,12 @@ def exchange(address: tuple[str, int], case: Case, limit: float = LONG) -> Outco
 
 
 def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline: float) -> None:
-    parts, sending, wake = list(case.parts), memoryview(b""), 0.0
-    all_sent, ended_own, watch = 0.0, False, select.poll()
+    parts = list(case.parts)
+    sending = memoryview(b"")
+    wake = 0.0
+    all_sent = 0.0
+    ended_own = False
+    watch = select.poll()
     while True:
         now = time.monotonic()
         while not sending and now >= wake and parts:
@@ -136,7 +140,9 @@ def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline:
                 except BlockingIOError:
                     pass
                 except ConnectionError:  # refused meanwhile: what it said is read below
-                    sending, parts, all_sent = memoryview(b""), [], now
+                    sending = memoryview(b"")
+                    parts = []
+                    all_sent = now
             if event & (select.POLLIN | select.POLLERR | select.POLLHUP) and not _receive(
                 connection, case, outcome
             ):
@@ -145,7 +151,8 @@ def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline:
             wake = time.monotonic() + (
                 _AFTER if case.answers > 1 or case.kind.startswith("HTTP") else 0
             )
-            sending, parts = memoryview(b""), []
+            sending = memoryview(b"")
+            parts = []
 
 
 def _receive(connection: socket.socket, case: Case, outcome: Outcome) -> bool:
@@ -161,7 +168,9 @@ def _receive(connection: socket.socket, case: Case, outcome: Outcome) -> bool:
     while (len(outcome.rest) >= outcome.needed or not data) and (
         found := parse(bytes(outcome.rest), case.method, ended=not data)
     ):
-        answer, outcome.rest, outcome.needed = found[0], bytearray(found[1]), 0
+        answer = found[0]
+        outcome.rest = bytearray(found[1])
+        outcome.needed = 0
         if answer.status >= 200:
             outcome.answers.append(answer)
     if not outcome.needed and (

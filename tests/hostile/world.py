@@ -107,7 +107,9 @@ def _peak(pid: int) -> int:
 
 def prepare(folder: Path) -> tuple[Path, Path, Path]:
     """Make a model repository with a tiny release, a folder with its index, and a file of keys."""
-    repository, indexes, keys = folder / "models", folder / "indexes", folder / "keys"
+    repository = folder / "models"
+    indexes = folder / "indexes"
+    keys = folder / "keys"
     write_release(repository, 1, seed=1, tasks=(*TASKS, "retrieve"))
     photos = folder / "photos"
     photos.mkdir()
@@ -205,7 +207,8 @@ class Good:
     slowest: float = 0.0
 
     def __enter__(self) -> Good:
-        self._first, self._stop = answers(self.address), threading.Event()
+        self._first = answers(self.address)
+        self._stop = threading.Event()
         for task, answer in self._first.items():
             assert answer is not None and answer.status == 200 and wrong(answer) is None, (
                 f"{task}: {answer}"

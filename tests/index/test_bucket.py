@@ -140,7 +140,8 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     copy = storage.copy
     vectors, texts = clustered(1200, 32, 30)
     release = Ready(vectors, texts[:100])
-    out, linked = tmp_path / "index", tmp_path / "linked"
+    out = tmp_path / "index"
+    linked = tmp_path / "linked"
     for count in (1000, 1050, 1100, 1150):
         write_numbers(tmp_path / "photos", range(count))
         build(str(tmp_path / "photos"), out, release)
@@ -162,7 +163,7 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     client.put_object(Bucket="pictures", Key=key, Body=b"broken")
     os.utime(codes.parent, (0, 0))
     codes.write_bytes(b"broken")
-    fetched = list[str]()
+    fetched: list[str] = []
 
     def counted(source: str, target: str, *, down: bool) -> None:
         fetched.append(source)
@@ -304,7 +305,8 @@ def test_a_storage_is_asked_again_five_seconds_after_its_answer(
     build(str(photos), tmp_path / "index", FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
-    now, asked = [0.0], list[float]()
+    now = [0.0]
+    asked: list[float] = []
     indexes = OpenIndexes(tmp_path, lambda: now[0])
     index = indexes.get("linked")
     answer = Bucket.current
@@ -370,7 +372,8 @@ def test_an_outage_takes_no_image_out_of_an_index(
 ) -> None:
     for path in photos.iterdir():
         client.upload_file(str(path), "pictures", f"raw/{path.name}")
-    release, out = FakeRelease(), tmp_path / "index"
+    release = FakeRelease()
+    out = tmp_path / "index"
     build("s3://pictures/raw", out, release, on_broken="skip")
     asked = storage.file_system()
 
@@ -464,7 +467,8 @@ def test_images_on_object_storage_are_indexed(
         put(f"raw/deep/{path.name}", path.read_bytes())
     put("raw/.hidden/x.png", b"x")
     put("raw/notes.txt", b"x")
-    release, out = FakeRelease(), tmp_path / "index"
+    release = FakeRelease()
+    out = tmp_path / "index"
     summary = build("s3://pictures/raw", out, release)
     assert (summary.count, summary.left_out) == (5, {".txt": 1})
     embeds = embeds_of(release, sorted(photos.iterdir()))

@@ -428,7 +428,8 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
     monkeypatch.setattr(
         index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
     )
-    folder, out = tmp_path / "photos", tmp_path / "index"
+    folder = tmp_path / "photos"
+    out = tmp_path / "index"
     names = np.random.default_rng(0).permutation([f"{number:02}" for number in range(60)])
     for part in (names[:25], names[25:]):
         for name in part:
@@ -557,7 +558,9 @@ def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
 ) -> None:
     out = tmp_path / "index"
     stop_a_build(photos, out, monkeypatch, release)
-    source, other, options = str(photos), FakeRelease(), dict[str, Any]()
+    source = str(photos)
+    other = FakeRelease()
+    options: dict[str, Any] = {}
     if what == "release":
         other = FakeRelease(alpha=0.1)
     elif what == "columns":
@@ -820,7 +823,8 @@ def test_an_addition_that_fails_is_not_seen(
     with pytest.raises(RAdapterError, match=r"'zz.png' can't be indexed.*--on-broken skip"):
         add(tmp_path / "index", release)
     assert len(open_index(tmp_path / "index").search(query, 100)) == 12
-    opened, embedded = open_index(tmp_path / "index"), release.embedded
+    opened = open_index(tmp_path / "index")
+    embedded = release.embedded
     summary = add(tmp_path / "index", release, on_broken="skip")
     assert (summary.count, release.embedded, list(summary.broken)) == (
         16,

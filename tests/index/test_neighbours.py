@@ -31,7 +31,9 @@ from radapter_serve.index.verify import verify
 from tests.helpers.indexes import said, say, searched
 from tests.index.test_index import FakeRelease
 
-COUNT, DIM, EXACT = 3000, 32, 200
+COUNT = 3000
+DIM = 32
+EXACT = 200
 
 
 class Ready(FakeRelease):
@@ -39,7 +41,8 @@ class Ready(FakeRelease):
 
     def __init__(self, vectors: NDArray[np.float32], texts: NDArray[np.float32]) -> None:
         super().__init__()
-        self.vectors, self.texts = vectors, texts
+        self.vectors = vectors
+        self.texts = texts
         self.facts = dataclasses.replace(self.facts, embed_dim=vectors.shape[1])
 
     def prepare(self, data: bytes) -> Any:
@@ -144,7 +147,8 @@ def test_images_and_texts_are_found_with_their_own_scores(
 ) -> None:
     lower(monkeypatch)
     folder, release = built
-    index, vectors = open_index(folder / "index"), release.vectors[:COUNT]
+    index = open_index(folder / "index")
+    vectors = release.vectors[:COUNT]
     assert index.facts.nearest is not None
     for queries in (release.vectors[COUNT : COUNT + 100], clustered(COUNT + 400, DIM, 60)[1][100:]):
         assert recall(index, queries, vectors) >= 0.95
@@ -161,7 +165,8 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
 ) -> None:
     lower(monkeypatch)
     folder, release = built
-    index, vectors = open_index(folder / "index"), release.vectors[:COUNT]
+    index = open_index(folder / "index")
+    vectors = release.vectors[:COUNT]
     queries = release.vectors[COUNT : COUNT + 50]
     for query in queries[:10]:
         assert found(index, query, 10, "path < '000150.jpg'") == list(
@@ -176,7 +181,8 @@ def test_additions_and_removals_are_found(
     copied: tuple[Path, Ready], built: tuple[Path, Ready]
 ) -> None:
     out, release = copied
-    photos, before = built[0] / "photos", release.embedded
+    photos = built[0] / "photos"
+    before = release.embedded
     elsewhere = open_index(out)
     cells = said(out)["nearest"]["trained_on"]
     (photos / "000000.jpg").unlink()
@@ -218,7 +224,8 @@ def test_a_damaged_file_is_refused_in_one_line_and_mended(
     name: str, harm: str, copied: tuple[Path, Ready]
 ) -> None:
     out, release = copied
-    path, before = searched(out) / name, release.embedded
+    path = searched(out) / name
+    before = release.embedded
     data = bytearray(path.read_bytes())
     path.unlink()
     if harm == "cut":
@@ -253,7 +260,8 @@ def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(
     import faiss
 
     out, release = copied
-    folder, codes = searched(out), searched(out) / CODES
+    folder = searched(out)
+    codes = searched(out) / CODES
     if what == "another kind":
         flat = faiss.IndexFlatIP(DIM)
         flat.add(release.vectors[:COUNT])
@@ -327,7 +335,8 @@ def test_few_rows_are_compared_without_faiss(
     """Up to EXACT rows that meet a condition; one more, and FAISS is asked."""
     monkeypatch.setattr(store_table, "EXACT", 900)
     folder, release = built
-    index, query = open_index(folder / "index"), release.vectors[COUNT]
+    index = open_index(folder / "index")
+    query = release.vectors[COUNT]
     monkeypatch.setattr(Neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
     assert found(index, query, 10, "path < '000900.jpg'") == list(
         np.argsort(-(release.vectors[:900] @ query))[:10]
@@ -341,7 +350,8 @@ def many(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]:
     """20,000 vectors, and queries."""
-    count, dim = 20_000, 64
+    count = 20_000
+    dim = 64
     folder = tmp_path_factory.mktemp("many")
     vectors, texts = clustered(count + 20, dim, 200)
     queries = np.concatenate([vectors[count:], texts[-10:]])
@@ -366,7 +376,8 @@ def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
     monkeypatch.setattr(
         index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
     )
-    photos, out = tmp_path / "photos", tmp_path / "index"
+    photos = tmp_path / "photos"
+    out = tmp_path / "index"
     vectors, texts = clustered(61, 16, 5)
     release = Ready(vectors, texts)
     for count, trained_on in ((20, None), (30, 30), (60, 30), (61, 61)):
@@ -414,7 +425,8 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
     """
     near, vectors, queries = many
     effort = tune(near, queries[-10:], queries=20)
-    random, hits = np.random.default_rng(3), 0
+    random = np.random.default_rng(3)
+    hits = 0
     for query in queries:
         order = np.argsort(-(vectors @ query))
         name, _, number = kept.rpartition(" ")

@@ -70,7 +70,8 @@ def test_build_publishes_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("radapter_serve.runtimes.origin.release_of", lambda origin: FakeRelease())
-    linked, url = tmp_path / "linked", f"{store.url}/photos"
+    linked = tmp_path / "linked"
+    url = f"{store.url}/photos"
     call = ["build", str(photos), "--out", str(tmp_path / "index")]
     assert main([*call, "--store", "elsewhere://x/y"]) == 2
     assert not (tmp_path / "index").exists()
@@ -85,7 +86,8 @@ def test_the_hits_are_numpys(
     store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
-    linked, url = tmp_path / "linked", f"{store.url}/photos"
+    linked = tmp_path / "linked"
+    url = f"{store.url}/photos"
     assert (
         main(["publish", str(tmp_path / "index"), url]) == 0
         and main(["link", url, "--out", str(linked)]) == 0
@@ -165,7 +167,8 @@ def table(photos: Path, tmp_path: Path) -> str:
 
 def test_conditions_are_met_as_in_sql(store: FakeQdrant, table: str, tmp_path: Path) -> None:
     put(store, table, tmp_path)
-    local, linked = open_index(tmp_path / "index"), open_index(tmp_path / "indexes" / "photos")
+    local = open_index(tmp_path / "index")
+    linked = open_index(tmp_path / "indexes" / "photos")
     for where in CONDITIONS:
         wanted = {hit.id: hit.metadata for hit in local.search(QUERY, 100, where)}
         assert 0 < len(wanted) < 8, where
@@ -354,7 +357,8 @@ def test_answers_that_make_no_sense(
 
 def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     put(store, str(photos), tmp_path)
-    url, folder = f"{store.url}/photos", tmp_path / "indexes" / "photos"
+    url = f"{store.url}/photos"
+    folder = tmp_path / "indexes" / "photos"
     generation, facts = Qdrant(url).current()
     wider = dataclasses.replace(facts.plan.release, embed_dim=DIM + 1)
     values = {**dataclasses.asdict(facts), "generation": generation}

@@ -152,7 +152,8 @@ def test_an_engine_that_is_built_later_gets_its_digest(sealed: Path) -> None:
 def test_owners_may_change_how_a_model_runs(sealed: Path) -> None:
     path = sealed / "image_encoder" / CONFIG
     config = read_config(path)
-    config.instance_group[0].count, config.max_batch_size = 3, 16
+    config.instance_group[0].count = 3
+    config.max_batch_size = 16
     config.dynamic_batching.max_queue_delay_microseconds = 500
     path.write_text(text_format.MessageToString(config))
     check_configs(sealed, 2)

@@ -124,7 +124,8 @@ def test_a_config_asks_for_each_runtime_and_back() -> None:
 
 
 def test_a_config_may_differ_in_who_makes_batches_and_in_nothing_else() -> None:
-    batched, alone = config_of(**BATCHED), config_of(**ALONE)
+    batched = config_of(**BATCHED)
+    alone = config_of(**ALONE)
     assert _difference(batched, alone) == _difference(alone, batched) == ""
     assert (
         _difference(batched, config_of(**{**ALONE, "dims": "8, 8, 3"}))

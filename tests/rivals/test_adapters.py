@@ -116,10 +116,12 @@ def test_grouped_bottleneck_by_its_equation():
 def test_lora_is_counted_once(make_run: Callable[..., Run]):
     run = make_run()
     system = started(LoRA(rank=2, scale=1), run)
-    weights, base = system.clip(), run.of({}).base.model.state_dict()
+    weights = system.clip()
+    base = run.of({}).base.model.state_dict()
     assert weights is not None
     for tower in ("visual.", ""):
-        name, state = f"{tower}transformer.resblocks.1.attn", system.state_dict()
+        name = f"{tower}transformer.resblocks.1.attn"
+        state = system.state_dict()
         a, b = (state[f"model.{name}.lora_{part}.default.weight"] for part in "AB")
         torch.testing.assert_close(
             weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5**0.5 * b @ a
@@ -193,10 +195,12 @@ def test_drop_path_drops_whole_branches_of_an_input_more_often_the_deeper(
 
 def test_infonce_contrasts_with_the_prompts_of_the_batch(make_run: Callable[..., Run]):
     system = started(AdaptFormer(loss="infonce", dropout=0.0), make_run())
-    model, texts = system.model, ["a green.", "the green.", "a blue."]
+    model = system.model
+    texts = ["a green.", "the green.", "a blue."]
     with torch.no_grad():
         found = float(system({"pixels": PIXELS, "labels": torch.tensor([1, 1, 0]), "texts": texts}))
-        images, texts = model.encode_image(PIXELS), model.encode_text(system.tokenizer(texts))
+        images = model.encode_image(PIXELS)
+        texts = model.encode_text(system.tokenizer(texts))
         loss = open_clip.ClipLoss()(
             nn.functional.normalize(images, dim=-1),
             nn.functional.normalize(texts, dim=-1),

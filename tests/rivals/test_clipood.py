@@ -23,11 +23,13 @@ def beta_density(place: float, beta: float) -> float:
 
 def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
     system = CLIPood(margin=0.3).start(make_run())
-    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 1, 1])
+    pixels = torch.randn(4, 3, 32, 32)
+    labels = torch.tensor([2, 0, 1, 1])
     with torch.no_grad():
         loss = float(system({"pixels": pixels, "labels": labels, "texts": []}))
         model = system.model
-        images, scale = F.normalize(model.encode_image(pixels), dim=-1), model.logit_scale.exp()
+        images = F.normalize(model.encode_image(pixels), dim=-1)
+        scale = model.logit_scale.exp()
         texts = model.encode_text(
             system.tokenizer([f"a photo of a {name}." for name in ("blue", "green", "red")])
         )
@@ -40,7 +42,8 @@ def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
 
 
 def test_image_tower_ends_as_the_weighted_mean_of_its_steps(make_run: Callable[..., Run]):
-    run, method = make_run(steps=3, learning_rate=1e-2), CLIPood(beta=0.3)
+    run = make_run(steps=3, learning_rate=1e-2)
+    method = CLIPood(beta=0.3)
     system = method.start(run)
     assert isinstance(system, Margins)
     seen = [[parameter.detach().clone() for parameter in system.learning()]]

@@ -148,7 +148,8 @@ def test_save_writes_what_the_table_has_judged(
     assert main([table, *flags, "--only", name]) == 0
     assert save([name, str(tmp_path / "merged"), *flags, "--table", table]) == 0
     assert here == [type(TABLES[table].rows[name]).__name__]  # learned once
-    suite, results = str(tmp_path / "suite.yaml"), str(tmp_path / "results")
+    suite = str(tmp_path / "suite.yaml")
+    results = str(tmp_path / "results")
     capsys.readouterr()
     assert (
         radapter_eval(

@@ -30,7 +30,8 @@ class Two(System):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.base)
-        self.one, self.other = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.one = nn.Parameter(torch.zeros(()))
+        self.other = nn.Parameter(torch.zeros(()))
         self.seen: list[float] = []
 
     def forward(self, batch: Batch) -> Tensor:
@@ -79,7 +80,8 @@ def test_refuses_too_few_images_and_losses_that_are_not_finite(make_run: Callabl
 
 def test_flyp_is_the_loss_of_clip(make_run: Callable[..., Run]):
     run = make_run()
-    system, pixels = Flyp(run.base), torch.randn(3, 3, 32, 32)
+    system = Flyp(run.base)
+    pixels = torch.randn(3, 3, 32, 32)
     texts = ["a photo of a red.", "a photo of a blue.", "a photo of a red."]
     with torch.no_grad():
         images = system.model.encode_image(pixels, normalize=True)

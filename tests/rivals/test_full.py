@@ -25,15 +25,14 @@ from rivals.run import Run
 from rivals.soup import Mixed, UniformSoup
 from rivals.system import Cost, Learned
 
-PIXELS, LABELS = (
-    torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-    torch.tensor([0, 1, 2, 1]),
-)
+PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 1])
 
 
 def test_head_starts_as_the_zero_shot_classifier(make_run: Callable[..., Run]):
     run = make_run()
-    system, base = Classifier(run), load_base(run.recipe.architecture)
+    system = Classifier(run)
+    base = load_base(run.recipe.architecture)
     model: Any = base.model
     classifier = zero_shot_classifier(
         model, base.tokenizer, ["blue", "green", "red"], ["a photo of a {}."]
@@ -116,9 +115,11 @@ def test_line_is_an_interpolation(make_run: Callable[..., Run]):
 
 @pytest.mark.slow
 def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
-    run, method = make_run(), ProbeThenFineTuning()
+    run = make_run()
+    method = ProbeThenFineTuning()
     standing = dataclasses.replace(method, settings={**method.settings, "learning_rate": 1e-12})
-    probe, found = learned(method.probe, run), learned(standing, run)
+    probe = learned(method.probe, run)
+    found = learned(standing, run)
     torch.testing.assert_close(
         found.end["head.weight"], probe.end["head.weight"], rtol=0, atol=1e-7
     )
@@ -129,7 +130,8 @@ def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
 
 @pytest.mark.slow
 def test_soup_is_the_mean_of_its_members(make_run: Callable[..., Run]):
-    run, method = make_run(), UniformSoup(members=3)
+    run = make_run()
+    method = UniformSoup(members=3)
     found = learned(method, run)
     members = [learned(recipe, run).at(1.0).state_dict() for recipe in method.recipes()]
     for name, value in found.system.state_dict().items():

@@ -13,10 +13,8 @@ from rivals.full import Classifier
 from rivals.mask_fill import Masked, MaskFill
 from rivals.run import Run
 
-PIXELS, LABELS = (
-    torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-    torch.tensor([0, 1, 2, 1]),
-)
+PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 1])
 
 
 @pytest.fixture

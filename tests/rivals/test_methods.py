@@ -35,7 +35,8 @@ def test_learns_is_kept_and_judged(
     sets: list[EvaluationSet],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    method, run = small(name), make_run()
+    method = small(name)
+    run = make_run()
     first = learned(method, run)
     monkeypatch.setattr(type(method), "learn", None)  # a second time it is read
     again = learned(method, run)
@@ -53,16 +54,19 @@ def test_learns_is_kept_and_judged(
 def test_start_of_the_line_is_zero_shot(name: str, make_run: Callable[..., Run]):
     run = make_run()
     pixels = torch.randn(5, 3, 32, 32)
-    zero, method = learned(METHODS["zero-shot"], run).system, small(name)
+    zero = learned(METHODS["zero-shot"], run).system
+    method = small(name)
     found = learned(method, run)
     end = {key: value.clone() for key, value in found.at(1.0).state_dict().items()}
     ends = learned(dataclasses.replace(method, alpha=None), run).at(1.0).state_dict()
     torch.testing.assert_close(end, dict(ends), rtol=0, atol=0)
-    classes, templates = run.data.classes, ["a photo of a {}."]  # type: ignore[union-attr]
+    classes = run.data.classes  # type: ignore[union-attr]
+    templates = ["a photo of a {}."]
 
     def scores(system):
         with torch.no_grad():
             return system.embed_images(pixels) @ system.embed_classes(classes, templates).T
 
-    start, expected = scores(found.at(0.0)), scores(zero)
+    start = scores(found.at(0.0))
+    expected = scores(zero)
     torch.testing.assert_close(start / start.norm(), expected / expected.norm())

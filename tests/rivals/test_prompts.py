@@ -33,7 +33,8 @@ class ByHand:
         """A prompt of placeholders and a class; contexts[j] stands behind the start token before
         block j.
         """
-        model, tokens = self.model, self.tokenize([words])
+        model = self.model
+        tokens = self.tokenize([words])
         x = model.token_embedding(tokens)
         for number, block in enumerate(model.transformer.resblocks):
             if number < len(contexts):
@@ -172,7 +173,8 @@ def test_cocoop_gives_each_image_its_own_classes(make_run: Callable[..., Run], b
 def test_maple_couples_prompts_of_both_towers(
     depth: int, make_run: Callable[..., Run], by_hand: ByHand
 ):
-    run, method = make_run(), MaPLe(depth=depth)
+    run = make_run()
+    method = MaPLe(depth=depth)
     names = {"context.vectors", *(f"deep.{j}" for j in range(depth - 1))}
     names |= {f"couple.{j}.{name}" for j in range(depth) for name in ("weight", "bias")}
     assert changed(method, run) == names

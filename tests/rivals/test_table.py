@@ -151,7 +151,8 @@ def test_table_is_written_and_not_made_twice(
 def test_what_is_done_counts_where_the_data_has_moved(
     benchmark_file: Path, here: list[str], tmp_path: Path
 ):
-    out, other = ["--out", str(tmp_path / "out"), "--only", "FT"], tmp_path / "other"
+    out = ["--out", str(tmp_path / "out"), "--only", "FT"]
+    other = tmp_path / "other"
     other.mkdir()
     assert main(["1", "--data", str(benchmark_file), *out]) == 0
     for name in ("benchmark.yaml", "suite.yaml", "templates.txt"):
@@ -180,7 +181,8 @@ def test_what_auto_chooses_stands_beside_whole_runs(
         of = {one.dataset: 100 * one.metrics["acc1"] for one in line.rows}
         (learned_at,) = re.findall(r"'learning_rate': ([0-9.e-]+)", line.method)
         scores[f"{float(learned_at):.2g}"] = of["same"], (of["other"] + of["third"]) / 2
-    own, best = scores[row[1]], max(scores.values(), key=sum)
+    own = scores[row[1]]
+    best = max(scores.values(), key=sum)
     assert row[2:4] == [f"{value:.1f}" for value in own]
     assert row[5:7] == [f"{value:.1f}" for value in best]
     assert row[7] == f"{(sum(best) - sum(own)) / 2:.1f}"
@@ -498,7 +500,8 @@ def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
     """β is 0.1 for 16 images a class, and 0.5 where styles shift, as in the benchmarks of the table
     of all systems.
     """
-    few, shifted = TABLES["2"].rows["CLIPood"], TABLES["all"].rows["clipood"]
+    few = TABLES["2"].rows["CLIPood"]
+    shifted = TABLES["all"].rows["clipood"]
     assert isinstance(few, CLIPood) and isinstance(shifted, CLIPood)
     assert (few.beta, shifted.beta) == (0.1, 0.5)
     assert (

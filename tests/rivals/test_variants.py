@@ -83,7 +83,8 @@ def test_drop_path_leaves_out_whole_branches_of_single_images(model: nn.Module, 
     kept = trained.abs().sum((1, 2)) > 0
     assert kept.float().mean().item() == pytest.approx(1 - P, abs=0.03)  # three deviations
     torch.testing.assert_close(trained[kept], whole[kept] / (1 - P))
-    attention, y = adapters.sites[0].output, x[:50, :, : adapters.sites[0].layer.in_features]
+    attention = adapters.sites[0].output
+    y = x[:50, :, : adapters.sites[0].layer.in_features]
     adapters.sample_drop()
     left_out = attention(y, y, y, need_weights=False)[0].abs().sum((1, 2)) == 0
     assert 0 < left_out.sum() < 50

@@ -53,7 +53,8 @@ def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 10
     onnx.save(model, tmp_path / "model.onnx")
-    first, second = np.array([[5, 3]], np.float32), np.array([[1, 1]], np.float32)
+    first = np.array([[5, 3]], np.float32)
+    second = np.array([[1, 1]], np.float32)
     for runtime in ("onnxruntime", "openvino"):
         encoder = Encoder(tmp_path / "model.onnx", runtime)
         kept = encoder(first, second)

@@ -108,7 +108,8 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
         "tokens": ((1, 1), (8, 16), (64, 77))
     }
     for model in ENCODERS:
-        now, then = config(mine, model), before[model]
+        now = config(mine, model)
+        then = before[model]
         assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)
         assert [group.kind for group in now.instance_group] == [
             model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -172,7 +173,9 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -
 def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
     trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
 ) -> None:
-    before, real, calls = configs(mine), vars(plan_writer)["build"], []
+    before = configs(mine)
+    real = vars(plan_writer)["build"]
+    calls = []
 
     def third_fails(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
@@ -192,7 +195,8 @@ def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
 def test_a_full_disk_leaves_no_half_plan(
     trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, write = configs(mine), Path.write_bytes
+    before = configs(mine)
+    write = Path.write_bytes
 
     def full(path: Path, content: bytes) -> int:
         if path.name.startswith(f".{PLAN}."):
@@ -303,7 +307,8 @@ def test_a_server_does_not_start_with_a_plan_that_does_not_fit(
 def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built / "image_encoder", tmp_path / "r" / "image_encoder")) / "1"
     sidecar = Sidecar.load(folder)
-    later, other = Options(version_compatible=True), Options(hardware_compatible=True)
+    later = Options(version_compatible=True)
+    other = Options(hardware_compatible=True)
     for version, fits in (("10.13.2", True), ("11.2.1", True), ("11.9.0", False), ("9.3.0", False)):
         replace(sidecar, version=version, options=later).save(folder)
         if fits:

@@ -78,7 +78,8 @@ def parameters(**values):
 def test_onnxruntime_heeds_the_parameters_of_the_official_backend(load, repository, monkeypatch):
     import onnxruntime
 
-    seen, real = [], onnxruntime.InferenceSession
+    seen = []
+    real = onnxruntime.InferenceSession
 
     def session(*arguments: Any, **keywords: Any) -> Any:
         seen.append(real(*arguments, **keywords))
@@ -97,7 +98,8 @@ def test_openvino_heeds_the_parameters_of_the_official_backend(
 ):
     import openvino
 
-    seen, real = {}, openvino.Core.compile_model
+    seen = {}
+    real = openvino.Core.compile_model
     monkeypatch.setattr(
         openvino.Core,
         "compile_model",
@@ -114,10 +116,8 @@ def test_openvino_heeds_the_parameters_of_the_official_backend(
 def test_a_bad_request_fails_alone(load, repository, backend):
     model = load(backend)
     model.initialize(arguments(repository, "text_encoder"))
-    good, bad = (
-        Request(tokens=np.array([[1, 2]], np.int32)),
-        Request(tokens=np.array([[[1, 2]]], np.int32)),
-    )
+    good = Request(tokens=np.array([[1, 2]], np.int32))
+    bad = Request(tokens=np.array([[[1, 2]]], np.int32))
     first, error, last = model.execute([good, bad, good])
     assert [embeds.shape for embeds in embeds_of([first, last])] == [(1, 8)] * 2
     assert re.match(

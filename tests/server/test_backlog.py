@@ -75,11 +75,9 @@ def test_never_more_is_refused_than_waits(steps: list[tuple[int, int]]):
 def test_each_process_refuses_its_share_once(tmp_path: Path):
     processes = {"classify": 2, "segment": 1}
     backlog = Backlog("http://localhost:1/metrics", tmp_path, lambda: processes, max_waiting=4)
-    one, other, none = (
-        Surplus(tmp_path / "classify"),
-        Surplus(tmp_path / "classify"),
-        Surplus(tmp_path / "segment"),
-    )
+    one = Surplus(tmp_path / "classify")
+    other = Surplus(tmp_path / "classify")
+    none = Surplus(tmp_path / "segment")
     backlog.observe({"classify": Counts(9)}, 0.0)
     assert (one.take(2), one.take(10), one.take(10)) == (2, 1, 0)
     assert (other.take(10), none.take(10)) == (3, 0)

@@ -43,7 +43,8 @@ pytestmark = pytest.mark.triton
 
 LOADERS = 3  # over each way
 IMAGES = [png(number) for number in range(4)]
-LABEL_SET, INDEX = "色 हिन्दी 🦊", "fötos 写真 👩‍🔬"
+LABEL_SET = "色 हिन्दी 🦊"
+INDEX = "fötos 写真 👩‍🔬"
 TEXTS = ["a cat", "Ölkäfer", "a red thing"]
 PHOTOS = "photos"
 PROPOSALS = np.zeros((2, 20, 30), np.uint8)  # of the size of the images
@@ -83,7 +84,7 @@ def running(folder: Path) -> Iterator[TritonServer]:
 def served(running: TritonServer) -> TritonServer:
     """The server with release 1, whatever the test before has left."""
     if running.serving.served.releases != (1,):
-        Releases(running).load([1], lambda line: None)
+        Releases(running).load([1], silent)
     return running
 
 
@@ -207,6 +208,10 @@ class Load:
         return "search", 1
 
 
+def silent(line: str) -> None:
+    """Takes a line of progress."""
+
+
 def switch_under_load(
     releases: Releases, server: TritonServer, repository: Path, times: int
 ) -> None:
@@ -217,7 +222,7 @@ def switch_under_load(
         for number in range(times):
             target = 2 - number % 2
             before = load.answers.copy()
-            releases.load([target], lambda line: None)
+            releases.load([target], silent)
             with Client(server.grpc_url) as client:
                 assert client.release().version == target
                 assert [one.version for one in client.releases()] == [target]
@@ -269,7 +274,7 @@ def test_the_command_speaks_with_the_server(
 
 
 def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path) -> None:
-    repository, say = folder / "repository", lambda line: None
+    repository = folder / "repository"
     path = repository / "image_encoder" / "2" / "model.onnx"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
@@ -279,7 +284,7 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     )
     try:
         with pytest.raises(RAdapterError, match=message):
-            Releases(served).load([2], say)
+            Releases(served).load([2], silent)
     finally:
         path.write_bytes(whole)
     # Its files are what was exported, but the graph does not compute what the samples say.
@@ -292,7 +297,7 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
         with pytest.raises(
             RAdapterError, match="1 is served as before: image_encoder of release 2 differs from"
         ):
-            Releases(served).load([2], say)
+            Releases(served).load([2], silent)
     finally:
         shutil.copy(backup, path.with_name("samples.npz"))
         seal(repository, 2)
@@ -311,12 +316,13 @@ def until(holds: Callable[[], bool]) -> None:
 def test_an_index_is_searched_by_the_release_that_made_it(
     served: TritonServer, folder: Path
 ) -> None:
-    repository, index = folder / "repository", folder / "indexes" / INDEX
+    repository = folder / "repository"
+    index = folder / "indexes" / INDEX
     build(str(folder / "photos"), index, LocalRelease(f"{repository}@1"))
-    releases, say = Releases(served), lambda line: None
+    releases = Releases(served)
     with Client(served.grpc_url) as client:
         before = client.search("a cat", index=INDEX)
-        releases.load([2], say)
+        releases.load([2], silent)
         assert served.serving.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
         until(lambda: outdated_at(served.metrics_url).get(INDEX) == 1)
         assert served.models["classify"] == [2] and client.release().version == 2
@@ -333,7 +339,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
         )
         assert client.search("a cat", index=INDEX) == after
         until(lambda: outdated_at(served.metrics_url).get(INDEX) == 0)
-        releases.rollback(say)  # it would answer whoever names no release
+        releases.rollback(silent)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
     shutil.rmtree(index)
@@ -341,8 +347,10 @@ def test_an_index_is_searched_by_the_release_that_made_it(
 
 def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, folder: Path) -> None:
     """Every search is answered, by the old index or by the new one."""
-    release, index = LocalRelease(f"{folder / 'repository'}@1"), folder / "indexes" / INDEX
-    over, answered = threading.Event(), threading.Semaphore(0)
+    release = LocalRelease(f"{folder / 'repository'}@1")
+    index = folder / "indexes" / INDEX
+    over = threading.Event()
+    answered = threading.Semaphore(0)
     build(str(folder / "photos"), index, release)
 
     def search() -> None:
@@ -399,5 +407,5 @@ def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
     assert set(map(tuple, served.models.values())) == {(1,)}
     with Client(served.grpc_url) as client:
         assert client.classify(IMAGES[0], LABELS).release == 1
-    Releases(served).load([2], lambda line: None)  # and it can be done again
+    Releases(served).load([2], silent)  # and it can be done again
     assert set(map(tuple, served.models.values())) == {(2,)}

@@ -340,7 +340,8 @@ class StandIn:
     ],
 )
 def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(repository, code, message):
-    process, clock = StandIn(code), FakeClock()
+    process = StandIn(code)
+    clock = FakeClock()
     config = local(repository, timeout=1, drain_seconds=3)
     server = TritonServer(
         config, installation=INSTALLATION, start_process=process.start, clock=clock

@@ -355,7 +355,8 @@ class Asked:
     """A control that answers what a test says, or not at all."""
 
     def __init__(self, **says: Answer) -> None:
-        self.says, self.asked = says, list[str]()
+        self.says = says
+        self.asked: list[str] = []
 
     def ask(self, path: str, body: object = None, *, timeout: float = 1.0) -> Answer:
         self.asked.append(path)
@@ -365,11 +366,9 @@ class Asked:
         return answer
 
 
-FINE, REFUSED, BROKEN = (
-    Answer(200, {}),
-    Answer(400, {"error": "[no_labels] ..."}),
-    Answer(500, {"error": "why"}),
-)
+FINE = Answer(200, {})
+REFUSED = Answer(400, {"error": "[no_labels] ..."})
+BROKEN = Answer(500, {"error": "why"})
 
 
 class AtOnce(Executor):

@@ -163,7 +163,9 @@ def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server,
             "SC_PAGE_SIZE"
         )
 
-    before, most, done = resident(), [0], threading.Event()
+    before = resident()
+    most = [0]
+    done = threading.Event()
 
     def measure() -> None:
         while not done.wait(0.05):

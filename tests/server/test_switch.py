@@ -191,7 +191,8 @@ def test_encoders_keep_their_config_so_that_triton_keeps_running_those_it_has() 
     """Triton loads a version again if more than the version policy and the instances of its config
     change.
     """
-    old, new = models(1), models(2)
+    old = models(1)
+    new = models(2)
     old["image_encoder"] = offer(1, facts="threads of this server")
 
     def facts(model: str) -> set[str]:
@@ -209,7 +210,8 @@ def test_encoders_keep_their_config_so_that_triton_keeps_running_those_it_has() 
 
 def test_what_fails_in_cleaning_up_leaves_the_new_release_served() -> None:
     """More stays loaded than is needed, and the rest of the plan is carried out."""
-    server, new = StandIn(models(1)), models(2)
+    server = StandIn(models(1))
+    new = models(2)
     server.fails = {len(new)}
     server.switch(new)
     assert server.offered == new
@@ -225,7 +227,8 @@ def test_calls_that_never_end_hold_up_the_old_encoders_for_a_bounded_time() -> N
         def check(self) -> None:
             pass
 
-    server, new = Stuck(models(1)), models(2)
+    server = Stuck(models(1))
+    new = models(2)
     server.switch(new)
     assert server.offered == new
     assert sum(server.clock.slept) == pytest.approx(DRAIN_TIMEOUT_SECONDS, abs=1)
@@ -237,7 +240,8 @@ def test_calls_that_never_end_hold_up_the_old_encoders_for_a_bounded_time() -> N
 def test_every_task_has_its_encoders_at_every_moment(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
-    server, new = StandIn(models(*before)), models(*after)
+    server = StandIn(models(*before))
+    new = models(*after)
     server.switch(new)
     assert server.offered == new
     assert server.loaded == {name: set(after) for name in new}
@@ -248,7 +252,8 @@ def test_every_task_has_its_encoders_at_every_moment(
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
 def test_a_model_that_only_one_release_has(before: bool, after: bool) -> None:
-    server, new = StandIn(models(1, patches=before)), models(2, patches=after)
+    server = StandIn(models(1, patches=before))
+    new = models(2, patches=after)
     server.dense = {1} if before else {2}
     server.switch(new)
     assert server.offered == new and server.loaded == {name: {2} for name in new}
@@ -268,7 +273,8 @@ def test_whatever_does_not_load_all_is_as_it_was(number: int) -> None:
 @pytest.mark.parametrize("steps", range(len(models(1)) + len(ENCODERS)))
 def test_a_server_that_dies_comes_back_with_one_release_as_a_whole(steps: int) -> None:
     """Before the last task is loaded with the old one, from then on with the new one."""
-    old, new = models(1), models(2)
+    old = models(1)
+    new = models(2)
     server = StandIn(old)
     server.dies_at = steps
     if steps <= len(old):

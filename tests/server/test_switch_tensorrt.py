@@ -34,7 +34,8 @@ class Server:
     """
 
     def __init__(self, repository: Path, folder: Path) -> None:
-        self._repository, self._folder = repository, folder
+        self._repository = repository
+        self._folder = folder
         (folder / MODELS).mkdir()
         self.offered: dict[str, ModelEntry] = {}
         self.engines: dict[str, dict[int, Any]] = {name: {} for name in ENCODERS}
@@ -101,7 +102,8 @@ class Server:
 def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_leave_the_gpu(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver, mine = Driver(), tmp_path / "repository"
+    driver = Driver()
+    mine = tmp_path / "repository"
     install(monkeypatch, driver)
     fake_triton.install(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

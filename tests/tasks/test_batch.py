@@ -130,7 +130,8 @@ def same(one: Response, other: Response) -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd):
-    made, (good, bad) = model.load(name), BAD[name]
+    made = model.load(name)
+    good, bad = BAD[name]
     requests = [one for wrong, _ in bad for one in (good, wrong)] + [good]
     together = made.execute([Request(**one) for one in requests])
     [expected] = made.execute([Request(**good)])

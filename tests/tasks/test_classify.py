@@ -43,7 +43,8 @@ def test_embed_images(local):
 
 
 def test_a_bad_image_fails_its_own_request_only(local):
-    good, bad = png(0), png(1)[:60]
+    good = png(0)
+    bad = png(1)[:60]
     [alone] = answers(local.embed_images([[good]]))
     results = local.embed_images([[bad], [good], [good, bad], [good]])
     assert [error and error.code for error in failures(results)] == ["invalid_image", None] * 2
@@ -147,7 +148,8 @@ def expected(local, image: bytes, labels: list[str], templates: list[str]) -> di
 
 
 def test_classify_is_the_softmax_of_scaled_cosines(local):
-    image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
+    image = png(5)
+    labels = [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
     scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
     [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
     best = sorted(scores, key=lambda label: scores[label], reverse=True)
@@ -162,10 +164,8 @@ def test_sigmoid_where_the_model_has_a_bias(local):
     sigmoid = release(alpha=0.5, templates=["a {}"], logit_scale=10.0, logit_bias=-3.0)
     classify = Classify(sigmoid, local.embed_images, local.embed_labels, {})
     [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
-    label_set, image = (
-        local.embed_labels(["cat", "dog"], ["a {}"]),
-        local.embed_images([[png(5)]])[0].unwrap()[0],
-    )
+    label_set = local.embed_labels(["cat", "dog"], ["a {}"])
+    image = local.embed_images([[png(5)]])[0].unwrap()[0]
     expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
     np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
 
@@ -181,7 +181,8 @@ def test_label_sets_may_come_as_an_array(local):
 
 
 def test_requests_of_all_kinds_share_a_batch(local):
-    good, bad = png(7), b"nonsense"
+    good = png(7)
+    bad = b"nonsense"
     requests = [
         ClassifyRequest([good], [[b"cat", b"dog"]]),
         ClassifyRequest([bad], [[b"cat", b"dog"]]),

@@ -30,7 +30,8 @@ def test_label_set_round_trip(tmp_path):
 
 
 def test_a_file_of_too_many_examples_is_refused(tmp_path: Path) -> None:
-    path, embeds = tmp_path / "a.npz", np.eye(1, 4, dtype=np.float32)
+    path = tmp_path / "a.npz"
+    embeds = np.eye(1, 4, dtype=np.float32)
     for count in (MAX_EXAMPLES, MAX_EXAMPLES + 1):
         examples = Examples((b"x",) * count, (0,) * count)
         LabelSet(("cat",), embeds, ("cat",), ("a {}",), examples).save(path)
@@ -213,9 +214,12 @@ def test_a_caller_who_gave_up_gets_no_more_batches(local):
 
 
 def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
-    labels, tries = [f"thing {n}, object {n}" for n in range(1500)], 0  # 47 batches
+    # 47 batches
+    labels = [f"thing {n}, object {n}" for n in range(1500)]
+    tries = 0
     while tries < 5:
-        tries, before = tries + 1, len(local.calls)
+        tries = tries + 1
+        before = len(local.calls)
         try:
             # As patient as 20 batches: none of the callers sees all of it.
             found = local.embed_labels(

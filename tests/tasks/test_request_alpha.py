@@ -29,7 +29,8 @@ from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, png
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
-FIXED, DYNAMIC = RequestAlpha(0.3), RequestAlpha(0.3, dynamic=True)
+FIXED = RequestAlpha(0.3)
+DYNAMIC = RequestAlpha(0.3, dynamic=True)
 
 
 def test_rows() -> None:
@@ -90,7 +91,8 @@ def tasks(local: Any) -> Callable[..., Any]:
         },
         logit_scale=10.0,
     )
-    images, tokens = turned(local.encode_images), turned(local.encode_tokens)
+    images = turned(local.encode_images)
+    tokens = turned(local.encode_tokens)
     embed_images = EmbedImages(facts, images)
     embed_labels = LabelEmbedder(local.tokenizer, tokens)
     own = facts.request_alpha.one(None)
@@ -155,7 +157,8 @@ def by_example(
 def test_examples_are_encoded_once_for_each_alpha(
     tasks: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classify, calls = tasks("classify"), tasks("calls")
+    classify = tasks("classify")
+    calls = tasks("calls")
     mixed: list[Any] = []
     mix = ByExample.__call__
 
@@ -175,7 +178,8 @@ def test_examples_are_encoded_once_for_each_alpha(
 
 @BOTH_WAYS
 def test_examples_at_too_many_alphas_are_refused(tasks: Any, options: dict[str, Any]) -> None:
-    classify, calls = tasks("classify"), tasks("calls")
+    classify = tasks("classify")
+    calls = tasks("calls")
     count = MAX_ENCODED // len(SHOWN) + 1
     alphas = [0.5 + number / 100 for number in range(count)]
     message = f"examples at {count} α are {count * len(SHOWN)} images .* at most {MAX_ENCODED} are"
@@ -187,7 +191,8 @@ def test_examples_at_too_many_alphas_are_refused(tasks: Any, options: dict[str, 
 
 @BOTH_WAYS
 def test_who_gives_up_gets_no_more_examples(tasks: Any, options: dict[str, Any]) -> None:
-    classify, calls = tasks("classify"), tasks("calls")
+    classify = tasks("classify")
+    calls = tasks("calls")
     encoded = 16  # of 20 images, one part
 
     def gone() -> bool:
@@ -203,7 +208,8 @@ def test_who_gives_up_gets_no_more_examples(tasks: Any, options: dict[str, Any])
 
 
 def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:
-    labels, calls = tasks("labels"), tasks("calls")
+    labels = tasks("labels")
+    calls = tasks("calls")
     low, high = (labels(["cat", "dog"], ["a {}"], alpha=alpha) for alpha in (0.0, 1.0))
     assert calls == [[0, 0], [1, 1]]
     assert np.abs(low.embeds - high.embeds).max() > 0.01
@@ -213,7 +219,8 @@ def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:
 
 
 def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) -> None:
-    classify, calls = tasks("classify"), tasks("calls")
+    classify = tasks("classify")
+    calls = tasks("calls")
     alpha = np.array([[0], [1]], np.float32)
     mixed = classify([ClassifyRequest([png(0), png(0)], label_set=[b"colours"] * 2, alpha=alpha)])[
         0
@@ -232,7 +239,8 @@ def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) ->
         for other in (alone.unwrap(), named.unwrap()):
             assert other.labels[0].tolist() == mixed.labels[row].tolist()
             np.testing.assert_allclose(other.scores[0], mixed.scores[row], rtol=1e-5)
-        image, texts = tasks("images")([[png(0)]], [[[a]]])[0].unwrap()[0], tasks("labels")
+        image = tasks("images")([[png(0)]], [[[a]]])[0].unwrap()[0]
+        texts = tasks("labels")
         logits = 10 * texts(["red, scarlet", "blue"], ["a {}"], alpha=float(a)).embeds @ image
         expected = np.exp(logits) / np.exp(logits).sum()
         np.testing.assert_allclose(mixed.scores[row], np.sort(expected)[::-1], rtol=1e-5)
@@ -244,7 +252,8 @@ def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) ->
 
 
 def test_segment_takes_every_encoder_at_one_alpha(tasks: Any) -> None:
-    segment, calls = tasks("segment"), tasks("calls")
+    segment = tasks("segment")
+    calls = tasks("calls")
     masks = np.full((1, 20, 30), 255, np.uint8)
     found = []
     for alpha in (0.0, 0.5):

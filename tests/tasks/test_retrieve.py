@@ -108,7 +108,8 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
 def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
     photos: Path, tmp_path: Path
 ) -> None:
-    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
+    release = FakeRelease()
+    out = tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
     retrieve = task(tmp_path / "indexes", release)
     held = retrieve.index("photos")
@@ -125,7 +126,8 @@ def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
 def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     photos: Path, tmp_path: Path
 ) -> None:
-    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
+    release = FakeRelease()
+    out = tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
     data = searched(out) / "vectors.npy"
     data.rename(out / "aside")
@@ -149,17 +151,17 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
     """
     lower(monkeypatch)
     vectors, texts = clustered(700, 32, 20)
-    release, photos, out = (
-        Ready(vectors, texts[:50]),
-        tmp_path / "photos",
-        tmp_path / "indexes" / "photos",
-    )
+    release = Ready(vectors, texts[:50])
+    photos = tmp_path / "photos"
+    out = tmp_path / "indexes" / "photos"
     write_numbers(photos, range(300))
     build(str(photos), out, release)
     retrieve = Retrieve(
         release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0]
     )
-    over, failed, counts = threading.Event(), list[str](), list[int]()
+    over = threading.Event()
+    failed: list[str] = []
+    counts: list[int] = []
 
     def search() -> None:
         while not over.is_set():

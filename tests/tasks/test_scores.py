@@ -60,7 +60,8 @@ IMAGES = [png(seed) for seed in range(6)]
 
 def test_calibrated_scores_are_a_softmax_at_the_temperature_and_keep_the_order(local):
     classify = classify_of(local)
-    found, plain = ask(classify, IMAGES, calibrated=True, top_k=7), ask(classify, IMAGES, top_k=7)
+    found = ask(classify, IMAGES, calibrated=True, top_k=7)
+    plain = ask(classify, IMAGES, top_k=7)
     assert found.labels.tolist() == plain.labels.tolist()
     np.testing.assert_allclose(
         found.scores, ranked(softmax(10.0 / 2.0 * cosines(local, IMAGES)))[1], rtol=1e-4
@@ -72,10 +73,8 @@ def test_calibrated_scores_are_a_softmax_at_the_temperature_and_keep_the_order(l
 
 
 def test_a_release_that_carries_nothing_answers_as_one_that_does(local):
-    with_it, without = (
-        ask(classify_of(local), IMAGES),
-        ask(classify_of(local, confidence=None), IMAGES),
-    )
+    with_it = ask(classify_of(local), IMAGES)
+    without = ask(classify_of(local, confidence=None), IMAGES)
     assert with_it.labels.tolist() == without.labels.tolist()
     np.testing.assert_array_equal(with_it.scores, without.scores)
 
@@ -121,10 +120,8 @@ def test_a_label_is_scored_alike_whatever_others_there_are(local):
 
 
 def test_a_model_that_was_trained_with_a_sigmoid(local):
-    own, exact = (
-        sigmoid(10.0 * cosines(local, IMAGES) - 3.0),
-        sigmoid(6.0 * cosines(local, IMAGES) - 1.0),
-    )
+    own = sigmoid(10.0 * cosines(local, IMAGES) - 3.0)
+    exact = sigmoid(6.0 * cosines(local, IMAGES) - 1.0)
     classify = classify_of(local, logit_bias=-3.0, confidence={**CONFIDENCE, "temperature": None})
     every = {"multi_label": True, "threshold": 0.0}
     for options, scores in (

@@ -230,7 +230,8 @@ def test_a_least_score_belongs_to_its_alpha() -> None:
         fitted_min_score(facts, 0.5)
 
 
-NAN, INFINITE = float("nan"), float("inf")
+NAN = float("nan")
+INFINITE = float("inf")
 A = Query([b"1"])
 
 

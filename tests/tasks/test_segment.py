@@ -51,7 +51,8 @@ def test_labels_of_the_request(local):
 
 def test_a_label_set_and_proposals(local):
     masks = np.zeros((2, 20, 30), np.uint8)
-    masks[0, :12], masks[1, 8:] = 255, 180
+    masks[0, :12] = 255
+    masks[1, 8:] = 180
     scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
     label_set = local.embed_labels(LABELS, ["a {}"])
     expected = segmenter(local).from_proposals(

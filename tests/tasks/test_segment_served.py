@@ -76,9 +76,12 @@ def test_a_label_set(client, local):
 
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_proposals(client, repository, version):
-    local, image = Local(repository, int(version)), png(3, 70, 45)
+    local = Local(repository, int(version))
+    image = png(3, 70, 45)
     masks = np.zeros((3, 45, 70), np.uint8)
-    masks[0, :30], masks[1, 20:], masks[2, :, 40:] = 255, 180, 120
+    masks[0, :30] = 255
+    masks[1, 20:] = 180
+    masks[2, :, 40:] = 120
     scores = np.random.default_rng(0).random((3, 3), np.float32)
     check(
         local,
@@ -192,7 +195,8 @@ def test_callers_who_give_up_do_not_hold_up_the_others(client):
 
 
 def test_json_over_http_as_curl_sends_it(server, local):
-    path, image = "models/segment/infer", png(3, 30, 20)
+    path = "models/segment/infer"
+    image = png(3, 30, 20)
     masks = np.zeros((1, 20, 30), np.uint8)
     masks[:, 5:15, 5:15] = 255
     image_input = {
@@ -235,7 +239,8 @@ def test_an_export_serves_what_torch_computes(dense_tiny_clip):
     name = f"local-dir:{dense_tiny_clip / 'merged'}"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
-    image, labels = png(0, 40, 40), ["cat", "a dog in the SNOW", "don't know", "猫"]
+    image = png(0, 40, 40)
+    labels = ["cat", "a dog in the SNOW", "don't know", "猫"]
     texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in labels])
     patches = encode_patches(model, transform(Image.open(io.BytesIO(image)))[None], "naclip")
     cosines = (patches @ model.encode_text(texts, normalize=True).T).permute(0, 3, 1, 2)

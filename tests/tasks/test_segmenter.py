@@ -25,7 +25,9 @@ from radapter_serve.tasks.segment_options import SegmentOptions
 from radapter_serve.tasks.windows import window_starts
 from tests.helpers.segmenting import Segmenter
 
-SIZE, GRID, WIDTH = 32, 4, 6
+SIZE = 32
+GRID = 4
+WIDTH = 6
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -193,7 +195,8 @@ def test_dense_below_the_threshold_is_background(threshold):
 
 
 def test_a_model_trained_with_a_sigmoid_is_scored_by_it_everywhere():
-    picture, labels = image(90, 71), embeds(6)
+    picture = image(90, 71)
+    labels = embeds(6)
     maps, _ = reference(picture, labels, SIZE * 3 // 2, SIZE // 2)
     full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
     best, expected = (values.numpy() for values in (9 * full - 3).sigmoid().max(0))
@@ -342,11 +345,14 @@ def test_the_mask_of_coloured_quarters():
         zip(COLOURS.values(), np.ndindex(2, 2), strict=True)  # quarters of 24 x 32 pixels
     ):
         quarter = slice(24 * where[0], 24 * where[0] + 24), slice(32 * where[1], 32 * where[1] + 32)
-        pixels[quarter], truth[quarter] = colour, index
+        pixels[quarter] = colour
+        truth[quarter] = index
     picture = Image.fromarray(pixels)
     found = segmenter(colour_patches).dense(picture, colour_labels(), SegmentOptions(stride=8))
     border = np.zeros_like(truth, bool)
-    border[20:28], border[:, 28:36] = True, True  # half a patch
+    # half a patch
+    border[20:28] = True
+    border[:, 28:36] = True
     np.testing.assert_array_equal(found.mask[~border], truth[~border])
     assert (found.scores > 0.9).all()
 
@@ -407,14 +413,20 @@ def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greate
 
 def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
     pixels = np.zeros((20, 20, 3), np.uint8)
-    pixels[:10], pixels[10:, :10], pixels[10:, 10:] = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    pixels[:10] = (255, 0, 0)
+    pixels[10:, :10] = (0, 0, 255)
+    pixels[10:, 10:] = (255, 255, 255)
     masks = np.zeros((4, 20, 20), np.uint8)
-    masks[0, 10:, 10:], masks[1, 10:, :10], masks[3, :10] = 255, 200, 103  # the third is empty
+    # the third is empty
+    masks[0, 10:, 10:] = 255
+    masks[1, 10:, :10] = 200
+    masks[3, :10] = 103
     found = segmenter(scale=100).from_proposals(
         Image.fromarray(pixels), colour_labels(), masks, options=SegmentOptions(threshold=0.5)
     )
     expected = np.full((20, 20), 4)
-    expected[10:, 10:], expected[10:, :10] = 3, 2
+    expected[10:, 10:] = 3
+    expected[10:, :10] = 2
     np.testing.assert_array_equal(found.mask, expected)  # a mask of 0.4 is below the threshold
     assert found.scores[4] == pytest.approx(1 - 103 / 255, abs=1e-3)
 
@@ -549,7 +561,8 @@ def test_proposals_that_do_not_fit(masks, scores, message):
 
 def test_memory_is_bounded():
     """Cosines of all pixels and labels would take 576 MB."""
-    picture, masks = image(1200, 800), np.zeros((4, 800, 1200), np.uint8)
+    picture = image(1200, 800)
+    masks = np.zeros((4, 800, 1200), np.uint8)
     masks[:, 200:500, 100:900] = 255
     labels = unit(np.random.default_rng(0).normal(size=(150, 3)))
     for run in (

@@ -69,7 +69,8 @@ def check(local: Local, served, request: ClassifyRequest) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_served_equals_local(client, repository, version):
-    local, number = Local(repository, version), str(version)
+    local = Local(repository, version)
+    number = str(version)
     images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
     found = client.infer(
         "embed_image", [tensor("image", [[i] for i in images])], model_version=number
@@ -104,10 +105,8 @@ def test_versions_differ_and_the_newest_is_the_default(client):
 
 
 def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
-    images, labels = (
-        [png(seed) for seed in range(4)],
-        [b"red", b"green", b"blue", b"a cat", b"a dog"],
-    )
+    images = [png(seed) for seed in range(4)]
+    labels = [b"red", b"green", b"blue", b"a cat", b"a dog"]
     shared = [tensor("image", [[image] for image in images]), tensor("labels", [labels] * 4)]
     yes = tensor("multi_label", np.ones((4, 1), bool))
     for more, asked in (
@@ -568,7 +567,8 @@ def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, lo
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_it_listens_on_loopback_only(repository, tmp_path, host):
-    folder, ports = one_release(repository, tmp_path / "repository"), free_ports()
+    folder = one_release(repository, tmp_path / "repository")
+    ports = free_ports()
     with TritonServer(ServerConfig(folder, Endpoints(host, *ports))) as server:
         listening = {}
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -593,7 +593,8 @@ def test_it_listens_on_loopback_only(repository, tmp_path, host):
 def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     if signal.getsignal(kind) == signal.SIG_IGN:
         pytest.skip(f"{kind.name} is ignored here, and in what is started here")
-    folder, ports = one_release(repository, tmp_path / "[repository]"), free_ports()
+    folder = one_release(repository, tmp_path / "[repository]")
+    ports = free_ports()
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     flags = [

@@ -15,7 +15,9 @@ from radapter_serve.training import Average
 def test_closed_form(tiny_clip_dir: str, rank: int | None, corrected: bool) -> None:
     adapters = attach(load_base(tiny_clip_dir).model, rank)
     name, parameter = next(iter(adapters.named_tensors().items()))
-    m, steps, start = 0.9, 7, parameter.detach().clone()
+    m = 0.9
+    steps = 7
+    start = parameter.detach().clone()
     average = Average(adapters, m, bias_correction=corrected)
     values = []
     for step in range(steps):

@@ -135,10 +135,8 @@ def test_several_captions_share_one_image(folder: Path, workers: int) -> None:
         and len(batch["texts"]) == 6
     )
     for index, pixels in enumerate(batch["pixels"]):
-        texts, own = (
-            batch["texts"][2 * index : 2 * index + 2],
-            list(TEXTS.values())[int(pixels[0, 0, 0]) // 60],
-        )
+        texts = batch["texts"][2 * index : 2 * index + 2]
+        own = list(TEXTS.values())[int(pixels[0, 0, 0]) // 60]
         assert set(texts) <= set(own) and len(set(texts)) == min(2, len(own))
     assert loaded(data, 3)[0]["texts"] == batch["texts"]
     assert any(loaded(data, 3, epoch=epoch)[0]["texts"] != batch["texts"] for epoch in range(1, 4))

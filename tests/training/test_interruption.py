@@ -35,7 +35,8 @@ def signal_after(
     """Sends a signal to this process in the middle of a step; what a shell starts behind itself
     ignores Ctrl-C.
     """
-    update, before = Average.update, signal.signal(signal.SIGINT, signal.default_int_handler)
+    update = Average.update
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arm(step: int, number: signal.Signals) -> None:
         def send(self: Average) -> None:
@@ -62,7 +63,8 @@ def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
     ending: type[BaseException],
 ) -> None:
     whole = load_adapter(train(recipe))
-    cut, before = dataclasses.replace(recipe, out=tmp_path / "cut"), signal.getsignal(number)
+    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
+    before = signal.getsignal(number)
     signal_after(5, number)
     with pytest.raises(ending) as raised:
         train(cut, progress=True)
@@ -121,7 +123,8 @@ def test_the_other_ways_to_name_the_run(
 def test_a_signal_to_the_whole_group_with_workers(
     recipe: Recipe, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    path, out = tmp_path / "recipe.yaml", tmp_path / "group"
+    path = tmp_path / "recipe.yaml"
+    out = tmp_path / "group"
     path.write_text(
         yaml.safe_dump({**recipe.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5})
     )

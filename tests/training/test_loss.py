@@ -26,7 +26,10 @@ def by_the_formula(
     f: Tensor, g: Tensor, labels: list[int], scale: float, delta: float, epsilon: float
 ) -> float:
     """The paper's sum, element by element in double precision, over B and the two directions."""
-    f, g, size, total = f.double(), g.double(), len(labels), 0.0
+    f = f.double()
+    g = g.double()
+    size = len(labels)
+    total = 0.0
     for i in range(size):
         positives = [j for j in range(size) if labels[j] == labels[i]]
         eps = epsilon if len(positives) < size else 0.0
@@ -111,7 +114,8 @@ def test_the_pairwise_sigmoid_equals_its_formula(
     torch.manual_seed(1)
     f, g = (F.normalize(torch.randn(9, 6), dim=-1) for _ in range(2))
     labels = torch.tensor([0, 1, 0, 2, 1, 3, 0, 4, 5]) if several else torch.arange(9)
-    scale, bias = 7.5, -3.25
+    scale = 7.5
+    bias = -3.25
     total = 0.0
     for i in range(9):
         wrong = sum(int(labels[i] != labels[j]) for j in range(9))
@@ -120,7 +124,8 @@ def test_the_pairwise_sigmoid_equals_its_formula(
             cosine = float(f[i].double() @ g[j].double())
             z = scale * (cosine + (0.0 if right else delta)) + bias
             target = 1 - epsilon if right else epsilon / wrong
-            log_p, log_q = -math.log1p(math.exp(-z)), -math.log1p(math.exp(z))
+            log_p = -math.log1p(math.exp(-z))
+            log_q = -math.log1p(math.exp(z))
             total -= target * log_p + (1 - target) * log_q
     keywords = {"logit_scale": scale, "logit_bias": bias, "delta": delta, "epsilon": epsilon}
     found = pairwise_sigmoid(f, g, labels, **keywords)
@@ -144,7 +149,8 @@ def test_the_pairwise_sigmoid_is_siglips_loss_with_one_positive_a_row() -> None:
 def test_is_clips_loss_with_one_positive_a_row() -> None:
     torch.manual_seed(0)
     f, g = (F.normalize(torch.randn(16, 8), dim=-1) for _ in range(2))
-    target, scale = torch.arange(16), torch.tensor(50.0)
+    target = torch.arange(16)
+    scale = torch.tensor(50.0)
     expected = ClipLoss()(f, g, scale)
     found = mpm_nce(f, g, target, logit_scale=50.0, delta=0.0, epsilon=0.0)
     torch.testing.assert_close(found, expected)
@@ -157,7 +163,8 @@ def test_is_clips_loss_with_one_positive_a_row() -> None:
 def test_smoothing_is_torchs_own_up_to_the_share_of_the_true_class() -> None:
     torch.manual_seed(0)
     f, g = (F.normalize(torch.randn(16, 8), dim=-1) for _ in range(2))
-    target, epsilon = torch.arange(16), 0.15
+    target = torch.arange(16)
+    epsilon = 0.15
     smoothing = epsilon * 16 / 15  # torch spreads over all classes, the paper over the others
     logits = 20 * f @ g.T
     expected = (

@@ -36,7 +36,8 @@ PHRASES = ("a {} square", "all is {} here", "the colour {}")
 @pytest.fixture
 def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
     """16 images in four colours, three captions each, as rows."""
-    generator, rows = np.random.default_rng(0), []
+    generator = np.random.default_rng(0)
+    rows = []
     for name, colour in COLOURS.items():
         for index in range(4):
             noise = generator.integers(-20, 20, (36, 36, 3))
@@ -66,11 +67,16 @@ def test_several_texts_an_image_by_hand(delta: float) -> None:
     N·k texts.
     """
     torch.manual_seed(0)
-    count, several, scale = 4, 3, 20.0
-    images, texts = torch.randn(count, 5).double(), torch.randn(count * several, 5).double()
-    x, y = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    count = 4
+    several = 3
+    scale = 20.0
+    images = torch.randn(count, 5).double()
+    texts = torch.randn(count * several, 5).double()
+    x = images.clone().requires_grad_()
+    y = texts.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
-    f, g = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    f = F.normalize(x, dim=-1)
+    g = F.normalize(y, dim=-1)
     own = {i: range(i * several, (i + 1) * several) for i in range(count)}
     for i in range(count):  # an image's target is spread evenly over its texts
         logits = torch.stack(
@@ -83,7 +89,8 @@ def test_several_texts_an_image_by_hand(delta: float) -> None:
         )
         total = total - logits.log_softmax(0)[t // several] / (count * several) / 2
     total.backward()
-    p, q = images.float().requires_grad_(), texts.float().requires_grad_()
+    p = images.float().requires_grad_()
+    q = texts.float().requires_grad_()
     found = mpm_nce(
         F.normalize(p, dim=-1).repeat_interleave(several, dim=0),
         F.normalize(q, dim=-1),

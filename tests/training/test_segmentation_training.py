@@ -50,8 +50,10 @@ def scenes(tmp_path: Path) -> Path:
         pixels = generator.integers(0, 255, (40, 48, 3)).astype(np.uint8)
         mask = np.zeros((40, 48), np.uint8)
         for id_, colour in COLOURS.items():
-            top, left = generator.integers(0, 20), 16 * (id_ - 1)
-            height, width = generator.integers(10, 20), generator.integers(10, 14)
+            top = generator.integers(0, 20)
+            left = 16 * (id_ - 1)
+            height = generator.integers(10, 20)
+            width = generator.integers(10, 14)
             pixels[top : top + height, left : left + width] = colour
             mask[top : top + height, left : left + width] = id_
         mask[39, 47] = 200  # no class
@@ -142,7 +144,8 @@ def test_each_image_is_decoded_once_in_a_pass_in_order(
 ) -> None:
     from radapter_serve.data import segments as module
 
-    data, reads = segments(scenes), Mock(wraps=decode_named)
+    data = segments(scenes)
+    reads = Mock(wraps=decode_named)
     monkeypatch.setattr(module, "decode_named", reads)
     for row in data.rows:
         data.image(row)
@@ -200,7 +203,8 @@ def test_coco_annotations_train_as_label_maps_do(
 ) -> None:
     recipe = dataclasses.replace(recipe, steps=3, val_data=None)
     whole = load_adapter(train(recipe))
-    images, annotations = [], []
+    images = []
+    annotations = []
     (tmp_path / "panoptic").mkdir()
     for number in range(IMAGES):
         ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png")).astype(np.int64)

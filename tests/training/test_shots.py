@@ -39,7 +39,8 @@ def drawn(data: Labelled) -> dict[str, set[str]]:
 
 
 def test_shots_of_each_class_by_the_seed(labelled: Labelled) -> None:
-    two, four = drawn(few_shot(labelled, 2, 1)), drawn(few_shot(labelled, 4, 1))
+    two = drawn(few_shot(labelled, 2, 1))
+    four = drawn(few_shot(labelled, 4, 1))
     assert {name: len(images) for name, images in two.items()} == dict.fromkeys("abcde", 2)
     assert {name: len(images) for name, images in four.items()} == {
         "a": 4,
@@ -64,7 +65,8 @@ def test_shots_of_each_class_by_the_seed(labelled: Labelled) -> None:
 
 @given(st.integers(1, 50))
 def test_halves_of_the_classes(count: int) -> None:
-    base, novel = split_classes(count, "base"), split_classes(count, "novel")
+    base = split_classes(count, "base")
+    novel = split_classes(count, "novel")
     assert [*base, *novel] == [*split_classes(count, "all")] == list(range(count))
     assert len(base) - len(novel) in (0, 1)
 
@@ -77,7 +79,8 @@ def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: boo
         table.to_csv(tmp_path / "n.csv", index=False)
         (tmp_path / "classes.txt").write_text("\n".join("abcde"))
         labelled = load_labelled(f"csv:{tmp_path}/n.csv", classes=tmp_path / "classes.txt")
-    base, novel = class_split(labelled, "base"), class_split(labelled, "novel")
+    base = class_split(labelled, "base")
+    novel = class_split(labelled, "novel")
     assert base.classes == ["a", "b", "c"] and novel.classes == ["d", "e"]
     assert drawn(base) == {
         name: images for name, images in drawn(labelled).items() if name in "abc"
@@ -146,7 +149,8 @@ def test_without_text_adapters(
         if not torch.equal(folded[name], value)
     }
     assert changed and all(name.startswith("visual.") for name in changed)
-    other, pixels = load_base(tiny_clip_dir), torch.randn(2, 3, 32, 32)
+    other = load_base(tiny_clip_dir)
+    pixels = torch.randn(2, 3, 32, 32)
     attached = attach_adapter(other.model, adapter, 0.7)
     base.model.load_state_dict(folded)
     with torch.no_grad():
@@ -168,7 +172,8 @@ def test_without_text_adapters(
 def test_partial_adapts_the_text_tower_of_a_convolutional_clip(
     images: Path, tmp_path: Path
 ) -> None:
-    name, data = make_base("resnet", tmp_path / "base"), f"imagefolder:{images}"
+    name = make_base("resnet", tmp_path / "base")
+    data = f"imagefolder:{images}"
     with pytest.raises(RAdapterError, match=r"image tower .*ModifiedResNet.*--partial"):
         train(short_run(name, tmp_path, data=data))
     assert not (tmp_path / "run").exists()

@@ -66,10 +66,13 @@ def prompts(name: str) -> list[str]:
 
 def labelled(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
     """A table of images with labels, and the same as pairs."""
-    generator, table, pairs = np.random.default_rng(seed), [], []
+    generator = np.random.default_rng(seed)
+    table = []
+    pairs = []
     folder.mkdir()
     for number in range(count):
-        image, label = picture(generator), number * 2 % 3
+        image = picture(generator)
+        label = number * 2 % 3
         image.save(folder / f"{number}.png")
         table.append((f"{number}.png", CLASSES[label]))
         pairs.append(Pair(image, label, prompts(CLASSES[label])))
@@ -81,13 +84,13 @@ def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
     """A table of images with two or three captions each, one a row, and the images with all of
     theirs as pairs.
     """
-    generator, table, pairs = np.random.default_rng(seed), [], []
+    generator = np.random.default_rng(seed)
+    table = []
+    pairs = []
     folder.mkdir()
     for number in range(count):
-        image, captions = (
-            picture(generator),
-            [f"picture {number} in way {way}" for way in range(2 + number % 2)],
-        )
+        image = picture(generator)
+        captions = [f"picture {number} in way {way}" for way in range(2 + number % 2)]
         image.save(folder / f"{number}.png")
         table += [(f"{number}.png", caption) for caption in captions]
         pairs.append(Pair(image, number, captions))
@@ -101,15 +104,18 @@ def masked(
     """Images with an ellipse of each class, and their crops as pairs: the box made square, all
     around it filled.
     """
-    generator, pairs = np.random.default_rng(4), []
+    generator = np.random.default_rng(4)
+    pairs = []
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     (folder / "classes.txt").write_text("\n".join(CLASSES))
     y, x = np.mgrid[:36, :44]
     for number in range(count):
-        image, ids = picture(generator), np.full((36, 44), 255, np.uint8)
+        image = picture(generator)
+        ids = np.full((36, 44), 255, np.uint8)
         for label in range(3):
-            height, width = generator.integers(4, 16), generator.integers(4, 7)
+            height = generator.integers(4, 16)
+            width = generator.integers(4, 7)
             ids[((y - 17) / height) ** 2 + ((x - 7 - 14 * label) / width) ** 2 < 1] = label
         image.save(folder / "images" / f"{number}.png")
         Image.fromarray(ids).save(folder / "masks" / f"{number}.png")
@@ -163,7 +169,8 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
 def test_a_base_with_a_bias_learns_by_its_sigmoids(
     recipe: Recipe, tmp_path: Path, tiny_clip_dir: str, positives: Literal["several", "single"]
 ) -> None:
-    source, sigmoid = Path(tiny_clip_dir.removeprefix("local-dir:")), tmp_path / "sigmoid"
+    source = Path(tiny_clip_dir.removeprefix("local-dir:"))
+    sigmoid = tmp_path / "sigmoid"
     shutil.copytree(source, sigmoid)
     config = json.loads((sigmoid / "open_clip_config.json").read_text())
     config["model_cfg"]["init_logit_bias"] = -10.0

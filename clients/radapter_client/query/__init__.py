@@ -225,7 +225,8 @@ def segment(
         from .._overlay import read_font
 
         read_font(font, 20)
-    files, arguments = ImageFiles(images), labels.arguments() | vars(pixels)
+    files = ImageFiles(images)
+    arguments = labels.arguments() | vars(pixels)
     pictures = Pictures("--save", save, files, ".png", ".jpg")
     masks = Pictures("--save-mask", save_mask, files, ".png")
     if save is not None and save == save_mask:
@@ -395,7 +396,8 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     templates.
     """
     with server.client() as client:
-        used, served = client.release(), client.releases()
+        used = client.release()
+        served = client.releases()
     if server.json:
         print(to_json({"release": used.facts, "served": [release.version for release in served]}))
         return

@@ -136,7 +136,8 @@ class ImageFiles:
             at_once: how many images to ask for at once.
         """
         runs = [self.paths[start : start + at_once] for start in range(0, len(self.paths), at_once)]
-        console, quiet = Console(stderr=True), len(runs) == 1 or not sys.stderr.isatty()
+        console = Console(stderr=True)
+        quiet = len(runs) == 1 or not sys.stderr.isatty()
         for run in track(runs, "asking", console=console, transient=True, disable=quiet):
             yield from self._answers(run, ask)
 

@@ -58,7 +58,8 @@ class Pictures:
     """
 
     def __init__(self, flag: str, path: Path | None, images: ImageFiles, *suffixes: str) -> None:
-        self._path, self._images = path, images
+        self._path = path
+        self._images = images
         if path is None:
             return
         if images.one:
@@ -101,10 +102,8 @@ def report(found: Iterable[Found], columns: Sequence[str], out: Path | None, as_
         def write(file: BinaryIO) -> None:
             nonlocal count
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            table, as_csv = (
-                csv.DictWriter(text, columns, lineterminator="\n"),
-                out.suffix.lower() == ".csv",
-            )
+            table = csv.DictWriter(text, columns, lineterminator="\n")
+            as_csv = out.suffix.lower() == ".csv"
             if as_csv:
                 table.writeheader()
             for whole, rows in found:

@@ -121,7 +121,8 @@ def build(
         raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {_errors(parser)}")
     inputs = (network.get_input(number) for number in range(network.num_inputs))
     open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
-    batches, lengths = (options.opt_batch_size, max_batch_size), (opt_length, max_length)
+    batches = (options.opt_batch_size, max_batch_size)
+    lengths = (opt_length, max_length)
     profile = make_profile(open_shapes, batches, lengths)
     config = _config(trt, builder, options, profile)
     if timing_cache is not None:

@@ -19,7 +19,9 @@ from radapter_serve.release.agreement import Agreement
 from radapter_serve.runtimes.cuda import Gpu, find_gpu
 from radapter_serve.runtimes.tensorrt.engine import Options, Profile, import_tensorrt
 
-ONNX, PLAN, SIDECAR = "model.onnx", "model.plan", "model.plan.json"
+ONNX = "model.onnx"
+PLAN = "model.plan"
+SIDECAR = "model.plan.json"
 EDITION = "tensorrt"
 
 
@@ -102,8 +104,11 @@ def check_plan(folder: Path) -> Sidecar:
 
 def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | None:
     """Why a plan cannot run here, or None."""
-    options, built, here = sidecar.options, _numbers(sidecar.version), _numbers(version)
-    wanted, found = _numbers(sidecar.compute_capability), _numbers(gpu.compute_capability)
+    options = sidecar.options
+    built = _numbers(sidecar.version)
+    here = _numbers(version)
+    wanted = _numbers(sidecar.compute_capability)
+    found = _numbers(gpu.compute_capability)
     if sidecar.edition != EDITION:
         return f"is an engine of {sidecar.edition}, which Triton cannot load"
     # The fourth number is the build, which not every version here tells; plans are refused for it,

@@ -92,7 +92,8 @@ def build_engines(
     _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
     with lock(repository, "radapter-export or radapter-build-engine"):
-        encoders, built = _encoders(repository), []
+        encoders = _encoders(repository)
+        built = []
         for encoder in encoders:
             for version in encoder.versions:
                 engine = writer.write(
@@ -140,7 +141,8 @@ class PlanWriter:
             raise RAdapterError(f"the timing cache {timing_cache} is a folder; name a file")
         self._gpu = find_gpu()  # before TensorRT is touched
         self._trt = import_tensorrt()
-        self._options, self._say = options, progress or (lambda line: None)
+        self._options = options
+        self._say = progress or (lambda line: None)
         self._timing_cache = timing_cache or _timing_cache(self._trt, self._gpu)
 
     def write(
@@ -170,7 +172,8 @@ class PlanWriter:
         label = f"{name} of release {folder.name}"
 
         def built(how: str, sidecar: Sidecar) -> Built:
-            size, seconds = (folder / PLAN).stat().st_size, time.perf_counter() - start
+            size = (folder / PLAN).stat().st_size
+            seconds = time.perf_counter() - start
             return Built(name, int(folder.name), how, size, sidecar.agreement, seconds)
 
         if keep and (kept := self._fitting(folder)):
@@ -192,7 +195,9 @@ class PlanWriter:
         (folder / SIDECAR).unlink(missing_ok=True)
         with staged(folder / PLAN) as path:
             path.write_bytes(plan)
-        gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
+        gpu = self._gpu
+        version = str(self._trt.__version__)
+        onnx = digest(folder)
         sidecar = Sidecar(
             EDITION,
             version,
