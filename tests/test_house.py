@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
@@ -133,6 +135,7 @@ def test_every_room_says_what_lives_there():
             assert len(text.splitlines()) >= 2, f"{room.name}/__init__.py says too little"
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported():
     inside_triton = set(sources("radapter_serve/triton")) - {"triton", "triton.surplus"}
     client = list(sources("clients/radapter_client"))

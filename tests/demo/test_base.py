@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,6 +23,7 @@ def test_open_clip_loads_the_base_in_fp32() -> None:
     assert sum(path.stat().st_size for path in data.BASE.iterdir()) < 20e6
 
 
+@pytest.mark.slow
 def test_zero_shot_is_far_above_chance(some: data.DemoData) -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{data.BASE}")
     names = [split_label(line)[0] for line in read_label_file(data.CLASSES)]

@@ -85,6 +85,7 @@ def suite_of(tests: data.DemoData) -> Suite:
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_that_of_the_rivals(
     given: dict[str, Any], rival: Ends, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_full_fine_tuning_is_that_of_the_rivals(
     assert changed and all(name.startswith("visual.") for name in changed)
 
 
+@pytest.mark.slow
 def test_r_adapter_is_right_as_often_as_radapter_eval_says(
     run: Path, comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_r_adapter_is_right_as_often_as_radapter_eval_says(
     )  # else it would show nothing
 
 
+@pytest.mark.slow
 def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
     given: dict[str, Any], comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_a_frozen_worker_is_replaced(group: Group) -> None:
     assert "a signal had stopped it" in group.said[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_in_the_middle_of_a_switch_fails_it(group: Group) -> None:
     [now] = group.workers.served.releases
     other = 3 - now
@@ -223,6 +224,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_switch_fails_it(group: Group) -> 
     assert not failed and {release for _, _, release in seen} == {now}
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_back_after_a_switch_has_what_the_others_serve(group: Group) -> None:
     [now] = group.workers.served.releases
     other = 3 - now

@@ -285,6 +285,7 @@ def test_a_text_tower_of_its_own_has_the_same_form(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_differs_from_torch_leaves_nothing(
     made: Path, common: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

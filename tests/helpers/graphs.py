@@ -73,7 +73,7 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
         for name, tensor in sorted(adapter.tensors.items())
     ]
     ways = [each for each in rest if isinstance(each, str)]
-    form = repr((make.__name__, base.config, base.preprocess, base.model, ways, shapes))
+    form = repr((make.__name__, *_tower(base, make is text_graph), ways, shapes))
     name = f"{make.__name__}-{hashlib.sha256(form.encode()).hexdigest()[:16]}"
 
     def write(folder: Path) -> None:
@@ -95,6 +95,16 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
             model.graph.initializers[key].const_value = None
         _read[folder] = Graph(model_name, model, constants)
     return _read[folder]
+
+
+def _tower(base: Base, text: bool) -> tuple[Any, ...]:
+    """What one of a base's two graphs depends on: models may have the other tower alone."""
+    other = "vision_cfg" if text else "text_cfg"
+    config = {name: value for name, value in base.config.items() if name != other}
+    parts = [
+        (name, part) for name, part in base.model.named_children() if (name == "visual") != text
+    ]
+    return config, () if text else base.preprocess, parts
 
 
 @functools.cache

@@ -26,6 +26,8 @@ from tests.helpers import fake_upstream
 from tests.helpers.fake_upstream import Served, unpacked
 from tests.helpers.small_world import SmallWorld, png
 
+pytestmark = [pytest.mark.slow]  # Gradio takes seconds to load
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -48,7 +50,7 @@ def picture(tmp_path: Path) -> str:
 
 
 def handlers(client: Client) -> dict[str, Any]:
-    from radapter_serve.playground.page import build  # here: Gradio takes seconds to load
+    from radapter_serve.playground.page import build
 
     async def built() -> Any:
         return build(client)

@@ -258,6 +258,7 @@ def test_none_as_the_help_writes_it(
     assert "/nowhere is no model folder" in error and "there is no file t.csv" in error
 
 
+@pytest.mark.slow
 def test_help_refusals_and_threads_come_before_torch() -> None:
     code = (
         "import os, sys, contextlib\n"
