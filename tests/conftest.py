@@ -34,13 +34,14 @@ TINY_CLIP = {
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import without the garbage collector, which would look through a million objects that live to
-    the end again and again.
+    """Import without the garbage collector, and keep what was imported from it: it would look
+    through a million objects that live to the end again and again.
     """
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -552,6 +552,7 @@ def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_release_that_takes_any_alpha_is_swept(
     here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

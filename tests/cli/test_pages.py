@@ -122,6 +122,7 @@ def small(command: list[str], architecture: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_the_pages_from_photos_to_a_release_run_in_their_order(
     place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

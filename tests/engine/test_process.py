@@ -305,6 +305,7 @@ def test_what_is_triton_s_alone_is_said_in_one_line(two_releases: Path, tmp_path
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
     """It serves, `radapter-release` finds it and needs its secret, and it stops in order."""
     port = free_ports()[0]

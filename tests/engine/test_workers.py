@@ -201,6 +201,7 @@ def test_a_killed_worker_is_started_again_and_nobody_who_asks_again_fails(group:
     assert counted(group) >= counts + len(seen)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_replaced(group: Group) -> None:
     os.kill(group.pids["worker 2"], signal.SIGSTOP)
     group.until_back("worker 2")

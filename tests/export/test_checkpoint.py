@@ -128,6 +128,7 @@ def test_a_checkpoint_becomes_releases_on_its_line(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_lora_becomes_a_release_on_the_base_that_it_names(
     line: tuple[Path, list[ExportedRelease]], tmp_path: Path, quick: None

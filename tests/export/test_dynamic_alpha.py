@@ -114,6 +114,7 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     assert stored & set(adapter.tensors) == wanted
 
 
+@pytest.mark.slow
 def test_low_rank_and_a_text_tower_that_is_not_adapted(
     graphs: dict[str, Graph],
     tiny_base: Base,

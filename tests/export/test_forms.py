@@ -372,6 +372,7 @@ def test_arguments_that_can_not_be_are_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors", "lora"}
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_forms(
     made: Path,
     common: Path,

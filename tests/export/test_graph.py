@@ -143,6 +143,7 @@ def test_folded_graph_has_the_operators_of_the_untouched_base(
             )
 
 
+@pytest.mark.slow
 def test_graph_does_not_depend_on_weights_and_leaves_them(
     tiny_clip_dir: str, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def evaluated(metadata: Metadata) -> list[str]:
     return [str(Path(image.name).name) for image in data.images]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", DATA)
 def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     task: str,

@@ -147,6 +147,7 @@ def test_a_full_disk_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_for_the_embeddings_is_one_line(tmp_path: Path) -> None:
     write_numbers(tmp_path / "photos", range(100))
     vectors, texts = clustered(100, 32, 5)

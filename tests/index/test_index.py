@@ -949,6 +949,7 @@ build({photos!r}, Path({out!r}), FakeRelease(), progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     out = tmp_path / "indexes" / "photos"
     code = KILLED.format(tests=str(Path(__file__).parents[2]), photos=str(photos), out=str(out))

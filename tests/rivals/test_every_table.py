@@ -128,12 +128,13 @@ def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> 
     learned(METHODS["ft"], run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "name"),
     [
         ("all", "r-adapter"),
-        pytest.param("all", "lora", marks=pytest.mark.slow),
-        pytest.param("2", "R-Adapter, rank 4", marks=pytest.mark.slow),
+        ("all", "lora"),
+        ("2", "R-Adapter, rank 4"),
     ],
 )
 def test_save_writes_what_the_table_has_judged(

@@ -35,6 +35,7 @@ def run() -> Any:
     return SimpleNamespace(base=base, data=Labelled([], ["cat", "dog"], "image", "label"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, count",
     [

@@ -63,6 +63,7 @@ def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_rate_by_short_runs(
     recipe: Recipe, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
