@@ -72,33 +72,19 @@ def prompt_names(
         RAdapterError: no names, or those of the file do not match the data's.
     """
     if classes is None:
-        if own is None:
-            raise RAdapterError(
-                f"{spec} does not name its classes; give a file with one class a line: --classes"
-                " FILE"
-            )
-        shown = [name.replace("_", " ") for name in own]
-        shown = [join_label([name]) for name in shown] if whole else shown
+        own, shown = _without_file(own, spec, whole)
     elif str(classes) == IMAGENET:
         own, shown = _of_imagenet(own, spec)
+    elif own is None or by_name:
+        own, shown = _of_file(_read(classes, own or ()), classes)
     else:
-        lines = _read(classes, own or ())
-        if own is None or by_name:
-            own = [key or line for key, line in lines]
-            shown = [line for _, line in lines]
-            if all(name.isdecimal() for name in own) and own != [
-                str(index) for index in range(len(own))
-            ]:
-                raise RAdapterError(
-                    f"the class file {classes} must number its lines from 0 on, in order"
-                )
-        else:
-            folders = set(own) if whole else set()
-            own, shown = _matched(own, lines, classes, spec, every_class)
-            shown = [  # a line that is a folder's name and no more parts no synonyms
-                join_label([line]) if line == name and name in folders else line
-                for name, line in zip(own, shown, strict=True)
-            ]
+        lines = _read(classes, own)
+        folders = set(own) if whole else set()
+        own, shown = _matched(own, lines, classes, spec, every_class)
+        shown = [  # a line that is a folder's name and no more parts no synonyms
+            join_label([line]) if line == name and name in folders else line
+            for name, line in zip(own, shown, strict=True)
+        ]
     nameless = next(
         (name for name, line in zip(own, shown, strict=True) if not split_label(line)), None
     )
@@ -108,6 +94,27 @@ def prompt_names(
             " --classes"
         )
     return list(own), shown
+
+
+def _without_file(
+    own: Sequence[str] | None, spec: str, whole: bool
+) -> tuple[Sequence[str], list[str]]:
+    if own is None:
+        raise RAdapterError(
+            f"{spec} does not name its classes; give a file with one class a line: --classes FILE"
+        )
+    shown = [name.replace("_", " ") for name in own]
+    return own, [join_label([name]) for name in shown] if whole else shown
+
+
+def _of_file(
+    lines: Sequence[tuple[str | None, str]], classes: Path
+) -> tuple[Sequence[str], list[str]]:
+    own = [key or line for key, line in lines]
+    numbers = [str(index) for index in range(len(own))]
+    if all(name.isdecimal() for name in own) and own != numbers:
+        raise RAdapterError(f"the class file {classes} must number its lines from 0 on, in order")
+    return own, [line for _, line in lines]
 
 
 def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], list[str]]:

@@ -37,6 +37,8 @@ from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import AsTrained, Entry, Suite
 
 Say = Callable[[str], None]
+# Of what is at several α, the first has the curve.
+_SOURCES = ("adapter", "checkpoint", "lora", "release", "server")
 
 
 def evaluate_suite(
@@ -181,34 +183,60 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     Returns:
         The pictures' paths.
     """
+    unit = common_unit(row.metric for row in rows)
+    pictures = [_draw_bars(rows, folder, title, unit)]
+    if curve_too:
+        pictures += _draw_curves(rows, folder, title, unit)
+    return pictures + _draw_details(rows, folder)
+
+
+def _draw_bars(rows: Sequence[Row], folder: Path, title: str, unit: str) -> Path:
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
-        bars.setdefault(model_name(row.source, row.alpha, ", α = "), {})[row.dataset] = own_metric(
-            row
-        )
-    pictures = [folder / "bars.png"]
-    unit = common_unit(row.metric for row in rows)
-    plot_bars(bars, pictures[0], title=title, unit=unit)
+        name = model_name(row.source, row.alpha, ", α = ")
+        bars.setdefault(name, {})[row.dataset] = own_metric(row)
+    path = folder / "bars.png"
+    plot_bars(bars, path, title=title, unit=unit)
+    return path
+
+
+def _draw_curves(rows: Sequence[Row], folder: Path, title: str, unit: str) -> list[Path]:
     ways: dict[str, list[Row]] = {}
     for row in rows:
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
-    names = ("adapter", "checkpoint", "lora", "release", "server", "wise-ft")
+    pictures = []
     for way, some in ways.items():
-        ids, ood = by_shift({row.dataset: row for row in some})
-        lines = {source: curve([r for r in some if r.source == source]) for source in names}
-        line = next((lines[source] for source in names[:-1] if len(lines[source]) > 1), None)
-        if curve_too and line is not None:
-            pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
-            beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
-            plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
+        lines = {source: curve([r for r in some if r.source == source]) for source in _SOURCES}
+        line = next((lines[source] for source in _SOURCES if len(lines[source]) > 1), None)
+        if line is None:
+            continue
+        wise_ft = curve([row for row in some if row.source == "wise-ft"])
+        path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
+        plot_alpha_curve(
+            line,
+            *by_shift({row.dataset: row for row in some}),
+            path,
+            title=title,
+            beside={"WiSE-FT": wise_ft} if wise_ft else None,
+            unit=unit,
+        )
+        pictures.append(path)
+    return pictures
+
+
+def _draw_details(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Of each data set by the last model that has them: what was taken for what, and how sure it
+    was.
+    """
     confused = {row.dataset: row for row in rows if row.confusion is not None}
     calibrated = {row.dataset: row for row in rows if row.calibration is not None}
+    pictures = []
     for kind, last, plot in (
         ("confusion", confused, plot_confusion),
         ("calibration", calibrated, plot_calibration),
     ):
-        for name, row in last.items():
-            name = re.sub(r"[^\w.-]+", "_", name)
+        for dataset, row in last.items():
+            name = re.sub(r"[^\w.-]+", "_", dataset)
             pictures.append(folder / f"{kind}-{name}.png")
             plot(row, pictures[-1])
     return pictures

@@ -109,27 +109,9 @@ def classification_set(
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
-    if data.several:
-        entry = dataclasses.replace(entry, metric=SEVERAL_METRIC)
-    elif entry.metric == SEVERAL_METRIC:
-        raise RAdapterError(
-            f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
-            " labels; leave it out, or see label_separator"
-        )
+    entry = _with_metric(entry, data)
+    number_of, classes, asked = _classes(entry, data, mapping, members)
     sets = data.label_sets()
-    number_of = {index: index for index in range(len(data.classes))}
-    classes = data.classes
-    asked: list[Sequence[str]] = []
-    if mapping is not None:
-        kept = [index for index, name in enumerate(data.own) if name in mapping]
-        if not kept:
-            raise RAdapterError(
-                f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
-                f" classes: {', '.join(data.own[:5])}, ..."
-            )
-        number_of = {index: number for number, index in enumerate(kept)}
-        classes = [mapping[data.own[index]] for index in kept]
-        asked = [members[data.own[index]] for index in kept] if members else []
     labels = [[number_of[label] for label in of if label in number_of] for of in sets]
     chosen = np.flatnonzero([bool(of) for of in labels])
     if not len(chosen):
@@ -149,6 +131,42 @@ def classification_set(
     for row, of in zip(truth, labels, strict=True):
         row[of] = True
     return SeveralLabelsSet(entry, images, truth, list(classes), templates, asked)
+
+
+def _with_metric(entry: Entry, data: Labelled) -> Entry:
+    """The entry, with the metric of images that have several labels where they do."""
+    if data.several:
+        return dataclasses.replace(entry, metric=SEVERAL_METRIC)
+    if entry.metric == SEVERAL_METRIC:
+        raise RAdapterError(
+            f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
+            " labels; leave it out, or see label_separator"
+        )
+    return entry
+
+
+def _classes(
+    entry: Entry,
+    data: Labelled,
+    mapping: Mapping[str, str] | None,
+    members: Mapping[str, Sequence[str]] | None,
+) -> tuple[dict[int, int], Sequence[str], list[Sequence[str]]]:
+    """The numbers of the data's classes among those that are asked for, these by name, and the
+    classes with prompts that each stands for.
+    """
+    if mapping is None:
+        return {index: index for index in range(len(data.classes))}, data.classes, []
+    kept = [index for index, name in enumerate(data.own) if name in mapping]
+    if not kept:
+        raise RAdapterError(
+            f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
+            f" classes: {', '.join(data.own[:5])}, ..."
+        )
+    return (
+        {index: number for number, index in enumerate(kept)},
+        [mapping[data.own[index]] for index in kept],
+        [members[data.own[index]] for index in kept] if members else [],
+    )
 
 
 def _retrieval_set(
