@@ -106,14 +106,15 @@ class ProposalSegmenter:
             check()
             part = flat[:, where][used]
             part = part[present := part.any(1)]
-            inside = part.astype(np.float32) / 255
+            starts, lengths = _runs(part)
+            inside = part[:, starts].astype(np.float32) / 255
             sums = inside.T @ classes[present]
             total = inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
             best = _best(sums, inside.T, cosines[present])
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
             best[total == 0] = len(embeds)
-            tally.put(where, best, probabilities)
+            tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
         return tally.result(masks.shape[1:])
 
     def _cosines(
@@ -127,6 +128,20 @@ class ProposalSegmenter:
             check()
             parts.append(finite(self.encode_images(np.stack(batch))) @ embeds.T)
         return np.concatenate(parts)
+
+
+def _runs(masks: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Pixels side by side that belong to the same masks, and so have the same label.
+
+    Args:
+        masks: [N, P].
+
+    Returns:
+        The first pixel of each run, and how many it has.
+    """
+    changes = (masks[:, 1:] != masks[:, :-1]).any(0)
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    return starts, np.diff(starts, append=masks.shape[1])
 
 
 def _best(
