@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,25 +65,6 @@ class Axis:
         which = slice(int(used[0]), int(used[-1]) + 1)
         return which, np.ascontiguousarray(total[:, which], np.float32)
 
-    def bands(self, step: int) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-        """The image's own pixels in bands: which, and their `weights`.
-
-        Args:
-            step: pixels of a band, at most `BAND`.
-        """
-        for first in range(0, self.pixels, BAND):
-            which, weights = self.weights(first, min(first + BAND, self.pixels))
-            for start in range(0, len(weights), step):
-                band = weights[start : start + step]
-                used = np.flatnonzero(band.any(0))
-                begin = int(used[0])
-                end = int(used[-1]) + 1
-                yield (
-                    slice(first + start, first + start + len(band)),
-                    slice(which.start + begin, which.start + end),
-                    np.ascontiguousarray(band[:, begin:end]),
-                )
-
     def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
         """Weights [n, windows x grid] for pixels of the working image: the mean over the windows
         that cover each.
@@ -104,15 +86,43 @@ def upsampled(
     [C, h, w].
     """
     count = values.shape[1]
-    across = list(columns.bands(BAND))
+    across = _bands(columns, BAND)
     step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
-    for vertical, above, down in rows.bands(min(step, BAND)):
+    for vertical, above, down in _bands(rows, min(step, BAND)):
         for horizontal, beside, along in across:
             part = values[above, :, beside]
             part = down @ part.reshape(len(part), -1)
             part = part.reshape(len(down), count, -1).transpose(1, 0, 2)
             block = part.reshape(-1, part.shape[2]) @ along.T
             yield (vertical, horizontal), block.reshape(count, len(down), -1)
+
+
+@lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
+def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
+    """The image's own pixels in bands: which, which of the patches count, and their `weights`.
+
+    Args:
+        axis: rows or columns.
+        step: pixels of a band, at most `BAND`.
+    """
+    bands = []
+    for first in range(0, axis.pixels, BAND):
+        which, weights = axis.weights(first, min(first + BAND, axis.pixels))
+        for start in range(0, len(weights), step):
+            band = weights[start : start + step]
+            used = np.flatnonzero(band.any(0))
+            begin = int(used[0])
+            end = int(used[-1]) + 1
+            kept = np.ascontiguousarray(band[:, begin:end])
+            kept.flags.writeable = False  # callers share it
+            bands.append(
+                (
+                    slice(first + start, first + start + len(band)),
+                    slice(which.start + begin, which.start + end),
+                    kept,
+                )
+            )
+    return tuple(bands)
 
 
 def _between(
