@@ -180,7 +180,8 @@ class Gateway:
         """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole
         port.
         """
-        with anyio.move_on_after(INDEX_SECONDS):  # then what was known last
+        # Else what was known last.
+        with anyio.move_on_after(INDEX_SECONDS), contextlib.suppress(OSError):
             self._outdated = await self._upstream.outdated_indexes()
         text = self.metrics.text(self._outdated)
         return Response(text, media_type="text/plain; version=0.0.4")

@@ -4,6 +4,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,7 +53,8 @@ class IndexMetric:
 
     def _run(self) -> None:
         while True:
-            self._tell(self._look())
+            with contextlib.suppress(OSError):  # of a disk or a mount: what was known stays
+                self._tell(self._look())
             if self._closed.wait(self._interval):
                 return
 

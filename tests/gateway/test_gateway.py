@@ -580,6 +580,9 @@ def test_metrics_of_indexes_do_not_wait_for_a_storage(
     known = outdated_at(f"{served.url}/metrics")
     served.let_go()
     assert known == {name: 1, "new": 0}  # what was known last
+    served.upstream.outdated = None
+    assert outdated_at(f"{served.url}/metrics") == known
+    served.upstream.outdated = {}
     assert outdated_at(f"{served.url}/metrics") == {}
 
 

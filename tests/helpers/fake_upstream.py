@@ -75,7 +75,7 @@ class FakeUpstream:
             for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")
         }
         self.outputs: dict[str, np.ndarray] | None = None
-        self.outdated: dict[str, bool] = {}
+        self.outdated: dict[str, bool] | None = {}
 
     async def infer(
         self,
@@ -122,6 +122,8 @@ class FakeUpstream:
 
     async def outdated_indexes(self) -> dict[str, bool]:
         await self.hold.wait()
+        if self.outdated is None:
+            raise OSError("the storage is gone")
         return self.outdated
 
     async def close(self) -> None:
