@@ -26,6 +26,9 @@ from rivals.method import Method
 from rivals.soup import of_members
 from rivals.tables import TABLES, figures
 
+# What the others are held against.
+LED = ("zero-shot", "r-adapter", "r-adapter, preserve")
+
 Methods = Mapping[str, Method]  # by the names that a table prints
 
 
@@ -143,8 +146,8 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
 
 
 def leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A table each of what the methods lead zero-shot and R-Adapter by, where these have a row;
-    nothing without several seeds.
+    """A table each of what the methods lead zero-shot and R-Adapter by, this also with `preserve`,
+    where these have a row; nothing without several seeds.
 
     Args:
         found: by method, the figures of each seed, in per cent by the heads of their columns.
@@ -153,7 +156,7 @@ def leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     if len(found) == 1 or not 2 <= seeds <= len(T95) + 1:
         return ""
     tables = []
-    for base in (name for name in found if name.lower() in ("zero-shot", "r-adapter")):
+    for base in (name for name in found if name.lower() in LED):
         heads = list(found[base][0])
         lines = []
         for name, of_seeds in found.items():
