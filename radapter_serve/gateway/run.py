@@ -150,6 +150,8 @@ class _Granian(granian.server.embed.Server):
                 header_read_timeout=int(1000 * IDLE_SECONDS), max_buffer_size=MAX_HEADERS
             ),
             log_enabled=False,  # what callers do wrong is answered, not logged
+            # Else it closes the handlers of all others in this process, and some close their file.
+            log_dictconfig={"incremental": True, "handlers": {}, "loggers": {}},
             ssl_cert=settings.tls_certificate,
             ssl_key=settings.tls_key,
             ssl_protocol_min=SSLProtocols.tls12,

@@ -90,8 +90,6 @@ def check_inside(span: Span, parent: Span) -> None:
     assert parent.start <= span.start <= span.end <= parent.end
 
 
-# In a process of its own: after some other tests, what it starts closes pytest's capture file.
-@pytest.mark.slow
 def test_one_request_followed(
     repository: Path,
     tmp_path: Path,

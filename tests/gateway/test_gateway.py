@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import logging
 import re
 import socket
 import threading
@@ -28,7 +29,7 @@ from radapter_client import Client
 from radapter_serve.gateway import app, front, health, run
 from radapter_serve.gateway.errors import Refused, from_triton
 from radapter_serve.release.release import TASKS
-from tests.helpers.fake_upstream import Served, packed, serving
+from tests.helpers.fake_upstream import FakeUpstream, Served, packed, serving
 from tests.helpers.indexes import outdated_at
 
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
@@ -584,6 +585,15 @@ def test_metrics_of_indexes_do_not_wait_for_a_storage(
     assert outdated_at(f"{served.url}/metrics") == known
     served.upstream.outdated = {}
     assert outdated_at(f"{served.url}/metrics") == {}
+
+
+def test_the_logs_of_the_program_around_it_stay(tmp_path: Path) -> None:
+    own = logging.FileHandler(tmp_path / "own.log")
+    try:
+        with serving(FakeUpstream):
+            assert own.stream is not None  # a handler that is closed has none
+    finally:
+        own.close()
 
 
 # Keys
