@@ -60,7 +60,8 @@ def test_one_request_followed_through_triton(
     def check_inside(name: str, parent: Span) -> Span:
         span = of_name(name)
         assert span.parent == parent.id
-        assert parent.start <= span.start <= span.end <= parent.end
+        # Triton ends a span after the answer is sent, which its reader may have ended by then.
+        assert parent.start <= span.start <= min(span.end, parent.end)
         return span
 
     whole = of_name("POST /v2/models/{model}/infer")
