@@ -145,8 +145,8 @@ class Training:
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.step = self.step + 1
-        self.images = self.images + len(rows)
+        self.step += 1
+        self.images += len(rows)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
             weight = 1 - min(args.average, (1 + self.step) / (10 + self.step))

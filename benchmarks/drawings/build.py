@@ -146,7 +146,7 @@ def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]])
     for sample in turns:
         if placed < MOST_A_CLASS and not (seen and alike(sample.mark[None], np.stack(seen)).any()):
             sample.place = place
-            placed = placed + 1
+            placed += 1
             seen.append(sample.mark)
 
 

@@ -183,7 +183,7 @@ def decode(body: bytes, length: str | None) -> Reply:
             array = np.array(values, kind)
         else:
             start = end
-            end = end + int(output["parameters"]["binary_data_size"])
+            end += int(output["parameters"]["binary_data_size"])
             data = memoryview(body)[start:end]
             array = (
                 deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)

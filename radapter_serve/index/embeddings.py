@@ -122,7 +122,7 @@ def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
                 some = table.slice(0, PART - done % PART)
                 yield vectors_of(some["vector"]), _with_files(some.drop_columns(["vector"]), root)
                 table = table.slice(len(some))
-                done = done + len(some)
+                done += len(some)
 
 
 def _with_files(metadata: pa.Table, root: Path) -> pa.Table:

@@ -482,5 +482,5 @@ def _endless(
             raise RAdapterError(
                 f"the data set has fewer images that can be read than a batch of {part}"
             )
-        epoch = epoch + 1
+        epoch += 1
         start = 0

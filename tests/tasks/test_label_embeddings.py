@@ -218,7 +218,7 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     labels = [f"thing {n}, object {n}" for n in range(1500)]
     tries = 0
     while tries < 5:
-        tries = tries + 1
+        tries += 1
         before = len(local.calls)
         try:
             # As patient as 20 batches: none of the callers sees all of it.
