@@ -39,7 +39,7 @@ from radapter_serve.index.store.local import (
     table_errors,
 )
 from radapter_serve.index.stored import file_of
-from radapter_serve.index.writer import BROKEN, Base, Progress, Summary, Writer
+from radapter_serve.index.writer import BROKEN, Base, Progress, Sizes, Summary, Writer
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
@@ -60,6 +60,7 @@ def build(
     resume: bool = True,
     ray: str | None = None,
     progress: Progress | None = None,
+    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
     """Make an index, whole or not at all.
 
@@ -79,6 +80,7 @@ def build(
         ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this
             process.
         progress: called after every batch.
+        sizes: as in `Writer`.
 
     Raises:
         RAdapterError: there is no image, an image is broken, `out` is something else, a stopped
@@ -111,7 +113,7 @@ def build(
         return summary
 
     with _generation(out, plan, resume=resume, extend=False) as (made, base):
-        writer = Writer(made, plan, release, out, _schema(plan, collection), cluster)
+        writer = Writer(made, plan, release, out, _schema(plan, collection), cluster, sizes)
         return _finish(made, out, writer, fill, base)
 
 
@@ -123,6 +125,7 @@ def add(
     prune: bool = False,
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
+    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
     """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at
     all.
@@ -135,6 +138,7 @@ def add(
         prune: remove images whose files are gone.
         on_broken: as in `build`; None does as the last build or addition did.
         progress: as in `build`.
+        sizes: as in `Writer`.
 
     Raises:
         RAdapterError: there is no index, another release made it, or what `build` raises.
@@ -162,7 +166,7 @@ def add(
         return summary
 
     with _generation(out, plan, resume=True, extend=True) as (made, base):
-        writer = Writer(made, plan, release, out, _schema(plan, collection))
+        writer = Writer(made, plan, release, out, _schema(plan, collection), sizes=sizes)
         return _finish(made, out, writer, fill, base)
 
 

@@ -19,9 +19,9 @@ from radapter_serve.index.index import Index
 from radapter_serve.index.store import THUMBNAIL, vectors_of
 from radapter_serve.index.store.table import UNIT
 
-_TILE = 2048  # images that are compared with as many others at once
+_TILE = 2048
 _ROUNDING = 1e-6  # of a cosine in float32: copies have 1, or a little less
-_MAX_EDGES = 4_000_000  # that are kept before they are put together
+_MAX_EDGES = 4_000_000
 _BATCH = 4096  # rows read at once
 # groups, and images of each, that a picture shows
 MAX_ROWS = 100
@@ -48,7 +48,12 @@ class Group:
 
 
 def find_duplicates(
-    index: Index, threshold: float, progress: Callable[[int, int], None] | None = None
+    index: Index,
+    threshold: float,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    tile: int = _TILE,
+    max_edges: int = _MAX_EDGES,
 ) -> list[Group]:
     """Put images together whose cosine is at least a threshold, and what is joined by these.
 
@@ -58,6 +63,8 @@ def find_duplicates(
         index: in a folder or on object storage.
         threshold: cosine, above 0 and at most 1.
         progress: called with the images compared and all.
+        tile: how many images are compared with as many others at once.
+        max_edges: how many pairs are kept before they are put together.
 
     Returns:
         The groups of two images and more, the largest first, then by their first ids.
@@ -68,7 +75,7 @@ def find_duplicates(
     check_threshold(threshold)
     ids, vectors = _read(index)
     best = np.full(len(ids), -1, np.float32)
-    labels = _joined(vectors, threshold, best, progress)
+    labels = _joined(vectors, threshold, best, progress, tile=tile, max_edges=max_edges)
     members: dict[int, list[int]] = {}
     for row in sorted(range(len(ids)), key=ids.__getitem__):
         members.setdefault(int(labels[row]), []).append(row)
@@ -118,16 +125,19 @@ def _joined(
     threshold: float,
     best: Vectors,
     progress: Callable[[int, int], None] | None,
+    *,
+    tile: int,
+    max_edges: int,
 ) -> NDArray[np.int64]:
     """The number of the group of each image; `best` takes the highest cosine of each."""
     count = len(vectors)
     labels = np.arange(count)
     edges: list[NDArray[np.int64]] = []
     waiting = 0
-    for start in range(0, count, _TILE):
-        rows = vectors[start : start + _TILE]
-        for other in range(start, count, _TILE):
-            scores = rows @ vectors[other : other + _TILE].T
+    for start in range(0, count, tile):
+        rows = vectors[start : start + tile]
+        for other in range(start, count, tile):
+            scores = rows @ vectors[other : other + tile].T
             first, second = np.nonzero(scores >= threshold - _ROUNDING)
             apart = first + start < second + other
             first = first[apart]
@@ -137,12 +147,12 @@ def _joined(
             np.maximum.at(best, second + other, found)
             edges.append(np.stack([first + start, second + other]))
             waiting += len(first)
-            if waiting > _MAX_EDGES:
+            if waiting > max_edges:
                 labels = _components(labels, edges)
                 edges = []
                 waiting = 0
         if progress is not None:
-            progress(min(start + _TILE, count), count)
+            progress(min(start + tile, count), count)
     return _components(labels, edges)
 
 

@@ -28,6 +28,8 @@ from radapter_serve.index.writer import BATCH, Progress
 PART = 1_000_000  # images in one file, as clip-retrieval has it
 _PATH = "image_path"  # what clip-retrieval calls an image's file
 
+Rows = Iterator[tuple[NDArray[np.float32], pa.Table]]  # embeddings and metadata
+
 
 def export_embeddings(
     index: Path,
@@ -35,6 +37,8 @@ def export_embeddings(
     *,
     dtype: Literal["float32", "float16"] = "float32",
     progress: Progress | None = None,
+    part: int = PART,
+    batch: int = BATCH,
 ) -> int:
     """Write `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`, and so on for each million
     images.
@@ -47,6 +51,8 @@ def export_embeddings(
         dtype: of the arrays [N, D], whose rows have unit length; clip-retrieval itself writes
             float16.
         progress: called after every batch.
+        part: images in one file.
+        batch: images that are read at once.
 
     Returns:
         How many images there are.
@@ -68,7 +74,8 @@ def export_embeddings(
     staged = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(source, staged, np.dtype(dtype), progress)
+        rows = _rows(source, part, batch)
+        _write(source, rows, staged, np.dtype(dtype), part, progress)
         staged.replace(out)  # over an empty folder, too
     except OSError as error:
         raise RAdapterError(
@@ -79,24 +86,26 @@ def export_embeddings(
     return len(source)
 
 
-def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress | None) -> None:
+def _write(
+    source: Index,
+    rows: Rows,
+    staged: Path,
+    dtype: np.dtype[Any],
+    part: int,
+    progress: Progress | None,
+) -> None:
     for name in ("img_emb", "metadata"):
         (staged / name).mkdir(parents=True)
     count = len(source)
-    rows = _rows(source)
     # Readers take the files in the order of their names.
-    digits = len(str(max(count - 1, 0) // PART))
-    for number, start in enumerate(range(0, count, PART)):
+    digits = len(str(max(count - 1, 0) // part))
+    for number, start in enumerate(range(0, count, part)):
         name = str(number).zfill(digits)
-        length = min(PART, count - start)
+        length = min(part, count - start)
         written = 0
         with contextlib.ExitStack() as held:
             while written < length:
-                vectors, metadata = next(rows, (None, None))
-                if vectors is None or metadata is None:
-                    raise RAdapterError(
-                        f"the index {source.folder} says {count} images and holds fewer"
-                    )
+                vectors, metadata = next(rows)
                 if not written:
                     shape = (length, vectors.shape[1])
                     write = held.enter_context(
@@ -111,15 +120,15 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
                     progress(start + written, count)
 
 
-def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
+def _rows(source: Index, part: int, batch: int) -> Rows:
     """Embeddings and metadata, in batches that never reach over the end of a part."""
     done = 0
     root = Path(source.facts.plan.root)
     with table_errors(source.folder, source.facts.plan):
-        for batch in source.rows([*source.facts.columns, "vector"], BATCH):
-            table = pa.Table.from_batches([batch])
+        for read in source.rows([*source.facts.columns, "vector"], batch):
+            table = pa.Table.from_batches([read])
             while len(table):
-                some = table.slice(0, PART - done % PART)
+                some = table.slice(0, part - done % part)
                 yield vectors_of(some["vector"]), _with_files(some.drop_columns(["vector"]), root)
                 table = table.slice(len(some))
                 done += len(some)

@@ -12,9 +12,9 @@ from radapter_serve.files import as_text, digest_of
 from radapter_serve.index.facts import FileFacts
 
 #: up to so many bytes of a folder are compared each time it is opened: a second or two; of a larger
-#: one, the small files
+#: one, the files of less than a 64th of that
 CHECKED_AT_OPEN = 1 << 30
-_SMALL = 16 << 20  # bytes of a file
+_SMALL = 64
 _READ = ("data/*", "_deletions/*", "_versions/*.manifest")
 _MAX_KNOWN = 4096  # digests that are remembered
 _known: dict[tuple[int, int, int, int], str] = {}
@@ -44,21 +44,28 @@ def files_of(folder: Path, known: Files) -> dict[str, FileFacts]:
 
 
 def check_files(
-    folder: Path, files: Files, *, complete: bool, always: Collection[str] = ()
+    folder: Path,
+    files: Files,
+    *,
+    complete: bool,
+    always: Collection[str] = (),
+    checked: int = CHECKED_AT_OPEN,
 ) -> None:
     """Compare files with their sizes and digests.
 
     Args:
         folder: of the files.
         files: as in `files_of`.
-        complete: whether all files are read, however large; else as CHECKED_AT_OPEN says.
+        complete: whether all files are read, however large.
         always: names of files that are read in any case.
+        checked: up to so many bytes are read, all of them; of more, the small files.
 
     Raises:
         DamagedFileError: one is missing, or differs; names it.
     """
-    every = complete or sum(said.size for said in files.values()) <= CHECKED_AT_OPEN
-    read = [name for name, said in files.items() if every or said.size < _SMALL or name in always]
+    every = complete or sum(said.size for said in files.values()) <= checked
+    small = checked // _SMALL
+    read = [name for name, said in files.items() if every or said.size < small or name in always]
     differing = {name for name, said in files.items() if _size(folder / name) != said.size}
     digest = _digest if complete else _known_digest
     with ThreadPoolExecutor(_WORKERS) as pool:

@@ -100,13 +100,20 @@ class Mapped:
             start += len(part)
 
 
-def write_mapped(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:
+def write_mapped(
+    folder: Path,
+    batches: Iterable[pa.RecordBatch],
+    shape: tuple[int, int],
+    chunk_rows: int = _CHUNK_ROWS,
+) -> None:
     """Write `rows.arrow` and `vectors.npy`.
 
     Args:
         folder: that is there.
         batches: all columns of the images.
         shape: number of images, and D.
+        chunk_rows: that a record batch of `rows.arrow` reaches, but for the last; large thumbnails
+            make it shorter.
 
     Raises:
         RAdapterError: there are more or fewer images.
@@ -123,7 +130,7 @@ def write_mapped(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[i
             if rows is None:
                 rows = pa.ipc.new_file(file, part.schema)
             waiting.append(part)
-            if _is_large(waiting):
+            if _is_large(waiting, chunk_rows):
                 rows.write_table(pa.Table.from_batches(waiting).combine_chunks())
                 waiting = []
         if rows is not None:
@@ -150,6 +157,6 @@ def _stored(batch: pa.RecordBatch) -> pa.RecordBatch:
     return part.set_column(place, THUMBNAIL, large)
 
 
-def _is_large(batches: Sequence[pa.RecordBatch]) -> bool:
+def _is_large(batches: Sequence[pa.RecordBatch], chunk_rows: int) -> bool:
     rows = sum(map(len, batches))
-    return rows >= _CHUNK_ROWS or sum(batch.nbytes for batch in batches) >= _CHUNK_BYTES
+    return rows >= chunk_rows or sum(batch.nbytes for batch in batches) >= _CHUNK_BYTES

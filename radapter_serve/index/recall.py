@@ -65,6 +65,7 @@ def tune(
     texts: NDArray[np.float32],
     queries: int = 100,
     efforts: Sequence[tuple[int, int]] = EFFORTS,
+    block: int = _BLOCK,
 ) -> dict[str, float]:
     """The least effort with a recall@10 of 0.975 on images of the index and on texts, whichever is
     worse.
@@ -77,6 +78,7 @@ def tune(
         texts: embeddings of TEXTS, float32 [N, D].
         queries: how many images are asked for; they don't count as their own answers.
         efforts: cells and candidates to try, the least first.
+        block: how many vectors are compared with the queries at once.
 
     Returns:
         `nprobes`, `candidates` and `recall`.
@@ -84,7 +86,7 @@ def tune(
     chosen = np.random.default_rng(0).choice(len(neighbours.vectors), queries, replace=False)
     asked = np.concatenate([neighbours.vectors[np.sort(chosen)], texts])
     own = np.repeat([1, 0], [queries, len(texts)])
-    best = _best_scores(neighbours.vectors, asked)
+    best = _best_scores(neighbours.vectors, asked, block)
     tenth = np.where(own == 1, best[:, TOP_K], best[:, TOP_K - 1]) - 1e-5
 
     def measure(nprobes: int, candidates: int) -> float:
@@ -104,12 +106,14 @@ def tune(
     return result
 
 
-def _best_scores(vectors: NDArray[np.float32], asked: NDArray[np.float32]) -> NDArray[np.float32]:
+def _best_scores(
+    vectors: NDArray[np.float32], asked: NDArray[np.float32], block: int
+) -> NDArray[np.float32]:
     """The best cosines of each query, float32 [N, TOP_K + 1], by comparing all vectors in one
     pass.
     """
     best = np.zeros((len(asked), 0), np.float32)
-    for start in range(0, len(vectors), _BLOCK):
-        scores = asked @ vectors[start : start + _BLOCK].T
+    for start in range(0, len(vectors), block):
+        scores = asked @ vectors[start : start + block].T
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, : TOP_K + 1]
     return best

@@ -73,6 +73,19 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How many images a writer takes at once, and how many make an index a big one.
+
+    Args:
+        batch: images that are embedded, then written.
+        exact: a search of up to so many compares every embedding; of more, FAISS names candidates.
+    """
+
+    batch: int = BATCH
+    exact: int = EXACT
+
+
+@dataclass(frozen=True)
 class Base:
     """The generation that a new one begins as a copy of.
 
@@ -95,6 +108,7 @@ class Writer:
         out: folder of the index, for messages.
         schema: of a table that is not there yet.
         cluster: reads and embeds in the place of this process.
+        sizes: of what it makes.
     """
 
     def __init__(
@@ -105,12 +119,14 @@ class Writer:
         out: Path,
         schema: pa.Schema,
         cluster: Cluster | None = None,
+        sizes: Sizes = Sizes(),  # frozen
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._release = release
         self._out = out
         self._cluster = cluster
+        self._sizes = sizes
         with table_errors(out, plan):
             database = lancedb.connect(folder)
             if (folder / f"{TABLE}.lance").is_dir():
@@ -178,8 +194,8 @@ class Writer:
         """Remove images; returns how many were there."""
         ids = sorted(self.known.keys() & set(ids))
         with table_errors(self._out, self._plan):
-            for start in range(0, len(ids), BATCH):
-                names = ", ".join(map(_quoted, ids[start : start + BATCH]))
+            for start in range(0, len(ids), self._sizes.batch):
+                names = ", ".join(map(_quoted, ids[start : start + self._sizes.batch]))
                 self._table.delete(f"path IN ({names})")
         for id in ids:
             del self.known[id]
@@ -233,7 +249,7 @@ class Writer:
         """Whether nothing was written to the copy, and what a search needs is there."""
         if self._table.version != base.facts.table_version:
             return False
-        if (base.facts.nearest is None) != (len(self.known) <= EXACT):
+        if (base.facts.nearest is None) != (len(self.known) <= self._sizes.exact):
             return False
         with contextlib.suppress(DamagedFileError):
             check_files(base.folder / SEARCHED, base.facts.searched, complete=True)
@@ -251,13 +267,14 @@ class Writer:
         """The files, read batch by batch, by threads of this process or by a cluster."""
         turned = self._release.preprocess.exif_orientation
         size = self._plan.thumbnails
+        many = self._sizes.batch
         if self._cluster is not None:
             asked = [(item.id, item.file, self._before(item)) for item in items]
-            yield from self._cluster.read(asked, BATCH, size, turned)
+            yield from self._cluster.read(asked, many, size, turned)
             return
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
-            for start in range(0, len(items), BATCH):
-                batch = items[start : start + BATCH]
+            for start in range(0, len(items), many):
+                batch = items[start : start + many]
                 yield list(
                     pool.map(
                         lambda i: read(i.id, i.file, self._before(i), self._release, size), batch
@@ -308,9 +325,9 @@ class Writer:
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
     def _write_nearest(self, place: Path, base: Base | None) -> NearestFacts | None:
-        """Make what a search of more than EXACT images needs; None where they are fewer."""
+        """Make what a search by FAISS needs; None where there are too few images for one."""
         count = len(self.known)
-        if count <= EXACT:
+        if count <= self._sizes.exact:
             return None
         vectors = Mapped(place, (count, self._plan.release.embed_dim)).vectors
         before = base.facts.nearest if base else None

@@ -23,7 +23,10 @@ from PIL import Image
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
+from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.query import Query
@@ -324,14 +327,10 @@ def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_stopped_build_prints_works(
-    place: Path,
-    dynamic_tiny_clip: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("photos").rename("my photos")
     (place / "my photos" / "last.png").write_bytes(b"no image")
-    monkeypatch.setattr("radapter_serve.index.writer.BATCH", 2)
     options = [
         "--model-repository",
         str(dynamic_tiny_clip),
@@ -341,11 +340,17 @@ def test_what_a_stopped_build_prints_works(
         "64",
         "--no-exif-orientation",
     ]
-    assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 2
-    assert (
-        "the embeddings so far are kept: give the same command again to continue"
-        in capsys.readouterr().err
-    )
+    release = LocalRelease(dynamic_tiny_clip)
+    release.set_alpha(0.8)
+    with pytest.raises(RAdapterError, match="are kept: give the same command again to continue"):
+        build(
+            "my photos",
+            Path("indexes/photos"),
+            release,
+            thumbnails=64,
+            exif_orientation=False,
+            sizes=Sizes(batch=2),
+        )
     (place / "my photos" / "last.png").unlink()
     assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
     said = capsys.readouterr().err

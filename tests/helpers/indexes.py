@@ -10,6 +10,9 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
+from radapter_serve.index.index import Index
+from radapter_serve.index.store.local import Folder
+from radapter_serve.index.store.table import Table
 
 
 def generation(out: Path) -> Path:
@@ -25,6 +28,18 @@ def table(out: Path) -> Path:
 def searched(out: Path) -> Path:
     """The folder of the files that a search reads."""
     return generation(out) / "search"
+
+
+def opened(out: Path, **sizes: int) -> Index:
+    """The index, opened with other sizes than `open_index` takes.
+
+    Args:
+        out: its folder.
+        sizes: as in `Table`.
+    """
+    name, facts = Folder(out).current()
+    store = Table(out.name, searched(out), facts, complete=False, **sizes)
+    return Index(out, name, facts, store)
 
 
 def point_again(out: Path) -> None:
@@ -53,6 +68,13 @@ def outdated_at(url: str) -> dict[str, float]:
         for sample in family.samples
         if sample.name == "radapter_index_outdated"
     }
+
+
+def search_little(out: Path) -> None:
+    """Have a search of a big index look into one cell, for one candidate."""
+    facts = said(out)
+    facts["nearest"] |= {"nprobes": 1, "candidates": 1}
+    say(out, facts)
 
 
 def write_facts(out: Path, digest: str) -> None:

@@ -21,21 +21,22 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import opened, stored
+from radapter_serve.index import stored
 from radapter_serve.index.build import add, build
 from radapter_serve.index.embeddings import export_embeddings
 from radapter_serve.index.facts import FACTS, IndexFacts
 from radapter_serve.index.index import open_index, read_facts
-from radapter_serve.index.opened import OpenIndexes
+from radapter_serve.index.opened import POLL, OpenIndexes
 from radapter_serve.index.publish import link, publish
 from radapter_serve.index.store import s3 as storage
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
-from tests.index.test_neighbours import Ready, clustered, found, lower, recall, write_numbers
+from tests.index.test_neighbours import SMALL, Ready, clustered, found, recall, write_numbers
 
 URL = "s3://pictures/indexes/photos"
 QUERY = np.eye(DIM, dtype=np.float32)[0]
@@ -136,7 +137,6 @@ def test_published_linked_and_searched(client, photos: Path, tmp_path: Path) -> 
 def test_many_images_are_found_by_files_in_a_bounded_cache(
     client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lower(monkeypatch)
     copy = storage.copy
     vectors, texts = clustered(1200, 32, 30)
     release = Ready(vectors, texts[:100])
@@ -144,7 +144,7 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     linked = tmp_path / "linked"
     for count in (1000, 1050, 1100, 1150):
         write_numbers(tmp_path / "photos", range(count))
-        build(str(tmp_path / "photos"), out, release)
+        build(str(tmp_path / "photos"), out, release, sizes=SMALL)
         assert publish(out, URL) and not publish(out, URL)
         link(URL, linked)
         index = open_index(linked)
@@ -177,15 +177,22 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
 
 
 def test_a_server_goes_over_to_what_was_published_last(
-    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client, photos: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(opened, "POLL", 0.0)
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
-    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    clock = FakeClock()
+    retrieve = Retrieve(
+        release.facts,
+        tmp_path / "indexes",
+        lambda _: QUERY,
+        lambda _: QUERY,
+        clock=clock.monotonic,
+    )
 
     def count() -> int:
+        clock.now += POLL
         return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     assert count() == 5
@@ -281,21 +288,29 @@ def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
     client,
     photos: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(opened, "POLL", 0.0)
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
-    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    clock = FakeClock()
+    retrieve = Retrieve(
+        release.facts,
+        tmp_path / "indexes",
+        lambda _: QUERY,
+        lambda _: QUERY,
+        clock=clock.monotonic,
+    )
     request = RetrieveRequest(b"photos", Query([b"a"]), top_k=100)
     assert len(retrieve(request).ids) == 5
     put_broken(client, read_facts(tmp_path / "index"), "g-0123456789abcdef")
-    assert len(retrieve(request).ids) == len(retrieve(request).ids) == 5
+    for _ in range(2):
+        clock.now += POLL
+        assert len(retrieve(request).ids) == 5
     log = capsys.readouterr().err
     assert "publish it again: radapter-index publish" in log and "radapter-index build" not in log
     publish(tmp_path / "index", URL)
+    clock.now += POLL
     assert len(retrieve(request).ids) == 5
 
 

@@ -20,15 +20,16 @@ from pyarrow import parquet
 
 from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import build
 from radapter_serve.index.store import vectors_of
+from radapter_serve.index.writer import Sizes
 from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.indexes import generation
 from tests.helpers.small_release import png
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
 COUNT = 40
+SMALL = Sizes(batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path) -> Path:
     """A table of images with metadata; one has a hostile name, one the bytes of another."""
     names = [f"{number}é.png" for number in range(COUNT - 2)] + ["it's 猫.png", "copy.png"]
     (tmp_path / "photos").mkdir()
@@ -51,7 +52,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "photos" / name).write_bytes(png(0 if name == "copy.png" else number, 50, 40))
     rows = {"image": [f"photos/{name}" for name in names], "year": list(range(COUNT))}
     parquet.write_table(pa.table(rows), tmp_path / "table.parquet")
-    monkeypatch.setattr(index_writer, "BATCH", 8)
     return tmp_path
 
 
@@ -65,8 +65,8 @@ def test_rows_are_those_of_a_local_build(
 ) -> None:
     release = LocalRelease(exported_tiny_clip / "model_repository")
     source = f"parquet:{place / 'table.parquet'}"
-    here = build(source, place / "here", release)
-    there = build(source, place / "there", release, ray="auto")
+    here = build(source, place / "here", release, sizes=SMALL)
+    there = build(source, place / "there", release, ray="auto", sizes=SMALL)
     assert (
         (there.count, there.embedded, there.copies)
         == (here.count, here.embedded, here.copies)
@@ -77,7 +77,7 @@ def test_rows_are_those_of_a_local_build(
     assert rows == same
     np.testing.assert_allclose(vectors, close, atol=1e-6)
     (place / "photos" / "1é.png").write_bytes(png(77, 50, 40))
-    again = build(source, place / "there", release, ray="auto")
+    again = build(source, place / "there", release, ray="auto", sizes=SMALL)
     assert (again.embedded, again.kept) == (1, COUNT - 1)
 
 
@@ -97,7 +97,9 @@ def test_a_killed_worker_costs_nothing(
             killed.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
 
-    summary = build(str(place / "photos"), place / "index", release, ray="auto", progress=kill)
+    summary = build(
+        str(place / "photos"), place / "index", release, ray="auto", progress=kill, sizes=SMALL
+    )
     assert killed and summary.count == COUNT
     build(str(place / "photos"), place / "here", release)
     np.testing.assert_allclose(rows_of(place / "index")[1], rows_of(place / "here")[1], atol=1e-6)
@@ -107,14 +109,15 @@ def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_
     release = LocalRelease(exported_tiny_clip / "model_repository")
     (place / "photos" / "bad.png").write_bytes(b"no image")
     (place / "photos" / "gone.png").symlink_to(place / "nowhere")
+    source = str(place / "photos")
     with pytest.raises(RAdapterError, match="'bad.png' can't be indexed.*--on-broken skip"):
-        build(str(place / "photos"), place / "index", release, ray="auto")
-    summary = build(str(place / "photos"), place / "index", release, ray="auto", on_broken="skip")
+        build(source, place / "index", release, ray="auto", sizes=SMALL)
+    summary = build(source, place / "index", release, ray="auto", on_broken="skip", sizes=SMALL)
     assert summary.count == COUNT and set(summary.broken) == {"bad.png", "gone.png"}
     moved = LocalRelease(shutil.copytree(exported_tiny_clip / "model_repository", place / "models"))
     shutil.rmtree(place / "models")
     with pytest.raises(RAdapterError, match="the cluster can't embed") as error:
-        build(str(place / "photos"), place / "other", moved, ray="auto")
+        build(source, place / "other", moved, ray="auto", sizes=SMALL)
     assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.cli.index import main
-from radapter_serve.index import duplicates
 from radapter_serve.index.build import build
 from radapter_serve.index.duplicates import find_duplicates
 from radapter_serve.index.index import open_index
@@ -49,16 +48,13 @@ def by_hand(ids: list[str], embeds: NDArray[np.float32], threshold: float) -> li
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.99])
 @pytest.mark.parametrize("tile", [7, 64])
 def test_groups_are_those_of_a_comparison_pair_by_pair(
-    made: tuple[Path, list[str], NDArray[np.float32]],
-    monkeypatch: pytest.MonkeyPatch,
-    threshold: float,
-    tile: int,
+    made: tuple[Path, list[str], NDArray[np.float32]], threshold: float, tile: int
 ) -> None:
     folder, ids, embeds = made
-    monkeypatch.setattr(duplicates, "_TILE", tile)
-    monkeypatch.setattr(duplicates, "_MAX_EDGES", 5)
     told: list[tuple[int, int]] = []
-    found = find_duplicates(open_index(folder), threshold, lambda *now: told.append(now))
+    found = find_duplicates(
+        open_index(folder), threshold, lambda *now: told.append(now), tile=tile, max_edges=5
+    )
     assert [group.ids for group in found] == by_hand(ids, embeds, threshold)
     assert told[-1] == (60, 60)
     scores = embeds @ embeds.T - 2 * np.eye(60)

@@ -63,13 +63,10 @@ def test_rows_of_arrays_are_rows_of_tables(
     place: Path,
     exported_tiny_clip: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     part: int,
     names: list[str],
 ) -> None:
-    monkeypatch.setattr("radapter_serve.index.embeddings.PART", part)
-    monkeypatch.setattr("radapter_serve.index.embeddings.BATCH", 2)
-    assert export_embeddings(place / "photos", tmp_path / "out") == COUNT
+    assert export_embeddings(place / "photos", tmp_path / "out", part=part, batch=2) == COUNT
     files = {
         str(path.relative_to(tmp_path / "out"))
         for path in (tmp_path / "out").rglob("*")
@@ -94,15 +91,6 @@ def test_rows_of_arrays_are_rows_of_tables(
     np.testing.assert_allclose(
         found, by_open_clip(exported_tiny_clip, list(table["image_path"])), atol=1e-5
     )
-
-
-def test_rows_that_are_missing_are_said(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("radapter_serve.index.index.Index.__len__", lambda _: COUNT + 1)
-    with pytest.raises(RAdapterError, match="says 12 images and holds fewer"):
-        export_embeddings(place / "photos", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(

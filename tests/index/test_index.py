@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import io
 import itertools
 import json
@@ -30,19 +29,17 @@ from pyarrow import parquet
 from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import build as indexing
 from radapter_serve.index import mapped, recall
-from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.collection import open_collection
 from radapter_serve.index.condition import Sql, parse_condition
 from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
 from radapter_serve.index.index import link_of, open_index, write_link
-from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
+from radapter_serve.index.writer import Sizes
 from radapter_serve.lock import lock
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
-from tests.helpers.indexes import generation, said, say, table
+from tests.helpers.indexes import generation, opened, said, say, search_little, table
 from tests.helpers.small_models import release as release_facts
 
 DIM = 16
@@ -417,32 +414,28 @@ def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: Fak
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_equal_vectors_come_in_the_order_of_their_ids(
-    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease
+    exact: bool, tmp_path: Path, release: FakeRelease
 ) -> None:
-    """Sixty images of three kinds, added in no order; the first hits of a kind are its first ids,
+    """Of 120 images of three kinds, added in no order, the first hits of a kind are its first ids,
     however many.
     """
-    if not exact:
-        for module in (store_table, index_writer):
-            monkeypatch.setattr(module, "EXACT", 20)
-    monkeypatch.setattr(
-        index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
-    )
     folder = tmp_path / "photos"
     out = tmp_path / "index"
-    names = np.random.default_rng(0).permutation([f"{number:02}" for number in range(60)])
-    for part in (names[:25], names[25:]):
+    names = np.random.default_rng(0).permutation([f"{number:03}" for number in range(120)])
+    for part in (names[:50], names[50:]):
         for name in part:
             write(folder / f"{name}.png", int(name) % 3)
-        build(str(folder), out, release)
-    index = open_index(out)
+        build(str(folder), out, release, sizes=Sizes() if exact else Sizes(exact=100))
+    if not exact:
+        search_little(out)
+    index = opened(out, few=20)
     for kind in range(3):
-        query = embeds_of(release, [folder / f"{kind:02}.png"])[0]
-        of_kind = [f"{number:02}.png" for number in range(kind, 60, 3)]
+        query = embeds_of(release, [folder / f"{kind:03}.png"])[0]
+        of_kind = [f"{number:03}.png" for number in range(kind, 120, 3)]
         for top_k in (1, 3, 19, 20):
             assert [hit.id for hit in index.search(query, top_k)] == of_kind[:top_k]
-        assert [hit.id for hit in index.search(query, 5, "path > '10'")] == [
-            id for id in of_kind if id > "10"
+        assert [hit.id for hit in index.search(query, 5, "path > '020'")] == [
+            id for id in of_kind if id > "020"
         ][:5]
 
 
@@ -523,23 +516,20 @@ def test_a_column_of_another_type_is_refused_before_work(
     assert release.embedded == before
 
 
-def stop_a_build(
-    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease
-) -> str:
+def stop_a_build(photos: Path, out: Path, release: FakeRelease) -> str:
     """Build up to a broken image, the last one; returns the error."""
     last = photos / "deep" / "er" / "z.png"
     last.write_bytes(b"broken")
-    with monkeypatch.context() as patch, pytest.raises(RAdapterError) as error:
-        patch.setattr(index_writer, "BATCH", 4)
-        build(str(photos), out, release)
+    with pytest.raises(RAdapterError) as error:
+        build(str(photos), out, release, sizes=Sizes(batch=4))
     last.unlink()
     return str(error.value)
 
 
 def test_a_stopped_build_goes_on_unasked(
-    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
-    why = stop_a_build(photos, tmp_path / "index", monkeypatch, release)
+    why = stop_a_build(photos, tmp_path / "index", release)
     assert "'deep/er/z.png' can't be indexed" in why
     assert "the embeddings so far are kept: give the same command again" in why
     summary = build(str(photos), tmp_path / "index", again := FakeRelease())
@@ -554,10 +544,10 @@ def test_a_stopped_build_goes_on_unasked(
     "what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"]
 )
 def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
-    what: str, photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+    what: str, photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
     out = tmp_path / "index"
-    stop_a_build(photos, out, monkeypatch, release)
+    stop_a_build(photos, out, release)
     source = str(photos)
     other = FakeRelease()
     options: dict[str, Any] = {}
@@ -707,16 +697,15 @@ def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
 
 
 def test_a_build_that_is_interrupted_says_how_to_go_on(
-    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_writer, "BATCH", 5)
     with pytest.raises(
         KeyboardInterrupt, match="the embeddings so far are kept: give the same command again"
     ):
-        build(str(photos), tmp_path / "index", release, progress=interrupt)
+        build(str(photos), tmp_path / "index", release, progress=interrupt, sizes=Sizes(batch=5))
     assert build(str(photos), tmp_path / "index", release).kept == 5
 
 
@@ -779,21 +768,25 @@ def test_what_is_searched_stays_until_it_is_replaced(
     """An addition that dies before `index.json` is written leaves the old version, however old that
     is.
     """
-    build(str(photos), tmp_path / "index", release)
+    out = tmp_path / "index"
+    build(str(photos), out, release)
+    os.utime(generation(out), (0, 0))
     write(photos / "new.png", 50)
+    replace = Path.replace
 
-    def die(*_: Any) -> None:
-        raise RAdapterError("killed")
+    def die(made: Path, place: Path) -> Path:
+        if place == out / FACTS:
+            raise RAdapterError("killed")
+        return replace(made, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "KEEP", datetime.timedelta(0))
         patch.setattr(Path, "replace", die)
         with pytest.raises(RAdapterError, match="killed"):
-            add(tmp_path / "index", release)
+            add(out, release)
     query = np.eye(DIM, dtype=np.float32)[0]
-    assert len(open_index(tmp_path / "index").search(query, 100)) == 12
-    add(tmp_path / "index", release)
-    assert len(open_index(tmp_path / "index").search(query, 100)) == 13
+    assert len(open_index(out).search(query, 100)) == 12
+    add(out, release)
+    assert len(open_index(out).search(query, 100)) == 13
 
 
 def test_a_folder_that_cannot_be_read_is_said(
@@ -812,18 +805,17 @@ def test_a_folder_that_cannot_be_read_is_said(
 
 
 def test_an_addition_that_fails_is_not_seen(
-    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
     build(str(photos), tmp_path / "index", release)
-    monkeypatch.setattr(index_writer, "BATCH", 2)
     for number in range(4):
         write(photos / f"z{number}.png", 100 + number)
     (photos / "zz.png").write_bytes(b"broken")
     query = np.eye(DIM, dtype=np.float32)[0]
     with pytest.raises(RAdapterError, match=r"'zz.png' can't be indexed.*--on-broken skip"):
-        add(tmp_path / "index", release)
+        add(tmp_path / "index", release, sizes=Sizes(batch=2))
     assert len(open_index(tmp_path / "index").search(query, 100)) == 12
-    opened = open_index(tmp_path / "index")
+    before = open_index(tmp_path / "index")
     embedded = release.embedded
     summary = add(tmp_path / "index", release, on_broken="skip")
     assert (summary.count, release.embedded, list(summary.broken)) == (
@@ -831,7 +823,7 @@ def test_an_addition_that_fails_is_not_seen(
         embedded + 1,
         ["zz.png"],
     )  # z3.png
-    assert len(opened.search(query, 100)) == 12  # who has it open goes on with what it was
+    assert len(before.search(query, 100)) == 12  # who has it open goes on with what it was
     assert len(open_index(tmp_path / "index").search(query, 100)) == 16
 
 
@@ -939,13 +931,11 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from tests.index.test_index import FakeRelease, build
-from radapter_serve.index import writer as index_writer
-index_writer.BATCH = 2
+from tests.index.test_index import FakeRelease, Sizes, build
 def progress(done, total):
     print(done, flush=True)
     time.sleep(0.2 if done < 6 else 60)
-build({photos!r}, Path({out!r}), FakeRelease(), progress=progress)
+build({photos!r}, Path({out!r}), FakeRelease(), progress=progress, sizes=Sizes(batch=2))
 """
 
 
@@ -1023,11 +1013,8 @@ def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 99, 100, 299])
-def test_recall_is_measured_against_every_vector(
-    lost: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recall_is_measured_against_every_vector(lost: int) -> None:
     """One vector of three blocks is never found, which each text has among its ten nearest."""
-    monkeypatch.setattr(recall, "_BLOCK", 100)
     drawn = np.random.default_rng(0).standard_normal((300, 8))
     vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
@@ -1044,15 +1031,12 @@ def test_recall_is_measured_against_every_vector(
             return best, scores[best]
 
     texts = np.repeat(vectors[[lost]], 3, axis=0)
-    found = recall.tune(Fake(), texts, efforts=[(1, 10)])
+    found = recall.tune(Fake(), texts, efforts=[(1, 10)], block=100)
     assert found["recall"] == pytest.approx(0.9)
 
 
-def test_values_are_read_from_every_batch_of_the_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_are_read_from_every_batch_of_the_rows(tmp_path: Path) -> None:
     """Twenty rows, written in batches of six, of which the last has two."""
-    monkeypatch.setattr(mapped, "_CHUNK_ROWS", 4)
     vectors = np.eye(20, DIM, dtype=np.float32)
     names = [f"{number}.png" for number in range(20)]
     images = [f"small {number}".encode() for number in range(20)]
@@ -1063,7 +1047,7 @@ def test_values_are_read_from_every_batch_of_the_rows(
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM),
         }
     )
-    mapped.write_mapped(tmp_path, table.to_batches(max_chunksize=3), (20, DIM))
+    mapped.write_mapped(tmp_path, table.to_batches(max_chunksize=3), (20, DIM), chunk_rows=4)
     rows = mapped.Mapped(tmp_path, (20, DIM))
     assert len(rows.columns["path"].chunks) == 4
     order = np.random.default_rng(0).permutation(20)

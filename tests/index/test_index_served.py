@@ -31,7 +31,7 @@ from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.indexes import point_again, said, say, searched
 from tests.helpers.small_release import png
-from tests.index.test_neighbours import lower
+from tests.index.test_neighbours import SMALL
 
 pytestmark = pytest.mark.triton
 
@@ -133,16 +133,14 @@ def test_many_images_are_found_by_faiss(
     served: tuple[TritonServer, Path],
     exported_tiny_clip: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, folder = served
-    lower(monkeypatch)
     (tmp_path / "many").mkdir()
     for number in range(260):
         (tmp_path / "many" / f"{number:03}.png").write_bytes(png(number, 20, 20))
     release = LocalRelease(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
-    build(str(tmp_path / "many"), out, release)
+    build(str(tmp_path / "many"), out, release, sizes=SMALL)
     assert (searched(out) / "codes.faiss").is_file()
     for number in (0, 100, 259):
         found = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
@@ -158,7 +156,7 @@ def test_many_images_are_found_by_faiss(
         match=r"\[unknown_index\].*can't be opened; the server's log says why",
     ):
         ask(server, text="a cat", index="many é")
-    add(out, release)  # makes it again
+    add(out, release, sizes=SMALL)  # makes it again
     assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
 
 

@@ -13,13 +13,13 @@ from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import integrity
-from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
-from radapter_serve.index.mapped import ROWS, VECTORS
-from radapter_serve.index.store import table as store_table
+from radapter_serve.index.integrity import DamagedFileError, check_files
+from radapter_serve.index.mapped import ROWS, VECTORS, described
 from radapter_serve.index.verify import verify
-from tests.helpers.indexes import said, say, searched, table
+from radapter_serve.index.writer import Sizes
+from tests.helpers.indexes import opened, said, say, searched, table
 from tests.index.test_index import FakeRelease, embeds_of, write
 
 
@@ -79,41 +79,51 @@ def test_a_damaged_index_is_mended_by_a_build(out: Path, tmp_path: Path) -> None
 
 
 def test_rows_of_a_large_index_are_compared_by_verify_and_vectors_whenever_it_is_opened(
-    out: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path,
 ) -> None:
     data = searched(out) / ROWS
     small = searched(out) / VECTORS
-    monkeypatch.setattr(integrity, "CHECKED_AT_OPEN", 0)
-    monkeypatch.setattr(integrity, "_SMALL", 0)
     flip(data, data.read_bytes().index(b"\xff\xd8") + 5)  # in a thumbnail
-    assert len(open_index(out)) == 4
+    assert len(opened(out, checked=0)) == 4
     with pytest.raises(RAdapterError, match=data.name):
         verify(out)
     flip(data, data.read_bytes().index(b"\xff\xd8") + 5)
     flip(small, 0)
-    with pytest.raises(RAdapterError, match=small.name):
-        open_index(out)
+    with pytest.raises(DamagedFileError, match=small.name):
+        opened(out, checked=0)
     flip(small, 0)
     data.write_bytes(data.read_bytes() + b"0")
-    with pytest.raises(RAdapterError, match=data.name):
-        open_index(out)
+    with pytest.raises(DamagedFileError, match=data.name):
+        opened(out, checked=0)
+
+
+def test_small_files_of_a_large_folder_are_compared(tmp_path: Path) -> None:
+    """Of 1,009 bytes; a small file has less than a 64th of 640."""
+    small = tmp_path / "small"
+    large = tmp_path / "large"
+    small.write_bytes(bytes(9))
+    large.write_bytes(bytes(1000))
+    files = described(tmp_path)
+    flip(large, 500)
+    check_files(tmp_path, files, complete=False, checked=640)
+    with pytest.raises(DamagedFileError, match="large in"):
+        check_files(tmp_path, files, complete=False, checked=1009)
+    flip(small, 0)
+    with pytest.raises(DamagedFileError, match="small in"):
+        check_files(tmp_path, files, complete=False, checked=640)
 
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("value", [1e35, float("nan")])
 def test_scores_that_no_cosine_has_are_refused(
-    value: float, exact: bool, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: float, exact: bool, out: Path, tmp_path: Path
 ) -> None:
     """A vector of the table is harmed, and the digests are those of the harmed file."""
     if not exact:
-        for module in (store_table, index_writer):
-            monkeypatch.setattr(module, "EXACT", 2)
-        monkeypatch.setattr(
-            index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
-        )
-        for number in range(4, 20):
+        for number in range(4, 120):
             write(tmp_path / "photos" / f"{number}.png", number)
-        build(str(tmp_path / "photos"), out, FakeRelease(), resume=False)
+        build(str(tmp_path / "photos"), out, FakeRelease(), sizes=Sizes(exact=100))
+        assert said(out)["nearest"]
     query = embeds_of(FakeRelease(), [tmp_path / "photos" / "1.png"])[0]
     facts = said(out)
     path = searched(out) / VECTORS

@@ -19,21 +19,21 @@ from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Index, open_index
 from radapter_serve.index.mapped import ROWS, VECTORS
 from radapter_serve.index.met import Met
 from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
 from radapter_serve.index.recall import tune
-from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
-from tests.helpers.indexes import said, say, searched
+from radapter_serve.index.writer import Sizes
+from tests.helpers.indexes import opened, said, say, searched
 from tests.index.test_index import FakeRelease
 
 COUNT = 3000
 DIM = 32
-EXACT = 200
+FEW = 200
+SMALL = Sizes(exact=FEW)
 
 
 class Ready(FakeRelease):
@@ -73,9 +73,12 @@ def clustered(
 
 
 def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
+    """Write what is not there yet."""
     folder.mkdir(exist_ok=True)
     for number in numbers:
-        (folder / f"{number:06}.jpg").write_text(str(number))
+        file = folder / f"{number:06}.jpg"
+        if not file.exists():
+            file.write_text(str(number))
 
 
 def found(
@@ -105,34 +108,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ready]:
     vectors, texts = clustered(COUNT + 400, DIM, 60)
     write_numbers(folder / "photos", range(COUNT))
     release = Ready(vectors, texts[:100])
-    with pytest.MonkeyPatch.context() as patch:
-        lower(patch)
-        summary = build(str(folder / "photos"), folder / "index", release)
+    summary = build(str(folder / "photos"), folder / "index", release, sizes=SMALL)
     assert summary.recall is not None and summary.recall >= 0.97
     return folder, release
 
 
-def lower(patch: pytest.MonkeyPatch) -> None:
-    for module in (store_table, index_writer):
-        patch.setattr(module, "EXACT", EXACT)
-
-
 @pytest.fixture
-def copied(
-    built: tuple[Path, Ready], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, Ready]:
+def copied(built: tuple[Path, Ready], tmp_path: Path) -> tuple[Path, Ready]:
     """A copy of the index, to be changed."""
-    lower(monkeypatch)
     shutil.copytree(built[0] / "index", tmp_path / "index")
     return tmp_path / "index", built[1]
 
 
 @pytest.mark.parametrize("where", [None, "path < '002000.jpg'", "path < '000150.jpg'"])
 def test_pages_put_together_are_one_large_page(
-    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch, where: str | None
+    built: tuple[Path, Ready], where: str | None
 ) -> None:
-    lower(monkeypatch)
-    index = open_index(built[0] / "index")
+    index = opened(built[0] / "index", few=FEW)
     query = built[1].texts[3]
     whole = index.search(query, 100, where, offset=0)
     pages = [index.search(query, 10, where, offset=offset) for offset in range(0, 100, 10)]
@@ -142,10 +134,7 @@ def test_pages_put_together_are_one_large_page(
     assert [*whole, *rest] == index.search(query, 1000, where, offset=0)
 
 
-def test_images_and_texts_are_found_with_their_own_scores(
-    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lower(monkeypatch)
+def test_images_and_texts_are_found_with_their_own_scores(built: tuple[Path, Ready]) -> None:
     folder, release = built
     index = open_index(folder / "index")
     vectors = release.vectors[:COUNT]
@@ -160,12 +149,9 @@ def test_images_and_texts_are_found_with_their_own_scores(
     assert len(index.search(query, 1000)) == 1000 and len(set(found(index, query, 1000))) == 1000
 
 
-def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
-    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lower(monkeypatch)
+def test_few_rows_are_compared_exactly_and_many_keep_the_recall(built: tuple[Path, Ready]) -> None:
     folder, release = built
-    index = open_index(folder / "index")
+    index = opened(folder / "index", few=FEW)
     vectors = release.vectors[:COUNT]
     queries = release.vectors[COUNT : COUNT + 50]
     for query in queries[:10]:
@@ -188,7 +174,7 @@ def test_additions_and_removals_are_found(
     (photos / "000000.jpg").unlink()
     write_numbers(photos, range(COUNT, COUNT + 5))
     try:
-        summary = add(out, release, prune=True)
+        summary = add(out, release, prune=True, sizes=SMALL)
         assert (summary.count, summary.removed, release.embedded - before) == (COUNT + 4, 1, 5)
         index = open_index(out)
         assert found(index, release.vectors[COUNT + 3], 1) == [COUNT + 3] and 0 not in found(
@@ -204,12 +190,12 @@ def test_additions_and_removals_are_found(
         assert found(elsewhere, release.vectors[0], 1) == [
             0
         ]  # who has it open goes on with what it was
-        assert add(out, release).changed is False
+        assert add(out, release, sizes=SMALL).changed is False
         assert len(list(out.glob("g-*"))) == 2  # the old one, for an hour
         for path in out.glob("g-*"):
             os.utime(path, (0, 0))
         write_numbers(photos, [COUNT + 5])
-        add(out, release)
+        add(out, release, sizes=SMALL)
         assert len(list(out.glob("g-*"))) == 2 and len(open_index(out)) == COUNT + 5
     finally:
         for number in range(COUNT, COUNT + 6):
@@ -239,7 +225,7 @@ def test_a_damaged_file_is_refused_in_one_line_and_mended(
     ) as why:
         open_index(out)
     assert "\n" not in str(why.value)
-    assert add(out, release).changed and release.embedded == before
+    assert add(out, release, sizes=SMALL).changed and release.embedded == before
     assert verify(out).ok and found(open_index(out), release.vectors[5], 1) == [5]
 
 
@@ -308,11 +294,10 @@ def test_a_full_disk_is_one_line_and_what_is_searched_stays(
             with pytest.raises(
                 RAdapterError, match="cannot write .*search.*: No space left on device"
             ):
-                add(out, release)
+                add(out, release, sizes=SMALL)
         assert len(open_index(out)) == COUNT and len(list(out.glob("g-*"))) == 1
-        assert add(out, release).count == COUNT + 1 and found(
-            open_index(out), release.vectors[COUNT], 1
-        ) == [COUNT]
+        assert add(out, release, sizes=SMALL).count == COUNT + 1
+        assert found(open_index(out), release.vectors[COUNT], 1) == [COUNT]
     finally:
         (built[0] / "photos" / f"{COUNT:06}.jpg").unlink()
 
@@ -323,19 +308,17 @@ def test_a_build_that_is_given_again_mends_and_embeds_nothing(
     out, release = copied
     (searched(out) / CODES).unlink()
     before = release.embedded
-    assert (
-        build(str(built[0] / "photos"), out, release).kept == COUNT and release.embedded == before
-    )
+    summary = build(str(built[0] / "photos"), out, release, sizes=SMALL)
+    assert summary.kept == COUNT and release.embedded == before
     assert found(open_index(out), release.vectors[5], 1) == [5]
 
 
 def test_few_rows_are_compared_without_faiss(
     built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to EXACT rows that meet a condition; one more, and FAISS is asked."""
-    monkeypatch.setattr(store_table, "EXACT", 900)
+    """Up to 900 rows that meet a condition; one more, and FAISS is asked."""
     folder, release = built
-    index = open_index(folder / "index")
+    index = opened(folder / "index", few=900)
     query = release.vectors[COUNT]
     monkeypatch.setattr(Neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
     assert found(index, query, 10, "path < '000900.jpg'") == list(
@@ -367,22 +350,15 @@ def test_few_vectors_have_a_cell_for_each_32_and_more_have_twice_their_root(
     assert many[0].cells == 282  # 20,000 // 32 is more
 
 
-def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(tmp_path: Path) -> None:
     """An index that starts with too few images for cells."""
-    for module in (store_table, index_writer):
-        monkeypatch.setattr(module, "EXACT", 20)
-    monkeypatch.setattr(
-        index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
-    )
     photos = tmp_path / "photos"
     out = tmp_path / "index"
-    vectors, texts = clustered(61, 16, 5)
-    release = Ready(vectors, texts)
-    for count, trained_on in ((20, None), (30, 30), (60, 30), (61, 61)):
+    vectors, texts = clustered(301, 16, 5)
+    release = Ready(vectors, texts[:20])
+    for count, trained_on in ((100, None), (150, 150), (300, 150), (301, 301)):
         write_numbers(photos, range(count))
-        build(str(photos), out, release)
+        build(str(photos), out, release, sizes=Sizes(exact=100))
         index = open_index(out)
         nearest = index.facts.nearest
         assert (nearest.trained_on if nearest else None) == trained_on
@@ -465,26 +441,21 @@ def test_the_fewer_meet_a_condition_the_more_cells_are_visited_and_no_more_than_
     assert visited[0] == cells
 
 
-def test_a_condition_on_metadata(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]
-) -> None:
-    lower(monkeypatch)
+def test_a_condition_on_metadata(tmp_path: Path, built: tuple[Path, Ready]) -> None:
     folder, release = built
     years = np.arange(COUNT) % 5
     names = [f"{folder}/photos/{number:06}.jpg" for number in range(COUNT)]
     parquet.write_table(pa.table({"image": names, "year": years}), tmp_path / "table.parquet")
-    build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release)
+    build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release, sizes=SMALL)
     query = release.vectors[COUNT]
-    hits = open_index(tmp_path / "index").search(query, 10, "year = 3")
+    hits = opened(tmp_path / "index", few=FEW).search(query, 10, "year = 3")
     scores = np.where(years == 3, release.vectors[:COUNT] @ query, -1)
     assert {hit.metadata["year"] for hit in hits} == {3}
     assert len({int(Path(hit.id).stem) for hit in hits} & set(np.argsort(-scores)[:10])) >= 9
 
 
 @pytest.mark.slow
-def test_an_approximate_index_keeps_its_promise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_approximate_index_keeps_its_promise(tmp_path: Path) -> None:
     """120,000 clustered vectors; queries near them and, as texts are, all to one side: recall@10
     against numpy.
     """
@@ -493,8 +464,8 @@ def test_an_approximate_index_keeps_its_promise(
     vectors, queries = vectors[:count], vectors[count:]
     release = Ready(vectors, texts[:100])
     write_numbers(tmp_path / "photos", range(count))
-    monkeypatch.setattr(index_writer, "BATCH", 10_000)
-    summary = build(str(tmp_path / "photos"), tmp_path / "index", release)
+    sizes = Sizes(batch=10_000)
+    summary = build(str(tmp_path / "photos"), tmp_path / "index", release, sizes=sizes)
     assert summary.recall is not None and summary.recall >= 0.97
     index = open_index(tmp_path / "index")
     for asked in (queries, texts[100:]):

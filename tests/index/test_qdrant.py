@@ -18,17 +18,18 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.duplicates import find_duplicates
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import open_index
+from radapter_serve.index.opened import POLL
 from radapter_serve.index.publish import link, publish
-from radapter_serve.index.store import qdrant
+from radapter_serve.index.store import EXACT
 from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.helpers.fake_clock import FakeClock
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
@@ -82,9 +83,7 @@ def test_build_publishes_at_once(
     assert len(open_index(linked).search(QUERY, 100)) == 8
 
 
-def test_the_hits_are_numpys(
-    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
     linked = tmp_path / "linked"
     url = f"{store.url}/photos"
@@ -109,9 +108,18 @@ def test_the_hits_are_numpys(
         (hit.id, hit.metadata, hit.thumbnail) for hit in kept
     ]
     assert hits[0].thumbnail.startswith(b"\xff\xd8") and len(index) == 8
-    monkeypatch.setattr(qdrant, "EXACT", 7)
-    index.search(QUERY, 500)
-    assert store.asked[-1][2]["params"] == {"exact": False, "hnsw_ef": 1000}
+
+
+def test_every_image_is_compared_up_to_twenty_thousand(
+    store: FakeQdrant, photos: Path, tmp_path: Path
+) -> None:
+    put(store, str(photos), tmp_path)
+    place = Qdrant(f"{store.url}/photos")
+    generation, facts = place.current()
+    for count in (EXACT, EXACT + 1):
+        large = dataclasses.replace(facts, count=count)
+        place.open(generation, large, complete=False).find(QUERY, 500, None, thumbnails=False)
+        assert store.asked[-1][2]["params"] == {"exact": count == 20_000, "hnsw_ef": 1000}
 
 
 CONDITIONS = [
@@ -250,13 +258,20 @@ def test_a_long_condition(store: FakeQdrant, photos: Path, tmp_path: Path) -> No
 
 
 def test_a_server_goes_over_to_what_was_published_last(
-    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: FakeQdrant, photos: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(opened, "POLL", 0.0)
     release = put(store, str(photos), tmp_path)
-    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    clock = FakeClock()
+    retrieve = Retrieve(
+        release.facts,
+        tmp_path / "indexes",
+        lambda _: QUERY,
+        lambda _: QUERY,
+        clock=clock.monotonic,
+    )
 
     def count() -> int:
+        clock.now += POLL
         return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
 
     assert count() == 8 and not publish(tmp_path / "index", f"{store.url}/photos")

@@ -30,7 +30,7 @@ from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.indexes import searched
 from tests.index.test_index import FakeRelease, embeds_of, write
-from tests.index.test_neighbours import Ready, clustered, lower, write_numbers
+from tests.index.test_neighbours import SMALL, Ready, clustered, write_numbers
 
 
 @pytest.fixture
@@ -143,19 +143,16 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     assert len(indexes.get("photos")) == 4
 
 
-def test_nothing_fails_while_an_index_of_many_images_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path) -> None:
     """By additions and as a whole, while two threads search: every answer is of one state or
     another.
     """
-    lower(monkeypatch)
     vectors, texts = clustered(700, 32, 20)
     release = Ready(vectors, texts[:50])
     photos = tmp_path / "photos"
     out = tmp_path / "indexes" / "photos"
     write_numbers(photos, range(300))
-    build(str(photos), out, release)
+    build(str(photos), out, release, sizes=SMALL)
     retrieve = Retrieve(
         release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0]
     )
@@ -182,9 +179,9 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
             write_numbers(photos, range(count))
             states.add(count)
             if count % 40:
-                add(out, release)
+                add(out, release, sizes=SMALL)
             else:
-                build(str(photos), out, release, resume=False)
+                build(str(photos), out, release, resume=False, sizes=SMALL)
     finally:
         over.set()
         for one in searching:

@@ -19,7 +19,7 @@ from pyarrow.types import is_integer, is_string
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.integrity import check_files
+from radapter_serve.index.integrity import CHECKED_AT_OPEN, check_files
 from radapter_serve.index.mapped import VECTORS, Mapped, Positions
 from radapter_serve.index.met import Met, met_by
 from radapter_serve.index.neighbours import CODES, Neighbours
@@ -39,16 +39,30 @@ class Table:
         folder: of the files.
         facts: of the index.
         complete: whether all files are compared with their digests, however large.
+        checked: as in `check_files`.
+        few: up to so many images that meet a condition are compared, all of them; of more, FAISS
+            names candidates.
 
     Raises:
         DamagedFileError: a file is missing, or not as it was written.
         RAdapterError: a file does not hold what a search needs.
     """
 
-    def __init__(self, name: str, folder: Path, facts: IndexFacts, *, complete: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        facts: IndexFacts,
+        *,
+        complete: bool,
+        checked: int = CHECKED_AT_OPEN,
+        few: int = EXACT,
+    ) -> None:
         self._name = name
         self._facts = facts
-        check_files(folder, facts.searched, complete=complete, always=(VECTORS, CODES))
+        self._few = few
+        always = (VECTORS, CODES)
+        check_files(folder, facts.searched, complete=complete, always=always, checked=checked)
         self._mapped = Mapped(folder, (facts.count, facts.plan.release.embed_dim))
         self._plain = {
             name
@@ -111,7 +125,7 @@ class Table:
         if met is None:
             most = min(top_k, self._facts.count)
             found, _ = near.nearest(embedding, most, effort.nprobes, effort.candidates)
-        elif met.count <= EXACT:
+        elif met.count <= self._few:
             found, _ = near.best(embedding, met.positions, top_k)
         else:
             found, _ = near.nearest_of(embedding, top_k, effort.nprobes, effort.candidates, met)
