@@ -98,19 +98,20 @@ def test_rows_of_a_large_index_are_compared_by_verify_and_vectors_whenever_it_is
 
 
 def test_small_files_of_a_large_folder_are_compared(tmp_path: Path) -> None:
-    """Of 1,009 bytes; a small file has less than a 64th of 640."""
+    """Of 1,019 bytes; a small file has less than a 64th of 650."""
     small = tmp_path / "small"
-    large = tmp_path / "large"
     small.write_bytes(bytes(9))
-    large.write_bytes(bytes(1000))
+    (tmp_path / "middle").write_bytes(bytes(10))
+    (tmp_path / "large").write_bytes(bytes(1000))
     files = described(tmp_path)
-    flip(large, 500)
-    check_files(tmp_path, files, complete=False, checked=640)
-    with pytest.raises(DamagedFileError, match="large in"):
-        check_files(tmp_path, files, complete=False, checked=1009)
+    flip(tmp_path / "middle", 5)
+    flip(tmp_path / "large", 500)
+    check_files(tmp_path, files, complete=False, checked=650)
+    with pytest.raises(DamagedFileError, match="large, middle in"):
+        check_files(tmp_path, files, complete=False, checked=1019)
     flip(small, 0)
     with pytest.raises(DamagedFileError, match="small in"):
-        check_files(tmp_path, files, complete=False, checked=640)
+        check_files(tmp_path, files, complete=False, checked=650)
 
 
 @pytest.mark.parametrize("exact", [True, False])
