@@ -52,17 +52,19 @@ class Liveness:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def asks(address: str, port: int, *, tls: bool) -> Callable[[], bool]:
-    """Whether the gateway at an address of this machine answers."""
+def asks(
+    address: str, port: int, *, tls: bool, timeout: float = TIMEOUT_SECONDS
+) -> Callable[[], bool]:
+    """Whether the gateway at an address of this machine answers, within `timeout` seconds."""
 
     def ask() -> bool:
-        connection = http.client.HTTPConnection(address, port, timeout=TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection(address, port, timeout=timeout)
         if tls:  # its certificate is for the names that callers use
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = http.client.HTTPSConnection(
-                address, port, timeout=TIMEOUT_SECONDS, context=context
+                address, port, timeout=timeout, context=context
             )
         try:
             connection.request("GET", "/health/live", headers={"Host": "localhost"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.engine.steps import Step
 from radapter_serve.gateway.errors import from_triton
 
@@ -83,15 +83,21 @@ class Upstream(Protocol):
 
 
 class Triton:
-    """An `Upstream` at an address such as 127.0.0.1:8001; to be made in a running event loop."""
+    """An `Upstream`, to be made in a running event loop.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: such as 127.0.0.1:8001.
+        clock: tells the time.
+    """
+
+    def __init__(self, address: str, clock: Clock = SYSTEM) -> None:
         self._address = address
+        self._clock = clock
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
 
     def _open(self) -> None:
-        self._opened = time.monotonic()
+        self._opened = self._clock.monotonic()
         self._channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL)
         self._own_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
@@ -99,7 +105,7 @@ class Triton:
     def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
         # A channel looks a name up when it is made and when a connection ends, not when servers are
         # added. A new channel shares the connections that there are.
-        if time.monotonic() - self._opened >= RESOLVE_SECONDS:
+        if self._clock.monotonic() - self._opened >= RESOLVE_SECONDS:
             closing = asyncio.ensure_future(self._channel.close(MAX_DRAIN_SECONDS))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)

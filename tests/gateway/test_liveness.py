@@ -7,9 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
-from radapter_serve.gateway import liveness
 from radapter_serve.gateway.liveness import (
     INTERVAL_SECONDS,
     MAX_SILENCE_SECONDS,
@@ -84,12 +81,11 @@ def test_a_question_without_an_answer_holds_up_nobody() -> None:
     watch.close()
 
 
-def test_asking_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_a_gateway() -> None:
     with serving() as served:
         ask = asks("127.0.0.1", served.port, tls=False)
         assert ask()
         assert not asks("127.0.0.1", served.port, tls=True)()
     assert not ask()
-    monkeypatch.setattr(liveness, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        assert not asks("127.0.0.1", mute.getsockname()[1], tls=False)()
+        assert not asks("127.0.0.1", mute.getsockname()[1], tls=False, timeout=0.2)()

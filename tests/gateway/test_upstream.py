@@ -14,6 +14,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from radapter_serve.gateway import upstream
 from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.upstream import RESOLVE_SECONDS
+from tests.helpers.fake_clock import FakeClock
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -71,12 +73,13 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
         first = await started("first", seconds=0.5)
         second = await started("second")
         addresses.extend([first[1], second[1]])
-        triton = upstream.Triton("name:8001")
+        clock = FakeClock()
+        triton = upstream.Triton("name:8001", clock)
+        clock.now += RESOLVE_SECONDS - 0.01
         slow = asyncio.ensure_future(asked(triton))
         await asyncio.sleep(0.1)
-        monkeypatch.setattr(upstream, "RESOLVE_SECONDS", 0.0)
+        clock.now += 0.01
         late = await asked(triton)
-        monkeypatch.setattr(upstream, "RESOLVE_SECONDS", 30.0)
         names = [await slow, late, await asked(triton)]
         await triton.close()
         await asyncio.gather(first[0].stop(None), second[0].stop(None))
