@@ -41,15 +41,13 @@ from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 from radapter_serve.gateway.metrics import GONE, Metrics
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.quotas import Quota, Quotas
-from radapter_serve.gateway.settings import MIB, Settings
+from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.release.release import TASKS
 
 # Of the body of a refused request, what is read and thrown away: a caller who is cut off while he
 # sends it never reads why.
 MAX_DISCARDED = 2**20  # bytes
-DISCARD_SECONDS = 1.0
-INDEX_SECONDS = 2.0  # to look which release made which index, perhaps on an object storage
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"
 _COUNTED = ("infer", EMBEDDINGS)  # the handlers that take a body
@@ -68,6 +66,7 @@ class Gateway:
         settings: what it allows.
         connect: makes the way to Triton, in the event loop of the app.
         meanwhile: runs in that loop for as long as the app does.
+        timeouts: how long it waits for others.
 
     Attributes:
         app: serves it.
@@ -90,10 +89,12 @@ class Gateway:
         settings: Settings,
         connect: Callable[[], Upstream],
         meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
+        timeouts: Timeouts = TIMEOUTS,
     ) -> None:
         self._settings = settings
         self._connect = connect
         self._meanwhile = meanwhile
+        self._timeouts = timeouts
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._quotas = Quotas()
         self._models: dict[str, tuple[float, Model]] = {}
@@ -144,7 +145,7 @@ class Gateway:
         browsers = None
         if self.keys is None:
             browsers = BrowserRule(None if settings.no_api_keys else settings.host)
-        self.app = WithRequestId(Front(app, _refuse, browsers))
+        self.app = WithRequestId(Front(app, self._refuse, browsers, timeouts.piece))
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -161,7 +162,7 @@ class Gateway:
                 await asyncio.gather(beside, return_exceptions=True)
             await self._upstream.close()
             if self._spans is not None:
-                await asyncio.to_thread(self._spans.close)
+                await asyncio.to_thread(self._spans.close, self._timeouts.spans)
 
     # What it answers
 
@@ -181,7 +182,7 @@ class Gateway:
         port.
         """
         # Else what was known last.
-        with anyio.move_on_after(INDEX_SECONDS), contextlib.suppress(OSError):
+        with anyio.move_on_after(self._timeouts.index), contextlib.suppress(OSError):
             self._outdated = await self._upstream.outdated_indexes()
         text = self.metrics.text(self._outdated)
         return Response(text, media_type="text/plain; version=0.0.4")
@@ -362,7 +363,7 @@ class Gateway:
             if span is not None:
                 span.end(entry)
             # Last: the time of a refusal is not that of a body that nobody wants.
-            return await _read_out(response, request) if refused else response
+            return await self._read_out(response, request) if refused else response
 
         guarded.__name__ = handler.__name__
         return guarded
@@ -376,7 +377,20 @@ class Gateway:
             open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
         status = getattr(error, "status_code", 404)
         message = f"{request.method} of this path is not open here; open are {open_}"
-        return await _read_out(refusal(Refused(status, NOT_FOUND, message), request), request)
+        return await self._read_out(refusal(Refused(status, NOT_FOUND, message), request), request)
+
+    async def _refuse(self, error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        response = await self._read_out(refusal(error, request), request)
+        await response(scope, receive, send)
+
+    async def _read_out(self, response: Response, request: Request) -> Response:
+        """The refusal of a request whose body is read and thrown away first; where that is not to
+        be done, the connection ends with the answer.
+        """
+        if request.method == "POST" and not await _discard_body(request, self._timeouts.discard):
+            response.headers["Connection"] = "close"
+        return response
 
 
 def _of_openai(request: Request) -> bool:
@@ -391,12 +405,6 @@ def refusal(error: Refused, request: Request) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     content = openai.refusal(error) if _of_openai(request) else {"error": str(error)}
     return JSONResponse(content, error.status, headers)
-
-
-async def _refuse(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-    request = Request(scope, receive)
-    response = await _read_out(refusal(error, request), request)
-    await response(scope, receive, send)
 
 
 def _named(request: Request) -> tuple[str, str]:
@@ -452,22 +460,13 @@ def _is_longer(request: Request, most: int) -> bool:
     return length.isdigit() and int(length[:18]) > most
 
 
-async def _read_out(response: Response, request: Request) -> Response:
-    """The refusal of a request whose body is read and thrown away first; where that is not to be
-    done, the connection ends with the answer.
-    """
-    if request.method == "POST" and not await _discard_body(request):
-        response.headers["Connection"] = "close"
-    return response
-
-
-async def _discard_body(request: Request) -> bool:
+async def _discard_body(request: Request, seconds: float) -> bool:
     """Throw away what is left of a body; whether that was all of it."""
     # The second asks whether to send a body at all.
     if _is_longer(request, MAX_DISCARDED) or "Expect" in request.headers:
         return False
     try:
-        with anyio.move_on_after(DISCARD_SECONDS):
+        with anyio.move_on_after(seconds):
             return await _discard(request)
     except ClientDisconnect:
         return False

@@ -19,9 +19,6 @@ from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused
 
 MAX_HEADERS = 32 * 1024  # bytes
 PIECE = 512 * 1024  # bytes of an answer that the caller is given at once
-PIECE_SECONDS = (
-    8.0  # in which he must have taken a piece, so that he reads 64 KiB a second at least
-)
 
 Refuse = Callable[[Refused, Scope, Receive, Send], Awaitable[None]]
 
@@ -38,12 +35,16 @@ class Front:
         refuse: sends a refusal.
         browsers: what a browser may ask; None where callers have keys, which no other site's page
             can send.
+        piece_seconds: in which a caller must have taken a piece of an answer.
     """
 
-    def __init__(self, app: ASGIApp, refuse: Refuse, browsers: BrowserRule | None) -> None:
+    def __init__(
+        self, app: ASGIApp, refuse: Refuse, browsers: BrowserRule | None, piece_seconds: float
+    ) -> None:
         self._app = app
         self._refuse = refuse
         self._browsers = browsers
+        self._piece_seconds = piece_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +58,7 @@ class Front:
             await self._refuse(error, scope, receive, send)
             return
         with contextlib.suppress(_TooSlow):  # an answer that is left unfinished ends its connection
-            await self._app(scope, receive, _in_pieces(send))
+            await self._app(scope, receive, _in_pieces(send, self._piece_seconds))
 
 
 class BrowserRule:
@@ -113,7 +114,7 @@ def check_size(scope: Scope) -> None:
         raise Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 
 
-def _in_pieces(send: Send) -> Send:
+def _in_pieces(send: Send, seconds: float) -> Send:
     """`send`, which gives up where a caller does not take the answer."""
 
     async def sending(message: Message) -> None:
@@ -125,7 +126,7 @@ def _in_pieces(send: Send) -> Send:
         for start in range(0, len(body), PIECE):
             end = start + PIECE
             piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
-            with anyio.move_on_after(PIECE_SECONDS) as taking:
+            with anyio.move_on_after(seconds) as taking:
                 await send(piece)
             if taking.cancelled_caught:
                 raise _TooSlow

@@ -24,8 +24,7 @@ from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.environment import LABELS, LABELS_FILE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.metrics import SHARED
-from radapter_serve.gateway.run import DRAIN_SECONDS
-from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.settings import TIMEOUTS, Settings
 from radapter_serve.gateway.worker import Begin
 from radapter_serve.release.served import Served
 from radapter_serve.server.config import ServerConfig
@@ -336,7 +335,7 @@ class WorkerGroup(ReleaseChanges):
                     member.tell("stop")
             for member in self._members.values():
                 if member.is_listening:
-                    member.wait(DRAIN_SECONDS + 5)
+                    member.wait(TIMEOUTS.drain + 5)
             self._stack.close()
 
     @property

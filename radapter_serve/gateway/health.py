@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     INTERNAL_ERROR,
@@ -38,17 +38,19 @@ class Health:
 
     Args:
         upstream: that has the tasks.
+        clock: tells the time.
     """
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, clock: Clock = SYSTEM) -> None:
         self._upstream = upstream
+        self._clock = clock
         self._answered = dict.fromkeys(TASKS, -FRESH)
         self._asking = asyncio.Lock()
         self._failed: tuple[float, str | None] = -FRESH, None
 
     def answered(self, task: str) -> None:
         """Notes that a task has just answered a caller."""
-        self._answered[task] = time.monotonic()
+        self._answered[task] = self._clock.monotonic()
 
     async def trouble(self) -> str | None:
         """Why not all tasks answer; None where they do. Whoever asks in the same seconds gets the
@@ -56,12 +58,12 @@ class Health:
         """
         async with self._asking:
             when, why = self._failed
-            now = time.monotonic()
+            now = self._clock.monotonic()
             if why is not None and now - when < FRESH:
                 return why
             stale = [task for task, last in self._answered.items() if now - last >= FRESH]
             troubles = [why for why in await asyncio.gather(*map(self._ask, stale)) if why]
-            self._failed = time.monotonic(), troubles[0] if troubles else None
+            self._failed = self._clock.monotonic(), troubles[0] if troubles else None
             return self._failed[1]
 
     async def _ask(self, task: str) -> str | None:

@@ -28,7 +28,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.front import MAX_HEADERS
 from radapter_serve.gateway.liveness import Liveness, asks
-from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.tracing import what_is_missing
 from radapter_serve.gateway.upstream import LOG, Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
@@ -42,8 +42,6 @@ except ImportError:  # Windows, which has no such limit
     resource = None
 
 T = TypeVar("T")
-IDLE_SECONDS = 10.0  # for a handshake, for the headers of a request, and between two requests
-DRAIN_SECONDS = 20  # that running requests have when the gateway stops
 
 
 class GatewayServer:
@@ -54,6 +52,7 @@ class GatewayServer:
         listener: of `listen`.
         connect: makes the way to Triton; gRPC to `settings.server` if None.
         meanwhile: runs in the event loop for as long as the gateway does.
+        timeouts: as `listen` had them.
 
     Attributes:
         gateway: that it serves.
@@ -69,11 +68,14 @@ class GatewayServer:
         listener: socket.socket,
         connect: Callable[[], Upstream] | None = None,
         meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
+        timeouts: Timeouts = TIMEOUTS,
     ) -> None:
         self.began = threading.Event()
-        self.gateway = Gateway(settings, connect or partial(Triton, settings.server), meanwhile)
+        self.gateway = Gateway(
+            settings, connect or partial(Triton, settings.server), meanwhile, timeouts
+        )
         try:
-            self._server: Any = _Granian(self.gateway.app, settings, listener)
+            self._server: Any = _Granian(self.gateway.app, settings, listener, timeouts)
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
                 f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"
@@ -85,8 +87,8 @@ class GatewayServer:
         """Serve until `stop`, or in the main thread until SIGINT, SIGTERM or SIGHUP.
 
         Raises:
-            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN_SECONDS`
-                to.
+            KeyboardInterrupt: after SIGINT, once running requests have ended or `timeouts.drain` is
+                over.
         """
         if _run_loop(self._run()) == signal.SIGINT:
             raise KeyboardInterrupt
@@ -115,7 +117,7 @@ class GatewayServer:
         self.began.set()
         try:
             await self._server.serve()
-        except asyncio.TimeoutError:  # some requests took longer than `DRAIN_SECONDS`
+        except asyncio.TimeoutError:  # some requests took longer than `timeouts.drain`
             # granian then ends a task again that it has cancelled, which asyncio would report with
             # a traceback.
             self._loop.set_exception_handler(lambda *_: None)
@@ -137,7 +139,9 @@ def _run_loop(main: Coroutine[Any, Any, T]) -> T:
 class _Granian(granian.server.embed.Server):
     """granian, on a socket that listens already."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, listener: socket.socket, timeouts: Timeouts
+    ) -> None:
         self._listener = listener
         super().__init__(
             app,
@@ -147,7 +151,7 @@ class _Granian(granian.server.embed.Server):
             backlog=settings.max_connections,
             backpressure=settings.max_connections,
             http1_settings=HTTP1Settings(
-                header_read_timeout=int(1000 * IDLE_SECONDS), max_buffer_size=MAX_HEADERS
+                header_read_timeout=int(1000 * timeouts.idle), max_buffer_size=MAX_HEADERS
             ),
             log_enabled=False,  # what callers do wrong is answered, not logged
             # Else it closes the handlers of all others in this process, and some close their file.
@@ -156,7 +160,8 @@ class _Granian(granian.server.embed.Server):
             ssl_key=settings.tls_key,
             ssl_protocol_min=SSLProtocols.tls12,
         )
-        self.workers_kill_timeout = DRAIN_SECONDS
+        drain: Any = timeouts.drain  # granian says int, and hands it to asyncio, which takes both
+        self.workers_kill_timeout = drain
 
     def _init_shared_socket(self) -> None:
         native: Any = granian._granian
@@ -189,8 +194,17 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
         server.run()
 
 
-def listen(settings: Settings, where: str = "--") -> socket.socket:
-    """The socket that the settings ask for; `where` is how the flags for host and port begin."""
+def listen(settings: Settings, where: str = "--", timeouts: Timeouts = TIMEOUTS) -> socket.socket:
+    """The socket that the settings ask for.
+
+    Args:
+        settings: of the gateway.
+        where: how the flags for host and port begin.
+        timeouts: of the gateway.
+
+    Raises:
+        RAdapterError: a setting that is not allowed, or a port that is taken.
+    """
     address = settings.check(where)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -206,7 +220,7 @@ def listen(settings: Settings, where: str = "--") -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # A caller who takes nothing at all: the kernel then ends the connection.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * IDLE_SECONDS))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeouts.idle))
     return listener
 
 
@@ -243,19 +257,26 @@ class Child:
     Args:
         settings: of the gateway.
         clock: by which it is asked whether it lives.
+        start_process: starts the process.
     """
 
     name = GATEWAY
 
-    def __init__(self, settings: Settings, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock = SYSTEM,
+        start_process: Callable[[Settings], subprocess.Popen[bytes]] = start,
+    ) -> None:
         self._settings = settings
+        self._start_process = start_process
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.check(), settings.host)
         ask = asks(address, settings.port, tls=settings.tls_certificate is not None)
         self._liveness = Liveness(ask, clock)
 
     def start(self) -> None:
         """Start it, also again."""
-        self._process = start(self._settings)
+        self._process = self._start_process(self._settings)
         self._liveness.restart()
 
     def died(self) -> str | None:
@@ -282,7 +303,7 @@ class Child:
         self._liveness.close()
         self._process.terminate()
         try:
-            self._process.wait(DRAIN_SECONDS + 5)
+            self._process.wait(TIMEOUTS.drain + 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

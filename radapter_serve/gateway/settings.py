@@ -107,5 +107,29 @@ class Settings:
         return address
 
 
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a gateway waits for others, in seconds; no flag changes these.
+
+    Args:
+        idle: for a handshake, for the headers of a request, and between two requests.
+        piece: for a caller to take a piece of an answer, so that he reads 64 KiB a second at least.
+        discard: for the rest of a refused request's body.
+        index: to learn which release made which index, perhaps from an object storage.
+        drain: for running requests, when the gateway stops.
+        spans: for the last spans to be sent, after that.
+    """
+
+    idle: float = 10.0
+    piece: float = 8.0
+    discard: float = 1.0
+    index: float = 2.0
+    drain: float = 20.0
+    spans: float = 2.0
+
+
+TIMEOUTS = Timeouts()
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"

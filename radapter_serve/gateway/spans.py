@@ -22,7 +22,6 @@ from radapter_serve.environment import otlp_endpoint
 from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.upstream import LOG
 
-CLOSE_SECONDS = 2.0  # that the last spans have to be sent when a server stops
 _W3C = TraceContextTextMapPropagator()
 _HEADERS = ("traceparent", "tracestate")
 
@@ -64,14 +63,18 @@ class Spans:
         )
         return RequestSpan(self._tracer, span)
 
-    def close(self) -> None:
-        """Send what waits, for a short time at most."""
+    def close(self, seconds: float) -> None:
+        """Send what waits, for a short time at most.
+
+        Args:
+            seconds: that it may take; trying to end it then takes half as long again at most.
+        """
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
-        closing.join(CLOSE_SECONDS)
+        closing.join(seconds)
         if closing.is_alive():  # nobody answers: let it no longer try again
             self._exporter.shutdown()
-            closing.join(CLOSE_SECONDS / 2)
+            closing.join(seconds / 2)
 
 
 class RequestSpan:

@@ -17,10 +17,9 @@ import urllib3
 
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway import run
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.liveness import MAX_START_SECONDS
-from radapter_serve.gateway.run import command, start
+from radapter_serve.gateway.run import Child, command, start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
 from radapter_serve.server.endpoints import free_ports
@@ -159,40 +158,40 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "failures", lambda _: [])
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
-    monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
     monkeypatch.setattr(TritonServer, "folder", tmp_path)
     monkeypatch.setattr(serve, "AdminSocket", lambda *_: contextlib.nullcontext())
 
     def run(watched: supervisor.Supervisor) -> None:
         assert lives(url)
-        for number in (signal.SIGKILL, signal.SIGSTOP):
-            os.kill(watched._sidecars[GATEWAY]._process.pid, number)  # type: ignore[attr-defined]
-            before = len(said)
-            for _ in range(200):
-                watched.step()
-                said.extend(capsys.readouterr().err.splitlines())
-                if any("is back" in line for line in said[before:]):
-                    break
-                time.sleep(0.1)
-            assert lives(url)
+        os.kill(watched._sidecars[GATEWAY]._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        for _ in range(200):
+            watched.step()
+            said.extend(capsys.readouterr().err.splitlines())
+            if any("is back" in line for line in said):
+                break
+            time.sleep(0.1)
+        assert lives(url)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(supervisor.Supervisor, "run", run)
     assert serve.main([str(tmp_path), "--engine", "triton", "--gateway-port", str(port)]) == 0
     assert f"radapter-serve: {GATEWAY} died: it was killed by SIGKILL; starting it again" in said
-    assert any(
-        f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said
-    )
     with pytest.raises(urllib3.exceptions.HTTPError):
         urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5)
 
 
-def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_runs_and_does_not_answer_is_killed() -> None:
     port, *_ = free_ports()
-    monkeypatch.setattr(run, "start", lambda _: subprocess.Popen(["sleep", "60"]))
+    started: list[int] = []
+
+    def sleeping(_: Settings) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "60"])
+        started.append(process.pid)
+        return process
+
     clock = FakeClock()
-    with run.Child(Settings(port=port), clock) as child:
+    with Child(Settings(port=port), clock, sleeping) as child:
         clock.now += MAX_START_SECONDS - 1
         assert child.died() is None
         clock.now += 1
@@ -200,6 +199,10 @@ def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.M
         assert child.died() == "it was killed by SIGKILL"
         child.start()
         assert child.died() is None
+        os.kill(started[-1], signal.SIGSTOP)
+        os.waitpid(started[-1], os.WUNTRACED)  # until it has stopped
+        assert child.died() == "a signal had stopped it, so it was killed"
+        assert child.died() == "it was killed by SIGKILL"
 
 
 @pytest.mark.parametrize(

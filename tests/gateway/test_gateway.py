@@ -26,8 +26,8 @@ import urllib3
 
 import radapter_client
 from radapter_client import Client
-from radapter_serve.gateway import app, front, health, run
 from radapter_serve.gateway.errors import Refused, from_triton
+from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import FakeUpstream, Served, packed, serving
 from tests.helpers.indexes import outdated_at
@@ -280,9 +280,8 @@ def test_a_body_that_does_not_come() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /v2 HT", HEAD])
-def test_headers_that_do_not_come(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(run, "IDLE_SECONDS", 0.3)
-    with serving() as served, talking(served, data) as it:
+def test_headers_that_do_not_come(data: bytes) -> None:
+    with serving(timeouts=Timeouts(idle=0.3)) as served, talking(served, data) as it:
         with contextlib.suppress(ConnectionResetError):
             assert it.recv(100) == b""
         assert ask(served, "/health/live")[0] == 200
@@ -303,9 +302,11 @@ def big_answer(served: Served) -> bytes:
     return HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n" + body
 
 
-def test_an_answer_that_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "PIECE_SECONDS", 0.5)
-    with serving() as served, talking(served, big_answer(served)) as it:
+def test_an_answer_that_is_read_slowly() -> None:
+    with (
+        serving(timeouts=Timeouts(piece=0.5)) as served,
+        talking(served, big_answer(served)) as it,
+    ):
         got = 0
         end = time.monotonic() + 2.0  # four times the patience
         while part := it.recv(2**16 if time.monotonic() < end else 2**20):
@@ -316,9 +317,11 @@ def test_an_answer_that_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got > 2**25
 
 
-def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "PIECE_SECONDS", 0.3)
-    with serving() as served, talking(served, big_answer(served)) as it:
+def test_an_answer_that_nobody_reads() -> None:
+    with (
+        serving(timeouts=Timeouts(piece=0.3)) as served,
+        talking(served, big_answer(served)) as it,
+    ):
         time.sleep(1.5)
         got = 0
         with contextlib.suppress(ConnectionResetError):
@@ -406,12 +409,11 @@ def test_deadlines(served: Served) -> None:
 
 
 def test_a_gateway_that_stops_lets_requests_end_and_waits_for_none_for_ever(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for drain, expected in ((20.0, b"200"), (0.3, b"500")):
-        monkeypatch.setattr(run, "DRAIN_SECONDS", drain)
         with ExitStack() as stack:
-            served = stack.enter_context(serving())
+            served = stack.enter_context(serving(timeouts=Timeouts(drain=drain)))
             served.hold()
             body = json.dumps(TEXT).encode()
             head = HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n"
@@ -527,17 +529,15 @@ def test_the_page_of_another_site_is_not_cut_off_while_it_sends(served: Served) 
 # Health and metrics
 
 
-def test_ready_means_that_every_task_answers(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ready_means_that_every_task_answers(served: Served) -> None:
     assert ask(served, "/health/live")[0] == ask(served, "/v2/health/live")[0] == 200
     assert ask(served, "/v2/health/ready")[0] == ask(served, "/health/ready")[0] == 200
     assert sorted(message.model_name for message in served.upstream.asked) == sorted(
         TASKS
     )  # asked once for both
-    monkeypatch.setattr(health, "FRESH", 0)
-    served.upstream.error = Refused(400, "no_patch_encoder", "")
-    assert ask(served, "/health/ready")[0] == 200
+
+
+def test_a_server_whose_tasks_fail_lives_and_is_not_ready(served: Served) -> None:
     served.upstream.error = Refused(500, "internal_error", "")
     assert refusal(served, "/health/ready") == (503, "server_unavailable")
     assert ask(served, "/health/live")[0] == 200
@@ -568,23 +568,21 @@ def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
     assert "mallory" not in text
 
 
-def test_metrics_of_indexes_do_not_wait_for_a_storage(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_of_indexes_do_not_wait_for_a_storage() -> None:
     name = 'fötos "写真" \\ 👩‍🔬'
-    assert "radapter_index" not in ask(served, "/metrics")[1].decode()
-    served.upstream.outdated = {name: True, "new": False}
-    assert outdated_at(f"{served.url}/metrics") == {name: 1, "new": 0}
-    monkeypatch.setattr(app, "INDEX_SECONDS", 0.05)
-    served.upstream.outdated = {}
-    served.hold()
-    known = outdated_at(f"{served.url}/metrics")
-    served.let_go()
-    assert known == {name: 1, "new": 0}  # what was known last
-    served.upstream.outdated = None
-    assert outdated_at(f"{served.url}/metrics") == known
-    served.upstream.outdated = {}
-    assert outdated_at(f"{served.url}/metrics") == {}
+    with serving(timeouts=Timeouts(index=0.05)) as served:
+        assert "radapter_index" not in ask(served, "/metrics")[1].decode()
+        served.upstream.outdated = {name: True, "new": False}
+        assert outdated_at(f"{served.url}/metrics") == {name: 1, "new": 0}
+        served.upstream.outdated = {}
+        served.hold()
+        known = outdated_at(f"{served.url}/metrics")
+        served.let_go()
+        assert known == {name: 1, "new": 0}  # what was known last
+        served.upstream.outdated = None
+        assert outdated_at(f"{served.url}/metrics") == known
+        served.upstream.outdated = {}
+        assert outdated_at(f"{served.url}/metrics") == {}
 
 
 def test_the_logs_of_the_program_around_it_stay(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from radapter_client import Client, ServerUnavailable, Unauthorized
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway import app
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import Key, Keys
 from radapter_serve.gateway.quotas import Bucket, Quota, Quotas
+from radapter_serve.gateway.settings import Timeouts
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import Served, serving
 from tests.helpers.small_release import png
@@ -251,12 +251,10 @@ def test_a_refusal_that_does_not_wait_for_the_body(served: Served, headers: str)
     assert time.monotonic() - start < 0.9
 
 
-def test_a_refusal_waits_for_a_body_that_does_not_come(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "DISCARD_SECONDS", 0.1)
-    assert refused_at_once(served.port, "Content-Length: 9") == (401, "close")
-    assert refused_at_once(served.port, "Transfer-Encoding: chunked") == (401, "close")
+def test_a_refusal_waits_for_a_body_that_does_not_come(keys: Path) -> None:
+    with serving(api_keys=keys, timeouts=Timeouts(discard=0.1)) as served:
+        assert refused_at_once(served.port, "Content-Length: 9") == (401, "close")
+        assert refused_at_once(served.port, "Transfer-Encoding: chunked") == (401, "close")
 
 
 def refused_at_once(port: int, headers: str) -> tuple[int, str | None]:
@@ -337,10 +335,9 @@ def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_time_of_a_refusal_is_without_the_wait_for_its_body(
-    keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "DISCARD_SECONDS", 0.5)
-    with serving(api_keys=keys, log="json") as served:
+    with serving(api_keys=keys, log="json", timeouts=Timeouts(discard=0.5)) as served:
         assert refused_at_once(served.port, "Content-Length: 9") == (401, "close")
     assert json.loads(capsys.readouterr().err)["ms"] < 400
 

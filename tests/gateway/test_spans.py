@@ -20,11 +20,11 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from radapter_serve.engine.steps import Step
 from radapter_serve.environment import OTLP_ENDPOINTS
-from radapter_serve.gateway import spans as spans_module
 from radapter_serve.gateway import tracing
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
 from tests.helpers.collector import Collector, Span, collecting
 from tests.helpers.fake_upstream import Served, serving
@@ -132,7 +132,7 @@ def test_what_is_no_traceparent_is_ignored(monkeypatch: pytest.MonkeyPatch, bad:
     spans = Spans(Kept())
     span = spans.begin({"traceparent": bad, "tracestate": "\x00,=" * 99}, "POST", "/x")
     span.end(Entry("id"))
-    spans.close()
+    spans.close(20)
     [one] = kept
     assert one.parent is None and one.context.trace_id != int(TRACE, 16)
 
@@ -154,7 +154,7 @@ def test_steps_become_spans_inside_each_other() -> None:
         entry = Entry("id", task="classify")
         entry.followed.steps.append(Step("engine", 1_100, 1_600, (task,)))
         spans.begin({}, "POST", "/x").end(entry)
-        spans.close()
+        spans.close(20)
     by_name: dict[str, list[Span]] = {}
     for one in collector.spans:
         by_name.setdefault(one.name, []).append(one)
@@ -170,8 +170,7 @@ def test_nobody_takes_the_spans(
 ) -> None:
     monkeypatch.setenv(OTLP_ENDPOINTS[0], "http://user:word@127.0.0.1:1")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-    monkeypatch.setattr(spans_module, "CLOSE_SECONDS", 0.3)
-    with caplog.at_level(logging.DEBUG), serving() as served:
+    with caplog.at_level(logging.DEBUG), serving(timeouts=Timeouts(spans=0.3)) as served:
         for _ in range(5):
             assert ask(served) == 200
             time.sleep(0.05)
@@ -186,7 +185,6 @@ def test_nobody_takes_the_spans(
 def test_spans_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "16")
-    monkeypatch.setattr(spans_module, "CLOSE_SECONDS", 0.2)
 
     class Held(SpanExporter):
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -204,7 +202,7 @@ def test_spans_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         if number == 20:
             assert begun.wait(20)
     start = time.monotonic()
-    spans.close()  # which does not wait for the end
+    spans.close(0.2)  # which does not wait for the end
     assert time.monotonic() - start < 4
     gate.set()
     end = time.monotonic() + 20

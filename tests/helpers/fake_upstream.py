@@ -18,9 +18,9 @@ import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from radapter_serve.gateway import front, run
+from radapter_serve.gateway import run
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import Followed
 from tests.helpers.fake_server import CONFIGS, release
 
@@ -158,7 +158,9 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any
+    upstream: Callable[[], FakeUpstream] = FakeUpstream,
+    timeouts: Timeouts = TIMEOUTS,
+    **options: Any,
 ) -> Iterator[Served]:
     """A gateway with these settings on a free port, until the end of the block, in front of an
     `upstream`.
@@ -172,9 +174,9 @@ def serving(
         begun.set()
         return made[0][0]
 
-    with run.listen(settings) as listener:
+    with run.listen(settings, timeouts=timeouts) as listener:
         port = listener.getsockname()[1]
-        running = run.GatewayServer(settings, listener, connect)
+        running = run.GatewayServer(settings, listener, connect, timeouts=timeouts)
         thread = threading.Thread(target=running.run)
         thread.start()
         assert begun.wait(10)
@@ -207,11 +209,11 @@ def main(
     """A gateway in this process, which gives its callers `patience` seconds where a gateway gives 8
     or 10.
     """
-    run.IDLE_SECONDS = front.PIECE_SECONDS = patience
+    timeouts = Timeouts(idle=patience, piece=patience)
     settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
-    with run.listen(settings) as listener:
+    with run.listen(settings, timeouts=timeouts) as listener:
         run.allow_files(settings.max_connections)
-        run.GatewayServer(settings, listener, BigAnswers).run()
+        run.GatewayServer(settings, listener, BigAnswers, timeouts=timeouts).run()
 
 
 if __name__ == "__main__":
