@@ -131,12 +131,21 @@ def groups(rows: Sequence[Judged]) -> dict[str, float]:
     return {"in distribution": in_distribution(rows), **middle, **of_shifts}
 
 
-def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: float) -> str:
-    """Candidates down, the α of each and its lead over R-Adapter across, as Markdown."""
+def compare(
+    cells: Cells, methods: Mapping[str, RAdapter], seeds: Sequence[int], alpha: float
+) -> str:
+    """Candidates down, the α of each and its lead over R-Adapter across, as Markdown.
+
+    Args:
+        cells: of the benchmark.
+        methods: R-Adapter, then its candidates, as `candidates` gives them.
+        seeds: each learns once for each.
+        alpha: of R-Adapter.
+    """
     first: list[dict[str, float]] = []
     target = 0.0
     lines = []
-    for name, method in candidates(reference).items():
+    for name, method in methods.items():
         of_seeds = [cells.cell(name, method, seed, ALPHAS, "validation").rows for seed in seeds]
         scores = {
             alpha: mean(
@@ -200,7 +209,7 @@ def beyond(
     cells = Cells(benchmark, out, "beyond", flags.limit, say)
     reference = choose(cells, "r-adapter", [METHODS["r-adapter"]], seeds, rates).method
     assert isinstance(reference, RAdapter)
-    shown = compare(cells, reference, seeds, alpha)
+    shown = compare(cells, candidates(reference), seeds, alpha)
     how = [
         f"`{command_line('rivals.beyond')}`, {datetime.date.today()}, {machine()}.",
         f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}. {_EXPLAINED}",

@@ -50,13 +50,16 @@ class Graph:
     model: ir.Model
     constants: dict[str, Tensor]
 
-    def save(self, weights: Mapping[str, Tensor], path: Path) -> int:
+    def save(
+        self, weights: Mapping[str, Tensor], path: Path, *, external_above: int = EXTERNAL_ABOVE
+    ) -> int:
         """Put weights in, write the file, check it.
 
         Args:
             weights: a state dict of the whole CLIP; initializers of the graph have the same names,
                 and types of their own, to which weights are cast.
             path: `model.onnx`; large weights go beside it.
+            external_above: bytes of weights above which they are large.
 
         Returns:
             Size in bytes of all that was written.
@@ -76,7 +79,7 @@ class Graph:
             ir.save(
                 self.model,
                 path,
-                external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None,
+                external_data=f"{path.name}.data" if total > external_above else None,
             )
         finally:
             for value in mine.values():

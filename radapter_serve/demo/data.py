@@ -68,12 +68,19 @@ class DemoData:
     templates: Path
 
 
-@functools.cache
-def drawings() -> dict[str, str]:
+def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
     """All drawings as SVG, by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`,
     `shifts/STYLE`.
+
+    Args:
+        shipped: folder that `benchmarks.drawings.ship` wrote.
     """
-    with lzma.open(DRAWINGS / "drawings.json.xz", "rt", encoding="utf-8") as file:
+    return _read(shipped)
+
+
+@functools.cache
+def _read(shipped: Path) -> dict[str, str]:
+    with lzma.open(shipped / "drawings.json.xz", "rt", encoding="utf-8") as file:
         found: dict[str, str] = json.load(file)
     return found
 
@@ -123,11 +130,12 @@ def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
     return Image.fromarray(255 - on_white if black else on_white)
 
 
-def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
+def prepare(folder: str | Path, *, shipped: Path = DRAWINGS, quiet: bool = False) -> DemoData:
     """Draw the demo's image folders; a folder that is there already is taken as it is.
 
     Args:
         folder: is made, whole or not at all.
+        shipped: folder of the drawings as SVG, their classes and templates.
         quiet: no progress bar.
 
     Raises:
@@ -135,17 +143,18 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
             something else.
     """
     folder = Path(folder)
+    test = {style: folder / place_of(style) for style in STYLES}
     if not (folder / CLASSES.name).is_file():
         with made_whole(folder, "images") as part:
-            for place, svg in track(drawings().items(), "Drawing the images", disable=quiet):
+            found = drawings(shipped)
+            for place, svg in track(found.items(), "Drawing the images", disable=quiet):
                 path = (part / place).with_suffix(".png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 black = path.parts[-3] in ON_BLACK
                 on_paper(np.asarray(render(svg, SIDE).convert("RGBa")), black=black).save(path)
             for file in (CLASSES, TEMPLATES):
-                shutil.copyfile(file, part / file.name)
-    test = {style: folder / place_of(style) for style in STYLES}
-    if not all(place.is_dir() for place in test.values()):
+                shutil.copyfile(shipped / file.name, part / file.name)
+    elif not all(place.is_dir() for place in test.values()):
         raise RAdapterError(
             f"{folder} was made by another version of the demo; remove it, or name another --out"
         )

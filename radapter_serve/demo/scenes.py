@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,11 +73,20 @@ class SceneData:
     gallery: Path
 
 
-def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) -> SceneData:
+def prepare_scenes(
+    folder: str | Path,
+    *,
+    train: int = TRAIN,
+    test: int = TEST,
+    seed: int = 0,
+    quiet: bool = False,
+) -> SceneData:
     """Compose the demo's scenes; a folder that is there already is taken as it is.
 
     Args:
         folder: is made, whole or not at all.
+        train: scenes to train on.
+        test: scenes of each style to test on.
         seed: of what is shown where.
         quiet: no progress bar.
 
@@ -85,16 +94,16 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
         RAdapterError: the renderer is not installed, or the folder can't be written.
     """
     folder = Path(folder)
-    places: list[tuple[str, Split, str, int]] = [("train", "train", FINE_TUNED, TRAIN)]
-    places += [(f"test-{style}", "test", style, TEST) for style in (FINE_TUNED, *SCENE_SHIFTS)]
+    places: list[tuple[str, Split, str, int]] = [("train", "train", FINE_TUNED, train)]
+    places += [(f"test-{style}", "test", style, test) for style in (FINE_TUNED, *SCENE_SHIFTS)]
     if not (folder / "classes.txt").is_file():
         with made_whole(folder, "scenes") as part:
             for place, split, style, count in track(places, "Composing the scenes", disable=quiet):
                 _write(part / place, compose(split, style, count, seed), seed)
             _write_gallery(part)
             (part / "classes.txt").write_text("\n".join(scene_classes()) + "\n", encoding="utf-8")
-    test = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
-    return SceneData(folder / "train", test, folder / "classes.txt", folder / "gallery.csv")
+    tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
+    return SceneData(folder / "train", tests, folder / "classes.txt", folder / "gallery.csv")
 
 
 @functools.cache
@@ -112,7 +121,21 @@ def scene_classes() -> tuple[str, ...]:
     return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in most)
 
 
-def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
+@functools.cache
+def rendered(svg: str) -> Image.Image:
+    """A drawing at a cell's size, as RGBA, drawn once."""
+    return render(svg, CELL)
+
+
+def compose(
+    split: Split,
+    style: str,
+    count: int,
+    seed: int,
+    *,
+    sides: tuple[int, int] = SIDES,
+    draw_svg: Callable[[str], Image.Image] = rendered,
+) -> Iterator[Scene]:
     """Scenes of two to four drawings, each of another class.
 
     Args:
@@ -120,6 +143,8 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
         style: of these; the same seed shows the same classes at the same places in every style.
         count: of the scenes.
         seed: of what is shown where.
+        sides: pixels of a drawing, from and below; a cell's at most.
+        draw_svg: draws an SVG document as RGBA.
     """
     classes = scene_classes()
     draw = random.Random(seed)
@@ -131,23 +156,16 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
         chosen = draw.sample(corners, draw.randint(2, len(corners)))
         shown = draw.sample(classes, len(chosen))
         for (left, top), line in zip(chosen, shown, strict=True):
-            side = draw.randrange(*SIDES)
+            side = draw.randrange(*sides)
             x = left + draw.randint(0, CELL - side)
             y = top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
-            drawn = rendered(
-                svgs[int(draw.random() * len(svgs))]
-            )  # a draw that is as long in every style
+            # a draw that is as long in every style
+            drawn = draw_svg(svgs[int(draw.random() * len(svgs))])
             drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
             mask[y : y + side, x : x + side][inside(drawn)] = classes.index(line)
         yield Scene(image, mask, shown)
-
-
-@functools.cache
-def rendered(svg: str) -> Image.Image:
-    """A drawing at a cell's size, as RGBA, drawn once."""
-    return render(svg, CELL)
 
 
 def inside(drawn: Image.Image) -> NDArray[np.bool_]:

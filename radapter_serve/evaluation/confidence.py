@@ -18,7 +18,7 @@ from radapter_serve.evaluation.metrics import Floats, calibration_error, calibra
 from radapter_serve.release.confidence import KEPT, Confidence
 
 LEAST = 100  # images
-MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
+MAX_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
 
 Doubles = NDArray[np.float64]
@@ -84,7 +84,9 @@ def fit_confidence(
     )
 
 
-def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
+def fit_temperature(
+    logits: Floats, truth: NDArray[np.int64], *, max_pairs: int = MAX_PAIRS
+) -> float | None:
     """The temperature at which the highest score p predicts best whether its label is right.
 
     The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The
@@ -95,12 +97,13 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     Args:
         logits: [N, C].
         truth: [N].
+        max_pairs: of an image and a label, by which is fitted; of more, every k-th image.
 
     Returns:
         It, or None where there is none within `RANGE`: no image is wrong, or the scores do not tell
             right from wrong.
     """
-    logits, truth = _some(logits, truth)
+    logits, truth = _some(logits, truth, max_pairs)
     logits = np.array(logits, np.float64)
     rows = np.arange(len(logits))
     best = logits.argmax(axis=1)
@@ -125,14 +128,17 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     return float(np.exp(found)) if np.abs(ends - found).min() > 1e-4 else None
 
 
-def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
+def fit_sigmoid(
+    cosines: Floats, truth: NDArray[np.int64], *, max_pairs: int = MAX_PAIRS
+) -> tuple[float, float]:
     """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right.
 
     Args:
         cosines: [N, C].
         truth: [N].
+        max_pairs: as of `fit_temperature`.
     """
-    cosines, truth = _some(cosines, truth)
+    cosines, truth = _some(cosines, truth, max_pairs)
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
     count = right.sum()
     others = len(right) - count
@@ -167,9 +173,11 @@ def fit_min_score(cosines: Floats, truth: NDArray[np.int64]) -> float:
     return float(own[int((1 - KEPT) * len(own) + 1e-9)])
 
 
-def _some(values: Floats, truth: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+def _some(
+    values: Floats, truth: NDArray[np.int64], max_pairs: int
+) -> tuple[Floats, NDArray[np.int64]]:
     """Every k-th image, where all have too many pairs."""
-    step = -(-values.size // MOST_PAIRS)
+    step = -(-values.size // max_pairs)
     return values[::step], truth[::step]
 
 

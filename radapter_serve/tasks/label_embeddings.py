@@ -21,7 +21,7 @@ from radapter_serve.contract.labels import check_labels, check_templates, mean_e
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
-from radapter_serve.tasks.label_store import MAX_LABELS, LabelStore
+from radapter_serve.tasks.label_store import LabelStore
 
 DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
@@ -124,7 +124,8 @@ class LabelEmbedder:
         encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit
             length.
         max_batch_size: rows that `encode_tokens` takes at most.
-        store: keeps the embeddings, perhaps for several releases.
+        store: keeps the embeddings, perhaps for several releases; the lists of labels that callers
+            send again have as many labels at most.
         release: tells its releases apart.
     """
 
@@ -187,7 +188,7 @@ class LabelEmbedder:
             return
         self._sets[key] = label_set
         self._labels_in_sets += len(label_set.labels)
-        while len(self._sets) > 1 and self._labels_in_sets > MAX_LABELS:
+        while len(self._sets) > 1 and self._labels_in_sets > self.store.max_labels:
             _, dropped = self._sets.popitem(last=False)
             self._labels_in_sets -= len(dropped.labels)
 

@@ -33,7 +33,7 @@ class LabelStore:
 
     def __init__(self, file: Path | None = None, *, max_labels: int = MAX_LABELS) -> None:
         self._file = file
-        self._max_labels = max_labels
+        self.max_labels = max_labels
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._complained = False
@@ -70,7 +70,7 @@ class LabelStore:
                 connection.executemany(
                     "INSERT OR IGNORE INTO labels (key, embed) VALUES (?, ?)", rows
                 )
-                connection.execute(_OLD, (self._max_labels,))
+                connection.execute(_OLD, (self.max_labels,))
 
         self._try(write)
 

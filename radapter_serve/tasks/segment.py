@@ -82,6 +82,7 @@ class Segment:
         encode_patches: the same to float32 [B, g, g, D], or None where the release has none.
         embed_labels: embeds the labels a request brings.
         label_sets: the release's label sets by name.
+        max_work: of one request, see `MAX_WORK`.
     """
 
     def __init__(
@@ -91,12 +92,15 @@ class Segment:
         encode_patches: Encode | None,
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
+        *,
+        max_work: float = MAX_WORK,
     ) -> None:
         self._label_source = LabelSource(release, embed_labels, label_sets)
         self._request_alpha = release.request_alpha
         self._release = release
         self._encode_images = encode_images
         self._encode_patches = encode_patches
+        self._max_work = max_work
 
     def __call__(self, request: SegmentRequest) -> LabelledMask:
         """Segment one image.
@@ -127,7 +131,7 @@ class Segment:
         cancelled = request.cancelled
         with _image_errors():
             image = decode(request.image, exif_orientation=dense.preprocess.exif_orientation)
-            _check_work(image.size, len(embeds), options, dense.preprocess.size[0])
+            self._check_work(image.size, len(embeds), options, dense.preprocess.size[0])
             if masks is None:
                 found = dense(image, embeds, options, cancelled=cancelled)
             else:
@@ -136,6 +140,19 @@ class Segment:
                 )
         extra = () if len(found.scores) == len(label_set.labels) else (BACKGROUND,)
         return LabelledMask(found.mask, label_set.labels + extra, found.scores)
+
+    def _check_work(
+        self, size: tuple[int, int], labels: int, options: SegmentOptions, window: int
+    ) -> None:
+        pixels = size[0] * size[1]
+        working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
+        work = (pixels + REFINED * working * options.refine) * labels
+        if work > self._max_work:
+            raise invalid(
+                f"{labels} labels and {options.refine} steps of refinement for an image of"
+                f" {size[0]} x {size[1]} are {work / self._max_work:.1f} times the work that one"
+                " request may ask for; send a smaller image, fewer labels or fewer steps"
+            )
 
 
 @contextlib.contextmanager
@@ -148,18 +165,6 @@ def _image_errors() -> Iterator[None]:
         ) from None
     except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
         raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
-
-
-def _check_work(size: tuple[int, int], labels: int, options: SegmentOptions, window: int) -> None:
-    pixels = size[0] * size[1]
-    working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
-    work = (pixels + REFINED * working * options.refine) * labels
-    if work > MAX_WORK:
-        raise invalid(
-            f"{labels} labels and {options.refine} steps of refinement for an image of {size[0]} x"
-            f" {size[1]} are {work / MAX_WORK:.1f} times the work that one request may ask for;"
-            " send a smaller image, fewer labels or fewer steps"
-        )
 
 
 def _options(request: SegmentRequest) -> SegmentOptions:

@@ -279,8 +279,12 @@ def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeyp
     assert model.token_embedding.weight.shape[0] == 49408
 
 
-def test_other_pairs_than_a_checkpoint_has_seen_are_refused(folder, small, tmp_path, monkeypatch):
+def test_other_pairs_than_a_checkpoint_has_seen_are_refused(folder, small, tmp_path):
     base.train(arguments(folder, tmp_path, steps=1))
-    monkeypatch.setattr("benchmarks.drawings.batches.TEMPLATES", ("a lithograph of {}",))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pixels.npy").symlink_to(folder / "pixels.npy")
+    table = (folder / "pairs.csv").read_text(encoding="utf-8")
+    (other / "pairs.csv").write_text(table.replace("moon", "lithograph"), encoding="utf-8")
     with pytest.raises(SystemExit, match="other words"):
-        base.train(arguments(folder, tmp_path))
+        base.train(arguments(other, tmp_path))

@@ -359,7 +359,7 @@ def test_the_same_package_makes_the_same_folders(package, roles, classes, tmp_pa
 
 
 def test_what_is_shipped_makes_the_same_folders_without_share_alike(
-    package, roles, classes, tmp_path, monkeypatch
+    package, roles, classes, tmp_path
 ):
     listed = package / "collections.json"
     facts = json.loads(listed.read_text(encoding="utf-8"))
@@ -386,16 +386,9 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(
         "| `lines` | 2 |" in credit and "copies" not in credit
     )  # of lines:star-filled there is no test
     assert "| `seen` | 2 |" in credit.partition("## What the base was trained on")[2]
-    monkeypatch.setattr(data, "drawings", lambda: found)
-    for name in ("CLASSES", "TEMPLATES"):
-        monkeypatch.setattr(data, name, tmp_path / "first" / f"{name.lower()}.txt")
-    own = {
-        style: said
-        for style, said in data.STYLES.items()
-        if any(data.place_of(style) in place for place in found)
-    }
-    monkeypatch.setattr(data, "STYLES", own)
-    data.prepare(tmp_path / "made", quiet=True)
+    data.prepare(tmp_path / "made", shipped=tmp_path / "first", quiet=True)
+    for name in ("classes.txt", "templates.txt"):
+        assert (tmp_path / "made" / name).read_bytes() == first[name]
     made, built = (
         {
             path.relative_to(tmp_path / of).as_posix(): path.read_bytes()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.cli.eval import main
+from radapter_serve.cli.eval import evaluate, main
 from radapter_serve.cli.export import main as export
 from radapter_serve.evaluation.start import Evaluated, default_out
 from radapter_serve.evaluation.suite import Suite
@@ -161,12 +161,11 @@ def test_resume_evaluates_only_what_is_missing(
 
 
 def test_the_pages_order_and_the_other_way_round(
-    here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A choice and a sweep, with and without a suite, each in its folder or in one that is named:
     none is refused.
     """
-    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 1.0))
     suite = COMMON[:4]
     assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
     assert main(["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5", *suite]) == 0
@@ -177,7 +176,7 @@ def test_the_pages_order_and_the_other_way_round(
     assert main(["--alpha", "auto", *suite]) == 0
     splits = [row["split"] for row in rows(here / "results/tiny/suite")]
     assert (
-        splits == ["test"] * 2 + ["validation"] * 2 + ["test"] * 2
+        splits == ["test"] * 2 + ["validation"] * 11 + ["test"] * 2
     )  # of the sweep, and of the choice, which is 0
     for first, second in (("auto", "0.5"), ("0.5", "auto")):
         for alpha in (first, second):
@@ -280,17 +279,12 @@ def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made
     )
 
 
-def test_piped_output_has_plain_lines_of_progress(
+def test_a_terminal_shows_how_far_it_is(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("radapter_serve.evaluation.progress.INTERVAL", 0.0)
-    assert main([*COMMON, "--alpha", "0.5"]) == 0
-    lines = capfd.readouterr().err.splitlines()
-    assert (
-        "plain: 12 of 12 images by 1 model" in lines
-        and "shifted: reading imagefolder:shifted" in lines
-    )
-    assert not any("\x1b" in line for line in lines)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if stderr were a terminal
+    evaluate(suite="suite.yaml", data_root="data", alpha=("0.5",))
+    assert "shifted: 12 of 12 images by 1 model" in capfd.readouterr().err
 
 
 def test_labels_that_are_alike_are_named(
@@ -420,9 +414,8 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
 
 
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
-    here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 1.0))
     assert main([*COMMON, "--alpha", "auto", "--out", "apart"]) == 0
     assert "warning" not in capfd.readouterr().err
     place = (here / "data").resolve()

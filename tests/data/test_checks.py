@@ -174,6 +174,18 @@ def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_
     )
 
 
+def test_a_check_of_many_images_says_so_unless_nothing_shall_be_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("1", (1, 1)).save(tmp_path / "dot.png")
+    table = tmp_path / "t.csv"
+    table.write_text("image,label\n" + "dot.png,cat\n" * 1000, encoding="utf-8")
+    data = load_labelled(f"csv:{table}")
+    for progress, said in ((False, ""), (True, "checking 1,000 of 1,000 images\n")):
+        assert broken_images(data, progress=progress) == []
+        assert capfd.readouterr() == ("", said)
+
+
 def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
     (photos / "cat").rename(photos / "Washington, D.C.")
     (tmp_path / "c.txt").write_text(

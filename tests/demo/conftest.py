@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import lzma
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -22,11 +25,12 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
     """The demo's folders, of a few classes."""
     few = {path: svg for path, svg in data.drawings().items() if path.split("/")[-2] in SOME}
     folder = tmp_path_factory.mktemp("demo") / "images"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "drawings", lambda: few)
-        made = data.prepare(folder, quiet=True)
-    lines = made.classes.read_text(encoding="utf-8").splitlines()
-    made.classes.write_text(
+    shipped = tmp_path_factory.mktemp("shipped")
+    with lzma.open(shipped / "drawings.json.xz", "wt", encoding="utf-8") as file:
+        json.dump(few, file)
+    lines = data.CLASSES.read_text(encoding="utf-8").splitlines()
+    (shipped / "classes.txt").write_text(
         "".join(f"{line}\n" for line in lines if line.split(",")[0] in SOME), encoding="utf-8"
     )
-    return made
+    shutil.copy(data.TEMPLATES, shipped)
+    return data.prepare(folder, shipped=shipped, quiet=True)

@@ -23,10 +23,8 @@ FEW = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> scenes.SceneData:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "TRAIN", FEW)
-        patch.setattr(scenes, "TEST", FEW)
-        return scenes.prepare_scenes(tmp_path_factory.mktemp("demo") / "scenes", quiet=True)
+    place = tmp_path_factory.mktemp("demo") / "scenes"
+    return scenes.prepare_scenes(place, train=FEW, test=FEW, quiet=True)
 
 
 def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
@@ -50,18 +48,19 @@ def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
     )  # what is half transparent is painted and not inside: the edges
 
 
-def test_a_mask_equals_the_alpha_of_its_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_equals_the_alpha_of_its_drawing() -> None:
     alpha = (
         Image.radial_gradient("L")
         .point(lambda value: 255 - value)
         .resize((scenes.CELL, scenes.CELL))
     )
     drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
-    monkeypatch.setattr(scenes, "rendered", lambda svg: drawn)
-    monkeypatch.setattr(scenes, "SIDES", (scenes.CELL, scenes.CELL + 1))  # fills its cell
+    fills_its_cell = (scenes.CELL, scenes.CELL + 1)
     paper = len(scenes.scene_classes())
     expected = np.asarray(alpha) >= 128
-    (scene,) = scenes.compose("test", "colour", 1, 0)
+    (scene,) = scenes.compose(
+        "test", "colour", 1, 0, sides=fills_its_cell, draw_svg=lambda svg: drawn
+    )
     cells = scene.mask.reshape(scenes.CELLS, scenes.CELL, scenes.CELLS, scenes.CELL).swapaxes(1, 2)
     full = [cell for cell in cells.reshape(-1, scenes.CELL, scenes.CELL) if (cell != paper).any()]
     assert len(full) == len(scene.shown)
@@ -69,18 +68,17 @@ def test_a_mask_equals_the_alpha_of_its_drawing(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_array_equal(cell != paper, expected)
 
 
-def test_scenes_show_drawings_of_their_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_show_drawings_of_their_own_place() -> None:
     shown: list[str] = []
     blank = Image.new("RGBA", (scenes.CELL, scenes.CELL))
 
-    def rendered(svg: str) -> Image.Image:
+    def note(svg: str) -> Image.Image:
         shown.append(svg)
         return blank
 
-    monkeypatch.setattr(scenes, "rendered", rendered)
     for split, style, place in (("train", "colour", "train"), ("test", "filled", "shifts/filled")):
         shown.clear()
-        assert list(scenes.compose(split, style, 10, 0))  # type: ignore[arg-type]
+        assert list(scenes.compose(split, style, 10, 0, draw_svg=note))  # type: ignore[arg-type]
         assert shown and set(shown) <= {
             svg for of in data.drawings_of(place).values() for svg in of
         }

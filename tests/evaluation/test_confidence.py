@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation import confidence
 from radapter_serve.evaluation.confidence import fit_confidence, fit_sigmoid, fit_temperature
 
 N = 4000
@@ -97,12 +99,11 @@ def test_a_sigmoid_where_cosines_tell_all_labels_apart() -> None:
     assert right == pytest.approx(201 / 202, abs=1e-6) and wrong == pytest.approx(1 / 602, abs=1e-6)
 
 
-def test_the_sigmoid_of_many_pairs_is_fitted_on_some_images(
-    logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("fit", [fit_sigmoid, fit_temperature])
+def test_many_pairs_are_fitted_by_some_images(logits: np.ndarray, fit: Callable[..., Any]) -> None:
     truth = drawn(logits, 1.0)
-    monkeypatch.setattr(confidence, "MOST_PAIRS", N * CLASSES // 2)
-    assert fit_sigmoid(logits, truth) == fit_sigmoid(logits[::2], truth[::2])
+    found = fit(logits, truth, max_pairs=N * CLASSES // 2)
+    assert found == fit(logits[::2], truth[::2]) != fit(logits, truth)
 
 
 def test_errors_before_and_after(logits: np.ndarray) -> None:

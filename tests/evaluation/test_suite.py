@@ -106,9 +106,13 @@ def test_base_and_novel_classes_have_a_harmonic_mean(
     assert base.labels.tolist() == novel.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     results = Results(tmp_path / "out")
     embedder = from_adapter(run_folder, [0.0, 1.0])
+    said: list[str] = []
     for _ in range(2):  # the second time nothing is added
-        rows = evaluate_suite(embedder, suite, results)
+        rows = evaluate_suite(embedder, suite, results, say=said.append)
     embedder.close()
+    reading = [f"{name}: reading imagefolder:plain" for name in ("base", "novel", "all")]
+    assert said[0] == reading[0] and said[-3:] == reading
+    assert {"novel: embedding its texts by 2 models", "all: 24 of 24 images by 2 models"} < {*said}
     found = [row for row in results.rows if row.metric == "harmonic_mean"]
     assert len(rows) == 6 and len(results.rows) == 8
     assert [(row.dataset, row.alpha, row.n) for row in found] == [

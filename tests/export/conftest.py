@@ -13,6 +13,7 @@ from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.evaluation.confidence import LEAST
 from tests.helpers.graphs import graph_of, quick_exports
 
 ALPHAS = (0.3, 0.8)
@@ -46,10 +47,19 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, one folder a class."""
-    folder = tmp_path_factory.mktemp("photos")
+    """A folder of 30 images, one folder a class."""
+    return _photos(tmp_path_factory.mktemp("photos"), 30)
+
+
+@pytest.fixture(scope="session")
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many images as calibrated scores need."""
+    return _photos(tmp_path_factory.mktemp("many"), LEAST)
+
+
+def _photos(folder: Path, count: int) -> Path:
     random = np.random.default_rng(3)
-    for number in range(30):
+    for number in range(count):
         colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         path = folder / CLASSES[number % len(CLASSES)] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)

@@ -17,28 +17,15 @@ from radapter_export.accuracy import open_validation
 from radapter_export.writer import UNFITTED
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
-from radapter_serve.evaluation import confidence
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import named_releases, read_config
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.label_embeddings import LabelSet
 from radapter_serve.tasks.scores import Scoring
 from radapter_serve.training import train
+from tests.export.conftest import CLASSES
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
-
-CLASSES = ["cat", "dog", "horse"]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for number in range(30):
-        path = folder / CLASSES[number % 3] / f"{number:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 @pytest.fixture
@@ -49,22 +36,21 @@ def folders(tmp_path: Path) -> dict[str, Any]:
 def test_a_release_carries_what_its_validation_data_says(
     quick: None,
     adapter_path: Path,
-    photos: Path,
+    many_photos: Path,
     folders: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(confidence, "LEAST", 30)
-    settings = ExportSettings(**folders, validation=f"imagefolder:{photos}", max_drop=100)
+    data = f"imagefolder:{many_photos}"
+    settings = ExportSettings(**folders, validation=data, max_drop=100)
     (release,) = export_release(adapter_path, [0.7], settings)
     fitted = release.facts["confidence"]
-    assert (fitted["dataset"], fitted["n"], fitted["classes"]) == (f"imagefolder:{photos}", 30, 3)
+    assert (fitted["dataset"], fitted["n"], fitted["classes"]) == (data, 100, 5)
     folder = folders["model_repository"] / "classify"
     assert json.loads((folder / "1" / "release.json").read_text()) == release.facts
     assert named_releases(read_config(folder / "config.pbtxt"))[1].confidence == fitted
 
     local = LocalRelease(str(folders["model_repository"]))
     classes = sorted(CLASSES)
-    paths = sorted(photos.rglob("*.png"))
+    paths = sorted(many_photos.rglob("*.png"))
     prompts = [
         [template.replace("{}", name) for template in release.facts["templates"]]
         for name in classes
@@ -75,8 +61,8 @@ def test_a_release_carries_what_its_validation_data_says(
         local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ means.T
     )
     truth = torch.tensor([classes.index(path.parent.name) for path in paths])
-    right = torch.nn.functional.one_hot(truth, 3).double()
-    target = torch.where(right > 0, 31 / 32, 1 / 62)
+    right = torch.nn.functional.one_hot(truth, 5).double()
+    target = torch.where(right > 0, 101 / 102, 1 / 402)
     losses = [
         torch.nn.functional.binary_cross_entropy_with_logits(
             fitted["scale"] * cosines.double() + fitted["bias"] + shift, target
@@ -93,7 +79,7 @@ def test_too_few_images_are_said(
     (release,) = export_release(adapter_path, [0.7], settings)
     assert release.accuracy is not None and "confidence" not in release.facts
     assert any(
-        re.search("30 validation images of 3 labels are too few for calibrated", line)
+        re.search("30 validation images of 5 labels are too few for calibrated", line)
         for line in release.warnings
     )
 

@@ -205,12 +205,13 @@ def test_saving_leaves_the_graph_without_weights(
 
 
 def test_large_weights_go_beside_the_graph(
-    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:
     assert EXTERNAL_ABOVE < 2**31
-    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "inside.onnx")
-    monkeypatch.setattr("radapter_export.graph.EXTERNAL_ABOVE", 1000)
-    size = graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    graph = graphs["image_encoder"]
+    weights = tiny_base.model.state_dict()
+    graph.save(weights, tmp_path / "inside.onnx")
+    size = graph.save(weights, tmp_path / "model.onnx", external_above=1000)
     files = {path.name for path in tmp_path.glob("model*")}
     assert files == {"model.onnx", "model.onnx.data"}
     assert size == sum((tmp_path / name).stat().st_size for name in files)

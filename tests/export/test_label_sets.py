@@ -16,7 +16,7 @@ from radapter_client import InvalidRequest
 from radapter_export import ExportSettings, export_release
 from radapter_export.label_sets import MAX_SHOWN, read_label_set
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation import confidence
+from radapter_serve.evaluation.confidence import fit_sigmoid
 from radapter_serve.model import Model
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.label_embeddings import LabelSet
@@ -105,15 +105,13 @@ def test_a_release_has_labels_by_example(
 def test_its_scores_are_fitted_where_the_validation_data_has_its_labels(
     quick: None,
     adapter_path: Path,
-    photos: Path,
+    many_photos: Path,
     label_file: Path,
     folders: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(confidence, "LEAST", 30)
     other = label_file.with_name("other.yaml")
     other.write_text("[{label: a cat, images: cat.png}]", encoding="utf-8")
-    data = f"imagefolder:{photos}"
+    data = f"imagefolder:{many_photos}"
     settings = ExportSettings(
         **folders,
         label_sets={"animals": label_file, "other": other},
@@ -125,14 +123,14 @@ def test_its_scores_are_fitted_where_the_validation_data_has_its_labels(
     assert "confidence" not in facts["other"]
     assert any("no scores are fitted to the label set other" in one for one in exported.warnings)
     local = LocalRelease(str(folders["model_repository"]))
-    paths = sorted(photos.rglob("*.png"))
+    paths = sorted(many_photos.rglob("*.png"))
     images = local.encode_images([local.prepare(path.read_bytes()) for path in paths])
     cosines = images @ by_hand(local, exported.release.templates, label_file.parent).T
     truth = np.array([NAMES.index(path.parent.name) for path in paths])
     assert facts["animals"]["accuracy"] == pytest.approx((cosines.argmax(1) == truth).mean())
     fitted = facts["animals"]["confidence"]
     assert fitted != exported.release.confidence
-    scale, bias = confidence.fit_sigmoid(cosines, truth)
+    scale, bias = fit_sigmoid(cosines, truth)
     assert (fitted["scale"], fitted["bias"]) == pytest.approx((scale, bias), rel=1e-3)
     with Model(folders["model_repository"]) as model:
         found = model.classify(paths[0], label_set="animals", multi_label=True, threshold=0)

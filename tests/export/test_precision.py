@@ -22,10 +22,12 @@ from PIL import Image
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
-from radapter_export.calibration import calibration_images
+from radapter_export.calibration import calibrate, calibration_images
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
 from radapter_export.quantization import quantize
+from radapter_export.source import Source
+from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.mask_crop import MaskCrop
@@ -326,17 +328,14 @@ def test_release_says_what_its_precision_costs(
         assert (facts["quantization"]["images"], facts["quantization"]["texts"]) == (30, 10)
 
 
-def test_calibration_takes_images_of_all_of_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(15):
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
-    monkeypatch.setattr("radapter_export.calibration.IMAGES", 10)
+def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path) -> None:
+    for number in range(200):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
     images = open_images(str(tmp_path), "--calibration")
     batches = calibration_images(images, Preprocess.from_dict({"size": 4}))
     taken = np.concatenate(batches)[:, 0, 0, 0].astype(int)
-    assert (len(taken), taken[0]) == (10, 0)
-    assert set(np.diff([*taken, 15])) == {1, 2}
+    assert (len(taken), taken[0]) == (128, 0)
+    assert set(np.diff([*taken, 200])) == {1, 2}
 
 
 def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[ExportedRelease]]) -> None:
@@ -354,12 +353,22 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Exporte
 
 
 def test_some_prompts_of_a_label_set_calibrate(
-    export: Export, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("radapter_export.calibration.PROMPTS", 4)
-    (tmp_path / "many.txt").write_text("\n".join(f"thing {number}" for number in range(30)))
-    given = {"calibration": str(photos), "label_sets": {"many": tmp_path / "many.txt"}}
-    assert export(precision="int8", **given).facts["quantization"]["texts"] == 4 + 10
+    (tmp_path / "many.txt").write_text("\n".join(f"thing {number}" for number in range(300)))
+    settings = ExportSettings(
+        model_repository=tmp_path,
+        merged=tmp_path / "merged",
+        label_sets={"many": tmp_path / "many.txt"},
+    )
+    source = Source.read([adapter_path], settings, dynamic_alpha=False)
+    served = ServedTokenizer.write(
+        tiny_base.tokenizer, tmp_path / "tokenizer.json", dynamic_length=True
+    )
+    images = open_images(str(photos), "--calibration")
+    found = calibrate(images, tiny_base, source, served.encode)
+    # 300 labels in two templates, and what every calibration has.
+    assert len(source.templates) == 2 and found.facts()["texts"] == 512 + 10
 
 
 def test_a_release_that_loses_points_is_refused(

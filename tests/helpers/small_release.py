@@ -262,6 +262,7 @@ class Local:
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
         release = Release.load(folder)
+        self.release = release
         self.tokenizer = _tokenizer(folder)
         self.calls: list[tuple[int, ...]] = []
         self.encode_images = self._encoder(

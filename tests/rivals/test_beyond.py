@@ -14,8 +14,18 @@ import yaml
 from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import train
-from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main
-from rivals.cells import read_lines
+from rivals.benchmark import load_benchmark
+from rivals.beyond import (
+    REFERENCE,
+    SCHEDULES,
+    TRAININGS,
+    Scheduled,
+    candidates,
+    compare,
+    equal_alpha,
+    main,
+)
+from rivals.cells import Cells, read_lines
 from rivals.layout import with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
@@ -103,21 +113,15 @@ def test_interval_is_students() -> None:
 
 
 @pytest.mark.slow
-def test_the_table(
-    benchmark_file: Path,
-    here: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch,
-) -> None:
-    monkeypatch.setattr("rivals.beyond.SCHEDULES", {"α of depth × 0": AlphaSchedule(depth=0.0)})
-    monkeypatch.setattr(
-        "rivals.beyond.TRAININGS", {"learned scale": (Variant(learned_scale=True), {})}
-    )
-    call = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1"]
-    assert main(call) == 0
+def test_the_table(benchmark_file: Path, here: list[str], tmp_path: Path) -> None:
+    reference = METHODS["r-adapter"]
+    assert isinstance(reference, RAdapter)
+    every = candidates(reference)
+    names = (REFERENCE, "learned scale", "α of depth × 0")
+    cells = Cells(load_benchmark(benchmark_file), tmp_path / "out", "beyond")
+    methods = {name: every[name] for name in names}
+    text = compare(cells, methods, (0, 1), 0.5)
     assert here == ["RAdapter"] * 4 + ["Scheduled"] * 2
-    text = (tmp_path / "out" / "beyond.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == [
         "| candidate",
@@ -135,22 +139,23 @@ def test_the_table(
     ]
     assert len(same) == 2 and rows[2][2] == with_interval(same)
     here.clear()
-    assert main(call) == 0 and here == []
+    again = Cells(cells.benchmark, tmp_path / "out", "beyond")
+    assert compare(again, methods, (0, 1), 0.5) == text and here == []
 
 
 @pytest.mark.slow
 def test_the_table_of_a_suite_without_shifts(
-    benchmark_file: Path, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark_file: Path, here: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("rivals.beyond.SCHEDULES", {})
-    monkeypatch.setattr("rivals.beyond.TRAININGS", {})
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
     suite["sets"] = suite["sets"][:2]
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     assert (
         main(["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
     )
-    assert "| candidate | α | in distribution |\n" in (tmp_path / "out" / "beyond.md").read_text()
+    text = (tmp_path / "out" / "beyond.md").read_text()
+    assert "| candidate | α | in distribution |\n" in text
+    assert all(f"\n| {name} | " in text for name in (REFERENCE, *TRAININGS, *SCHEDULES))
 
 
 def test_refuses_a_suite_that_makes_nothing_equal(

@@ -95,9 +95,8 @@ def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, s
     assert len(small.store.get(keys)) == 5
 
 
-def test_the_lists_that_are_kept_are_bounded(local, monkeypatch):
-    monkeypatch.setattr("radapter_serve.tasks.label_embeddings.MAX_LABELS", 10)
-    small = embedder(local)
+def test_the_lists_that_are_kept_are_bounded(local):
+    small = embedder(local, max_labels=10)
     words = [f"thing {index}" for index in range(40)]
     for start in range(0, 36, 4):
         small(words[start : start + 4], SIMPLE)

@@ -12,8 +12,7 @@ from PIL import Image
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.tasks import segment as module
-from radapter_serve.tasks.segment import SegmentRequest
+from radapter_serve.tasks.segment import Segment, SegmentRequest
 from radapter_serve.tasks.segment_options import SegmentOptions
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
@@ -155,17 +154,20 @@ def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
         assert error.code == "invalid_image"
 
 
-def test_a_request_that_asks_for_too_much_work_is_refused(local, monkeypatch):
+def test_a_request_that_asks_for_too_much_work_is_refused(local):
+    def segment(max_work: float, **options: int) -> None:
+        encoders = (local.encode_images, local.encode_patches, local.embed_labels)
+        task = Segment(local.release, *encoders, {}, max_work=max_work)
+        task(SegmentRequest(png(3), CATS, options=options))
+
     # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image,
     # 36 x 24.
-    monkeypatch.setattr(module, "MAX_WORK", 1800)
-    local.segment(SegmentRequest(png(3), CATS))
+    segment(1800)
     with pytest.raises(
         TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"
     ):
-        local.segment(SegmentRequest(png(3), CATS, options={"refine": 1}))
-    monkeypatch.setattr(module, "MAX_WORK", 1799)
+        segment(1800, refine=1)
     with pytest.raises(
         TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"
     ):
-        local.segment(SegmentRequest(png(3), CATS))
+        segment(1799)

@@ -42,9 +42,8 @@ def run(
     capfd: pytest.CaptureFixture[str],
 ) -> Run:
     """A run in the folder that holds its images, without a word."""
-    # So that few images and little time have progress to show, if it is shown.
-    monkeypatch.setattr("radapter_serve.data.checks._BLOCK", 1)
-    monkeypatch.setattr("radapter_serve.evaluation.progress.INTERVAL", 0.0)
+    # As if stderr were a terminal, so that there is progress to show at once, if it is shown.
+    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.chdir(images.parent)
     monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
     monkeypatch.setattr("radapter_serve.evaluation.run.draw_choice", lambda *_: Path("drawn"))
