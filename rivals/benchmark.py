@@ -14,7 +14,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.files import read_yaml
 from radapter_serve.hub import LOCAL
 from radapter_serve.training.recipe import recipe_of
@@ -54,6 +54,20 @@ class Benchmark:
                 f"the suite {self.name} has no set with split: {split}, by which this is decided"
             )
         return [open_set(self.suite, entry, limit=limit) for entry in entries]
+
+    def own_validation(self) -> Entry:
+        """The set that chooses and is like the images that the methods learn from.
+
+        Raises:
+            RAdapterError: there is none, or there are several.
+        """
+        found = [one for one in self.suite.of_split("validation") if one.shift == "id"]
+        if len(found) != 1:
+            raise RAdapterError(
+                f"the suite {self.name} has {len(found)} sets with split: validation and shift: id;"
+                " this needs one"
+            )
+        return found[0]
 
 
 def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:

@@ -48,17 +48,30 @@ def judge(
         Rows as of `radapter_serve.evaluation.evaluate`, a set after the other, for each α.
     """
     base = run.base
-    name = type(learned.system).__name__
-    weights = learned.at(1.0).clip()
-    if weights is None:
+    if learned.at(1.0).clip() is None:
         own = SystemEmbedder(learned, base, alphas)
         return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
+    embedder = embedder_of(learned, run, alphas)
+    return [row for data in sets for row in evaluate(embedder, data)]
+
+
+def embedder_of(learned: Learned, run: Run, alphas: Sequence[float]) -> TorchEmbedder:
+    """Points on the line of a system that is a plain CLIP, as `radapter-eval` embeds by it.
+
+    Args:
+        learned, run, alphas: as of `judge`.
+    """
+    base = run.base
+    weights = learned.at(1.0).clip()
+    assert weights is not None
     start = base.model.state_dict()
     changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
-    line = Interpolation(name, {key: change for key, change in changes.items() if change.any()})
+    line = Interpolation(
+        type(learned.system).__name__,
+        {key: change for key, change in changes.items() if change.any()},
+    )
     crop = run.recipe.mask_crop(base.preprocess["mean"])
-    embedder = TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
-    return [row for data in sets for row in evaluate(embedder, data)]
+    return TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
 
 
 class SystemEmbedder(Embedder):

@@ -14,7 +14,6 @@ from pathlib import Path
 import tyro
 
 from radapter_serve.cli import run as run_command
-from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.sets import below
 from radapter_serve.training import Recipe
 from radapter_serve.training.parts import OWN
@@ -112,14 +111,9 @@ def rate(flags: tyro.conf.OmitArgPrefixes[Flags], seeds: tuple[int, ...] = (0, 1
     check_seeds(seeds)
     benchmark = flags.benchmark()
     out = flags.out
-    entries = [one for one in benchmark.suite.of_split("validation") if one.shift == "id"]
-    if len(entries) != 1:
-        raise RAdapterError(
-            f"the suite {benchmark.name} has {len(entries)} sets with split: validation and shift:"
-            " id; the search needs one"
-        )
+    validation = benchmark.own_validation()
     method = TABLES["main"].rows[NAME]
-    auto = {"learning_rate": "auto", "val_data": below(benchmark.suite.data_root, entries[0].data)}
+    auto = {"learning_rate": "auto", "val_data": below(benchmark.suite.data_root, validation.data)}
     given = {**method.settings, **benchmark.given, **auto}
     found = {seed: search(Recipe(**{**given, "seed": seed})) for seed in seeds}
     rates = sorted({*START, 5e-3, *(chosen for chosen, _ in found.values())})
