@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 
 INTERVAL = 10.0  # seconds between two looks
+CLOSE_SECONDS = 10.0  # that a look on a slow disk may still take
 
 
 class IndexMetric:
@@ -48,7 +49,7 @@ class IndexMetric:
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
-        self._thread.join(self._interval)
+        self._thread.join(CLOSE_SECONDS)
         self._metrics.clear()  # before their family, as Triton wants it
 
     def _run(self) -> None:
