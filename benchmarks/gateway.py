@@ -41,6 +41,8 @@ def export(
     folder: Path,
     labels: Sequence[str] = CLASS_NAMES,
     dense: str = "none",
+    calibration: Path | None = None,
+    runtime: str = "onnxruntime",
 ) -> None:
     """What radapter-export does, with a label set."""
     from radapter_export import ExportSettings, export_release  # only in the process that exports
@@ -54,6 +56,8 @@ def export(
         label_sets={LABEL_SET: names},
         precision=precision,
         dense=dense,
+        calibration=None if calibration is None else str(calibration),
+        runtime=runtime,
         validation="none",  # random weights know no image
     )
     export_release(adapter, [0.5], settings)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from common import RESULTS, Process, Report, picture, say
@@ -238,6 +238,7 @@ def open_rates(closed: Sequence[Row], shares: Sequence[float]) -> Mapping[str, l
 def main(
     architecture: str = "ViT-B-32",
     precision: str = "int8",
+    runtime: Literal["onnxruntime", "openvino"] = "openvino",
     concurrency: tuple[int, ...] = (1, 4, 16),
     overlapping: tuple[int, ...] = (1, 2, 4, 8, 16),
     overlapping_seconds: float = 10.0,
@@ -252,6 +253,8 @@ def main(
     Args:
         architecture: open_clip architecture, with random weights and an adapter.
         precision: of the release.
+        runtime: of the encoders; openvino computes int8 by fixed ranges, which the index's images
+            give.
         concurrency: callers in a closed loop.
         overlapping: callers of short texts in a closed loop, whose slowest answers are counted.
         overlapping_seconds: of each of these rows.
@@ -271,20 +274,23 @@ def main(
         seconds=seconds,
         warmup=warmup,
     )
-    title = f"Under load: {architecture} {precision}, every task"
+    title = f"Under load: {architecture} {precision} by {runtime}, every task"
     report = Report("load", title, what, timed=False)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        say("exporting")
-        with Process() as process:
-            process.call(export, architecture, precision, folder, LABELS, "naclip")
-        say("building the index")
-        (folder / "pictures").mkdir()
+        pictures = folder / "pictures"
+        pictures.mkdir()
         for number in range(images):
-            path = folder / "pictures" / f"{number}.jpg"
-            path.write_bytes(picture(width, height, seed=number))
+            (pictures / f"{number}.jpg").write_bytes(picture(width, height, seed=number))
+        say("exporting")
+        calibration = pictures if (runtime, precision) == ("openvino", "int8") else None
+        with Process() as process:
+            process.call(
+                export, architecture, precision, folder, LABELS, "naclip", calibration, runtime
+            )
+        say("building the index")
         release = LocalRelease(folder / "repository")
-        build(str(folder / "pictures"), folder / "indexes" / INDEX, release)
+        build(str(pictures), folder / "indexes" / INDEX, release)
         say("starting the server")
         options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}
         repository = folder / "repository"
