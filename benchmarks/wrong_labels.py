@@ -117,6 +117,10 @@ def main() -> None:
             rows.append([f"{share:.0%} wrong, {order}", *cells])
     columns = ["labels, sorted by", f"precision of {LISTED}", "of as many as are wrong"]
     report.table("Precision, %", columns, rows)
+    report.note(
+        "The fewer labels are wrong, the fewer of a list are: the figures of the least share are"
+        " the lowest. Where `both` equals `the run alone`, the run doubts less than the base."
+    )
     report.write(arguments.out)
 
 

@@ -47,23 +47,24 @@ def judge(
     Returns:
         Rows as of `radapter_serve.evaluation.evaluate`, a set after the other, for each α.
     """
-    base = run.base
-    if learned.at(1.0).clip() is None:
-        own = SystemEmbedder(learned, base, alphas)
-        return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
     embedder = embedder_of(learned, run, alphas)
+    if embedder is None:
+        own = SystemEmbedder(learned, run.base, alphas)
+        return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
     return [row for data in sets for row in evaluate(embedder, data)]
 
 
-def embedder_of(learned: Learned, run: Run, alphas: Sequence[float]) -> TorchEmbedder:
-    """Points on the line of a system that is a plain CLIP, as `radapter-eval` embeds by it.
+def embedder_of(learned: Learned, run: Run, alphas: Sequence[float]) -> TorchEmbedder | None:
+    """Points on the line of a system that is a plain CLIP, as `radapter-eval` embeds by it; None
+    where it is none.
 
     Args:
         learned, run, alphas: as of `judge`.
     """
     base = run.base
     weights = learned.at(1.0).clip()
-    assert weights is not None
+    if weights is None:
+        return None
     start = base.model.state_dict()
     changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
     line = Interpolation(

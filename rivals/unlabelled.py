@@ -139,6 +139,7 @@ def answers_of(embedder: TorchEmbedder, data: EvaluationSet) -> Answers:
     if not isinstance(data, ClassificationSet):
         raise RAdapterError(f"{data.entry.name} is no set of images with one label each")
     scored = evaluate_scored(embedder, data)
+    # R-Adapter does not learn the scale, so that of any α is that of all.
     found = [embedder.probabilities(one.cosines) for one in scored if one.cosines is not None]
     return Answers.of(found, np.asarray(data.labels))
 
@@ -190,6 +191,7 @@ def unlabelled(
         say(f"{ROW}, seed {seed}")
         run = Run({**benchmark.given, "seed": seed}, flags.out / "learned")
         embedder = embedder_of(learned(method, run), run.of(method.settings), GRID)
+        assert embedder is not None  # R-Adapter's end is a plain CLIP
         answers = {data.entry.name: answers_of(embedder, data) for data in sets}
         found.append(regrets(answers, answers_of(embedder, validation)))
     parts = [

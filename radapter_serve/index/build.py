@@ -80,7 +80,7 @@ def build(
         ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this
             process.
         progress: called after every batch.
-        sizes: as in `Writer`.
+        sizes: how many images are embedded at once, and up to how many need no FAISS.
 
     Raises:
         RAdapterError: there is no image, an image is broken, `out` is something else, a stopped
@@ -138,7 +138,7 @@ def add(
         prune: remove images whose files are gone.
         on_broken: as in `build`; None does as the last build or addition did.
         progress: as in `build`.
-        sizes: as in `Writer`.
+        sizes: how many images are embedded at once, and up to how many need no FAISS.
 
     Raises:
         RAdapterError: there is no index, another release made it, or what `build` raises.

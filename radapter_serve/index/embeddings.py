@@ -75,7 +75,7 @@ def export_embeddings(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = _rows(source, part, batch)
-        _write(source, rows, staged, np.dtype(dtype), part, progress)
+        _write(rows, len(source), staged, np.dtype(dtype), part, progress)
         staged.replace(out)  # over an empty folder, too
     except OSError as error:
         raise RAdapterError(
@@ -87,8 +87,8 @@ def export_embeddings(
 
 
 def _write(
-    source: Index,
     rows: Rows,
+    count: int,
     staged: Path,
     dtype: np.dtype[Any],
     part: int,
@@ -96,7 +96,6 @@ def _write(
 ) -> None:
     for name in ("img_emb", "metadata"):
         (staged / name).mkdir(parents=True)
-    count = len(source)
     # Readers take the files in the order of their names.
     digits = len(str(max(count - 1, 0) // part))
     for number, start in enumerate(range(0, count, part)):
@@ -105,7 +104,7 @@ def _write(
         written = 0
         with contextlib.ExitStack() as held:
             while written < length:
-                vectors, metadata = next(rows)
+                vectors, metadata = next(rows)  # opening has compared their number with `count`
                 if not written:
                     shape = (length, vectors.shape[1])
                     write = held.enter_context(

@@ -14,7 +14,7 @@ from radapter_serve.index.facts import FileFacts
 #: up to so many bytes of a folder are compared each time it is opened: a second or two; of a larger
 #: one, the files of less than a 64th of that
 CHECKED_AT_OPEN = 1 << 30
-_SMALL = 64
+_SMALL_PART = 64  # of the limit: 16 MiB of 1 GiB
 _READ = ("data/*", "_deletions/*", "_versions/*.manifest")
 _MAX_KNOWN = 4096  # digests that are remembered
 _known: dict[tuple[int, int, int, int], str] = {}
@@ -58,13 +58,14 @@ def check_files(
         files: as in `files_of`.
         complete: whether all files are read, however large.
         always: names of files that are read in any case.
-        checked: up to so many bytes are read, all of them; of more, the small files.
+        checked: bytes of a folder up to which all files are read; of a larger one, the files of
+            less than a 64th of that.
 
     Raises:
         DamagedFileError: one is missing, or differs; names it.
     """
     every = complete or sum(said.size for said in files.values()) <= checked
-    small = checked // _SMALL
+    small = checked // _SMALL_PART
     read = [name for name, said in files.items() if every or said.size < small or name in always]
     differing = {name for name, said in files.items() if _size(folder / name) != said.size}
     digest = _digest if complete else _known_digest

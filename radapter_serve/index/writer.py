@@ -108,7 +108,7 @@ class Writer:
         out: folder of the index, for messages.
         schema: of a table that is not there yet.
         cluster: reads and embeds in the place of this process.
-        sizes: of what it makes.
+        sizes: how many images are embedded at once, and up to how many need no FAISS.
     """
 
     def __init__(

@@ -124,8 +124,8 @@ class LabelEmbedder:
         encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit
             length.
         max_batch_size: rows that `encode_tokens` takes at most.
-        store: keeps the embeddings, perhaps for several releases; the lists of labels that callers
-            send again have as many labels at most.
+        store: keeps the embeddings, perhaps for several releases. Its `max_labels` also bounds how
+            many labels the lists that are kept have together.
         release: tells its releases apart.
     """
 

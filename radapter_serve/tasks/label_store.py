@@ -29,6 +29,9 @@ class LabelStore:
     Args:
         file: of SQLite; made where there is none. None keeps all in memory.
         max_labels: whose embeddings are kept, 1 or more.
+
+    Attributes:
+        max_labels: as given.
     """
 
     def __init__(self, file: Path | None = None, *, max_labels: int = MAX_LABELS) -> None:
