@@ -56,6 +56,8 @@ from radapter_serve.training.setup import (
 )
 from radapter_serve.training.tasks import Data, RunData
 
+_FREED_SECONDS = 0.5  # for Gloo to free what it holds when several processes end
+
 # The parts of batches, each with the (epoch, batch or row) that comes after it
 Source = Iterator[tuple[tuple[int, int], dict[str, Any]]]
 
@@ -97,9 +99,23 @@ def train_on(
         metrics = _validate(run, progress)
         progress.end()
         _write_adapter(run, metrics, progress)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    end_processes(run.accelerator)
     return Run(run.out, run.recipe, metrics, (*run.notes, *progress.notes))
+
+
+def end_processes(accelerator: Accelerator, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait for all processes of a run, and part from them.
+
+    Args:
+        accelerator: of the run.
+        sleep: waits so many seconds, without the interpreter's lock.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Gloo's thread takes the lock to free what the last gather held. Whoever frees the process
+        # group holds the lock and waits for that thread: too early, and both wait for ever.
+        sleep(_FREED_SECONDS)
+    accelerator.end_training()
 
 
 @dataclass(frozen=True)
