@@ -109,28 +109,44 @@ WAYS: dict[str, Callable[[Answers], int]] = {
 }
 
 
-def of_each_image(answers: Answers) -> float:
-    """Accuracy in per cent where each image is answered by the α at which its entropy is least."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a way on a test set.
+
+    Attributes:
+        alpha: that it chose; their mean where each image has its own.
+        regret: how far it stays below the best α, in points.
+    """
+
+    alpha: float
+    regret: float
+
+
+def of_each_image(answers: Answers) -> tuple[float, float]:
+    """The mean α, and the accuracy in per cent, where each image is answered by the α at which its
+    entropy is least.
+    """
     best = answers.entropy.argmin(axis=0)
     said = answers.said[best, np.arange(len(best))]
-    return 100 * float((said == answers.labels).mean())
+    return float(np.take(GRID, best).mean()), 100 * float((said == answers.labels).mean())
 
 
-def regrets(answers: Mapping[str, Answers], validation: Answers) -> dict[str, dict[str, float]]:
-    """How far each way stays below the best α of each test set, in points.
+def outcomes(answers: Mapping[str, Answers], validation: Answers) -> dict[str, dict[str, Outcome]]:
+    """What each way chooses for each test set, and what it loses by that.
 
     Args:
         answers: of the test sets, by name.
         validation: of the images that choose one α for all sets, by their labels.
     """
-    chosen = int(validation.accuracy.argmax())
-    found: dict[str, dict[str, float]] = {}
+    best = int(validation.accuracy.argmax())
+    found: dict[str, dict[str, Outcome]] = {}
     for name, one in answers.items():
         accuracy = one.accuracy
-        reached = {way: accuracy[choose(one)] for way, choose in WAYS.items()}
-        reached |= {LABELLED: accuracy[chosen], EACH: of_each_image(one)}
-        for way, value in reached.items():
-            found.setdefault(way, {})[name] = float(accuracy.max() - value)
+        places = {way: choose(one) for way, choose in WAYS.items()} | {LABELLED: best}
+        reached = {way: (GRID[place], accuracy[place]) for way, place in places.items()}
+        for way, (alpha, value) in (reached | {EACH: of_each_image(one)}).items():
+            outcome = Outcome(alpha, float(accuracy.max() - value))
+            found.setdefault(way, {})[name] = outcome
     return found
 
 
@@ -144,27 +160,29 @@ def answers_of(embedder: TorchEmbedder, data: EvaluationSet) -> Answers:
     return Answers.of(found, np.asarray(data.labels))
 
 
-def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
-    """Ways down, data sets across, as Markdown.
+def table(found: Sequence[Mapping[str, Mapping[str, Outcome]]]) -> str:
+    """Ways down, data sets across, as Markdown; each has what is lost, and the mean α.
 
     Args:
-        found: by seed, from `regrets`.
+        found: by seed, from `outcomes`.
     """
     sets = list(found[0][USUAL])
     rows = []
     for way in found[0]:
-        means = [mean(one[way].values()) for one in found]
-        leads = [mean(one[USUAL].values()) - own for one, own in zip(found, means, strict=True)]
+        means = [_lost(one[way]) for one in found]
+        leads = [_lost(one[USUAL]) - own for one, own in zip(found, means, strict=True)]
         lead = "" if way == USUAL else with_interval(leads, "+")
-        rows.append(
-            [
-                way,
-                spread(means),
-                lead,
-                *(spread([one[way][name] for one in found]) for name in sets),
-            ]
-        )
+        of_sets = []
+        for name in sets:
+            those = [one[way][name] for one in found]
+            alpha = mean(one.alpha for one in those)
+            of_sets.append(f"{spread([one.regret for one in those])} (α {alpha:.1f})")
+        rows.append([way, spread(means), lead, *of_sets])
     return markdown(["way", "mean of the sets", f"ahead of {USUAL}", *sets], rows)
+
+
+def _lost(of_sets: Mapping[str, Outcome]) -> float:
+    return mean(one.regret for one in of_sets.values())
 
 
 def unlabelled(
@@ -193,14 +211,15 @@ def unlabelled(
         embedder = embedder_of(learned(method, run), run.of(method.settings), GRID)
         assert embedder is not None  # R-Adapter's end is a plain CLIP
         answers = {data.entry.name: answers_of(embedder, data) for data in sets}
-        found.append(regrets(answers, answers_of(embedder, validation)))
+        found.append(outcomes(answers, answers_of(embedder, validation)))
     parts = [
         "# α without labels",
         f"`{command_line('rivals.unlabelled')}`, {datetime.date.today()}, {machine()}.\n"
         f"Benchmark {benchmark.name}, {ROW} at the rate {rate:g}, seeds"
         f" {', '.join(map(str, seeds))}. In points: how far the accuracy at the α that a way"
         " chooses stays below that of the best α of 0, 0.1 to 1, mean ± standard deviation over the"
-        f" seeds. What a way is ahead of {USUAL} by has its interval of 95 %.",
+        " seeds, and the mean of these α. What a way is ahead of"
+        f" {USUAL} by has its interval of 95 %.",
         table(found),
     ]
     text = "\n\n".join(parts) + "\n"
