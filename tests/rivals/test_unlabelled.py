@@ -77,7 +77,8 @@ def test_regret_is_to_the_best_alpha_of_the_set() -> None:
     found = outcomes({"set": one}, validation)
     assert found[USUAL] == {"set": Outcome(0.5, 50.0)}
     assert found["least mean entropy"] == {"set": Outcome(0.9, 25.0)}
-    assert found[EACH] == {"set": Outcome(pytest.approx(0.9), 25.0)}
+    assert found[EACH]["set"].regret == 25.0
+    assert found[EACH]["set"].alpha == pytest.approx(0.9)
     assert found[LABELLED] == {"set": Outcome(0.5, 50.0)}  # validation finds 0.5 best
     lead = {
         row.split(" | ")[0].strip("| "): row.split(" | ")[2] for row in table([found]).split("\n")
@@ -92,7 +93,9 @@ def test_each_image_may_have_its_own_alpha() -> None:
     for place, images in ((1, [0, 1]), (7, [2, 3])):
         one.said[place, images] = LABELS[images]
         one.entropy[place, images] = 0.01
-    assert outcomes({"set": one}, one)[EACH] == {"set": Outcome(pytest.approx(0.4), 50.0 - 100.0)}
+    outcome = outcomes({"set": one}, one)[EACH]["set"]
+    assert outcome.alpha == pytest.approx(0.4)
+    assert outcome.regret == 50.0 - 100.0
 
 
 @pytest.mark.slow
