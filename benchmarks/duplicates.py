@@ -127,8 +127,7 @@ def _speed() -> str:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     start = time.perf_counter()
     best = np.full(count, -1, np.float32)
-    sizes = {"tile": duplicates._TILE, "max_edges": duplicates._MAX_EDGES}
-    duplicates._joined(vectors, 0.95, best, None, **sizes)
+    duplicates._joined(vectors, 0.95, best, None)
     seconds = time.perf_counter() - start
     return f"Comparing {count:,} embeddings of width {width} took {seconds:.1f} s."
 

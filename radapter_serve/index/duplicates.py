@@ -126,8 +126,8 @@ def _joined(
     best: Vectors,
     progress: Callable[[int, int], None] | None,
     *,
-    tile: int,
-    max_edges: int,
+    tile: int = _TILE,
+    max_edges: int = _MAX_EDGES,
 ) -> NDArray[np.int64]:
     """The number of the group of each image; `best` takes the highest cosine of each."""
     count = len(vectors)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
 from radapter_serve.index.index import Index
 from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.table import Table
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+from radapter_serve.tasks.retrieve import Retrieve
 
 
 def generation(out: Path) -> Path:
@@ -40,6 +46,23 @@ def opened(out: Path, **sizes: int) -> Index:
     name, facts = Folder(out).current()
     store = Table(out.name, searched(out), facts, complete=False, **sizes)
     return Index(out, name, facts, store)
+
+
+def retrieving(
+    release: EmbeddingRelease,
+    indexes: Path,
+    query: NDArray[np.float32],
+    clock: Callable[[], float] = time.monotonic,
+) -> Retrieve:
+    """The task `retrieve` of a release, to which everything that is asked is one query.
+
+    Args:
+        release: whose indexes are searched.
+        indexes: folder of these.
+        query: float32 [D], unit length.
+        clock: by which it asks again what was published last.
+    """
+    return Retrieve(release.facts, indexes, lambda _: query, lambda _: query, clock=clock)
 
 
 def point_again(out: Path) -> None:

@@ -32,8 +32,9 @@ from radapter_serve.index.store import s3 as storage
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from radapter_serve.tasks.retrieve import RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
+from tests.helpers.indexes import retrieving
 from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 from tests.index.test_neighbours import SMALL, Ready, clustered, found, recall, write_numbers
@@ -183,13 +184,7 @@ def test_a_server_goes_over_to_what_was_published_last(
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
     clock = FakeClock()
-    retrieve = Retrieve(
-        release.facts,
-        tmp_path / "indexes",
-        lambda _: QUERY,
-        lambda _: QUERY,
-        clock=clock.monotonic,
-    )
+    retrieve = retrieving(release, tmp_path / "indexes", QUERY, clock.monotonic)
 
     def count() -> int:
         clock.now += POLL
@@ -294,13 +289,7 @@ def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
     clock = FakeClock()
-    retrieve = Retrieve(
-        release.facts,
-        tmp_path / "indexes",
-        lambda _: QUERY,
-        lambda _: QUERY,
-        clock=clock.monotonic,
-    )
+    retrieve = retrieving(release, tmp_path / "indexes", QUERY, clock.monotonic)
     request = RetrieveRequest(b"photos", Query([b"a"]), top_k=100)
     assert len(retrieve(request).ids) == 5
     put_broken(client, read_facts(tmp_path / "index"), "g-0123456789abcdef")
@@ -536,6 +525,6 @@ def test_storage_that_does_not_answer(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
         open_index(tmp_path / "indexes" / "photos")
-    retrieve = Retrieve(FakeRelease().facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    retrieve = retrieving(FakeRelease(), tmp_path / "indexes", QUERY)
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
         retrieve(RetrieveRequest(b"photos", Query([b"a"])))

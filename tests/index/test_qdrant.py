@@ -28,8 +28,9 @@ from radapter_serve.index.store import EXACT
 from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from radapter_serve.tasks.retrieve import RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
+from tests.helpers.indexes import retrieving
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
@@ -225,7 +226,7 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
     ]
     answers = []
     for folder in ("indexes", "folders"):
-        retrieve = Retrieve(release.facts, tmp_path / folder, lambda _: QUERY, lambda _: QUERY)
+        retrieve = retrieving(release, tmp_path / folder, QUERY)
         found = [retrieve(request) for request in requests]
         answers.append([list(one.ids) for one in found])
         version = found[0].index_version.encode()
@@ -262,13 +263,7 @@ def test_a_server_goes_over_to_what_was_published_last(
 ) -> None:
     release = put(store, str(photos), tmp_path)
     clock = FakeClock()
-    retrieve = Retrieve(
-        release.facts,
-        tmp_path / "indexes",
-        lambda _: QUERY,
-        lambda _: QUERY,
-        clock=clock.monotonic,
-    )
+    retrieve = retrieving(release, tmp_path / "indexes", QUERY, clock.monotonic)
 
     def count() -> int:
         clock.now += POLL
@@ -282,7 +277,7 @@ def test_a_server_goes_over_to_what_was_published_last(
         assert publish(tmp_path / "index", f"{store.url}/photos") and count() == 9 + number
         assert len(store.local.get_collections().collections) == 2
     with pytest.raises(TaskError, match=r"\[index_mismatch\]"):
-        Retrieve(FakeRelease(0.1).facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)(
+        retrieving(FakeRelease(0.1), tmp_path / "indexes", QUERY)(
             RetrieveRequest(b"photos", Query([b"a"]))
         )
 
@@ -354,7 +349,7 @@ def test_answers_that_make_no_sense(
     store: FakeQdrant, photos: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = put(store, str(photos), tmp_path)
-    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    retrieve = retrieving(release, tmp_path / "indexes", QUERY)
     request = RetrieveRequest(b"photos", Query([b"a"]), top_k=8, thumbnails=True)
     assert len(retrieve(request).ids) == 8
     store.answer = answer
@@ -440,7 +435,7 @@ def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
 
     with fake_qdrant() as store:
         release = put(store, str(photos), tmp_path)
-        retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+        retrieve = retrieving(release, tmp_path / "indexes", QUERY)
         request = RetrieveRequest(b"photos", Query([b"a"]))
         assert len(retrieve(request).ids) == 8
     with pytest.raises(
