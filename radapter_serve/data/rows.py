@@ -105,9 +105,12 @@ class LabelledImages(ABC):
         if len(labels) > 1:
             label = draw.choice(labels)
             labels = (label, *(other for other in labels if other != label))
+        return image, labels if len(labels) > 1 else label, self.prompt(label, draw)
+
+    def prompt(self, label: int, draw: random.Random) -> str:
+        """A prompt with the first name of a class, by a template that is drawn."""
         name = split_label(self.classes[label])[0]
-        text = draw.choice(self.templates).replace("{}", name)
-        return image, labels if len(labels) > 1 else label, text
+        return draw.choice(self.templates).replace("{}", name)
 
 
 class ImageColumn:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -365,29 +367,36 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
 def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     """The loss of one part over the pairs of all processes."""
     device = run.accelerator.device
-    tokens = run.model.base.tokenizer(batch["texts"]).to(device)
-    pixels = batch["pixels"].to(device, non_blocking=True)
-    images, texts = run.model.towers(pixels, tokens)
     # Processes may have images of more labels than others.
     own = run.accelerator.pad_across_processes(
         batch["of_images"].to(device), dim=1, pad_index=NO_LABEL
     )
     of_images = run.accelerator.gather(own)
+    others = _other_prompts(run, set(of_images.unique().tolist()))
+    share = _share(others, run.accelerator)
+    tokens = run.model.base.tokenizer([*batch["texts"], *share]).to(device)
+    pixels = batch["pixels"].to(device, non_blocking=True)
+    images, texts = run.model.towers(pixels, tokens)
+    texts, negatives = texts.split([len(batch["texts"]), len(share)])
     # each image stands beside each of its texts: but for a constant that is the loss of one image
     # with several texts, because all images come equally often
     several = len(texts) // len(images)
     of_images = of_images.repeat_interleave(several, dim=0)
-    labels = torch.arange(len(of_images), device=device)
+    positive = torch.eye(len(of_images), dtype=torch.bool, device=device)
     if run.recipe.positives == "several":
-        labels = positives_of(of_images, of_images[:, 0])
+        positive = positives_of(of_images, of_images[:, 0])
     images = gather_with_grad(images)
+    texts = gather_with_grad(texts)
+    if others:
+        texts = torch.cat([texts, gather_with_grad(negatives)[: len(others)]])
+        positive = F.pad(positive, (0, len(others)))
     contrast: Callable[..., Tensor] = mpm_nce
     if run.model.bias is not None:
         contrast = partial(pairwise_sigmoid, logit_bias=run.model.bias)
     loss = contrast(
         images.repeat_interleave(several, dim=0),
-        gather_with_grad(texts),
-        labels,
+        texts,
+        positive,
         logit_scale=run.model.scale,
         delta=run.recipe.delta,
         epsilon=run.recipe.epsilon,
@@ -396,6 +405,32 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         base_embeds = run.accelerator.gather(_embeds_of_base(run, pixels))
         loss = loss + run.recipe.preserve * distance_to_base(images, base_embeds)
     return loss
+
+
+def _other_prompts(run: _Run, present: set[int]) -> list[str]:
+    """Prompts of classes that no image of the batch has, the same in every process.
+
+    Args:
+        present: numbers of the classes that the batch has, over all processes.
+    """
+    data = run.pairs.train
+    count = run.recipe.negative_classes
+    if not count or isinstance(data, Captioned):
+        return []
+    draw = random.Random(f"{run.recipe.seed}-{run.step}")
+    absent = [label for label in range(len(data.classes)) if label not in present]
+    drawn = draw.sample(absent, min(count, len(absent)))
+    return [data.prompt(label, draw) for label in drawn]
+
+
+def _share(texts: Sequence[str], accelerator: Accelerator) -> list[str]:
+    """This process's part of texts; all parts in turn are the texts, and then their first again as
+    often as equal parts need it.
+    """
+    size = math.ceil(len(texts) / accelerator.num_processes)
+    missing = size * accelerator.num_processes - len(texts)
+    first = size * accelerator.process_index
+    return [*texts, *texts[:1] * missing][first : first + size]
 
 
 @torch.no_grad()

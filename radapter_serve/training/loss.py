@@ -24,14 +24,14 @@ def mpm_nce(
 
     `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(B−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ`
     over texts and over images; `δ_ij` is 0 for positives and δ for negatives. With one positive a
-    row, δ = 0 and ε = 0 it is CLIP's loss.
+    row, δ = 0 and ε = 0 it is CLIP's loss. A text that is right for no image is a negative of all
+    of them, and looks for none itself.
 
     Args:
         image_embeds: f, float [B, D], unit length.
-        text_embeds: g, float [B, D], unit length.
-        labels: integer [B], pairs with the same label are positives of each other; or bool [B, B],
-            whether text j is right for image i, of which there is one at least in every row and
-            column.
+        text_embeds: g, float [T, D], unit length.
+        labels: integer [B], pairs with the same label are positives of each other; or bool [B, T],
+            whether text j is right for image i, of which there is one at least in every row.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
         epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
@@ -43,7 +43,8 @@ def mpm_nce(
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
     logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
     to_texts = _cross_entropy(logits, positive, epsilon)
-    to_images = _cross_entropy(logits.T, positive.T, epsilon)
+    looking = positive.any(dim=0)
+    to_images = _cross_entropy(logits.T[looking], positive.T[looking], epsilon)
     return (to_texts + to_images) / 2
 
 

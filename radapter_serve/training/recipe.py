@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from radapter_serve.data.source import (
     Count,
+    For,
     Number,
     PartShare,
     Positive,
@@ -88,6 +89,9 @@ class LossSettings:
         epsilon: label smoothing ε.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
+        negative_classes: classes that no image of a batch has, at most, whose prompts are negatives
+            of all its images too; drawn anew for each step. 0 is the paper's. Each is one more text
+            a step.
         preserve: weight of the mean of 1 - cosine between an image's embedding and that of the
             base; 0 keeps nothing and is the paper's. With it each step also embeds its images by
             the base.
@@ -96,6 +100,7 @@ class LossSettings:
     delta: Real = 0.05
     epsilon: PartShare = 0.02
     positives: Literal["several", "single"] = "several"
+    negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
     preserve: Annotated[Real, Field(ge=0)] = 0.0
 
 

@@ -110,7 +110,7 @@ def mpm_nce_by_hand(
     f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
 ) -> Tensor:
     """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
-    its own mean.
+    its own mean; texts of no image do not look for any.
     """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
@@ -122,7 +122,8 @@ def mpm_nce_by_hand(
 
     y = y.float()
     logits = scale * (f @ g.T + delta * (1 - y))
-    return (one_way(logits, y) + one_way(logits.T, y.T)) / 2
+    asked = [number for number in range(y.shape[1]) if y[:, number].any()]
+    return (one_way(logits, y) + one_way(logits.T[asked], y.T[asked])) / 2
 
 
 def pairwise_by_hand(
@@ -142,6 +143,7 @@ def train_by_hand(
     start: Mapping[str, Tensor] | None = None,
     see: Callable[[int, Weights], None] = lambda step, average: None,
     variant: Variant = OWN,
+    prompts: Sequence[Sequence[str]] = (),
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps.
 
@@ -151,6 +153,7 @@ def train_by_hand(
         start: of the adapters; zeros if None.
         see: called with each step, from 1, and the average after it.
         variant: with a learned scale, falling dropping, or a trajectory average.
+        prompts: of each class, for `negative_classes`.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
@@ -175,11 +178,13 @@ def train_by_hand(
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
-            pixels, y, texts = next(parts)
-            f = clip.images(pixels)
-            g = clip.texts(texts)
+            pixels, y, texts, classes = next(parts)
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
+            others = _other_prompts(recipe, step, prompts, classes)
+            y = torch.cat([y, torch.zeros(len(pixels), len(others), dtype=torch.bool)], dim=1)
+            f = clip.images(pixels)
+            g = clip.texts([*texts, *others])
             if bias is None:
                 loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
             else:
@@ -241,9 +246,9 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 def _parts(
     recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
-) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Pixels, which text belongs to which image, and texts of batch after batch, by the draws that
-    the seed gives to epoch and index.
+) -> Iterator[tuple[Tensor, Tensor, list[str], set[int]]]:
+    """Pixels, which text belongs to which image, texts, and classes of batch after batch, by the
+    draws that the seed gives to epoch and index.
     """
     size = recipe.batch_size // recipe.accumulate
     epoch = 0
@@ -271,8 +276,18 @@ def _parts(
                 of_text += [label] * recipe.captions_per_image
                 of_image.append({pair.label, *pair.several})
             y = torch.tensor([[text in image for text in of_text] for image in of_image])
-            yield torch.stack(pixels), y, texts
+            yield torch.stack(pixels), y, texts, set().union(*of_image)
         epoch += 1
+
+
+def _other_prompts(
+    recipe: Recipe, step: int, prompts: Sequence[Sequence[str]], classes: set[int]
+) -> list[str]:
+    """Prompts of classes that a batch has not, by the draw that the seed gives to a step."""
+    draw = random.Random(f"{recipe.seed}-{step}")
+    absent = sorted(set(range(len(prompts))) - classes)
+    chosen = draw.sample(absent, min(recipe.negative_classes, len(absent)))
+    return [draw.choice(prompts[number]) for number in chosen]
 
 
 def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:

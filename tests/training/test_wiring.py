@@ -157,12 +157,15 @@ def assert_same(found: Weights, expected: Weights) -> None:
         {"positives": "single"},
         {"preserve": 20.0, "form": "activation"},
         {"preserve": 20.0, "form": "weight", "accumulate": 2},
+        {"negative_classes": 1, "batch_size": 2},  # of one or two that a batch has not
+        {"negative_classes": 9, "accumulate": 2, "preserve": 20.0, "positives": "single"},
     ],
 )
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch
     recipe = dataclasses.replace(recipe, data=data, **change)
-    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+    by_hand = train_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
+    assert_same(load_adapter(train(recipe)).tensors, by_hand)
 
 
 @pytest.mark.parametrize("positives", ["several", "single"])
