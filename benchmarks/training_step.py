@@ -29,6 +29,7 @@ Form = Literal["activation", "weight"]
 ADAPTERS: dict[str, tuple[Form, int | None]] = {
     "activation form, full rank": ("activation", None),
     "activation form, full rank, preserve": ("activation", None),
+    "activation form, full rank, all classes": ("activation", None),
     "weight form, full rank": ("weight", None),
     "activation form, rank 4": ("activation", 4),
     "weight form, rank 4": ("weight", 4),
@@ -65,6 +66,7 @@ class Step:
         )
         self.average = None
         self.preserve = name.endswith("preserve")
+        self.all_classes = name.endswith("all classes")
         trained = self.model
         if name != FULL:
             form, rank = ADAPTERS[name]
@@ -80,8 +82,12 @@ class Step:
         pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw).to(
             self.device
         )
-        tokens = self.tokens[labels].to(self.device)
-        labels = labels.to(self.device)
+        of_texts = labels
+        if self.all_classes:
+            others = sorted(set(range(len(CLASS_NAMES))) - set(labels.tolist()))
+            of_texts = torch.cat([labels, torch.tensor(others)])
+        tokens = self.tokens[of_texts].to(self.device)
+        positive = (labels[:, None] == of_texts).to(self.device)
         self._synchronize()
         start = time.perf_counter()
         with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
@@ -93,7 +99,7 @@ class Step:
                 images = encode_image(self.model, pixels)
                 texts = encode_text(self.model, tokens)
             loss = mpm_nce(
-                images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02
+                images, texts, positive, logit_scale=self.model.logit_scale.exp(), epsilon=0.02
             )
             if self.preserve:
                 self.adapters.alpha = 0.0
@@ -209,7 +215,7 @@ def main(
             forms = {
                 form: times[name]
                 for name, (form, other) in ADAPTERS.items()
-                if other == rank and not name.endswith("preserve")
+                if other == rank and not name.endswith(("preserve", "all classes"))
             }
             found = ratio(forms["weight"], forms["activation"])
             faster = "weight" if found < 1 else "activation"

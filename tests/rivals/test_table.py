@@ -329,7 +329,8 @@ def test_leads_are_paired_over_seeds() -> None:
     assert over_ours.splitlines()[3] == f"| FT | {with_interval([-1, -2], '+')} |"
     assert "R-Adapter" not in over_ours
     assert leads({name: of[:1] for name, of in found.items()}) == ""
-    kept = leads({**found, "R-Adapter, preserve": [{"id": 50.0}, {"id": 63.0}]})
+    own = "R-Adapter, preserve, all classes"
+    kept = leads({**found, own: [{"id": 50.0}, {"id": 63.0}]})
     assert kept.splitlines()[-2] == f"| FT | {with_interval([0, -3], '+')} |"
 
 
