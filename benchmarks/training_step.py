@@ -85,7 +85,7 @@ class Step:
         of_texts = labels
         if self.all_classes:
             others = sorted(set(range(len(CLASS_NAMES))) - set(labels.tolist()))
-            of_texts = torch.cat([labels, torch.tensor(others)])
+            of_texts = torch.cat([labels, torch.tensor(others, dtype=torch.long)])
         tokens = self.tokens[of_texts].to(self.device)
         positive = (labels[:, None] == of_texts).to(self.device)
         self._synchronize()

@@ -127,7 +127,7 @@ def main_rows() -> Table:
     steps.
     """
     own: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
-    every_class = 1000  # more than the benchmarks have
+    every_class = 1000  # as many as any benchmark has
     return Table(
         "The leading methods: rate, settings and α chosen by validation",
         {

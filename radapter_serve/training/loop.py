@@ -6,7 +6,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from radapter_serve.training.loss import (
     pairwise_sigmoid,
     positives_of,
 )
+from radapter_serve.training.negatives import other_prompts, share
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
@@ -372,12 +373,18 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         batch["of_images"].to(device), dim=1, pad_index=NO_LABEL
     )
     of_images = run.accelerator.gather(own)
-    others = _other_prompts(run, set(of_images.unique().tolist()))
-    share = _share(others, run.accelerator)
-    tokens = run.model.base.tokenizer([*batch["texts"], *share]).to(device)
+    others: list[str] = []
+    if run.recipe.negative_classes:
+        data = run.pairs.train
+        assert not isinstance(data, Captioned)  # the recipe refuses it
+        draw = random.Random(f"{run.recipe.seed}-{run.step}")
+        present = of_images.unique().tolist()
+        others = other_prompts(data, present, run.recipe.negative_classes, draw)
+    mine = share(others, run.accelerator.process_index, run.accelerator.num_processes)
+    tokens = run.model.base.tokenizer([*batch["texts"], *mine]).to(device)
     pixels = batch["pixels"].to(device, non_blocking=True)
     images, texts = run.model.towers(pixels, tokens)
-    texts, negatives = texts.split([len(batch["texts"]), len(share)])
+    texts, negatives = texts.split([len(batch["texts"]), len(mine)])
     # each image stands beside each of its texts: but for a constant that is the loss of one image
     # with several texts, because all images come equally often
     several = len(texts) // len(images)
@@ -405,32 +412,6 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         base_embeds = run.accelerator.gather(_embeds_of_base(run, pixels))
         loss = loss + run.recipe.preserve * distance_to_base(images, base_embeds)
     return loss
-
-
-def _other_prompts(run: _Run, present: set[int]) -> list[str]:
-    """Prompts of classes that no image of the batch has, the same in every process.
-
-    Args:
-        present: numbers of the classes that the batch has, over all processes.
-    """
-    data = run.pairs.train
-    count = run.recipe.negative_classes
-    if not count or isinstance(data, Captioned):
-        return []
-    draw = random.Random(f"{run.recipe.seed}-{run.step}")
-    absent = [label for label in range(len(data.classes)) if label not in present]
-    drawn = draw.sample(absent, min(count, len(absent)))
-    return [data.prompt(label, draw) for label in drawn]
-
-
-def _share(texts: Sequence[str], accelerator: Accelerator) -> list[str]:
-    """This process's part of texts; all parts in turn are the texts, and then their first again as
-    often as equal parts need it.
-    """
-    size = math.ceil(len(texts) / accelerator.num_processes)
-    missing = size * accelerator.num_processes - len(texts)
-    first = size * accelerator.process_index
-    return [*texts, *texts[:1] * missing][first : first + size]
 
 
 @torch.no_grad()

@@ -22,16 +22,17 @@ def mpm_nce(
 ) -> Tensor:
     """Multi-Positive Margin NCE of the paper, averaged over the batch and the two directions.
 
-    `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(B−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ`
+    `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(T−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ`
     over texts and over images; `δ_ij` is 0 for positives and δ for negatives. With one positive a
     row, δ = 0 and ε = 0 it is CLIP's loss. A text that is right for no image is a negative of all
-    of them, and looks for none itself.
+    of them, and the mean from texts to images leaves it out.
 
     Args:
         image_embeds: f, float [B, D], unit length.
         text_embeds: g, float [T, D], unit length.
-        labels: integer [B], pairs with the same label are positives of each other; or bool [B, T],
-            whether text j is right for image i, of which there is one at least in every row.
+        labels: integer [B], where T is B and pairs with the same label are positives of each
+            other; or bool [B, T], whether text j is right for image i, of which there is one at
+            least in every row.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
         epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
@@ -43,8 +44,8 @@ def mpm_nce(
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
     logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
     to_texts = _cross_entropy(logits, positive, epsilon)
-    looking = positive.any(dim=0)
-    to_images = _cross_entropy(logits.T[looking], positive.T[looking], epsilon)
+    right = positive.any(dim=0)  # for an image
+    to_images = _cross_entropy(logits.T[right], positive.T[right], epsilon)
     return (to_texts + to_images) / 2
 
 
@@ -61,7 +62,7 @@ def pairwise_sigmoid(
     """The loss of SigLIP with several positives a row, the margin of MPM-NCE, and its smoothing.
 
     `L = −1/B Σ_ij y'_ij·log σ(z_ij) + (1−y'_ij)·log σ(−z_ij)` with `z_ij = (f_i·g_j + δ_ij)/τ + b`,
-    where `y'_ij` is 1−ε for positives and ε/(B−|P(i)|) for negatives; `δ_ij` is 0 for positives
+    where `y'_ij` is 1−ε for positives and ε/(T−|P(i)|) for negatives; `δ_ij` is 0 for positives
     and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is SigLIP's loss.
 
     Args:

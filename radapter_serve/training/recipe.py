@@ -89,9 +89,9 @@ class LossSettings:
         epsilon: label smoothing ε.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
-        negative_classes: classes that no image of a batch has, at most, whose prompts are negatives
-            of all its images too; drawn anew for each step. 0 is the paper's. Each is one more text
-            a step.
+        negative_classes: how many classes that a batch lacks give it a prompt, as a negative of
+            all its images; drawn anew for each step. Each is one more text a step, or a part of
+            an accumulated one. 0 is the paper's.
         preserve: weight of the mean of 1 - cosine between an image's embedding and that of the
             base; 0 keeps nothing and is the paper's. With it each step also embeds its images by
             the base.

@@ -110,7 +110,7 @@ def mpm_nce_by_hand(
     f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
 ) -> Tensor:
     """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
-    its own mean; texts of no image do not look for any.
+    its own mean; that from texts to images is over those that belong to an image.
     """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:

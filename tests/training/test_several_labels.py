@@ -104,9 +104,11 @@ def test_training_is_as_by_hand(
         templates=str(tmp_path / "templates.txt"),
         label_separator=";" if kind == "text" else None,
         positives=positives,
-        **FIELDS,
+        negative_classes=2,
+        **FIELDS | {"accumulate": 2},  # parts of two images, which lack classes
     )
-    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+    by_hand = train_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
+    assert_same(load_adapter(train(recipe)).tensors, by_hand)
 
 
 def average_precision_by_hand(scores: np.ndarray, right: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("negative_classes", [0, 2])
+@pytest.mark.parametrize("negative_classes", [0, 3])  # of two to four, so not always even
 def test_two_processes_train_to_the_same_adapter_as_one(
     recipe: Recipe,
     images: Path,
