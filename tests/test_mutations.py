@@ -87,7 +87,10 @@ ROOMS = {
     "training": Room(
         (
             "tests/adapter",
-            *(f"tests/training/test_{name}.py" for name in ("recipe", "average", "loss", "wiring")),
+            *(
+                f"tests/training/test_{name}.py"
+                for name in ("recipe", "average", "loss", "negatives", "wiring")
+            ),
             *(
                 f"tests/evaluation/test_{name}.py"
                 for name in ("metrics", "alpha_choice", "means", "intervals", "plots", "results")
