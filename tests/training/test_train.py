@@ -85,24 +85,31 @@ def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("negative_classes", [0, 3])  # of two to four, so not always even
 def test_two_processes_train_to_the_same_adapter_as_one(
-    recipe: Recipe,
-    images: Path,
-    tmp_path: Path,
-    train_in_two_processes: Any,
-    negative_classes: int,
+    recipe: Recipe, images: Path, tmp_path: Path, train_in_two_processes: Any
 ) -> None:
     (images / "red" / "7.png").unlink()  # 23 images: no multiple of the batch nor of the processes
-    if negative_classes:
-        for name in ("cyan", "pink", "teal", "white"):  # of one image, so most batches lack them
-            (images / name).mkdir()
-            shutil.copy(images / "red" / "6.png", images / name)
-        recipe = dataclasses.replace(recipe, negative_classes=negative_classes)
     one = load_adapter(train(recipe))
     train_in_two_processes(recipe, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
     for name, value in one.tensors.items():
+        torch.testing.assert_close(
+            two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item()
+        )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_classes_that_a_batch_lacks(
+    recipe: Recipe, images: Path, tmp_path: Path, train_in_two_processes: Any
+) -> None:
+    for name in ("cyan", "pink", "teal", "white"):  # of one image, so most batches lack them
+        (images / name).mkdir()
+        shutil.copy(images / "red" / "6.png", images / name)
+    recipe = dataclasses.replace(recipe, negative_classes=3)  # not always even
+    one = load_adapter(train(recipe))
+    train_in_two_processes(recipe, tmp_path / "two")
+    two = load_adapter(tmp_path / "two")
+    for name, value in one.tensors.items():  # but for rounding, as in `test_wiring`
         assert (two.tensors[name] - value).norm() < 2e-3 * value.norm(), name
 
 
