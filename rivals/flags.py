@@ -75,12 +75,12 @@ class Flags:
         return dataclasses.replace(found, given={**found.given, **given})
 
 
-def check_seeds(seeds: Sequence[int], most: int | None = None) -> None:
+def check_seeds(seeds: Sequence[int], most: int | None = None, flag: str = "--seeds") -> None:
     """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would
     be none.
     """
     if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > (most or len(seeds)):
         range_ = "one or more" if most is None else f"1 to {most}"
         raise RAdapterError(
-            f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once"
+            f"{flag} is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once"
         )

@@ -37,16 +37,22 @@ class Choices:
     """How the cells of a table are made; the fields are flags of the command.
 
     Attributes:
-        seeds, only, rates, soup, limit: the flags of these names.
+        seeds, validation_seeds, only, rates, soup, limit: the flags of these names.
         alpha: whether validation chooses α.
     """
 
     seeds: Sequence[int] = (0,)
+    validation_seeds: Sequence[int] = ()
     only: Sequence[str] = ()
     alpha: bool = False
     rates: Sequence[float] = (1.0,)
     soup: int = 72
     limit: int | None = None
+
+    @property
+    def choosing(self) -> Sequence[int]:
+        """The seeds by whose mean validation chooses."""
+        return self.validation_seeds or self.seeds
 
     def grid(self, start: float) -> list[float]:
         """The factors of a row's rate, from `start` on; one factor is taken as it is."""
@@ -85,7 +91,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
             cells,
             name,
             [method, *chosen.others.get(name, ())] if len(choices.rates) > 1 else [method],
-            choices.seeds,
+            choices.choosing,
             choices.grid(chosen.starts.get(name, 1.0)),
             CHOICES if choices.alpha else (),
         )
@@ -222,6 +228,11 @@ def _how(
     values = {key: value for key, value in values.items() if key not in hidden}
     shown = ", ".join(f"{key} {value}" for key, value in values.items())
     seeds = ", ".join(map(str, choices.seeds))
+    mean_of = (
+        f"by the mean of seeds {', '.join(map(str, choices.validation_seeds))}"
+        if choices.validation_seeds
+        else "by the mean of all seeds"
+    )
     parts = [
         f"`{command_line('rivals.table')}`, {datetime.date.today()}, {machine()}.",
         (
@@ -229,9 +240,7 @@ def _how(
             " the seeds."
         ),
         f"Every method learned with {shown}; the rest is its own paper's.",
-        "Validation chose α, by the mean of all seeds."
-        if choices.alpha
-        else "α is each paper's own.",
+        f"Validation chose α, {mean_of}." if choices.alpha else "α is each paper's own.",
     ]
     if set(choices.rates) - {1}:
         rates = [
@@ -244,7 +253,7 @@ def _how(
         if further and len(choices.rates) > 1:
             factors += f", and these times {', '.join(further)}"
         how = (
-            "Validation chose the learning rate, by the mean of all seeds,"
+            f"Validation chose the learning rate, {mean_of},"
             if len(choices.rates) > 1
             else "The learning rate is"
         )

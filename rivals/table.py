@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
 from rivals.flags import Flags, TableName, check_seeds
 
 
@@ -17,6 +18,7 @@ def table(
     /,
     flags: tyro.conf.OmitArgPrefixes[Flags],
     seeds: tuple[int, ...] = (0,),
+    validation_seeds: tuple[int, ...] = (),
     only: tuple[str, ...] = (),
     alpha: Literal["paper", "validation"] = "paper",
     rates: tuple[float, ...] = (1.0,),
@@ -29,19 +31,28 @@ def table(
         number: which table; all has every system.
         flags: of all methods.
         seeds: each method learns once for each.
+        validation_seeds: those of the seeds by whose mean validation chooses; all if none is given.
         only: rows to make, by the names that the table prints; all if none is given.
         alpha: paper takes each method's own; validation chooses it for each method on the
             validation sets, from 0.25, 0.5, 0.75 and 1.
         rates: factors of each method's own learning rate, of which the validation sets choose one
-            for each method, by the mean of all seeds; the grid grows until the best is inside. One
-            factor is taken as it is.
+            for each method; the grid grows until the best is inside. One factor is taken as it is.
         soup: models of the uniform soup.
     """
     check_seeds(seeds)
+    if validation_seeds:
+        check_seeds(validation_seeds, flag="--validation-seeds")
+    if other := sorted(set(validation_seeds) - set(seeds)):
+        raise RAdapterError(
+            f"--validation-seeds has {other[0]}, which --seeds has not; allowed: any of"
+            f" {' '.join(map(str, seeds))}"
+        )
     benchmark = flags.benchmark()
     from rivals.make import Choices, make_table  # torch takes seconds to load
 
-    choices = Choices(seeds, only, alpha == "validation", rates, soup, flags.limit)
+    choices = Choices(
+        seeds, validation_seeds, only, alpha == "validation", rates, soup, flags.limit
+    )
     print(make_table(number, benchmark, flags.out, choices))
 
 

@@ -274,6 +274,36 @@ def test_the_rate_is_chosen_by_the_mean_of_all_seeds_and_the_grid_grows(cells_of
     assert choose(endless.cells, "ft", [method], [1, 2], [1, 3]).at_edge
 
 
+def test_some_of_the_seeds_choose_and_all_are_tested(
+    benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first two like the paper's rate best, and the other three, and so the mean, three times
+    that.
+    """
+    asked: dict[str, set[int]] = {"validation": set(), "test": set()}
+
+    def cell(
+        cells: Cells, name: str, method: Any, seed: int, alphas: Any, split: str = "test"
+    ) -> Cell:
+        asked[split].add(seed)
+        times = math.log(rate_of(method) / rate_of(METHODS["ft"]), 3)
+        value = 0.5 - 0.1 * abs(times) if seed < 2 else 0.5 - 0.3 * abs(times - 1)
+        return Cell(method, Cost(), [row("x", "id", value, alpha=a) for a in alphas])
+
+    monkeypatch.setattr(Cells, "cell", cell)
+    call = ["all", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "ft"]
+    call += ["--rates", "1", "3", "--seeds", "0", "1", "2", "3", "4"]
+    assert main([*call, "--validation-seeds", "0", "1"]) == 0
+    text = (tmp_path / "out" / "table-all.md").read_text(encoding="utf-8")
+    assert "Validation chose the learning rate, by the mean of seeds 0, 1," in text
+    assert f"ft at {rate_of(METHODS['ft']):.2g}." in text
+    assert asked == {"validation": {0, 1}, "test": {0, 1, 2, 3, 4}}
+    assert main(call) == 0
+    text = (tmp_path / "out" / "table-all.md").read_text(encoding="utf-8")
+    assert "Validation chose the learning rate, by the mean of all seeds," in text
+    assert f"ft at {3 * rate_of(METHODS['ft']):.2g}" in text
+
+
 def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken(cells_of: Any):
     """3e-5 leads 1e-5 by 0.5 on the mean, with a standard error of 0.87; 1e-6 is 9 worse."""
     leads = {1: -1.0, 2: 0.5, 3: 2.0}  # standard deviation 1.5, by √3
@@ -583,6 +613,11 @@ def test_what_is_learned_from_pacs_counts_wherever_it_lies(
         (["--seeds"], "--seeds is empty; allowed: one or more"),
         (["--seeds", "0", "1", "0"], "--seeds is 0 1 0; allowed: one or more, each named once"),
         (["--limit", "0"], "--limit is 0; allowed: 1 image or more"),
+        (
+            ["--seeds", "0", "1", "--validation-seeds", "1", "2"],
+            "--validation-seeds has 2, which --seeds has not; allowed: any of 0 1",
+        ),
+        (["--validation-seeds", "0", "0"], "--validation-seeds is 0 0; allowed: one or more, each"),
     ],
 )
 def test_refuses_what_makes_no_table(
