@@ -1,5 +1,5 @@
-"""What validation chooses for a method: its rate, its own settings and its α, by the mean of all
-seeds.
+"""What validation chooses for a method: its rate, its own settings and its α, by the mean of
+the seeds that it is given.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Flags:
 
 def check_seeds(seeds: Sequence[int], most: int | None = None, flag: str = "--seeds") -> None:
     """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would
-    be none.
+    be none; `flag` is what the message calls them.
     """
     if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > (most or len(seeds)):
         range_ = "one or more" if most is None else f"1 to {most}"

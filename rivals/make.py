@@ -42,7 +42,7 @@ class Choices:
     """
 
     seeds: Sequence[int] = (0,)
-    validation_seeds: Sequence[int] = ()
+    validation_seeds: Sequence[int] | None = None
     only: Sequence[str] = ()
     alpha: bool = False
     rates: Sequence[float] = (1.0,)
@@ -50,7 +50,7 @@ class Choices:
     limit: int | None = None
 
     @property
-    def choosing(self) -> Sequence[int]:
+    def choosing_seeds(self) -> Sequence[int]:
         """The seeds by whose mean validation chooses."""
         return self.validation_seeds or self.seeds
 
@@ -91,7 +91,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
             cells,
             name,
             [method, *chosen.others.get(name, ())] if len(choices.rates) > 1 else [method],
-            choices.choosing,
+            choices.choosing_seeds,
             choices.grid(chosen.starts.get(name, 1.0)),
             CHOICES if choices.alpha else (),
         )

@@ -18,7 +18,7 @@ def table(
     /,
     flags: tyro.conf.OmitArgPrefixes[Flags],
     seeds: tuple[int, ...] = (0,),
-    validation_seeds: tuple[int, ...] = (),
+    validation_seeds: tuple[int, ...] | None = None,
     only: tuple[str, ...] = (),
     alpha: Literal["paper", "validation"] = "paper",
     rates: tuple[float, ...] = (1.0,),
@@ -31,7 +31,8 @@ def table(
         number: which table; all has every system.
         flags: of all methods.
         seeds: each method learns once for each.
-        validation_seeds: those of the seeds by whose mean validation chooses; all if none is given.
+        validation_seeds: the seeds by whose mean validation chooses, some of --seeds; all if none
+            is given.
         only: rows to make, by the names that the table prints; all if none is given.
         alpha: paper takes each method's own; validation chooses it for each method on the
             validation sets, from 0.25, 0.5, 0.75 and 1.
@@ -40,9 +41,9 @@ def table(
         soup: models of the uniform soup.
     """
     check_seeds(seeds)
-    if validation_seeds:
+    if validation_seeds is not None:
         check_seeds(validation_seeds, flag="--validation-seeds")
-    if other := sorted(set(validation_seeds) - set(seeds)):
+    if other := sorted(set(validation_seeds or ()) - set(seeds)):
         raise RAdapterError(
             f"--validation-seeds has {other[0]}, which --seeds has not; allowed: any of"
             f" {' '.join(map(str, seeds))}"

@@ -286,22 +286,26 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
         cells: Cells, name: str, method: Any, seed: int, alphas: Any, split: str = "test"
     ) -> Cell:
         asked[split].add(seed)
-        times = math.log(rate_of(method) / rate_of(METHODS["ft"]), 3)
+        times = math.log(rate_of(method) / rate_of(METHODS["r-adapter"]), 3)
         value = 0.5 - 0.1 * abs(times) if seed < 2 else 0.5 - 0.3 * abs(times - 1)
         return Cell(method, Cost(), [row("x", "id", value, alpha=a) for a in alphas])
 
     monkeypatch.setattr(Cells, "cell", cell)
-    call = ["all", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "ft"]
-    call += ["--rates", "1", "3", "--seeds", "0", "1", "2", "3", "4"]
+    flags = "--only r-adapter --alpha validation --rates 1 3 --seeds 0 1 2 3 4"
+    out = str(tmp_path / "out")
+    call = ["all", "--data", str(benchmark_file), "--out", out, *flags.split()]
     assert main([*call, "--validation-seeds", "0", "1"]) == 0
     text = (tmp_path / "out" / "table-all.md").read_text(encoding="utf-8")
     assert "Validation chose the learning rate, by the mean of seeds 0, 1," in text
-    assert f"ft at {rate_of(METHODS['ft']):.2g}." in text
+    assert "Validation chose α, by the mean of seeds 0, 1." in text
+    assert f"r-adapter at {rate_of(METHODS['r-adapter']):.2g}." in text
     assert asked == {"validation": {0, 1}, "test": {0, 1, 2, 3, 4}}
+    asked["validation"].clear()
     assert main(call) == 0
+    assert asked["validation"] == {0, 1, 2, 3, 4}
     text = (tmp_path / "out" / "table-all.md").read_text(encoding="utf-8")
     assert "Validation chose the learning rate, by the mean of all seeds," in text
-    assert f"ft at {3 * rate_of(METHODS['ft']):.2g}" in text
+    assert f"r-adapter at {3 * rate_of(METHODS['r-adapter']):.2g}" in text
 
 
 def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken(cells_of: Any):
@@ -618,6 +622,7 @@ def test_what_is_learned_from_pacs_counts_wherever_it_lies(
             "--validation-seeds has 2, which --seeds has not; allowed: any of 0 1",
         ),
         (["--validation-seeds", "0", "0"], "--validation-seeds is 0 0; allowed: one or more, each"),
+        (["--validation-seeds"], "--validation-seeds is empty; allowed: one or more"),
     ],
 )
 def test_refuses_what_makes_no_table(
