@@ -49,11 +49,6 @@ class Choices:
     soup: int = 72
     limit: int | None = None
 
-    @property
-    def choosing_seeds(self) -> Sequence[int]:
-        """The seeds by whose mean validation chooses."""
-        return self.validation_seeds or self.seeds
-
     def grid(self, start: float) -> list[float]:
         """The factors of a row's rate, from `start` on; one factor is taken as it is."""
         return [start * rate for rate in self.rates] if len(self.rates) > 1 else list(self.rates)
@@ -91,7 +86,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
             cells,
             name,
             [method, *chosen.others.get(name, ())] if len(choices.rates) > 1 else [method],
-            choices.choosing_seeds,
+            choices.validation_seeds or choices.seeds,
             choices.grid(chosen.starts.get(name, 1.0)),
             CHOICES if choices.alpha else (),
         )

@@ -43,11 +43,11 @@ def table(
     check_seeds(seeds)
     if validation_seeds is not None:
         check_seeds(validation_seeds, flag="--validation-seeds")
-    if other := sorted(set(validation_seeds or ()) - set(seeds)):
-        raise RAdapterError(
-            f"--validation-seeds has {other[0]}, which --seeds has not; allowed: any of"
-            f" {' '.join(map(str, seeds))}"
-        )
+        if other := sorted(set(validation_seeds) - set(seeds)):
+            raise RAdapterError(
+                f"--validation-seeds has {other[0]}, which --seeds has not; allowed: any of"
+                f" {' '.join(map(str, seeds))}"
+            )
     benchmark = flags.benchmark()
     from rivals.make import Choices, make_table  # torch takes seconds to load
 

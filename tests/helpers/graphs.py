@@ -111,7 +111,8 @@ def _tower(base: Base, text: bool) -> tuple[Any, ...]:
 @functools.cache
 def _kept(common: Path) -> Path:
     """Where graphs stay from one run to the next, while the code and the tools that make them are
-    the same. Each Python has a place of its own: `.ci/run` tests two at a time, whose tools differ.
+    the same. Each environment has a place of its own: `.ci/run` tests in two at a time, whose tools
+    differ.
     """
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for folder in MAKERS:
@@ -119,7 +120,7 @@ def _kept(common: Path) -> Path:
             digest.update(path.read_bytes())
     for tool in TOOLS:
         digest.update(f"{tool} {importlib.metadata.version(tool)}".encode())
-    place = ROOT / ".pytest_cache" / f"graphs-{sys.version_info.major}.{sys.version_info.minor}"
+    place = ROOT / ".pytest_cache" / "graphs" / Path(sys.prefix).name
     own = place / digest.hexdigest()[:16]
     with FileLock(common / "graphs.lock"):
         if not own.is_dir():
