@@ -139,7 +139,7 @@ def search_rate(
         learning_rate=chosen.learning_rate,
         min_learning_rate=min(recipe.min_learning_rate, chosen.learning_rate),
     )
-    _write(out, chosen, tried, notes)
+    _write(out, chosen, again, tried, notes)
     say(f"chose learning rate {chosen.learning_rate:.2g}; {out / RATES} has the table")
     return recipe, notes
 
@@ -222,19 +222,14 @@ def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
     return notes
 
 
-def _write(out: Path, chosen: Tried, tried: Sequence[Tried], notes: Sequence[str]) -> None:
+def _write(
+    out: Path, chosen: Tried, again: Tried, tried: Sequence[Tried], notes: Sequence[str]
+) -> None:
     table = {
         "chosen": chosen.learning_rate,
         "rule": "the lowest rate within one standard error of the best accuracy of held-out images",
-        "tried": [
-            {
-                "learning_rate": one.learning_rate,
-                "accuracy": round(100 * one.accuracy, 2),
-                "base_answers_kept": round(100 * one.kept, 2),
-                "images": len(one.right),
-            }
-            for one in sorted(tried, key=lambda one: one.learning_rate)
-        ],
+        "tried": [_row(one) for one in sorted(tried, key=lambda one: one.learning_rate)],
+        "second_seed": _row(again),
         "notes": list(notes),
     }
     try:
@@ -243,3 +238,12 @@ def _write(out: Path, chosen: Tried, tried: Sequence[Tried], notes: Sequence[str
             temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
     except OSError as error:
         raise RAdapterError(f"could not write {out / RATES}: {error.strerror}") from error
+
+
+def _row(one: Tried) -> dict[str, float]:
+    return {
+        "learning_rate": one.learning_rate,
+        "accuracy": round(100 * one.accuracy, 2),
+        "base_answers_kept": round(100 * one.kept, 2),
+        "images": len(one.right),
+    }

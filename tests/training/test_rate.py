@@ -75,7 +75,8 @@ def test_a_run_finds_its_rate_by_short_runs(
     assert written["learning_rate"] == table["chosen"]
     assert load_adapter(run).metadata.recipe["learning_rate"] == table["chosen"]
     rates = [row["learning_rate"] for row in table["tried"]]
-    assert set(START) <= set(rates) and rates == sorted(rates)
+    assert set(START) <= set(rates) and rates == sorted(rates) and len(rates) <= 6
+    assert table["second_seed"]["learning_rate"] == table["chosen"]
     folders = sorted(path for path in images.iterdir() if path.is_dir())
     pairs = [
         Pair(Image.open(path).convert("RGB"), label, [])
@@ -84,14 +85,16 @@ def test_a_run_finds_its_rate_by_short_runs(
     ]
     prompts = [[f"a photo of a {folder.name}."] for folder in folders]
     base = ClipWithAdapters(recipe.architecture)
-    for row in table["tried"]:
+    seeds = [recipe.seed] * len(rates) + [recipe.seed + 1]
+    for number, row in enumerate([*table["tried"], table["second_seed"]]):
         short = dataclasses.replace(
             recipe,
             learning_rate=row["learning_rate"],
             steps=2,
             warmup_steps=0,
             momentum=0.0,
-            out=tmp_path / f"{row['learning_rate']:g}",
+            seed=seeds[number],
+            out=tmp_path / f"{number}",
         )
         clip = ClipWithAdapters(recipe.architecture, load_adapter(train(short)).tensors)
         accuracy = accuracy_by_hand(clip, 0.6, pairs, prompts)
@@ -113,11 +116,14 @@ def answered(clip: ClipWithAdapters, alpha: float, pairs: Any, prompts: Any) -> 
 def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])  # all of it is its edge
+    monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
     run = train(dataclasses.replace(recipe, steps=4), progress=True)
     printed = capsys.readouterr().out
     table = json.loads((run.folder / "rates.json").read_text())
     assert printed.count("held-out images right at alpha 0.6") == len(table["tried"]) + 1
     assert f"chose learning rate {table['chosen']:.2g}" in printed
+    assert "at the edge of what was tried" in table["notes"][0]
     for note in table["notes"]:
         assert note in run.notes and note in printed
 
