@@ -165,6 +165,7 @@ def test_the_python_of_the_readme(
     small = f'recipe="small", architecture="{tiny_clip_dir}", pretrained=None, steps=3, workers=0'
     made: dict[str, Any] = {}
     exec(lines.replace('recipe="small"', small), made)
+    assert (made["run"].folder / "rates.json").is_file()  # the recipe finds its learning rate
     assert made["done"].alpha == chosen(made["run"]).alpha
     assert (
         capfd.readouterr().out == f"{best_by_open_clip(Path('merged'), Path('cat.jpg'), classes)}\n"

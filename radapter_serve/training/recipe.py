@@ -219,9 +219,14 @@ class Recipe(
         if self.learning_rate == "auto" and (
             self.task == "retrieval" or not (self.val_fraction or self.val_data)
         ):
+            add = "add --val-fraction 0.2 or --val-data, or "
+            if self.task == "retrieval":
+                add = ""
+            elif self.streaming:
+                add = "add --val-data, or "
             raise RAdapterError(
-                "learning_rate auto chooses by held-out images with labels; add --val-fraction 0.2"
-                " or --val-data, or give a number such as 5e-4"
+                f"learning_rate auto chooses by held-out images with labels; {add}give a number"
+                " such as --learning-rate 5e-4"
             )
         if self.val_fraction and (self.val_data or self.streaming):
             other = (

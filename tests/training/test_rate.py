@@ -16,7 +16,7 @@ from PIL import Image
 from radapter_serve import RAdapterError, load_adapter, train
 from radapter_serve.cli.train import main as train_command
 from radapter_serve.training import Recipe
-from radapter_serve.training.rate import GRID, START, Tried, _notes, lowest, wider
+from radapter_serve.training.rate import GRID, START, Tried, _notes, nearest, wider
 from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand
 from tests.helpers.short_run import short_run
 
@@ -27,14 +27,22 @@ def tried(rate: float, right: int, of: int = 100, first: int = 0) -> Tried:
     return Tried(rate, (number >= first) & (number < first + right), 0.5)
 
 
-def test_the_lowest_rate_within_a_standard_error_of_the_best_is_taken() -> None:
+def test_of_the_rates_within_a_standard_error_of_the_best_the_nearest_to_the_papers_is_taken() -> (
+    None
+):
     # 4 of 100 paired images differ, all one way: 0.04 against √(0.04·0.96/100) = 0.0196
-    assert lowest([tried(1e-4, 56), tried(1e-3, 60), tried(1e-2, 58)]).learning_rate == 1e-3
+    assert nearest([tried(5e-4, 56), tried(1.5e-3, 60), tried(5e-3, 58)]).learning_rate == 1.5e-3
     # 1 of 100: 0.01 against 0.00995, just outside; equal ones are inside
-    assert lowest([tried(1e-4, 59), tried(1e-3, 60)]).learning_rate == 1e-3
-    assert lowest([tried(1e-4, 60), tried(1e-3, 60), tried(1e-2, 60)]).learning_rate == 1e-4
+    assert nearest([tried(5e-4, 59), tried(1.5e-3, 60)]).learning_rate == 1.5e-3
+    every = [tried(rate, 60) for rate in GRID]
+    assert nearest(every).learning_rate == 5e-4
+    # without the paper's own, those on either side are as near
+    beside = [one for one in every if one.learning_rate != 5e-4]
+    assert nearest(beside).learning_rate == 1.5e-4
+    higher = [one for one in beside if one.learning_rate > 5e-4]
+    assert nearest(higher).learning_rate == 1.5e-3
     # 60 against 58 that are others: the mean is 0.02, √((118/100) − 0.0004)/10 = 0.109
-    assert lowest([tried(1e-4, 40, first=60), tried(1e-3, 45)]).learning_rate == 1e-4
+    assert nearest([tried(5e-4, 40, first=60), tried(1.5e-2, 45)]).learning_rate == 5e-4
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
@@ -46,6 +54,7 @@ def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
     assert wider(best_at(1.5e-3)) == 5e-3
     assert wider([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
     assert wider([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
+    assert wider([tried(rate, 60) for rate in START]) is None  # nothing tells where to go
 
 
 @pytest.fixture
@@ -121,6 +130,7 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     run = train(dataclasses.replace(recipe, steps=4), progress=True)
     printed = capsys.readouterr().out
     table = json.loads((run.folder / "rates.json").read_text())
+    assert printed.startswith("choosing the learning rate by 2 to 2 short runs")
     assert printed.count("held-out images right at alpha 0.6") == len(table["tried"]) + 1
     assert f"chose learning rate {table['chosen']:.2g}" in printed
     assert "at the edge of what was tried" in table["notes"][0]
@@ -142,7 +152,11 @@ def test_warns_where_the_best_is_the_last_of_the_grid() -> None:
     ("change", "message"),
     [
         ({"val_data": None}, "chooses by held-out images with labels; add --val-fraction 0.2"),
-        ({"task": "retrieval"}, "chooses by held-out images with labels"),
+        (
+            {"task": "retrieval"},
+            "chooses by held-out images with labels; give a number such as --l",
+        ),
+        ({"val_data": None, "streaming": True, "steps": 1}, "with labels; add --val-data, or give"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; it should be .*auto"),
     ],
 )
@@ -152,6 +166,23 @@ def test_refuses_what_gives_no_choice(
     with pytest.raises(RAdapterError, match=message):
         train(dataclasses.replace(recipe, **change))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_the_rate_that_it_has_found(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[4:5])
+    monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
+    recipe = dataclasses.replace(recipe, save_every=1)
+    run = train(recipe)
+    run.adapter.unlink()
+    searched = (run.folder / "rates.json").stat().st_mtime_ns
+    again = train(recipe, resume=True)
+    assert again.recipe.learning_rate == run.recipe.learning_rate == 5e-4
+    assert again.adapter.is_file()
+    assert (run.folder / "rates.json").stat().st_mtime_ns == searched
+    with pytest.raises(RAdapterError, match="no run to resume in .*nowhere"):
+        train(dataclasses.replace(recipe, out=tmp_path / "nowhere"), resume=True)
 
 
 def test_refuses_several_processes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

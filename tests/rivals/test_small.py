@@ -1,0 +1,145 @@
+"""The recipe `small` by its parts, on a few images in the layout of PACS."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from radapter_serve import Evaluation, evaluate
+from rivals.small import CANDIDATES, Found, judged_suite, main, row_of, set_of
+
+
+@pytest.fixture
+def data_root(images: Path, tmp_path: Path) -> Path:
+    """DATA/pacs of coloured images; each set has others."""
+    folder = tmp_path / "DATA" / "pacs"
+    folder.mkdir(parents=True)
+    rows = [(str(path), path.parent.name) for path in sorted(images.glob("*/*"))]
+    of_sets = {
+        "train": rows,
+        "validation": rows,
+        "test": rows,
+        "sketch": rows[::2],
+        "art": rows[5:],
+    }
+    for name, of_set in of_sets.items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("image", "label"), *of_set])
+    sets = [
+        {"name": "photo, validation", "data": "csv:validation.csv", "split": "validation"},
+        {
+            "name": "sketch, validation",
+            "data": "csv:sketch.csv",
+            "shift": "ood",
+            "split": "validation",
+        },
+        {"name": "photo", "data": "csv:test.csv", "shift": "id"},
+        {"name": "art_painting", "data": "csv:art.csv", "shift": "ood"},
+    ]
+    suite = {"name": "PACS", "templates": "simple", "sets": sets}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return folder.parent
+
+
+def test_a_draw_is_of_its_seed_and_takes_so_many_of_each_class(data_root: Path, tmp_path: Path):
+    of = set_of("pacs", data_root, tmp_path)
+    assert len(of.images) > 1
+    drawn = []
+    for seed in (0, 0, 1):
+        path = Path(of.draw(seed, tmp_path).removeprefix("csv:"))
+        with path.open(encoding="utf-8", newline="") as file:
+            drawn.append(list(csv.DictReader(file)))
+    assert drawn[0] == drawn[1] != drawn[2]
+    for label, images in of.images.items():
+        own = [row["image"] for row in drawn[0] if row["label"] == label]
+        assert len(set(own)) == len(own) == min(of.shots, len(images))
+        assert set(own) <= {str(image) for image in images}
+
+
+def test_the_drawings_keep_the_classes_with_the_most_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rivals.small.CLASSES", 2)
+    drawings = tmp_path / "DATA" / "drawings"
+    for place in ("train", "val", "test", "shifts/line"):
+        for name, count in (("ant", 1), ("bee", 3), ("cat", 2)):
+            if (place, name) == ("shifts/line", "bee"):
+                continue  # a style may lack a class
+            (drawings / place / name).mkdir(parents=True)
+            for number in range(count):
+                (drawings / place / name / f"{number}.png").write_text(f"{place} {name} {number}")
+    (drawings / "classes.txt").write_text("ant\nbee, honeybee\ncat\n")
+    (drawings / "templates.txt").write_text("a drawing of a {}\n")
+    of = set_of("drawings", tmp_path / "DATA", tmp_path / "copy")
+    assert {name: len(images) for name, images in of.images.items()} == {"bee": 3, "cat": 2}
+    copy = tmp_path / "copy" / "drawings"
+    assert (copy / "classes.txt").read_text().splitlines() == ["bee, honeybee", "cat"]
+    assert [path.name for path in (copy / "shifts" / "line").iterdir()] == ["cat"]
+    assert (copy / "test" / "bee" / "2.png").read_text() == "test bee 2"
+    assert of.suite.is_file() and of.root == tmp_path / "copy"
+
+
+def test_the_style_that_chooses_is_judged_and_the_validation_in_distribution_is_not(
+    data_root: Path, tmp_path: Path
+):
+    suite = yaml.safe_load(judged_suite(set_of("pacs", data_root, tmp_path), tmp_path).read_text())
+    assert [one["name"] for one in suite["sets"]] == ["sketch, validation", "photo", "art_painting"]
+    assert not any("split" in one for one in suite["sets"])
+
+
+def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
+    def found(candidate: str, seed: int, own: float, held_out: float) -> Found:
+        return Found(candidate, seed, 5e-4, 0.5, held_out, 40.0, own, 30.0, 7.0)
+
+    first = [found("a", 0, 50.0, 60.0), found("a", 1, 60.0, 70.0)]
+    other = [found("b", 0, 51.0, 64.0), found("b", 1, 63.0, 78.0)]
+    assert row_of("a", first, first)[-4:] == ["", "", "", "7"]
+    *_, validation, own, shifts, _ = row_of("b", other, first)
+    # t of one degree of freedom is 12.71, and the error of the mean of two is half their difference
+    assert validation == f"+3.0 ± {12.71 * 1.0:.1f}"
+    assert own == f"+2.0 ± {12.71 * 1.0:.1f}"
+    assert shifts == "+0.0 ± 0.0"
+
+
+@pytest.mark.slow
+def test_every_candidate_learns_once_and_is_judged(
+    data_root: Path,
+    tiny_clip_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("rivals.small.BASE", tiny_clip_dir.removeprefix("local-dir:"))
+    found: list[Evaluation] = []
+
+    def heard(*arguments: Any, **named: Any) -> Evaluation:
+        found.append(evaluate(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr("rivals.small.evaluate", heard)
+    out = tmp_path / "out"
+    flags = ["--set-name", "pacs", "--data-root", str(data_root), "--seeds", "3", "--out", str(out)]
+    assert main(flags) == 0
+    text = (out / "small.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    made = (out / "small.jsonl").read_text()
+    runs = {run["candidate"]: run for run in map(json.loads, made.splitlines())}
+    assert list(runs) == list(CANDIDATES)
+    assert runs["5e-4"]["rate"] == 5e-4
+    for number, (candidate, run) in enumerate(runs.items()):
+        choice, tested = found[2 * number : 2 * number + 2]
+        assert choice.suite is None and run["alpha"] == choice.alpha  # by the run's own images
+        assert {row.alpha for row in tested.rows} == {choice.alpha}
+        of = {row.dataset: 100 * row.metrics["acc1"] for row in tested.rows}
+        assert run["style"] == pytest.approx(of["sketch, validation"])
+        assert run["own"] == pytest.approx(of["photo"])
+        assert run["shifts"] == pytest.approx(of["art_painting"])
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {candidate} |")]
+        assert f"{run['own']:.1f}" in row and f"{run['held_out']:.1f}" in row
+    assert main(flags) == 0
+    assert (out / "small.jsonl").read_text() == made
