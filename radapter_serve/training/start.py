@@ -54,8 +54,11 @@ def train(
     out = run_folder(chosen)
     if chosen.learning_rate == "auto" and chosen.resume:  # its run has found the rate
         own = recipe_from(resume=out)
-        found = {"learning_rate": own.learning_rate, "min_learning_rate": own.min_learning_rate}
-        chosen = dataclasses.replace(chosen, **found)
+        chosen = dataclasses.replace(
+            chosen,
+            learning_rate=own.learning_rate,
+            min_learning_rate=own.min_learning_rate,
+        )
     opened = open_run(chosen, progress=progress)
     from radapter_serve.training.loop import train_on
     from radapter_serve.training.parts import OWN
