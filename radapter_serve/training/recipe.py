@@ -116,7 +116,7 @@ class OptimizerSettings:
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs. A stream needs it.
         learning_rate: peak learning rate of AdamW; auto finds one by short runs and held-out
-            images, which takes up to 1.75 times as long as the run itself.
+            images, which have up to 1.75 times the steps of the run itself.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
