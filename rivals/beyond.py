@@ -27,7 +27,7 @@ from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import choose
 from rivals.flags import Flags, check_seeds
 from rivals.layout import T95, markdown, with_interval
-from rivals.make import command_line, machine, say
+from rivals.make import command_line, machine, publish, say
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter
@@ -220,11 +220,7 @@ def beyond(
         *cells.warnings(),
         shown,
     ]
-    text = "\n\n".join(parts) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "beyond.md").write_text(text, encoding="utf-8")
-    say(f"wrote {out / 'beyond.md'}")
-    print(text)
+    publish(parts, out / "beyond.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

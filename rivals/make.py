@@ -297,6 +297,20 @@ def machine() -> str:
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def publish(parts: Sequence[str], path: Path) -> None:
+    """Write the parts of a page of results as Markdown, and print it.
+
+    Args:
+        parts: of Markdown, a blank line between them.
+        path: of the page; its folder is made.
+    """
+    text = "\n\n".join(parts) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
+    print(text)
+
+
 def say(line: str) -> None:
     """Tell what is done next, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

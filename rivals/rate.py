@@ -23,7 +23,7 @@ from rivals.beyond import groups
 from rivals.cells import Cells
 from rivals.flags import Flags, check_seeds
 from rivals.layout import markdown
-from rivals.make import command_line, machine, say
+from rivals.make import command_line, machine, publish, say
 from rivals.method import Method
 from rivals.tables import TABLES
 
@@ -127,11 +127,7 @@ def rate(flags: tyro.conf.OmitArgPrefixes[Flags], seeds: tuple[int, ...] = (0, 1
         f" {', '.join(f'{one:.2g}' for one in rates)}. Behind is the mean of both columns.",
         shown,
     ]
-    text = "\n\n".join(parts) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rate.md").write_text(text, encoding="utf-8")
-    say(f"wrote {out / 'rate.md'}")
-    print(text)
+    publish(parts, out / "rate.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

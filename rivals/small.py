@@ -23,9 +23,10 @@ from radapter_serve.cli import run as run_command
 from radapter_serve.contract.labels import split_label
 from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.results import own_metric
+from radapter_serve.files import staged
 from rivals.flags import check_seeds
 from rivals.layout import markdown, spread, with_interval
-from rivals.make import command_line, machine, say
+from rivals.make import command_line, machine, publish, say
 
 PAPER: dict[str, Any] = {
     "learning_rate": 5e-4,
@@ -87,7 +88,7 @@ def set_of(name: str, root: Path, folder: Path) -> Set:
     Args:
         name: drawings or pacs.
         root: folder of all data.
-        folder: empty, for a copy of the drawings that has few classes.
+        folder: empty, for the drawings with few classes.
     """
     images: dict[str, list[Path]] = {}
     if name == "pacs":
@@ -112,7 +113,7 @@ def set_of(name: str, root: Path, folder: Path) -> Set:
 
 
 def few_classes(drawings: Path, copy: Path) -> None:
-    """Copy the drawings of the classes that have the most of them to learn from."""
+    """Link the drawings of the classes that have the most of them to learn from."""
     sizes = {place.name: len(list(place.iterdir())) for place in (drawings / "train").iterdir()}
     kept = sorted(sizes, key=lambda name: (-sizes[name], name))[:CLASSES]
     lines = (drawings / "classes.txt").read_text(encoding="utf-8").splitlines()
@@ -124,9 +125,11 @@ def few_classes(drawings: Path, copy: Path) -> None:
         *(drawings / one for one in ("train", "val", "test")),
         *drawings.glob("shifts/*"),
     ]:
+        own = copy / place.relative_to(drawings)
+        own.mkdir(parents=True)
         for name in kept:
             if (place / name).exists():
-                shutil.copytree(place / name, copy / place.relative_to(drawings) / name)
+                (own / name).symlink_to(place / name, target_is_directory=True)
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,9 @@ def runs_of(
 ) -> dict[str, list[Found]]:
     """The runs of every candidate; those that the folder has are not made again."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "small.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {(one.candidate, one.seed): one for one in (Found(**json.loads(line)) for line in lines)}
+    path = out / "small.json"  # the folder's *.jsonl are cells of tables
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = {(one["candidate"], one["seed"]): Found(**one) for one in kept}
     for seed in seeds:
         for candidate in CANDIDATES:
             if (candidate, seed) in done:
@@ -231,8 +234,9 @@ def runs_of(
             with tempfile.TemporaryDirectory() as folder:
                 found = measured(of, candidate, seed, threads, Path(folder))
             done[candidate, seed] = found
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
+            with staged(path) as temporary:
+                runs = [asdict(one) for one in done.values()]
+                temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
     return {candidate: [done[candidate, seed] for seed in seeds] for candidate in CANDIDATES}
 
 
@@ -295,10 +299,7 @@ def small(
         " 1000.",
         markdown(HEAD, [row_of(candidate, runs, first) for candidate, runs in found.items()]),
     ]
-    text = "\n\n".join(parts) + "\n"
-    (out / "small.md").write_text(text, encoding="utf-8")
-    say(f"wrote {out / 'small.md'}")
-    print(text)
+    publish(parts, out / "small.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

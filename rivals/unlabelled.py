@@ -29,7 +29,7 @@ from radapter_serve.evaluation.torch_embedder import TorchEmbedder
 from rivals.flags import Flags, check_seeds
 from rivals.judge import embedder_of
 from rivals.layout import markdown, spread, with_interval
-from rivals.make import command_line, machine, say
+from rivals.make import command_line, machine, publish, say
 from rivals.method import Method, learned
 from rivals.run import Run
 from rivals.tables import TABLES
@@ -222,11 +222,7 @@ def unlabelled(
         f" {USUAL} by has its interval of 95 %.",
         table(found),
     ]
-    text = "\n\n".join(parts) + "\n"
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "unlabelled.md").write_text(text, encoding="utf-8")
-    say(f"wrote {flags.out / 'unlabelled.md'}")
-    print(text)
+    publish(parts, flags.out / "unlabelled.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

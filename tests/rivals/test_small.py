@@ -127,8 +127,8 @@ def test_every_candidate_learns_once_and_is_judged(
     assert main(flags) == 0
     text = (out / "small.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    made = (out / "small.jsonl").read_text()
-    runs = {run["candidate"]: run for run in map(json.loads, made.splitlines())}
+    made = (out / "small.json").read_text()
+    runs = {run["candidate"]: run for run in json.loads(made)}
     assert list(runs) == list(CANDIDATES)
     assert runs["5e-4"]["rate"] == 5e-4
     for number, (candidate, run) in enumerate(runs.items()):
@@ -142,4 +142,5 @@ def test_every_candidate_learns_once_and_is_judged(
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {candidate} |")]
         assert f"{run['own']:.1f}" in row and f"{run['held_out']:.1f}" in row
     assert main(flags) == 0
-    assert (out / "small.jsonl").read_text() == made
+    assert (out / "small.json").read_text() == made
+    assert not list(out.glob("*.jsonl"))  # those are cells of tables
