@@ -164,18 +164,14 @@ def wider(tried: Sequence[Tried]) -> float | None:
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
-    """The rate nearest to the paper's within one standard error of the best; of two as near the
-    lower one, which keeps more of the base.
-
-    The error is that of the paired difference over the held-out images (the one-standard-error
-    rule of Breiman et al., Classification and Regression Trees, 1984).
+    """Of the rates that the held-out images can't tell from the best one, the nearest to the
+    paper's; of two as near the lower one, which keeps more of the base.
 
     Args:
         tried: short runs of one seed, at rates of `GRID`.
     """
     best = _best(tried)
-    within = [one for one in tried if best.accuracy - one.accuracy <= _error(best, one)]
-    return min(within, key=_away)
+    return min((one for one in tried if _alike(best, one)), key=_away)
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
@@ -188,10 +184,12 @@ def _away(one: Tried) -> tuple[int, float]:
     return abs(GRID.index(one.learning_rate) - GRID.index(PAPER)), one.learning_rate
 
 
-def _error(one: Tried, other: Tried) -> float:
-    """The standard error of the difference of two accuracies on the same images."""
+def _alike(one: Tried, other: Tried) -> bool:
+    """Whether no difference of the two is within the 95 % interval of the paired difference over
+    the held-out images."""
     differences = one.right.astype(np.float64) - other.right.astype(np.float64)
-    return float(np.std(differences) / len(differences) ** 0.5)
+    error = float(np.std(differences) / len(differences) ** 0.5)
+    return abs(float(differences.mean())) <= 1.96 * error
 
 
 def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -> Recipe:
@@ -223,8 +221,8 @@ def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
             f"warning: the best learning rate, {best:.2g}, is at the edge of"
             " what was tried; see whether the loss falls, or give a rate of your own"
         )
-    difference = abs(again.accuracy - chosen.accuracy)
-    if difference > 1.96 * _error(chosen, again):
+    if not _alike(chosen, again):
+        difference = abs(again.accuracy - chosen.accuracy)
         notes.append(
             f"warning: two seeds differ by {100 * difference:.1f} points at learning rate"
             f" {chosen.learning_rate:.2g}, more than held-out images explain; try --drop 0"
@@ -237,7 +235,8 @@ def _write(
 ) -> None:
     table = {
         "chosen": chosen.learning_rate,
-        "rule": "the rate nearest to 5e-4 within one standard error of the best on held-out images",
+        "rule": "of the rates that held-out images can't tell from the best (95 % interval of the"
+        " paired difference), the nearest to 5e-4",
         "tried": [_row(one) for one in sorted(tried, key=lambda one: one.learning_rate)],
         "second_seed": _row(again),
         "notes": list(notes),
