@@ -162,7 +162,7 @@ def _lowest(tried: Sequence[Tried]) -> Tried:
 
 def _worse(one: Tried, best: Tried) -> bool:
     """Whether the mean of the paired differences of the seeds is more than its standard error below
-    zero, as `learning_rate: auto` has it; without several seeds, whether it is below.
+    zero; without several seeds, whether it is below.
     """
     leads = [a - b for a, b in zip(best.scores, one.scores, strict=True)]
     count = len(leads)

@@ -12,6 +12,7 @@ from typing import Any
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.files import read_yaml
 from radapter_serve.training import train
+from radapter_serve.training.parts import Parts
 from radapter_serve.training.recipe import ready_recipes
 from rivals.fit import Meter
 from rivals.method import Method
@@ -54,6 +55,10 @@ class RAdapter(Method):
     def start(self, run: Run) -> System:
         return System(run.base)
 
+    def parts(self) -> Parts:
+        """What of its own training it exchanges."""
+        return self.variant.parts()
+
     def learn(self, run: Run) -> Learned:
         with tempfile.TemporaryDirectory() as folder:
             meter = Meter()
@@ -63,7 +68,7 @@ class RAdapter(Method):
             self.variant.check(recipe)
             if self.variant.dropout:
                 recipe = dataclasses.replace(recipe, form="activation")
-            adapter = load_adapter(train(recipe, parts=self.variant.parts()))
+            adapter = load_adapter(train(recipe, parts=self.parts()))
             cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))

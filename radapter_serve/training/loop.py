@@ -40,7 +40,6 @@ from radapter_serve.training.batches import NO_LABEL, Examples, batches
 from radapter_serve.training.checkpoint import Learner, load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.loss import (
-    distance_to_base,
     gather_with_grad,
     mpm_nce,
     pairwise_sigmoid,
@@ -409,23 +408,9 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         epsilon=run.recipe.epsilon,
     )
     if run.recipe.preserve:
-        base_embeds = run.accelerator.gather(_embeds_of_base(run, pixels))
-        loss = loss + run.recipe.preserve * distance_to_base(images, base_embeds)
+        moved = run.parts.moved(run.model.base, run.model.adapters, run.accelerator, pixels, images)
+        loss = loss + run.recipe.preserve * moved
     return loss
-
-
-@torch.no_grad()
-def _embeds_of_base(run: _Run, pixels: Tensor) -> Tensor:
-    """What the base gives for pixels [B, 3, S, S]: the model in training at α = 0, so that no
-    second one is in memory; float32 [B, D], unit length.
-    """
-    adapters = run.model.adapters
-    adapters.alpha = 0.0
-    # A cache of its own: the weights that training caches have the adapters in them.
-    with run.accelerator.autocast(), parametrize.cached():
-        embeds = encode_image(run.model.base.model, pixels)
-    adapters.alpha = 1.0
-    return embeds
 
 
 def _validate(run: _Run, progress: Progress) -> dict[str, float]:

@@ -1,0 +1,238 @@
+"""`python -m rivals.preserve`: what of the base is kept, and on what: the images of a batch, as
+`preserve` has it, or parts of two images each, similarities to random texts, or other images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import random
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from radapter_serve.adapter import Adapters
+from radapter_serve.cli import run as run_command
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import encode_image, encode_text
+from radapter_serve.contract.image_files import list_images
+from radapter_serve.contract.preprocess import decode
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training.parts import Parts
+from radapter_serve.training.preserve import at_base, moved_images
+from rivals.beyond import groups
+from rivals.cells import Cells
+from rivals.choice import CHOICES, choose
+from rivals.flags import Flags, check_seeds
+from rivals.layout import T95, markdown, spread, with_interval
+from rivals.make import command_line, machine, publish, say
+from rivals.radapter import RAdapter, r_adapter
+
+GRID = 4  # parts of an image down and across
+TEXTS = 80
+WORDS = 8
+
+
+def moved_mixed(
+    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, _: Tensor
+) -> Tensor:
+    """As `moved_images`, on images half of whose parts are those of another image of the batch."""
+    size = pixels.shape[2:]
+    own = F.interpolate(torch.rand(len(pixels), 1, GRID, GRID), size=size) < 0.5
+    mixed = torch.where(own, pixels, pixels[torch.randperm(len(pixels))])
+    return _moved(base, adapters, accelerator, mixed)
+
+
+def moved_similarities(
+    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, image_embeds: Tensor
+) -> Tensor:
+    """The mean squared change of an image's similarities to texts of random letters, as the base
+    embeds these (Nam et al., Lipsum-FT, ICLR 2024).
+    """
+    with at_base(adapters, accelerator):
+        texts = encode_text(base.model, base.tokenizer(random_texts()))
+        base_embeds = encode_image(base.model, pixels)
+    return ((image_embeds - base_embeds) @ texts.T).square().mean()
+
+
+def random_texts() -> list[str]:
+    """Texts that mean nothing, the same in every step."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices(string.ascii_lowercase, k=5)) for _ in range(TEXTS * WORDS)]
+    return [" ".join(words[start : start + WORDS]) for start in range(0, len(words), WORDS)]
+
+
+def moved_others(
+    folder: Path,
+    base: Base,
+    adapters: Adapters,
+    accelerator: Accelerator,
+    pixels: Tensor,
+    _: Tensor,
+) -> Tensor:
+    """As `moved_images`, on as many images of a folder, drawn anew in each step."""
+    paths = _images(folder)
+    drawn = torch.randint(len(paths), (len(pixels),)).tolist()
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    others = torch.stack([transform(decode(paths[number].read_bytes())) for number in drawn])
+    return _moved(base, adapters, accelerator, others)
+
+
+def _moved(base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor) -> Tensor:
+    """`moved_images`, of pixels that the step has not embedded yet."""
+    with parametrize.cached():
+        image_embeds = encode_image(base.model, pixels)
+    return moved_images(base, adapters, accelerator, pixels, image_embeds)
+
+
+@functools.cache
+def _images(folder: Path) -> list[Path]:
+    found = list_images(folder).images
+    if not found:
+        raise RAdapterError(f"--unlabelled: {folder} holds no images; name a folder that does")
+    return found
+
+
+@dataclass(frozen=True)
+class Preserving(RAdapter):
+    """R-Adapter whose `preserve` weighs another distance.
+
+    Attributes:
+        of: what should stay where the base has it.
+        folder: of other images, whose labels nobody knows.
+    """
+
+    of: Literal["mixed", "texts", "others"] = "mixed"
+    folder: Path | None = None
+
+    def parts(self) -> Parts:
+        own = super().parts()
+        if self.of == "others":
+            assert self.folder is not None
+            return dataclasses.replace(own, moved=functools.partial(moved_others, self.folder))
+        moved = {"mixed": moved_mixed, "texts": moved_similarities}[self.of]
+        return dataclasses.replace(own, moved=moved)
+
+
+def ways(folder: Path) -> dict[str, list[RAdapter]]:
+    """What is kept, and R-Adapter with each weight of it, all without dropping.
+
+    Args:
+        folder: of other images.
+    """
+
+    def settings(weight: float) -> Mapping[str, Any]:
+        return r_adapter("imagenet", drop=0.0, preserve=weight).settings
+
+    # The square of a similarity's change is small: an image moves along few of the texts.
+    return {
+        "nothing": [r_adapter("imagenet", drop=0.0)],
+        "images of the batch": [r_adapter("imagenet", drop=0.0, preserve=10.0)],
+        "mixed images of the batch": [Preserving(settings(10.0))],
+        "similarities to random texts": [
+            Preserving(settings(weight), of="texts") for weight in (300.0, 3000.0)
+        ],
+        "other images": [Preserving(settings(10.0), of="others", folder=folder)],
+    }
+
+
+HEAD = [
+    *("what is kept", "weight", "α", "validation", "in distribution", "shifts"),
+    *("lead, validation", "lead, in distribution", "lead, shifts", "time, s"),
+]
+
+
+def compare(
+    cells: Cells, methods: Mapping[str, Sequence[RAdapter]], seeds: Sequence[int], rate: float
+) -> str:
+    """A row a way, as Markdown; validation chooses its weight and its α.
+
+    Args:
+        cells: of the benchmark.
+        methods: by way, the first of which keeps nothing.
+        seeds: each learns once for each.
+        rate: factor of the learning rate.
+    """
+    first: list[tuple[float, float, float]] = []
+    lines = []
+    for name, weighed in methods.items():
+        choice = choose(cells, name, weighed, seeds, [rate], CHOICES)
+        method = choice.method
+        validation = next(one.scores for one in choice.tried if one.method == method)
+        tested = [cells.cell(name, method, seed, [method.alpha or 1.0]) for seed in seeds]
+        found = [
+            (score, groups(cell.rows)["in distribution"], groups(cell.rows)["mean of the shifts"])
+            for score, cell in zip(validation, tested, strict=True)
+        ]
+        first = first or found
+        leads = [
+            [own[column] - other[column] for own, other in zip(found, first, strict=True)]
+            for column in range(3)
+        ]
+        lines.append(
+            [
+                name,
+                f"{method.settings.get('preserve', 0.0):g}",
+                f"{method.alpha:g}",
+                *(spread([one[column] for one in found]) for column in range(3)),
+                *(with_interval(lead, "+") if found is not first else "" for lead in leads),
+                f"{median(cell.cost.seconds for cell in tested):.0f}",
+            ]
+        )
+    return markdown(HEAD, lines)
+
+
+def preserve(
+    flags: tyro.conf.OmitArgPrefixes[Flags],
+    unlabelled: Path,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    rate: float = 1.0,
+) -> None:
+    """Compare what of the base R-Adapter may keep, its weight and its α chosen by validation; print
+    it, write Markdown.
+
+    Args:
+        flags: as of rivals.table; its finished runs count.
+        unlabelled: folder of other images, whose labels nobody knows.
+        seeds: each way learns once for each; 10 at most.
+        rate: factor of R-Adapter's learning rate, for all ways.
+    """
+    check_seeds(seeds, len(T95) + 1)
+    benchmark = flags.benchmark()
+    methods = ways(unlabelled)
+    _images(unlabelled)  # refused before anything learns
+    shown = compare(Cells(benchmark, flags.out, "preserve", flags.limit, say), methods, seeds, rate)
+    sets = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
+    parts = [
+        "# What of the base to keep",
+        f"`{command_line('rivals.preserve')}`, {datetime.date.today()}, {machine()}.\n"
+        f"Benchmark {benchmark.name}: R-Adapter without dropping, at {rate:g} times its rate."
+        f" Accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}.\n"
+        f"Validation, which is {sets}, chose α and the weight; its score is the mean of the two"
+        " means, in distribution and shifted. A lead is over the first row, paired over the seeds,"
+        " ± its 95 % interval.",
+        shown,
+    ]
+    publish(parts, flags.out / "preserve.md")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(preserve, argv, prog="python -m rivals.preserve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

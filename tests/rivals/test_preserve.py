@@ -1,0 +1,152 @@
+"""Other ways to keep the base: each distance by hand, and what a table of them chooses and says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from radapter_serve.adapter import Adapters, attach
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import encode_image
+from rivals.cells import read_lines
+from rivals.preserve import main, moved_mixed, moved_others, moved_similarities, random_texts, ways
+from tests.helpers.by_hand import ClipWithAdapters
+from tests.rivals.test_table import benchmark_file as benchmark_file
+from tests.rivals.test_table import here as here
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(params=["activation", "weight"])
+def learned(request: pytest.FixtureRequest, tiny_clip_dir: str) -> tuple[Base, Adapters]:
+    """A base with adapters of random values, in training."""
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model, form=request.param)
+    torch.manual_seed(0)
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return base, adapters
+
+
+def both(name: str, adapters: Adapters, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The images with the adapters and without, by hand."""
+    clip = ClipWithAdapters(name, adapters.named_tensors())
+    found = clip.images(pixels)
+    with clip.at(0.0):
+        return found, clip.images(pixels)
+
+
+def size_of(base: Base) -> tuple[int, int]:
+    """Height and width of what the base sees."""
+    visual: Any = base.model.visual
+    height, width = visual.image_size
+    return height, width
+
+
+def has_gradients(adapters: Adapters) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in adapters.parameters())
+
+
+def test_mixed_images_are_half_of_another_one(
+    learned: tuple[Base, Adapters], tiny_clip_dir: str, accelerator: Accelerator
+) -> None:
+    base, adapters = learned
+    pixels = torch.randn(6, 3, *size_of(base))
+    torch.manual_seed(1)
+    found = moved_mixed(base, adapters, accelerator, pixels, torch.empty(0))
+    torch.manual_seed(1)
+    own = torch.rand(6, 1, 4, 4) < 0.5
+    others = pixels[torch.randperm(6)]
+    side = pixels.shape[-1] // 4
+    mixed = others.clone()
+    for image, _, down, across in own.nonzero().tolist():
+        part = (image, slice(None), slice(down * side, (down + 1) * side))
+        columns = slice(across * side, (across + 1) * side)
+        mixed[(*part, columns)] = pixels[(*part, columns)]
+    f, f0 = both(tiny_clip_dir, adapters, mixed)
+    assert found.item() == pytest.approx((1 - F.cosine_similarity(f, f0)).mean().item(), abs=1e-5)
+    found.backward()
+    assert has_gradients(adapters)
+
+
+def test_similarities_are_to_the_texts_of_the_base(
+    learned: tuple[Base, Adapters], tiny_clip_dir: str, accelerator: Accelerator
+) -> None:
+    base, adapters = learned
+    pixels = torch.randn(5, 3, *size_of(base))
+    embeds = encode_image(base.model, pixels)
+    found = moved_similarities(base, adapters, accelerator, pixels, embeds)
+    f, f0 = both(tiny_clip_dir, adapters, pixels)
+    texts = ClipWithAdapters(tiny_clip_dir).texts(random_texts())
+    expected = ((f @ texts.T - f0 @ texts.T) ** 2).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert len(set(random_texts())) == 80
+    assert adapters.alpha == 1.0
+    found.backward()
+    assert has_gradients(adapters)
+
+
+def test_other_images_are_drawn_from_the_folder(
+    learned: tuple[Base, Adapters], tiny_clip_dir: str, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    base, adapters = learned
+    for number in range(3):
+        chance = torch.Generator().manual_seed(number)
+        noise = torch.randint(256, (40, 40, 3), generator=chance, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / f"{number}.png")
+    pixels = torch.zeros(7, 3, *size_of(base))
+    torch.manual_seed(2)
+    found = moved_others(tmp_path, base, adapters, accelerator, pixels, torch.empty(0))
+    torch.manual_seed(2)
+    drawn = torch.randint(3, (7,)).tolist()
+    clip = ClipWithAdapters(tiny_clip_dir)
+    images = [clip.transform(Image.open(tmp_path / f"{number}.png")) for number in drawn]
+    f, f0 = both(tiny_clip_dir, adapters, torch.stack(images))
+    assert found.item() == pytest.approx((1 - F.cosine_similarity(f, f0)).mean().item(), abs=1e-5)
+    found.backward()
+    assert has_gradients(adapters)
+
+
+@pytest.mark.slow
+def test_validation_chooses_the_weight_and_alpha_of_each_way(
+    benchmark_file: Path, here: list[str], images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags: list[Any] = ["--data", benchmark_file, "--unlabelled", images, "--out", out]
+    assert main([*map(str, flags), "--seeds", "0", "1", "--rate", "3"]) == 0
+    text = (out / "preserve.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == list(ways(images))
+    lines = list(read_lines(out / "preserve.jsonl"))
+    for name, weighed in ways(images).items():
+        # each weight and seed is judged once by validation, and one weight by the test sets
+        own = [line for line in lines if line.name == name]
+        assert len(own) == 2 * len(weighed) + 2
+        assert len({line.digest for line in own}) == len(own)
+    assert {line.method for line in lines if "0.0015" in line.method} == {
+        line.method for line in lines
+    }
+
+
+def test_refuses_a_folder_without_images(
+    benchmark_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags = ["--data", str(benchmark_file), "--unlabelled", str(empty)]
+    assert main(flags) == 2
+    assert "holds no images" in capsys.readouterr().err
+    shutil.rmtree(empty)
+    assert main(flags) == 2
+    assert "cannot read the folder" in " ".join(capsys.readouterr().err.split())
