@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -83,7 +84,7 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
         if dataclasses.is_dataclass(value):
             inner = options(type(value), names, value)
             if dataclasses.fields(inner):
-                nested = Annotated[(inner, *hints[name].__metadata__)]  # type: ignore[valid-type]
+                nested = operator.getitem(Annotated, (inner, *hints[name].__metadata__))
                 fields.append((name, nested, dataclasses.field(default_factory=inner)))
         elif name in names and value is inspect.Parameter.empty:
             fields.append((name, hints[name], dataclasses.field()))
