@@ -141,11 +141,11 @@ def ways(folder: Path) -> dict[str, list[RAdapter]]:
     return {
         "nothing": [r_adapter("imagenet", drop=0.0)],
         "images of the batch": [r_adapter("imagenet", drop=0.0, preserve=10.0)],
-        "mixed images of the batch": [Preserving(settings(10.0))],
         "similarities to random texts": [
             Preserving(settings(weight), of="texts") for weight in (300.0, 3000.0)
         ],
         "other images": [Preserving(settings(10.0), of="others", folder=folder)],
+        "mixed images of the batch": [Preserving(settings(10.0), of="mixed")],
     }
 
 
