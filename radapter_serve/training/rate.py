@@ -164,8 +164,10 @@ def wider(tried: Sequence[Tried]) -> float | None:
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
-    """On the way from the best rate to the paper's, the last one before the held-out images can
-    tell a rate from the best.
+    """From the best rate towards the paper's, the last one within one standard error of the best.
+
+    The error is that of the paired difference over the held-out images (the one-standard-error
+    rule of Breiman et al., Classification and Regression Trees, 1984).
 
     Args:
         tried: short runs of one seed, at rates of `GRID`.
@@ -175,7 +177,7 @@ def nearest(tried: Sequence[Tried]) -> Tried:
     way = [one for one in tried if low <= one.learning_rate <= high]
     chosen = best
     for one in sorted(way, key=_away, reverse=True):
-        if not _alike(best, one):
+        if best.accuracy - one.accuracy > _error(best, one):
             break
         chosen = one
     return chosen
@@ -193,12 +195,10 @@ def _away(one: Tried) -> tuple[int, float]:
     return abs(GRID.index(one.learning_rate) - GRID.index(PAPER)), one.learning_rate
 
 
-def _alike(one: Tried, other: Tried) -> bool:
-    """Whether no difference of the two is within the 95 % interval of the paired difference over
-    the held-out images."""
+def _error(one: Tried, other: Tried) -> float:
+    """The standard error of the difference of two accuracies on the same images."""
     differences = one.right.astype(np.float64) - other.right.astype(np.float64)
-    error = float(np.std(differences) / len(differences) ** 0.5)
-    return abs(float(differences.mean())) <= 1.96 * error
+    return float(np.std(differences) / len(differences) ** 0.5)
 
 
 def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -> Recipe:
@@ -230,8 +230,8 @@ def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
             f"warning: the best learning rate, {best:.2g}, is at the edge of"
             " what was tried; see whether the loss falls, or give a rate of your own"
         )
-    if not _alike(chosen, again):
-        difference = abs(again.accuracy - chosen.accuracy)
+    difference = abs(again.accuracy - chosen.accuracy)
+    if difference > 1.96 * _error(chosen, again):
         notes.append(
             f"warning: two seeds differ by {100 * difference:.1f} points at learning rate"
             f" {chosen.learning_rate:.2g}, more than held-out images explain; try --drop 0"
@@ -244,8 +244,8 @@ def _write(
 ) -> None:
     table = {
         "chosen": chosen.learning_rate,
-        "rule": "from the best rate towards 5e-4, as far as held-out images can't tell the two"
-        " apart (95 % interval of the paired difference)",
+        "rule": "from the best rate towards 5e-4, the last one within one standard error of the"
+        " best on held-out images",
         "tried": [_row(one) for one in sorted(tried, key=lambda one: one.learning_rate)],
         "second_seed": _row(again),
         "notes": list(notes),
