@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from radapter_serve.adapter import Adapters, attach
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
 from rivals.cells import read_lines
-from rivals.preserve import main, moved_mixed, moved_others, moved_similarities, random_texts, ways
+from rivals.preserve import main, moved_mixed, moved_others, moved_similarities, random_tokens, ways
 from tests.helpers.by_hand import ClipWithAdapters
 from tests.rivals.test_table import benchmark_file as benchmark_file
 from tests.rivals.test_table import here as here
@@ -25,6 +27,7 @@ from tests.rivals.test_table import here as here
 
 @pytest.fixture
 def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision
     return Accelerator(cpu=True)
 
 
@@ -88,13 +91,44 @@ def test_similarities_are_to_the_texts_of_the_base(
     embeds = encode_image(base.model, pixels)
     found = moved_similarities(base, adapters, accelerator, pixels, embeds)
     f, f0 = both(tiny_clip_dir, adapters, pixels)
-    texts = ClipWithAdapters(tiny_clip_dir).texts(random_texts())
+    tokens = random_tokens(base)
+    texts = F.normalize(ClipWithAdapters(tiny_clip_dir).model.encode_text(tokens), dim=-1)
     expected = ((f @ texts.T - f0 @ texts.T) ** 2).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert len(set(random_texts())) == 80
     assert adapters.alpha == 1.0
     found.backward()
     assert has_gradients(adapters)
+
+
+def test_random_texts_have_eight_tokens_that_the_base_knows(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    model: Any = base.model
+    with torch.no_grad():
+        model.token_embedding.weight[:40000] = 0
+    tokens = random_tokens(base)
+    start, _, end = base.tokenizer(["a"])[0, :3].tolist()
+    assert len(tokens) == len(tokens.unique(dim=0)) == 80
+    assert (tokens[:, 0] == start).all() and (tokens[:, 9] == end).all()
+    assert tokens[:, 1:9].min() >= 40000 and not torch.isin(tokens[:, 1:9], tokens[0, [0, 9]]).any()
+    assert not tokens[:, 10:].any()
+    assert base.model.encode_text(tokens).isfinite().all()
+    assert torch.equal(tokens, random_tokens(base))
+
+
+@pytest.mark.parametrize("moved", [moved_mixed, moved_others, moved_similarities])
+def test_nothing_has_moved_at_first_in_bf16(moved: Any, tiny_clip_dir: str, images: Path) -> None:
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    if moved is moved_others:
+        moved = functools.partial(moved_others, images)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    pixels = torch.randn(4, 3, *size_of(base))
+    with torch.no_grad(), accelerator.autocast():
+        embeds = encode_image(base.model, pixels)
+    with torch.no_grad():
+        found = moved(base, adapters, accelerator, pixels, embeds)
+    assert found.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_other_images_are_drawn_from_the_folder(
