@@ -69,6 +69,7 @@ def sigmoid_base(pairs: Pairs, steps: int, folder: Path) -> None:
     towers = [p for name, p in model.named_parameters() if not name.startswith("logit_")]
     for parameter in towers:
         parameter.requires_grad_(True)
+    # two numbers that have far to go, in few steps
     groups = [{"params": towers, "lr": RATE}, {"params": own, "lr": 200 * RATE}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -179,7 +180,7 @@ def main() -> None:
             ROOT / "rivals" / "benchmarks" / "drawings.yaml", arguments.data_root
         ).given,
     }
-    columns = ["loss", "α", "colour", "ECE", "nine styles", "ECE"]
+    columns = ["loss", "α", "colour", "colour, ECE", "nine styles", "nine styles, ECE"]
     found: dict[tuple[str, float], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -27,6 +27,18 @@ def with_interval(values: Sequence[float], sign: str = "") -> str:
     return f"{middle} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.1f}"
 
 
+def paired_leads(found: Sequence[Sequence[float]], first: Sequence[Sequence[float]]) -> list[str]:
+    """What a row's figures lead those of another row by, paired over the seeds.
+
+    Args:
+        found: of each seed the figures.
+        first: the same of the other row.
+    """
+    pairs = [zip(own, other, strict=True) for own, other in zip(found, first, strict=True)]
+    differences = [[a - b for a, b in pair] for pair in pairs]
+    return [with_interval(column, "+") for column in zip(*differences, strict=True)]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, its first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]

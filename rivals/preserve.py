@@ -32,12 +32,12 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.training.loss import gather_with_grad
 from radapter_serve.training.parts import Parts
-from radapter_serve.training.preserve import at_base, moved_images
+from radapter_serve.training.preserve import at_base, distance_of_images
 from rivals.beyond import groups
 from rivals.cells import Cells
 from rivals.choice import CHOICES, choose
 from rivals.flags import Flags, check_seeds
-from rivals.layout import T95, markdown, spread, with_interval
+from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
 from rivals.radapter import RAdapter, r_adapter
 
@@ -46,17 +46,19 @@ TEXTS = 80
 TOKENS = 8  # of a text
 
 
-def moved_mixed(
+def distance_of_mixed(
     base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, _: Tensor
 ) -> Tensor:
-    """As `moved_images`, on images half of whose parts are those of another image of the batch."""
+    """As `distance_of_images`, of images half of whose parts are those of another image of the
+    batch.
+    """
     chance = torch.rand(len(pixels), 1, GRID, GRID)
     own = F.interpolate(chance, size=pixels.shape[2:]).to(pixels.device) < 0.5
     mixed = torch.where(own, pixels, pixels[torch.randperm(len(pixels))])
-    return _moved(base, adapters, accelerator, mixed)
+    return _distance(base, adapters, accelerator, mixed)
 
 
-def moved_similarities(
+def distance_of_similarities(
     base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, image_embeds: Tensor
 ) -> Tensor:
     """The mean squared change of an image's similarities to texts of random tokens, as the base
@@ -86,7 +88,7 @@ def random_tokens(base: Base) -> Tensor:
     return tokens
 
 
-def moved_others(
+def distance_of_others(
     folder: Path,
     base: Base,
     adapters: Adapters,
@@ -94,19 +96,19 @@ def moved_others(
     pixels: Tensor,
     _: Tensor,
 ) -> Tensor:
-    """As `moved_images`, on as many images of a folder, drawn anew in each step."""
+    """As `distance_of_images`, on as many images of a folder, drawn anew in each step."""
     paths = _images(folder)
     drawn = torch.randint(len(paths), (len(pixels),)).tolist()
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     others = torch.stack([transform(decode(paths[number].read_bytes())) for number in drawn])
-    return _moved(base, adapters, accelerator, others.to(pixels.device))
+    return _distance(base, adapters, accelerator, others.to(pixels.device))
 
 
-def _moved(base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor) -> Tensor:
-    """`moved_images`, of pixels that the step has not embedded yet."""
+def _distance(base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor) -> Tensor:
+    """`distance_of_images`, of pixels that the step has not embedded yet."""
     with accelerator.autocast(), parametrize.cached():
         image_embeds = gather_with_grad(encode_image(base.model, pixels))
-    return moved_images(base, adapters, accelerator, pixels, image_embeds)
+    return distance_of_images(base, adapters, accelerator, pixels, image_embeds)
 
 
 @functools.cache
@@ -135,9 +137,11 @@ class Preserving(RAdapter):
         own = super().parts()
         if self.of == "others":
             assert self.folder is not None
-            return dataclasses.replace(own, moved=functools.partial(moved_others, self.folder))
-        moved = {"mixed": moved_mixed, "texts": moved_similarities}[self.of]
-        return dataclasses.replace(own, moved=moved)
+            return dataclasses.replace(
+                own, distance=functools.partial(distance_of_others, self.folder)
+            )
+        distance = {"mixed": distance_of_mixed, "texts": distance_of_similarities}[self.of]
+        return dataclasses.replace(own, distance=distance)
 
 
 def ways(folder: Path) -> dict[str, list[RAdapter]]:
@@ -188,22 +192,18 @@ def compare(
         method = choice.method
         validation = next(one.scores for one in choice.tried if one.method == method)
         tested = [cells.cell(name, method, seed, [method.alpha or 1.0]) for seed in seeds]
-        found = [
-            (score, groups(cell.rows)["in distribution"], groups(cell.rows)["mean of the shifts"])
-            for score, cell in zip(validation, tested, strict=True)
-        ]
+        found = []
+        for score, cell in zip(validation, tested, strict=True):
+            of_tests = groups(cell.rows)
+            found.append((score, of_tests["in distribution"], of_tests["mean of the shifts"]))
         first = first or found
-        leads = [
-            [own[column] - other[column] for own, other in zip(found, first, strict=True)]
-            for column in range(3)
-        ]
         lines.append(
             [
                 name,
                 f"{method.settings.get('preserve', 0.0):g}",
                 f"{method.alpha:g}",
-                *(spread([one[column] for one in found]) for column in range(3)),
-                *(with_interval(lead, "+") if found is not first else "" for lead in leads),
+                *(spread(column) for column in zip(*found, strict=True)),
+                *(paired_leads(found, first) if found is not first else [""] * 3),
                 f"{median(cell.cost.seconds for cell in tested):.0f}",
             ]
         )

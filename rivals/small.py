@@ -25,7 +25,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.results import own_metric
 from radapter_serve.files import staged
 from rivals.flags import check_seeds
-from rivals.layout import markdown, spread, with_interval
+from rivals.layout import markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
 
 PAPER: dict[str, Any] = {
@@ -248,10 +248,7 @@ HEAD = [
 
 def row_of(candidate: str, found: Sequence[Found], first: Sequence[Found]) -> list[str]:
     """A candidate in the table, beside the first one."""
-    leads = [
-        [getattr(one, name) - getattr(other, name) for one, other in zip(found, first, strict=True)]
-        for name in ("validation", "own", "shifts")
-    ]
+    figures = [[(one.validation, one.own, one.shifts) for one in of] for of in (found, first)]
     return [
         candidate,
         ", ".join(f"{one.rate:.2g}" for one in found),
@@ -260,7 +257,7 @@ def row_of(candidate: str, found: Sequence[Found], first: Sequence[Found]) -> li
             spread([getattr(one, name) for one in found])
             for name in ("held_out", "style", "own", "shifts")
         ),
-        *(with_interval(lead, "+") if found is not first else "" for lead in leads),
+        *(paired_leads(*figures) if found is not first else [""] * 3),
         f"{median(one.seconds for one in found):.0f}",
     ]
 

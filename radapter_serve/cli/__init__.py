@@ -84,6 +84,7 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
         if dataclasses.is_dataclass(value):
             inner = options(type(value), names, value)
             if dataclasses.fields(inner):
+                # mypy takes a star in Annotated[...] for the syntax of Python 3.11
                 nested = operator.getitem(Annotated, (inner, *hints[name].__metadata__))
                 fields.append((name, nested, dataclasses.field(default_factory=inner)))
         elif name in names and value is inspect.Parameter.empty:

@@ -408,8 +408,9 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         epsilon=run.recipe.epsilon,
     )
     if run.recipe.preserve:
-        moved = run.parts.moved(run.model.base, run.model.adapters, run.accelerator, pixels, images)
-        loss = loss + run.recipe.preserve * moved
+        model = run.model
+        distance = run.parts.distance(model.base, model.adapters, run.accelerator, pixels, images)
+        loss = loss + run.recipe.preserve * distance
     return loss
 
 

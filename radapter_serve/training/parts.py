@@ -12,7 +12,7 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.clip.base import Base
 from radapter_serve.training.average import Average
-from radapter_serve.training.preserve import moved_images
+from radapter_serve.training.preserve import distance_of_images
 from radapter_serve.training.recipe import Recipe
 from radapter_serve.training.validation import validate
 
@@ -50,7 +50,7 @@ class Parts:
         average: makes the average of the adapters over the steps.
         drop: the probability of adapter dropping at a step.
         validate: measures the adapters as they are.
-        moved: how far training has moved the model from its base, which `preserve` weighs.
+        distance: how far the model is from its base, which `preserve` weighs.
     """
 
     layer: Callable[[int, int | None], LinearAdapter] = LinearAdapter
@@ -58,7 +58,7 @@ class Parts:
     average: Callable[[Adapters, Recipe, int], Average] = moving_average
     drop: Callable[[Recipe, int, int], float] = constant_drop
     validate: Callable[..., dict[str, float]] = validate
-    moved: Callable[[Base, Adapters, Accelerator, Tensor, Tensor], Tensor] = moved_images
+    distance: Callable[[Base, Adapters, Accelerator, Tensor, Tensor], Tensor] = distance_of_images
 
 
 OWN = Parts()

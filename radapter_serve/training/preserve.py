@@ -1,4 +1,4 @@
-"""How far training has moved a model from its base, which `preserve` adds to the loss."""
+"""How far a model in training is from its base, which `preserve` adds to the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from radapter_serve.training.loss import distance_to_base
 
 @contextmanager
 def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
-    """Within the block the model in training is its base, without gradients, so that no second
+    """Within the block the model in training is its base, and nothing has gradients. No second
     model is in memory.
     """
     adapters.alpha = 0.0
@@ -30,7 +30,7 @@ def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
         adapters.alpha = 1.0
 
 
-def moved_images(
+def distance_of_images(
     base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, image_embeds: Tensor
 ) -> Tensor:
     """How far the images of a batch are from where the base has them, as `distance_to_base`.

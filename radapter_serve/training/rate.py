@@ -164,7 +164,8 @@ def wider(tried: Sequence[Tried]) -> float | None:
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
-    """From the best rate towards the paper's, the last one within one standard error of the best.
+    """From the best rate towards the paper's, as long as each is within one standard error of the
+    best.
 
     The error is that of the paired difference over the held-out images (the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984).
@@ -244,8 +245,8 @@ def _write(
 ) -> None:
     table = {
         "chosen": chosen.learning_rate,
-        "rule": "from the best rate towards 5e-4, the last one within one standard error of the"
-        " best on held-out images",
+        "rule": "from the best rate towards 5e-4, as long as each rate is within one standard error"
+        " of the best on held-out images",
         "tried": [_row(one) for one in sorted(tried, key=lambda one: one.learning_rate)],
         "second_seed": _row(again),
         "notes": list(notes),

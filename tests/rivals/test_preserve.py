@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,14 @@ from radapter_serve.adapter import Adapters, attach
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
 from rivals.cells import read_lines
-from rivals.preserve import main, moved_mixed, moved_others, moved_similarities, random_tokens, ways
+from rivals.preserve import (
+    distance_of_mixed,
+    distance_of_others,
+    distance_of_similarities,
+    main,
+    random_tokens,
+    ways,
+)
 from tests.helpers.by_hand import ClipWithAdapters
 from tests.rivals.test_table import benchmark_file as benchmark_file
 from tests.rivals.test_table import here as here
@@ -67,7 +75,7 @@ def test_mixed_images_are_half_of_another_one(
     base, adapters = learned
     pixels = torch.randn(6, 3, *size_of(base))
     torch.manual_seed(1)
-    found = moved_mixed(base, adapters, accelerator, pixels, torch.empty(0))
+    found = distance_of_mixed(base, adapters, accelerator, pixels, torch.empty(0))
     torch.manual_seed(1)
     own = torch.rand(6, 1, 4, 4) < 0.5
     others = pixels[torch.randperm(6)]
@@ -89,7 +97,7 @@ def test_similarities_are_to_the_texts_of_the_base(
     base, adapters = learned
     pixels = torch.randn(5, 3, *size_of(base))
     embeds = encode_image(base.model, pixels)
-    found = moved_similarities(base, adapters, accelerator, pixels, embeds)
+    found = distance_of_similarities(base, adapters, accelerator, pixels, embeds)
     f, f0 = both(tiny_clip_dir, adapters, pixels)
     tokens = random_tokens(base)
     texts = F.normalize(ClipWithAdapters(tiny_clip_dir).model.encode_text(tokens), dim=-1)
@@ -115,19 +123,23 @@ def test_random_texts_have_eight_tokens_that_the_base_knows(tiny_clip_dir: str) 
     assert torch.equal(tokens, random_tokens(base))
 
 
-@pytest.mark.parametrize("moved", [moved_mixed, moved_others, moved_similarities])
-def test_nothing_has_moved_at_first_in_bf16(moved: Any, tiny_clip_dir: str, images: Path) -> None:
+@pytest.mark.parametrize(
+    "distance", [distance_of_mixed, distance_of_others, distance_of_similarities]
+)
+def test_the_base_is_at_no_distance_from_itself_in_bf16(
+    distance: Any, tiny_clip_dir: str, images: Path
+) -> None:
     base = load_base(tiny_clip_dir)
     adapters = attach(base.model)
-    if moved is moved_others:
-        moved = functools.partial(moved_others, images)
+    if distance is distance_of_others:
+        distance = functools.partial(distance_of_others, images)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     pixels = torch.randn(4, 3, *size_of(base))
     with torch.no_grad(), accelerator.autocast():
         embeds = encode_image(base.model, pixels)
     with torch.no_grad():
-        found = moved(base, adapters, accelerator, pixels, embeds)
+        found = distance(base, adapters, accelerator, pixels, embeds)
     assert found.item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -141,7 +153,7 @@ def test_other_images_are_drawn_from_the_folder(
         Image.fromarray(noise.numpy()).save(tmp_path / f"{number}.png")
     pixels = torch.zeros(7, 3, *size_of(base))
     torch.manual_seed(2)
-    found = moved_others(tmp_path, base, adapters, accelerator, pixels, torch.empty(0))
+    found = distance_of_others(tmp_path, base, adapters, accelerator, pixels, torch.empty(0))
     torch.manual_seed(2)
     drawn = torch.randint(3, (7,)).tolist()
     clip = ClipWithAdapters(tiny_clip_dir)
@@ -168,9 +180,23 @@ def test_validation_chooses_the_weight_and_alpha_of_each_way(
         own = [line for line in lines if line.name == name]
         assert len(own) == 2 * len(weighed) + 2
         assert len({line.digest for line in own}) == len(own)
-    assert {line.method for line in lines if "0.0015" in line.method} == {
-        line.method for line in lines
-    }
+    assert all("'learning_rate': 0.0015" in line.method for line in lines)
+    figures = {}
+    for line in lines:
+        of = {row.dataset: 100 * row.metrics["acc1"] for row in line.rows}
+        if line.split == "test":
+            shifts = (of["other"] + of["third"]) / 2
+            figures[line.name, line.seed] = np.array([of["same"], shifts])
+    heads = rows[0]
+    for row in rows[2:]:
+        own = np.stack([figures[row[0], seed] for seed in (0, 1)])
+        found = [row[heads.index(head)].split(" ± ")[0] for head in ("in distribution", "shifts")]
+        assert found == [f"{value:.1f}" for value in own.mean(axis=0)]
+        if row is rows[2]:
+            continue
+        lead = (own - np.stack([figures["nothing", seed] for seed in (0, 1)])).mean(axis=0)
+        ahead = [row[heads.index(f"lead, {head}")] for head in ("in distribution", "shifts")]
+        assert [one.split(" ± ")[0] for one in ahead] == [f"{value:+.1f}" for value in lead]
 
 
 def test_refuses_a_folder_without_images(

@@ -27,9 +27,7 @@ def tried(rate: float, right: int, of: int = 100, first: int = 0) -> Tried:
     return Tried(rate, (number >= first) & (number < first + right), 0.5)
 
 
-def test_of_the_rates_within_a_standard_error_of_the_best_the_nearest_to_the_papers_is_taken() -> (
-    None
-):
+def test_goes_from_the_best_towards_the_papers_rate_within_one_standard_error() -> None:
     # 4 of 100 paired images differ, all one way: 0.04 against √(0.04·0.96/100) = 0.0196
     assert nearest([tried(5e-4, 56), tried(1.5e-3, 60), tried(5e-3, 58)]).learning_rate == 1.5e-3
     # 1 of 100: 0.01 against 0.00995, just outside; equal ones are inside
@@ -45,6 +43,7 @@ def test_of_the_rates_within_a_standard_error_of_the_best_the_nearest_to_the_pap
     other = tried(5e-4, 40, first=60)
     ends = [tried(1.5e-4, 44), tried(5e-3, 45)]
     assert nearest([*ends, other, tried(1.5e-3, 43)]).learning_rate == 5e-3
+    # now 1.5e-3 is the best, and 5e-3 is on its other side
     assert nearest([*ends, other, tried(1.5e-3, 45)]).learning_rate == 5e-4
     # 45 against 40 that are others: 0.05 against √(0.85 − 0.0025)/10 = 0.092
     assert nearest([tried(5e-4, 40, first=60), tried(1.5e-2, 45)]).learning_rate == 5e-4
