@@ -66,8 +66,9 @@ def distance_of_similarities(
     """
     with at_base(adapters, accelerator):
         texts = encode_text(base.model, random_tokens(base).to(pixels.device))
-        base_embeds = accelerator.gather(encode_image(base.model, pixels))
-    return ((image_embeds.float() - base_embeds.float()) @ texts.float().T).square().mean()
+        base_embeds: Tensor = accelerator.gather(encode_image(base.model, pixels))
+    moved = image_embeds.float() - base_embeds.float()
+    return (moved @ texts.float().T).square().mean()
 
 
 def random_tokens(base: Base) -> Tensor:

@@ -119,7 +119,7 @@ def test_random_texts_have_eight_tokens_that_the_base_knows(tiny_clip_dir: str) 
     assert (tokens[:, 0] == start).all() and (tokens[:, 9] == end).all()
     assert tokens[:, 1:9].min() >= 40000 and not torch.isin(tokens[:, 1:9], tokens[0, [0, 9]]).any()
     assert not tokens[:, 10:].any()
-    assert base.model.encode_text(tokens).isfinite().all()
+    assert model.encode_text(tokens).isfinite().all()
     assert torch.equal(tokens, random_tokens(base))
 
 
