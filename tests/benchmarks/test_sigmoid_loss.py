@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from benchmarks.drawings.batches import Pairs
 from radapter_serve.adapter import (
     Metadata,
     attach,
+    attach_adapter,
     base_digest,
-    fold,
     load_adapter,
     save_adapter,
 )
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, logit_scale_and_bias
+from radapter_serve.training.loss import pairwise_sigmoid
 
 
 @pytest.fixture
@@ -48,9 +50,21 @@ def pairs(tmp_path: Path) -> Pairs:
 
 
 def test_the_base_has_a_bias_and_the_other_the_same_towers(
-    script: Any, pairs: Pairs, tmp_path: Path
+    script: Any, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[Any] = []
+
+    def heard(*arguments: Any, **named: Any) -> Any:
+        asked.append((arguments, named))
+        return pairwise_sigmoid(*arguments, **named)
+
+    monkeypatch.setattr(script, "pairwise_sigmoid", heard)
     script.sigmoid_base(pairs, 3, tmp_path / "base")
+    assert len(asked) == 3
+    for (images, texts, positive), named in asked:
+        assert images.shape == (64, 128) and texts.shape == (32, 128) and named["delta"] == 0
+        # two drawings of each name, one after the other
+        assert positive.nonzero().tolist() == [[row, row // 2] for row in range(64)]
     base = load_base(f"local-dir:{tmp_path / 'base'}")
     plain = load_base(f"local-dir:{tmp_path / 'base' / 'plain'}")
     scale, bias = logit_scale_and_bias(base.model.state_dict())
@@ -65,22 +79,40 @@ def test_the_base_has_a_bias_and_the_other_the_same_towers(
 
 
 def test_an_adapter_goes_to_the_base_with_the_same_towers(
-    script: Any, tiny_clip_dir: str, tmp_path: Path
+    script: Any, pairs: Pairs, tmp_path: Path
 ) -> None:
-    base = load_base(tiny_clip_dir)
-    before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    adapters = attach(base.model)
-    torch.manual_seed(0)
-    for parameter in adapters.parameters():
-        torch.nn.init.normal_(parameter)
+    base = tmp_path / "base"
+    script.sigmoid_base(pairs, 1, base)
+    model = load_base(f"local-dir:{base / 'plain'}").model
+    before = model.state_dict()
+    adapters = attach(model)
     digest = base_digest(before, [site.key for site in adapters.sites])
-    metadata = Metadata(architecture="local-dir:plain", pretrained=None, base_digest=digest)
+    metadata = Metadata(
+        architecture=f"local-dir:{base / 'plain'}", pretrained=None, base_digest=digest
+    )
     path = tmp_path / "adapter.safetensors"
     save_adapter(adapters.adapter(metadata), path)
-    place = Path(tiny_clip_dir.removeprefix("local-dir:"))
-    moved = load_adapter(script.of_base(path, place))
-    assert moved.metadata.architecture == tiny_clip_dir
-    folded = fold(before, moved, 1.0)
-    key = f"{adapters.sites[0].key}.weight"
-    matrix = adapters.named_tensors()[adapters.sites[0].key].detach()
-    torch.testing.assert_close(folded[key], before[key] + matrix @ before[key])
+    moved = load_adapter(script.of_base(path, base))
+    target = load_base(moved.metadata.architecture).model
+    assert logit_scale_and_bias(target.state_dict())[1] is not None
+    attach_adapter(target, moved, 1.0)  # refuses an adapter of another base
+
+
+def test_figures_are_means_of_their_sets(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(alpha: float, shift: str, accuracy: float, ece: float) -> Any:
+        metrics = {"acc1": accuracy, "ece": ece}
+        return SimpleNamespace(alpha=alpha, shift=shift, metric="acc1", metrics=metrics)
+
+    rows = [
+        one
+        for alpha in (0.0, 0.5, 1.0)
+        for one in (
+            row(alpha, "id", 0.5 + alpha / 10, 0.2),
+            row(alpha, "ood", 0.3, 0.1),
+            row(alpha, "ood", 0.4, 0.3),
+        )
+    ]
+    monkeypatch.setattr(script, "evaluate", lambda *_, **__: SimpleNamespace(rows=rows))
+    found = script.judged(Path("adapter"), Path("DATA"), Path("out"))
+    assert found[0.5] == pytest.approx([55, 20, 35, 20])
+    assert found[1.0] == pytest.approx([60, 20, 35, 20])
