@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -130,18 +131,20 @@ def of_base(adapter: Path, base: Path) -> Path:
     return adapter
 
 
-def judged(adapter: Path, data_root: Path, out: Path) -> dict[float, list[float]]:
+def judged(
+    adapter: Path, alphas: Sequence[float], data_root: Path, out: Path
+) -> dict[float, list[float]]:
     """By α: accuracy and ECE in colour, and the means of both over the other styles, in %."""
     done = evaluate(
         adapter,
-        [0.0, *ALPHAS],
+        alphas,
         suite=ROOT / "recipes" / "suites" / "drawings.yaml",
         data_root=data_root,
         threads=torch.get_num_threads(),
         out=out,
     )
     found = {}
-    for alpha in (0.0, *ALPHAS):
+    for alpha in alphas:
         rows = [row for row in done.rows if row.alpha == alpha]
         found[alpha] = [
             mean(value(row) for row in rows if row.shift == shift)
@@ -190,7 +193,9 @@ def main() -> None:
             for loss, start in ((OWN, base), (PAPER, base / "plain")):
                 out = folder / f"{seed}-{start.name}"
                 adapter = of_base(learned(start, fields, seed, out), base)
-                for alpha, figures in judged(adapter, arguments.data_root, out / "judged").items():
+                alphas = ALPHAS if found else (0.0, *ALPHAS)  # the base is the same for all
+                of_alphas = judged(adapter, alphas, arguments.data_root, out / "judged")
+                for alpha, figures in of_alphas.items():
                     key = ("none: the base", alpha) if alpha == 0 else (loss, alpha)
                     found.setdefault(key, []).append(figures)
                     say(f"seed {seed}, {key}: {figures}")
