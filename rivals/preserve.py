@@ -1,5 +1,5 @@
-"""`python -m rivals.preserve`: what of the base is kept, and on what: the images of a batch, as
-`preserve` has it, or parts of two images each, similarities to random texts, or other images.
+"""`python -m rivals.preserve`: on what the base is kept: the images of a batch, as `preserve` does,
+their similarities to random texts, or other images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -41,21 +40,8 @@ from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
 from rivals.radapter import RAdapter, r_adapter
 
-GRID = 4  # parts of an image down and across
 TEXTS = 80
 TOKENS = 8  # of a text
-
-
-def distance_of_mixed(
-    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, _: Tensor
-) -> Tensor:
-    """As `distance_of_images`, of images half of whose parts are those of another image of the
-    batch.
-    """
-    chance = torch.rand(len(pixels), 1, GRID, GRID)
-    own = F.interpolate(chance, size=pixels.shape[2:]).to(pixels.device) < 0.5
-    mixed = torch.where(own, pixels, pixels[torch.randperm(len(pixels))])
-    return _distance(base, adapters, accelerator, mixed)
 
 
 def distance_of_similarities(
@@ -101,15 +87,11 @@ def distance_of_others(
     paths = _images(folder)
     drawn = torch.randint(len(paths), (len(pixels),)).tolist()
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    others = torch.stack([transform(decode(paths[number].read_bytes())) for number in drawn])
-    return _distance(base, adapters, accelerator, others.to(pixels.device))
-
-
-def _distance(base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor) -> Tensor:
-    """`distance_of_images`, of pixels that the step has not embedded yet."""
+    images = [transform(decode(paths[number].read_bytes())) for number in drawn]
+    others = torch.stack(images).to(pixels.device)
     with accelerator.autocast(), parametrize.cached():
-        image_embeds = gather_with_grad(encode_image(base.model, pixels))
-    return distance_of_images(base, adapters, accelerator, pixels, image_embeds)
+        image_embeds = gather_with_grad(encode_image(base.model, others))
+    return distance_of_images(base, adapters, accelerator, others, image_embeds)
 
 
 @functools.cache
@@ -130,7 +112,7 @@ class Preserving(RAdapter):
         images: digest of their names.
     """
 
-    of: Literal["mixed", "texts", "others"] = "mixed"
+    of: Literal["texts", "others"] = "texts"
     folder: Path | None = field(default=None, repr=False)
     images: str = ""
 
@@ -141,8 +123,7 @@ class Preserving(RAdapter):
             return dataclasses.replace(
                 own, distance=functools.partial(distance_of_others, self.folder)
             )
-        distance = {"mixed": distance_of_mixed, "texts": distance_of_similarities}[self.of]
-        return dataclasses.replace(own, distance=distance)
+        return dataclasses.replace(own, distance=distance_of_similarities)
 
 
 def ways(folder: Path) -> dict[str, list[RAdapter]]:
@@ -165,7 +146,6 @@ def ways(folder: Path) -> dict[str, list[RAdapter]]:
             Preserving(settings(weight), of="texts") for weight in (300.0, 3000.0)
         ],
         "other images": [others],
-        "mixed images of the batch": [Preserving(settings(10.0), of="mixed")],
     }
 
 

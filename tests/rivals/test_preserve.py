@@ -21,7 +21,6 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
 from rivals.cells import read_lines
 from rivals.preserve import (
-    distance_of_mixed,
     distance_of_others,
     distance_of_similarities,
     main,
@@ -69,28 +68,6 @@ def has_gradients(adapters: Adapters) -> bool:
     return any(p.grad is not None and bool(p.grad.any()) for p in adapters.parameters())
 
 
-def test_mixed_images_are_half_of_another_one(
-    learned: tuple[Base, Adapters], tiny_clip_dir: str, accelerator: Accelerator
-) -> None:
-    base, adapters = learned
-    pixels = torch.randn(6, 3, *size_of(base))
-    torch.manual_seed(1)
-    found = distance_of_mixed(base, adapters, accelerator, pixels, torch.empty(0))
-    torch.manual_seed(1)
-    own = torch.rand(6, 1, 4, 4) < 0.5
-    others = pixels[torch.randperm(6)]
-    side = pixels.shape[-1] // 4
-    mixed = others.clone()
-    for image, _, down, across in own.nonzero().tolist():
-        rows = slice(down * side, (down + 1) * side)
-        columns = slice(across * side, (across + 1) * side)
-        mixed[image, :, rows, columns] = pixels[image, :, rows, columns]
-    f, f0 = both(tiny_clip_dir, adapters, mixed)
-    assert found.item() == pytest.approx((1 - F.cosine_similarity(f, f0)).mean().item(), abs=1e-5)
-    found.backward()
-    assert has_gradients(adapters)
-
-
 def test_similarities_are_to_the_texts_of_the_base(
     learned: tuple[Base, Adapters], tiny_clip_dir: str, accelerator: Accelerator
 ) -> None:
@@ -123,9 +100,7 @@ def test_random_texts_have_eight_tokens_that_the_base_knows(tiny_clip_dir: str) 
     assert torch.equal(tokens, random_tokens(base))
 
 
-@pytest.mark.parametrize(
-    "distance", [distance_of_mixed, distance_of_others, distance_of_similarities]
-)
+@pytest.mark.parametrize("distance", [distance_of_others, distance_of_similarities])
 def test_the_base_is_at_no_distance_from_itself_in_bf16(
     distance: Any, tiny_clip_dir: str, images: Path
 ) -> None:
