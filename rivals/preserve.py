@@ -38,7 +38,9 @@ from rivals.choice import CHOICES, choose
 from rivals.flags import Flags, check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
-from rivals.radapter import RAdapter, r_adapter
+from rivals.method import Method
+from rivals.radapter import RAdapter
+from rivals.tables import TABLES
 
 TEXTS = 80
 TOKENS = 8  # of a text
@@ -126,24 +128,24 @@ class Preserving(RAdapter):
         return dataclasses.replace(own, distance=distance_of_similarities)
 
 
-def ways(folder: Path) -> dict[str, list[RAdapter]]:
+def ways(folder: Path) -> dict[str, list[Method]]:
     """What is kept, and R-Adapter with each weight of it, all without dropping.
 
     Args:
         folder: of other images.
     """
 
-    def settings(weight: float) -> Mapping[str, Any]:
-        return r_adapter("imagenet", drop=0.0, preserve=weight).settings
-
+    rows = TABLES["main"].rows
+    own = rows["R-Adapter, preserve"]
     names = b"\n".join(str(path.relative_to(folder)).encode() for path in _images(folder))
-    others = Preserving(settings(10.0), of="others", folder=folder, images=digest_of(names))
+    others = Preserving(own.settings, of="others", folder=folder, images=digest_of(names))
     # The square of a difference of cosines is far below 1 − cosine, so its weights are larger.
     return {
-        "nothing": [r_adapter("imagenet", drop=0.0)],
-        "images of the batch": [r_adapter("imagenet", drop=0.0, preserve=10.0)],
+        "nothing": [rows["R-Adapter, no dropping"]],
+        "images of the batch": [own],
         "similarities to random texts": [
-            Preserving(settings(weight), of="texts") for weight in (300.0, 3000.0)
+            Preserving({**own.settings, "preserve": weight}, of="texts")
+            for weight in (300.0, 3000.0)
         ],
         "other images": [others],
     }
@@ -156,7 +158,7 @@ HEAD = [
 
 
 def compare(
-    cells: Cells, methods: Mapping[str, Sequence[RAdapter]], seeds: Sequence[int], rate: float
+    cells: Cells, methods: Mapping[str, Sequence[Method]], seeds: Sequence[int], rate: float
 ) -> str:
     """A row a way, as Markdown; validation chooses its weight and its α.
 
