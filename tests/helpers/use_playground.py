@@ -16,22 +16,27 @@ import pytest
 from tests.helpers.browser import chromium
 
 
+# A component shows how long an answer takes until it has come.
+ANSWERED = """before => {
+    const scores = document.querySelector('#scores');
+    return scores.innerText !== before && scores.querySelector('.progress-text') === null;
+}"""
+
+
 def use(page: Any, picture: str, scene: str, shot: str = "") -> None:
     """Classify at three α, search and segment; each answer must come."""
     page.get_by_text("any α").wait_for()
     page.set_input_files("#picture input[type=file]", picture)
     page.locator("#scores-took", has_text="release").wait_for()
+    page.wait_for_function(ANSWERED, arg="")
     seen = [page.locator("#scores").inner_text()]
     slider = page.locator("#alpha input[type=range]")
     for key in ("Home", "End"):  # α = 0 and α = 1
         slider.focus()
         page.keyboard.press(key)
-        page.wait_for_function(
-            "before => document.querySelector('#scores').innerText !== before",
-            arg=page.locator("#scores").inner_text(),
-        )
+        page.wait_for_function(ANSWERED, arg=seen[-1])
         seen.append(page.locator("#scores").inner_text())
-    print("scores at three α:", len(set(seen)))
+    assert len(set(seen)) == 3, seen
     print("classified", seen[-1].replace("\n", " "), page.locator("#scores-took").inner_text())
     if shot:
         page.screenshot(path=shot)
