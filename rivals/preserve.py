@@ -1,5 +1,5 @@
 """`python -m rivals.preserve`: on what the base is kept: the images of a batch, as `preserve` does,
-their similarities to random texts, or other images.
+images mixed from two of them, their similarities to random texts, or other images.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -42,8 +43,21 @@ from rivals.method import Method
 from rivals.radapter import RAdapter
 from rivals.tables import TABLES
 
+PARTS = 4  # of a mixed image, across and down
 TEXTS = 80
 TOKENS = 8  # of a text
+
+
+def distance_of_mixed(
+    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, _: Tensor
+) -> Tensor:
+    """As `distance_of_images`, on images half of whose parts are those of another image of the
+    batch, drawn anew in each step.
+    """
+    chance = torch.rand(len(pixels), 1, PARTS, PARTS)
+    own = F.interpolate(chance, size=pixels.shape[2:]).to(pixels.device) < 0.5
+    mixed = torch.where(own, pixels, pixels[torch.randperm(len(pixels))])
+    return _distance(base, adapters, accelerator, mixed)
 
 
 def distance_of_similarities(
@@ -89,11 +103,15 @@ def distance_of_others(
     paths = _images(folder)
     drawn = torch.randint(len(paths), (len(pixels),)).tolist()
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    images = [transform(decode(paths[number].read_bytes())) for number in drawn]
-    others = torch.stack(images).to(pixels.device)
+    others = torch.stack([transform(decode(paths[number].read_bytes())) for number in drawn])
+    return _distance(base, adapters, accelerator, others.to(pixels.device))
+
+
+def _distance(base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor) -> Tensor:
+    """`distance_of_images`, on pixels that the step has not embedded yet."""
     with accelerator.autocast(), parametrize.cached():
-        image_embeds = gather_with_grad(encode_image(base.model, others))
-    return distance_of_images(base, adapters, accelerator, others, image_embeds)
+        image_embeds = gather_with_grad(encode_image(base.model, pixels))
+    return distance_of_images(base, adapters, accelerator, pixels, image_embeds)
 
 
 @functools.cache
@@ -114,7 +132,7 @@ class Preserving(RAdapter):
         images: digest of their names.
     """
 
-    of: Literal["texts", "others"] = "texts"
+    of: Literal["mixed", "texts", "others"] = "texts"
     folder: Path | None = field(default=None, repr=False)
     images: str = ""
 
@@ -125,7 +143,8 @@ class Preserving(RAdapter):
             return dataclasses.replace(
                 own, distance=functools.partial(distance_of_others, self.folder)
             )
-        return dataclasses.replace(own, distance=distance_of_similarities)
+        distance = distance_of_mixed if self.of == "mixed" else distance_of_similarities
+        return dataclasses.replace(own, distance=distance)
 
 
 def ways(folder: Path) -> dict[str, list[Method]]:
@@ -143,6 +162,7 @@ def ways(folder: Path) -> dict[str, list[Method]]:
     return {
         "nothing": [rows["R-Adapter, no dropping"]],
         "images of the batch": [own],
+        "images mixed from two of the batch": [Preserving(own.settings, of="mixed")],
         "similarities to random texts": [
             Preserving({**own.settings, "preserve": weight}, of="texts")
             for weight in (300.0, 3000.0)

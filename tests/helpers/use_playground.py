@@ -15,7 +15,6 @@ import pytest
 
 from tests.helpers.browser import chromium
 
-
 # A component shows how long an answer takes until it has come.
 ANSWERED = """before => {
     const scores = document.querySelector('#scores');

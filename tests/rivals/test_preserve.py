@@ -21,6 +21,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
 from rivals.cells import read_lines
 from rivals.preserve import (
+    distance_of_mixed,
     distance_of_others,
     distance_of_similarities,
     main,
@@ -100,7 +101,9 @@ def test_random_texts_have_eight_tokens_that_the_base_knows(tiny_clip_dir: str) 
     assert torch.equal(tokens, random_tokens(base))
 
 
-@pytest.mark.parametrize("distance", [distance_of_others, distance_of_similarities])
+@pytest.mark.parametrize(
+    "distance", [distance_of_mixed, distance_of_others, distance_of_similarities]
+)
 def test_the_base_is_at_no_distance_from_itself_in_bf16(
     distance: Any, tiny_clip_dir: str, images: Path
 ) -> None:
@@ -134,6 +137,32 @@ def test_other_images_are_drawn_from_the_folder(
     clip = ClipWithAdapters(tiny_clip_dir)
     images = [clip.transform(Image.open(tmp_path / f"{number}.png")) for number in drawn]
     f, f0 = both(tiny_clip_dir, adapters, torch.stack(images))
+    assert found.item() == pytest.approx((1 - F.cosine_similarity(f, f0)).mean().item(), abs=1e-5)
+    found.backward()
+    assert has_gradients(adapters)
+
+
+def test_half_of_a_mixed_image_is_that_of_another(
+    learned: tuple[Base, Adapters],
+    tiny_clip_dir: str,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, adapters = learned
+    height, width = size_of(base)
+    torch.manual_seed(0)
+    chance = torch.rand(2, 1, 4, 4)
+    monkeypatch.setattr(torch, "rand", lambda *_: chance)
+    monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor([1, 0]))
+    pixels = torch.randn(2, 3, height, width)
+    found = distance_of_mixed(base, adapters, accelerator, pixels, torch.empty(0))
+    mixed = pixels.clone()
+    for down in range(height):
+        for across in range(width):
+            for number in range(2):
+                if chance[number, 0, down * 4 // height, across * 4 // width] >= 0.5:
+                    mixed[number, :, down, across] = pixels[1 - number, :, down, across]
+    f, f0 = both(tiny_clip_dir, adapters, mixed)
     assert found.item() == pytest.approx((1 - F.cosine_similarity(f, f0)).mean().item(), abs=1e-5)
     found.backward()
     assert has_gradients(adapters)
