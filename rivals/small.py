@@ -10,11 +10,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -133,11 +133,22 @@ def few_classes(drawings: Path, copy: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one run gave, accuracies in %.
+class Kept:
+    """What a file keeps of a run.
 
     Attributes:
         candidate, seed: of the run.
+    """
+
+    candidate: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Found(Kept):
+    """What one run gave, accuracies in %.
+
+    Attributes:
         rate: by which it learned.
         alpha: that its held-out images chose.
         held_out, style: what may choose: the held-out images, and the style for validation.
@@ -145,8 +156,6 @@ class Found:
         seconds: of training, the search for the rate included.
     """
 
-    candidate: str
-    seed: int
     rate: float
     alpha: float
     held_out: float
@@ -161,13 +170,15 @@ class Found:
         return (self.held_out + self.style) / 2
 
 
-def judged_suite(of: Set, folder: Path) -> Path:
-    """A copy of the suite whose test sets have the style for validation too."""
+def judged_suite(of: Set, folder: Path, *, own_validation: bool = False) -> Path:
+    """A copy of the suite whose test sets have the style for validation too, and if asked for the
+    validation in distribution.
+    """
     values = yaml.safe_load(of.suite.read_text(encoding="utf-8"))
     values["sets"] = [
         {key: value for key, value in one.items() if key != "split"}
         for one in values["sets"]
-        if one["name"] == of.style or one.get("split") != "validation"
+        if own_validation or one["name"] == of.style or one.get("split") != "validation"
     ]
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -218,26 +229,40 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
     )
 
 
+K = TypeVar("K", bound=Kept)
+
+
 def runs_of(
-    of: Set, seeds: Sequence[int], threads: int | None, out: Path
-) -> dict[str, list[Found]]:
-    """The runs of every candidate; those that the folder has are not made again."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "small.json"  # the folder's *.jsonl are cells of tables
+    candidates: Iterable[str],
+    seeds: Sequence[int],
+    path: Path,
+    kind: Callable[..., K],
+    measure: Callable[[str, int, Path], K],
+) -> dict[str, list[K]]:
+    """The runs of every candidate, by the seeds; those that a file has are not made again.
+
+    Args:
+        candidates: by name.
+        seeds: each candidate has one run for each.
+        path: of the file, JSON.
+        kind: of what it keeps.
+        measure: makes the run of a candidate and a seed in an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    done = {(one["candidate"], one["seed"]): Found(**one) for one in kept}
+    done = {(one["candidate"], one["seed"]): kind(**one) for one in kept}
+    names = list(candidates)
     for seed in seeds:
-        for candidate in CANDIDATES:
+        for candidate in names:
             if (candidate, seed) in done:
                 continue
             say(f"{candidate}, seed {seed}")
             with tempfile.TemporaryDirectory() as folder:
-                found = measured(of, candidate, seed, threads, Path(folder))
-            done[candidate, seed] = found
+                done[candidate, seed] = measure(candidate, seed, Path(folder))
             with staged(path) as temporary:
-                runs = [asdict(one) for one in done.values()]
+                runs = [vars(one) for one in done.values()]
                 temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    return {candidate: [done[candidate, seed] for seed in seeds] for candidate in CANDIDATES}
+    return {candidate: [done[candidate, seed] for seed in seeds] for candidate in names}
 
 
 HEAD = [
@@ -282,7 +307,13 @@ def small(
     check_seeds(seeds)
     with tempfile.TemporaryDirectory() as folder:
         of = set_of(set_name, data_root.resolve(), Path(folder))
-        found = runs_of(of, seeds, threads, out)
+        found = runs_of(
+            CANDIDATES,
+            seeds,
+            out / "small.json",  # the folder's *.jsonl are cells of tables
+            Found,
+            lambda candidate, seed, place: measured(of, candidate, seed, threads, place),
+        )
     first = next(iter(found.values()))
     parts = [
         "# The recipe small, by its parts",

@@ -372,14 +372,14 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         batch["of_images"].to(device), dim=1, pad_index=NO_LABEL
     )
     of_images = run.accelerator.gather(own)
-    others: list[str] = []
+    others: dict[int, str] = {}
     if run.recipe.negative_classes:
         data = run.pairs.train
         assert not isinstance(data, Captioned)  # the recipe refuses it
         draw = random.Random(f"{run.recipe.seed}-{run.step}")
         present = of_images.unique().tolist()
         others = other_prompts(data, present, run.recipe.negative_classes, draw)
-    mine = share(others, run.accelerator.process_index, run.accelerator.num_processes)
+    mine = share([*others.values()], run.accelerator.process_index, run.accelerator.num_processes)
     tokens = run.model.base.tokenizer([*batch["texts"], *mine]).to(device)
     pixels = batch["pixels"].to(device, non_blocking=True)
     images, texts = run.model.towers(pixels, tokens)
@@ -399,6 +399,10 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     contrast: Callable[..., Tensor] = mpm_nce
     if run.model.bias is not None:
         contrast = partial(pairwise_sigmoid, logit_bias=run.model.bias)
+    if run.parts.class_offsets is not None:
+        offsets = run.parts.class_offsets(run.pairs.train)
+        of_texts = [*of_images[:, 0].tolist(), *others]
+        contrast = partial(contrast, text_offsets=offsets[of_texts].to(device))
     loss = contrast(
         images.repeat_interleave(several, dim=0),
         texts,

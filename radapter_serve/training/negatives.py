@@ -12,8 +12,8 @@ from radapter_serve.data import LabelledImages
 
 def other_prompts(
     data: LabelledImages, present: Collection[int], count: int, draw: random.Random
-) -> list[str]:
-    """Prompts of classes that no image of a batch has, one a class.
+) -> dict[int, str]:
+    """Prompts of classes that no image of a batch has, by their numbers.
 
     A class that has the first name of one in the batch is left out: its prompt would be right.
 
@@ -26,7 +26,8 @@ def other_prompts(
     names = [split_label(line)[0] for line in data.classes]
     taken = {names[label] for label in present if 0 <= label < len(names)}
     absent = [label for label, name in enumerate(names) if name not in taken]
-    return [data.prompt(label, draw) for label in draw.sample(absent, min(count, len(absent)))]
+    drawn = draw.sample(absent, min(count, len(absent)))
+    return {label: data.prompt(label, draw) for label in drawn}
 
 
 def share(texts: Sequence[str], process: int, processes: int) -> list[str]:

@@ -14,6 +14,7 @@ from radapter_serve.clip.base import Base
 from radapter_serve.training.average import Average
 from radapter_serve.training.preserve import distance_of_images
 from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.tasks import Data
 from radapter_serve.training.validation import validate
 
 
@@ -51,6 +52,7 @@ class Parts:
         drop: the probability of adapter dropping at a step.
         validate: measures the adapters as they are.
         distance: how far the model is from its base, which `preserve` weighs.
+        class_offsets: what `mpm_nce` adds to the logits of a class's texts, float [classes].
     """
 
     layer: Callable[[int, int | None], LinearAdapter] = LinearAdapter
@@ -59,6 +61,7 @@ class Parts:
     drop: Callable[[Recipe, int, int], float] = constant_drop
     validate: Callable[..., dict[str, float]] = validate
     distance: Callable[[Base, Adapters, Accelerator, Tensor, Tensor], Tensor] = distance_of_images
+    class_offsets: Callable[[Data], Tensor] | None = None
 
 
 OWN = Parts()

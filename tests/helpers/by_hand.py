@@ -107,10 +107,11 @@ class ClipWithAdapters:
 
 
 def mpm_nce_by_hand(
-    f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
+    f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float, added: Tensor
 ) -> Tensor:
-    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
-    its own mean; that from texts to images is over those that belong to an image.
+    """The loss of N images f and M texts g; y [N, M] says which belong together, and `added` [M] is
+    for the logits of an image. Each direction has its own mean; that from texts to images is over
+    those that belong to an image.
     """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def mpm_nce_by_hand(
     y = y.float()
     logits = scale * (f @ g.T + delta * (1 - y))
     asked = [number for number in range(y.shape[1]) if y[:, number].any()]
-    return (one_way(logits, y) + one_way(logits.T[asked], y.T[asked])) / 2
+    return (one_way(logits + added, y) + one_way(logits.T[asked], y.T[asked])) / 2
 
 
 def pairwise_by_hand(
@@ -144,6 +145,7 @@ def train_by_hand(
     see: Callable[[int, Weights], None] = lambda step, average: None,
     variant: Variant = OWN,
     prompts: Sequence[Sequence[str]] = (),
+    offsets: Sequence[float] = (),
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps.
 
@@ -154,6 +156,7 @@ def train_by_hand(
         see: called with each step, from 1, and the average after it.
         variant: with a learned scale, falling dropping, or a trajectory average.
         prompts: of each class, for `negative_classes`.
+        offsets: of the logits of each class's texts; zeros if there are none.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
@@ -178,15 +181,17 @@ def train_by_hand(
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
-            pixels, y, texts, classes = next(parts)
+            pixels, y, texts, of_text, classes = next(parts)
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
             others = _other_prompts(recipe, step, prompts, classes)
             y = torch.cat([y, torch.zeros(len(pixels), len(others), dtype=torch.bool)], dim=1)
             f = clip.images(pixels)
-            g = clip.texts([*texts, *others])
+            g = clip.texts([*texts, *others.values()])
             if bias is None:
-                loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
+                of_text = [*of_text, *others]
+                added = torch.tensor([offsets[label] if offsets else 0.0 for label in of_text])
+                loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon, added)
             else:
                 loss = pairwise_by_hand(f, g, y, scale, bias.item(), recipe.delta, recipe.epsilon)
             with clip.at(0.0):
@@ -246,9 +251,9 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 def _parts(
     recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
-) -> Iterator[tuple[Tensor, Tensor, list[str], set[int]]]:
-    """Pixels, which text belongs to which image, texts, and classes of batch after batch, by the
-    draws that the seed gives to epoch and index.
+) -> Iterator[tuple[Tensor, Tensor, list[str], list[int], set[int]]]:
+    """Pixels, which text belongs to which image, texts, their classes, and the images' classes of
+    batch after batch, by the draws that the seed gives to epoch and index.
     """
     size = recipe.batch_size // recipe.accumulate
     epoch = 0
@@ -276,18 +281,18 @@ def _parts(
                 of_text += [label] * recipe.captions_per_image
                 of_image.append({pair.label, *pair.several})
             y = torch.tensor([[text in image for text in of_text] for image in of_image])
-            yield torch.stack(pixels), y, texts, set().union(*of_image)
+            yield torch.stack(pixels), y, texts, of_text, set().union(*of_image)
         epoch += 1
 
 
 def _other_prompts(
     recipe: Recipe, step: int, prompts: Sequence[Sequence[str]], classes: set[int]
-) -> list[str]:
+) -> dict[int, str]:
     """Prompts of classes that a batch has not, by the draw that the seed gives to a step."""
     draw = random.Random(f"{recipe.seed}-{step}")
     absent = sorted(set(range(len(prompts))) - classes)
     chosen = draw.sample(absent, min(recipe.negative_classes, len(absent)))
-    return [draw.choice(prompts[number]) for number in chosen]
+    return {number: draw.choice(prompts[number]) for number in chosen}
 
 
 def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:

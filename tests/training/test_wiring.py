@@ -22,6 +22,7 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, train
+from radapter_serve.training.parts import Parts
 from tests.helpers.by_hand import (
     ClipWithAdapters,
     Pair,
@@ -166,6 +167,17 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
     recipe = dataclasses.replace(recipe, data=data, **change)
     by_hand = train_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
     assert_same(load_adapter(train(recipe)).tensors, by_hand)
+
+
+@pytest.mark.parametrize("change", [{}, {"negative_classes": 1, "batch_size": 2}])
+def test_offsets_of_classes(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    recipe = dataclasses.replace(recipe, data=data, **change)
+    offsets = [0.0, -2.0, -3.0]
+    parts = Parts(class_offsets=lambda _: torch.tensor(offsets))
+    texts = [prompts(name) for name in CLASSES]
+    by_hand = train_by_hand(recipe, pairs, prompts=texts, offsets=offsets)
+    assert_same(load_adapter(train(recipe, parts=parts)).tensors, by_hand)
 
 
 @pytest.mark.parametrize("positives", ["several", "single"])
