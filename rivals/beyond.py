@@ -26,7 +26,7 @@ from radapter_serve.evaluation.results import by_shift, own_metric
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import choose
 from rivals.flags import Flags, check_seeds
-from rivals.layout import T95, markdown, with_interval
+from rivals.layout import T95, markdown, paired_leads, with_interval
 from rivals.make import command_line, machine, publish, say
 from rivals.method import learned
 from rivals.methods import METHODS
@@ -169,11 +169,8 @@ def compare(
                 ]
             )
             continue
-        leads = {
-            head: [a[head] - b[head] for a, b in zip(tested, first, strict=True)]
-            for head in first[0]
-        }
-        lines.append([name, f"{at:.2f}", *(with_interval(of, "+") for of in leads.values())])
+        own, led = ([list(one.values()) for one in of] for of in (tested, first))
+        lines.append([name, f"{at:.2f}", *paired_leads(own, led)])
     return markdown(["candidate", "α", *first[0]], lines)
 
 

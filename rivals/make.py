@@ -21,7 +21,7 @@ from radapter_serve.evaluation.results import by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import CHOICES, Choice, choose, differing
-from rivals.layout import COST, T95, cost_of, dots, markdown, spread, with_interval
+from rivals.layout import COST, T95, cost_of, dots, markdown, paired_leads, spread, with_interval
 from rivals.method import Method
 from rivals.soup import of_members
 from rivals.tables import TABLES, figures
@@ -161,12 +161,11 @@ def leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         heads = list(found[base][0])
         lines = []
         for name, of_seeds in found.items():
-            pairs = list(zip(of_seeds, found[base], strict=True))
-            ahead = [
-                with_interval([own[head] - of[head] for own, of in pairs], "+") for head in heads
-            ]
+            own, led = (
+                [[one[head] for head in heads] for one in of] for of in (of_seeds, found[base])
+            )
             if name != base:
-                lines.append([name, *ahead])
+                lines.append([name, *paired_leads(own, led)])
         tables.append(
             f"What each method leads {base} by, in points: the mean over the seeds of the paired"
             " differences with its interval of 95 %."

@@ -51,8 +51,8 @@ TOKENS = 8  # of a text
 def distance_of_mixed(
     base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, _: Tensor
 ) -> Tensor:
-    """As `distance_of_images`, on images half of whose parts are those of another image of the
-    batch, drawn anew in each step.
+    """As `distance_of_images`, on images each of whose parts is, by an even chance, that of another
+    image drawn from the batch.
     """
     chance = torch.rand(len(pixels), 1, PARTS, PARTS)
     own = F.interpolate(chance, size=pixels.shape[2:]).to(pixels.device) < 0.5

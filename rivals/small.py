@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -25,7 +25,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.results import own_metric
 from radapter_serve.files import staged
 from rivals.flags import check_seeds
-from rivals.layout import markdown, paired_leads, spread
+from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
 
 PAPER: dict[str, Any] = {
@@ -96,7 +96,7 @@ def set_of(name: str, root: Path, folder: Path) -> Set:
         with (pacs / "train.csv").open(encoding="utf-8", newline="") as file:
             for image, label in list(csv.reader(file))[1:]:
                 images.setdefault(label, []).append(pacs / image)
-        fields: dict[str, Any] = {"templates": "simple"}
+        fields: dict[str, Any] = {"templates": "simple", "crop_scale": 0.7, "flip": True}
         return Set(images, 60, fields, pacs / "suite.yaml", pacs, "sketch, validation")
     drawings = folder / "drawings"
     few_classes(root / "drawings", drawings)
@@ -133,22 +133,11 @@ def few_classes(drawings: Path, copy: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a file keeps of a run.
-
-    Attributes:
-        candidate, seed: of the run.
-    """
-
-    candidate: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Found(Kept):
+class Found:
     """What one run gave, accuracies in %.
 
     Attributes:
+        candidate, seed: of the run.
         rate: by which it learned.
         alpha: that its held-out images chose.
         held_out, style: what may choose: the held-out images, and the style for validation.
@@ -156,6 +145,8 @@ class Found(Kept):
         seconds: of training, the search for the rate included.
     """
 
+    candidate: str
+    seed: int
     rate: float
     alpha: float
     held_out: float
@@ -229,11 +220,11 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
     )
 
 
-K = TypeVar("K", bound=Kept)
+K = TypeVar("K")
 
 
 def runs_of(
-    candidates: Iterable[str],
+    candidates: Collection[str],
     seeds: Sequence[int],
     path: Path,
     kind: Callable[..., K],
@@ -242,18 +233,17 @@ def runs_of(
     """The runs of every candidate, by the seeds; those that a file has are not made again.
 
     Args:
-        candidates: by name.
+        candidates: their names.
         seeds: each candidate has one run for each.
         path: of the file, JSON.
-        kind: of what it keeps.
+        kind: makes a run of the fields that the file has.
         measure: makes the run of a candidate and a seed in an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {(one["candidate"], one["seed"]): kind(**one) for one in kept}
-    names = list(candidates)
     for seed in seeds:
-        for candidate in names:
+        for candidate in candidates:
             if (candidate, seed) in done:
                 continue
             say(f"{candidate}, seed {seed}")
@@ -262,7 +252,7 @@ def runs_of(
             with staged(path) as temporary:
                 runs = [vars(one) for one in done.values()]
                 temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    return {candidate: [done[candidate, seed] for seed in seeds] for candidate in names}
+    return {candidate: [done[candidate, seed] for seed in seeds] for candidate in candidates}
 
 
 HEAD = [
@@ -304,7 +294,7 @@ def small(
         seeds: each candidate learns once for each.
         threads: to compute with; one a core if none is given.
     """
-    check_seeds(seeds)
+    check_seeds(seeds, len(T95) + 1)
     with tempfile.TemporaryDirectory() as folder:
         of = set_of(set_name, data_root.resolve(), Path(folder))
         found = runs_of(

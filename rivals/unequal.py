@@ -27,11 +27,11 @@ from radapter_serve.evaluation.row import Row
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.tasks import Data
 from rivals.flags import check_seeds
-from rivals.layout import markdown, paired_leads, spread
+from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish
-from rivals.small import LIMIT, Kept, Set, judged_suite, runs_of, set_of
+from rivals.small import LIMIT, Set, judged_suite, runs_of, set_of
 
-STEPS = 105
+STEPS = 105  # as in the main table
 VALIDATION = ", validation"  # the end of the names of sets that choose
 ALPHAS = (0.5, 1.0)
 MOST = {"drawings": 30, "pacs": 100}  # images of the most frequent class; the rarest has one
@@ -41,7 +41,12 @@ ADDITIONS: dict[str, Any] = {"drop": 0.0, "preserve": 10.0, "negative_classes": 
 
 
 def logit_adjustment(data: Data) -> Tensor:
-    """The logarithm of each class's share of the images (Menon et al., ICLR 2021, with τ = 1)."""
+    """The logarithm of each class's share of the images, float [classes] (Menon et al., ICLR 2021,
+    with τ = 1).
+
+    Within a batch a class has a text for each of its images, so R-Adapter's denominator weighs a
+    class by its share already. This weighs it once more.
+    """
     assert isinstance(data, Labelled)
     counts = torch.from_numpy(data.labels()).bincount(minlength=len(data.classes))
     return (counts / counts.sum()).log()
@@ -52,7 +57,7 @@ class Way:
     """One way to learn.
 
     Attributes:
-        additions: whether R-Adapter has ours.
+        additions: whether R-Adapter has `ADDITIONS`.
         balanced: whether every class is drawn equally often.
         parts: of training.
     """
@@ -75,12 +80,12 @@ WAYS = {
 
 def unequal(images: Mapping[str, Sequence[Path]], most: int, seed: int) -> dict[str, list[Path]]:
     """Images of each class, the most frequent first; their numbers fall from `most` to 1 by equal
-    factors, or to what a class has.
+    factors. Where no class that is left has enough images, the largest of them takes the place.
 
     Args:
         images: by class.
         most: images of the most frequent class.
-        seed: of the draw of images, and of which class is how frequent.
+        seed: of the draw of the images, and of the classes for each place.
     """
     chance = random.Random(seed)
     left = dict(images)
@@ -132,14 +137,17 @@ def recalls(row: Row, classes: Sequence[str]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Found(Kept):
+class Found:
     """What one run gave.
 
     Attributes:
+        candidate, seed: of the run.
         seconds: of training.
         figures: by α, as text, and `FIGURES`: the mean recall of the classes in %.
     """
 
+    candidate: str
+    seed: int
     seconds: float
     figures: dict[str, dict[str, float]]
 
@@ -237,8 +245,9 @@ def compare(
     seeds: tuple[int, ...] = (0, 1, 2),
     threads: int | None = None,
 ) -> None:
-    """Learn from classes of unequal size, as R-Adapter is and with balanced batches or logit
-    adjustment, and judge all classes, the frequent and the rare; print it, write Markdown.
+    """Learn from classes of unequal size by R-Adapter, with and without our additions, each plain,
+    with balanced batches and with logit adjustment; judge all classes, the frequent and the rare;
+    print it, write Markdown.
 
     Args:
         set_name: what to learn from.
@@ -247,7 +256,7 @@ def compare(
         seeds: each way learns once for each.
         threads: to compute with; one a core if none is given.
     """
-    check_seeds(seeds)
+    check_seeds(seeds, len(T95) + 1)
     with tempfile.TemporaryDirectory() as folder:
         of = set_of(set_name, data_root.resolve(), Path(folder))
         found = runs_of(
@@ -265,11 +274,13 @@ def compare(
         f"{len(of.images)} classes, of which the most frequent has {most} images and the rarest"
         f" one; {STEPS} steps of 64; the demo's base. Figures are the mean recall of the classes in"
         " %, mean ± standard deviation over the seeds, on at most"
-        f" {LIMIT} images of a test set.\n"
+        f" {LIMIT} images of a set.\n"
         f"Validation, in distribution and {of.style.partition(',')[0]}, chose α, 0.5 or 1. The"
         f" rates are those of the main table, {rates}. Additions are drop 0, preserve 10 and"
-        " negative_classes 1000. Balanced batches draw every class equally often; logit adjustment"
-        " adds the logarithm of a class's share to its logits.",
+        " negative_classes 1000. Balanced batches draw every class equally often. Logit adjustment,"
+        " in training, adds the logarithm of a class's share to the logits of an image. A seed"
+        " draws the images, and which class has how many, as far as the classes have as many: of"
+        " the drawings the largest classes are always the frequent ones.",
         *tables(found),
     ]
     publish(parts, out / "unequal.md")

@@ -400,6 +400,7 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     if run.model.bias is not None:
         contrast = partial(pairwise_sigmoid, logit_bias=run.model.bias)
     if run.parts.class_offsets is not None:
+        assert run.model.bias is None  # no ablation offsets sigmoids
         offsets = run.parts.class_offsets(run.pairs.train)
         of_texts = [*of_images[:, 0].tolist(), *others]
         contrast = partial(contrast, text_offsets=offsets[of_texts].to(device))

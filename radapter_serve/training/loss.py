@@ -38,7 +38,7 @@ def mpm_nce(
         delta: margin added to the similarity of negatives, in cosine.
         epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
             it.
-        text_offsets: added to the logits of each text over the texts, float [T].
+        text_offsets: added to each text's logits in the softmax over texts alone, float [T]; or 0.
 
     Returns:
         A float32 scalar.

@@ -52,7 +52,8 @@ class Parts:
         drop: the probability of adapter dropping at a step.
         validate: measures the adapters as they are.
         distance: how far the model is from its base, which `preserve` weighs.
-        class_offsets: what `mpm_nce` adds to the logits of a class's texts, float [classes].
+        class_offsets: makes `text_offsets` of `mpm_nce`, float [classes], from the training data;
+            None adds nothing.
     """
 
     layer: Callable[[int, int | None], LinearAdapter] = LinearAdapter

@@ -110,8 +110,8 @@ def mpm_nce_by_hand(
     f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float, added: Tensor
 ) -> Tensor:
     """The loss of N images f and M texts g; y [N, M] says which belong together, and `added` [M] is
-    for the logits of an image. Each direction has its own mean; that from texts to images is over
-    those that belong to an image.
+    added to an image's logits over the texts. Each direction has its own mean; that from texts to
+    images is over those that belong to an image.
     """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:

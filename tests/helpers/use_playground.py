@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.browser import chromium
 
-# A component shows how long an answer takes until it has come.
+# Until an answer has come, its component shows the time that passes.
 ANSWERED = """before => {
     const scores = document.querySelector('#scores');
     return scores.innerText !== before && scores.querySelector('.progress-text') === null;

@@ -152,10 +152,17 @@ def test_half_of_a_mixed_image_is_that_of_another(
     height, width = size_of(base)
     torch.manual_seed(0)
     chance = torch.rand(2, 1, 4, 4)
-    monkeypatch.setattr(torch, "rand", lambda *_: chance)
+    sizes = list[tuple[int, ...]]()
+
+    def drawn(*size: int) -> Tensor:
+        sizes.append(size)
+        return chance
+
+    monkeypatch.setattr(torch, "rand", drawn)
     monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor([1, 0]))
     pixels = torch.randn(2, 3, height, width)
     found = distance_of_mixed(base, adapters, accelerator, pixels, torch.empty(0))
+    assert sizes == [(2, 1, 4, 4)]
     mixed = pixels.clone()
     for down in range(height):
         for across in range(width):

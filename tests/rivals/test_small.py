@@ -87,9 +87,13 @@ def test_the_drawings_keep_the_classes_with_the_most_images(
 def test_the_style_that_chooses_is_judged_and_the_validation_in_distribution_is_not(
     data_root: Path, tmp_path: Path
 ):
-    suite = yaml.safe_load(judged_suite(set_of("pacs", data_root, tmp_path), tmp_path).read_text())
-    assert [one["name"] for one in suite["sets"]] == ["sketch, validation", "photo", "art_painting"]
-    assert not any("split" in one for one in suite["sets"])
+    of = set_of("pacs", data_root, tmp_path)
+    names = ["sketch, validation", "photo", "art_painting"]
+    for own_validation, expected in ((False, names), (True, ["photo, validation", *names])):
+        path = judged_suite(of, tmp_path, own_validation=own_validation)
+        sets = yaml.safe_load(path.read_text())["sets"]
+        assert [one["name"] for one in sets] == expected
+        assert not any("split" in one for one in sets)
 
 
 def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
