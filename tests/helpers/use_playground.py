@@ -22,8 +22,16 @@ ANSWERED = """before => {
 }"""
 
 
-def use(page: Any, picture: str, scene: str, shot: str = "") -> None:
-    """Classify at three α, search and segment; each answer must come."""
+def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = False) -> None:
+    """Classify at three α, search and segment; each answer must come.
+
+    Args:
+        page: of the browser, which shows the playground.
+        picture, scene: files to classify and to segment.
+        shot: file of a picture of the page; none if empty.
+        moves: whether the scores at the three α must differ; after a few steps of training they may
+            not.
+    """
     page.get_by_text("any α").wait_for()
     page.set_input_files("#picture input[type=file]", picture)
     page.locator("#scores-took", has_text="release").wait_for()
@@ -33,9 +41,9 @@ def use(page: Any, picture: str, scene: str, shot: str = "") -> None:
     for key in ("Home", "End"):  # α = 0 and α = 1
         slider.focus()
         page.keyboard.press(key)
-        page.wait_for_function(ANSWERED, arg=seen[-1])
+        page.wait_for_function(ANSWERED, arg=seen[-1] if moves else "")
         seen.append(page.locator("#scores").inner_text())
-    assert len(set(seen)) == 3, seen
+    assert len(set(seen)) == 3 or not moves, seen
     print("classified", seen[-1].replace("\n", " "), page.locator("#scores-took").inner_text())
     if shot:
         page.screenshot(path=shot)

@@ -31,6 +31,6 @@ def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Pa
         page.on("request", lambda request: asked.append(request.url))
         page.set_default_timeout(60_000)
         page.goto(url)
-        use(page, str(picture), str(picture))
+        use(page, str(picture), str(picture), moves=True)
     assert asked and all(one.startswith((url, "data:", "blob:")) for one in asked), asked
     gc.collect()  # sockets that Gradio leaves open are this test's to hear of
