@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -23,7 +23,9 @@ from radapter_serve.cli import run as run_command
 from radapter_serve.contract.labels import split_label
 from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.results import own_metric
+from radapter_serve.evaluation.row import Row
 from radapter_serve.files import staged
+from radapter_serve.training.run import Run
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
@@ -72,14 +74,21 @@ class Set:
     def draw(self, seed: int, folder: Path) -> str:
         """A table of the images that a run has, as `data` takes it."""
         chance = random.Random(seed)
-        path = folder / "images.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "label"])
-            for label, images in self.images.items():
-                for image in chance.sample(images, min(self.shots, len(images))):
-                    table.writerow([image, label])
-        return f"csv:{path}"
+        drawn = {
+            label: chance.sample(images, min(self.shots, len(images)))
+            for label, images in self.images.items()
+        }
+        return table_of(drawn, folder)
+
+
+def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
+    """A table of images by class, in a file of the folder, as `data` takes it."""
+    path = folder / "images.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label"])
+        table.writerows([image, label] for label, own in images.items() for image in own)
+    return f"csv:{path}"
 
 
 def set_of(name: str, root: Path, folder: Path) -> Set:
@@ -176,11 +185,21 @@ def judged_suite(of: Set, folder: Path, *, own_validation: bool = False) -> Path
     return path
 
 
-def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Found:
-    """Train by the recipe, choose α by its held-out images, and test."""
+def learned(
+    recipe: str, seed: int, threads: int | None, folder: Path, **fields: Any
+) -> tuple[Run, float]:
+    """A run of the demo's base, and how many seconds it took.
+
+    Args:
+        recipe: a ready one.
+        seed: of the run.
+        threads: to compute with.
+        folder: the run is in a new folder of it.
+        fields: others of the recipe.
+    """
     began = time.monotonic()
     run = train(
-        "small",
+        recipe,
         architecture=f"local-dir:{BASE}",
         pretrained=None,
         workers=0,
@@ -189,24 +208,42 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
         save_every=None,
         seed=seed,
         out=folder / "run",
-        data=of.draw(seed, folder),
-        **of.fields,
-        **CANDIDATES[candidate],
+        **fields,
     )
-    seconds = time.monotonic() - began
-    choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
-    assert choice is not None
-    tested = evaluate(
+    return run, time.monotonic() - began
+
+
+def tested(
+    of: Set,
+    run: Run,
+    alphas: Sequence[float],
+    threads: int | None,
+    folder: Path,
+    *,
+    own_validation: bool = False,
+) -> Sequence[Row]:
+    """The rows of results of a run, on `judged_suite`."""
+    return evaluate(
         run,
-        choice.alpha,
-        suite=judged_suite(of, folder),
+        alphas,
+        suite=judged_suite(of, folder, own_validation=own_validation),
         data_root=of.root,
         limit=LIMIT,
         out=folder / "tested",
         threads=threads,
-    )
-    figures = {row.dataset: own_metric(row) for row in tested.rows}
-    shifted = [row.dataset for row in tested.rows if row.shift == "ood" and row.dataset != of.style]
+    ).rows
+
+
+def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Found:
+    """Train by the recipe, choose α by its held-out images, and test."""
+    data = of.draw(seed, folder)
+    fields = {**of.fields, **CANDIDATES[candidate]}
+    run, seconds = learned("small", seed, threads, folder, data=data, **fields)
+    choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
+    assert choice is not None
+    rows = tested(of, run, [choice.alpha], threads, folder)
+    figures = {row.dataset: own_metric(row) for row in rows}
+    shifted = [row.dataset for row in rows if row.shift == "ood" and row.dataset != of.style]
     return Found(
         candidate,
         seed,
@@ -214,7 +251,7 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
         alpha=choice.alpha,
         held_out=next(one["score"] for one in choice.curve if one["alpha"] == choice.alpha),
         style=figures[of.style],
-        own=next(figures[row.dataset] for row in tested.rows if row.shift == "id"),
+        own=next(figures[row.dataset] for row in rows if row.shift == "id"),
         shifts=mean(figures[name] for name in shifted),
         seconds=seconds,
     )

@@ -4,14 +4,13 @@ the rare ones.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal
@@ -19,17 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from radapter_serve import evaluate, train
 from radapter_serve.cli import run as run_command
 from radapter_serve.data import Labelled
-from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.row import Row
 from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.tasks import Data
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish
-from rivals.small import LIMIT, Set, judged_suite, runs_of, set_of
+from rivals.small import LIMIT, Set, learned, runs_of, set_of, table_of, tested
 
 STEPS = 105  # as in the main table
 VALIDATION = ", validation"  # the end of the names of sets that choose
@@ -100,23 +97,10 @@ def unequal(images: Mapping[str, Sequence[Path]], most: int, seed: int) -> dict[
     return drawn
 
 
-def table_of(images: Mapping[str, Sequence[Path]], balanced: bool, folder: Path) -> str:
-    """A table of images, as `data` takes it.
-
-    Args:
-        images: by class.
-        balanced: repeat those of a class until it has as many rows as the most frequent one.
-        folder: of the file.
-    """
-    path = folder / "images.csv"
+def evened(images: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
+    """Images by class, those of a class repeated until they are as many as of the most frequent."""
     most = max(len(own) for own in images.values())
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label"])
-        for label, own in images.items():
-            rows = most if balanced else len(own)
-            table.writerows([own[number % len(own)], label] for number in range(rows))
-    return f"csv:{path}"
+    return {label: list(islice(cycle(own), most)) for label, own in images.items()}
 
 
 def recalls(row: Row, classes: Sequence[str]) -> dict[str, float]:
@@ -156,37 +140,24 @@ def measured(of: Set, name: str, way: str, seed: int, threads: int | None, folde
     """Train on the unequal classes, and judge at every α of `ALPHAS`."""
     images = unequal(of.images, MOST[name], seed)
     chosen = WAYS[way]
-    began = time.monotonic()
-    run = train(
+    run, seconds = learned(
         "imagenet",
-        architecture=f"local-dir:{BASE}",
-        pretrained=None,
+        seed,
+        threads,
+        folder,
         batch_size=64,
         steps=STEPS,
-        workers=0,
-        threads=threads,
-        tracker="none",
-        save_every=None,
-        seed=seed,
-        out=folder / "run",
-        data=table_of(images, chosen.balanced, folder),
+        data=table_of(evened(images) if chosen.balanced else images, folder),
         parts=chosen.parts,
         **{"classes": None, **of.fields},
         **(ADDITIONS if chosen.additions else {}),
         learning_rate=RATES[name][chosen.additions],
     )
-    seconds = time.monotonic() - began
-    tested = evaluate(
-        run,
-        ALPHAS,
-        suite=judged_suite(of, folder, own_validation=True),
-        data_root=of.root,
-        limit=LIMIT,
-        out=folder / "tested",
-        threads=threads,
-    )
-    rows = {f"{alpha:g}": [row for row in tested.rows if row.alpha == alpha] for alpha in ALPHAS}
-    figures = {alpha: figures_of(own, list(images)) for alpha, own in rows.items()}
+    rows = tested(of, run, ALPHAS, threads, folder, own_validation=True)
+    figures = {
+        f"{alpha:g}": figures_of([row for row in rows if row.alpha == alpha], list(images))
+        for alpha in ALPHAS
+    }
     return Found(way, seed, seconds, figures)
 
 

@@ -15,15 +15,16 @@ from radapter_serve import Evaluation, evaluate, train
 from radapter_serve.data import Labelled
 from radapter_serve.evaluation.row import ClassFigures, Row
 from radapter_serve.training import Run
+from rivals.small import table_of
 from rivals.unequal import (
     FIGURES,
     WAYS,
     Found,
     best,
+    evened,
     figures_of,
     logit_adjustment,
     main,
-    table_of,
     tables,
     unequal,
 )
@@ -55,7 +56,8 @@ def test_a_class_that_lacks_images_is_a_rarer_one() -> None:
 @pytest.mark.parametrize("balanced", [False, True])
 def test_balanced_classes_have_as_many_rows_as_the_largest(balanced: bool, tmp_path: Path) -> None:
     images = images_of(a=7, b=3, c=1)
-    with Path(table_of(images, balanced, tmp_path).removeprefix("csv:")).open() as file:
+    table = table_of(evened(images) if balanced else images, tmp_path)
+    with Path(table.removeprefix("csv:")).open() as file:
         rows = list(csv.DictReader(file))
     for label, own in images.items():
         count = Counter(row["image"] for row in rows if row["label"] == label)
@@ -161,7 +163,7 @@ def test_every_way_learns_once_and_is_judged(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("rivals.unequal.BASE", tiny_clip_dir.removeprefix("local-dir:"))
+    monkeypatch.setattr("rivals.small.BASE", tiny_clip_dir.removeprefix("local-dir:"))
     monkeypatch.setattr("rivals.unequal.STEPS", 2)
     judged: list[Evaluation] = []
     learned: list[dict[str, Any]] = []
@@ -175,8 +177,8 @@ def test_every_way_learns_once_and_is_judged(
             learned.append({**named, "rows": list(csv.DictReader(file))})
         return train(*arguments, **named)
 
-    monkeypatch.setattr("rivals.unequal.evaluate", heard)
-    monkeypatch.setattr("rivals.unequal.train", taught)
+    monkeypatch.setattr("rivals.small.evaluate", heard)
+    monkeypatch.setattr("rivals.small.train", taught)
     out = tmp_path / "out"
     flags = ["--set-name", "pacs", "--data-root", str(data_root), "--seeds", "3", "--out", str(out)]
     assert main(flags) == 0
