@@ -50,13 +50,13 @@ def walk_through() -> str:
 
 
 def quick_start() -> str:
-    """The README's lines, in a folder of their own, on the demo's drawings and its small base for a
-    few steps.
+    """The README's lines, in a folder of their own, on some of the demo's drawings and its small
+    base for a few steps.
     """
     base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
     ready = (
-        "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd"
-        " quick\n"
+        "mkdir -p quick/photos; cp -r demo-output/data/train/[ab]* quick/photos;"
+        " cp picture.png quick/cat.jpg; cd quick\n"
     )
     text = script(README, "quick-start").replace(
         "--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0"
