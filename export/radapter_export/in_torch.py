@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.facts import dense_facts, preprocess_facts
-from radapter_export.repository import config, sources
+from radapter_export.repository import TEMPLATE, config, sources
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter
 from radapter_serve.adapter.file import check_alpha, check_base
@@ -107,7 +107,7 @@ class TorchVersion(InProcess):
         return {CLASSES: self.embed_labels(self._classes, self.release.templates)}
 
     def config(self, model: str) -> Any:
-        text = config(sources() / model / "config.template.pbtxt", model, [self.release])
+        text = config(sources() / model / TEMPLATE, model, [self.release])
         return text_format.Parse(text, model_config_pb2.ModelConfig())
 
     @torch.inference_mode()

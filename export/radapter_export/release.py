@@ -99,13 +99,14 @@ def export_release(
     for alpha in numbers:
         change.check(alpha)
     unfinished = Forms(settings, base)  # which refuses bases without such a form
-    graphs = _graphs(base, source, settings.precision, say)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
+    staged = Repository(settings.model_repository, models)
+    graphs = _graphs(base, source, settings.precision, say)
     with (
         tempfile.TemporaryDirectory() as scratch,
         Merged(settings.merged) as merged,
         unfinished as forms,
-        Repository(settings.model_repository, models) as repository,
+        staged as repository,
     ):
         with disk_errors(Path(scratch)):
             tokenizer = ServedTokenizer.write(

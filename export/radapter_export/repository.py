@@ -28,6 +28,8 @@ from radapter_serve.release.repository import (
     versions_of,
 )
 
+TEMPLATE = "config.template.pbtxt"
+
 
 def sources() -> Path:
     """The models' templates and `model.py` files: in the wheel beside this file, else in the
@@ -36,6 +38,26 @@ def sources() -> Path:
     here = Path(__file__).resolve().parent
     packed = here / "model_repository"
     return packed if packed.is_dir() else here.parents[1] / "model_repository"
+
+
+def check_sources(models: Sequence[str]) -> None:
+    """Refuse an installation that lacks a part of itself: in a checkout the files of releases lie
+    beside these, and who removes them all may remove these too.
+
+    Args:
+        models: those that a release will have.
+
+    Raises:
+        RAdapterError: names the first file that is missing, and how it comes back.
+    """
+    for model in models:
+        for name in (TEMPLATE,) if model in ENCODERS else (TEMPLATE, "model.py"):
+            path = sources() / model / name
+            if not path.is_file():
+                raise RAdapterError(
+                    f"{path} is missing, a part of radapter-serve; bring it back with: git checkout"
+                    f" -- {path.parents[1]}, or install radapter-serve again"
+                )
 
 
 class Repository:
@@ -50,10 +72,12 @@ class Repository:
             any more.
 
     Raises:
-        RAdapterError: the folder cannot be written, or another export is writing it.
+        RAdapterError: the folder cannot be written, or another export is writing it, or this
+            installation is not whole.
     """
 
     def __init__(self, folder: str | Path, models: Sequence[str] = MODELS) -> None:
+        check_sources(models)
         self.folder = Path(folder).absolute()
         self.models = tuple(models)
         if self.folder.exists() and not self.folder.is_dir():
@@ -118,7 +142,7 @@ class Repository:
             releases: oldest first, all of one base; the newest says how many rows a batch has,
                 where the template says more than 0.
         """
-        template = sources() / model / "config.template.pbtxt"
+        template = sources() / model / TEMPLATE
         of_all = config(template, model, releases)
         with disk_errors(self.folder):
             (self.staged(model) / CONFIG).write_text(of_all, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
     packed = tmp_path / "export" / "radapter_export" / "model_repository"
     packed.mkdir(parents=True)
     assert module.sources() == packed
+
+
+@pytest.mark.parametrize("lost", ["image_encoder/config.template.pbtxt", "classify/model.py"])
+def test_an_installation_without_its_own_models_writes_nothing(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a checkout's `model_repository` was removed, with the releases in it."""
+    parts = tmp_path / "parts" / "model_repository"
+    shutil.copytree(module.sources(), parts)
+    monkeypatch.setattr(module, "sources", lambda: parts)
+    Repository(tmp_path / "whole")
+    (parts / lost).unlink()
+    with pytest.raises(RAdapterError) as refusal:
+        Repository(tmp_path / "releases")
+    assert f"{parts / lost} is missing" in str(refusal.value)
+    assert f"git checkout -- {parts}," in str(refusal.value)
+    assert not (tmp_path / "releases").exists()
 
 
 def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
