@@ -14,13 +14,14 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import ExportedRelease
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export import repository as module
 from radapter_export.repository import Repository, config
+from radapter_serve.adapter import save_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER
-from tests.helpers.small_models import release
+from tests.helpers.small_models import random_adapter, release
 
 
 def parse(text: str) -> model_config_pb2.ModelConfig:
@@ -144,20 +145,26 @@ def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
 
 
 @pytest.mark.parametrize("lost", ["image_encoder/config.template.pbtxt", "classify/model.py"])
-def test_an_installation_without_its_own_models_writes_nothing(
-    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_installation_without_its_own_models_is_refused_before_a_graph_is_made(
+    lost: str, tiny_clip_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a checkout's `model_repository` was removed, with the releases in it."""
     parts = tmp_path / "parts" / "model_repository"
     shutil.copytree(module.sources(), parts)
     monkeypatch.setattr(module, "sources", lambda: parts)
+    monkeypatch.setattr(
+        "radapter_export.release.image_graph", lambda *_: pytest.fail("a graph was made")
+    )
     Repository(tmp_path / "whole")
     (parts / lost).unlink()
+    adapter = tmp_path / "adapter.safetensors"
+    save_adapter(random_adapter(tiny_clip_dir), adapter)
+    settings = ExportSettings(model_repository=tmp_path / "new", merged=tmp_path / "merged")
     with pytest.raises(RAdapterError) as refusal:
-        Repository(tmp_path / "releases")
+        export_release(adapter, [0.5], settings)
     assert f"{parts / lost} is missing" in str(refusal.value)
     assert f"git checkout -- {parts}," in str(refusal.value)
-    assert not (tmp_path / "releases").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "merged").exists()
 
 
 def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
