@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.transforms import RandomResizedCrop
 
 from radapter_serve.training import Recipe
@@ -235,6 +237,61 @@ def train_by_hand(
             average[name.removesuffix(".scale")] *= value
         see(step + 1, average)
     return average
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    """Refuse adapters that differ by more than rounding.
+
+    AdamW's first step is the sign of the gradient, however small that is. Rounding decides it where
+    the gradient is next to nothing, and another processor rounds in another way. So a few weights
+    may be far from what is expected, and all the others together are near.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = found[name] - value
+        far = difference.abs() > 0.05 * value.abs().max()
+        assert far.sum() <= max(2, value.numel() // 1000), name
+        assert (difference * ~far).norm() <= 5e-3 * value.norm(), name
+
+
+@dataclass(frozen=True)
+class Step:
+    """What reaches the optimizer in one step, where AdamW does not yet hide how large it is.
+
+    Attributes:
+        gradients: of each tensor, in the optimizer's order.
+    """
+
+    rate: float
+    weight_decay: float
+    gradients: Sequence[Tensor]
+
+
+@contextmanager
+def steps_taken() -> Iterator[list[Step]]:
+    """The steps of all optimizers within the block."""
+    steps: list[Step] = []
+
+    def see(optimizer: Optimizer, *arguments: Any) -> None:
+        (group,) = optimizer.param_groups
+        gradients = [parameter.grad.clone() for parameter in group["params"]]
+        steps.append(Step(group["lr"], group["weight_decay"], gradients))
+
+    handle = register_optimizer_step_pre_hook(see)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def assert_same_steps(found: Sequence[Step], expected: Sequence[Step]) -> None:
+    """Refuse steps that differ by more than rounding, and what it does to the steps after it."""
+    assert len(found) == len(expected)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert math.isclose(one.rate, other.rate, rel_tol=1e-6), number
+        assert one.weight_decay == other.weight_decay, number
+        for gradient, value in zip(one.gradients, other.gradients, strict=True):
+            assert (gradient - value).norm() <= 2e-2 * value.norm(), number
 
 
 def _rate(recipe: Recipe, step: int) -> float:

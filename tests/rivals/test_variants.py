@@ -24,8 +24,8 @@ from radapter_serve.clip.towers import encode_image
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
 from rivals.variants import Variant
-from tests.helpers.by_hand import train_by_hand
-from tests.training.test_wiring import assert_same, labelled
+from tests.helpers.by_hand import assert_same, train_by_hand
+from tests.training.test_wiring import labelled
 from tests.training.test_wiring import recipe as recipe
 
 P = 0.25

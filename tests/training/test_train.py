@@ -21,6 +21,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, loop, train
 from radapter_serve.training.loop import learning_rate
+from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run
 
 
@@ -78,10 +79,7 @@ def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) ->
         ).tensors
         for form in ("activation", "weight")
     ]
-    for name, value in found[0].items():
-        torch.testing.assert_close(
-            found[1][name], value, rtol=0, atol=2e-3 * value.abs().max().item()
-        )
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.slow
@@ -92,10 +90,7 @@ def test_two_processes_train_to_the_same_adapter_as_one(
     one = load_adapter(train(recipe))
     train_in_two_processes(recipe, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
-    for name, value in one.tensors.items():
-        torch.testing.assert_close(
-            two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item()
-        )
+    assert_same(two.tensors, one.tensors)
 
 
 @pytest.mark.slow
@@ -109,8 +104,7 @@ def test_two_processes_share_the_classes_that_a_batch_lacks(
     one = load_adapter(train(recipe))
     train_in_two_processes(recipe, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
-    for name, value in one.tensors.items():  # but for rounding, as in `test_wiring`
-        assert (two.tensors[name] - value).norm() < 2e-3 * value.norm(), name
+    assert_same(two.tensors, one.tensors)
 
 
 def test_bf16_trains_to_nearly_the_same(recipe: Recipe, tmp_path: Path) -> None:

@@ -17,18 +17,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter import Adapters, load_adapter
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.parts import Parts
+from radapter_serve.training.validation import validate
 from tests.helpers.by_hand import (
     ClipWithAdapters,
     Pair,
     Weights,
     accuracy_by_hand,
+    assert_same,
+    assert_same_steps,
     recall_by_hand,
+    steps_taken,
     train_by_hand,
 )
 from tests.helpers.short_run import rows, short_run
@@ -140,13 +144,15 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
     return short_run(tiny_clip_dir, tmp_path, templates=str(tmp_path / "templates.txt"), **FIELDS)
 
 
-def assert_same(found: Weights, expected: Weights) -> None:
-    """But for rounding, which decides the sign of the few steps whose gradient is next to
-    nothing.
-    """
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name] - value).norm() < 5e-3 * value.norm(), name
+def assert_trains_as_by_hand(
+    recipe: Recipe, pairs: list[Pair], parts: Parts | None = None, **by_hand: Any
+) -> None:
+    with steps_taken() as expected_steps:
+        expected = train_by_hand(recipe, pairs, **by_hand)
+    with steps_taken() as steps:
+        run = train(recipe, parts=parts)
+    assert_same_steps(steps, expected_steps)
+    assert_same(load_adapter(run).tensors, expected)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +171,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch
     recipe = dataclasses.replace(recipe, data=data, **change)
-    by_hand = train_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
-    assert_same(load_adapter(train(recipe)).tensors, by_hand)
+    assert_trains_as_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
 
 
 @pytest.mark.parametrize("change", [{}, {"negative_classes": 1, "batch_size": 2}])
@@ -176,8 +181,7 @@ def test_offsets_of_classes(recipe: Recipe, tmp_path: Path, change: dict[str, An
     offsets = [0.0, -2.0, -3.0]
     parts = Parts(class_offsets=lambda _: torch.tensor(offsets))
     texts = [prompts(name) for name in CLASSES]
-    by_hand = train_by_hand(recipe, pairs, prompts=texts, offsets=offsets)
-    assert_same(load_adapter(train(recipe, parts=parts)).tensors, by_hand)
+    assert_trains_as_by_hand(recipe, pairs, parts, prompts=texts, offsets=offsets)
 
 
 @pytest.mark.parametrize("positives", ["several", "single"])
@@ -197,7 +201,7 @@ def test_a_base_with_a_bias_learns_by_its_sigmoids(
     recipe = dataclasses.replace(
         recipe, data=data, architecture=f"local-dir:{sigmoid}", positives=positives
     )
-    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+    assert_trains_as_by_hand(recipe, pairs)
 
 
 def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
@@ -229,7 +233,7 @@ def test_retrieval(recipe: Recipe, tmp_path: Path, captions_per_image: int) -> N
         pairs = [
             Pair(pair.image, pair.label, [caption]) for pair in pairs for caption in pair.texts
         ]
-    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+    assert_trains_as_by_hand(recipe, pairs)
 
 
 def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
@@ -244,21 +248,31 @@ def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
         mask_min_area=1,
         negative_classes=2,
     )
-    by_hand = train_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
-    assert_same(load_adapter(train(recipe)).tensors, by_hand)
+    assert_trains_as_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
 
 
 def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     val_data, val = labelled(tmp_path / "val", 45, seed=2)
     recipe = dataclasses.replace(recipe, data=data, val_data=val_data, validate_every=3, alpha=0.6)
-    seen: dict[int, Weights] = {}
-    out = train(recipe).folder
-    assert_same(load_adapter(out).tensors, train_by_hand(recipe, pairs, see=seen.__setitem__))
+    by_hand: dict[int, Weights] = {}
+    train_by_hand(recipe, pairs, see=by_hand.__setitem__)
+    validated: list[Weights] = []
+
+    def validate_and_see(base: Any, adapters: Adapters, *rest: Any) -> dict[str, float]:
+        tensors = adapters.named_tensors().items()
+        validated.append({name: tensor.detach().clone() for name, tensor in tensors})
+        return validate(base, adapters, *rest)
+
+    out = train(recipe, parts=Parts(validate=validate_and_see)).folder
     classes = [prompts(name) for name in CLASSES]
     scores = {}
-    for row in (row for row in rows(out) if "acc1@alpha=1" in row):
-        clip = ClipWithAdapters(recipe.architecture, seen[row["step"]])
+    measured = [row for row in rows(out) if "acc1@alpha=1" in row]
+    assert [row["step"] for row in measured] == [3, 6, 7]
+    for row, weights in zip(measured, validated, strict=True):
+        assert_same(weights, by_hand[row["step"]])
+        # Of the run's own weights: rounding decides few images, but a changed sign may some.
+        clip = ClipWithAdapters(recipe.architecture, weights)
         scores = {
             alpha: accuracy_by_hand(clip, alpha, val, classes) for alpha in (0.0, 0.3, 0.6, 1.0)
         }
@@ -275,6 +289,38 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     assert choice.alpha == min(
         alpha for alpha, score in scores.items() if score == max(scores.values())
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delta": 0.11},
+        {"epsilon": 0.11},
+        {"momentum": 0.81},
+        {"learning_rate": 1.01e-2},
+        {"positives": "single"},
+        {"preserve": 0.05},
+        {"weight_decay": 5.2},
+        {"grad_clip": 1.4},
+        {"negative_classes": 1},
+    ],
+)
+def test_a_setting_that_is_a_little_off_is_seen(
+    recipe: Recipe, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    texts = [prompts(name) for name in CLASSES]
+    own = dataclasses.replace(recipe, data=data, batch_size=2, negative_classes=2)
+    with steps_taken() as expected_steps:
+        expected = train_by_hand(own, pairs, prompts=texts)
+    with steps_taken() as steps:
+        off = train_by_hand(dataclasses.replace(own, **change), pairs, prompts=texts)
+    assert_same(expected, expected)
+    assert_same_steps(expected_steps, expected_steps)
+    print(change, max((off[n]-v).norm()/v.norm() for n, v in expected.items()))
+    with pytest.raises(AssertionError):
+        assert_same(off, expected)
+        assert_same_steps(steps, expected_steps)
 
 
 def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
