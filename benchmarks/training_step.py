@@ -95,7 +95,8 @@ class Step:
                 images = F.normalize(self.model.encode_image(pixels), dim=-1)
                 texts = F.normalize(self.model.encode_text(tokens), dim=-1)
             else:
-                self.adapters.sample_drop(draw)
+                torch.manual_seed(seed)
+                self.adapters.sample_drop()
                 images = encode_image(self.model, pixels)
                 texts = encode_text(self.model, tokens)
             loss = mpm_nce(

@@ -114,14 +114,13 @@ class Adapters(nn.Module):
         for adapter in self._adapters():
             adapter.alpha = value
 
-    def sample_drop(self, generator: torch.Generator | None = None) -> None:
+    def sample_drop(self) -> None:
         """Adapter dropping (Eq. 7): draw one γ ~ Bernoulli(1−p) an adapter, scaled by 1/(1−p).
 
-        Args:
-            generator: a CPU generator; one seed gives the same draw on every process.
+        `torch.manual_seed` before it gives the same draw on every process.
         """
         self.train()
-        keep = torch.rand(len(self.layers), generator=generator) >= self.drop
+        keep = torch.rand(len(self.layers)) >= self.drop
         for adapter, kept in zip(self._adapters(), keep.tolist(), strict=True):
             adapter.gate = kept / (1 - self.drop)
 

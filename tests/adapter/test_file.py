@@ -5,6 +5,7 @@ give one line.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import struct
@@ -41,6 +42,28 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def test_digests_are_those_of_the_specification() -> None:
+    """Each name in sorted order, the shape as Python prints it, and the values as little-endian
+    float32. Files in the field hold them, so they may never change.
+    """
+    weight = [[1.0, -2.5, 0.0], [3.25, 1e-8, -1.0]]
+    bias = [0.5, -0.125]
+    expected = hashlib.sha256()
+    expected.update(b"a.out_proj.bias(2,)" + struct.pack("<2f", *bias))
+    expected.update(b"a.out_proj.weight(2, 3)" + struct.pack("<6f", *weight[0], *weight[1]))
+    state = {
+        "a.out_proj.weight": torch.tensor(weight),
+        "a.out_proj.bias": torch.tensor(bias, dtype=torch.bfloat16),
+        "b.other": torch.ones(1),
+    }
+    found = base_digest(state, ["a.out_proj"])
+    assert found == f"sha256:{expected.hexdigest()}"
+    assert found == "sha256:4dc07b71232baf0cf1fa0d162c403de4d1d309bad4eb55fded9f7c55463aa9a9"
+    adapter = Adapter({"layer": torch.eye(2)}, Metadata("x", "sha256:0"))
+    values = b"layer(2, 2)" + struct.pack("<4f", 1, 0, 0, 1)
+    assert adapter.digest == f"sha256:{hashlib.sha256(values).hexdigest()}"
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Path:

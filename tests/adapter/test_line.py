@@ -77,7 +77,7 @@ def test_the_line_is_that_of_wise_ft_to_the_bit(
         torch.save({"epoch": 3, "name": "run", "state_dict": named}, path)
     before = copy.deepcopy(tiny.model.state_dict())
     found = load_checkpoint(str(path), tiny_clip_dir)
-    for alpha in (0.0, 0.3, 0.5, 1.0):
+    for alpha in (0.0, 0.3, 0.5, 0.995, 1.0):
         expected = _wise_ft(before, tuned, alpha)
         weights = found.line.at(alpha)
         assert list(weights) == list(expected)
@@ -231,6 +231,7 @@ def _trained(folder: Path, out: Path, **config: Any) -> Any:
         {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2},
             "alpha_pattern": {
+                "proj": 9,  # part of a name: of no layer
                 "^q_proj": 7,
                 "v_proj": 3,
                 "^vision_model.encoder.layers.1.self_attn.q_proj": 5,

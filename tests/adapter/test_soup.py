@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from radapter_serve.adapter import Adapter, Metadata, average_adapters, base_digest, fold
@@ -40,6 +40,7 @@ def make(seed: int, rank: int | None, **metadata: object) -> Adapter:
     parts=st.lists(st.integers(0, 5), min_size=4, max_size=4),
     alpha=st.floats(0, 1),
 )
+@example(ranks=[3, 3], parts=[1, 2, 0, 0], alpha=0.5)  # as wide as the narrowest layer
 def test_the_fold_of_the_average_is_the_average_of_the_folds(
     ranks: list[int | None], parts: list[int], alpha: float
 ) -> None:
@@ -84,6 +85,17 @@ def test_one_adapter_is_itself_and_metadata_are_the_firsts() -> None:
         0.8,
         ["{}"],
     )
+
+
+def test_a_soup_says_what_was_held_out_where_all_held_out_the_same() -> None:
+    recipe = {"seed": 1, "val_fraction": 0.2}
+    one = make(0, None, held_out="sha256:1", recipe=recipe)
+    same = make(1, None, held_out="sha256:1", recipe={**recipe, "seed": 2})
+    other = make(2, None, held_out="sha256:2", recipe=recipe)
+    soup = average_adapters([one, same]).metadata
+    assert (soup.held_out, soup.recipe) == ("sha256:1", recipe)
+    soup = average_adapters([one, same, other]).metadata
+    assert (soup.held_out, soup.recipe) == (None, {"seed": 1})
 
 
 @pytest.mark.parametrize(
