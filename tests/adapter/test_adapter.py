@@ -85,7 +85,7 @@ def test_no_effect_at_the_start_and_none_left_behind(
         adapters = attach(model, rank, form=form)
         found = encode_image(model, pixels), encode_text(model, tokens)
     adapters.remove()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
@@ -176,8 +176,8 @@ def test_folded_equals_attached(
     with torch.no_grad():
         attached = encode_image(model, pixels), encode_text(model, tokens)
         adapters.remove()
-        torch.testing.assert_close(encode_image(folded, pixels), attached[0], rtol=0, atol=2e-6)
-        torch.testing.assert_close(encode_text(folded, tokens), attached[1], rtol=0, atol=2e-6)
+        torch.testing.assert_close(encode_image(folded, pixels), attached[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(encode_text(folded, tokens), attached[1], rtol=0, atol=1e-5)
         assert (encode_image(model, pixels) - attached[0]).abs().max() > 1e-3
 
 
@@ -304,7 +304,7 @@ def test_cropped_and_merged_texts_are_exact(
 ) -> None:
     with torch.no_grad():
         expected = model.encode_text(inputs[1], normalize=True)  # type: ignore[operator]
-        torch.testing.assert_close(encode_text(model, inputs[1]), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(encode_text(model, inputs[1]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -137,7 +137,7 @@ def test_every_way_is_its_formula(kind: str, way: str, pixels: Tensor) -> None:
     assert embeds.shape == (2, 3, 3, 24)
     assert embeds.dtype == torch.float32
     torch.testing.assert_close(
-        embeds, reference(model.state_dict(), pixels, way, quick_gelu), atol=3e-6, rtol=0
+        embeds, reference(model.state_dict(), pixels, way, quick_gelu), atol=1e-5, rtol=0
     )
 
 
@@ -182,12 +182,12 @@ def test_attached_adapters_count_as_folded_ones_at_every_alpha(
         folded = fold(state, adapter, alpha)
         with torch.no_grad():
             embeds = encode_patches(attached, pixels, way)
-        torch.testing.assert_close(embeds, reference(folded, pixels, way), atol=3e-6, rtol=0)
+        torch.testing.assert_close(embeds, reference(folded, pixels, way), atol=1e-5, rtol=0)
         plain = clip()
         plain.load_state_dict(folded)
         with torch.no_grad():
             torch.testing.assert_close(
-                encode_patches(plain, pixels, way), embeds, atol=3e-6, rtol=0
+                encode_patches(plain, pixels, way), embeds, atol=1e-5, rtol=0
             )
 
 

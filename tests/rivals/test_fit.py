@@ -65,7 +65,8 @@ def test_gradients_are_clipped(make_run: Callable[..., Run]):
     run = make_run(steps=1, learning_rate=0.1, grad_clip=0.5, accumulate=2)
     system = Two(run)
     fit(system, SGD(system.learning(), lr=0.0), run)
-    assert -system.one.item() == pytest.approx(0.1 * 0.5 / 2**0.5)
+    # torch divides by a norm that is larger by 1e-6.
+    assert -system.one.item() == pytest.approx(0.1 * 0.5 / 2**0.5, rel=1e-5)
 
 
 def test_refuses_too_few_images_and_losses_that_are_not_finite(make_run: Callable[..., Run]):

@@ -33,3 +33,20 @@ def test_closed_form(tiny_clip_dir: str, rank: int | None, corrected: bool) -> N
     with average.applied():
         torch.testing.assert_close(parameter.detach(), average.tensors[name])
     assert torch.equal(parameter.detach(), kept)
+
+
+def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny_clip_dir: str) -> None:
+    adapters = attach(load_base(tiny_clip_dir).model, 2)
+    name, parameter = next(iter(adapters.named_tensors().items()))
+    average = Average(adapters, 0.9, bias_correction=True)
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            parameter.fill_(value)
+        again = Average(adapters, 0.9, bias_correction=True)
+        again.load(average.tensors, average.steps)
+        average = again
+        average.update()
+    # By hand: each value weighs 0.9 times the one after it.
+    expected = (0.81 * 1 + 0.9 * 2 + 4) / (0.81 + 0.9 + 1)
+    assert average.steps == 3
+    torch.testing.assert_close(average.tensors[name], torch.full_like(parameter, expected))

@@ -15,9 +15,9 @@ from PIL import Image
 
 from radapter_serve import RAdapterError, load_adapter, train
 from radapter_serve.cli.train import main as train_command
-from radapter_serve.training import Recipe
+from radapter_serve.training import Recipe, rate
 from radapter_serve.training.rate import GRID, START, Tried, _notes, nearest, wider
-from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand
+from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand, steps_taken
 from tests.helpers.short_run import short_run
 
 
@@ -131,7 +131,21 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
 ) -> None:
     monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])  # all of it is its edge
     monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
-    run = train(dataclasses.replace(recipe, steps=4), progress=True)
+    seeds = []
+    train_on = rate.train_on
+
+    def train_and_see(short: Recipe, *rest: Any, **named: Any) -> Any:
+        seeds.append(short.seed)
+        return train_on(short, *rest, **named)
+
+    monkeypatch.setattr(rate, "train_on", train_and_see)
+    # A least rate above all that the search may choose.
+    recipe = dataclasses.replace(recipe, steps=4, seed=7, min_learning_rate=1.0)
+    with steps_taken() as steps:
+        run = train(recipe, progress=True)
+    assert seeds == [7, 8]  # of the short runs
+    assert run.recipe.min_learning_rate == run.recipe.learning_rate == GRID[3]
+    assert max(step.rate for step in steps) == GRID[3]
     printed = capsys.readouterr().out
     table = json.loads((run.folder / "rates.json").read_text())
     assert printed.startswith("choosing the learning rate by 2 to 2 short runs")

@@ -17,6 +17,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
+from radapter_serve.training.tasks import open_run
 from tests.helpers.short_run import rows, short_run
 from tests.helpers.small_models import make_base
 
@@ -61,6 +62,13 @@ def test_shots_of_each_class_by_the_seed(labelled: Labelled) -> None:
         )
         == 3
     )
+
+
+def test_a_run_draws_its_shots_by_its_seed(labelled: Labelled, tmp_path: Path) -> None:
+    recipe = Recipe(data=f"csv:{tmp_path}/t.csv", shots=2, seed=3)
+    found = open_run(recipe, images=False, progress=False).data
+    assert isinstance(found, Labelled)
+    assert drawn(found) == drawn(few_shot(labelled, 2, 3)) != drawn(few_shot(labelled, 2, 0))
 
 
 @given(st.integers(1, 50))

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter import attach, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.data import load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, loop, train
 from radapter_serve.training.loop import learning_rate
+from radapter_serve.training.setup import start_accelerator
+from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run
 
@@ -65,7 +68,7 @@ def test_a_run_learns_and_leaves_what_it_says(
     )
 
 
-@pytest.mark.parametrize("change", [{}, {"rank": 2}])
+@pytest.mark.parametrize("change", [{}, {"rank": 2, "bias_correction": True}])
 def test_a_killed_run_resumes_to_the_same_result(
     recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
 ) -> None:
@@ -206,6 +209,22 @@ def test_a_broken_image_is_one_line_with_workers_too(
     )
     assert "left out 1 broken image" in capsys.readouterr().out
     assert "red/0.png" in (tmp_path / "skipped" / "broken.txt").read_text()
+
+
+def test_an_image_that_breaks_before_validation(
+    recipe: Recipe, images: Path, tiny_clip_dir: str
+) -> None:
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    data = load_labelled(f"imagefolder:{images}")
+    accelerator = start_accelerator(recipe, images)
+    (images / "red" / "0.png").write_bytes(b"no image")
+    refusing = dataclasses.replace(recipe, on_broken="refuse")
+    with pytest.raises(RAdapterError, match=r"red/0\.png can't be read"):
+        validate(base, adapters, data, refusing, accelerator)
+    skipping = dataclasses.replace(recipe, on_broken="skip")
+    answered, right = answers(base, adapters, data, [0.0, 1.0], skipping, accelerator)
+    assert answered.shape == right.shape == (2, 23)
 
 
 def test_flags_go_before_the_recipe_file(recipe: Recipe, tmp_path: Path) -> None:
