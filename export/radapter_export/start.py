@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from radapter_export.settings import ExportSettings
+from radapter_serve.checkpoints import check_base_is_named
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.progress import status
 from radapter_serve.runs import newest_run
@@ -104,6 +105,9 @@ def export(
     tuned = chosen.checkpoint or chosen.lora
     if not paths and tuned is None:
         paths = [newest_run()]
+    if chosen.checkpoint and not (paths or chosen.lora):
+        numbers = [value for value in alphas if not isinstance(value, str)]
+        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, numbers)
     if AUTO in alphas and tuned is not None:
         raise RAdapterError(
             "--alpha auto is for runs, whose validation data it is chosen by; give a number, or"

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from radapter_serve.adapter.file import tensors_digest
 from radapter_serve.adapter.line import Line, Tuned, check_weights, weights_of
+from radapter_serve.checkpoints import check_base_is_named, model_name
 from radapter_serve.clip.base import Base, load_base, split_name
-from radapter_serve.errors import RAdapterError, reason, short
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of
 from radapter_serve.hub import HUB, LOCAL
 
-_FILES_OF_FOLDERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
-_ALLOWED = (
-    "allowed: a .pt or .safetensors file, a model's folder, hf-hub:NAME, or NAME:TAG such as"
-    " ViT-B-32:openai"
-)
 
 
 def load_checkpoint(
@@ -43,8 +39,10 @@ def load_checkpoint(
     Raises:
         RAdapterError: one of them can't be read, or they are of different architectures.
     """
-    name = _model_name(checkpoint)
+    check_base_is_named(checkpoint, base, pretrained)
+    name = model_name(checkpoint)
     if name is None:
+        assert base is not None  # as was just seen
         return _of_file(Path(checkpoint), base, pretrained)
     tuned = load_base(*split_name(name))
     weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
@@ -116,27 +114,7 @@ def _named(found: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _model_name(checkpoint: str) -> str | None:
-    """What `load_base` loads as a whole, with architecture and preprocessing; None for a file of
-    weights.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        return f"{LOCAL}{path}"
-    if path.is_file():
-        whole = path.name in _FILES_OF_FOLDERS and (path.parent / "open_clip_config.json").is_file()
-        return f"{LOCAL}{path.parent}" if whole else None
-    if checkpoint.startswith((LOCAL, HUB)) or ":" in checkpoint:
-        return checkpoint
-    raise RAdapterError(f"there is no checkpoint {short(checkpoint)}; {_ALLOWED}")
-
-
-def _of_file(path: Path, base: str | None, pretrained: str | None) -> Tuned:
-    if base is None:
-        raise RAdapterError(
-            f"{path} holds weights alone; name what was tuned with --base, such as --base"
-            " ViT-B-32:openai"
-        )
+def _of_file(path: Path, base: str, pretrained: str | None) -> Tuned:
     name, tag = split_name(base, pretrained)
     found = read_weights(path)
     made_of = _made_of(path.name, digest_of(path), base, pretrained)

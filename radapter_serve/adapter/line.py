@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from radapter_serve.adapter.file import check_alpha, tensors_digest
+from radapter_serve.checkpoints import needs_base
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 
@@ -46,10 +47,7 @@ class Line:
         """
         check_alpha(alpha)
         if self.base is None and alpha != 1:
-            raise RAdapterError(
-                f"alpha is {alpha:g}, which needs the weights that {self.made_of['name']} was tuned"
-                " from; give them with --base, such as --base ViT-B-32:openai, or take alpha 1"
-            )
+            raise needs_base(alpha, self.made_of["name"])
 
     @torch.no_grad()
     def at(self, alpha: float) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from radapter_serve.checkpoints import check_base_is_named
 from radapter_serve.errors import RAdapterError, all_of, one_line
 from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.results import Results, table, warnings
@@ -107,7 +108,9 @@ class Evaluated:
         return not any(getattr(self, name) for name in _INSTEAD)
 
     def check(self, alphas: Sequence[float], *, auto: bool) -> None:
-        """Refuse several models, and what only a run has beside another model."""
+        """Refuse several models, what only a run has beside another model, and a checkpoint whose
+        base is not named.
+        """
         given = [name for name in _INSTEAD if getattr(self, name)]
         has_base = bool(self.checkpoint or self.lora)
         of_runs = ("adapter", "finetuned") if has_base else _OF_RUNS
@@ -121,6 +124,8 @@ class Evaluated:
                 f"{', '.join(given + also)} don't go together: evaluate one thing a call; one out"
                 " takes all their rows"
             )
+        if self.checkpoint:
+            check_base_is_named(self.checkpoint, self.base, self.pretrained, alphas)
 
     def name(self, path: Path) -> str:
         """What to call its results: the folder of the run, checkpoint or release, or the address of

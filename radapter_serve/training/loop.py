@@ -92,7 +92,13 @@ def train_on(
         done=run.step,
         show=show,
     ) as progress:
-        progress.say(run.description())
+        if run.step < run.schedule.steps:
+            progress.say(run.description())
+        else:
+            progress.say(
+                f"{out} was finished already, after step {run.step} of {run.schedule.steps}; this"
+                " trains nothing, and only validates and writes its adapter again"
+            )
         for note in run.notes:
             progress.say(note)
         progress.broken(list(opened.broken))

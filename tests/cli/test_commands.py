@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -130,3 +132,34 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
         capsys.readouterr().err
         == "radapter-x: error: alpha is 2; allowed: 0 to 1\nradapter-x: interrupted\n"
     )
+
+
+def test_a_base_that_has_to_be_named_is_asked_for_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Loading takes many seconds, after which nothing but this sentence would come."""
+    (tmp_path / "tuned.pt").touch()
+    (tmp_path / "folder").mkdir()
+    code = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+from radapter_serve.cli import eval, export
+data = ["--data", "imagefolder:photos"]
+for arguments in (
+    ["--checkpoint", "tuned.pt"],
+    ["--checkpoint", "folder", "--alpha", "0.5"],
+    ["--checkpoint", "tuned.pt", "--base", "ViT-B-32", "--alpha", "0.5"],
+    ["--checkpoint", "none.pt"],
+):
+    assert export.main(arguments) == 2
+    assert eval.main([*data, *arguments]) == 2
+print([name for name in ("torch", "open_clip", "datasets", "onnx") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+    weights = "tuned.pt holds weights alone; name what was tuned with --base"
+    lacks = "alpha is 0.5, which needs the weights that {} was tuned from; give them with --base"
+    lines = done.stderr.splitlines()
+    said = [weights, lacks.format("folder"), lacks.format("tuned.pt"), "there is no checkpoint"]
+    for message, pair in zip(said, zip(lines[::2], lines[1::2], strict=True), strict=True):
+        for command, line in zip(("export", "eval"), pair, strict=True):
+            assert line.startswith(f"radapter-{command}: error: {message}")

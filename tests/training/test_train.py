@@ -271,9 +271,15 @@ def test_the_base_stays_to_the_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPat
         assert torch.equal(after[name], value), name
 
 
-def test_a_resumed_finished_run_keeps_its_metrics(recipe: Recipe) -> None:
-    before = load_adapter(train(recipe))
-    again = load_adapter(train(dataclasses.replace(recipe, resume=True)))
+def test_a_resumed_finished_run_keeps_its_metrics_and_says_that_it_was_finished(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_adapter(train(recipe, progress=True))
+    assert "finished already" not in capsys.readouterr().out
+    again = load_adapter(train(dataclasses.replace(recipe, resume=True), progress=True))
+    printed = capsys.readouterr().out
+    assert f"{recipe.out} was finished already, after step 8 of 8; this trains nothing" in printed
+    assert "steps of 8 images" not in printed and "images/s" not in printed
     assert again.metadata.metrics == before.metadata.metrics and before.metadata.metrics
     assert again.digest == before.digest
     assert recipe.out is not None and len([row for row in rows(recipe.out) if "loss" in row]) == 8
