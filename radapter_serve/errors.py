@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from radapter_serve.extras import install_command
+from radapter_serve.extras import extra_of, install_command
 
 MAX_LISTED = 20  # lines below a message
 
@@ -76,8 +76,12 @@ def all_of(problems: Sequence[str], subject: str) -> RAdapterError:
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """Turn what a missing library or the disk raises within the block into an `RAdapterError`."""
+def one_line(extra: str | None = None) -> Iterator[None]:
+    """Turn what a missing library or the disk raises within the block into an `RAdapterError`.
+
+    Args:
+        extra: of radapter-serve, which brings all that the block usually needs.
+    """
     try:
         yield
     except BrokenPipeError:  # is for whoever prints
@@ -85,7 +89,9 @@ def one_line() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radapter"):
             raise
-        raise RAdapterError(f"{error.name} is not installed; {install_command('all')}") from error
+        missing = error.name or str(error)
+        install = install_command(extra_of(missing, extra))
+        raise RAdapterError(f"{missing} is not installed; {install}") from error
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise RAdapterError(f"{place}{error.strerror or reason(error)}") from error

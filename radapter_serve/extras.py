@@ -1,16 +1,48 @@
-"""How to add what an extra of radapter-serve brings, to the installation that runs."""
+"""Which extra of radapter-serve brings a library, and how to add it to this installation."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 NAME = "radapter-serve"
 _CHECKOUT = Path(__file__).resolve().parents[1]
+_PACKAGES = {  # by their modules, where these have other names
+    "faiss": "faiss-cpu",
+    "open_clip": "open-clip-torch",
+    "opentelemetry": "opentelemetry-sdk",
+    "pytriton": "nvidia-pytriton",
+}
+
+
+def extra_of(module: str, first: str | None = None) -> str:
+    """The extra that brings a library: the one with the fewest packages, or `all` if none does.
+
+    Args:
+        module: of the library, such as "open_clip.model".
+        first: the extra to name if it brings the library, such as that of a command.
+    """
+    try:
+        requirements = requires(NAME) or []
+    except PackageNotFoundError:
+        return first or "all"
+    packages: dict[str, set[str]] = {}
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if name and extra:
+            packages.setdefault(extra[1], set()).add(re.sub(r"[._-]+", "-", name[0]).lower())
+    top = module.partition(".")[0]
+    wanted = _PACKAGES.get(top, top.replace("_", "-").lower())
+    found = [extra for extra, names in packages.items() if wanted in names]
+    if first in found:
+        return str(first)
+    return min(found, key=lambda extra: (len(packages[extra]), extra), default="all")
 
 
 def install_command(extra: str) -> str:

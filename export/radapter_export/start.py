@@ -67,7 +67,7 @@ class Export:
         return {graph.name: graph.agreement for graph in self.releases[-1].graphs}
 
 
-@one_line()
+@one_line("export")
 def export(
     adapter: Place | Sequence[Place] | None = None,
     alpha: float | str | Sequence[float | str] | None = None,

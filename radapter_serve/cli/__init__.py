@@ -20,6 +20,18 @@ from radapter_serve.errors import RAdapterError, one_line
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
+# What brings all that a command usually needs.
+EXTRAS = {
+    "radapter-demo": "demo",
+    "radapter-eval": "train",
+    "radapter-export": "export",
+    "radapter-gateway": "gateway",
+    "radapter-index": "server",
+    "radapter-playground": "playground",
+    "radapter-release": "server",
+    "radapter-serve": "server",
+    "radapter-train": "train",
+}
 
 
 def run(
@@ -114,7 +126,7 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
         # Jupyter sets it, and rich would then draw its spinners into a file or a notebook.
         os.environ.pop("FORCE_COLOR", None)
     try:
-        with one_line():
+        with one_line(EXTRAS.get(prog)):
             return call() or 0
     except RAdapterError as error:
         message = str(error)

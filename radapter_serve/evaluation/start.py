@@ -171,7 +171,7 @@ class Evaluated:
         )
 
 
-@one_line()
+@one_line("train")
 def evaluate(
     adapter: Place | None = None,
     alpha: float | str | Sequence[float | str] | None = None,
@@ -265,7 +265,7 @@ def evaluate(
         return _evaluate(subject, path, alphas, tests, results, options, say, auto=auto)
 
 
-@one_line()
+@one_line("train")
 def doubtful(
     adapter: Place | None = None,
     count: int = 50,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from radapter_serve.training.parts import Parts
 
 
-@one_line()
+@one_line("train")
 def train(
     recipe: str | Path | Recipe | None = None,
     *,
