@@ -9,7 +9,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from common import RESULTS, Process, Report, picture, say
 from gateway import export
 from loop import PERCENTILES, Closed, Measured, Open, Send, measure
 from serving import LABEL_SET
+from stages import Stages, read_totals
 
-from radapter_client import AsyncClient, Profile
+from radapter_client import AsyncClient
 from radapter_serve.files import staged
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -29,7 +30,7 @@ from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
-STAGES = ("network", "queue", "task", "encoder")
+STAGES = tuple(one.name for one in fields(Stages))
 OBJECTS = ("bicycle", "bird", "boat", "car", "cat", "dog", "house", "person", "street", "tree")
 LABELS = tuple(f"a {name}" for name in OBJECTS)
 INDEX = "pictures"
@@ -49,14 +50,14 @@ class Row:
         url: of the server.
         load: how requests followed each other.
         measured: what came of it.
-        profile: where the time went, by the server's own statistics.
+        stages: where the time went, by the server's own statistics.
     """
 
     task: str
     url: str
     load: Closed | Open
     measured: Measured
-    profile: Profile
+    stages: Stages
 
     @property
     def protocol(self) -> str:
@@ -70,7 +71,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """As a table has them."""
-        stages = [float(getattr(self.profile, stage)) for stage in STAGES]
+        stages = [float(getattr(self.stages, stage)) for stage in STAGES]
         return [
             f"{self.task}, {self.protocol}, {self.load}",
             str(len(self.measured.latencies)),
@@ -105,11 +106,13 @@ class Bench:
         image: a JPEG file.
         seconds: of each row.
         warmup: seconds of the same load before it, which do not count.
+        http_url: of the server, for its statistics.
     """
 
     image: bytes
     seconds: float
     warmup: float
+    http_url: str
 
     def rows(
         self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]
@@ -129,12 +132,12 @@ class Bench:
             send = sender(client, task, self.image)
             await send(0)  # what can't work at all fails here, with its own words
             await measure(send, load, self.warmup)
-            before = await client.statistics()
+            before = read_totals(self.http_url)
             measured = await measure(send, load, self.seconds)
-            after = await client.statistics()
+            after = read_totals(self.http_url)
         spent = sum(measured.latencies)
         answered = max(1, len(measured.latencies))
-        return Row(task, url, load, measured, Profile.between(task, before, after, spent, answered))
+        return Row(task, url, load, measured, Stages.between(task, before, after, spent, answered))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -194,7 +197,7 @@ def worst(rows: Sequence[Row]) -> str:
     middle = PERCENTILES.index(50)
     row = max(rows, key=lambda one: one.latency[tail] / one.latency[middle])
     longest = max(rows, key=lambda one: one.latency[tail])
-    stages = {stage: float(getattr(longest.profile, stage)) for stage in STAGES}
+    stages = {stage: float(getattr(longest.stages, stage)) for stage in STAGES}
     most = max(stages, key=stages.__getitem__)
     return (
         f"The worst p99 is that of {longest.task}, {longest.protocol}, {longest.load}:"
@@ -296,10 +299,10 @@ def main(
         repository = folder / "repository"
         server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), **options))
         stack.enter_context(server)
-        bench = Bench(picture(width, height), seconds, warmup)
+        bench = Bench(picture(width, height), seconds, warmup, server.http_url)
         urls = [server.grpc_url, server.http_url]
         loads = [Closed(callers) for callers in overlapping]
-        longer = Bench(bench.image, overlapping_seconds, warmup)
+        longer = replace(bench, seconds=overlapping_seconds)
         texts = longer.rows(urls, ["embed_text"], loads)
         closed = bench.rows(urls, TASKS, [Closed(callers) for callers in concurrency])
         opened = []

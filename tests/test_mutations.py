@@ -134,7 +134,7 @@ ROOMS = {
         (
             *(
                 f"tests/client/test_{name}.py"
-                for name in ("client_units", "client_wire", "client_tasks", "overlay", "profile")
+                for name in ("client_units", "client_wire", "client_tasks", "overlay")
             ),
             *(f"--deselect=tests/client/test_client_units.py::{name}" for name in _CLIENT_ALONE),
         ),

@@ -15,7 +15,6 @@ from ._exceptions import (
     Unauthorized,
 )
 from ._images import ImageLike, list_images
-from ._profile import Profile
 from ._results import Classification, Hit, Hits, Release, Segmentation
 from ._wire import AsyncTransport, Reply, Request, Transport
 
@@ -31,7 +30,6 @@ __all__ = [
     "InvalidRequest",
     "InvalidURL",
     "ModelNotFound",
-    "Profile",
     "RAdapterClientError",
     "Release",
     "Reply",

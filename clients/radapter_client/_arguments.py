@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._exceptions import InvalidImage, InvalidRequest, bad_argument
+from ._exceptions import InvalidImage, InvalidRequest, bad_argument, shown
 from ._images import ImageLike, encode_image, encode_small, image_sizes, is_one_image
 from ._url import ServerURL
 from ._wire import Array, text_array
@@ -68,14 +68,14 @@ def example_inputs(
     """
     images: list[bytes] = []
     places: list[int] = []
-    for name, shown in examples.items():
+    for name, given in examples.items():
         if name not in labels:
-            raise bad_argument(f"examples has {name!r:.80}, which is not among the labels")
-        items: list[Any] = [shown] if is_one_image(shown) else as_list("examples", shown)
+            raise bad_argument(f"examples has {shown(name)}, which is not among the labels")
+        items: list[Any] = [given] if is_one_image(given) else as_list("examples", given)
         try:
             images += [encode_small(item, shrink_to) for item in items]
         except InvalidImage as error:
-            raise bad_argument(f"an example of {name!r:.80}: {error}") from error
+            raise bad_argument(f"an example of {shown(name)}: {error}") from error
         places += [labels.index(name)] * len(items)
     if not images:
         raise bad_argument('no examples: give some, such as {"a mug": ["mug.jpg"]}, or None')
@@ -91,7 +91,7 @@ def _weights_by_label(
     """A weight for each label."""
     for name in weights:
         if name not in examples:
-            raise bad_argument(f"example_weight has {name!r:.80}, which has no examples")
+            raise bad_argument(f"example_weight has {shown(name)}, which has no examples")
     return np.array(
         [_fraction("example_weight", weights.get(name, EXAMPLE_WEIGHT)) for name in labels],
         np.float32,
@@ -215,7 +215,7 @@ def _cosine(value: float | str) -> float:
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not number or not -1 <= float(value) <= 1:
         raise bad_argument(
-            f"min_score is {value!r}; allowed are numbers from -1 to 1, and {CALIBRATED!r}"
+            f"min_score is {shown(value)}; allowed are numbers from -1 to 1, and {CALIBRATED!r}"
         )
     return float(value)
 
@@ -297,11 +297,11 @@ def as_list(name: str, items: Any) -> list[Any]:
 
 def utf8(name: str, text: str) -> bytes:
     if not isinstance(text, str):
-        raise bad_argument(f"{name} takes texts, not {type(text).__name__} {text!r}")
+        raise bad_argument(f"{name} takes texts, not {shown(text)}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise bad_argument(f"{name} has a text that is not Unicode: {text!r}") from error
+        raise bad_argument(f"{name} has a text that is not Unicode: {shown(text)}") from error
 
 
 def count(name: str, value: int, least: int = 1) -> int:
@@ -310,7 +310,7 @@ def count(name: str, value: int, least: int = 1) -> int:
     except TypeError:
         number = -1
     if not least <= number < 2**31 or isinstance(value, bool):
-        raise bad_argument(f"{name} is {value!r}; allowed are whole numbers from {least}")
+        raise bad_argument(f"{name} is {shown(value)}; allowed are whole numbers from {least}")
     return number
 
 
@@ -320,7 +320,7 @@ def seconds(value: float) -> float:
         or not isinstance(value, (int, float))
         or not (math.isfinite(value) and value > 0)
     ):
-        raise bad_argument(f"timeout is {value!r}; allowed are seconds above 0")
+        raise bad_argument(f"timeout is {shown(value)}; allowed are seconds above 0")
     return float(value)
 
 
@@ -347,5 +347,5 @@ def _fraction(name: str, value: float) -> float:
         or not isinstance(value, (int, float, np.floating))
         or not 0 <= value <= 1
     ):
-        raise bad_argument(f"{name} is {value!r}; allowed are numbers from 0 to 1")
+        raise bad_argument(f"{name} is {shown(value)}; allowed are numbers from 0 to 1")
     return float(value)

@@ -24,7 +24,7 @@ class Client(BaseClient[Transport]):
     """A client of one server, safe to use from several threads.
 
     Args:
-        url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
+        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST.
         release: version of the release that every call is to use; None for the newest. A call of
             several requests gets all its answers from one release; two calls may not, unless the
             release is given here.
@@ -53,7 +53,7 @@ class Client(BaseClient[Transport]):
 
     Example:
         ```python
-        with Client("grpc://localhost:8001") as client:
+        with Client("http://localhost:8000") as client:
             print(client.classify("cat.jpg", ["a cat", "a dog"]).top)
         ```
     """
@@ -131,7 +131,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
 
     Example:
         ```python
-        async with AsyncClient("grpc://localhost:8001") as client:
+        async with AsyncClient("http://localhost:8000") as client:
             print((await client.classify("cat.jpg", ["a cat", "a dog"])).top)
         ```
     """

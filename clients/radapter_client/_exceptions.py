@@ -14,6 +14,7 @@ RAdapterClientError
 from __future__ import annotations
 
 import re
+from numbers import Number
 
 from ._failures import read_failure
 
@@ -93,6 +94,15 @@ class ServerError(RAdapterClientError):
 
     Example: `except ServerError as error: log.error("the server failed: %s", error)`
     """
+
+
+def shown(value: object) -> str:
+    """A value as a message names it, short and on one line: what is neither a text nor a number, by
+    its type.
+    """
+    if value is None or isinstance(value, (str, bytes, Number)):
+        return f"{value!r:.80}"
+    return f"a value of type {type(value).__name__}"
 
 
 def bad_argument(why: str) -> InvalidRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ._exceptions import InvalidURL, RAdapterClientError, ServerUnavailable, Timeout, from_server
-from ._url import ServerURL
+from ._url import PORTS, ServerURL
 from ._wire import Reply, Request
 
 CHANNEL = [
@@ -30,27 +30,29 @@ METHODS = {
     "infer": "infer",
     "config": "get_model_config",
     "ready": "is_model_ready",
-    "statistics": "get_inference_statistics",
 }
 # gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in
 # all clients of the process, for they share connections.
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 # What gRPC says of a server that speaks something else, and of one that has just ended.
 CLOSED = "Socket closed"
+REFUSED = "Connection refused"
+PROBE_SECONDS = 1.0  # at most, to find out why a call failed
 
 
-def speaks_http(url: ServerURL) -> bool:
-    """Whether a server answers HTTP/1.1 there; asked for a second at most."""
-    kind = http.client.HTTPSConnection if url.secure else http.client.HTTPConnection
-    connection = kind(url.host.strip("[]"), url.port, timeout=1.0)
+def http_status(url: ServerURL, timeout: float) -> int | None:
+    """The status with which a server answers HTTP/1.1 there whether it is live; None where none
+    does in time.
+    """
+    from ._http import HttpTransport
+
+    transport = HttpTransport(url)
     try:
-        connection.request("GET", "/v2/health/live")
-        connection.getresponse()
-    except (OSError, http.client.HTTPException):
-        return False
+        return transport.live(min(timeout, PROBE_SECONDS))
+    except RAdapterClientError:
+        return None
     finally:
-        connection.close()
-    return True
+        transport.close()
 
 
 class _Grpc:
@@ -99,11 +101,18 @@ class _Grpc:
                 said := from_server(status, text)
             ).code is not None:  # by a task, or by Triton, and not by gRPC
                 return said
-            if CLOSED in text and speaks_http(self._url):
+            if CLOSED in text and http_status(self._url, timeout) is not None:
                 scheme = "https" if self._url.secure else "http"
                 return InvalidURL(
                     f"{self._url} answers HTTP and no gRPC, as radapter-serve --engine process and"
                     f" radapter-gateway do; write {scheme}://{self._url.address}"
+                )
+            # An engine in one process listens for HTTP alone.
+            other = ServerURL("http", self._url.host, PORTS["http"])
+            if REFUSED in text and not self._url.secure and http_status(other, timeout) == 200:
+                return ServerUnavailable(
+                    f"no answer from {self._url}: nobody listens there, but a server answers HTTP"
+                    f' at {other}; write Client("{other}"), or --url {other}'
                 )
             kind = Timeout if SILENT.search(text) else ServerUnavailable
             return kind(
@@ -146,7 +155,8 @@ class AsyncGrpcTransport(_Grpc):
         try:
             return self._reply(request, await self._call(self._client, request, timeout))
         except InferenceServerException as error:
-            raise self._error(error, timeout) from error
+            # In a thread, for it may ask another port.
+            raise await asyncio.to_thread(self._error, error, timeout) from error
 
     async def close(self) -> None:
         if self._client is not None:

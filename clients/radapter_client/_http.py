@@ -12,7 +12,9 @@ import contextlib
 import http.client
 import io
 import json
+import math
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from tritonclient.utils import (
     triton_to_np_dtype,
 )
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util.connection import create_connection
 
 from ._exceptions import ServerError, ServerUnavailable, Timeout, from_server
 from ._url import ServerURL
@@ -37,7 +40,6 @@ from ._wire import Array, Reply, Request
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask
 THREADS = 1024  # started as they are needed
-TAILS = {"infer": "/infer", "config": "/config", "ready": "/ready", "statistics": "/stats"}
 
 
 class HttpTransport:
@@ -50,10 +52,24 @@ class HttpTransport:
 
     def send(self, request: Request, timeout: float) -> Any:
         body, headers = encode(request) if request.action == "infer" else (None, {})
+        response = self._request(target(request), body, headers, timeout)
+        return answer(request, response.status, response.data, response.headers, str(self._url))
+
+    def live(self, timeout: float) -> int:
+        """The status with which somebody answers whether the server is live.
+
+        Raises:
+            RAdapterClientError: nobody answers HTTP within `timeout` seconds.
+        """
+        return self._request("/v2/health/live", None, {}, timeout).status
+
+    def _request(
+        self, path: str, body: bytes | None, headers: dict[str, str], timeout: float
+    ) -> urllib3.BaseHTTPResponse:
         try:
-            response = self._pool.request(
+            return self._pool.request(
                 "GET" if body is None else "POST",
-                self._url.path + target(request),
+                self._url.path + path,
                 body=body,
                 headers=headers | self._headers,
                 timeout=urllib3.Timeout(total=timeout),
@@ -68,9 +84,8 @@ class HttpTransport:
             )
             if late and not isinstance(error, urllib3.exceptions.NewConnectionError):
                 raise self.late(timeout) from error
-            why = f"no answer from {self._url}: {error}; is the server running (radapter-serve)?"
-            raise ServerUnavailable(why) from error
-        return answer(request, response.status, response.data, response.headers, str(self._url))
+            why = f"no answer from {self._url}: {_reason(error)}"
+            raise ServerUnavailable(f"{why}; is the server running (radapter-serve)?") from error
 
     def late(self, timeout: float) -> Timeout:
         return Timeout(f"no answer from {self._url} within {timeout:g} s")
@@ -107,9 +122,8 @@ class AsyncHttpTransport:
 
 def target(request: Request) -> str:
     """The path of a request."""
-    model = f"/{quote(request.model)}" if request.model else ""
-    version = f"/versions/{request.version}" if model and request.version else ""
-    return f"/v2/models{model}{version}{TAILS[request.action]}"
+    version = f"/versions/{request.version}" if request.version else ""
+    return f"/v2/models/{quote(request.model)}{version}/{request.action}"
 
 
 def answer(
@@ -192,6 +206,17 @@ def decode(body: bytes, length: str | None) -> Reply:
     return Reply(int(head["model_version"]), outputs)
 
 
+def _reason(error: urllib3.exceptions.HTTPError) -> str:
+    """What went wrong, without urllib3's name of the connection."""
+    inner = [argument for argument in error.args if isinstance(argument, Exception)]
+    cause = error.__cause__ or (inner[-1] if inner else error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {cause.verify_message}"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause)
+
+
 def _retry_after(header: str | None) -> float:
     try:
         return max(0.0, urllib3.Retry().parse_retry_after(header)) if header else 0.0
@@ -208,29 +233,29 @@ def _message(body: bytes) -> str:
 
 
 class _UntilDeadline(io.RawIOBase):
-    """The bytes that a socket receives, until a deadline.
+    """The bytes that a connection receives, until its request's time is over.
 
     A socket's own time-out starts again with every byte, so that a server which sends one byte a
-    second would hold a caller for as long as it likes. Each read here waits for the rest of the
-    request's time.
+    second would hold a caller for as long as it likes.
 
     Args:
         received: what `http.client` reads the socket by.
         sock: the socket.
-        deadline: by the monotonic clock, seconds.
+        connection: whose `timeout` is what is left.
     """
 
-    def __init__(self, received: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+    def __init__(
+        self, received: io.RawIOBase, sock: socket.socket, connection: HTTPConnection
+    ) -> None:
         self._received = received
         self._sock = sock
-        self._deadline = deadline
+        self._connection = connection
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        remaining = self._deadline - time.monotonic()
-        self._sock.settimeout(max(remaining, 1e-6))  # 0 would mean not to wait at all
+        self._sock.settimeout(self._connection.timeout)
         return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
 
     def close(self) -> None:
@@ -241,31 +266,65 @@ class _UntilDeadline(io.RawIOBase):
 class _EndsInTime(HTTPConnection):
     """Ends a request at its deadline, answer included, and is in a set while it is open.
 
-    `urllib3.Timeout(total=...)` bounds the connection and each read, but not all reads together.
+    To urllib3 a time-out bounds each step by itself: each address of the host, the TLS handshake,
+    each part sent. Here the time of a request begins where urllib3 sets `timeout`, before the
+    first step, and every step gets what is left.
 
     Args:
         open_connections: where it puts itself.
     """
 
     def __init__(self, *args: Any, open_connections: set[HTTPConnection], **options: Any) -> None:
+        self._deadline = math.inf
         super().__init__(*args, **options)
         self._open_connections = open_connections
-        self._deadline = 0.0
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that are left; never 0, with which a socket would not wait at all."""
+        return max(self._deadline - time.monotonic(), 1e-6)
+
+    @timeout.setter
+    def timeout(self, seconds: Any) -> None:
+        # A connection that is made has no number yet; a request gives it one.
+        if isinstance(seconds, (int, float)):
+            self._deadline = time.monotonic() + seconds
+
+    def _new_conn(self) -> socket.socket:
+        try:
+            addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
+        failure: OSError | None = None
+        for *_, address in addresses:
+            try:
+                sock = create_connection(
+                    (str(address[0]), self.port), self.timeout, socket_options=self.socket_options
+                )
+            except OSError as error:
+                failure = error
+            else:
+                sock.settimeout(self.timeout)  # of the handshake that may follow
+                return sock
+        if isinstance(failure, TimeoutError):
+            raise urllib3.exceptions.ConnectTimeoutError(self, str(failure)) from failure
+        raise urllib3.exceptions.NewConnectionError(self, str(failure)) from failure
 
     def connect(self) -> None:
         super().connect()
         self._open_connections.add(self)
 
-    def request(self, *args: Any, **options: Any) -> None:
-        self._deadline = time.monotonic() + self.timeout  # type: ignore[operator]
-        super().request(*args, **options)
+    def send(self, data: Any) -> None:
+        if self.sock is not None:
+            self.sock.settimeout(self.timeout)
+        super().send(data)
 
     def response_class(  # type: ignore[override]
         self, sock: socket.socket, *args: Any, **options: Any
     ) -> http.client.HTTPResponse:
         response = http.client.HTTPResponse(sock, *args, **options)
         received = response.fp.detach()
-        response.fp = io.BufferedReader(_UntilDeadline(received, sock, self._deadline))
+        response.fp = io.BufferedReader(_UntilDeadline(received, sock, self))
         return response
 
     def close(self) -> None:

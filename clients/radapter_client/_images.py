@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ._exceptions import bad_argument, bad_image
 
@@ -100,17 +100,23 @@ def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
         opened = _opened(image)
         ratio = shrink_to / min(opened.size)
         if ratio < 1 and opened.mode in _PHOTOS:
-            return _shrunk(opened, ratio)
+            return _shrunk(opened, ratio, own=opened is not image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         pass
     return encode_image(image)
 
 
-def _shrunk(image: Image.Image, ratio: float) -> bytes:
+def _shrunk(image: Image.Image, ratio: float, *, own: bool) -> bytes:
+    """The bytes of an image, smaller.
+
+    Args:
+        own: whether it was opened here; it is changed then.
+    """
     size = tuple(max(1, round(side * ratio)) for side in image.size)
     turned = orientation(image)
-    if image.format == "JPEG":
-        # Twice as large, so that the filter still has something to average.
+    if own and image.format == "JPEG":
+        # Decoded at a smaller scale, for good: twice as large, so that the filter still has
+        # something to average.
         image.draft(None, (2 * size[0], 2 * size[1]))
     small = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
     exif = Image.Exif()
@@ -142,6 +148,8 @@ def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Imag
         if "transparency" in opened.info:  # a palette's would be lost with a warning
             opened = opened.convert("RGBA")
         return opened.convert("RGB")
+    except UnidentifiedImageError as error:  # its text names an object of Python's
+        raise bad_image("cannot read the image: these are no bytes of an image file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise bad_image(f"cannot read the image: {error}") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ._arguments import (
     as_list,
@@ -48,7 +46,6 @@ from ._images import (
     orientation,
     size_bound,
 )
-from ._profile import Profile, Totals, read_statistics
 from ._results import (
     Classification,
     Hits,
@@ -59,7 +56,7 @@ from ._results import (
     read_releases,
 )
 from ._retries import Tries
-from ._url import ServerURL, parse_url
+from ._url import DEFAULT_URL, ServerURL, parse_url
 from ._wire import Array, Reply, Request, text_array
 
 W = TypeVar("W")
@@ -79,7 +76,7 @@ class BaseClient(Generic[W]):
 
     def __init__(
         self,
-        url: str = "grpc://localhost:8001",
+        url: str = DEFAULT_URL,
         *,
         release: int | None = None,
         timeout: float = 60.0,
@@ -421,48 +418,6 @@ class BaseClient(Generic[W]):
             return all((yield [partial(Request, "ready", task, version) for task in TASKS]))
         except (ServerUnavailable, Timeout, ModelNotFound):
             return False
-
-    @call
-    def profile(self, *, requests: int = 10, timeout: float | None = None) -> Answer[Profile]:
-        """Where the time of an `embed_images` request of one image goes; prints as a tree.
-
-        Args:
-            requests: how many to send, one after the other.
-            timeout: as in `classify`.
-
-        Example: `print(client.profile())`
-        """
-        requests = count("requests", requests)
-        release = pick_release((yield from self._served()), self._version)
-        side = int(release.facts.get("preprocess", {}).get("size", 224))
-        image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
-        yield from BaseClient.embed_images(self, [image])  # connects and warms up
-        before = yield from BaseClient.statistics(self)
-        start = time.perf_counter()
-        for _ in range(requests):
-            yield from BaseClient.embed_images(self, [image])
-        spent = time.perf_counter() - start
-        after = yield from BaseClient.statistics(self)
-        return Profile.between("embed_image", before, after, spent, requests)
-
-    @call
-    def statistics(self, *, timeout: float | None = None) -> Answer[Totals]:
-        """What the server has done since its start, by model: a dict of numbers.
-
-        `count` of answered requests, `executions` of batches, and the nanoseconds that requests
-        spent in `queue` and in `compute`.
-
-        Args:
-            timeout: seconds for the request; None for the client's own.
-
-        Raises:
-            RAdapterClientError: also where a gateway answers, which keeps the statistics of the
-                server closed.
-
-        Example: `client.statistics()["classify"]["count"]`
-        """
-        [found] = yield [partial(Request, "statistics", "")]
-        return read_statistics(found)
 
     # What the methods share
 

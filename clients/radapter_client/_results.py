@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._exceptions import ModelNotFound, ServerError, bad_argument
+from ._exceptions import ModelNotFound, ServerError, bad_argument, shown
 from ._images import ImageLike, read_image
 from ._wire import Array
 
@@ -102,7 +102,7 @@ class Segmentation:
         if chosen is None:
             raise bad_argument("no image to draw on: give overlay(image)")
         if not 0 <= opacity <= 1:
-            raise bad_argument(f"opacity is {opacity!r}; allowed are numbers from 0 to 1")
+            raise bad_argument(f"opacity is {shown(opacity)}; allowed are numbers from 0 to 1")
         picture = read_image(chosen, exif_orientation=self.exif_orientation)
         height, width = self.mask.shape
         if picture.size != (width, height):

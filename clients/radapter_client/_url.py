@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from ._exceptions import InvalidURL
+from ._exceptions import InvalidURL, shown
 
 PORTS = {"grpc": 8001, "grpcs": 443, "http": 8000, "https": 443}
-ALLOWED = "grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST"
+ALLOWED = "http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST"
+DEFAULT_URL = "http://localhost:8000"  # every server answers HTTP; an engine in one process no gRPC
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def parse_url(url: str) -> ServerURL:
     """
 
     def refuse(why: str) -> InvalidURL:
-        return InvalidURL(f"not a server's URL: {url!r} {why}; allowed are {ALLOWED}")
+        return InvalidURL(f"not a server's URL: {shown(url)} {why}; allowed are {ALLOWED}")
 
     if not isinstance(url, str):
         raise refuse("is not a text")
     scheme, separator, _ = url.partition("://")
     if not separator or scheme.lower() not in PORTS:
-        raise refuse("has no scheme" if not separator else f"has the scheme {scheme!r}")
+        raise refuse("has no scheme" if not separator else f"has the scheme {shown(scheme)}")
     if any(character.isspace() or not character.isprintable() for character in url):
         raise refuse("has white space in it")
     try:

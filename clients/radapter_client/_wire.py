@@ -19,9 +19,9 @@ class Request:
     """One request to the server, whatever the protocol.
 
     Args:
-        action: "infer" is answered by a `Reply`, "config" and "statistics" by a dict as JSON has
-            it, "ready" by a bool.
-        model: name of the model; empty for the statistics of all models.
+        action: "infer" is answered by a `Reply`, "config" by a dict as JSON has it, "ready" by a
+            bool.
+        model: name of the model.
         version: of the model; empty for the newest.
         inputs: name to array, with the batch first where the model has one; texts and encoded
             images are bytes in arrays of dtype object.
@@ -30,7 +30,7 @@ class Request:
     Example: `Request("infer", "embed_text", inputs={"text": np.array([[b"a cat"]], object)})`
     """
 
-    action: Literal["infer", "config", "ready", "statistics"]
+    action: Literal["infer", "config", "ready"]
     model: str
     version: str = ""
     inputs: Mapping[str, Array] = field(default_factory=dict)

@@ -62,7 +62,7 @@ def build(
             ./indexes.
         model_repository: whose served release embeds the images (radapter-release list); DIR@N for
             release N.
-        url: a live server that embeds them instead, such as grpc://localhost:8001.
+        url: a live server that embeds them instead, such as http://localhost:8000.
         alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any
             (radapter-export --alpha dynamic); the release's own if none is given.
         image_column: column of a table that holds the paths; the others become metadata.

@@ -225,18 +225,14 @@ class Engine:
             if request.action == "config":
                 config = self.config(request.model, request.version)
                 return json_format.MessageToDict(config, preserving_proto_field_name=True)
-            if request.action == "ready":
-                self._pick(self._present(), request.model, request.version)
-                return True
+            self._pick(self._present(), request.model, request.version)
+            return True  # it is ready
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
         except NotServed as error:
             raise from_server("NOT_FOUND", str(error)) from error
         except RAdapterError as error:
             raise RAdapterClientError(str(error)) from error
-        raise RAdapterClientError(
-            "a model in this process keeps no statistics; ask a server for them"
-        )
 
     def infer(
         self,

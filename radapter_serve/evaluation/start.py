@@ -76,7 +76,7 @@ class Evaluated:
         merged: folder of a merged checkpoint, instead of a run.
         release: model repository, instead of a run; its own runtime runs it. PATH@N for release N,
             else the newest.
-        url: a live server, instead of a run, such as grpc://localhost:8001.
+        url: a live server, instead of a run, such as http://localhost:8000.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas
             beside the run.
         checkpoint: a model that was tuned elsewhere, instead of a run: a .pt or .safetensors file,

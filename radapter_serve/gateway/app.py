@@ -192,7 +192,7 @@ class Gateway:
             404,
             NOT_FOUND,
             "the statistics of models are not open here; GET /metrics counts requests and their"
-            " seconds, and radapter-query profile asks a port of Triton itself",
+            " seconds",
         )
 
     async def server(self, request: Request) -> Response:

@@ -27,7 +27,7 @@ class Settings:
     """Where the page listens, whom it asks, and who may open it.
 
     Args:
-        url: of the server or of a gateway, such as grpc://localhost:8001 or https://HOST:8080.
+        url: of the server or of a gateway, such as http://localhost:8000 or https://HOST:8080.
         api_key: that the gateway asks for; no flag, because others can read a command line.
         host: address or name to listen on; others than this machine's own need a login.
         port: to listen on.
@@ -35,7 +35,7 @@ class Settings:
         password_file: file whose first line is the password of that login.
     """
 
-    url: str = "grpc://localhost:8001"
+    url: str = "http://localhost:8000"
     api_key: tyro.conf.Suppress[str | None] = None
     host: str = "127.0.0.1"
     port: int = 7860

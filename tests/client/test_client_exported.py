@@ -242,14 +242,6 @@ def test_ten_thousand_labels(client: Client):
     assert [len(result.labels) for result in found] == [2, 2]
 
 
-def test_profile(client: Client):
-    found = client.profile(requests=3)
-    assert found.encoder > 0
-    assert found.total == pytest.approx(
-        found.network + found.queue + found.task + found.encoder, rel=0.1
-    )
-
-
 @pytest.mark.parametrize(
     ("image", "labels", "error", "code"),
     [

@@ -136,6 +136,17 @@ def test_the_server_says_how_long_to_wait(kind: type) -> None:
         assert time.monotonic() - begin >= 1
 
 
+def test_a_wait_takes_from_the_time_of_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    error = radapter_client.ServerUnavailable("x")
+    error.retry_after = 4
+    tries = Tries(5, 10)
+    assert (tries.pause(error), tries.seconds) == (4, 6)
+    error.retry_after = 10
+    with pytest.raises(radapter_client.ServerUnavailable):
+        tries.pause(error)
+
+
 @pytest.mark.parametrize("wait", ["3600", "nonsense", "-5"])
 def test_a_wait_beyond_the_time_out_is_not_begun(kind: type, wait: str) -> None:
     with http_steps((429, {"Retry-After": wait})) as (url, seen):

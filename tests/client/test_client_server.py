@@ -208,13 +208,6 @@ def test_timeout(client, kind, url: str):
     client.embed_images([b"x"])
 
 
-def test_profile(client):
-    found = client.profile(requests=3)
-    assert found.total == pytest.approx(found.network + found.queue + found.task + found.encoder)
-    assert 0 < found.task < found.total
-    assert len(str(found).splitlines()) == 6
-
-
 def test_threads_share_a_client(url: str):
     with Client(url, batch_size=2, concurrency=3) as client, ThreadPoolExecutor(8) as threads:
 

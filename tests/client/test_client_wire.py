@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import io
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -19,9 +21,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import trustme
+from PIL import Image
 
 import radapter_client
 from radapter_client import AsyncClient, Client
+from radapter_client._url import PORTS
 from tests.helpers.stand_ins import grpc_server, http_server
 
 
@@ -229,6 +234,18 @@ def test_inference_over_http(kind: type):
     }
 
 
+def test_outputs_are_asked_for_in_binary():
+    """JSON could not hold a thumbnail's bytes."""
+    with http_server(200, b"{}") as (url, seen):
+        attempt(Client, url, lambda client: client.search("x", index="i", thumbnails=True))
+    [(_, _, sent, body, _)] = seen
+    outputs = json.loads(body[: int(sent["Inference-Header-Content-Length"])])["outputs"]
+    assert outputs == [
+        {"name": name, "parameters": {"binary_data": True}}
+        for name in ("id", "score", "metadata", "thumbnail")
+    ]
+
+
 def test_answer_in_json(kind: type):
     """A proxy or another server may answer without the binary extension."""
     outputs = [
@@ -270,7 +287,6 @@ def test_every_request_with_a_body_says_what_it_is(kind: type):
     asked = [
         lambda client: client.is_ready(),
         lambda client: client.release(),
-        lambda client: client.profile(requests=1),
         lambda client: client.classify([b"x"] * 40, ["a"]),
         lambda client: client.embed_texts(["x" * 5_000_000]),
         lambda client: client.search("x", index="i"),
@@ -312,6 +328,111 @@ def test_nobody_there(protocol: str, kind: type):
     assert attempt(kind, url, lambda client: client.is_ready(), timeout=5) is False
 
 
+# A class that is private, and an object's place in memory.
+INNARDS = re.compile(r"\b_[A-Z]|\bat 0x")
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http", "https"])
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("127.0.0.1", "127.0.0.1:{port}: .*[Cc]onnection refused"),
+        ("no.such.invalid", "no.such.invalid:{port}: "),
+        ("a" * 70 + ".com", "a.com:{port}: "),
+    ],
+)
+def test_who_does_not_answer_is_named_by_host_and_port(protocol: str, host: str, words: str):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    url = f"{protocol}://{host}:{port}"
+    found = attempt(Client, url, lambda client: client.embed_texts(["x"]), timeout=5, retries=0)
+    assert type(found) is radapter_client.ServerUnavailable
+    assert re.search(words.format(port=port), str(found)) and not INNARDS.search(str(found))
+
+
+def test_a_certificate_that_is_not_trusted_is_said_to_be_so():
+    settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("localhost").configure_cert(settings)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as caller, contextlib.suppress(OSError):
+                settings.wrap_socket(caller, server_side=True)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        found = attempt(Client, url, lambda client: client.embed_texts(["x"]), retries=0)
+        thread.join()
+    assert type(found) is radapter_client.ServerUnavailable
+    assert f"{url}: its certificate is not trusted: " in str(found)
+    assert not INNARDS.search(str(found)) and "_ssl" not in str(found)
+
+
+@pytest.mark.parametrize("value", [object(), np.ones((2, 2)), Image.new("L", (9, 9)), "a\nb" * 99])
+def test_odd_values_are_named_in_one_short_line(value: Any):
+    client = Client("http://127.0.0.1:1", release=1)
+    calls = [
+        lambda: Client(value),
+        lambda: Client(timeout=value),
+        lambda: Client(batch_size=value),
+        lambda: client.embed_texts([value], timeout=value),
+        lambda: client.embed_texts([5, value]),
+        lambda: client.classify(b"x", [value, 5]),
+        lambda: client.classify(b"x", ["a"], top_k=value),
+        lambda: client.classify(b"x", ["a"], alpha=value),
+        lambda: client.classify(b"x", ["a"], label_set=value),
+        lambda: client.segment(b"x", ["a"], proposals=np.ones((1, 4, 5), bool), refine=value),
+        lambda: client.search("a", index=value, top_k=0),
+        lambda: client.search("a", index="i", min_score=value),
+        lambda: radapter_client.Segmentation(np.zeros((4, 4)), [], [], 1).overlay(b"no image"),
+    ]
+    for call in calls:
+        with pytest.raises(radapter_client.InvalidRequest) as caught:
+            call()
+        text = str(caught.value)
+        assert "\n" not in text and len(text) < 300 and not INNARDS.search(text), text
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_grpc_url_where_a_server_answers_http_alone(
+    kind: type, status: int, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with http_server(status, b"") as (url, seen):
+        monkeypatch.setitem(PORTS, "http", int(url.rpartition(":")[2]))
+        grpc_url = f"grpc://127.0.0.1:{port}"
+        found = attempt(kind, grpc_url, lambda client: client.embed_texts(["x"]), retries=0)
+        assert [path for _, path, *_ in seen] == ["/v2/health/live"]
+        assert attempt(kind, grpc_url, lambda client: client.is_ready()) is False
+    assert type(found) is radapter_client.ServerUnavailable and grpc_url in str(found)
+    assert (f'write Client("{url}"), or --url {url}' in str(found)) == (status == 200)
+
+
+def test_the_event_loop_goes_on_while_another_port_is_asked(monkeypatch: pytest.MonkeyPatch):
+    began = threading.Event()
+    turn = threading.Event()
+
+    def http_status(*_: Any) -> int | None:
+        began.set()
+        return 200 if turn.wait(5) else None
+
+    async def main(url: str) -> None:
+        async with AsyncClient(url, retries=0) as client:
+            call = asyncio.ensure_future(client.embed_texts(["x"]))
+            while not began.is_set():
+                await asyncio.sleep(0.01)
+            turn.set()
+            with pytest.raises(radapter_client.ServerUnavailable, match="a server answers HTTP"):
+                await call
+
+    monkeypatch.setattr("radapter_client._grpc.http_status", http_status)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    asyncio.run(main(f"grpc://127.0.0.1:{port}"))
+
+
 @pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.3), ("grpc", 0.3), ("grpc", 1.2)])
 def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
     """Someone accepts and never says a word; gRPC itself gives up after a second."""
@@ -346,6 +467,106 @@ def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, kee
         found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=0.3)
         assert type(found) is radapter_client.Timeout and time.monotonic() - begin < 2
         thread.join()
+
+
+def test_a_slow_handshake_takes_from_the_time_of_the_answer(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither the handshake nor the answer is late by itself."""
+    authority = trustme.CA()
+    settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(settings)
+    body, headers = binary(text_embeds=np.ones((1, 4), np.float32))
+    head = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body)]
+    head += [f"{name}: {value}".encode() for name, value in headers.items()]
+    with (
+        authority.cert_pem.tempfile() as trusted,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+
+        def serve() -> None:
+            accepted = listener.accept()[0]
+            time.sleep(0.6)
+            with (
+                contextlib.suppress(OSError),
+                settings.wrap_socket(accepted, server_side=True) as caller,
+            ):
+                caller.recv(65536)
+                time.sleep(0.6)
+                caller.sendall(b"\r\n".join([*head, b"", body]))
+
+        monkeypatch.setenv("SSL_CERT_FILE", trusted)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=1, retries=0)
+        thread.join()
+    assert type(found) is radapter_client.Timeout
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_all_steps_of_a_request_share_its_time(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that each step turns on: the first address of the host refuses, the second answers
+    to every step within its time, but to all of them too late.
+    """
+    clock = [0.0]
+    steps: list[tuple[str, float]] = []
+
+    class Sock(io.BytesIO):
+        """Takes 3 s to connect, and 3 s for each part that it is sent."""
+
+        def settimeout(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def setsockopt(self, *_: Any) -> None:
+            pass
+
+        def connect(self, address: tuple[str, int]) -> None:
+            steps.append((address[0], self.seconds))
+            clock[0] += 3
+            if address[0] == "192.0.2.1":
+                raise ConnectionRefusedError(111, "Connection refused")
+
+        def sendall(self, data: Any) -> None:
+            steps.append(("send", self.seconds))
+            clock[0] += 3
+
+        def makefile(self, *_: Any) -> io.BufferedReader:
+            return io.BufferedReader(Received(self))
+
+    class Received(io.RawIOBase):
+        def __init__(self, sock: Sock) -> None:
+            self.sock = sock
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, _: Any) -> int:
+            steps.append(("receive", self.sock.seconds))
+            raise TimeoutError
+
+    def shake_hands(_: ssl.SSLContext, sock: Sock, **__: Any) -> Sock:
+        steps.append(("handshake", sock.seconds))
+        clock[0] += 3
+        return sock
+
+    def addresses(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        hosts = ["192.0.2.1", "192.0.2.2"] if host == "example.org" else [host]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in hosts]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    monkeypatch.setattr(socket, "socket", lambda *_: Sock())
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", shake_hands)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with (
+        Client(f"{scheme}://example.org", timeout=20, retries=0) as client,
+        pytest.raises(radapter_client.Timeout),
+    ):
+        client.embed_texts(["x"])
+    names = ["192.0.2.1", "192.0.2.2", "handshake", "send", "send", "receive"]
+    if scheme == "http":
+        names.remove("handshake")
+    assert steps == [(name, 20 - 3 * number) for number, name in enumerate(names)]
 
 
 def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():

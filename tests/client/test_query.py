@@ -289,7 +289,7 @@ def test_embed(run, image: str, tmp_path: Path):
 
 
 @pytest.mark.triton
-def test_release_and_profile(run):
+def test_release(run):
     table = run("release")
     assert all(
         word in table
@@ -297,7 +297,6 @@ def test_release_and_profile(run):
     )
     assert run("release").index("architecture") < run("release").index("templates")
     assert json.loads(run("release", "--release", "1", "--json"))["release"]["alpha"] == 0.5
-    assert "encoder" in run("profile", "--requests", "2")
 
 
 @pytest.mark.triton
@@ -328,7 +327,7 @@ def test_failed_query_leaves_the_old_file(
             "cannot read .*latin.txt: .*utf-8",
         ),
         (["classify", "no.png", "--labels", "a", "--top-k", "0"], "top_k is 0; allowed are"),
-        (["embed-text", "a", "--url", "localhost:8001"], "allowed are grpc://"),
+        (["embed-text", "a", "--url", "localhost:8001"], "allowed are http://"),
         (["embed-text", "a", "--timeout", "-1"], "timeout is -1"),
         (["embed-text", "a", "--out", "x.txt"], "x.txt does not end in .npy"),
         (["embed-text", "a", "--out", "no/such/x.npy"], "no/such is no folder"),
@@ -415,7 +414,6 @@ COMMANDS = [
             "embed-image",
             "embed-text",
             "release",
-            "profile",
         ]
     ),
 ]
@@ -428,7 +426,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "usage: radapter-query" in text and len(text.splitlines()) > 5
-    assert not command or ("grpc://localhost:8001" in text and "RADAPTER_SERVER" in text)
+    assert not command or ("http://localhost:8000" in text and "RADAPTER_SERVER" in text)
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,6 @@ def test_what_is_not_served(engine: Engine) -> None:
         Client(transport=engine, release=99).embed_texts(["a"])
     with pytest.raises(ModelNotFound, match="there is no task 'image_encoder'; there are"):
         engine.send(Request("infer", "image_encoder"), 10)
-    with pytest.raises(RAdapterClientError, match="keeps no statistics"):
-        client.statistics()
     with pytest.raises(InvalidImage, match="not an image"):
         client.classify(b"x", ["a"])
     with pytest.raises(InvalidRequest, match="no index 'photos'"):

@@ -263,6 +263,10 @@ def test_settings_that_are_refused(options: dict[str, Any], message: str) -> Non
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_page_asks_whom_the_client_asks() -> None:
+    assert repr(Client(Settings().url)) == repr(Client())
+
+
 def test_ports_and_hosts_that_are_allowed(tmp_path: Path) -> None:
     assert Settings(port=1).check() == Settings(port=65535).check() == ("127.0.0.1", None)
     file = tmp_path / "password"

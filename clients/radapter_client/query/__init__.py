@@ -26,6 +26,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 
 from .._client import Client
 from .._exceptions import RAdapterClientError
+from .._url import DEFAULT_URL
 from .inputs import ImageFiles, read_examples, read_lines, read_weights
 from .output import Found, Pictures, check_output, report, to_json, write_whole
 
@@ -37,7 +38,7 @@ class Server:
     """What every command takes.
 
     Args:
-        url: one of grpc://HOST:8001, grpcs://HOST, http://HOST:8000 and https://HOST; the
+        url: one of http://HOST:8000, https://HOST, grpc://HOST:8001 and grpcs://HOST; the
             environment variable RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API
             key that radapter-gateway asks for.
         model: answer in this process, without a server: a model repository, a run, a folder with a
@@ -50,9 +51,7 @@ class Server:
         json: print JSON, one object a line, instead of tables.
     """
 
-    url: str = field(
-        default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "grpc://localhost:8001"
-    )
+    url: str = field(default_factory=lambda: os.environ.get("RADAPTER_SERVER") or DEFAULT_URL)
     model: str | None = None
     indexes: Path = Path("indexes")
     release: int | None = None
@@ -428,17 +427,6 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     Console().print(table)
 
 
-def profile(server: OmitArgPrefixes[Server], requests: int = 10) -> None:
-    """Where the time of a request goes.
-
-    Args:
-        requests: how many to average.
-    """
-    with server.client() as client:
-        found = client.profile(requests=requests)
-    print(to_json(vars(found)) if server.json else found)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after
     Ctrl-C.
@@ -446,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(PROG, version("radapter-serve"))
         return 0
-    commands = (classify, segment, search, embed_image, embed_text, release, profile)
+    commands = (classify, segment, search, embed_image, embed_text, release)
     named = {command.__name__.replace("_", "-"): command for command in commands}
     description = (
         "Asks a server that radapter-serve started, or with --model a model in this process."

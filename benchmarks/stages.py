@@ -1,54 +1,37 @@
-"""Where the time of a request goes, from the clock here and the server's own statistics."""
+"""Where the time of a request goes, from the clock here and Triton's own statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import urllib.request
 from dataclasses import dataclass
-from typing import Any
 
+# By model: requests answered, batches run, and nanoseconds that requests were in queue and compute.
 Totals = dict[str, dict[str, float]]
 COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Mean times of one request, in milliseconds; str() draws them as a tree.
+class Stages:
+    """Mean times of one request, in milliseconds.
 
     Args:
-        total: from call to answer, seen here.
         network: what is neither queue nor model: encoding, the way there and back, decoding.
         queue: waiting in the server, for the task and for its encoder.
         task: the task's own work: decoding, resizing or tokenizing, and the hand-over to the
             encoder.
         encoder: the encoder's work.
-        requests: how many were averaged. On a server with other callers, theirs are in the server's
-            means.
-
-    Example: `print(client.profile())`
     """
 
-    total: float
     network: float
     queue: float
     task: float
     encoder: float
-    requests: int
-
-    def __str__(self) -> str:
-        lines = [
-            ("request", self.total),
-            ("├── network and client", self.network),
-            ("└── server", self.total - self.network),
-            ("    ├── queue", self.queue),
-            ("    ├── task", self.task),
-            ("    └── encoder", self.encoder),
-        ]
-        return "\n".join(f"{name:<24}{value:9.2f} ms" for name, value in lines)
 
     @classmethod
     def between(
         cls, task: str, before: Totals, after: Totals, seconds: float, requests: int
-    ) -> Profile:
+    ) -> Stages:
         """From the server's totals before and after `requests` requests of a task that took
         `seconds` in all.
         """
@@ -70,28 +53,27 @@ class Profile:
         queue, work = (mean(task, kind) if task in after else 0.0 for kind in ("queue", "compute"))
         # The task waits for what it calls, so their time is inside the task's.
         own = max(0.0, work - encoder - waiting)
-        return cls(
-            total,
-            max(0.0, total - queue - waiting - own - encoder),
-            queue + waiting,
-            own,
-            encoder,
-            requests,
-        )
+        network = max(0.0, total - queue - waiting - own - encoder)
+        return cls(network, queue + waiting, own, encoder)
 
 
-def read_statistics(statistics: Mapping[str, Any]) -> Totals:
-    """By model, over its versions: requests answered, batches run, and nanoseconds in queue and
-    compute.
+def read_totals(url: str) -> Totals:
+    """What a server has done since its start, by model, over the model's versions.
+
+    Args:
+        url: of the server, such as http://127.0.0.1:8000.
     """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     totals: Totals = {}
-    for model in statistics.get("model_stats", []):
-        counters = model.get("inference_stats", {})
+    with opener.open(f"{url}/v2/models/stats") as response:
+        models = json.load(response)["model_stats"]
+    for model in models:
+        counters = model["inference_stats"]
         total = totals.setdefault(
             model["name"], {"count": 0, "executions": 0, "queue": 0, "compute": 0}
         )
-        total["count"] += int(counters.get("success", {}).get("count", 0))
-        total["executions"] += int(model.get("execution_count", 0))
-        total["queue"] += int(counters.get("queue", {}).get("ns", 0))
-        total["compute"] += sum(int(counters.get(kind, {}).get("ns", 0)) for kind in COMPUTE)
+        total["count"] += counters["success"]["count"]
+        total["executions"] += model["execution_count"]
+        total["queue"] += counters["queue"]["ns"]
+        total["compute"] += sum(counters[kind]["ns"] for kind in COMPUTE)
     return totals
