@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha, Encode
 from radapter_serve.contract.errors import Cancelled, check_cancelled
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 # Long words are rare and could fill the memory.
 _CACHED_WORDS = 1 << 16
@@ -54,8 +54,18 @@ class Tokenizer:
         Args:
             path: `tokenizer.json` in the format of Hugging Face `tokenizers`.
             spec: the `tokenizer` entry of a release.
+
+        Raises:
+            RAdapterError: the file is missing or broken.
         """
-        return cls(tokenizers.Tokenizer.from_file(str(path)), spec)
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no narrower class for it
+            raise RAdapterError(
+                f"could not read the tokenizer {path}: {reason(error):.200}; fetch the release"
+                " again, or make it again with: radapter-export"
+            ) from None
+        return cls(core, spec)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
         """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its

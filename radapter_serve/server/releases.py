@@ -159,9 +159,10 @@ class Releases(ReleaseChanges):
     def _let_go(self, kept: dict[int, list[str]]) -> None:
         server = self._server
         serving = server.serving
-        if set(kept) < set(serving.kept):
-            self._switch(server.plan_models(serving.served.releases, kept), lambda line: None)
         remaining = {version: names for version, names in kept.items() if version in serving.kept}
+        if len(remaining) < len(serving.kept):
+            models = server.plan_models(serving.served.releases, remaining)
+            self._switch(models, lambda line: None)
         server.record(serving.served, remaining)
 
     def _switch(self, models: Mapping[str, ModelEntry], say: Say) -> None:

@@ -173,3 +173,21 @@ def test_a_hugging_face_tokenizer_is_taken_over_with_its_file(tmp_path, strip):
     spec = write_tokenizer(reference, tmp_path / "t.json")
     assert spec["kind"] == "hf"
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "t.json", spec)(texts), expected)
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "random", "another", "folder", "gone"])
+def test_a_broken_file_is_refused_in_a_line_that_names_it(harm, reference, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    spec = write_tokenizer(reference, path)
+    whole = path.read_bytes()
+    broken = {"empty": b"", "cut": whole[:5000], "random": bytes(range(256)), "another": b"[1, 2]"}
+    path.unlink()
+    if harm == "folder":
+        path.mkdir()
+    elif harm in broken:
+        path.write_bytes(broken[harm])
+    with pytest.raises(
+        RAdapterError, match="could not read the tokenizer .*radapter-export"
+    ) as why:
+        Tokenizer.load(path, spec)
+    assert str(path) in str(why.value) and "\n" not in str(why.value)

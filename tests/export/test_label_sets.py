@@ -15,6 +15,7 @@ import pytest
 from radapter_client import InvalidRequest
 from radapter_export import ExportSettings, export_release
 from radapter_export.label_sets import MAX_SHOWN, read_label_set
+from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_sigmoid
 from radapter_serve.model import Model
@@ -201,3 +202,12 @@ def test_a_text_file_is_read_as_before(tmp_path: Path) -> None:
     path.write_text(f"cat, kitty{os.linesep}# no\ndog\n", encoding="utf-8")
     found = read_label_set(path, dynamic_alpha=True)
     assert (found.labels, found.shown) == (["cat, kitty", "dog"], None)
+
+
+def test_a_comma_in_a_name_stays_one_name_in_every_file(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("salt\\, pepper, spices\ncat\n", encoding="utf-8")
+    written = [{"label": "salt\\, pepper,spices"}, "cat"]
+    (tmp_path / "labels.yaml").write_text(json.dumps(written), encoding="utf-8")
+    for name in ("labels.txt", "labels.yaml"):
+        labels = read_label_set(tmp_path / name, dynamic_alpha=False).labels
+        assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]

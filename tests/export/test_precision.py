@@ -196,6 +196,32 @@ def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     )
 
 
+SHARES = """<ir_version: 10, opset_import: ["" : 22]>
+shares (uint8[B, 64] image) => (float[B, 2] twice)
+<float[64, 64] weight = {0}, float[64, 2] value = {0}, float two = {2}, int64[1] last = {-1}> {
+    x = Cast<to: int = 1>(image)
+    y = MatMul(x, weight)
+    total = ReduceSum(y, last)
+    share = Div(y, total)
+    mixed = MatMul(share, value)
+    twice = Mul(mixed, two)
+}"""
+
+
+def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
+    """64 values of some 4,000 each; what divides by their sum and multiplies may be in 16 bits."""
+    random = np.random.default_rng(0)
+    weight = random.uniform(0.3, 0.7, (64, 64)).astype(np.float32)
+    value = random.normal(size=(64, 2)).astype(np.float32)
+    graph, weights = parsed(SHARES, weight=weight, value=value)
+    lower(graph, "fp16").save(weights, tmp_path / "model.onnx")
+    image = random.integers(100, 150, (5, 64), dtype=np.uint8)
+    y = image.astype(np.float64) @ weight
+    assert y.max() < np.finfo(np.float16).max < y.sum(-1).min()  # what the test is about
+    expected = 2 * (y / y.sum(-1, keepdims=True) @ value)
+    np.testing.assert_allclose(Encoder(tmp_path / "model.onnx")(image), expected, atol=2e-3)
+
+
 PRODUCT = """<ir_version: 10, opset_import: ["" : 20]>
 product (float[B, 64] x) => (float[B, 2] y) <float[64, 2] weight = {0}> { y = MatMul(x, weight) }"""
 
@@ -213,6 +239,18 @@ def test_int8_adds_up_large_values_right_on_every_cpu(tmp_path: Path, static: bo
     quantize(path, [x] if static else ())
     np.testing.assert_allclose(Encoder(path)(x), x @ weight, rtol=0.02)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx"}
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_int8_gives_each_column_of_weights_a_range_of_its_own(tmp_path: Path, static: bool) -> None:
+    """One of a thousandth of the other's size would be nothing in steps of the other's."""
+    weight = np.random.default_rng(0).uniform(0.5, 1, (64, 2)).astype(np.float32)
+    weight[:, 1] *= 1e-3
+    graph, weights = parsed(PRODUCT, weight=weight)
+    graph.save(weights, path := tmp_path / "model.onnx")
+    x = np.linspace(0.1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)
+    quantize(path, [x] if static else ())
+    np.testing.assert_allclose(Encoder(path)(x), x @ weight, rtol=0.02)
 
 
 Export = Callable[..., ExportedRelease]
@@ -352,23 +390,55 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Exporte
     assert len({str(release_variants("release", one, ())) for one in int8}) == 3
 
 
-def test_some_prompts_of_a_label_set_calibrate(
-    tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "many.txt").write_text("\n".join(f"thing {number}" for number in range(300)))
-    settings = ExportSettings(
-        model_repository=tmp_path,
-        merged=tmp_path / "merged",
-        label_sets={"many": tmp_path / "many.txt"},
-    )
-    source = Source.read([adapter_path], settings, dynamic_alpha=False)
-    served = ServedTokenizer.write(
-        tiny_base.tokenizer, tmp_path / "tokenizer.json", dynamic_length=True
-    )
-    images = open_images(str(photos), "--calibration")
-    found = calibrate(images, tiny_base, source, served.encode)
+Calibrate = Callable[[str], list[list[int]]]
+
+
+@pytest.fixture
+def calibrated(tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path) -> Calibrate:
+    """The texts that calibrate where there is one label set, as open_clip's tokens."""
+
+    def call(labels: str) -> list[list[int]]:
+        (tmp_path / "some.txt").write_text(labels)
+        settings = ExportSettings(
+            model_repository=tmp_path,
+            merged=tmp_path / "merged",
+            label_sets={"some": tmp_path / "some.txt"},
+        )
+        source = Source.read([adapter_path], settings, dynamic_alpha=False)
+        assert len(source.templates) == 2
+        served = ServedTokenizer.write(
+            tiny_base.tokenizer, tmp_path / "tokenizer.json", dynamic_length=True
+        )
+        images = open_images(str(photos), "--calibration")
+        found = calibrate(images, tiny_base, source, served.encode)
+        length = tiny_base.tokenizer.context_length
+        rows = [row.tolist() for batch in found.tokens for row in batch]
+        assert found.facts()["texts"] == len(rows)
+        return [row + [0] * (length - len(row)) for row in rows]
+
+    return call
+
+
+def test_some_prompts_of_a_label_set_calibrate(calibrated: Calibrate) -> None:
     # 300 labels in two templates, and what every calibration has.
-    assert len(source.templates) == 2 and found.facts()["texts"] == 512 + 10
+    assert len(calibrated("\n".join(f"thing {number}" for number in range(300)))) == 512 + 10
+
+
+def test_every_name_of_a_label_calibrates(calibrated: Calibrate, tiny_base: Base) -> None:
+    found = calibrated("cat, kitty\nsalt\\, pepper\n")
+    names = ("cat", "kitty", "salt, pepper")
+    prompts = [f"a {how} of a {name}." for name in names for how in ("photo", "drawing")]
+    assert found[10:] == tiny_base.tokenizer(prompts).tolist()
+
+
+def test_texts_that_agreement_is_checked_with_do_not_calibrate(
+    calibrated: Calibrate, exported: tuple[Path, list[ExportedRelease]]
+) -> None:
+    """A release keeps some of what it was checked with, to be checked by again."""
+    samples = Samples.load(exported[0] / "repository" / "text_encoder" / "1")
+    checked = {tuple(row[row > 0].tolist()) for batch in samples.inputs for row in batch}
+    calibrates = {tuple(token for token in row if token) for row in calibrated("cat\n")}
+    assert len(checked) >= 3 and not checked & calibrates
 
 
 def test_a_release_that_loses_points_is_refused(

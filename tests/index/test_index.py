@@ -499,6 +499,44 @@ def test_add_from_elsewhere_and_changed_metadata(
         add(tmp_path / "index", release)
 
 
+def test_prune_removes_what_is_gone_from_disk_and_nothing_else(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    """Whatever source an addition names, images of other sources stay as long as their files."""
+    out = tmp_path / "index"
+    other = tmp_path / "other"
+    write(other / "x.png", 70)
+    write(other / "y.png", 71)
+    build(str(photos), out, release)
+    added = add(out, release, str(other), prune=True)
+    assert (added.count, added.embedded, added.removed) == (14, 2, 0)
+    assert add(out, release, prune=True).changed is False
+    (photos / "a.jpg").unlink()
+    (other / "y.png").unlink()
+    pruned = add(out, release, str(other), prune=True)
+    assert (pruned.count, pruned.embedded, pruned.removed) == (12, 0, 2)
+    hits = open_index(out).search(np.eye(DIM, dtype=np.float32)[0], 20)
+    stay = ["it's.png", "Ünïcode 猫.webp", 'quo"te.jpeg', *(f"deep/er/{n}.JPG" for n in range(8))]
+    assert {hit.id for hit in hits} == {*stay, str(other / "x.png")}
+
+
+def test_an_addition_keeps_when_an_index_was_made_first(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    out = tmp_path / "index"
+    build(str(photos), out, release)
+    long_ago = "2020-02-29T12:00:00+00:00"
+    say(out, said(out) | {"created": long_ago, "changed": long_ago})
+    write(photos / "new.png", 50)
+    add(out, release)
+    assert said(out)["created"] == long_ago < said(out)["changed"]
+    write(photos / "newer.png", 51)
+    build(str(photos), out, release)  # which brings it up to date
+    assert said(out)["created"] == long_ago
+    build(str(photos), out, release, resume=False)  # which makes it anew
+    assert said(out)["created"] > long_ago
+
+
 def test_a_column_of_another_type_is_refused_before_work(
     photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:

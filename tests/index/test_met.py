@@ -184,6 +184,12 @@ SPECIAL = {
         ),
         *(("coalesce(NULL, tiny) = 100", [0]), ("coalesce(part, 7) = 7", [2])),
         *(("kind LIKE NULL", []), ("cast(tiny as string) = '100'", [0])),
+        # NULL among the options may be any value, so that no row is surely another.
+        *(("year NOT IN (5, NULL)", []), ("year NOT IN (NULL)", []), ("year NOT IN (7)", [0, 1])),
+        *(("year IN (5, NULL)", [0]), ("NOT (year IN (NULL, 5))", [])),
+        *(("kind NOT IN ('cat', NULL)", []), ("narrow NOT IN (1.5, NULL)", [])),
+        # -1.2 as a whole number is -1, whether an evaluator cuts off or rounds.
+        *(("cast(tiny / 2.5 as int) = -1", [1]), ("cast(-1.2 as int) = -1", [0, 1, 2])),
         ("Year = 5 AND Year" + " + 0" * 140 + " = 5", [0]),
     ],
 )

@@ -72,6 +72,11 @@ def clustered(
     )
 
 
+def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / lengths, np.float32)
+
+
 def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
     """Write what is not there yet."""
     folder.mkdir(exist_ok=True)
@@ -439,6 +444,56 @@ def test_the_fewer_meet_a_condition_the_more_cells_are_visited_and_no_more_than_
     marks[:: round(1 / share)] = True
     near.nearest(queries[0], 10, 32, 200, Met(marks))
     assert visited[0] == cells
+
+
+def test_a_condition_is_answered_rightly_where_the_codes_see_all_it_leaves_too_low(
+    tmp_path: Path,
+) -> None:
+    """Cells are kept when images of another kind are added. Here the codes say of all of these that
+    they lie 0.17 farther from the query than they do, and what is nearest to it meets no condition.
+    """
+    random = np.random.default_rng(0)
+    count = 3000
+    towards = np.eye(DIM, dtype=np.float32)
+    places = towards[random.integers(8, size=count)]
+    old = unit(places + 0.05 * random.standard_normal((count, DIM)))
+    others = places[places[:, 0] == 0][:1500]
+    lean = random.uniform(0.2, 0.4, (len(others), 1)) * towards[0]
+    new = unit(others + lean + 0.05 * random.standard_normal(others.shape))
+    (tmp_path / "old").mkdir()
+    made = write_neighbours(tmp_path / "old", old)
+    vectors = np.concatenate([old, new])
+    write_neighbours(tmp_path, vectors, tmp_path / "old", made)
+    near = Neighbours(tmp_path, vectors)
+    found, cosines = near.nearest_of(towards[0], 10, 8, 100, Met(np.arange(len(vectors)) >= count))
+    best = np.argsort(-new[:, 0])[:10]
+    assert found.tolist() == (count + best).tolist()
+    np.testing.assert_allclose(cosines, new[best, 0], atol=1e-6)
+
+
+def test_all_that_rounding_lets_no_one_tell_from_the_last_are_given(tmp_path: Path) -> None:
+    """Of 600 vectors 200 have the same cosine with the query, in other directions each; float32
+    gives them different ones, and by another sum in another order.
+    """
+    random = np.random.default_rng(0)
+    query = np.eye(DIM)[0]
+    aside = random.standard_normal((600, DIM))
+    aside[:, 0] = 0
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    level = np.where(np.arange(600) % 3 == 0, 0.6, 0.5)[:, None]
+    turn = np.linalg.qr(random.standard_normal((DIM, DIM)))[0]
+    vectors = ((level * query + (1 - level**2) ** 0.5 * aside) @ turn).astype(np.float32)
+    asked = (query @ turn).astype(np.float32)
+    write_neighbours(tmp_path, vectors)
+    near = Neighbours(tmp_path, vectors)
+    equal = list(range(0, 600, 3))
+    assert len(set((vectors[equal] @ asked).tolist())) > 1
+    for found, _ in (
+        near.best(asked, np.arange(600), 10),
+        near.nearest(asked, 10, near.cells, 600),
+        near.nearest_of(asked, 10, near.cells, 600, Met(np.ones(600, bool))),
+    ):
+        assert sorted(found.tolist()) == equal
 
 
 def test_a_condition_on_metadata(tmp_path: Path, built: tuple[Path, Ready]) -> None:

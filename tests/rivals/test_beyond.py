@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.errors import RAdapterError
@@ -26,7 +28,7 @@ from rivals.beyond import (
     main,
 )
 from rivals.cells import Cells, read_lines
-from rivals.layout import with_interval
+from rivals.layout import T95, with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter
@@ -110,6 +112,16 @@ def test_interval_is_students() -> None:
     assert with_interval([1.0]) == "1.0"
     assert with_interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 · 1 / √3
     assert with_interval([1.0, 2.0, 3.0], "+") == "+2.0 ± 2.5"
+
+
+def test_interval_is_students_for_any_number_of_seeds() -> None:
+    for count in range(2, len(T95) + 2):
+        values = [1000 * float(value) for value in range(count)]
+        low, high = stats.t.interval(0.95, count - 1, np.mean(values), stats.sem(values))
+        middle, _, half = with_interval(values).partition(" ± ")
+        assert float(middle) == np.mean(values), count
+        assert float(half) == pytest.approx((high - low) / 2, rel=2.5e-3), count
+    assert count == 10
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ repository remembers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +21,7 @@ from radapter_serve.release.served import Served
 from radapter_serve.server.control import NoAnswer, ServedVersion
 from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, kept_for_indexes, parsed, plan_models
-from radapter_serve.server.releases import previous, require_known
+from radapter_serve.server.releases import Releases, previous, require_known
 from radapter_serve.server.switch import (
     DRAIN_TIMEOUT_SECONDS,
     Change,
@@ -432,3 +434,38 @@ def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_
     put(folder, sealed, "classify", None)
     assert not (folder / MODELS / "classify").exists()
     assert sorted(str(path) for path in sealed.rglob("*")) == before
+
+
+class Keeps(StandIn):
+    """Serves release 3, and keeps 1 for an index of it."""
+
+    def __init__(self) -> None:
+        super().__init__(models(1, 3))
+        self.config = SimpleNamespace(model_repository=Path(), indexes=Path())
+        self.changing = contextlib.nullcontext()
+        self.serving = SimpleNamespace(offered=self.offered)
+        self.record(Served((3,)), {1: ["photos"]})
+
+    def plan_models(self, releases: Sequence[int], kept: Collection[int]) -> dict[str, ModelEntry]:
+        return models(*sorted({*releases, *kept}))
+
+    def record(self, served: Served, kept: dict[int, list[str]]) -> None:
+        self.serving.served = served
+        self.serving.kept = kept
+
+
+def test_an_older_release_that_is_not_loaded_is_not_said_to_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An index of release 2 comes while 3 is served and 1 is kept; later the index of 1 goes."""
+    needed = {1: ["photos", "more"], 2: ["new"]}
+    monkeypatch.setattr("radapter_serve.server.releases.kept_for_indexes", lambda *_: dict(needed))
+    server = Keeps()
+    releases = Releases(server)  # type: ignore[arg-type]
+    releases.remove_unneeded()
+    assert releases.kept == {1: ["photos", "more"]}
+    assert server.loaded["embed_text"] == {1, 3} and not server.steps
+    del needed[1]
+    releases.remove_unneeded()
+    assert releases.kept == {}
+    assert server.loaded["embed_text"] == {3}
