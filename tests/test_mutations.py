@@ -93,7 +93,15 @@ ROOMS = {
             ),
             *(
                 f"tests/evaluation/test_{name}.py"
-                for name in ("metrics", "alpha_choice", "means", "intervals", "plots", "results")
+                for name in (
+                    "metrics",
+                    "alpha_choice",
+                    "means",
+                    "intervals",
+                    "nouns",
+                    "plots",
+                    "results",
+                )
             ),
         ),
         ("radapter_serve/adapter", "radapter_serve/training", "radapter_serve/evaluation"),

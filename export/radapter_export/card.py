@@ -9,12 +9,14 @@ from pathlib import PurePath
 from huggingface_hub import EvalResult, ModelCardData
 
 from radapter_serve.adapter import Metadata
+from radapter_serve.evaluation.results import KEPT
 from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
 
 LIBRARIES = ("open_clip", "transformers")
 # Licences of weights that open_clip brings, by how their tags begin.
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
+_OF_RULE = ("alpha", "score", "behind", "plus_minus")  # of a curve, what chose
 _TASK = "zero-shot-image-classification"
 _LOAD = {
     "open_clip": """\
@@ -50,8 +52,8 @@ def card_of(
     Args:
         release: whose card it is.
         metadata: of what was trained.
-        curve: of each α its `score` by the rule that chose, and the metric of each validation set,
-            in per cent; empty where none was chosen.
+        curve: of each α what validation data said, in per cent, as of `Choice`; empty where none
+            was chosen.
         library: that opens the weights beside the card, one of `LIBRARIES`.
         hub: name of the repository on the hub that the card is for; None for a folder.
         transformers: whether that repository has the form of transformers, too.
@@ -158,8 +160,8 @@ def _how(metadata: Metadata) -> str:
 def _alphas(release: Release, curve: Sequence[Mapping[str, float]]) -> str:
     if not curve:
         return ""
-    names = [name for name in curve[0] if name not in ("alpha", "score")]
-    head = ("α", *(_named(name) for name in names))
+    names = [name for name in curve[0] if name not in _OF_RULE]
+    head = ("α", *("kept of the base" if name == KEPT else _named(name) for name in names))
     rows = []
     for point in curve:
         values = [f"{point[name]:.1f}" for name in names]

@@ -55,9 +55,9 @@ def export_release(
         adapter_path: adapter file, or the folder of a run; several of one base are averaged. None
             where the settings name a checkpoint or a LoRA.
         alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients
-            get by default. "dynamic": one release whose encoders take α as an input, by default the
-            one that was chosen on validation data, or else the adapter's own. The adapter's own if
-            None.
+            get by default. None: what `auto` chose on validation data for this very adapter, or
+            else the adapter's own. "dynamic": one release whose encoders take α as an input, by
+            default the same.
         settings: everything else; its fields are the flags of `radapter-export`.
         progress: called with a short line before each step.
 

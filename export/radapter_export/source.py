@@ -36,7 +36,8 @@ class Source:
         metadata: of the adapter; of a checkpoint or a LoRA, with nothing about training.
         adapter: to be folded, or to stand beside its layers; None for a checkpoint or a LoRA.
         adapters: digest and weight of each that it is the average of.
-        alpha: re-scaling in [0, 1] where none is asked for.
+        alpha: re-scaling in [0, 1] where none is asked for: what `auto` chose for this very
+            adapter, or else its own.
         dynamic_alpha: whether α is an input of the encoders.
         way: how patches are embedded; None if they are not.
         templates: prompt templates.
@@ -88,7 +89,7 @@ class Source:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
                 choice = chosen(paths[0])
                 curve = choice.curve
-                alpha = choice.alpha if dynamic_alpha else alpha
+                alpha = choice.alpha
         shares = [
             {"digest": one.digest, "weight": share}
             for one, share in zip(adapters, weights, strict=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from radapter_serve.release.agreement import Agreement
 
 AUTO = "auto"
+BEST = "best"
 DYNAMIC = "dynamic"
 Place = str | PathLike[str]
 
@@ -39,7 +40,7 @@ class Export:
         merged: folder of the merged checkpoint, or of a folder for each of several α.
         transformers: the same in the form of transformers; None where it was not asked for.
         made_of: the adapters, the checkpoint or the LoRA.
-        choice: the α that `radapter-eval --alpha auto` chose, where `auto` took it; else None.
+        choice: what `radapter-eval --alpha auto` found, where the export followed it; else None.
         notes: what a user should know, a line each.
     """
 
@@ -82,9 +83,11 @@ def export(
     Args:
         adapter: a run, as `train` gives it, its folder, or an adapter file; several are averaged.
             The newest run in ./runs if none is given, nor a `checkpoint` or a `lora`.
-        alpha: re-scalings in [0, 1], each another release; the run's own if none is given, and 1 of
-            a checkpoint or a LoRA. `auto` takes what `evaluate(..., alpha="auto")` chose;
-            `dynamic` makes one release that takes any α from each request.
+        alpha: re-scalings in [0, 1], each another release. If none is given, what
+            `evaluate(..., alpha="auto")` chose for this very adapter, or else the run's own, and 1
+            of a checkpoint or a LoRA; the notes say which. `auto` insists on that choice, `best`
+            takes the one of the highest score; `dynamic` makes one release that takes any α from
+            each request.
         format: `tensorrt` also builds engines for this machine's GPU, which serve the release.
         threads: threads to compute with; one a core if none is given.
         progress: show on stderr what is going on; without it nothing is printed.
@@ -108,22 +111,39 @@ def export(
     if chosen.checkpoint and not (paths or chosen.lora):
         numbers = [value for value in alphas if not isinstance(value, str)]
         check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, numbers)
-    if AUTO in alphas and tuned is not None:
+    by_choice = [value for value in alphas if value in (AUTO, BEST)]
+    if by_choice and tuned is not None:
         raise RAdapterError(
-            "--alpha auto is for runs, whose validation data it is chosen by; give a number, or"
-            " compare several by radapter-eval"
+            f"--alpha {by_choice[0]} is for runs, whose validation data it is chosen by; give a"
+            " number, or compare several by radapter-eval"
         )
-    if AUTO in alphas and len(paths) > 1:
+    if by_choice and len(paths) > 1:
         raise RAdapterError(
-            "--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic"
+            f"--alpha {by_choice[0]} was chosen for one adapter, not for an average; give a number,"
+            " or dynamic"
         )
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help
         from radapter_export.release import export_release
         from radapter_serve.evaluation import alpha_choice
 
-        choice = alpha_choice.chosen(paths[0]) if AUTO in alphas else None
+        choice = None
+        missing = ""
+        unsaid = not alphas or DYNAMIC in alphas
+        if by_choice or (unsaid and len(paths) == 1):
+            try:
+                choice = alpha_choice.chosen(paths[0])
+            except RAdapterError as error:
+                if by_choice:
+                    raise
+                missing = str(error)
         releases = export_release(paths, _numbers(alphas, choice), chosen, progress=say)
+    notes = []
+    if choice is not None:
+        notes.append(_which(choice, [release.alpha for release in releases]))
+    elif unsaid and paths:
+        own = f"alpha {releases[0].alpha:g} is the {'run' if missing else 'average'}'s own"
+        notes.append(f"{own}: {missing}" if missing else own)
     warnings = [warning for release in releases for warning in release.warnings]
     return Export(
         releases=tuple(releases),
@@ -132,7 +152,7 @@ def export(
         transformers=chosen.transformers,
         made_of=tuple(map(str, paths)) or (str(tuned),),
         choice=choice,
-        notes=(*_smaller(choice), *dict.fromkeys(warnings)),
+        notes=(*notes, *dict.fromkeys(warnings)),
     )
 
 
@@ -173,7 +193,7 @@ def _paths(adapter: Place | Sequence[Place] | None) -> list[Path]:
 
 
 def _alphas(alpha: float | str | Sequence[float | str] | None) -> list[float | str]:
-    """The values of α: numbers, `auto` and `dynamic`."""
+    """The values of α: numbers, `auto`, `best` and `dynamic`."""
     if alpha is None:
         return []
     given = [alpha] if isinstance(alpha, str | int | float) else list(alpha)
@@ -181,7 +201,7 @@ def _alphas(alpha: float | str | Sequence[float | str] | None) -> list[float | s
         raise RAdapterError(
             "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
         )
-    return [value if value in (AUTO, DYNAMIC) else _number(value) for value in given]
+    return [value if value in (AUTO, BEST, DYNAMIC) else _number(value) for value in given]
 
 
 def _number(value: float | str) -> float:
@@ -189,7 +209,7 @@ def _number(value: float | str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise RAdapterError(
-            f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto or dynamic"
+            f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or dynamic"
         ) from None
 
 
@@ -203,16 +223,15 @@ def _numbers(
         if not isinstance(value, str):
             numbers.append(value)
         elif choice is not None:
-            numbers.append(choice.alpha)
+            numbers.append(choice.best if value == BEST else choice.alpha)
     return numbers or None
 
 
-def _smaller(choice: Choice | None) -> list[str]:
-    """A note where a smaller α may be as good as the chosen one."""
-    if choice is None or choice.smaller is None:
-        return []
-    return [
-        f"no set that alpha {choice.alpha:g} was chosen by is shifted; alpha {choice.smaller:g} is"
-        " within the interval of its score, and keeps more of the base: --alpha"
-        f" {choice.smaller:g}"
-    ]
+def _which(choice: Choice, alphas: Sequence[float]) -> str:
+    """A note that says where an α of a choice stands."""
+    found = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
+    if choice.best == choice.alpha:
+        return f"{found}, which is also the best on the validation data"
+    if choice.alpha in alphas:
+        return f"{found}; the best on the validation data is {choice.best:g} (--alpha best)"
+    return f"alpha {choice.best:g} is the best on the validation data; {found}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -15,9 +15,6 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import start
 from radapter_serve.evaluation.results import prompts
-
-if TYPE_CHECKING:
-    from radapter_serve.evaluation.alpha_choice import Choice
 
 FIRST = (
     "suite",
@@ -57,7 +54,8 @@ def evaluate(
     sets of a suite.
 
     It prints a table, and writes pictures and OUT/results.jsonl, which has a row for each model and
-    data set with intervals and the figures of each class.
+    data set with intervals and the figures of each class. Beside alpha 0, it also measures how much
+    is kept of what the base answers among common nouns on the same images.
 
     Args:
         suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the
@@ -66,8 +64,9 @@ def evaluate(
             run opened its own, with its columns, and among its classes.
         model: what is evaluated.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if
-            none is given. auto chooses the best on validation data: the suite's sets with `split:
-            validation`, else the run's own. Of a release or a server: one whose requests may bring
+            none is given. auto takes the smallest that can't be told from the best on validation
+            data, and never more than the run's own: the suite's sets with `split: validation`, else
+            those of the run. Of a release or a server: one whose requests may bring
             it (radapter-export --alpha dynamic).
         data_root: folder that the suite's paths start from.
         out: folder for rows and pictures; results/MODEL/SUITE if none is given, such as
@@ -104,8 +103,8 @@ def evaluate(
     )
     screen = Console()
     if found.choice is not None:
-        screen.print(_choice_table(found.choice))
-        _print(screen, f"rule: {found.choice.rule}", *_beside(found.choice))
+        screen.print(found.choice.table())
+        _print(screen, f"rule: {found.choice.rule}")
     if found.rows:
         screen.print(found.table())
         _print(screen, *prompts(found.rows))
@@ -120,9 +119,11 @@ def evaluate(
     if found.choice is not None:
         adapter = found.files[1].parent
         command = f"radapter-export --adapter {shlex.quote(str(adapter))} --alpha"
+        choice = found.choice
+        _print(screen, f"auto is alpha {choice.alpha:g}, best is alpha {choice.best:g}")
         _print(screen, f"Next:   {command} auto")
-        if found.choice.smaller is not None:
-            _print(screen, f"or:     {command} {found.choice.smaller:g}")
+        if choice.best != choice.alpha:
+            _print(screen, f"or:     {command} best")
 
 
 def _list_doubtful(
@@ -165,41 +166,6 @@ def _list_doubtful(
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _choice_table(choice: Choice) -> Table:
-    table = Table(title="Validation: per cent")
-    columns = ("score", *choice.sets)
-    for column in ("α", *columns):
-        table.add_column(column, justify="right")
-    for point in choice.curve:
-        style = "bold" if point["alpha"] == choice.alpha else None
-        table.add_row(
-            f"{point['alpha']:g}", *(f"{point[name]:.2f}" for name in columns), style=style
-        )
-    return table
-
-
-def _beside(choice: Choice) -> list[str]:
-    """What a user should know beside a choice that no shifted set was asked for."""
-    if choice.shifted:
-        return []
-    lines = [
-        "No validation set is shifted, so this choice tells nothing of other images than yours; on"
-        " those, a smaller alpha usually loses less."
-    ]
-    if choice.smaller is not None:
-        lines.append(
-            f"alpha {choice.smaller:g} is the smallest within the 95 % interval of the best: on"
-            " your images it may be as good, and it keeps more of the base."
-        )
-    elif choice.smallest == 0 < choice.alpha:
-        lines.append(
-            "alpha 0, the base as it was, is within the 95 % interval of the best: these images are"
-            " too few to tell that training helped. The run's own alpha, which an export takes if"
-            " none is given, is a good start."
-        )
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ FIRST = (
 
 def export(
     *,
-    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|dynamic|auto")] = (),
+    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto|best|dynamic")] = (),
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     format: Literal["onnx", "tensorrt"] = "onnx",
@@ -46,10 +46,11 @@ def export(
     repository, which radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
-        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is
-            given, and 1 of a checkpoint or a LoRA; auto takes what radapter-eval --alpha auto
-            chose; dynamic makes one release that takes any alpha from each request, by default the
-            chosen one.
+        alpha: re-scaling from 0 (the base) to 1 (all that was learned). If none is given, what
+            radapter-eval --alpha auto chose for this very adapter, or else the run's own, and 1 of
+            a checkpoint or a LoRA. auto insists on that choice; best takes the one of the highest
+            score on validation data; dynamic makes one release that takes any alpha from each
+            request, by default the one that is taken if none is given.
         adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given
             several times, the average of these adapters of one base is exported.
         label_set: NAME=FILE, classes whose embeddings become part of the release: text, a class a

@@ -9,21 +9,24 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 
+from rich.table import Table
+
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
-from radapter_serve.evaluation.results import by_shift, curve, own_metric
+from radapter_serve.evaluation.intervals import paired_difference
+from radapter_serve.evaluation.results import KEPT, by_shift, mean_kept, own_metric
 from radapter_serve.evaluation.row import Row
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
 RULE = (
-    "the alpha with the highest mean score over in-distribution validation sets; ties go to the"
-    " smallest"
+    "auto is the smallest alpha above 0 that can't be told from the best one by the same images"
+    " (their paired difference is within its 95 % interval; like the one-standard-error rule of"
+    " Breiman et al., 1984), and at most the run's own; where alpha 0 can't be told from the best"
+    " either, the run's own. best has the highest score; of equal ones it is the smallest. The"
+    " score is the mean over validation sets, and where some are shifted, the mean of the two means"
 )
-RULE_SHIFTED = (
-    "the alpha with the highest mean of two scores, those of in-distribution and of shifted"
-    " validation sets; ties go to the smallest"
-)
+MUCH_KEPT = 90.0  # per cent of the base's answers; what keeps less is told
 
 
 @dataclass(frozen=True)
@@ -38,45 +41,101 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Choice:
-    """An α and how it was found.
+    """The α that `auto` takes, the best one, and how they were found.
 
     Attributes:
-        alpha: the choice, in [0, 1].
+        alpha: what `auto` takes, in [0, 1].
+        best: the α of the highest score.
+        own_alpha: the adapter's own, from its recipe, which `auto` does not exceed.
         rule: in words.
-        curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per
-            cent.
+        curve: for each α, in per cent: `alpha` itself; `score` by the rule; how many points it is
+            `behind` the best one's, and the half-width of the interval of that, `plus_minus`;
+            `kept` of the base, as of a row, where it was measured; and each validation set's
+            metric.
         sets: the validation sets, by name.
         adapter_digest: of the adapter that it was chosen for.
-        smallest: the smallest α whose score is within the 95 % interval of the best one's, where no
-            set is shifted: as far as such data can tell it is as good on it, and it keeps more of
-            the base. None where a set is shifted, or a single image gives no interval.
     """
 
     alpha: float
+    best: float
+    own_alpha: float
     rule: str
     curve: list[dict[str, float]]
     sets: dict[str, ValidationSet]
     adapter_digest: str
-    smallest: float | None = None
 
     @property
-    def shifted(self) -> bool:
-        """Whether a validation set was shifted."""
-        return bool(by_shift(self.sets)[1])
+    def kept(self) -> float | None:
+        """How much of the base the chosen α keeps, in per cent; None where that is not known."""
+        return next((of.get(KEPT) for of in self.curve if of["alpha"] == self.alpha), None)
 
     @property
-    def smaller(self) -> float | None:
-        """What may be taken in place of the best: `smallest`, where that is another α and not the
-        base.
-        """
-        return self.smallest if self.smallest and self.smallest < self.alpha else None
+    def notes(self) -> tuple[str, ...]:
+        """What who takes this α should know, a line each."""
+        equal = [point["alpha"] for point in self.curve if _as_good(point)]
+        lines = []
+        if 0.0 in equal and self.alpha == self.own_alpha:
+            lines.append(
+                "alpha 0, the base as it was, can't be told from the best: these images are too few"
+                f" to tell that training helped, so auto takes the run's own alpha {self.alpha:g}."
+            )
+        elif 0.0 in equal:
+            lines.append(
+                "alpha 0, the base as it was, can't be told from the best, and the run's own alpha"
+                f" {self.own_alpha:g} is worse: training did not help on these images. auto takes"
+                f" {self.alpha:g}, the largest up to the run's own that can't be told from the"
+                " best; try a lower learning rate."
+            )
+        elif self.alpha not in equal:
+            lines.append(
+                f"alpha {self.best:g} is better on these images than the run's own alpha"
+                f" {self.own_alpha:g}, which auto does not exceed; radapter-export --alpha best"
+                " takes it."
+            )
+        kept = self.kept
+        if kept is not None and kept < MUCH_KEPT:
+            enough = [of["alpha"] for of in self.curve if of.get(KEPT, 0.0) >= MUCH_KEPT]
+            smaller = max((alpha for alpha in enough if alpha < self.alpha), default=0.0)
+            instead = f"alpha {smaller:g} keeps more" if smaller else "a smaller alpha keeps more"
+            lines.append(
+                f"alpha {self.alpha:g} keeps {kept:.1f} % of what the base answers among common"
+                " nouns on these images: labels and searches that you have not trained will answer"
+                f" otherwise, too. If you need them, {instead}, and so does training with"
+                " --preserve 10."
+            )
+        if not by_shift(self.sets)[1]:
+            lines.append(
+                "No validation set is shifted, so this choice tells nothing of images in other"
+                " styles than yours."
+            )
+        return tuple(lines)
+
+    def table(self) -> Table:
+        """An α a row, with its score, how far that is behind the best, and what is kept."""
+        out = Table(title="Validation: per cent")
+        has_kept = any(KEPT in point for point in self.curve)
+        for column in ("α", "score", "behind the best", *([KEPT] if has_kept else []), *self.sets):
+            out.add_column(column, justify="right")
+        out.add_column("")
+        for point in self.curve:
+            alpha = point["alpha"]
+            cells = [f"{alpha:g}", f"{point['score']:.2f}"]
+            cells.append(f"{point['behind']:.2f} ± {point['plus_minus']:.2f}")
+            if has_kept:
+                cells.append(f"{point[KEPT]:.1f}" if KEPT in point else "")
+            cells += [f"{point[name]:.2f}" for name in self.sets]
+            marks = {"auto": self.alpha, "best": self.best, "the run's own": self.own_alpha}
+            cells.append(", ".join(name for name, of in marks.items() if of == alpha))
+            out.add_row(*cells, style="bold" if alpha == self.alpha else None)
+        return out
 
 
-def choose(rows: Sequence[Row]) -> Choice:
+def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
     """Choose α from rows of validation sets.
 
     Args:
         rows: from `evaluate`, of one adapter, every α on every validation set.
+        own_alpha: the adapter's own, in [0, 1].
 
     Raises:
         RAdapterError: no set is in distribution, or different ways of segmentation would be
@@ -94,37 +153,66 @@ def choose(rows: Sequence[Row]) -> Choice:
     sets = {
         row.dataset: ValidationSet(row.shift, row.metric, row.n, row.set_digest) for row in rows
     }
-    groups = by_shift(sets)
-    if not groups[0]:
+    groups = [names for names in by_shift(sets) if names]
+    if not by_shift(sets)[0]:
         raise RAdapterError(
             "alpha can't be chosen without an in-distribution validation set (split: validation)"
         )
-    rule = RULE_SHIFTED if groups[1] else RULE
-    points = []
-    for point in curve(rows):
-        means = [sum(point[name] for name in group) / len(group) for group in groups if group]
-        points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
-    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
-    best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-    at_best = [row for row in rows if row.alpha == best["alpha"]]
-    smallest = None if groups[1] else _smallest(points, best, at_best)
-    return Choice(best["alpha"], rule, points, sets, adapter_digest, smallest)
-
-
-def _smallest(
-    points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]
-) -> float | None:
-    """The smallest α within the interval of the best one, which has these rows; their sets are
-    independent.
-    """
-    variance = 0.0
+    # Sets of a kind count alike, and so do the two kinds.
+    weights = {name: 1 / len(names) / len(groups) for names in groups for name in names}
+    models: dict[float, dict[str, Row]] = {}
     for row in rows:
-        interval = (row.intervals or {}).get(row.metric)
-        if interval is None:
-            return None
-        variance += (own_metric(row) - 100 * interval[0]) ** 2
-    low = best["score"] - sqrt(variance) / len(rows)
-    return min(point["alpha"] for point in points if round(point["score"] - low, 6) >= 0)
+        assert row.alpha is not None
+        models.setdefault(row.alpha, {})[row.dataset] = row
+    scores = {
+        alpha: sum(weights[name] * own_metric(row) for name, row in of.items())
+        for alpha, of in sorted(models.items())
+    }
+    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
+    best = max(scores, key=lambda alpha: (round(scores[alpha], 6), -alpha))
+    found = []
+    for alpha, score in scores.items():
+        apart = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
+        behind = sum(weights[name] * points for name, (points, _) in apart.items())
+        # The data sets are independent of each other.
+        variance = sum((weights[name] * half) ** 2 for name, (_, half) in apart.items())
+        point = {"alpha": alpha, "score": score, "behind": behind, "plus_minus": sqrt(variance)}
+        kept = mean_kept(models[alpha].values())
+        if kept is not None:
+            point[KEPT] = kept
+        found.append({**point, **{name: own_metric(row) for name, row in models[alpha].items()}})
+    as_good = [point["alpha"] for point in found if _as_good(point)]
+    if 0.0 not in as_good:
+        chosen = min(as_good[0], own_alpha)
+    elif own_alpha in as_good:
+        chosen = own_alpha
+    else:
+        chosen = max(alpha for alpha in as_good if alpha <= own_alpha)
+    return Choice(chosen, best, own_alpha, RULE, found, sets, adapter_digest)
+
+
+def _as_good(point: Mapping[str, float]) -> bool:
+    """Whether the score of this α can't be told from the best one's."""
+    return round(point["behind"] - point["plus_minus"], 6) <= 0
+
+
+def _behind(best: Row, row: Row) -> tuple[float, float]:
+    """How far a row is behind the best one's, of the same data set, and the half-width of the
+    interval of that, in points.
+
+    They are paired over the images where both rows have the results of each; a metric that is no
+    mean over images has the interval of the best one in place of that.
+    """
+    ours = best.per_image
+    theirs = row.per_image
+    if ours is not None and theirs is not None and len(ours) > 1:
+        behind, half = paired_difference([ours], [theirs])
+        return 100 * behind, 100 * half
+    behind = own_metric(best) - own_metric(row)
+    interval = (best.intervals or {}).get(best.metric)
+    if interval is None:  # nothing says how far off it is
+        return behind, 0.0
+    return behind, own_metric(best) - 100 * interval[0]
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:

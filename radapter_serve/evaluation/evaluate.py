@@ -4,6 +4,7 @@ with the truth.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,10 @@ import numpy as np
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
+from radapter_serve.evaluation.intervals import wilson
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.results import model_name
-from radapter_serve.evaluation.row import Case, Row
+from radapter_serve.evaluation.results import KEPT, model_name
+from radapter_serve.evaluation.row import Case, Measured, Row
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def evaluate(
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
     known: dict[Any, Known] | None = None,
+    kept: bool = False,
 ) -> list[Row]:
     """Evaluate models on one data set; each image is read and decoded once.
 
@@ -57,6 +60,7 @@ def evaluate(
         progress: called with the images done and their number.
         known: embeddings of classes by the key of a model, shared by calls with the same embedder;
             new ones are added.
+        kept: measure what is kept of the base, where alpha 0 is among the models; see `Measured`.
 
     Returns:
         A row a model.
@@ -75,6 +79,7 @@ def evaluate(
             progress=progress,
             known={} if known is None else known,
             keep_cosines=False,
+            kept=kept,
         )
     ]
 
@@ -111,16 +116,19 @@ def _measure(
     progress: Callable[[int, int], None] | None,
     known: dict[Any, Known],
     keep_cosines: bool,
+    kept: bool = False,
 ) -> list[Scored]:
+    kept = kept and any(variant.alpha == 0.0 for variant in variants)
     models = [_Model(embedder, data, variant) for variant in variants]
     scorers: list[Scorer] = []
     for model in models:
         with model.turn():
-            scorers.append(data.scorer(embedder, known.setdefault(model.variant.key, {})))
-    kept: list[list[Floats]] = [[] for _ in models]
+            texts = known.setdefault(model.variant.key, {})
+            scorers.append(data.scorer(embedder, texts, ask_nouns=kept))
+    all_cosines: list[list[Floats]] = [[] for _ in models]
     done = 0
     for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
-        for model, scorer, own in zip(models, scorers, kept, strict=True):
+        for model, scorer, own in zip(models, scorers, all_cosines, strict=True):
             with model.turn():
                 cosines = scorer.add(items)
             if keep_cosines and cosines is not None:
@@ -128,14 +136,30 @@ def _measure(
         done += len(items)
         if progress:
             progress(done, len(data))
+    base = next(
+        (of for model, of in zip(models, scorers, strict=True) if model.variant.alpha == 0.0), None
+    )
     scored = []
-    for model, scorer, own in zip(models, scorers, kept, strict=True):
+    for model, scorer, own in zip(models, scorers, all_cosines, strict=True):
         with model.turn():
             measured = scorer.measured()
+        if base is not None and base.nearest:
+            measured = _with_kept(measured, scorer, base)
         case = case_of(embedder, data, model.variant)
         row = Row(**vars(case), **vars(measured), runtime=round(model.seconds, 3))
         scored.append(Scored(row, np.concatenate(own) if own else None))
     return scored
+
+
+def _with_kept(measured: Measured, scorer: Scorer, base: Scorer) -> Measured:
+    """What was measured, with the share of images whose best noun is the base's."""
+    same = np.concatenate(scorer.nearest) == np.concatenate(base.nearest)
+    share = float(same.mean())
+    return dataclasses.replace(
+        measured,
+        metrics={**measured.metrics, KEPT: share},
+        intervals={**(measured.intervals or {}), KEPT: wilson(share, len(same))},
+    )
 
 
 def case_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Case:

@@ -34,7 +34,14 @@ Known = dict[tuple[tuple[str, ...], "str | tuple[str, ...]"], Floats]
 
 
 class Scorer(Protocol):
-    """Takes all images of a set, in order, and measures one model on them."""
+    """Takes all images of a set, in order, and measures one model on them.
+
+    Attributes:
+        nearest: of the images that were taken so far, the best of the nouns that were asked for;
+            nothing where none were.
+    """
+
+    nearest: list[NDArray[np.int64]]
 
     def add(self, items: Sequence[Any]) -> Floats | None:
         """Take images, from `prepare`, to the model that is selected.
@@ -69,6 +76,13 @@ class EvaluationSet(ABC):
         return len(self.images)
 
     @property
+    def nouns(self) -> Sequence[str]:
+        """Nouns beside the set's classes that its images can be asked for, too; none where it has
+        no classes of whole images.
+        """
+        return ()
+
+    @property
     @abstractmethod
     def facts(self) -> SetFacts:
         """What a row says about the set."""
@@ -87,8 +101,14 @@ class EvaluationSet(ABC):
         """Read and decode an image; thread-safe."""
 
     @abstractmethod
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        """Measures the model that is selected; embeds the texts first, except those in `known`."""
+    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
+        """Measures the model that is selected; embeds the texts first, except those in `known`.
+
+        Args:
+            embedder: holds the model.
+            known: of that model.
+            ask_nouns: find the best of `nouns` for each image as well.
+        """
 
 
 def class_embeds(

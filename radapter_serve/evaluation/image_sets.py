@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data import ImageColumn
@@ -46,11 +47,13 @@ from radapter_serve.evaluation.metrics import (
     check_finite,
     classification_metrics,
     confusion,
-    retrieval_metrics,
+    recalls_of,
+    retrieval_ranks,
     shares,
     true_ranks,
 )
-from radapter_serve.evaluation.row import Measured, SetFacts, Setup
+from radapter_serve.evaluation.nouns import TEMPLATES, nouns_beside
+from radapter_serve.evaluation.row import Measured, SetFacts, Setup, packed
 from radapter_serve.evaluation.suite import SEVERAL_METRIC
 
 
@@ -159,10 +162,14 @@ class ClassificationSet(_ImageSet):
     def setup(self, embedder: Embedder) -> Setup:
         return Setup(templates=tuple(self.templates or embedder.templates))
 
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        templates = self.templates or embedder.templates
-        classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
-        return _ClassificationScorer(self, embedder, classifier)
+    @cached_property
+    def nouns(self) -> list[str]:
+        """Nouns that have nothing to do with the classes."""
+        lines = dict.fromkeys([*self.classes, *self.prompted])
+        return nouns_beside([name for line in lines for name in split_label(line)])
+
+    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
+        return _ClassificationScorer(self, embedder, known, ask_nouns=ask_nouns)
 
 
 @dataclass(frozen=True)
@@ -177,10 +184,8 @@ class SeveralLabelsSet(ClassificationSet):
     def _truth(self) -> list[Any]:
         return [np.flatnonzero(of).tolist() for of in self.labels]
 
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        templates = self.templates or embedder.templates
-        classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
-        return _SeveralLabelsScorer(self, embedder, classifier)
+    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
+        return _SeveralLabelsScorer(self, embedder, known, ask_nouns=ask_nouns)
 
 
 @dataclass(frozen=True)
@@ -217,24 +222,47 @@ class RetrievalSet(_ImageSet):
     def setup(self, embedder: Embedder) -> Setup:
         return Setup()
 
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
         return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
 
 
-class _ClassificationScorer:
-    def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
+class _AmongClasses:
+    """What images with one label and with several have in common: the scores of their classes, and
+    the nouns beside these.
+    """
+
+    def __init__(
+        self, data: ClassificationSet, embedder: Embedder, known: Known, *, ask_nouns: bool
+    ) -> None:
+        templates = data.templates or embedder.templates
         self._data = data
         self._embedder = embedder
-        self._classifier = classifier
+        self._classifier = class_embeds(embedder.embed_texts, data.prompted, templates, known)
+        self._nouns: Floats | None = None
+        if ask_nouns and data.nouns:
+            self._nouns = class_embeds(embedder.embed_texts, data.nouns, TEMPLATES, known)
+        self.nearest: list[NDArray[np.int64]] = []
+
+    def scores(self, items: Sequence[Any]) -> Floats:
+        """Of prepared images with each class, [N, C]."""
+        embeds = check_finite(self._embedder.embed_images(items))
+        if self._nouns is not None:
+            self.nearest.append((embeds @ self._nouns.T).argmax(axis=1))
+        return self._data.scores(embeds @ self._classifier.T)
+
+
+class _ClassificationScorer(_AmongClasses):
+    def __init__(
+        self, data: ClassificationSet, embedder: Embedder, known: Known, *, ask_nouns: bool
+    ) -> None:
+        super().__init__(data, embedder, known, ask_nouns=ask_nouns)
         self._ranks = [np.zeros(0, np.int64)]
         self._found = [np.zeros(0, np.int64)]
         self._sums = np.zeros((3, BINS))
 
     def add(self, items: Sequence[Any]) -> Floats:
         start = sum(map(len, self._ranks))
-        scores = self._data.scores(
-            check_finite(self._embedder.embed_images(items)) @ self._classifier.T
-        )
+        scores = self.scores(items)
         ranks = true_ranks(scores, self._data.labels[start : start + len(items)])
         found = scores.argmax(axis=1)
         confidences = np.take_along_axis(
@@ -263,6 +291,7 @@ class _ClassificationScorer:
         few = len(classes) <= MOST_CONFUSED
         alike = indistinguishable(first_names(self._data.prompted), self._classifier)
         found = np.concatenate(self._found)
+        best = {"acc1": 1, "acc5": 5}.get(self._data.entry.metric)
         return Measured(
             metrics=metrics,
             intervals=intervals,
@@ -270,19 +299,19 @@ class _ClassificationScorer:
             per_class=by_class(classes, count, shares(hits, count)),
             confusion=confused(confusion(labels, found, len(classes))) if few else None,
             indistinguishable=alike or None,
+            right=packed(ranks < best) if best else None,
         )
 
 
-class _SeveralLabelsScorer:
-    def __init__(self, data: SeveralLabelsSet, embedder: Embedder, classifier: Floats) -> None:
-        self._data = data
-        self._embedder = embedder
-        self._classifier = classifier
+class _SeveralLabelsScorer(_AmongClasses):
+    def __init__(
+        self, data: SeveralLabelsSet, embedder: Embedder, known: Known, *, ask_nouns: bool
+    ) -> None:
+        super().__init__(data, embedder, known, ask_nouns=ask_nouns)
         self._scores: list[Floats] = []
 
     def add(self, items: Sequence[Any]) -> Floats:
-        embeds = check_finite(self._embedder.embed_images(items))
-        scores = check_finite(self._data.scores(embeds @ self._classifier.T))
+        scores = check_finite(self.scores(items))
         self._scores.append(scores)
         return scores
 
@@ -316,6 +345,7 @@ class _RetrievalScorer:
         self._embedder = embedder
         self._texts = texts
         self._images: list[Floats] = []
+        self.nearest: list[NDArray[np.int64]] = []
 
     def add(self, items: Sequence[Any]) -> None:
         self._images.append(self._embedder.embed_images(items))
@@ -323,7 +353,13 @@ class _RetrievalScorer:
     def measured(self) -> Measured:
         data = self._data
         images = np.concatenate(self._images)
-        metrics = retrieval_metrics(images, self._texts, data.image_of, groups=data.groups)
+        ranks = retrieval_ranks(images, self._texts, data.image_of, data.groups)
+        metrics = recalls_of(ranks)
         # captions of one image are no independent cases: images are counted both ways
         intervals = {name: wilson(share, len(images)) for name, share in metrics.items()}
-        return Measured(metrics=metrics, intervals=intervals)
+        way, _, recall = data.entry.metric.partition("_retrieval_recall@")
+        hits = ranks[way] < int(recall)
+        right: str | list[int] = packed(hits)
+        if way == "image":
+            right = np.bincount(data.image_of[hits], minlength=len(images)).tolist()
+        return Measured(metrics=metrics, intervals=intervals, right=right)

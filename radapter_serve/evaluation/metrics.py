@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,6 +169,38 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Recall at k both ways, a hit being at least one true match among the best k.
 
+    Args:
+        images, texts, image_of, groups: as of `retrieval_ranks`.
+        recalls: values of k.
+
+    Returns:
+        Shares in [0, 1]; see `recalls_of`.
+
+    Raises:
+        RAdapterError: embeddings that are not finite.
+    """
+    return recalls_of(retrieval_ranks(images, texts, image_of, groups), recalls)
+
+
+def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
+    """Recall at k both ways, from `retrieval_ranks`: shares in [0, 1], `image_retrieval_recall@k`
+    over the texts and `text_retrieval_recall@k` over the images.
+    """
+    return {
+        f"{way}_retrieval_recall@{k}": float((of < k).mean())
+        for k in recalls
+        for way, of in ranks.items()
+    }
+
+
+def retrieval_ranks(
+    images: Floats,
+    texts: Floats,
+    image_of: NDArray[Any],
+    groups: NDArray[np.int64] | None = None,
+) -> dict[str, Ranks]:
+    """The rank of the best true match both ways, 0 the best.
+
     An image and a text are a true match where the image has that text, or one of its group, among
     its own.
 
@@ -176,13 +208,11 @@ def retrieval_metrics(
         images: unit length, [I, D].
         texts: unit length, [T, D]; each image has at least one.
         image_of: the image that each text belongs to, integer [T].
-        recalls: values of k.
         groups: from `caption_groups`, [T]; None takes each text for another.
 
     Returns:
-        Shares in [0, 1]: `image_retrieval_recall@k`, over the texts, each of which looks for any of
-        its images, and `text_retrieval_recall@k`, over the images, each of which looks for any of
-        its texts.
+        `image`, int64 [T]: each text looks for any of its images; and `text`, int64 [I]: each image
+        looks for any of its texts.
 
     Raises:
         RAdapterError: embeddings that are not finite.
@@ -196,14 +226,9 @@ def retrieval_metrics(
     texts_of_image = [
         np.concatenate([texts_of_group[group] for group in of]) for of in groups_of_image
     ]
-    ways = {
+    return {
         "image": _best_ranks(texts, images, [images_of_group[group] for group in groups]),
         "text": _best_ranks(images, texts, texts_of_image),
-    }
-    return {
-        f"{way}_retrieval_recall@{k}": float((ranks < k).mean())
-        for k in recalls
-        for way, ranks in ways.items()
     }
 
 

@@ -24,6 +24,7 @@ def plot_alpha_curve(
     title: str = "",
     beside: Mapping[str, Points] | None = None,
     unit: str = "%",
+    kept: Mapping[float, float] | None = None,
 ) -> None:
     """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3),
     and each set over α.
@@ -37,6 +38,8 @@ def plot_alpha_curve(
         title: above the picture.
         beside: other methods' rows, by name, such as WiSE-FT's.
         unit: of the figures, such as `mIoU, %`.
+        kept: of each α how much of the base's answers is kept, in per cent, which has an axis of
+            its own.
     """
     ids = [id_names] if isinstance(id_names, str) else list(id_names)
     groups = [names for names in (ids, list(ood_names)) if names]
@@ -55,7 +58,16 @@ def plot_alpha_curve(
         )
     each.set_xlabel("α")
     each.set_ylabel(unit)
-    figure.legend(*each.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    handles, labels = each.get_legend_handles_labels()
+    if kept:
+        beside_it = each.twinx()
+        places = sorted(kept)
+        shares = [kept[alpha] for alpha in places]
+        handles += beside_it.plot(places, shares, ":", color="black", marker="x", markersize=4)
+        labels.append("kept of the base (right)")
+        beside_it.set_ylim(min(90.0, *shares) - 2, 102)
+        beside_it.set_ylabel("kept of the base's answers, %")
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(title)

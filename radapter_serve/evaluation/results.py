@@ -16,6 +16,7 @@ from radapter_serve.evaluation.row import Case, Row
 from radapter_serve.files import staged
 
 FILE = "results.jsonl"
+KEPT = "kept"  # of metrics; see `Measured`
 
 
 class Shifted(Protocol):
@@ -45,6 +46,10 @@ class Results:
         folder: made with the first row.
         resume: keep the rows that are there; else the first row replaces them.
 
+    Attributes:
+        rows: those that were there and those that were added.
+        measured: how many were added.
+
     Raises:
         RAdapterError: the folder is a file, or the rows that are there can't be read.
     """
@@ -52,6 +57,7 @@ class Results:
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
         self.path = Path(folder) / FILE
         self.rows: list[Row] = []
+        self.measured = 0
         for place in (Path(folder), *Path(folder).parents):
             if place.exists() and not place.is_dir():
                 raise RAdapterError(
@@ -66,8 +72,11 @@ class Results:
         return next((row for row in self.rows if row.identity == identity), None)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add rows, and write the file."""
-        self.rows += rows
+        """Add rows, in place of those of the same case, and write the file."""
+        new = list(rows)
+        cases = {row.identity for row in new}
+        self.rows = [row for row in self.rows if row.identity not in cases] + new
+        self.measured += len(new)
         lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +89,12 @@ class Results:
 def own_metric(row: Scored) -> float:
     """The metric that the data set is reported by, in per cent."""
     return 100 * row.metrics[row.metric]
+
+
+def mean_kept(rows: Iterable[Row]) -> float | None:
+    """The mean of `kept` over the data sets that have it, in per cent; None where none has."""
+    found = [100 * row.metrics[KEPT] for row in rows if KEPT in row.metrics]
+    return sum(found) / len(found) if found else None
 
 
 def by_shift(sets: Mapping[str, Shifted]) -> tuple[list[str], list[str]]:
@@ -157,6 +172,7 @@ def _harmonic_mean(base: Row, novel: Row) -> Row:
         per_class=None,
         confusion=None,
         indistinguishable=None,
+        right=None,
         runtime=round(base.runtime + novel.runtime, 3),
     )
 
@@ -171,7 +187,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     errors; per cent.
 
     Means are over sets in or out of distribution that are measured alike: by one metric and one way
-    of segmentation.
+    of segmentation. What is kept of the base is the mean over the sets that have it.
 
     Args:
         rows: of any sources and data sets.
@@ -191,11 +207,14 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for name, row in sets.items():
         head = f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}"
         out.add_column(head, justify="right", overflow="fold")
+    has_kept = any(KEPT in row.metrics for row in rows)
     for names in means:
         first = sets[names[0]]
         out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")
     if pairs:
         out.add_column("H\nbase,\nnovel", justify="right")
+    if has_kept:
+        out.add_column("kept of\nthe base", justify="right")
     models: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
         models.setdefault((row.source, row.alpha), {})[row.dataset] = row
@@ -207,6 +226,8 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
             halves = [_mean_of(values, names) for names in zip(*pairs, strict=True)]
             known = [half for half in halves if half is not None]
             cells.append(_two_places(harmonic(*known) if len(known) == len(halves) else None))
+        if has_kept:
+            cells.append(_two_places(mean_kept(of_set.values())))
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
 

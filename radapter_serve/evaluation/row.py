@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import short
@@ -146,13 +150,18 @@ class Measured:
     """What was measured of one model on one data set.
 
     Attributes:
-        metrics: shares in [0, 1] by name.
+        metrics: shares in [0, 1] by name. Of whole images with classes also `kept`, where alpha 0
+            is among the models: the share of images whose best noun is the one that alpha 0 finds,
+            among some hundred common ones that are no class of the set.
         intervals: the two ends of the 95 % interval of each.
         calibration: of whole images with classes, by bin of confidence.
         per_class: of each class.
         confusion: of few classes, cases by true and found class.
         indistinguishable: pairs of labels that the model can't tell apart; None where there are
             none.
+        right: of the row's own metric, where it is a mean over images: whether each image is right,
+            one bit an image in base64; of images that captions find, how many of its captions find
+            each image.
     """
 
     metrics: dict[str, float]
@@ -161,6 +170,7 @@ class Measured:
     per_class: list[ClassFigures] | None = None
     confusion: list[list[int]] | None = None
     indistinguishable: list[tuple[str, str]] | None = None
+    right: str | list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +233,26 @@ class Row(Measured, Case):
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = _STRICT
 
+    @property
+    def per_image(self) -> NDArray[np.float64] | None:
+        """What each image adds to the row's own metric, [n], whose mean is the metric; None where
+        the metric is no mean over images.
+
+        Raises:
+            ValueError: `right` has not as many images as the row.
+        """
+        if self.right is None:
+            return None
+        if isinstance(self.right, str):
+            data = base64.b64decode(self.right, validate=True)
+            if len(data) != (self.n + 7) // 8:
+                raise ValueError(f"right should have a bit for each of {self.n} images")
+            bits = np.unpackbits(np.frombuffer(data, np.uint8), count=self.n)
+            return bits.astype(np.float64)
+        if len(self.right) != self.n:
+            raise ValueError(f"right should have a number for each of {self.n} images")
+        return np.array(self.right) * (self.n / (self.captions or self.n))
+
     def to_dict(self) -> dict[str, Any]:
         """As a line of `results.jsonl` has it."""
         values = super().to_dict()
@@ -245,15 +275,23 @@ class Row(Measured, Case):
         from pydantic import ValidationError  # which a client has not
 
         try:
-            return checker(cls).validate_json(line)
+            row = checker(cls).validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+        else:
+            _ = row.per_image  # which refuses what is no result of each image
+            return row
         place = short(".".join(map(str, first["loc"])))
         if first["type"] == "missing":
             raise ValueError(f"it has no {place}")
         if first["type"] == "unexpected_keyword_argument":
             raise ValueError(f"it has an unknown field {place}")
         raise ValueError(f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def packed(right: NDArray[np.bool_]) -> str:
+    """`right` of a row, from whether each image is right, [n]."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
 def _plain(value: Any) -> Any:

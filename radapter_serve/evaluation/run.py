@@ -24,11 +24,13 @@ from radapter_serve.evaluation.plots import (
     plot_confusion,
 )
 from radapter_serve.evaluation.results import (
+    KEPT,
     Results,
     by_shift,
     common_unit,
     curve,
     harmonic_means,
+    mean_kept,
     model_name,
     own_metric,
 )
@@ -95,10 +97,16 @@ def evaluate_suite(
             continue
         if opened:
             opened(data)
-        missing = [
-            variant for variant, of in zip(chosen, cases, strict=True) if results.find(of) is None
-        ]
+        # What is kept of the base is measured beside alpha 0, which it is compared with.
+        keeps = bool(data.nouns) and any(variant.alpha == 0.0 for variant in chosen)
+        missing = []
+        for variant, of in zip(chosen, cases, strict=True):
+            row = results.find(of)
+            if row is None or (keeps and KEPT not in row.metrics):
+                missing.append(variant)
         if missing:
+            if keeps:
+                missing = [of for of in chosen if of in missing or of.alpha == 0.0]
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {models}")
             made = evaluate(
@@ -107,6 +115,7 @@ def evaluate_suite(
                 missing,
                 batch_size=batch_size,
                 known=known,
+                kept=keeps,
                 progress=lambda done, n, name=entry.name, by=models: say(
                     f"{name}: {done} of {n} images by {by}"
                 ),  # type: ignore[misc]
@@ -125,7 +134,8 @@ def choose_alpha(
     """Choose α on validation data, and write the choice beside the adapter.
 
     Args:
-        embedder: from `from_adapter`, with every α that may be chosen.
+        embedder: from `from_adapter`, with every α that may be chosen, the adapter's own among
+            them.
         adapter: adapter file, or the folder of a run.
         suite: its validation sets are used; where it has none, the validation data that the run was
             trained with.
@@ -138,12 +148,14 @@ def choose_alpha(
     Raises:
         RAdapterError: there is no validation data.
     """
+    metadata = load_adapter(adapter).metadata
     if suite is None or not suite.of_split("validation"):
-        suite = own_validation(load_adapter(adapter).metadata)
+        suite = own_validation(metadata)
     variants = [variant for variant in embedder.variants if variant.source == "adapter"]
-    choice = choose(
-        evaluate_suite(embedder, suite, results, split="validation", variants=variants, **options)
+    rows = evaluate_suite(
+        embedder, suite, results, split="validation", variants=variants, **options
     )
+    choice = choose(rows, metadata.alpha)
     return choice, save_choice(choice, adapter)
 
 
@@ -161,8 +173,9 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         choice.curve,
         *by_shift(choice.sets),
         path,
-        title=f"validation: α = {choice.alpha:g}",
+        title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
         unit=unit,
+        kept={of["alpha"]: of[KEPT] for of in choice.curve if KEPT in of},
     )
     return path
 
@@ -207,9 +220,16 @@ def _draw_curves(rows: Sequence[Row], folder: Path, title: str, unit: str) -> li
     pictures = []
     for way, some in ways.items():
         lines = {source: curve([r for r in some if r.source == source]) for source in _SOURCES}
-        line = next((lines[source] for source in _SOURCES if len(lines[source]) > 1), None)
-        if line is None:
+        source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
+        if source is None:
             continue
+        line = lines[source]
+        kept = {
+            point["alpha"]: mean_kept(
+                row for row in some if (row.source, row.alpha) == (source, point["alpha"])
+            )
+            for point in line
+        }
         wise_ft = curve([row for row in some if row.source == "wise-ft"])
         path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
         plot_alpha_curve(
@@ -219,6 +239,7 @@ def _draw_curves(rows: Sequence[Row], folder: Path, title: str, unit: str) -> li
             title=title,
             beside={"WiSE-FT": wise_ft} if wise_ft else None,
             unit=unit,
+            kept={alpha: share for alpha, share in kept.items() if share is not None},
         )
         pictures.append(path)
     return pictures

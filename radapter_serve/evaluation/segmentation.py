@@ -175,7 +175,9 @@ class SegmentationSet(EvaluationSet):
         ]
         return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
-    def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
+    def scorer(
+        self, embedder: Embedder, known: Known, *, ask_nouns: bool = False
+    ) -> SegmentationScorer:
         query = self.query(embedder)
         open_world = query.dense == PROPOSALS or query.options.threshold is not None
         segment = embedder.segmenter(query, known)
@@ -207,6 +209,7 @@ class SegmentationScorer:
         self._data = data
         self._segment = segment
         self._alike = alike
+        self.nearest: list[NDArray[np.int64]] = []  # nouns are asked of whole images alone
         count = len(data.classes)
         background = data.background
         # What an index of the answer means; the answer "none" is wrong everywhere where no class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,14 +35,15 @@ _INSTEAD = ("merged", "release", "url", "checkpoint", "lora")  # of a run
 _OF_RUNS = ("adapter", "finetuned", "base", "pretrained")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What was measured.
+    """What was measured; printed, it is the tables and notes that the command shows.
 
     Attributes:
         rows: of each model on each data set: `metrics` in [0, 1], `intervals` that hold the true
             value in 95 % of cases, and more; see `Row`.
-        choice: the α that `auto` chose, and how; None where an α was given.
+        choice: the α that `auto` takes, the best one, and how they were found; None where an α was
+            given.
         suite: the test data; None where only an α was chosen.
         notes: what a reader of the figures should know, a line each.
         files: `results.jsonl` with all rows, the choice beside the adapter, and the pictures.
@@ -57,14 +59,33 @@ class Evaluation:
 
     @property
     def alpha(self) -> float | None:
-        """The α that `auto` chose."""
-        return None if self.choice is None else self.choice.alpha
+        """The α that `auto` took, or the only one that was evaluated; None where there are
+        several.
+        """
+        if self.choice is not None:
+            return self.choice.alpha
+        alphas = {row.alpha for row in self.rows}
+        return alphas.pop() if len(alphas) == 1 else None
 
     def table(self) -> Table:
-        """Models down, data sets across, in per cent; `rich` prints it."""
+        """Models down, data sets across, in per cent; without test data, how α was chosen. `rich`
+        prints it.
+        """
+        if self.choice is not None and not self.rows:
+            return self.choice.table()
         if self.suite is None:
             return table(self.rows, "per cent")
         return table(self.rows, f"{self.suite.name}: per cent", self.suite.pairs("test"))
+
+    def __repr__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=False, force_jupyter=False)
+        if self.choice is not None and self.rows:
+            console.print(self.choice.table())
+        console.print(self.table())
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        return out.getvalue()
 
 
 @dataclass(frozen=True)
@@ -203,8 +224,10 @@ def evaluate(
     Args:
         adapter: a run, as `train` gives it, its folder, or an adapter file; the newest run in
             ./runs if nothing else is named.
-        alpha: re-scalings in [0, 1]; 0, the run's own and 1 if none is given. `auto` chooses the
-            best on validation data: the suite's sets with `split: validation`, else the run's own.
+        alpha: re-scalings in [0, 1]; 0, the run's own and 1 if none is given. `auto` takes the
+            smallest that can't be told from the best on validation data, and never more than the
+            run's own: the suite's sets with `split: validation`, else those of the run; see
+            `Choice`.
         suite: a YAML file, or the name of a suite that comes with the package.
         data: one data set in place of a suite, such as `imagefolder:photos/test`; it is opened as
             the run opened its own, with its columns, and among its classes.
@@ -359,11 +382,11 @@ def _evaluate(
     auto: bool,
 ) -> Evaluation:
     # torch takes seconds to load: not for --help
+    from radapter_serve.adapter import load_adapter
     from radapter_serve.evaluation.overlap import Overlap
     from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
     from radapter_serve.evaluation.sets import open_set
 
-    known = len(results.rows)
     folder = results.path.parent
     overlap = Overlap()
     skipped: list[str] = []
@@ -372,6 +395,8 @@ def _evaluate(
     files = [results.path]
     how: dict[str, Any] = {**vars(options), "say": say}
     say("loading the model")
+    if auto:  # which may take the run's own
+        alphas = sorted({*alphas, load_adapter(path).metadata.alpha})
     embedder = subject.load(path, alphas)
     try:
         variants = embedder.variants
@@ -380,7 +405,7 @@ def _evaluate(
                 embedder, path, tests, results, opened=overlap.chosen_by, **how
             )
             files.append(file)
-            chosen = (0.0, choice.smallest, choice.alpha)
+            chosen = (0.0, choice.alpha, choice.best)
             variants = [one for one in variants if one.alpha in chosen]
         elif tests:  # α was chosen earlier, and perhaps by these
             for entry in tests.of_split("validation"):
@@ -407,14 +432,14 @@ def _evaluate(
         files += draw(rows, folder, tests.name, curve_too=not auto)
     if choice:
         files.append(draw_choice(choice, folder))
-    notes = (*skipped, *overlap.warnings, *warnings(rows))
+    notes = (*(choice.notes if choice else ()), *skipped, *overlap.warnings, *warnings(rows))
     return Evaluation(
         rows=tuple(rows),
         choice=choice,
         suite=tests,
         notes=notes,
         files=tuple(files),
-        measured=len(results.rows) - known,
+        measured=results.measured,
     )
 
 

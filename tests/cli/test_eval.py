@@ -20,6 +20,7 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import evaluate, main
 from radapter_serve.cli.export import main as export
+from radapter_serve.evaluation.alpha_choice import load_choice
 from radapter_serve.evaluation.start import Evaluated, default_out
 from radapter_serve.evaluation.suite import Suite
 from tests.helpers.own_cache import own_cache as own_cache
@@ -105,7 +106,7 @@ def test_a_sweep_writes_rows_a_table_and_pictures(
     for row in found:
         assert row["task"] == "zeroshot_classification" and row["language"] == "en"
         assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
-        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece"}  # type: ignore[call-overload]
+        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece", "kept"}  # type: ignore[call-overload]
         assert str(row["base_digest"]).startswith("sha256:") and str(
             row["adapter_digest"]
         ).startswith("sha256:")
@@ -146,6 +147,15 @@ def test_resume_evaluates_only_what_is_missing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated again")
 
+    # What alpha 1 keeps of the base is not known yet, which takes the base beside it.
+    assert [("kept" in row["metrics"]) for row in after] == [True] * 4 + [False] * 2
+    assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
+    assert "measured before" not in capfd.readouterr().out
+    after = rows(here / "results")
+    assert len(after) == 6 and all("kept" in row["metrics"] for row in after)
+    assert [row for row in after if row["alpha"] == 0.5] == [
+        row for row in before if row["alpha"] == 0.5
+    ]
     with monkeypatch.context() as patched:
         patched.setattr("radapter_serve.evaluation.run.evaluate", never)
         assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
@@ -174,10 +184,12 @@ def test_the_pages_order_and_the_other_way_round(
         "results/tiny/suite",
     }
     assert main(["--alpha", "auto", *suite]) == 0
-    splits = [row["split"] for row in rows(here / "results/tiny/suite")]
-    assert (
-        splits == ["test"] * 2 + ["validation"] * 11 + ["test"] * 2
-    )  # of the sweep, and of the choice, which is 0
+    found = rows(here / "results/tiny/suite")
+    choice = json.loads((here / "runs/tiny/alpha.json").read_text(encoding="utf-8"))
+    assert sum(row["split"] == "validation" for row in found) == 11
+    assert {row["alpha"] for row in found if row["split"] == "test"} == {
+        0.0, 0.5, choice["alpha"], choice["best"]
+    }  # fmt: skip
     for first, second in (("auto", "0.5"), ("0.5", "auto")):
         for alpha in (first, second):
             assert main([*suite, "--alpha", alpha, "--out", f"{first} first"]) == 0
@@ -186,7 +198,7 @@ def test_the_pages_order_and_the_other_way_round(
     assert {(row["split"], row["dataset"], row["alpha"]) for row in one} == {
         (row["split"], row["dataset"], row["alpha"]) for row in other
     }
-    assert capfd.readouterr().err == ""
+    assert "error" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -381,31 +393,35 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     (here / "results").mkdir(exist_ok=True)
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
     assert main([*(COMMON if with_suite else COMMON[-2:]), "--alpha", "auto"]) == 0
-    out, _ = capfd.readouterr()
+    out, err = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        "the highest mean score over in-distribution validation sets; ties go to the smallest"
-        in out
-    )
-    assert (
-        "No validation set is shifted, so this choice tells nothing of other images than yours"
-        in out
-    )
+    assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
+    assert err.splitlines() == list(load_choice("runs/tiny").notes)
+    assert "No validation set is shifted, so this choice tells nothing of images in other" in err
+    command = "radapter-export --adapter runs/tiny --alpha"
+    assert choice["best"] != choice["alpha"] and "behind the best" in out and "kept" in out
+    assert out.endswith(
+        f"auto is alpha {choice['alpha']:g}, best is alpha {choice['best']:g}\n"
+        f"Next:   {command} auto\nor:     {command} best\n"
+    )
     name = "held-out" if with_suite else "validation"
     assert [point["alpha"] for point in choice["curve"]] == [
         round(0.1 * step, 1) for step in range(11)
     ]
     scores = {point["alpha"]: point[name] for point in choice["curve"]}
-    assert choice["alpha"] == min(
+    assert choice["best"] == min(
         alpha for alpha, score in scores.items() if score == max(scores.values())
     )
     tested = {
         (row["dataset"], row["alpha"]) for row in rows(here / "results") if row["split"] == "test"
     }
     assert tested == {
-        (s, a) for s in ("plain", "shifted") for a in (0, choice["alpha"]) if with_suite
+        (s, a)
+        for s in ("plain", "shifted")
+        for a in (0, choice["alpha"], choice["best"])
+        if with_suite
     }
     if with_suite:
         assert export(["--alpha", "auto"]) == 0
@@ -428,9 +444,8 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
         )
     for alpha in ("auto", "0.5"):  # which may have been chosen earlier
         assert main([*COMMON, "--alpha", alpha, "--out", alpha]) == 0
-        assert (
-            capfd.readouterr().err
-            == "plain: warning: 2 of its 14 images are validation images of held-out too; the"
+        assert capfd.readouterr().err.endswith(
+            "plain: warning: 2 of its 14 images are validation images of held-out too; the"
             " figures of what they chose are too high\n"
         )
 
@@ -442,10 +457,11 @@ def test_export_auto_without_a_choice_or_with_another_adapters(
     assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
     other = {
         "alpha": 0.3,
+        "best": 0.3,
+        "own_alpha": 0.5,
         "rule": "",
         "curve": [],
         "sets": {},
-        "smallest": None,
         "adapter_digest": "sha256:0",
     }
     (here / "runs" / "tiny" / "alpha.json").write_text(json.dumps(other), encoding="utf-8")

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -124,6 +126,77 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
             expected, abs=1e-5
         )
     assert len({json.dumps(row.metrics) for row in rows if row.dataset == "plain"}) > 1
+
+
+def rewritten(name: str) -> str:
+    """Letters alone, and one space between words."""
+    return " ".join("".join(c if c.isalnum() else " " for c in name.casefold()).split())
+
+
+@torch.no_grad()
+def test_what_is_kept_is_what_open_clip_answers_among_common_nouns(
+    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+) -> None:
+    rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
+    classes = ["cat", "dog", "guitar", "horse", "house", "tree"]
+    nouns = [
+        name
+        for name in open_clip.IMAGENET_CLASSNAMES[::3]
+        if not any(
+            f" {one} " in f" {other} "
+            for of in classes
+            for one, other in ((of, rewritten(name)), (rewritten(name), of))
+        )
+    ]
+    assert 300 < len(nouns) < 334
+    base = load_base(tiny_clip_dir)
+    _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
+    tokens = open_clip.get_tokenizer(tiny_clip_dir)([f"a photo of a {name}." for name in nouns])
+    files = [file for name in classes for file in sorted((world / "plain" / name).iterdir())]
+    pixels = torch.stack([transform(Image.open(file)) for file in files])
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    best = {}
+    for alpha in ALPHAS:
+        base.model.load_state_dict(fold(weights, load_adapter(run_folder), alpha))
+        seen = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+        said = base.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        best[alpha] = (seen @ said.T).argmax(dim=1)
+    found = {row.alpha: row for row in rows if row.dataset == "plain"}
+    shares = {alpha: float((of == best[0.0]).float().mean()) for alpha, of in best.items()}
+    assert {alpha: row.metrics["kept"] for alpha, row in found.items()} == pytest.approx(shares)
+    assert shares[0.0] == 1 and shares[1.0] < 1
+    low, high = (found[1.0].intervals or {})["kept"]
+    wilson = scipy.stats.binomtest(round(24 * shares[1.0]), 24).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
+    assert all("kept" not in row.metrics for row in rows if row.dataset == "captioned")
+
+
+def test_right_of_each_image_makes_the_metric(
+    run_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    for number, change in enumerate(
+        (
+            "",
+            "metric: text_retrieval_recall@1, ",
+            "metric: image_retrieval_recall@5, ",
+        )
+    ):
+        text = (world / "suite.yaml").read_text(encoding="utf-8")
+        text = text.replace("task: retrieval, ", f"task: retrieval, {change}")
+        (tmp_path / "suite.yaml").write_text(
+            text.replace("shift: ood, classes", "metric: acc1, shift: ood, classes"),
+            encoding="utf-8",
+        )
+        shutil.copy(world / "names.yaml", tmp_path)
+        rows = evaluate_suite(
+            from_adapter(run_folder, [1.0]),
+            load_suite(tmp_path / "suite.yaml", world),
+            Results(tmp_path / str(number)),
+        )
+        for row in rows:
+            assert row.per_image is not None and len(row.per_image) == row.n
+            assert row.per_image.mean() == pytest.approx(row.metrics[row.metric])
+        assert isinstance(rows[2].right, list) == (number != 1)
 
 
 def test_torch_merged_and_release_give_the_same_numbers(

@@ -32,8 +32,8 @@ def test_a_table_has_the_mean_over_sets_in_distribution_and_over_the_others() ->
 
 
 def test_the_choice_takes_the_mean_of_the_two_means() -> None:
-    choice = choose(rows())
+    choice = choose(rows(), 1.0)
     assert [point["score"] for point in choice.curve] == pytest.approx(
         [sum(means) / 2 for means in MEANS.values()]
     )
-    assert choice.alpha == 0.25
+    assert choice.best == 0.25

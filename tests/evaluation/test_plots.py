@@ -56,6 +56,21 @@ def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Pa
     )  # the other method is in the left panel, and only there where it is given
 
 
+def test_what_is_kept_of_the_base_has_an_axis_of_its_own(drawn: list[Figure]) -> None:
+    rows = [{"alpha": a, "a": 60 + 5 * a, "b": 40 + a} for a in (0.0, 0.5, 1.0)]
+    plot_alpha_curve(rows, ["a"], ["b"], "curve.png", kept={1.0: 71.0, 0.0: 100.0})
+    *panels, right = drawn[0].axes
+    (line,) = right.get_lines()
+    assert line.get_xydata().tolist() == [[0, 100], [1, 71]]  # type: ignore[union-attr]
+    assert right.get_ylabel() == "kept of the base's answers, %"
+    assert right.get_ylim()[0] < 71 and right.get_ylim()[1] > 100
+    assert [len(axes.get_lines()) for axes in panels] == [1, 2]  # as without it
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["a", "b", "kept of the base (right)"]
+    plot_alpha_curve(rows, ["a"], ["b"], "curve.png")
+    assert len(drawn[1].axes) == 2
+
+
 def test_no_two_of_many_sets_look_the_same(drawn: list[Figure]) -> None:
     names = [f"set {number}" for number in range(40)]
     rows = [{"alpha": alpha, **dict.fromkeys(names, 1.0)} for alpha in (0.0, 1.0)]

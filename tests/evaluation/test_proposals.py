@@ -170,7 +170,7 @@ def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:
     rows = rows_of(suite_of(folder, "proposals: found", "dense: proposals"))
     assert not any("mean of" in str(column.header) for column in table(rows, "t").columns)
     with pytest.raises(RAdapterError, match="nor are true masks and a network's"):
-        choose(rows)
+        choose(rows, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -24,7 +25,15 @@ from radapter_serve.evaluation.results import (
     metric_name,
     table,
 )
-from radapter_serve.evaluation.row import Bin, ClassFigures, ModelFacts, Row, SetFacts, Setup
+from radapter_serve.evaluation.row import (
+    Bin,
+    ClassFigures,
+    ModelFacts,
+    Row,
+    SetFacts,
+    Setup,
+    packed,
+)
 from radapter_serve.evaluation.suite import Entry, entry_of
 from tests.helpers.a_row import a_row
 
@@ -40,6 +49,37 @@ def test_an_accuracy_has_its_calibration_error_beside_it() -> None:
         "a", 0.5, intervals={"acc1": (0.4, 0.61)}, metrics={"acc1": 0.5, "ece": 0.123}
     )
     assert list(table([calibrated], "t").columns[2].cells) == ["50.00\n40.0 – 61.0\nECE 12.3"]
+
+
+def test_what_is_kept_of_the_base_has_a_column_of_its_own() -> None:
+    rows = [
+        a_row("a", 0.5, metrics={"acc1": 0.5, "kept": 0.75}),
+        a_row("b", 0.25, metrics={"acc1": 0.25, "kept": 0.5}),
+        a_row("c", 0.5, metric="miou", metrics={"miou": 0.5}),
+        a_row("a", 0.5, source="merged"),
+    ]
+    last = table(rows, "t").columns[-1]
+    assert (last.header, list(last.cells)) == ("kept of\nthe base", ["62.50", ""])
+    assert "kept" not in str(table(rows[-1:], "t").columns[-1].header)
+
+
+def test_a_row_takes_the_place_of_an_earlier_one_of_its_case(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.add([a_row("a", 0.5), a_row("b", 0.5)])
+    results.add([a_row("a", 0.75)])
+    assert results.rows == Results(tmp_path).rows == [a_row("b", 0.5), a_row("a", 0.75)]
+    assert (results.measured, Results(tmp_path).measured) == (3, 0)
+
+
+def test_a_row_has_what_each_image_adds_to_its_metric() -> None:
+    right = np.arange(11) % 3 == 0
+    row = Row.from_json(json.dumps(a_row(share=4 / 11, n=11, right=packed(right)).to_dict()))
+    assert row.right == base64.b64encode(bytes([0b10010010, 0b01000000])).decode()
+    assert row.per_image is not None and row.per_image.tolist() == right.tolist()
+    # Three images with six captions, of which four are right.
+    found = a_row(n=3, captions=6, right=[1, 3, 0]).per_image
+    assert found is not None and found.tolist() == [0.5, 1.5, 0] and found.mean() == 4 / 6
+    assert a_row().per_image is None
 
 
 def test_base_and_novel_classes_of_one_model_are_joined() -> None:
@@ -92,6 +132,7 @@ CLASSIFIED: dict[str, Any] = {
     "model": None,
     "intervals": {"acc1": (0.25, 1.0)},
     "calibration": [Bin(3, 0.5, 0.25), Bin(0, None, None)],
+    "right": "8AAA",
     "per_class": [ClassFigures("cat", 3, None)],
     "release": 2,
     "quantization": {"kind": "dynamic"},
@@ -144,6 +185,9 @@ def test_what_is_not_known_is_left_out_or_null() -> None:
             {"per_class": [{"class": "a", "n": 1, "recall": 1, "f1": 1}]},
             "it has an unknown field per_class.0.f1",
         ),
+        ({"right": "AAA="}, "right should have a bit for each of 20 images"),
+        ({"right": "?"}, ""),
+        ({"right": [1, 0]}, "right should have a number for each of 20 images"),
         ("metrics", "it has no metrics"),
     ],
 )

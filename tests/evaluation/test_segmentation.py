@@ -562,15 +562,16 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}
     metadata = dataclasses.replace(adapter.metadata, recipe=own, task=task)
     save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")
-    embedder = from_adapter(tmp_path, [0.0, 1.0])
+    embedder = from_adapter(tmp_path, [0.0, 0.5, 1.0])
     results = Results(tmp_path / "out")
     choice, file = choose_alpha(embedder, tmp_path, None, results)
     embedder.close()
     assert file == tmp_path / "alpha.json"
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha or 0.0: row.metrics[metric] for row in results.rows}
-    assert choice.alpha == min(
+    assert choice.best == min(
         alpha for alpha, score in scores.items() if score == max(scores.values())
     )
+    assert choice.own_alpha == metadata.alpha == 0.5
     if task == "segmentation":
         assert {row.dense for row in results.rows} == {recipe.get("dense", "proposals")}

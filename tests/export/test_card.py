@@ -47,8 +47,8 @@ METADATA = Metadata(
     held_out="sha256:ef",
 )
 CURVE = [
-    {"alpha": 0.0, "score": 60.0, "photos": 60.0},
-    {"alpha": 0.5, "score": 71.5, "photos": 71.5},
+    {"alpha": 0.0, "score": 60, "behind": 11.5, "plus_minus": 4, "kept": 100, "photos": 60},
+    {"alpha": 0.5, "score": 71.5, "behind": 0, "plus_minus": 0, "kept": 96.25, "photos": 71.5},
 ]
 
 
@@ -68,7 +68,8 @@ def test_a_card_is_read_by_the_hub_and_says_what_the_release_is(
     )
     body = ModelCard(text).text
     assert "α = 0.5" in body and "base is ViT-B-32 with the weights openai (`sha256:ab`)" in body
-    assert "| **0.5** | 71.5 |" in body and "| 0 | 60.0 |" in body
+    assert "| α | kept of the base | photos |" in body
+    assert "| **0.5** | 96.2 | 71.5 |" in body and "| 0 | 100.0 | 60.0 |" in body
     assert "| acc1, 200 images of photos | 71.25 % |" in body
     assert "| the same, calibrated | 0.050 |" in body and "| made with torch | 2.13.0 |" in body
     assert "| data | train.csv |" in body and "| classes | 2 |" in body

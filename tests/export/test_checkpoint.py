@@ -200,6 +200,7 @@ def test_a_folder_is_exported_as_it_is_in_int8_and_judged(
     [
         (["--alpha", "dynamic"], "--alpha dynamic is for adapters: a checkpoint or a LoRA has"),
         (["--alpha", "auto"], "--alpha auto is for runs"),
+        (["--alpha", "best"], "--alpha best is for runs"),
         (["--alpha", "1.5"], "alpha is 1.5; allowed: a number from 0"),
         (["--adapter", "runs/x"], "--adapter and --checkpoint don't go together"),
         (["--lora", "lora"], "--checkpoint and --lora don't go together"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import radapter_serve
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
@@ -100,17 +101,56 @@ def test_labels_that_cannot_be_told_apart_are_named(
     assert err.startswith("note: label set classes") and err.count("\n") == 1
 
 
-def test_dynamic_takes_the_chosen_alpha_by_default(
-    run: Callable[..., Path], export: Export
+@pytest.mark.parametrize("unsaid", ["dynamic", None])
+def test_the_chosen_alpha_is_taken_by_default(
+    run: Callable[..., Path], export: Export, unsaid: str | None
 ) -> None:
     folder = run()
     own = load_adapter(folder)
-    assert export(folder, "dynamic").alpha == own.metadata.alpha == 0.5
-    save_choice(Choice(0.7, "rule", [], {}, own.digest), folder)
-    assert export(folder, "dynamic").alpha == 0.7
-    assert export(folder, None).alpha == 0.5
-    save_choice(Choice(0.7, "rule", [], {}, "of another adapter"), folder)
-    assert export(folder, "dynamic").alpha == 0.5
+    assert export(folder, unsaid).alpha == own.metadata.alpha == 0.5
+    choice = Choice(0.3, 0.7, 0.5, "rule", [], {}, own.digest)
+    save_choice(choice, folder)
+    assert export(folder, unsaid).alpha == 0.3
+    save_choice(dataclasses.replace(choice, adapter_digest="of another adapter"), folder)
+    assert export(folder, unsaid).alpha == 0.5
+
+
+def test_an_export_says_which_alpha_it_takes(
+    run: Callable[..., Path], quick: None, tmp_path: Path
+) -> None:
+    folder = run()
+    places = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+
+    def made(alpha: Any = None, adapter: Any = folder) -> tuple[list[float], Any, tuple[str, ...]]:
+        done = radapter_serve.export(adapter, alpha, **places)
+        return [release.alpha for release in done.releases], done.choice, done.notes
+
+    eval_auto = f"radapter-eval --adapter {folder} --alpha auto"
+    none = f"alpha 0.5 is the run's own: no alpha was chosen for {folder}; choose one: {eval_auto}"
+    assert made() == ([0.5], None, (none,))
+    choice = Choice(0.3, 0.7, 0.5, "rule", [], {}, load_adapter(folder).digest)
+    save_choice(choice, folder)
+    best = "radapter-eval --alpha auto chose alpha 0.3; the best on the validation data is 0.7"
+    assert made() == made("auto") == ([0.3], choice, (f"{best} (--alpha best)",))
+    other = "alpha 0.7 is the best on the validation data; radapter-eval --alpha auto chose alpha"
+    assert made("best") == ([0.7], choice, (f"{other} 0.3",))
+    assert made(["auto", 0.4, "best"])[:2] == ([0.3, 0.4, 0.7], choice)
+    assert made(0.4) == ([0.4], None, ())
+    assert made(None, [folder, folder]) == ([0.5], None, ("alpha 0.5 is the average's own",))
+    assert made("dynamic") == ([0.3], choice, (f"{best} (--alpha best)",))
+    save_choice(dataclasses.replace(choice, best=0.3), folder)
+    assert made()[2] == (
+        "radapter-eval --alpha auto chose alpha 0.3, which is also the best on the validation data",
+    )
+    save_choice(dataclasses.replace(choice, adapter_digest="of another adapter"), folder)
+    alphas, found, (note,) = made()
+    assert (alphas, found) == ([0.5], None)
+    assert note.startswith("alpha 0.5 is the run's own: ") and "for another adapter" in note
+    for alpha in ("auto", "best"):
+        with pytest.raises(RAdapterError, match="was chosen for another adapter"):
+            made(alpha)
+        with pytest.raises(RAdapterError, match=f"--alpha {alpha} was chosen for one adapter"):
+            made(alpha, [folder, folder])
 
 
 def test_photos_are_turned_as_in_training_unless_said_otherwise(

@@ -143,7 +143,9 @@ def test_evaluation_gives_what_the_command_gives(
     # Nine test images are validation images, too.
     assert [note.partition(":")[0] for note in found.notes] == ["test"]
     assert found.table().row_count == 2
-    assert evaluate(run, alpha=0.5, suite="suite.yaml", seed=2, limit=9, out="python").measured == 0
+    assert "adapter" in str(found) and found.notes[0] in str(found)
+    again = evaluate(run, alpha=0.5, suite="suite.yaml", seed=2, limit=9, out="python")
+    assert (again.measured, again.alpha) == (0, 0.5)
 
 
 def test_auto_chooses_and_says_so(run: Run) -> None:
@@ -151,7 +153,11 @@ def test_auto_chooses_and_says_so(run: Run) -> None:
     kept = json.loads(Path("runs/python/alpha.json").read_text(encoding="utf-8"))
     assert found.alpha == kept["alpha"] and found.choice is not None
     assert found.choice.curve == kept["curve"] and len(kept["curve"]) == 11
+    assert found.choice.best == kept["best"] and found.choice.own_alpha == kept["own_alpha"] == 0.5
+    assert found.notes == found.choice.notes and "No validation set is shifted" in found.notes[-1]
     assert found.rows == () and found.suite is None
+    # Printed, it has the table of the choice and the notes.
+    assert "behind the best" in str(found) and all(note in repr(found) for note in found.notes)
     assert Path("runs/python/alpha.json") in found.files
     # The share that training held out: a quarter of eight images of each of three classes.
     assert [of.n for of in found.choice.sets.values()] == [6]
