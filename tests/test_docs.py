@@ -5,20 +5,32 @@ and suites.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
+import io
 import re
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 import radapter_client
 import radapter_export
 import radapter_serve
+from radapter_serve import cli
 from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.cli import serve
+from radapter_serve.gateway import app as gateway
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.recipe import load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
 
@@ -85,6 +97,36 @@ def test_the_page_of_what_is_stable_names_it_all() -> None:
     assert set(re.findall(r"`(\w+)`", row)) <= {*radapter_client.__all__}
 
 
+def _raises(error: BaseException) -> Callable[[], None]:
+    """What a command does that ends so."""
+
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_the_page_of_what_is_stable_names_every_exit_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    named = {int(status) for status in re.findall(r"^\| (\d+) \| ", text, re.MULTILINE)}
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    endings: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: 1,  # as `radapter-index verify` and `radapter-query` say that not all is well
+        _raises(radapter_serve.RAdapterError("mend this")),
+        _raises(KeyboardInterrupt()),
+    ]
+    statuses = {cli.guard(ending, [], prog="radapter-index") for ending in endings}
+    assert cli.guard(_raises(BrokenPipeError()), [], prog="radapter-index") in statuses
+    sys.stdout.close()
+    with pytest.raises(SystemExit) as stopped, Interruption(lambda line: None) as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        interruption.end()
+    assert named == statuses | {stopped.value.code}
+
+
 def test_one_version_everywhere() -> None:
     version = radapter_serve.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
@@ -110,6 +152,38 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
             names = set(re.findall(r"--[a-z][a-z-]*", known))
             unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]
     assert not unknown
+
+
+def test_the_page_of_serving_lists_every_flag() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Flags\n")[2].partition("\n\n!!! ")[0]
+    first_column = "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)
+    listed = set(re.findall(r"`(--[a-z-]+)`", first_column))
+    names = set(inspect.signature(serve.serve).parameters) - {"gateway"}
+    names |= {field.name for field in dataclasses.fields(serve.GatewayFlags)}
+    assert listed == {"--" + name.replace("_", "-") for name in names}
+
+
+def test_the_page_of_the_gateway_lists_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
+    table = page.partition("\n## What is open\n")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`((?:GET|POST) /[^`]*)`", table))
+    routes: list[Route] = []
+
+    def noted(**settings: Any) -> Any:
+        routes.extend(settings["routes"])
+        return Starlette(**settings)
+
+    monkeypatch.setattr(gateway, "Starlette", noted)
+    gateway.Gateway(Settings(), lambda: pytest.fail("nothing is asked"))
+    answered = {
+        f"{method} {route.path.replace('{model}', 'MODEL')}"
+        for route in routes
+        for method in (route.methods or set()) - {"HEAD"}
+        # The page says that statistics are closed, and what a version after the model asks for.
+        if not route.path.endswith("/stats") and "/versions/" not in route.path
+    }
+    assert listed == answered
 
 
 def python_blocks() -> Iterator[tuple[str, ast.Module]]:

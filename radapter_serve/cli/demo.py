@@ -18,8 +18,8 @@ def demo(
     limit: int | None = None,
     open: bool = False,
 ) -> None:
-    """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few
-    minutes.
+    """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in
+    ten minutes or so on two CPU cores.
 
     For classification, retrieval and segmentation, one adapter each, all served by one server.
 
