@@ -13,8 +13,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from radapter_serve.gateway.errors import bad_request
-from radapter_serve.gateway.requests import HEADER_LENGTH, MAX_JSON_VALUES, Inference
+from radapter_serve.gateway.requests import HEADER_LENGTH, Inference, check_fits_json, no_text
 
 
 def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[bytes, dict[str, str]]:
@@ -49,10 +48,7 @@ def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[byt
 
 def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: bytes) -> list[Any]:
     count = math.prod(output.shape)
-    if count > MAX_JSON_VALUES:
-        raise bad_request(
-            f"the output {output.name} has {count} values, too many for JSON; ask for it in binary"
-        )
+    check_fits_json(output.name, count)
     if output.datatype != "BYTES":
         return np.frombuffer(values, triton_to_np_dtype(output.datatype)).tolist()  # type: ignore[no-any-return]
     texts = []
@@ -63,5 +59,5 @@ def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: b
             offset += 4 + length
             texts.append(values[offset - length : offset].decode())
     except UnicodeDecodeError:
-        raise bad_request(f"the output {output.name} is no text; ask for it in binary") from None
+        raise no_text(output.name) from None
     return texts

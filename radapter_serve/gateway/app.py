@@ -9,7 +9,8 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio
 from starlette.applications import Starlette
@@ -31,13 +32,14 @@ from radapter_serve.gateway.errors import (
     Refused,
     bad_request,
     escape,
+    let_go,
     timeout_error,
 )
 from radapter_serve.gateway.front import BrowserRule, Front
 from radapter_serve.gateway.health import Health
 from radapter_serve.gateway.journal import Entry, WithRequestId, timed_slot
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
+from radapter_serve.gateway.limits import Aside, ConcurrencyLimit, MemoryBudget
 from radapter_serve.gateway.metrics import GONE, Metrics
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.quotas import Quota, Quotas
@@ -48,10 +50,15 @@ from radapter_serve.release.release import TASKS
 # Of the body of a refused request, what is read and thrown away: a caller who is cut off while he
 # sends it never reads why.
 MAX_DISCARDED = 2**20  # bytes
+# A body with more JSON, or one that is larger, is read in a thread; small ones don't wait behind
+# large ones there.
+SMALL_JSON = 2**16  # bytes
+SMALL_BODY = 2**22
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"
 _COUNTED = ("infer", EMBEDDINGS)  # the handlers that take a body
 _TYPES = ("", "application/json", "application/octet-stream")
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -97,10 +104,12 @@ class Gateway:
         self._timeouts = timeouts
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._quotas = Quotas()
-        self._models: dict[str, tuple[float, Model]] = {}
+        self._models: dict[tuple[str, str], tuple[float, Model]] = {}
         self._outdated: Mapping[str, bool] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self.memory = MemoryBudget(int(settings.max_memory * MIB))
+        self._small_bodies = Aside("small-bodies")
+        self._large_bodies = Aside("large-bodies")
         self.metrics = Metrics(self._concurrency, self.memory)
         task = "/v2/models/{model}"
         # The first that fits is taken, so what is asked for most often comes first.
@@ -161,6 +170,8 @@ class Gateway:
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
             await self._upstream.close()
+            self._small_bodies.close()
+            self._large_bodies.close()
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close, self._timeouts.spans)
 
@@ -205,8 +216,8 @@ class Gateway:
         )
 
     async def metadata(self, request: Request) -> Response:
-        name, _ = _named(request)
-        model = await self._model(name)
+        name, version = _named(request)
+        model = await self._model(name, version)
         return JSONResponse(model.metadata(await self._upstream.versions(name)))
 
     async def config(self, request: Request) -> Response:
@@ -231,9 +242,12 @@ class Gateway:
         limit = self._settings.timeout
         with self.memory.lease() as acquire:
             body = await self.body(request, acquire)
-            model = await self._model(name)
-            asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
-            del body
+            model = await self._model(name, version)
+            length = request.headers.get(requests.HEADER_LENGTH)
+            end = requests.json_length(length, len(body))
+            read = partial(requests.read, body, length, model, version)
+            asked = await self._read(request, body, end, limit - (time.monotonic() - start), read)
+            del body, read
             self._count_images(request, asked.images)
             entry: Entry = request.state.entry
             asked.message.id = entry.id
@@ -257,10 +271,13 @@ class Gateway:
         start = time.monotonic()
         with self.memory.lease() as acquire:
             body = await self.body(request, acquire)
-            asked = embeddings.read(body, self._settings.max_inputs)
-            del body
+            limit = self._settings.timeout
+            read = partial(embeddings.read, body, self._settings.max_inputs)
+            left = limit - (time.monotonic() - start)
+            asked = await self._read(request, body, len(body), left, read)
+            del body, read
             self._count_images(request, len(asked.images))
-            left = self._settings.timeout - (time.monotonic() - start)
+            left = limit - (time.monotonic() - start)
             work = self._openai.embed(asked, left, request.state.entry)
             answer = await run_until_disconnect(request, work, left)
             return Response(answer, media_type="application/json")
@@ -275,6 +292,33 @@ class Gateway:
             request.state.entry.bytes_in = len(body)
             return body
         raise timeout_error(408, f"the body did not come within {limit:g} s")
+
+    async def _read(
+        self, request: Request, body: bytes, end: int, seconds: float, read: Callable[[], T]
+    ) -> T:
+        """What a body says.
+
+        Args:
+            request: that the caller may give up.
+            body: of it.
+            end: of the JSON in it.
+            seconds: that this may take.
+            read: reads the body.
+        """
+        if end <= SMALL_JSON and len(body) <= SMALL_BODY:
+            return read()
+        aside = self._small_bodies if len(body) <= SMALL_BODY else self._large_bodies
+
+        async def reading() -> T:
+            async with aside.turn() as call:
+                json = body[:end]
+                size = await call(requests.json_memory, json)
+                with self.memory.lease() as acquire:
+                    # A request that has all memory to itself is never refused for what it takes.
+                    acquire(min(size, self.memory.max_bytes - len(body)))
+                    return await call(read)
+
+        return await run_until_disconnect(request, reading(), seconds)
 
     async def _run(self, message: Any, seconds: float, entry: Entry) -> Any:
         """Triton's answer, as soon as the request may run; its deadline goes on to
@@ -295,10 +339,14 @@ class Gateway:
         """A model by its configuration, which is asked for again after some seconds: a new release
         may change it.
         """
-        when, model = self._models.get(name, (0.0, None))
-        if model is None or time.monotonic() - when >= fresh:
+        now = time.monotonic()
+        when, model = self._models.get((name, version), (now, None))
+        if model is None or now - when >= fresh:
             model = Model.from_config(await self._upstream.config(name, version))
-            self._models[name] = time.monotonic(), model
+            # What nobody asks for any more goes: versions come and go.
+            known = self._models.items()
+            self._models = {key: one for key, one in known if now - one[0] < FRESH}
+            self._models[name, version] = now, model
         return model
 
     # What holds for all requests
@@ -335,11 +383,13 @@ class Gateway:
                 refused = True
                 response = refusal(error, request)
                 entry.code = error.code
+                let_go(error)
             except (ClientDisconnected, ClientDisconnect):
                 response = Response(status_code=499)
                 entry.code = GONE
-            except Exception:
+            except Exception as error:
                 LOG.exception("the gateway failed on the request %s", entry.id)
+                let_go(error)
                 failed = Refused(
                     500, INTERNAL_ERROR, "the gateway failed on this request; its log says why"
                 )

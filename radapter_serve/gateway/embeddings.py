@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from radapter_serve.contract.errors import INVALID_IMAGE, TaskError
+from radapter_serve.contract.errors import INVALID_ARGUMENT, INVALID_IMAGE, TaskError
 from radapter_serve.contract.labels import check_length
 from radapter_serve.gateway.errors import Refused, bad_request, escape
 from radapter_serve.gateway.requests import MAX_JSON_VALUES, Strict, from_json
@@ -26,6 +25,8 @@ MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
 CHARACTERS_PER_TOKEN = (
     4  # the gateway has no tokenizer, so what it says of the usage is an estimate
 )
+MAX_HEAD = 256  # characters of a data URL up to its comma
+_PIECE = 2**20  # characters of base64, four of which are three bytes
 _DATA_URL = re.compile(r"data:(image/|[^\s,]{0,200},)", re.IGNORECASE)
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
@@ -160,17 +161,19 @@ def _add(asked: Asked, place: int, value: Any, modality: str | None) -> None:
 
 def _image(place: int, url: str) -> bytes:
     """The bytes of a data URL."""
-    head, comma, data = url.partition(",")
-    media, *parameters = head[5:].lower().split(";")
-    if not comma or media not in MEDIA or parameters[-1:] != ["base64"]:
+    # Only so much is looked at: the rest may be anything, and is long.
+    comma = url.find(",", 0, MAX_HEAD)
+    head = url[5 : comma if comma >= 0 else MAX_HEAD]
+    media, _, parameters = head.lower().partition(";")
+    if comma < 0 or media not in MEDIA or parameters.rpartition(";")[2] != "base64":
         _wrong(
             place,
             f"begins with {escape(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and"
             ' a text that looks like one is sent with "modality": "text"',
         )
     try:
-        file = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
+        file = _decoded(url, comma + 1)
+    except ValueError:
         _wrong(place, "is a data URL with broken base64", INVALID_IMAGE)
     if not file.startswith(_MAGIC):
         _wrong(
@@ -181,9 +184,20 @@ def _image(place: int, url: str) -> bytes:
     return file
 
 
-def _wrong(place: int, what: str, code: str | None = None) -> NoReturn:
-    error = bad_request(f"{name_of(place)} {what}", name_of(place))
-    raise error if code is None else Refused(400, code, error.message, error.param)
+def _decoded(text: str, start: int) -> bytes:
+    """Base64 from a place on, a piece at a time: other threads wait while Python decodes one.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    if text.find("=", start, len(text) - 2) >= 0:
+        raise ValueError("the end comes in the middle")
+    pieces = range(start, len(text), _PIECE)
+    return b"".join(base64.b64decode(text[at : at + _PIECE], validate=True) for at in pieces)
+
+
+def _wrong(place: int, what: str, code: str = INVALID_ARGUMENT) -> NoReturn:
+    raise Refused(400, code, f"{name_of(place)} {what}", name_of(place))
 
 
 async def write(rows: Sequence[NDArray[np.float32]], model: str, asked: Asked) -> bytes:

@@ -91,6 +91,15 @@ class Refused(RAdapterError):
         self.retry_after = retry_after
 
 
+def let_go(error: BaseException | None) -> None:
+    """Let go of all that was under way when an error was raised, such as a body. A frame that names
+    its own error would else keep it until Python looks for cycles.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 def bad_request(message: str, param: str | None = None) -> Refused:
     """The refusal of a request that can never be right."""
     return Refused(400, tasks.INVALID_ARGUMENT, message, param)

@@ -1,12 +1,15 @@
-"""What all callers of the gateway share: a limit on concurrent requests, with a short queue, and a
-memory budget for bodies.
+"""What all callers of the gateway share: a limit on concurrent requests, with a short queue, a
+memory budget for bodies, and the threads that read large ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from radapter_serve.gateway.errors import overloaded
 
@@ -59,7 +62,7 @@ class MemoryBudget:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self.held = 0
 
     def acquire(self, size: int) -> None:
@@ -68,7 +71,7 @@ class MemoryBudget:
         Raises:
             Refused: there is no room for them.
         """
-        if self.held + size > self._max_bytes:
+        if self.held + size > self.max_bytes:
             raise overloaded(
                 "the requests under way take all memory that is set apart for them; try again in a"
                 " moment"
@@ -92,3 +95,25 @@ class MemoryBudget:
             yield acquire
         finally:
             self.release(held)
+
+
+class Aside:
+    """A thread for work that would keep the event loop from its turns, for a request at a time.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._free = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+        """Yields what calls a function in the thread, once others have had their turn."""
+        # Who waits for the lock, and not in the queue of the thread, holds nothing once it leaves.
+        async with self._free:
+            yield functools.partial(asyncio.get_running_loop().run_in_executor, self._thread)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -94,7 +94,7 @@ class OpenAI:
         for kind, (task, tensor) in TASKS.items():
             values: dict[int, bytes] = getattr(asked, kind)
             places = list(values)
-            step = (await self._model(task)).max_batch_size if places else 1
+            step = (await self._model(task, version)).max_batch_size if places else 1
             for start in range(0, len(places), step):
                 some = places[start : start + step]
                 message = _message(

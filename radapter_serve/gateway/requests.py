@@ -4,6 +4,9 @@ any of it.
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
 import math
 import struct
 from collections.abc import Sequence
@@ -12,18 +15,25 @@ from itertools import chain
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from radapter_serve.gateway.errors import bad_request, escape
+from radapter_serve.gateway.errors import Refused, bad_request, escape
 from radapter_serve.gateway.models import Model
 from radapter_serve.release.tensors import Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
+# Lists, objects and their fields in JSON, which cost many times what a number does. It is as much
+# as a request with a million numbers has, in rows of 16.
+MAX_JSON_LISTS = 2**16
 MAX_TEXTS = 2**17
 IMAGES = {"image", "examples"}  # of the inputs of type BYTES, those that are no text
+FILES = {"thumbnail"}  # the same of the outputs
+_HEADER = 2**16  # bytes of an image in which its size is looked for
+_PIECE = 2**18  # bytes that are looked at at once
 
 Name = Annotated[str, Field(max_length=64)]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -78,19 +88,46 @@ class Inference:
             it.
         binary: the outputs that the caller wants in binary.
         timeout: seconds that the caller allows, or None.
+        images: how many images it holds; an example that stands empty is none.
     """
 
     message: service_pb2.ModelInferRequest
     id: str
     binary: frozenset[str]
     timeout: float | None
+    images: int
 
-    @property
-    def images(self) -> int:
-        """How many images it holds; an example that stands empty is none."""
-        message = self.message
-        pairs = zip(message.inputs, message.raw_input_contents, strict=True)
-        return sum(_count_filled(values) for one, values in pairs if one.name in IMAGES)
+
+def json_length(header_length: str | None, end: int) -> int:
+    """How many bytes of a body are JSON.
+
+    Args:
+        header_length: the header that says so; None where all are.
+        end: length of the body.
+
+    Raises:
+        Refused: the header is no such number.
+    """
+    if header_length is None:
+        return end
+    is_number = header_length.isascii() and header_length.isdigit()
+    if not is_number or not 0 < int(header_length[:12]) <= end:
+        raise bad_request(
+            f"{HEADER_LENGTH} is {escape(header_length)}; allowed are 1 to {end}, the length of"
+            " the body"
+        )
+    return int(header_length[:12])
+
+
+def json_memory(text: bytes) -> int:
+    """Bytes that it takes at most to read JSON and to pack what it says, besides the text."""
+    # A string is there as it was read, as bytes, packed, and in the message. Where one character of
+    # it needs four bytes, each has four, twice while it is read.
+    is_plain = text.isascii() and b"\\" not in text
+    values = min(_count(text, b",", MAX_JSON_VALUES), MAX_JSON_VALUES)
+    # What Python keeps for each value, and for each text that is packed.
+    objects = 128 * values + 256 * min(values, MAX_TEXTS)
+    return (4 if is_plain else 9) * len(text) + objects
 
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
@@ -104,18 +141,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     Raises:
         Refused: the first thing that is wrong.
     """
-    end = len(body)
-    if header_length is not None:
-        if not (
-            header_length.isascii()
-            and header_length.isdigit()
-            and 0 < int(header_length[:12]) <= end
-        ):
-            raise bad_request(
-                f"{HEADER_LENGTH} is {escape(header_length)}; allowed are 1 to {end}, the length of"
-                " the body"
-            )
-        end = int(header_length[:12])
+    end = json_length(header_length, len(body))
     header = _header(body[:end])
     message = service_pb2.ModelInferRequest(model_name=model.name, model_version=version)
     rest = memoryview(body)[end:]
@@ -144,7 +170,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
                 )
             values = bytes(rest[:size])
             rest = rest[size:]
-        _check_values(tensor, given.shape, values)
+        _check_values(tensor, given.shape, values, is_utf8=size is None)
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
         message.raw_input_contents.append(values)
     if len(rest):
@@ -158,7 +184,25 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
         raise bad_request(f"the input {missing[0]} is missing")
     binary = _outputs(header, model, message)
     timeout = header.parameters.timeout
-    return Inference(message, header.id, binary, None if timeout is None else timeout / 1e6)
+    pairs = zip(message.inputs, message.raw_input_contents, strict=True)
+    images = sum(_count_filled(values) for one, values in pairs if one.name in IMAGES)
+    seconds = None if timeout is None else timeout / 1e6
+    return Inference(message, header.id, binary, seconds, images)
+
+
+def check_fits_json(output: str, count: int) -> None:
+    """Raise `Refused` where an output has more values than JSON may have."""
+    if count > MAX_JSON_VALUES:
+        raise bad_request(
+            f"the output {output} has {count} values, too many for JSON; ask for it in binary"
+        )
+
+
+def no_text(output: str) -> Refused:
+    """The refusal of files in JSON."""
+    return bad_request(
+        f"the output {output} is no text; ask for it in binary, or name the outputs that you want"
+    )
 
 
 def pack(values: Sequence[bytes]) -> bytes:
@@ -181,9 +225,11 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
     Raises:
         Refused: the first thing that is wrong, by its name.
     """
-    # An array or an object begins with a bracket, and all values of one but the first follow a
-    # comma.
-    if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+    # Before anything is made of it. A list or an object begins with a bracket, a field has a colon,
+    # and all values of a list but the first follow a comma. Texts may have these characters too.
+    if _count(text, b"[{:", MAX_JSON_LISTS) > MAX_JSON_LISTS:
+        raise bad_request(f"the JSON has more than {MAX_JSON_LISTS} brackets and colons; {instead}")
+    if _count(text, b",[{", MAX_JSON_VALUES) > MAX_JSON_VALUES:
         raise bad_request(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
     try:
         return kind.model_validate_json(text)
@@ -192,6 +238,17 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
         where = ".".join(str(part) for part in first["loc"])
         what = "the body" if not where else escape(where)
         raise bad_request(f"{what}: {first['msg']}", escape(where)[1:-1] or None) from None
+
+
+def _count(text: bytes, characters: bytes, most: int) -> int:
+    """How often a text has some characters; it is looked at no further than to find too many."""
+    count = 0
+    for start in range(0, len(text), _PIECE):
+        for character in characters:
+            count += text.count(character, start, start + _PIECE)
+        if count > most:
+            break
+    return count
 
 
 def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
@@ -215,17 +272,18 @@ def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
             f"the input {tensor.name} has {given.shape[0]} rows; {model.name} takes"
             f" {model.max_batch_size}"
         )
+    count = math.prod(given.shape)
+    if tensor.datatype == "BYTES" and count > MAX_TEXTS:
+        raise bad_request(
+            f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed"
+        )
 
 
-def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
-    """As many values as the shape says, each of them sound."""
+def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes, *, is_utf8: bool) -> None:
+    """As many values as the shape says, each of them sound; texts of JSON are UTF-8."""
     count = math.prod(shape)
     if tensor.datatype == "BYTES":
-        if count > MAX_TEXTS:
-            raise bad_request(
-                f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed"
-            )
-        _check_texts(tensor.name, values, count)
+        _check_texts(tensor.name, values, count, is_utf8=is_utf8 or tensor.name in IMAGES)
         return
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
     if len(values) != count * kind.itemsize:
@@ -237,17 +295,16 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
         raise bad_request(f"the input {tensor.name} holds a value that is not a finite number")
 
 
-def _check_texts(name: str, values: bytes, count: int) -> None:
+def _check_texts(name: str, values: bytes, count: int, *, is_utf8: bool) -> None:
     offset = 0
     end = len(values)
-    text = name not in IMAGES
     for number in range(1, count + 1):
         start = offset + 4
         length = struct.unpack_from("<I", values, offset)[0] if start <= end else end
         offset = start + length
         if offset > end:
             raise bad_request(f"value {number} of {count} of the input {name} goes beyond its end")
-        if text:
+        if not is_utf8:
             try:
                 values[start:offset].decode()
             except UnicodeDecodeError:
@@ -324,4 +381,29 @@ def _outputs(
         wish = output.parameters.binary_data
         if default if wish is None else wish:
             binary.add(output.name)
-    return frozenset(binary if header.outputs or not default else model.outputs)
+    if default and not header.outputs:
+        binary.update(model.outputs)
+    # What JSON can't hold is refused before any work.
+    in_json = {output.name for output in header.outputs or model.outputs.values()} - binary
+    for name in in_json & FILES:
+        raise no_text(name)
+    for tensor, values in zip(message.inputs, message.raw_input_contents, strict=True):
+        if "mask" in in_json and tensor.name == "image":
+            check_fits_json("mask", _pixels(values[4 : 4 + _HEADER]))
+    return frozenset(binary)
+
+
+def _pixels(head: bytes) -> int:
+    """The pixels of an image, as many as its mask has, by the first bytes of the file or of its
+    base64; 0 where these don't say it.
+    """
+    if not head.startswith((b"\xff\xd8", b"\x89PNG")):
+        text = head.rpartition(b",")[2].translate(None, b" \t\r\n")
+        with contextlib.suppress(ValueError):
+            head = base64.b64decode(text[: len(text) // 4 * 4], validate=True)
+    try:
+        # No WebP: Pillow reads all of it, and makes room for its pixels.
+        with Image.open(io.BytesIO(head), formats=("JPEG", "PNG")) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises anything; the task says what is wrong with the whole file
+        return 0

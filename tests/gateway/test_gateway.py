@@ -4,6 +4,7 @@ for Triton.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import http.client
@@ -23,11 +24,14 @@ import grpc
 import numpy as np
 import pytest
 import urllib3
+from starlette.applications import Starlette
 
 import radapter_client
 from radapter_client import Client
+from radapter_serve.gateway import app
+from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.errors import Refused, from_triton
-from radapter_serve.gateway.settings import Timeouts
+from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import FakeUpstream, Served, packed, serving
 from tests.helpers.indexes import outdated_at
@@ -162,6 +166,34 @@ def test_a_configuration_is_read_again(served: Served) -> None:
     assert (
         "3" in ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]["string_value"]
     )
+
+
+def test_each_release_is_asked_by_its_own_configuration(served: Served) -> None:
+    """Also after somebody has looked at another one's."""
+    older = FakeUpstream().configs["embed_text"]
+    older.max_batch_size = 1
+    served.upstream.older["embed_text", "2"] = older
+    two = {"inputs": [{**TEXT["inputs"][0], "shape": [2, 1], "data": ["a", "b"]}]}
+    path = "/v2/models/embed_text/versions/2"
+    assert ask(served, f"{path}/config")[1]["max_batch_size"] == 1
+    assert ask(served, INFER, two)[0] == 200
+    assert refusal(served, f"{path}/infer", two) == (400, "invalid_argument")
+    assert ask(served, INFER, two)[0] == 200
+    assert refusal(served, "/v2/models/embed_text/versions/3/infer", two) == (404, "unknown_model")
+    assert refusal(served, "/v2/models/embed_text/versions/3") == (404, "unknown_model")
+
+
+def test_configurations_that_nobody_asks_for_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def asked() -> int:
+        gateway = Gateway(Settings(), FakeUpstream)
+        async with gateway._lifespan(Starlette()):
+            for name in TASKS:
+                await gateway._model(name, "1")
+            monkeypatch.setattr(app, "FRESH", 0.0)
+            await gateway._model("classify")
+        return len(gateway._models)
+
+    assert asyncio.run(asked()) == 1
 
 
 # What is refused

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import socket
 import time
@@ -142,6 +143,22 @@ def test_a_key_works_until_its_last_day(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="this key ended with 2027-01-31") as refused:
         after.check("Bearer a")
     assert (refused.value.status, after.check("Bearer b").name) == (401, "bob")
+
+
+def test_a_key_that_is_exchanged_in_place_no_longer_works(tmp_path: Path) -> None:
+    """By one of equal length, so that file and size stay as they were."""
+    path = tmp_path / "keys"
+    path.write_text(line("ann", "old"))
+    keys = Keys(path)
+    assert keys.check("Bearer old").name == "ann"
+    before = path.stat()
+    path.write_text(line("ann", "new"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    after = path.stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    assert keys.check("Bearer new").name == "ann"
+    with pytest.raises(Refused, match="with a key of this gateway"):
+        keys.check("Bearer old")
 
 
 @pytest.fixture

@@ -239,6 +239,7 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
         return made
 
     served.upstream.infer = switching  # type: ignore[method-assign]
+    served.upstream.older["embed_image", "2"] = served.upstream.configs["embed_image"]
     status, found = ask(served, input=["abc", IMAGE])
     assert status == 200 and found["model"] == "radapter-2"
     assert calls == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from radapter_client import Request
 from radapter_client._http import encode
@@ -121,6 +124,50 @@ def test_outputs_in_binary() -> None:
     assert ask("classify", *CLASSIFY, outputs=one).binary == {"score"}
     other = [{"name": "score", "parameters": {"binary_data": False}}, {"name": "label"}]
     assert ask("classify", *CLASSIFY, outputs=other, **everything).binary == {"label"}
+
+
+SEARCH = [tensor("text", "BYTES", [1], ["a cat"]), tensor("index", "BYTES", [1], ["photos"])]
+
+
+def test_thumbnails_in_json_are_refused_before_the_search() -> None:
+    named: list[dict[str, Any]] = [{"name": "id"}, {"name": "thumbnail"}]
+    for more in ({}, {"outputs": named}):
+        with pytest.raises(Refused, match="thumbnail is no text; ask for it in binary, or name"):
+            ask("retrieve", *SEARCH, **more)
+    assert ask("retrieve", *SEARCH, outputs=named[:1]).binary == frozenset()
+    named[1]["parameters"] = {"binary_data": True}
+    assert ask("retrieve", *SEARCH, outputs=named).binary == {"thumbnail"}
+    everything = ask("retrieve", *SEARCH, parameters={"binary_data_output": True})
+    assert everything.binary == {"id", "score", "metadata", "thumbnail", "index_version"}
+
+
+def picture(width: int, height: int, kind: str, **more: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, kind, **more)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("form", ["bytes", "base64", "lines", "url"])
+def test_a_mask_that_json_cannot_hold_is_refused_before_the_work(kind: str, form: str) -> None:
+    def asked(file: bytes, **more: Any) -> Inference:
+        if form == "bytes":
+            tail = packed([file])
+            image = tensor("image", "BYTES", [1], size=len(tail))
+            return ask("segment", image, LABELS, rest=tail, **more)
+        text = base64.encodebytes(file) if form == "lines" else base64.b64encode(file)
+        text = f"data:image/{kind.lower()};base64,".encode() + text if form == "url" else text
+        return ask("segment", tensor("image", "BYTES", [1], [text.decode()]), LABELS, **more)
+
+    # An EXIF that comes first, and pixels far beyond what is looked at.
+    wide = picture(1025, 1024, kind, exif=b"Exif\0\0" + bytes(2**15)) + bytes(2**17)
+    for more in ({}, {"outputs": [{"name": "label"}, {"name": "mask"}]}):
+        with pytest.raises(Refused, match="mask has 1049600 values, too many for JSON; ask for it"):
+            asked(wide, **more)
+    assert asked(wide, outputs=[{"name": "label"}, {"name": "score"}]).images == 1
+    assert asked(wide, parameters={"binary_data_output": True}).binary == {"mask", "label", "score"}
+    assert asked(picture(1024, 1024, kind)).images == 1
+    assert asked(wide[:20]).images == 1  # the task says what is wrong with it
 
 
 CLASSIFY = [

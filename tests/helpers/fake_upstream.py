@@ -59,6 +59,8 @@ class FakeUpstream:
         error: raised instead of every answer, where it is set.
         hold: answers wait until it is set.
         cancelled: how many answers nobody waited for any more.
+        configs: of the newest release, by task.
+        older: configurations of other releases than the newest, by task and version.
         probed: whether to answer what `Health` asks; those messages are in `asked`, too.
     """
 
@@ -74,6 +76,7 @@ class FakeUpstream:
             name: config(name)
             for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")
         }
+        self.older: dict[tuple[str, str], model_config_pb2.ModelConfig] = {}
         self.outputs: dict[str, np.ndarray] | None = None
         self.outdated: dict[str, bool] | None = {}
 
@@ -110,6 +113,8 @@ class FakeUpstream:
         return {f"{message.model_name.removeprefix('embed_')}_embeds": embeds}
 
     async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        if (model, version) in self.older:
+            return self.older[model, version]
         if version not in ("", "1"):
             raise Refused(404, "unknown_model", f"{model} has no version {version}")
         return self.configs[model]

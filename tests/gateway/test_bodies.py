@@ -1,0 +1,323 @@
+"""Bodies that are large or dear: what reading one costs the others, and what is left of it."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import threading
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radapter_serve.gateway import app, embeddings, requests
+from radapter_serve.gateway.app import SMALL_BODY, SMALL_JSON
+from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.requests import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
+from tests.gateway.test_gateway import INFER, TEXT, ask, refusal, talking, until
+from tests.helpers.fake_upstream import FakeUpstream, Served, config, serving
+
+EMBEDDINGS = "/v1/embeddings"
+MIB = 2**20
+
+
+def text_of(size: int) -> dict[str, Any]:
+    """A request with a text of so many bytes."""
+    return {"inputs": [{**TEXT["inputs"][0], "data": ["x" * size]}]}
+
+
+def read_in_json(model: str, *inputs: dict[str, Any]) -> requests.Inference:
+    body = json.dumps({"inputs": inputs}, separators=(",", ":")).encode()
+    return requests.read(body, None, Model.from_config(config(model)))
+
+
+# What is looked at before anything is made of a body
+
+
+def test_only_the_head_of_a_data_url_is_looked_at() -> None:
+    body = json.dumps({"model": "radapter", "input": "data:image/" + ";" * 4 * MIB}).encode()
+    tracemalloc.start()
+    with pytest.raises(Refused, match=r"input\[0\] begins with 'image/;;;;;"):
+        embeddings.read(body, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * MIB  # the text itself is 4
+
+
+@given(
+    text=st.text("AB/+=\n!\u00fc", max_size=40),
+    piece=st.sampled_from([4, 8, 64]),
+)
+def test_base64_in_pieces_is_as_in_one(text: str, piece: int) -> None:
+    url = f"data:image/png;base64,{text}"
+    try:
+        whole = base64.b64decode(text, validate=True)
+    except ValueError:
+        whole = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "_PIECE", piece)
+        patch.setattr(embeddings, "_MAGIC", (b"",))
+        if whole is None:
+            with pytest.raises(Refused, match="broken base64"):
+                embeddings.read(json.dumps({"model": "m", "input": url}).encode(), 1)
+        else:
+            found = embeddings.read(json.dumps({"model": "m", "input": url}).encode(), 1)
+            assert found.images == {0: whole}
+
+
+@pytest.mark.parametrize(
+    "one", [b"[],", b"[1],", b"[[[1]]],", b"{},", b'{"a":1},', b'"[",', b'":",']
+)
+def test_json_of_too_many_lists_and_objects_is_refused_unread(
+    one: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_Header", None)  # nothing is made of it
+    body = b'{"inputs": [' + one * (MAX_JSON_LISTS + 1) + b"1]}"
+    with pytest.raises(Refused, match="65536 brackets and colons; send tensors in binary"):
+        requests.from_json(requests._Header, body, "send tensors in binary")
+
+
+def test_fields_that_nobody_knows_are_refused_before_each_is_named() -> None:
+    fields = {str(number): number for number in range(MAX_JSON_LISTS)}
+    with pytest.raises(Refused, match="brackets and colons; send fewer inputs"):
+        embeddings.read(json.dumps({"model": "m", "input": "a", **fields}).encode(), 1)
+
+
+def test_what_is_counted_may_stand_in_any_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_PIECE", 8)
+    text = b"[,,{" * 20 + b" " * 20
+    assert requests._count(text, b"[{", 200) == text.count(b"[") + text.count(b"{")
+    assert 10 < requests._count(text, b",", 10) <= 10 + 8
+
+
+def test_a_large_request_in_json_is_read() -> None:
+    """Nearly as many numbers as may be, nested as their shape is; and one text for each label."""
+    mask = [[[number % 256 for number in range(224)]] * 256] * 16
+    found = read_in_json(
+        "segment",
+        {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["eA=="]},
+        {"name": "labels", "shape": [20_000], "datatype": "BYTES", "data": ["a: b"] * 20_000},
+        {"name": "proposals", "shape": [16, 256, 224], "datatype": "UINT8", "data": mask},
+    )
+    assert found.message.raw_input_contents[2] == bytes(range(224)) * 4096
+    assert 0.87 * MAX_JSON_VALUES < 4096 * 224
+
+
+# What it takes to read one
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["x" * MIB],
+        ["x" * MIB + "\U0001f600"],
+        ["\u732b" * 2**18] * 2,
+        ["x"] * 2**17,
+        ["ab\n"] * 2**17,
+    ],
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_the_memory_that_reading_takes_is_known_before(data: list[str], ascii_only: bool) -> None:
+    tensor = {"name": "labels", "shape": [1, len(data)], "datatype": "BYTES", "data": data}
+    body = json.dumps({"inputs": [tensor]}, ensure_ascii=ascii_only).encode()
+    model = Model.from_config(config("classify"))
+    tracemalloc.start()
+    with pytest.raises(Refused, match="the input image is missing"):
+        requests.read(body, None, model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < json_memory(body) < 8 * peak
+
+
+class Reading:
+    """Stands in the way of `requests.read`: whoever reads a text of "x" waits for `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.threads: list[str] = []
+        self._read = requests.read
+        monkeypatch.setattr(requests, "read", self)
+
+    def __call__(self, body: bytes, *rest: Any) -> requests.Inference:
+        self.threads.append(threading.current_thread().name)
+        if b"xx" in body:
+            assert self.go.wait(20)
+        return self._read(body, *rest)
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
+    found = Reading(monkeypatch)
+    yield found
+    found.go.set()
+
+
+def test_the_event_loop_gets_its_turn_while_a_large_body_is_read(reading: Reading) -> None:
+    with serving() as served, ThreadPoolExecutor(3) as pool:
+        large = pool.submit(ask, served, INFER, text_of(SMALL_BODY + 1))
+        until(lambda: len(reading.threads) == 1)
+        second = pool.submit(ask, served, INFER, text_of(SMALL_BODY + 2))
+        assert ask(served, "/health/live")[0] == 200
+        assert ask(served, INFER, TEXT)[0] == 200
+        # One that is not so large has a thread of its own, and does not wait.
+        middle = pool.submit(ask, served, INFER, text_of(SMALL_JSON + 1))
+        until(lambda: len(reading.threads) == 3)
+        assert not large.done() and not second.done() and not middle.done()
+        reading.go.set()
+        assert [one.result()[0] for one in (large, second, middle)] == [200] * 3
+    kinds = [name.rpartition("_")[0] for name in reading.threads]
+    assert kinds[0] == "large-bodies" and kinds[2:] == ["small-bodies", "large-bodies"]
+    assert not kinds[1].endswith("bodies")
+
+
+def test_a_small_body_of_much_json_is_read_aside(reading: Reading) -> None:
+    reading.go.set()
+    with serving() as served:
+        head = json.dumps(text_of(2)).encode()
+        ask(served, INFER, head.ljust(SMALL_JSON))
+        ask(served, INFER, head.ljust(SMALL_JSON + 1))
+        # In binary nothing is made of what follows the JSON.
+        length = {"Inference_Header_Content_Length": str(len(head))}
+        ask(served, INFER, head + bytes(SMALL_JSON), **length)
+    aside = [name.startswith("small-bodies") for name in reading.threads]
+    assert aside == [False, True, False]
+
+
+def body_bytes(served: Served) -> float:
+    lines = ask(served, "/metrics")[1].decode().splitlines()
+    [found] = [line for line in lines if line.startswith("radapter_gateway_body_bytes ")]
+    return float(found.split()[1])
+
+
+def test_the_budget_knows_what_is_read(reading: Reading) -> None:
+    with serving(max_body=8, max_memory=25) as served, ThreadPoolExecutor(2) as pool:
+        size = SMALL_BODY + 1
+        large = pool.submit(ask, served, INFER, text_of(size))
+        until(lambda: len(reading.threads) == 1)
+        assert body_bytes(served) > 5 * size  # as it came, and while it is read
+        assert refusal(served, INFER, text_of(2 * size - 1000)) == (429, "overloaded")
+        reading.go.set()
+        assert large.result()[0] == 200
+        until(lambda: body_bytes(served) == 0)
+
+
+def test_a_body_that_is_alone_is_never_too_dear_to_read() -> None:
+    with serving(max_body=1, max_memory=1) as served:
+        assert ask(served, INFER, text_of(MIB - 200))[0] == 200
+
+
+def test_who_leaves_while_others_are_read_holds_nothing(reading: Reading) -> None:
+    with serving() as served, ThreadPoolExecutor(1) as pool:
+        size = SMALL_BODY + 1
+        large = pool.submit(ask, served, INFER, text_of(size))
+        until(lambda: len(reading.threads) == 1)
+        alone = body_bytes(served)
+        body = json.dumps(text_of(size)).encode()
+        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with talking(served, head.encode() + body):
+            until(lambda: body_bytes(served) == alone + len(body))
+        until(lambda: body_bytes(served) == alone)
+        reading.go.set()
+        assert large.result()[0] == 200
+    assert len(reading.threads) == 1
+
+
+def test_who_waits_too_long_for_his_turn_is_told(reading: Reading) -> None:
+    with serving(timeout=0.2) as served:
+        assert refusal(served, INFER, text_of(SMALL_BODY + 1)) == (504, "timed_out")
+        reading.go.set()
+
+
+# What is left of a request that is refused
+
+
+class Marked:
+    """What a request holds."""
+
+
+class Failing(FakeUpstream):
+    """Fails in a frame that holds its own error, as most do that raise one with a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: Callable[[], Exception] = lambda: RuntimeError("a bug")
+        self.held: list[weakref.ref[Marked]] = []
+
+    async def infer(self, *_: Any) -> Any:
+        held = Marked()
+        self.held.append(weakref.ref(held))
+        cause = ValueError("as it came")
+        try:
+            raise cause
+        except ValueError:
+            error = self.failure()
+            raise error from None
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    """Nobody looks for cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    "failure", [lambda: Refused(400, "no_labels", "none"), lambda: RuntimeError("a bug")]
+)
+@pytest.mark.parametrize(
+    ("path", "body"), [(INFER, TEXT), (EMBEDDINGS, {"model": "radapter", "input": "a"})]
+)
+def test_a_failure_lets_go_of_what_was_under_way(
+    failure: Callable[[], Exception],
+    path: str,
+    body: dict[str, Any],
+    without_gc: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app.LOG, "disabled", True)  # pytest keeps what is logged
+    with serving(Failing) as served:
+        upstream = served.upstream
+        assert isinstance(upstream, Failing)
+        upstream.failure = failure
+        assert ask(served, path, body)[0] >= 400
+        until(lambda: upstream.held[0]() is None)
+
+
+URL = "data:image/png;base64,"
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "the head of a data URL": (EMBEDDINGS, {"input": f"data:image/{'A' * 4 * MIB}"}),
+    "no image": (EMBEDDINGS, {"input": URL + "A" * 4 * MIB}),
+    "broken base64": (EMBEDDINGS, {"input": URL + "A" * 4 * MIB + "!"}),
+    "a long text": (EMBEDDINGS, {"input": "A" * 4 * MIB}),
+    "a release that is not there": (
+        EMBEDDINGS,
+        {"model": "radapter-7", "input": URL + "iVBORw0K" + "A" * 4 * MIB},
+    ),
+    "an unknown field": (INFER, {**text_of(4 * MIB), "more": 1}),
+    "another shape": (
+        INFER,
+        {"inputs": [{**text_of(4 * MIB)["inputs"][0], "shape": [2, 1]}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_lets_go_of_its_body(name: str, without_gc: None) -> None:
+    path, body = REFUSED[name]
+    sent = json.dumps({"model": "radapter", **body} if path == EMBEDDINGS else body).encode()
+    with serving() as served:
+        refusal_of = ask(served, path, sent)  # what the first request makes stays
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        assert 400 <= ask(served, path, sent)[0] == refusal_of[0] < 500
+        until(lambda: tracemalloc.get_traced_memory()[0] < before + MIB)
+        tracemalloc.stop()
