@@ -765,7 +765,7 @@ def test_proposals_are_sent_as_0_to_255(kind, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_proposals_between_0_and_1_are_rounded(kind: type):
-    values = np.array([[[0.001, 0.003, 0.5, 0.9975, 0.999]] * 4], kind)
+    values: Any = np.array([[[0.001, 0.003, 0.5, 0.9975, 0.999]] * 4], kind)
     recorder = Recorder()
     Client(transport=recorder, release=1).segment(PIXELS, ["a"], proposals=values)
     # of 255: 0.255, 0.765, 127.5 (half to even), 254.36, 254.745

@@ -372,20 +372,22 @@ def test_a_certificate_that_is_not_trusted_is_said_to_be_so():
 @pytest.mark.parametrize("value", [object(), np.ones((2, 2)), Image.new("L", (9, 9)), "a\nb" * 99])
 def test_odd_values_are_named_in_one_short_line(value: Any):
     client = Client("http://127.0.0.1:1", release=1)
+    number: Any = 5
+    mask = np.zeros((4, 4), np.uint16)
     calls = [
         lambda: Client(value),
         lambda: Client(timeout=value),
         lambda: Client(batch_size=value),
         lambda: client.embed_texts([value], timeout=value),
-        lambda: client.embed_texts([5, value]),
-        lambda: client.classify(b"x", [value, 5]),
+        lambda: client.embed_texts([number, value]),
+        lambda: client.classify(b"x", [value, number]),
         lambda: client.classify(b"x", ["a"], top_k=value),
         lambda: client.classify(b"x", ["a"], alpha=value),
         lambda: client.classify(b"x", ["a"], label_set=value),
         lambda: client.segment(b"x", ["a"], proposals=np.ones((1, 4, 5), bool), refine=value),
         lambda: client.search("a", index=value, top_k=0),
         lambda: client.search("a", index="i", min_score=value),
-        lambda: radapter_client.Segmentation(np.zeros((4, 4)), [], [], 1).overlay(b"no image"),
+        lambda: radapter_client.Segmentation(mask, [], [], 1).overlay(b"no image"),
     ]
     for call in calls:
         with pytest.raises(radapter_client.InvalidRequest) as caught:
