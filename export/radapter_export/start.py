@@ -108,9 +108,6 @@ def export(
     tuned = chosen.checkpoint or chosen.lora
     if not paths and tuned is None:
         paths = [newest_run()]
-    if chosen.checkpoint and not (paths or chosen.lora):
-        numbers = [value for value in alphas if not isinstance(value, str)]
-        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, numbers)
     by_choice = [value for value in alphas if value in (AUTO, BEST)]
     if by_choice and tuned is not None:
         raise RAdapterError(
@@ -122,6 +119,9 @@ def export(
             f"--alpha {by_choice[0]} was chosen for one adapter, not for an average; give a number,"
             " or dynamic"
         )
+    if chosen.checkpoint and not (paths or chosen.lora):
+        numbers = [value for value in alphas if not isinstance(value, str)]
+        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, numbers)
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help
         from radapter_export.release import export_release

@@ -195,17 +195,26 @@ def test_a_folder_is_exported_as_it_is_in_int8_and_judged(
     assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
 
 
+BASE = ("--base", "ViT-B-32:openai")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--alpha", "dynamic"], "--alpha dynamic is for adapters: a checkpoint or a LoRA has"),
+        (
+            [*BASE, "--alpha", "dynamic"],
+            "--alpha dynamic is for adapters: a checkpoint or a LoRA has",
+        ),
         (["--alpha", "auto"], "--alpha auto is for runs"),
         (["--alpha", "best"], "--alpha best is for runs"),
-        (["--alpha", "1.5"], "alpha is 1.5; allowed: a number from 0"),
+        ([*BASE, "--alpha", "1.5"], "alpha is 1.5; allowed: a number from 0"),
         (["--adapter", "runs/x"], "--adapter and --checkpoint don't go together"),
         (["--lora", "lora"], "--checkpoint and --lora don't go together"),
-        (["--weights", "1"], "--weights is for several adapters; leave it out"),
-        (["--validation", "own"], "--validation own is for runs; beside --checkpoint name some"),
+        ([*BASE, "--weights", "1"], "--weights is for several adapters; leave it out"),
+        (
+            [*BASE, "--validation", "own"],
+            "--validation own is for runs; beside --checkpoint name some",
+        ),
         (["--base", "ViT-B-32:openai", "--pretrained", "openai"], "are named twice"),
         (["--base", "ViT-B-32:no"], "no weights for ViT-B-32: pretrained is 'no'"),
     ],
