@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -209,7 +210,10 @@ shares (uint8[B, 64] image) => (float[B, 2] twice)
 
 
 def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
-    """64 values of some 4,000 each; what divides by their sum and multiplies may be in 16 bits."""
+    """64 values of some 4,000 each; what divides by their sum and multiplies may be in 16 bits.
+
+    ONNX's own interpreter does in 16 bits what the graph says; ONNX Runtime's CPU takes 32.
+    """
     random = np.random.default_rng(0)
     weight = random.uniform(0.3, 0.7, (64, 64)).astype(np.float32)
     value = random.normal(size=(64, 2)).astype(np.float32)
@@ -219,7 +223,8 @@ def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
     y = image.astype(np.float64) @ weight
     assert y.max() < np.finfo(np.float16).max < y.sum(-1).min()  # what the test is about
     expected = 2 * (y / y.sum(-1, keepdims=True) @ value)
-    np.testing.assert_allclose(Encoder(tmp_path / "model.onnx")(image), expected, atol=2e-3)
+    (found,) = ReferenceEvaluator(onnx.load(tmp_path / "model.onnx")).run(None, {"image": image})
+    np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 PRODUCT = """<ir_version: 10, opset_import: ["" : 20]>
