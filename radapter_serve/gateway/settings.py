@@ -30,7 +30,7 @@ class Settings:
         tls_certificate: PEM file of the certificate and its chain, to be reached by https.
         tls_key: PEM file of its key.
         max_body: MiB of a request's body.
-        max_memory: MiB of the bodies of all requests under way.
+        max_memory: MiB of the bodies of all requests under way, and of reading large ones.
         max_concurrent: requests that run at once.
         max_queue: requests that wait for that; one more is answered 429.
         max_connections: connections at once.

@@ -113,7 +113,8 @@ def test_the_same_values_in_json(fake_server: FakeServer, url: str, task: str) -
         one["data"] = (
             [image] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
         )
-    outputs = [{"name": name} for name in NAMED.get(task, ())]
+    # Thumbnails are files, which JSON can't hold.
+    outputs = [{"name": name} for name in NAMED.get(task, ()) if name != "thumbnail"]
     body = json.dumps(
         {"id": "7", "inputs": inputs, "outputs": outputs} if outputs else {"inputs": inputs}
     ).encode()

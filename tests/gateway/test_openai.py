@@ -252,7 +252,8 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
 
 def test_a_release_that_is_new_is_found(served: Served) -> None:
     assert ask(served, input="a")[0] == 200
-    for model in served.upstream.configs.values():
+    for name, model in served.upstream.configs.items():
+        served.upstream.older[name, "2"] = model
         for version in (1, 2):
             model.parameters[f"release.{version}"].string_value = json.dumps(release(version))
         model.parameters["release"].string_value = json.dumps(release(2))
