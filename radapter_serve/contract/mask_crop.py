@@ -58,6 +58,30 @@ class MaskCrop:
         """Plain values, as a release holds them."""
         return {**asdict(self), "fill": list(self.fill)}
 
+    def side(self, longer: int) -> int:
+        """The side of the crop of a box, from the longer side of that, in pixels."""
+        return longer + 2 * round(self.padding * longer)
+
+    def box(self, mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+        """The first column and row of a mask, and those behind its last.
+
+        Raises:
+            TaskError: the mask is empty, or its crop is too large.
+        """
+        rows = np.flatnonzero(mask.any(1))
+        columns = np.flatnonzero(mask.any(0))
+        if not len(rows):
+            raise invalid("a mask is empty; it needs at least one pixel")
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        side = self.side(max(right - left, bottom - top))
+        if side * side > MAX_PIXELS:  # of a long and thin image
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the square crop of a mask has {side} x {side} pixels; at most {MAX_PIXELS} fit",
+            )
+        return left, top, right, bottom
+
     def __call__(self, image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
         """Crop an image to a mask.
 
@@ -79,24 +103,12 @@ class MaskCrop:
                 f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image"
                 f" of {image.width} x {image.height}; send it at the image's size"
             )
-        rows = np.flatnonzero(mask.any(1))
-        columns = np.flatnonzero(mask.any(0))
-        if not len(rows):
-            raise invalid("a mask is empty; it needs at least one pixel")
-        left = int(columns[0])
-        top = int(rows[0])
-        right = int(columns[-1]) + 1
-        bottom = int(rows[-1]) + 1
+        left, top, right, bottom = self.box(mask)
         longer = max(right - left, bottom - top)
-        border = round(self.padding * longer)
+        border = (self.side(longer) - longer) // 2
         width = right - left + 2 * border
         height = bottom - top + 2 * border
-        side = longer + 2 * border
-        if side * side > MAX_PIXELS:  # of a long and thin image
-            raise TaskError(
-                IMAGE_TOO_LARGE,
-                f"the square crop of a mask has {side} x {side} pixels; at most {MAX_PIXELS} fit",
-            )
+        side = self.side(longer)
         if self.square:
             width = height = side
         inside = Image.fromarray(mask[top:bottom, left:right])

@@ -10,22 +10,37 @@ import contextlib
 import io
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
+from radapter_serve.contract.errors import (
+    IMAGE_TOO_LARGE,
+    INVALID_IMAGE,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
-# Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a
-# gigabyte. Nor is a thin image blown up beyond it.
-LARGE_PIXELS = 16_000_000
+MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
+# Bytes that decoding an image takes at most, beside its file; and those above which one image at a
+# time is decoded in this process.
+MAX_MEMORY = 512_000_000
+LARGE_MEMORY = 128_000_000
+# Bytes of a pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
+# measures them. Pillow decodes a WebP in three copies, and then makes its own.
+PIXEL_BYTES = 8
+WEBP_PIXEL_BYTES = 16
+LARGE_PIXELS = 16_000_000  # beyond which no thin image is blown up
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
 # A progressive JPEG is decoded anew for each of its scans, of which a small file can have
@@ -35,7 +50,7 @@ MAX_SCANS = 100
 # Sides of an image that is decoded at less than its size, in sides of the encoder's input: what is
 # left is resized by as much at least, which evens out how the pixels were averaged.
 FAST_DECODE = 2
-_LARGE = threading.Lock()
+POLL_SECONDS = 0.1  # after which those that wait for their turn ask for their callers again
 # markers of JPEG
 _SCAN = b"\xff\xda"
 _END = 0xD9
@@ -53,6 +68,80 @@ _OTHERS = (
     (4, b"ftypmif1", "HEIC"),
 )
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An encoded image of which only the header has been read.
+
+    Attributes:
+        data: the file.
+        width: in pixels, before it is turned.
+        height: likewise.
+        memory: bytes that decoding takes at most, beside the file.
+    """
+
+    data: bytes = field(repr=False)
+    width: int
+    height: int
+    memory: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is decoded while no other large image is."""
+        return self.memory > LARGE_MEMORY
+
+
+class Turns:
+    """Lets one thread at a time through, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @contextlib.contextmanager
+    def __call__(self, cancelled: Cancelled | None = None) -> Iterator[None]:
+        """Wait for a turn, and have it until the block ends.
+
+        Args:
+            cancelled: asked while this waits.
+
+        Raises:
+            TaskError: cancelled.
+        """
+        turn = threading.Event()
+        with self._lock:
+            self._queue.append(turn)
+            self._queue[0].set()
+        try:
+            while not turn.wait(POLL_SECONDS):
+                check_cancelled(cancelled)
+            check_cancelled(cancelled)
+            yield
+        finally:
+            with self._lock:
+                self._queue.remove(turn)
+                if self._queue:
+                    self._queue[0].set()
+
+
+_LARGE = Turns()
+
+
+@contextlib.contextmanager
+def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
+    """The block in which an image may be decoded: a large one when those before it are done.
+
+    Args:
+        file: the image; a small one waits for nothing.
+        cancelled: asked before the block, and while a large one waits.
+
+    Raises:
+        TaskError: cancelled.
+    """
+    check_cancelled(cancelled)
+    with _LARGE(cancelled) if file.is_large else contextlib.nullcontext():
+        yield
 
 
 def oriented(image: Image.Image) -> Image.Image:
@@ -76,17 +165,85 @@ def oriented(image: Image.Image) -> Image.Image:
         return image
 
 
-def decode(
-    data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
+def read_header(data: bytes | ImageFile) -> ImageFile:
+    """Read the header of an image; of one whose header has been read, that again.
 
     Args:
         data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
+
+    Raises:
+        TaskError: not an image of the formats that are read, or too large.
+    """
+    if isinstance(data, ImageFile):
+        return data
+    if not data.startswith(_MAGIC):
+        data = _from_base64(data)
+    if len(data) > MAX_BYTES:
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
+        )
+    with _broken():
+        try:
+            image = _open(data)
+        except UnidentifiedImageError:
+            raise TaskError(INVALID_IMAGE, _no_image(data), ADVICE) from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TaskError(
+                IMAGE_TOO_LARGE, f"{error}; at most {MAX_PIXELS} pixels are allowed"
+            ) from None
+        width, height = image.size
+        _check_pixels(width, height, MAX_PIXELS, "the image")
+        if max(width, height) > MAX_SIDE:
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
+            )
+        pixel_bytes = _pixel_bytes(image, data)
+        kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
+        _check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
+        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
+            _check_scans(data, width * height)
+    return ImageFile(data, width, height, width * height * pixel_bytes)
+
+
+def read_headers(images: Sequence[bytes | ImageFile]) -> list[ImageFile]:
+    """Read the headers of all images of a request.
+
+    Raises:
+        TaskError: as of `read_header`, and which image it is where there are several; they have
+            too many pixels together.
+    """
+    files = []
+    for number, image in enumerate(images, 1):
+        try:
+            files.append(read_header(image))
+        except TaskError as error:
+            if len(images) == 1:
+                raise
+            where = f"image {number} of {len(images)}"
+            raise TaskError(error.code, f"{where}: {error.message}") from None
+    check_request(files)
+    return files
+
+
+def check_request(files: Sequence[ImageFile]) -> None:
+    """Raise a `TaskError` where the images of a request have too many pixels together."""
+    pixels = sum(file.width * file.height for file in files)
+    if pixels > MAX_REQUEST_PIXELS:
+        raise TaskError(
+            IMAGE_TOO_LARGE,
+            f"the {len(files)} images of the request have {pixels} pixels together; at most"
+            f" {MAX_REQUEST_PIXELS} are allowed, so send fewer or smaller ones at once",
+        )
+
+
+def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
+    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
+
+    Args:
+        data: as `read_header` takes and gives it.
         exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has
             them, as open_clip does.
-        max_pixels: width times height above which the image is refused; only its header has been
-            read then.
 
     Returns:
         The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
@@ -94,7 +251,7 @@ def decode(
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
     """
-    return _loaded(_open(data, max_pixels), exif_orientation)
+    return _loaded(_open(read_header(data).data), exif_orientation)
 
 
 def verify(data: bytes) -> None:
@@ -104,30 +261,41 @@ def verify(data: bytes) -> None:
     Raises:
         TaskError: as `decode` does.
     """
-    image = _open(data, MAX_PIXELS)
+    file = read_header(data)
+    image = _open(file.data)
     image.draft(None, (1, 1))
-    with (
-        _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(),
-        _broken(),
-    ):
+    with turn(file), _broken():
         image.load()
 
 
-def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
+def decode_into(
+    data: bytes | ImageFile,
+    preprocess: Preprocess,
+    out: NDArray[np.uint8],
+    cancelled: Cancelled | None = None,
+) -> None:
     """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
-    in memory.
+    in memory, and those who wait have turns.
+
+    Args:
+        data: as `read_header` takes and gives it.
+        preprocess: of the release.
+        out: uint8 [H, W, 3].
+        cancelled: asked while this waits for its turn.
 
     Raises:
-        TaskError: as `decode` and `preprocess` do, and where anything else fails.
+        TaskError: as `decode` and `preprocess` do, and where anything else fails; cancelled.
     """
     try:
-        image = _open(data, MAX_PIXELS)
+        file = read_header(data)
+        preprocess.check(file.width, file.height)
         # By the pixels of the file: a progressive JPEG is in memory whole, whatever is decoded.
-        large = image.width * image.height > LARGE_PIXELS
-        if preprocess.fast_decode:
-            _decode_smaller(image, preprocess)
-        with _LARGE if large else contextlib.nullcontext():
-            preprocess(_loaded(image, preprocess.exif_orientation), out=out)
+        with turn(file, cancelled):
+            image = _open(file.data)
+            if preprocess.fast_decode:
+                _decode_smaller(image, preprocess)
+            image = _loaded(image, preprocess.exif_orientation)
+            preprocess(image, out=out)
     except TaskError:
         raise
     except MemoryError:
@@ -151,7 +319,7 @@ def is_decoded_smaller(data: bytes, preprocess: Preprocess) -> bool:
     Raises:
         TaskError: as `decode` does, of the image's header.
     """
-    image = _open(data, MAX_PIXELS)
+    image = _open(read_header(data).data)
     size = image.size
     _decode_smaller(image, preprocess)
     return image.size != size
@@ -165,32 +333,21 @@ def _decode_smaller(image: Image.Image, preprocess: Preprocess) -> None:
     image.draft(None, (side, side))
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The image, of which only the header has been read."""
-    if not data.startswith(_MAGIC):
-        data = _from_base64(data)
-    if len(data) > MAX_BYTES:
-        raise TaskError(
-            IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
-        )
-    with _broken():
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise TaskError(INVALID_IMAGE, _no_image(data), ADVICE) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TaskError(
-                IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed"
-            ) from None
-        _check_pixels(*image.size, max_pixels, "the image")
-        if max(image.size) > MAX_SIDE:
-            raise TaskError(
-                IMAGE_TOO_LARGE,
-                f"the image has {image.width} x {image.height} pixels; at most {MAX_SIDE} a side",
-            )
-        if image.format == "JPEG":
-            _check_scans(data, image.width * image.height)
-        return image
+def _open(data: bytes) -> Image.Image:
+    """The image of a file, of which only the header has been read."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _pixel_bytes(image: Image.Image, data: bytes) -> int:
+    """The bytes of a pixel that decoding takes at most."""
+    if image.format == "WEBP":
+        return WEBP_PIXEL_BYTES
+    if not isinstance(image, JpegImageFile):
+        return PIXEL_BYTES
+    # Where its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
+    if not image.info.get("progressive") and _colours_of_first_scan(data) >= image.layers:
+        return PIXEL_BYTES
+    return max(PIXEL_BYTES, 4 + 2 * image.layers)
 
 
 def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
@@ -296,13 +453,36 @@ class Preprocess:
             TaskError: the image is so long and thin that resizing its short side would make it
                 huge.
         """
-        height, width = self.size
-        image_width, image_height = image.size
         resample = _FILTERS[self.interpolation]
+        if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
+            resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
+        target = self.resized(*image.size)
+        return image if target == image.size else image.resize(target, resample)
+
+    def check(self, width: int, height: int) -> None:
+        """Raise what `resize` would raise of an image, whether it is turned or not.
+
+        Args:
+            width: of the image in pixels.
+            height: likewise.
+        """
+        try:
+            self.resized(width, height)
+        except TaskError:
+            self.resized(height, width)
+
+    def resized(self, image_width: int, image_height: int) -> tuple[int, int]:
+        """The width and the height that `resize` gives an image.
+
+        Raises:
+            TaskError: as `resize` does.
+        """
+        height, width = self.size
         if self.resize_mode == "squash":
             target = (width, height)
         elif self.resize_mode == "shortest" and height == width:
-            long = int(height * max(image.size) / min(image.size))
+            sides = image_width, image_height
+            long = int(height * max(sides) / min(sides))
             target = (height, long) if image_width <= image_height else (long, height)
         else:
             ratios = image_height / height, image_width / width
@@ -310,12 +490,10 @@ class Preprocess:
             # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the
             # nearest that works.
             target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
-            if self.resize_mode == "shortest":
-                resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
         _check_pixels(
             *target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,"
         )
-        return image if target == image.size else image.resize(target, resample)
+        return target
 
 
 def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
@@ -367,6 +545,17 @@ def count_scans(data: bytes) -> int:
         position += int.from_bytes(data[position : position + 2], "big")
         scans += marker == _SCAN[1]
     return scans
+
+
+def _colours_of_first_scan(data: bytes) -> int:
+    """How many colours the first scan of a JPEG file has; 0 where it has no scan."""
+    position = 2
+    while found := _MARKER.search(data, position):
+        position = found.end()
+        if found[0] == _SCAN:
+            return data[position + 2] if position + 2 < len(data) else 0
+        position += int.from_bytes(data[position : position + 2], "big")
+    return 0
 
 
 def _from_base64(data: bytes) -> bytes:

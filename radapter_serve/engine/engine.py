@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from radapter_client import Reply, Request
 from radapter_client._exceptions import RAdapterClientError, from_server
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import (
+    OVERLOADED,
     SERVER_STOPPING,
     TIMED_OUT,
     Cancelled,
@@ -39,7 +40,7 @@ from radapter_serve.release.tensors import Tensor, tensors_of
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.probes import PROBES, Tensors
 from radapter_serve.tasks.retrieve import Embedder
-from radapter_serve.tasks.table import TASKS, Inputs
+from radapter_serve.tasks.table import TASKS
 
 MAX_HOLD_SECONDS = 30.0  # that a request waits for the releases to change places
 
@@ -73,27 +74,40 @@ class _Served:
         self.inputs = {name: tensors_of(config.input) for name, config in self.configs.items()}
         # The most rows of a batch; 0 where tensors have no batch dimension.
         self.rows = {name: int(config.max_batch_size) for name, config in self.configs.items()}
-        self.tasks = {name: self._task(name, max_waiting) for name in NAMES}
+        self.tasks: dict[str, Together[Any, Tensors]] = {}
+        # Requests with large images wait for each other and for nobody else.
+        self.large: dict[str, Together[Any, Tensors]] = {}
+        for name in NAMES:
+            run = self._runner(name)
+            self.tasks[name] = Together(
+                run,
+                max_rows=self.rows[name] or 1,
+                # Queries embed their texts with those of others, so they must not wait for each
+                # other.
+                at_once=max_waiting if name == "retrieve" else 1,
+                max_waiting=max_waiting,
+            )
+            self.large[name] = Together(
+                run,
+                # Each in its own thread, so that they have turns with each image; but a segmented
+                # one is in memory for longer.
+                at_once=1 if name == "segment" else max_waiting,
+                max_waiting=max_waiting,
+            )
 
-    def _task(self, name: str, max_waiting: int) -> Together[Inputs, Tensors]:
+    def _runner(self, name: str) -> Callable[[Sequence[Any]], list[Outcome[Tensors]]]:
         task = TASKS[name]
         lock = threading.Lock()
         made: list[Any] = []
 
-        def run(requests: Sequence[Inputs]) -> list[Outcome[Tensors]]:
+        def run(requests: Sequence[Any]) -> list[Outcome[Tensors]]:
             with lock:
                 if not made:
                     made.append(task.make(self.version))
             with step(name):
-                return task.answer(made[0], requests)
+                return task.run(made[0], requests)
 
-        return Together(
-            run,
-            max_rows=self.rows[name] or 1,
-            # Queries embed their texts with those of others, so they must not wait for each other.
-            at_once=max_waiting if name == "retrieve" else 1,
-            max_waiting=max_waiting,
-        )
+        return run
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,8 @@ class Engine:
 
     Args:
         versions: the releases.
-        max_waiting: requests that wait for a task at most.
+        max_waiting: requests that wait for a task at most; a quarter as many with large images,
+            which take turns, are under way at most.
         max_seconds: of one request, whatever its caller allows.
     """
 
@@ -133,6 +148,8 @@ class Engine:
         self._open.set()
         self._max_seconds = max_seconds
         self._max_waiting = max_waiting
+        # So many are under way at most, so that others find a place.
+        self._large = threading.Semaphore(max(1, max_waiting // 4))
         self._state = Prepared({one.release.version: self._join(one) for one in versions})
 
     @classmethod
@@ -355,7 +372,17 @@ class Engine:
                 raise TaskError(TIMED_OUT, "no answer within the time-out")
             return cancelled()
 
-        outcome = served.tasks[model](_Given(inputs, outputs, given_up), rows, until)
+        task = TASKS[model]
+        request = Outcome.of(partial(task.read, _Given(inputs, outputs, given_up))).unwrap()
+        if not task.is_large(request):
+            outcome = served.tasks[model](request, rows, until)
+        elif not self._large.acquire(blocking=False):
+            raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
+        else:
+            try:
+                outcome = served.large[model](request, rows, until)
+            finally:
+                self._large.release()
         wanted = {
             name: _on_the_wire(array)
             for name, array in outcome.unwrap().items()
@@ -372,13 +399,19 @@ class Engine:
                     raise
 
     def _query(
-        self, served: _Served, kind: str, value: bytes, alpha: Alpha | None
+        self,
+        served: _Served,
+        kind: str,
+        value: bytes,
+        alpha: Alpha | None,
+        cancelled: Cancelled | None,
     ) -> NDArray[np.float32]:
         """A text or an encoded image -> float32 [D], together with what others ask for."""
         inputs: dict[str, NDArray[Any]] = {kind: np.array([[value]], object)}
         if alpha is not None:
             inputs["alpha"] = alpha
-        reply = self._answer(served, f"embed_{kind}", inputs)
+        asks = (lambda: False) if cancelled is None else cancelled
+        reply = self._answer(served, f"embed_{kind}", inputs, cancelled=asks)
         return np.asarray(reply.outputs[f"{kind}_embeds"], np.float32).ravel()
 
     def _others(self, number: int) -> Iterator[Embedder]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
-from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
+from radapter_serve.contract.errors import ENCODER_FAILED, Cancelled, TaskError, redact
 from radapter_serve.engine.steps import step
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
@@ -22,8 +22,9 @@ from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.version import Version
 from radapter_serve.threads import total
 
-# The kind of a query (text or image), its value and its α, to its embedding, float32 [D].
-Query = Callable[[str, bytes, Alpha | None], NDArray[np.float32]]
+# The kind of a query (text or image), its value, its α, and whether its caller has given up, to its
+# embedding, float32 [D].
+Query = Callable[[str, bytes, Alpha | None, Cancelled | None], NDArray[np.float32]]
 
 
 class InProcess(Version):
@@ -42,8 +43,13 @@ class InProcess(Version):
         """The `ModelConfig` of a task."""
 
     def embedder(self) -> Embedder:
-        def query(kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
-            return self._query(kind, value, alpha)
+        def query(
+            kind: str,
+            value: bytes,
+            alpha: Alpha | None = None,
+            cancelled: Cancelled | None = None,
+        ) -> NDArray[np.float32]:
+            return self._query(kind, value, alpha, cancelled)
 
         return Embedder(self.release, partial(query, "text"), partial(query, "image"))
 

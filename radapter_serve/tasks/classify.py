@@ -4,13 +4,16 @@ each request out.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,16 +21,31 @@ from numpy.typing import ArrayLike, NDArray
 from radapter_serve.contract.alpha import Alpha, Encode, RequestAlpha, each
 from radapter_serve.contract.errors import Cancelled, TaskError, invalid
 from radapter_serve.contract.labels import check_length
-from radapter_serve.contract.preprocess import Preprocess, decode_into
+from radapter_serve.contract.preprocess import (
+    ImageFile,
+    Preprocess,
+    check_request,
+    decode_into,
+    read_headers,
+)
 from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.examples import ByExample, check_encoded, read_examples
+from radapter_serve.tasks.examples import (
+    ByExample,
+    ImageRows,
+    check_encoded,
+    check_places,
+    read_examples,
+    read_shown,
+)
 from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome, run_good
 from radapter_serve.tasks.scored_mask import finite
 from radapter_serve.tasks.scores import UNKNOWN, Scores, Scoring
+
+T = TypeVar("T")
 
 # Images that the encoder takes at once while the next are decoded. On a CPU more are slower: what
 # lies between the layers no longer fits in its cache.
@@ -50,12 +68,16 @@ class EmbedImages:
         self._request_alpha = release.request_alpha
         self._encode = encode_images
         self._max_batch_size = release.max_batch_size
+        self._threads = threads
         self._pool = (
             ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
         )
 
     def __call__(
-        self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
+        self,
+        requests: Sequence[Sequence[bytes | ImageFile]],
+        alphas: Sequence[ArrayLike | None] | None = None,
+        cancelled: Sequence[Cancelled | None] | None = None,
     ) -> list[Outcome[NDArray[np.float32]]]:
         """Embed the images of several requests together.
 
@@ -63,16 +85,36 @@ class EmbedImages:
             requests: the images of each request.
             alphas: of each request what it brings: an α for each image, or None for the release's
                 own.
+            cancelled: of each request whether its caller has given up, or None.
 
         Returns:
             For each request float32 [B, D], or the error of its α or its first bad image.
         """
-        return run_good(_with_alphas(requests, alphas, self._request_alpha), self.at)
+        asks = [None] * len(requests) if cancelled is None else cancelled
+        checked = _with_alphas(requests, alphas, self._request_alpha)
+        rows: list[Outcome[ImageRows]] = []
+        for one, ask in zip(checked, asks, strict=True):
+            if one.error is None:
+                rows.append(Outcome(ImageRows(*one.unwrap(), cancelled=ask)))
+            else:
+                rows.append(Outcome(error=one.error))
+        return run_good(rows, self.at)
 
-    def at(
-        self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]
-    ) -> list[Outcome[NDArray[np.float32]]]:
+    def read(self, rows: ImageRows) -> ImageRows:
+        """The same with the headers of its images.
+
+        Raises:
+            TaskError: of the first bad image; too many pixels.
+        """
+        files = read_headers(rows.images)
+        for file in files:
+            self._preprocess.check(file.width, file.height)
+        return replace(rows, images=files)
+
+    def at(self, requests: Sequence[ImageRows]) -> list[Outcome[NDArray[np.float32]]]:
         """Embed the images of several requests at an α that is checked.
+
+        Before an image is decoded, the headers of all are read; before each, its caller is asked.
 
         Args:
             requests: the images of each request, and their α as `RequestAlpha` gives it.
@@ -80,27 +122,35 @@ class EmbedImages:
         Returns:
             For each request float32 [B, D], or the error of its first bad image.
         """
-        images = [image for images, _ in requests for image in images]
-        counts = [len(images) for images, _ in requests]
+        return run_good([Outcome.of(partial(self.read, one)) for one in requests], self._embed)
+
+    def close(self) -> None:
+        """End the threads that decode."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _embed(self, requests: Sequence[ImageRows]) -> list[Outcome[NDArray[np.float32]]]:
+        images = [(image, one.cancelled) for one in requests for image in one.images]
+        counts = [len(one.images) for one in requests]
         owners = np.repeat(np.arange(len(requests)), counts)
-        known = [alpha for _, alpha in requests if alpha is not None]  # none where α is no input
+        known = [one.alpha for one in requests if one.alpha is not None]  # none where α is no input
         rows = np.concatenate(known) if known else None
         pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
         decoded: list[Outcome[None]] = []
         good = np.ones(len(requests), bool)
         encoded: list[int] = []
         parts: list[NDArray[np.float32]] = []
-        decoding = self._decode(images, pixels)
-        for chunk in self._chunks(len(images)):
-            found = list(itertools.islice(decoding, len(chunk)))
-            decoded += found
-            broken = [row for row, one in zip(chunk, found, strict=True) if one.error is not None]
-            good[owners[broken]] = False
-            chosen = [row for row in chunk if good[owners[row]]]
-            if chosen:
-                inputs = [pixels[chosen]] if rows is None else [pixels[chosen], rows[chosen]]
-                parts.append(self._encode(*inputs))
-                encoded += chosen
+        with contextlib.closing(self._decode(images, pixels)) as decoding:
+            for chunk in self._chunks(len(images)):
+                found = list(itertools.islice(decoding, len(chunk)))
+                decoded += found
+                broken = [row for row, one in zip(chunk, found, strict=True) if one.error]
+                good[owners[broken]] = False
+                chosen = [row for row in chunk if good[owners[row]]]
+                if chosen:
+                    inputs = [pixels[chosen]] if rows is None else [pixels[chosen], rows[chosen]]
+                    parts.append(self._encode(*inputs))
+                    encoded += chosen
         embeds = np.empty((len(images), parts[0].shape[1] if parts else 0), np.float32)
         if parts:
             embeds[encoded] = np.concatenate(parts)
@@ -112,25 +162,57 @@ class EmbedImages:
             results.append(Outcome(own) if error is None else Outcome(error=error))
         return results
 
-    def close(self) -> None:
-        """End the threads that decode."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
     def _decode(
-        self, images: Sequence[bytes], pixels: NDArray[np.uint8]
-    ) -> Iterator[Outcome[None]]:
-        """Decode images into their `pixels`, [N, S, S, 3], all from now on, and say what became of
-        each, in their order; the pixels of bad ones mean nothing.
+        self,
+        images: Sequence[tuple[bytes | ImageFile, Cancelled | None]],
+        pixels: NDArray[np.uint8],
+    ) -> Generator[Outcome[None]]:
+        """Decode images into their `pixels`, [N, S, S, 3], and say what became of each, in their
+        order; the pixels of bad ones mean nothing.
+
+        The threads take the small ones, all from now on. A large one, which may wait for others, is
+        decoded by this thread, so that it keeps no thread from the images of other callers.
         """
 
         def fill(index: int) -> Outcome[None]:
-            return Outcome.of(lambda: decode_into(images[index], self._preprocess, pixels[index]))
+            file, cancelled = images[index]
+            work = partial(decode_into, file, self._preprocess, pixels[index], cancelled)
+            return Outcome.of(work)
 
-        indices = range(len(images))
-        if self._pool is None or len(images) < 2:
-            return map(fill, indices)
-        return self._pool.map(fill, indices)
+        pool = self._pool
+        results: dict[int, Future[Outcome[None]]] = {}
+        if pool is not None and len(images) > 1:
+            for index, (file, _) in enumerate(images):
+                if not (isinstance(file, ImageFile) and file.is_large):
+                    results[index] = Future()
+        todo = deque(results)
+
+        def take() -> None:
+            with contextlib.suppress(IndexError):  # another thread took the last, or nobody waits
+                index = todo.popleft()
+                results[index].set_result(fill(index))
+            # Behind the images of other callers, so that all have turns.
+            if todo:
+                self._submit(take)
+
+        for _ in range(min(self._threads, len(todo))):
+            self._submit(take)
+
+        def found() -> Generator[Outcome[None]]:
+            try:
+                for index in range(len(images)):
+                    yield results[index].result() if index in results else fill(index)
+            finally:
+                todo.clear()
+
+        return found()
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        assert self._pool is not None
+        try:
+            self._pool.submit(work)
+        except RuntimeError:  # the release is closed, and what is under way ends as it began
+            work()
 
     def _chunks(self, count: int) -> list[range]:
         """The rows of each call of the encoder: as few calls as there can be, of about as many
@@ -211,7 +293,7 @@ class ClassifyRequest:
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
-    images: Sequence[bytes]
+    images: Sequence[bytes | ImageFile]
     labels: Sequence[Sequence[bytes]] | None = None
     label_set: Sequence[bytes] | None = None
     templates: Sequence[Sequence[bytes]] | None = None
@@ -287,14 +369,19 @@ class Classify:
             examples=examples is not None,
             label_set=request.label_set,
         )
+        wanted = self._label_source.read(
+            request.labels, request.label_set, request.templates, alpha
+        )
+        rows = self._embed_images.read(ImageRows(request.images, alpha, request.cancelled))
         if examples is not None:
             check_encoded(zip(examples, each(alpha, len(examples)), strict=True))
-        sets = self._label_source(
-            request.labels, request.label_set, request.templates, alpha, request.cancelled
-        )
+            check_request([*read_headers(rows.images), *read_shown(examples)])
+            for own, count in zip(examples, wanted.counts, strict=True):
+                check_places(own, count)
+        sets = wanted.embed(request.cancelled)
         if examples is not None:
             sets = self._with_examples(sets, examples, alpha, request.cancelled)
-        return _Plan(request.images, alpha, sets, scores)
+        return _Plan(rows, sets, scores)
 
     def _with_examples(
         self,
@@ -315,7 +402,7 @@ class Classify:
         return found
 
     def _classify(self, plans: Sequence[_Plan]) -> list[Outcome[Classes]]:
-        embeds = self._embed_images.at([(plan.images, plan.alpha) for plan in plans])
+        embeds = self._embed_images.at([plan.rows for plan in plans])
         return [one.then(plan.classes) for one, plan in zip(embeds, plans, strict=True)]
 
 
@@ -325,8 +412,7 @@ class _Plan:
     are scored.
     """
 
-    images: Sequence[bytes]
-    alpha: Alpha | None
+    rows: ImageRows
     sets: list[LabelSet]
     scores: Scores
 
@@ -369,15 +455,13 @@ def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
 
 
 def _with_alphas(
-    requests: Sequence[Sequence[bytes]],
+    requests: Sequence[Sequence[T]],
     alphas: Sequence[ArrayLike | None] | None,
     check: RequestAlpha,
-) -> list[Outcome[tuple[Sequence[bytes], Alpha | None]]]:
+) -> list[Outcome[tuple[Sequence[T], Alpha | None]]]:
     """The rows of each request with their α, or the error of its α."""
 
-    def checked(
-        rows: Sequence[bytes], alpha: ArrayLike | None
-    ) -> tuple[Sequence[bytes], Alpha | None]:
+    def checked(rows: Sequence[T], alpha: ArrayLike | None) -> tuple[Sequence[T], Alpha | None]:
         return rows, check(alpha, len(rows))
 
     given = [None] * len(requests) if alphas is None else alphas

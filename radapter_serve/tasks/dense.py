@@ -49,6 +49,7 @@ class DenseSegmenter:
         preprocess: says what S is; its interpolation makes the working image.
         max_batch_size: rows that the encoder takes at most.
         logit_scale, logit_bias: of a release whose model was trained with a sigmoid loss.
+        grid: g, or None where only the encoder tells.
     """
 
     encode_patches: Encode | None
@@ -56,6 +57,7 @@ class DenseSegmenter:
     max_batch_size: int
     logit_scale: float = PATCH_SCALE
     logit_bias: float | None = None
+    grid: int | None = None
 
     @classmethod
     def of_release(cls, release: Release, encode_patches: Encode | None) -> DenseSegmenter:
@@ -67,6 +69,7 @@ class DenseSegmenter:
             release.max_batch_size,
             release.logit_scale,
             release.logit_bias,
+            release.dense["grid"] if release.dense else None,
         )
 
     def check(self, options: SegmentOptions) -> None:
@@ -78,6 +81,44 @@ class DenseSegmenter:
                 " send proposals",
             )
         options.sizes(self.preprocess.size[0])
+
+    def check_size(self, size: tuple[int, int], labels: int, options: SegmentOptions) -> None:
+        """Refuse what takes too much, before anything is decoded or encoded.
+
+        Args:
+            size: of the image in pixels, one side and the other.
+            labels: how many.
+            options: how.
+
+        Raises:
+            TaskError: an image too long and thin, or too many labels, for the windows it takes.
+        """
+        window = self.preprocess.size[0]
+        short_side, stride = options.sizes(window)
+        width, height = self._shortest(short_side).resized(*size)
+        windows = len(window_starts(height, window, stride)) * len(
+            window_starts(width, window, stride)
+        )
+        if windows > MAX_WINDOWS:
+            raise invalid(
+                f"an image of {size[0]} x {size[1]}, resized to {width} x {height}, takes"
+                f" {windows} windows of {window} pixels; at most {MAX_WINDOWS} are allowed: give a"
+                " smaller short_side, a larger stride, or the image in parts"
+            )
+        if self.grid is not None:
+            _check_values(windows * self.grid**2, labels, "at a smaller short_side")
+        if options.refine:
+            _check_values(height * width, labels, "to refine; or leave refine out")
+
+    def working(self, image: Image.Image, options: SegmentOptions) -> NDArray[np.uint8]:
+        """The image that windows go over, uint8 [h, w, 3].
+
+        Args:
+            image: as `decode` gives it, any mode.
+            options: how.
+        """
+        short_side, _ = options.sizes(self.preprocess.size[0])
+        return np.asarray(self._shortest(short_side).resize(image).convert("RGB"))
 
     def __call__(
         self,
@@ -101,17 +142,41 @@ class DenseSegmenter:
                 many labels, for the windows it takes; cancelled.
         """
         self.check(options)
+        self.check_size(image.size, len(embeds), options)
+        working = self.working(image, options)
+        return self.segment(image.size, working, embeds, options, cancelled=cancelled)
+
+    def segment(
+        self,
+        size: tuple[int, int],
+        working: NDArray[np.uint8],
+        embeds: NDArray[np.float32],
+        options: SegmentOptions,
+        *,
+        cancelled: Cancelled | None = None,
+    ) -> ScoredMask:
+        """Segment an image that `check_size` lets through.
+
+        Args:
+            size: width and height of the image.
+            working: what `working` makes of it.
+            embeds, options, cancelled: as for the call of the whole.
+
+        Raises:
+            TaskError: as the call of the whole does.
+        """
         check = partial(check_cancelled, cancelled)
         check_label_embeddings(embeds)
-        working, tops, lefts = self._windows(image, options)
-        values = self._cosines(working, tops, lefts, embeds, check)
         height, width = working.shape[:2]
-        size = self.preprocess.size[0]
+        window = self.preprocess.size[0]
+        _, stride = options.sizes(window)
+        tops = window_starts(height, window, stride)
+        lefts = window_starts(width, window, stride)
+        values = self._cosines(working, tops, lefts, embeds, check)
         grid = values.shape[0] // len(tops)
-        rows = Axis(image.height, height, size, grid, tuple(tops))
-        columns = Axis(image.width, width, size, grid, tuple(lefts))
+        rows = Axis(size[1], height, window, grid, tuple(tops))
+        columns = Axis(size[0], width, window, grid, tuple(lefts))
         if options.refine:
-            _check_values(height * width, len(embeds), "to refine; or leave refine out")
             maps = np.empty((len(embeds), height, width), np.float32)
             for (vertical, horizontal), part in upsampled(
                 values, replace(rows, pixels=height), replace(columns, pixels=width)
@@ -126,7 +191,7 @@ class DenseSegmenter:
         # A bias belongs to its own scale.
         scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale
         tally = MaskTally(
-            (image.height, image.width),
+            (size[1], size[0]),
             len(embeds),
             options.threshold is not None,
             options.threshold,
@@ -139,26 +204,9 @@ class DenseSegmenter:
             tally.put(where, best.reshape(shape), probabilities.reshape(shape))
         return tally.result()
 
-    def _windows(
-        self, image: Image.Image, options: SegmentOptions
-    ) -> tuple[NDArray[np.uint8], list[int], list[int]]:
-        """The working image, uint8 [h, w, 3], and the first rows and the first columns of its
-        windows.
-        """
-        size = self.preprocess.size[0]
-        short_side, stride = options.sizes(size)
-        shortest = replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
-        working = np.asarray(shortest.resize(image).convert("RGB"))
-        height, width = working.shape[:2]
-        tops = window_starts(height, size, stride)
-        lefts = window_starts(width, size, stride)
-        if len(tops) * len(lefts) > MAX_WINDOWS:
-            raise invalid(
-                f"an image of {image.width} x {image.height}, resized to {width} x {height}, takes"
-                f" {len(tops) * len(lefts)} windows of {size} pixels; at most {MAX_WINDOWS} are"
-                " allowed: give a smaller short_side, a larger stride, or the image in parts"
-            )
-        return working, tops, lefts
+    def _shortest(self, short_side: int) -> Preprocess:
+        """What makes the working image."""
+        return replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
 
     def _cosines(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,9 +14,11 @@ from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
     Cancelled,
+    TaskError,
     check_cancelled,
     invalid,
 )
+from radapter_serve.contract.preprocess import ImageFile, read_header
 from radapter_serve.tasks.label_embeddings import (
     DEFAULT_WEIGHT,
     MAX_EXAMPLES,
@@ -26,10 +28,24 @@ from radapter_serve.tasks.label_embeddings import (
 from radapter_serve.tasks.label_store import LabelStore
 from radapter_serve.tasks.outcome import Outcome
 
-# The images of several requests, and their α, to the embeddings of each.
-EmbedAt = Callable[
-    [Sequence[tuple[Sequence[bytes], Alpha | None]]], Sequence[Outcome[NDArray[np.float32]]]
-]
+
+@dataclass(frozen=True)
+class ImageRows:
+    """The images of a request that are to be embedded.
+
+    Args:
+        images: encoded.
+        alpha: of each, [B, 1], as `RequestAlpha` gives it; None where it is no input.
+        cancelled: whether the caller has given up; None where that is unknown.
+    """
+
+    images: Sequence[bytes | ImageFile]
+    alpha: Alpha | None = None
+    cancelled: Cancelled | None = None
+
+
+# The images of several requests to the embeddings of each.
+EmbedAt = Callable[[Sequence[ImageRows]], Sequence[Outcome[NDArray[np.float32]]]]
 MAX_ENCODED = 256  # of a request, each at each α that it asks for
 _PART = 16  # images, after which their embeddings are kept, even if the caller gives up
 _CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
@@ -92,6 +108,49 @@ def check_encoded(asked: Iterable[tuple[Examples, float | None]]) -> None:
         )
 
 
+def read_shown(found: Iterable[Examples]) -> list[ImageFile]:
+    """The headers of the images that show labels, each once.
+
+    Raises:
+        TaskError: one is no image, or too large.
+    """
+    files = {}
+    for examples in set(found):
+        for place, image in enumerate(examples.images):
+            try:
+                files[image] = read_header(image)
+            except TaskError as error:
+                raise _of_example(error, examples, place) from None
+    return list(files.values())
+
+
+def check_places(examples: Examples, count: int) -> None:
+    """Refuse examples that don't fit their labels.
+
+    Args:
+        examples: of an image.
+        count: of its labels.
+
+    Raises:
+        TaskError: one is of a label that there is not; weights for more or fewer labels.
+    """
+    for place in examples.labels:
+        if not 0 <= place < count:
+            raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
+    if len(examples.weights) not in (1, count):
+        raise invalid(
+            f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
+            " for all, or one for each"
+        )
+
+
+def _of_example(error: TaskError, examples: Examples, place: int) -> TaskError:
+    """The error of an example; the image that is classified is not at fault."""
+    if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE):
+        return error
+    return invalid(f"example {place + 1} of {len(examples.images)}: {error.message}")
+
+
 def _checked_weights(given: ArrayLike) -> tuple[float, ...]:
     weights = tuple(np.ravel(given).tolist())
     wrong = [weight for weight in weights if not 0 <= weight <= 1]
@@ -138,14 +197,7 @@ class ByExample:
                 that cancel out; cancelled.
         """
         count = len(label_set.labels)
-        for place in examples.labels:
-            if not 0 <= place < count:
-                raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
-        if len(examples.weights) not in (1, count):
-            raise invalid(
-                f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
-                " for all, or one for each"
-            )
+        check_places(examples, count)
         weights = np.broadcast_to(np.array(examples.weights, np.float32), count)
         embeds = self._embed(examples, alpha, cancelled)
         mixed = label_set.embeds.copy()
@@ -170,13 +222,12 @@ class ByExample:
         for start in range(0, len(new), _PART):
             check_cancelled(cancelled)
             part = new[start : start + _PART]
-            outcomes = self._embed_images([([image], alpha) for image in part])
+            rows = [ImageRows([image], alpha, cancelled) for image in part]
+            outcomes = self._embed_images(rows)
             made: dict[bytes, NDArray[np.float32]] = {}
             for image, outcome in zip(part, outcomes, strict=True):
-                error = outcome.error
-                if error is not None and error.code in (INVALID_IMAGE, IMAGE_TOO_LARGE):
-                    where = f"example {images.index(image) + 1} of {len(images)}"
-                    raise invalid(f"{where}: {error.message}")  # the image itself is not at fault
+                if outcome.error is not None:
+                    raise _of_example(outcome.error, examples, images.index(image))
                 made[keys[image]] = outcome.unwrap()[0]
             self._store.put(made)
             known.update(made)

@@ -171,17 +171,33 @@ class LabelEmbedder:
             TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
                 cancelled.
         """
-        prompts = alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()
-        key = prompts, tuple(labels)
+        key = _key_of(labels, templates, alpha)
         with self._lock:
             found = self._sets.get(key)
             if found is not None:
                 self._sets.move_to_end(key)
                 return found
-        label_set = self._embed(prompts, tuple(templates), key[1], cancelled, progress)
+        label_set = self._embed(key[0], tuple(templates), key[1], cancelled, progress)
         with self._lock:
             self._remember(key, label_set)
         return label_set
+
+    def check(
+        self, labels: Sequence[str], templates: Sequence[str], *, alpha: float | None = None
+    ) -> None:
+        """Refuse labels as embedding them would, at once.
+
+        Args:
+            labels, templates, alpha: as for the call.
+
+        Raises:
+            TaskError: as of the call, but for cancelled.
+        """
+        with self._lock:
+            if _key_of(labels, templates, alpha) in self._sets:
+                return
+        check_labels(labels)
+        check_templates(templates)
 
     def _remember(self, key: tuple[_Prompts, tuple[str, ...]], label_set: LabelSet) -> None:
         if key in self._sets:  # by another thread, meanwhile
@@ -231,6 +247,13 @@ class LabelEmbedder:
     def _kept(self, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float32]]:
         found = self.store.get(list(keys.values()))
         return {label: found[key] for label, key in keys.items() if key in found}
+
+
+def _key_of(
+    labels: Sequence[str], templates: Sequence[str], alpha: float | None
+) -> tuple[_Prompts, tuple[str, ...]]:
+    prompts = alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()
+    return prompts, tuple(labels)
 
 
 def _parts(names: dict[str, list[str]], most: int) -> Iterator[list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,22 @@ from radapter_serve.tasks.examples import check_encoded
 from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 
 Texts = Sequence[bytes]
+_List = tuple[tuple[str, ...], tuple[str, ...], float | None]  # labels, templates and α
 Mix = Callable[[LabelSet, Examples, Alpha | None, Cancelled | None], LabelSet]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The labels of a request, which are not embedded yet.
+
+    Attributes:
+        counts: of the labels of each image.
+        embed: the label set of each image; it asks between batches of prompts and of examples
+            whether the caller has given up, and may raise a `TaskError`.
+    """
+
+    counts: list[int]
+    embed: Callable[[Cancelled | None], list[LabelSet]]
 
 
 class LabelSource:
@@ -57,18 +74,31 @@ class LabelSource:
         alpha: Alpha | None = None,
         cancelled: Cancelled | None = None,
     ) -> list[LabelSet]:
-        """The label set of each image of a request; the arguments have one entry per image.
+        """The label set of each image of a request, as `read` takes it.
+
+        Raises:
+            TaskError: as `read` does; cancelled.
+        """
+        return self.read(labels, label_set, templates, alpha).embed(cancelled)
+
+    def read(
+        self,
+        labels: Sequence[Texts] | None,
+        label_set: Texts | None,
+        templates: Sequence[Texts] | None,
+        alpha: Alpha | None = None,
+    ) -> Wanted:
+        """The labels of a request; the arguments have one entry per image.
 
         Args:
             labels: labels of each image, or None.
             label_set: name of a label set for each image, or None.
             templates: prompt templates for `labels`, or None for the release's.
             alpha: of each image, from `RequestAlpha`.
-            cancelled: asked between batches of prompts and of examples.
 
         Raises:
             TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or
-                templates; too many examples at too many α; cancelled.
+                templates; too many examples at too many α.
         """
         if label_set is not None:
             if labels is not None or templates is not None:
@@ -78,7 +108,12 @@ class LabelSource:
                 (known[name], own)
                 for name, own in zip(label_set, each(alpha, len(label_set)), strict=False)
             ]
-            return self._named(rows, cancelled)
+            shown = ((self._label_sets[name].examples, at) for name, at in dict.fromkeys(rows))
+            check_encoded(
+                (own, at) for own, at in shown if own is not None and not self._is_own(at)
+            )
+            counts = [len(self._label_sets[name].labels) for name, _ in rows]
+            return Wanted(counts, partial(self._named, rows))
         if labels is None:
             raise TaskError(
                 NO_LABELS, f"give labels, or a label_set of this release: {self._known()}"
@@ -86,7 +121,7 @@ class LabelSource:
         own: Sequence[Sequence[Any]] = (
             [self._templates] * len(labels) if templates is None else templates
         )
-        lists: list[tuple[tuple[str, ...], tuple[str, ...], float | None]] = []
+        lists: list[_List] = []
         last: Any = None
         row: Any
         for row in zip(labels, own, each(alpha, len(labels)), strict=False):
@@ -97,6 +132,13 @@ class LabelSource:
             lists.append(found)
         unique = {id(one): one for one in lists}
         check_prompts((texts, prompts) for texts, prompts, _ in unique.values())
+        for texts, prompts, at in unique.values():
+            self._embed_labels.check(texts, prompts, alpha=at)
+        return Wanted([len(texts) for texts, _, _ in lists], partial(self._listed, lists))
+
+    def _listed(self, lists: Sequence[_List], cancelled: Cancelled | None) -> list[LabelSet]:
+        """The label set of each list, each made once."""
+        unique = {id(one): one for one in lists}
         embedded = {
             key: self._embed_labels(texts, prompts, alpha=at, cancelled=cancelled)
             for key, (texts, prompts, at) in unique.items()
@@ -123,8 +165,6 @@ class LabelSource:
     ) -> list[LabelSet]:
         """The label set of each row by its name and α, each made once."""
         unique = list(dict.fromkeys(rows))
-        shown = ((self._label_sets[name].examples, alpha) for name, alpha in unique)
-        check_encoded((own, at) for own, at in shown if own is not None and not self._is_own(at))
         made = {(name, alpha): self._at(name, alpha, cancelled) for name, alpha in unique}
         return [made[row] for row in rows]
 

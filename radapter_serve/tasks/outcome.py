@@ -31,12 +31,13 @@ class Outcome(Generic[T]):
     @classmethod
     def of(cls, compute: Callable[[], T]) -> Outcome[T]:
         """The outcome of a computation. A fault of the program goes to the log, and the caller
-        learns no more of it.
+        learns no more of it. The error lets go of where it came from, which may hold an image.
         """
         try:
             return cls(compute())
         except TaskError as error:
-            return cls(error=error)
+            error.__cause__ = error.__context__ = None
+            return cls(error=error.with_traceback(None))
         except Exception:
             traceback.print_exc(file=sys.stderr)
             return cls(

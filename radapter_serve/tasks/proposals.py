@@ -5,7 +5,7 @@ go to pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from PIL import Image
 from radapter_serve.contract.alpha import Encode
 from radapter_serve.contract.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.contract.preprocess import MAX_PIXELS, Preprocess
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
@@ -62,6 +62,30 @@ class ProposalSegmenter:
         bias = release.logit_bias
         return cls(encode_images, preprocess, crop, scale, release.max_batch_size, bias)
 
+    def check(
+        self,
+        masks: NDArray[np.uint8],
+        scores: NDArray[np.float32] | None,
+        sizes: Sequence[tuple[int, int]],
+        labels: int,
+    ) -> None:
+        """Refuse proposals that do not fit, before anything is decoded or encoded.
+
+        Args:
+            masks, scores: as for the call.
+            sizes: widths and heights that the image may have.
+            labels: how many.
+
+        Raises:
+            TaskError: masks or scores that do not fit, or hold nothing; a crop that is too large.
+        """
+        _check_proposals(masks, scores, sizes, labels)
+        # Only of long and thin images a square crop may be too large.
+        if self.crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
+            for mask in masks:
+                if mask.max() > BINARY:
+                    self.crop.box(mask > BINARY)
+
     def __call__(
         self,
         image: Image.Image,
@@ -87,11 +111,9 @@ class ProposalSegmenter:
             TaskError: masks or scores that do not fit, or hold nothing; cancelled.
         """
         check_label_embeddings(embeds)
-        _check_proposals(masks, scores, image, len(embeds))
+        self.check(masks, scores, [image.size], len(embeds))
         check = partial(check_cancelled, cancelled)
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
-        if not used:
-            raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
         cosines = self._cosines(
             (self.crop(image, masks[index] > BINARY) for index in used), embeds, check
         )
@@ -165,19 +187,26 @@ def _best(
 
 
 def _check_proposals(
-    masks: NDArray[np.uint8], scores: NDArray[np.float32] | None, image: Image.Image, labels: int
+    masks: NDArray[np.uint8],
+    scores: NDArray[np.float32] | None,
+    sizes: Sequence[tuple[int, int]],
+    labels: int,
 ) -> None:
-    expected = f"uint8 [N, {image.height}, {image.width}], N from 1, 255 inside and 0 outside"
+    width, height = sizes[0]
+    expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
     shape = list(masks.shape)
     if (
         masks.dtype != np.uint8
         or masks.ndim != 3
-        or shape[1:] != [image.height, image.width]
+        or (shape[2], shape[1]) not in sizes
         or not len(masks)
     ):
         raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
-    if masks.max() == 1:
+    most = masks.max()
+    if most == 1:
         raise invalid(f"no value of the proposals is above 1; send {expected}")
+    if most <= BINARY:
+        raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
     if scores is not None:
         if scores.shape != (len(masks), labels):
             raise invalid(

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import (
     INDEX_MISMATCH,
     INDEX_REPLACED,
+    Cancelled,
     TaskError,
+    check_cancelled,
     invalid,
     redact,
 )
@@ -33,7 +35,8 @@ from radapter_serve.tasks.scores import fitted_min_score
 
 DEFAULT_TOP_K = 10
 
-# A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
+# A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D];
+# with `cancelled` where the request has it.
 Embed = Callable[..., NDArray[np.float32]]
 
 
@@ -52,6 +55,7 @@ class RetrieveRequest:
         index_version: the index's, as an answer named it; None for whichever there is.
         min_score: cosine in [-1, 1] from which images are given back, or None.
         calibrated: whether it is the one that the release was fitted to; for one text.
+        cancelled: whether the caller has given up; None where that is unknown.
     """
 
     index: bytes
@@ -63,6 +67,7 @@ class RetrieveRequest:
     index_version: bytes | None = None
     min_score: float | None = None
     calibrated: bool = False
+    cancelled: Cancelled | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Retrieve:
         where = None if request.where is None else _text(request.where, "where")
         min_score = _min_score(request, index, embedder)
         hits = index.search(
-            combine(self._vectors(request.query, index, embedder), weights),
+            combine(self._vectors(request, index, embedder), weights),
             DEFAULT_TOP_K if request.top_k is None else request.top_k,
             where,
             thumbnails=request.thumbnails,
@@ -159,14 +164,21 @@ class Retrieve:
             index.generation,
         )
 
-    def _vectors(self, query: Query, index: Index, embedder: Embedder) -> list[NDArray[np.float32]]:
+    def _vectors(
+        self, request: RetrieveRequest, index: Index, embedder: Embedder
+    ) -> list[NDArray[np.float32]]:
         """The embedding of each part of a query."""
+        query = request.query
         stored = index.embeddings([_text(id, "id") for id in query.ids]) if query.ids else ()
         alpha = embedder.release.request_alpha(index.facts.plan.release.alpha, 1)
         extra = [] if alpha is None else [alpha]
-        texts = [embedder.text(text, *extra) for text in query.texts]
-        images = [embedder.image(image, *extra) for image in query.images]
-        return [*texts, *images, *stored]
+        told = {} if request.cancelled is None else {"cancelled": request.cancelled}
+        vectors = []
+        for embed, values in ((embedder.text, query.texts), (embedder.image, query.images)):
+            for value in values:
+                check_cancelled(request.cancelled)
+                vectors.append(embed(value, *extra, **told))
+        return [*vectors, *stored]
 
     def index(self, name: str) -> Index:
         """The index of that name as it is now.

@@ -18,12 +18,13 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
-from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.preprocess import ImageFile, decode, read_header, turn
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource
 from radapter_serve.tasks.proposals import ProposalSegmenter
+from radapter_serve.tasks.scored_mask import MAX_LABELS
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 BACKGROUND = "background"
@@ -50,7 +51,7 @@ class SegmentRequest:
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
-    image: bytes
+    image: bytes | ImageFile
     labels: Sequence[bytes] | None = None
     label_set: bytes | None = None
     templates: Sequence[bytes] | None = None
@@ -107,7 +108,7 @@ class Segment:
 
         Raises:
             TaskError: whatever is wrong with the request; labels are refused before the image is
-                looked at.
+                looked at, and what asks for too much before anything is encoded.
         """
         options = _options(request)
         alpha = self._request_alpha(request.alpha, 1)
@@ -119,22 +120,38 @@ class Segment:
         proposals = ProposalSegmenter.of_release(self._release, at(self._encode_images, own))
         if request.proposals is None:
             dense.check(options)
-        [label_set] = self._label_source(
+        wanted = self._label_source.read(
             None if request.labels is None else [request.labels],
             None if request.label_set is None else [request.label_set],
             None if request.templates is None else [request.templates],
             alpha,
-            request.cancelled,
         )
-        embeds = label_set.embeds
         masks = request.proposals
         cancelled = request.cancelled
+        turned = dense.preprocess.exif_orientation
         with _image_errors():
-            image = decode(request.image, exif_orientation=dense.preprocess.exif_orientation)
-            self._check_work(image.size, len(embeds), options, dense.preprocess.size[0])
+            # All that the header tells is checked before anything is encoded or decoded.
+            [labels] = wanted.counts
+            file = read_header(request.image)
+            size = file.width, file.height
+            self._check_work(size, labels, options, dense.preprocess.size[0])
             if masks is None:
-                found = dense(image, embeds, options, cancelled=cancelled)
+                dense.check_size(size, labels, options)
             else:
+                either = [size, size[::-1]] if turned else [size]
+                proposals.check(masks, request.proposal_scores, either, labels)
+            [label_set] = wanted.embed(cancelled)
+            embeds = label_set.embeds
+            if masks is None:
+                with turn(file, cancelled):
+                    image = decode(file, exif_orientation=turned)
+                    size = image.size
+                    working = dense.working(image, options)
+                    del image  # while the next large one is decoded
+                found = dense.segment(size, working, embeds, options, cancelled=cancelled)
+            else:
+                with turn(file, cancelled):
+                    image = decode(file, exif_orientation=turned)
                 found = proposals(
                     image, embeds, masks, request.proposal_scores, options, cancelled=cancelled
                 )
@@ -144,6 +161,8 @@ class Segment:
     def _check_work(
         self, size: tuple[int, int], labels: int, options: SegmentOptions, window: int
     ) -> None:
+        if labels > MAX_LABELS:
+            raise invalid(f"{labels} labels; 1 to {MAX_LABELS} are allowed")
         pixels = size[0] * size[1]
         working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
         work = (pixels + REFINED * working * options.refine) * labels

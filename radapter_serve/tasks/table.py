@@ -6,7 +6,8 @@ request has the same answer everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled, invalid
+from radapter_serve.contract.errors import Cancelled, TaskError, invalid
+from radapter_serve.contract.preprocess import ImageFile, read_header, read_headers
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
 from radapter_serve.tasks.outcome import Outcome, isolated, run_good
@@ -60,11 +62,13 @@ class Task(Generic[R, A]):
         read: a request from its inputs; may raise a `TaskError`.
         make: the task of a release.
         outputs: the output tensors of an answer, by name.
+        images: the encoded images of a request that are decoded with it.
     """
 
     read: Callable[[Inputs], R]
     make: Callable[[Version], Run[R, A]]
     outputs: Callable[[A], dict[str, NDArray[Any]]]
+    images: Callable[[R], Iterable[bytes | ImageFile]] = lambda request: ()
 
     def answer(self, run: Run[R, A], requests: Sequence[Inputs]) -> list[Outcome[Tensors]]:
         """The outputs for each of some requests, or its error. Whatever is wrong with a request,
@@ -75,8 +79,19 @@ class Task(Generic[R, A]):
             requests: what they bring.
         """
         read = [Outcome.of(partial(self.read, request)) for request in requests]
-        found = run_good(read, partial(isolated, run))
-        return [one.then(self.outputs) for one in found]
+        return run_good(read, partial(self.run, run))
+
+    def run(self, run: Run[R, A], requests: Sequence[R]) -> list[Outcome[Tensors]]:
+        """As `answer`, of requests that have been read."""
+        return [one.then(self.outputs) for one in isolated(run, requests)]
+
+    def is_large(self, request: R) -> bool:
+        """Whether a request has a large image, which waits until others are decoded."""
+        for image in self.images(request):
+            with contextlib.suppress(TaskError):  # the task says what is wrong with it
+                if read_header(image).is_large:
+                    return True
+        return False
 
 
 def need(inputs: Inputs, name: str) -> Any:
@@ -106,11 +121,15 @@ def _first(inputs: Inputs, name: str) -> Any:
     return None if array is None else array.ravel()[0]
 
 
-def _read_rows(name: str, inputs: Inputs) -> tuple[Any, Any]:
-    return need(inputs, name).ravel(), inputs.get("alpha")
+def _read_texts(inputs: Inputs) -> tuple[Any, Any]:
+    return need(inputs, "text").ravel(), inputs.get("alpha")
 
 
-def _embed_images(version: Version) -> Run[tuple[Any, Any], NDArray[np.float32]]:
+def _read_images(inputs: Inputs) -> tuple[list[ImageFile], Any, Cancelled]:
+    return read_headers(need(inputs, "image").ravel()), inputs.get("alpha"), inputs.cancelled
+
+
+def _embed_images(version: Version) -> Run[tuple[Any, Any, Any], NDArray[np.float32]]:
     return lambda requests: version.embed_images(*zip(*requests, strict=True))
 
 
@@ -120,7 +139,7 @@ def _embed_texts(version: Version) -> Run[tuple[Any, Any], NDArray[np.float32]]:
 
 def _read_classify(inputs: Inputs) -> ClassifyRequest:
     return ClassifyRequest(
-        images=need(inputs, "image").ravel(),
+        images=read_headers(need(inputs, "image").ravel()),
         labels=inputs.get("labels"),
         label_set=_flat(inputs, "label_set"),
         templates=inputs.get("templates"),
@@ -137,6 +156,11 @@ def _read_classify(inputs: Inputs) -> ClassifyRequest:
     )
 
 
+def _images_of(request: ClassifyRequest) -> set[Any]:
+    shown = () if request.examples is None else np.ravel(np.array(request.examples, object))
+    return {*request.images, *(image for image in shown if image)}
+
+
 def _classify(version: Version) -> Run[ClassifyRequest, Classes]:
     return Classify(version.release, version.embed_images, version.embed_labels, version.label_sets)
 
@@ -145,7 +169,7 @@ def _read_segment(inputs: Inputs) -> SegmentRequest:
     given = {name: inputs.get(name) for name in _SEGMENT_OPTIONS}
     label_set = inputs.get("label_set")
     return SegmentRequest(
-        image=need(inputs, "image")[0],
+        image=read_header(need(inputs, "image")[0]),
         labels=inputs.get("labels"),
         label_set=None if label_set is None else label_set[0],
         templates=inputs.get("templates"),
@@ -176,7 +200,7 @@ def _read_retrieve(inputs: Inputs) -> RetrieveRequest:
         need(inputs, "index").ravel()[0],
         Query(
             texts=_list(inputs, "text"),
-            images=_list(inputs, "image"),
+            images=[file.data for file in read_headers(_list(inputs, "image"))],
             ids=_list(inputs, "id"),
             weights=_list(inputs, "weight") or None,
         ),
@@ -187,6 +211,7 @@ def _read_retrieve(inputs: Inputs) -> RetrieveRequest:
         index_version=_first(inputs, "index_version"),
         min_score=_first(inputs, "min_score"),
         calibrated=bool(_first(inputs, "calibrated")),
+        cancelled=inputs.cancelled,
     )
 
 
@@ -223,17 +248,19 @@ def _each(task: Callable[[R], A]) -> Run[R, A]:
 
 TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
-        partial(_read_rows, "image"), _embed_images, lambda embeds: {"image_embeds": embeds}
+        _read_images,
+        _embed_images,
+        lambda embeds: {"image_embeds": embeds},
+        lambda request: request[0],
     ),
-    "embed_text": Task(
-        partial(_read_rows, "text"), _embed_texts, lambda embeds: {"text_embeds": embeds}
-    ),
+    "embed_text": Task(_read_texts, _embed_texts, lambda embeds: {"text_embeds": embeds}),
     "retrieve": Task(_read_retrieve, _retrieve, _hits_outputs),
-    "segment": Task(_read_segment, _segment, _mask_outputs),
+    "segment": Task(_read_segment, _segment, _mask_outputs, lambda request: [request.image]),
     "classify": Task(
         _read_classify,
         _classify,
         lambda found: {"label": found.labels, "score": found.scores},
+        _images_of,
     ),
 }
 assert tuple(TASKS) == NAMES

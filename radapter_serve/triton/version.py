@@ -22,6 +22,7 @@ from radapter_serve.contract.errors import (
     OVERLOADED,
     RESTARTING,
     SERVER_STOPPING,
+    Cancelled,
     TaskError,
     redact,
 )
@@ -92,8 +93,16 @@ class TritonVersion(Version):
                 arguments = {"model_repository": str(folder), "model_version": str(version)}
                 yield TritonVersion(arguments).embedder()
 
-    def _query(self, kind: str, value: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
-        """A text (UTF-8) or an encoded image -> float32 [D] by `embed_text` or `embed_image`."""
+    def _query(
+        self,
+        kind: str,
+        value: bytes,
+        alpha: Alpha | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> NDArray[np.float32]:
+        """A text (UTF-8) or an encoded image -> float32 [D] by `embed_text` or `embed_image`, which
+        Triton does not tell that the caller left: `retrieve` asks before each.
+        """
         array = np.array([[value]], object)
         return self._call(f"embed_{kind}", kind, array, alpha, f"{kind}_embeds").ravel()
 

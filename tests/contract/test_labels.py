@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,32 @@ def test_published_templates():
         "There is a {} in the scene",
     ]
     assert all(template.count("{}") == 1 for template in (*vild, *ovseg))
+
+
+def digest(templates: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(templates)).encode()).hexdigest()
+
+
+def test_each_published_template_is_as_its_authors_wrote_it():
+    """Digests of other copies, sorted and one a line: of ViLD's `multiple_templates` as mmpretrain
+    has them, with "a" for "{article}" and "This is " where its code puts that, and of `VILD_PROMPT`
+    of OVSeg's text_template.py.
+    """
+    assert digest(read_templates("vild")) == (
+        "a692e988250e100630315db3c02b0b5ae135f01afd0f36c9d85b3b190583dcf0"
+    )
+    assert digest(read_templates("ovseg")) == (
+        "e201b3b0028327329c3172dde0c76268fbf75d39a03a37fdc0e4e5eb50cd55b6"
+    )
+    assert {
+        "This is a photo of many {}.",
+        "This is a photo of one {} in the scene.",
+        "itap of the {}.",
+        "There is the {} in the scene.",
+        "This is the plushie {}.",
+        "This is a black and white photo of the {}.",
+        "This is a painting of a {}.",
+    } <= set(read_templates("vild"))
 
 
 def write(tmp_path, text, encoding="utf-8"):

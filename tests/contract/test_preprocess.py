@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 import tracemalloc
+import zlib
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from radapter_serve.contract.preprocess import (
     decode_pixels,
     is_decoded_smaller,
     oriented,
+    read_header,
+    read_headers,
 )
 from tests.helpers.small_release import png_header
 from tests.hostile import images
@@ -43,6 +47,9 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
         return Image.frombytes("LA", (width, height), pixels[..., :2].tobytes())
     image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     return image.quantize(17) if mode == "P" else image.convert(mode)
+
+
+PLAIN: dict[str, Any] = {"interpolation": "bicubic", "fill_color": 0}
 
 
 def reference(image: Image.Image, **config: Any) -> np.ndarray:
@@ -210,6 +217,30 @@ def test_any_bytes_give_an_image_or_one_clear_error(data, magic):
         decode(magic + data)
 
 
+def test_of_16_bits_of_gray_the_upper_8_are_kept():
+    """As libpng cuts colours to 8 bits. Divided by 257, 65,534 would be 254."""
+    values = np.array(
+        [[0, 255, 256, 257, 511, 512, 32_767, 32_768, 65_279, 65_280, 65_534, 65_535]]
+    )
+    expected = [[0, 0, 1, 1, 1, 2, 127, 128, 254, 255, 255, 255]]
+    gray = encoded(Image.fromarray(values.astype(np.uint16)), "PNG")
+    np.testing.assert_array_equal(np.asarray(decode(gray)), expected)
+    # The same values as colours, of which Pillow keeps the upper 8 bits itself.
+    line = b"\0" + np.repeat(values, 3).astype(">u2").tobytes()
+    colours = images.png_of(12, 1, bits=16, colour=2, data=zlib.compress(line))
+    np.testing.assert_array_equal(np.asarray(decode(colours))[..., 0], expected)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+def test_an_input_that_is_not_square_is_open_clip_s(size: tuple[int, int]) -> None:
+    image = picture("RGB", 50, 70, 3)
+    for mode in ("shortest", "squash", "longest"):
+        config = {**PLAIN, "size": size, "resize_mode": mode}
+        np.testing.assert_array_equal(
+            Preprocess.from_dict(config)(image), reference(image, **config)
+        )
+
+
 def test_other_formats_are_refused():
     for kind in ("GIF", "BMP", "TIFF"):
         with pytest.raises(TaskError, match=f"{kind} files are not read; send a JPEG, PNG or WebP"):
@@ -277,6 +308,7 @@ def test_a_thin_image_is_refused_before_it_is_blown_up():
 
 
 def test_base64_takes_little_memory():
+    decode(encoded(picture("RGB", 8, 8, 0), "PNG"))  # Pillow loads its formats
     tracemalloc.start()
     with pytest.raises(TaskError):
         decode(b"a " * 1_000_000)
@@ -285,19 +317,147 @@ def test_base64_takes_little_memory():
     assert most < 6_000_000
 
 
-def test_large_images_are_decoded_one_at_a_time():
-    held = []
+FAST = Preprocess((32, 32), fast_decode=True)
+EXACT = Preprocess((32, 32))
+
+
+def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture(mode, width, height, 1).save(file, kind, **options)
+    return file.getvalue()
+
+
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "png": (8, {"kind": "PNG"}),
+    "jpeg": (8, {"kind": "JPEG"}),
+    "progressive": (10, {"kind": "JPEG", "progressive": True}),
+    "progressive, of ink": (12, {"kind": "JPEG", "mode": "CMYK", "progressive": True}),
+    "progressive, gray": (8, {"kind": "JPEG", "mode": "L", "progressive": True}),
+    "webp": (16, {"kind": "WEBP"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_takes_more_memory_to_decode_may_have_fewer_pixels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixel_bytes, options = KINDS[name]
+    data = photo(40, 30, **options)
+    file = read_header(data)
+    assert (file.width, file.height, file.memory) == (40, 30, 1200 * pixel_bytes)
+    monkeypatch.setattr(module, "MAX_MEMORY", 1200 * pixel_bytes)
+    assert decode(data).size == (40, 30)
+    monkeypatch.setattr(module, "MAX_MEMORY", 1200 * pixel_bytes - 1)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] .* 40 x 30 = 1200 pixels; at most"):
+        decode(data)
+
+
+def test_a_jpeg_whose_colours_come_one_after_the_other_is_as_a_progressive_one() -> None:
+    data = photo(64, 48, "JPEG")
+    # Say that the first scan has the first of the three colours alone.
+    scan = data.index(b"\xff\xda")
+    assert data[scan + 2 : scan + 5] == b"\0\x0c\x03"
+    one = data[:scan] + b"\xff\xda\0\x08\x01" + data[scan + 5 : scan + 7] + b"\0\x3f\0"
+    assert read_header(one + data[scan + 14 :]).memory == 64 * 48 * 10
+    assert read_header(data).memory == 64 * 48 * 8
+
+
+def test_a_photo_of_two_pictures_is_a_jpeg() -> None:
+    file = io.BytesIO()
+    picture = Image.new("RGB", (64, 64))
+    picture.save(file, "MPO", save_all=True, append_images=[picture], progressive=True)
+    data = file.getvalue()
+    end = data.index(b"\xff\xd9")
+    last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda", 0, end)) : end]
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has \d+ scans"):
+        decode(data[:end] + 100 * last + data[end:])
+
+
+def test_the_images_of_a_request_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REQUEST_PIXELS", 3 * 1200)
+    images = [photo(40, 30), photo(30, 40, "PNG"), photo(40, 30, "WEBP")]
+    assert [file.width for file in read_headers(images)] == [40, 30, 40]
+    with pytest.raises(
+        TaskError,
+        match=r"\[image_too_large\] the 4 images of the request have 3601 pixels together; at most"
+        " 3600 are allowed, so send fewer or smaller",
+    ):
+        read_headers([*images, photo(1, 1, "PNG")])
+    with pytest.raises(TaskError, match=r"^\[invalid_image\] image 2 of 2: 3 bytes are not an im"):
+        read_headers([images[0], b"abc"])
+
+
+def test_64_photos_of_a_phone_are_a_request() -> None:
+    assert module.MAX_REQUEST_PIXELS >= 64 * 4032 * 3024
+
+
+class Asking:
+    """A caller, who can give up, and notes how often it is asked whether it has."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.asked = threading.Semaphore(0)
+
+    def __call__(self) -> bool:
+        self.asked.release()
+        return self.gone
+
+
+def test_large_images_take_turns_and_small_ones_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LARGE_MEMORY", 8 * 1200)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    small = photo(40, 30)
+    large = photo(40, 31)
+    assert not read_header(small).is_large
+    assert read_header(large).is_large
+    order: list[int] = []
 
     class Noting(Preprocess):
-        def __call__(self, image, out=None):
-            held.append(module._LARGE.locked())
-            return out
+        def __call__(self, image: Image.Image, out: Any = None) -> Any:
+            order.append(threading.get_ident())
+            return super().__call__(image, out)
 
-    for width in (4000, 4001):
-        data = encoded(Image.new("1", (width, 4000)), "PNG")
-        decode_into(data, Noting((8, 8)), np.empty((8, 8, 3), np.uint8))
-    assert held == [False, True]
-    assert not module._LARGE.locked()
+    def ask(caller: Asking) -> None:
+        decode_into(large, Noting((8, 8)), np.empty((8, 8, 3), np.uint8), caller)
+
+    callers = [Asking(), Asking(), Asking()]
+    caught: list[TaskError] = []
+
+    def leave() -> None:
+        try:
+            ask(callers[1])
+        except TaskError as error:
+            caught.append(error)
+
+    first, second, third = (
+        threading.Thread(target=ask, args=[callers[0]]),
+        threading.Thread(target=leave),
+        threading.Thread(target=ask, args=[callers[2]]),
+    )
+    with module.turn(read_header(large)):
+        # One after the other they wait, and are asked again and again whether they still do.
+        for caller, thread in zip(callers, (first, second, third), strict=True):
+            thread.start()
+            assert caller.asked.acquire(timeout=30)
+        decode_into(small, EXACT, np.empty((32, 32, 3), np.uint8))
+        assert order == []
+        callers[1].gone = True
+        second.join(30)
+        assert [error.code for error in caught] == ["cancelled"]
+    for thread in (first, third):
+        thread.join(30)
+    assert order == [first.ident, third.ident]
+    with module.turn(read_header(large)):
+        pass  # nobody is left who has it
+
+
+def test_a_caller_who_left_before_its_turn_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_MEMORY", 0)
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(TaskError, match=r"\[cancelled\]"):
+        decode_into(photo(9, 9, "PNG"), EXACT, np.empty((32, 32, 3), np.uint8), lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -313,16 +473,6 @@ def test_whatever_fails_is_the_image_s_error(monkeypatch, error, code, where):
     with pytest.raises(TaskError) as caught:
         decode_into(data, Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
     assert caught.value.code == code
-
-
-FAST = Preprocess((32, 32), fast_decode=True)
-EXACT = Preprocess((32, 32))
-
-
-def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture(mode, width, height, 1).save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL.PngImagePlugin import PngImageFile
 
 from radapter_client import (
     Client,
@@ -18,11 +22,15 @@ from radapter_client import (
     Request,
     Timeout,
 )
+from radapter_serve.contract import preprocess
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.engine.engine import Engine
 from radapter_serve.engine.version import LocalVersion
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import ClassifyRequest
+from radapter_serve.tasks.query import Query
+from radapter_serve.tasks.retrieve import Embedder, Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.small_release import Local, png, seal
 
@@ -176,3 +184,114 @@ def test_broken_releases(repository: Path, tmp_path: Path) -> None:
         Engine.open(copy)
     with Engine.open(f"{copy}@1") as engine:
         assert engine.versions() == [1]
+
+
+SMALL = png(0)
+LARGE = png(1, 60, 50)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> preprocess.ImageFile:
+    """`LARGE`, which is one here."""
+    monkeypatch.setattr(preprocess, "LARGE_MEMORY", 8 * 60 * 49)
+    monkeypatch.setattr(preprocess, "POLL_SECONDS", 0.01)
+    file = preprocess.read_header(LARGE)
+    assert file.is_large
+    assert not preprocess.read_header(SMALL).is_large
+    return file
+
+
+def asked(engine: Engine, task: str, image: bytes, **how: Any) -> dict[str, np.ndarray]:
+    inputs = {"image": np.array([[image]], object), "labels": np.array([[b"a", b"b"]], object)}
+    if task == "segment":
+        inputs = {name: value[0] for name, value in inputs.items()}
+    if task == "embed_image":
+        del inputs["labels"]
+    return dict(engine.infer(task, "", inputs, **how).outputs)
+
+
+class Waiting:
+    """A caller who is asked whether it still waits."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self.gone = False
+
+    def __call__(self) -> bool:
+        self.asked.release()
+        return self.gone
+
+
+def test_large_images_keep_no_small_ones_waiting(
+    engine: Engine, large: preprocess.ImageFile
+) -> None:
+    # More than batches of a task may run at once.
+    tasks = [*["embed_image"] * 7, *["classify"] * 7, "segment"]
+    callers = [Waiting() for _ in tasks]
+    found: list[dict[str, np.ndarray]] = []
+    expected = {task: asked(engine, task, LARGE) for task in set(tasks)}
+
+    def ask(task: str, caller: Waiting) -> None:
+        answer = asked(engine, task, LARGE, cancelled=caller)
+        for name, values in expected[task].items():
+            np.testing.assert_array_equal(answer[name], values)
+        found.append(answer)
+
+    threads = [threading.Thread(target=ask, args=one) for one in zip(tasks, callers, strict=True)]
+    with preprocess.turn(large):
+        for thread in threads:
+            thread.start()
+        for caller in callers:
+            for _ in range(3):  # before it decodes, before it waits and while it does
+                assert caller.asked.acquire(timeout=60)
+        for task in set(tasks):
+            assert asked(engine, task, SMALL, deadline=time.monotonic() + 60)
+        assert not found
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == len(tasks)
+
+
+def test_of_large_images_few_are_under_way(repository: Path, large: preprocess.ImageFile) -> None:
+    caller = Waiting()
+    with Engine.open(repository, max_waiting=4) as engine:
+        thread = threading.Thread(
+            target=asked, args=[engine, "embed_image", LARGE], kwargs={"cancelled": caller}
+        )
+        with preprocess.turn(large):
+            thread.start()
+            assert caller.asked.acquire(timeout=60)
+            with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
+                asked(engine, "classify", LARGE)
+        thread.join(60)
+        assert asked(engine, "classify", LARGE)
+
+
+@pytest.mark.parametrize("task", ["embed_image", "classify", "segment"])
+def test_who_has_left_or_waited_too_long_decodes_nothing(
+    engine: Engine, large: preprocess.ImageFile, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(engine, task, SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+        with pytest.raises(TaskError, match=r"\[cancelled\]"):
+            asked(engine, task, SMALL, cancelled=lambda: True)
+    with preprocess.turn(large), pytest.raises(TaskError, match=r"\[timed_out\]"):
+        asked(engine, task, LARGE, deadline=time.monotonic() + 0.2)
+
+
+def test_a_search_asks_for_its_caller_before_each_image() -> None:
+    seen: list[bytes] = []
+
+    def embed(value: bytes, cancelled: Any) -> np.ndarray:
+        seen.append(value)
+        assert cancelled is request.cancelled
+        return np.ones(4, np.float32)
+
+    embedder = Embedder(SimpleNamespace(request_alpha=lambda *_: None), embed, embed)  # type: ignore[arg-type]
+    facts = SimpleNamespace(plan=SimpleNamespace(release=SimpleNamespace(alpha=1.0)))
+    index = SimpleNamespace(facts=facts)
+    request = RetrieveRequest(b"i", Query([b"a"], [b"1", b"2"]), cancelled=lambda: len(seen) > 1)
+    with pytest.raises(TaskError, match=r"\[cancelled\]"):
+        Retrieve._vectors(None, request, index, embedder)  # type: ignore[arg-type]
+    assert seen == [b"a", b"1"]

@@ -8,12 +8,14 @@ import dataclasses
 import io
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract import preprocess
 from radapter_serve.contract.preprocess import Preprocess, decode_into
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages
@@ -96,7 +98,7 @@ def test_images_are_decoded_while_others_are_encoded(local, repository, monkeypa
     waited = []
 
     def decode(data, *others):
-        if data == images[-1]:
+        if data.data == images[-1]:
             late.set()
         decode_into(data, *others)
 
@@ -109,6 +111,176 @@ def test_images_are_decoded_while_others_are_encoded(local, repository, monkeypa
     assert answers(embed([images]))[0].shape == (32, WIDTH)
     assert waited == [True, True]
     embed.close()
+
+
+def release_of(repository) -> Release:
+    return Release.load(repository / "classify" / "2")
+
+
+def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(local, monkeypatch):
+    monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 1800)
+    seen: list[bytes] = []
+    monkeypatch.setattr(
+        "radapter_serve.tasks.classify.decode_into", lambda file, *_: seen.append(file.data)
+    )
+    images = [png(seed) for seed in range(4)]  # 600 pixels each
+    broken = [images[0], b"nonsense"]
+    thin = [images[0], png(0, 4000, 1)]  # 16 x 64,000 pixels when it is resized
+    monkeypatch.setattr("radapter_serve.contract.preprocess.LARGE_PIXELS", 1_000_000)
+    found = local.embed_images([images, broken, thin, images[:3]])
+    assert [one.error and one.error.code for one in found] == [
+        "image_too_large",
+        "invalid_image",
+        "image_too_large",
+        None,
+    ]
+    assert "have 2400 pixels together; at most 1800" in found[0].error.message
+    assert sorted(seen) == sorted(images[:3])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_images_are_decoded_when_the_caller_has_left(
+    local, repository, monkeypatch, threads
+):
+    decoded = []
+    gone = threading.Event()
+    load = preprocess._loaded
+
+    def note(*args):
+        decoded.append(args)
+        gone.set()
+        return load(*args)
+
+    monkeypatch.setattr(preprocess, "_loaded", note)
+    embed = EmbedImages(release_of(repository), local.encode_images, threads=threads)
+    images = [png(seed) for seed in range(20)]
+    left, stayed = embed([images, [png(99)]], cancelled=[gone.is_set, lambda: False])
+    assert left.error.code == "cancelled"
+    assert stayed.unwrap().shape == (1, WIDTH)
+    assert len(decoded) <= threads + 1
+    embed.close()
+
+
+def test_threads_are_for_small_images_of_all_callers(local, repository, monkeypatch):
+    """No thread waits for the turn of a large image, and those who wait have turns."""
+    monkeypatch.setattr(preprocess, "LARGE_MEMORY", 8 * 700)
+    monkeypatch.setattr(preprocess, "POLL_SECONDS", 0.01)
+    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
+    small = [png(seed) for seed in range(3)]
+    large = [png(seed, 30, 30) for seed in range(6)]
+    waits = threading.Event()
+    found = []
+
+    def ask() -> None:
+        found.append(embed([large], cancelled=[lambda: waits.set() or False])[0])
+
+    thread = threading.Thread(target=ask)
+    with preprocess.turn(preprocess.read_header(large[0])):
+        thread.start()
+        assert waits.wait(60)
+        quick = run_in_time(lambda: embed([small])[0].unwrap())
+        assert quick.shape == (3, WIDTH)
+        assert not found
+    thread.join(60)
+    assert found[0].unwrap().shape == (6, WIDTH)
+    embed.close()
+
+
+def test_images_of_several_callers_are_decoded_in_turns(local, repository, monkeypatch):
+    many = [png(seed) for seed in range(12)]
+    few = [png(100), png(101)]
+    order: list[bytes] = []
+    free = threading.Semaphore(0)
+    began = threading.Semaphore(0)
+
+    def decode(file, *others):
+        order.append(file.data)
+        began.release()
+        assert free.acquire(timeout=60)
+        decode_into(file, *others)
+
+    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
+    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
+    submitted = threading.Semaphore(0)
+    submit = embed._pool.submit
+    monkeypatch.setattr(embed._pool, "submit", lambda work: (submit(work), submitted.release())[0])
+    threads = [threading.Thread(target=embed, args=[[images]]) for images in (many, few)]
+    for thread in threads:
+        thread.start()
+        for _ in range(2):
+            assert submitted.acquire(timeout=60)
+    for _ in range(2):  # of the first caller both threads decode one
+        assert began.acquire(timeout=60)
+    free.release(14)
+    for thread in threads:
+        thread.join(60)
+    # Behind the two that were begun, and at most one more that its thread took on at once.
+    assert {order.index(image) for image in few} <= {2, 3, 4}
+    assert len(order) == 14
+    embed.close()
+
+
+def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(local, repository, monkeypatch):
+    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
+    images = [png(seed) for seed in range(8)]
+    expected = embed([images])[0].unwrap()
+    closing = []
+
+    def decode(file, *others):
+        if not closing:
+            closing.append(threading.Thread(target=embed.close))
+            closing[0].start()
+        decode_into(file, *others)
+
+    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
+    found = run_in_time(lambda: embed([images])[0].unwrap())
+    np.testing.assert_array_equal(found, expected)
+    closing[0].join(60)
+
+
+def run_in_time(work):
+    """What `work` gives, or None where it hangs."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(60)
+    return found[0] if found else None
+
+
+def test_an_error_lets_go_of_its_image(local, monkeypatch):
+    opened: list[weakref.ref] = []
+    real = Image.open
+
+    def note(*args, **options):
+        image = real(*args, **options)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(Image, "open", note)
+    [found] = local.embed_images([[png(0)[:-40]]])
+    assert found.error.code == "invalid_image"
+    assert len(opened) == 2  # for its header and for its pixels
+    assert [one() for one in opened] == [None, None]
+
+
+def test_what_is_wrong_is_said_before_labels_are_embedded(local):
+    labels = [[b"new one", b"new two"]]
+    cases = [
+        (ClassifyRequest([b"nonsense"], labels), "invalid_image"),
+        (
+            ClassifyRequest([png(0)], labels, examples=[[png(1)]], example_labels=[[2]]),
+            "there are labels 0 to 1",
+        ),
+        (
+            ClassifyRequest([png(0)], labels, examples=[[b"x"]], example_labels=[[1]]),
+            "example 1 of 1: 1 bytes are not an image",
+        ),
+        (ClassifyRequest([png(0)] * 2, [*labels, [b"new", b" "]]), "label 2 of 2 is empty"),
+    ]
+    for request, message in cases:
+        [found] = local.classify([request])
+        assert message in str(found.error)
+    assert not local.calls
 
 
 def test_embed_texts(local):

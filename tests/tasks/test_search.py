@@ -290,7 +290,13 @@ def test_a_request_is_read_from_its_arrays(world: World) -> None:
     request = TASKS["retrieve"].read(inputs)
     query = Query([b"1", b"2"], [image], [b"03.png", b"04.png"], [1, -0.5, 0.25, 2, 0])
     assert request == RetrieveRequest(
-        b"photos", query, top_k=7, thumbnails=True, offset=2, min_score=-0.5
+        b"photos",
+        query,
+        top_k=7,
+        thumbnails=True,
+        offset=2,
+        min_score=-0.5,
+        cancelled=inputs.cancelled,
     )
     outputs = TASKS["retrieve"].outputs(world.retrieve(request))
     assert list(outputs["id"]) == world.find(query, top_k=7, offset=2, min_score=-0.5)[0]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.tasks.segment import Segment, SegmentRequest
 from radapter_serve.tasks.segment_options import SegmentOptions
 from tests.helpers.segmenting import Segmenter
@@ -171,3 +171,57 @@ def test_a_request_that_asks_for_too_much_work_is_refused(local):
         TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"
     ):
         segment(1799)
+
+
+def sized(*shape: int) -> dict[str, Any]:
+    return {"proposals": np.full(shape, 255, np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "message"),
+    [
+        ({"labels": [b"%d" % n for n in range(5_000)], "options": {"refine": 100}}, {}, "the work"),
+        ({}, {"MAX_WINDOWS": 7}, r"an image of 30 x 20, resized to 36 x 24, takes 8 windows"),
+        ({}, {"MAX_VALUES": 383}, "3 labels are too many .* at most 2 are allowed at a smaller"),
+        ({"options": {"refine": 1}}, {"MAX_VALUES": 2591}, "at most 2 are allowed to refine"),
+        (sized(1, 20, 31), {}, r"proposals are uint8 \[1, 20, 31\]; for this image: .*20, 30\]"),
+        ({"proposals": np.full((2, 20, 30), 102, np.uint8)}, {}, "all 2 proposals are empty"),
+        ({**PROPOSALS, "proposal_scores": np.ones((1, 2), np.float32)}, {}, r"\[1, 3\] is needed"),
+        (
+            {**sized(1, 1, 9_000), "image": png(0, 9_000, 1)},
+            {},
+            "the square crop of a mask has 9000 x 9000 pixels",
+        ),
+        ({"image": b"nonsense"}, {}, r"\[invalid_image\]"),
+        ({"image": png(0, 100_000, 1)}, {}, r"\[image_too_large\]"),
+    ],
+)
+def test_what_asks_for_too_much_is_refused_before_anything_is_done(
+    local, given, limits, message, monkeypatch
+):
+    for name, value in limits.items():
+        monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value)
+    monkeypatch.setattr(
+        "radapter_serve.tasks.segment.decode", lambda *_, **__: pytest.fail("decoded")
+    )
+    encoders = (local.encode_images, local.encode_patches, local.embed_labels)
+    task = Segment(local.release, *encoders, {}, max_work=1_000_000_000)
+    with pytest.raises(TaskError, match=message):
+        task(SegmentRequest(**{"image": png(3), "labels": CATS, **given}))
+    assert not local.calls
+    if limits:  # and at the limit it is not
+        for name, value in limits.items():
+            monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value + 1)
+        monkeypatch.setattr("radapter_serve.tasks.segment.decode", decode)
+        task(SegmentRequest(**{"image": png(3), "labels": CATS, **given}))
+
+
+def test_proposals_fit_a_photo_that_is_turned(local):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png(3))).save(file, "JPEG", exif=exif)
+    found = local.segment(SegmentRequest(file.getvalue(), CATS, **sized(1, 30, 20)))
+    assert found.mask.shape == (30, 20)
+    with pytest.raises(TaskError, match=r"proposals are uint8 \[1, 20, 30\]; .* 30, 20\]"):
+        local.segment(SegmentRequest(file.getvalue(), CATS, **sized(1, 20, 30)))
