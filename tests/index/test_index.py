@@ -39,7 +39,15 @@ from radapter_serve.index.verify import verify
 from radapter_serve.index.writer import Sizes
 from radapter_serve.lock import lock
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
-from tests.helpers.indexes import generation, opened, said, say, search_little, table
+from tests.helpers.indexes import (
+    generation,
+    opened,
+    said,
+    say,
+    search_little,
+    table,
+    write_facts,
+)
 from tests.helpers.small_models import release as release_facts
 
 DIM = 16
@@ -642,6 +650,22 @@ def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: F
         add(out, FakeRelease())
     assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
     assert names(tmp_path) == {"photos", "index"}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "text", ["", '{"plan"', "[1, 2]", '"text"', '{"plan": 3}', "[" * 200_000, "\x00\udcff"]
+)
+def test_facts_that_are_none_are_refused_in_a_line(text: str, inside: bool, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    write_facts(out, "sha256:1")
+    place = generation(out) if inside else out
+    (place / FACTS).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        RAdapterError, match=r"can't be read.*; build it again: radapter-index"
+    ) as why:
+        open_index(out)
+    assert str(place / FACTS) in str(why.value) and "\n" not in str(why.value)
 
 
 def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(

@@ -65,7 +65,9 @@ class Folder:
         """What builds an index again whose facts can't be read, from its source where that can."""
         source = "SOURCE"
         generation = pointed(self._folder) or ""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ):
             values = json.loads((self._folder / generation / FACTS).read_bytes())
             source = shlex.quote(values.get("plan", values)["source"])
         return build_command(self._folder).replace("SOURCE", source, 1)
@@ -141,7 +143,7 @@ def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelt
 
 def pointed(folder: Path) -> str | None:
     """The generation that a folder names, whether it is there or not; None where it names none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         generation = json.loads((folder / FACTS).read_bytes())[GENERATION]
         return generation if is_generation(generation) else None
     return None
