@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from radapter_serve.gateway import app, embeddings, requests
@@ -51,6 +51,7 @@ def test_only_the_head_of_a_data_url_is_looked_at() -> None:
     assert peak < 5 * MIB  # the text itself is 4
 
 
+@example(text="AA==AAAA", piece=4)  # an end in the middle, and at the end of a piece
 @given(
     text=st.text("AB/+=\n!\u00fc", max_size=40),
     piece=st.sampled_from([4, 8, 64]),
