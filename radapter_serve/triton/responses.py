@@ -62,15 +62,16 @@ def given_up(request: Any) -> Cancelled:
     """What tells a task that nobody waits for a request any more.
 
     Over gRPC Triton knows when a caller has left. Over HTTP it does not, so no request may take
-    longer than
-    `MAX_SECONDS`: asked after that, this raises a `TaskError`.
+    longer than its own parameter `timeout` (microseconds), or than `MAX_SECONDS`: asked after that,
+    this raises a `TaskError`.
     """
-    deadline = time.monotonic() + MAX_SECONDS
+    seconds = min(request.timeout() / 1e6 or MAX_SECONDS, MAX_SECONDS)
+    deadline = time.monotonic() + seconds
 
     def ask() -> bool:
         if time.monotonic() > deadline:
             raise TaskError(
-                TIMED_OUT, f"this request takes more than {MAX_SECONDS:g} s; ask for less at once"
+                TIMED_OUT, f"this request takes more than {seconds:g} s; ask for less at once"
             )
         return bool(request.is_cancelled())
 

@@ -432,9 +432,9 @@ def test_large_images_take_turns_and_small_ones_do_not_wait(
             caught.append(error)
 
     first, second, third = (
-        threading.Thread(target=ask, args=[callers[0]]),
-        threading.Thread(target=leave),
-        threading.Thread(target=ask, args=[callers[2]]),
+        threading.Thread(target=ask, args=[callers[0]], daemon=True),
+        threading.Thread(target=leave, daemon=True),
+        threading.Thread(target=ask, args=[callers[2]], daemon=True),
     )
     with module.turn(read_header(large)):
         # One after the other they wait, and are asked again and again whether they still do.

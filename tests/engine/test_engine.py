@@ -237,7 +237,10 @@ def test_large_images_keep_no_small_ones_waiting(
             np.testing.assert_array_equal(answer[name], values)
         found.append(answer)
 
-    threads = [threading.Thread(target=ask, args=one) for one in zip(tasks, callers, strict=True)]
+    threads = [
+        threading.Thread(target=ask, args=one, daemon=True)
+        for one in zip(tasks, callers, strict=True)
+    ]
     with preprocess.turn(large):
         for thread in threads:
             thread.start()
@@ -256,7 +259,10 @@ def test_of_large_images_few_are_under_way(repository: Path, large: preprocess.I
     caller = Waiting()
     with Engine.open(repository, max_waiting=4) as engine:
         thread = threading.Thread(
-            target=asked, args=[engine, "embed_image", LARGE], kwargs={"cancelled": caller}
+            target=asked,
+            args=[engine, "embed_image", LARGE],
+            kwargs={"cancelled": caller},
+            daemon=True,
         )
         with preprocess.turn(large):
             thread.start()

@@ -74,6 +74,9 @@ class Request:
     def is_cancelled(self) -> bool:
         return False
 
+    def timeout(self) -> int:
+        return 0
+
 
 def texts(value: Any) -> np.ndarray:
     return np.array(value, np.object_)

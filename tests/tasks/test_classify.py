@@ -174,7 +174,7 @@ def test_threads_are_for_small_images_of_all_callers(local, repository, monkeypa
     def ask() -> None:
         found.append(embed([large], cancelled=[lambda: waits.set() or False])[0])
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=ask, daemon=True)
     with preprocess.turn(preprocess.read_header(large[0])):
         thread.start()
         assert waits.wait(60)
@@ -204,7 +204,9 @@ def test_images_of_several_callers_are_decoded_in_turns(local, repository, monke
     submitted = threading.Semaphore(0)
     submit = embed._pool.submit
     monkeypatch.setattr(embed._pool, "submit", lambda work: (submit(work), submitted.release())[0])
-    threads = [threading.Thread(target=embed, args=[[images]]) for images in (many, few)]
+    threads = [
+        threading.Thread(target=embed, args=[[images]], daemon=True) for images in (many, few)
+    ]
     for thread in threads:
         thread.start()
         for _ in range(2):
@@ -228,7 +230,7 @@ def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(local, repos
 
     def decode(file, *others):
         if not closing:
-            closing.append(threading.Thread(target=embed.close))
+            closing.append(threading.Thread(target=embed.close, daemon=True))
             closing[0].start()
         decode_into(file, *others)
 

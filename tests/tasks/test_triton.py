@@ -652,3 +652,11 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         assert not list(folder.rglob("__pycache__"))
         assert not list(temporary.iterdir())
     assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
+
+
+def test_a_request_may_say_how_long_its_caller_waits(client):
+    """The parameter `timeout` of KServe, in microseconds, reaches the process of a task."""
+    inputs = [tensor("image", [[png(0)]])]
+    assert client.infer("embed_image", inputs, timeout=60_000_000)
+    with pytest.raises(InferenceServerException, match=r"\[timed_out\] .* more than 1e-06 s"):
+        client.infer("embed_image", inputs, timeout=1)
