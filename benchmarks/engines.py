@@ -1,4 +1,4 @@
-"""The engines of radapter-serve side by side: Triton, one process, and two of them."""
+"""The engines of radapter-serve side by side: Triton, and one process."""
 
 from __future__ import annotations
 
@@ -23,19 +23,14 @@ from serving import LABEL_SET
 from radapter_client import AsyncClient
 from radapter_serve.server.endpoints import free_ports
 
-# The flags of each, by the name that the tables give it.
-ENGINES = {
-    "triton": ("triton",),
-    "process": ("process",),
-    "2 workers": ("process", "--workers", "2"),
-}
+ENGINES = ("triton", "process")
 TASKS = ("classify", "embed_text")
 MIB = 2**20
-WHAT = """`radapter-serve --engine triton`, `--engine process` and `--engine process --workers 2`,
-with their defaults otherwise, asked over HTTP by our own client on the same machine. Images
-are JPEG files of 640 x 480 pixels, against a label set of 100 labels; every text is another
-one. Each row was measured for {seconds:g} s, after {warmup:g} s that do not count; the
-engines take turns, and one runs at a time."""
+WHAT = """`radapter-serve --engine triton` and `--engine process`, with their defaults otherwise,
+asked over HTTP by our own client on the same machine. Images are JPEG files of 640 x 480
+pixels, against a label set of 100 labels; every text is another one. Each row was measured for
+{seconds:g} s, after {warmup:g} s that do not count; the engines take turns, and one runs at a
+time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +115,7 @@ def served(
     """
     http, grpc, metrics = free_ports()
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
-    command += ["--engine", *ENGINES[engine], "--http-port", str(http), *flags]
+    command += ["--engine", engine, "--http-port", str(http), *flags]
     if engine == "triton":
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     begun = time.perf_counter()
@@ -213,7 +208,7 @@ def main(
         ["task, load, engine", "per s", "p50 ms", "p99 ms", "slowest ms", "errors"],
         [cell.cells() for cell in found],
     )
-    for engine in list(ENGINES)[1:]:
+    for engine in ENGINES[1:]:
         report.note(worst(found, engine))
     report.note(slowest(found))
     report.table(

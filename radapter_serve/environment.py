@@ -11,6 +11,7 @@ SURPLUS = (  # the folder of files that say how many waiting requests a model is
 )
 LABELS = "RADAPTER_LABELS"  # the file in which the processes of a server keep labels' embeddings
 LABELS_FILE = "labels.sqlite"  # its name in a server's folder
+PULSE = "RADAPTER_PULSE"  # the number of the open pipe into which a gateway writes that it lives
 # Where traces go by OTLP, as OpenTelemetry names it; the second is for the full path.
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 

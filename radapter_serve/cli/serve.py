@@ -32,11 +32,7 @@ from radapter_serve.server.weaknesses import weaknesses_of
 from radapter_serve.signals import STOPPING, handled
 
 if TYPE_CHECKING:
-    import socket
-
-    from radapter_serve.gateway.group import WorkerGroup
     from radapter_serve.gateway.run import Child
-    from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.engine_server import EngineServer
 
 PROG = "radapter-serve"
@@ -50,7 +46,6 @@ FIRST = (
         "indexes",
         "runtime",
         "instances",
-        "workers",
     ),
     *("trust_network", "gateway_port", "api_keys"),
 )
@@ -128,7 +123,6 @@ def serve(
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
     instances: tuple[str, ...] = ("2",),
-    workers: int = 1,
     max_waiting: int = MAX_WAITING,
     timeout: float = 120.0,
     drain_seconds: int = 10,
@@ -139,15 +133,14 @@ def serve(
     """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts
     another release in its place.
 
-    What dies meanwhile, tritonserver, the process of a model or one of several workers, is started
-    again.
+    What dies meanwhile, tritonserver or the process of a model, is started again.
 
     Args:
         model_repository: folder to serve, or hf-hub:NAME, a release that radapter-export --push
             sent to the hub; --model-repository PATH says the same.
         engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
-            process or in --workers of them, on any machine, with keys, limits and /v1/embeddings as
-            radapter-gateway has them; auto takes Triton where it is installed.
+            process, on any machine, with keys, limits and /v1/embeddings as radapter-gateway has
+            them; auto takes Triton where it is installed.
         host: address or name to listen on; anything but loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
@@ -160,8 +153,6 @@ def serve(
             is given.
         instances: processes of each task, so that a slow request does not hold up the others: a
             number for all, and TASK=NUMBER for one, such as: 2 segment=4.
-        workers: processes that answer at --http-port with --engine process, each with the whole
-            model; they share out --threads, and one that dies is started again.
         max_waiting: requests that may wait for a model; where more do, those that have waited
             longest are refused.
         timeout: seconds to wait until all models answer.
@@ -188,7 +179,6 @@ def serve(
         drain_seconds=drain_seconds,
         verbose=verbose,
     )
-    check_workers(workers, in_process=in_process)
     if not in_process:
         keep_serving(TritonServer(config), gateway.child(endpoints))
         return
@@ -202,13 +192,14 @@ def serve(
         "--drain-seconds": drain_seconds != 10,
         "--verbose": verbose,
         "--gateway-port": gateway.gateway_port is not None,
+        "--gateway-host": gateway.gateway_host != GatewayFlags.gateway_host,
     }
     if wrong := ", ".join(flag for flag, is_given in given.items() if is_given):
         raise RAdapterError(
             f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
             " leave it out"
         )
-    answer_in_process(config, gateway, trust_network, workers)
+    answer_in_process(config, gateway, trust_network)
 
 
 def _from_hub(repository: Path) -> Path:
@@ -221,25 +212,6 @@ def _from_hub(repository: Path) -> Path:
     return taken(name)
 
 
-def check_workers(workers: int, *, in_process: bool) -> None:
-    """Check the number of workers.
-
-    Raises:
-        RAdapterError: one that is not allowed, or not here.
-    """
-    if workers < 1:
-        raise RAdapterError(f"--workers is {workers}; allowed are 1 and more")
-    if workers > 1 and not in_process:
-        raise RAdapterError(
-            f"--workers {workers} has no effect with --engine triton; say --instances"
-            f" {workers}, or --engine process"
-        )
-    if workers > 1 and sys.platform == "win32":
-        raise RAdapterError(
-            f"--workers is {workers}; on Windows processes can't share a port, so leave it out"
-        )
-
-
 def choose_engine() -> tuple[Literal["triton", "process"], str]:
     """What `--engine auto` takes, and why it is not Triton."""
     try:
@@ -249,24 +221,23 @@ def choose_engine() -> tuple[Literal["triton", "process"], str]:
     return "triton", ""
 
 
-def answer_in_process(
-    config: ServerConfig, flags: GatewayFlags, trust_network: bool, workers: int = 1
-) -> None:
-    """Answer over HTTP in this process, or in several, until a signal ends it.
+def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
+    """Answer over HTTP in this process, until a signal ends it.
 
     Args:
         config: what to serve.
         flags: keys and TLS.
         trust_network: let everybody in who reaches the port.
-        workers: how many processes; with one it is this.
 
     Raises:
         RAdapterError: a release that can't be served, or a port that is taken.
     """
-    check_installed("granian", "server")
-    from radapter_serve.gateway.run import allow_files, listen
+    check_installed("uvicorn", "server")
+    from radapter_serve.gateway.in_process import InProcess
+    from radapter_serve.gateway.run import GatewayServer, allow_files, listen
     from radapter_serve.gateway.settings import Settings
     from radapter_serve.gateway.tracing import what_is_missing
+    from radapter_serve.server.engine_server import EngineServer
 
     endpoints = config.endpoints
     settings = Settings(
@@ -281,20 +252,18 @@ def answer_in_process(
     if missing := what_is_missing():
         _say(f"warning: {missing}")
     with contextlib.closing(listen(settings, "--http-")) as listener:
-        if workers > 1:
-            answer_in_workers(config, settings, listener, workers)
-            return
-        from radapter_serve.gateway.in_process import InProcess
-        from radapter_serve.gateway.run import GatewayServer
-        from radapter_serve.server.engine_server import EngineServer
-
         allow_files(settings.max_connections)
         server = EngineServer(config)
         gateway = GatewayServer(
             settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
         )
-        with handled(lambda *_: sys.exit(0), *STOPPING):
-            _start_in_process(server)
+        with (
+            handled(lambda *_: sys.exit(0), *STOPPING),
+            Console(stderr=True).status("starting") as status,
+        ):
+            server.start(lambda line: status.update(f"{escape(line)} ..."))
+        if server.measured:
+            _show_measured(server.measured, server.config.encoder_threads)
         try:
             _show_releases(server)
             with AdminSocket(server.folder, server):
@@ -303,43 +272,6 @@ def answer_in_process(
             print("stopping ...", file=sys.stderr)
         finally:
             server.stop()
-
-
-def answer_in_workers(
-    config: ServerConfig, settings: Settings, listener: socket.socket, workers: int
-) -> None:
-    """Answer in several processes, which are kept up, until a signal ends it.
-
-    Args:
-        config: what to serve.
-        settings: of the gateway.
-        listener: where to answer.
-        workers: how many processes.
-
-    Raises:
-        RAdapterError: a release that can't be served, or a worker that never becomes ready again.
-    """
-    from radapter_serve.gateway.group import NoProbe, WorkerGroup
-
-    group = WorkerGroup(config, settings, listener, workers)
-    with handled(lambda *_: sys.exit(0), *STOPPING):
-        try:
-            _start_in_process(group)
-            _show_releases(group)
-            with AdminSocket(group.folder, group):
-                Supervisor(group, _say, probe=NoProbe()).run()
-        except KeyboardInterrupt:
-            print("stopping ...", file=sys.stderr)
-        finally:
-            listener.close()  # whoever comes now is refused
-            group.stop()
-
-
-def _start_in_process(server: EngineServer | WorkerGroup) -> None:
-    with Console(stderr=True).status("starting") as status:
-        server.start(lambda line: status.update(f"{escape(line)} ..."))
-    if server.measured:
-        _show_measured(server.measured, server.config.encoder_threads)
 
 
 def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
@@ -430,7 +362,7 @@ def _show(server: TritonServer) -> None:
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
-def _show_releases(server: EngineServer | WorkerGroup) -> None:
+def _show_releases(server: EngineServer) -> None:
     """Print what is served without Triton, and where."""
     repository = server.config.model_repository
     table = Table(title=escape(str(repository)), title_justify="left")

@@ -42,8 +42,6 @@ from radapter_serve.tasks.probes import PROBES, Tensors
 from radapter_serve.tasks.retrieve import Embedder
 from radapter_serve.tasks.table import TASKS
 
-MAX_HOLD_SECONDS = 30.0  # that a request waits for the releases to change places
-
 
 class NotServed(RAdapterError):
     """A model or a release that the engine does not have."""
@@ -144,8 +142,6 @@ class Engine:
         max_seconds: float = math.inf,
     ) -> None:
         self._closed = False
-        self._open = threading.Event()
-        self._open.set()
         self._max_seconds = max_seconds
         self._max_waiting = max_waiting
         # So many are under way at most, so that others find a place.
@@ -213,20 +209,11 @@ class Engine:
             {one.release.version: ready[one.release.version] for one in kept},
         )
 
-    def hold(self) -> None:
-        """Let new requests wait until `commit` or `release`: what is under way goes on."""
-        self._open.clear()
-
-    def release(self) -> None:
-        """Let requests go on that `hold` lets wait."""
-        self._open.set()
-
     def commit(self, prepared: Prepared) -> None:
         """Serve what was made ready, from one request to the next; what is under way ends as it
         began.
         """
         self._state = prepared
-        self._open.set()
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
@@ -242,7 +229,7 @@ class Engine:
             if request.action == "config":
                 config = self.config(request.model, request.version)
                 return json_format.MessageToDict(config, preserving_proto_field_name=True)
-            self._pick(self._present(), request.model, request.version)
+            self._pick(self._state, request.model, request.version)
             return True  # it is ready
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
@@ -276,7 +263,7 @@ class Engine:
             NotServed: no such task or release.
         """
         with step("engine"):
-            served = self._pick(self._present(deadline), model, version)
+            served = self._pick(self._state, model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def config(self, model: str, version: str = "") -> Any:
@@ -285,7 +272,7 @@ class Engine:
         Raises:
             NotServed: no such task or release.
         """
-        present = self._present()
+        present = self._state
         releases = {number: one.version.release for number, one in present.served.items()}
         config = model_config_pb2.ModelConfig()
         config.CopyFrom(self._pick(present, model, version).configs[model])
@@ -307,7 +294,7 @@ class Engine:
 
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""
-        return sorted(self._present().served)
+        return sorted(self._state.served)
 
     def close(self) -> None:
         """Let go of the releases; what is asked after that is refused."""
@@ -327,18 +314,6 @@ class Engine:
         served = _Served(version, self._max_waiting)
         version.join(partial(self._query, served), partial(self._others, served.number))
         return served
-
-    def _present(self, deadline: float | None = None) -> Prepared:
-        """What is served now; while requests are held, what is served after that.
-
-        Args:
-            deadline: of `time.monotonic`, after which the caller no longer waits.
-        """
-        if not self._open.is_set():
-            seconds = math.inf if deadline is None else deadline - time.monotonic()
-            if not self._open.wait(max(0.0, min(seconds, MAX_HOLD_SECONDS))):
-                raise TaskError(TIMED_OUT, "no answer within the time-out")
-        return self._state
 
     def _pick(self, present: Prepared, model: str, version: str) -> _Served:
         if self._closed:

@@ -72,16 +72,14 @@ class Gateway:
     Args:
         settings: what it allows.
         connect: makes the way to Triton, in the event loop of the app.
-        meanwhile: runs in that loop for as long as the app does.
         timeouts: how long it waits for others.
 
     Attributes:
-        app: serves it.
+        app: serves it, while it is `opened`.
         keys: that let callers in; None where there are none.
         memory: of the bodies of all requests.
         metrics: what it counts.
-        health: from the start of the app on.
-        others: why other processes that answer at the same port do not; None where they do.
+        health: while it is `opened`.
     """
 
     app: ASGIApp
@@ -89,18 +87,15 @@ class Gateway:
     memory: MemoryBudget
     health: Health
     metrics: Metrics
-    others: str | None = None
 
     def __init__(
         self,
         settings: Settings,
         connect: Callable[[], Upstream],
-        meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
         timeouts: Timeouts = TIMEOUTS,
     ) -> None:
         self._settings = settings
         self._connect = connect
-        self._meanwhile = meanwhile
         self._timeouts = timeouts
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._quotas = Quotas()
@@ -147,28 +142,23 @@ class Gateway:
             for path, handler in paths
         ]
         closed: Any = self._closed
-        app = Starlette(
-            routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed}
-        )
+        app = Starlette(routes=routes, exception_handlers={404: closed, 405: closed})
         app.router.redirect_slashes = False
         browsers = None
         if self.keys is None:
             browsers = BrowserRule(None if settings.no_api_keys else settings.host)
-        self.app = WithRequestId(Front(app, self._refuse, browsers, timeouts.piece))
+        self.app = WithRequestId(Front(app, self._refuse, browsers))
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def opened(self) -> AsyncIterator[None]:
+        """Where `app` can be asked: in the event loop in which it answers."""
         self._upstream = self._connect()
         self._spans = tracing.spans()
         self.health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
-        beside = asyncio.ensure_future(self._meanwhile(self)) if self._meanwhile else None
         try:
             yield
         finally:
-            if beside is not None:
-                beside.cancel()
-                await asyncio.gather(beside, return_exceptions=True)
             await self._upstream.close()
             self._small_bodies.close()
             self._large_bodies.close()
@@ -183,7 +173,7 @@ class Gateway:
 
     async def ready(self, request: Request) -> Response:
         """Every task answers."""
-        why = self.others or await self.health.trouble()
+        why = await self.health.trouble()
         if why is not None:
             raise Refused(503, SERVER_UNAVAILABLE, why)
         return JSONResponse({"ready": True})

@@ -1,30 +1,24 @@
 """What holds for every request before the gateway looks at it, and for every answer on its way out.
 
-granian bounds the rest: the handshake, the time that headers take, pipelining, trailers, upgrades
-and connections.
+`connections` bounds the rest: how many connections there are, the handshake, the time that headers
+take, pipelining, trailers, upgrades, and callers who do not read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused
 
 MAX_HEADERS = 32 * 1024  # bytes
-PIECE = 512 * 1024  # bytes of an answer that the caller is given at once
+PIECE = 512 * 1024  # bytes of an answer that the caller is given, and has to take, at once
 
 Refuse = Callable[[Refused, Scope, Receive, Send], Awaitable[None]]
-
-
-class _TooSlow(Exception):
-    """The caller does not read its answer."""
 
 
 class Front:
@@ -35,16 +29,12 @@ class Front:
         refuse: sends a refusal.
         browsers: what a browser may ask; None where callers have keys, which no other site's page
             can send.
-        piece_seconds: in which a caller must have taken a piece of an answer.
     """
 
-    def __init__(
-        self, app: ASGIApp, refuse: Refuse, browsers: BrowserRule | None, piece_seconds: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, refuse: Refuse, browsers: BrowserRule | None) -> None:
         self._app = app
         self._refuse = refuse
         self._browsers = browsers
-        self._piece_seconds = piece_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,8 +47,7 @@ class Front:
         except Refused as error:
             await self._refuse(error, scope, receive, send)
             return
-        with contextlib.suppress(_TooSlow):  # an answer that is left unfinished ends its connection
-            await self._app(scope, receive, _in_pieces(send, self._piece_seconds))
+        await self._app(scope, receive, _in_pieces(send))
 
 
 class BrowserRule:
@@ -114,8 +103,8 @@ def check_size(scope: Scope) -> None:
         raise Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 
 
-def _in_pieces(send: Send, seconds: float) -> Send:
-    """`send`, which gives up where a caller does not take the answer."""
+def _in_pieces(send: Send) -> Send:
+    """`send`, which hands over the next piece of an answer once the caller has taken the last."""
 
     async def sending(message: Message) -> None:
         body = message.get("body", b"")
@@ -126,9 +115,6 @@ def _in_pieces(send: Send, seconds: float) -> Send:
         for start in range(0, len(body), PIECE):
             end = start + PIECE
             piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
-            with anyio.move_on_after(seconds) as taking:
-                await send(piece)
-            if taking.cancelled_caught:
-                raise _TooSlow
+            await send(piece)
 
     return sending

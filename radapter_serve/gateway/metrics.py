@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
-from radapter_serve.release.release import TASKS
 
 OK = "ok"
 GONE = "caller_gone"
-# Names the folder that several processes share for their counters.
-SHARED = "PROMETHEUS_MULTIPROC_DIR"
-_ROOM = 1 << 20  # bytes, several times what the counters of a process take
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of one gateway; where several processes are one, of all of them together.
+    """Counters of one gateway.
 
     Args:
         concurrency: whose requests are counted while they run and wait.
@@ -36,7 +27,6 @@ class Metrics:
 
     def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = registry = CollectorRegistry()
-        self._gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self._seconds = Histogram(
             "radapter_gateway_request_seconds",
             "From a request's headers to its answer",
@@ -64,14 +54,7 @@ class Metrics:
             ("waiting", "Requests in the queue", lambda: concurrency.waiting),
             ("body_bytes", "Bytes of bodies in memory", lambda: memory.held),
         ):
-            gauge = Gauge(
-                f"radapter_gateway_{name}", what, registry=registry, multiprocess_mode="livesum"
-            )
-            self._gauges.append((gauge, read))
-        if SHARED in os.environ:  # the files are made now, while there is room for them
-            for task in TASKS:
-                self._requests.labels(task, OK)
-                self._seconds.labels(task)
+            Gauge(f"radapter_gateway_{name}", what, registry=registry).set_function(read)
 
     def count(self, task: str, code: str, seconds: float) -> None:
         """Notes the end of a request: its task ("none" where it named none), its code, and how long
@@ -89,23 +72,13 @@ class Metrics:
         """Notes images that came with a key."""
         self._images.labels(key).inc(count)
 
-    def refresh(self) -> None:
-        """Notes what runs and waits now, for other processes to read."""
-        for gauge, read in self._gauges:
-            gauge.set(read())
-
     def text(self, outdated: Mapping[str, bool]) -> bytes:
         """All of it, as Prometheus reads it.
 
         Args:
-            outdated: as `Upstream.outdated_indexes`; every process knows it of all indexes.
+            outdated: as `Upstream.outdated_indexes`.
         """
-        self.refresh()
-        registry = self._registry
-        if SHARED in os.environ:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry) + _of_indexes(outdated)
+        return generate_latest(self._registry) + _of_indexes(outdated)
 
 
 class _Indexes(Collector):
@@ -130,24 +103,3 @@ def _of_indexes(outdated: Mapping[str, bool]) -> bytes:
 
 def _known(code: str) -> str:
     return code if code in CODES or code in (OK, GONE) else "other"
-
-
-@contextlib.contextmanager
-def room_for_counters(folder: Path) -> Iterator[None]:
-    """Take the disk space of the counters that this process makes in the block: where the disk is
-    full when they are written, that would end the process.
-
-    Args:
-        folder: that the processes share.
-
-    Raises:
-        OSError: there is no space.
-    """
-    if hasattr(os, "posix_fallocate"):
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, _ROOM)
-    yield
-    for path in folder.glob(f"*_{os.getpid()}.db"):
-        with path.open("r+b") as counters:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(counters.fileno(), 0, path.stat().st_size)

@@ -17,17 +17,11 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, TypeVar
 
-import granian._granian
-import granian.server.embed
-from granian.constants import HTTPModes, Interfaces, SSLProtocols
-from granian.http import HTTP1Settings
-from starlette.types import ASGIApp
-
 from radapter_serve.clock import SYSTEM, Clock
+from radapter_serve.environment import PULSE
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
-from radapter_serve.gateway.front import MAX_HEADERS
-from radapter_serve.gateway.liveness import Liveness, asks
+from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.tracing import what_is_missing
 from radapter_serve.gateway.upstream import LOG, Triton, Upstream
@@ -41,18 +35,21 @@ try:
 except ImportError:  # Windows, which has no such limit
     resource = None
 
+PULSE_SECONDS = 1.0  # from one sign that a gateway lives to the next
+MAX_SILENCE_SECONDS = 30.0  # without one, after which it counts as hanging
+MAX_START_SECONDS = 120.0  # that it may take until the first
 T = TypeVar("T")
 
 
 class GatewayServer:
-    """A gateway that has not started, served by granian.
+    """A gateway that has not started.
 
     Args:
         settings: of the gateway.
-        listener: of `listen`.
+        listener: of `listen`, which it closes when it stops.
         connect: makes the way to Triton; gRPC to `settings.server` if None.
-        meanwhile: runs in the event loop for as long as the gateway does.
         timeouts: as `listen` had them.
+        pulse: number of a pipe's open end, into which it writes for as long as it answers.
 
     Attributes:
         gateway: that it serves.
@@ -67,15 +64,14 @@ class GatewayServer:
         settings: Settings,
         listener: socket.socket,
         connect: Callable[[], Upstream] | None = None,
-        meanwhile: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
         timeouts: Timeouts = TIMEOUTS,
+        pulse: int | None = None,
     ) -> None:
         self.began = threading.Event()
-        self.gateway = Gateway(
-            settings, connect or partial(Triton, settings.server), meanwhile, timeouts
-        )
+        self.gateway = Gateway(settings, connect or partial(Triton, settings.server), timeouts)
+        self._pulse = pulse
         try:
-            self._server: Any = _Granian(self.gateway.app, settings, listener, timeouts)
+            self._connections = Connections(self.gateway.app, listener, settings, timeouts)
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
                 f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"
@@ -95,10 +91,11 @@ class GatewayServer:
 
     def stop(self) -> None:
         """Take no new connections, and let running requests end; from any thread."""
-        self._loop.call_soon_threadsafe(self._server.stop)
+        self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def _run(self) -> int | None:
         self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
         got: list[int] = []
 
         def on_signal(number: int, _: object = None) -> None:
@@ -115,16 +112,22 @@ class GatewayServer:
                 except NotImplementedError:  # Windows
                     before[number] = signal.signal(number, on_signal)
         self.began.set()
+        beating = asyncio.ensure_future(self._beat())
         try:
-            await self._server.serve()
-        except asyncio.TimeoutError:  # some requests took longer than `timeouts.drain`
-            # granian then ends a task again that it has cancelled, which asyncio would report with
-            # a traceback.
-            self._loop.set_exception_handler(lambda *_: None)
+            async with self.gateway.opened():
+                await self._connections.serve(self._stopping)
         finally:
+            beating.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return got[0] if got else None
+
+    async def _beat(self) -> None:
+        while self._pulse is not None:
+            # Nobody has read for hours, or nobody is there any more: no reason to wait or to end.
+            with contextlib.suppress(OSError):
+                os.write(self._pulse, b".")
+            await asyncio.sleep(PULSE_SECONDS)
 
 
 def _run_loop(main: Coroutine[Any, Any, T]) -> T:
@@ -134,39 +137,6 @@ def _run_loop(main: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
-
-
-class _Granian(granian.server.embed.Server):
-    """granian, on a socket that listens already."""
-
-    def __init__(
-        self, app: ASGIApp, settings: Settings, listener: socket.socket, timeouts: Timeouts
-    ) -> None:
-        self._listener = listener
-        super().__init__(
-            app,
-            interface=Interfaces.ASGI,
-            http=HTTPModes.http1,
-            websockets=False,
-            backlog=settings.max_connections,
-            backpressure=settings.max_connections,
-            http1_settings=HTTP1Settings(
-                header_read_timeout=int(1000 * timeouts.idle), max_buffer_size=MAX_HEADERS
-            ),
-            log_enabled=False,  # what callers do wrong is answered, not logged
-            # Else it closes the handlers of all others in this process, and some close their file.
-            log_dictconfig={"incremental": True, "handlers": {}, "loggers": {}},
-            ssl_cert=settings.tls_certificate,
-            ssl_key=settings.tls_key,
-            ssl_protocol_min=SSLProtocols.tls12,
-        )
-        drain: Any = timeouts.drain  # granian says int, and hands it to asyncio, which takes both
-        self.workers_kill_timeout = drain
-
-    def _init_shared_socket(self) -> None:
-        native: Any = granian._granian
-        # Which closes it.
-        self._shd = native.SocketHolder(self._listener.detach(), False, self.backlog)
 
 
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
@@ -187,7 +157,10 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
         LOG.warning(missing)
     with listen(settings) as listener:
         allow_files(settings.max_connections)
-        server = GatewayServer(settings, listener)
+        pulse = os.environ.get(PULSE)
+        if pulse is not None:
+            os.set_blocking(int(pulse), False)
+        server = GatewayServer(settings, listener, pulse=None if pulse is None else int(pulse))
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
         started(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
@@ -239,25 +212,35 @@ def command(settings: Settings) -> list[str]:
     return words
 
 
-def start(settings: Settings) -> subprocess.Popen[bytes]:
+def start(settings: Settings, pulse: int | None = None) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM
     stops it in order.
+
+    Args:
+        settings: of the gateway.
+        pulse: as `GatewayServer` takes it.
     """
     settings.check()
     # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in
     # order.
     return subprocess.Popen(
-        ending_with_parent(command(settings)), stdin=subprocess.DEVNULL, start_new_session=True
+        ending_with_parent(command(settings)),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=() if pulse is None else (pulse,),
+        env=None if pulse is None else {**os.environ, PULSE: str(pulse)},
     )
 
 
 class Child:
     """A gateway in a process of its own, as a context manager, for a `Supervisor` to keep up.
 
+    Its event loop says that it lives through a pipe, which callers cannot keep from it.
+
     Args:
         settings: of the gateway.
-        clock: by which it is asked whether it lives.
-        start_process: starts the process.
+        clock: tells for how long it has said nothing.
+        start_process: starts the process, whose pulse goes to the given end of a pipe.
     """
 
     name = GATEWAY
@@ -266,18 +249,23 @@ class Child:
         self,
         settings: Settings,
         clock: Clock = SYSTEM,
-        start_process: Callable[[Settings], subprocess.Popen[bytes]] = start,
+        start_process: Callable[[Settings, int], subprocess.Popen[bytes]] = start,
     ) -> None:
         self._settings = settings
+        self._clock = clock
         self._start_process = start_process
-        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.check(), settings.host)
-        ask = asks(address, settings.port, tls=settings.tls_certificate is not None)
-        self._liveness = Liveness(ask, clock)
+        self._pulse: int | None = None
 
     def start(self) -> None:
         """Start it, also again."""
-        self._process = self._start_process(self._settings)
-        self._liveness.restart()
+        self._close_pulse()
+        self._pulse, theirs = os.pipe()
+        try:
+            os.set_blocking(self._pulse, False)
+            self._process = self._start_process(self._settings, theirs)
+        finally:
+            os.close(theirs)
+        self._patient_until = self._clock.monotonic() + MAX_START_SECONDS
 
     def died(self) -> str | None:
         """Why it no longer works; None while it does. What a signal has stopped, or hangs, is
@@ -285,28 +273,38 @@ class Child:
         """
         if (code := self._process.poll()) is not None:
             return how_it_ended(code)
+        now = self._clock.monotonic()
+        if self._pulse is not None:
+            with contextlib.suppress(BlockingIOError):  # it has said nothing since
+                if os.read(self._pulse, 2**16):
+                    self._patient_until = now + MAX_SILENCE_SECONDS
         if Process.of(self._process.pid).state == "T":
             why = STOPPED
-        elif self._liveness.silent():
-            why = "it no longer answered, so it was killed"
+        elif now >= self._patient_until:
+            why = "its event loop no longer answered, so it was killed"
         else:
             return None
         self._process.kill()
         self._process.wait()
         return why
 
+    def _close_pulse(self) -> None:
+        if self._pulse is not None:
+            os.close(self._pulse)
+            self._pulse = None
+
     def __enter__(self) -> Child:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._liveness.close()
         self._process.terminate()
         try:
             self._process.wait(TIMEOUTS.drain + 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._close_pulse()
 
 
 def allow_files(connections: int) -> None:

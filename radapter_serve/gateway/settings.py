@@ -33,7 +33,11 @@ class Settings:
         max_memory: MiB of the bodies of all requests under way, and of reading large ones.
         max_concurrent: requests that run at once.
         max_queue: requests that wait for that; one more is answered 429.
-        max_connections: connections at once.
+        max_connections: connections at once; where there are more, those end that have waited
+            longest for a request.
+        max_connections_per_address: of these, connections of one address, or of one network of 64
+            bits by IPv6; a quarter of --max-connections if not given. Behind a proxy, where all
+            callers come from one address, give it the number of --max-connections.
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
         log: what to say of each request on stderr: nothing, a line of words, or one of JSON. Traces
@@ -52,9 +56,15 @@ class Settings:
     max_concurrent: int = 64
     max_queue: int = 64
     max_connections: int = 2048
+    max_connections_per_address: int | None = None
     timeout: float = 60.0
     max_inputs: int = 2048
     log: Log = "off"
+
+    @property
+    def most_of_address(self) -> int:
+        """Connections of one address at once."""
+        return self.max_connections_per_address or max(1, self.max_connections // 4)
 
     def check(self, where: str = "--") -> str:
         """The address to listen on.
@@ -73,12 +83,12 @@ class Settings:
             ("max_concurrent", 1),
             ("max_queue", 0),
             ("max_connections", 1),
+            ("max_connections_per_address", 1),
             ("max_inputs", 1),
         ):
-            if getattr(self, name) < least:
-                raise RAdapterError(
-                    f"{_flag(name)} is {getattr(self, name)}; allowed are {least} and more"
-                )
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RAdapterError(f"{_flag(name)} is {value}; allowed are {least} and more")
         for name in ("max_body", "max_memory", "timeout"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise RAdapterError(

@@ -21,7 +21,7 @@ FOLDER = DEPLOY / "kubernetes"
 INSTANCE = {"app.kubernetes.io/instance": "radapter"}
 WITHOUT_TRITON: dict[str, Any] = {
     "engine": "process",
-    "server": {"workers": 3, "cpu": "4", "cpuPercent": 60, "args": ["--runtime", "openvino"]},
+    "server": {"cpu": "4", "cpuPercent": 60, "args": ["--runtime", "openvino"]},
     "traces": {"endpoint": "https://collector.monitoring:443"},
 }
 Objects = dict[tuple[str, str], Any]
@@ -179,8 +179,7 @@ def test_without_triton_one_deployment_answers_everybody() -> None:
     assert not [name for _, name in found if name in ("server", "gateway")]
     (container,) = found["Deployment", "engine"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "radapter-engine:latest"
-    more = ["--workers", "3", "--runtime", "openvino"]
-    assert container["args"] == [*command("engine"), *more]
+    assert container["args"] == [*command("engine"), "--runtime", "openvino"]
     policy = found["NetworkPolicy", "engine"]
     assert allowed(policy, "ingress", "anybody") == {("TCP", ports(found, "engine")["http"])}
     assert "egress" not in policy["spec"] and ("NetworkPolicy", "closed") in found
@@ -279,8 +278,6 @@ def test_names_that_yaml_reads_as_something_else_stay_names() -> None:
         ({"sever": {}}, "'sever' not allowed"),
         ({"engine": "tensorrt"}, "/engine"),
         ({"engine": "process", "server": {"gpus": 1}}, "/server/gpus"),
-        ({"server": {"workers": 2}}, "/server/workers"),
-        ({"engine": "process", "server": {"workers": 0}}, "/server/workers"),
         ({"server": {"cpuPercent": 101}}, "/server/cpuPercent"),
         ({"server": {"gpus": 2}}, "/server/gpus"),
         ({"server": {"minReplicas": 0}}, "/server/minReplicas"),

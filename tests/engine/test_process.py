@@ -205,6 +205,7 @@ def test_keys(two_releases: Path, tmp_path: Path) -> None:
     [
         (["--instances", "3"], "--instances has no effect with --engine process"),
         (["--gateway-port", "9000"], "--gateway-port has no effect with --engine process"),
+        (["--gateway-host", "::1"], "--gateway-host has no effect with --engine process"),
         (
             ["--timeout", "9", "--drain-seconds", "9"],
             "--timeout, --drain-seconds has no effect with --engine process",

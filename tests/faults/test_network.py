@@ -116,9 +116,7 @@ def test_a_thousand_idle_and_two_hundred_half_open_connections(front: RunningPro
 
 @pytest.mark.slow
 def test_more_silent_connections_than_a_gateway_takes(running: FakeServer) -> None:
-    """Above --max-connections a new caller waits until the gateway has ended them, which takes 10 s
-    for each 512.
-    """
+    """Above --max-connections a new caller gets the place of one that says nothing."""
     gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"), max_connections=512)
     try:
         with held_open(gateway.port), Client(gateway.url, timeout=50, retries=0) as client:

@@ -27,11 +27,7 @@ from tests.helpers.ways import WAYS, Running
 
 each_way = pytest.mark.parametrize(
     "way",
-    [
-        pytest.param("triton", marks=pytest.mark.triton),
-        "process",
-        pytest.param("workers", marks=pytest.mark.slow),
-    ],
+    [pytest.param("triton", marks=pytest.mark.triton), "process"],
 )
 
 

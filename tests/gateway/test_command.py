@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -18,8 +19,14 @@ import urllib3
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.liveness import MAX_START_SECONDS
-from radapter_serve.gateway.run import Child, command, start
+from radapter_serve.gateway.run import (
+    MAX_SILENCE_SECONDS,
+    MAX_START_SECONDS,
+    PULSE_SECONDS,
+    Child,
+    command,
+    start,
+)
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
 from radapter_serve.server.endpoints import free_ports
@@ -42,6 +49,10 @@ from tests.helpers.fake_clock import FakeClock
         ({"timeout": float("inf")}, "--timeout is inf"),
         ({"max_concurrent": 0}, "--max-concurrent is 0; allowed are 1 and more"),
         ({"max_queue": -1}, "--max-queue is -1; allowed are 0 and more"),
+        (
+            {"max_connections_per_address": 0},
+            "--max-connections-per-address is 0; allowed are 1 and more",
+        ),
         ({"max_memory": 1.0}, "--max-memory 1 holds no body of --max-body 64 MiB"),
         ({"tls_key": Path("key.pem")}, "--tls-certificate and --tls-key go together"),
         (
@@ -181,21 +192,20 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5)
 
 
-def test_a_gateway_that_runs_and_does_not_answer_is_killed() -> None:
-    port, *_ = free_ports()
+def test_a_gateway_that_never_says_that_it_lives_is_killed() -> None:
     started: list[int] = []
 
-    def sleeping(_: Settings) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(["sleep", "60"])
+    def sleeping(_: Settings, pulse: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "60"], pass_fds=[pulse])
         started.append(process.pid)
         return process
 
     clock = FakeClock()
-    with Child(Settings(port=port), clock, sleeping) as child:
+    with Child(Settings(), clock, sleeping) as child:
         clock.now += MAX_START_SECONDS - 1
         assert child.died() is None
         clock.now += 1
-        assert child.died() == "it no longer answered, so it was killed"
+        assert child.died() == "its event loop no longer answered, so it was killed"
         assert child.died() == "it was killed by SIGKILL"
         child.start()
         assert child.died() is None
@@ -203,6 +213,60 @@ def test_a_gateway_that_runs_and_does_not_answer_is_killed() -> None:
         os.waitpid(started[-1], os.WUNTRACED)  # until it has stopped
         assert child.died() == "a signal had stopped it, so it was killed"
         assert child.died() == "it was killed by SIGKILL"
+
+
+def beats(child: Child, seconds: float) -> bool:
+    """Whether a gateway says within some seconds that it lives."""
+    assert child._pulse is not None
+    return bool(select.select([child._pulse], [], [], seconds)[0])
+
+
+def test_a_gateway_whose_event_loop_hangs_is_killed() -> None:
+    code = (
+        "import asyncio, sys, time; from tests.helpers.fake_upstream import *\n"
+        "def connect():\n"
+        "    asyncio.get_running_loop().call_later(0.2, time.sleep, 60)\n"
+        "    return FakeUpstream()\n"
+        "settings = Settings(port=0)\n"
+        "listener = run.listen(settings)\n"
+        "run.GatewayServer(settings, listener, connect, pulse=int(sys.argv[1])).run()"
+    )
+
+    def hanging(_: Settings, pulse: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", code, str(pulse)]
+        return subprocess.Popen(command, pass_fds=[pulse], cwd=Path(__file__).parents[2])
+
+    clock = FakeClock()
+    with Child(Settings(), clock, hanging) as child:
+        assert beats(child, 60)
+        while beats(child, 3 * PULSE_SECONDS):
+            assert child.died() is None
+        clock.now += MAX_SILENCE_SECONDS - 1
+        assert child.died() is None
+        clock.now += 1
+        assert child.died() == "its event loop no longer answered, so it was killed"
+
+
+def test_a_gateway_whose_places_are_all_taken_lives_on() -> None:
+    port, nobody, _ = free_ports()
+    clock = FakeClock()
+    settings = Settings(
+        port=port, server=f"127.0.0.1:{nobody}", max_connections=2, max_connections_per_address=2
+    )
+    head = (
+        b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+    )
+    with Child(settings, clock) as child, contextlib.ExitStack() as stack:
+        assert beats(child, 60) and child.died() is None
+        for _ in range(3):  # the last of them waits for a place
+            stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            stranger.sendall(head)  # and no body
+        stranger.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            stranger.recv(1)
+        for _ in range(3):
+            clock.now += MAX_SILENCE_SECONDS - 1
+            assert beats(child, 30) and child.died() is None
 
 
 @pytest.mark.parametrize(

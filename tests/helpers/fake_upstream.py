@@ -19,6 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from radapter_serve.gateway import run
+from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import Followed
@@ -136,8 +137,8 @@ class FakeUpstream:
 
 
 class Served:
-    """A gateway that runs: its `url`, its stand-in `upstream`, and what stops it and waits for
-    that.
+    """A gateway that runs: its `url`, its `connections`, its stand-in `upstream`, and what stops it
+    and waits for that.
     """
 
     def __init__(
@@ -145,9 +146,11 @@ class Served:
         url: str,
         upstream: FakeUpstream,
         loop: asyncio.AbstractEventLoop,
-        stop: Callable[[], None],
+        stop: Callable[..., None],
+        connections: Connections,
     ) -> None:
         self.url = url
+        self.connections = connections
         self.upstream = upstream
         self.stop = stop
         self._loop = loop
@@ -186,12 +189,14 @@ def serving(
         thread.start()
         assert begun.wait(10)
 
-        def stop() -> None:
+        def stop(*, wait: bool = True) -> None:
             running.stop()
-            thread.join(30)
+            if wait:
+                thread.join(30)
 
         stand_in, loop = made[0]
-        served = Served(f"http://127.0.0.1:{port}", stand_in, loop, stop)
+        url = f"http://127.0.0.1:{port}"
+        served = Served(url, stand_in, loop, stop, running._connections)
         try:
             yield served
         finally:

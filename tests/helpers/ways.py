@@ -1,4 +1,4 @@
-"""A repository served in each way that there is: by Triton, in this process, by workers."""
+"""A repository served in each way that there is: by Triton, or in this process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.gateway.group import WorkerGroup
 from radapter_serve.gateway.in_process import answering
-from radapter_serve.gateway.run import listen
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.config import ServerConfig
@@ -56,23 +54,7 @@ def in_process(
         yield Running(f"http://127.0.0.1:{port}", server, server.folder)
 
 
-@contextlib.contextmanager
-def by_workers(repository: Path, indexes: Path, port: int | None = None) -> Iterator[Running]:
-    port = port or free_ports()[0]
-    config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
-    settings = Settings(port=port)
-    with contextlib.closing(listen(settings, "--http-")) as listener:
-        group = WorkerGroup(config, settings, listener, 2)
-        try:
-            group.start()
-            yield Running(f"http://127.0.0.1:{port}", group, group.folder)
-        finally:
-            listener.close()
-            group.stop()
-
-
 WAYS: dict[str, Callable[..., AbstractContextManager[Running]]] = {
     "triton": by_triton,
     "process": in_process,
-    "workers": by_workers,
 }

@@ -248,7 +248,7 @@ def test_large_headers(over_http: Attacked, size: int) -> None:
         assert it.recv(100).startswith(b"HTTP/1.1 431")
 
 
-@pytest.mark.slow  # granian ends a handshake after 10 seconds
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00"])
 def test_silent_connections_over_tls(over_tls: Attacked, first: bytes) -> None:
     """1,200 of them, more than a process may usually have open, that never finish or never begin a

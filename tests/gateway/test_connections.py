@@ -1,0 +1,343 @@
+"""How many connections callers may have, and what each of them may take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from radapter_serve.gateway.connections import address_of
+from radapter_serve.gateway.front import MAX_HEADERS
+from radapter_serve.gateway.settings import Settings, Timeouts
+from tests.helpers.fake_upstream import Served, serving
+
+HOST = b"HTTP/1.1\r\nHost: localhost\r\n"
+ALIVE = b"GET /health/live " + HOST + b"\r\n"
+TENSOR = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}
+BODY = json.dumps({"inputs": [TENSOR]}).encode()
+INFER = b"POST /v2/models/embed_text/infer " + HOST
+EMBED = INFER + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+CHUNKED = INFER + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with serving(max_connections=8, max_connections_per_address=8) as one:
+        yield one
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def talking(served: Served, address: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A connection from an address of this machine."""
+    place = (address, 0)
+    with socket.create_connection(("127.0.0.1", served.port), 30, source_address=place) as it:
+        yield it
+
+
+def answer(it: socket.socket) -> bytes:
+    """One answer as a whole, and nothing beyond it; nothing where the connection has ended."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        part = it.recv(1)
+        if not part:
+            return head
+        head += part
+    size = int(head.lower().partition(b"content-length:")[2].split()[0])
+    return head + it.recv(size, socket.MSG_WAITALL)
+
+
+def answers(it: socket.socket, request: bytes = ALIVE) -> bool:
+    it.sendall(request)
+    return answer(it).startswith(b"HTTP/1.1 200")
+
+
+def has_ended(it: socket.socket) -> bool:
+    """Whether the gateway has ended a connection on which nothing is to come."""
+    it.settimeout(0.1)
+    try:
+        return it.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        it.settimeout(30)
+
+
+# Places
+
+
+def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(talking(served)) for _ in range(8)]
+        # The first has a request under way, the second has asked last, and so the third has waited
+        # longest.
+        served.hold()
+        kept[0].sendall(EMBED)
+        until(lambda: served.upstream.asked)
+        for it in (*kept[2:], kept[1]):
+            assert answers(it)
+        for number, gone in enumerate(kept[2:5]):
+            newcomer = stack.enter_context(talking(served))
+            assert answers(newcomer)
+            assert has_ended(gone), number
+        assert len(served.connections._open) == 8
+        assert all(answers(it) for it in (kept[1], *kept[5:]))
+        served.let_go()
+        assert answer(kept[0]).startswith(b"HTTP/1.1 200")
+
+
+def test_a_silent_connection_gives_way_too(served: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(talking(served)) for _ in range(8)]
+        silent[0].sendall(b"GET /he")
+        until(lambda: len(served.connections._open) == 8)
+        assert answers(stack.enter_context(talking(served)))
+        assert sum(map(has_ended, silent)) == 1
+
+
+def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> None:
+    served.hold()
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(talking(served)).sendall(EMBED)
+        until(lambda: len(served.upstream.asked) == 8)
+        newcomer = stack.enter_context(talking(served))
+        newcomer.sendall(ALIVE)
+        assert not has_ended(newcomer)
+        assert len(served.connections._open) == 8
+        served.let_go()
+        assert answer(newcomer).startswith(b"HTTP/1.1 200")
+
+
+def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serving(max_connections=8) as served, contextlib.ExitStack() as stack:  # 2 of an address
+        served.hold()
+        for _ in range(2):
+            stack.enter_context(talking(served)).sendall(EMBED)
+        until(lambda: len(served.upstream.asked) == 2)
+        for _ in range(3):
+            assert has_ended(stack.enter_context(talking(served)))
+        other = stack.enter_context(talking(served, "127.0.0.2"))
+        assert answers(other)
+        assert len(served.connections._open) == 3
+        said = [line for line in caplog.messages if "127.0.0.1" in line]
+        assert len(said) == 1 and "set --max-connections-per-address" in said[0]
+        served.let_go()
+
+
+def test_an_address_at_its_limit_gives_up_its_own_kept_connections() -> None:
+    with serving(max_connections=8) as served, contextlib.ExitStack() as stack:
+        other = stack.enter_context(talking(served, "127.0.0.2"))
+        assert answers(other)
+        mine = [stack.enter_context(talking(served)) for _ in range(2)]
+        assert all(map(answers, mine))
+        assert answers(stack.enter_context(talking(served)))
+        assert [has_ended(it) for it in (other, *mine)] == [False, True, False]
+
+
+def test_a_connection_that_ends_gives_its_place_back() -> None:
+    with serving(max_connections=8) as served:
+        for _ in range(10):
+            with talking(served) as it:
+                assert answers(it)
+        until(lambda: not served.connections._open)
+        assert not served.connections._of_address and not served.connections._waiting
+
+
+def test_places_of_an_address_follow_those_of_all() -> None:
+    assert Settings().most_of_address == 512
+    assert Settings(max_connections=2).most_of_address == 1
+    assert Settings(max_connections_per_address=3000).most_of_address == 3000
+
+
+@pytest.mark.parametrize(
+    ("host", "whose"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_who_counts_as_one_caller(host: str, whose: str) -> None:
+    assert address_of(host) == whose
+
+
+# Time
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health/live HT", ALIVE, ALIVE + b"GET "])
+def test_who_does_not_ask_has_his_time(first: bytes) -> None:
+    with serving(timeouts=Timeouts(idle=0.3)) as served, talking(served) as it:
+        it.sendall(first)
+        if ALIVE in first:
+            assert answer(it)
+        begun = time.monotonic()
+        assert it.recv(1) == b""
+        assert time.monotonic() - begun > 0.2
+
+
+def test_headers_have_their_time_from_their_first_byte_on() -> None:
+    with serving(timeouts=Timeouts(idle=1.5)) as served, talking(served) as it:
+        for part in (ALIVE[:9], ALIVE[9:]):  # together they take more than that
+            time.sleep(1)
+            it.sendall(part)
+        assert answer(it).startswith(b"HTTP/1.1 200")
+
+
+# What is parsed
+
+
+def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
+    for request in (EMBED, CHUNKED + b"%x\r\n%s\r\n0\r\nX: y\r\n\r\n" % (len(BODY), BODY)):
+        with talking(served) as it:
+            it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for number in range(len(request)):
+                it.sendall(request[number : number + 1])
+            assert answer(it).startswith(b"HTTP/1.1 200")
+            assert answers(it)
+
+
+def test_an_empty_line_before_a_request_is_passed_over(served: Served) -> None:
+    with talking(served) as it:
+        for part in (ALIVE + b"\r", b"\n" + ALIVE[:4], ALIVE[4:], b"\r\n" + ALIVE):
+            it.sendall(part)
+        for _ in range(3):
+            assert answer(it).startswith(b"HTTP/1.1 200")
+
+
+def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
+    served.hold()
+    names = [b"embed_text", b"embed_image"] * 20
+    image = EMBED.replace(b"/embed_text/", b"/embed_image/").replace(b'"text"', b'"image"')
+    size = b"Content-Length: %d"
+    image = image.replace(size % len(BODY), size % (len(BODY) + 1))
+    with talking(served) as it:
+        it.sendall((EMBED + image) * 20)
+        until(lambda: served.upstream.asked)
+        time.sleep(0.1)
+        assert len(served.upstream.asked) == 1
+        served.let_go()
+        for name in names:
+            assert b'"model_name":"%s"' % name in answer(it)
+    assert [one.model_name.encode() for one in served.upstream.asked] == names
+
+
+def test_what_comes_behind_chunks_at_once_ends_with_their_answer(served: Served) -> None:
+    with talking(served) as it:
+        it.sendall(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE)
+        assert answer(it).startswith(b"HTTP/1.1 200")
+        assert it.recv(1) == b""
+
+
+def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) -> None:
+    served.hold()
+    with talking(served) as it:
+        it.sendall(EMBED + b"nonsense\r\n\r\n")
+        until(lambda: served.upstream.asked)
+        served.let_go()
+        assert answer(it).startswith(b"HTTP/1.1 200")
+        assert answer(it).startswith(b"HTTP/1.1 400")
+        assert it.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01",  # a handshake of TLS
+        b"\r\n\r\n" + ALIVE,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /health/live HTTP/2.0\r\n\r\n",
+        b"CONNECT a:1 " + HOST + b"\r\n",
+        CHUNKED + b"no size\r\n",
+        INFER + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        INFER + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    ],
+)
+def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
+    with talking(served) as it:
+        it.sendall(request_)
+        assert answer(it).startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
+        assert it.recv(1) == b""
+    until(lambda: not served.connections._open)
+    assert not served.upstream.asked
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health/live " + HOST + b"X: ",
+        CHUNKED + b"1\r\na\r\n0\r\nX: ",
+        CHUNKED + b"1\r\na\r\n0\r\n" + b"X: y\r\n" * 4,
+        CHUNKED + b"1;a=",
+    ],
+)
+def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
+    """Headers, a trailer, and what a chunk says of itself: none is kept beyond the limit."""
+    with talking(served) as it:
+        it.sendall(head + b"a" * MAX_HEADERS)
+        it.sendall(b"a" * 2 * MAX_HEADERS)
+        assert answer(it).startswith(b"HTTP/1.1 431")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                it.sendall(b"a" * 2**20)
+            raise AssertionError("it is read on and on")
+    assert not served.upstream.asked
+
+
+# Answers
+
+
+def test_an_answer_names_no_program_and_is_one_packet(served: Served) -> None:
+    with talking(served) as it:
+        for _ in range(20):
+            it.sendall(ALIVE)
+            head, _, body = it.recv(2**16).partition(b"\r\n\r\n")
+            assert json.loads(body) == {"live": True}
+            names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
+            assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
+
+
+# The end
+
+
+def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() -> None:
+    with serving() as served, talking(served) as kept, talking(served) as busy:
+        assert answers(kept)
+        served.hold()
+        busy.sendall(EMBED)
+        until(lambda: served.upstream.asked)
+        served.stop(wait=False)
+        assert kept.recv(1) == b""
+        with pytest.raises(ConnectionError):
+            until(lambda: talking(served).__enter__().close())
+        served.let_go()
+        assert b"\r\nconnection: close" in answer(busy)
+        assert busy.recv(1) == b""
+
+
+def test_it_stops_although_a_request_never_ends() -> None:
+    with serving(timeouts=Timeouts(drain=0.3)) as served, talking(served) as busy:
+        served.hold()
+        busy.sendall(EMBED)
+        until(lambda: served.upstream.asked)
+        served.stop()
+        assert answer(busy).startswith(b"HTTP/1.1 500")
+        assert busy.recv(1) == b""
+        assert served.upstream.cancelled == 1
