@@ -82,6 +82,7 @@ def brought() -> dict[str, set[str]]:
     def packages(extra: str) -> Iterator[str]:
         for requirement in written[extra]:
             match = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement)
+            assert match is not None
             if match[1] != "radapter-serve":
                 yield normal(match[1])
                 continue

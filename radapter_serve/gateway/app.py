@@ -306,9 +306,11 @@ class Gateway:
                 with self.memory.lease() as acquire:
                     # A request that has all memory to itself is never refused for what it takes.
                     acquire(min(size, self.memory.max_bytes - len(body)))
-                    return await call(read)
+                    found: T = await call(read)
+                    return found
 
-        return await run_until_disconnect(request, reading(), seconds)
+        found: T = await run_until_disconnect(request, reading(), seconds)
+        return found
 
     async def _run(self, message: Any, seconds: float, entry: Entry) -> Any:
         """Triton's answer, as soon as the request may run; its deadline goes on to

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def rows(**sets: tuple[str, dict[float, float]]) -> list[Row]:
     ]
 
 
-def images(right: Sequence[bool], alpha: float, name: str = "a", shift: str = "id") -> Row:
-    """A row of images of which these are right."""
+def images(right: Any, alpha: float, name: str = "a", shift: str = "id") -> Row:
+    """A row of images, of which these are right, bool [N]."""
     hits = np.array(right, bool)
     return a_row(
         name, float(hits.mean()), alpha=alpha, shift=shift, n=len(hits), right=packed(hits)

@@ -223,7 +223,8 @@ def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
     y = image.astype(np.float64) @ weight
     assert y.max() < np.finfo(np.float16).max < y.sum(-1).min()  # what the test is about
     expected = 2 * (y / y.sum(-1, keepdims=True) @ value)
-    (found,) = ReferenceEvaluator(onnx.load(tmp_path / "model.onnx")).run(None, {"image": image})
+    evaluator = ReferenceEvaluator(onnx.load(tmp_path / "model.onnx"))
+    found: Any = evaluator.run(None, {"image": image})[0]
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
@@ -416,7 +417,8 @@ def calibrated(tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
         )
         images = open_images(str(photos), "--calibration")
         found = calibrate(images, tiny_base, source, served.encode)
-        length = tiny_base.tokenizer.context_length
+        tokenizer: Any = tiny_base.tokenizer
+        length = tokenizer.context_length
         rows = [row.tolist() for batch in found.tokens for row in batch]
         assert found.facts()["texts"] == len(rows)
         return [row + [0] * (length - len(row)) for row in rows]

@@ -119,7 +119,7 @@ def test_an_export_says_which_alpha_it_takes(
     run: Callable[..., Path], quick: None, tmp_path: Path
 ) -> None:
     folder = run()
-    places = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+    places: Any = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
 
     def made(alpha: Any = None, adapter: Any = folder) -> tuple[list[float], Any, tuple[str, ...]]:
         done = radapter_serve.export(adapter, alpha, **places)

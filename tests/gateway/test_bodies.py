@@ -16,11 +16,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from radapter_serve.gateway import app, embeddings, requests
+from radapter_serve.gateway import embeddings, requests
 from radapter_serve.gateway.app import SMALL_BODY, SMALL_JSON
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
+from radapter_serve.gateway.upstream import LOG
 from tests.gateway.test_gateway import INFER, TEXT, ask, refusal, talking, until
 from tests.helpers.fake_upstream import FakeUpstream, Served, config, serving
 
@@ -284,7 +285,7 @@ def test_a_failure_lets_go_of_what_was_under_way(
     without_gc: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app.LOG, "disabled", True)  # pytest keeps what is logged
+    monkeypatch.setattr(LOG, "disabled", True)  # pytest keeps what is logged
     with serving(Failing) as served:
         upstream = served.upstream
         assert isinstance(upstream, Failing)

@@ -131,7 +131,8 @@ SEARCH = [tensor("text", "BYTES", [1], ["a cat"]), tensor("index", "BYTES", [1],
 
 def test_thumbnails_in_json_are_refused_before_the_search() -> None:
     named: list[dict[str, Any]] = [{"name": "id"}, {"name": "thumbnail"}]
-    for more in ({}, {"outputs": named}):
+    shown: list[Any] = [{}, {"outputs": named}]
+    for more in shown:
         with pytest.raises(Refused, match="thumbnail is no text; ask for it in binary, or name"):
             ask("retrieve", *SEARCH, **more)
     assert ask("retrieve", *SEARCH, outputs=named[:1]).binary == frozenset()

@@ -155,6 +155,7 @@ def test_no_more_images_are_decoded_when_the_caller_has_left(
     embed = EmbedImages(release_of(repository), local.encode_images, threads=threads)
     images = [png(seed) for seed in range(20)]
     left, stayed = embed([images, [png(99)]], cancelled=[gone.is_set, lambda: False])
+    assert left.error is not None
     assert left.error.code == "cancelled"
     assert stayed.unwrap().shape == (1, WIDTH)
     assert len(decoded) <= threads + 1
@@ -171,8 +172,12 @@ def test_threads_are_for_small_images_of_all_callers(local, repository, monkeypa
     waits = threading.Event()
     found = []
 
+    def cancelled() -> bool:
+        waits.set()
+        return False
+
     def ask() -> None:
-        found.append(embed([large], cancelled=[lambda: waits.set() or False])[0])
+        found.append(embed([large], cancelled=[cancelled])[0])
 
     thread = threading.Thread(target=ask, daemon=True)
     with preprocess.turn(preprocess.read_header(large[0])):
@@ -202,8 +207,15 @@ def test_images_of_several_callers_are_decoded_in_turns(local, repository, monke
     monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
     embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
     submitted = threading.Semaphore(0)
-    submit = embed._pool.submit
-    monkeypatch.setattr(embed._pool, "submit", lambda work: (submit(work), submitted.release())[0])
+    pool = embed._pool
+    assert pool is not None
+    submit = pool.submit
+
+    def submit_and_note(work):
+        submit(work)
+        submitted.release()
+
+    monkeypatch.setattr(pool, "submit", submit_and_note)
     threads = [
         threading.Thread(target=embed, args=[[images]], daemon=True) for images in (many, few)
     ]
@@ -226,7 +238,7 @@ def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(local, repos
     embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
     images = [png(seed) for seed in range(8)]
     expected = embed([images])[0].unwrap()
-    closing = []
+    closing: list[threading.Thread] = []
 
     def decode(file, *others):
         if not closing:

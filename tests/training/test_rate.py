@@ -132,7 +132,7 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])  # all of it is its edge
     monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
     seeds = []
-    train_on = rate.train_on
+    train_on: Any = vars(rate)["train_on"]
 
     def train_and_see(short: Recipe, *rest: Any, **named: Any) -> Any:
         seeds.append(short.seed)
