@@ -383,8 +383,14 @@ def _outputs(
             binary.add(output.name)
     if default and not header.outputs:
         binary.update(model.outputs)
-    # What JSON can't hold is refused before any work.
+    # What JSON can't hold is refused before any work; of a request that names no outputs, files
+    # are left out.
     in_json = {output.name for output in header.outputs or model.outputs.values()} - binary
+    if not header.outputs and in_json & FILES:
+        in_json -= FILES
+        for name in model.outputs:
+            if name in in_json:
+                message.outputs.add(name=name)
     for name in in_json & FILES:
         raise no_text(name)
     for tensor, values in zip(message.inputs, message.raw_input_contents, strict=True):
