@@ -381,7 +381,9 @@ def read_broken(folder: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return [
             line.partition("\t")[0]
-            for line in (folder / BROKEN).read_text(encoding="utf-8").splitlines()
+            for line in (folder / BROKEN)
+            .read_text(encoding="utf-8", errors="backslashreplace")
+            .splitlines()
         ]
     return []
 

@@ -916,6 +916,17 @@ def test_broken_images(photos: Path, tmp_path: Path, release: FakeRelease) -> No
     assert verify(tmp_path / "index").new == ["\udcff.jpg"]
 
 
+def test_a_list_of_broken_images_that_is_no_text_names_none(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    out = tmp_path / "index"
+    (photos / "torn.jpg").write_bytes(b"no image")
+    build(str(photos), out, release, on_broken="skip")
+    assert verify(out).new == []
+    (out / "broken.txt").write_bytes(bytes(range(128, 256)))
+    assert verify(out).new == ["torn.jpg"]
+
+
 def test_nothing_is_written_where_there_is_nothing_to_index(
     tmp_path: Path, release: FakeRelease
 ) -> None:
