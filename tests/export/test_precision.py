@@ -224,7 +224,8 @@ def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
     assert y.max() < np.finfo(np.float16).max < y.sum(-1).min()  # what the test is about
     expected = 2 * (y / y.sum(-1, keepdims=True) @ value)
     evaluator = ReferenceEvaluator(onnx.load(tmp_path / "model.onnx"))
-    found: Any = evaluator.run(None, {"image": image})[0]
+    results: Any = evaluator.run(None, {"image": image})
+    found = results[0]
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 

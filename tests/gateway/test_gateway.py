@@ -24,7 +24,6 @@ import grpc
 import numpy as np
 import pytest
 import urllib3
-from starlette.applications import Starlette
 
 import radapter_client
 from radapter_client import Client
@@ -186,7 +185,7 @@ def test_each_release_is_asked_by_its_own_configuration(served: Served) -> None:
 def test_configurations_that_nobody_asks_for_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     async def asked() -> int:
         gateway = Gateway(Settings(), FakeUpstream)
-        async with gateway._lifespan(Starlette()):
+        async with gateway.opened():
             for name in TASKS:
                 await gateway._model(name, "1")
             monkeypatch.setattr(app, "FRESH", 0.0)
