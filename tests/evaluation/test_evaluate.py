@@ -26,6 +26,7 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEm
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -161,6 +162,16 @@ def test_what_is_kept_is_what_open_clip_answers_among_common_nouns(
         seen = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
         said = base.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
         best[alpha] = (seen @ said.T).argmax(dim=1)
+    suite = load_suite(world / "suite.yaml", world)
+    data = open_set(suite, suite.entries[0])
+    embedder = from_adapter(run_folder, ALPHAS)
+    for variant in embedder.variants:
+        embedder.select(variant)
+        scorer = data.scorer(embedder, {}, ask_nouns=True)
+        scorer.add([embedder.prepare(file.read_bytes()) for file in files])
+        answers = [data.nouns[number] for number in np.concatenate(scorer.nearest)]
+        assert answers == [nouns[number] for number in best[variant.alpha or 0.0]]
+    embedder.close()
     found = {row.alpha: row for row in rows if row.dataset == "plain"}
     shares = {alpha: float((of == best[0.0]).float().mean()) for alpha, of in best.items()}
     assert {alpha: row.metrics["kept"] for alpha, row in found.items()} == pytest.approx(shares)
