@@ -1,16 +1,14 @@
-"""What a photo of 12 megapixels costs: whole, made small by the client, and decoded fast."""
+"""What a photo of 12 megapixels costs: whole, and made small by the client."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import tyro
 from common import RESULTS, Report, alternate, ratio
 from PIL import Image
@@ -20,7 +18,6 @@ from radapter_client._images import encode_small
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.engine.version import LocalVersion
 from radapter_serve.release.served import Served
-from radapter_serve.tasks.classify import EmbedImages
 
 SIZE = 224
 # pixels
@@ -43,7 +40,6 @@ def decoding(photo: bytes) -> Mapping[str, Callable[[], float]]:
     small = encode_small(photo, 2 * SIZE)
     ways = {
         "exact": (photo, Preprocess((SIZE, SIZE))),
-        "--fast-decode": (photo, Preprocess((SIZE, SIZE), fast_decode=True)),
         f"shrink_to={2 * SIZE}": (small, Preprocess((SIZE, SIZE))),
     }
     return {name: partial(_processor, partial(decode_pixels, *way)) for name, way in ways.items()}
@@ -52,33 +48,14 @@ def decoding(photo: bytes) -> Mapping[str, Callable[[], float]]:
 def embedding(photo: bytes, version: LocalVersion) -> Mapping[str, Callable[[], float]]:
     """Seconds of a call that embeds a photo, in each way; the encoder is the same."""
     small = encode_small(photo, 2 * SIZE)
-    fast = {**version.release.preprocess, "fast_decode": True}
-    quick = EmbedImages(
-        dataclasses.replace(version.release, preprocess=fast), version.encode_images
-    )
-    ways = {
-        "exact": (version.embed_images, photo),
-        "--fast-decode": (quick, photo),
-        f"shrink_to={2 * SIZE}": (version.embed_images, small),
-    }
 
-    def call(embed: EmbedImages, data: bytes) -> float:
+    def call(data: bytes) -> float:
         start = time.perf_counter()
-        [outcome] = embed([[data]])
+        [outcome] = version.embed_images([[data]])
         outcome.unwrap()
         return time.perf_counter() - start
 
-    return {name: partial(call, *way) for name, way in ways.items()}
-
-
-def cosines(photos: list[bytes], version: LocalVersion) -> Iterator[float]:
-    """Of the embeddings of photos that are decoded fast with those of exact decoding."""
-    exact = Preprocess.from_dict(version.release.preprocess)
-    fast = dataclasses.replace(exact, fast_decode=True)
-    for photo in photos:
-        pixels = np.stack([decode_pixels(photo, way) for way in (exact, fast)])
-        one, other = version.encode_images(pixels)
-        yield float(one @ other)
+    return {"exact": partial(call, photo), f"shrink_to={2 * SIZE}": partial(call, small)}
 
 
 def _processor(run: Callable[[], object]) -> float:
@@ -87,15 +64,12 @@ def _processor(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def main(
-    photos: Path, repository: Path, count: int = 20, repeats: int = 9, out: Path = RESULTS
-) -> None:
+def main(photos: Path, repository: Path, repeats: int = 9, out: Path = RESULTS) -> None:
     """Measure large photos.
 
     Args:
-        photos: folder; the first of them are made large.
-        repository: a model repository with a release of ViT-B-32, without fast decoding.
-        count: photos whose embeddings are compared.
+        photos: folder; the first of them is made large.
+        repository: a model repository with a release of ViT-B-32.
         repeats: rounds.
         out: folder of the table.
     """
@@ -106,11 +80,11 @@ def main(
         " resizing is processor time; a call embeds one photo in this process, encoder included."
         " shrink_to: the client made the photo small before.",
     )
-    made = [large(Path(path)) for path in list(list_images(photos))[:count]]
+    photo = large(Path(next(iter(list_images(photos)))))
     version = LocalVersion(repository, max(Served.load(repository).releases), Path("indexes"))
     rows = []
-    decoded = alternate(decoding(made[0]), repeats)
-    called = alternate(embedding(made[0], version), repeats)
+    decoded = alternate(decoding(photo), repeats)
+    called = alternate(embedding(photo, version), repeats)
     for name in decoded:
         rows.append(
             [
@@ -125,11 +99,6 @@ def main(
         f"a photo, {version.release.precision}",
         ["way", "decoding, ms", "ratio to exact", "a call, ms", "ratio to exact"],
         rows,
-    )
-    found = sorted(cosines(made, version))
-    report.note(
-        f"Of {len(found)} photos, the cosine of the embedding by --fast-decode with the exact one"
-        f" is {found[0]:.5f} at least, and {statistics.median(found):.5f} in the median."
     )
     version.close()
     report.write(out)

@@ -17,7 +17,6 @@ from radapter_export.settings import NONE, OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import is_decoded_smaller
 from radapter_serve.data.held_out import OtherImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
@@ -83,14 +82,12 @@ class Measured:
             of too few images.
         warnings: why it is None, where one might expect it; a line each.
         label_sets: of those with labels by example, where the data has their labels; by name.
-        decoded_smaller: how many of the images the release decodes at less than their size.
     """
 
     accuracy: Accuracy
     confidence: Confidence | None = None
     warnings: tuple[str, ...] = ()
     label_sets: Mapping[str, LabelSetFigures] = field(default_factory=dict)
-    decoded_smaller: int = 0
 
     def added_to(self, release: Release) -> Release:
         """A release that says what was measured of it."""
@@ -99,12 +96,8 @@ class Measured:
             label_sets[name]["accuracy"] = found.accuracy
             if found.confidence is not None:
                 label_sets[name]["confidence"] = dataclasses.asdict(found.confidence)
-        fast_decode = release.fast_decode
-        if fast_decode is not None:
-            fast_decode = {**fast_decode, "validation_images": self.decoded_smaller}
         return dataclasses.replace(
             release,
-            fast_decode=fast_decode,
             accuracy=dataclasses.asdict(self.accuracy),
             confidence=None if self.confidence is None else dataclasses.asdict(self.confidence),
             label_sets=label_sets,
@@ -157,13 +150,12 @@ class Validation:
         torch = _per_cent(by_torch.row)
         own = _per_cent(by_release.row)
         drop = round(torch - own, 3)
-        without = " and without --fast-decode" if release.facts.fast_decode else ""
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
                 f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)}"
                 f" images of {entry.data} ({torch:.2f} by torch, {own:.2f} by the release), and"
                 f" {self.max_drop:g} are allowed; nothing was written. Export with --precision"
-                f" fp32{without}, or allow more with --max-drop"
+                f" fp32, or allow more with --max-drop"
             )
         accuracy = Accuracy(entry.data, len(self.data), entry.metric, torch, own, drop)
         measured = self._measured(accuracy, release.facts, by_release.cosines)
@@ -212,7 +204,7 @@ class Validation:
         self, measured: Measured, release: _Keeping, label_sets: Mapping[str, LabelSet]
     ) -> Measured:
         """What the data says of this release alone: of label sets with labels by example, where it
-        has their labels, and of fast decoding.
+        has their labels.
         """
         warnings = list(measured.warnings)
         found: dict[str, LabelSetFigures] = {}
@@ -243,7 +235,6 @@ class Validation:
             measured,
             warnings=tuple(warnings),
             label_sets=found,
-            decoded_smaller=len(release.decoded_smaller),
         )
 
     def _truth(self, label_set: LabelSet) -> NDArray[np.int64] | None:
@@ -267,20 +258,12 @@ class _Keeping(ReleaseEmbedder):
     Attributes:
         by_example: names of these label sets.
         kept: of the images so far, float32 [N, D] each.
-        decoded_smaller: an entry for each image so far that is decoded at less than its size.
     """
 
     def __init__(self, repository: str) -> None:
         super().__init__(repository)
         self.by_example = list(self.facts.sets_by_example)
         self.kept: list[Floats] = []
-        self.decoded_smaller: list[None] = []
-
-    def prepare(self, data: bytes) -> Any:
-        preprocess = self._release.preprocess
-        if preprocess.fast_decode and is_decoded_smaller(data, preprocess):
-            self.decoded_smaller.append(None)  # from several threads
-        return super().prepare(data)
 
     def embed_images(self, items: Sequence[Any]) -> Floats:
         embeds = super().embed_images(items)
@@ -314,8 +297,6 @@ def open_validation(
     way: str | None,
     precision: str,
     max_drop: float,
-    *,
-    fast_decode: bool = False,
 ) -> Validation | None:
     """Open the data that releases are to be evaluated on.
 
@@ -323,18 +304,17 @@ def open_validation(
         metadata: of the adapter, whose recipe says which columns and classes the data has.
         data: of the form of a recipe's `val_data`; "none" for none; "own" for the run's own
             (`val_data`, or the share that it held out). If None, the run's own, where it can still
-            be read and the precision is not fp32, or decoding is fast.
+            be read and the precision is not fp32.
         way: how the release embeds patches; None if it does not.
         precision: of the release.
         max_drop: points that a release may lose.
-        fast_decode: whether the release decodes large photos at less than their size.
 
     Raises:
         RAdapterError: the data that was asked for can't be read; the images that training held out
             are others now.
     """
     own = data is None
-    exact = precision == "fp32" and not fast_decode
+    exact = precision == "fp32"
     has_own = metadata.source.val_data or metadata.source.val_fraction
     if data == NONE or (own and (exact or not has_own)):
         return None

@@ -183,10 +183,6 @@ def _figures(release: Release) -> str:
         rows.append(("calibration error as the model scores", f"{confidence['ece_before']:.3f}"))
         if confidence.get("ece_after") is not None:
             rows.append(("the same, calibrated", f"{confidence['ece_after']:.3f}"))
-    if (fast := release.fast_decode) is not None:
-        rows.append(("least cosine of large photos decoded fast", f"{fast['min_cosine']:.5f}"))
-        if "validation_images" in fast:
-            rows.append(("validation images decoded fast", fast["validation_images"]))
     for encoder, found in release.agreement.items():
         if isinstance(found, Mapping) and "max_error" in found:
             rows.append(

@@ -8,15 +8,12 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 
 
-def preprocess_facts(
-    base: Base, *, exif_orientation: bool, fast_decode: bool = False
-) -> dict[str, Any]:
+def preprocess_facts(base: Base, *, exif_orientation: bool) -> dict[str, Any]:
     """The `preprocess` entry of a release.
 
     Args:
         base: whose images are square.
         exif_orientation: whether images are turned by their EXIF orientation.
-        fast_decode: whether large JPEGs are decoded at less than their size.
     """
     own = base.preprocess
     return {
@@ -24,7 +21,6 @@ def preprocess_facts(
         **{name: own[name] for name in ("mode", "interpolation", "resize_mode", "fill_color")},
         **{name: [float(value) for value in own[name]] for name in ("mean", "std")},
         "exif_orientation": exif_orientation,
-        **({"fast_decode": True} if fast_decode else {}),
     }
 
 

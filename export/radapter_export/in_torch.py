@@ -180,11 +180,8 @@ def _as_told(release: Release, told: Release, base: Base, dense: str | None) -> 
         adapters=told.adapters,
         templates=told.templates,
         preprocess=preprocess_facts(
-            base,
-            exif_orientation=told.preprocess.get("exif_orientation", True),
-            fast_decode=told.preprocess.get("fast_decode", False),
+            base, exif_orientation=told.preprocess.get("exif_orientation", True)
         ),
-        fast_decode=told.fast_decode,
         crop=told.crop,
         dense=dense_facts(base, way),
         confidence=told.confidence,

@@ -82,7 +82,6 @@ def export_release(
         source.way,
         settings.precision,
         settings.max_drop,
-        fast_decode=settings.fast_decode,
     )
     if validation is not None and source.shown:
         refusal = overlap(source.shown, validation.data.contents)

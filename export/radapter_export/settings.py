@@ -55,8 +55,7 @@ class ExportSettings:
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
         validation: data as of radapter-train --val-data, by which the encoders are compared with
             torch in the task's own metric, and scores are calibrated; own for the run's own, which
-            is also taken if none is given and the precision is not fp32, or with --fast-decode;
-            none for none.
+            is also taken if none is given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none
             is given.
@@ -68,9 +67,6 @@ class ExportSettings:
             merged weights, those for transformers if asked for, and the card are sent; it is made,
             private, if there is none. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take it
             from there.
-        fast_decode: decode large JPEGs at a half, a quarter or an eighth of their size, but at
-            least twice the encoder's input, wherever the release embeds images: faster, and not
-            open_clip's to the bit. The difference is measured. Segmentation decodes exactly.
         card: write a model card, README.md, beside the merged weights and those for transformers.
         exif_orientation: the server turns images as their EXIF says, where training did so;
             --no-exif-orientation leaves them as the files have them, as open_clip does.
@@ -95,7 +91,6 @@ class ExportSettings:
     tolerance: float | None = None
     max_batch_size: int = 64
     push: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    fast_decode: bool = False
     card: bool = True
     exif_orientation: bool = True
 

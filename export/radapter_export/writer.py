@@ -24,7 +24,6 @@ from radapter_export.card import card_of
 from radapter_export.change import Change, Reference
 from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.facts import dense_facts, preprocess_facts
-from radapter_export.fast_decode import measure_fast_decode
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
@@ -138,11 +137,7 @@ class Writer:
             others = self._write_forms(name, alpha, folded, samples)
             release = self._describe(version, alpha, folded, graphs)
             label_sets = self._write_label_sets(release, encoders)
-            release = replace(
-                release,
-                label_sets=label_sets.facts,
-                fast_decode=self._fast_decode(release, encoders["image_encoder"], samples),
-            )
+            release = replace(release, label_sets=label_sets.facts)
             self._save(release)
             measured = self._measure(release)
             if measured is not None:
@@ -310,18 +305,6 @@ class Writer:
         say(0)
         return say
 
-    def _fast_decode(
-        self, release: Release, encode: Encode, samples: Mapping[str, Samples]
-    ) -> dict[str, Any] | None:
-        """How far fast decoding moves embeddings; None where images are decoded whole."""
-        if not self.settings.fast_decode:
-            return None
-        self.say("comparing photos that are decoded at less than their size with whole ones")
-        images = samples["image_encoder"].inputs
-        own = single(release.request_alpha(None, 1))
-        preprocess = Preprocess.from_dict(release.preprocess)
-        return asdict(measure_fast_decode(images, preprocess, at(encode, own)))
-
     def _save(self, release: Release) -> None:
         """Write `release.json`, and the code of the models, into the release's folders."""
         repository = self.outputs.repository
@@ -364,7 +347,6 @@ class Writer:
             preprocess=preprocess_facts(
                 self.base,
                 exif_orientation=source.exif_orientation,
-                fast_decode=settings.fast_decode,
             ),
             tokenizer=self.tokenizer.spec,
             embed_dim=self._width,

@@ -120,8 +120,6 @@ def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> 
                 f"{name}: {metric_name(found.metric)} on {found.n} images of {found.dataset}:"
                 f" {found.release:.2f} %, torch {found.torch:.2f} %"
             )
-        if release.fast_decode:
-            yield f"{name}: {_fast_decode(release.fast_decode)}"
         for label_set, facts in release.label_sets.items():
             if "accuracy" in facts:
                 yield (
@@ -130,7 +128,7 @@ def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> 
                 )
         if release.confidence:
             yield f"{name}: {_calibrated(release.confidence)}"
-    changed = settings.precision != "fp32" or settings.fast_decode
+    changed = settings.precision != "fp32"
     if changed and settings.validation is None and not releases[-1].accuracy:
         yield (
             "No task accuracy was measured: the run has no validation data here; give some with"
@@ -156,16 +154,6 @@ def _written(releases: Sequence[ExportedRelease], settings: ExportSettings) -> I
     if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         yield f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}"
-
-
-def _fast_decode(fast: Mapping[str, Any]) -> str:
-    """A sentence about large photos that are decoded at less than their size."""
-    said = (
-        "large photos are decoded fast: embeddings have a cosine of at least"
-        f" {fast['min_cosine']:.5f} with those of exact decoding, on the check images"
-    )
-    count = fast.get("validation_images")
-    return said if count is None else f"{said}; {count} of the validation images are so large"
 
 
 def _calibrated(fitted: Mapping[str, Any]) -> str:

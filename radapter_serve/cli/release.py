@@ -46,8 +46,7 @@ def list_(model_repository: Path = REPOSITORY, http_port: int | None = None) -> 
             table.add_row(str(version), "", "cannot be read", "", "", escape(str(error)))
             continue
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
-        precision = f"{release.precision}{', fast decode' if release.fast_decode else ''}"
-        facts = release.architecture, precision, release.created
+        facts = release.architecture, release.precision, release.created
         table.add_row(str(version), alpha, *map(escape, facts), escape(_how(version, state)))
     Console().print(table)
     print(where)

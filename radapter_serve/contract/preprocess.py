@@ -1,5 +1,5 @@
 """From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes
-it, to the bit, unless a release has fast decoding.
+it, to the bit.
 """
 
 from __future__ import annotations
@@ -47,9 +47,6 @@ MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thi
 # thousands. Cameras and libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are
 # allowed as it is larger.
 MAX_SCANS = 100
-# Sides of an image that is decoded at less than its size, in sides of the encoder's input: what is
-# left is resized by as much at least, which evens out how the pixels were averaged.
-FAST_DECODE = 2
 POLL_SECONDS = 0.1  # after which those that wait for their turn ask for their callers again
 # markers of JPEG
 _SCAN = b"\xff\xda"
@@ -289,11 +286,8 @@ def decode_into(
     try:
         file = read_header(data)
         preprocess.check(file.width, file.height)
-        # By the pixels of the file: a progressive JPEG is in memory whole, whatever is decoded.
         with turn(file, cancelled):
             image = _open(file.data)
-            if preprocess.fast_decode:
-                _decode_smaller(image, preprocess)
             image = _loaded(image, preprocess.exif_orientation)
             preprocess(image, out=out)
     except TaskError:
@@ -311,26 +305,6 @@ def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
     pixels = np.empty((*preprocess.size, 3), np.uint8)
     decode_into(data, preprocess, pixels)
     return pixels
-
-
-def is_decoded_smaller(data: bytes, preprocess: Preprocess) -> bool:
-    """Whether `decode_into` would decode an image at less than its size, where it may.
-
-    Raises:
-        TaskError: as `decode` does, of the image's header.
-    """
-    image = _open(read_header(data).data)
-    size = image.size
-    _decode_smaller(image, preprocess)
-    return image.size != size
-
-
-def _decode_smaller(image: Image.Image, preprocess: Preprocess) -> None:
-    """Have a JPEG decoded at a half, a quarter or an eighth of its size, but neither side below
-    `FAST_DECODE` times the encoder's input; others stay as they are.
-    """
-    side = FAST_DECODE * max(preprocess.size)
-    image.draft(None, (side, side))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -390,8 +364,6 @@ class Preprocess:
         fill_color: value in [0, 255] of the padding.
         exif_orientation: whether images are turned as their EXIF says when they are decoded;
             open_clip does not.
-        fast_decode: whether `decode_into` has large JPEGs decoded at less than their size, which is
-            faster, and not open_clip's to the bit.
     """
 
     size: tuple[int, int]
@@ -399,7 +371,6 @@ class Preprocess:
     resize_mode: str = "shortest"
     fill_color: int = 0
     exif_orientation: bool = True
-    fast_decode: bool = False
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -415,8 +386,7 @@ class Preprocess:
             raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
         fill = int(config.get("fill_color") or 0)
         turn = bool(config.get("exif_orientation", True))
-        fast = bool(config.get("fast_decode", False))
-        return cls((int(height), int(width)), interpolation, mode, fill, turn, fast)
+        return cls((int(height), int(width)), interpolation, mode, fill, turn)
 
     def __call__(
         self, image: Image.Image, out: NDArray[np.uint8] | None = None

@@ -25,7 +25,6 @@ _OPTIONAL = (
     "quantization",
     "accuracy",
     "confidence",
-    "fast_decode",
 )  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
@@ -72,9 +71,6 @@ class Release:
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
         confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not
             fitted.
-        fast_decode: max_error and min_cosine of embeddings of photos that are decoded at less than
-            their size, against whole ones; `validation_images`, how many of the validation data are
-            decoded so, where there is some. None where all are decoded whole.
         format: version of this format.
     """
 
@@ -104,7 +100,6 @@ class Release:
     created: str = ""
     accuracy: dict[str, Any] | None = None
     confidence: dict[str, Any] | None = None
-    fast_decode: dict[str, Any] | None = None
     format: int = FORMAT
 
     @property

@@ -24,7 +24,6 @@ from radapter_serve.contract.preprocess import (
     decode,
     decode_into,
     decode_pixels,
-    is_decoded_smaller,
     oriented,
     read_header,
     read_headers,
@@ -317,7 +316,6 @@ def test_base64_takes_little_memory():
     assert most < 6_000_000
 
 
-FAST = Preprocess((32, 32), fast_decode=True)
 EXACT = Preprocess((32, 32))
 
 
@@ -473,53 +471,3 @@ def test_whatever_fails_is_the_image_s_error(monkeypatch, error, code, where):
     with pytest.raises(TaskError) as caught:
         decode_into(data, Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
     assert caught.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "scale"),
-    [
-        (127, 600, 1),
-        (128, 600, 2),
-        (255, 256, 2),
-        (600, 256, 4),
-        (512, 511, 4),
-        (513, 517, 8),
-        (5000, 64, 1),
-    ],
-)
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_fast_decoding_keeps_twice_the_input(width: int, height: int, scale: int, mode: str):
-    data = photo(width, height, mode=mode)
-    image = Image.open(io.BytesIO(data))
-    if scale > 1:
-        image.draft(None, (width // scale, height // scale))
-    image.load()
-    assert image.size == (-(-width // scale), -(-height // scale))
-    assert scale == 1 or min(image.size) >= 64
-    np.testing.assert_array_equal(decode_pixels(data, FAST), EXACT(image))
-    assert is_decoded_smaller(data, FAST) == (scale > 1)
-
-
-def test_fast_decoding_is_near_the_exact_one_and_turns_photos():
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    smooth.resize((800, 600), Image.Resampling.BICUBIC).save(file, "JPEG", exif=exif, quality=95)
-    fast, exact = (decode_pixels(file.getvalue(), how).astype(int) for how in (FAST, EXACT))
-    assert 0 < np.abs(fast - exact).max() <= 4
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_fast_decoding_is_for_jpeg_alone(kind: str):
-    data = photo(600, 600, kind)
-    np.testing.assert_array_equal(decode_pixels(data, FAST), decode_pixels(data, EXACT))
-    assert not is_decoded_smaller(data, FAST)
-
-
-def test_fast_decoding_of_progressive_and_broken_photos():
-    data = photo(600, 600, progressive=True)
-    assert is_decoded_smaller(data, FAST)
-    assert decode_pixels(data, FAST).std() < decode_pixels(photo(63, 63), FAST).std()
-    with pytest.raises(TaskError, match=r"\[invalid_image\] the image is broken or truncated"):
-        decode_pixels(data[: len(data) // 2], FAST)

@@ -118,12 +118,12 @@ def release_of(repository) -> Release:
 
 
 def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(local, monkeypatch):
-    monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 1800)
+    monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 4600)
     seen: list[bytes] = []
     monkeypatch.setattr(
         "radapter_serve.tasks.classify.decode_into", lambda file, *_: seen.append(file.data)
     )
-    images = [png(seed) for seed in range(4)]  # 600 pixels each
+    images = [png(seed) for seed in range(8)]  # 600 pixels each
     broken = [images[0], b"nonsense"]
     thin = [images[0], png(0, 4000, 1)]  # 16 x 64,000 pixels when it is resized
     monkeypatch.setattr("radapter_serve.contract.preprocess.LARGE_PIXELS", 1_000_000)
@@ -134,7 +134,8 @@ def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(local, m
         "image_too_large",
         None,
     ]
-    assert "have 2400 pixels together; at most 1800" in found[0].error.message
+    assert "have 4800 pixels together; at most 4600" in str(found[0].error)
+    assert "image of 4000 x 1, resized," in str(found[2].error)
     assert sorted(seen) == sorted(images[:3])
 
 
@@ -172,12 +173,12 @@ def test_threads_are_for_small_images_of_all_callers(local, repository, monkeypa
     waits = threading.Event()
     found = []
 
-    def cancelled() -> bool:
+    def stays() -> bool:
         waits.set()
         return False
 
     def ask() -> None:
-        found.append(embed([large], cancelled=[cancelled])[0])
+        found.append(embed([large], cancelled=[stays])[0])
 
     thread = threading.Thread(target=ask, daemon=True)
     with preprocess.turn(preprocess.read_header(large[0])):
@@ -207,15 +208,13 @@ def test_images_of_several_callers_are_decoded_in_turns(local, repository, monke
     monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
     embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
     submitted = threading.Semaphore(0)
-    pool = embed._pool
-    assert pool is not None
-    submit = pool.submit
+    submit = embed._submit
 
-    def submit_and_note(work):
+    def note(work) -> None:
         submit(work)
         submitted.release()
 
-    monkeypatch.setattr(pool, "submit", submit_and_note)
+    monkeypatch.setattr(embed, "_submit", note)
     threads = [
         threading.Thread(target=embed, args=[[images]], daemon=True) for images in (many, few)
     ]

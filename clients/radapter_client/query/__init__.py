@@ -406,7 +406,6 @@ def release(server: OmitArgPrefixes[Server]) -> None:
         "α": f"{used.alpha:g}, or any from 0 to 1 by request" if used.dynamic_alpha else used.alpha,
         "architecture": used.architecture,
         "precision": used.precision,
-        "decoding": "fast, for large photos" if used.facts.get("fast_decode") else "exact",
         "embedding width": used.embed_dim,
         "templates": (
             used.templates[0]
