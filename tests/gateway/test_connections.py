@@ -304,14 +304,29 @@ def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
 # Answers
 
 
-def test_an_answer_names_no_program_and_is_one_packet(served: Served) -> None:
+def test_an_answer_names_no_program(served: Served) -> None:
     with talking(served) as it:
-        for _ in range(20):
-            it.sendall(ALIVE)
-            head, _, body = it.recv(2**16).partition(b"\r\n\r\n")
-            assert json.loads(body) == {"live": True}
-            names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
-            assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
+        it.sendall(ALIVE)
+        head, _, body = answer(it).partition(b"\r\n\r\n")
+    assert json.loads(body) == {"live": True}
+    names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
+    assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
+
+
+def test_headers_go_out_with_their_body(served: Served) -> None:
+    with talking(served) as it:
+        assert answers(it)
+        (one,) = served.connections._open
+        written: list[bytes] = []
+
+        class Recorder:
+            def write(self, data: bytes) -> None:
+                written.append(data)
+                one.transport.write(data)
+
+        one._joined._transport = Recorder()
+        assert answers(it)
+    assert len(written) == 1
 
 
 # The end
