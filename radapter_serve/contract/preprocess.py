@@ -438,8 +438,11 @@ class Preprocess:
         """
         try:
             self.resized(width, height)
-        except TaskError:
-            self.resized(height, width)
+        except TaskError as error:
+            try:
+                self.resized(height, width)
+            except TaskError:
+                raise error from None
 
     def resized(self, image_width: int, image_height: int) -> tuple[int, int]:
         """The width and the height that `resize` gives an image.
