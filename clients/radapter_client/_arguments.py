@@ -66,6 +66,11 @@ def example_inputs(
             label that has none, the server's own.
         shrink_to: as of `encode_small`.
     """
+    if not isinstance(examples, Mapping):
+        raise bad_argument(
+            f"examples is {shown(examples)}; give images by label, such as"
+            ' {"a mug": ["mug.jpg"]}'
+        )
     images: list[bytes] = []
     places: list[int] = []
     for name, given in examples.items():

@@ -589,6 +589,7 @@ def test_examples_are_sent_with_the_first_image_alone():
         ({"examples": {"mug": b"x"}, "labels": ["cup"]}, "examples has 'mug', which is not among"),
         ({"examples": {"mug": b"x"}, "label_set": "all"}, "examples are for labels"),
         ({"examples": {}, "labels": ["cup"]}, "no examples"),
+        ({"examples": [b"x"], "labels": ["cup"]}, "examples is a value of type list; give images"),
         ({"examples": {"cup": ["/no/such.png"]}}, "an example of 'cup': .*no/such.png"),
         ({"examples": {"cup": b"x"}, "example_weight": float("nan")}, "example_weight is nan"),
         ({"labels": ["cup"], "example_weight": 0.5}, "example_weight without examples"),
