@@ -68,8 +68,7 @@ def example_inputs(
     """
     if not isinstance(examples, Mapping):
         raise bad_argument(
-            f"examples is {shown(examples)}; give images by label, such as"
-            ' {"a mug": ["mug.jpg"]}'
+            f'examples is {shown(examples)}; give images by label, such as {{"a mug": ["mug.jpg"]}}'
         )
     images: list[bytes] = []
     places: list[int] = []
