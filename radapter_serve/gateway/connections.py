@@ -41,6 +41,7 @@ WARN_SECONDS = 60.0  # from one warning that an address has all its places to th
 _HEAD_END = b"\r\n\r\n"
 # Of a request: some callers end the one before with an empty line.
 _BEGINNING = re.compile(rb"(\r\n)?([A-Z]|\Z)|\r\Z")
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\n"
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _JOINED = 16 * 1024  # bytes of an answer above which nothing is joined
 _CHUNKED_PIECE = 512  # bytes of a chunked body that are parsed at once, at least
@@ -369,6 +370,9 @@ class _Connection(HttpToolsProtocol):
         while start < len(data) and not self._is_answering:
             if not self._in_body:
                 # Headers are parsed as a whole.
+                if data.startswith(_HTTP2, start):
+                    self.end()  # a caller by gRPC, to whom an answer in HTTP/1.1 says nothing
+                    return
                 if not _BEGINNING.match(data, start):
                     self._refuse(HTTPStatus.BAD_REQUEST)
                     return

@@ -262,7 +262,6 @@ def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) 
     [
         b"\x16\x03\x01\x02\x00\x01",  # a handshake of TLS
         b"\r\n\r\n" + ALIVE,
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET /health/live HTTP/2.0\r\n\r\n",
         b"CONNECT a:1 " + HOST + b"\r\n",
         CHUNKED + b"no size\r\n",
@@ -277,6 +276,13 @@ def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
         assert it.recv(1) == b""
     until(lambda: not served.connections._open)
     assert not served.upstream.asked
+
+
+def test_a_caller_by_grpc_gets_the_end_alone(served: Served) -> None:
+    """By which our client knows it, and says which URL to write."""
+    with talking(served) as it:
+        it.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert it.recv(1) == b""
 
 
 @pytest.mark.parametrize(
