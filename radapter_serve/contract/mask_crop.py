@@ -72,8 +72,10 @@ class MaskCrop:
         columns = np.flatnonzero(mask.any(0))
         if not len(rows):
             raise invalid("a mask is empty; it needs at least one pixel")
-        left, right = int(columns[0]), int(columns[-1]) + 1
-        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        left = int(columns[0])
+        right = int(columns[-1]) + 1
+        top = int(rows[0])
+        bottom = int(rows[-1]) + 1
         side = self.side(max(right - left, bottom - top))
         if side * side > MAX_PIXELS:  # of a long and thin image
             raise TaskError(

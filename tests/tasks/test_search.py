@@ -66,8 +66,8 @@ def task(folder: Path, release: FakeRelease) -> Retrieve:
     return Retrieve(
         release.facts,
         folder,
-        lambda text: TEXTS[int(text)],
-        lambda image: release.encode_images([release.prepare(image)])[0],
+        lambda text, **told: TEXTS[int(text)],
+        lambda image, **told: release.encode_images([release.prepare(image)])[0],
     )
 
 

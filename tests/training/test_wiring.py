@@ -286,7 +286,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     assert {point["alpha"]: point["score"] for point in choice.curve} == pytest.approx(
         scores, abs=0.01
     )
-    assert choice.alpha == min(
+    assert choice.best == min(
         alpha for alpha, score in scores.items() if score == max(scores.values())
     )
 
