@@ -1,0 +1,163 @@
+"""What happens to other classes: each judgement by hand, the interval and Holm's correction against
+values from elsewhere, and the table of a few steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from radapter_serve.adapter import attach
+from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import encode_image
+from rivals import others
+from rivals.others import Collection, Images, distance_of_words, holm, judge, lead_of, vocabulary
+from tests.helpers.by_hand import ClipWithAdapters
+
+CLASSES = ("a", "b", "c", "d")
+
+
+class Told:
+    """A system whose embeddings are told."""
+
+    def __init__(self, classes: list[list[float]]) -> None:
+        self._classes = torch.tensor(classes)
+
+    def embed_classes(self, classes: Any, templates: Any) -> torch.Tensor:
+        return self._classes
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+
+def test_each_kind_is_judged_among_its_own_labels() -> None:
+    of = Collection(CLASSES, ("{}",), {}, {}, {})
+    assert of.splits == {"first half": ("a", "b"), "last half": ("c", "d")}
+    system: Any = Told(torch.eye(4).tolist())
+    scores = [
+        [0.9, 0.1, 0.0, 0.0],  # an image of a, right among all
+        [0.5, 0.4, 0.6, 0.0],  # of a, right among a and b; c is better
+        [0.7, 0.0, 0.6, 0.1],  # of c, right among c and d; a is better
+        [0.0, 0.1, 0.9, 0.2],  # of d, wrong everywhere
+    ]
+    images = Images(torch.tensor(scores), np.array([0, 0, 2, 3]))
+    found = {
+        kind: values.tolist()
+        for (kind, _), values in judge(system, of, "first half", {"x": images}).items()
+    }
+    assert found["trained"] == [True, True]
+    assert found["trained, all labels"] == [True, False]
+    assert found["others"] == [True, False]
+    assert found["others, all labels"] == [False, False]
+    # c ranks its image third or second: 0.9, 0.6, 0.6; d ranks its own first.
+    assert found["searches"] == pytest.approx([1 / 3, 1.0], abs=1e-3)
+
+
+def test_the_interval_of_one_seed_is_that_of_a_mean_over_images() -> None:
+    draw = np.random.default_rng(1)
+    differences = draw.choice([-1.0, 0.0, 1.0], size=(1, 400), p=[0.1, 0.7, 0.2])
+    lead, half, p = lead_of([differences])
+    error = 100 * scipy.stats.sem(differences[0])
+    assert lead == pytest.approx(100 * differences.mean())
+    assert half == pytest.approx(1.96 * error, rel=0.08)
+    assert p == pytest.approx(2 * scipy.stats.norm.sf(abs(lead) / error), rel=0.5)
+
+
+def test_the_interval_holds_seeds_too() -> None:
+    seeds = np.repeat([[0.0], [0.1], [0.2], [0.3]], 50, axis=1)  # images are all alike
+    _, half, _ = lead_of([seeds])
+    drawn = [np.mean(of) for of in np.random.default_rng(2).choice([0, 10, 20, 30], (20000, 4))]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert half == pytest.approx((high - low) / 2, rel=0.1)
+    _, of_two, _ = lead_of([seeds, seeds])
+    assert of_two == pytest.approx(half / 2**0.5, rel=0.15)
+
+
+def test_holm_by_hand() -> None:
+    # 0.005 <= 0.05/4 and 0.01 <= 0.05/3, but 0.03 > 0.05/2, which ends it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert holm([0.04]) == [True]
+
+
+def test_words_hold_no_name_of_the_classes() -> None:
+    words = vocabulary(["goldfish", "shark, hen"])
+    assert "goldfish" not in words and "hen" not in words
+    assert not [word for word in words if "shark" in word.split()]
+    assert "tench" in words and "prairie grouse" in words
+    assert len(words) > 900
+
+
+@pytest.mark.parametrize("form", ["activation", "weight"])
+def test_the_divergence_is_from_what_the_base_says(tiny_clip_dir: str, form: Any) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model, form=form)
+    torch.manual_seed(0)
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    words = tuple(vocabulary([])[:70])
+    visual: Any = base.model.visual
+    pixels = torch.randn(5, 3, *visual.image_size)
+    embeds = encode_image(base.model, pixels)
+    torch.manual_seed(3)
+    found = distance_of_words(words, 0.3, base, adapters, accelerator, pixels, embeds)
+    torch.manual_seed(3)
+    drawn = [words[place] for place in torch.randperm(70)[:64]]
+    clip = ClipWithAdapters(tiny_clip_dir, adapters.named_tensors())
+    scale = clip.model.logit_scale.exp()
+    images = clip.images(pixels)
+    q = F.softmax(scale * images @ clip.texts(drawn).T, dim=1)
+    with clip.at(0.0):
+        of_base = clip.images(pixels)
+        p = F.softmax(scale * of_base @ clip.texts(drawn).T, dim=1)
+    divergence = (p * (p / q).log()).sum(dim=1).mean()
+    distance = (1 - F.cosine_similarity(images, of_base)).mean()
+    assert found.item() == pytest.approx((distance + 0.3 * divergence).item(), rel=1e-3)
+    found.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in adapters.parameters())
+
+
+@pytest.mark.slow
+def test_the_table_is_written_and_no_run_made_twice(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_class = {place.name: sorted(place.iterdir()) for place in sorted(images.iterdir())}
+    of = Collection(
+        classes=tuple(by_class),
+        templates=("{}",),
+        train={name: paths[:6] for name, paths in by_class.items()},
+        tests={
+            style: {name: paths[6:] for name, paths in by_class.items()}
+            for style in ("own", "other")
+        },
+        fields={"crop_scale": 0.9},
+    )
+    monkeypatch.setattr(others, "collection", lambda name, root: of)
+    call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
+    call += ["--seeds", "0", "--steps", "2", "--only", "preserve", "preserve, words", "LoRA"]
+    assert others.main(call) == 0
+    page = (tmp_path / "out" / "others.md").read_text(encoding="utf-8")
+    assert page.count("| preserve, words |") == len(others.ALPHAS)
+    assert "| base | 0 |" in page
+    lines = (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 6  # three methods on two halves
+    assert {json.loads(line)["run"][0] for line in lines} == {"preserve", "preserve, words", "LoRA"}
+    said = capsys.readouterr().err
+    assert said.count("seed 0") == 6
+    assert others.main(call) == 0
+    assert "seed 0" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines() == lines
