@@ -148,7 +148,7 @@ class Found:
     Attributes:
         candidate, seed: of the run.
         rate: by which it learned.
-        alpha: that its held-out images chose.
+        alpha: with the highest accuracy on its held-out images.
         held_out, style: what may choose: the held-out images, and the style for validation.
         own, shifts: what is tested: the set in distribution, and the mean of the other styles.
         seconds: of training, the search for the rate included.
@@ -241,15 +241,15 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
     run, seconds = learned("small", seed, threads, folder, data=data, **fields)
     choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
     assert choice is not None
-    rows = tested(of, run, [choice.alpha], threads, folder)
+    rows = tested(of, run, [choice.best], threads, folder)
     figures = {row.dataset: own_metric(row) for row in rows}
     shifted = [row.dataset for row in rows if row.shift == "ood" and row.dataset != of.style]
     return Found(
         candidate,
         seed,
         rate=run.recipe.peak_rate,
-        alpha=choice.alpha,
-        held_out=next(one["score"] for one in choice.curve if one["alpha"] == choice.alpha),
+        alpha=choice.best,
+        held_out=next(one["score"] for one in choice.curve if one["alpha"] == choice.best),
         style=figures[of.style],
         own=next(figures[row.dataset] for row in rows if row.shift == "id"),
         shifts=mean(figures[name] for name in shifted),
