@@ -104,7 +104,7 @@ def collection(name: str, data_root: Path) -> Collection:
         tests = {**found, "photo": {label: paths[::2] for label, paths in photos.items()}}
         return Collection(
             classes=tuple(sorted(photos)),
-            templates=tuple(_simple()),
+            templates=("a photo of a {}.",),
             train={label: paths[1::2] for label, paths in photos.items()},
             tests=tests,
             fields={"crop_scale": 0.7, "flip": True},
@@ -117,10 +117,6 @@ def collection(name: str, data_root: Path) -> Collection:
         tests={style: _by_class(folder) for style, folder in data.test.items()},
         fields={"crop_scale": 0.9, "flip": False},
     )
-
-
-def _simple() -> list[str]:
-    return ["a photo of a {}."]
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
@@ -168,7 +164,7 @@ def distance_of_words(
         base_words = encode_text(base.model, tokens)
     with accelerator.autocast(), parametrize.cached():
         own_words = encode_text(base.model, tokens)
-    scale = base.model.logit_scale.detach().exp()
+    scale = base.model.state_dict()["logit_scale"].exp()
     own = F.log_softmax(scale * image_embeds.float() @ own_words.float().T, dim=1)
     of_base = F.log_softmax(scale * base_images.float() @ base_words.float().T, dim=1)
     divergence = F.kl_div(own, of_base, reduction="batchmean", log_target=True)
@@ -278,7 +274,9 @@ def judge(
     found: dict[tuple[str, str], NDArray[Any]] = {}
     for style, images in tests.items():
         with torch.inference_mode():
-            parts = [system.embed_images(some).float().cpu() for some in images.pixels.split(256)]
+            parts = [
+                system.embed_images(some).float().cpu() for some in torch.split(images.pixels, 256)
+            ]
         scores = torch.cat(parts).numpy() @ classes.T
         right_of_all = scores.argmax(axis=1) == images.labels
         for name, own in (("trained", trained), ("others", ~trained)):

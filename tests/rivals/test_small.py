@@ -136,9 +136,11 @@ def test_every_candidate_learns_once_and_is_judged(
     assert list(runs) == list(CANDIDATES)
     assert runs["5e-4"]["rate"] == 5e-4
     for number, (candidate, run) in enumerate(runs.items()):
-        choice, tested = found[2 * number : 2 * number + 2]
-        assert choice.suite is None and run["alpha"] == choice.best  # by the run's own images
-        assert {row.alpha for row in tested.rows} == {choice.best}
+        chosen, tested = found[2 * number : 2 * number + 2]
+        assert chosen.choice is not None
+        best = chosen.choice.best
+        assert chosen.suite is None and run["alpha"] == best  # by the run's own images
+        assert {row.alpha for row in tested.rows} == {best}
         of = {row.dataset: 100 * row.metrics["acc1"] for row in tested.rows}
         assert run["style"] == pytest.approx(of["sketch, validation"])
         assert run["own"] == pytest.approx(of["photo"])
