@@ -13,11 +13,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.overlap import Overlap
 from radapter_serve.evaluation.results import by_shift, own_metric
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.row import Row, unpacked
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
@@ -42,11 +45,18 @@ class Judged:
     metric: str
     metrics: dict[str, float]
     set_digest: str
+    captions: int | None = None
+    right: str | list[int] | None = None
 
     @classmethod
     def of(cls, row: Row) -> Judged:
         """The part of a row that is kept."""
         return cls(**{field.name: getattr(row, field.name) for field in dataclasses.fields(cls)})
+
+    @property
+    def per_image(self) -> NDArray[np.float64] | None:
+        """What each image adds to the metric, [n]; None where nobody kept it."""
+        return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
@@ -21,10 +23,10 @@ from radapter_serve.evaluation.results import by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import CHOICES, Choice, choose, differing
-from rivals.layout import COST, T95, cost_of, dots, markdown, paired_leads, spread, with_interval
+from rivals.layout import COST, T95, cost_of, dots, holm, lead_of, markdown, spread, with_interval
 from rivals.method import Method
 from rivals.soup import of_members
-from rivals.tables import TABLES, figures
+from rivals.tables import TABLES, figures, images_of
 
 # What the others are held against.
 LED = ("zero-shot", "r-adapter", "r-adapter, preserve", "r-adapter, preserve, all classes")
@@ -114,13 +116,16 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
     """A row a method."""
     lines = []
     found = {}
+    images = {}
     ns = {}
     for name, method in methods.items():
         values = []
         costs = []
+        images[name] = []
         for seed in choices.seeds:
             cell = cells.cell(name, method, seed, [1.0 if method.alpha is None else method.alpha])
             values.append(figures(cell.rows))
+            images[name].append(images_of(cell.rows))
             costs.append(cell.cost)
             ns = {row.dataset: row.n for row in cell.rows}
         found[name] = values
@@ -143,34 +148,65 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
             for name, values in found.items()
         }
         dots(points, (x, y), picture)
-    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(found)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(found, images)
 
 
-def leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def leads(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    images: Mapping[str, Sequence[Mapping[str, list[NDArray[np.float64]]]]],
+) -> str:
     """A table each of what the methods lead zero-shot and R-Adapter by, this as in the paper and
     with our additions, where these have a row; nothing without several seeds.
 
     Args:
         found: by method, the figures of each seed, in per cent by the heads of their columns.
+        images: by method, what each image adds to them, of each seed, as `images_of` gives it.
     """
     seeds = len(next(iter(found.values())))
     if len(found) == 1 or not 2 <= seeds <= len(T95) + 1:
         return ""
+    bases = [name for name in found if name.lower() in LED]
+    heads = list(next(iter(found.values()))[0])
+    paired = {
+        head: all(head in of for of_seeds in images.values() for of in of_seeds) for head in heads
+    }
+    shown: dict[tuple[str, str, str], str] = {}
+    chances: dict[tuple[str, str, str], float] = {}
+    for base in bases:
+        for name in (name for name in found if name != base):
+            for head in heads:
+                place = (base, name, head)
+                if not paired[head]:
+                    values = zip(found[name], found[base], strict=True)
+                    shown[place] = with_interval([a[head] - b[head] for a, b in values], "+")
+                    continue
+                seeds_of = list(zip(images[name], images[base], strict=True))
+                differences = [
+                    np.stack([own[head][number] - led[head][number] for own, led in seeds_of])
+                    for number in range(len(seeds_of[0][0][head]))
+                ]
+                lead, half, chances[place] = lead_of(differences)
+                shown[place] = f"{lead:+.1f} ± {half:.1f}"
+    for place, survives in zip(chances, holm(list(chances.values())), strict=True):
+        if survives:
+            shown[place] = f"**{shown[place]}**"
     tables = []
-    for base in (name for name in found if name.lower() in LED):
-        heads = list(found[base][0])
-        lines = []
-        for name, of_seeds in found.items():
-            own, led = (
-                [[one[head] for head in heads] for one in of] for of in (of_seeds, found[base])
-            )
-            if name != base:
-                lines.append([name, *paired_leads(own, led)])
+    for base in bases:
+        lines = [
+            [name, *(shown[base, name, head] for head in heads)] for name in found if name != base
+        ]
         tables.append(
             f"What each method leads {base} by, in points: the mean over the seeds of the paired"
             " differences with its interval of 95 %."
         )
         tables.append(markdown(["method", *heads], lines))
+    over = [head for head in heads if paired[head]]
+    if over:
+        tables.append(
+            f"± is over images and seeds, of {', '.join(over)}"
+            f"{'' if len(over) == len(heads) else ', and over seeds alone of the others'}. **Bold**"
+            " survives Holm's correction over these tables."
+        )
     return "".join(f"\n\n{part}" for part in tables)
 
 

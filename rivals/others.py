@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from scipy.stats import norm
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -42,7 +41,7 @@ from radapter_serve.training.loss import distance_to_base
 from radapter_serve.training.parts import Parts
 from radapter_serve.training.preserve import at_base
 from rivals.flags import check_seeds
-from rivals.layout import markdown
+from rivals.layout import holm, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
 from rivals.method import Method, learned
 from rivals.methods import METHODS
@@ -53,7 +52,6 @@ from rivals.system import System
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step, or all where there are fewer
 WORDS = 64  # of the vocabulary, drawn anew for each step
-DRAWS = 2000  # of the bootstrap
 KINDS = {
     "trained": "trained classes",
     "trained, all labels": "trained, among all labels",
@@ -372,42 +370,6 @@ def _packed(values: NDArray[Any]) -> str:
 # The table
 
 
-def lead_of(
-    differences: Sequence[NDArray[np.float64]], draws: int = DRAWS
-) -> tuple[float, float, float]:
-    """A mean lead in points, the half of its 95 % interval, and its p, over images and seeds.
-
-    Both are drawn anew in the bootstrap: the images of a set are the same for all seeds.
-
-    Args:
-        differences: of each independent set, float [seeds, images]; sets count alike.
-        draws: of the bootstrap.
-    """
-    chance = np.random.default_rng(0)
-    lead = 100 * float(np.mean([one.mean() for one in differences]))
-    means = np.zeros(draws)
-    for one in differences:
-        seeds, images = one.shape
-        for draw in range(draws):
-            drawn = one[chance.integers(seeds, size=seeds)].mean(axis=0)
-            means[draw] += 100 * drawn[chance.integers(images, size=images)].mean()
-    means /= len(differences)
-    low, high = np.quantile(means, [0.025, 0.975])
-    error = float(means.std()) or 1e-9
-    return lead, float(high - low) / 2, float(2 * norm.sf(abs(lead) / error))
-
-
-def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several p survive Holm's correction (Scandinavian Journal of Statistics, 1979)."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    survives = [False] * len(values)
-    for rank, place in enumerate(order):
-        if values[place] > level / (len(values) - rank):
-            break
-        survives[place] = True
-    return survives
-
-
 def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
     """Methods at each α down; what they lead the base by, across.
 
@@ -514,7 +476,7 @@ def others(
         f" ({own}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
         " in %, the others what they lead it by, in points. Splits and styles count alike.",
-        "± is the half of a 95 % interval of a bootstrap over images and seeds. **Bold** survives"
+        "± is the half of a 95 % interval over images and seeds. **Bold** survives"
         " Holm's correction over the whole table. Nothing was chosen here: the rates were fixed"
         " before, and every α is shown.",
         table(shown, before, own),

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radapter_serve.evaluation.results import by_shift, metric_name, own_metric
 from rivals.adaptformer import AdaptFormer
 from rivals.cells import Judged
@@ -235,6 +238,21 @@ TABLES = {
         },
     ),
 }
+
+
+def images_of(rows: Sequence[Judged]) -> dict[str, list[NDArray[np.float64]]]:
+    """What each image adds to the figures of a table's row, by the heads of their columns and, of a
+    mean, of each set; without the columns of which that was not kept.
+
+    Args:
+        rows: of each set at one α.
+    """
+    kept = {row.dataset: row.per_image for row in rows}
+    found = {name: [of] for name, of in kept.items() if of is not None}
+    _, shifted = by_shift({row.dataset: row for row in rows})
+    if len(shifted) > 1 and all(name in found for name in shifted):
+        found[f"mean of {len(shifted)} shifts"] = [found[name][0] for name in shifted]
+    return found
 
 
 def figures(rows: Sequence[Judged]) -> dict[str, float]:

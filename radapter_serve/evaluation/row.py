@@ -241,17 +241,7 @@ class Row(Measured, Case):
         Raises:
             ValueError: `right` has not as many images as the row.
         """
-        if self.right is None:
-            return None
-        if isinstance(self.right, str):
-            data = base64.b64decode(self.right, validate=True)
-            if len(data) != (self.n + 7) // 8:
-                raise ValueError(f"right should have a bit for each of {self.n} images")
-            bits = np.unpackbits(np.frombuffer(data, np.uint8), count=self.n)
-            return bits.astype(np.float64)
-        if len(self.right) != self.n:
-            raise ValueError(f"right should have a number for each of {self.n} images")
-        return np.array(self.right) * (self.n / (self.captions or self.n))
+        return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of `results.jsonl` has it."""
@@ -292,6 +282,22 @@ class Row(Measured, Case):
 def packed(right: NDArray[np.bool_]) -> str:
     """`right` of a row, from whether each image is right, [n]."""
     return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np.float64]:
+    """What each image adds to a row's metric, from the row's `right`, `n` and `captions`.
+
+    Raises:
+        ValueError: `right` has not as many images as the row.
+    """
+    if isinstance(right, str):
+        data = base64.b64decode(right, validate=True)
+        if len(data) != (n + 7) // 8:
+            raise ValueError(f"right should have a bit for each of {n} images")
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=n).astype(np.float64)
+    if len(right) != n:
+        raise ValueError(f"right should have a number for each of {n} images")
+    return np.array(right) * (n / (captions or n))
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,8 @@ from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from rivals import others
-from rivals.others import Collection, Images, distance_of_words, holm, judge, lead_of, vocabulary
+from rivals.layout import holm, lead_of
+from rivals.others import Collection, Images, distance_of_words, judge, vocabulary
 from tests.helpers.by_hand import ClipWithAdapters
 
 CLASSES = ("a", "b", "c", "d")
@@ -67,20 +68,27 @@ def test_the_interval_of_one_seed_is_that_of_a_mean_over_images() -> None:
     draw = np.random.default_rng(1)
     differences = draw.choice([-1.0, 0.0, 1.0], size=(1, 400), p=[0.1, 0.7, 0.2])
     lead, half, p = lead_of([differences])
-    error = 100 * scipy.stats.sem(differences[0])
-    assert lead == pytest.approx(100 * differences.mean())
-    assert half == pytest.approx(1.96 * error, rel=0.08)
-    assert p == pytest.approx(2 * scipy.stats.norm.sf(abs(lead) / error), rel=0.5)
+    error = scipy.stats.sem(differences[0])
+    low, high = scipy.stats.norm.interval(0.95, differences.mean(), error)
+    assert (lead - half, lead + half) == pytest.approx((100 * low, 100 * high))
+    assert p == pytest.approx(2 * scipy.stats.norm.sf(differences.mean() / error))
 
 
 def test_the_interval_holds_seeds_too() -> None:
-    seeds = np.repeat([[0.0], [0.1], [0.2], [0.3]], 50, axis=1)  # images are all alike
-    _, half, _ = lead_of([seeds])
-    drawn = [np.mean(of) for of in np.random.default_rng(2).choice([0, 10, 20, 30], (20000, 4))]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    assert half == pytest.approx((high - low) / 2, rel=0.1)
-    _, of_two, _ = lead_of([seeds, seeds])
-    assert of_two == pytest.approx(half / 2**0.5, rel=0.15)
+    means = [0.0, 0.1, 0.2, 0.3]
+    seeds = np.repeat(np.array(means)[:, None], 50, axis=1)  # images are all alike
+    lead, half, _ = lead_of([seeds])
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(means), scipy.stats.sem(means))
+    assert (lead - half, lead + half) == pytest.approx((100 * low, 100 * high))
+    # Images that differ, alike for all seeds, add their own part.
+    images = np.random.default_rng(0).normal(size=50) / 10
+    _, both, _ = lead_of([seeds + images])
+    of_images = 1.96 * 100 * scipy.stats.sem(images)
+    assert both == pytest.approx((half**2 + of_images**2) ** 0.5, rel=1e-3)
+    # Of two independent sets, each has half of the weight.
+    _, of_two, _ = lead_of([seeds + images, seeds + images])
+    assert of_two == pytest.approx((half**2 + of_images**2 / 2) ** 0.5, rel=1e-3)
+    assert lead_of([np.zeros((2, 5))]) == (0.0, 0.0, 1.0)
 
 
 def test_holm_by_hand() -> None:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 
 from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.row import packed
 from radapter_serve.training import Recipe
 from rivals import cells as cells_module
 from rivals.adaptformer import AdaptFormer
@@ -39,7 +42,7 @@ from rivals.run import Run
 from rivals.soup import UniformSoup
 from rivals.system import Cost
 from rivals.table import main
-from rivals.tables import TABLES, figures
+from rivals.tables import TABLES, figures, images_of
 from tests.helpers.a_row import a_row
 
 ROOT = Path(__file__).parents[2]
@@ -376,14 +379,40 @@ def test_leads_are_paired_over_seeds() -> None:
         "FT": [{"id": 50.0}, {"id": 60.0}],
         "R-Adapter": [{"id": 51.0}, {"id": 62.0}],
     }
-    _, over_zero_shot, _, over_ours = leads(found).strip().split("\n\n")
+    none: dict[str, Any] = {name: [{}, {}] for name in found}
+    _, over_zero_shot, _, over_ours = leads(found, none).strip().split("\n\n")
     assert with_interval([10, 20], "+") in over_zero_shot.splitlines()[2]
     assert over_ours.splitlines()[3] == f"| FT | {with_interval([-1, -2], '+')} |"
     assert "R-Adapter" not in over_ours
-    assert leads({name: of[:1] for name, of in found.items()}) == ""
+    assert leads({name: of[:1] for name, of in found.items()}, none) == ""
     own = "R-Adapter, preserve, all classes"
-    kept = leads({**found, own: [{"id": 50.0}, {"id": 63.0}]})
+    kept = leads({**found, own: [{"id": 50.0}, {"id": 63.0}]}, {**none, own: [{}, {}]})
     assert kept.splitlines()[-2] == f"| FT | {with_interval([0, -3], '+')} |"
+
+
+def test_leads_are_paired_over_images_where_these_are_kept() -> None:
+    def row(name: str, right: list[int], shift: str = "ood") -> Judged:
+        bits = packed(np.array(right, bool))
+        acc = {"acc1": sum(right) / len(right)}
+        return Judged(
+            *(name, "zeroshot_classification", shift, "test", None, len(right)),
+            *("acc1", acc, "", None, bits),
+        )
+
+    base = [row("own", [0] * 20, "id"), row("a", [1, 0] * 10), row("b", [0, 1] * 10)]
+    better = [row("own", [1] * 19 + [0], "id"), row("a", [1, 1] * 10), row("b", [0, 1] * 10)]
+    found = {"Zero-shot": [figures(base)] * 2, "FT": [figures(better)] * 2}
+    assert images_of(better)["mean of 2 shifts"][1].tolist() == [0, 1] * 10
+    images = {"Zero-shot": [images_of(base)] * 2, "FT": [images_of(better)] * 2}
+    text = leads(found, images)
+    half = 196 * scipy.stats.sem([1] * 19 + [0])
+    of_mean = 196 * scipy.stats.sem([0, 1] * 10) / 2  # the other set stays as it was
+    (line,) = [line for line in text.splitlines() if line.startswith("| FT |")]
+    assert f"**+95.0 ± {half:.1f}**" in line
+    assert f"+25.0 ± {of_mean:.1f}" in line
+    assert text.count("over images and seeds, of own, mean of 2 shifts, a, b.") == 1
+    without = {**images, "FT": [{"own": images["FT"][0]["own"]}] * 2}
+    assert "over images and seeds, of own, and over seeds alone" in leads(found, without)
 
 
 def test_a_grid_starts_where_its_row_says() -> None:
