@@ -61,8 +61,9 @@ def choose(
 ) -> Choice:
     """Let the validation sets choose among rates, settings and α.
 
-    The grid of rates grows until the best is inside. Trials that can't be told from the best take
-    part, too, and the lowest rate of them is taken: a lower rate keeps more of the base.
+    Trials that can't be told from the best take part, too, and the lowest rate of them is taken: a
+    lower rate keeps more of the base. The grid of rates grows until the best and that one are
+    inside.
 
     Args:
         cells: of the benchmark.
@@ -97,18 +98,18 @@ def choose(
     high = rates[-1]
     step = (high / low) ** (1 / max(1, len(rates) - 1))
     for _ in range(WIDENINGS if len(rates) > 1 else 0):
-        best = _best(tried)
-        if best.rate == max(one.rate for one in tried):
+        # The best is inside, and so is the lowest that can't be told from it.
+        if _best(tried).rate == max(one.rate for one in tried):
             high = high * step
             trials(high)
-        elif best.rate == min(one.rate for one in tried):
+        elif _lowest(tried).rate == min(one.rate for one in tried):
             low = low / step
             trials(low)
         else:
             break
     chosen = _lowest(tried)
     edges = (min(one.rate for one in tried), max(one.rate for one in tried))
-    at_edge = len(rates) > 1 and _best(tried).rate in edges
+    at_edge = len(rates) > 1 and bool({_best(tried).rate, chosen.rate} & {*edges})
     return Choice(chosen.method, tuple(tried), at_edge)
 
 

@@ -291,8 +291,8 @@ def _how(
         validation = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
         if len(choices.rates) > 1:
             parts.append(
-                f"Validation is {validation}. A grid grew until its best was inside, and of what"
-                " is within one standard error of the best the lowest rate was taken."
+                f"Validation is {validation}. Of what is within one standard error of the best the"
+                " lowest rate was taken, and a grid grew until both were inside."
             )
     return "\n".join(parts)
 
