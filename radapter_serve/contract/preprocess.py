@@ -345,7 +345,9 @@ def _broken() -> Iterator[None]:
     except (TaskError, MemoryError):
         raise
     except Exception as error:
-        # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error.
+        # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error. The
+        # frames of contextlib hold the error, and without this it would hold them, and the image.
+        error.__traceback__ = None
         raise TaskError(
             INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
         ) from None
