@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import json
 import logging
 import re
 import socket
@@ -29,7 +30,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from radapter_serve.gateway.app import MAX_DISCARDED
-from radapter_serve.gateway.front import MAX_HEADERS
+from radapter_serve.gateway.errors import Refused, bad_request
+from radapter_serve.gateway.front import MAX_HEADERS, headers_too_large
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG
 
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.25  # from one look at what has had its time to the next
 WARN_SECONDS = 60.0  # from one warning that an address has all its places to the next
 _HEAD_END = b"\r\n\r\n"
+_NO_REQUEST = (
+    "these bytes are no request of HTTP/1.1; its lines end with CRLF, and a path has ASCII"
+    " characters alone, all others as %XX"
+)
 # Of a request: some callers end the one before with an empty line.
 _BEGINNING = re.compile(rb"(\r\n)?([A-Z]|\Z)|\r\Z")
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\n"
@@ -374,12 +380,12 @@ class _Connection(HttpToolsProtocol):
                     self.end()  # a caller by gRPC, to whom an answer in HTTP/1.1 says nothing
                     return
                 if not _BEGINNING.match(data, start):
-                    self._refuse(HTTPStatus.BAD_REQUEST)
+                    self._refuse(bad_request(_NO_REQUEST))
                     return
                 end = data.find(_HEAD_END, start) + len(_HEAD_END)
                 if end < len(_HEAD_END):
                     if len(data) - start > MAX_HEADERS:
-                        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                        self._refuse(headers_too_large())
                         return
                     if start or not had_begun:
                         self._others.wait_for_request(self)
@@ -401,10 +407,10 @@ class _Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-                self._refuse(HTTPStatus.BAD_REQUEST)
+                self._refuse(bad_request(_NO_REQUEST))
                 return
             if self._between > MAX_HEADERS:  # of trailers, or of what a chunk says of itself
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                self._refuse(headers_too_large())
                 return
             start = end
         self._left = data[start:]
@@ -463,7 +469,7 @@ class _Connection(HttpToolsProtocol):
         """Whether a request has come as a whole, and has no answer yet."""
         return self._has_request and not self.cycle.more_body
 
-    def _refuse(self, status: HTTPStatus) -> None:
+    def _refuse(self, error: Refused) -> None:
         """Answer what is no request, and parse nothing that comes after it."""
         self._is_deaf = True
         if self._is_answering:  # the request before has its answer first, and then it ends
@@ -476,8 +482,10 @@ class _Connection(HttpToolsProtocol):
                 self.end()
                 return
         # It is closed by the caller once he has read this, or when its time is over.
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nconnection: close\r\n"
-        self.transport.write(f"{head}content-length: 0\r\n\r\n".encode())
+        body = json.dumps({"error": str(error)}).encode()
+        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
+        kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        self.transport.write(f"{head}{kind}".encode() + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._others.wait_for_request(self)

@@ -100,7 +100,12 @@ def check_size(scope: Scope) -> None:
     size = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > MAX_HEADERS:
-        raise Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
+        raise headers_too_large()
+
+
+def headers_too_large() -> Refused:
+    """The refusal of path and headers that are too long."""
+    return Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 
 
 def _in_pieces(send: Send) -> Send:

@@ -264,6 +264,7 @@ def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) 
         b"\r\n\r\n" + ALIVE,
         b"GET /health/live HTTP/2.0\r\n\r\n",
         b"CONNECT a:1 " + HOST + b"\r\n",
+        b"GET /v2/models/\xe7\x8c\xab " + HOST + b"\r\n",
         CHUNKED + b"no size\r\n",
         INFER + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         INFER + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
@@ -272,7 +273,10 @@ def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) 
 def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
     with talking(served) as it:
         it.sendall(request_)
-        assert answer(it).startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
+        said = answer(it)
+        assert said.startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
+        error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+        assert error.startswith("[invalid_argument] these bytes are no request of HTTP/1.1")
         assert it.recv(1) == b""
     until(lambda: not served.connections._open)
     assert not served.upstream.asked
