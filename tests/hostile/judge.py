@@ -30,7 +30,7 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
             return "half an answer"
         return None if case.promise == BROKEN else f"{outcome.how} without an answer"
     answers = outcome.answers
-    if case.promise == BROKEN and len(answers) == case.answers + 1 and _is_bare(answers[-1]):
+    if case.promise == BROKEN and len(answers) == case.answers + 1 and _of_no_request(answers[-1]):
         answers = answers[:-1]  # what follows the body that was announced is no request
     if outcome.rest or len(answers) > case.answers:
         return "more than was asked for"
@@ -40,17 +40,17 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
     return next((why for why in found if why), None)
 
 
-def _is_bare(answer: Answer) -> bool:
-    """Whether the server beneath refused what is no request, and ends the connection."""
-    return answer.status == 400 and not answer.body and answer.headers.get("connection") == "close"
+def _of_no_request(answer: Answer) -> bool:
+    """Whether this refuses what is no request, and ends the connection."""
+    closes = answer.headers.get("connection") == "close"
+    return answer.status == 400 and closes and b"no request of HTTP/1.1" in answer.body
 
 
 def _of_answer(case: Case, answer: Answer) -> str | None:
     if 400 <= answer.status < 500:
         if answer.status == 429:
             return "429 where nothing is overloaded"
-        # What is no request is refused by the server beneath, which says no more than the status.
-        bare = not answer.body and (case.method == "HEAD" or case.promise == BROKEN)
+        bare = not answer.body and case.method == "HEAD"
         return None if bare else _of_error(answer)
     if answer.status == 200:
         if case.promise not in (CHECKED, BROKEN):

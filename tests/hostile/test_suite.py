@@ -20,7 +20,12 @@ JSON = {"content-type": "application/json"}
 
 
 REFUSAL = Answer(400, JSON, b'{"error": "[invalid_argument] no"}')
-BARE = Answer(400, {"connection": "close"}, b"")  # of the server beneath, to what is no request
+NO_REQUEST = Answer(
+    400,
+    {**JSON, "connection": "close"},
+    b'{"error": "[invalid_argument] these bytes are no request of HTTP/1.1"}',
+)
+BARE = Answer(400, {"connection": "close"}, b"")
 
 
 def refusal(text: str, status: int = 400) -> Outcome:
@@ -70,11 +75,12 @@ def test_a_number_is_always_the_same_request():
             "cannot be read",
         ),
         (CHECKED, Outcome([Answer(400, JSON, b"{}")] * 2), "more than was asked for"),
-        (BROKEN, Outcome([REFUSAL, BARE]), None),
-        (CHECKED, Outcome([REFUSAL, BARE]), "more than was asked for"),
+        (BROKEN, Outcome([REFUSAL, NO_REQUEST]), None),
+        (CHECKED, Outcome([REFUSAL, NO_REQUEST]), "more than was asked for"),
         (BROKEN, Outcome([REFUSAL, REFUSAL]), "more than was asked for"),
-        (BROKEN, Outcome([REFUSAL, BARE, BARE]), "more than was asked for"),
-        (BROKEN, Outcome([BARE]), None),
+        (BROKEN, Outcome([REFUSAL, NO_REQUEST, NO_REQUEST]), "more than was asked for"),
+        (BROKEN, Outcome([NO_REQUEST]), None),
+        (BROKEN, Outcome([BARE]), "without JSON"),
         (CHECKED, Outcome([BARE]), "without JSON"),
     ],
 )
