@@ -116,7 +116,7 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
     """A row a method."""
     lines = []
     found = {}
-    images = {}
+    images: dict[str, list[dict[str, list[NDArray[np.float64]]]]] = {}
     ns = {}
     for name, method in methods.items():
         values = []
