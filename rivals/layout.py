@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from math import hypot
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import norm, sem, t
 
+from radapter_serve.evaluation.intervals import paired_difference
 from rivals.system import Cost
 
+K = TypeVar("K")
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, for 2 to 10 seeds
 
 
@@ -53,11 +56,8 @@ def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, f
         differences: of each independent set, float [seeds, images], as many seeds in each; sets
             count alike.
     """
-    count = len(differences)
     each = [one.mean(axis=0) for one in differences]
-    lead = float(np.mean([of.mean() for of in each]))
-    over_images = sum(float(sem(of)) ** 2 for of in each) / count**2
-    half = float(norm.isf(0.025)) * over_images**0.5
+    lead, half = paired_difference(each, [np.zeros(len(of)) for of in each])
     by_seed = np.mean([one.mean(axis=1) for one in differences], axis=0)
     if len(by_seed) > 1:
         half = hypot(half, float(t.isf(0.025, len(by_seed) - 1) * sem(by_seed)))
@@ -75,6 +75,20 @@ def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
             break
         survives[place] = True
     return survives
+
+
+def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
+    """Leads of `lead_of` as a page shows them: bold where they survive Holm's correction over all.
+
+    Args:
+        leads: by whatever names their places.
+    """
+    survivors = holm([p for _, _, p in leads.values()])
+    shown = {}
+    for (place, (lead, half, _)), survives in zip(leads.items(), survivors, strict=True):
+        text = f"{lead:+.1f} ± {half:.1f}"
+        shown[place] = f"**{text}**" if survives else text
+    return shown
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,17 @@ from radapter_serve.evaluation.results import by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import CHOICES, Choice, choose, differing
-from rivals.layout import COST, T95, cost_of, dots, holm, lead_of, markdown, spread, with_interval
+from rivals.layout import (
+    COST,
+    T95,
+    corrected,
+    cost_of,
+    dots,
+    lead_of,
+    markdown,
+    spread,
+    with_interval,
+)
 from rivals.method import Method
 from rivals.soup import of_members
 from rivals.tables import TABLES, figures, images_of
@@ -171,7 +181,7 @@ def leads(
         head: all(head in of for of_seeds in images.values() for of in of_seeds) for head in heads
     }
     shown: dict[tuple[str, str, str], str] = {}
-    chances: dict[tuple[str, str, str], float] = {}
+    over_images: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for base in bases:
         for name in (name for name in found if name != base):
             for head in heads:
@@ -185,11 +195,8 @@ def leads(
                     np.stack([own[head][number] - led[head][number] for own, led in seeds_of])
                     for number in range(len(seeds_of[0][0][head]))
                 ]
-                lead, half, chances[place] = lead_of(differences)
-                shown[place] = f"{lead:+.1f} ± {half:.1f}"
-    for place, survives in zip(chances, holm(list(chances.values())), strict=True):
-        if survives:
-            shown[place] = f"**{shown[place]}**"
+                over_images[place] = lead_of(differences)
+    shown |= corrected(over_images)
     tables = []
     for base in bases:
         lines = [

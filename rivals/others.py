@@ -5,7 +5,6 @@ to the other half: their labels among themselves and among all, and searches for
 from __future__ import annotations
 
 import base64
-import csv
 import datetime
 import functools
 import json
@@ -13,7 +12,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,18 +34,20 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
 from radapter_serve.evaluation.metrics import average_precisions
+from radapter_serve.evaluation.row import packed, unpacked
 from radapter_serve.hub import LOCAL
 from radapter_serve.threads import limit_threads
 from radapter_serve.training.loss import distance_to_base
 from radapter_serve.training.parts import Parts
 from radapter_serve.training.preserve import at_base
 from rivals.flags import check_seeds
-from rivals.layout import holm, lead_of, markdown
+from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
 from rivals.method import Method, learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter, r_adapter
 from rivals.run import Run
+from rivals.small import table_of
 from rivals.system import System
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -199,8 +200,7 @@ def methods(classes: Sequence[str]) -> dict[str, Method]:
 
     def at(name: str, rate: float) -> Method:
         method = METHODS[name]
-        settings = {**method.settings, "learning_rate": rate}
-        return type(method)(**{**_fields(method), "settings": settings})
+        return replace(method, settings={**method.settings, "learning_rate": rate})
 
     return {
         "R-Adapter": r_adapter("imagenet"),
@@ -213,10 +213,6 @@ def methods(classes: Sequence[str]) -> dict[str, Method]:
         "WiSE-FLYP": at("wise-flyp", 1e-3),
         "LoRA": at("lora", 6e-4),
     }
-
-
-def _fields(method: Method) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in type(method).__dataclass_fields__}
 
 
 # What is judged
@@ -248,10 +244,9 @@ class Judged:
     @property
     def each(self) -> NDArray[np.float64]:
         """The value of each image or text, in [0, 1]."""
-        data = np.frombuffer(base64.b64decode(self.values), np.uint8)
         if self.kind == "searches":
-            return data.view(np.float16).astype(np.float64)
-        return np.unpackbits(data, count=self.n).astype(np.float64)
+            return np.frombuffer(base64.b64decode(self.values), np.float16).astype(np.float64)
+        return unpacked(self.values, self.n, None)
 
 
 @dataclass(frozen=True)
@@ -328,21 +323,15 @@ def measured(
         trained = of.splits[split]
         (files / "classes.txt").write_text("\n".join(trained), encoding="utf-8")
         (files / "templates.txt").write_text("\n".join(of.templates), encoding="utf-8")
-        with (files / "images.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "label"])
-            for label in trained:
-                own = split_label(label)[0]
-                table.writerows([path, own] for path in of.train[own])
-        count = sum(len(of.train[split_label(label)[0]]) for label in trained)
+        images = {name: of.train[name] for name in (split_label(label)[0] for label in trained)}
         run = Run(
             {
                 "architecture": f"{LOCAL}{BASE}",
-                "data": f"csv:{files / 'images.csv'}",
+                "data": table_of(images, files),
                 "classes": files / "classes.txt",
                 "templates": str(files / "templates.txt"),
                 "seed": seed,
-                "batch_size": min(BATCH, count),
+                "batch_size": min(BATCH, sum(map(len, images.values()))),
                 **of.fields,
                 **given,
             },
@@ -363,8 +352,7 @@ def measured(
 
 
 def _packed(values: NDArray[Any]) -> str:
-    data = np.packbits(values) if values.dtype == bool else values
-    return base64.b64encode(data.tobytes()).decode()
+    return packed(values) if values.dtype == bool else base64.b64encode(values.tobytes()).decode()
 
 
 # The table
@@ -392,11 +380,7 @@ def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
                     place = (one.split, one.style)
                     sets[place].append(one.each - before[one.split, one.style, kind])
             figures[key, kind, where] = lead_of([np.stack(each) for each in sets.values()])
-    survivors = holm([p for _, _, p in figures.values()])
-    shown = {
-        place: f"**{lead:+.1f} ± {half:.1f}**" if kept else f"{lead:+.1f} ± {half:.1f}"
-        for (place, (lead, half, _)), kept in zip(figures.items(), survivors, strict=True)
-    }
+    shown = corrected(figures)
     head = ["method", "α"]
     head += [
         f"{KINDS[kind]}, {'own style' if w == 'own' else 'other styles'}" for kind, w in columns
@@ -454,11 +438,11 @@ def others(
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [Judged(*cell["run"], *row) for cell in map(json.loads, lines) for row in cell["rows"]]
     given = {"steps": steps, "workers": 0, "threads": threads}
+    have = {(one.method, one.settings, one.split, one.seed) for one in rows}
     for seed in seeds:
         for split in of.splits:
             for name, method in known.items():
                 done = (name, repr(method), split, seed)
-                have = {(one.method, one.settings, one.split, one.seed) for one in rows}
                 if done in have or (only and name not in only):
                     continue
                 say(f"{name}, {split}, seed {seed}")
@@ -467,8 +451,8 @@ def others(
                 cell = {"run": done, "rows": [astuple(one)[4:] for one in found]}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell, separators=(",", ":")) + "\n")
-    shown = [one for one in rows if known.get(one.method) is not None and one.seed in seeds]
-    shown = [one for one in shown if not only or one.method in only]
+    wanted = only or known
+    shown = [one for one in rows if one.method in wanted and one.seed in seeds]
     parts = [
         "# What happens to the other classes",
         f"`{command_line('rivals.others')}`, {datetime.date.today()}, {machine()}.\n"

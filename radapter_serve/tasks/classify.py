@@ -92,12 +92,7 @@ class EmbedImages:
         """
         asks = [None] * len(requests) if cancelled is None else cancelled
         checked = _with_alphas(requests, alphas, self._request_alpha)
-        rows: list[Outcome[ImageRows]] = []
-        for one, ask in zip(checked, asks, strict=True):
-            if one.error is None:
-                rows.append(Outcome(ImageRows(*one.unwrap(), cancelled=ask)))
-            else:
-                rows.append(Outcome(error=one.error))
+        rows = [one.then(partial(_rows_of, ask)) for one, ask in zip(checked, asks, strict=True)]
         return run_good(rows, self.at)
 
     def read(self, rows: ImageRows) -> ImageRows:
@@ -452,6 +447,12 @@ class _Plan:
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     """All `NAME.npz` of a folder by name; none if there is no such folder."""
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
+
+
+def _rows_of(
+    cancelled: Cancelled | None, images: tuple[Sequence[bytes | ImageFile], Alpha | None]
+) -> ImageRows:
+    return ImageRows(*images, cancelled=cancelled)
 
 
 def _with_alphas(

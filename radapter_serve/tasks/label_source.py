@@ -66,21 +66,6 @@ class LabelSource:
         self._embed_labels = embed_labels
         self._label_sets = label_sets
 
-    def __call__(
-        self,
-        labels: Sequence[Texts] | None,
-        label_set: Texts | None,
-        templates: Sequence[Texts] | None,
-        alpha: Alpha | None = None,
-        cancelled: Cancelled | None = None,
-    ) -> list[LabelSet]:
-        """The label set of each image of a request, as `read` takes it.
-
-        Raises:
-            TaskError: as `read` does; cancelled.
-        """
-        return self.read(labels, label_set, templates, alpha).embed(cancelled)
-
     def read(
         self,
         labels: Sequence[Texts] | None,

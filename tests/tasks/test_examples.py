@@ -124,9 +124,9 @@ def test_label_sets_by_example_are_not_for_segment(local):
     known = release(label_sets={"shown": BY_EXAMPLE, "texts": {"labels": 2}})
     sets = dict.fromkeys(("shown", "texts"), local.embed_labels(["a", "b"], ["{}"]))
     source = LabelSource(known, local.embed_labels, sets)
-    assert source(None, [b"texts"], None) == [sets["texts"]]
+    assert source.read(None, [b"texts"], None).embed(None) == [sets["texts"]]
     with pytest.raises(TaskError, match="'shown' has labels by example, which are for classify"):
-        source(None, [b"shown"], None)
+        source.read(None, [b"shown"], None)
 
 
 def test_a_label_by_its_example_alone_is_what_the_example_is(local):
