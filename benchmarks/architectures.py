@@ -18,8 +18,8 @@ from torch import nn
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import Metadata, attach, base_digest, fold
 from radapter_serve.clip.base import Base
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.runtimes.encoder import Encoder
 
 NAMES = (
     "ViT-B-32",
@@ -85,7 +85,7 @@ def measure(name: str) -> list[str]:
             graph = make(base)
             size += graph.save(folded, Path(folder) / f"{graph.name}.onnx")
             cells.append(f"{time.perf_counter() - start:.1f}")
-            encoder = Encoder(Path(folder) / f"{graph.name}.onnx")
+            encoder = EncoderGraph(Path(folder) / f"{graph.name}.onnx")
             worst = max(
                 worst, compare(graph.name, encoder, Samples([values], [reference]), 1e-4).max_error
             )

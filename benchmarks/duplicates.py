@@ -17,10 +17,10 @@ import numpy as np
 from common import Report, of_drawings, say
 from PIL import Image
 
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
 from radapter_serve.index.duplicates import Group, find_duplicates, write_picture
 from radapter_serve.index.index import Index, open_index
-from radapter_serve.runtimes.local_release import LocalRelease
 
 THRESHOLDS = (0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 PRECISION = 0.95  # that the threshold is chosen for
@@ -87,7 +87,7 @@ def main() -> None:
         for title, folder in sets.items():
             place = Path(name, title)
             images = render(arguments.data / folder, place / "images")
-            release = LocalRelease(arguments.model_repository)
+            release = load_release(arguments.model_repository)
             build(str(place / "images"), place / "index", release)
             indexes[title] = open_index(place / "index")
             found[title] = {

@@ -17,7 +17,7 @@ from towers import IMAGE, LONG, batch_of
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.encoders.encoder import EncoderGraph
 
 FOLDED = "folded"
 FULL = "full rank"
@@ -35,18 +35,18 @@ def low_rank(adapter: Adapter, rank: int) -> Adapter:
 
 def encoders(
     base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path
-) -> dict[str, dict[str, Encoder]]:
+) -> dict[str, dict[str, EncoderGraph]]:
     """Of images and of texts: the adapter folded in, then adapters beside their layers."""
     state = dict(base.model.state_dict())
     beside = {FULL: adapter} | {f"rank {rank}": low_rank(adapter, rank) for rank in ranks}
-    found: dict[str, dict[str, Encoder]] = {}
+    found: dict[str, dict[str, EncoderGraph]] = {}
     for case, make in ((IMAGE, image_graph), (LONG, text_graph)):
         say(f"exporting {case}")
         make(base).save(fold(state, adapter, 0.5), folder / "model.onnx")
-        found[case] = {FOLDED: Encoder(folder / "model.onnx")}
+        found[case] = {FOLDED: EncoderGraph(folder / "model.onnx")}
         for name, dynamic in beside.items():
             make(base, dynamic).save({**state, **dynamic.tensors}, folder / "model.onnx")
-            found[case][name] = Encoder(folder / "model.onnx")
+            found[case][name] = EncoderGraph(folder / "model.onnx")
     return found
 
 

@@ -21,9 +21,9 @@ from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.runtimes.encoder import Encoder
 
 FORMATS = {
     "fp32": ("onnxruntime", "openvino"),
@@ -101,7 +101,7 @@ def main(
                 say(f"{case}: {form}")
                 path, size = write(graph, form, weights, base, folder)
                 for runtime in runtimes:
-                    encoder = Encoder(
+                    encoder = EncoderGraph(
                         path, runtime, precision=form.partition(" ")[0], threads=threads
                     )
                     found = compare(graph.name, encoder, samples, 1.0)

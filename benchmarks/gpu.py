@@ -276,7 +276,7 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     """
     import onnxruntime as ort
 
-    from radapter_serve.runtimes.onnxruntime import CUDA, cuda_provider
+    from radapter_serve.encoders.onnxruntime import CUDA, cuda_provider
 
     if towers.bench.device == "cpu":
         session = ort.InferenceSession(towers.graph(case), providers=["CPUExecutionProvider"])
@@ -311,8 +311,8 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for
     these very texts.
     """
-    from radapter_serve.runtimes.cuda import find_gpu
-    from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt
+    from radapter_serve.encoders.cuda import find_gpu
+    from radapter_serve.encoders.tensorrt.engine import Engine, Options, build, import_tensorrt
 
     find_gpu()
     try:

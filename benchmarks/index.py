@@ -327,9 +327,9 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
     """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N,
     CROPS, D], and their captions, float32 [N, CAPTIONS, D].
     """
-    from radapter_serve.runtimes.local_release import LocalRelease
+    from radapter_serve.encoders.loaded import load_release
 
-    release = LocalRelease(export_base(folder))
+    release = load_release(export_base(folder))
     random = np.random.default_rng(0)
     embeds = []
     pixels = []

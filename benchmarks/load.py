@@ -22,9 +22,9 @@ from serving import LABEL_SET
 from stages import Stages, read_totals
 
 from radapter_client import AsyncClient
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.files import staged
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -292,7 +292,7 @@ def main(
                 export, architecture, precision, folder, LABELS, "naclip", calibration, runtime
             )
         say("building the index")
-        release = LocalRelease(folder / "repository")
+        release = load_release(folder / "repository")
         build(str(pictures), folder / "indexes" / INDEX, release)
         say("starting the server")
         options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}

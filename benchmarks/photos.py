@@ -12,11 +12,11 @@ from pathlib import Path
 import tyro
 from common import RESULTS, Report, alternate, ratio
 from PIL import Image
+from radapter_serve.engine.version import LocalVersion
 
 from radapter_client import list_images
 from radapter_client._images import encode_small
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
-from radapter_serve.engine.version import LocalVersion
 from radapter_serve.release.served import Served
 
 SIZE = 224

@@ -262,8 +262,8 @@ def served(folder: Path, report: Report) -> None:
     `embed_text`, by Triton's own statistics.
     """
     from radapter_client import Client
+    from radapter_serve.encoders.loaded import load_release
     from radapter_serve.index.build import build
-    from radapter_serve.runtimes.local_release import LocalRelease
     from radapter_serve.server.config import ServerConfig
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
@@ -273,7 +273,7 @@ def served(folder: Path, report: Report) -> None:
     photos.mkdir()
     for seed in range(64):
         (photos / f"{seed:02}.jpg").write_bytes(picture(seed=seed))
-    build(str(photos), folder / "indexes" / "photos", LocalRelease(models))
+    build(str(photos), folder / "indexes" / "photos", load_release(models))
     config = ServerConfig(models, Endpoints.on_free_ports(), indexes=folder / "indexes")
     rows = []
     with TritonServer(config) as server, Client(server.http_url) as client:

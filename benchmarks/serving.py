@@ -35,12 +35,12 @@ from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
+from radapter_serve.encoders.labels import LabelEmbedder
 from radapter_serve.release.release import Release
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
 
 LABEL_SET = "names"
 STAGES = (

@@ -24,8 +24,8 @@ import urllib3
 from common import RESULTS, Report, say
 
 from radapter_client import Client, RAdapterClientError
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.small_release import LABELS, TASKS, png, write_release
 
@@ -70,7 +70,7 @@ def write(folder: Path) -> None:
     for number, data in enumerate(IMAGES):
         (folder / "photos" / f"{number}.png").write_bytes(data)
     build(
-        str(folder / "photos"), folder / "indexes" / "photos", LocalRelease(folder / "repository")
+        str(folder / "photos"), folder / "indexes" / "photos", load_release(folder / "repository")
     )
 
 

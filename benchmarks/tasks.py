@@ -13,14 +13,14 @@ import numpy as np
 import tyro
 from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ratio
 from numpy.typing import NDArray
+from radapter_serve.engine.version import LocalVersion
 
 from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.engine.version import LocalVersion
+from radapter_serve.encoders.label_store import LabelStore
+from radapter_serve.encoders.labels import LabelEmbedder
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import CHUNK
 from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
-from radapter_serve.tasks.label_store import LabelStore
 
 WIDTH = 512
 SIZE = 224

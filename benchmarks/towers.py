@@ -23,7 +23,7 @@ from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import causal_text_features
-from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.encoders.encoder import EncoderGraph
 
 Embed = Callable[[Tensor], Tensor]
 EAGER = "torch eager"
@@ -34,7 +34,7 @@ SHORT = "short texts"
 LONG = "texts of 77 tokens"
 
 
-def folded_clip(architecture: str, folder: Path) -> tuple[Base, dict[str, Encoder]]:
+def folded_clip(architecture: str, folder: Path) -> tuple[Base, dict[str, EncoderGraph]]:
     """A CLIP with a random adapter folded in, and its encoders as radapter-export writes them."""
     name, adapter, _ = random_clip(architecture, folder)
     base = load_base(name)
@@ -44,7 +44,7 @@ def folded_clip(architecture: str, folder: Path) -> tuple[Base, dict[str, Encode
     for graph in (image_graph(base), text_graph(base)):
         say(f"exported {graph.name}")
         graph.save(weights, folder / f"{graph.name}.onnx")
-        encoders[graph.name] = Encoder(folder / f"{graph.name}.onnx")
+        encoders[graph.name] = EncoderGraph(folder / f"{graph.name}.onnx")
     return base, encoders
 
 

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from radapter_client import Client
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.engine.engine import Engine
-from radapter_serve.engine.version import InProcess
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.hub import HUB
 from radapter_serve.release.release import FILE, Release
@@ -103,7 +103,7 @@ class Model(Client):
         return f"Model({self._source!r})"
 
 
-def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[..., InProcess]:
+def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[..., LoadedRelease]:
     """What makes a model that torch runs, at an α, on a device."""
     path = Path(name)
     is_folder = path.is_dir()
@@ -117,15 +117,15 @@ def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[.
     if base is not None and not is_run:
         raise RAdapterError(f"base is {base!r}, but {name} is no run; leave it out")
     check_installed("torch", "export")
-    from radapter_export.in_torch import TorchVersion
+    from radapter_export.in_torch import load_in_torch
     from radapter_serve.adapter import load_adapter
     from radapter_serve.clip.base import load_base, split_name
 
     if is_folder and not is_run:
         told = Release.load(path) if (path / FILE).is_file() else None
-        return partial(TorchVersion, load_base(f"local-dir:{name}", pretrained), told=told)
+        return partial(load_in_torch, load_base(f"local-dir:{name}", pretrained), told=told)
     if not is_run:
-        return partial(TorchVersion, load_base(*split_name(name, pretrained)))
+        return partial(load_in_torch, load_base(*split_name(name, pretrained)))
     adapter = load_adapter(path)
     meta = adapter.metadata
     architecture = meta.architecture
@@ -133,7 +133,7 @@ def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[.
     if base is not None:
         architecture, tag = split_name(base, pretrained)
     loaded = load_base(architecture, tag or meta.pretrained)
-    return partial(TorchVersion, loaded, adapter)
+    return partial(load_in_torch, loaded, adapter)
 
 
 def _number(device: str | None) -> int | None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from google.protobuf import text_format
 from numpy.typing import NDArray
 from torch import Tensor
-from tritonclient.grpc import model_config_pb2
 
 from radapter_export.facts import dense_facts, preprocess_facts
-from radapter_export.repository import TEMPLATE, config, sources
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter
 from radapter_serve.adapter.file import check_alpha, check_base
@@ -34,17 +30,26 @@ from radapter_serve.clip.towers import (
 )
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.engine.version import InProcess
+from radapter_serve.encoders.labels import LabelSet, embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.label_embeddings import LabelSet
 
 CLASSES = "classes"  # the label set of a run's own classes
 _TEMPLATES = ("a photo of a {}.",)
 
 
-class TorchVersion(InProcess):
+def load_in_torch(
+    base: Base,
+    adapter: Adapter | None = None,
+    *,
+    told: Release | None = None,
+    alpha: float | None = None,
+    dense: str | None = None,
+    device: str | None = None,
+    indexes: Path = Path("indexes"),
+) -> LoadedRelease:
     """A base, or a base with an adapter folded into it, in torch.
 
     Args:
@@ -60,75 +65,78 @@ class TorchVersion(InProcess):
     Raises:
         RAdapterError: the adapter is another base's, α is none, or there is no such device.
     """
+    if adapter is None and alpha not in (None, 0.0):
+        raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
+    classes: tuple[str, ...] = ()
+    if adapter is not None:
+        alpha = adapter.metadata.alpha if alpha is None else alpha
+        check_alpha(alpha)
+        check_base(base.model.state_dict(), adapter)
+        base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
+        classes = tuple(adapter.metadata.classes or ())
+        if dense is None and adapter.metadata.source.dense != "none":
+            dense = adapter.metadata.source.dense
+    encoder = TorchEncoder(base, device)
+    with tempfile.TemporaryDirectory() as folder:
+        written = ServedTokenizer.write(
+            base.tokenizer,
+            Path(folder) / "tokenizer.json",
+            dynamic_length=is_causal(base.model),
+        )
+    release = _describe(base, adapter, alpha or 0.0, dense, written.spec)
+    if told is not None:
+        release = _as_told(release, told, base, dense)
+    encoder.release = release
 
-    def __init__(
-        self,
-        base: Base,
-        adapter: Adapter | None = None,
-        *,
-        told: Release | None = None,
-        alpha: float | None = None,
-        dense: str | None = None,
-        device: str | None = None,
-        indexes: Path = Path("indexes"),
-    ) -> None:
-        if adapter is None and alpha not in (None, 0.0):
-            raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
-        if adapter is not None:
-            alpha = adapter.metadata.alpha if alpha is None else alpha
-            check_alpha(alpha)
-            check_base(base.model.state_dict(), adapter)
-            base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
+    def label_sets(loaded: LoadedRelease) -> dict[str, LabelSet]:
+        # The classes that a run was trained for.
+        if not classes:
+            return {}
+        return {CLASSES: complete(embed_labels(loaded, classes, release.templates))}
+
+    return LoadedRelease(
+        release,
+        encoder,
+        written.encode,
+        read_label_sets=label_sets,
+        indexes=indexes,
+        origin={"model_repository": base.name},
+    )
+
+
+class TorchEncoder:
+    """The encoders of a model in torch.
+
+    Args:
+        base: whose model has its weights.
+        device: of torch; None takes a GPU where there is one.
+
+    Attributes:
+        release: its facts.
+    """
+
+    release: Release
+
+    def __init__(self, base: Base, device: str | None) -> None:
         self._model = base.model
         self._device = to_device(base.model, device)
-        with tempfile.TemporaryDirectory() as folder:
-            self._written = ServedTokenizer.write(
-                base.tokenizer,
-                Path(folder) / "tokenizer.json",
-                dynamic_length=is_causal(base.model),
-            )
-        self._classes = () if adapter is None else tuple(adapter.metadata.classes or ())
-        if dense is None and adapter is not None and adapter.metadata.source.dense != "none":
-            dense = adapter.metadata.source.dense
-        release = _describe(base, adapter, alpha or 0.0, dense, self._written.spec)
-        if told is not None:
-            release = _as_told(release, told, base, dense)
-        super().__init__(release, Path(), indexes, base.name)  # it has no files
-
-    @property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
-        return self._written.encode
-
-    @cached_property
-    def label_sets(self) -> dict[str, LabelSet]:
-        """The classes that a run was trained for; embedded when a label set is first asked for."""
-        if not self._classes:
-            return {}
-        return {CLASSES: self.embed_labels(self._classes, self.release.templates)}
-
-    def config(self, model: str) -> Any:
-        text = config(sources() / model / TEMPLATE, model, [self.release])
-        return text_format.Parse(text, model_config_pb2.ModelConfig())
 
     @torch.inference_mode()
-    def encode_images(
-        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
-    ) -> NDArray[np.float32]:
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         return _floats(encode_image(self._model, self._pixels(pixels)))
 
     @torch.inference_mode()
-    def encode_patches(
-        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None
-    ) -> NDArray[np.float32]:
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         method = (self.release.dense or {})["way"]
         return _floats(encode_patches(self._model, self._pixels(pixels), method))
 
     @torch.inference_mode()
-    def encode_tokens(
-        self, tokens: NDArray[np.int32], alpha: Alpha | None = None
-    ) -> NDArray[np.float32]:
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
         rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
         return _floats(encode_text(self._model, rows))
+
+    def close(self) -> None:
+        """The model goes with its last user."""
 
     def _pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
         return normalised(pixels, self.release.preprocess, self._device)

@@ -15,9 +15,9 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.image_files import list_images
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.contract.preprocess import MAX_BYTES, Preprocess, decode_pixels, verify
+from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml
-from radapter_serve.tasks.label_embeddings import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 
 MAX_SHOWN = 2000  # examples of a label set
 YAML = (".yaml", ".yml")

@@ -30,9 +30,9 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.data.image_files import open_images
+from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
-from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
 __all__ = ["Exported", "ExportedRelease", "export_release"]
 

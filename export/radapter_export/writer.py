@@ -27,7 +27,6 @@ from radapter_export.facts import dense_facts, preprocess_facts
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
-from radapter_export.label_sets import MAX_SHOWN, Shown
 from radapter_export.merged import Merged
 from radapter_export.quantization import quantize
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
@@ -37,22 +36,20 @@ from radapter_export.source import Source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import logit_scale_and_bias
-from radapter_serve.contract.alpha import Encode, at, single
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.contract.probabilities import SAME, indistinguishable
+from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
+from radapter_serve.encoders.labels import embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import RUNTIMES
-from radapter_serve.runtimes.encoder import Encoder
-from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
-from radapter_serve.tasks.classify import EmbedImages
-from radapter_serve.tasks.examples import ByExample
-from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
-from radapter_serve.tasks.label_store import LabelStore
+from radapter_serve.tasks.classify import mix_examples
 
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
@@ -208,12 +205,12 @@ class Writer:
         alpha: float,
         folded: Mapping[str, Tensor],
         samples: Mapping[str, Samples],
-    ) -> tuple[list[Exported], dict[str, Encoder]]:
+    ) -> tuple[list[Exported], dict[str, EncoderGraph]]:
         """Write and check all graphs; also gives the encoders by name."""
         dynamic = self.source.dynamic_alpha
         weights = self.change.beside() if dynamic else folded
         exported = []
-        encoders: dict[str, Encoder] = {}
+        encoders: dict[str, EncoderGraph] = {}
         for graph in self.graphs:
             self.say(f"writing and checking {graph.name} at alpha {alpha:g}")
             start = time.perf_counter()
@@ -247,10 +244,12 @@ class Writer:
         )
         return built.size
 
-    def _encoder(self, folder: Path) -> Encoder:
+    def _encoder(self, folder: Path) -> EncoderGraph:
         """A graph as it is served."""
         runtime = self.settings.served_by
-        return Encoder(folder / RUNTIMES[runtime].file, runtime, precision=self.settings.precision)
+        return EncoderGraph(
+            folder / RUNTIMES[runtime].file, runtime, precision=self.settings.precision
+        )
 
     def _write_forms(
         self,
@@ -267,26 +266,34 @@ class Writer:
             samples = self._samples_at(_one_alpha(alpha), dynamic=False)
         return forms.write(name, alpha, folded, samples, self.say)
 
-    def _write_label_sets(self, release: Release, encoders: Mapping[str, Encoder]) -> LabelSets:
+    def _write_label_sets(
+        self, release: Release, encoders: Mapping[str, EncoderGraph]
+    ) -> LabelSets:
         """Embed the labels, and write them for each task that uses them."""
         repository = self.outputs.repository
         folders = [repository.staged(model, release.version) / "label_sets" for model in LABELLED]
         first, *others = folders
         first.mkdir()
-        own = release.request_alpha(None, 1)
-        encode = at(encoders["text_encoder"], single(own))
-        embed = LabelEmbedder(
-            self.tokenizer.encode, encode, max_batch_size=self.settings.max_batch_size
-        )
+        loaded = LoadedRelease(release, GraphEncoder(encoders), self.tokenizer.encode)
+        alpha = loaded.request_alpha(None)
         templates = self.source.templates
         facts: dict[str, dict[str, Any]] = {}
         warnings = []
         for name, labels in self.source.label_sets.items():
-            found = embed(labels, templates, progress=self._labels_done(name, len(labels)))
+            progress = self._labels_done(name, len(labels))
+            found = complete(
+                embed_labels(loaded, labels, templates, alpha=alpha, progress=progress)
+            )
             shown = self.source.shown.get(name)
             if shown is not None:
                 self.say(f"embedding the {len(shown.files)} examples of label set {name}")
-                found = _with_examples(found, shown, release, encoders["image_encoder"])
+                examples = shown.examples(loaded.preprocess)
+                try:
+                    mixed = complete(mix_examples(loaded, found, examples, alpha))
+                except TaskError as error:
+                    raise RAdapterError(error.message) from None
+                # Where α is an input, servers mix them in again for other α.
+                found = replace(mixed, examples=examples if release.dynamic_alpha else None)
             path = first / f"{name}.npz"
             found.save(path)
             facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
@@ -294,6 +301,7 @@ class Writer:
                 facts[name]["examples"] = len(shown.files)
             if alike := indistinguishable(found.labels, found.embeds):
                 warnings.append(_alike(name, alike))
+        loaded.close()
         for other in others:
             shutil.copytree(first, other)
         return LabelSets(facts, warnings)
@@ -377,22 +385,6 @@ class Writer:
 def _one_alpha(alpha: float) -> list[NDArray[Any]]:
     """The same α for each row of each batch."""
     return [np.full((batch, 1), alpha) for batch in BATCHES]
-
-
-def _with_examples(
-    label_set: LabelSet, shown: Shown, release: Release, encode_images: Encode
-) -> LabelSet:
-    """Mix examples into a label set; where α is an input, it keeps them for other α."""
-    examples = shown.examples(Preprocess.from_dict(release.preprocess))
-    images = EmbedImages(release, encode_images)
-    mix = ByExample(images.at, LabelStore(max_labels=MAX_SHOWN), "")
-    try:
-        mixed = mix(label_set, examples, release.request_alpha(None, 1))
-    except TaskError as error:
-        raise RAdapterError(error.message) from None
-    finally:
-        images.close()
-    return replace(mixed, examples=examples if release.dynamic_alpha else None)
 
 
 def _alike(name: str, pairs: Sequence[tuple[str, str]]) -> str:

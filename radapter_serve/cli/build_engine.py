@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.encoders.tensorrt.engine import Options
+from radapter_serve.encoders.tensorrt.plan_writer import Built, build_engines, check_engines
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runtimes.tensorrt.engine import Options
-from radapter_serve.runtimes.tensorrt.plan_writer import Built, build_engines, check_engines
 
 PROG = "radapter-build-engine"
 

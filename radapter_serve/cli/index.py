@@ -26,7 +26,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
-    from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+    from radapter_serve.encoders.loaded import LoadedRelease
 
 PROG = "radapter-index"
 FIRST = {
@@ -78,17 +78,17 @@ def build(
         store: where the index is published when it is complete, as by radapter-index publish:
             qdrant://HOST:PORT/NAME or s3://BUCKET/PATH.
     """
+    from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build
     from radapter_serve.index.index import published
-    from radapter_serve.runtimes.origin import release_of
 
     if store:
         published(store)  # a wrong address is refused before the work
     with closing(
-        release_of({"url": url} if url else {"model_repository": model_repository})
+        release_at({"url": url} if url else {"model_repository": model_repository})
     ) as release:
         if alpha is not None:
-            release.set_alpha(alpha)
+            release = release.at(alpha)
         print(_embeds(release))
         with _progress("embedding") as progress:
             summary = build(
@@ -132,9 +132,9 @@ def add(
         on_broken: an image that can't be read stops this, or is skipped and named in
             OUT/broken.txt; as when the index was built if not given.
     """
+    from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import add, made_by
     from radapter_serve.index.index import read_facts
-    from radapter_serve.runtimes.origin import release_of
 
     plan = read_facts(out).plan
     version = None
@@ -147,7 +147,7 @@ def add(
         repository, version = made_by(plan)
         if version is not None:
             origin = {"model_repository": repository}
-    with closing(release_of(origin, version)) as release:
+    with closing(release_at(origin, version)) as release:
         print(_embeds(release))
         with _progress("embedding") as progress:
             summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
@@ -350,9 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _embeds(release: EmbeddingRelease) -> str:
+def _embeds(release: LoadedRelease) -> str:
     """Which release embeds, in a line."""
-    facts = release.facts
+    facts = release.release
     (place,) = release.origin.values()
     return (
         f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g},"

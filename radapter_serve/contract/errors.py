@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import traceback
 from collections.abc import Callable
 
 from radapter_serve.errors import RAdapterError
@@ -71,6 +73,19 @@ class TaskError(RAdapterError):
 def invalid(message: str) -> TaskError:
     """The error of a request that asks for something that is not allowed."""
     return TaskError(INVALID_ARGUMENT, message)
+
+
+def task_error(error: Exception) -> TaskError:
+    """What a caller learns of an error: all of a `TaskError`; of a fault of the program no more
+    than that there was one, which goes to the log.
+    """
+    if not isinstance(error, TaskError):
+        traceback.print_exception(error, file=sys.stderr)
+        message = "the server failed on this request; its log says why"
+        return TaskError(INTERNAL_ERROR, message)
+    # It lets go of where it came from, which may hold an image.
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def check_cancelled(cancelled: Cancelled | None) -> None:

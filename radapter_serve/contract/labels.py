@@ -4,6 +4,7 @@ label's prompts.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -109,18 +110,30 @@ def mean_embeddings(
     Returns:
         float32 [C, D].
     """
-    prompts = [
-        [t.replace("{}", name) for name in split_label(label) for t in templates]
-        for label in labels
-    ]
-    rows = {
-        text: row for row, text in enumerate(dict.fromkeys(text for own in prompts for text in own))
-    }
-    embeds = embed_texts(list(rows))
+    prompts = [prompts_of(split_label(label), templates) for label in labels]
+    texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
+    return means_of(prompts, texts, embed_texts(texts))
+
+
+def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:
+    """The prompts of a label: each of its names in each template."""
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def means_of(
+    prompts: Sequence[Sequence[str]], texts: Sequence[str], embeds: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The mean over the prompts of each label, made unit length, float32 [C, D].
+
+    Args:
+        prompts: of each label.
+        texts: all prompts, each once.
+        embeds: of the texts, float32 [N, D].
+    """
+    rows = {text: row for row, text in enumerate(texts)}
     means = np.stack([embeds[[rows[text] for text in own]].mean(axis=0) for own in prompts])
-    return np.asarray(
-        means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12), np.float32
-    )
+    lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    return np.asarray(means / lengths, np.float32)
 
 
 def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:

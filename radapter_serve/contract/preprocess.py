@@ -8,6 +8,7 @@ import base64
 import binascii
 import contextlib
 import io
+import itertools
 import re
 import threading
 from collections import deque
@@ -23,6 +24,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
+    OVERLOADED,
     Cancelled,
     TaskError,
     check_cancelled,
@@ -90,9 +92,16 @@ class ImageFile:
 
 
 class Turns:
-    """Lets one thread at a time through, in the order in which they come."""
+    """Lets a few threads at a time through, in the order in which they come.
 
-    def __init__(self) -> None:
+    Args:
+        places: threads at a time.
+        max_waiting: threads that wait; more are refused.
+    """
+
+    def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
+        self._places = places
+        self._most = places + max_waiting
         self._lock = threading.Lock()
         self._queue: deque[threading.Event] = deque()
 
@@ -104,12 +113,14 @@ class Turns:
             cancelled: asked while this waits.
 
         Raises:
-            TaskError: cancelled.
+            TaskError: cancelled, or too many wait.
         """
         turn = threading.Event()
         with self._lock:
+            if len(self._queue) >= self._most:
+                raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
             self._queue.append(turn)
-            self._queue[0].set()
+            self._wake()
         try:
             while not turn.wait(POLL_SECONDS):
                 check_cancelled(cancelled)
@@ -118,8 +129,11 @@ class Turns:
         finally:
             with self._lock:
                 self._queue.remove(turn)
-                if self._queue:
-                    self._queue[0].set()
+                self._wake()
+
+    def _wake(self) -> None:
+        for turn in itertools.islice(self._queue, self._places):
+            turn.set()
 
 
 _LARGE = Turns()

@@ -14,10 +14,10 @@ from pathlib import Path
 from radapter_export import ExportSettings, export_release
 from radapter_serve.demo.data import prepare
 from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.playground.run import Settings, serving
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.installation import find_tritonserver
@@ -51,7 +51,7 @@ def play(out: Path) -> None:
         dense="naclip",
     )
     export_release(out / "runs" / RUN, "dynamic", settings)
-    build(f"csv:{scenes.gallery}", indexes / "scenes", LocalRelease(repository))
+    build(f"csv:{scenes.gallery}", indexes / "scenes", load_release(repository))
     print(
         f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}",
         flush=True,

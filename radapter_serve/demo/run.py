@@ -32,10 +32,10 @@ from radapter_serve.demo.learn import (
     with_mean,
 )
 from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.model import Model
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import find_tritonserver
@@ -104,7 +104,7 @@ def run_demo(
         merged = _export(run, facts["alpha"], repository, out / "merged" / task, data, say)
         if task == "retrieval":
             index = out / "indexes" / INDEX
-            summary = build(f"csv:{scenes.gallery}", index, LocalRelease(repository))
+            summary = build(f"csv:{scenes.gallery}", index, load_release(repository))
             say(f"{index}: an index of {summary.count} test scenes")
 
         with asked(repository, out / "indexes", say) as client:

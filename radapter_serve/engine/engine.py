@@ -2,110 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from google.protobuf import json_format
-from numpy.typing import NDArray
-from tritonclient.grpc import model_config_pb2
-from tritonclient.utils import np_to_triton_dtype
-
 from radapter_client import Reply, Request
 from radapter_client._exceptions import RAdapterClientError, from_server
-from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import (
     OVERLOADED,
     SERVER_STOPPING,
     TIMED_OUT,
     Cancelled,
     TaskError,
-    invalid,
 )
-from radapter_serve.engine.steps import step
-from radapter_serve.engine.version import InProcess, LocalVersion
-from radapter_serve.engine.waiting import MAX_WAITING, Together
+from radapter_serve.contract.preprocess import Turns
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
+from radapter_serve.encoders.needs import Need, Result, encode_together, run_together
+from radapter_serve.encoders.queue import MAX_WAITING, Queue
+from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
-from radapter_serve.release.release import TASKS as NAMES
-from radapter_serve.release.repository import find_release, name_releases, split_repository
+from radapter_serve.release.release import Release, release_parameters
+from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.release.served import Served
-from radapter_serve.release.tensors import Tensor, tensors_of
-from radapter_serve.tasks.outcome import Outcome
-from radapter_serve.tasks.probes import PROBES, Tensors
-from radapter_serve.tasks.retrieve import Embedder
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.probes import PROBES
+from radapter_serve.tasks.table import TASKS, Run, Tensors
+
+SEGMENTED = 2  # images at once: each may hold half a gigabyte of cosines
+TEXTS = 256  # encoded at once, unless one caller has more
 
 
 class NotServed(RAdapterError):
     """A model or a release that the engine does not have."""
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a request brings, as the tasks read it."""
-
-    tensors: Tensors
-    outputs: Sequence[str]
-    cancelled: Cancelled
-
-    def get(self, name: str) -> Any:
-        return self.tensors.get(name)
-
-    def wants(self, output: str) -> bool:
-        return output in self.outputs
-
-
 class _Served:
-    """A release with its tasks, each made when it is first asked for."""
+    """A release, its tasks and the queues of its encoder.
 
-    def __init__(self, version: InProcess, max_waiting: int) -> None:
-        self.version = version
-        self.number = version.release.version
-        self.configs = {name: version.config(name) for name in NAMES}
-        self.inputs = {name: tensors_of(config.input) for name, config in self.configs.items()}
-        # The most rows of a batch; 0 where tensors have no batch dimension.
-        self.rows = {name: int(config.max_batch_size) for name, config in self.configs.items()}
-        self.tasks: dict[str, Together[Any, Tensors]] = {}
-        # Requests with large images wait for each other and for nobody else.
-        self.large: dict[str, Together[Any, Tensors]] = {}
-        for name in NAMES:
-            run = self._runner(name)
-            self.tasks[name] = Together(
-                run,
-                max_rows=self.rows[name] or 1,
-                # Queries embed their texts with those of others, so they must not wait for each
-                # other.
-                at_once=max_waiting if name == "retrieve" else 1,
-                max_waiting=max_waiting,
-            )
-            self.large[name] = Together(
-                run,
-                # Each in its own thread, so that they have turns with each image; but a segmented
-                # one is in memory for longer.
-                at_once=1 if name == "segment" else max_waiting,
-                max_waiting=max_waiting,
-            )
+    Args:
+        loaded: the release.
+        others: the other releases that are served.
+        max_waiting: requests of one task that are under way.
+    """
 
-    def _runner(self, name: str) -> Callable[[Sequence[Any]], list[Outcome[Tensors]]]:
-        task = TASKS[name]
-        lock = threading.Lock()
-        made: list[Any] = []
+    def __init__(
+        self,
+        loaded: LoadedRelease,
+        others: Callable[[], Sequence[LoadedRelease]],
+        max_waiting: int,
+    ) -> None:
+        self.loaded = loaded
+        rows = loaded.release.max_batch_size
+        self.queues = {
+            part: Queue(encode_together, max_rows=size, max_waiting=max_waiting)
+            for part, size in (("images", rows), ("patches", rows), ("tokens", TEXTS))
+        }
+        self.places = {name: threading.Semaphore(max_waiting) for name in TASKS}
+        self.turns = Turns(SEGMENTED, max_waiting)  # of segmentation
+        self._others = others
+        self._locks = {name: threading.Lock() for name in TASKS}
+        self._runs: dict[str, Run[Any, Any]] = {}
 
-        def run(requests: Sequence[Any]) -> list[Outcome[Tensors]]:
-            with lock:
-                if not made:
-                    made.append(task.make(self.version))
-            with step(name):
-                return task.run(made[0], requests)
-
-        return run
+    def run(self, name: str) -> Run[Any, Any]:
+        """A task, made when it is first asked for."""
+        with self._locks[name]:
+            if name not in self._runs:
+                self._runs[name] = TASKS[name].make(self.loaded, self._others)
+            return self._runs[name]
 
 
 @dataclass(frozen=True)
@@ -125,18 +93,18 @@ class Prepared:
 class Engine:
     """Releases in this process; a `Transport` of the client.
 
-    Its answers are those of Triton, for both go through the same tasks and the same runtimes.
+    Each request runs in its caller's thread; what it needs encoded is encoded with the needs of
+    all that wait.
 
     Args:
-        versions: the releases.
-        max_waiting: requests that wait for a task at most; a quarter as many with large images,
-            which take turns, are under way at most.
+        releases: that are served.
+        max_waiting: requests of one task that are under way.
         max_seconds: of one request, whatever its caller allows.
     """
 
     def __init__(
         self,
-        versions: Sequence[InProcess],
+        releases: Sequence[LoadedRelease],
         *,
         max_waiting: int = MAX_WAITING,
         max_seconds: float = math.inf,
@@ -144,9 +112,7 @@ class Engine:
         self._closed = False
         self._max_seconds = max_seconds
         self._max_waiting = max_waiting
-        # So many are under way at most, so that others find a place.
-        self._large = threading.Semaphore(max(1, max_waiting // 4))
-        self._state = Prepared({one.release.version: self._join(one) for one in versions})
+        self._state = Prepared({one.release.version: self._made(one) for one in releases})
 
     @classmethod
     def open(
@@ -166,7 +132,7 @@ class Engine:
             indexes: folder of the indexes that `retrieve` searches.
             device: number of a GPU for ONNX Runtime; None for the CPU.
             threads: that compute a batch; None for one a core.
-            max_waiting: requests that wait for a task at most.
+            max_waiting: requests of one task that are under way.
 
         Raises:
             RAdapterError: no such release, one whose files are not those of its export, or one that
@@ -176,36 +142,42 @@ class Engine:
         _, number = split_repository(repository)
         numbers = [int(number)] if number else list(Served.load(folder).releases)
         check(folder, numbers)
-        versions = [
-            LocalVersion(folder, one, Path(indexes), device=device, threads=threads)
+        releases = [
+            load_release(folder, one, indexes=Path(indexes), device=device, threads=threads)
             for one in numbers
         ]
-        return cls(versions, max_waiting=max_waiting)
+        return cls(releases, max_waiting=max_waiting)
 
-    def prepare(self, versions: Sequence[InProcess], kept: Sequence[InProcess] = ()) -> Prepared:
+    def prepare(
+        self, releases: Sequence[LoadedRelease], kept: Sequence[LoadedRelease] = ()
+    ) -> Prepared:
         """Make other releases ready to be served, next to those that are.
 
         Each new release has then answered a question to each of its tasks.
 
         Args:
-            versions: that are to be served; those of before may be among them.
+            releases: that are to be served; those of before may be among them.
             kept: older ones, for the indexes that they made.
 
         Raises:
             TaskError: a task fails.
         """
-        known = {**self._state.kept, **self._state.served}
+        before = self._every()
         ready: dict[int, _Served] = {}
-        for version in (*versions, *kept):
-            before = known.get(version.release.version)
-            if before is not None and before.version is version:
-                ready[before.number] = before
-                continue
-            joined = self._join(version)
-            self._probe(joined)
-            ready[joined.number] = joined
+        for loaded in (*releases, *kept):
+            served = next((one for one in before if one.loaded is loaded), None)
+            if served is None:
+                served = self._made(loaded)
+                for name, inputs in PROBES.items():
+                    try:
+                        self._answer(served, name, inputs)
+                    except TaskError as error:
+                        # A refusal comes from a task that works.
+                        if error.status != "INVALID_ARGUMENT":
+                            raise
+            ready[loaded.release.version] = served
         return Prepared(
-            {one.release.version: ready[one.release.version] for one in versions},
+            {one.release.version: ready[one.release.version] for one in releases},
             {one.release.version: ready[one.release.version] for one in kept},
         )
 
@@ -227,8 +199,8 @@ class Engine:
                     deadline=time.monotonic() + timeout,
                 )
             if request.action == "config":
-                config = self.config(request.model, request.version)
-                return json_format.MessageToDict(config, preserving_proto_field_name=True)
+                named = release_parameters(self.releases(request.model, request.version))
+                return {"parameters": {key: {"string_value": one} for key, one in named.items()}}
             self._pick(self._state, request.model, request.version)
             return True  # it is ready
         except TaskError as error:
@@ -266,19 +238,15 @@ class Engine:
             served = self._pick(self._state, model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
-    def config(self, model: str, version: str = "") -> Any:
-        """A task's `ModelConfig`, which names the releases that are served.
+    def releases(self, model: str, version: str = "") -> list[Release]:
+        """The facts of the releases that are served, the newest last.
 
         Raises:
             NotServed: no such task or release.
         """
-        present = self._state
-        releases = {number: one.version.release for number, one in present.served.items()}
-        config = model_config_pb2.ModelConfig()
-        config.CopyFrom(self._pick(present, model, version).configs[model])
-        name_releases(config, releases)
-        config.version_policy.specific.versions[:] = sorted(releases)
-        return config
+        state = self._state
+        self._pick(state, model, version)
+        return [state.served[number].loaded.release for number in sorted(state.served)]
 
     def outdated_indexes(self) -> dict[str, bool]:
         """Whether another release than the newest that is served made the indexes, by the names of
@@ -289,7 +257,7 @@ class Engine:
         served = self._state.served
         if not served:
             return {}
-        newest = served[max(served)].version
+        newest = served[max(served)].loaded
         return outdated(newest.indexes, newest.release)
 
     def versions(self) -> list[int]:
@@ -299,10 +267,10 @@ class Engine:
     def close(self) -> None:
         """Let go of the releases; what is asked after that is refused."""
         self._closed = True
-        state = self._state
+        every = self._every()
         self._state = Prepared({})
-        for one in (*state.served.values(), *state.kept.values()):
-            one.version.close()
+        for served in every:
+            served.loaded.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -310,24 +278,28 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _join(self, version: InProcess) -> _Served:
-        served = _Served(version, self._max_waiting)
-        version.join(partial(self._query, served), partial(self._others, served.number))
-        return served
+    def _made(self, loaded: LoadedRelease) -> _Served:
+        def others() -> list[LoadedRelease]:
+            return [one.loaded for one in self._every() if one.loaded is not loaded]
 
-    def _pick(self, present: Prepared, model: str, version: str) -> _Served:
+        return _Served(loaded, others, self._max_waiting)
+
+    def _every(self) -> list[_Served]:
+        state = self._state
+        return [*state.served.values(), *state.kept.values()]
+
+    def _pick(self, state: Prepared, model: str, version: str) -> _Served:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
         if model not in TASKS:
             raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
-        served = present.served
         number = int(version) if version.isdecimal() else 0
         if not version:
-            number = max(served, default=0)
-        if number not in served:
-            known = ", ".join(map(str, served))
+            number = max(state.served, default=0)
+        if number not in state.served:
+            known = ", ".join(map(str, state.served))
             raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
-        return served[number]
+        return state.served[number]
 
     def _answer(
         self,
@@ -338,7 +310,7 @@ class Engine:
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
     ) -> Reply:
-        rows = _check(model, inputs, served.inputs[model], served.rows[model])
+        task = TASKS[model]
         end = time.monotonic() + self._max_seconds
         until = end if deadline is None else min(end, deadline)
 
@@ -347,97 +319,37 @@ class Engine:
                 raise TaskError(TIMED_OUT, "no answer within the time-out")
             return cancelled()
 
-        task = TASKS[model]
-        request = Outcome.of(partial(task.read, _Given(inputs, outputs, given_up))).unwrap()
-        if not task.is_large(request):
-            outcome = served.tasks[model](request, rows, until)
-        elif not self._large.acquire(blocking=False):
-            raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
-        else:
-            try:
-                outcome = served.large[model](request, rows, until)
-            finally:
-                self._large.release()
-        wanted = {
-            name: _on_the_wire(array)
-            for name, array in outcome.unwrap().items()
-            if not outputs or name in outputs
-        }
-        return Reply(served.number, wanted)
+        # From tensors to typed requests.
+        task.check(model, inputs)
+        requests = task.read(served.loaded, inputs, lambda name: not outputs or name in outputs)
 
-    def _probe(self, served: _Served) -> None:
-        for name, inputs in PROBES.items():
-            try:
-                self._answer(served, name, inputs)
-            except TaskError as error:
-                if error.status != "INVALID_ARGUMENT":  # a refusal comes from a task that works
-                    raise
+        # The steps of each, in this thread.
+        if not served.places[model].acquire(blocking=False):
+            raise TaskError(OVERLOADED, "too many requests wait; ask again later")
+        try:
+            turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
+            with turn, step(model):
+                run = served.run(model)
+                answers = run_together([run(one, given_up) for one in requests], self._encode)
+        finally:
+            served.places[model].release()
 
-    def _query(
-        self,
-        served: _Served,
-        kind: str,
-        value: bytes,
-        alpha: Alpha | None,
-        cancelled: Cancelled | None,
-    ) -> NDArray[np.float32]:
-        """A text or an encoded image -> float32 [D], together with what others ask for."""
-        inputs: dict[str, NDArray[Any]] = {kind: np.array([[value]], object)}
-        if alpha is not None:
-            inputs["alpha"] = alpha
-        asks = (lambda: False) if cancelled is None else cancelled
-        reply = self._answer(served, f"embed_{kind}", inputs, cancelled=asks)
-        return np.asarray(reply.outputs[f"{kind}_embeds"], np.float32).ravel()
-
-    def _others(self, number: int) -> Iterator[Embedder]:
-        state = self._state
-        for one in (*state.served.values(), *state.kept.values()):
-            if one.number != number:
-                yield one.version.embedder()
-
-
-def _check(
-    model: str, given: Mapping[str, NDArray[Any]], known: Mapping[str, Tensor], max_rows: int
-) -> int:
-    """The rows of a request whose inputs have the names, types and shapes of the model's.
-
-    Raises:
-        TaskError: the first that has not.
-    """
-    batches = set()
-    for name, array in given.items():
-        if name not in known:
-            raise invalid(f"{model} has no input {name!r:.80}; it has {', '.join(known)}")
-        tensor = known[name]
-        datatype = np_to_triton_dtype(array.dtype)
-        if datatype != tensor.datatype:
-            raise invalid(f"{name} is {datatype or array.dtype}; {tensor.datatype} is taken")
-        shape = array.shape[1:] if max_rows else array.shape
-        fits = len(shape) == len(tensor.dims) and all(
-            wanted in (-1, size) for wanted, size in zip(tensor.dims, shape, strict=True)
+        # From the answers to tensors.
+        for answer in answers:
+            if isinstance(answer, TaskError):
+                raise answer
+        tensors = task.write(answers)
+        return Reply(
+            served.loaded.release.version,
+            {name: array for name, array in tensors.items() if not outputs or name in outputs},
         )
-        if not fits or not array.size:
-            batch = [-1] if max_rows else []
-            raise invalid(
-                f"{name} has shape {list(array.shape)}; {[*batch, *tensor.dims]} is taken, where"
-                " -1 is any number from 1"
-            )
-        batches.add(len(array))
-    if not max_rows:
-        return 1
-    if len(batches) > 1:
-        raise invalid(f"all inputs of a request have as many rows; these have {sorted(batches)}")
-    rows = batches.pop() if batches else 1
-    if rows > max_rows:
-        raise invalid(f"{rows} rows in a request; at most {max_rows} are taken")
-    return rows
 
-
-def _on_the_wire(array: NDArray[Any]) -> NDArray[Any]:
-    """An output as a server sends it: texts are bytes in UTF-8."""
-    if array.dtype != object:
-        return array
-    flat = [value.encode() if isinstance(value, str) else bytes(value) for value in array.ravel()]
-    texts = np.empty(array.size, object)
-    texts[:] = flat
-    return texts.reshape(array.shape)
+    def _encode(self, needs: Sequence[Need]) -> Sequence[Result]:
+        """Encode needs of one caller with those of others; images are decoded in its own thread."""
+        first = needs[0]
+        if first.part == "pixels":
+            return encode_together(needs)
+        for served in self._every():
+            if served.loaded is first.loaded:
+                return served.queues[first.part](needs)
+        return encode_together(needs)  # of a release that is no longer served, or not yet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, served_release
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
     NoSuchWay,
@@ -23,107 +24,89 @@ from radapter_serve.evaluation.embedder import (
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.release.release import Release
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
-from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
 
 
-class _Exported:
-    """What both have in common: a release that embeds at the α that is selected, among those that
-    it has.
-    """
-
-    _release: EmbeddingRelease
-
-    def __init__(self, source: str, alphas: Sequence[float]) -> None:
-        release = self._release
-        facts = self._release.facts
-        self.templates = list(facts.templates)
-        self.crop = MaskCrop.from_dict(facts.crop)
-        self.size = release.preprocess.size[0]
-        self.exif_orientation = release.preprocess.exif_orientation
-        self.variants = release_variants(source, facts, alphas)
-
-    @property
-    def facts(self) -> Release:
-        """What the release says of itself."""
-        return self._release.facts
-
-    def select(self, variant: Variant) -> None:
-        assert variant.alpha is not None
-        self._release.set_alpha(variant.alpha)
-
-    def embed_images(self, items: Sequence[Any]) -> Floats:
-        return self._release.encode_images(items)
-
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        return self._release.embed_texts(texts)
-
-    def probabilities(self, cosines: Floats) -> Floats:
-        facts = self._release.facts
-        return class_probabilities(cosines, facts.logit_scale, facts.logit_bias)
-
-    def way(self, dense: str | None) -> str:
-        return exported_way(self._release.facts, dense)
-
-
-class ReleaseEmbedder(_Exported):
-    """A release in a model repository, by its own runtime, with the very preprocessing and
-    tokenizer that are served.
+class ReleaseEmbedder:
+    """A release that embeds at the α that is selected, among those that it has.
 
     Args:
-        repository: the model repository; `PATH@N` names a release, the newest otherwise.
+        source: `release` or `server`.
+        loaded: the release.
         alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
 
     Raises:
-        RAdapterError: no such release, one that lacks an α, or its runtime can't load it.
+        RAdapterError: the release lacks an α.
     """
 
-    _release: LocalRelease
+    def __init__(self, source: str, loaded: LoadedRelease, alphas: Sequence[float]) -> None:
+        self.loaded = loaded
+        self.templates = list(loaded.release.templates)
+        self.crop = MaskCrop.from_dict(loaded.release.crop)
+        self.size = loaded.preprocess.size[0]
+        self.exif_orientation = loaded.preprocess.exif_orientation
+        self.variants = release_variants(source, loaded.release, alphas)
 
-    def __init__(self, repository: str, alphas: Sequence[float] = ()) -> None:
-        self._release = LocalRelease(repository)
-        super().__init__("release", alphas)
+    def select(self, variant: Variant) -> None:
+        assert variant.alpha is not None
+        self.loaded = self.loaded.at(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
-        return self._release.prepare(data)
+        return self.loaded.pixels(data)
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        return self.loaded.embed_pixels(items)
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        return self.loaded.embed_texts(texts)
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        release = self.loaded.release
+        return class_probabilities(cosines, release.logit_scale, release.logit_bias)
+
+    def way(self, dense: str | None) -> str:
+        return exported_way(self.loaded.release, dense)
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         segmenter: DenseSegmenter | ProposalSegmenter
-        release = self._release
+        loaded = self.loaded
         if query.dense == PROPOSALS:
-            segmenter = ProposalSegmenter.of_release(release.facts, release.encode_images)
+            segmenter = ProposalSegmenter.of_release(loaded.release, loaded.embed_pixels)
         else:
-            segmenter = DenseSegmenter.of_release(release.facts, release.patch_encoder)
+            patches = loaded.embed_patches if loaded.release.dense else None
+            segmenter = DenseSegmenter.of_release(loaded.release, patches)
         embeds = class_embeds(self.embed_texts, query.labels, query.templates, known)
         return segment_here(segmenter, embeds, query.options)
 
     def close(self) -> None:
-        pass
+        self.loaded.close()
 
 
-class ServerEmbedder(_Exported):
+class ServerEmbedder(ReleaseEmbedder):
     """A live server, through the client, pinned to its newest release; it decodes and segments
     images itself.
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.
-        alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
+        alphas: as of `ReleaseEmbedder`.
 
     Raises:
         RAdapterError: nobody answers there, or the release lacks an α.
     """
 
-    _release: ServerRelease
-
     def __init__(self, url: str, alphas: Sequence[float] = ()) -> None:
-        self._release = ServerRelease(url)
-        super().__init__("server", alphas)
+        loaded = served_release(url)
+        assert isinstance(loaded.encoder, ServerEncoder)
+        self._encoder = loaded.encoder
+        super().__init__("server", loaded, alphas)
 
     def prepare(self, data: bytes) -> Any:
         return data
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        embeds = self._ask(self._encoder.client.embed_images, list(items))
+        return np.asarray(embeds, np.float32)
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         options = query.options
@@ -138,8 +121,8 @@ class ServerEmbedder(_Exported):
         def segment(
             data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None
         ) -> NDArray[np.uint16]:
-            answer = self._release.ask(
-                self._release.client.segment,
+            answer = self._ask(
+                self._encoder.client.segment,
                 data,
                 list(query.labels),
                 templates=list(query.templates),
@@ -153,8 +136,9 @@ class ServerEmbedder(_Exported):
 
         return segment
 
-    def close(self) -> None:
-        self._release.close()
+    def _ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        alpha = self.loaded.request_alpha(None)
+        return self._encoder.ask(task, *arguments, alpha=alpha, **options)
 
 
 def release_variants(source: str, release: Release, alphas: Sequence[float]) -> Sequence[Variant]:

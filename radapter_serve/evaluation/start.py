@@ -166,6 +166,7 @@ class Evaluated:
         """Load it, at these alphas; of a run from its path."""
         from radapter_serve.adapter.checkpoint import load_checkpoint
         from radapter_serve.adapter.lora import load_lora
+        from radapter_serve.encoders.loaded import load_release
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_line, from_merged
 
@@ -178,7 +179,7 @@ class Evaluated:
         if self.merged:
             return from_merged(self.merged, precision=self.precision, device=self.device)
         if self.release:
-            return ReleaseEmbedder(self.release, alphas)
+            return ReleaseEmbedder("release", load_release(self.release), alphas)
         if self.url:
             return ServerEmbedder(self.url, alphas)
         return from_adapter(

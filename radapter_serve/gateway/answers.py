@@ -1,22 +1,25 @@
-"""From Triton's answer to a body: JSON, followed by binary tensors where the caller asked for
+"""From a model's reply to a body: JSON, followed by binary tensors where the caller asked for
 them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import struct
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import service_pb2
-from tritonclient.utils import triton_to_np_dtype
+from numpy.typing import NDArray
 
+from radapter_client import Reply
 from radapter_serve.gateway.requests import HEADER_LENGTH, Inference, check_fits_json, no_text
+from radapter_serve.release.tensors import NUMPY
+
+_DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
-def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[bytes, dict[str, str]]:
+def write(reply: Reply, asked: Inference) -> tuple[bytes, dict[str, str]]:
     """The body of an answer and its headers.
 
     Raises:
@@ -24,17 +27,22 @@ def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[byt
     """
     outputs: list[dict[str, Any]] = []
     parts: list[bytes] = []
-    for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        described = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
-        if output.name in asked.binary:
-            parts.append(values)
-            outputs.append({**described, "parameters": {"binary_data_size": len(values)}})
+    for name, array in reply.outputs.items():
+        output: dict[str, Any] = {
+            "name": name,
+            "datatype": _DATATYPES[array.dtype],
+            "shape": list(array.shape),
+        }
+        if name in asked.binary:
+            parts.append(pack(array))
+            output["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            outputs.append({**described, "data": _to_json(output, values)})
+            output["data"] = _to_json(name, array)
+        outputs.append(output)
     head: dict[str, Any] = {"id": asked.id} if asked.id else {}
     head |= {
-        "model_name": answer.model_name,
-        "model_version": answer.model_version,
+        "model_name": asked.model,
+        "model_version": str(reply.version),
         "outputs": outputs,
     }
     text = json.dumps(head, allow_nan=False, separators=(",", ":")).encode()
@@ -46,18 +54,22 @@ def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[byt
     }
 
 
-def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: bytes) -> list[Any]:
-    count = math.prod(output.shape)
-    check_fits_json(output.name, count)
-    if output.datatype != "BYTES":
-        return np.frombuffer(values, triton_to_np_dtype(output.datatype)).tolist()  # type: ignore[no-any-return]
-    texts = []
-    offset = 0
+def pack(array: NDArray[Any]) -> bytes:
+    """The values of a tensor as KServe's binary form has them; texts and files each after their
+    length.
+    """
+    if array.dtype != object:
+        return np.ascontiguousarray(array).tobytes()
+    values = [one.encode() if isinstance(one, str) else one for one in array.ravel()]
+    return b"".join(chain.from_iterable((struct.pack("<I", len(one)), one) for one in values))
+
+
+def _to_json(name: str, array: NDArray[Any]) -> list[Any]:
+    check_fits_json(name, array.size)
+    values: list[Any] = array.ravel().tolist()
+    if array.dtype != object:
+        return values
     try:
-        for _ in range(count):
-            (length,) = struct.unpack_from("<I", values, offset)
-            offset += 4 + length
-            texts.append(values[offset - length : offset].decode())
+        return [value.decode() for value in values]
     except UnicodeDecodeError:
-        raise no_text(output.name) from None
-    return texts
+        raise no_text(name) from None

@@ -19,9 +19,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from radapter_client import Reply
 from radapter_serve import __version__
 from radapter_serve.contract.errors import INTERNAL_ERROR
-from radapter_serve.engine.steps import encoder_ms
+from radapter_serve.encoders.steps import encoder_ms
 from radapter_serve.gateway import answers, embeddings, openai, requests, tracing
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
@@ -240,13 +241,12 @@ class Gateway:
             del body, read
             self._count_images(request, asked.images)
             entry: Entry = request.state.entry
-            asked.message.id = entry.id
             left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
-            work = self._run(asked.message, left, entry)
-            answer = await run_until_disconnect(request, work, left)
-            entry.release = answer.model_version
+            work = self._run(asked, left, entry)
+            reply = await run_until_disconnect(request, work, left)
+            entry.release = str(reply.version)
             self.health.answered(name)
-            content, headers = answers.write(answer, asked)
+            content, headers = answers.write(reply, asked)
             return Response(content, headers=headers)
 
     async def releases(self, request: Request) -> Response:
@@ -312,14 +312,14 @@ class Gateway:
         found: T = await run_until_disconnect(request, reading(), seconds)
         return found
 
-    async def _run(self, message: Any, seconds: float, entry: Entry) -> Any:
-        """Triton's answer, as soon as the request may run; its deadline goes on to
+    async def _run(self, asked: requests.Inference, seconds: float, entry: Entry) -> Reply:
+        """The model's answer, as soon as the request may run; its deadline goes on to
         Triton.
         """
         end = time.monotonic() + seconds
         async with timed_slot(self._concurrency, entry):
             left = max(end - time.monotonic(), 1e-3)
-            return await self._upstream.infer(message, left, entry.followed)
+            return await self._upstream.infer(asked, left, entry.followed)
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.state.quota
@@ -334,7 +334,7 @@ class Gateway:
         now = time.monotonic()
         when, model = self._models.get((name, version), (now, None))
         if model is None or now - when >= fresh:
-            model = Model.from_config(await self._upstream.config(name, version))
+            model = await self._upstream.config(name, version)
             # What nobody asks for any more goes: versions come and go.
             known = self._models.items()
             self._models = {key: one for key, one in known if now - one[0] < FRESH}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import grpc
-
 from radapter_client._failures import read_failure
 from radapter_serve.contract import errors as tasks
 from radapter_serve.contract.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
@@ -35,14 +33,15 @@ RETRY_AFTER = 1  # second
 # Statuses of HTTP for codes of the tasks that say more than gRPC's status does.
 _BY_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
 
+# Statuses of HTTP for those of gRPC.
 _STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.OUT_OF_RANGE: 400,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
-    grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.CANCELLED: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    "INVALID_ARGUMENT": 400,
+    "OUT_OF_RANGE": 400,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 413,
+    "UNAVAILABLE": 503,
+    "CANCELLED": 503,
+    "DEADLINE_EXCEEDED": 504,
 }
 # What Triton says without a code of ours, and what callers read of it.
 _PLAIN: dict[int, tuple[str, str | None]] = {
@@ -113,9 +112,13 @@ def timeout_error(status: int, message: str) -> Refused:
     return Refused(status, TIMED_OUT, message)
 
 
-def from_triton(status: grpc.StatusCode, text: str) -> Refused:
-    """What a caller may know of a failure that Triton reported: its code and its first line,
-    without paths.
+def from_status(status: str, text: str) -> Refused:
+    """What a caller may know of a failure that Triton or an engine reported: its code and its first
+    line, without paths.
+
+    Args:
+        status: gRPC's name of it, such as INVALID_ARGUMENT.
+        text: its message.
     """
     number = _STATUS.get(status, 500)
     failure = read_failure(text)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from tritonclient.grpc import service_pb2
-from tritonclient.utils import serialize_byte_tensor
-
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
@@ -16,6 +13,7 @@ from radapter_serve.contract.errors import (
     TIMED_OUT,
 )
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
+from radapter_serve.gateway.requests import Inference
 from radapter_serve.gateway.upstream import SHORT_TIMEOUT, Upstream
 from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.probes import PROBES
@@ -78,10 +76,6 @@ class Health:
         return None
 
 
-def probe(task: str) -> service_pb2.ModelInferRequest:
+def probe(task: str) -> Inference:
     """The smallest request that goes all the way through a task."""
-    message = service_pb2.ModelInferRequest(model_name=task)
-    for name, array in PROBES[task].items():
-        message.inputs.add(name=name, datatype="BYTES", shape=array.shape)
-        message.raw_input_contents.append(serialize_byte_tensor(array).item())
-    return message
+    return Inference(task, "", dict(PROBES[task]))

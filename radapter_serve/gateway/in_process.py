@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
-
-import grpc
-import numpy as np
-from numpy.typing import NDArray
-from tritonclient.grpc import model_config_pb2, service_pb2
-from tritonclient.utils import (
-    deserialize_bytes_tensor,
-    np_to_triton_dtype,
-    serialize_byte_tensor,
-    triton_to_np_dtype,
-)
+from typing import TypeVar
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.steps import collected
 from radapter_serve.engine.engine import Engine, NotServed
-from radapter_serve.engine.steps import collected
-from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_triton
+from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_status
+from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.requests import Inference
 from radapter_serve.gateway.run import GatewayServer, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import Followed
+from radapter_serve.gateway.upstream import LOG, Followed
+from radapter_serve.release.release import release_parameters
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import EngineServer
 
 T = TypeVar("T")
-LOG = logging.getLogger("radapter-gateway")
 
 
 class InProcess:
@@ -56,21 +46,32 @@ class InProcess:
         self._indexes = ThreadPoolExecutor(1, thread_name_prefix="indexes")
 
     async def infer(
-        self,
-        message: service_pb2.ModelInferRequest,
-        timeout: float,
-        followed: Followed | None = None,
-    ) -> service_pb2.ModelInferResponse:
+        self, asked: Inference, timeout: float, followed: Followed | None = None
+    ) -> Reply:
         gone = threading.Event()
-        followed = followed or Followed()
-        work = partial(self._infer, message, time.monotonic() + timeout, gone, followed)
+        deadline = time.monotonic() + timeout
+
+        def infer() -> Reply:
+            with collected(None if followed is None else followed.steps):
+                return self._engine.infer(
+                    asked.model,
+                    asked.version,
+                    asked.inputs,
+                    asked.outputs,
+                    deadline=deadline,
+                    cancelled=gone.is_set,
+                )
+
         try:
-            return await self._run(self._threads, work, message.model_name)
+            return await self._run(self._threads, infer, asked.model)
         finally:
             gone.set()  # where nobody waits any more
 
-    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
-        return await self._run(self._facts, partial(self._engine.config, model, version), model)
+    async def config(self, model: str, version: str = "") -> Model:
+        releases = await self._run(
+            self._facts, partial(self._engine.releases, model, version), model
+        )
+        return Model.of(model, release_parameters(releases))
 
     async def versions(self, model: str) -> list[str]:
         found = await self._run(self._facts, self._engine.versions, model)
@@ -93,34 +94,12 @@ class InProcess:
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TaskError as error:
-            refused = from_triton(grpc.StatusCode[error.status], str(error))
+            refused = from_status(error.status, str(error))
             if refused.status >= 500:
                 LOG.warning("%s: %s", model, error)
             raise refused from None
         except NotServed as error:
             raise Refused(404, UNKNOWN_MODEL, str(error)) from None
-
-    def _infer(
-        self,
-        message: service_pb2.ModelInferRequest,
-        deadline: float,
-        gone: threading.Event,
-        followed: Followed,
-    ) -> service_pb2.ModelInferResponse:
-        inputs = {
-            tensor.name: _array(tensor.datatype, tensor.shape, data)
-            for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True)
-        }
-        with collected(followed.steps):
-            reply = self._engine.infer(
-                message.model_name,
-                message.model_version,
-                inputs,
-                [output.name for output in message.outputs],
-                deadline=deadline,
-                cancelled=gone.is_set,
-            )
-        return _message(message.model_name, reply)
 
 
 @contextlib.contextmanager
@@ -146,22 +125,3 @@ def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer
         finally:
             gateway.stop()
             thread.join()
-
-
-def _array(datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
-    if datatype == "BYTES":
-        return np.asarray(deserialize_bytes_tensor(data)).reshape(shape)
-    return np.frombuffer(data, triton_to_np_dtype(datatype)).reshape(shape)
-
-
-def _message(model: str, reply: Reply) -> service_pb2.ModelInferResponse:
-    answer = service_pb2.ModelInferResponse(model_name=model, model_version=str(reply.version))
-    for name, array in reply.outputs.items():
-        datatype = np_to_triton_dtype(array.dtype)
-        answer.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        if datatype != "BYTES":
-            answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
-        else:
-            packed = serialize_byte_tensor(array)
-            answer.raw_output_contents.append(packed.item() if packed.size else b"")
-    return answer

@@ -59,6 +59,9 @@ class Entry:
     encoder_ms: float | None = None
     followed: Followed = field(default_factory=Followed)
 
+    def __post_init__(self) -> None:
+        self.followed.id = self.id
+
     def write(self, log: Log, out: Callable[[str], object] | None = None) -> None:
         """Say it as one line, in words or as JSON.
 

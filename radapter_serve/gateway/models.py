@@ -1,19 +1,17 @@
-"""What the gateway knows of a model: its inputs, its outputs and its releases, from Triton's own
-configuration.
-"""
+"""What callers are told of a model: its inputs, its outputs and its releases."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from tritonclient.grpc import model_config_pb2
-
 from radapter_serve.contract.errors import redact
-from radapter_serve.release.tensors import Tensor, tensors_of
+from radapter_serve.release.tensors import Tensor
+from radapter_serve.tasks.table import TASKS, outputs_of
 
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
 _OF_USERS = ("templates",)  # texts, in which a slash is no path
@@ -35,22 +33,18 @@ class Model:
     releases: dict[str, str]
 
     @classmethod
-    def from_config(cls, config: model_config_pb2.ModelConfig) -> Model:
-        """From Triton's configuration; what is no caller's business, such as instances, stays
-        out.
+    def of(cls, task: str, releases: Mapping[str, str]) -> Model:
+        """A task with some releases.
+
+        Args:
+            task: its name.
+            releases: their facts, as JSON, by the names of their parameters; one is `release`, the
+                newest.
         """
-        releases = {
-            key: _public(value.string_value)
-            for key, value in config.parameters.items()
-            if key.partition(".")[0] == "release"
-        }
-        return cls(
-            config.name,
-            config.max_batch_size,
-            tensors_of(config.input),
-            tensors_of(config.output),
-            releases,
-        )
+        public = {name: _public(facts) for name, facts in releases.items()}
+        width = json.loads(releases["release"])["embed_dim"] if "release" in releases else -1
+        table = TASKS[task]
+        return cls(task, table.max_rows, dict(table.inputs), outputs_of(task, width), public)
 
     def config(self) -> dict[str, Any]:
         """The answer to `/config`, in the form of Triton's."""

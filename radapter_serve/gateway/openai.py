@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2
 
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 from radapter_serve.gateway import embeddings
@@ -19,7 +18,7 @@ from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Ref
 from radapter_serve.gateway.journal import Entry, timed_slot
 from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import pack
+from radapter_serve.gateway.requests import Inference
 from radapter_serve.gateway.upstream import Upstream
 
 PREFIX = "/v1/"
@@ -97,17 +96,26 @@ class OpenAI:
             step = (await self._model(task, version)).max_batch_size if places else 1
             for start in range(0, len(places), step):
                 some = places[start : start + step]
-                message = _message(
-                    task, tensor, [values[place] for place in some], version, asked.alpha
-                )
-                message.id = entry.id
+                batch = np.empty((len(some), 1), object)
+                batch[:, 0] = [values[place] for place in some]
+                inputs: dict[str, NDArray[Any]] = {tensor: batch}
+                if asked.alpha is not None:
+                    inputs["alpha"] = np.full((len(some), 1), asked.alpha, np.float32)
+                request = Inference(task, version, inputs)
                 left = max(end - time.monotonic(), 1e-3)
                 try:
-                    answer = await self._upstream.infer(message, left, entry.followed)
+                    reply = await self._upstream.infer(request, left, entry.followed)
                 except Refused as error:
                     raise _placed(error, some) from None
-                version = answer.model_version  # the first that answers is asked for all the rest
-                rows.update(zip(some, _embeds(answer, f"{tensor}_embeds", len(some)), strict=True))
+                version = str(reply.version)  # the first that answers is asked for all the rest
+                embeds = reply.outputs.get(f"{tensor}_embeds")
+                if embeds is None or len(embeds) != len(some):
+                    raise Refused(
+                        503,
+                        SERVER_UNAVAILABLE,
+                        "the model server answers otherwise than radapter-serve does",
+                    )
+                rows.update(zip(some, embeds, strict=True))
         return [rows[place] for place in range(asked.count)], version
 
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -166,27 +174,6 @@ def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
         for key in ("version", "alpha", "architecture", "precision", "embed_dim")
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "radapter-serve", **more}
-
-
-def _message(
-    task: str, tensor: str, values: list[bytes], version: str, alpha: float | None
-) -> service_pb2.ModelInferRequest:
-    message = service_pb2.ModelInferRequest(model_name=task, model_version=version)
-    message.inputs.add(name=tensor, datatype="BYTES", shape=[len(values), 1])
-    message.raw_input_contents.append(pack(values))
-    if alpha is not None:
-        message.inputs.add(name="alpha", datatype="FP32", shape=[len(values), 1])
-        message.raw_input_contents.append(np.full(len(values), alpha, np.float32).tobytes())
-    return message
-
-
-def _embeds(answer: service_pb2.ModelInferResponse, name: str, count: int) -> NDArray[np.float32]:
-    for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        if output.name == name and list(output.shape[:1]) == [count]:
-            return np.frombuffer(values, "<f4").reshape(count, -1)
-    raise Refused(
-        503, SERVER_UNAVAILABLE, "the model server answers otherwise than radapter-serve does"
-    )
 
 
 def _placed(error: Refused, places: list[int]) -> Refused:

@@ -1,6 +1,4 @@
-"""From the body of a request to what Triton is sent: everything is checked here, before Triton sees
-any of it.
-"""
+"""From the body of a request to tensors, all of which are checked before a model sees any."""
 
 from __future__ import annotations
 
@@ -9,20 +7,19 @@ import contextlib
 import io
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tritonclient.grpc import service_pb2
-from tritonclient.utils import triton_to_np_dtype
 
 from radapter_serve.gateway.errors import Refused, bad_request, escape
 from radapter_serve.gateway.models import Model
-from radapter_serve.release.tensors import Tensor
+from radapter_serve.release.tensors import NUMPY, Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
@@ -82,20 +79,29 @@ class _Header(Strict):
 class Inference:
     """A request that is right.
 
-    Args:
-        message: for Triton.
-        id: that the caller gave it, to be sent back; empty where it gave none. Triton does not see
-            it.
+    Attributes:
+        model: its name.
+        version: of the model; empty for the newest.
+        inputs: arrays by name; of type BYTES they hold texts, and images as bytes.
+        outputs: names of those that are asked for; all if none.
+        id: that the caller gave it, to be sent back; empty where it gave none.
         binary: the outputs that the caller wants in binary.
         timeout: seconds that the caller allows, or None.
-        images: how many images it holds; an example that stands empty is none.
     """
 
-    message: service_pb2.ModelInferRequest
-    id: str
-    binary: frozenset[str]
-    timeout: float | None
-    images: int
+    model: str
+    version: str
+    inputs: dict[str, NDArray[Any]]
+    outputs: tuple[str, ...] = ()
+    id: str = ""
+    binary: frozenset[str] = frozenset()
+    timeout: float | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images it holds; an example that stands empty is none."""
+        arrays = (array for name, array in self.inputs.items() if name in IMAGES)
+        return sum(1 for array in arrays for value in array.ravel() if value)
 
 
 def json_length(header_length: str | None, end: int) -> int:
@@ -143,7 +149,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     """
     end = json_length(header_length, len(body))
     header = _header(body[:end])
-    message = service_pb2.ModelInferRequest(model_name=model.name, model_version=version)
+    inputs: dict[str, NDArray[Any]] = {}
     rest = memoryview(body)[end:]
     rows = set()
     for given in header.inputs:
@@ -152,7 +158,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
             raise bad_request(
                 f"{model.name} has no input {escape(given.name)}; it has {', '.join(model.inputs)}"
             )
-        if any(given.name == other.name for other in message.inputs):
+        if given.name in inputs:
             raise bad_request(f"the input {tensor.name} comes twice")
         _check_kind(given, tensor, model)
         rows.update(given.shape[:1] if model.max_batch_size else [])
@@ -162,17 +168,14 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
                 f"the input {tensor.name} needs data or binary_data_size, and not both"
             )
         if size is None:
-            values = _from_json(tensor, given.shape, given.data or [])
+            inputs[tensor.name] = _from_json(tensor, given.shape, given.data or [])
         else:
             if size > len(rest):
                 raise bad_request(
                     f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body"
                 )
-            values = bytes(rest[:size])
+            inputs[tensor.name] = _from_binary(tensor, given.shape, rest[:size])
             rest = rest[size:]
-        _check_values(tensor, given.shape, values, is_utf8=size is None)
-        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
-        message.raw_input_contents.append(values)
     if len(rest):
         raise bad_request(f"{len(rest)} bytes follow the last input")
     if len(rows) > 1:
@@ -182,12 +185,10 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     needed = {name for name, tensor in model.inputs.items() if not tensor.optional}
     if missing := sorted(needed - {given.name for given in header.inputs}):
         raise bad_request(f"the input {missing[0]} is missing")
-    binary = _outputs(header, model, message)
+    outputs, binary = _outputs(header, model, inputs)
     timeout = header.parameters.timeout
-    pairs = zip(message.inputs, message.raw_input_contents, strict=True)
-    images = sum(_count_filled(values) for one, values in pairs if one.name in IMAGES)
     seconds = None if timeout is None else timeout / 1e6
-    return Inference(message, header.id, binary, seconds, images)
+    return Inference(model.name, version, inputs, outputs, header.id, binary, seconds)
 
 
 def check_fits_json(output: str, count: int) -> None:
@@ -203,11 +204,6 @@ def no_text(output: str) -> Refused:
     return bad_request(
         f"the output {output} is no text; ask for it in binary, or name the outputs that you want"
     )
-
-
-def pack(values: Sequence[bytes]) -> bytes:
-    """Values of type BYTES as Triton takes them."""
-    return b"".join(chain.from_iterable((struct.pack("<I", len(value)), value) for value in values))
 
 
 def _header(text: bytes) -> _Header:
@@ -279,55 +275,62 @@ def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
         )
 
 
-def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes, *, is_utf8: bool) -> None:
-    """As many values as the shape says, each of them sound; texts of JSON are UTF-8."""
+def _from_binary(tensor: Tensor, shape: Sequence[int], data: memoryview) -> NDArray[Any]:
+    """Values that came as bytes, each of them sound, as many as the shape says."""
     count = math.prod(shape)
     if tensor.datatype == "BYTES":
-        _check_texts(tensor.name, values, count, is_utf8=is_utf8 or tensor.name in IMAGES)
-        return
-    kind = np.dtype(triton_to_np_dtype(tensor.datatype))
-    if len(values) != count * kind.itemsize:
+        return _objects(_split(tensor.name, data, count), shape)
+    kind = np.dtype(NUMPY[tensor.datatype])
+    if len(data) != count * kind.itemsize:
         needed = f"{list(shape)} of {tensor.datatype} are {count * kind.itemsize}"
-        raise bad_request(f"the input {tensor.name} has {len(values)} bytes; {needed}")
-    if kind.kind == "b" and max(values) > 1:
+        raise bad_request(f"the input {tensor.name} has {len(data)} bytes; {needed}")
+    if kind.kind == "b" and max(data) > 1:
         raise bad_request(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
-    if kind.kind == "f" and not np.isfinite(np.frombuffer(values, kind)).all():
-        raise bad_request(f"the input {tensor.name} holds a value that is not a finite number")
+    values = np.frombuffer(data, kind)
+    _check_finite(tensor, values)
+    return values.reshape(shape)
 
 
-def _check_texts(name: str, values: bytes, count: int, *, is_utf8: bool) -> None:
+def _split(name: str, data: memoryview, count: int) -> list[Any]:
+    """Texts, or the bytes of images, each after its length."""
+    values: list[Any] = []
     offset = 0
-    end = len(values)
     for number in range(1, count + 1):
         start = offset + 4
-        length = struct.unpack_from("<I", values, offset)[0] if start <= end else end
+        length = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else len(data)
         offset = start + length
-        if offset > end:
+        if offset > len(data):
             raise bad_request(f"value {number} of {count} of the input {name} goes beyond its end")
-        if not is_utf8:
+        value = bytes(data[start:offset])
+        if name not in IMAGES:
             try:
-                values[start:offset].decode()
+                values.append(value.decode())
             except UnicodeDecodeError:
                 raise bad_request(
                     f"value {number} of {count} of the input {name} is not UTF-8"
                 ) from None
-    if offset != end:
-        raise bad_request(f"the input {name} has {end - offset} bytes after its {count} values")
+        else:
+            values.append(value)
+    if offset != len(data):
+        raise bad_request(
+            f"the input {name} has {len(data) - offset} bytes after its {count} values"
+        )
+    return values
 
 
-def _count_filled(values: bytes) -> int:
-    """How many of the values of a tensor, which were checked, are not empty."""
-    count = 0
-    offset = 0
-    while offset < len(values):
-        (length,) = struct.unpack_from("<I", values, offset)
-        count += length > 0
-        offset += 4 + length
-    return count
+def _check_finite(tensor: Tensor, values: NDArray[Any]) -> None:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise bad_request(f"the input {tensor.name} holds a value that is not a finite number")
 
 
-def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
-    """Values that came in JSON, flat or nested as the shape is, as the bytes that Triton takes."""
+def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array.reshape(shape)
+
+
+def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> NDArray[Any]:
+    """Values that came in JSON, flat or nested as the shape is."""
     for _ in shape[1:]:
         if not any(type(value) is list for value in data):
             break
@@ -343,8 +346,10 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
     if tensor.datatype == "BYTES":
         if kinds != {str}:
             raise bad_request(f"the data of the input {tensor.name} are not all texts")
-        return pack([value.encode() for value in data])
-    kind = np.dtype(triton_to_np_dtype(tensor.datatype))
+        if tensor.name in IMAGES:
+            data = [value.encode() for value in data]
+        return _objects(data, shape)
+    kind = np.dtype(NUMPY[tensor.datatype])
     by_kind: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
     wanted = by_kind.get(kind.kind, {int})
     if not kinds <= wanted:
@@ -354,20 +359,23 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
         if kind.kind == "f":
             # What is not finite is refused with all other such values.
             with np.errstate(over="ignore"):
-                return np.array(data, np.float64).astype(kind).tobytes()
+                floats = np.array(data, np.float64).astype(kind)
+            _check_finite(tensor, floats)
+            return floats.reshape(shape)
         values = np.array(data, np.int64)
         if (values == values.astype(kind)).all():
-            return values.astype(kind).tobytes()
+            return values.astype(kind).reshape(shape)
     except OverflowError:
         pass
     raise bad_request(f"a number of the input {tensor.name} does not fit {tensor.datatype}")
 
 
 def _outputs(
-    header: _Header, model: Model, message: service_pb2.ModelInferRequest
-) -> frozenset[str]:
-    """Asks for the outputs; gives those that are to come in binary."""
+    header: _Header, model: Model, inputs: Mapping[str, NDArray[Any]]
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The outputs that are asked for, and those that are to come in binary."""
     default = header.parameters.binary_data_output
+    names: list[str] = []
     binary = set()
     for output in header.outputs:
         if output.name not in model.outputs:
@@ -375,9 +383,9 @@ def _outputs(
                 f"{model.name} has no output {escape(output.name)}; it has"
                 f" {', '.join(model.outputs)}"
             )
-        if any(output.name == other.name for other in message.outputs):
+        if output.name in names:
             raise bad_request(f"the output {output.name} is asked for twice")
-        message.outputs.add(name=output.name)
+        names.append(output.name)
         wish = output.parameters.binary_data
         if default if wish is None else wish:
             binary.add(output.name)
@@ -388,15 +396,13 @@ def _outputs(
     in_json = {output.name for output in header.outputs or model.outputs.values()} - binary
     if not header.outputs and in_json & FILES:
         in_json -= FILES
-        for name in model.outputs:
-            if name in in_json:
-                message.outputs.add(name=name)
+        names = [name for name in model.outputs if name in in_json]
     for name in in_json & FILES:
         raise no_text(name)
-    for tensor, values in zip(message.inputs, message.raw_input_contents, strict=True):
-        if "mask" in in_json and tensor.name == "image":
-            check_fits_json("mask", _pixels(values[4 : 4 + _HEADER]))
-    return frozenset(binary)
+    if "mask" in in_json:
+        for image in inputs["image"].ravel():
+            check_fits_json("mask", _pixels(image[:_HEADER]))
+    return tuple(names), frozenset(binary)
 
 
 def _pixels(head: bytes) -> int:

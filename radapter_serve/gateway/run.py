@@ -24,7 +24,7 @@ from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.tracing import what_is_missing
-from radapter_serve.gateway.upstream import LOG, Triton, Upstream
+from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 from radapter_serve.signals import STOPPING
@@ -68,7 +68,11 @@ class GatewayServer:
         pulse: int | None = None,
     ) -> None:
         self.began = threading.Event()
-        self.gateway = Gateway(settings, connect or partial(Triton, settings.server), timeouts)
+        if connect is None:
+            from radapter_serve.gateway.triton import Triton  # here: an engine needs no gRPC
+
+            connect = partial(Triton, settings.server)
+        self.gateway = Gateway(settings, connect, timeouts)
         self._pulse = pulse
         try:
             self._connections = Connections(self.gateway.app, listener, settings, timeouts)

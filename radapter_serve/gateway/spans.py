@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from radapter_serve.engine.steps import Step
+from radapter_serve.encoders.steps import Step
 from radapter_serve.environment import otlp_endpoint
 from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.upstream import LOG

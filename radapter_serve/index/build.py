@@ -16,6 +16,7 @@ import lancedb
 import pyarrow as pa
 
 from radapter_serve.contract.names import RULE, is_name
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import facts as known
 from radapter_serve.index.cluster import Cluster
@@ -42,7 +43,6 @@ from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BROKEN, Base, Progress, Sizes, Summary, Writer
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _STOPPED = "building.json"  # in the folder of an unfinished generation: the plan of the index
 KEEP = datetime.timedelta(hours=1)  # how long servers may read a generation that was replaced
@@ -51,7 +51,7 @@ KEEP = datetime.timedelta(hours=1)  # how long servers may read a generation tha
 def build(
     source: str,
     out: Path,
-    release: EmbeddingRelease,
+    release: LoadedRelease,
     *,
     image_column: str = "image",
     thumbnails: int = 128,
@@ -88,6 +88,8 @@ def build(
     """
     out = out.absolute()
     _check_place(out, thumbnails)
+    if exif_orientation is not None:
+        release = release.turned(exif_orientation)
     collection = open_collection(source, image_column=image_column)
     plan = Plan(
         source=collection.source,
@@ -95,9 +97,9 @@ def build(
         image_column=image_column,
         column_types={name: str(kind) for name, kind in collection.columns.items()},
         thumbnails=thumbnails,
-        exif_orientation=_turn(release, exif_orientation),
+        exif_orientation=release.preprocess.exif_orientation,
         on_broken=on_broken,
-        release=MadeBy.of(release.facts),
+        release=MadeBy.of(release.release),
         origin=dict(release.origin),
     )
     cluster = None if ray is None else Cluster(ray, release)
@@ -119,7 +121,7 @@ def build(
 
 def add(
     out: Path,
-    release: EmbeddingRelease,
+    release: LoadedRelease,
     source: str | None = None,
     *,
     prune: bool = False,
@@ -147,11 +149,11 @@ def add(
     _refuse_link(out)
     _, facts = Folder(out).current()
     plan = facts.plan
-    if release.facts.dynamic_alpha:
-        release.set_alpha(plan.release.alpha)
-    if plan.release.digest != release.facts.digest:
+    if release.release.dynamic_alpha:
+        release = release.at(plan.release.alpha)
+    if plan.release.digest != release.release.digest:
         raise RAdapterError(_other_release(out, plan, release))
-    _turn(release, plan.exif_orientation)
+    release = release.turned(plan.exif_orientation)
     plan = dataclasses.replace(
         plan, origin=dict(release.origin), on_broken=on_broken or plan.on_broken
     )
@@ -299,19 +301,10 @@ def _check_stopped(made: Path, out: Path, plan: Plan) -> None:
         )
 
 
-def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
-    """Have the release turn images by their EXIF orientation or not; None leaves it as it is."""
-    own = bool(release.facts.preprocess.get("exif_orientation", True))
-    if wanted is None or wanted == own:
-        return own
-    release.turn(wanted)
-    return wanted
-
-
-def _other_release(out: Path, plan: Plan, release: EmbeddingRelease) -> str:
+def _other_release(out: Path, plan: Plan, release: LoadedRelease) -> str:
     """Why `add` refuses, and the commands that help."""
-    again = build_command(out, plan, release.facts, release.origin)
-    text = f"the index {out} {mismatch(plan.release, release.facts)}; build it again: {again}"
+    again = build_command(out, plan, release.release, release.origin)
+    text = f"the index {out} {mismatch(plan.release, release.release)}; build it again: {again}"
     repository, version = made_by(plan)
     if version is not None:
         place = f"{repository}@{version}"

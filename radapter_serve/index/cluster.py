@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.reading import Read, read
 from radapter_serve.index.stored import StoredFile, file_of
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
-from radapter_serve.runtimes.origin import release_of
 
 _DETAILS = ("width", "height", "thumbnail")
 _AHEAD = 2  # batches that wait for a worker
@@ -37,7 +36,7 @@ class Cluster:
         RAdapterError: Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, address: str, release: EmbeddingRelease) -> None:
+    def __init__(self, address: str, release: LoadedRelease) -> None:
         self._release = release
         check_installed("ray", "ray")
         import ray
@@ -91,10 +90,11 @@ class Cluster:
             }
         )
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
+        facts = self._release.release
         told = {
             "origin": dict(self._release.origin),
-            "alpha": self._release.facts.alpha if self._release.facts.dynamic_alpha else None,
-            "digest": self._release.facts.digest,
+            "alpha": facts.alpha if facts.dynamic_alpha else None,
+            "digest": facts.digest,
             "thumbnails": thumbnails,
             "exif_orientation": exif_orientation,
         }
@@ -132,15 +132,15 @@ class _Worker:
         exif_orientation: bool,
     ) -> None:
         os.environ.setdefault(THREADS, "1")  # a worker has one core
-        self._release = release_of(origin)
+        loaded = release_at(origin)
         if alpha is not None:
-            self._release.set_alpha(alpha)
-        if self._release.facts.digest != digest:
+            loaded = loaded.at(alpha)
+        if loaded.release.digest != digest:
             raise RAdapterError(
                 f"a worker found another release at {' '.join(origin.values())} than this"
                 " machine has"
             )
-        self._release.turn(exif_orientation)
+        self._release = loaded.turned(exif_orientation)
         self._thumbnails = thumbnails
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -158,7 +158,7 @@ class _Worker:
         ]
         fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
         embeds = (
-            dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True))
+            dict(zip(fresh, self._release.embed_pixels(list(fresh.values())), strict=True))
             if fresh
             else {}
         )

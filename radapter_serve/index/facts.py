@@ -76,7 +76,7 @@ class Plan:
         exif_orientation: whether images are turned as their EXIF says.
         on_broken: what becomes of images that can't be read.
         release: that embeds.
-        origin: where the release is, as in `EmbeddingRelease`.
+        origin: where the release is, as in `LoadedRelease`.
     """
 
     source: str
@@ -214,7 +214,7 @@ def build_command(
         folder: of the index.
         plan: of the index; None where it can't be read.
         release: the other release.
-        origin: where that is, as in `EmbeddingRelease`.
+        origin: where that is, as in `LoadedRelease`.
     """
     if plan is None:
         return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"

@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import oriented
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.files import digest_of
 from radapter_serve.index.stored import StoredFile
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -29,7 +29,7 @@ class Read:
 
     Args:
         digest: of its bytes.
-        prepared: what the release's `encode_images` takes.
+        prepared: what the encoder takes, uint8 [S, S, 3].
         details: width, height and thumbnail.
         kept: whether its bytes are those that the index has.
         error: why it can't be indexed.
@@ -45,7 +45,7 @@ class Read:
 
 
 def read(
-    id: str, file: Path | StoredFile, before: str, release: EmbeddingRelease, thumbnails: int
+    id: str, file: Path | StoredFile, before: str, release: LoadedRelease, thumbnails: int
 ) -> Read:
     """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
 
@@ -65,7 +65,7 @@ def read(
             return Read(digest, kept=True)
         return Read(
             digest,
-            release.prepare(data),
+            release.pixels(data),
             describe_image(data, thumbnails, release.preprocess.exif_orientation),
         )
     except UnicodeEncodeError:

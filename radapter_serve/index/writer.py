@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.cluster import Cluster
@@ -32,7 +33,6 @@ from radapter_serve.index.reading import Read, read
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.index.store import EXACT, TABLE, vectors_of
 from radapter_serve.index.store.local import table_errors
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
@@ -115,7 +115,7 @@ class Writer:
         self,
         folder: Path,
         plan: Plan,
-        release: EmbeddingRelease,
+        release: LoadedRelease,
         out: Path,
         schema: pa.Schema,
         cluster: Cluster | None = None,
@@ -298,7 +298,7 @@ class Writer:
         }
         if waiting:
             embeds |= dict(
-                zip(waiting, self._release.encode_images(list(waiting.values())), strict=True)
+                zip(waiting, self._release.embed_pixels(list(waiting.values())), strict=True)
             )
         summary.embedded += len(fresh)
         rows = [

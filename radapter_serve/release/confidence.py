@@ -8,6 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError
+from radapter_serve.release.release import Release
+
+HOW = "export one with radapter-export --validation DATA"
+
 #: why a softmax has no temperature that is best
 NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
 
@@ -53,3 +60,24 @@ class Confidence:
     def from_dict(cls, facts: Mapping[str, Any]) -> Confidence:
         """Read what `dataclasses.asdict` gave; unknown names are ignored."""
         return cls(**{name: facts[name] for name in cls.__dataclass_fields__ if name in facts})
+
+
+def fitted_at(release: Release, alpha: float) -> Confidence:
+    """What a release was fitted to.
+
+    Args:
+        release: its facts.
+        alpha: of the embeddings that are scored.
+
+    Raises:
+        TaskError: nothing was fitted, or not at this alpha.
+    """
+    if release.confidence is None:
+        raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
+    if np.float32(alpha) != np.float32(release.alpha):
+        raise TaskError(
+            NOT_CALIBRATED,
+            f"the scores of this release are calibrated at alpha {release.alpha:g}, not at"
+            f" {alpha:g}",
+        )
+    return Confidence.from_dict(release.confidence)

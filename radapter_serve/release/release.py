@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.contract.alpha import RequestAlpha
+from radapter_serve.contract.alpha import request_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
@@ -117,11 +117,6 @@ class Release:
                 deciding["dynamic_alpha"] = True
         return digest_of(json.dumps(deciding, sort_keys=True).encode())
 
-    @property
-    def request_alpha(self) -> RequestAlpha:
-        """What checks the α that requests bring."""
-        return RequestAlpha(self.alpha, self.dynamic_alpha)
-
     def at(self, alpha: float) -> Release:
         """The release as it is used at one α.
 
@@ -129,7 +124,7 @@ class Release:
             RAdapterError: an α that the release does not have.
         """
         try:
-            self.request_alpha.one(alpha)
+            request_alpha(alpha, self.alpha, dynamic=self.dynamic_alpha)
         except TaskError as error:
             raise RAdapterError(error.message) from None
         return dataclasses.replace(self, alpha=float(alpha))
@@ -190,3 +185,15 @@ class Release:
         except (OSError, ValueError, RecursionError) as error:
             raise RAdapterError(f"could not read {path}: {error}") from error
         return cls.from_dict(facts)
+
+
+def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
+    """How a model's config names its releases, as JSON by parameter: each by its number, and the
+    newest without one.
+    """
+    parameters: dict[str, str] = {}
+    for release in sorted(releases, key=lambda one: one.version):
+        text = json.dumps(release.to_dict())
+        parameters[f"release.{release.version}"] = text
+        parameters["release"] = text
+    return parameters

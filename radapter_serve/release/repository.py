@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
-from radapter_serve.release.release import FILE, TASKS, Release
+from radapter_serve.release.release import FILE, TASKS, Release, release_parameters
 
 PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
@@ -288,10 +288,8 @@ def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
     """
     for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
         del config.parameters[name]
-    for version, facts in sorted(releases.items()):
-        text = json.dumps(facts.to_dict())
-        config.parameters[f"release.{version}"].string_value = text
-        config.parameters["release"].string_value = text
+    for name, text in release_parameters(releases.values()).items():
+        config.parameters[name].string_value = text
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:

@@ -1,41 +1,33 @@
-"""What a model takes and gives, by its config.pbtxt."""
+"""`Tensor`: what a model takes or gives, by KServe's names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from tritonclient.grpc import model_config_pb2
+import numpy as np
+
+NUMPY = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "INT32": np.int32,
+    "FP32": np.float32,
+    "BYTES": np.object_,
+}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or an output.
+    """An input or an output of a model.
 
     Args:
-        datatype: as KServe names it, such as BYTES or FP32.
+        name: of the tensor.
+        datatype: as KServe names it, one of `NUMPY`.
         dims: without the batch; -1 is any number.
         optional: whether a request may leave it out.
     """
 
     name: str
     datatype: str
-    dims: tuple[int, ...]
+    dims: tuple[int, ...] = (1,)
     optional: bool = False
-
-
-def tensors_of(described: Iterable[Any]) -> dict[str, Tensor]:
-    """The inputs or the outputs of a `ModelConfig`, by name."""
-    return {
-        one.name: Tensor(
-            one.name, datatype_of(one), tuple(one.dims), bool(getattr(one, "optional", False))
-        )
-        for one in described
-    }
-
-
-def datatype_of(tensor: Any) -> str:
-    """The datatype of a config's tensor as KServe names it."""
-    name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
-    return "BYTES" if name == "STRING" else str(name)

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.encoder import GraphEncoder
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
-from radapter_serve.engine.version import LocalVersion
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.release.served import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.installation import OUR_BACKENDS, Installation
-from radapter_serve.server.models import kept_for_indexes, models_of, parsed
+from radapter_serve.server.models import kept_for_indexes, models_of
 from radapter_serve.server.processes import server_folder
 from radapter_serve.server.releases import ReleaseChanges, Say, format_list
 from radapter_serve.server.runtime_choice import Measured, configure
@@ -49,7 +50,7 @@ class EngineServer(ReleaseChanges):
         super().__init__(config)
         self.measured: Sequence[Measured] = ()
         self._runtime = config.runtime
-        self._versions: dict[int, LocalVersion] = {}
+        self._releases: dict[int, LoadedRelease] = {}
         self._served = Served(())
         self._kept: dict[int, list[str]] = {}
         self._stack = contextlib.ExitStack()
@@ -97,10 +98,10 @@ class EngineServer(ReleaseChanges):
         config = self.config
         runtime = self._runtime
         measured = self.measured
-        versions: dict[int, LocalVersion] = {}
+        releases: dict[int, LoadedRelease] = {}
         for number in sorted({*wanted.releases, *kept}):
-            if number in self._versions:
-                versions[number] = self._versions[number]
+            if number in self._releases:
+                releases[number] = self._releases[number]
                 continue
             configured = configure(
                 config.model_repository, [number], runtime, config.encoder_threads, _ENGINE, say
@@ -109,15 +110,23 @@ class EngineServer(ReleaseChanges):
                 runtime = configured.runtime
                 measured = configured.measured
             say(f"loading release {number}")
-            configs = {name: parsed(text) for name, text in configured.configs.items()}
-            version = LocalVersion(config.model_repository, number, config.indexes, configs=configs)
-            version.check(say, without=configured.checked)
-            versions[number] = version
+            loaded = load_release(
+                config.model_repository,
+                number,
+                indexes=config.indexes,
+                runtime=configured.runtime,
+                threads=config.encoder_threads,
+            )
+            assert isinstance(loaded.encoder, GraphEncoder)
+            loaded.encoder.check_agreement(
+                config.model_repository, loaded.release, say, without=configured.checked
+            )
+            releases[number] = loaded
         say(f"asking the tasks of release {format_list(wanted.releases)}")
         try:
             prepared = self.engine.prepare(
-                [versions[number] for number in wanted.releases],
-                [versions[number] for number in kept],
+                [releases[number] for number in wanted.releases],
+                [releases[number] for number in kept],
             )
         except TaskError as error:
             raise RAdapterError(f"a task does not answer: {error.message}") from error
@@ -125,7 +134,7 @@ class EngineServer(ReleaseChanges):
         self.engine.commit(prepared)
         self._runtime = runtime
         self.measured = measured
-        self._versions = versions
+        self._releases = releases
         self._served = wanted
         self._kept = kept
 

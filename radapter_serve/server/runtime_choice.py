@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.encoders.cuda import find_gpu
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.tensorrt.plan import check_plan
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, ServedEncoder, encoders_of
-from radapter_serve.runtimes.cuda import find_gpu
-from radapter_serve.runtimes.encoder import Encoder
-from radapter_serve.runtimes.tensorrt.plan import check_plan
 from radapter_serve.server.installation import Installation
 from radapter_serve.threads import threads_per_instance
 
@@ -132,7 +132,7 @@ def configure(
 
 def check(
     encoder: ServedEncoder, runtime: str, threads: int | None = None
-) -> tuple[float, Encoder]:
+) -> tuple[float, EncoderGraph]:
     """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all
     served versions.
 
@@ -178,7 +178,7 @@ def measure(
     """
     found = []
     for encoder in encoders:
-        runs: dict[str, Encoder] = {}
+        runs: dict[str, EncoderGraph] = {}
         distances = {}
         reasons = {}
         for runtime in RUNTIMES:
@@ -226,8 +226,8 @@ def fastest(measured: Sequence[Measured]) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
-    return Encoder(
+def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> EncoderGraph:
+    return EncoderGraph(
         encoder.file(version, runtime),
         runtime,
         precision=encoder.facts.precision,
@@ -252,7 +252,9 @@ def _device(encoder: ServedEncoder, runtime: str) -> int | None:
     return 0
 
 
-def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:
+def _take_turns(
+    runs: Mapping[str, EncoderGraph], values: Sequence[NDArray[Any]]
+) -> dict[str, float]:
     """Median seconds of each, after a warm-up."""
     times: dict[str, list[float]] = {runtime: [] for runtime in runs}
     for number in range(_ROUNDS + 1):

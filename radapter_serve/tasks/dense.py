@@ -4,9 +4,10 @@ these to pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,10 @@ from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
 from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import Axis, upsampled, window_starts
+
+S = TypeVar("S")
+# Yields images for an encoder, uint8 [B, S, S, 3], and is sent what it makes of them.
+Windows: TypeAlias = Generator[NDArray[np.uint8], NDArray[np.float32], S]
 
 # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
 PATCH_SCALE = 40.0
@@ -60,7 +65,7 @@ class DenseSegmenter:
     grid: int | None = None
 
     @classmethod
-    def of_release(cls, release: Release, encode_patches: Encode | None) -> DenseSegmenter:
+    def of_release(cls, release: Release, encode_patches: Encode | None = None) -> DenseSegmenter:
         """As a release says."""
         preprocess = Preprocess.from_dict(release.preprocess)
         return cls(
@@ -144,7 +149,11 @@ class DenseSegmenter:
         self.check(options)
         self.check_size(image.size, len(embeds), options)
         working = self.working(image, options)
-        return self.segment(image.size, working, embeds, options, cancelled=cancelled)
+        assert self.encode_patches is not None
+        return driven(
+            self.segment(image.size, working, embeds, options, cancelled=cancelled),
+            self.encode_patches,
+        )
 
     def segment(
         self,
@@ -154,8 +163,9 @@ class DenseSegmenter:
         options: SegmentOptions,
         *,
         cancelled: Cancelled | None = None,
-    ) -> ScoredMask:
-        """Segment an image that `check_size` lets through.
+    ) -> Windows[ScoredMask]:
+        """Segment an image that `check_size` lets through; yields batches of windows, and is sent
+        their patches.
 
         Args:
             size: width and height of the image.
@@ -172,7 +182,7 @@ class DenseSegmenter:
         _, stride = options.sizes(window)
         tops = window_starts(height, window, stride)
         lefts = window_starts(width, window, stride)
-        values = self._cosines(working, tops, lefts, embeds, check)
+        values = yield from self._cosines(working, tops, lefts, embeds, check)
         grid = values.shape[0] // len(tops)
         rows = Axis(size[1], height, window, grid, tuple(tops))
         columns = Axis(size[0], width, window, grid, tuple(lefts))
@@ -215,11 +225,10 @@ class DenseSegmenter:
         lefts: Sequence[int],
         embeds: NDArray[np.float32],
         check: Callable[[], None],
-    ) -> NDArray[np.float32]:
+    ) -> Windows[NDArray[np.float32]]:
         """The cosines of all windows' patches side by side, float32 [windows down x g, C, windows
         across x g].
         """
-        assert self.encode_patches is not None
         size = self.preprocess.size[0]
         step = self.max_batch_size
         corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
@@ -230,7 +239,7 @@ class DenseSegmenter:
             views = [
                 working[tops[i] : tops[i] + size, lefts[j] : lefts[j] + size] for i, j in batch
             ]
-            patches = finite(self.encode_patches(np.stack(views)))
+            patches = finite((yield np.stack(views)))
             if not start:
                 grid = patches.shape[1]
                 _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
@@ -239,6 +248,17 @@ class DenseSegmenter:
                 cosines = embeds @ patch.reshape(grid * grid, -1).T
                 values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
         return values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
+
+
+def driven(windows: Windows[S], encode: Encode) -> S:
+    """What `windows` returns, by an encoder."""
+    try:
+        batch = next(windows)
+        while True:
+            batch = windows.send(encode(batch))
+    except StopIteration as done:
+        result: S = done.value
+        return result
 
 
 def _check_values(places: int, labels: int, way_out: str) -> None:

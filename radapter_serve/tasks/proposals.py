@@ -19,6 +19,7 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import MAX_PIXELS, Preprocess
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.dense import Windows, driven
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
 from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import BLOCK
@@ -38,7 +39,7 @@ class ProposalSegmenter:
     probability). A pixel without any mask is background, with a threshold or without.
 
     Args:
-        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length.
+        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length, or None for `segment`.
         preprocess: makes the input of `encode_images`, S x S.
         crop: how a mask is shown to `encode_images`.
         logit_scale: of the release.
@@ -46,7 +47,7 @@ class ProposalSegmenter:
         logit_bias: of a release whose model was trained with a sigmoid loss.
     """
 
-    encode_images: Encode
+    encode_images: Encode | None
     preprocess: Preprocess
     crop: MaskCrop
     logit_scale: float
@@ -54,7 +55,7 @@ class ProposalSegmenter:
     logit_bias: float | None = None
 
     @classmethod
-    def of_release(cls, release: Release, encode_images: Encode) -> ProposalSegmenter:
+    def of_release(cls, release: Release, encode_images: Encode | None = None) -> ProposalSegmenter:
         """As a release says."""
         preprocess = Preprocess.from_dict(release.preprocess)
         crop = MaskCrop.from_dict(release.crop)
@@ -96,7 +97,22 @@ class ProposalSegmenter:
         *,
         cancelled: Cancelled | None = None,
     ) -> ScoredMask:
-        """Segment an image.
+        """Segment an image; the arguments are those of `segment`."""
+        windows = self.segment(image, embeds, masks, scores, options, cancelled=cancelled)
+        assert self.encode_images is not None
+        return driven(windows, self.encode_images)
+
+    def segment(
+        self,
+        image: Image.Image,
+        embeds: NDArray[np.float32],
+        masks: NDArray[np.uint8],
+        scores: NDArray[np.float32] | None = None,
+        options: SegmentOptions = USUAL,
+        *,
+        cancelled: Cancelled | None = None,
+    ) -> Windows[ScoredMask]:
+        """Segment an image; yields batches of crops, and is sent their embeddings.
 
         Args:
             image: as `decode` gives it, any mode.
@@ -114,7 +130,7 @@ class ProposalSegmenter:
         self.check(masks, scores, [image.size], len(embeds))
         check = partial(check_cancelled, cancelled)
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
-        cosines = self._cosines(
+        cosines = yield from self._cosines(
             (self.crop(image, masks[index] > BINARY) for index in used), embeds, check
         )
         classes = class_probabilities(cosines, self.logit_scale, self.logit_bias)
@@ -141,14 +157,14 @@ class ProposalSegmenter:
 
     def _cosines(
         self, images: Iterator[Image.Image], embeds: NDArray[np.float32], check: Callable[[], None]
-    ) -> NDArray[np.float32]:
+    ) -> Windows[NDArray[np.float32]]:
         """Cosines of images with the labels, float32 [N, C]."""
         parts = []
         while batch := [
             self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)
         ]:
             check()
-            parts.append(finite(self.encode_images(np.stack(batch))) @ embeds.T)
+            parts.append(finite((yield np.stack(batch))) @ embeds.T)
         return np.concatenate(parts)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import invalid
+from radapter_serve.contract.preprocess import ImageFile
 
 MAX_PARTS = 16
 # A sum that is shorter than this, relative to its parts, is mostly their rounding errors.
@@ -20,15 +21,15 @@ class Query:
     """The parts of a query; at least one.
 
     Args:
-        texts: UTF-8.
+        texts: each with at least one word.
         images: encoded.
-        ids: of images of the index, UTF-8.
+        ids: of images of the index.
         weights: of texts, images and ids, in this order; None for 1 each.
     """
 
-    texts: Sequence[bytes] = ()
-    images: Sequence[bytes] = ()
-    ids: Sequence[bytes] = ()
+    texts: Sequence[str] = ()
+    images: Sequence[bytes | ImageFile] = ()
+    ids: Sequence[str] = ()
     weights: Sequence[float] | None = None
 
     def __len__(self) -> int:

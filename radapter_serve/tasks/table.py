@@ -1,266 +1,448 @@
-"""The five tasks: what each reads from a request, what it does, and what it answers.
+"""The wire form of the tasks: the tensors of each, its requests from them, and its answers as them.
 
-Whoever serves the tasks, Triton's processes or an engine, goes through this table, so that the same
-request has the same answer everywhere.
+Whatever way a request comes, by KServe's JSON or binary form, by gRPC or in Triton's processes, its
+tensors become a typed request here. The configs of Triton's models, the metadata of the HTTP API
+and the tables of docs/http-api.md follow from this table.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled, TaskError, invalid
-from radapter_serve.contract.preprocess import ImageFile, read_header, read_headers
+from radapter_serve.contract.errors import Cancelled, invalid
+from radapter_serve.contract.labels import check_prompts
+from radapter_serve.contract.preprocess import read_headers
+from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Steps
 from radapter_serve.release.release import TASKS as NAMES
-from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
-from radapter_serve.tasks.outcome import Outcome, isolated, run_good
-from radapter_serve.tasks.probes import Tensors
+from radapter_serve.release.tensors import NUMPY, Tensor
+from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
+from radapter_serve.tasks.embed import (
+    EmbedImagesRequest,
+    EmbedTextsRequest,
+    embed_images,
+    embed_texts,
+)
+from radapter_serve.tasks.label_source import Labels
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.segment import LabelledMask, Segment, SegmentRequest
-from radapter_serve.tasks.version import Version
+from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
 if TYPE_CHECKING:
     from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest
 
 R = TypeVar("R")
 A = TypeVar("A")
+Tensors = Mapping[str, NDArray[Any]]
+Wants = Callable[[str], bool]  # whether a caller asks for an output
 
-Run = Callable[[Sequence[R]], Sequence[Outcome[A]]]
+MAX_ROWS = 64  # of a request
+MAX_ENCODED = 256  # examples of a request, each at each α that it asks for
 
-_SEGMENT_OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 
-
-class Inputs(Protocol):
-    """What a request brings."""
-
-    def get(self, name: str) -> Any:
-        """An input as an array, with the batch first where the task has one; None where it was left
-        out.
-        """
-
-    def wants(self, output: str) -> bool:
-        """Whether the caller asks for an output."""
-
-    @property
-    def cancelled(self) -> Cancelled:
-        """What tells whether the caller has given up; raises a `TaskError` where it took too
-        long.
-        """
+# A task of one release: the steps to the answer of one request.
+Run = Callable[[R, Cancelled | None], Steps[A]]
 
 
 @dataclass(frozen=True)
 class Task(Generic[R, A]):
     """One of the tasks.
 
-    Args:
-        read: a request from its inputs; may raise a `TaskError`.
-        make: the task of a release.
-        outputs: the output tensors of an answer, by name.
-        images: the encoded images of a request that are decoded with it.
+    Attributes:
+        inputs: by name.
+        outputs: by name.
+        max_rows: of a request; 0 where its tensors have no batch dimension.
+        read: typed requests to a release from the inputs of one request, several where its rows
+            differ in more than their image or text; may raise a `TaskError`.
+        make: the task of a release; of other releases that are served `retrieve` searches the
+            indexes.
+        write: output tensors of the answers to what `read` gave.
     """
 
-    read: Callable[[Inputs], R]
-    make: Callable[[Version], Run[R, A]]
-    outputs: Callable[[A], dict[str, NDArray[Any]]]
-    images: Callable[[R], Iterable[bytes | ImageFile]] = lambda request: ()
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    max_rows: int
+    read: Callable[[LoadedRelease, Tensors, Wants], list[R]]
+    make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
+    write: Callable[[Sequence[A]], dict[str, NDArray[Any]]]
 
-    def answer(self, run: Run[R, A], requests: Sequence[Inputs]) -> list[Outcome[Tensors]]:
-        """The outputs for each of some requests, or its error. Whatever is wrong with a request,
-        its neighbours are answered as without it.
+    def check(self, name: str, inputs: Tensors) -> None:
+        """Refuse inputs that do not have the names, types and shapes of the task's.
 
         Args:
-            run: what `make` gave.
-            requests: what they bring.
+            name: of the task.
+            inputs: of a request.
+
+        Raises:
+            TaskError: of the first that is wrong.
         """
-        read = [Outcome.of(partial(self.read, request)) for request in requests]
-        return run_good(read, partial(self.run, run))
+        batch = [-1] if self.max_rows else []
+        rows = set()
+        for key, array in inputs.items():
+            tensor = self.inputs.get(key)
+            if tensor is None:
+                raise invalid(f"{name} has no input {key!r:.80}; it has {', '.join(self.inputs)}")
+            if array.dtype != NUMPY[tensor.datatype]:
+                raise invalid(f"{key} is {array.dtype}; {tensor.datatype} is taken")
+            shape = array.shape[1:] if self.max_rows else array.shape
+            fits = len(shape) == len(tensor.dims) and all(
+                dim in (-1, size) for dim, size in zip(tensor.dims, shape, strict=True)
+            )
+            if not fits or not array.size:
+                raise invalid(
+                    f"{key} has shape {list(array.shape)}; {[*batch, *tensor.dims]} is taken, where"
+                    " -1 is any number from 1"
+                )
+            rows.add(len(array))
+        for key, tensor in self.inputs.items():
+            if not tensor.optional and key not in inputs:
+                raise invalid(f"the input {key} is missing")
+        if self.max_rows and len(rows) > 1:
+            raise invalid(f"all inputs of a request have as many rows; these have {sorted(rows)}")
+        if self.max_rows and max(rows, default=1) > self.max_rows:
+            raise invalid(f"{max(rows)} rows in a request; at most {self.max_rows} are taken")
 
-    def run(self, run: Run[R, A], requests: Sequence[R]) -> list[Outcome[Tensors]]:
-        """As `answer`, of requests that have been read."""
-        return [one.then(self.outputs) for one in isolated(run, requests)]
 
-    def is_large(self, request: R) -> bool:
-        """Whether a request has a large image, which waits until others are decoded."""
-        for image in self.images(request):
-            with contextlib.suppress(TaskError):  # the task says what is wrong with it
-                if read_header(image).is_large:
-                    return True
-        return False
+def _tensors(*tensors: Tensor) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def need(inputs: Inputs, name: str) -> Any:
-    """An input that the task can't do without.
+def _option(name: str, datatype: str, *dims: int) -> Tensor:
+    return Tensor(name, datatype, dims or (1,), optional=True)
 
-    Raises:
-        TaskError: it was left out.
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else value.decode()
+    except UnicodeDecodeError as error:
+        raise invalid(f"a text is not UTF-8 ({error})") from None
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    return tuple(_text(value) for value in np.ravel(values))
+
+
+def _first(values: NDArray[Any]) -> Any:
+    """The one value of an option: a text, a number or a truth value."""
+    value = values.ravel()[0]
+    return value.item() if isinstance(value, np.generic) else _text(value)
+
+
+def _runs(inputs: Tensors, varied: str) -> list[tuple[slice, Tensors]]:
+    """The rows of a request in runs that have all inputs in common but one.
+
+    Args:
+        inputs: with the batch first.
+        varied: the input in which the rows of a run differ.
+
+    Returns:
+        The rows of each run, and its inputs without the batch.
     """
-    array = inputs.get(name)
-    if array is None:
-        raise invalid(f"the input {name} is missing")
+    options = {name: array for name, array in inputs.items() if name != varied}
+    count = len(inputs[varied])
+    starts = [0]
+    for row in range(1, count):
+        first = starts[-1]
+        if any(not np.array_equal(array[row], array[first]) for array in options.values()):
+            starts.append(row)
+    ends = [*starts[1:], count]
+    return [
+        (slice(start, end), {name: array[start] for name, array in options.items()})
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _labels(options: Tensors) -> Labels:
+    names = options.get("labels")
+    label_set = options.get("label_set")
+    templates = options.get("templates")
+    return Labels(
+        None if names is None else _texts(names),
+        None if label_set is None else _first(label_set),
+        None if templates is None else _texts(templates),
+    )
+
+
+def _values(options: Tensors, *names: str) -> dict[str, Any]:
+    """The values of those options that a request brings."""
+    return {name: _first(options[name]) for name in names if name in options}
+
+
+# embed_image and embed_text
+
+
+def _read_images(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[EmbedImagesRequest]:
+    files = read_headers(inputs["image"].ravel().tolist())
+    return [
+        EmbedImagesRequest(files[rows], **_values(options, "alpha"))
+        for rows, options in _runs(inputs, "image")
+    ]
+
+
+def _read_texts(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[EmbedTextsRequest]:
+    texts = _texts(inputs["text"])
+    return [
+        EmbedTextsRequest(texts[rows], **_values(options, "alpha"))
+        for rows, options in _runs(inputs, "text")
+    ]
+
+
+# classify
+
+
+def _read_classify(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[ClassifyRequest]:
+    files = read_headers(inputs["image"].ravel().tolist())
+    requests: list[ClassifyRequest] = []
+    for rows, options in _runs(inputs, "image"):
+        previous = requests[-1].examples if requests else None
+        requests.append(
+            ClassifyRequest(
+                files[rows],
+                _labels(options),
+                examples=_examples(options, previous),
+                **_values(options, "top_k", "alpha", "multi_label", "threshold"),
+                **_values(options, "calibrated", "unknown"),
+            )
+        )
+    # What a request may ask for at most, all its rows together.
+    own = loaded.release.templates
+    lists = {request.labels for request in requests if request.labels.names is not None}
+    check_prompts([(one.names or (), one.templates or own) for one in lists])
+    encoded = {
+        (image, request.alpha)
+        for request in requests
+        for image in (() if request.examples is None else request.examples.images)
+    }
+    for name, alpha in {(one.labels.label_set, one.alpha) for one in requests}:
+        label_set = None if name is None else loaded.label_sets.get(name)
+        if label_set is not None and label_set.examples is not None and alpha is not None:
+            encoded |= {(image, alpha) for image in label_set.examples.images}
+    if len(encoded) > MAX_ENCODED:
+        count = len({alpha for _, alpha in encoded})
+        raise invalid(
+            f"examples at {count} α are {len(encoded)} images to encode for their labels; at most"
+            f" {MAX_ENCODED} are allowed in a request, so send fewer α or examples in each"
+        )
+    return requests
+
+
+def _examples(options: Tensors, previous: Examples | None) -> Examples | None:
+    """The examples of a row; where all of its are empty, those of the row before."""
+    images = options.get("examples")
+    places = options.get("example_labels")
+    weights = options.get("example_weight")
+    if images is None and places is None and weights is None:
+        return None
+    if images is None or places is None:
+        raise invalid("examples and example_labels belong together, and example_weight to them")
+    own = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
+    if previous is not None and not any(own):
+        own = previous.images
+    return Examples(
+        own,
+        tuple(places.tolist()),
+        (DEFAULT_WEIGHT,) if weights is None else tuple(weights.tolist()),
+    )
+
+
+def _write_rankings(answers: Sequence[list[Ranking]]) -> dict[str, NDArray[Any]]:
+    """As wide as the image with most labels, and at least 1: others have empty labels of score 0
+    at their end.
+    """
+    rankings = [ranking for answer in answers for ranking in answer]
+    width = max(1, *(len(ranking.labels) for ranking in rankings))
+    labels = np.full((len(rankings), width), b"", object)
+    scores = np.zeros((len(rankings), width), np.float32)
+    for row, ranking in enumerate(rankings):
+        labels[row, : len(ranking.labels)] = [label.encode() for label in ranking.labels]
+        scores[row, : len(ranking.labels)] = ranking.scores
+    return {"label": labels, "score": scores}
+
+
+# segment
+
+
+def _read_segment(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[SegmentRequest]:
+    names = "alpha", "threshold", "short_side", "stride", "refine", "proposal_weight"
+    return [
+        SegmentRequest(
+            inputs["image"][0],
+            _labels(inputs),
+            proposals=inputs.get("proposals"),
+            proposal_scores=inputs.get("proposal_scores"),
+            **_values(inputs, *names),
+        )
+    ]
+
+
+def _write_mask(answers: Sequence[LabelledMask]) -> dict[str, NDArray[Any]]:
+    [answer] = answers
+    return {"mask": answer.mask, "label": _bytes(answer.labels), "score": answer.scores}
+
+
+# retrieve
+
+
+def _read_retrieve(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[RetrieveRequest]:
+    # Here and below: the index's libraries are for the processes of this task alone.
+    from radapter_serve.tasks.retrieve import RetrieveRequest
+
+    weights = inputs.get("weight")
+    query = Query(
+        _texts(inputs.get("text", ())),
+        read_headers(np.ravel(inputs.get("image", ())).tolist()),
+        _texts(inputs.get("id", ())),
+        None if weights is None else weights.tolist(),
+    )
+    names = "top_k", "where", "offset", "index_version", "min_score", "calibrated"
+    values = _values(inputs, "index", *names)
+    return [RetrieveRequest(query=query, thumbnails=wants("thumbnail"), **values)]
+
+
+def _make_retrieve(
+    loaded: LoadedRelease, others: Callable[[], Sequence[LoadedRelease]]
+) -> Run[RetrieveRequest, Retrieved]:
+    from radapter_serve.tasks.retrieve import Indexes, retrieve
+
+    indexes = Indexes(loaded, others)
+    return lambda request, cancelled: retrieve(indexes, request, cancelled)
+
+
+def _write_hits(answers: Sequence[Retrieved]) -> dict[str, NDArray[Any]]:
+    [answer] = answers
+    outputs: dict[str, NDArray[Any]] = {
+        "id": _bytes(hit.id for hit in answer.hits),
+        "score": np.array([hit.score for hit in answer.hits], np.float32),
+        "metadata": _bytes(hit.metadata for hit in answer.hits),
+        "index_version": _bytes([answer.index_version]),
+    }
+    if answer.thumbnails:
+        outputs["thumbnail"] = _bytes(hit.thumbnail or b"" for hit in answer.hits)
+    return outputs
+
+
+def _bytes(values: Any) -> NDArray[np.object_]:
+    items = [value.encode() if isinstance(value, str) else value for value in values]
+    array = np.empty(len(items), object)
+    array[:] = items
     return array
 
 
-def _flat(inputs: Inputs, name: str) -> Any:
-    array = inputs.get(name)
-    return None if array is None else array.ravel()
+def _plain(task: Callable[..., Steps[A]]) -> Callable[..., Run[Any, A]]:
+    """The `make` of a task that needs the release alone."""
+
+    def make(loaded: LoadedRelease, others: Any) -> Run[Any, A]:
+        return lambda request, cancelled: task(loaded, request, cancelled)
+
+    return make
 
 
-def _list(inputs: Inputs, name: str) -> list[Any]:
-    array = inputs.get(name)
-    return [] if array is None else array.ravel().tolist()
-
-
-def _first(inputs: Inputs, name: str) -> Any:
-    array = inputs.get(name)
-    return None if array is None else array.ravel()[0]
-
-
-def _read_texts(inputs: Inputs) -> tuple[Any, Any]:
-    return need(inputs, "text").ravel(), inputs.get("alpha")
-
-
-def _read_images(inputs: Inputs) -> tuple[list[ImageFile], Any, Cancelled]:
-    return read_headers(need(inputs, "image").ravel()), inputs.get("alpha"), inputs.cancelled
-
-
-def _embed_images(version: Version) -> Run[tuple[Any, Any, Any], NDArray[np.float32]]:
-    return lambda requests: version.embed_images(*zip(*requests, strict=True))
-
-
-def _embed_texts(version: Version) -> Run[tuple[Any, Any], NDArray[np.float32]]:
-    return lambda requests: version.embed_texts(*zip(*requests, strict=True))
-
-
-def _read_classify(inputs: Inputs) -> ClassifyRequest:
-    return ClassifyRequest(
-        images=read_headers(need(inputs, "image").ravel()),
-        labels=inputs.get("labels"),
-        label_set=_flat(inputs, "label_set"),
-        templates=inputs.get("templates"),
-        top_k=_flat(inputs, "top_k"),
-        alpha=inputs.get("alpha"),
-        multi_label=_flat(inputs, "multi_label"),
-        threshold=_flat(inputs, "threshold"),
-        calibrated=_flat(inputs, "calibrated"),
-        unknown=_flat(inputs, "unknown"),
-        examples=inputs.get("examples"),
-        example_labels=inputs.get("example_labels"),
-        example_weight=inputs.get("example_weight"),
-        cancelled=inputs.cancelled,
-    )
-
-
-def _images_of(request: ClassifyRequest) -> set[Any]:
-    shown = () if request.examples is None else np.ravel(np.array(request.examples, object))
-    return {*request.images, *(image for image in shown if image)}
-
-
-def _classify(version: Version) -> Run[ClassifyRequest, Classes]:
-    return Classify(version.release, version.embed_images, version.embed_labels, version.label_sets)
-
-
-def _read_segment(inputs: Inputs) -> SegmentRequest:
-    given = {name: inputs.get(name) for name in _SEGMENT_OPTIONS}
-    label_set = inputs.get("label_set")
-    return SegmentRequest(
-        image=read_header(need(inputs, "image")[0]),
-        labels=inputs.get("labels"),
-        label_set=None if label_set is None else label_set[0],
-        templates=inputs.get("templates"),
-        options={name: value[0].item() for name, value in given.items() if value is not None},
-        proposals=inputs.get("proposals"),
-        proposal_scores=inputs.get("proposal_scores"),
-        alpha=inputs.get("alpha"),
-        cancelled=inputs.cancelled,
-    )
-
-
-def _segment(version: Version) -> Run[SegmentRequest, LabelledMask]:
-    patches = version.encode_patches if version.release.dense else None
-    task = Segment(
-        version.release, version.encode_images, patches, version.embed_labels, version.label_sets
-    )
-    return _each(task)
-
-
-def _mask_outputs(found: LabelledMask) -> dict[str, NDArray[Any]]:
-    return {"mask": found.mask, "label": np.array(found.labels, object), "score": found.scores}
-
-
-def _read_retrieve(inputs: Inputs) -> RetrieveRequest:
-    from radapter_serve.tasks.retrieve import RetrieveRequest  # see `_retrieve`
-
-    return RetrieveRequest(
-        need(inputs, "index").ravel()[0],
-        Query(
-            texts=_list(inputs, "text"),
-            images=[file.data for file in read_headers(_list(inputs, "image"))],
-            ids=_list(inputs, "id"),
-            weights=_list(inputs, "weight") or None,
-        ),
-        top_k=_first(inputs, "top_k"),
-        where=_first(inputs, "where"),
-        thumbnails=inputs.wants("thumbnail"),
-        offset=_first(inputs, "offset"),
-        index_version=_first(inputs, "index_version"),
-        min_score=_first(inputs, "min_score"),
-        calibrated=bool(_first(inputs, "calibrated")),
-        cancelled=inputs.cancelled,
-    )
-
-
-def _retrieve(version: Version) -> Run[RetrieveRequest, Retrieved]:
-    # Here: the index's libraries are for the processes of this task alone.
-    from radapter_serve.tasks.retrieve import Retrieve
-
-    embedder = version.embedder()
-    task = Retrieve(
-        version.release,
-        version.indexes,
-        embedder.text,
-        embedder.image,
-        version.others,
-        origin=version.origin,
-    )
-    return _each(task)
-
-
-def _hits_outputs(found: Retrieved) -> dict[str, NDArray[Any]]:
-    outputs = {
-        "id": found.ids,
-        "score": found.scores,
-        "metadata": found.metadata,
-        "index_version": np.array([found.index_version], object),
-    }
-    return outputs if found.thumbnails is None else {**outputs, "thumbnail": found.thumbnails}
-
-
-def _each(task: Callable[[R], A]) -> Run[R, A]:
-    """A task that takes one request at a time."""
-    return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
-
+_IMAGE = Tensor("image", "BYTES")
+_ALPHA = _option("alpha", "FP32")
+_LABELS = (
+    _option("labels", "BYTES", -1),
+    _option("label_set", "BYTES"),
+    _option("templates", "BYTES", -1),
+)
 
 TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
+        _tensors(_IMAGE, _ALPHA),
+        _tensors(Tensor("image_embeds", "FP32", (-1,))),
+        MAX_ROWS,
         _read_images,
-        _embed_images,
-        lambda embeds: {"image_embeds": embeds},
-        lambda request: request[0],
+        _plain(embed_images),
+        lambda answers: {"image_embeds": np.concatenate(answers)},
     ),
-    "embed_text": Task(_read_texts, _embed_texts, lambda embeds: {"text_embeds": embeds}),
-    "retrieve": Task(_read_retrieve, _retrieve, _hits_outputs),
-    "segment": Task(_read_segment, _segment, _mask_outputs, lambda request: [request.image]),
+    "embed_text": Task(
+        _tensors(Tensor("text", "BYTES"), _ALPHA),
+        _tensors(Tensor("text_embeds", "FP32", (-1,))),
+        MAX_ROWS,
+        _read_texts,
+        _plain(embed_texts),
+        lambda answers: {"text_embeds": np.concatenate(answers)},
+    ),
+    "retrieve": Task(
+        _tensors(
+            _option("text", "BYTES", -1),
+            _option("image", "BYTES", -1),
+            _option("id", "BYTES", -1),
+            _option("weight", "FP32", -1),
+            Tensor("index", "BYTES"),
+            _option("top_k", "INT32"),
+            _option("where", "BYTES"),
+            _option("offset", "INT32"),
+            _option("index_version", "BYTES"),
+            _option("min_score", "FP32"),
+            _option("calibrated", "BOOL"),
+        ),
+        _tensors(
+            Tensor("id", "BYTES", (-1,)),
+            Tensor("score", "FP32", (-1,)),
+            Tensor("metadata", "BYTES", (-1,)),
+            Tensor("thumbnail", "BYTES", (-1,)),
+            Tensor("index_version", "BYTES"),
+        ),
+        0,
+        _read_retrieve,
+        _make_retrieve,
+        _write_hits,
+    ),
+    "segment": Task(
+        _tensors(
+            _IMAGE,
+            *_LABELS,
+            _option("threshold", "FP32"),
+            _option("short_side", "INT32"),
+            _option("stride", "INT32"),
+            _option("refine", "INT32"),
+            _option("proposals", "UINT8", -1, -1, -1),
+            _option("proposal_scores", "FP32", -1, -1),
+            _option("proposal_weight", "FP32"),
+            _ALPHA,
+        ),
+        _tensors(
+            Tensor("mask", "UINT16", (-1, -1)),
+            Tensor("label", "BYTES", (-1,)),
+            Tensor("score", "FP32", (-1,)),
+        ),
+        0,
+        _read_segment,
+        _plain(segment),
+        _write_mask,
+    ),
     "classify": Task(
+        _tensors(
+            _IMAGE,
+            *_LABELS,
+            _option("top_k", "INT32"),
+            _ALPHA,
+            _option("multi_label", "BOOL"),
+            _option("threshold", "FP32"),
+            _option("calibrated", "BOOL"),
+            _option("unknown", "FP32"),
+            _option("examples", "BYTES", -1),
+            _option("example_labels", "INT32", -1),
+            _option("example_weight", "FP32", -1),
+        ),
+        _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,))),
+        MAX_ROWS,
         _read_classify,
-        _classify,
-        lambda found: {"label": found.labels, "score": found.scores},
-        _images_of,
+        _plain(classify),
+        _write_rankings,
     ),
 }
 assert tuple(TASKS) == NAMES
+
+
+def outputs_of(task: str, embed_dim: int) -> dict[str, Tensor]:
+    """The outputs of a task of a release, whose embeddings have a width."""
+    return {
+        name: replace(tensor, dims=(embed_dim,)) if name.endswith("_embeds") else tensor
+        for name, tensor in TASKS[task].outputs.items()
+    }

@@ -5,10 +5,10 @@ Importable only inside one of Triton's processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
     redact,
+    task_error,
 )
+from radapter_serve.encoders.encoder import load_graph
 from radapter_serve.extras import install_command
-from radapter_serve.runtimes.encoder import load_graph
-from radapter_serve.tasks.outcome import Outcome, isolated, run_good
-from radapter_serve.tasks.table import need
 from radapter_serve.triton import surplus
-from radapter_serve.triton.responses import RequestInputs, answer
+from radapter_serve.triton.responses import answer
 
 Feed = dict[str, NDArray[Any]]
 
@@ -79,18 +78,30 @@ class GraphModel:
         self._check_names()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer(requests, self._answer)
+        return answer(requests, self._answers)
 
     def finalize(self) -> None:
         del self._graph
 
-    def _answer(self, requests: Sequence[RequestInputs]) -> list[Outcome[Mapping[str, Any]]]:
-        feeds = [Outcome.of(partial(self._feed, request)) for request in requests]
-        return run_good(feeds, partial(isolated, self._run_all))
+    def _answers(self, requests: Sequence[Any]) -> list[Feed | TaskError]:
+        results: list[Any] = [None] * len(requests)
+        feeds: dict[int, Feed] = {}
+        for number, request in enumerate(requests):
+            try:
+                feeds[number] = self._feed(request)
+            except Exception as error:
+                results[number] = task_error(error)
+        for number, result in zip(feeds, self._run_all(list(feeds.values())), strict=True):
+            results[number] = result
+        return results
 
-    def _feed(self, request: RequestInputs) -> Feed:
-        feed = {name: need(request, name) for name in self._inputs}
-        for name, values in feed.items():
+    def _feed(self, request: Any) -> Feed:
+        feed = {}
+        for name in self._inputs:
+            tensor = pb.get_input_tensor_by_name(request, name)
+            if tensor is None:
+                raise invalid(f"the input {name} is missing")
+            values = feed[name] = tensor.as_numpy()
             if not values.size:
                 raise invalid(
                     f"{name} of shape {list(values.shape)} holds nothing; send one or more"
@@ -103,15 +114,26 @@ class GraphModel:
             )
         return feed
 
-    def _run_all(self, feeds: Sequence[Feed]) -> list[Outcome[Mapping[str, Any]]]:
-        if not self._batched or len(feeds) == 1 or not _same_shapes(feeds):
-            return [Outcome.of(partial(self._run, feed)) for feed in feeds]
-        outputs = self._run(
-            {name: np.concatenate([one[name] for one in feeds]) for name in self._inputs}
-        )
-        ends = np.cumsum([len(one[self._inputs[0]]) for one in feeds])[:-1]
-        parts = zip(*(np.split(output, ends) for output in outputs.values()), strict=True)
-        return [Outcome(dict(zip(outputs, part, strict=True))) for part in parts]
+    def _run_all(self, feeds: Sequence[Feed]) -> list[Feed | TaskError]:
+        """The outputs for each feed, of as many as can be run together; where they fail together,
+        one by one.
+        """
+        shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds}
+        if self._batched and len(feeds) > 1 and len(shapes) == 1:
+            names = self._inputs
+            whole = {name: np.concatenate([feed[name] for feed in feeds]) for name in names}
+            with contextlib.suppress(Exception):
+                outputs = self._run(whole)
+                ends = np.cumsum([len(feed[names[0]]) for feed in feeds])[:-1]
+                parts = zip(*(np.split(one, ends) for one in outputs.values()), strict=True)
+                return [dict(zip(outputs, part, strict=True)) for part in parts]
+        results: list[Feed | TaskError] = []
+        for feed in feeds:
+            try:
+                results.append(self._run(feed))
+            except Exception as error:
+                results.append(task_error(error))
+        return results
 
     def _run(self, feed: Feed) -> Feed:
         try:
@@ -132,8 +154,3 @@ class GraphModel:
                 raise RuntimeError(
                     f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}"
                 )
-
-
-def _same_shapes(arrays: Sequence[Feed]) -> bool:
-    first = [array.shape[1:] for array in arrays[0].values()]
-    return all([array.shape[1:] for array in one.values()] == first for one in arrays[1:])

@@ -1,6 +1,4 @@
-"""From Triton's requests to inputs, and from outcomes to its responses; importable only inside one
-of its processes.
-"""
+"""From results to Triton's responses; importable only inside one of its processes."""
 
 from __future__ import annotations
 
@@ -10,8 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import triton_python_backend_utils as pb
@@ -24,7 +20,6 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.environment import otlp_endpoint
-from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.triton import surplus
 
 MAX_SECONDS = 120.0  # of work on one request
@@ -32,30 +27,10 @@ MAX_SECONDS = 120.0  # of work on one request
 HUNG = 300.0
 
 _trace: ContextVar[Any] = ContextVar("trace", default=None)
-_TOO_MANY: Outcome[Any] = Outcome(
-    error=TaskError(
-        OVERLOADED,
-        "too many requests wait for this model, or this one waited too long; ask again later",
-    )
+_TOO_MANY = TaskError(
+    OVERLOADED,
+    "too many requests wait for this model, or this one waited too long; ask again later",
 )
-
-
-@dataclass(frozen=True)
-class RequestInputs:
-    """What a request of Triton's brings, as the tasks read it."""
-
-    request: Any
-
-    def get(self, name: str) -> Any:
-        tensor = pb.get_input_tensor_by_name(self.request, name)
-        return None if tensor is None else tensor.as_numpy()
-
-    def wants(self, output: str) -> bool:
-        return output in self.request.requested_output_names()
-
-    @cached_property
-    def cancelled(self) -> Cancelled:
-        return given_up(self.request)
 
 
 def given_up(request: Any) -> Cancelled:
@@ -80,7 +55,7 @@ def given_up(request: Any) -> Cancelled:
 
 def answer(
     requests: Sequence[Any],
-    run: Callable[[Sequence[RequestInputs]], Sequence[Outcome[Mapping[str, NDArray[Any]]]]],
+    run: Callable[[Sequence[Any]], Sequence[Mapping[str, NDArray[Any]] | TaskError]],
 ) -> list[Any]:
     """One response for each request.
 
@@ -97,8 +72,8 @@ def answer(
     refused = surplus.of_this_process.take(len(requests))
     rest = requests[refused:]
     with _watchdog(), _traced(rest):
-        outcomes = run([RequestInputs(request) for request in rest])
-    return [_response(outcome) for outcome in (*[_TOO_MANY] * refused, *outcomes)]
+        results = run(rest)
+    return [_response(result) for result in (*[_TOO_MANY] * refused, *results)]
 
 
 def trace_of_request() -> dict[str, Any]:
@@ -133,12 +108,10 @@ def _watchdog() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _response(outcome: Outcome[Mapping[str, NDArray[Any]]]) -> Any:
-    if (error := outcome.error) is None:
-        return pb.InferenceResponse(
-            [pb.Tensor(name, array) for name, array in outcome.unwrap().items()]
-        )
+def _response(result: Mapping[str, NDArray[Any]] | TaskError) -> Any:
+    if not isinstance(result, TaskError):
+        return pb.InferenceResponse([pb.Tensor(name, array) for name, array in result.items()])
     # Triton's name of one of gRPC's statuses is another.
-    name = "INVALID_ARG" if error.status == "INVALID_ARGUMENT" else error.status
+    name = "INVALID_ARG" if result.status == "INVALID_ARGUMENT" else result.status
     code = getattr(pb.TritonError, name)
-    return pb.InferenceResponse(error=pb.TritonError(str(error), code))
+    return pb.InferenceResponse(error=pb.TritonError(str(result), code))

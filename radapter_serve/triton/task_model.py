@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import triton_python_backend_utils as pb
+from numpy.typing import NDArray
+
+from radapter_serve.contract.errors import TaskError, task_error
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.labels import load_label_sets
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Steps, run_together
+from radapter_serve.environment import INDEXES
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.repository import CONFIG, read_config
 from radapter_serve.tasks.table import TASKS
 from radapter_serve.triton import surplus
-from radapter_serve.triton.responses import answer
-from radapter_serve.triton.version import TritonVersion
+from radapter_serve.triton.encoder import TritonEncoder
+from radapter_serve.triton.responses import answer, given_up
 
 
 class TaskModel:
@@ -17,17 +29,78 @@ class TaskModel:
 
     Attributes:
         task: its name.
-        version: the release, from `initialize` on.
+        loaded: the release, from `initialize` on.
     """
 
     task: str
-    version: TritonVersion
+    loaded: LoadedRelease
 
     def initialize(self, args: dict[str, str]) -> None:
         surplus.of_this_process.heed(self.task)
-        task = TASKS[self.task]
-        self.version = TritonVersion(args)
-        self._answer = partial(task.answer, task.make(self.version))
+        folder = Path(args["model_repository"])
+        self.loaded = load_version(folder / args["model_version"])
+        # Older releases stay for the indexes that they made.
+        others: dict[int, LoadedRelease] = {}
+
+        def other_releases() -> list[LoadedRelease]:
+            task = folder.parent / "embed_text"
+            served = read_config(task / CONFIG).version_policy.specific.versions
+            for version in served:
+                if version != self.loaded.release.version and version not in others:
+                    others[version] = load_version(task / str(version))
+            return [others[version] for version in served if version in others]
+
+        self._run = TASKS[self.task].make(self.loaded, other_releases)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer(requests, self._answer)
+        return answer(requests, self._answers)
+
+    def _answers(self, requests: Sequence[Any]) -> list[Mapping[str, NDArray[Any]] | TaskError]:
+        """The output tensors for each request, or its error."""
+        task = TASKS[self.task]
+
+        # From tensors to typed requests; one request may become several.
+        steps: list[Steps[Any]] = []
+        owners: list[int] = []
+        errors: dict[int, TaskError] = {}
+        for number, request in enumerate(requests):
+            names = request.requested_output_names()
+            tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
+            inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
+            try:
+                task.check(self.task, inputs)
+                typed = task.read(self.loaded, inputs, names.__contains__)
+            except Exception as error:
+                errors[number] = task_error(error)
+                continue
+            cancelled = given_up(request)
+            steps += [self._run(one, cancelled) for one in typed]
+            owners += [number] * len(typed)
+
+        # All of them together, and from their answers to tensors.
+        answers = run_together(steps)
+        results: list[Mapping[str, NDArray[Any]] | TaskError] = []
+        for number in range(len(requests)):
+            own = [one for owner, one in zip(owners, answers, strict=True) if owner == number]
+            failed = [one for one in own if isinstance(one, TaskError)]
+            if number in errors:
+                failed = [errors[number]]
+            results.append(failed[0] if failed else task.write(own))
+        return results
+
+
+def load_version(folder: Path) -> LoadedRelease:
+    """The release of a version of a task model, whose encoders are the server's models of the same
+    version.
+    """
+    release = Release.load(folder)
+    # The server's folder has links to the files of the model repository.
+    repository = (folder / FILE).resolve().parents[2]
+    return LoadedRelease(
+        release,
+        TritonEncoder(release.version),
+        Tokenizer.load(folder / "tokenizer.json", release.tokenizer),
+        read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
+        indexes=Path(os.environ.get(INDEXES, "indexes")),
+        origin={"model_repository": f"{repository}@{release.version}"},
+    )

@@ -23,12 +23,12 @@ from PIL import Image
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
 from tests.helpers.indexes import table
@@ -131,7 +131,7 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
-    facts = LocalRelease("model_repository").facts
+    facts = load_release("model_repository").facts
     again = {
         **facts.to_dict(),
         "version": 9,
@@ -149,7 +149,7 @@ def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     ]
     for change in changes:
         assert dataclasses.replace(facts, **change).digest != facts.digest
-    first, second = (LocalRelease(f"model_repository@{number}").facts.digest for number in (1, 2))
+    first, second = (load_release(f"model_repository@{number}").facts.digest for number in (1, 2))
     assert first != second
 
 
@@ -216,7 +216,7 @@ def test_printed_commands_name_the_repository(
 
 def search(models: Path, version: int) -> Retrieved:
     """The answer of a server that has one release."""
-    release = LocalRelease(models, version)
+    release = load_release(models, version)
     retrieve = Retrieve(
         release.facts,
         Path("indexes"),
@@ -340,7 +340,7 @@ def test_what_a_stopped_build_prints_works(
         "64",
         "--no-exif-orientation",
     ]
-    release = LocalRelease(dynamic_tiny_clip)
+    release = load_release(dynamic_tiny_clip)
     release.set_alpha(0.8)
     with pytest.raises(RAdapterError, match="are kept: give the same command again to continue"):
         build(
@@ -377,7 +377,7 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
     for orientation in range(1, 9):
         exif[274] = orientation
         stored.save(place / "photos" / f"turned {orientation}.png", exif=exif)
-    release = LocalRelease("model_repository")
+    release = load_release("model_repository")
     for out, flag in (("upright", "--exif-orientation"), ("stored", "--no-exif-orientation")):
         assert main(["build", "photos", "--out", f"indexes/{out}", flag]) == 0
         index = open_index(f"indexes/{out}")
@@ -409,7 +409,7 @@ def test_a_stopped_build_is_put_in_order_by_sigterm(
     def stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(LocalRelease, "encode_images", stop)
+    monkeypatch.setattr(LoadedRelease, "encode_images", stop)
     assert main(["build", "photos", "--out", "i"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(place.glob(".i*"))

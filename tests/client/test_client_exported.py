@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Client
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -38,7 +38,7 @@ def indexes(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) 
     build(
         str(folder / "pictures"),
         folder / "indexes" / "pictures",
-        LocalRelease(exported_tiny_clip / "model_repository"),
+        load_release(exported_tiny_clip / "model_repository"),
     )
     return folder / "indexes"
 

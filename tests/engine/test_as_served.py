@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from radapter_client import Client, RAdapterClientError
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -114,7 +114,7 @@ def both(
     for number in range(8):
         (folder / "photos" / f"{number}.png").write_bytes(png(number))
     indexes = folder / "indexes"
-    build(str(folder / "photos"), indexes / "photos", LocalRelease(repository))
+    build(str(folder / "photos"), indexes / "photos", load_release(repository))
     config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
     with (
         TritonServer(config) as server,

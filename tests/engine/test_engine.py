@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL.PngImagePlugin import PngImageFile
+from radapter_serve.engine.version import LocalVersion
 
 from radapter_client import (
     Client,
@@ -25,7 +26,6 @@ from radapter_client import (
 from radapter_serve.contract import preprocess
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.engine.engine import Engine
-from radapter_serve.engine.version import LocalVersion
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.classify import ClassifyRequest

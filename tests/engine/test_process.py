@@ -30,12 +30,12 @@ from radapter_client import (
 )
 from radapter_serve.cli.release import main as release
 from radapter_serve.cli.serve import main as serve
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.index.build import build
 from radapter_serve.release.served import Served
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
@@ -73,7 +73,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_answers_are_those_of_the_engine(two_releases: Path, photos: Path, tmp_path: Path) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", LocalRelease(two_releases, 2))
+    build(str(photos), tmp_path / "indexes" / "photos", load_release(two_releases, 2))
     with (
         in_process(two_releases, tmp_path / "indexes") as one,
         Client(one.url) as client,
@@ -169,7 +169,7 @@ def test_an_index_of_an_older_release_is_still_searched(
     copy: Path, photos: Path, tmp_path: Path
 ) -> None:
     indexes = tmp_path / "indexes"
-    build(str(photos), indexes / "photos", LocalRelease(copy, 1))
+    build(str(photos), indexes / "photos", load_release(copy, 1))
     with in_process(copy, indexes) as one, Client(one.url) as client:
         assert one.server.state()["kept"] == {"1": ["photos"]}
         assert outdated_at(f"{one.url}/metrics") == {"photos": 1}
@@ -178,7 +178,7 @@ def test_an_index_of_an_older_release_is_still_searched(
             assert hits == Client(transport=engine).search("a cat", index="photos")
         with pytest.raises(ModelNotFound):
             Client(one.url, release=1).embed_texts(["a"])
-        build(str(photos), indexes / "photos", LocalRelease(copy, 2), resume=False)
+        build(str(photos), indexes / "photos", load_release(copy, 2), resume=False)
         one.server.remove_unneeded()
         assert one.server.state()["kept"] == {}
         assert outdated_at(f"{one.url}/metrics") == {"photos": 0}

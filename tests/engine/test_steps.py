@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import urllib3
+from radapter_serve.engine.waiting import Together
+from radapter_serve.tasks.outcome import Outcome
 
 from radapter_client import Client
-from radapter_serve.engine.steps import ENCODER, Step, collected, encoder_ms, step
-from radapter_serve.engine.waiting import Together
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.steps import ENCODER, Step, collected, encoder_ms, step
 from radapter_serve.environment import OTLP_ENDPOINTS
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.tasks.outcome import Outcome
 from tests.helpers.collector import Span, collecting
 from tests.helpers.small_release import png
 from tests.helpers.ways import in_process
@@ -98,7 +98,7 @@ def test_one_request_followed(
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").write_bytes(png(1))
-    build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", LocalRelease(repository, 2))
+    build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", load_release(repository, 2))
     capsys.readouterr()
     image = base64.b64encode(png(3)).decode()
     body = json.dumps(

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT
 from radapter_serve.engine.waiting import Together
 from radapter_serve.tasks.outcome import Outcome
+
+from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT
 
 WAIT = 20.0  # seconds, in which a test that works has long ended
 

@@ -17,9 +17,9 @@ from radapter_export.references import BATCHES, Inputs, References
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
-from radapter_serve.runtimes.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_folded_graph_agrees_with_attached_adapters(
     name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     """Adapters attached in weight form here; the export itself attaches them to activations."""
-    encoder = Encoder(model_file(exported, name))
+    encoder = EncoderGraph(model_file(exported, name))
     agreement = compare(name, encoder, Samples(inputs.of(name), references.embeds[name]), 1e-5)
     assert 0 <= agreement.max_error < 2e-6
     assert 0.999999 < agreement.min_cosine < 1.000001
@@ -74,7 +74,7 @@ def test_another_alpha_is_refused(
     with pytest.raises(
         RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"
     ):
-        compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
+        compare(name, EncoderGraph(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
 def changed(path: Path, target: Path, name: str, value: float) -> Path:
@@ -108,7 +108,7 @@ def test_one_changed_weight_is_refused(
 ) -> None:
     path = changed(model_file(exported, name), tmp_path / "model.onnx", weight, value)
     with pytest.raises(RAdapterError, match=message):
-        compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
+        compare(name, EncoderGraph(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
 def test_reference_that_is_not_finite_is_refused(
@@ -118,7 +118,7 @@ def test_reference_that_is_not_finite_is_refused(
     with pytest.raises(RAdapterError, match="not finite"):
         compare(
             "image_encoder",
-            Encoder(model_file(exported, "image_encoder")),
+            EncoderGraph(model_file(exported, "image_encoder")),
             Samples(inputs.images, nan),
             1e-4,
         )
@@ -127,7 +127,7 @@ def test_reference_that_is_not_finite_is_refused(
 def test_batch_that_does_not_run_is_said_with_its_shape(
     exported: tuple[Path, list[ExportedRelease]],
 ) -> None:
-    encoder = Encoder(model_file(exported, "image_encoder"))
+    encoder = EncoderGraph(model_file(exported, "image_encoder"))
     wrong = np.zeros((2, 16, 16, 3), np.uint8)
     with pytest.raises(RAdapterError, match=r"fails on a batch of shape \(2, 16, 16, 3\)"):
         compare("image_encoder", encoder, Samples([wrong], [np.zeros((2, 32), np.float32)]), 1e-4)
@@ -138,7 +138,7 @@ def test_another_device_than_the_one_asked_for_is_refused(
     exported: tuple[Path, list[ExportedRelease]],
 ) -> None:
     with pytest.raises(RAdapterError, match="CPUExecutionProvider where GPU 0 was asked for"):
-        Encoder(model_file(exported, "image_encoder"), device=0)
+        EncoderGraph(model_file(exported, "image_encoder"), device=0)
 
 
 def test_base_graph_agrees_at_alpha_0(
@@ -150,7 +150,10 @@ def test_base_graph_agrees_at_alpha_0(
     graphs["image_encoder"].save(folded, tmp_path / "model.onnx")
     references = References(tiny_base, inputs).embeds["image_encoder"]
     compare(
-        "image_encoder", Encoder(tmp_path / "model.onnx"), Samples(inputs.images, references), 2e-6
+        "image_encoder",
+        EncoderGraph(tmp_path / "model.onnx"),
+        Samples(inputs.images, references),
+        2e-6,
     )
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
 
@@ -160,7 +163,7 @@ def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(
 ) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = model_file(exported, name)
-        agreement = compare(name, Encoder(path), Samples.load(path.parent), 1e-5)
+        agreement = compare(name, EncoderGraph(path), Samples.load(path.parent), 1e-5)
         assert agreement.max_error == exported[1][0].facts["agreement"][name]["max_error"]
     with pytest.raises(RAdapterError, match=r"samples.npz.*radapter-export"):
         Samples.load(path.parents[1])

@@ -18,10 +18,10 @@ from torch import Tensor
 from radapter_export import ExportedRelease, ExportSettings, export, export_release
 from radapter_serve.cli.export import main
 from radapter_serve.clip.base import Base
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
-from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.graphs import quick_exports
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_becomes_releases_on_its_line(
     )
     image.save(tmp_path / "photo.png")
     for number, release in enumerate((half, whole), 1):
-        served = LocalRelease(folder / "repository", number)
+        served = load_release(folder / "repository", number)
         prepared = served.prepare((tmp_path / "photo.png").read_bytes())
         found = [served.encode_images([prepared]), served.embed_texts(["a cat", "two dogs"])]
         expected = _by_open_clip(release.merged, [image], ["a cat", "two dogs"])

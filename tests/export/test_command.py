@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from radapter_serve.cli.export import main
-from radapter_serve.runtimes.tensorrt.plan_writer import check_engines
+from radapter_serve.encoders.tensorrt.plan_writer import check_engines
 from tests.helpers.fake_tensorrt import Driver, install
 
 

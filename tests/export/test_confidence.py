@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from radapter_serve.tasks.scores import Scoring
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.accuracy import open_validation
 from radapter_export.writer import UNFITTED
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
+from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import named_releases, read_config
-from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.tasks.label_embeddings import LabelSet
-from radapter_serve.tasks.scores import Scoring
 from radapter_serve.training import train
 from tests.export.conftest import CLASSES
 from tests.helpers.short_run import short_run
@@ -48,7 +48,7 @@ def test_a_release_carries_what_its_validation_data_says(
     assert json.loads((folder / "1" / "release.json").read_text()) == release.facts
     assert named_releases(read_config(folder / "config.pbtxt"))[1].confidence == fitted
 
-    local = LocalRelease(str(folders["model_repository"]))
+    local = load_release(str(folders["model_repository"]))
     classes = sorted(CLASSES)
     paths = sorted(many_photos.rglob("*.png"))
     prompts = [
@@ -117,7 +117,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     assert exported.accuracy is not None and exported.accuracy.release > 90
     assert release.logit_bias is not None
 
-    local = LocalRelease(str(folders["model_repository"]))
+    local = load_release(str(folders["model_repository"]))
     label_set = LabelSet.load(
         folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz"
     )

@@ -25,10 +25,10 @@ from radapter_export.graph import Graph, text_graph
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, load_adapter
 from radapter_serve.clip.base import Base
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.release.repository import ENCODERS, encoders_of
-from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.server.runtime_choice import measure
 from tests.helpers.graphs import graph_of
 
@@ -198,7 +198,7 @@ def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, Exporte
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         folder = dynamic[0] / "repository" / name / "1"
         samples = Samples.load(folder)
-        encoder = Encoder(folder / "model.onnx")
+        encoder = EncoderGraph(folder / "model.onnx")
         assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {
             0.0,
             0.25,
@@ -238,7 +238,7 @@ def test_runtimes_and_int8_take_alpha(
         quantize(tmp_path / "model.onnx")
         samples = Samples.load(encoder.folder / "1")
         for runtime in ("onnxruntime", "openvino"):
-            quantized = Encoder(tmp_path / "model.onnx", runtime, precision="int8", threads=1)
+            quantized = EncoderGraph(tmp_path / "model.onnx", runtime, precision="int8", threads=1)
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 

@@ -19,7 +19,7 @@ from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.encoders.encoder import EncoderGraph
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 QUICK = ("roberta",)
@@ -81,7 +81,7 @@ def test_release_of_a_family_gives_what_open_clip_gives(
         ("text_encoder", tokens, texts),
     ):
         path = repository / encoder / "1" / "model.onnx"
-        np.testing.assert_allclose(Encoder(path)(values), expected, atol=1e-5)
+        np.testing.assert_allclose(EncoderGraph(path)(values), expected, atol=1e-5)
         graph = onnx.load(path).graph
         if encoder == "text_encoder":
             length = graph.input[0].type.tensor_type.shape.dim[1]
@@ -114,7 +114,9 @@ def test_release_of_a_family_that_takes_any_alpha(family: str, tmp_path: Path) -
         tmp_path / "repository/classify/1/tokenizer.json", release.facts["tokenizer"]
     )(TEXTS)
     alpha = np.full((len(TEXTS), 1), 0.7, np.float32)
-    found = Encoder(tmp_path / "repository" / "text_encoder" / "1" / "model.onnx")(tokens, alpha)
+    found = EncoderGraph(tmp_path / "repository" / "text_encoder" / "1" / "model.onnx")(
+        tokens, alpha
+    )
     with torch.no_grad():
         expected = base.model.encode_text(base.tokenizer(TEXTS), normalize=True)  # type: ignore[operator]
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -16,11 +16,11 @@ from radapter_client import InvalidRequest
 from radapter_export import ExportSettings, export_release
 from radapter_export.label_sets import MAX_SHOWN, read_label_set
 from radapter_serve.contract.labels import split_label
+from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_sigmoid
 from radapter_serve.model import Model
-from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.tasks.label_embeddings import LabelSet
 from tests.helpers.small_release import png
 
 NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
@@ -54,7 +54,7 @@ def folders(tmp_path: Path) -> dict[str, Any]:
     return {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
 
 
-def by_hand(local: LocalRelease, templates: list[str], shown: Path) -> np.ndarray:
+def by_hand(local: LoadedRelease, templates: list[str], shown: Path) -> np.ndarray:
     texts = []
     for names in (["cat", "kitty"], *([name] for name in NAMES[1:])):
         prompts = [template.replace("{}", name) for name in names for template in templates]
@@ -84,7 +84,7 @@ def test_a_release_has_labels_by_example(
     repository = folders["model_repository"]
     found = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
     assert (found.examples is not None) == (alphas == "dynamic")
-    local = LocalRelease(str(repository))
+    local = load_release(str(repository))
     templates = exported.release.templates
     expected = by_hand(local, templates, label_file.parent)
     np.testing.assert_allclose(found.embeds, expected, atol=1e-5)
@@ -123,7 +123,7 @@ def test_its_scores_are_fitted_where_the_validation_data_has_its_labels(
     facts = exported.release.label_sets
     assert "confidence" not in facts["other"]
     assert any("no scores are fitted to the label set other" in one for one in exported.warnings)
-    local = LocalRelease(str(folders["model_repository"]))
+    local = load_release(str(folders["model_repository"]))
     paths = sorted(many_photos.rglob("*.png"))
     images = local.encode_images([local.prepare(path.read_bytes()) for path in paths])
     cosines = images @ by_hand(local, exported.release.templates, label_file.parent).T

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from radapter_serve.encoders.cuda import Stream, find_gpu
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.tensorrt.engine import Engine, Options, build
+from radapter_serve.encoders.tensorrt.plan import PLAN, check_plan
+from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.runtimes.cuda import Stream, find_gpu
-from radapter_serve.runtimes.encoder import Encoder
-from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build
-from radapter_serve.runtimes.tensorrt.plan import PLAN, check_plan
-from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
 
 pytestmark = pytest.mark.gpu
 ENCODERS = ("image_encoder", "text_encoder")
@@ -59,7 +59,7 @@ def test_engines_agree_with_torch(repository: Path, options: Options) -> None:
     sidecars = check_engines(repository)
     assert len(sidecars) == 4
     for folder in sidecars:
-        agrees(folder.parent.name, Encoder(folder / PLAN, "tensorrt"), folder)
+        agrees(folder.parent.name, EncoderGraph(folder / PLAN, "tensorrt"), folder)
 
 
 def test_an_engine_for_another_machine_is_refused(repository: Path) -> None:
@@ -86,4 +86,4 @@ def test_onnxruntime_on_the_gpu_agrees_with_torch(repository: Path, model: str) 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime without CUDA")
     folder = repository / model / "1"
-    agrees(model, Encoder(folder / "model.onnx", device=0), folder)
+    agrees(model, EncoderGraph(folder / "model.onnx", device=0), folder)

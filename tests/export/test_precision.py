@@ -34,11 +34,11 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.image_files import open_images
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluate import Scored
 from radapter_serve.evaluation.release_embedder import release_variants
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
-from radapter_serve.runtimes.encoder import Encoder
 from tests.export.conftest import CLASSES
 from tests.helpers.a_row import a_row
 
@@ -176,7 +176,7 @@ def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> Non
     assert (
         np.abs(centred).max() ** 2 > np.finfo(np.float16).max < np.abs(z).max() ** 2
     )  # what the test is about
-    found = Encoder(tmp_path / "model.onnx")(image)
+    found = EncoderGraph(tmp_path / "model.onnx")(image)
     np.testing.assert_allclose(found, z / np.linalg.norm(z, axis=-1, keepdims=True), atol=3e-3)
 
 
@@ -193,7 +193,7 @@ def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     shares[1] = 1  # all hidden: all alike, where minus infinity would give NaN
     shares = shares / shares.sum(-1, keepdims=True)
     np.testing.assert_allclose(
-        Encoder(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4
+        EncoderGraph(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4
     )
 
 
@@ -244,7 +244,7 @@ def test_int8_adds_up_large_values_right_on_every_cpu(tmp_path: Path, static: bo
     graph.save(weights, path := tmp_path / "model.onnx")
     x = np.linspace(0.9, 1, 3 * 64, dtype=np.float32).reshape(3, 64)
     quantize(path, [x] if static else ())
-    np.testing.assert_allclose(Encoder(path)(x), x @ weight, rtol=0.02)
+    np.testing.assert_allclose(EncoderGraph(path)(x), x @ weight, rtol=0.02)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx"}
 
 
@@ -257,7 +257,7 @@ def test_int8_gives_each_column_of_weights_a_range_of_its_own(tmp_path: Path, st
     graph.save(weights, path := tmp_path / "model.onnx")
     x = np.linspace(0.1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)
     quantize(path, [x] if static else ())
-    np.testing.assert_allclose(Encoder(path)(x), x @ weight, rtol=0.02)
+    np.testing.assert_allclose(EncoderGraph(path)(x), x @ weight, rtol=0.02)
 
 
 Export = Callable[..., ExportedRelease]
@@ -343,7 +343,7 @@ def test_release_says_what_its_precision_costs(
             "model.onnx",
             "samples.npz",
         }
-        encoder = Encoder(folder / "model.onnx", facts["runtime"], precision=precision)
+        encoder = EncoderGraph(folder / "model.onnx", facts["runtime"], precision=precision)
         again = compare(graph.name, encoder, Samples.load(folder), bounds)
         assert again.max_error == pytest.approx(graph.agreement.max_error, rel=0.2)
     found = facts["accuracy"]

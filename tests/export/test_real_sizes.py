@@ -18,8 +18,8 @@ from torch import nn
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_serve.adapter import Metadata, attach, base_digest, fold
 from radapter_serve.clip.base import Base
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.runtimes.encoder import Encoder
 
 NAMES = (
     "ViT-B-32",
@@ -90,4 +90,4 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
     for make, inputs, reference in zip(made, (images, tokens), references, strict=True):
         graph = make(base)
         graph.save(folded, tmp_path / "model.onnx")
-        compare(graph.name, Encoder(tmp_path / "model.onnx"), Samples(inputs, reference), 1e-4)
+        compare(graph.name, EncoderGraph(tmp_path / "model.onnx"), Samples(inputs, reference), 1e-4)

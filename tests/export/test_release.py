@@ -24,12 +24,12 @@ import torch
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, encoders_of
-from radapter_serve.runtimes.encoder import Encoder
-from radapter_serve.runtimes.local_release import LocalRelease
 
 CONFIG = "config.pbtxt"
 TASK = {CONFIG, "model.py", "release.json"}
@@ -235,7 +235,7 @@ def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
 def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = Mock(wraps=Encoder)
+    used = Mock(wraps=EncoderGraph)
     monkeypatch.setattr("radapter_export.writer.Encoder", used)
     (made,) = export(runtime="openvino")
     assert [call.args[1] for call in used.call_args_list] == ["openvino"] * 2
@@ -246,7 +246,7 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
     assert made.facts["runtime"] == "openvino"
     # The batch is a dimension of its own for this runtime.
     assert list(encoders["image_encoder"].config.input[0].dims) == [-1, 32, 32, 3]
-    local = LocalRelease(tmp_path / "repository")
+    local = load_release(tmp_path / "repository")
     samples = Samples.load(tmp_path / "repository" / "image_encoder" / "1")
     np.testing.assert_allclose(
         local.encode_images(list(samples.inputs[1])), samples.references[1], atol=1e-5

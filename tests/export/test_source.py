@@ -15,9 +15,9 @@ import radapter_serve
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, save_choice
-from radapter_serve.tasks.label_embeddings import LabelSet
 
 Export = Callable[..., ExportedRelease]
 

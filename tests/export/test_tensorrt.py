@@ -17,8 +17,8 @@ from radapter_export.precision import PRECISIONS, TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.encoders.tensorrt.engine import Options, build
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runtimes.tensorrt.engine import Options, build
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
-from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.small_disk import small_disk
 
 if TYPE_CHECKING:
@@ -46,18 +46,18 @@ def test_an_index_on_a_disk_that_fills(
     """A build that fills the disk is refused in one line; the index of before is whole, and space
     mends it all.
     """
-    release = LocalRelease(f"{repository}@2")
+    release = load_release(f"{repository}@2")
     with small_disk(tmp_path / "disk", "8m") as disk:
         index = disk.folder / "index"
         build(str(photos), index, release)
         before = contents(index)
         disk.fill(leave)
         with pytest.raises(RAdapterError, match="No space left on device") as error:
-            build(str(photos), index, LocalRelease(f"{repository}@1"), thumbnails=256)
+            build(str(photos), index, load_release(f"{repository}@1"), thumbnails=256)
         assert "\n" not in str(error.value)
         assert contents(index) == before
         disk.empty()
-        build(str(photos), index, LocalRelease(f"{repository}@1"), thumbnails=256, resume=False)
+        build(str(photos), index, load_release(f"{repository}@1"), thumbnails=256, resume=False)
         assert {path.name for path in disk.folder.iterdir()} == {"index"}
         assert open_index(index).facts.plan.release.digest
 

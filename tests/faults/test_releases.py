@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from radapter_client import Client
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import outcome, until
 from tests.helpers.small_disk import small_disk
@@ -195,7 +195,7 @@ def with_index(way: str, models: Path, folder: Path) -> Iterator[tuple[Running, 
     for number in range(4):
         (photos / f"{number}.png").write_bytes(png(number))
     index = folder / "indexes" / "photos"
-    build(str(photos), index, LocalRelease(f"{models}@2"))
+    build(str(photos), index, load_release(f"{models}@2"))
     with WAYS[way](models, folder / "indexes") as running:
         yield running, index
 

@@ -18,7 +18,7 @@ import urllib3
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from radapter_serve.engine.steps import Step
+from radapter_serve.encoders.steps import Step
 from radapter_serve.environment import OTLP_ENDPOINTS
 from radapter_serve.gateway import tracing
 from radapter_serve.gateway.errors import Refused

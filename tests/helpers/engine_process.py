@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.tasks.version import Version
 
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.table import TASKS, Inputs, Task
-from radapter_serve.tasks.version import Version
 
 
 def obey(request: Inputs) -> None:

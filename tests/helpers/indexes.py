@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
 from radapter_serve.index.index import Index
 from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.table import Table
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.tasks.retrieve import Retrieve
 
 
@@ -49,7 +49,7 @@ def opened(out: Path, **sizes: int) -> Index:
 
 
 def retrieving(
-    release: EmbeddingRelease,
+    release: LoadedRelease,
     indexes: Path,
     query: NDArray[np.float32],
     clock: Callable[[], float] = time.monotonic,

@@ -28,13 +28,13 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.labels import embed_labels, load_label_sets
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import complete
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, configure, named_releases, read_config
-from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
-from radapter_serve.tasks.label_embeddings import LabelEmbedder
-from radapter_serve.tasks.segment import Segment
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE = 16
@@ -219,7 +219,7 @@ def write_release(
     for name in ("classify", "segment"):
         sets = repository / name / str(version) / "label_sets"
         sets.mkdir()
-        local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
+        complete(embed_labels(local.loaded, LABELS, ["a {}"])).save(sets / "colours.npz")
     write_sums(repository, version)
 
 
@@ -255,41 +255,42 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class Local:
-    """The same tasks in this process: what the served ones must equal; and the encoders and
-    tokenizer below them.
+    """An encoder in this process, by ONNX Runtime alone, that remembers the shapes that it got.
+
+    Attributes:
+        loaded: the release with this encoder.
+        calls: the shapes.
     """
 
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
-        release = Release.load(folder)
-        self.release = release
-        self.tokenizer = _tokenizer(folder)
         self.calls: list[tuple[int, ...]] = []
-        self.encode_images = self._encoder(
-            repository / "image_encoder" / str(version) / "model.onnx", "image"
-        )
-        self.encode_tokens = self._encoder(
-            repository / "text_encoder" / str(version) / "model.onnx", "tokens"
-        )
-        self.embed_images = EmbedImages(release, self.encode_images)
-        self.embed_texts = EmbedTexts(release, self.tokenizer, self.encode_tokens)
-        self.embed_labels = LabelEmbedder(self.tokenizer, self.encode_tokens, max_batch_size=64)
-        label_sets = load_label_sets(folder / "label_sets")
-        self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
-        patches = repository / "patch_encoder" / str(version) / "model.onnx"
-        self.encode_patches = self._encoder(patches, "image") if release.dense else None
-        self.segment = Segment(
-            release, self.encode_images, self.encode_patches, self.embed_labels, label_sets
+        self._repository = repository
+        self._version = version
+        release = Release.load(folder)
+        self.loaded = LoadedRelease(
+            release,
+            self,
+            _tokenizer(folder),
+            read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         )
 
-    def _encoder(self, path: Path, name: str):
-        session = _session(path)
+    def images(self, pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        return self._run("image_encoder", "image", pixels)
 
-        def encode(array: np.ndarray) -> np.ndarray:
-            self.calls.append(array.shape)
-            return session.run(None, {name: array})[0]
+    def patches(self, pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        return self._run("patch_encoder", "image", pixels)
 
-        return encode
+    def tokens(self, tokens: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        return self._run("text_encoder", "tokens", tokens)
+
+    def close(self) -> None:
+        pass
+
+    def _run(self, name: str, tensor: str, array: np.ndarray) -> np.ndarray:
+        self.calls.append(array.shape)
+        session = _session(self._repository / name / str(self._version) / "model.onnx")
+        return session.run(None, {tensor: array})[0]
 
 
 def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> bytes:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import children
@@ -115,7 +115,7 @@ def prepare(folder: Path) -> tuple[Path, Path, Path]:
     photos.mkdir()
     for number in range(6):
         (photos / f"{number}.png").write_bytes(png(number, 50, 40))
-    build(str(photos), indexes / INDEX, LocalRelease(repository))
+    build(str(photos), indexes / INDEX, load_release(repository))
     keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
     return repository, indexes, keys
 

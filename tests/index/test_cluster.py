@@ -19,11 +19,11 @@ import pytest
 from pyarrow import parquet
 
 from radapter_serve.cli.index import main
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.store import vectors_of
 from radapter_serve.index.writer import Sizes
-from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.indexes import generation
 from tests.helpers.small_release import png
 
@@ -63,7 +63,7 @@ def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
 def test_rows_are_those_of_a_local_build(
     cluster: None, place: Path, exported_tiny_clip: Path
 ) -> None:
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     source = f"parquet:{place / 'table.parquet'}"
     here = build(source, place / "here", release, sizes=SMALL)
     there = build(source, place / "there", release, ray="auto", sizes=SMALL)
@@ -84,7 +84,7 @@ def test_rows_are_those_of_a_local_build(
 def test_a_killed_worker_costs_nothing(
     cluster: None, place: Path, exported_tiny_clip: Path
 ) -> None:
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
@@ -106,7 +106,7 @@ def test_a_killed_worker_costs_nothing(
 
 
 def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     (place / "photos" / "bad.png").write_bytes(b"no image")
     (place / "photos" / "gone.png").symlink_to(place / "nowhere")
     source = str(place / "photos")
@@ -114,7 +114,7 @@ def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_
         build(source, place / "index", release, ray="auto", sizes=SMALL)
     summary = build(source, place / "index", release, ray="auto", on_broken="skip", sizes=SMALL)
     assert summary.count == COUNT and set(summary.broken) == {"bad.png", "gone.png"}
-    moved = LocalRelease(shutil.copytree(exported_tiny_clip / "model_repository", place / "models"))
+    moved = load_release(shutil.copytree(exported_tiny_clip / "model_repository", place / "models"))
     shutil.rmtree(place / "models")
     with pytest.raises(RAdapterError, match="the cluster can't embed") as error:
         build(source, place / "other", moved, ray="auto", sizes=SMALL)

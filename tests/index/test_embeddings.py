@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from radapter_serve.cli.index import main
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.embeddings import export_embeddings
-from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.small_disk import small_disk
 from tests.index.test_neighbours import Ready, clustered, write_numbers
 
@@ -43,7 +43,7 @@ def place(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
     build(
         f"csv:{folder / 'photos.csv'}",
         folder / "photos",
-        LocalRelease(exported_tiny_clip / "model_repository"),
+        load_release(exported_tiny_clip / "model_repository"),
     )
     return folder
 
@@ -171,7 +171,7 @@ def test_a_column_that_would_be_taken_for_files_is_refused(
     build(
         f"csv:{tmp_path / 'photos.csv'}",
         tmp_path / "one",
-        LocalRelease(exported_tiny_clip / "model_repository"),
+        load_release(exported_tiny_clip / "model_repository"),
     )
     with pytest.raises(RAdapterError, match="has a column image_path"):
         export_embeddings(tmp_path / "one", tmp_path / "out")

@@ -28,6 +28,7 @@ from pyarrow import parquet
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.contract.preprocess import decode
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import mapped, recall
 from radapter_serve.index.build import add, build
@@ -38,7 +39,6 @@ from radapter_serve.index.index import link_of, open_index, write_link
 from radapter_serve.index.verify import verify
 from radapter_serve.index.writer import Sizes
 from radapter_serve.lock import lock
-from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from tests.helpers.indexes import (
     generation,
     opened,
@@ -53,7 +53,7 @@ from tests.helpers.small_models import release as release_facts
 DIM = 16
 
 
-class FakeRelease(EmbeddingRelease):
+class FakeRelease(LoadedRelease):
     """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
 
     def __init__(self, alpha: float = 0.5, *, turns: bool = True) -> None:

@@ -22,9 +22,9 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import add, build
 from radapter_serve.index.publish import link, publish
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
@@ -64,7 +64,7 @@ def ask(
 
 def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     with pytest.raises(
         InferenceServerException, match=r"\[unknown_index\] no index 'photos'; there are: none"
     ):
@@ -138,7 +138,7 @@ def test_many_images_are_found_by_faiss(
     (tmp_path / "many").mkdir()
     for number in range(260):
         (tmp_path / "many" / f"{number:03}.png").write_bytes(png(number, 20, 20))
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
     build(str(tmp_path / "many"), out, release, sizes=SMALL)
     assert (searched(out) / "codes.faiss").is_file()
@@ -164,7 +164,7 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
     from tests.helpers.fake_qdrant import fake_qdrant  # here: it takes a second to load
 
     server, folder = served
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
     build(str(folder / "photos"), folder / "kept", release)
     (query,) = release.embed_texts(["a cat"])
@@ -198,7 +198,7 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
 
 def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
-    release = LocalRelease(exported_tiny_clip / "model_repository")
+    release = load_release(exported_tiny_clip / "model_repository")
     for name in ("Büro", "猫", "plain"):
         build(str(folder / "photos"), folder / "Büro" / "indexes" / name, release)
     for name in ("Büro", "猫", "plain"):
@@ -215,9 +215,9 @@ def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_cl
 def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
     models = exported_tiny_clip / "model_repository"
-    build(str(folder / "photos"), folder / "Büro" / "indexes" / "good", LocalRelease(models))
+    build(str(folder / "photos"), folder / "Büro" / "indexes" / "good", load_release(models))
     other = folder / "Büro" / "indexes" / "other"
-    build(str(folder / "photos"), other, LocalRelease(f"{models}@1"))
+    build(str(folder / "photos"), other, load_release(f"{models}@1"))
     photos = len(list((folder / "photos").iterdir()))
     assert len(ask(server, text="a", index="other")["id"]) == photos  # release 1 is served, too
     facts = said(other)

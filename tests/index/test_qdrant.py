@@ -71,7 +71,7 @@ def test_build_publishes_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("radapter_serve.runtimes.origin.release_of", lambda origin: FakeRelease())
+    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: FakeRelease())
     linked = tmp_path / "linked"
     url = f"{store.url}/photos"
     call = ["build", str(photos), "--out", str(tmp_path / "index")]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_serve.encoders.tensorrt.engine import Options, build
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
-from radapter_serve.runtimes.tensorrt.engine import Options, build
 from radapter_serve.server.installation import OUR_BACKENDS
 from tests.helpers import fake_triton
 from tests.helpers.fake_tensorrt import Driver, install

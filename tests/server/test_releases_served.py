@@ -21,11 +21,11 @@ import pytest
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
 from radapter_serve.contract.names import spellings
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.admin_socket import AdminSocket, find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
@@ -94,7 +94,7 @@ def photos(folder: Path) -> Iterator[str]:
     build(
         str(folder / "photos"),
         folder / "indexes" / PHOTOS,
-        LocalRelease(f"{folder / 'repository'}@1"),
+        load_release(f"{folder / 'repository'}@1"),
     )
     yield PHOTOS
     shutil.rmtree(folder / "indexes" / PHOTOS)
@@ -318,7 +318,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
 ) -> None:
     repository = folder / "repository"
     index = folder / "indexes" / INDEX
-    build(str(folder / "photos"), index, LocalRelease(f"{repository}@1"))
+    build(str(folder / "photos"), index, load_release(f"{repository}@1"))
     releases = Releases(served)
     with Client(served.grpc_url) as client:
         before = client.search("a cat", index=INDEX)
@@ -328,7 +328,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
         assert served.models["classify"] == [2] and client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
-        build(str(folder / "photos"), index, LocalRelease(f"{repository}@2"))
+        build(str(folder / "photos"), index, load_release(f"{repository}@2"))
         after = client.search("a cat", index=INDEX)
         assert [one.score for one in after] != [one.score for one in before]
         releases.remove_unneeded()
@@ -347,7 +347,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(
 
 def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, folder: Path) -> None:
     """Every search is answered, by the old index or by the new one."""
-    release = LocalRelease(f"{folder / 'repository'}@1")
+    release = load_release(f"{folder / 'repository'}@1")
     index = folder / "indexes" / INDEX
     over = threading.Event()
     answered = threading.Semaphore(0)
@@ -373,7 +373,7 @@ def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, fold
 
 
 def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
-    build(str(folder / "photos"), folder / "indexes" / INDEX, LocalRelease(folder / "repository@1"))
+    build(str(folder / "photos"), folder / "indexes" / INDEX, load_release(folder / "repository@1"))
     for url in (served.grpc_url, served.http_url):
         with Client(url) as client:
             for name in spellings(LABEL_SET):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from radapter_serve.encoders.tensorrt.plan_writer import build_engines
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import ENCODERS, TENSORRT
-from radapter_serve.runtimes.tensorrt.plan_writer import build_engines
 from radapter_serve.server.control import ServedVersion
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, our_backends
 from radapter_serve.server.launch import MODELS, put

@@ -17,10 +17,9 @@ import radapter_client
 from radapter_client import Client
 from radapter_client.query import main as query
 from radapter_serve.contract.labels import split_label
+from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.evaluation.release_embedder import ServerEmbedder
 from radapter_serve.index.build import build
-from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -61,16 +60,16 @@ def client(server: TritonServer) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def fixed(exported_tiny_clip: Path) -> dict[float, LocalRelease]:
+def fixed(exported_tiny_clip: Path) -> dict[float, LoadedRelease]:
     repository = exported_tiny_clip / "model_repository"
-    return {alpha: LocalRelease(f"{repository}@{version}") for alpha, version in FIXED.items()}
+    return {alpha: load_release(f"{repository}@{version}") for alpha, version in FIXED.items()}
 
 
 def files(photos: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(photos.iterdir())]
 
 
-def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
+def scores(release: LoadedRelease, image: bytes) -> dict[str, float]:
     """By the formula, with the fixed release's embeddings."""
     template = release.facts.templates[0]
     texts = [
@@ -87,7 +86,7 @@ def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
     )
 
 
-def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+def test_embeddings(client: Client, photos: Path, fixed: dict[float, LoadedRelease]) -> None:
     assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
     for alpha, release in fixed.items():
         pixels = [release.prepare(data) for data in files(photos)]
@@ -101,7 +100,7 @@ def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalReleas
 
 
 def test_classify_at_many_alphas_at_once(
-    client: Client, photos: Path, fixed: dict[float, LocalRelease]
+    client: Client, photos: Path, fixed: dict[float, LoadedRelease]
 ) -> None:
     jobs = [
         (image, alpha, named)
@@ -122,7 +121,7 @@ def test_classify_at_many_alphas_at_once(
         assert result == pytest.approx(scores(fixed[alpha], image), rel=1e-3)
 
 
-def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+def test_segment(client: Client, photos: Path, fixed: dict[float, LoadedRelease]) -> None:
     """A mask of the whole of a square image is that image."""
     image = files(photos)[0]
     for alpha, release in fixed.items():
@@ -139,9 +138,9 @@ def test_search_asks_at_the_alpha_of_the_index(
     client: Client,
     photos: Path,
     indexes: Path,
-    fixed: dict[float, LocalRelease],
+    fixed: dict[float, LoadedRelease],
 ) -> None:
-    release = ServerRelease(server.grpc_url)
+    release = served_release(server.grpc_url)
     release.set_alpha(0.8)
     build(str(photos), indexes / "photos", release)
     release.close()
@@ -161,7 +160,7 @@ def test_alpha_out_of_range_is_not_sent(client: Client, alpha: float) -> None:
 
 
 def test_json_and_the_servers_own_check(
-    server: TritonServer, fixed: dict[float, LocalRelease]
+    server: TritonServer, fixed: dict[float, LoadedRelease]
 ) -> None:
     def body(alpha: float) -> dict[str, object]:
         text = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a cat"]}
@@ -182,7 +181,7 @@ def test_json_and_the_servers_own_check(
 
 
 def test_query(
-    server: TritonServer, photos: Path, fixed: dict[float, LocalRelease], capfd, tmp_path: Path
+    server: TritonServer, photos: Path, fixed: dict[float, LoadedRelease], capfd, tmp_path: Path
 ) -> None:
     image = sorted(photos.iterdir())[0]
     shared = ["--url", server.grpc_url, "--alpha", "0.3"]
@@ -201,7 +200,7 @@ def test_query(
 
 
 def test_a_sweep_over_the_server(
-    server: TritonServer, photos: Path, fixed: dict[float, LocalRelease]
+    server: TritonServer, photos: Path, fixed: dict[float, LoadedRelease]
 ) -> None:
     embedder = ServerEmbedder(server.grpc_url, [0.3, 0.8])
     try:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from radapter_serve.tasks.outcome import Outcome
 
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.labels import MAX_EXAMPLES
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
-from radapter_serve.tasks.label_embeddings import MAX_EXAMPLES
 from radapter_serve.tasks.label_source import LabelSource
-from radapter_serve.tasks.outcome import Outcome
 from tests.helpers.small_models import release
 from tests.helpers.small_release import CONFIDENCE, png
 

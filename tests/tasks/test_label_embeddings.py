@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.label_store import LabelStore
+from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelEmbedder, LabelSet
 from radapter_serve.errors import RAdapterError
-from radapter_serve.tasks.label_embeddings import MAX_EXAMPLES, Examples, LabelEmbedder, LabelSet
-from radapter_serve.tasks.label_store import LabelStore
 
 SIMPLE = ["a photo of a {}."]
 

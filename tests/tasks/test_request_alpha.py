@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from radapter_serve.tasks.examples import MAX_ENCODED, ByExample
 
 from radapter_serve.contract.alpha import RequestAlpha, at
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.labels import Examples, LabelEmbedder, LabelSet
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
-from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
-from radapter_serve.tasks.examples import MAX_ENCODED, ByExample
-from radapter_serve.tasks.label_embeddings import Examples, LabelEmbedder, LabelSet
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
@@ -292,10 +292,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
     dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
 ) -> None:
-    release = LocalRelease(dynamic_tiny_clip)
+    release = load_release(dynamic_tiny_clip)
     pixels = [release.prepare(path.read_bytes()) for path in sorted(photos.iterdir())]
     for version, alpha in ((1, 0.3), (2, 0.8)):
-        fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@{version}")
+        fixed = load_release(f"{exported_tiny_clip / 'model_repository'}@{version}")
         release.set_alpha(alpha)
         np.testing.assert_allclose(
             release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6
@@ -314,12 +314,12 @@ def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
 def test_an_index_belongs_to_one_alpha(
     dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
 ) -> None:
-    release = LocalRelease(dynamic_tiny_clip)
+    release = load_release(dynamic_tiny_clip)
     release.set_alpha(0.8)
     build(str(photos), tmp_path / "indexes" / "photos", release)
     made = open_index(tmp_path / "indexes" / "photos").facts.plan.release
     assert made.alpha == 0.8
-    again = LocalRelease(dynamic_tiny_clip)
+    again = load_release(dynamic_tiny_clip)
     assert add(tmp_path / "indexes" / "photos", again).kept == 6
     assert again.facts.alpha == 0.8
 
@@ -330,11 +330,11 @@ def test_an_index_belongs_to_one_alpha(
         again.set_alpha(float(alpha[0, 0]))
         return again.embed_texts([text.decode()])[0]
 
-    served = LocalRelease(dynamic_tiny_clip)  # its own alpha is 0.5
+    served = load_release(dynamic_tiny_clip)  # its own alpha is 0.5
     retrieve = Retrieve(served.facts, tmp_path / "indexes", embed_text, embed_text)
     found = retrieve(RetrieveRequest(b"photos", Query([b"a cat"])))
     assert asked == [pytest.approx(0.8)]
-    fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@2")
+    fixed = load_release(f"{exported_tiny_clip / 'model_repository'}@2")
     images = fixed.encode_images(
         [fixed.prepare((photos / name).read_bytes()) for name in found.ids]
     )
@@ -343,6 +343,6 @@ def test_an_index_belongs_to_one_alpha(
     text = fixed.embed_texts(["a cat"])[0]
     one = Retrieve(fixed.facts, tmp_path / "indexes", lambda _: text, lambda _: text)
     assert one(RetrieveRequest(b"photos", Query([b"a cat"]))).ids.tolist() == found.ids.tolist()
-    other = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@1")
+    other = load_release(f"{exported_tiny_clip / 'model_repository'}@1")
     with pytest.raises(TaskError, match=r"index_mismatch.*at alpha 0.8.*this is .* at alpha 0.3"):
         Retrieve(other.facts, tmp_path / "indexes", lambda _: text, lambda _: text).index("photos")

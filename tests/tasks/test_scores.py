@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from radapter_serve.tasks.scores import Scores, Scoring
 
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest, EmbedImages
-from radapter_serve.tasks.label_embeddings import LabelSet
-from radapter_serve.tasks.scores import Scores, Scoring
 from tests.helpers.small_models import release
 from tests.helpers.small_release import CONFIDENCE, png
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from radapter_serve.tasks.scores import fitted_min_score
 
 from radapter_serve.contract.errors import (
     INDEX_REPLACED,
@@ -23,7 +24,6 @@ from radapter_serve.contract.errors import (
 from radapter_serve.index.build import build
 from radapter_serve.tasks.query import MAX_PARTS, Query, combine
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
-from radapter_serve.tasks.scores import fitted_min_score
 from radapter_serve.tasks.table import TASKS
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 

@@ -22,7 +22,7 @@ class TritonPythonModel(TaskModel):
         super().initialize(args)
         self._metric = None
         if is_newest(args):
-            look = partial(outdated, self.version.indexes, self.version.release)
+            look = partial(outdated, self.loaded.indexes, self.loaded.release)
             self._metric = IndexMetric.start(look)
 
     def finalize(self) -> None:

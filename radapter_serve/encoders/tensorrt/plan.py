@@ -13,11 +13,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from radapter_serve.encoders.cuda import Gpu, find_gpu
+from radapter_serve.encoders.tensorrt.engine import Options, Profile, import_tensorrt
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 from radapter_serve.release.agreement import Agreement
-from radapter_serve.runtimes.cuda import Gpu, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import Options, Profile, import_tensorrt
 
 ONNX = "model.onnx"
 PLAN = "model.plan"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from radapter_client import RAdapterClientError
+from radapter_serve.encoders import served_release as live
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runtimes import served_release as live
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ import onnx
 import onnxruntime
 import pytest
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.runtimes.cuda import Gpu, Stream, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import (
+from radapter_serve.encoders.cuda import Gpu, Stream, find_gpu
+from radapter_serve.encoders.tensorrt.engine import (
     Engine,
     Options,
     build,
     import_tensorrt,
     make_profile,
 )
+from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install, make_tensorrt
 from tests.helpers.small_release import image_encoder, text_encoder
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from radapter_serve.encoders.graph import Feed, Graph
 from radapter_serve.errors import RAdapterError, not_installed, reason
 from radapter_serve.release.repository import CUDA_OPTIONS
-from radapter_serve.runtimes.graph import Feed, Graph
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

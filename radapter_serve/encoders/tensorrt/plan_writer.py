@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
-from radapter_serve.lock import lock
-from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
-from radapter_serve.release.integrity import renew_sums
-from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
-from radapter_serve.runtimes.cuda import Gpu, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
-from radapter_serve.runtimes.tensorrt.plan import (
+from radapter_serve.encoders.cuda import Gpu, find_gpu
+from radapter_serve.encoders.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
+from radapter_serve.encoders.tensorrt.plan import (
     EDITION,
     ONNX,
     PLAN,
@@ -31,6 +25,12 @@ from radapter_serve.runtimes.tensorrt.plan import (
     digest,
     mismatch,
 )
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
+from radapter_serve.lock import lock
+from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+from radapter_serve.release.integrity import renew_sums
+from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from radapter_serve.encoders.graph import Graph
+from radapter_serve.encoders.tensorrt.engine import Engine, import_tensorrt
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runtimes.graph import Graph
-from radapter_serve.runtimes.tensorrt.engine import Engine, import_tensorrt
 
 
 def load(path: Path, *, device: int | None = 0) -> Graph:

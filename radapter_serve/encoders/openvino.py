@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radapter_serve.encoders.graph import Feed, Graph
 from radapter_serve.errors import RAdapterError, not_installed
-from radapter_serve.runtimes.graph import Feed, Graph
 
 _COPIED = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT")
 

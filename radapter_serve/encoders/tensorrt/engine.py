@@ -3,7 +3,7 @@
 Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer,
 11 included, and its builder half with TensorRT's RTX edition, which builds without a GPU; so the
 functions take the module. Ask
-`radapter_serve.runtimes.cuda.find_gpu` first: without a driver TensorRT ends the process.
+`radapter_serve.encoders.cuda.find_gpu` first: without a driver TensorRT ends the process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.encoders.cuda import Stream
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
-from radapter_serve.runtimes.cuda import Stream
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]

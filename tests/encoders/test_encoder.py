@@ -15,12 +15,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from radapter_serve.encoders import local_release as release
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.openvino import openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Release
-from radapter_serve.runtimes import local_release as release
-from radapter_serve.runtimes.encoder import Encoder
-from radapter_serve.runtimes.openvino import openvino_properties
 
 
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
@@ -28,7 +28,7 @@ def test_openvino_computes_what_torch_computed(
     exported_tiny_clip: Path, name: str, tmp_path: Path
 ) -> None:
     folder = exported_tiny_clip / "model_repository" / name / "2"
-    encoder = Encoder(folder / "model.onnx", "openvino", threads=1)
+    encoder = EncoderGraph(folder / "model.onnx", "openvino", threads=1)
     assert compare(name, encoder, Samples.load(folder), 1e-5).min_cosine > 1 - 1e-6
     # Weights in a file of their own, as those above 2 GB are.
     model = onnx.load(folder / "model.onnx")
@@ -36,7 +36,9 @@ def test_openvino_computes_what_torch_computed(
     apart = tmp_path / "apart.onnx"
     onnx.save(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
     assert (
-        compare(name, Encoder(apart, "openvino", threads=1), Samples.load(folder), 1e-5).max_error
+        compare(
+            name, EncoderGraph(apart, "openvino", threads=1), Samples.load(folder), 1e-5
+        ).max_error
         < 1e-5
     )
 
@@ -56,7 +58,7 @@ def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
     first = np.array([[5, 3]], np.float32)
     second = np.array([[1, 1]], np.float32)
     for runtime in ("onnxruntime", "openvino"):
-        encoder = Encoder(tmp_path / "model.onnx", runtime)
+        encoder = EncoderGraph(tmp_path / "model.onnx", runtime)
         kept = encoder(first, second)
         encoder(second, second)
         np.testing.assert_array_equal(kept, [[4, 2]])
@@ -78,7 +80,7 @@ def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 10
     onnx.save(model, tmp_path / "model.onnx")
-    encoder = Encoder(tmp_path / "model.onnx", "onnxruntime", threads=1)
+    encoder = EncoderGraph(tmp_path / "model.onnx", "onnxruntime", threads=1)
 
     def grown(rows: int) -> float:
         np.testing.assert_array_equal(encoder(np.ones((rows, 1024, 1), np.float32)), [1] * rows)
@@ -91,10 +93,10 @@ def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
 
 def test_what_loading_takes_beside_the_weights_is_given_back(tmp_path: Path) -> None:
     """96 MiB of weights, which are read, and then packed."""
-    Encoder(products(tmp_path, 1), "onnxruntime", threads=1)  # loads the runtime
+    EncoderGraph(products(tmp_path, 1), "onnxruntime", threads=1)  # loads the runtime
     path = products(tmp_path, 24)
     before = resident()
-    encoder = Encoder(path, "onnxruntime", threads=1)
+    encoder = EncoderGraph(path, "onnxruntime", threads=1)
     assert resident() - before < 1.15 * 96 * 2**20
     assert encoder(np.ones((1, 1024), np.float32)).shape == (1, 1024)
 
@@ -145,7 +147,7 @@ def test_a_shape_that_comes_again_takes_no_memory_of_its_own(tmp_path: Path) -> 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 10
     onnx.save(model, tmp_path / "model.onnx")
-    encoder = Encoder(tmp_path / "model.onnx", "onnxruntime", threads=1)
+    encoder = EncoderGraph(tmp_path / "model.onnx", "onnxruntime", threads=1)
     before = resident()
     encoder(np.ones((8, 1024, 1), np.float32))
     first = resident() - before
@@ -175,14 +177,14 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken.write_bytes(b"not a graph")
     for runtime, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
         with pytest.raises(RAdapterError, match=rf"{name} \d.* cannot load .*model.onnx: "):
-            Encoder(broken, runtime)
+            EncoderGraph(broken, runtime)
         monkeypatch.setitem(sys.modules, runtime, None)
         with pytest.raises(
             RAdapterError, match=rf"{name} is not installed .*pip install .*\[\w+\]"
         ):
-            Encoder(broken, runtime)
+            EncoderGraph(broken, runtime)
     with pytest.raises(RAdapterError, match="no runtime 'torch'; allowed are"):
-        Encoder(broken, "torch")
+        EncoderGraph(broken, "torch")
 
 
 def test_a_release_is_run_by_its_own_runtime(
@@ -196,13 +198,13 @@ def test_a_release_is_run_by_its_own_runtime(
     monkeypatch.setattr(
         release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime))
     )
-    release.LocalRelease(copy)
+    release.load_release(copy)
     assert asked == [("model.onnx", "openvino")] * 2
 
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
     code = (
-        "import sys; from radapter_serve.runtimes.openvino import import_openvino;"
+        "import sys; from radapter_serve.encoders.openvino import import_openvino;"
         " import_openvino();assert not [name for name, module in sys.modules.items() if"
         " name.startswith('openvino_telemetry') and module]"
     )
@@ -215,8 +217,8 @@ def test_a_signal_after_openvino_is_handled(exported_tiny_clip: Path) -> None:
     another order.
     """
     code = (
-        "import os, signal, sys; from pathlib import Path; from radapter_serve.runtimes.encoder"
-        " import Encoder;first, second = (Encoder(Path(sys.argv[1]), 'openvino') for _ in"
+        "import os, signal, sys; from pathlib import Path; from radapter_serve.encoders.encoder"
+        " import Encoder;first, second = (EncoderGraph(Path(sys.argv[1]), 'openvino') for _ in"
         " range(2)); del first; del second;signal.signal(signal.SIGUSR1, lambda *_:"
         " print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
     )

@@ -19,12 +19,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.build_engine import main
+from radapter_serve.encoders.tensorrt import plan_writer
+from radapter_serve.encoders.tensorrt.engine import Options
+from radapter_serve.encoders.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
+from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.runtimes.tensorrt import plan_writer
-from radapter_serve.runtimes.tensorrt.engine import Options
-from radapter_serve.runtimes.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
-from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer

@@ -1,0 +1,241 @@
+"""`Encoder`: what encodes images and texts of one release, wherever it runs; and its kind for
+exported graphs, by any of the runtimes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
+from radapter_serve.encoders.graph import Graph
+from radapter_serve.encoders.steps import step
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import Samples, Tolerance, compare
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import RUNTIMES, TENSORRT
+from radapter_serve.threads import total
+
+
+class Encoder(Protocol):
+    """Encodes images and texts of one release; `alpha` is None where it is folded.
+
+    An encoder raises a `TaskError` where it fails.
+    """
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """uint8 [B, S, S, 3] -> float32 [B, D] of unit length."""
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """uint8 [B, S, S, 3] -> float32 [B, g, g, D]; only where `release.dense` says how."""
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """int32 [B, L] -> float32 [B, D] of unit length."""
+
+    def close(self) -> None:
+        """Let go of what it holds open."""
+
+
+class GraphEncoder:
+    """The graphs of a release, in this process.
+
+    Args:
+        graphs: by name: image_encoder, text_encoder, and patch_encoder where there is one.
+    """
+
+    def __init__(self, graphs: Mapping[str, EncoderGraph]) -> None:
+        self._graphs = graphs
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._encode("image_encoder", pixels, alpha)
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._encode("patch_encoder", pixels, alpha)
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._encode("text_encoder", tokens, alpha)
+
+    def close(self) -> None:
+        """The graphs go with their last user."""
+
+    def check_agreement(
+        self,
+        repository: Path,
+        release: Release,
+        say: Callable[[str], None] = lambda line: None,
+        *,
+        without: Collection[str] = (),
+    ) -> None:
+        """Compare the graphs with torch's embeddings of the export.
+
+        Args:
+            repository: the model repository that they are from.
+            release: that they are of.
+            say: called with a short line before each.
+            without: names of those that have been compared already.
+
+        Raises:
+            RAdapterError: one differs by more than was allowed at the export.
+        """
+        agreement = release.agreement
+        bounds = Tolerance(float(agreement["tolerance"]), float(agreement["min_cosine"]))
+        for name, graph in self._graphs.items():
+            if name in without:
+                continue
+            named = f"{name} of release {release.version}"
+            say(f"comparing {named} with torch's embeddings")
+            samples = Samples.load(repository / name / str(release.version))
+            compare(named, graph, samples, bounds)
+
+    def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
+        graph = self._graphs[name]
+        try:
+            with step(name):
+                return graph(rows) if alpha is None else graph(rows, alpha)
+        except Exception as error:  # runtimes' errors have no common base
+            raise TaskError(ENCODER_FAILED, f"{name} failed: {redact(str(error))}") from error
+
+
+class EncoderGraph:
+    """A graph in one runtime, and in no other: a fall-back is an error.
+
+    Args:
+        path: `model.onnx`, or `model.plan` for tensorrt.
+        runtime: onnxruntime, openvino or tensorrt.
+        precision: of the release: fp32, fp16, bf16 or int8. OpenVINO computes in bf16 if it says so
+            and the CPU can, else in fp32; the other runtimes compute as the graph is typed.
+        threads: how many compute a batch; as many as the runtime likes if None.
+        device: number of the GPU; None for the CPU, and for tensorrt, which has its own.
+        parameters: of the encoder's config.pbtxt, which say more of how to run it.
+
+    Raises:
+        RAdapterError: an unknown runtime, one that is not installed, or one that cannot load the
+            file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        runtime: str = "onnxruntime",
+        *,
+        precision: str = "fp32",
+        threads: int | None = None,
+        device: int | None = None,
+        parameters: Mapping[str, str] | None = None,
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise RAdapterError(f"no runtime {runtime!r}; allowed are {', '.join(RUNTIMES)}")
+        given = dict(parameters or {})
+        if precision == "bf16":
+            given["HINT_BF16"] = "YES"
+        name = RUNTIMES[runtime].threads
+        if name is not None and threads is not None:
+            given[name] = str(threads)
+        if runtime == TENSORRT:
+            from radapter_serve.encoders.tensorrt.plan import check_plan
+
+            check_plan(path.parent)
+            device = 0
+        self._graph = load_graph(path, runtime, given, device=device)
+
+    def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
+        """One batch of images or tokens to embeddings, float32 [B, D] ([B, g, g, D] of a patch
+        encoder).
+
+        Args:
+            values: an array for each of the graph's inputs, in their order.
+        """
+        feed = dict(zip(self._graph.inputs, values, strict=True))
+        [found] = self._graph.run(feed, self._graph.outputs[:1])
+        return np.asarray(found, dtype=np.float32)
+
+
+def load_graphs(
+    repository: Path,
+    release: Release,
+    *,
+    device: int | None = None,
+    threads: int | None = None,
+    runtime: str | None = None,
+) -> GraphEncoder:
+    """The graphs of a release in a model repository.
+
+    Args:
+        repository: the model repository.
+        release: that it has.
+        device: number of a GPU for ONNX Runtime; None for the CPU.
+        threads: that compute a batch; None for one a core.
+        runtime: one of `RUNTIMES`; None for the one that they were exported for.
+
+    Raises:
+        RAdapterError: a file is missing or broken, or the runtime can't load a graph.
+    """
+    runtime = runtime or release.runtime
+    graphs: dict[str, EncoderGraph] = {}
+    for name in ("image_encoder", "text_encoder", "patch_encoder"):
+        if name == "patch_encoder" and not release.dense:
+            continue
+        graphs[name] = EncoderGraph(
+            repository / name / str(release.version) / RUNTIMES[runtime].file,
+            runtime,
+            precision=release.precision,
+            threads=total() if threads is None else threads,
+            device=device if runtime == "onnxruntime" else None,
+            parameters=RUNTIMES[runtime].parameters,
+        )
+    return GraphEncoder(graphs)
+
+
+def load_graph(
+    path: Path,
+    runtime: str,
+    parameters: Mapping[str, str],
+    *,
+    device: int | None = None,
+    optimization: int = 0,
+) -> Graph:
+    """A graph in a runtime, loaded as its config.pbtxt asks for it.
+
+    Args:
+        path: of its file.
+        runtime: one of `RUNTIMES`.
+        parameters: those of the config.
+        device: number of the GPU; None for the CPU.
+        optimization: as of `radapter_serve.encoders.onnxruntime.load`; the others have none.
+
+    Raises:
+        RAdapterError: the runtime is not installed, or cannot load the file there.
+    """
+    graph = _loaded(path, runtime, parameters, device, optimization)
+    # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
+    # weights. Other systems than Linux with glibc lack the function.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return graph
+
+
+def _loaded(
+    path: Path,
+    runtime: str,
+    parameters: Mapping[str, str],
+    device: int | None,
+    optimization: int,
+) -> Graph:
+    if runtime == "openvino":
+        from radapter_serve.encoders import openvino
+
+        return openvino.load(path, parameters, device=device)
+    if runtime == TENSORRT:
+        from radapter_serve.encoders.tensorrt import loading
+
+        return loading.load(path, device=device)
+    from radapter_serve.encoders import onnxruntime
+
+    return onnxruntime.load(path, parameters, device=device, optimization=optimization)

@@ -1,0 +1,300 @@
+"""`LoadedRelease`: a release with what it takes to ask it, in this process or of a live server."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_client import Client, RAdapterClientError
+from radapter_serve.contract.alpha import Alpha, request_alpha
+from radapter_serve.contract.errors import ENCODER_FAILED, Cancelled, TaskError
+from radapter_serve.contract.preprocess import ImageFile, Preprocess, read_header
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.decoder import Decoder
+from radapter_serve.encoders.encoder import Encoder, load_graphs
+from radapter_serve.encoders.label_store import LabelStore
+from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
+from radapter_serve.encoders.needs import Need, Part, Steps, encode
+from radapter_serve.environment import LABELS
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import find_release, split_repository
+from radapter_serve.release.served import Served
+from radapter_serve.threads import decoders
+
+
+class TokenizeTexts(Protocol):
+    """Turns texts into token ids; `Tokenizer` does."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+        """Rows of `encode` padded to one length, int32 [N, L]."""
+
+
+class LoadedRelease:
+    """A release, its encoder, its tokenizer and its label sets.
+
+    Args:
+        release: its facts, with the α that it is used at.
+        encoder: wherever it runs.
+        tokenizer: of its texts.
+        read_label_sets: its label sets by name; called when one is first needed.
+        indexes: folder of the indexes that `retrieve` searches.
+        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its
+            value.
+    """
+
+    def __init__(
+        self,
+        release: Release,
+        encoder: Encoder,
+        tokenizer: TokenizeTexts,
+        *,
+        read_label_sets: Callable[[LoadedRelease], Mapping[str, LabelSet]] = lambda loaded: {},
+        indexes: Path = Path("indexes"),
+        origin: Mapping[str, str] | None = None,
+    ) -> None:
+        self.release = release
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.preprocess = Preprocess.from_dict(release.preprocess)
+        self.indexes = indexes
+        self.origin = dict(origin or {})
+        self._read_label_sets = read_label_sets
+
+    @cached_property
+    def label_sets(self) -> Mapping[str, LabelSet]:
+        """The release's label sets by name."""
+        return self._read_label_sets(self)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Decodes images to what the encoder takes."""
+        return Decoder(self.preprocess, decoders())
+
+    @cached_property
+    def label_cache(self) -> LabelCache:
+        """The embeddings of labels that requests brought."""
+        shared = os.environ.get(LABELS)
+        facts = json.dumps(self.release.to_dict(), sort_keys=True)
+        return LabelCache(facts, LabelStore(Path(shared)) if shared else LabelStore())
+
+    def request_alpha(self, given: float | None) -> float | None:
+        """The α that the encoder is given for a request; None where it is folded.
+
+        Raises:
+            TaskError: the release does not have it.
+        """
+        own = self.release
+        return request_alpha(given, own.alpha, dynamic=own.dynamic_alpha)
+
+    def at(self, alpha: float) -> LoadedRelease:
+        """The release as it is used at one α.
+
+        Raises:
+            RAdapterError: it does not have this α.
+        """
+        return self._changed(release=self.release.at(alpha))
+
+    def turned(self, exif_orientation: bool) -> LoadedRelease:
+        """The release with images turned by their EXIF orientation, or left as they are."""
+        preprocess = dataclasses.replace(self.preprocess, exif_orientation=exif_orientation)
+        return self._changed(preprocess=preprocess)
+
+    def _changed(self, **fields: Any) -> LoadedRelease:
+        # What was made of other fields is made again.
+        changed = copy.copy(self)
+        for made in ("decoder", "label_cache", "label_sets"):
+            changed.__dict__.pop(made, None)
+        changed.__dict__.update(fields)
+        return changed
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode and prepare one image file, uint8 [S, S, 3]. Thread-safe.
+
+        Raises:
+            TaskError: no image, broken, or too large.
+        """
+        file = read_header(data)
+        self.preprocess.check(file.width, file.height)
+        [pixels] = self.decoder.start([file])()
+        return np.asarray(pixels)
+
+    def embed_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Prepared images to float32 [N, D]; any N."""
+        return self._encode("images", np.asarray(pixels))
+
+    def embed_patches(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Prepared images to float32 [N, g, g, D]; any N."""
+        return self._encode("patches", np.asarray(pixels))
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to float32 [N, D]."""
+        if not texts:
+            return np.zeros((0, self.release.embed_dim), np.float32)
+        return self._encode("tokens", self.tokenizer.encode(texts))
+
+    def _encode(self, part: Part, rows: Sequence[Any] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        return encode(self, [Need(self, part, rows, self.request_alpha(None), None)])
+
+    def encoded(
+        self,
+        part: Part,
+        rows: Sequence[Any] | NDArray[np.uint8],
+        alpha: float | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Steps[NDArray[Any]]:
+        """The step of a task that encodes rows, at a checked α or the release's own."""
+        if alpha is None:
+            alpha = self.request_alpha(None)
+        embeds: NDArray[Any] = yield Need(self, part, rows, alpha, cancelled)
+        return embeds
+
+    def decoded(
+        self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
+    ) -> Steps[NDArray[np.uint8]]:
+        """The step of a task that decodes images, uint8 [N, S, S, 3]."""
+        pixels: NDArray[np.uint8] = yield Need(self, "pixels", files, None, cancelled)
+        return pixels
+
+    def close(self) -> None:
+        """End the threads that decode images, and let go of what the encoder holds open."""
+        if "decoder" in self.__dict__:
+            self.decoder.close()
+        self.encoder.close()
+
+
+def load_release(
+    repository: str | Path,
+    version: int | None = None,
+    *,
+    indexes: Path = Path("indexes"),
+    device: int | None = None,
+    threads: int | None = None,
+    runtime: str | None = None,
+) -> LoadedRelease:
+    """A release of a model repository.
+
+    Args:
+        repository: the model repository; `DIR@N` names release N.
+        version: number of the release, where the repository names none; the newest if None.
+        indexes: folder of the indexes that `retrieve` searches.
+        device, threads, runtime: as of `load_graphs`.
+
+    Raises:
+        RAdapterError: no such release, a broken file, or its runtime can't load it.
+    """
+    folder = find_release(repository if version is None else f"{repository}@{version}")
+    release = Release.load(folder)
+    place = folder.parent.parent
+    return LoadedRelease(
+        release,
+        load_graphs(place, release, device=device, threads=threads, runtime=runtime),
+        Tokenizer.load(folder / "tokenizer.json", release.tokenizer),
+        read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
+        indexes=indexes,
+        origin={"model_repository": str(Path(repository).absolute())},
+    )
+
+
+def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
+    """The release that is at `model_repository` or at `url`; close it at the end.
+
+    Args:
+        origin: one of the two. A repository may name a release, as `DIR@N`.
+        version: number of the release in a repository that names none; the one that is served if
+            None.
+
+    Raises:
+        RAdapterError: there is none.
+    """
+    if "url" in origin:
+        return served_release(origin["url"])
+    repository, number = split_repository(origin["model_repository"])
+    if version is None and not number:
+        version = max(Served.load(Path(repository)).releases, default=None)
+    return load_release(origin["model_repository"], version)
+
+
+def served_release(url: str) -> LoadedRelease:
+    """A live server's newest release, which one that appears meanwhile does not change.
+
+    Args:
+        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
+
+    Raises:
+        RAdapterError: nobody answers there.
+    """
+    try:
+        with Client(url) as client:
+            served = client.release()
+        # A batch becomes some requests at once.
+        rows = min(16, int(served.facts.get("max_batch_size", 16)))
+        pinned = Client(url, release=served.version, batch_size=rows)
+    except RAdapterClientError as error:
+        raise RAdapterError(f"{url}: {error}") from error
+    encoder = ServerEncoder(pinned, url)
+    return LoadedRelease(Release.from_dict(served.facts), encoder, encoder, origin={"url": url})
+
+
+class ServerEncoder:
+    """The encoders and the tokenizer of a live server's release.
+
+    Args:
+        client: pinned to the release.
+        url: of the server, for errors.
+    """
+
+    def __init__(self, client: Client, url: str) -> None:
+        self.client = client
+        self._url = url
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        embeds = self.ask(self.client.embed_images, list(pixels), alpha=_one(alpha))
+        return np.asarray(embeds, np.float32)
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        raise TaskError(ENCODER_FAILED, f"{self._url} gives no dense embeddings")
+
+    def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        embeds = self.ask(self.client.embed_texts, list(tokens), alpha=_one(alpha))
+        return np.asarray(embeds, np.float32)
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Texts as they are: the server has the tokenizer."""
+        return [[text] for text in texts]
+
+    def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
+        """The texts of rows."""
+        return np.array([text for (text,) in rows], object)
+
+    def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The answer of one of the client's methods.
+
+        Raises:
+            RAdapterError: the server failed.
+        """
+        try:
+            return task(*arguments, **options)
+        except RAdapterClientError as error:
+            raise RAdapterError(f"{self._url}: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+
+def _one(alpha: Alpha | None) -> float | None:
+    """The α that all rows have."""
+    return None if alpha is None else float(alpha[0, 0])

@@ -1,0 +1,194 @@
+"""What a task needs encoded, and how the needs of several tasks are encoded together.
+
+A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So it
+reads from top to bottom, knows nothing of other requests, and whoever serves it encodes its rows
+with those of everyone who waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled, task_error
+
+if TYPE_CHECKING:
+    from radapter_serve.encoders.loaded import LoadedRelease
+
+A = TypeVar("A")
+Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
+Rows = NDArray[np.generic]
+
+# Images that the encoder takes at once. On a CPU more are slower: what lies between the layers no
+# longer fits in its cache.
+CHUNK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Need:
+    """Rows that a task needs from one part of a release.
+
+    Attributes:
+        loaded: the release.
+        part: "pixels" decodes images to uint8 [N, S, S, 3]; "images" and "patches" encode such
+            pixels, "tokens" encodes texts.
+        rows: the headers of images; pixels; or the token ids of each text.
+        alpha: of the encoder; None where it is folded.
+        cancelled: whether the caller has given up.
+    """
+
+    loaded: LoadedRelease
+    part: Part
+    rows: Any
+    alpha: float | None
+    cancelled: Cancelled | None
+
+
+Steps: TypeAlias = Generator[Need, Any, A]
+Result: TypeAlias = "Rows | TaskError"
+# The results of needs of one part of one release.
+EncodeTogether: TypeAlias = Callable[[Sequence[Need]], Sequence[Result]]
+
+
+def encode_together(needs: Sequence[Need]) -> list[Result]:
+    """Encode needs of one part of one release as few batches.
+
+    Needs that fail together are halved until the one is found that does it, so that no request
+    touches its neighbours.
+    """
+    loaded = needs[0].loaded
+    if needs[0].part == "pixels":
+        return _decode_together(loaded, needs)
+    try:
+        embeds = encode(loaded, needs)
+    except Exception as error:
+        if len(needs) == 1:
+            return [task_error(error)]
+        half = len(needs) // 2
+        return encode_together(needs[:half]) + encode_together(needs[half:])
+    ends = itertools.accumulate(len(need.rows) for need in needs)
+    return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
+
+
+def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+    """Embeddings of the rows of all needs, which are of one encoder, in their order."""
+    if needs[0].part == "tokens":
+        return _encode_tokens(loaded, needs)
+    return _encode_pixels(loaded, needs)
+
+
+def _decode_together(loaded: LoadedRelease, needs: Sequence[Need]) -> list[Result]:
+    waits = [loaded.decoder.start(need.rows, need.cancelled) for need in needs]
+    results: list[Result] = []
+    for wait in waits:
+        try:
+            results.append(wait())
+        except Exception as error:
+            results.append(task_error(error))
+    return results
+
+
+def _encode_pixels(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+    encoder = loaded.encoder
+    encode = encoder.images if needs[0].part == "images" else encoder.patches
+    rows = [np.asarray(need.rows) for need in needs]
+    pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    alphas = _alpha_rows(needs)
+    # As few calls as there can be, of about as many rows.
+    count = math.ceil(len(pixels) / min(CHUNK, loaded.release.max_batch_size))
+    edges = [len(pixels) * number // count for number in range(count + 1)]
+    parts = []
+    for start, end in itertools.pairwise(edges):
+        parts.append(encode(pixels[start:end], None if alphas is None else alphas[start:end]))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _encode_tokens(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+    # Each text once at each α, with others of about its length.
+    asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
+    unique = sorted(dict.fromkeys(asked), key=lambda one: len(one[0]))
+    size = loaded.release.max_batch_size
+    parts = []
+    for start in range(0, len(unique), size):
+        if start and len(needs) == 1:
+            check_cancelled(needs[0].cancelled)
+        batch = unique[start : start + size]
+        tokens = loaded.tokenizer.batch([row for row, _ in batch])
+        alphas = None
+        if batch[0][1] is not None:
+            alphas = np.array([[alpha] for _, alpha in batch], np.float32)
+        parts.append(loaded.encoder.tokens(tokens, alphas))
+    embeds = np.concatenate(parts)
+    places = {text: place for place, text in enumerate(unique)}
+    return embeds[[places[text] for text in asked]]
+
+
+def _alpha_rows(needs: Sequence[Need]) -> NDArray[np.float32] | None:
+    if needs[0].alpha is None:
+        return None
+    alphas = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
+    return np.concatenate(alphas)
+
+
+def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
+    """Run one task.
+
+    Raises:
+        TaskError: why it has no answer.
+    """
+    [answer] = run_together([steps], together)
+    if isinstance(answer, TaskError):
+        raise answer
+    return answer
+
+
+def run_together(
+    tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
+) -> list[A | TaskError]:
+    """Run tasks side by side, whose needs are encoded together; an error is its own task's alone.
+
+    Args:
+        tasks: none of which has begun.
+        together: the results of some needs of one part of one release.
+    """
+    answers: list[Any] = [None] * len(tasks)
+    needs: dict[int, Need] = {}
+
+    def advance(number: int, resume: Callable[[], Need]) -> None:
+        """Let a task go on until it needs something, or ends."""
+        try:
+            needs[number] = resume()
+        except StopIteration as done:
+            answers[number] = done.value
+        except Exception as error:
+            answers[number] = task_error(error)
+
+    with contextlib.ExitStack() as stack:
+        for number, task in enumerate(tasks):
+            stack.callback(task.close)
+            advance(number, partial(next, task))
+        while needs:
+            # Those of the first task that waits, and all others of the same kind.
+            first = next(iter(needs.values()))
+            numbers = [
+                number
+                for number, need in needs.items()
+                if need.loaded is first.loaded and need.part == first.part
+            ]
+            asked = [needs.pop(number) for number in numbers]
+            results = together(asked)
+            for number, result in zip(numbers, results, strict=True):
+                task = tasks[number]
+                if isinstance(result, TaskError):
+                    advance(number, partial(task.throw, result))
+                else:
+                    advance(number, partial(task.send, result))
+    return answers

@@ -1,0 +1,139 @@
+"""The queue of one encoder: rows that callers of several threads need are encoded together."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from radapter_serve.contract.errors import (
+    INTERNAL_ERROR,
+    OVERLOADED,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+)
+from radapter_serve.encoders import steps
+from radapter_serve.encoders.needs import Need, Result
+from radapter_serve.encoders.steps import Step
+
+MAX_WAITING = 128  # callers of one encoder
+POLL_SECONDS = 0.2  # after which a caller who waits is asked again whether it still does
+
+
+@dataclass(eq=False)
+class _Caller:
+    """A caller in the queue.
+
+    Attributes:
+        needs: what it needs encoded.
+        wake: set once there are results, or a batch that this caller is to encode.
+        batch: those whose needs it encodes, itself among them.
+        steps: of the batch in which its needs were encoded.
+    """
+
+    needs: Sequence[Need]
+    wake: threading.Event = field(default_factory=threading.Event)
+    batch: list[_Caller] = field(default_factory=list)
+    results: Sequence[Result] | None = None
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(need.rows) for need in self.needs)
+
+
+class Queue:
+    """Encodes what waits as one batch, in the thread of one of its callers.
+
+    A caller who finds the encoder idle encodes at once. Who comes meanwhile waits; then the first
+    of them encodes for all that wait, up to `max_rows`. A caller who gives up leaves the queue.
+
+    Args:
+        encode: the results of some needs; it is never called with none.
+        max_rows: of a batch, unless one caller has more.
+        max_waiting: callers that wait; more are refused.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[Need]], Sequence[Result]],
+        *,
+        max_rows: int,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._encode = encode
+        self._max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._waiting: deque[_Caller] = deque()
+        self._is_busy = False
+
+    def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
+        """The results of one caller's needs.
+
+        Raises:
+            TaskError: too many callers wait; this one has given up.
+        """
+        caller = _Caller(needs)
+        with self._lock:
+            if not self._is_busy:
+                self._is_busy = True
+                caller.batch = [caller]
+            elif len(self._waiting) < self._max_waiting:
+                self._waiting.append(caller)
+            else:
+                raise TaskError(OVERLOADED, "too many requests wait; ask again later")
+        try:
+            if not caller.batch:
+                self._wait(caller, needs[0].cancelled)
+        finally:
+            # Also where this thread is interrupted: others wait for what it is to encode.
+            if caller.batch:
+                self._lead(caller.batch)
+        steps.add(caller.steps)
+        if caller.results is None:
+            raise TaskError(INTERNAL_ERROR, "the batch of this request was given up")
+        return caller.results
+
+    def _wait(self, caller: _Caller, cancelled: Cancelled | None) -> None:
+        """Wait until the caller has its results, or a batch to encode."""
+        try:
+            while not caller.wake.wait(POLL_SECONDS):
+                check_cancelled(cancelled)
+        finally:
+            with self._lock:
+                if caller in self._waiting:
+                    self._waiting.remove(caller)
+
+    def _lead(self, batch: list[_Caller]) -> None:
+        """Encode a batch, and hand over to the first who waits."""
+        taken: list[Step] = []
+        needs = [need for caller in batch for need in caller.needs]
+        try:
+            with steps.collected(taken):
+                results = list(self._encode(needs))
+            for caller in batch:
+                caller.steps = taken
+                caller.results = results[: len(caller.needs)]
+                results = results[len(caller.needs) :]
+        finally:
+            with self._lock:
+                following = self._take()
+                self._is_busy = bool(following)
+                if following:
+                    following[0].batch = following
+                    following[0].wake.set()
+            for caller in batch:
+                caller.wake.set()
+
+    def _take(self) -> list[_Caller]:
+        """The next batch of those who wait."""
+        batch: list[_Caller] = []
+        rows = 0
+        while self._waiting and (not batch or rows + self._waiting[0].rows <= self._max_rows):
+            caller = self._waiting.popleft()
+            rows += caller.rows
+            batch.append(caller)
+        return batch
