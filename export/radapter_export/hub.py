@@ -33,13 +33,7 @@ from radapter_serve.hub import (
 from radapter_serve.release.agreement import SAMPLES
 from radapter_serve.release.integrity import SUMS, load_sums, written_sums
 from radapter_serve.release.release import FILE, TASKS, Release
-from radapter_serve.release.repository import (
-    ENCODERS,
-    MODELS,
-    PATCH_ENCODER,
-    TENSORRT,
-    releases_of,
-)
+from radapter_serve.release.repository import ENCODERS, MODELS, PATCH_ENCODER, TENSORRT, releases_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

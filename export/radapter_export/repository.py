@@ -16,17 +16,10 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
+from radapter_serve.release.config import configure, name_releases
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import (
-    CONFIG,
-    ENCODERS,
-    MODELS,
-    PATCH_ENCODER,
-    configure,
-    name_releases,
-    versions_of,
-)
+from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, PATCH_ENCODER, versions_of
 
 TEMPLATE = "config.template.pbtxt"
 

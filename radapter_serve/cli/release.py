@@ -16,7 +16,7 @@ from rich.table import Table
 
 from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import check
+from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, releases_of
 from radapter_serve.release.served import Served

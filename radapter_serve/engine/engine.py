@@ -26,7 +26,7 @@ from radapter_serve.encoders.needs import Need, Result, encode_together, run_tog
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
 from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import check
+from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.release.served import Served
@@ -141,7 +141,8 @@ class Engine:
         folder = find_release(repository).parent.parent
         _, number = split_repository(repository)
         numbers = [int(number)] if number else list(Served.load(folder).releases)
-        check(folder, numbers)
+        for one in numbers:
+            verify(folder, one)
         releases = [
             load_release(folder, one, indexes=Path(indexes), device=device, threads=threads)
             for one in numbers

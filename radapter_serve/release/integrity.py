@@ -1,5 +1,4 @@
-"""Whether a release is what was exported: every file by its digest, and the configs by the release
-that they name.
+"""Whether a release is what was exported: every file by its digest.
 
 The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model
 repository `sha256sum --check classify/N/SHA256SUMS` compares them, too.
@@ -12,12 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, digest_of, staged
-from radapter_serve.release.release import Release
-from radapter_serve.release.repository import CONFIG, MODELS, named_releases, read_config
+from radapter_serve.release.repository import MODELS
 
 SUMS = "SHA256SUMS"
 _WORKERS = 4  # the disk, more than the processor, sets the pace of more
@@ -52,19 +49,6 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
         if (repository / name).is_file():
             sums[name] = digest_of(repository / name)
     _save(path, sums)
-
-
-def check(
-    repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
-) -> None:
-    """Check releases before they are served: `verify` and `check_configs` for each.
-
-    Raises:
-        RAdapterError: one is not as it was exported.
-    """
-    for version in versions:
-        verify(repository, version, progress)
-        check_configs(repository, version)
 
 
 def verify(
@@ -113,77 +97,6 @@ def verify(
             version,
             [f"{as_text(name)} {why}" for name, why in sorted(problems.items())],
         )
-
-
-def check_configs(repository: Path, version: int) -> None:
-    """Check that the configs belong together and to a release, or to another one as a whole.
-
-    Each version of a model has the config that it was exported with. The config above it, which
-    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in what
-    the models are to each other.
-
-    Raises:
-        RAdapterError: one is missing, of another release than others are, or of other tensors;
-            names the models.
-    """
-    release = Release.load(repository / "classify" / str(version))
-    models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
-    upper = {model: repository / model / CONFIG for model in models}
-    configs = {model: read_config(path) for model, path in upper.items() if path.exists()}
-    naming = {model for model, config in configs.items() if version in named_releases(config)}
-    own = {
-        model: path
-        for model in models
-        if (path := repository / model / str(version) / CONFIG).exists()
-    }
-    if naming and (others := [model for model in models if model not in naming]):
-        why = ", ".join(
-            f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others
-        )
-        raise RAdapterError(
-            f"the configs in {repository} are of several releases: config.pbtxt names release"
-            f" {version} in {', '.join(sorted(naming))}, but not in {why}; copy all of them again,"
-            " or export again with radapter-export"
-        )
-    if not naming and (missing := [model for model in models if model not in own]):
-        raise RAdapterError(
-            f"release {version} in {repository} cannot be served any more: it has no config of"
-            f" {', '.join(missing)}; export it again with radapter-export"
-        )
-    for model in sorted(naming):
-        if named_releases(configs[model])[version] != release:
-            raise RAdapterError(
-                f"{upper[model]} is of another release {version} than"
-                f" {repository}/classify/{version}; copy all files of one repository, or export"
-                " again with radapter-export"
-            )
-        if model in own and (wrong := _difference(read_config(own[model]), configs[model])):
-            raise RAdapterError(
-                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or"
-                " export again with radapter-export"
-            )
-
-
-def _names(config: Any) -> str:
-    return f"of release {', '.join(map(str, sorted(named_releases(config)))) or 'none'}"
-
-
-def _difference(exported: Any, config: Any) -> str:
-    """What no owner may change: the model's name and its tensors."""
-    if config.name != exported.name:
-        return f"it is the config of {config.name or 'no model'}"
-    for kind in ("input", "output"):
-        ours = _tensors(exported, kind)
-        theirs = _tensors(config, kind)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                return f"the {kind} {name} is not the one that was exported"
-    return ""
-
-
-def _tensors(config: Any, kind: str) -> Mapping[str, Any]:
-    batch = [-1] if config.max_batch_size else []  # of Triton's, or of the tensor's own
-    return {one.name: (one.data_type, [*batch, *one.dims]) for one in getattr(config, kind)}
 
 
 def _files(repository: Path, version: int) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from radapter_serve.encoders.encoder import GraphEncoder
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import check
+from radapter_serve.release.integrity import verify
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.release.served import Served
 from radapter_serve.server.config import ServerConfig
@@ -69,7 +69,8 @@ class EngineServer(ReleaseChanges):
         repository = config.model_repository
         models_of(repository)
         served = config.wanted()
-        check(repository, served.releases, progress)
+        for number in served.releases:
+            verify(repository, number, progress)
         self.engine = Engine([], max_waiting=config.max_waiting, max_seconds=MAX_REQUEST_SECONDS)
         kept = kept_for_indexes(repository, served.releases, config.indexes)
         self._take_over(served, kept, progress)

@@ -14,18 +14,20 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import check
+from radapter_serve.release.config import (
+    check,
+    config_of,
+    encoders_of,
+    name_releases,
+    without_queue_policy,
+)
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
     CONFIG,
     MODELS,
-    config_of,
-    encoders_of,
-    name_releases,
     releases_of,
     releases_with_digest,
     versions_of,
-    without_queue_policy,
 )
 
 #: what embeds the queries to an index

@@ -21,7 +21,8 @@ from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.tensorrt.plan import check_plan
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, ServedEncoder, encoders_of
+from radapter_serve.release.config import ServedEncoder, encoders_of
+from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT
 from radapter_serve.server.installation import Installation
 from radapter_serve.threads import threads_per_instance
 

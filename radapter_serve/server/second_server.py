@@ -13,7 +13,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from radapter_serve.contract.alpha import Encode
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.repository import encoders_of
+from radapter_serve.release.config import encoders_of
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer

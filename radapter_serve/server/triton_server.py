@@ -16,7 +16,7 @@ from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.environment import otlp_endpoint
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import hold
-from radapter_serve.release.integrity import check
+from radapter_serve.release.config import check
 from radapter_serve.release.served import Served
 from radapter_serve.server.backlog import Backlog
 from radapter_serve.server.config import ServerConfig

@@ -16,8 +16,9 @@ from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps, run_together
 from radapter_serve.environment import INDEXES
+from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
-from radapter_serve.release.repository import CONFIG, read_config
+from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS
 from radapter_serve.triton import surplus
 from radapter_serve.triton.encoder import TritonEncoder

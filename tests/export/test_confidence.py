@@ -20,8 +20,8 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import named_releases, read_config
 from radapter_serve.training import train
 from tests.export.conftest import CLASSES
 from tests.helpers.short_run import short_run

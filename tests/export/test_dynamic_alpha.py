@@ -28,7 +28,8 @@ from radapter_serve.clip.base import Base
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
-from radapter_serve.release.repository import ENCODERS, encoders_of
+from radapter_serve.release.config import encoders_of
+from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.runtime_choice import measure
 from tests.helpers.graphs import graph_of
 

@@ -28,8 +28,8 @@ from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.integrity import check
-from radapter_serve.release.repository import MODELS, PATCH_ENCODER, encoders_of
+from radapter_serve.release.config import check, encoders_of
+from radapter_serve.release.repository import MODELS, PATCH_ENCODER
 
 CONFIG = "config.pbtxt"
 TASK = {CONFIG, "model.py", "release.json"}

@@ -32,9 +32,10 @@ from radapter_serve.encoders.labels import embed_labels, load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
+from radapter_serve.release.config import configure, named_releases, read_config
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import MODELS, configure, named_releases, read_config
+from radapter_serve.release.repository import MODELS
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE = 16

@@ -13,14 +13,9 @@ from google.protobuf import text_format
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import SUMS, check, check_configs, renew_sums, sums_of, verify
-from radapter_serve.release.repository import (
-    CONFIG,
-    MODELS,
-    newest_export,
-    read_config,
-    releases_of,
-)
+from radapter_serve.release.config import check, check_configs, read_config
+from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
+from radapter_serve.release.repository import CONFIG, MODELS, newest_export, releases_of
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer

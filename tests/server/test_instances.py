@@ -8,7 +8,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import without_queue_policy
+from radapter_serve.release.config import without_queue_policy
 from radapter_serve.server.instances import (
     SharedMemory,
     check_shared_memory,

@@ -19,8 +19,9 @@ from radapter_serve.encoders.cuda import Gpu
 from radapter_serve.encoders.onnxruntime import _load_cuda
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_of
+from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.server import runtime_choice as choice
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints

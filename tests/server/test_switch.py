@@ -15,8 +15,9 @@ import pytest
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import encoders_of, named_releases
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.repository import ENCODERS, encoders_of, named_releases
+from radapter_serve.release.repository import ENCODERS
 from radapter_serve.release.served import Served
 from radapter_serve.server.control import NoAnswer, ServedVersion
 from radapter_serve.server.launch import MODELS, put

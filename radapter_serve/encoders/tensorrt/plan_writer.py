@@ -29,8 +29,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.lock import lock
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.integrity import renew_sums
-from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
+from radapter_serve.release.repository import TENSORRT
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,349 @@
+"""The configs by which Triton serves the models of a repository (config.pbtxt)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
+from radapter_serve.release.integrity import verify
+from radapter_serve.release.release import Release, release_parameters
+from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, RUNTIMES, versions_of
+
+_BF16 = "HINT_BF16"  # of openvino, "YES" or not there
+
+
+@dataclass(frozen=True)
+class ServedEncoder:
+    """An encoder of a model repository.
+
+    Attributes:
+        folder: the model's.
+        config: its config.pbtxt.
+        facts: its newest release.
+    """
+
+    folder: Path
+    config: Any
+    facts: Release
+
+    @property
+    def name(self) -> str:
+        """For example `image_encoder`."""
+        return self.folder.name
+
+    @property
+    def runtime(self) -> str:
+        """By which it was exported."""
+        return str(self.config.backend)
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch it may be, as at its export."""
+        agreement = self.facts.agreement
+        return Tolerance(
+            float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"]))
+        )
+
+    @property
+    def versions(self) -> list[int]:
+        """The served ones that are there, the newest last.
+
+        Raises:
+            RAdapterError: there is none.
+        """
+        found = versions_of(self.folder)
+        wanted = self.config.version_policy.specific.versions or found
+        if served := [version for version in found if version in wanted]:
+            return served
+        names = ", ".join(map(str, wanted)) or "none at all"
+        raise RAdapterError(
+            f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export"
+        )
+
+    @property
+    def instances(self) -> int:
+        """How many batches each version computes at once."""
+        return sum(group.count or 1 for group in self.config.instance_group) or 1
+
+    def file(self, version: int, runtime: str) -> Path:
+        """What a runtime loads.
+
+        Raises:
+            RAdapterError: it is not there.
+        """
+        path = self.folder / str(version) / RUNTIMES[runtime].file
+        if not path.exists():
+            plan = RUNTIMES[runtime].file == "model.plan"
+            make = (
+                f"build it here with: radapter-build-engine {self.folder.parent}"
+                if plan
+                else "run: radapter-export"
+            )
+            raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
+        return path
+
+    def configured(self, runtime: str, threads: int | None) -> str:
+        """The text of a config.pbtxt for another runtime or number of threads."""
+        config = model_config_pb2.ModelConfig()
+        config.CopyFrom(self.config)
+        if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
+            configure(config, runtime, self.facts.precision, self.facts.max_batch_size)
+        if all(dim == -1 for tensor in config.input for dim in tensor.dims):
+            # Where no size tells Triton that an empty batch is none, it takes the request and never
+            # answers it. Without batches of Triton's the encoder gets to see it; the tasks make the
+            # batches of texts anyway.
+            _batch(config, 0)
+        if (name := RUNTIMES[runtime].threads) and threads:
+            config.parameters[name].string_value = str(threads)
+        return str(text_format.MessageToString(config))
+
+
+def read_config(path: Path) -> Any:
+    """A `ModelConfig` as it is in a config.pbtxt.
+
+    Raises:
+        RAdapterError: it is missing or broken.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # A server may be newer than what is known here.
+        return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
+
+
+def named_releases(config: Any) -> dict[int, Release]:
+    """The releases that a config names in its parameters, by number.
+
+    Raises:
+        RAdapterError: what it says of one is broken.
+    """
+    texts = {key: value.string_value for key, value in config.parameters.items()}
+    keys = [key for key in texts if key.startswith("release.")] or [
+        key for key in texts if key == "release"
+    ]
+    try:
+        found = [Release.from_dict(json.loads(texts[key])) for key in keys]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RAdapterError(
+            f"the config of {config.name} says of its release what is no JSON: {error}"
+        ) from error
+    return {int(release.version): release for release in found}
+
+
+def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
+    """Name releases in a config's parameters, in place of those that it names, for clients to read.
+
+    Args:
+        config: a `ModelConfig`, changed in place.
+        releases: the facts of each by number; the highest is also the one without a number.
+    """
+    for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
+        del config.parameters[name]
+    for name, text in release_parameters(releases.values()).items():
+        config.parameters[name].string_value = text
+
+
+def config_of(repository: Path, model: str, version: int) -> Any:
+    """The config of a model for a release: the one that Triton reads, where it names the release,
+    else its own.
+
+    Raises:
+        RAdapterError: there is none, or it is broken.
+    """
+    upper = repository / model / CONFIG
+    own = repository / model / str(version) / CONFIG
+    if not own.exists() or (upper.exists() and version in named_releases(read_config(upper))):
+        return read_config(upper)
+    return read_config(own)
+
+
+def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
+    """The encoders that radapter-export wrote into a model repository.
+
+    Args:
+        repository: the model repository.
+        releases: those to be served; as the configs say if there are none.
+
+    Raises:
+        RAdapterError: a config.pbtxt is broken, or an encoder lacks all these releases.
+    """
+    found = []
+    for model in ENCODERS if releases else ():
+        folder = repository / model
+        versions = [version for version in versions_of(folder) if version in releases]
+        if (
+            not versions and (folder / CONFIG).exists() and model != "patch_encoder"
+        ):  # which a release may go without
+            names = ", ".join(map(str, releases))
+            raise RAdapterError(
+                f"{folder} lacks the releases that are to be served ({names}); run: radapter-export"
+            )
+        if versions:
+            config = config_of(repository, model, versions[-1])
+            config.version_policy.specific.versions[:] = versions
+            found.append(
+                ServedEncoder(
+                    folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))
+                )
+            )
+    if releases:
+        return found
+    for path in sorted(repository.glob(f"*/{CONFIG}")):
+        config = read_config(path)
+        if config.backend in RUNTIMES and "release" in config.parameters:
+            facts = json.loads(config.parameters["release"].string_value)
+            found.append(ServedEncoder(path.parent, config, Release.from_dict(facts)))
+    return found
+
+
+def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
+    """Make an encoder's config ask for a runtime, whatever it asked for before.
+
+    Args:
+        config: a `ModelConfig`, changed in place.
+        runtime: one of `RUNTIMES`.
+        precision: of the release.
+        max_batch_size: rows of a batch.
+    """
+    ours = {
+        _BF16,
+        *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads)),
+    }
+    for name in ours & set(config.parameters):
+        del config.parameters[name]
+    chosen = RUNTIMES[runtime]
+    config.backend = runtime
+    config.default_model_filename = chosen.file
+    for group in config.instance_group:
+        group.kind = model_config_pb2.ModelInstanceGroup.Kind.Value(chosen.kind)
+        group.gpus[:] = chosen.gpus
+    config.optimization.execution_accelerators.ClearField("gpu_execution_accelerator")
+    if chosen.cuda:
+        config.optimization.execution_accelerators.gpu_execution_accelerator.add(
+            name="cuda", parameters=chosen.cuda
+        )
+    parameters = dict(chosen.parameters)
+    if runtime == "openvino" and precision == "bf16":
+        parameters[_BF16] = "YES"
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    _batch(config, max_batch_size if chosen.batched else 0)
+
+
+def _batch(config: Any, max_batch_size: int) -> None:
+    was = config.max_batch_size
+    config.max_batch_size = max_batch_size
+    if bool(was) == bool(max_batch_size):
+        return
+    for tensor in (*config.input, *config.output):
+        tensor.dims[:] = tensor.dims[1:] if max_batch_size else [-1, *tensor.dims]
+    config.ClearField("dynamic_batching")
+    if max_batch_size:
+        config.dynamic_batching.SetInParent()
+
+
+def without_queue_policy(config: Any) -> None:
+    """Take the limits of Triton's own queue out of a config, in place.
+
+    A queue that has any is not looked at when a model becomes free: what waits there waits for the
+    next request, or for half a second. `radapter_serve.server.backlog` has the limits instead.
+    """
+    if config.HasField("dynamic_batching"):
+        config.dynamic_batching.ClearField("default_queue_policy")
+        config.dynamic_batching.ClearField("priority_queue_policy")
+        config.dynamic_batching.ClearField("priority_levels")
+    if not config.max_batch_size:
+        config.ClearField("dynamic_batching")
+
+
+def check(
+    repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
+) -> None:
+    """Check releases before they are served: `verify` and `check_configs` for each.
+
+    Raises:
+        RAdapterError: one is not as it was exported.
+    """
+    for version in versions:
+        verify(repository, version, progress)
+        check_configs(repository, version)
+
+
+def check_configs(repository: Path, version: int) -> None:
+    """Check that the configs belong together and to a release, or to another one as a whole.
+
+    Each version of a model has the config that it was exported with. The config above it, which
+    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in what
+    the models are to each other.
+
+    Raises:
+        RAdapterError: one is missing, of another release than others are, or of other tensors;
+            names the models.
+    """
+    release = Release.load(repository / "classify" / str(version))
+    models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
+    upper = {model: repository / model / CONFIG for model in models}
+    configs = {model: read_config(path) for model, path in upper.items() if path.exists()}
+    naming = {model for model, config in configs.items() if version in named_releases(config)}
+    own = {
+        model: path
+        for model in models
+        if (path := repository / model / str(version) / CONFIG).exists()
+    }
+    if naming and (others := [model for model in models if model not in naming]):
+        why = ", ".join(
+            f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others
+        )
+        raise RAdapterError(
+            f"the configs in {repository} are of several releases: config.pbtxt names release"
+            f" {version} in {', '.join(sorted(naming))}, but not in {why}; copy all of them again,"
+            " or export again with radapter-export"
+        )
+    if not naming and (missing := [model for model in models if model not in own]):
+        raise RAdapterError(
+            f"release {version} in {repository} cannot be served any more: it has no config of"
+            f" {', '.join(missing)}; export it again with radapter-export"
+        )
+    for model in sorted(naming):
+        if named_releases(configs[model])[version] != release:
+            raise RAdapterError(
+                f"{upper[model]} is of another release {version} than"
+                f" {repository}/classify/{version}; copy all files of one repository, or export"
+                " again with radapter-export"
+            )
+        if model in own and (wrong := _difference(read_config(own[model]), configs[model])):
+            raise RAdapterError(
+                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or"
+                " export again with radapter-export"
+            )
+
+
+def _names(config: Any) -> str:
+    return f"of release {', '.join(map(str, sorted(named_releases(config)))) or 'none'}"
+
+
+def _difference(exported: Any, config: Any) -> str:
+    """What no owner may change: the model's name and its tensors."""
+    if config.name != exported.name:
+        return f"it is the config of {config.name or 'no model'}"
+    for kind in ("input", "output"):
+        ours = _tensors(exported, kind)
+        theirs = _tensors(config, kind)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                return f"the {kind} {name} is not the one that was exported"
+    return ""
+
+
+def _tensors(config: Any, kind: str) -> Mapping[str, Any]:
+    batch = [-1] if config.max_batch_size else []  # of Triton's, or of the tensor's own
+    return {one.name: (one.data_type, [*batch, *one.dims]) for one in getattr(config, kind)}
