@@ -20,6 +20,7 @@ from radapter_serve.release.config import configure, name_releases
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, PATCH_ENCODER, versions_of
+from radapter_serve.tasks.table import TASKS
 
 TEMPLATE = "config.template.pbtxt"
 
@@ -225,6 +226,25 @@ def _parsed(text: str) -> model_config_pb2.ModelConfig:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
+def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
+    """Give a task's config the inputs and outputs of the table; an encoder's has its own."""
+    table = TASKS.get(model)
+    if table is None:
+        return
+    for field, tensors in ((parsed.input, table.inputs), (parsed.output, table.outputs)):
+        for tensor in tensors.values():
+            kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+            described = field.add(
+                name=tensor.name,
+                data_type=model_config_pb2.DataType.Value(f"TYPE_{kind}"),
+                dims=tensor.dims,
+            )
+            if tensor.optional:
+                described.optional = True
+                # Requests whose lists have other lengths share a batch.
+                described.allow_ragged_batch = table.batched and tensor.dims == (-1,)
+
+
 def config(
     template: Path,
     model: str,
@@ -244,6 +264,7 @@ def config(
         ) from error
     except text_format.ParseError as error:
         raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
+    add_tensors(parsed, model)
     dims = dims_of(releases[-1])
     max_batch_size = releases[-1].max_batch_size
     parsed.name = model

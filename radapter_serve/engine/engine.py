@@ -321,7 +321,7 @@ class Engine:
             return cancelled()
 
         # From tensors to typed requests.
-        task.check(model, inputs)
+        task.check(model, inputs, served.loaded.release.max_batch_size)
         requests = task.read(served.loaded, inputs, lambda name: not outputs or name in outputs)
 
         # The steps of each, in this thread.

@@ -42,9 +42,10 @@ class Model:
                 newest.
         """
         public = {name: _public(facts) for name, facts in releases.items()}
-        width = json.loads(releases["release"])["embed_dim"] if "release" in releases else -1
-        table = TASKS[task]
-        return cls(task, table.max_rows, dict(table.inputs), outputs_of(task, width), public)
+        newest = json.loads(releases.get("release", "{}"))
+        rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
+        outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
+        return cls(task, rows, dict(TASKS[task].inputs), outputs, public)
 
     def config(self) -> dict[str, Any]:
         """The answer to `/config`, in the form of Triton's."""

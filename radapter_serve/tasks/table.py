@@ -41,7 +41,6 @@ A = TypeVar("A")
 Tensors = Mapping[str, NDArray[Any]]
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
-MAX_ROWS = 64  # of a request
 MAX_ENCODED = 256  # examples of a request, each at each α that it asks for
 
 
@@ -56,7 +55,8 @@ class Task(Generic[R, A]):
     Attributes:
         inputs: by name.
         outputs: by name.
-        max_rows: of a request; 0 where its tensors have no batch dimension.
+        batched: whether tensors have a batch dimension first, of up to the release's max_batch_size
+            rows.
         read: typed requests to a release from the inputs of one request, several where its rows
             differ in more than their image or text; may raise a `TaskError`.
         make: the task of a release; of other releases that are served `retrieve` searches the
@@ -66,22 +66,23 @@ class Task(Generic[R, A]):
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    max_rows: int
+    batched: bool
     read: Callable[[LoadedRelease, Tensors, Wants], list[R]]
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
     write: Callable[[Sequence[A]], dict[str, NDArray[Any]]]
 
-    def check(self, name: str, inputs: Tensors) -> None:
+    def check(self, name: str, inputs: Tensors, max_rows: int) -> None:
         """Refuse inputs that do not have the names, types and shapes of the task's.
 
         Args:
             name: of the task.
             inputs: of a request.
+            max_rows: of a request, where the task has rows.
 
         Raises:
             TaskError: of the first that is wrong.
         """
-        batch = [-1] if self.max_rows else []
+        batch = [-1] if self.batched else []
         rows = set()
         for key, array in inputs.items():
             tensor = self.inputs.get(key)
@@ -89,7 +90,7 @@ class Task(Generic[R, A]):
                 raise invalid(f"{name} has no input {key!r:.80}; it has {', '.join(self.inputs)}")
             if array.dtype != NUMPY[tensor.datatype]:
                 raise invalid(f"{key} is {array.dtype}; {tensor.datatype} is taken")
-            shape = array.shape[1:] if self.max_rows else array.shape
+            shape = array.shape[1:] if self.batched else array.shape
             fits = len(shape) == len(tensor.dims) and all(
                 dim in (-1, size) for dim, size in zip(tensor.dims, shape, strict=True)
             )
@@ -102,10 +103,10 @@ class Task(Generic[R, A]):
         for key, tensor in self.inputs.items():
             if not tensor.optional and key not in inputs:
                 raise invalid(f"the input {key} is missing")
-        if self.max_rows and len(rows) > 1:
+        if self.batched and len(rows) > 1:
             raise invalid(f"all inputs of a request have as many rows; these have {sorted(rows)}")
-        if self.max_rows and max(rows, default=1) > self.max_rows:
-            raise invalid(f"{max(rows)} rows in a request; at most {self.max_rows} are taken")
+        if self.batched and max(rows, default=1) > max_rows:
+            raise invalid(f"{max(rows)} rows in a request; at most {max_rows} are taken")
 
 
 def _tensors(*tensors: Tensor) -> dict[str, Tensor]:
@@ -354,7 +355,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
         _tensors(_IMAGE, _ALPHA),
         _tensors(Tensor("image_embeds", "FP32", (-1,))),
-        MAX_ROWS,
+        True,
         _read_images,
         _plain(embed_images),
         lambda answers: {"image_embeds": np.concatenate(answers)},
@@ -362,7 +363,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_text": Task(
         _tensors(Tensor("text", "BYTES"), _ALPHA),
         _tensors(Tensor("text_embeds", "FP32", (-1,))),
-        MAX_ROWS,
+        True,
         _read_texts,
         _plain(embed_texts),
         lambda answers: {"text_embeds": np.concatenate(answers)},
@@ -388,7 +389,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("thumbnail", "BYTES", (-1,)),
             Tensor("index_version", "BYTES"),
         ),
-        0,
+        False,
         _read_retrieve,
         _make_retrieve,
         _write_hits,
@@ -411,7 +412,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("label", "BYTES", (-1,)),
             Tensor("score", "FP32", (-1,)),
         ),
-        0,
+        False,
         _read_segment,
         _plain(segment),
         _write_mask,
@@ -431,7 +432,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("example_weight", "FP32", -1),
         ),
         _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,))),
-        MAX_ROWS,
+        True,
         _read_classify,
         _plain(classify),
         _write_rankings,

@@ -69,7 +69,7 @@ class TaskModel:
             tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
             inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
             try:
-                task.check(self.task, inputs)
+                task.check(self.task, inputs, self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
             except Exception as error:
                 errors[number] = task_error(error)

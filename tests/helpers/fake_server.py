@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_export.repository import add_tensors
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
@@ -56,7 +60,10 @@ def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
             shutil.copy(
                 Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py"
             )
-        config = (CONFIGS / name / "config.template.pbtxt").read_text()
+        text = (CONFIGS / name / "config.template.pbtxt").read_text()
+        parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
+        add_tensors(parsed, name)
+        config = text_format.MessageToString(parsed)
         policy = f"version_policy: {{ latest {{ num_versions: {len(versions)} }} }}"
         (model / "config.pbtxt").write_text(f"{config}\n{policy}\n{parameters}\n")
     return folder

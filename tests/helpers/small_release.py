@@ -25,6 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
+from radapter_export.repository import add_tensors
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
@@ -202,6 +203,7 @@ def write_release(
     for name in (*encoders, *tasks):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        add_tensors(config, name)
         path = repository / name / "config.pbtxt"
         before = named_releases(read_config(path)) if path.exists() else {}
         for one in (*before.values(), Release.from_dict(release)):

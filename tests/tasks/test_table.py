@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from radapter_client._methods import TASKS as ASKED
 from radapter_serve.release.release import TASKS as NAMES
@@ -23,12 +21,9 @@ def test_every_list_of_tasks_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_probes_fit_the_models(name: str) -> None:
-    text = (MODELS / name / "config.template.pbtxt").read_text(encoding="utf-8")
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    known = {tensor.name: tensor for tensor in config.input}
+def test_probes_fit_the_tasks(name: str) -> None:
     for tensors in (PROBES[name], GLANCES[name]):
         for given, array in tensors.items():
-            tensor = known[given]
-            assert tensor.data_type == model_config_pb2.TYPE_STRING
-            assert array.ndim == len(tensor.dims) + (config.max_batch_size > 0)
+            tensor = TASKS[name].inputs[given]
+            assert tensor.datatype == "BYTES"
+            assert array.ndim == len(tensor.dims) + TASKS[name].batched
