@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the lowest floor up: a room imports from those before it, never from those after it.
+PACKAGES = ("radapter_serve", "export/radapter_export", "clients/radapter_client")
+# From the lowest floor up: a room imports from those before it, never from those after it. The
+# client and the export are rooms, too.
 FLOORS = [
+    "radapter_client",
     "clock errors extras files lock environment signals threads hub checkpoints runs lazy typed",
     "contract",
     "release",
@@ -31,6 +34,7 @@ FLOORS = [
     "adapter",
     "evaluation",
     "training",
+    "radapter_export",
     "playground",
     "model",
     "demo cli",
@@ -70,55 +74,103 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path, known: dict[str, Path], *, inside: bool = True) -> Iterator[str]:
-    """The modules of the house that a module imports, those inside functions included."""
-    for node in ast.walk(parsed(path)) if inside else parsed(path).body:
-        if isinstance(node, ast.ImportFrom) and node.module in known:
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                yield inner if inner in known else str(node.module)
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of the house that a module imports: also inside functions, for type checkers
+    alone, from its own package, and by `importlib`.
+    """
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join(filter(None, [*parts, node.module]))
+            if source in known:
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}"
+                    yield inner if inner in known else source
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            text = node.args[0]
+            if isinstance(text, ast.Constant) and text.value in known:
+                yield str(text.value)
+
+
+def room_of(module: str) -> str:
+    """The room of a module; empty for `radapter_serve` itself, whose names load on first use."""
+    package, _, inner = module.partition(".")
+    return inner.partition(".")[0] if package == "radapter_serve" else package
 
 
 def test_no_room_imports_from_a_floor_above():
-    modules = sources("radapter_serve")
+    modules = {name: path for folder in PACKAGES for name, path in sources(folder).items()}
+    rooms: dict[str, set[str]] = {}
     for name, path in modules.items():
-        if name.count(".") == 0:
+        if name in ("radapter_serve", "radapter_export"):  # these load their names on first use
             continue
-        room = name.split(".")[1]
-        for other in imports(path, modules):
-            above = other.split(".")[1] if "." in other else ""
-            assert not above or FLOOR[above] <= FLOOR[room], (
-                f"{name} imports {other}, which lives above it"
-            )
+        room = room_of(name)
+        for other in imports(name, path, modules):
+            other_room = room_of(other)
+            if not other_room:
+                continue
+            assert FLOOR[other_room] <= FLOOR[room], f"{name} imports {other}, which lives above it"
+            if other_room != room:
+                rooms.setdefault(room, set()).add(other_room)
+    list(TopologicalSorter(rooms).static_order())  # nor in a circle, where a floor has several
+
+
+def test_the_client_imports_nothing_of_ours():
+    for name, path in sources("clients/radapter_client").items():
+        for node in ast.walk(parsed(path)):
+            match node:
+                case ast.Import(names):
+                    modules = [alias.name for alias in names]
+                case ast.ImportFrom(module=module, level=0):
+                    modules = [str(module)]
+                case ast.Constant(str() as text):  # for `importlib`
+                    modules = [text]
+                case _:
+                    continue
+            ours = [
+                module
+                for module in modules
+                if re.fullmatch(r"(radapter_serve|radapter_export)(\.\w+)*", module)
+            ]
+            assert not ours, f"{name}, line {node.lineno}, imports {ours[0]}"
+
+
+def test_of_the_client_only_what_is_public_is_used():
+    client = sources("clients/radapter_client")
+    for folder in ("radapter_serve", "export/radapter_export"):
+        for name, path in sources(folder).items():
+            for other in imports(name, path, client):
+                private = other.startswith("radapter_client._")
+                assert not private or name == "radapter_serve.engine.engine", (
+                    f"{name} imports {other}, which is the client's own"
+                )
 
 
 def test_what_is_installed_needs_no_rival():
     rivals = sources("rivals")
-    for folder in ("radapter_serve", "export/radapter_export", "clients/radapter_client"):
+    for folder in PACKAGES:
         for name, path in sources(folder).items():
-            assert not [*imports(path, rivals)], f"{name} imports a rival, which no wheel carries"
+            assert not [*imports(name, path, rivals)], (
+                f"{name} imports a rival, which no wheel carries"
+            )
 
 
 def test_the_words_of_triton_are_read_in_one_place():
-    for folder in (
-        "radapter_serve",
-        "export/radapter_export",
-        "clients/radapter_client",
-        "model_repository",
-    ):
+    for folder in (*PACKAGES, "model_repository"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
-            assert path.name == "_failures.py" or "maximum queue size" not in text, path
+            assert path.name == "failures.py" or "maximum queue size" not in text, path
 
 
 def test_no_import_circle():
-    folders = ("radapter_serve", "export/radapter_export", "clients/radapter_client", "rivals")
+    folders = (*PACKAGES, "rivals")
     modules = {name: path for folder in folders for name, path in sources(folder).items()}
     packages = {"radapter_serve", "radapter_export"}  # these two load their names on first use
     graph = {
-        name: set(imports(path, modules)) - {name}
+        name: set(imports(name, path, modules)) - {name}
         for name, path in modules.items()
         if name not in packages
     }
@@ -200,7 +252,7 @@ def test_ci_asks_for_slow_tests_that_there_are():
 
 def test_a_line_assigns_one_value():
     """But for values that change places."""
-    for folder in ("radapter_serve", "clients/radapter_client", "export/radapter_export"):
+    for folder in PACKAGES:
         for name, path in sources(folder).items():
             for node in ast.walk(parsed(path)):
                 match node:

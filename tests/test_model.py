@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from radapter_client import InvalidRequest, ModelNotFound, list_images
-from radapter_client.query import main as query
 from radapter_serve import Model, RAdapterError
 from radapter_serve.adapter import load_adapter
+from radapter_serve.cli.query import main as query
 from tests.helpers.small_release import png
 
 LABELS = ["cat", "a dog in the SNOW", "猫"]

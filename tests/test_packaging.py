@@ -112,7 +112,7 @@ def test_a_wheel_and_an_sdist_are_fit_for_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extras", "modules"),
     [
-        ((), "radapter_client.query radapter_serve.tasks.classify radapter_serve.tasks.segment"),
+        ((), "radapter_serve.cli.query radapter_serve.tasks.classify radapter_serve.tasks.segment"),
         (
             ("train",),
             "radapter_serve.training.loop radapter_serve.evaluation.run radapter_serve.cli.eval",

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import MethodType
 from typing import (
-    TYPE_CHECKING,
     Any,
     Concatenate,
     Generic,
@@ -26,11 +26,11 @@ from typing import (
 from ._images import ImageLike, is_one_image
 from ._wire import Request
 
-if TYPE_CHECKING:
-    from ._client import AsyncClient, Client
-
 P = ParamSpec("P")
 T = TypeVar("T")
+# By these, type checkers tell the clients apart, which are below this file.
+Waiting: TypeAlias = AbstractContextManager[Any]  # `Client`
+Awaiting: TypeAlias = AbstractAsyncContextManager[Any]  # `AsyncClient`
 Part: TypeAlias = Callable[[], Request]
 # What a method answers: `Client` returns T, `AsyncClient` returns an awaitable of T.
 Answer: TypeAlias = Generator[Sequence[Part], list[Any], T]
@@ -63,9 +63,9 @@ class call(_Method, Generic[P, T]):
     @overload
     def __get__(self, client: None, kind: type) -> Callable[Concatenate[Any, P], Answer[T]]: ...
     @overload
-    def __get__(self, client: Client, kind: type) -> Callable[P, T]: ...
+    def __get__(self, client: Waiting, kind: type) -> Callable[P, T]: ...
     @overload
-    def __get__(self, client: AsyncClient, kind: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: Awaiting, kind: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, client: Any, kind: type) -> Any:
         return self._bind(client)
 
@@ -105,8 +105,8 @@ class call_each(_Method, Generic[P, T]):
         super().__init__(one_or_list)
 
     @overload
-    def __get__(self, client: Client, kind: type) -> _Each[P, T]: ...
+    def __get__(self, client: Waiting, kind: type) -> _Each[P, T]: ...
     @overload
-    def __get__(self, client: AsyncClient, kind: type) -> _AsyncEach[P, T]: ...
+    def __get__(self, client: Awaiting, kind: type) -> _AsyncEach[P, T]: ...
     def __get__(self, client: Any, kind: type) -> Any:
         return self._bind(client)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from numbers import Number
 
-from ._failures import read_failure
+from .failures import read_failure
 
 
 class RAdapterClientError(Exception):

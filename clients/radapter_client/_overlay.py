@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ._exceptions import bad_argument
-
-if TYPE_CHECKING:
-    from ._results import Segmentation
 
 # Colours that people with any colour vision tell apart: Okabe and Ito, "Color Universal Design"
 # (2008), without black.
@@ -71,26 +68,25 @@ def _lab(rgb: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-def draw(
+def paint(
     image: Image.Image,
-    found: Segmentation,
+    mask: npt.NDArray[np.uint16],
+    background: int | None,
     opacity: float,
-    legend: bool,
-    font: str | os.PathLike[str] | None,
+    *,
+    enlarge: bool,
 ) -> Image.Image:
-    """See Segmentation.overlay; `image` is RGB and of the mask's size."""
-    mask = found.mask
-    table = palette()
-    times = -(-LEAST_SIDE // max(image.size)) if legend else 1
+    """An RGB image of the mask's size with each label but the background in its colour."""
+    times = -(-LEAST_SIDE // max(image.size)) if enlarge else 1
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
         mask = mask.repeat(times, 0).repeat(times, 1)
-    painted = Image.fromarray(table[mask % COLOURS])
+    painted = Image.fromarray(palette()[mask % COLOURS])
     picture = Image.blend(image, painted, opacity)
     picture.paste(painted, mask=_outlines(mask, max(1, round(max(image.size) / 600))))
-    if found.background is not None:
-        picture.paste(image, mask=Image.fromarray(mask == found.background))
-    return _with_legend(picture, found, table, font) if legend else picture
+    if background is not None:
+        picture.paste(image, mask=Image.fromarray(mask == background))
+    return picture
 
 
 def _outlines(mask: npt.NDArray[np.uint16], width: int) -> Image.Image:
@@ -110,18 +106,29 @@ def _outlines(mask: npt.NDArray[np.uint16], width: int) -> Image.Image:
     return wider.point([0] + [255] * 255, "1")
 
 
-def _with_legend(
+def add_legend(
     picture: Image.Image,
-    found: Segmentation,
-    table: npt.NDArray[np.uint8],
+    labels: Sequence[str],
+    shares: Sequence[float],
+    background: int | None,
     path: str | os.PathLike[str] | None,
 ) -> Image.Image:
+    """A painted image above the labels that occur in it, with their shares of the pixels."""
     size = max(14, round(max(picture.size) / 50))
     font = read_font(path, size)
     width = max(picture.width, 24 * size)
     gap = size // 2
     line = round(1.7 * size)
-    entries = _entries(found, table, font)
+    # Colour, name and share, largest first; the background's swatch is the paper.
+    table = palette()
+    entries: list[tuple[tuple[int, ...] | None, str, str]] = []
+    order = [index for index in np.argsort(shares, kind="stable")[::-1] if shares[index] > 0]
+    for index in order[:ENTRIES]:
+        swatch = PAPER if index == background else tuple(map(int, table[index % COLOURS]))
+        entries.append((swatch, _spelled(labels[index], font), _percent(shares[index])))
+    if rest := order[ENTRIES:]:
+        total = sum(shares[index] for index in rest)
+        entries.append((None, f"{len(rest)} more", _percent(total)))
     # Columns as wide as the widest entry, or one column in which long names are cut.
     wanted = [
         3 * gap + 2 * size + font.getlength(name) + font.getlength(share)
@@ -146,29 +153,6 @@ def _with_legend(
         pen.text((left + size + gap, middle), _cut(name, font, room), INK, font, anchor="lm")
         pen.text((right, middle), share, PALE, font, anchor="rm")
     return canvas
-
-
-Entry = tuple["tuple[int, ...] | None", str, str]
-
-
-def _entries(
-    found: Segmentation, table: npt.NDArray[np.uint8], font: ImageFont.FreeTypeFont
-) -> list[Entry]:
-    """Colour, name and share of the labels that occur, largest first; the background's swatch is
-    the paper.
-    """
-    order = [
-        index for index in np.argsort(found.shares, kind="stable")[::-1] if found.shares[index] > 0
-    ]
-    entries: list[Entry] = []
-    for index in order[:ENTRIES]:
-        colour = PAPER if index == found.background else tuple(map(int, table[index % COLOURS]))
-        entries.append((colour, _spelled(found.labels[index], font), _percent(found.shares[index])))
-    if rest := order[ENTRIES:]:
-        entries.append(
-            (None, f"{len(rest)} more", _percent(sum(found.shares[index] for index in rest)))
-        )
-    return entries
 
 
 def _percent(share: float) -> str:

@@ -96,7 +96,7 @@ class Segmentation:
             InvalidImage: the image cannot be read, or no longer.
             InvalidRequest: an image of another size, or a font that cannot be read.
         """
-        from ._overlay import draw
+        from ._overlay import add_legend, paint
 
         chosen = self.image if image is None else image
         if chosen is None:
@@ -110,7 +110,10 @@ class Segmentation:
                 f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x"
                 f" {height}"
             )
-        return draw(picture, self, opacity, legend, font)
+        painted = paint(picture, self.mask, self.background, opacity, enlarge=legend)
+        if not legend:
+            return painted
+        return add_legend(painted, self.labels, self.shares, self.background, font)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from radapter_client._failures import read_failure
+from radapter_client.failures import read_failure
 from radapter_serve.contract import errors as tasks
 from radapter_serve.contract.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
 from radapter_serve.errors import RAdapterError

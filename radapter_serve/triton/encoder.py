@@ -9,7 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_client._failures import read_failure
+from radapter_client.failures import read_failure
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,

@@ -13,8 +13,17 @@ import pytest
 from rich.console import Console
 
 import radapter_serve
-from radapter_client import query
-from radapter_serve.cli import build_engine, demo, export, gateway, guard, index, serve, train
+from radapter_serve.cli import (
+    build_engine,
+    demo,
+    export,
+    gateway,
+    guard,
+    index,
+    query,
+    serve,
+    train,
+)
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 from radapter_serve.extras import install_command

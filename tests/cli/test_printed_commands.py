@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from radapter_client import query
-from radapter_serve.cli import build_engine, eval, export, index, serve, train
+from radapter_serve.cli import build_engine, eval, export, index, query, serve, train
 from radapter_serve.server.endpoints import free_ports
 
 COMMANDS = {

@@ -15,7 +15,7 @@ from PIL import Image
 
 import radapter_client
 from radapter_client import Client
-from radapter_client.query import main as query
+from radapter_serve.cli.query import main as query
 from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.evaluation.release_embedder import ServerEmbedder

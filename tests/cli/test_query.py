@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_client import Client, query
-from radapter_client.query import main
+from radapter_client import Client
+from radapter_serve.cli import query
+from radapter_serve.cli.query import main
 from radapter_serve.contract.labels import read_label_file
 from tests.helpers.stand_ins import Recorder
 
@@ -218,7 +219,7 @@ def test_closed_pipe(tmp_path: Path):
     script = tmp_path / "ask.py"
     script.write_text(
         "import sys\nfrom tests.helpers.stand_ins import Recorder\n"
-        "from radapter_client import Client, query\n"
+        "from radapter_client import Client\nfrom radapter_serve.cli import query\n"
         "query.Client = lambda *_, **__: Client(transport=Recorder(), release=1)\n"
         "sys.exit(query.main())\n"
     )

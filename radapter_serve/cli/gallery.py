@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from .._images import ImageLike, read_image
-from .._results import Hit
+from radapter_client import Hit
+from radapter_serve.contract.preprocess import decode
 
 SIDE = 320  # px of the query's picture
 # The policy keeps the page to itself even if something in it were to ask for more.
@@ -52,62 +52,51 @@ dd { margin: 0; overflow-wrap: anywhere }
 
 
 def page(
-    hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: Mapping[str, str]
+    hits: Sequence[Hit], text: str | None, image: bytes | None, facts: Mapping[str, str]
 ) -> bytes:
     """The page, in UTF-8.
 
     Args:
         hits: best first, with thumbnails.
         text: that was searched for, or the name of the image that was.
-        image: that was searched for, or None.
+        image: file that was searched for, or None.
         facts: name to value of what the page says about the search, such as its index and release.
     """
-    query = text or "an image"
-    picture = (
-        ""
-        if image is None
-        else f'<img src="{_data(_small(image))}" alt="the image that was searched for">\n'
-    )
+    query = escape(text or "an image")
+    header = ""
+    if image is not None:
+        picture = decode(image)  # upright, as thumbnails are
+        if "transparency" in picture.info:  # a palette's would be lost with a warning
+            picture = picture.convert("RGBA")
+        picture = picture.convert("RGB")
+        picture.thumbnail((SIDE, SIDE))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85)
+        header = f'<img src="{_data(file.getvalue())}" alt="the image that was searched for">\n'
     known = " · ".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items())
-    cards = (
-        "\n".join(_card(rank, hit) for rank, hit in enumerate(hits, 1))
-        or "<p>Nothing was found.</p>"
-    )
+    cards = "\n".join(_card(rank, hit) for rank, hit in enumerate(hits, 1))
     return (
-        f"{HEAD}<title>{escape(query)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<header>\n{picture}<div><h1>{escape(query)}</h1>\n<p>{known}</p></div>\n</header>\n"
-        f"<main>\n{cards}\n</main>\n</body>\n</html>\n"
+        f"{HEAD}<title>{query}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header>\n{header}<div><h1>{query}</h1>\n<p>{known}</p></div>\n</header>\n"
+        f"<main>\n{cards or '<p>Nothing was found.</p>'}\n</main>\n</body>\n</html>\n"
     ).encode("utf-8", "replace")
 
 
 def _card(rank: int, hit: Hit) -> str:
     name = escape(hit.id)
-    shown = (
-        f'<img src="{_data(hit.thumbnail)}" alt="{name}" loading="lazy">'
-        if hit.thumbnail
-        else "no thumbnail"
-    )
-    about = "".join(
-        f"<dt>{escape(key)}</dt><dd>{_value(value)}</dd>" for key, value in hit.about.items()
-    )
+    shown = "no thumbnail"
+    if hit.thumbnail:
+        shown = f'<img src="{_data(hit.thumbnail)}" alt="{name}" loading="lazy">'
+    about = ""
+    for key, value in hit.about.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        about += f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>"
     cosine = f"{hit.score:.4f}"
     return (
         f'<article title="{name}">\n<div class="picture">{shown}</div>\n<div'
         f' class="text">\n<h2>{rank}. {name}</h2>\n<div class="score"><meter min="0" max="1"'
         f' value="{cosine}"></meter>{cosine}</div>\n<dl>{about}</dl>\n</div>\n</article>'
     )
-
-
-def _value(value: object) -> str:
-    return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _small(image: ImageLike) -> bytes:
-    picture = read_image(image)  # upright, as thumbnails are
-    picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def _data(picture: bytes) -> str:

@@ -7,12 +7,11 @@ import io
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from radapter_client import Hit
-from radapter_client.query.gallery import page
+from radapter_serve.cli.gallery import page
 
 VOID = {"meta", "img"}
 EVIL = [
@@ -101,8 +100,10 @@ def test_page():
 
 
 def test_page_of_an_image():
-    image = np.zeros((500, 2000, 3), np.uint8)
-    found = Page(page([], "query.png", image, {}))
+    file = io.BytesIO()
+    # A palette with transparency, which Pillow warns of.
+    Image.new("P", (2000, 500)).save(file, "PNG", transparency=b"\0\x80")
+    found = Page(page([], "query.png", file.getvalue(), {}))
     assert decoded(found.all("img")[0]["src"]).size == (320, 80)
     assert "Nothing was found." in found.text
 

@@ -1,5 +1,5 @@
-"""What a failure that Triton reports means: the one reading, which the tasks and the gateway use,
-too.
+"""What a failure that Triton reports means: the one reading, for the client and for whoever stands
+between Triton and its callers.
 """
 
 from __future__ import annotations

@@ -4,33 +4,39 @@ in `main`.
 
 from __future__ import annotations
 
-import importlib
+import csv
+import io
+import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import tyro
-from PIL import Image
+from PIL import Image, ImageFont
 from rich.console import Console
+from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from .._client import Client
-from .._exceptions import RAdapterClientError
-from .._url import DEFAULT_URL
-from .inputs import ImageFiles, read_examples, read_lines, read_weights
-from .output import Found, Pictures, check_output, report, to_json, write_whole
+from radapter_client import Client, InvalidImage, RAdapterClientError, list_images
+from radapter_serve import __version__
+from radapter_serve.contract.image_files import is_image_file
+from radapter_serve.errors import RAdapterError, one_line
+from radapter_serve.files import staged
 
 PROG = "radapter-query"
+T = TypeVar("T")
+Row = dict[str, Any]
+Answer = tuple[Row, list[Row]]  # of an image, as one JSON object and as rows of a table
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Server:
         json: print JSON, one object a line, instead of tables.
     """
 
-    url: str = field(default_factory=lambda: os.environ.get("RADAPTER_SERVER") or DEFAULT_URL)
+    url: str = field(
+        default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "http://localhost:8000"
+    )
     model: str | None = None
     indexes: Path = Path("indexes")
     release: int | None = None
@@ -61,9 +69,12 @@ class Server:
 
     def client(self) -> Client:
         if self.model is not None:
-            return _local(self)
+            from radapter_serve.model import Model  # here: asking a server takes less
+
+            name = self.model if self.release is None else f"{self.model}@{self.release}"
+            return Model(name, indexes=self.indexes, timeout=self.timeout)
         key = os.environ.get("RADAPTER_API_KEY") or None  # no flag: others can read a command line
-        with warnings.catch_warnings(record=True) as notes:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             client = Client(
                 self.url,
@@ -72,21 +83,9 @@ class Server:
                 api_key=key,
                 shrink_to=self.shrink_to,
             )
-        for note in notes:
-            print(f"note: {note.message}", file=sys.stderr)
+        for warning in caught:
+            note(str(warning.message))
         return client
-
-
-def _local(server: Server) -> Client:
-    """A model in this process."""
-    # By its name: the client needs nothing of radapter_serve, unless it is asked for this.
-    serve = importlib.import_module("radapter_serve.model")
-    named = server.model if server.release is None else f"{server.model}@{server.release}"
-    try:
-        local: Client = serve.Model(named, indexes=server.indexes, timeout=server.timeout)
-    except serve.RAdapterError as error:
-        raise RAdapterClientError(str(error)) from error
-    return local
 
 
 @dataclass(frozen=True)
@@ -108,16 +107,27 @@ class Labels:
     alpha: float | None = None
 
     def arguments(self, optional: bool = False) -> dict[str, Any]:
-        given = sum(map(bool, (self.labels, self.labels_file, self.label_set)))
-        if given > 1 or not (given or optional):
-            raise RAdapterClientError("give one of --labels, --labels-file and --label-set")
-        labels = (
-            self.labels or None
-            if self.labels_file is None
-            else read_lines(self.labels_file, "a label")
-        )
-        known = {"labels": labels, "label_set": self.label_set, "templates": self.templates or None}
-        return {**known, "alpha": self.alpha}
+        """The keywords of the client's methods for them."""
+        sources = sum(map(bool, (self.labels, self.labels_file, self.label_set)))
+        if sources > 1 or not (sources or optional):
+            raise RAdapterError("give one of --labels, --labels-file and --label-set")
+        labels: Sequence[str] = self.labels
+        if self.labels_file is not None:
+            try:
+                text = self.labels_file.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise RAdapterError(f"cannot read {self.labels_file}: {why}") from error
+            lines = [line.strip() for line in text.splitlines()]
+            labels = [line for line in lines if line and not line.startswith("#")]
+            if not labels:
+                raise RAdapterError(f"{self.labels_file} is empty: it needs a label a line")
+        return {
+            "labels": labels or None,
+            "label_set": self.label_set,
+            "templates": self.templates or None,
+            "alpha": self.alpha,
+        }
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,16 @@ def classify(
     """
     files = ImageFiles(images)
     arguments = labels.arguments(optional=examples is not None)
-    shown = None if examples is None else read_examples(examples)
+    shown: dict[str, list[str]] | None = None
+    if examples is not None:
+        try:
+            folders = sorted(path for path in examples.iterdir() if path.is_dir())
+        except OSError as error:
+            raise RAdapterError(f"cannot read {examples}: {error.strerror}") from error
+        folders = [path for path in folders if not path.name.startswith(".")]
+        if not folders:
+            raise RAdapterError(f"{examples} has no folders: it needs one for each label")
+        shown = {path.name: list_images(path) for path in folders}
     arguments |= {
         "top_k": top_k,
         "multi_label": multi_label,
@@ -185,15 +204,14 @@ def classify(
     }
     with server.client() as client:
 
-        def found() -> Iterator[Found]:
-            for image, one in files.answers(lambda some: client.classify(some, **arguments), 64):
-                pairs = zip(one.labels, one.scores, strict=True)
-                yield (
-                    {"image": image, **vars(one)},
-                    [{"image": image, "label": a, "score": b} for a, b in pairs],
-                )
+        def answers() -> Iterator[Answer]:
+            ask = files.answers(lambda paths: client.classify(paths, **arguments), 64)
+            for image, answer in ask:
+                pairs = zip(answer.labels, answer.scores, strict=True)
+                rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
+                yield {"image": image, **vars(answer)}, rows
 
-        report(found(), ("image", "label", "score"), out, server.json)
+        report(answers(), ("image", "label", "score"), out, server.json)
     return int(files.left_out)
 
 
@@ -220,44 +238,50 @@ def segment(
         out: file to write instead, .csv (a row for each label that occurs) or .jsonl (a line for
             each image).
     """
-    if font is not None:
-        from .._overlay import read_font
-
-        read_font(font, 20)
+    if font is not None:  # before any work
+        try:
+            ImageFont.truetype(font, 20)
+        except OSError as error:
+            raise RAdapterError(
+                f"cannot read the font {font}: {error}; allowed are TrueType and OpenType files"
+            ) from error
     files = ImageFiles(images)
     arguments = labels.arguments() | vars(pixels)
     pictures = Pictures("--save", save, files, ".png", ".jpg")
     masks = Pictures("--save-mask", save_mask, files, ".png")
     if save is not None and save == save_mask:
-        raise RAdapterClientError(
-            f"--save and --save-mask are both {save}; give them names of their own"
-        )
+        raise RAdapterError(f"--save and --save-mask are both {save}; give them names of their own")
     with server.client() as client:
 
-        def found() -> Iterator[Found]:
-            for image, one in files.answers(lambda some: client.segment(some, **arguments), 8):
+        def answers() -> Iterator[Answer]:
+            ask = files.answers(lambda paths: client.segment(paths, **arguments), 8)
+            for image, answer in ask:
                 if save is not None:
-                    pictures.write(image, one.overlay(font=font))
+                    pictures.write(image, answer.overlay(font=font))
                 if save_mask is not None:
-                    mask = one.mask if len(one.labels) > 256 else one.mask.astype(np.uint8)
+                    wide = len(answer.labels) > 256
+                    mask = answer.mask if wide else answer.mask.astype(np.uint8)
                     masks.write(image, Image.fromarray(mask))
-                facts = {
-                    name: getattr(one, name) for name in ("labels", "shares", "scores", "release")
-                }
-                rows = sorted(
-                    zip(one.shares, one.labels, one.scores, strict=True), key=lambda row: -row[0]
-                )
-                flat = [
-                    {"image": image, "label": name, "share": a, "score": b}
-                    for a, name, b in rows
-                    if a
+                shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
+                rows = [
+                    {"image": image, "label": label, "share": share, "score": score}
+                    for share, label, score in sorted(shares, key=lambda row: -row[0])
+                    if share
                 ]
-                yield {"image": image, "size": one.mask.shape[::-1], **facts}, flat
+                facts = {
+                    "image": image,
+                    "size": answer.mask.shape[::-1],
+                    "labels": answer.labels,
+                    "shares": answer.shares,
+                    "scores": answer.scores,
+                    "release": answer.release,
+                }
+                yield facts, rows
 
-        report(found(), ("image", "label", "share", "score"), out, server.json)
-    for written in filter(None, (save, save_mask)):
-        if not server.json:
-            print(written)
+        report(answers(), ("image", "label", "share", "score"), out, server.json)
+    if not server.json:
+        for path in filter(None, (save, save_mask)):
+            print(path)
     return int(files.left_out)
 
 
@@ -312,21 +336,21 @@ def search(
         )
         used = client.release().version if save is not None else None
     if save is not None:
-        from .gallery import page
+        from radapter_serve.cli.gallery import page
 
         facts = {"index": index, "where": where, "hits": len(hits), "release": used}
         known = {name: str(value) for name, value in facts.items() if value is not None}
         # One image alone is shown; of several parts, their names are.
-        names = [*text, *(Path(one).name for one in image), *id]
-        alone = image[0] if len(names) == len(image) == 1 else None
+        names = [*text, *(Path(file).name for file in image), *id]
+        alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
     if server.json:
         for hit in hits:
-            found = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+            row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
             if hits.index_version is not None:
-                found["index_version"] = hits.index_version
-            print(to_json(found))
+                row["index_version"] = hits.index_version
+            print(to_json(row))
         return
     table = Table(Column("score", justify="right"), "id", "metadata")
     for hit in hits:
@@ -377,7 +401,7 @@ def embed_text(
     """
     check_output("--out", out, ".npy")
     if not texts:
-        raise RAdapterClientError('give texts, such as "a photo of a cat."')
+        raise RAdapterError('give texts, such as "a photo of a cat."')
     with server.client() as client:
         _save_embeds(out, client.embed_texts(texts, alpha=alpha), server)
 
@@ -400,20 +424,18 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     if server.json:
         print(to_json({"release": used.facts, "served": [release.version for release in served]}))
         return
-    many = len(used.templates)
+    templates = "none"
+    if used.templates:
+        templates = used.templates[0]
+    if len(used.templates) > 1:
+        templates = f"{len(used.templates)}, such as {templates!r}"
     facts = {
         "release": used.version,
         "α": f"{used.alpha:g}, or any from 0 to 1 by request" if used.dynamic_alpha else used.alpha,
         "architecture": used.architecture,
         "precision": used.precision,
         "embedding width": used.embed_dim,
-        "templates": (
-            used.templates[0]
-            if many == 1
-            else f"{many}, such as {used.templates[0]!r}"
-            if many
-            else "none"
-        ),
+        "templates": templates,
         "label sets": ", ".join(sorted(used.label_sets)) or "none",
         "EXIF orientation": "images are turned by it" if used.exif_orientation else "is ignored",
         "adapter": used.facts.get("adapter_digest", "unknown"),
@@ -426,12 +448,216 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     Console().print(table)
 
 
+class ImageFiles:
+    """Images as a command is given them: files, and folders with all the images in them, in the
+    order of their names.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.paths: list[str] = []
+        self.left_out = False
+        self._in_folders: set[str] = set()
+        others: Counter[str] = Counter()
+        for name in names:
+            if not Path(name).is_dir():
+                self.paths.append(name)
+                continue
+            for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+                if is_image_file(path.name):
+                    self.paths.append(str(path))
+                    self._in_folders.add(str(path))
+                else:
+                    others[path.suffix.lower() or path.name] += 1
+        if others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+            note(f"files that are no JPEG, PNG or WebP are left out: {kinds}")
+        if not self.paths:
+            raise RAdapterError(
+                f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}"
+            )
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one file that was named as such."""
+        return len(self.paths) == 1 and not self._in_folders
+
+    def answers(self, ask: Callable[[list[str]], list[T]], at_once: int) -> Iterator[tuple[str, T]]:
+        """Each image with its answer; an image of a folder that cannot be read is left out, with a
+        note.
+        """
+        runs = [self.paths[start : start + at_once] for start in range(0, len(self.paths), at_once)]
+        quiet = len(runs) == 1 or not sys.stderr.isatty()
+        console = Console(stderr=True)
+        for run in track(runs, "asking", console=console, transient=True, disable=quiet):
+            try:
+                yield from zip(run, ask(run), strict=True)
+                continue
+            except InvalidImage as error:
+                if len(run) == 1:
+                    self._leave_out(run[0], error)
+                    continue
+            for path in run:  # one by one, to see which
+                try:
+                    [answer] = ask([path])
+                except InvalidImage as error:
+                    self._leave_out(path, error)
+                else:
+                    yield path, answer
+
+    def _leave_out(self, path: str, error: InvalidImage) -> None:
+        """Note that an image of a folder cannot be read; one that was named is an error."""
+        why = str(error) if path in str(error) else f"{path}: {error}"
+        if path not in self._in_folders:
+            raise InvalidImage(why, code=error.code) from error
+        self.left_out = True
+        note(f"left out: {why}")
+
+
+class Pictures:
+    """A picture for each image: a file for one image, a folder for several.
+
+    Args:
+        flag: that names the file or the folder.
+        path: its value; None where no pictures are wanted.
+        images: what the pictures are of.
+        suffixes: endings that a file may have.
+    """
+
+    def __init__(self, flag: str, path: Path | None, images: ImageFiles, *suffixes: str) -> None:
+        self._path = path
+        self._images = images
+        if path is None:
+            return
+        if images.is_single:
+            check_output(flag, path, *suffixes)
+        elif path.suffix.lower() in suffixes or path.is_file():
+            raise RAdapterError(
+                f"{flag} {path}: of several images, give a folder for their pictures"
+            )
+
+    def write(self, image: str, picture: Image.Image) -> None:
+        """Write the picture of an image, below the folder as the image is below all of them."""
+        assert self._path is not None
+        path = self._path
+        if not self._images.is_single:
+            folders = [Path(name).absolute().parent for name in self._images.paths]
+            place = Path(image).absolute().relative_to(os.path.commonpath(folders))
+            path = path / f"{place}.png"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RAdapterError(f"cannot make {path.parent}: {error.strerror}") from error
+        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+        write_whole(path, lambda file: picture.save(file, kind, quality=90))
+
+
+def read_weights(
+    texts: Sequence[str], examples: Mapping[str, Any]
+) -> float | dict[str, float] | None:
+    """The weight of examples beside texts, for all labels or by label, from such as `0.7` and
+    `a mug=0.9`.
+    """
+    common: float | None = None
+    by_label: dict[str, float] = {}
+    for text in texts:
+        label, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            raise RAdapterError(
+                f"--example-weight {text}: write a number from 0 to 1, or LABEL=NUMBER"
+            ) from None
+        if label in by_label or (not equals and common is not None):
+            raise RAdapterError(f"--example-weight {text}: this weight is given twice")
+        if equals:
+            by_label[label] = weight
+        else:
+            common = weight
+    if not by_label:
+        return common
+    others = {} if common is None else dict.fromkeys(examples, common)
+    return {**others, **by_label}
+
+
+def check_output(flag: str, path: Path, *suffixes: str) -> None:
+    """Fails before any work where the file could not be written after it."""
+    if path.suffix.lower() not in suffixes:
+        raise RAdapterError(f"{flag} {path} does not end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise RAdapterError(f"{flag} {path}: {path.parent} is no folder, or the file itself is one")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes the file whole or not at all."""
+    try:
+        with staged(path) as part, part.open("wb") as file:
+            write(file)
+    except OSError as error:
+        raise RAdapterError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def report(
+    answers: Iterable[Answer], columns: Sequence[str], out: Path | None, as_json: bool
+) -> None:
+    """Prints the answers, or writes them to a .csv or .jsonl file: as they come, but for a
+    table.
+    """
+    if out is not None:
+        check_output("--out", out, ".csv", ".jsonl")
+        count = 0
+
+        def write(file: BinaryIO) -> None:
+            nonlocal count
+            text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+            table = csv.DictWriter(text, columns, lineterminator="\n")
+            as_csv = out.suffix.lower() == ".csv"
+            if as_csv:
+                table.writeheader()
+            for facts, rows in answers:
+                count += 1
+                if as_csv:
+                    table.writerows(rows)
+                else:
+                    text.write(to_json(facts) + "\n")
+            text.detach()
+
+        write_whole(out, write)
+        print(to_json({"file": str(out), "images": count}) if as_json else f"{out}: {count} images")
+    elif as_json:
+        for facts, _ in answers:
+            print(to_json(facts), flush=True)
+    else:
+        table = Table()
+        for column in columns:
+            table.add_column(column, justify="left" if column in ("image", "label") else "right")
+        for _, rows in answers:
+            for place, row in enumerate(rows):
+                cells = []
+                for column in columns:
+                    value = row[column]
+                    if column == "share":
+                        value = f"{value * 100:.1f} %"
+                    elif isinstance(value, float):
+                        value = f"{value:.4f}"
+                    cells.append(Text("" if column == "image" and place else value))
+                table.add_row(*cells, end_section=place + 1 == len(rows))
+        Console().print(table)
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after
     Ctrl-C.
     """
     if "--version" in (sys.argv[1:] if argv is None else argv):
-        print(PROG, version("radapter-serve"))
+        print(PROG, __version__)
         return 0
     commands = (classify, segment, search, embed_image, embed_text, release)
     named = {command.__name__.replace("_", "-"): command for command in commands}
@@ -441,11 +667,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            named, prog=PROG, description=description, args=argv
-        )
-        sys.stdout.flush()
-    except RAdapterClientError as error:
+        with one_line():
+            status = tyro.extras.subcommand_cli_from_dict(
+                named, prog=PROG, description=description, args=argv
+            )
+            sys.stdout.flush()
+    except (RAdapterError, RAdapterClientError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
@@ -455,3 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
