@@ -12,7 +12,14 @@ import tritonclient.grpc
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from ._exceptions import InvalidURL, RAdapterClientError, ServerUnavailable, Timeout, from_server
+from ._exceptions import (
+    InvalidRequest,
+    InvalidURL,
+    RAdapterClientError,
+    ServerUnavailable,
+    Timeout,
+    from_server,
+)
 from ._url import PORTS, ServerURL
 from ._wire import Reply, Request
 
@@ -63,6 +70,8 @@ class _Grpc:
 
     def _call(self, client: Any, request: Request, timeout: float) -> Any:
         """What the client's method returns: an answer, or a coroutine of one."""
+        if request.action not in METHODS:
+            raise InvalidRequest(f"gRPC has no call for {request.action}")
         arguments: dict[str, Any] = {
             "model_name": request.model,
             "model_version": request.version,

@@ -31,6 +31,7 @@ from ._arguments import (
 )
 from ._calls import Answer, Part, call, call_each
 from ._exceptions import (
+    InvalidRequest,
     ModelNotFound,
     RAdapterClientError,
     ServerError,
@@ -405,6 +406,29 @@ class BaseClient(Generic[W]):
         Example: `[release.version for release in client.releases()]`
         """
         return (yield from self._served())
+
+    @call
+    def indexes(self, *, timeout: float | None = None) -> Answer[list[str]]:
+        """The names of the indexes that `search` can search, in alphabetical order.
+
+        Raises:
+            InvalidRequest: a server that does not list them, such as Triton.
+
+        Example: `client.indexes()`
+        """
+        try:
+            [reply] = yield [partial(Request, "indexes", "retrieve")]
+        except (InvalidRequest, ModelNotFound) as error:
+            if error.code is not None:
+                raise
+            raise InvalidRequest(
+                "this server does not list its indexes, for Triton has no call for it; ask"
+                " radapter-gateway --indexes DIR, or radapter-serve --engine process"
+            ) from error
+        try:
+            return [str(name) for name in reply["indexes"]]
+        except (KeyError, TypeError) as error:
+            raise ServerError("the server's list of indexes cannot be read") from error
 
     @call
     def is_ready(self, *, timeout: float | None = None) -> Answer[bool]:

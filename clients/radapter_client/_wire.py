@@ -19,8 +19,8 @@ class Request:
     """One request to the server, whatever the protocol.
 
     Args:
-        action: "infer" is answered by a `Reply`, "config" by a dict as JSON has it, "ready" by a
-            bool.
+        action: "infer" is answered by a `Reply`, "config" and "indexes" by a dict as JSON has it,
+            "ready" by a bool.
         model: name of the model.
         version: of the model; empty for the newest.
         inputs: name to array, with the batch first where the model has one; texts and encoded
@@ -30,7 +30,7 @@ class Request:
     Example: `Request("infer", "embed_text", inputs={"text": np.array([[b"a cat"]], object)})`
     """
 
-    action: Literal["infer", "config", "ready"]
+    action: Literal["infer", "config", "ready", "indexes"]
     model: str
     version: str = ""
     inputs: Mapping[str, Array] = field(default_factory=dict)

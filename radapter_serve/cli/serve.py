@@ -82,7 +82,7 @@ class GatewayFlags:
         """Whether callers beyond this machine are let in, with keys or all of them."""
         return self.no_api_keys or self.api_keys is not None
 
-    def child(self, endpoints: Endpoints) -> Child | None:
+    def child(self, endpoints: Endpoints, indexes: Path) -> Child | None:
         """The gateway of a server that listens there, or None if none is wanted.
 
         Raises:
@@ -102,6 +102,7 @@ class GatewayFlags:
             host=self.gateway_host,
             port=self.gateway_port,
             server=endpoints.grpc_url.removeprefix("grpc://"),
+            indexes=indexes,
             api_keys=self.api_keys,
             no_api_keys=self.no_api_keys,
             tls_certificate=self.tls_certificate,
@@ -180,7 +181,7 @@ def serve(
         verbose=verbose,
     )
     if not in_process:
-        keep_serving(TritonServer(config), gateway.child(endpoints))
+        keep_serving(TritonServer(config), gateway.child(endpoints, config.indexes))
         return
     if why:
         _say(f"engine: process, because {why}")
@@ -243,6 +244,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     settings = Settings(
         host=endpoints.host,
         port=endpoints.http_port,
+        indexes=config.indexes,
         api_keys=flags.api_keys,
         no_api_keys=flags.no_api_keys or (trust_network and flags.api_keys is None),
         tls_certificate=flags.tls_certificate,

@@ -12,8 +12,6 @@ RULE = (
     "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at"
     " the start"
 )
-_THERE_ARE = "; there are: "
-_NONE = "none ("
 _JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
 
 
@@ -47,10 +45,4 @@ def known_as(name: str, names: Container[str]) -> str | None:
 
 def there_are(names: Iterable[str], how: str) -> str:
     """The end of a refusal of a name: the names that there are, or how one is made."""
-    return _THERE_ARE + (", ".join(names) or f"{_NONE}{how})")
-
-
-def names_of(refusal: str) -> list[str]:
-    """The names that `there_are` wrote; none where it wrote none."""
-    names = refusal.rpartition(_THERE_ARE)[2] if _THERE_ARE in refusal else _NONE
-    return [] if names.startswith(_NONE) else names.split(", ")
+    return f"; there are: {', '.join(names) or f'none ({how})'}"

@@ -15,13 +15,12 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.demo.data import prepare
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.in_process import answering
+from radapter_serve.gateway.settings import Settings as GatewaySettings
 from radapter_serve.index.build import build
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.installation import find_tritonserver
-from radapter_serve.server.triton_server import TritonServer
 
 # It has learned from scenes and captions; every task of the page works with its encoders.
 RUN = "retrieval"
@@ -65,18 +64,8 @@ def play(out: Path) -> None:
 
 @contextlib.contextmanager
 def served(repository: Path, indexes: Path) -> Iterator[str]:
-    """The URL of a server of its own: of tritonserver, or of the engine where that is not
-    installed.
-    """
+    """The URL of a server of its own, of the engine in this process: it lists its indexes."""
     config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
-    try:
-        find_tritonserver()
-    except RAdapterError:
-        from radapter_serve.gateway.in_process import answering
-        from radapter_serve.gateway.settings import Settings as GatewaySettings
-
-        with answering(config, GatewaySettings(port=config.endpoints.http_port)):
-            yield config.endpoints.http_url
-        return
-    with TritonServer(config) as server:
-        yield server.grpc_url
+    settings = GatewaySettings(port=config.endpoints.http_port, indexes=config.indexes)
+    with answering(config, settings):
+        yield config.endpoints.http_url

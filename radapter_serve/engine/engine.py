@@ -26,6 +26,7 @@ from radapter_serve.encoders.needs import Need, Result, encode_together, run_tog
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
 from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import find_release, split_repository
@@ -202,6 +203,8 @@ class Engine:
             if request.action == "config":
                 named = release_parameters(self.releases(request.model, request.version))
                 return {"parameters": {key: {"string_value": one} for key, one in named.items()}}
+            if request.action == "indexes":
+                return {"indexes": self.indexes()}
             self._pick(self._state, request.model, request.version)
             return True  # it is ready
         except TaskError as error:
@@ -260,6 +263,11 @@ class Engine:
             return {}
         newest = served[max(served)].loaded
         return outdated(newest.indexes, newest.release)
+
+    def indexes(self) -> list[str]:
+        """The names of the indexes that `retrieve` searches."""
+        served = self._state.served
+        return index_names(served[max(served)].loaded.indexes) if served else []
 
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""

@@ -42,7 +42,7 @@ from radapter_serve.gateway.journal import Entry, WithRequestId, timed_slot
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import Aside, ConcurrencyLimit, MemoryBudget
 from radapter_serve.gateway.metrics import GONE, Metrics
-from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.models import Model, list_indexes
 from radapter_serve.gateway.quotas import Quota, Quotas
 from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
@@ -121,6 +121,7 @@ class Gateway:
                 for version in ("", "/versions/{version}")
             ),
             ("/v2/models/stats", self.statistics),
+            ("/v2/models/retrieve/indexes", self.indexes),
             (task, self.metadata),
             (f"{task}/versions/{{version}}", self.metadata),
             *(
@@ -217,6 +218,10 @@ class Gateway:
         """
         name, version = _named(request)
         return JSONResponse((await self._model(name, version, fresh=0)).config())
+
+    async def indexes(self, request: Request) -> Response:
+        """The names of the indexes that `retrieve` searches."""
+        return JSONResponse(await asyncio.to_thread(list_indexes, self._settings.indexes))
 
     async def model_ready(self, request: Request) -> Response:
         name, version = _named(request)

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from radapter_serve.contract.errors import redact
+from radapter_serve.gateway.errors import NOT_FOUND, Refused
+from radapter_serve.index.facts import index_names
 from radapter_serve.release.tensors import Tensor
 from radapter_serve.tasks.table import TASKS, outputs_of
 
@@ -102,3 +104,18 @@ def _public(facts: str) -> str:
 def _described(tensor: Tensor) -> dict[str, Any]:
     kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
     return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.dims)}
+
+
+def list_indexes(folder: Path | None) -> dict[str, list[str]]:
+    """The names of the indexes in the folder that `retrieve` searches; None where nobody said it.
+
+    Raises:
+        Refused: it is not known.
+    """
+    if folder is None:
+        raise Refused(
+            404,
+            NOT_FOUND,
+            "the indexes are not listed here: radapter-gateway --indexes DIR does it",
+        )
+    return {"indexes": index_names(folder)}

@@ -25,6 +25,8 @@ class Settings:
         host: address or name to listen on.
         port: of it.
         server: HOST:PORT of Triton's gRPC endpoint, which strangers must not reach.
+        indexes: folder of the indexes that the server searches, to list their names; they are not
+            listed if none is given.
         api_keys: file of the keys that let callers in; --new-key makes one.
         no_api_keys: let everybody in who reaches the port, also beyond this machine.
         tls_certificate: PEM file of the certificate and its chain, to be reached by https.
@@ -47,6 +49,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     server: str = "127.0.0.1:8001"
+    indexes: Path | None = None
     api_keys: Path | None = None
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None

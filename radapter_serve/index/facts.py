@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
 from radapter_serve.typed import checker
 
@@ -22,6 +23,12 @@ OnBroken = Literal["refuse", "skip"]
 # What Prometheus reads of each index, by its name in the label `index`.
 OUTDATED = "radapter_index_outdated"
 OUTDATED_MEANS = "1 where another release than the newest that is served made the index, else 0"
+
+
+def index_names(indexes: Path) -> list[str]:
+    """The names of the indexes in a folder."""
+    names = sorted(as_text(path.parent.name) for path in indexes.glob(f"*/{FACTS}"))
+    return [name for name in names if name[0] != "."]
 
 
 @dataclass(frozen=True)

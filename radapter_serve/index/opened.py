@@ -13,8 +13,8 @@ from pathlib import Path
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.contract.names import is_name, spellings, there_are
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_name, as_text
-from radapter_serve.index.facts import FACTS
+from radapter_serve.files import as_name
+from radapter_serve.index.facts import FACTS, index_names
 from radapter_serve.index.index import Index, link_of, open_index, place_of
 from radapter_serve.index.met import prepare
 
@@ -66,7 +66,8 @@ class OpenIndexes:
                 answer, are left to a thread of their own.
         """
         threads = [
-            threading.Thread(target=self._open, args=(name,), daemon=True) for name in self._there()
+            threading.Thread(target=self._open, args=(name,), daemon=True)
+            for name in index_names(self._folder)
         ]
         for thread in threads:
             thread.start()
@@ -139,9 +140,4 @@ class OpenIndexes:
         return generation != known.index.generation
 
     def _names(self) -> str:
-        return there_are(self._there(), "radapter-index build makes them")
-
-    def _there(self) -> list[str]:
-        """The names of the indexes in the folder."""
-        names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
-        return [name for name in names if name[0] != "."]
+        return there_are(index_names(self._folder), "radapter-index build makes them")

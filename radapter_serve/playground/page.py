@@ -12,9 +12,8 @@ from typing import Any
 import gradio
 from PIL import Image, ImageOps
 
-from radapter_client import Client, InvalidRequest, RAdapterClientError
+from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.errors import redact
-from radapter_serve.contract.names import names_of
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
@@ -79,7 +78,10 @@ def build(client: Client) -> gradio.Blocks:
         def begin() -> tuple[Any, ...]:
             release = client.release()
             sets = ["", *release.label_sets]
-            names = indexes_of(client)
+            try:
+                names = client.indexes()
+            except RAdapterClientError:  # Triton has no list: the name is typed
+                names = []
             moves = "any α" if release.dynamic_alpha else f"α = {release.alpha:g}"
             name = release.architecture.rpartition("/")[2]
             described = f"release {release.version} · {name} · {release.precision} · {moves}"
@@ -209,17 +211,6 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
 def lines(text: str | None) -> list[str]:
     """The labels of a text, one a line."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
-
-
-def indexes_of(client: Client) -> list[str]:
-    """The names of the server's indexes, which its refusal of a name that none has lists."""
-    try:
-        client.search("names", index=" ")
-    except InvalidRequest as error:
-        return names_of(str(error))
-    except RAdapterClientError:  # the other tasks may answer all the same
-        pass
-    return []
 
 
 def _took(start: float, release: int | None = None) -> str:

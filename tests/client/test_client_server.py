@@ -139,6 +139,12 @@ def test_ten_thousand_labels(client):
     ]
 
 
+def test_triton_lists_no_indexes(client):
+    with pytest.raises(radapter_client.InvalidRequest, match="this server does not list") as caught:
+        client.indexes()
+    assert caught.value.code is None
+
+
 def test_label_set_and_its_absence(client):
     assert sorted(client.classify(b"x", label_set="letters").labels) == ["a", "b", "c"]
     with pytest.raises(

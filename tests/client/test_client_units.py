@@ -88,6 +88,20 @@ def test_transport_of_the_user():
         ] * 40
 
 
+def test_a_list_of_indexes_that_is_none():
+    answers: list[Any] = [{}, [], {"indexes": None}]
+
+    class Other(Cats):
+        def send(self, request: Request, timeout: float) -> Any:
+            assert (request.action, request.model) == ("indexes", "retrieve")
+            return answers.pop()
+
+    with Client(transport=Other()) as client:
+        while answers:
+            with pytest.raises(radapter_client.ServerError, match="list of indexes"):
+                client.indexes()
+
+
 def test_both_clients_ask_the_same_of_their_transport():
     recorder = Recorder()
     other = AsyncRecorder()
@@ -103,6 +117,7 @@ def test_both_clients_ask_the_same_of_their_transport():
             lambda: client.is_ready(),
             lambda: client.release(),
             lambda: client.releases(),
+            lambda: client.indexes(),
         ]
 
     async def main() -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.contract.names import MAX_BYTES, is_name, names_of, spellings, there_are
+from radapter_serve.contract.names import MAX_BYTES, is_name, spellings, there_are
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,6 @@ def test_both_ways_to_write_a_letter_are_found() -> None:
     assert spellings("a") == ["a"]
 
 
-def test_a_refusal_lists_names_that_can_be_read_again() -> None:
-    assert "no index 'x'" + there_are(["a", "b c"], "make one") == "no index 'x'; there are: a, b c"
-    assert names_of("no index 'x; there are: y'; there are: a, b c") == ["a", "b c"]
-    assert "no index 'x'" + there_are([], "make one") == "no index 'x'; there are: none (make one)"
-    assert names_of("no index 'x'; there are: none (make one)") == names_of("it starts again") == []
+def test_a_refusal_lists_the_names_that_there_are() -> None:
+    assert there_are(["a", "b c"], "make one") == "; there are: a, b c"
+    assert there_are([], "make one") == "; there are: none (make one)"

@@ -140,6 +140,16 @@ def test_what_is_not_served(engine: Engine) -> None:
         client.search("a", index="photos")
 
 
+def test_the_indexes_of_its_folder(repository: Path, tmp_path: Path) -> None:
+    with Engine.open(repository, indexes=tmp_path) as engine:
+        client = Client(transport=engine)
+        assert client.indexes() == []
+        for name in ("b", "a"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "index.json").touch()
+        assert client.indexes() == ["a", "b"]
+
+
 def test_one_output_alone(engine: Engine) -> None:
     inputs = {"image": texts(png(0)), "labels": np.array([[b"a", b"b"]], object)}
     reply = engine.send(Request("infer", "classify", inputs=inputs, outputs=["score"]), 10)

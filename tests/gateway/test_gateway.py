@@ -606,6 +606,28 @@ def test_metrics_of_indexes_do_not_wait_for_a_storage() -> None:
         assert outdated_at(f"{served.url}/metrics") == {}
 
 
+def test_the_names_of_the_indexes_are_listed_where_their_folder_is_known(tmp_path: Path) -> None:
+    path = "/v2/models/retrieve/indexes"
+    with serving(indexes=tmp_path / "indexes") as served, Client(served.url) as client:
+        assert ask(served, path)[:2] == (200, {"indexes": []})
+        for name in ("photos", "Büro", ".new", "no index"):
+            (tmp_path / "indexes" / name).mkdir(parents=True)
+        for name in ("photos", "Büro", ".new"):
+            (tmp_path / "indexes" / name / "index.json").touch()
+        assert client.indexes() == ["Büro", "photos"]
+        assert served.upstream.asked == []  # it is no inference
+        assert refusal(served, path, TEXT) == (405, "not_found")
+        assert refusal(served, "/v2/models/classify/indexes") == (404, "not_found")
+    with serving() as served, Client(served.url) as client:
+        assert refusal(served, path) == (404, "not_found")
+        with pytest.raises(radapter_client.InvalidRequest, match="radapter-gateway --indexes DIR"):
+            client.indexes()
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann: {digest('first')}\n")
+    with serving(api_keys=keys, indexes=tmp_path / "indexes") as served:
+        assert refusal(served, path) == (401, "unauthorized")
+
+
 def test_the_logs_of_the_program_around_it_stay(tmp_path: Path) -> None:
     own = logging.FileHandler(tmp_path / "own.log")
     try:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from radapter_serve.index.facts import FACTS
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import FakeUpstream, unpacked
 
@@ -23,6 +25,14 @@ def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
+
+
+def write_indexes(folder: Path) -> Path:
+    """The folder that a gateway in front of it lists its indexes from."""
+    for name in INDEXES:
+        (folder / name).mkdir(parents=True)
+        (folder / name / FACTS).touch()
+    return folder
 
 
 class SmallWorld(FakeUpstream):

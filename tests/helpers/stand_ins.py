@@ -54,6 +54,8 @@ class Recorder:
         self.timeouts.append(timeout)
         if request.action == "config":
             return described(1, **self.facts)
+        if request.action == "indexes":
+            return {"indexes": ["photos"]}
         if request.action != "infer":
             return True if request.action == "ready" else {}
         return Reply(int(request.version or 1), self._outputs(request))

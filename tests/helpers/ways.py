@@ -48,7 +48,7 @@ def in_process(
     port = port or free_ports()[0]
     config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
     with (
-        answering(config, Settings(port=port, **settings)) as server,
+        answering(config, Settings(port=port, indexes=indexes, **settings)) as server,
         AdminSocket(server.folder, server),
     ):
         yield Running(f"http://127.0.0.1:{port}", server, server.folder)

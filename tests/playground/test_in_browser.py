@@ -11,7 +11,7 @@ from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.browser import chromium
-from tests.helpers.small_world import SmallWorld, png
+from tests.helpers.small_world import SmallWorld, png, write_indexes
 from tests.helpers.use_playground import use
 
 
@@ -23,7 +23,7 @@ def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Pa
     port, *_ = free_ports()
     asked = list[str]()
     with (
-        fake_upstream.serving(SmallWorld) as served,
+        fake_upstream.serving(SmallWorld, indexes=write_indexes(tmp_path / "indexes")) as served,
         serving(Settings(served.url, port=port)) as url,
         chromium() as browser,
     ):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import urllib3
 
-from radapter_client import Client, InvalidRequest
+from radapter_client import Client
 from radapter_serve.cli import playground
 from radapter_serve.errors import RAdapterError
 from radapter_serve.extras import install_command
@@ -24,14 +24,15 @@ from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.fake_upstream import Served, unpacked
-from tests.helpers.small_world import SmallWorld, png
+from tests.helpers.small_world import SmallWorld, png, write_indexes
 
 pytestmark = [pytest.mark.slow]  # Gradio takes seconds to load
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with fake_upstream.serving(SmallWorld) as served:
+    indexes = write_indexes(tmp_path_factory.mktemp("indexes"))
+    with fake_upstream.serving(SmallWorld, indexes=indexes) as served:
         yield served
 
 
@@ -133,8 +134,9 @@ def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: 
         Client(served.url) as client,
     ):
         events = handlers(client)
-        facts, alpha, *_ = events["begin"]()
+        facts, alpha, _, indexes = events["begin"]()
         assert alpha["visible"] is False and "α = 0.5" in facts
+        assert indexes["choices"] == [] and indexes["value"] == ""  # nobody said where they are
         events["classify"](picture, "cat\ndog", "", 0.7)
         assert "alpha" not in given(served)
 
@@ -283,13 +285,3 @@ def test_without_gradio_the_command_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert playground.main([]) == 2
     assert install_command("playground") in capsys.readouterr().err
-
-
-def test_the_page_knows_no_index_where_the_search_does_not_answer() -> None:
-    from radapter_serve.playground.page import indexes_of
-
-    class Silent:
-        def search(self, *_: Any, **__: Any) -> None:
-            raise InvalidRequest("no word of names")
-
-    assert indexes_of(Silent()) == []  # type: ignore[arg-type]

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from radapter_client import InvalidRequest
 from radapter_serve.contract.errors import (
     INDEX_MISMATCH,
     INVALID_ARGUMENT,
@@ -24,6 +23,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
+from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.tasks.query import Query
@@ -67,19 +67,6 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), where=b"path = 'x'")).ids) == 0
 
 
-def the_playground_knows(retrieve: Retrieve) -> list[str]:
-    """The names that it takes from this task's refusal of a name that is none."""
-    from radapter_serve.playground import page  # here: Gradio takes seconds to load
-
-    class Client:
-        def search(self, *given: Any, index: str) -> None:
-            with pytest.raises(TaskError) as refused:
-                retrieve.index(index)
-            raise InvalidRequest(str(refused.value))
-
-    return page.indexes_of(Client())  # type: ignore[arg-type]
-
-
 def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     release = FakeRelease()
     retrieve = task(tmp_path / "indexes", release)
@@ -89,9 +76,9 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
 
     with pytest.raises(TaskError, match=r"there are: none \(radapter-index build makes them\)"):
         count()
-    assert the_playground_knows(retrieve) == []
+    assert index_names(tmp_path / "indexes") == []
     build(str(photos), tmp_path / "indexes" / "photos", release)
-    assert the_playground_knows(retrieve) == ["photos"]
+    assert index_names(tmp_path / "indexes") == ["photos"]
     assert count() == 4 and retrieve.index("photos") is retrieve.index("photos")
     write(photos / "new.png", 9)
     add(tmp_path / "indexes" / "photos", release)
