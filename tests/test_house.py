@@ -55,7 +55,7 @@ TORCH_FREE = (
 )
 # The name of a test that is marked slow, below whatever other marks it has.
 SLOW = r"@pytest\.mark\.slow\b.*\n(?:(?!def |\n).*\n)*def (test_\w+)"
-COMMANDS = ("serve", "build_engine", "eval", "export", "gateway", "index", "train")
+COMMANDS = ("serve", "build_engine", "eval", "export", "gateway", "index", "query", "train")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
