@@ -22,7 +22,7 @@ FLOORS = [
     "clock errors extras files lock environment signals threads hub checkpoints runs lazy typed",
     "contract",
     "release",
-    "runtimes",
+    "encoders",
     "index",
     "tasks",
     "engine",
@@ -43,7 +43,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.spl
 TORCH_FREE = (
     "contract",
     "release",
-    "runtimes",
+    "encoders",
     "index",
     "tasks",
     "engine",

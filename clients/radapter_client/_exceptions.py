@@ -13,10 +13,7 @@ RAdapterClientError
 
 from __future__ import annotations
 
-import re
 from numbers import Number
-
-from .failures import read_failure
 
 
 class RAdapterClientError(Exception):
@@ -142,42 +139,3 @@ KINDS: dict[str, type[RAdapterClientError]] = {
     **dict.fromkeys(("DEADLINE_EXCEEDED", "408", "504"), Timeout),
     **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"), Unauthorized),
 }
-
-
-def from_server(status: str, text: str) -> RAdapterClientError:
-    """The exception for a failure that the server reported.
-
-    Args:
-        status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
-        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server
-            is cut off.
-    """
-    failure = read_failure(text)
-    code = failure.code
-    text = failure.message
-    kind = KINDS.get(status, ServerError)
-    if code in IMAGE_CODES:
-        kind = InvalidImage
-    elif code in REQUEST_CODES:
-        kind = InvalidRequest
-    elif code in UNAVAILABLE_CODES:
-        kind = ServerUnavailable
-        if code not in ("overloaded", "rate_limited") and not failure.by_task:
-            text = f"the server is starting or stopping: {text}"
-    elif code == "timed_out":
-        kind = Timeout
-    elif code in MODEL_CODES:
-        kind = ModelNotFound
-    elif kind is Unauthorized:
-        text = (
-            f"{text}; give the client api_key=KEY, or radapter-query the environment variable"
-            " RADAPTER_API_KEY"
-        )
-    elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
-        text = (
-            f"the server has no model {absent[1]!r}: export the release again with this version's"
-            " radapter-export"
-        )
-    elif kind is ModelNotFound:
-        text = f"{text}; see what is served with: radapter-query release"
-    return kind(text or f"the server answered {status} and no more", code=code)

@@ -18,10 +18,10 @@ from ._exceptions import (
     RAdapterClientError,
     ServerUnavailable,
     Timeout,
-    from_server,
 )
 from ._url import PORTS, ServerURL
 from ._wire import Reply, Request
+from .failures import from_server
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),

@@ -7,6 +7,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ._exceptions import (
+    IMAGE_CODES,
+    KINDS,
+    MODEL_CODES,
+    REQUEST_CODES,
+    UNAVAILABLE_CODES,
+    InvalidImage,
+    InvalidRequest,
+    ModelNotFound,
+    RAdapterClientError,
+    ServerError,
+    ServerUnavailable,
+    Timeout,
+    Unauthorized,
+)
+
 # What Triton says of a model that cannot answer now, and the code that the tasks have for it. The
 # same request may succeed a little later.
 _SIGNS = {
@@ -46,3 +62,42 @@ def read_failure(text: str) -> Failure:
         if re.search(sign, text):
             return Failure(code, text, by_task=False)
     return Failure(None, text, by_task=False)
+
+
+def from_server(status: str, text: str) -> RAdapterClientError:
+    """The exception for a failure that the server reported.
+
+    Args:
+        status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
+        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server
+            is cut off.
+    """
+    failure = read_failure(text)
+    code = failure.code
+    text = failure.message
+    kind = KINDS.get(status, ServerError)
+    if code in IMAGE_CODES:
+        kind = InvalidImage
+    elif code in REQUEST_CODES:
+        kind = InvalidRequest
+    elif code in UNAVAILABLE_CODES:
+        kind = ServerUnavailable
+        if code not in ("overloaded", "rate_limited") and not failure.by_task:
+            text = f"the server is starting or stopping: {text}"
+    elif code == "timed_out":
+        kind = Timeout
+    elif code in MODEL_CODES:
+        kind = ModelNotFound
+    elif kind is Unauthorized:
+        text = (
+            f"{text}; give the client api_key=KEY, or radapter-query the environment variable"
+            " RADAPTER_API_KEY"
+        )
+    elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
+        text = (
+            f"the server has no model {absent[1]!r}: export the release again with this version's"
+            " radapter-export"
+        )
+    elif kind is ModelNotFound:
+        text = f"{text}; see what is served with: radapter-query release"
+    return kind(text or f"the server answered {status} and no more", code=code)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radapter_client import Reply, Request
-from radapter_client._exceptions import RAdapterClientError, from_server
+from radapter_client import RAdapterClientError, Reply, Request
+from radapter_client.failures import from_server
 from radapter_serve.contract.errors import (
     OVERLOADED,
     SERVER_STOPPING,
