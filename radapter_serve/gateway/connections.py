@@ -29,9 +29,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from radapter_serve.gateway.app import MAX_DISCARDED
 from radapter_serve.gateway.errors import Refused, bad_request
-from radapter_serve.gateway.front import MAX_HEADERS, headers_too_large
+from radapter_serve.gateway.middleware import MAX_DISCARDED, MAX_HEADERS, headers_too_large
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG
 

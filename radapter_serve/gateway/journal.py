@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radapter_serve.gateway.limits import ConcurrencyLimit
 from radapter_serve.gateway.metrics import OK
 from radapter_serve.gateway.settings import Log
 from radapter_serve.gateway.upstream import Followed
-
-REQUEST_ID = "X-Request-Id"
-_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 @dataclass
@@ -62,15 +54,8 @@ class Entry:
     def __post_init__(self) -> None:
         self.followed.id = self.id
 
-    def write(self, log: Log, out: Callable[[str], object] | None = None) -> None:
-        """Say it as one line, in words or as JSON.
-
-        Args:
-            log: how; "off" says nothing.
-            out: takes the line; stderr if None.
-        """
-        if log == "off":
-            return
+    def write(self, log: Log) -> None:
+        """Say it on stderr as one line, in words or as JSON."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         if log == "json":
             facts = {name: value for name, value in vars(self).items() if name != "followed"}
@@ -83,9 +68,6 @@ class Entry:
                 f" {self.ms:.1f} ms (queue {self.queue_ms:.1f}, model {self.model_ms:.1f}"
                 f"{encoder})"
             )
-        if out is not None:
-            out(line)
-            return
         print(line, file=sys.stderr, flush=True)
 
 
@@ -93,13 +75,6 @@ class Entry:
 async def timed_slot(limit: ConcurrencyLimit, entry: Entry) -> AsyncIterator[None]:
     """A place among the requests that run; the entry is told how long it was waited for, and how
     long it was taken.
-
-    Args:
-        limit: that gives places.
-        entry: of the request.
-
-    Raises:
-        Refused: too many wait already.
     """
     asked = time.monotonic()
     began = None
@@ -115,32 +90,3 @@ async def timed_slot(limit: ConcurrencyLimit, entry: Entry) -> AsyncIterator[Non
 
 def _milliseconds(seconds: float) -> float:
     return round(1e3 * seconds, 3)
-
-
-class WithRequestId:
-    """An ASGI app that gives every request an id, and its answer the same.
-
-    The id is in `scope["state"]["request_id"]`.
-
-    Args:
-        app: that answers.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        # What may stand in a log and a header, so that no caller writes lines of his own.
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        state = {**scope.get("state", {}), "request_id": request_id}
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        await self._app({**scope, "state": state}, receive, sending)

@@ -22,8 +22,8 @@ from radapter_serve.environment import PULSE
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connections import Connections
+from radapter_serve.gateway.middleware import what_spans_lack
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
-from radapter_serve.gateway.tracing import what_is_missing
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
@@ -157,7 +157,7 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
         stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
     )
     LOG.setLevel(logging.INFO)
-    if missing := what_is_missing():
+    if missing := what_spans_lack():
         LOG.warning(missing)
     with listen(settings) as listener:
         allow_files(settings.max_connections)

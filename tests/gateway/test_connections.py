@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from radapter_serve.gateway.connections import address_of
-from radapter_serve.gateway.front import MAX_HEADERS
+from radapter_serve.gateway.middleware import MAX_HEADERS
 from radapter_serve.gateway.settings import Settings, Timeouts
 from tests.helpers.fake_upstream import Served, serving
 

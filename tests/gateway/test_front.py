@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
+from starlette.routing import Router
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.front import MAX_HEADERS, BrowserRule, check_size
 from radapter_serve.gateway.keys import Keys, new_key
+from radapter_serve.gateway.middleware import MAX_HEADERS, BrowserRule, check_size
 from radapter_serve.gateway.models import Model
 from tests.gateway.test_gateway import HEAD, INFER, TEXT, ask, digest, heard, refusal, talking
 from tests.helpers.fake_upstream import config, serving
@@ -51,7 +52,7 @@ LOCAL = "localhost:8080"
     ],
 )
 def test_what_a_browser_may_ask_on_this_machine(given: dict[str, str], lets_in: bool) -> None:
-    rule = BrowserRule("box")
+    rule = BrowserRule(Router(), "box")
     if lets_in:
         rule.check(Headers(given))
         return
@@ -62,14 +63,16 @@ def test_what_a_browser_may_ask_on_this_machine(given: dict[str, str], lets_in: 
 
 def test_two_hosts_are_none() -> None:
     with pytest.raises(Refused):
-        BrowserRule("box").check(Headers(raw=[(b"host", b"localhost"), (b"host", b"localhost")]))
+        BrowserRule(Router(), "box").check(
+            Headers(raw=[(b"host", b"localhost"), (b"host", b"localhost")])
+        )
 
 
 def test_under_every_name_other_sites_pages_stay_out() -> None:
-    BrowserRule(None).check(Headers({"Host": "models.example.org"}))
+    BrowserRule(Router(), None).check(Headers({"Host": "models.example.org"}))
     for given in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         with pytest.raises(Refused):
-            BrowserRule(None).check(Headers({"Host": "models.example.org", **given}))
+            BrowserRule(Router(), None).check(Headers({"Host": "models.example.org", **given}))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from radapter_serve.encoders.steps import Step
 from radapter_serve.environment import OTLP_ENDPOINTS
-from radapter_serve.gateway import tracing
+from radapter_serve.gateway import middleware
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.keys import new_key
@@ -147,7 +147,7 @@ def test_a_caller_who_keeps_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_become_spans_inside_each_other() -> None:
     with collecting() as collector, pytest.MonkeyPatch.context() as patch:
         patch.setenv(OTLP_ENDPOINTS[1], f"{collector.url}/v1/traces")
-        spans = tracing.spans()
+        spans = middleware.open_spans()
         assert spans is not None
         encoder = Step("image_encoder", 1_300, 1_400)
         task = Step("classify", 1_200, 1_500, (encoder, encoder))
@@ -212,12 +212,12 @@ def test_spans_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracing.what_is_missing() is None and tracing.spans() is None
+    assert middleware.what_spans_lack() is None and middleware.open_spans() is None
     monkeypatch.setenv(OTLP_ENDPOINTS[0], "http://127.0.0.1:1")
     monkeypatch.delitem(sys.modules, "radapter_serve.gateway.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    missing = tracing.what_is_missing() or ""
-    assert tracing.spans() is None and "\n" not in missing
+    missing = middleware.what_spans_lack() or ""
+    assert middleware.open_spans() is None and "\n" not in missing
     assert "OTEL_EXPORTER_OTLP_ENDPOINT is set" in missing and "[otel]" in missing
 
 
