@@ -241,7 +241,7 @@ class BrowserRule:
                 " localhost, only",
             )
         origins = headers.getlist("Origin")
-        foreign = [origin for origin in origins if urlsplit(origin).netloc not in hosts]
+        foreign = [origin for origin in origins if origin.partition("//")[2] not in hosts]
         if foreign or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise Refused(
                 403, UNAUTHORIZED, "without keys, a page of another site may not use the gateway"

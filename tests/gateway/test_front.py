@@ -45,6 +45,7 @@ LOCAL = "localhost:8080"
         ({"Host": LOCAL, "Origin": "http://evil.example"}, False),
         ({"Host": LOCAL, "Origin": "http://localhost:3000"}, False),
         ({"Host": LOCAL, "Origin": "null"}, False),
+        ({"Host": LOCAL, "Origin": "http://["}, False),
         ({"Host": LOCAL, "Sec-Fetch-Site": "none"}, True),
         ({"Host": LOCAL, "Sec-Fetch-Site": "same-origin"}, True),
         ({"Host": LOCAL, "Sec-Fetch-Site": "same-site"}, False),
