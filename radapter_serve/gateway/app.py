@@ -69,12 +69,8 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """What the gateway answers, while it is `opened`, to what its `app` is asked.
-
-    Args:
-        settings: what it allows.
-        connect: makes the way to Triton, in the event loop of the app.
-        timeouts: how long it waits for others.
+    """What the gateway answers: its `app` can be asked while it is `opened`, in the event loop in
+    which `connect` then makes the way to Triton.
     """
 
     def __init__(
@@ -150,7 +146,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Where `app` can be asked: in the event loop in which it answers."""
+        """Where `app` can be asked."""
         self._upstream = self._connect()
         self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
@@ -326,7 +322,7 @@ class Gateway:
         return result
 
     async def _run(self, asked: requests.Inference, end: float, entry: Entry) -> Reply:
-        """The model's answer, as soon as the request may run; its deadline goes on to the server."""
+        """The model's answer, as soon as the request may run; its deadline goes on."""
         async with timed_slot(self._concurrency, entry):
             left = max(end - time.monotonic(), 1e-3)
             return await self._upstream.infer(asked, left, entry.followed)

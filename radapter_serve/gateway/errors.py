@@ -64,23 +64,15 @@ _RETRYABLE = {
 
 
 class Refused(RAdapterError):
-    """A request that gets no answer; `str()` is "[code] sentence".
-
-    Args:
-        status: of HTTP.
-        code: one of `CODES`, or another of a task.
-        message: what is wrong, which value, what is allowed.
-        param: the field of the request that is wrong, where one is.
-        retry_after: seconds after which the same request may be answered.
-    """
+    """A request that gets no answer; `str()` is "[code] sentence"."""
 
     def __init__(
         self,
-        status: int,
-        code: str,
-        message: str,
-        param: str | None = None,
-        retry_after: int = RETRY_AFTER,
+        status: int,  # of HTTP
+        code: str,  # one of `CODES`, or another of a task
+        message: str,  # what is wrong, which value, what is allowed
+        param: str | None = None,  # the field of the request that is wrong, where one is
+        retry_after: int = RETRY_AFTER,  # seconds, after which the same request may be answered
     ) -> None:
         super().__init__(f"[{code}] {message}")
         self.status = status

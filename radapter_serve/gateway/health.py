@@ -32,12 +32,7 @@ _FAILED = {
 
 
 class Health:
-    """Asks each task for something tiny, unless it has answered somebody a moment ago.
-
-    Args:
-        upstream: that has the tasks.
-        clock: tells the time.
-    """
+    """Asks each task for something tiny, unless it has answered somebody a moment ago."""
 
     def __init__(self, upstream: Upstream, clock: Clock = SYSTEM) -> None:
         self._upstream = upstream

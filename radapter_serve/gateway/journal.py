@@ -18,38 +18,23 @@ from radapter_serve.gateway.upstream import Followed
 
 @dataclass
 class Entry:
-    """One request.
+    """What became of one request."""
 
-    Attributes:
-        id: that the caller sent in `X-Request-Id`, or a new one.
-        key: name of the caller's key; None without one.
-        task: that was asked, or "embeddings"; None for what is no inference.
-        release: that answered; None where none did.
-        code: "ok", "caller_gone" or the code of the refusal.
-        status: of HTTP.
-        bytes_in: of the request's body.
-        bytes_out: of the answer's body.
-        ms: from the headers to the answer.
-        queue_ms: of these, waiting in the gateway for its turn.
-        model_ms: of these, in Triton or the engine.
-        encoder_ms: of these, in encoders, which run for all requests of a batch; None where Triton
-            computes, whose spans tell it.
-        followed: what else follows the request; no part of the line.
-    """
-
-    id: str
-    key: str | None = None
-    task: str | None = None
-    release: str | None = None
-    code: str = OK
+    id: str  # that the caller sent in `X-Request-Id`, or a new one
+    key: str | None = None  # the name of it
+    task: str | None = None  # that was asked, or "embeddings"; None for what is no inference
+    release: str | None = None  # that answered
+    code: str = OK  # else that of the refusal, or GONE
     status: int = 200
-    bytes_in: int = 0
+    bytes_in: int = 0  # of the body
     bytes_out: int = 0
-    ms: float = 0.0
-    queue_ms: float = 0.0
-    model_ms: float = 0.0
+    ms: float = 0.0  # from the headers to the answer
+    queue_ms: float = 0.0  # of these, waiting in the gateway for its turn
+    model_ms: float = 0.0  # of these, in Triton or the engine
+    # Of these, in encoders, which run for all requests of a batch; None where Triton computes,
+    # whose spans tell it.
     encoder_ms: float | None = None
-    followed: Followed = field(default_factory=Followed)
+    followed: Followed = field(default_factory=Followed)  # no part of the line
 
     def __post_init__(self) -> None:
         self.followed.id = self.id

@@ -29,23 +29,14 @@ _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a file.
+    """One key of a file; None is no limit."""
 
-    Args:
-        name: of who has it.
-        digest: SHA-256, in hex.
-        requests_per_second: inferences that it may send, above 0; None for any number.
-        at_once: inferences that it may have under way, 1 or more; None for any number.
-        images_per_minute: images that it may send, above 0; None for any number.
-        until: the last day, in UTC, on which it works; None where it has no end.
-    """
-
-    name: str
-    digest: str
-    requests_per_second: float | None = None
-    at_once: int | None = None
+    name: str  # of who has it
+    digest: str  # SHA-256, in hex
+    requests_per_second: float | None = None  # inferences that it may send
+    at_once: int | None = None  # inferences that it may have under way
     images_per_minute: float | None = None
-    until: date | None = None
+    until: date | None = None  # the last day, in UTC, on which it works
 
 
 def _positive(text: str) -> float:
@@ -75,18 +66,11 @@ def _today() -> date:
 
 
 class Keys:
-    """The keys of a file, read again whenever it changes.
+    """The keys of a file, read again whenever it changes: a line `name: digest` each, which limits
+    such as `at_once=4` may follow.
 
     With a file that has become unreadable no caller is let in: a revoked key must never work
     again.
-
-    Args:
-        path: a line `name: digest` for each key, which limits such as `at_once=4` may follow; empty
-            lines and lines that begin with # count as none.
-        today: the day, in UTC.
-
-    Raises:
-        RAdapterError: the file cannot be read, or has a line that is no key.
     """
 
     def __init__(self, path: Path, today: Callable[[], date] = _today) -> None:
@@ -96,11 +80,7 @@ class Keys:
         self._keys = _read(path)
 
     def check(self, authorization: str | None) -> Key:
-        """Let a caller in by the header `Authorization: Bearer KEY`.
-
-        Raises:
-            Refused: no key, none of the file's, or one that has ended.
-        """
+        """Let a caller in by the header `Authorization: Bearer KEY`, or raise `Refused`."""
         if (state := _state(self._path)) != self._seen:
             self._seen = state
             try:
@@ -128,10 +108,6 @@ class Keys:
 def new_key(path: Path, name: str) -> str:
     """Make a key and append its digest to a file, which is made where there is none; the key is
     kept nowhere.
-
-    Raises:
-        RAdapterError: a name that is not allowed or is taken; a file that cannot be read or
-            written.
     """
     if not _LINE.fullmatch(f"{name}: {'0' * 64}"):
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")

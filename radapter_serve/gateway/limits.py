@@ -15,12 +15,7 @@ from radapter_serve.gateway.errors import overloaded
 
 
 class ConcurrencyLimit:
-    """How many requests run at once, and how many may wait.
-
-    Args:
-        max_running: requests that run at once.
-        max_waiting: requests that wait; one more is refused.
-    """
+    """How many requests run at once, and how many may wait; one more is refused."""
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
@@ -31,11 +26,7 @@ class ConcurrencyLimit:
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Wait until a request may run, and count it as running.
-
-        Raises:
-            Refused: too many wait already.
-        """
+        """Wait until a request may run, and count it as running."""
         if self._free.locked() and self.waiting >= self._max_waiting:
             raise overloaded(
                 f"{self._max_running} requests run and {self._max_waiting} wait; try again in a"
@@ -55,22 +46,14 @@ class ConcurrencyLimit:
 
 
 class MemoryBudget:
-    """Bytes of bodies that are held at once, so that many large requests cannot take all memory.
-
-    Args:
-        max_bytes: of all bodies together.
-    """
+    """Bytes of bodies that are held at once, so that many large requests cannot take all memory."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held = 0
 
     def acquire(self, size: int) -> None:
-        """Hold so many bytes more.
-
-        Raises:
-            Refused: there is no room for them.
-        """
+        """Hold so many bytes more, or raise `Refused` where there is no room for them."""
         if self.held + size > self.max_bytes:
             raise overloaded(
                 "the requests under way take all memory that is set apart for them; try again in a"
@@ -98,11 +81,7 @@ class MemoryBudget:
 
 
 class Aside:
-    """A thread for work that would keep the event loop from its turns, for a request at a time.
-
-    Args:
-        name: of the thread.
-    """
+    """A thread for work that would keep the event loop from its turns, for a request at a time."""
 
     def __init__(self, name: str) -> None:
         self._free = asyncio.Lock()

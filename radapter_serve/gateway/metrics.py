@@ -18,12 +18,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of one gateway.
-
-    Args:
-        concurrency: whose requests are counted while they run and wait.
-        memory: whose bytes are counted.
-    """
+    """Counters of one gateway."""
 
     def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = registry = CollectorRegistry()
@@ -73,11 +68,7 @@ class Metrics:
         self._images.labels(key).inc(count)
 
     def text(self, outdated: Mapping[str, bool]) -> bytes:
-        """All of it, as Prometheus reads it.
-
-        Args:
-            outdated: as `Upstream.outdated_indexes`.
-        """
+        """All of it, as Prometheus reads it, with what `Upstream.outdated_indexes` says."""
         return generate_latest(self._registry) + _of_indexes(outdated)
 
 

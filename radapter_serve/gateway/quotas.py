@@ -12,12 +12,8 @@ from radapter_serve.gateway.keys import Key
 
 
 class Bucket:
-    """So many in a time, as a token bucket: it is full at first, and fills up evenly.
-
-    Args:
-        limit: how many in `period`; None for any number.
-        period: in seconds.
-        clock: tells the time.
+    """So many (`limit`; None for any number) in a period of some seconds, as a token bucket: it is
+    full at first, and fills up evenly.
     """
 
     def __init__(self, limit: float | None, period: float, clock: Clock) -> None:
@@ -29,15 +25,12 @@ class Bucket:
         self._seen = clock.monotonic()
 
     def take(self, count: int = 1) -> float:
-        """Take so many out. Where the bucket lacks them nothing is taken.
-
-        More than the bucket ever holds is given to a full one, which then has a debt to fill up.
-
-        Returns:
-            Seconds until they are there; 0 where they were taken.
+        """Take so many out and return 0; where the bucket lacks them, take nothing and return the
+        seconds until they are there.
         """
         if self._limit is None:
             return 0.0
+        # A full bucket gives more than it ever holds, and then has a debt to fill up.
         now = self._clock.monotonic()
         filled = (now - self._seen) * self._limit / self._period
         self._left = min(self._size, self._left + filled)
@@ -50,12 +43,7 @@ class Bucket:
 
 
 class Quota:
-    """What is left of a key's limits.
-
-    Args:
-        key: with its limits.
-        clock: tells the time.
-    """
+    """What is left of a key's limits."""
 
     def __init__(self, key: Key, clock: Clock = SYSTEM) -> None:
         self.key = key
@@ -65,11 +53,7 @@ class Quota:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request while it runs.
-
-        Raises:
-            Refused: the key has too many under way, or sends them too fast.
-        """
+        """Count a request while it runs, or raise `Refused` where it is too many or too soon."""
         key = self.key
         if key.at_once is not None and self._running >= key.at_once:
             raise self._refused(f"{key.at_once} requests at once", RETRY_AFTER)
@@ -82,11 +66,7 @@ class Quota:
             self._running -= 1
 
     def images(self, count: int) -> None:
-        """Count the images of a request.
-
-        Raises:
-            Refused: the key sends more than it may.
-        """
+        """Count the images of a request, or raise `Refused` where they are too many."""
         if seconds := self._images.take(count):
             raise self._refused(f"{self.key.images_per_minute:g} images a minute", seconds)
 
@@ -101,11 +81,7 @@ class Quota:
 
 
 class Quotas:
-    """The quota of each key, which is new where the key's limits have changed.
-
-    Args:
-        clock: tells the time.
-    """
+    """The quota of each key, which is new where the key's limits have changed."""
 
     def __init__(self, clock: Clock = SYSTEM) -> None:
         self._clock = clock

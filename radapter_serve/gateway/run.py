@@ -42,40 +42,25 @@ T = TypeVar("T")
 
 
 class GatewayServer:
-    """A gateway that has not started.
-
-    Args:
-        settings: of the gateway.
-        listener: of `listen`, which it closes when it stops.
-        connect: makes the way to Triton; gRPC to `settings.server` if None.
-        timeouts: as `listen` had them.
-        pulse: number of a pipe's open end, into which it writes for as long as it answers.
-
-    Attributes:
-        gateway: that it serves.
-        began: set once it can be stopped.
-
-    Raises:
-        RAdapterError: a certificate or a key that cannot be read.
-    """
+    """A gateway that has not started; `began` is set once it can be stopped."""
 
     def __init__(
         self,
         settings: Settings,
-        listener: socket.socket,
-        connect: Callable[[], Upstream] | None = None,
-        timeouts: Timeouts = TIMEOUTS,
-        pulse: int | None = None,
+        listener: socket.socket,  # of `listen`; it is closed when the gateway stops
+        connect: Callable[[], Upstream] | None = None,  # gRPC to `settings.server` if None
+        timeouts: Timeouts = TIMEOUTS,  # as `listen` had them
+        pulse: int | None = None,  # a pipe's end, to be written to while the gateway answers
     ) -> None:
         self.began = threading.Event()
         if connect is None:
             from radapter_serve.gateway.triton import Triton  # here: an engine needs no gRPC
 
             connect = partial(Triton, settings.server)
-        self.gateway = Gateway(settings, connect, timeouts)
+        self._gateway = Gateway(settings, connect, timeouts)
         self._pulse = pulse
         try:
-            self._connections = Connections(self.gateway.app, listener, settings, timeouts)
+            self._connections = Connections(self._gateway.app, listener, settings, timeouts)
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
                 f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"
@@ -84,11 +69,8 @@ class GatewayServer:
             ) from None
 
     def run(self) -> None:
-        """Serve until `stop`, or in the main thread until SIGINT, SIGTERM or SIGHUP.
-
-        Raises:
-            KeyboardInterrupt: after SIGINT, once running requests have ended or `timeouts.drain` is
-                over.
+        """Serve until `stop`, or in the main thread until SIGTERM, SIGHUP or SIGINT, after which it
+        raises `KeyboardInterrupt`.
         """
         if _run_loop(self._run()) == signal.SIGINT:
             raise KeyboardInterrupt
@@ -118,7 +100,7 @@ class GatewayServer:
         self.began.set()
         beating = asyncio.ensure_future(self._beat())
         try:
-            async with self.gateway.opened():
+            async with self._gateway.opened():
                 await self._connections.serve(self._stopping)
         finally:
             beating.cancel()
@@ -144,15 +126,7 @@ def _run_loop(main: Coroutine[Any, Any, T]) -> T:
 
 
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
-    """Serve until SIGINT or SIGTERM; running requests then have some seconds to end.
-
-    Args:
-        settings: of the gateway.
-        started: called with the gateway's URL once it listens.
-
-    Raises:
-        RAdapterError: a setting that is not allowed, or a port that is taken.
-    """
+    """Serve until SIGINT or SIGTERM; `started` is called with the URL once the gateway listens."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
     )
@@ -172,16 +146,7 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
 
 
 def listen(settings: Settings, where: str = "--", timeouts: Timeouts = TIMEOUTS) -> socket.socket:
-    """The socket that the settings ask for.
-
-    Args:
-        settings: of the gateway.
-        where: how the flags for host and port begin.
-        timeouts: of the gateway.
-
-    Raises:
-        RAdapterError: a setting that is not allowed, or a port that is taken.
-    """
+    """The socket that the settings ask for; `where` is how the flags for host and port begin."""
     address = settings.check(where)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -219,10 +184,6 @@ def command(settings: Settings) -> list[str]:
 def start(settings: Settings, pulse: int | None = None) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM
     stops it in order.
-
-    Args:
-        settings: of the gateway.
-        pulse: as `GatewayServer` takes it.
     """
     settings.check()
     # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in
@@ -240,11 +201,6 @@ class Child:
     """A gateway in a process of its own, as a context manager, for a `Supervisor` to keep up.
 
     Its event loop says that it lives through a pipe, which callers cannot keep from it.
-
-    Args:
-        settings: of the gateway.
-        clock: tells for how long it has said nothing.
-        start_process: starts the process, whose pulse goes to the given end of a pipe.
     """
 
     name = GATEWAY

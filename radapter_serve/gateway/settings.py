@@ -70,13 +70,8 @@ class Settings:
         return self.max_connections_per_address or max(1, self.max_connections // 4)
 
     def check(self, where: str = "--") -> str:
-        """The address to listen on.
-
-        Args:
-            where: how the flags for host and port begin.
-
-        Raises:
-            RAdapterError: a value that is not allowed, or doors open by mistake.
+        """The address to listen on, where all values are allowed and no door is open by mistake;
+        `where` is how the flags for host and port begin.
         """
         if not 0 <= self.port <= 65535:
             raise RAdapterError(
@@ -122,23 +117,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a gateway waits for others, in seconds; no flag changes these.
+    """How long a gateway waits for others, in seconds; no flag changes these."""
 
-    Args:
-        idle: for a handshake, for the headers of a request, and between two requests.
-        piece: for a caller to take a piece of an answer, so that he reads 64 KiB a second at least.
-        discard: for the rest of a refused request's body.
-        index: to learn which release made which index, perhaps from an object storage.
-        drain: for running requests, when the gateway stops.
-        spans: for the last spans to be sent, after that.
-    """
-
-    idle: float = 10.0
-    piece: float = 8.0
-    discard: float = 1.0
-    index: float = 2.0
-    drain: float = 20.0
-    spans: float = 2.0
+    idle: float = 10.0  # for a handshake, the headers of a request, and between two requests
+    piece: float = 8.0  # for a caller to take a piece of an answer: 64 KiB a second at least
+    discard: float = 1.0  # for the rest of a refused request's body
+    index: float = 2.0  # to learn which release made which index, perhaps from an object storage
+    drain: float = 20.0  # for running requests, when the gateway stops
+    spans: float = 2.0  # for the last spans to be sent, after that
 
 
 TIMEOUTS = Timeouts()

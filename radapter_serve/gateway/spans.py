@@ -30,9 +30,6 @@ class Spans:
     """Sends a span for each request, with those of the steps that an engine took for it.
 
     Those that wait to be sent are in memory, 2,048 by OpenTelemetry's default; more are dropped.
-
-    Args:
-        exporter: sends them; by OTLP over HTTP if None.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -47,12 +44,8 @@ class Spans:
         self._tracer = self._provider.get_tracer("radapter_serve")
 
     def begin(self, headers: Mapping[str, str], method: str, route: str) -> RequestSpan:
-        """The span of a request that has come; a part of its caller's trace, if it names one.
-
-        Args:
-            headers: of the request. What is not W3C's Trace Context there is ignored.
-            method: of HTTP.
-            route: the path, with names in place of what callers write.
+        """The span of a request that has come; a part of its caller's trace, if its headers name
+        one as W3C's Trace Context does. A route has names in place of what callers write.
         """
         carrier = {name: headers[name] for name in _HEADERS if name in headers}
         span = self._tracer.start_span(
@@ -64,10 +57,8 @@ class Spans:
         return RequestSpan(self._tracer, span)
 
     def close(self, seconds: float) -> None:
-        """Send what waits, for a short time at most.
-
-        Args:
-            seconds: that it may take; trying to end it then takes half as long again at most.
+        """Send what waits, for so many seconds at most; trying to end it then takes half as long
+        again at most.
         """
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
@@ -78,17 +69,9 @@ class Spans:
 
 
 class RequestSpan:
-    """The span of one request.
-
-    Args:
-        tracer: makes the spans inside it.
-        span: that has begun.
-
-    Attributes:
-        traceparent: for whoever computes the answer; None where this trace is not kept.
+    """The span of one request, and the `traceparent` for whoever computes the answer, None where
+    this trace is not kept.
     """
-
-    traceparent: str | None
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
@@ -99,11 +82,7 @@ class RequestSpan:
         self.traceparent = carrier.get("traceparent")
 
     def end(self, entry: Entry) -> None:
-        """End it with what became of the request.
-
-        Args:
-            entry: of the journal, complete.
-        """
+        """End it with what became of the request."""
         if not self._span.is_recording():
             self._span.end()
             return
