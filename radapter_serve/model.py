@@ -85,7 +85,10 @@ class Model(Client):
                         " have theirs; leave it out, or export another release"
                     )
             check_installed("onnxruntime", "server")
-            engine = Engine.open(place, indexes=indexes, device=_number(device), threads=threads)
+            # Nobody shares the cores with it.
+            engine = Engine.open(
+                place, indexes=indexes, device=_number(device), threads=threads, spin=True
+            )
         else:
             load = _in_torch(name, pretrained, base)
             engine = Engine([load(alpha=alpha, dense=dense, device=device, indexes=Path(indexes))])

@@ -183,6 +183,7 @@ def load_release(
     device: int | None = None,
     threads: int | None = None,
     runtime: str | None = None,
+    spin: bool = False,
 ) -> LoadedRelease:
     """A release of a model repository.
 
@@ -190,7 +191,7 @@ def load_release(
         repository: the model repository; `DIR@N` names release N.
         version: number of the release, where the repository names none; the newest if None.
         indexes: folder of the indexes that `retrieve` searches.
-        device, threads, runtime: as of `load_graphs`.
+        device, threads, runtime, spin: as of `load_graphs`.
 
     Raises:
         RAdapterError: no such release, a broken file, or its runtime can't load it.
@@ -200,7 +201,7 @@ def load_release(
     place = folder.parent.parent
     return LoadedRelease(
         release,
-        load_graphs(place, release, device=device, threads=threads, runtime=runtime),
+        load_graphs(place, release, device=device, threads=threads, runtime=runtime, spin=spin),
         Tokenizer.load(folder / "tokenizer.json", release.tokenizer),
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=indexes,

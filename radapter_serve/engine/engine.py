@@ -123,6 +123,7 @@ class Engine:
         indexes: str | Path = "indexes",
         device: int | None = None,
         threads: int | None = None,
+        spin: bool = False,
         max_waiting: int = MAX_WAITING,
     ) -> Engine:
         """The releases of a model repository.
@@ -133,6 +134,7 @@ class Engine:
             indexes: folder of the indexes that `retrieve` searches.
             device: number of a GPU for ONNX Runtime; None for the CPU.
             threads: that compute a batch; None for one a core.
+            spin: as of `load_graphs`.
             max_waiting: requests of one task that are under way.
 
         Raises:
@@ -145,7 +147,9 @@ class Engine:
         for one in numbers:
             verify(folder, one)
         releases = [
-            load_release(folder, one, indexes=Path(indexes), device=device, threads=threads)
+            load_release(
+                folder, one, indexes=Path(indexes), device=device, threads=threads, spin=spin
+            )
             for one in numbers
         ]
         return cls(releases, max_waiting=max_waiting)

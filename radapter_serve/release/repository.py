@@ -48,13 +48,14 @@ TENSORRT = "tensorrt"
 CUDA_OPTIONS = {
     "use_tf32": "0"
 }  # TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit
+SPINNING = "session.intra_op.allow_spinning"  # of ONNX Runtime, which spins if it is left out
 RUNTIMES = {
     "onnxruntime": Runtime(
         "model.onnx",
         threads="intra_op_thread_count",
         # The cores are shared with decoding and the network: waiting threads must not spin on them.
         # The backend of radapter-serve heeds this; NVIDIA's own in C++ may ignore it.
-        parameters={"session.intra_op.allow_spinning": "0"},
+        parameters={SPINNING: "0"},
         cuda=CUDA_OPTIONS,
     ),
     "openvino": Runtime(
