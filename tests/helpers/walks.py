@@ -1,0 +1,52 @@
+"""The walks of docs/how-it-works.md, and what a program really calls."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def steps_of(title: str) -> list[tuple[str, str]]:
+    """The steps of a walk on the page: function and file."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| *\d+ \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
+
+
+def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
+    """The functions of the project that some work calls, in their order: name and file."""
+    calls: list[tuple[str, str]] = []
+    files: dict[str, str] = {}
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(str(ROOT)):
+            file = files.setdefault(name, Path(name).relative_to(ROOT).as_posix())
+            calls.append((frame.f_code.co_name, file))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return calls
+
+
+def check_walk(title: str, work: Callable[[], Any]) -> None:
+    """Fail where the work does not take the steps that the page names, in their order."""
+    steps = steps_of(title)
+    assert len(steps) > 10
+    calls = calls_of(work)
+    start = 0
+    for step in steps:
+        assert step in calls[start:], f"{step} is not called after the step before it"
+        start = calls.index(step, start) + 1
