@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from radapter_client._methods import TASKS as ASKED
 from radapter_serve.release.release import TASKS as NAMES
+from radapter_serve.release.tensors import NUMPY
 from radapter_serve.tasks.probes import GLANCES, PROBES
 from radapter_serve.tasks.table import TASKS
 
@@ -27,3 +29,24 @@ def test_probes_fit_the_tasks(name: str) -> None:
             tensor = TASKS[name].inputs[given]
             assert tensor.datatype == "BYTES"
             assert array.ndim == len(tensor.dims) + TASKS[name].batched
+
+
+def test_the_page_of_the_http_api_has_every_tensor() -> None:
+    page = (MODELS.parent / "docs" / "http-api.md").read_text(encoding="utf-8")
+    kinds = "|".join(NUMPY)
+    for name, task in TASKS.items():
+        row = re.search(rf"^\|[^|]*`{name}`[^|]*\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+        assert row, name
+        for text, tensors in zip(row.groups(), (task.inputs, task.outputs), strict=True):
+            named = {}
+            for names, kind, dims in re.findall(
+                rf"((?:`\w+`(?:, | or )?)+) ({kinds}) \[([^\]]*)\]", text
+            ):
+                sizes = [int(one) if one == "1" else -1 for one in dims.split(", ")]
+                named |= dict.fromkeys(re.findall(r"`(\w+)`", names), (kind, sizes))
+            if name.startswith("embed_"):  # one row of the page has both
+                named = {key: value for key, value in named.items() if key in tensors}
+            expected = {key: (one.datatype, list(one.dims)) for key, one in tensors.items()}
+            expected.pop("alpha", None)  # a sentence after the table has it, for all tasks
+            assert named == expected, name
+    assert "`alpha` FP32 [1]" in page
