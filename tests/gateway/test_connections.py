@@ -236,7 +236,7 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
         served.let_go()
         for name in names:
             assert b'"model_name":"%s"' % name in answer(it)
-    assert [one.model_name.encode() for one in served.upstream.asked] == names
+    assert [one.model.encode() for one in served.upstream.asked] == names
 
 
 def test_what_comes_behind_chunks_at_once_ends_with_their_answer(served: Served) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
@@ -15,8 +14,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import Keys, new_key
 from radapter_serve.gateway.middleware import MAX_HEADERS, BrowserRule, check_size
-from radapter_serve.gateway.models import Model
+from radapter_serve.release.release import TASKS
 from tests.gateway.test_gateway import HEAD, INFER, TEXT, ask, digest, heard, refusal, talking
+from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import config, serving
 
 LOCAL = "localhost:8080"
@@ -148,24 +148,21 @@ def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
     ],
 )
 def test_no_path_of_the_server_is_told(fact: str, shown: str) -> None:
-    given = config("classify")
     facts = {
         "version": 1,
+        "embed_dim": 4,
         "architecture": fact,
         "made": [{"by": fact}],
         "templates": ["a /photo/ of {}"],
     }
-    given.parameters["release"].string_value = json.dumps(facts)
-    told = json.loads(Model.from_config(given).config()["parameters"]["release"]["string_value"])
+    told = json.loads(config("classify", facts).config()["parameters"]["release"]["string_value"])
     assert told == {**facts, "architecture": shown, "made": [{"by": shown}]}
 
 
 def test_no_list_of_models_tells_a_path() -> None:
     with serving() as served:
-        for one in served.upstream.configs.values():
-            facts: dict[str, Any] = json.loads(one.parameters["release"].string_value)
-            facts["architecture"] = "local-dir:/srv/secret/base"
-            one.parameters["release"].string_value = json.dumps(facts)
+        facts = release(1) | {"architecture": "local-dir:/srv/secret/base"}
+        served.upstream.configs = {task: config(task, facts) for task in TASKS}
         for path in (
             "/v1/models",
             "/v1/models/radapter",

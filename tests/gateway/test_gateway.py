@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import urllib3
@@ -29,10 +29,11 @@ import radapter_client
 from radapter_client import Client
 from radapter_serve.gateway import app
 from radapter_serve.gateway.app import Gateway
-from radapter_serve.gateway.errors import Refused, from_triton
+from radapter_serve.gateway.errors import Refused, from_status
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.release.release import TASKS
-from tests.helpers.fake_upstream import FakeUpstream, Served, packed, serving
+from tests.helpers.fake_server import release
+from tests.helpers.fake_upstream import FakeUpstream, Served, config, packed, serving
 from tests.helpers.indexes import outdated_at
 
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
@@ -124,7 +125,7 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
     rest = found[length:]
     assert rest == np.float32(0.1).tobytes() and head["outputs"][0]["data"] == ["ü"]
     assert head["outputs"][1]["parameters"] == {"binary_data_size": 4}
-    assert served.upstream.asked[-1].model_version == "1"
+    assert served.upstream.asked[-1].version == "1"
 
 
 def test_an_output_that_json_cannot_hold(served: Served) -> None:
@@ -142,7 +143,7 @@ def test_what_describes_the_server(served: Served) -> None:
         "shape": [-1],
     }
     assert ask(served, "/v2/models/embed_text")[1]["outputs"] == [
-        {"name": "text_embeds", "datatype": "FP32", "shape": [-1, -1]}
+        {"name": "text_embeds", "datatype": "FP32", "shape": [-1, 4]}
     ]
     found = ask(served, "/v2/models/classify/versions/1/config")[1]
     assert found["input"][4] == {
@@ -159,18 +160,15 @@ def test_what_describes_the_server(served: Served) -> None:
 
 
 def test_a_configuration_is_read_again(served: Served) -> None:
-    served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 2}'
-    ask(served, "/v2/models/classify/config")
-    served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 3}'
-    assert (
-        "3" in ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]["string_value"]
-    )
+    for version in (2, 3):
+        served.upstream.configs["classify"] = config("classify", release(version))
+        told = ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]
+        assert json.loads(told["string_value"])["version"] == version
 
 
 def test_each_release_is_asked_by_its_own_configuration(served: Served) -> None:
     """Also after somebody has looked at another one's."""
-    older = FakeUpstream().configs["embed_text"]
-    older.max_batch_size = 1
+    older = replace(config("embed_text"), max_batch_size=1)
     served.upstream.older["embed_text", "2"] = older
     two = {"inputs": [{**TEXT["inputs"][0], "shape": [2, 1], "data": ["a", "b"]}]}
     path = "/v2/models/embed_text/versions/2"
@@ -520,7 +518,7 @@ def test_a_gateway_that_stops_lets_requests_end_and_waits_for_none_for_ever(
     ],
 )
 def test_errors_of_triton(status: str, text: str, expected: tuple[int, str, str]) -> None:
-    found = from_triton(grpc.StatusCode[status], text)
+    found = from_status(status, text)
     assert (found.status, found.code) == expected[:2]
     assert str(found).startswith(f"[{expected[1]}] {expected[2]}") and "/" not in str(found)
 
@@ -553,9 +551,7 @@ def test_the_page_of_another_site_is_not_cut_off_while_it_sends(served: Served) 
 def test_ready_means_that_every_task_answers(served: Served) -> None:
     assert ask(served, "/health/live")[0] == ask(served, "/v2/health/live")[0] == 200
     assert ask(served, "/v2/health/ready")[0] == ask(served, "/health/ready")[0] == 200
-    assert sorted(message.model_name for message in served.upstream.asked) == sorted(
-        TASKS
-    )  # asked once for both
+    assert sorted(one.model for one in served.upstream.asked) == sorted(TASKS)  # once for both
 
 
 def test_a_server_whose_tasks_fail_lives_and_is_not_ready(served: Served) -> None:
@@ -567,7 +563,7 @@ def test_a_server_whose_tasks_fail_lives_and_is_not_ready(served: Served) -> Non
 def test_a_task_that_answers_callers_is_not_asked_for_its_health(served: Served) -> None:
     ask(served, INFER, TEXT)
     ask(served, "/health/ready")
-    assert [message.model_name for message in served.upstream.asked].count("embed_text") == 1
+    assert [one.model for one in served.upstream.asked].count("embed_text") == 1
 
 
 def test_metrics_have_no_word_of_a_caller(served: Served) -> None:

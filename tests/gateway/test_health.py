@@ -26,7 +26,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
         assert "does not answer" in (await health.trouble() or "")
         # All but the one that has answered a caller since.
         asked = upstream.asked[len(TASKS) :]
-        assert sorted(one.model_name for one in asked) == sorted(set(TASKS) - {"classify"})
+        assert sorted(one.model for one in asked) == sorted(set(TASKS) - {"classify"})
         upstream.error = Refused(400, "no_patch_encoder", "")
         clock.now += FRESH - 0.01
         assert "does not answer" in (await health.trouble() or "")

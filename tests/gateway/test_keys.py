@@ -316,16 +316,23 @@ def test_an_id_that_could_forge_a_line_is_replaced(served: Served, bad: str) -> 
     assert re.fullmatch("[0-9a-f]{32}", headers_of(served, "/v2", bad.encode().decode("latin-1")))
 
 
+def last_id(served: Served) -> str:
+    """The id that came to the model with the last request."""
+    followed = served.upstream.followed[-1]
+    assert followed is not None
+    return followed.id
+
+
 def test_triton_and_the_clients_exceptions_have_the_id(served: Served) -> None:
     headers_of(served, INFER, "my-id.1", TEXT)
-    assert served.upstream.asked[-1].id == "my-id.1"
+    assert last_id(served) == "my-id.1"
     body = {"model": "radapter", "input": ["a"]}
     assert headers_of(served, "/v1/embeddings", "my-id.2", body) == "my-id.2"
-    assert served.upstream.asked[-1].id == "my-id.2"
+    assert last_id(served) == "my-id.2"
     served.upstream.error = Refused(400, "no_labels", "no labels")
     with Client(served.url, api_key="x") as client, pytest.raises(Exception) as failed:
         client.embed_texts(["a"])
-    assert failed.value.request_id == served.upstream.asked[-1].id  # type: ignore[attr-defined]
+    assert failed.value.request_id == last_id(served)  # type: ignore[attr-defined]
 
 
 def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import urllib3
 
+from radapter_client import Reply
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.requests import Inference
 from tests.gateway.test_gateway import heard, talking, until
 from tests.helpers.fake_server import release
-from tests.helpers.fake_upstream import Served, serving, unpacked
+from tests.helpers.fake_upstream import Served, config, serving
 from tests.helpers.small_release import png
 
 if TYPE_CHECKING:  # it takes long to load, so tests load it as they need it
@@ -93,7 +96,7 @@ def test_the_client_of_openai(served: Served) -> None:
             and one.object == "list"
             and one.data[0].object == "embedding"
         )
-        assert served.upstream.asked[-1].model_version == "1"
+        assert served.upstream.asked[-1].version == "1"
         assert [model.id for model in client.models.list()] == ["radapter", "radapter-1"]
         model = client.models.retrieve("radapter-1")
         assert (model.id, model.object, model.owned_by) == ("radapter-1", "model", "radapter-serve")
@@ -152,10 +155,11 @@ def test_extras_of_a_request(served: Served) -> None:
             model="radapter", input=["a", IMAGE, "b"], extra_body={"alpha": 0.25}
         )
         texts, images = served.upstream.asked[-2:]
-        assert (texts.model_name, images.model_name) == ("embed_text", "embed_image")
-        assert unpacked(texts.raw_input_contents[0]) == [b"a", b"b"]
-        assert texts.inputs[1].name == "alpha" and list(texts.inputs[1].shape) == [2, 1]
-        assert texts.raw_input_contents[1] == np.array([0.25, 0.25], np.float32).tobytes()
+        assert (texts.model, images.model) == ("embed_text", "embed_image")
+        assert texts.inputs["text"].tolist() == [[b"a"], [b"b"]]
+        assert images.inputs["image"].tolist() == [[PNG]]
+        assert texts.inputs["alpha"].tolist() == [[0.25], [0.25]]
+        assert texts.inputs["alpha"].dtype == np.float32
         served.upstream.error = Refused(
             400, "invalid_argument", "alpha is 0.25, but this release was exported at 0.5"
         )
@@ -210,9 +214,7 @@ def test_order_is_kept_over_several_batches() -> None:
         assert status == 200
         expected = [[place + 1, ord("x")] if place % 3 else OF_IMAGE for place in range(200)]
         assert [one["embedding"] for one in found["data"]] == expected
-        rows = [
-            (message.model_name, message.inputs[0].shape[0]) for message in served.upstream.asked
-        ]
+        rows = [(one.model, len(next(iter(one.inputs.values())))) for one in served.upstream.asked]
         assert rows == [
             ("embed_text", 64),
             ("embed_text", 64),
@@ -230,13 +232,12 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     answer = served.upstream.infer
     calls = []
 
-    async def switching(message: Any, timeout: float, followed: Any = None) -> Any:
-        calls.append((message.model_name, message.model_version))
+    async def switching(asked: Inference, timeout: float, followed: Any = None) -> Reply:
+        calls.append((asked.model, asked.version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")
-        made = await answer(message, timeout, followed)
-        made.model_version = "1" if len(calls) == 1 else "2"
-        return made
+        made = await answer(asked, timeout, followed)
+        return replace(made, version=1 if len(calls) == 1 else 2)
 
     served.upstream.infer = switching  # type: ignore[method-assign]
     served.upstream.older["embed_image", "2"] = served.upstream.configs["embed_image"]
@@ -252,11 +253,9 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
 
 def test_a_release_that_is_new_is_found(served: Served) -> None:
     assert ask(served, input="a")[0] == 200
-    for name, model in served.upstream.configs.items():
-        served.upstream.older[name, "2"] = model
-        for version in (1, 2):
-            model.parameters[f"release.{version}"].string_value = json.dumps(release(version))
-        model.parameters["release"].string_value = json.dumps(release(2))
+    configs = {name: config(name, release(1), release(2)) for name in served.upstream.configs}
+    served.upstream.configs = configs
+    served.upstream.older = {(name, "2"): one for name, one in configs.items()}
     assert ask(served, input="a", model="radapter-2")[1]["model"] == "radapter-2"
     with client_of(served) as client:
         assert [model.id for model in client.models.list()] == [
@@ -279,8 +278,7 @@ def test_an_image_that_a_task_refuses_is_named_by_its_place(served: Served) -> N
 
 
 def test_numbers_that_json_cannot_hold(served: Served) -> None:
-    facts = {**release(1), "embed_dim": 2**20}
-    served.upstream.configs["embed_text"].parameters["release"].string_value = json.dumps(facts)
+    served.upstream.configs["embed_text"] = config("embed_text", release(1) | {"embed_dim": 2**20})
     assert refusal(served, input=["a", "b"])[1:3] == ("invalid_argument", "encoding_format")
     assert (
         ask(served, input=["a", "b"], encoding_format="base64")[0]

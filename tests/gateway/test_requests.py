@@ -10,7 +10,6 @@ import re
 import struct
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,13 +18,15 @@ from PIL import Image
 
 from radapter_client import Request
 from radapter_client._http import encode
-from radapter_serve.gateway.errors import CODES, Refused, from_triton
+from radapter_serve.gateway.errors import CODES, Refused, from_status
 from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import MAX_JSON_VALUES, Inference, read
+from radapter_serve.gateway.requests import IMAGES, MAX_JSON_VALUES, Inference, read
 from radapter_serve.release.release import TASKS
-from tests.helpers.fake_upstream import config, packed, unpacked
+from radapter_serve.release.tensors import NUMPY
+from tests.helpers.fake_server import release
+from tests.helpers.fake_upstream import config, packed
 
-MODELS = {name: Model.from_config(config(name)) for name in TASKS}
+MODELS = {name: config(name) for name in TASKS}
 
 
 def tensor(
@@ -47,14 +48,12 @@ def ask(model: str, *inputs: Any, rest: bytes | None = None, **more: Any) -> Inf
     return read(head + (rest or b""), None if rest is None else str(len(head)), MODELS[model])
 
 
-def sent(inference: Inference) -> dict[str, tuple[str, list[int], bytes]]:
-    message = inference.message
-    assert len(message.inputs) == len(message.raw_input_contents)
-    pairs = zip(message.inputs, message.raw_input_contents, strict=True)
-    return {one.name: (one.datatype, list(one.shape), data) for one, data in pairs}
+def values(inference: Inference) -> dict[str, tuple[str, Any]]:
+    """Type and values of each input, nested as its shape is."""
+    return {name: (str(one.dtype), one.tolist()) for name, one in inference.inputs.items()}
 
 
-def test_a_request_in_json_becomes_bytes() -> None:
+def test_a_request_in_json_becomes_arrays() -> None:
     found = ask(
         "classify",
         tensor("image", "BYTES", [2, 1], [["eA=="], ["eQ=="]]),
@@ -65,19 +64,15 @@ def test_a_request_in_json_becomes_bytes() -> None:
         outputs=[{"name": "label"}],
         parameters={"timeout": 2_500_000},
     )
-    assert sent(found) == {
-        "image": ("BYTES", [2, 1], b"\4\0\0\0eA==\4\0\0\0eQ=="),
-        "labels": (
-            "BYTES",
-            [2, 3],
-            packed([b"a", "ü".encode(), b"", b"a", "ü".encode(), "猫\0".encode()]),
-        ),
-        "top_k": ("INT32", [2, 1], struct.pack("<ii", 5, -7)),
-        "alpha": ("FP32", [2, 1], struct.pack("<ff", 0.1, 1)),
+    assert values(found) == {
+        "image": ("object", [[b"eA=="], [b"eQ=="]]),
+        "labels": ("object", [["a", "ü", ""], ["a", "ü", "猫\0"]]),
+        "top_k": ("int32", [[5], [-7]]),
+        "alpha": ("float32", [[float(np.float32(0.1))], [1]]),
     }
     assert (found.id, found.timeout, found.binary) == ("one", 2.5, frozenset())
-    assert found.message.model_name == "classify" and not found.message.id
-    assert [output.name for output in found.message.outputs] == ["label"]
+    assert (found.model, found.version, found.outputs) == ("classify", "", ("label",))
+    assert found.images == 2
 
 
 def test_a_request_of_the_client_passes_as_it_is() -> None:
@@ -90,10 +85,13 @@ def test_a_request_of_the_client_passes_as_it_is() -> None:
     }
     body, headers = encode(Request("infer", "segment", inputs=inputs, outputs=("mask",)))
     found = read(body, headers["Inference-Header-Content-Length"], MODELS["segment"], "7")
-    assert found.message.model_version == "7" and found.binary == {"mask"}
-    assert sent(found)["proposals"] == ("UINT8", [2, 3, 4], masks.tobytes())
-    assert unpacked(sent(found)["image"][2]) == [b"\xff\0"]
-    assert sent(found)["proposal_scores"][2] == np.eye(2, dtype=np.float32).tobytes()
+    assert (found.version, found.outputs, found.binary) == ("7", ("mask",), {"mask"})
+    assert values(found) == {
+        "image": ("object", [b"\xff\0"]),
+        "labels": ("object", ["a", "ü"]),
+        "proposals": ("uint8", masks.tolist()),
+        "proposal_scores": ("float32", [[1, 0], [0, 1]]),
+    }
 
 
 def test_what_is_true_or_false() -> None:
@@ -101,11 +99,14 @@ def test_what_is_true_or_false() -> None:
         tensor("multi_label", "BOOL", [1, 1], [True]),
         tensor("calibrated", "BOOL", [1, 1], [[False]]),
     ]
-    found = sent(ask("classify", *CLASSIFY, *both))
+    found = values(ask("classify", *CLASSIFY, *both))
     assert (found["multi_label"], found["calibrated"]) == (
-        ("BOOL", [1, 1], b"\1"),
-        ("BOOL", [1, 1], b"\0"),
+        ("bool", [[True]]),
+        ("bool", [[False]]),
     )
+    size = [tensor("multi_label", "BOOL", [1, 1], size=1)]
+    found = values(ask("classify", *CLASSIFY, *size, rest=b"\1"))
+    assert found["multi_label"] == ("bool", [[True]])
     for data in ([1], ["true"], [None], [1.0]):
         with pytest.raises(
             Refused, match="the data of the input multi_label are not all true or false"
@@ -133,10 +134,8 @@ def test_thumbnails_in_json_are_refused_before_the_search() -> None:
     named: list[dict[str, Any]] = [{"name": "id"}, {"name": "thumbnail"}]
     with pytest.raises(Refused, match="thumbnail is no text; ask for it in binary, or name"):
         ask("retrieve", *SEARCH, outputs=named)
-    unnamed = ask("retrieve", *SEARCH).message
-    assert [output.name for output in unnamed.outputs] == [
-        *("id", "score", "metadata", "index_version")
-    ]
+    unnamed = ask("retrieve", *SEARCH)
+    assert unnamed.outputs == ("id", "score", "metadata", "index_version")
     assert ask("retrieve", *SEARCH, outputs=named[:1]).binary == frozenset()
     named[1]["parameters"] = {"binary_data": True}
     assert ask("retrieve", *SEARCH, outputs=named).binary == {"thumbnail"}
@@ -408,28 +407,21 @@ def test_header_lengths_that_are_refused(length: str) -> None:
 
 
 def checked(body: bytes, length: str | None, model: Model) -> None:
-    """A body is either refused in one line with a known code, or what Triton is sent fits the
-    model.
-    """
+    """A body is either refused in one line with a known code, or its arrays fit the model."""
     try:
         found = read(body, length, model)
     except Refused as error:
         assert 400 <= error.status < 500 and error.code in CODES
         assert re.fullmatch(r"\[[a-z_]+\] .{1,500}", str(error)) and str(error).isprintable()
         return
-    for name, (datatype, shape, data) in sent(found).items():
+    for name, array in found.inputs.items():
         spec = model.inputs[name]
-        assert datatype == spec.datatype and len(shape) == len(spec.dims) + bool(
-            model.max_batch_size
-        )
-        if datatype == "BYTES":
-            assert len(unpacked(data)) == math.prod(shape)
-        else:
-            assert (
-                len(data)
-                == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1, "BOOL": 1}[datatype]
-            )
-    assert {name for name, spec in model.inputs.items() if not spec.optional} <= set(sent(found))
+        assert array.dtype == NUMPY[spec.datatype]
+        assert array.size and array.ndim == len(spec.dims) + bool(model.max_batch_size)
+        if spec.datatype == "BYTES":
+            kind = bytes if name in IMAGES else str
+            assert all(type(one) is kind for one in array.ravel())
+    assert {name for name, spec in model.inputs.items() if not spec.optional} <= set(found.inputs)
 
 
 json_values = st.recursive(
@@ -499,17 +491,17 @@ def test_a_good_request_with_some_bytes_changed(data: st.DataObject) -> None:
 
 
 def test_a_model_is_described_as_its_configuration_has_it() -> None:
-    told = Model.from_config(config("embed_text")).metadata(["1", "2"])
+    told = config("embed_text").metadata(["1", "2"])
     assert (told["name"], told["versions"]) == ("embed_text", ["1", "2"])
     assert told["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1, 1]}
     assert [(one["name"], one["datatype"]) for one in told["outputs"]] == [("text_embeds", "FP32")]
-    text = Model.from_config(config("embed_text")).config()["input"][0]
+    text = config("embed_text").config()["input"][0]
     assert text == {"name": "text", "data_type": "TYPE_STRING", "dims": [1], "optional": False}
 
 
 def test_a_refusal_of_a_task_is_told_without_paths() -> None:
     text = "[invalid_image] image 1 of 1: /srv/secret/file is no image\nTraceback"
-    refused = from_triton(grpc.StatusCode.INVALID_ARGUMENT, text)
+    refused = from_status("INVALID_ARGUMENT", text)
     assert (refused.status, refused.code) == (400, "invalid_image")
     assert refused.message == "image 1 of 1: ... is no image"
 
@@ -519,7 +511,6 @@ def test_a_refusal_of_a_task_is_told_without_paths() -> None:
     [("local-dir:/srv/secret/base", "local-dir:base"), ("/srv/secret/base/", "base")],
 )
 def test_a_path_in_the_facts_of_a_release_is_told_by_its_name(fact: str, told: str) -> None:
-    given = config("classify")
-    given.parameters["release"].string_value = json.dumps({"version": 1, "architecture": fact})
-    found = Model.from_config(given).config()["parameters"]["release"]["string_value"]
-    assert json.loads(found) == {"version": 1, "architecture": told}
+    facts = release(1) | {"architecture": fact}
+    found = config("classify", facts).config()["parameters"]["release"]["string_value"]
+    assert json.loads(found) == {**facts, "architecture": told}

@@ -10,84 +10,74 @@ import json
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2, service_pb2
 
+from radapter_client import Reply
 from radapter_serve.gateway import run
 from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.requests import Inference
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import Followed
-from tests.helpers.fake_server import CONFIGS, release
-
-DATATYPES = {"O": "BYTES", "f": "FP32", "i": "INT32", "u": "UINT16"}
-
-
-def config(model: str) -> model_config_pb2.ModelConfig:
-    """A task's own configuration, with one release."""
-    text = (CONFIGS / model / "config.template.pbtxt").read_text(encoding="utf-8")
-    parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
-    parsed.parameters["release"].string_value = json.dumps(release(1))
-    return parsed
+from radapter_serve.release.release import TASKS
+from tests.helpers.fake_server import release
 
 
-def packed(texts: Any) -> bytes:
+def config(task: str, *releases: dict[str, Any]) -> Model:
+    """A task with these releases, the newest last; with one if none are given."""
+    facts = [json.dumps(one) for one in releases or [release(1)]]
+    named = {f"release.{json.loads(one)['version']}": one for one in facts}
+    return Model.of(task, {**named, "release": facts[-1]})
+
+
+def packed(texts: Iterable[bytes]) -> bytes:
     """Texts as the protocol packs them."""
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
-def unpacked(data: bytes) -> list[bytes]:
-    """`packed`, backwards."""
-    texts = []
-    while data:
-        size = 4 + struct.unpack("<I", data[:4])[0]
-        texts.append(data[4:size])
-        data = data[size:]
-    return texts
+def as_bytes(array: np.ndarray) -> list[bytes]:
+    """The values of a tensor of type BYTES; texts come as str or as UTF-8."""
+    return [one.encode() if isinstance(one, str) else one for one in array.ravel()]
 
 
 class FakeUpstream:
     """Embeds a text or an image as its length and its first byte.
 
     Attributes:
-        asked: the messages that came.
+        asked: the requests that came.
         followed: what came with them.
+        timeouts: the seconds that they had.
         error: raised instead of every answer, where it is set.
         hold: answers wait until it is set.
         cancelled: how many answers nobody waited for any more.
         configs: of the newest release, by task.
-        older: configurations of other releases than the newest, by task and version.
-        probed: whether to answer what `Health` asks; those messages are in `asked`, too.
+        older: of other releases than the newest, by task and version.
+        outputs: given to every request, where they are set.
+        outdated: whether another release made the indexes; None where nobody knows.
     """
 
     def __init__(self) -> None:
-        self.asked: list[service_pb2.ModelInferRequest] = []
+        self.asked: list[Inference] = []
         self.followed: list[Followed | None] = []
         self.timeouts: list[float] = []
         self.error: Exception | None = None
         self.hold = asyncio.Event()
         self.hold.set()
         self.cancelled = 0
-        self.configs = {
-            name: config(name)
-            for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")
-        }
-        self.older: dict[tuple[str, str], model_config_pb2.ModelConfig] = {}
+        self.configs = {name: config(name) for name in TASKS}
+        self.older: dict[tuple[str, str], Model] = {}
         self.outputs: dict[str, np.ndarray] | None = None
         self.outdated: dict[str, bool] | None = {}
 
     async def infer(
-        self,
-        message: service_pb2.ModelInferRequest,
-        timeout: float,
-        followed: Followed | None = None,
-    ) -> service_pb2.ModelInferResponse:
-        self.asked.append(message)
+        self, asked: Inference, timeout: float, followed: Followed | None = None
+    ) -> Reply:
+        self.asked.append(asked)
         self.followed.append(followed)
         self.timeouts.append(timeout)
         try:
@@ -97,23 +87,14 @@ class FakeUpstream:
             raise
         if self.error is not None:
             raise self.error
-        version = message.model_version or "1"
-        answer = service_pb2.ModelInferResponse(
-            model_name=message.model_name, model_version=version
-        )
-        for name, array in (self.outputs or self._answer(message)).items():
-            answer.outputs.add(name=name, datatype=DATATYPES[array.dtype.kind], shape=array.shape)
-            answer.raw_output_contents.append(
-                packed(array.ravel()) if array.dtype == object else array.tobytes()
-            )
-        return answer
+        return Reply(int(asked.version or 1), self.outputs or self._answer(asked))
 
-    def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
-        first = unpacked(message.raw_input_contents[0])
-        embeds = np.array([[len(value), *value[:1]] for value in first], np.float32)
-        return {f"{message.model_name.removeprefix('embed_')}_embeds": embeds}
+    def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
+        first = as_bytes(next(iter(asked.inputs.values())))
+        embeds = np.array([[len(one), *one[:1]] for one in first], np.float32)
+        return {f"{asked.model.removeprefix('embed_')}_embeds": embeds}
 
-    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+    async def config(self, model: str, version: str = "") -> Model:
         if (model, version) in self.older:
             return self.older[model, version]
         if version not in ("", "1"):
@@ -207,10 +188,10 @@ def serving(
 class BigAnswers(FakeUpstream):
     """A stand-in that answers the text "big" with 16 MiB."""
 
-    def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
-        if unpacked(message.raw_input_contents[0]) == [b"big"]:
+    def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
+        if as_bytes(asked.inputs["text"]) == [b"big"]:
             return {"text_embeds": np.zeros((1, 2**22), np.float32)}
-        return super()._answer(message)
+        return super()._answer(asked)
 
 
 def main(

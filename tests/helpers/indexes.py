@@ -18,7 +18,6 @@ from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
 from radapter_serve.index.index import Index
 from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.table import Table
-from radapter_serve.tasks.retrieve import Retrieve
 
 
 def generation(out: Path) -> Path:
@@ -53,7 +52,7 @@ def retrieving(
     indexes: Path,
     query: NDArray[np.float32],
     clock: Callable[[], float] = time.monotonic,
-) -> Retrieve:
+) -> Any:
     """The task `retrieve` of a release, to which everything that is asked is one query.
 
     Args:
@@ -62,6 +61,8 @@ def retrieving(
         query: float32 [D], unit length.
         clock: by which it asks again what was published last.
     """
+    from radapter_serve.tasks.retrieve import Retrieve
+
     return Retrieve(release.facts, indexes, lambda _: query, lambda _: query, clock=clock)
 
 

@@ -5,16 +5,16 @@ task.
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.requests import Inference
 from radapter_serve.index.facts import FACTS
 from tests.helpers.fake_server import release
-from tests.helpers.fake_upstream import FakeUpstream, unpacked
+from tests.helpers.fake_upstream import FakeUpstream, as_bytes, config
 
 INDEXES = ("drawings", "photos")
 UNKNOWN = "no index ' '; there are: " + ", ".join(INDEXES)
@@ -46,30 +46,24 @@ class SmallWorld(FakeUpstream):
 
     def __init__(self, dynamic_alpha: bool = True) -> None:
         super().__init__()
-        for one in self.configs.values():
-            facts = release(1) | {"dynamic_alpha": dynamic_alpha, "precision": "int8"}
-            one.parameters["release"].string_value = json.dumps(facts)
+        facts = release(1) | {"dynamic_alpha": dynamic_alpha, "precision": "int8"}
+        self.configs = {name: config(name, facts) for name in self.configs}
 
-    def _answer(self, message: Any) -> dict[str, np.ndarray]:
-        given = dict(
-            zip((one.name for one in message.inputs), message.raw_input_contents, strict=True)
-        )
+    def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
         answers = {"classify": self._classify, "segment": self._segment, "retrieve": self._retrieve}
-        return (
-            answers[message.model_name](given)
-            if message.model_name in answers
-            else super()._answer(message)
-        )
+        if asked.model in answers:
+            return answers[asked.model](asked.inputs)
+        return super()._answer(asked)
 
-    def _classify(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
-        names = unpacked(given["labels"]) if "labels" in given else [b"a", b"b", b"c"]
+    def _classify(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = as_bytes(given["labels"]) if "labels" in given else [b"a", b"b", b"c"]
         scores = 1 / (1 + np.arange(len(names), dtype=np.float32))
-        scores[0] += np.frombuffer(given["alpha"], np.float32)[0] if "alpha" in given else 0
+        scores[0] += given["alpha"][0, 0] if "alpha" in given else 0
         return {"label": np.array([names], object), "score": (scores / scores.sum())[None]}
 
-    def _segment(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
-        width, height = Image.open(io.BytesIO(unpacked(given["image"])[0])).size
-        names = unpacked(given["labels"])
+    def _segment(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        width, height = Image.open(io.BytesIO(given["image"][0])).size
+        names = as_bytes(given["labels"])
         mask = np.zeros((height, width), np.uint16)
         mask[:, width // 2 :] = 1
         return {
@@ -78,12 +72,11 @@ class SmallWorld(FakeUpstream):
             "score": np.full(len(names), 0.5, np.float32),
         }
 
-    def _retrieve(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
-        from radapter_serve.gateway.errors import Refused
-
-        if unpacked(given["index"])[0].decode() not in INDEXES:
+    def _retrieve(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if given["index"][0] not in INDEXES:
             raise Refused(400, "unknown_index", UNKNOWN)
-        asked = "picture" if "image" in given else unpacked(given["text"])[0].decode()
+        # Health asks as the engine asks itself, in UTF-8.
+        asked = "picture" if "image" in given else as_bytes(given["text"])[0].decode()
         ids = [f"folder/{asked} {number}<b>" for number in range(3)]
         thumbnails = [png(colour) for colour in ("red", "green", "blue")]
         return {
