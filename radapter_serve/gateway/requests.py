@@ -126,14 +126,15 @@ def json_length(header_length: str | None, end: int) -> int:
 
 
 def json_memory(text: bytes) -> int:
-    """Bytes that it takes at most to read JSON and to pack what it says, besides the text."""
-    # A string is there as it was read, as bytes, packed, and in the message. Where one character of
-    # it needs four bytes, each has four, twice while it is read.
+    """Bytes that it takes at most to read JSON, besides the text."""
+    # A string is there as it was read, and as bytes if it is an image; and JSON that binary tensors
+    # follow is copied twice. Where one character of a string needs four bytes, each has four, and
+    # one more while it is read.
     is_plain = text.isascii() and b"\\" not in text
     values = min(_count(text, b",", MAX_JSON_VALUES), MAX_JSON_VALUES)
-    # What Python keeps for each value, and for each text that is packed.
-    objects = 128 * values + 256 * min(values, MAX_TEXTS)
-    return (4 if is_plain else 9) * len(text) + objects
+    lists = min(_count(text, b"[{", MAX_JSON_LISTS), MAX_JSON_LISTS)
+    # What Python keeps for each.
+    return (4 if is_plain else 9) * len(text) + 128 * values + 256 * lists
 
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:

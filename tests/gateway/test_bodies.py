@@ -114,6 +114,7 @@ def test_a_large_request_in_json_is_read() -> None:
 # What it takes to read one
 
 
+@pytest.mark.parametrize("name", ["labels", "examples"])  # a text, and an image
 @pytest.mark.parametrize(
     "data",
     [
@@ -122,19 +123,23 @@ def test_a_large_request_in_json_is_read() -> None:
         ["\u732b" * 2**18] * 2,
         ["ab"] * 2**17,
         ["ab\n"] * 2**17,
+        ["\U0001f600"] * 2**17,
+        [{"a": {"b": {"c": [[[]]]}}}] * 2**12,
     ],
 )
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_the_memory_that_reading_takes_is_known_before(data: list[str], ascii_only: bool) -> None:
-    tensor = {"name": "labels", "shape": [1, len(data)], "datatype": "BYTES", "data": data}
+def test_the_memory_that_reading_takes_is_known_before(
+    data: list[Any], ascii_only: bool, name: str
+) -> None:
+    tensor = {"name": name, "shape": [1, len(data)], "datatype": "BYTES", "data": data}
     body = json.dumps({"inputs": [tensor]}, ensure_ascii=ascii_only).encode()
     model = config("classify")
     tracemalloc.start()
-    with pytest.raises(Refused, match="the input image is missing"):
+    with pytest.raises(Refused, match=f"input image is missing|input {name} are not all texts"):
         requests.read(body, None, model)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < json_memory(body) < 8 * peak
+    assert peak < json_memory(body) < 10 * peak
 
 
 class Reading:
