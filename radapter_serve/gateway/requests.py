@@ -287,7 +287,7 @@ def _from_binary(tensor: Tensor, shape: Sequence[int], data: memoryview) -> NDAr
         raise bad_request(f"the input {tensor.name} has {len(data)} bytes; {needed}")
     if kind.kind == "b" and max(data) > 1:
         raise bad_request(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
-    values = np.frombuffer(data, kind)
+    values = np.frombuffer(bytes(data), kind)  # a copy, for a view would keep the whole body
     _check_finite(tensor, values)
     return values.reshape(shape)
 

@@ -22,7 +22,7 @@ from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.requests import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
 from radapter_serve.gateway.upstream import LOG
 from tests.gateway.test_gateway import INFER, TEXT, ask, refusal, talking, until
-from tests.helpers.fake_upstream import FakeUpstream, Served, config, serving
+from tests.helpers.fake_upstream import FakeUpstream, Served, config, packed, serving
 
 EMBEDDINGS = "/v1/embeddings"
 MIB = 2**20
@@ -109,6 +109,26 @@ def test_a_large_request_in_json_is_read() -> None:
     )
     assert found.inputs["proposals"].tobytes() == bytes(range(224)) * 4096
     assert 0.87 * MAX_JSON_VALUES < 4096 * 224
+
+
+def test_nothing_that_was_read_keeps_the_body() -> None:
+    def body() -> bytes:
+        sizes = {"image": 4 + 4 * MIB, "alpha": 4, "labels": 6}
+        kinds = {"image": "BYTES", "alpha": "FP32", "labels": "BYTES"}
+        inputs = [
+            {"name": name, "shape": [1, 1], "datatype": kinds[name]}
+            | {"parameters": {"binary_data_size": size}}
+            for name, size in sizes.items()
+        ]
+        values = packed([bytes(4 * MIB)]) + bytes(4) + packed([b"ab"])
+        head = json.dumps({"inputs": inputs}).encode().ljust(1000)
+        return head + values
+
+    tracemalloc.start()
+    found = requests.read(body(), "1000", config("classify"))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert found.images == 1 and 4 * MIB < held < 5 * MIB
 
 
 # What it takes to read one

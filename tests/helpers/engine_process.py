@@ -8,46 +8,47 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from radapter_serve.tasks.outcome import Outcome
-from radapter_serve.tasks.version import Version
 
+from radapter_serve.contract.errors import Cancelled
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Steps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.tasks.table import TASKS, Inputs, Task
+from radapter_serve.tasks.classify import Ranking
+from radapter_serve.tasks.table import TASKS, Run, Tensors
 
 
-def obey(request: Inputs) -> None:
+def read(_: LoadedRelease, inputs: Tensors, wants: object) -> list[bytes]:
+    return list(inputs["image"].ravel())
+
+
+def obey(image: bytes, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
     """Do what an image orders that is JSON, as fake_model.py does in Triton."""
-    image = bytes(request.get("image")[0, 0])
-    if not image.startswith(b"{"):
-        return
-    order = json.loads(image)
+    yield from ()
+    assert cancelled is not None
+    order = json.loads(image) if image.startswith(b"{") else {}
     time.sleep(order.get("sleep", 0))
     if "watch" in order:
         end = time.monotonic() + 20
-        while not request.cancelled() and time.monotonic() < end:
+        while not cancelled() and time.monotonic() < end:
             time.sleep(0.01)
-        Path(order["watch"]).write_text("cancelled" if request.cancelled() else "late")
+        Path(order["watch"]).write_text("cancelled" if cancelled() else "late")
+    return [Ranking(["a"], np.ones(1, np.float32))]
 
 
-def obedient(version: Version) -> Any:
+def obedient(*_: object) -> Run[bytes, list[Ranking]]:
     """What `classify` is in place of the real one."""
-    return lambda requests: [Outcome.of(partial(obey, request)) for request in requests]
+    return obey
 
 
-def letters(_: None) -> dict[str, np.ndarray]:
-    return {"label": np.array([["a"]], object), "score": np.ones((1, 1), np.float32)}
-
-
-ORDERS = Task(lambda inputs: inputs, obedient, letters)
+ORDERS = replace(TASKS["classify"], read=read, make=obedient)
 
 
 def main(

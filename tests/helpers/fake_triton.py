@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 
-@dataclass
 class Tensor:
-    name: str
-    array: np.ndarray
+    def __init__(self, name: str, array: np.ndarray) -> None:
+        self._name = name
+        self.array = array
+
+    def name(self) -> str:
+        return self._name
 
     def as_numpy(self) -> np.ndarray:
         return self.array
@@ -56,7 +59,7 @@ class Response:
 
     def outputs(self) -> dict[str, np.ndarray]:
         assert self.error_ is None, self.error_
-        return {tensor.name: tensor.array for tensor in self.output_tensors or ()}
+        return {tensor.name(): tensor.array for tensor in self.output_tensors or ()}
 
 
 class Request:
