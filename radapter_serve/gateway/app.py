@@ -236,6 +236,9 @@ class Gateway:
             json_size = requests.json_length(length, len(body))
             read = partial(requests.read, body, length, model, version)
             asked = await self._read(request, body, json_size, start + limit, read)
+            # Many short texts, or a text with an emoji, take more than they did as they came.
+            more = max(asked.size - len(body), 0)
+            acquire(min(more, self._memory.max_bytes - len(body)))
             del body, read
             self._count_images(request, asked.images)
             end = start + min(limit, asked.timeout or limit)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -82,11 +83,13 @@ class Inference:
     Attributes:
         model: its name.
         version: of the model; empty for the newest.
-        inputs: arrays by name; of type BYTES they hold texts, and images as bytes.
+        inputs: arrays by name; of type BYTES they hold texts, as str or in UTF-8, and images as
+            bytes.
         outputs: names of those that are asked for; all if none.
         id: that the caller gave it, to be sent back; empty where it gave none.
         binary: the outputs that the caller wants in binary.
         timeout: seconds that the caller allows, or None.
+        size: bytes that the inputs take, where they were read from a body.
     """
 
     model: str
@@ -96,6 +99,7 @@ class Inference:
     id: str = ""
     binary: frozenset[str] = frozenset()
     timeout: float | None = None
+    size: int = 0
 
     @property
     def images(self) -> int:
@@ -189,7 +193,8 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     outputs, binary = _outputs(header, model, inputs)
     timeout = header.parameters.timeout
     seconds = None if timeout is None else timeout / 1e6
-    return Inference(model.name, version, inputs, outputs, header.id, binary, seconds)
+    size = sum(map(_size, inputs.values()))
+    return Inference(model.name, version, inputs, outputs, header.id, binary, seconds, size)
 
 
 def check_fits_json(output: str, count: int) -> None:
@@ -322,6 +327,11 @@ def _split(name: str, data: memoryview, count: int) -> list[Any]:
 def _check_finite(tensor: Tensor, values: NDArray[Any]) -> None:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise bad_request(f"the input {tensor.name} holds a value that is not a finite number")
+
+
+def _size(array: NDArray[Any]) -> int:
+    values = array.ravel().tolist() if array.dtype == object else []
+    return array.nbytes + sum(map(sys.getsizeof, values))
 
 
 def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]:

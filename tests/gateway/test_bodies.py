@@ -239,6 +239,33 @@ def test_a_body_that_is_alone_is_never_too_dear_to_read() -> None:
         assert ask(served, INFER, text_of(MIB - 200))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("task", "texts"),
+    [("embed_text", ["x" * MIB + "\U0001f600"]), ("classify", ["ab"] * 2**17)],
+)
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_budget_knows_what_texts_take(task: str, texts: list[str], binary: bool) -> None:
+    name = "text" if task == "embed_text" else "labels"
+    tensor: dict[str, Any] = {"name": name, "shape": [1, len(texts)], "datatype": "BYTES"}
+    image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["eA=="]}
+    tail = packed([one.encode() for one in texts]) if binary else b""
+    tensor |= {"parameters": {"binary_data_size": len(tail)}} if binary else {"data": texts}
+    head = json.dumps({"inputs": [image, tensor][task == "embed_text" :]}).encode()
+    length = {"Inference_Header_Content_Length": str(len(head))} if binary else {}
+    path = f"/v2/models/{task}/infer"
+    with serving(max_body=2, max_memory=7) as served, ThreadPoolExecutor(1) as pool:
+        served.hold()
+        first = pool.submit(ask, served, path, head + tail, **length)
+        until(lambda: bool(served.upstream.asked))
+        assert 4 * MIB < body_bytes(served) <= 7 * MIB
+        assert refusal(served, path, head + tail, **length) == (429, "overloaded")
+        served.let_go()
+        assert first.result()[0] == 200
+        until(lambda: body_bytes(served) == 0)
+    with serving(max_body=2, max_memory=2) as served:  # alone it is never too dear
+        assert ask(served, path, head + tail, **length)[0] == 200
+
+
 def test_who_leaves_while_others_are_read_holds_nothing(reading: Reading) -> None:
     with serving() as served, ThreadPoolExecutor(1) as pool:
         size = SMALL_BODY + 1
