@@ -128,6 +128,22 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
     assert served.upstream.asked[-1].version == "1"
 
 
+def test_a_mask_and_no_label_at_all(served: Served) -> None:
+    mask = np.array([[0, 1, 2], [3, 4, 65535]], np.uint16).T  # in no order of C
+    served.upstream.outputs = {"mask": mask, "label": np.empty(0, object)}
+    image = {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["eA=="]}
+    found = ask(served, "/v2/models/segment/infer", {"inputs": [image]})[1]
+    assert found["outputs"] == [
+        {"name": "mask", "datatype": "UINT16", "shape": [3, 2], "data": [0, 3, 1, 4, 2, 65535]},
+        {"name": "label", "datatype": "BYTES", "shape": [0], "data": []},
+    ]
+    asked = {"inputs": [image], "parameters": {"binary_data_output": True}}
+    _, found, headers = ask(served, "/v2/models/segment/infer", asked)
+    length = int(headers["Inference-Header-Content-Length"])
+    sizes = [one["parameters"]["binary_data_size"] for one in json.loads(found[:length])["outputs"]]
+    assert sizes == [12, 0] and found[length:] == mask.tobytes()
+
+
 def test_an_output_that_json_cannot_hold(served: Served) -> None:
     served.upstream.outputs = {"text_embeds": np.zeros((1, 2**20 + 1), np.float32)}
     assert refusal(served, INFER, TEXT) == (400, "invalid_argument")

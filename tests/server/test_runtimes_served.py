@@ -33,12 +33,12 @@ def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
         tokens = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], np.int32)
         for number in ("1", "2"):
             local = Local(repository, int(number))
-            embeds = local.embed_images([images])[0].unwrap()
+            embeds = local.loaded.embed_pixels([local.loaded.pixels(one) for one in images])
             found = client.infer(
                 "embed_image", [tensor("image", [[i] for i in images])], model_version=number
             )
             np.testing.assert_allclose(found.as_numpy("image_embeds"), embeds, atol=1e-6)
             found = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
             np.testing.assert_allclose(
-                found.as_numpy("text_embeds"), local.encode_tokens(tokens), atol=1e-6
+                found.as_numpy("text_embeds"), local.tokens(tokens), atol=1e-6
             )
