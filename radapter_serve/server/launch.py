@@ -21,11 +21,9 @@ WAITING = "surplus"  # what the processes of models are to refuse, a file for ea
 MODELS = (  # Triton loads what is in this folder of a server, and nothing next to it
     "models"
 )
-# Modules by the names that the code of releases exported before December 2026 has for them.
-_FORMER = {
-    "radapter_serve.tasks.responses": "radapter_serve.triton.responses",
-    "radapter_serve.tasks.triton": "radapter_serve.triton.version",
-}
+# What the code of releases exported before December 2026 imports, and what it is replaced by.
+_FORMER = "radapter_serve.tasks.triton"
+_TODAY = "from radapter_serve.triton.models.{} import TritonPythonModel\n"
 # What a caller could read or change the server's memory, files and log by; open to who sends the
 # secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
@@ -96,8 +94,8 @@ def _link(source: Path, target: Path) -> None:
         if path.name not in ("__pycache__", code.name):
             (target / path.name).symlink_to(path)
     text = code.read_text(encoding="utf-8")
-    for former, name in _FORMER.items():
-        text = text.replace(former, name)
+    if _FORMER in text:
+        text = _TODAY.format(source.parent.name)
     (target / code.name).write_text(text, encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import pytest
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
 from radapter_serve.contract.names import spellings
+from radapter_serve.encoders.labels import embed_labels
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.agreement import Samples
@@ -34,7 +37,8 @@ from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
-from radapter_serve.tasks.segment import SegmentRequest
+from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.gateway import gateway
 from tests.helpers.indexes import outdated_at
 from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
@@ -58,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("releases")
     for version in (1, 2):
         write_release(folder / "repository", version, seed=version, tasks=(*TASKS, "retrieve"))
-        embeds = Local(folder / "repository", version).embed_labels(LABELS, ["a {}"])
+        loaded = Local(folder / "repository", version).loaded
+        embeds = complete(embed_labels(loaded, LABELS, ["a {}"]))
         for task in ("classify", "segment"):
             embeds.save(
                 folder / "repository" / task / str(version) / "label_sets" / f"{LABEL_SET}.npz"
@@ -119,20 +124,18 @@ class Load:
         ]
 
     def _local(self, repository: Path, version: int) -> dict[str, Any]:
-        local = Local(repository, version)
-        images = np.concatenate(
-            [one.unwrap() for one in local.embed_images([[data] for data in IMAGES])]
-        )
-        [texts] = [one.unwrap() for one in local.embed_texts([[text.encode() for text in TEXTS]])]
-        labels = local.embed_labels(LABELS, ["a photo of a {}."])
+        loaded = Local(repository, version).loaded
+        images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
+        texts = loaded.embed_texts(TEXTS)
+        labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))
         tops = [labels.labels[int(np.argmax(labels.embeds @ image))] for image in images]
-        names = [label.encode() for label in LABELS]
+        whole = SegmentRequest(IMAGES[0], Labels(tuple(LABELS)))
         return {
             "image": images,
             "text": texts,
             "tops": tops,
-            "segment": local.segment(SegmentRequest(IMAGES[0], names)),
-            "proposals": local.segment(SegmentRequest(IMAGES[0], names, proposals=PROPOSALS)),
+            "segment": complete(segment(loaded, whole)),
+            "proposals": complete(segment(loaded, replace(whole, proposals=PROPOSALS))),
             "found": {f"{number}.png": score for number, score in enumerate(images @ texts[0])},
         }
 
