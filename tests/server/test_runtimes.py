@@ -267,7 +267,7 @@ def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own,
     )
 
     monkeypatch.setattr(
-        choice, "Encoder", lambda path, runtime, **_: wrong_unless(runtime == "openvino")
+        choice, "EncoderGraph", lambda path, runtime, **_: wrong_unless(runtime == "openvino")
     )
     found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
     assert [one.runtime for one in found if one.seconds] == []
