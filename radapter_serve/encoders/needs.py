@@ -72,10 +72,12 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     except Exception as error:
         if len(needs) == 1:
             return [task_error(error)]
-        half = len(needs) // 2
-        return encode_together(needs[:half]) + encode_together(needs[half:])
-    ends = itertools.accumulate(len(need.rows) for need in needs)
-    return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
+    else:
+        ends = itertools.accumulate(len(need.rows) for need in needs)
+        return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
+    # Here the error is let go of: the log has it once, not again for each half.
+    half = len(needs) // 2
+    return encode_together(needs[:half]) + encode_together(needs[half:])
 
 
 def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
