@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.alpha import Alpha, request_alpha
-from radapter_serve.contract.errors import ENCODER_FAILED, Cancelled, TaskError
+from radapter_serve.contract.errors import (
+    ENCODER_FAILED,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+)
 from radapter_serve.contract.preprocess import ImageFile, Preprocess, read_header
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.decoder import Decoder
@@ -156,6 +161,7 @@ class LoadedRelease:
         cancelled: Cancelled | None = None,
     ) -> Steps[NDArray[Any]]:
         """The step of a task that encodes rows, at a checked α or the release's own."""
+        check_cancelled(cancelled)
         if alpha is None:
             alpha = self.request_alpha(None)
         embeds: NDArray[Any] = yield Need(self, part, rows, alpha, cancelled)
