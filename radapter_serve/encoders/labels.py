@@ -126,8 +126,8 @@ class LabelCache:
 
     Args:
         release: tells the releases apart that share a store.
-        store: keeps the embeddings. Its `max_labels` also bounds how many labels the lists that are
-            kept have together.
+        store: keeps the embeddings. Its `max_labels` also bounds how many labels and templates the
+            lists that are kept have together.
     """
 
     def __init__(self, release: str, store: LabelStore) -> None:
@@ -135,7 +135,7 @@ class LabelCache:
         self._release = release
         # Callers mostly send the same list again; this saves them the walk through it.
         self._sets: OrderedDict[Any, LabelSet] = OrderedDict()
-        self._labels_in_sets = 0
+        self._texts_in_sets = 0
         self._lock = threading.Lock()
 
     def key(self, *parts: Any) -> bytes:
@@ -155,10 +155,14 @@ class LabelCache:
             if key in self._sets:  # another thread was quicker
                 return
             self._sets[key] = label_set
-            self._labels_in_sets += len(label_set.labels)
-            while len(self._sets) > 1 and self._labels_in_sets > self.store.max_labels:
+            self._texts_in_sets += _texts_of(label_set)
+            while len(self._sets) > 1 and self._texts_in_sets > self.store.max_labels:
                 _, dropped = self._sets.popitem(last=False)
-                self._labels_in_sets -= len(dropped.labels)
+                self._texts_in_sets -= _texts_of(dropped)
+
+
+def _texts_of(label_set: LabelSet) -> int:
+    return len(label_set.labels) + len(label_set.templates)
 
 
 def embed_labels(
