@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from radapter_serve.encoders import local_release as release
-from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders import encoder as module
+from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.openvino import openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
@@ -187,19 +190,51 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         EncoderGraph(broken, "torch")
 
 
+@pytest.mark.parametrize("asked", [None, "onnxruntime"])
 def test_a_release_is_run_by_its_own_runtime(
-    exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
 ) -> None:
-    asked = []
+    loaded = []
     copy = tmp_path / "repository"
     shutil.copytree(exported_tiny_clip / "model_repository" / "classify", copy / "classify")
     for folder in (copy / "classify").glob("[0-9]*"):
         dataclasses.replace(Release.load(folder), runtime="openvino").save(folder)
-    monkeypatch.setattr(
-        release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime))
+
+    def graph(path: Path, runtime: str, **how: Any) -> None:
+        loaded.append((path.parent.parent.name, path.name, runtime, how["threads"]))
+
+    monkeypatch.setattr(module, "EncoderGraph", graph)
+    load_release(copy, runtime=asked, threads=3)
+    assert loaded == [
+        (name, "model.onnx", asked or "openvino", 3) for name in ("image_encoder", "text_encoder")
+    ]
+
+
+def test_what_a_runtime_says_names_no_path() -> None:
+    def fails(*values: np.ndarray) -> np.ndarray:
+        raise ValueError("no /home/me/model.onnx here\nMore")
+
+    encoder = GraphEncoder({"image_encoder": fails})  # type: ignore[dict-item]
+    with pytest.raises(TaskError) as error:
+        encoder.images(np.zeros((1, 2, 2, 3), np.uint8))
+    assert str(error.value) == "[encoder_failed] image_encoder failed: no ... here"
+
+
+def test_alpha_is_given_only_to_graphs_that_have_it() -> None:
+    given: list[int] = []
+
+    def graph(*values: np.ndarray) -> np.ndarray:
+        given.append(len(values))
+        return values[0]
+
+    encoder = GraphEncoder(
+        dict.fromkeys(("image_encoder", "patch_encoder", "text_encoder"), graph)  # type: ignore[arg-type]
     )
-    release.load_release(copy)
-    assert asked == [("model.onnx", "openvino")] * 2
+    rows = np.zeros((1, 1), np.int32)
+    for encode in (encoder.images, encoder.patches, encoder.tokens):
+        encode(rows)  # type: ignore[arg-type]
+        encode(rows, np.zeros((1, 1), np.float32))  # type: ignore[arg-type]
+    assert given == [1, 2] * 3
 
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
@@ -218,7 +253,7 @@ def test_a_signal_after_openvino_is_handled(exported_tiny_clip: Path) -> None:
     """
     code = (
         "import os, signal, sys; from pathlib import Path; from radapter_serve.encoders.encoder"
-        " import Encoder;first, second = (EncoderGraph(Path(sys.argv[1]), 'openvino') for _ in"
+        " import EncoderGraph;first, second = (EncoderGraph(Path(sys.argv[1]), 'openvino') for _ in"
         " range(2)); del first; del second;signal.signal(signal.SIGUSR1, lambda *_:"
         " print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
     )

@@ -1,20 +1,45 @@
-"""Embeddings of labels against a plain loop, and their cache."""
+"""Embeddings of labels against a plain loop, and what is kept of them."""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.label_store import LabelStore
-from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelEmbedder, LabelSet
+from radapter_serve.encoders.labels import (
+    MAX_EXAMPLES,
+    Examples,
+    LabelCache,
+    LabelSet,
+    check_unknown_labels,
+    embed_labels,
+)
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import complete
+from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
+from tests.helpers.small_release import Local
 
 SIMPLE = ["a photo of a {}."]
+
+
+def embed(loaded: LoadedRelease, labels: list[str], templates: list[str] = SIMPLE, **how: Any):
+    return complete(embed_labels(loaded, labels, templates, **how))
+
+
+def with_store(
+    local: Local, file: Path | None = None, release: str = "", max_labels: int = 20_000
+) -> LoadedRelease:
+    """The release with a store of its own."""
+    loaded = local.changed()
+    loaded.label_cache = LabelCache(release, LabelStore(file, max_labels=max_labels))
+    return loaded
 
 
 def test_label_set_round_trip(tmp_path):
@@ -43,77 +68,76 @@ def test_a_file_of_too_many_examples_is_refused(tmp_path: Path) -> None:
 
 def test_embeddings_are_the_mean_over_names_and_templates(local):
     templates = ["a photo of a {}.", "a drawing of one {}"]
-    found = local.embed_labels(["cat, kitty", "a very long name of a dog"], templates)
+    found = embed(local.loaded, ["cat, kitty", "a very long name of a dog"], templates)
     assert found.labels == ("cat", "a very long name of a dog")
-    for names, embed in zip(
+    for names, row in zip(
         (["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True
     ):
-        prompts = [
-            template.replace("{}", name).encode() for name in names for template in templates
-        ]
-        mean = np.mean([local.embed_texts([[prompt]])[0].unwrap()[0] for prompt in prompts], axis=0)
-        np.testing.assert_allclose(embed, mean / np.linalg.norm(mean), atol=1e-6)
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        mean = np.mean([local.loaded.embed_texts([prompt])[0] for prompt in prompts], axis=0)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_only_what_is_missing_is_computed_once_and_by_length(local):
-    local.embed_labels(["cat", "dog"], SIMPLE)
+    embed(local.loaded, ["cat", "dog"])
     local.calls.clear()
-    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
+    embed(local.loaded, ["dog", "cat", "bird"])
     assert [shape[0] for shape in local.calls] == [1]
-    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
+    embed(local.loaded, ["dog", "cat", "bird"])
     assert len(local.calls) == 1
-    local.embed_labels(["cat"], ["another {}"])
+    embed(local.loaded, ["cat"], ["another {}"])
     assert len(local.calls) == 2
 
     local.calls.clear()
     words = [f"{'long ' * (index % 7)}label {index}" for index in range(200)]
-    local.embed_labels(words, SIMPLE)
+    embed(local.loaded, words)
     lengths = [shape[1] for shape in local.calls]
     assert [shape[0] for shape in local.calls] == [64, 64, 64, 8]
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
 
 
-def embedder(local, file=None, release="", max_labels=20_000) -> LabelEmbedder:
-    store = LabelStore(file, max_labels=max_labels)
-    return LabelEmbedder(local.tokenizer, local.encode_tokens, store=store, release=release)
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, shared):
     file = tmp_path / "labels.sqlite" if shared else None
-    small = embedder(local, file, max_labels=5)
+    small = with_store(local, file, max_labels=5)
     words = [f"thing {index}" for index in range(40)]
     for count in (40, 7, 39):
-        found = small(words[:count], SIMPLE)
-        expected = local.embed_labels(words[:count], SIMPLE)
+        found = embed(small, words[:count])
+        expected = embed(local.loaded, words[:count])
         np.testing.assert_allclose(found.embeds, expected.embeds, atol=1e-6)
     keys = [
-        small._key((None, hashlib.sha256(repr(("a photo of a {}.",)).encode()).digest()), word)
+        small.label_cache.key(
+            (None, hashlib.sha256(repr(("a photo of a {}.",)).encode()).digest()), word
+        )
         for word in words
     ]
-    assert len(small.store.get(keys)) == 5
+    assert len(small.label_cache.store.get(keys)) == 5
 
 
 def test_the_lists_that_are_kept_are_bounded(local):
-    small = embedder(local, max_labels=10)
+    small = with_store(local, max_labels=10)
+    kept = small.label_cache._sets
     words = [f"thing {index}" for index in range(40)]
     for start in range(0, 36, 4):
-        small(words[start : start + 4], SIMPLE)
-    assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets == 8
-    small(words, SIMPLE)  # a list by itself may be longer
-    assert [len(found.labels) for found in small._sets.values()] == [40]
+        embed(small, words[start : start + 4])
+    assert [len(found.labels) for found in kept.values()] == [4, 4]
+    for start in range(4):  # few labels may have many templates
+        embed(small, ["cat"], [f"{start + index} {{}}" for index in range(5)])
+    assert [len(found.templates) for found in kept.values()] == [5]
+    embed(small, words)  # a list by itself may be longer
+    assert [len(found.labels) for found in kept.values()] == [40]
 
 
 def test_what_one_process_embedded_the_others_need_not(local, tmp_path):
     file = tmp_path / "labels.sqlite"
     words = [f"thing {index}" for index in range(1200)]
-    first = embedder(local, file)(words, SIMPLE)
+    first = embed(with_store(local, file), words)
     local.calls.clear()
-    again = embedder(local, file)(words[::-1], SIMPLE)
+    again = embed(with_store(local, file), words[::-1])
     assert not local.calls
     np.testing.assert_array_equal(again.embeds, first.embeds[::-1])
-    embedder(local, file)([*words, "one more"], SIMPLE)
+    embed(with_store(local, file), [*words, "one more"])
     assert [rows for rows, _ in local.calls] == [1]
 
 
@@ -124,18 +148,10 @@ def test_what_one_process_embedded_the_others_need_not(local, tmp_path):
 def test_embeddings_of_another_release_template_or_alpha_are_others(
     local, tmp_path, release, templates, alpha
 ):
-    encoded = []
-
-    def encode(tokens, given=None):
-        encoded.append(given)
-        return local.encode_tokens(tokens)
-
     file = tmp_path / "labels.sqlite"
-    embedder(local, file)(["cat"], SIMPLE)
-    LabelEmbedder(local.tokenizer, encode, store=LabelStore(file), release=release)(
-        ["cat"], templates, alpha=alpha
-    )
-    assert len(encoded) == 1
+    embed(with_store(local, file), ["cat"])
+    embed(with_store(local, file, release), ["cat"], templates, alpha=alpha)
+    assert len(local.calls) == 2
 
 
 def test_labels_that_another_process_embeds_at_the_same_time_are_taken_from_it(
@@ -143,21 +159,21 @@ def test_labels_that_another_process_embeds_at_the_same_time_are_taken_from_it(
 ):
     file = tmp_path / "labels.sqlite"
     words = [f"thing {index}" for index in range(2048)]
-    other = embedder(local, file)
-    other(words[1024:], SIMPLE)
+    other = with_store(local, file)
+    embed(other, words[1024:])
     local.calls.clear()
-    ours = embedder(local, file)
-    store = ours.store.get
+    ours = with_store(local, file)
+    store = ours.label_cache.store.get
     asked: list[int] = []
 
     def late(keys):  # the other one is done when the first part has been embedded
         asked.append(len(keys))
         return {} if len(asked) == 1 else store(keys)
 
-    monkeypatch.setattr(ours.store, "get", late)
-    ours(words, SIMPLE)
+    monkeypatch.setattr(ours.label_cache.store, "get", late)
+    embed(ours, words)
     assert sum(rows for rows, _ in local.calls) == 1024
-    assert asked == [2048, 1024, 1024]
+    assert asked == [2048, *[256] * 8]
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, None])
@@ -167,21 +183,21 @@ def test_a_store_that_can_not_be_used_costs_no_answer(local, tmp_path, capsys, c
         file.mkdir()
     else:
         file.write_bytes(content)
-    embed = embedder(local, file)
+    loaded = with_store(local, file)
     for words in (["cat"], ["cat", "dog"]):
         np.testing.assert_allclose(
-            embed(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds, atol=1e-6
+            embed(loaded, words).embeds, embed(local.loaded, words).embeds, atol=1e-6
         )
     assert capsys.readouterr().err.count("embeddings of labels are not kept:") == 1
 
 
-def test_threads_may_share_an_embedder(local, tmp_path):
-    embed = embedder(local, tmp_path / "labels.sqlite")
+def test_threads_may_share_a_store(local, tmp_path):
+    loaded = with_store(local, tmp_path / "labels.sqlite")
     lists = [[f"thing {number + index}" for index in range(20)] for number in range(0, 400, 10)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda words: embed(words, SIMPLE), lists * 2))
+        found = list(pool.map(lambda words: embed(loaded, words), lists * 2))
     for words, one in zip(lists * 2, found, strict=True):
-        expected = local.embed_labels(words, SIMPLE)
+        expected = embed(local.loaded, words)
         np.testing.assert_allclose(one.embeds, expected.embeds, atol=1e-6)
 
 
@@ -199,17 +215,45 @@ def test_threads_may_share_an_embedder(local, tmp_path):
 )
 def test_bad_labels(local, labels, templates, message):
     with pytest.raises(TaskError, match=message):
-        local.embed_labels(labels, templates)
+        embed(local.loaded, labels, templates)
     assert not local.calls
 
 
+def test_labels_are_refused_at_once_as_they_would_be_later(local):
+    for labels, templates, message in (
+        (["cat", "cat"], SIMPLE, "is the same as label 1"),
+        (["cat"], ["no place"], r"no \{\}"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            check_unknown_labels(local.loaded, labels, templates, None)
+    check_unknown_labels(local.loaded, ["cat"], SIMPLE, None)
+
+
+def test_processes_of_a_server_share_a_file(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv(LABELS, str(tmp_path / "labels.sqlite"))
+    first, second, other = (Local(repository, version) for version in (2, 2, 1))
+    for local in (first, second, other):
+        embed(local.loaded, ["cat"])
+    assert [len(local.calls) for local in (first, second, other)] == [1, 0, 1]
+    at_another = second.loaded.turned(False)
+    assert at_another.label_cache is not second.loaded.label_cache
+
+
 def test_a_caller_who_gave_up_gets_no_more_batches(local):
-    asked = iter([False, True])
+    asked = iter([False, False, True])
     with pytest.raises(TaskError, match="cancelled"):
-        local.embed_labels(
-            [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked)
+        embed(
+            local.loaded, [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked)
         )
     assert len(local.calls) == 2
+
+
+def test_a_caller_who_gave_up_gets_no_more_batches_however_large_they_are(local):
+    loaded = local.changed(max_batch_size=1000)
+    with pytest.raises(TaskError, match="cancelled"):
+        labels = [f"thing {n}" for n in range(600)]
+        embed(loaded, labels, cancelled=lambda: bool(local.calls))
+    assert len(local.calls) == 1
 
 
 def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
@@ -221,31 +265,26 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
         before = len(local.calls)
         try:
             # As patient as 20 batches: none of the callers sees all of it.
-            found = local.embed_labels(
-                labels, SIMPLE, cancelled=lambda before=before: len(local.calls) - before > 20
+            found = embed(
+                local.loaded,
+                labels,
+                SIMPLE,
+                cancelled=lambda before=before: len(local.calls) - before > 20,
             )
             break
         except TaskError as error:
             assert error.code == "cancelled"
     assert tries == 3
-    again = local.embed_labels(labels[::-1], SIMPLE)
+    again = embed(local.loaded, labels[::-1])
     np.testing.assert_array_equal(found.embeds, again.embeds[::-1])
-    fresh = LabelEmbedder(local.tokenizer, local.encode_tokens)(labels[:100], SIMPLE)
+    fresh = embed(with_store(local), labels[:100])
     np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
 
 
 def test_a_long_list_tells_how_far_it_is(local):
     told: list[int] = []
-    local.embed_labels([f"thing {n}" for n in range(2500)], SIMPLE, progress=told.append)
-    assert told == [1024, 2048, 2500]
-
-
-def test_templates_are_not_kept(local):
-    templates = [f"{index} {{}}" for index in range(50)]
-    local.embed_labels(["cat"], templates)
-    local.embed_labels(["cat"], templates)
-    assert len(local.calls) == 1
-    assert all(isinstance(digest, bytes) for (_, digest), _ in local.embed_labels._sets)
+    embed(local.loaded, [f"thing {n}" for n in range(2500)], SIMPLE, progress=told.append)
+    assert told == [*range(256, 2500, 256), 2500]
 
 
 def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):

@@ -4,6 +4,7 @@ writes it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -289,6 +290,11 @@ class Local:
 
     def close(self) -> None:
         pass
+
+    def changed(self, **facts: Any) -> LoadedRelease:
+        """The release as if its facts were others."""
+        release = dataclasses.replace(self.loaded.release, **facts)
+        return self.loaded._changed(release=release)
 
     def _run(self, name: str, tensor: str, array: np.ndarray) -> np.ndarray:
         self.calls.append(array.shape)

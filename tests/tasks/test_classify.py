@@ -1,416 +1,259 @@
-"""The tasks in this process: scores against the formula, and errors that stay with their
-request.
+"""`embed_image`, `embed_text` and `classify` in this process: scores against the formula, and what
+is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import itertools
-import threading
-import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract import preprocess
-from radapter_serve.contract.preprocess import Preprocess, decode_into
-from radapter_serve.release.release import Release
-from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages
-from tests.helpers.small_models import release
-from tests.helpers.small_release import LABELS, SIZE, WIDTH, png
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.encoders import decoder
+from radapter_serve.encoders.labels import embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Steps, complete, run_together
+from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
+from radapter_serve.tasks.embed import (
+    EmbedImagesRequest,
+    EmbedTextsRequest,
+    embed_images,
+    embed_texts,
+)
+from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.table import TASKS
+from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png
 
 
-def answers(outcomes):
-    return [outcome.unwrap() for outcome in outcomes]
+def images(loaded: LoadedRelease, *data: bytes, **how: Any) -> Steps[Any]:
+    return embed_images(loaded, EmbedImagesRequest(data, **how))
 
 
-def failures(outcomes):
-    """The errors, None where there is an answer."""
-    return [outcome.error for outcome in outcomes]
+def ask(
+    loaded: LoadedRelease,
+    data: Sequence[bytes],
+    names: Sequence[str] | None = None,
+    *,
+    label_set: str | None = None,
+    templates: Sequence[str] | None = None,
+    **options: Any,
+) -> Steps[list[Ranking]]:
+    labels = Labels(names, label_set, templates)
+    return classify(loaded, ClassifyRequest(data, labels, **options))
 
 
-def test_embed_images(local):
-    requests = [[png(0)], [png(1), png(2, 90, 16)], [png(3, kind="JPEG")]]
-    embeds = answers(local.embed_images(requests))
-    assert [array.shape for array in embeds] == [(1, WIDTH), (2, WIDTH), (1, WIDTH)]
-    assert local.calls == [(4, SIZE, SIZE, 3)]
-    for request, rows in zip(requests, embeds, strict=True):
-        for data, row in zip(request, rows, strict=True):
-            pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(data)))
-            np.testing.assert_allclose(row, local.encode_images(pixels[None])[0], atol=1e-6)
-            assert np.linalg.norm(row) == pytest.approx(1)
+def test_embed_images(local: Local) -> None:
+    data = [png(0), png(1), png(2, 90, 16), png(3, kind="JPEG")]
+    found = complete(images(local.loaded, *data))
+    assert found.shape == (4, WIDTH) and local.calls == [(4, SIZE, SIZE, 3)]
+    for image, row in zip(data, found, strict=True):
+        pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(image)))
+        np.testing.assert_allclose(row, local.images(pixels[None])[0], atol=1e-6)
+        assert np.linalg.norm(row) == pytest.approx(1)
 
 
-def test_a_bad_image_fails_its_own_request_only(local):
-    good = png(0)
-    bad = png(1)[:60]
-    [alone] = answers(local.embed_images([[good]]))
-    results = local.embed_images([[bad], [good], [good, bad], [good]])
-    assert [error and error.code for error in failures(results)] == ["invalid_image", None] * 2
-    np.testing.assert_allclose(results[1].unwrap(), alone, atol=1e-6)
-    np.testing.assert_allclose(results[3].unwrap(), alone, atol=1e-6)
-    local.calls.clear()
-    assert local.embed_images([[bad]])[0].error
-    assert not local.calls
+def test_embed_texts(local: Local) -> None:
+    values = ("a cat", "a dog", "Ölkäfer", "a cat", "word " * 200, "x" * 10_000)
+    found = complete(embed_texts(local.loaded, EmbedTextsRequest(values)))
+    assert [shape[0] for shape in local.calls] == [5]
+    tokens = [local.loaded.tokenizer.batch(local.loaded.tokenizer.encode([one])) for one in values]
+    expected = np.concatenate([local.tokens(one) for one in tokens])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("counts", "max_batch_size", "expected"),
+    ("values", "message"),
     [
-        ((40, 40, 40), 64, [15] * 8),
-        ((64,), 64, [16] * 4),
-        ((9, 8), 64, [8, 9]),
-        ((16,), 64, [16]),
-        ((7,), 3, [2, 2, 3]),
+        (["a", " "], r"^\[invalid_argument\] text 2 of 2 is empty"),
+        (["x" * 10_001], r"^\[invalid_argument\] a text of 10001 characters"),
     ],
 )
-def test_many_images_are_encoded_in_parts(local, repository, counts, max_batch_size, expected):
-    facts = dataclasses.replace(
-        Release.load(repository / "classify" / "2"), max_batch_size=max_batch_size
-    )
-    embed = EmbedImages(facts, local.encode_images)
-    images = [png(number) for number in range(sum(counts))]
-    ends = list(itertools.accumulate(counts))
-    requests = [images[end - count : end] for count, end in zip(counts, ends, strict=True)]
-    found = np.concatenate(answers(embed(requests)))
-    assert [shape[0] for shape in local.calls] == expected
-    for image, row in zip(images, found, strict=True):
-        [[alone]] = answers(embed([[image]]))
-        np.testing.assert_allclose(row, alone, atol=1e-6)
-    embed.close()
+def test_bad_texts(values: list[str], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        EmbedTextsRequest(values)
 
 
-def test_a_bad_image_in_a_late_part_fails_its_own_request_only(local):
-    good = [png(number) for number in range(40)]
-    results = local.embed_images([good[:20], [*good[20:], b"nonsense"], good[:1]])
-    assert "image 21 of 21" in str(results[1].error)
-    expected = np.concatenate(answers(local.embed_images([[image] for image in good[:20]])))
-    np.testing.assert_allclose(results[0].unwrap(), expected, atol=1e-6)
-    np.testing.assert_allclose(results[2].unwrap(), expected[:1], atol=1e-6)
-
-
-def test_images_are_decoded_while_others_are_encoded(local, repository, monkeypatch):
-    late = threading.Event()
-    images = [png(number) for number in range(32)]
-    waited = []
-
-    def decode(data, *others):
-        if data.data == images[-1]:
-            late.set()
-        decode_into(data, *others)
-
-    def encode(pixels):
-        waited.append(late.wait(10))
-        return local.encode_images(pixels)
-
-    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
-    embed = EmbedImages(Release.load(repository / "classify" / "2"), encode)
-    assert answers(embed([images]))[0].shape == (32, WIDTH)
-    assert waited == [True, True]
-    embed.close()
-
-
-def release_of(repository) -> Release:
-    return Release.load(repository / "classify" / "2")
-
-
-def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(local, monkeypatch):
+def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 4600)
-    seen: list[bytes] = []
-    monkeypatch.setattr(
-        "radapter_serve.tasks.classify.decode_into", lambda file, *_: seen.append(file.data)
-    )
-    images = [png(seed) for seed in range(8)]  # 600 pixels each
-    broken = [images[0], b"nonsense"]
-    thin = [images[0], png(0, 4000, 1)]  # 16 x 64,000 pixels when it is resized
     monkeypatch.setattr("radapter_serve.contract.preprocess.LARGE_PIXELS", 1_000_000)
-    found = local.embed_images([images, broken, thin, images[:3]])
-    assert [one.error and one.error.code for one in found] == [
-        "image_too_large",
-        "invalid_image",
-        "image_too_large",
-        None,
-    ]
-    assert "have 4800 pixels together; at most 4600" in str(found[0].error)
-    assert "image of 4000 x 1, resized," in str(found[2].error)
-    assert sorted(seen) == sorted(images[:3])
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_no_more_images_are_decoded_when_the_caller_has_left(
-    local, repository, monkeypatch, threads
-):
-    decoded = []
-    gone = threading.Event()
-    load = preprocess._loaded
-
-    def note(*args):
-        decoded.append(args)
-        gone.set()
-        return load(*args)
-
-    monkeypatch.setattr(preprocess, "_loaded", note)
-    embed = EmbedImages(release_of(repository), local.encode_images, threads=threads)
-    images = [png(seed) for seed in range(20)]
-    left, stayed = embed([images, [png(99)]], cancelled=[gone.is_set, lambda: False])
-    assert left.error is not None
-    assert left.error.code == "cancelled"
-    assert stayed.unwrap().shape == (1, WIDTH)
-    assert len(decoded) <= threads + 1
-    embed.close()
-
-
-def test_threads_are_for_small_images_of_all_callers(local, repository, monkeypatch):
-    """No thread waits for the turn of a large image, and those who wait have turns."""
-    monkeypatch.setattr(preprocess, "LARGE_MEMORY", 8 * 700)
-    monkeypatch.setattr(preprocess, "POLL_SECONDS", 0.01)
-    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
-    small = [png(seed) for seed in range(3)]
-    large = [png(seed, 30, 30) for seed in range(6)]
-    waits = threading.Event()
-    found = []
-
-    def stays() -> bool:
-        waits.set()
-        return False
-
-    def ask() -> None:
-        found.append(embed([large], cancelled=[stays])[0])
-
-    thread = threading.Thread(target=ask, daemon=True)
-    with preprocess.turn(preprocess.read_header(large[0])):
-        thread.start()
-        assert waits.wait(60)
-        quick = run_in_time(lambda: embed([small])[0].unwrap())
-        assert quick.shape == (3, WIDTH)
-        assert not found
-    thread.join(60)
-    assert found[0].unwrap().shape == (6, WIDTH)
-    embed.close()
-
-
-def test_images_of_several_callers_are_decoded_in_turns(local, repository, monkeypatch):
-    many = [png(seed) for seed in range(12)]
-    few = [png(100), png(101)]
-    order: list[bytes] = []
-    free = threading.Semaphore(0)
-    began = threading.Semaphore(0)
-
-    def decode(file, *others):
-        order.append(file.data)
-        began.release()
-        assert free.acquire(timeout=60)
-        decode_into(file, *others)
-
-    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
-    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
-    submitted = threading.Semaphore(0)
-    submit = embed._submit
-
-    def note(work) -> None:
-        submit(work)
-        submitted.release()
-
-    monkeypatch.setattr(embed, "_submit", note)
-    threads = [
-        threading.Thread(target=embed, args=[[images]], daemon=True) for images in (many, few)
-    ]
-    for thread in threads:
-        thread.start()
-        for _ in range(2):
-            assert submitted.acquire(timeout=60)
-    for _ in range(2):  # of the first caller both threads decode one
-        assert began.acquire(timeout=60)
-    free.release(14)
-    for thread in threads:
-        thread.join(60)
-    # Behind the two that were begun, and at most one more that its thread took on at once.
-    assert {order.index(image) for image in few} <= {2, 3, 4}
-    assert len(order) == 14
-    embed.close()
-
-
-def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(local, repository, monkeypatch):
-    embed = EmbedImages(release_of(repository), local.encode_images, threads=2)
-    images = [png(seed) for seed in range(8)]
-    expected = embed([images])[0].unwrap()
-    closing: list[threading.Thread] = []
-
-    def decode(file, *others):
-        if not closing:
-            closing.append(threading.Thread(target=embed.close, daemon=True))
-            closing[0].start()
-        decode_into(file, *others)
-
-    monkeypatch.setattr("radapter_serve.tasks.classify.decode_into", decode)
-    found = run_in_time(lambda: embed([images])[0].unwrap())
-    np.testing.assert_array_equal(found, expected)
-    closing[0].join(60)
-
-
-def run_in_time(work):
-    """What `work` gives, or None where it hangs."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(60)
-    return found[0] if found else None
-
-
-def test_an_error_lets_go_of_its_image(local, monkeypatch):
-    opened: list[weakref.ref] = []
-    real = Image.open
-
-    def note(*args, **options):
-        image = real(*args, **options)
-        opened.append(weakref.ref(image))
-        return image
-
-    monkeypatch.setattr(Image, "open", note)
-    [found] = local.embed_images([[png(0)[:-40]]])
-    assert found.error.code == "invalid_image"
-    assert len(opened) == 2  # for its header and for its pixels
-    assert [one() for one in opened] == [None, None]
-
-
-def test_what_is_wrong_is_said_before_labels_are_embedded(local):
-    labels = [[b"new one", b"new two"]]
-    cases = [
-        (ClassifyRequest([b"nonsense"], labels), "invalid_image"),
-        (
-            ClassifyRequest([png(0)], labels, examples=[[png(1)]], example_labels=[[2]]),
-            "there are labels 0 to 1",
-        ),
-        (
-            ClassifyRequest([png(0)], labels, examples=[[b"x"]], example_labels=[[1]]),
-            "example 1 of 1: 1 bytes are not an image",
-        ),
-        (ClassifyRequest([png(0)] * 2, [*labels, [b"new", b" "]]), "label 2 of 2 is empty"),
-    ]
-    for request, message in cases:
-        [found] = local.classify([request])
-        assert message in str(found.error)
+    monkeypatch.setattr(decoder, "decode_into", lambda *_: pytest.fail("decoded"))
+    data = [png(seed) for seed in range(8)]  # 600 pixels each
+    # The last is 16 x 64,000 pixels when it is resized.
+    for asked, message in (
+        (data, "have 4800 pixels together; at most 4600"),
+        ([data[0], b"nonsense"], "image 2 of 2: 6 bytes are not an image"),
+        ([data[0], png(0, 4000, 1)], "image of 4000 x 1, resized,"),
+    ):
+        for task in (images(local.loaded, *asked), ask(local.loaded, asked, ["a"])):
+            with pytest.raises(TaskError, match=message):
+                complete(task)
     assert not local.calls
 
 
-def test_embed_texts(local):
-    results = local.embed_texts(
-        [[b"a cat", b"a dog"], [b" "], [b"a dog"], [b"\xff"], ["Ölkäfer".encode()]]
-    )
-    assert [error is None for error in failures(results)] == [True, False, True, False, True]
-    assert "text 1 of 1 is empty" in str(results[1].error)
-    assert "UTF-8" in str(results[3].error)
-    np.testing.assert_array_equal(results[0].unwrap()[1], results[2].unwrap()[0])
-    assert local.calls == [(3, max(shape[1] for shape in local.calls))]
+def by_hand(
+    loaded: LoadedRelease, image: bytes, names: Sequence[str], templates: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """The labels' first names, and the cosines."""
+    label_set = complete(embed_labels(loaded, names, templates))
+    embed = complete(images(loaded, image))[0].astype(np.float64)
+    return list(label_set.labels), label_set.embeds @ embed
 
 
-def test_too_long_a_text_fails_its_own_request_only(local):
-    results = local.embed_texts([[b"a cat"], [b"x" * 10_001], [b"x" * 10_000]])
-    assert [error is None for error in failures(results)] == [True, False, True]
-    assert "a text of 10001 characters" in str(results[1].error)
+def check(found: Ranking, labels: Sequence[str], scores: np.ndarray, count: int) -> None:
+    best = np.argsort(-scores)[:count]
+    assert found.labels == [labels[place] for place in best]
+    np.testing.assert_allclose(found.scores, scores[best], rtol=1e-5)
 
 
-def test_prompts_are_counted_over_all_rows_of_a_request(local):
-    lists = [[f"{row} {index}".encode() for index in range(7_000)] for row in range(3)]
-    [error] = failures(local.classify([ClassifyRequest([png(0)] * 3, lists)]))
-    assert "21000 prompts" in str(error)
+def test_classify_is_the_softmax_of_scaled_cosines(local: Local) -> None:
+    names = ["cat", "dog", "bird, fowl", "fish", "a man", "tree"]
+    labels, cosines = by_hand(local.loaded, png(5), names, ["a photo of a {}."])
+    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
+    for options, count in (({}, 5), ({"top_k": 100}, 6), ({"top_k": 2}, 2)):
+        [found] = complete(ask(local.loaded, [png(5)], names, **options))
+        check(found, labels, scores, count)
+    labels, cosines = by_hand(local.loaded, png(5), names, ["one {}", "two {}"])
+    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
+    [found] = complete(ask(local.loaded, [png(5)], names, templates=["one {}", "two {}"]))
+    check(found, labels, scores, 5)
+
+
+def test_sigmoid_where_the_model_has_a_bias(local: Local) -> None:
+    loaded = local.changed(logit_bias=-3.0)
+    labels, cosines = by_hand(loaded, png(5), ["cat", "dog"], loaded.release.templates)
+    [found] = complete(ask(loaded, [png(5)], ["cat", "dog"]))
+    check(found, labels, 1 / (1 + np.exp(-(10 * cosines - 3))), 2)
+
+
+def test_a_label_set_of_the_release(local: Local) -> None:
+    labels, cosines = by_hand(local.loaded, png(5), LABELS, ["a {}"])
+    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
+    local.calls.clear()
+    [found, _] = complete(ask(local.loaded, [png(5), png(6)], label_set="colours"))
+    check(found, labels, scores, 4)
+    assert local.calls == [(2, SIZE, SIZE, 3)]  # its labels were embedded when it was made
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({}, "no_labels", "give labels, or a label_set of this release: colours"),
+        ({"names": []}, "no_labels", "no labels; give at least one"),
+        ({"names": ["a", " "]}, "invalid_argument", "label 2 of 2 is empty"),
+        ({"names": ["a", "a"]}, "invalid_argument", "label 2, 'a', is the same as label 1"),
+        ({"names": ["a" * 1001]}, "invalid_argument", "a label of 1001 characters"),
+        ({"names": ["a"], "templates": []}, "invalid_argument", ""),
+        ({"names": ["a"], "templates": ["no place"]}, "invalid_argument", "has no {}"),
+        ({"names": ["a"], "label_set": "colours"}, "invalid_argument", "not both"),
+        ({"templates": ["{}"], "label_set": "colours"}, "invalid_argument", "not both"),
+        ({"label_set": "colors"}, "unknown_label_set", "there are: colours"),
+        ({"label_set": "c" * 10_001}, "unknown_label_set", f"no label set '{'c' * 79} in this"),
+        ({"names": ["a"], "top_k": 0}, "invalid_argument", "top_k is 0; allowed: whole numbers"),
+        ({"names": ["a"], "alpha": float("nan")}, "invalid_argument", "alpha is nan"),
+        (
+            {"names": [f"{number}" for number in range(20_001)]},
+            "invalid_argument",
+            "20001 prompts",
+        ),
+    ],
+)
+def test_what_is_refused_before_anything_is_encoded(
+    local: Local, options: dict[str, Any], code: str, message: str
+) -> None:
+    with pytest.raises(TaskError) as error:
+        complete(ask(local.loaded, [png(0)], **options))
+    assert error.value.code == code and message in error.value.message
     assert not local.calls
-    [error] = failures(local.classify([ClassifyRequest([png(0)], [[b"a" * 1_001]])]))
-    assert "a label of 1001 characters" in str(error)
-    [classes] = answers(local.classify([ClassifyRequest([png(0)] * 50, [lists[0][:500]] * 50)]))
-    assert len(classes.labels) == 50
 
 
-def expected(local, image: bytes, labels: list[str], templates: list[str]) -> dict[str, float]:
-    image_embed = local.embed_images([[image]])[0].unwrap()[0]
-    label_set = local.embed_labels(labels, templates)
-    logits = 10 * label_set.embeds.astype(np.float64) @ image_embed
-    exponents = np.exp(logits)
-    return dict(zip(label_set.labels, exponents / exponents.sum(), strict=True))
+def test_a_bad_image_is_refused_before_labels_are_embedded(local: Local) -> None:
+    with pytest.raises(TaskError, match=r"\[invalid_image\]"):
+        complete(ask(local.loaded, [b"nonsense"], ["new one"]))
+    assert not local.calls
 
 
-def test_classify_is_the_softmax_of_scaled_cosines(local):
-    image = png(5)
-    labels = [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
-    scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
-    [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
-    best = sorted(scores, key=lambda label: scores[label], reverse=True)
-    assert classes.labels.tolist() == [best[:5]]
-    np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
-    [classes] = answers(local.classify([ClassifyRequest([image], [labels], top_k=[100])]))
-    assert classes.labels.tolist() == [best]
-    assert classes.scores.sum() == pytest.approx(1)
+def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) -> None:
+    def tasks() -> list[Steps[list[Ranking]]]:
+        loaded = local.loaded
+        return [
+            ask(loaded, [png(7)], ["cat", "dog"]),
+            ask(loaded, [b"nonsense"], ["cat", "dog"]),
+            ask(loaded, [png(7)], label_set="colours", top_k=2),
+            ask(loaded, [png(7)], ["cat"], templates=["one {}", "two {}"]),
+            ask(loaded, [png(7), png(8)], ["x", "y", "z"]),
+            ask(loaded, [png(7)], label_set="colors"),
+        ]
+
+    together = run_together(tasks())
+    alone = [run_together([task])[0] for task in tasks()]
+    for found, expected in zip(together, alone, strict=True):
+        if isinstance(expected, TaskError):
+            assert str(found) == str(expected)
+            continue
+        for one, other in zip(found, expected, strict=True):
+            assert one.labels == other.labels
+            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
+    assert [isinstance(one, TaskError) for one in together] == [0, 1, 0, 0, 0, 1]
 
 
-def test_sigmoid_where_the_model_has_a_bias(local):
-    sigmoid = release(alpha=0.5, templates=["a {}"], logit_scale=10.0, logit_bias=-3.0)
-    classify = Classify(sigmoid, local.embed_images, local.embed_labels, {})
-    [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
-    label_set = local.embed_labels(["cat", "dog"], ["a {}"])
-    image = local.embed_images([[png(5)]])[0].unwrap()[0]
-    expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
-    np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
+def test_embeddings_that_are_not_finite_are_no_ranking(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = np.full((1, WIDTH), np.nan, np.float32)
+    monkeypatch.setattr(local, "images", lambda *_: spoilt)
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
+        complete(ask(local.loaded, [png(0)], ["a"]))
 
 
-def test_label_sets_may_come_as_an_array(local):
-    """Triton gives the names of a request's images so."""
-    names: Any = np.array([b"colours", b"colours"], object)
-    images = [png(5), png(7)]
-    [found] = answers(local.classify([ClassifyRequest(images, label_set=names, top_k=[2])]))
-    [wanted] = answers(local.classify([ClassifyRequest(images, label_set=list(names), top_k=[2])]))
-    assert found.labels.tolist() == wanted.labels.tolist()
-    np.testing.assert_array_equal(found.scores, wanted.scores)
+def test_ten_thousand_labels(local: Local) -> None:
+    names = [f"label {index}" for index in range(10_000)]
+    [found] = complete(ask(local.loaded, [png(0)], names))
+    assert len(found.labels) == 5 and (np.diff(found.scores) <= 0).all()
 
 
-def test_requests_of_all_kinds_share_a_batch(local):
-    good = png(7)
-    bad = b"nonsense"
-    requests = [
-        ClassifyRequest([good], [[b"cat", b"dog"]]),
-        ClassifyRequest([bad], [[b"cat", b"dog"]]),
-        ClassifyRequest([good], label_set=[b"colours"], top_k=[2]),
-        ClassifyRequest([good], [[b"cat"]], templates=[[b"one {}", b"two {}"]]),
-        ClassifyRequest([good, png(8)], [[b"x", b"y", b"z"], [b"y", b"z", b"q"]]),
-        ClassifyRequest([good], label_set=[b"colors"]),
-        ClassifyRequest([good]),
-        ClassifyRequest([good], [[b"cat"]], label_set=[b"colours"]),
-        ClassifyRequest([good], [[b"cat"]], top_k=[0]),
-        ClassifyRequest([good], [[b"cat"]], templates=[[b"no place"]]),
-        ClassifyRequest([good], [[]]),
-        ClassifyRequest([good], [[b"cat"]], templates=[[]]),
-        ClassifyRequest([good], [[b"cat"]], alpha=[float("nan")]),
-    ]
-    results = local.classify(requests)
-    alone = [local.classify([request])[0] for request in requests]
-    for together, single in zip(results, alone, strict=True):
-        assert str(together.error) == str(single.error)
-        if single.error is None:
-            assert together.unwrap().labels.tolist() == single.unwrap().labels.tolist()
-            np.testing.assert_allclose(together.unwrap().scores, single.unwrap().scores, rtol=1e-5)
-    codes = [error.code if error else "" for error in failures(results)]
-    assert codes == [
-        "",
-        "invalid_image",
-        "",
-        "",
-        "",
-        "unknown_label_set",
-        "no_labels",
-        *["invalid_argument"] * 3,
-        "no_labels",
-        "invalid_argument",
-        "invalid_argument",
-    ]
-    assert results[5].error.message.endswith("there are: colours")
-    assert set(results[2].unwrap().labels[0]) < {label.split(",")[0] for label in LABELS}
-    assert results[4].unwrap().labels.shape == (2, 3)
+def column(*rows: Any, kind: Any = object) -> np.ndarray:
+    return np.array(rows, kind)
 
 
-def test_ten_thousand_labels(local):
-    labels = [f"label {index}".encode() for index in range(10_000)]
-    [classes] = answers(local.classify([ClassifyRequest([png(0)], [labels])]))
-    assert classes.labels.shape == (1, 5)
-    assert (np.diff(classes.scores[0]) <= 0).all()
+def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
+    """On the wire each row has all of them; answers are as wide as that with most labels."""
+    task = TASKS["classify"]
+    inputs = {
+        "image": column([png(0)], [png(1)], [png(2)], [png(3)]),
+        "labels": column([b"x", b"y", b"z"], [b"x", b"y", b"z"], [b"a", b"b", b"c"], [b"a"] * 3),
+        "top_k": column([2], [2], [3], [1], kind=np.int32),
+    }
+    inputs["labels"][3] = [b"d", b"e", b"f"]
+    task.check("classify", inputs)
+    requests = task.read(local.loaded, inputs, lambda name: True)
+    assert [len(one.images) for one in requests] == [2, 1, 1]
+    run = task.make(local.loaded, lambda: [])
+    outputs = task.write(run_together([run(one, None) for one in requests]))
+    assert outputs["label"].shape == outputs["score"].shape == (4, 3)
+    for row, count in enumerate((2, 2, 3, 1)):
+        names = [one.decode() for one in inputs["labels"][row]]
+        [alone] = complete(ask(local.loaded, [png(row)], names, top_k=count))
+        wide = [*alone.labels, *[""] * (3 - count)]
+        assert [one.decode() for one in outputs["label"][row]] == wide
+        np.testing.assert_allclose(outputs["score"][row, :count], alone.scores, rtol=1e-5)
+        assert not outputs["score"][row, count:].any()
+
+
+def test_prompts_are_counted_over_all_rows_of_a_request(local: Local) -> None:
+    def read(lists: list[list[str]]) -> list[Any]:
+        rows = [[name.encode() for name in names] for names in lists]
+        inputs = {"image": column(*[[png(0)]] * len(lists)), "labels": column(*rows)}
+        return TASKS["classify"].read(local.loaded, inputs, lambda name: True)
+
+    lists = [[f"{row} {index}" for index in range(7_000)] for row in range(3)]
+    with pytest.raises(TaskError, match=r"\[invalid_argument\] 21000 prompts"):
+        read(lists)
+    # A list that some rows have counts once.
+    assert len(read([lists[0], lists[1], lists[0], lists[0], lists[1]])) == 4
