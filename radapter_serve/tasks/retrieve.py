@@ -80,13 +80,13 @@ class RetrieveRequest:
 @dataclass(frozen=True)
 class Hit:
     """An image that was found: its id, its cosine, its metadata as JSON, and its thumbnail as JPEG;
-    None where thumbnails were not asked for.
+    empty where it was not asked for, or there is none.
     """
 
     id: str
     score: float
     metadata: str
-    thumbnail: bytes | None
+    thumbnail: bytes
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def _write_hits(answers: Sequence[Retrieved]) -> dict[str, NDArray[Any]]:
         "index_version": _bytes([answer.index_version]),
     }
     if answer.thumbnails:
-        outputs["thumbnail"] = _bytes(hit.thumbnail or b"" for hit in answer.hits)
+        outputs["thumbnail"] = _bytes(hit.thumbnail for hit in answer.hits)
     return outputs
 
 
