@@ -22,7 +22,7 @@ from radapter_serve.contract.errors import (
     TaskError,
     check_cancelled,
 )
-from radapter_serve.contract.preprocess import ImageFile, Preprocess, read_header
+from radapter_serve.contract.preprocess import ImageFile, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder, load_graphs
@@ -131,10 +131,7 @@ class LoadedRelease:
         Raises:
             TaskError: no image, broken, or too large.
         """
-        file = read_header(data)
-        self.preprocess.check(file.width, file.height)
-        [pixels] = self.decoder.start([file])()
-        return np.asarray(pixels)
+        return decode_pixels(data, self.preprocess)
 
     def embed_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Prepared images to float32 [N, D]; any N."""

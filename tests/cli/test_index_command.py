@@ -23,14 +23,15 @@ from PIL import Image
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
+from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
+from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
 from tests.helpers.indexes import table
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
@@ -131,7 +132,7 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
-    facts = load_release("model_repository").facts
+    facts = load_release("model_repository").release
     again = {
         **facts.to_dict(),
         "version": 9,
@@ -149,7 +150,7 @@ def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     ]
     for change in changes:
         assert dataclasses.replace(facts, **change).digest != facts.digest
-    first, second = (load_release(f"model_repository@{number}").facts.digest for number in (1, 2))
+    first, second = (load_release(f"model_repository@{number}").release.digest for number in (1, 2))
     assert first != second
 
 
@@ -216,15 +217,9 @@ def test_printed_commands_name_the_repository(
 
 def search(models: Path, version: int) -> Retrieved:
     """The answer of a server that has one release."""
-    release = load_release(models, version)
-    retrieve = Retrieve(
-        release.facts,
-        Path("indexes"),
-        lambda text: release.embed_texts([text.decode()])[0],
-        lambda image: release.encode_images([release.prepare(image)])[0],
-        origin=f"{models.absolute()}@{version}",
-    )
-    return retrieve(RetrieveRequest(b"photos", Query([b"a photo"])))
+    loaded = load_release(f"{models}@{version}")
+    request = RetrieveRequest("photos", Query(["a photo"]))
+    return complete(retrieve(Indexes(loaded), request))
 
 
 def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
@@ -237,20 +232,20 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
         assert release_command.main([*command, *where]) == 0
     assert main(["build", "photos", "--out", "indexes/photos", *where]) == 0
     assert f"release 1 of {models.absolute()} embeds: " in capsys.readouterr().out
-    assert len(search(models, 1).ids) == 5
+    assert len(search(models, 1).hits) == 5
 
     # Another release is served: the index still grows by its own, and is refused with what ends
     # that.
     assert release_command.main(["load", "2", *where]) == 0
     shutil.copy("photos/0.png", "photos/copy.png")
     assert main(["add", "--out", "indexes/photos"]) == 0
-    assert "release 1 of" in capsys.readouterr().out and len(search(models, 1).ids) == 6
+    assert "release 1 of" in capsys.readouterr().out and len(search(models, 1).hits) == 6
     with pytest.raises(TaskError, match="the server's log has the command") as refused:
         search(models, 2)
     assert refused.value.code == INDEX_MISMATCH and str(place) not in str(refused.value)
     (advice,) = printed(capsys.readouterr().err)
     assert main(shlex.split(advice)) == 0
-    assert len(search(models, 2).ids) == 6
+    assert len(search(models, 2).hits) == 6
 
     # So does the advice on damage.
     (data,) = (table(Path("indexes/photos")) / "data").iterdir()
@@ -259,7 +254,7 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     assert main(["verify", "indexes/photos"]) == 2
     (advice,) = printed(capsys.readouterr().err)
     assert main(shlex.split(advice)) == 0 and main(["verify", "indexes/photos"]) == 0
-    assert len(search(models, 2).ids) == 6
+    assert len(search(models, 2).hits) == 6
 
 
 def test_a_load_says_what_the_release_lacks(
@@ -340,8 +335,7 @@ def test_what_a_stopped_build_prints_works(
         "64",
         "--no-exif-orientation",
     ]
-    release = load_release(dynamic_tiny_clip)
-    release.set_alpha(0.8)
+    release = load_release(dynamic_tiny_clip).at(0.8)
     with pytest.raises(RAdapterError, match="are kept: give the same command again to continue"):
         build(
             "my photos",
@@ -389,7 +383,7 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
             )
             clean = io.BytesIO()
             turned.save(clean, "PNG")
-            (embed,) = release.encode_images([release.prepare(clean.getvalue())])
+            (embed,) = release.embed_pixels([release.pixels(clean.getvalue())])
             (hit,) = index.search(embed, 1, f"path = 'turned {orientation}.png'")
             assert hit.score == pytest.approx(1, abs=1e-5)
             assert (hit.metadata["width"], hit.metadata["height"]) == turned.size
@@ -409,7 +403,7 @@ def test_a_stopped_build_is_put_in_order_by_sigterm(
     def stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(LoadedRelease, "encode_images", stop)
+    monkeypatch.setattr(LoadedRelease, "embed_pixels", stop)
     assert main(["build", "photos", "--out", "i"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(place.glob(".i*"))

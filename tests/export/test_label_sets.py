@@ -1,6 +1,4 @@
-"""Label sets with labels by example: their files, what a release holds of them, and their
-calibration.
-"""
+"""Label sets with labels by example: their files, and what a release holds of them."""
 
 from __future__ import annotations
 
@@ -17,9 +15,8 @@ from radapter_export import ExportSettings, export_release
 from radapter_export.label_sets import MAX_SHOWN, read_label_set
 from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.confidence import fit_sigmoid
 from radapter_serve.model import Model
 from tests.helpers.small_release import png
 
@@ -60,8 +57,8 @@ def by_hand(local: LoadedRelease, templates: list[str], shown: Path) -> np.ndarr
         prompts = [template.replace("{}", name) for name in names for template in templates]
         texts.append(unit(local.embed_texts(prompts).mean(0)))
     files = ["cat.png", "dog.png", "walls/1.png", "walls/2.png"]
-    cat, dog, *walls = local.encode_images(
-        [local.prepare((shown / file).read_bytes()) for file in files]
+    cat, dog, *walls = local.embed_pixels(
+        [local.pixels((shown / file).read_bytes()) for file in files]
     )
     return np.stack(
         [
@@ -90,53 +87,45 @@ def test_a_release_has_labels_by_example(
     np.testing.assert_allclose(found.embeds, expected, atol=1e-5)
     with Model(repository) as model:
         if alphas == "dynamic":
-            local.set_alpha(0.2)
+            local = local.at(0.2)
             expected = by_hand(local, templates, label_file.parent)
         alpha = 0.2 if alphas == "dynamic" else None
         answer = model.classify(png(9), label_set="animals", alpha=alpha)
-        with pytest.raises(InvalidRequest, match="'animals' has labels by example, to which no"):
-            model.classify(png(9), label_set="animals", unknown=0.5)
-    [embed] = local.encode_images([local.prepare(png(9))])
+        for fitted in ({"unknown": 0.5}, {"calibrated": True}, {"multi_label": True}):
+            with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
+                model.classify(png(9), label_set="animals", **fitted)
+    [embed] = local.embed_pixels([local.pixels(png(9))])
     scores = np.exp(exported.release.logit_scale * (expected @ embed))
     scores /= scores.sum()
     assert answer.labels == [NAMES[place] for place in np.argsort(-scores)]
     np.testing.assert_allclose(answer.scores, -np.sort(-scores), rtol=1e-3)
 
 
-def test_its_scores_are_fitted_where_the_validation_data_has_its_labels(
+def test_validation_fits_scores_to_labels_by_text_alone(
     quick: None,
     adapter_path: Path,
     many_photos: Path,
     label_file: Path,
     folders: dict[str, Any],
 ) -> None:
-    other = label_file.with_name("other.yaml")
-    other.write_text("[{label: a cat, images: cat.png}]", encoding="utf-8")
     data = f"imagefolder:{many_photos}"
-    settings = ExportSettings(
-        **folders,
-        label_sets={"animals": label_file, "other": other},
-        validation=data,
-        max_drop=100,
-    )
+    sets = {"animals": label_file}
+    settings = ExportSettings(**folders, label_sets=sets, validation=data, max_drop=100)
     (exported,) = export_release(adapter_path, [0.7], settings)
-    facts = exported.release.label_sets
-    assert "confidence" not in facts["other"]
-    assert any("no scores are fitted to the label set other" in one for one in exported.warnings)
-    local = load_release(str(folders["model_repository"]))
-    paths = sorted(many_photos.rglob("*.png"))
-    images = local.encode_images([local.prepare(path.read_bytes()) for path in paths])
-    cosines = images @ by_hand(local, exported.release.templates, label_file.parent).T
-    truth = np.array([NAMES.index(path.parent.name) for path in paths])
-    assert facts["animals"]["accuracy"] == pytest.approx((cosines.argmax(1) == truth).mean())
-    fitted = facts["animals"]["confidence"]
-    assert fitted != exported.release.confidence
-    scale, bias = fit_sigmoid(cosines, truth)
-    assert (fitted["scale"], fitted["bias"]) == pytest.approx((scale, bias), rel=1e-3)
+    assert exported.release.confidence is not None
+    known = {"labels", "templates", "digest", "examples"}
+    assert exported.release.label_sets["animals"].keys() == known
+    # The embeddings with examples in them are none of the texts'.
+    plain = ExportSettings(
+        folders["model_repository"].with_name("plain"), validation=data, max_drop=100
+    )
+    (without,) = export_release(adapter_path, [0.7], plain)
+    assert without.release.confidence == exported.release.confidence
+    image = sorted(many_photos.rglob("*.png"))[0]
     with Model(folders["model_repository"]) as model:
-        found = model.classify(paths[0], label_set="animals", multi_label=True, threshold=0)
-    expected = 1 / (1 + np.exp(-(scale * cosines[0] + bias)))
-    np.testing.assert_allclose(found.scores, expected[np.argsort(-cosines[0])], rtol=1e-2)
+        with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
+            model.classify(image, label_set="animals", calibrated=True)
+        assert model.classify(image, NAMES, calibrated=True).labels
 
 
 def test_examples_may_not_be_among_the_validation_images(

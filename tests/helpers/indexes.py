@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Need, complete
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
 from radapter_serve.index.index import Index
 from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.table import Table
+from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
 
 
 def generation(out: Path) -> Path:
@@ -48,22 +51,27 @@ def opened(out: Path, **sizes: int) -> Index:
 
 
 def retrieving(
-    release: LoadedRelease,
+    loaded: LoadedRelease,
     indexes: Path,
     query: NDArray[np.float32],
     clock: Callable[[], float] = time.monotonic,
-) -> Any:
+) -> Callable[[RetrieveRequest], Retrieved]:
     """The task `retrieve` of a release, to which everything that is asked is one query.
 
     Args:
-        release: whose indexes are searched.
+        loaded: whose indexes are searched.
         indexes: folder of these.
         query: float32 [D], unit length.
         clock: by which it asks again what was published last.
     """
-    from radapter_serve.tasks.retrieve import Retrieve
+    own = copy.copy(loaded)
+    own.indexes = indexes
+    opened = Indexes(own, clock=clock)
 
-    return Retrieve(release.facts, indexes, lambda _: query, lambda _: query, clock=clock)
+    def embed(needs: Sequence[Need]) -> list[NDArray[np.float32]]:
+        return [np.stack([query] * len(need.rows)) for need in needs]
+
+    return lambda request: complete(retrieve(opened, request), embed)
 
 
 def point_again(out: Path) -> None:

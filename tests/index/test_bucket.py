@@ -188,7 +188,7 @@ def test_a_server_goes_over_to_what_was_published_last(
 
     def count() -> int:
         clock.now += POLL
-        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
+        return len(retrieve(RetrieveRequest("photos", Query(["a"]), top_k=100)).hits)
 
     assert count() == 5
     # An image of the index asks by its id, and pages are as in a folder.
@@ -196,9 +196,9 @@ def test_a_server_goes_over_to_what_was_published_last(
     linked = open_index(tmp_path / "indexes" / "photos")
     name = here.search(QUERY, 1)[0].id
     np.testing.assert_array_equal(linked.embeddings([name]), here.embeddings([name]))
-    page = RetrieveRequest(b"photos", Query(ids=[name.encode()]), top_k=2, offset=1)
+    page = RetrieveRequest("photos", Query(ids=[name]), top_k=2, offset=1)
     following = retrieve(page)
-    assert list(following.ids) == [
+    assert [hit.id for hit in following.hits] == [
         hit.id for hit in here.search(here.embeddings([name])[0], 2, offset=1)
     ]
     write(photos / "new.png", 9)
@@ -207,7 +207,7 @@ def test_a_server_goes_over_to_what_was_published_last(
     publish(tmp_path / "index", URL)
     assert count() == 6
     with pytest.raises(TaskError, match=r"\[index_replaced\]"):
-        retrieve(dataclasses.replace(page, index_version=following.index_version.encode()))
+        retrieve(dataclasses.replace(page, index_version=following.index_version))
     client.delete_object(Bucket="pictures", Key="indexes/photos/index.json")
     assert count() == 6  # who can't ask goes on
 
@@ -290,17 +290,17 @@ def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
     link(URL, tmp_path / "indexes" / "photos")
     clock = FakeClock()
     retrieve = retrieving(release, tmp_path / "indexes", QUERY, clock.monotonic)
-    request = RetrieveRequest(b"photos", Query([b"a"]), top_k=100)
-    assert len(retrieve(request).ids) == 5
+    request = RetrieveRequest("photos", Query(["a"]), top_k=100)
+    assert len(retrieve(request).hits) == 5
     put_broken(client, read_facts(tmp_path / "index"), "g-0123456789abcdef")
     for _ in range(2):
         clock.now += POLL
-        assert len(retrieve(request).ids) == 5
+        assert len(retrieve(request).hits) == 5
     log = capsys.readouterr().err
     assert "publish it again: radapter-index publish" in log and "radapter-index build" not in log
     publish(tmp_path / "index", URL)
     clock.now += POLL
-    assert len(retrieve(request).ids) == 5
+    assert len(retrieve(request).hits) == 5
 
 
 def test_a_storage_is_asked_again_five_seconds_after_its_answer(
@@ -527,4 +527,4 @@ def test_storage_that_does_not_answer(
         open_index(tmp_path / "indexes" / "photos")
     retrieve = retrieving(FakeRelease(), tmp_path / "indexes", QUERY)
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
-        retrieve(RetrieveRequest(b"photos", Query([b"a"])))
+        retrieve(RetrieveRequest("photos", Query(["a"])))

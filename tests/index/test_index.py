@@ -53,29 +53,58 @@ from tests.helpers.small_models import release as release_facts
 DIM = 16
 
 
+class Projection:
+    """An encoder that projects the mean colours of images at random; counts what it embeds."""
+
+    def __init__(self) -> None:
+        self.embedded = 0
+
+    def images(self, pixels: NDArray[Any], alpha: Any = None) -> NDArray[np.float32]:
+        self.embedded += len(pixels)
+        embeds = pixels @ np.random.default_rng(0).standard_normal((48, DIM))
+        return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
+
+    def patches(self, pixels: NDArray[Any], alpha: Any = None) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def tokens(self, tokens: NDArray[Any], alpha: Any = None) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class Words:
+    """Texts as they are."""
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        return [[text] for text in texts]
+
+    def batch(self, rows: Sequence[Any]) -> NDArray[np.int32]:
+        raise NotImplementedError
+
+
 class FakeRelease(LoadedRelease):
-    """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
+    """Embeds an image by its mean colours alone, and texts at random."""
 
     def __init__(self, alpha: float = 0.5, *, turns: bool = True) -> None:
         preprocess = {"size": 4, "exif_orientation": turns}
         facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess=preprocess)
-        super().__init__(facts, {"model_repository": "/models of mine"})
-        self.embedded = 0
+        origin = {"model_repository": "/models of mine"}
+        super().__init__(facts, Projection(), Words(), origin=origin)
 
-    def set_alpha(self, alpha: float) -> None:
-        self.facts = dataclasses.replace(self.facts, alpha=alpha)
+    @property
+    def embedded(self) -> int:
+        """How many images it has embedded, with all changed copies of it."""
+        assert isinstance(self.encoder, Projection)
+        return self.encoder.embedded
 
-    def prepare(self, data: bytes) -> Any:
+    def pixels(self, data: bytes) -> NDArray[Any]:
         image = decode(data, exif_orientation=self.preprocess.exif_orientation)
         return np.asarray(image.convert("RGB").resize((4, 4)), np.float32).ravel() / 255 - 0.5
 
-    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        self.embedded += len(images)
-        embeds = np.stack(images) @ np.random.default_rng(0).standard_normal((48, DIM))
-        return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
-
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        embeds = np.random.default_rng(1).standard_normal((len(texts), self.facts.embed_dim))
+        embeds = np.random.default_rng(1).standard_normal((len(texts), self.release.embed_dim))
         return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
 
 
@@ -110,7 +139,7 @@ def write(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
 
 
 def embeds_of(release: FakeRelease, files: Sequence[Path]) -> NDArray[np.float32]:
-    return release.encode_images([release.prepare(file.read_bytes()) for file in files])
+    return release.embed_pixels([release.pixels(file.read_bytes()) for file in files])
 
 
 def files_of(folder: Path) -> set[str]:
@@ -713,7 +742,7 @@ def test_who_finds_no_index_is_told_the_command_that_makes_one(tmp_path: Path) -
 def test_the_command_that_builds_an_index_again_names_what_is_not_the_default(
     changed: dict[str, Any], flags: str, release: FakeRelease
 ) -> None:
-    made_by = MadeBy.of(release.facts)
+    made_by = MadeBy.of(release.release)
     plan = Plan("csv:t.csv", "/", "image", {}, 128, True, "refuse", made_by, dict(release.origin))
     command = build_command(Path("my index"), dataclasses.replace(plan, **changed))
     assert command == (
@@ -737,7 +766,7 @@ def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
     class Fails(FakeRelease):
         error: BaseException
 
-        def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        def embed_pixels(self, pixels: Sequence[Any]) -> NDArray[np.float32]:
             raise self.error
 
     for error in (
@@ -778,13 +807,13 @@ def test_an_addition_turns_images_as_the_build_did(
     """As the build was told, whatever the release does by itself."""
     release = FakeRelease(turns=own)
     build(str(photos), tmp_path / "index", release, exif_orientation=turns)
-    assert release.preprocess.exif_orientation is turns
+    assert open_index(tmp_path / "index").facts.plan.exif_orientation is turns
     exif = Image.Exif()
     exif[274] = 6
     pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photos / "new.png", exif=exif)
     add(tmp_path / "index", FakeRelease(turns=own))
-    (query,) = FakeRelease().encode_images(
+    (query,) = FakeRelease().embed_pixels(
         [(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5]
     )
     (hit,) = open_index(tmp_path / "index").search(query, 1, "path = 'new.png'")
@@ -975,7 +1004,7 @@ def test_another_release_is_refused_with_the_command_that_rebuilds(
     ):
         add(tmp_path / "index", other)
     same = FakeRelease()
-    same.facts = dataclasses.replace(same.facts, version=7, created="later")
+    same.release = dataclasses.replace(same.release, version=7, created="later")
     assert add(tmp_path / "index", same).kept == 12
     build(str(photos), tmp_path / "index", other)
     assert add(tmp_path / "index", other).kept == 12

@@ -76,7 +76,7 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
         str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release
     )  # while the server runs
     names = [f"{number}é.png" for number in range(6)]
-    embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
+    embeds = release.embed_pixels([release.pixels(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
     found = ask(server, text="a cat", index="photos", top_k=4)
     best = np.argsort(-(embeds @ query))[:4]
@@ -165,7 +165,7 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
 
     server, folder = served
     release = load_release(exported_tiny_clip / "model_repository")
-    embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
+    embeds = release.embed_pixels([release.pixels(png(number, 50, 40)) for number in range(6)])
     build(str(folder / "photos"), folder / "kept", release)
     (query,) = release.embed_texts(["a cat"])
     with fake_qdrant() as store:

@@ -28,7 +28,7 @@ from radapter_serve.index.recall import tune
 from radapter_serve.index.verify import verify
 from radapter_serve.index.writer import Sizes
 from tests.helpers.indexes import opened, said, say, searched
-from tests.index.test_index import FakeRelease
+from tests.index.test_index import FakeRelease, Projection
 
 COUNT = 3000
 DIM = 32
@@ -43,14 +43,15 @@ class Ready(FakeRelease):
         super().__init__()
         self.vectors = vectors
         self.texts = texts
-        self.facts = dataclasses.replace(self.facts, embed_dim=vectors.shape[1])
+        self.release = dataclasses.replace(self.release, embed_dim=vectors.shape[1])
 
-    def prepare(self, data: bytes) -> Any:
+    def pixels(self, data: bytes) -> Any:
         return int(data)
 
-    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        self.embedded += len(images)
-        return self.vectors[list(images)]
+    def embed_pixels(self, pixels: Sequence[Any]) -> NDArray[np.float32]:
+        assert isinstance(self.encoder, Projection)
+        self.encoder.embedded += len(pixels)
+        return self.vectors[list(pixels)]
 
     def embed_texts(self, _: Sequence[str]) -> NDArray[np.float32]:
         return self.texts

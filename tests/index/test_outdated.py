@@ -20,7 +20,7 @@ from tests.index.test_index import FakeRelease
 
 
 def test_indexes_of_another_release_are_outdated(tmp_path: Path) -> None:
-    release = FakeRelease().facts
+    release = FakeRelease().release
     for name, digest in (("fötos", release.digest), ("of another", "sha256:elsewhere")):
         write_facts(tmp_path / name, digest)
     assert outdated(tmp_path, release) == {"fötos": False, "of another": True}
@@ -32,7 +32,7 @@ def test_indexes_of_another_release_are_outdated(tmp_path: Path) -> None:
 
 
 def test_a_release_that_takes_any_alpha_has_that_of_the_index(tmp_path: Path) -> None:
-    release = replace(FakeRelease().facts, dynamic_alpha=True, alpha=0.9)
+    release = replace(FakeRelease().release, dynamic_alpha=True, alpha=0.9)
     write_facts(tmp_path / "photos", release.at(0.5).digest)
     assert outdated(tmp_path, release) == {"photos": False}
     facts = said(tmp_path / "photos")

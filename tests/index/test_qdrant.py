@@ -220,23 +220,23 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
     release = put(store, str(photos), tmp_path)
     shutil.copytree(tmp_path / "index", tmp_path / "folders" / "photos")
     requests = [
-        RetrieveRequest(b"photos", Query([b"a"], ids=[b"3.png", b"5.png"], weights=[1, -2, 0.5])),
-        RetrieveRequest(b"photos", Query(ids=[b"3.png"]), top_k=3, offset=4),
-        RetrieveRequest(b"photos", Query(ids=[b"3.png"]), min_score=0.3, where=b"width > 5"),
+        RetrieveRequest("photos", Query(["a"], ids=["3.png", "5.png"], weights=[1, -2, 0.5])),
+        RetrieveRequest("photos", Query(ids=["3.png"]), top_k=3, offset=4),
+        RetrieveRequest("photos", Query(ids=["3.png"]), min_score=0.3, where="width > 5"),
     ]
     answers = []
     for folder in ("indexes", "folders"):
         retrieve = retrieving(release, tmp_path / folder, QUERY)
         found = [retrieve(request) for request in requests]
-        answers.append([list(one.ids) for one in found])
-        version = found[0].index_version.encode()
-        assert len(retrieve(dataclasses.replace(requests[1], index_version=version)).ids) == 3
+        answers.append([[hit.id for hit in one.hits] for one in found])
+        version = found[0].index_version
+        assert len(retrieve(dataclasses.replace(requests[1], index_version=version)).hits) == 3
         for wrong, why in (
-            (Query(ids=[b"no.png"]), "has no image 'no.png'"),
-            (Query([b"a", b"a"], weights=[1, -1]), "cancel to nothing"),
+            (Query(ids=["no.png"]), "has no image 'no.png'"),
+            (Query(["a", "a"], weights=[1, -1]), "cancel to nothing"),
         ):
             with pytest.raises(TaskError, match=why):
-                retrieve(RetrieveRequest(b"photos", wrong))
+                retrieve(RetrieveRequest("photos", wrong))
     assert answers[0] == answers[1]
     assert 0 < len(answers[0][2]) < 8
     with pytest.raises(RAdapterError, match="can only be searched and shown; give the index that"):
@@ -267,7 +267,7 @@ def test_a_server_goes_over_to_what_was_published_last(
 
     def count() -> int:
         clock.now += POLL
-        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
+        return len(retrieve(RetrieveRequest("photos", Query(["a"]), top_k=100)).hits)
 
     assert count() == 8 and not publish(tmp_path / "index", f"{store.url}/photos")
     for number in range(3):
@@ -278,7 +278,7 @@ def test_a_server_goes_over_to_what_was_published_last(
         assert len(store.local.get_collections().collections) == 2
     with pytest.raises(TaskError, match=r"\[index_mismatch\]"):
         retrieving(FakeRelease(0.1), tmp_path / "indexes", QUERY)(
-            RetrieveRequest(b"photos", Query([b"a"]))
+            RetrieveRequest("photos", Query(["a"]))
         )
 
 
@@ -350,8 +350,8 @@ def test_answers_that_make_no_sense(
 ) -> None:
     release = put(store, str(photos), tmp_path)
     retrieve = retrieving(release, tmp_path / "indexes", QUERY)
-    request = RetrieveRequest(b"photos", Query([b"a"]), top_k=8, thumbnails=True)
-    assert len(retrieve(request).ids) == 8
+    request = RetrieveRequest("photos", Query(["a"]), top_k=8, thumbnails=True)
+    assert len(retrieve(request).hits) == 8
     store.answer = answer
     with pytest.raises(
         TaskError, match="the index photos can't be searched in Qdrant: its answer"
@@ -362,7 +362,7 @@ def test_answers_that_make_no_sense(
     with pytest.raises(TaskError, match="the server's log says why"):
         retrieve(request)
     store.answer = None
-    assert len(retrieve(request).ids) == 8
+    assert len(retrieve(request).hits) == 8
 
 
 def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
@@ -436,8 +436,8 @@ def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
     with fake_qdrant() as store:
         release = put(store, str(photos), tmp_path)
         retrieve = retrieving(release, tmp_path / "indexes", QUERY)
-        request = RetrieveRequest(b"photos", Query([b"a"]))
-        assert len(retrieve(request).ids) == 8
+        request = RetrieveRequest("photos", Query(["a"]))
+        assert len(retrieve(request).hits) == 8
     with pytest.raises(
         TaskError, match="can't be searched in Qdrant: it does not answer as it should"
     ) as error:
