@@ -116,7 +116,7 @@ class Validation:
         """
         entry = self.data.entry
         loaded = load_release(repository)
-        release = ReleaseEmbedder("release", loaded, ())
+        release = ReleaseEmbedder(loaded)
         by_example = loaded.release.sets_by_example
         by_text = [one for name, one in loaded.label_sets.items() if name not in by_example]
         known = {release.variants[0].key: _label_embeds(by_text)}

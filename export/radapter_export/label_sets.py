@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,6 @@ class Shown:
             self.labels,
             self.weights,
         )
-
-    def digests(self) -> set[str]:
-        """SHA-256 of the files, in hexadecimal."""
-        return {hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
 
 
 @dataclass(frozen=True)
@@ -179,21 +174,3 @@ def _encoder_image(path: Path, preprocess: Preprocess) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def overlap(shown: Mapping[str, Shown], contents: Sequence[str]) -> str | None:
-    """A refusal of examples that are among validation images; None where none is.
-
-    Args:
-        shown: of label sets, by name.
-        contents: SHA-256 of the validation images, in hexadecimal.
-    """
-    known = set(contents)
-    for name, one in shown.items():
-        both = len(one.digests() & known)
-        if both:
-            return (
-                f"{both} of the examples of the label set {name} are among the validation images,"
-                " which then say too much good of it; give others"
-            )
-    return None

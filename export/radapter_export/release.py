@@ -16,7 +16,6 @@ from radapter_export.files import disk_errors
 from radapter_export.forms import Forms, check_forms
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.hub import Hub, check_push, files_of
-from radapter_export.label_sets import overlap
 from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
 from radapter_export.repository import Repository
@@ -83,10 +82,6 @@ def export_release(
         settings.precision,
         settings.max_drop,
     )
-    if validation is not None and source.shown:
-        refusal = overlap(source.shown, validation.data.contents)
-        if refusal is not None:
-            raise RAdapterError(refusal)
     images = None
     if settings.calibration is not None:
         images = open_images(settings.calibration, "--calibration")

@@ -120,12 +120,6 @@ def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> 
                 f"{name}: {metric_name(found.metric)} on {found.n} images of {found.dataset}:"
                 f" {found.release:.2f} %, torch {found.torch:.2f} %"
             )
-        for label_set, facts in release.label_sets.items():
-            if "accuracy" in facts:
-                yield (
-                    f"{name}: label set {label_set}, with its {facts['examples']} examples:"
-                    f" {facts['accuracy']:.2%} of the validation images get the right label"
-                )
         if release.confidence:
             yield f"{name}: {_calibrated(release.confidence)}"
     changed = settings.precision != "fp32"

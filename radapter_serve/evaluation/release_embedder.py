@@ -32,15 +32,17 @@ class ReleaseEmbedder:
     """A release that embeds at the α that is selected, among those that it has.
 
     Args:
-        source: `release` or `server`.
         loaded: the release.
         alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
+        source: `release` or `server`.
 
     Raises:
         RAdapterError: the release lacks an α.
     """
 
-    def __init__(self, source: str, loaded: LoadedRelease, alphas: Sequence[float]) -> None:
+    def __init__(
+        self, loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release"
+    ) -> None:
         self.loaded = loaded
         self.templates = list(loaded.release.templates)
         self.crop = MaskCrop.from_dict(loaded.release.crop)
@@ -99,7 +101,7 @@ class ServerEmbedder(ReleaseEmbedder):
         loaded = served_release(url)
         assert isinstance(loaded.encoder, ServerEncoder)
         self._encoder = loaded.encoder
-        super().__init__("server", loaded, alphas)
+        super().__init__(loaded, alphas, "server")
 
     def prepare(self, data: bytes) -> Any:
         return data

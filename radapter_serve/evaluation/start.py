@@ -179,7 +179,7 @@ class Evaluated:
         if self.merged:
             return from_merged(self.merged, precision=self.precision, device=self.device)
         if self.release:
-            return ReleaseEmbedder("release", load_release(self.release), alphas)
+            return ReleaseEmbedder(load_release(self.release), alphas)
         if self.url:
             return ServerEmbedder(self.url, alphas)
         return from_adapter(

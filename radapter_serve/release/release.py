@@ -63,8 +63,7 @@ class Release:
         dense: way and grid of `patch_encoder`; None where there is none.
         crop: how masks are shown to the image encoder: padding, square, fill.
         label_sets: of each its number of labels, templates and digest, by name; of one with labels
-            by example also the number of examples, and its own accuracy and confidence where
-            validation data has its labels.
+            by example also the number of examples.
         max_batch_size: rows of a batch.
         tools: versions of what made it, by name.
         created: time in UTC, ISO 8601.

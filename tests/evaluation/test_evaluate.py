@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
 from radapter_serve.evaluation.results import Results
@@ -215,7 +216,9 @@ def test_torch_merged_and_release_give_the_same_numbers(
 ) -> None:
     adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
     merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
-    release = evaluated(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
+    release = evaluated(
+        ReleaseEmbedder(load_release(exported / "repository")), world, tmp_path / "c"
+    )
     for rows in zip(adapter, merged, release, strict=True):
         assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
         assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
@@ -239,7 +242,7 @@ def test_embeddings_agree(run_folder: Path, exported: Path, world: Path) -> None
     for embedder in (
         from_adapter(run_folder, [0.4]),
         from_merged(exported / "merged"),
-        ReleaseEmbedder(f"{exported / 'repository'}@1"),
+        ReleaseEmbedder(load_release(f"{exported / 'repository'}@1")),
     ):
         embedder.select(embedder.variants[0])
         found.append(

@@ -24,6 +24,7 @@ from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
@@ -440,7 +441,7 @@ def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
     suite = suite_of(masked, SETS)
     run = masks_of(from_adapter(dense_run, [0.6]), suite)
     merged = masks_of(from_merged(dense_release / "merged"), suite)
-    release = masks_of(ReleaseEmbedder(str(dense_release / "model_repository")), suite)
+    release = masks_of(ReleaseEmbedder(load_release(dense_release / "model_repository")), suite)
     for name, masks in run.items():
         assert alike(masks, merged[name]) and alike(masks, release[name]), name
     assert len(np.unique(np.stack(run["dense"]))) > 1
@@ -454,7 +455,7 @@ def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -
 
     suite = suite_of(masked, SETS)
     repository = dense_release / "model_repository"
-    expected = masks_of(ReleaseEmbedder(str(repository)), suite)
+    expected = masks_of(ReleaseEmbedder(load_release(repository)), suite)
     with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
         for url in (server.grpc_url, server.http_url):
             served = masks_of(ServerEmbedder(url), suite)

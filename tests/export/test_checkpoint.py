@@ -104,8 +104,8 @@ def test_a_checkpoint_becomes_releases_on_its_line(
     image.save(tmp_path / "photo.png")
     for number, release in enumerate((half, whole), 1):
         served = load_release(folder / "repository", number)
-        prepared = served.prepare((tmp_path / "photo.png").read_bytes())
-        found = [served.encode_images([prepared]), served.embed_texts(["a cat", "two dogs"])]
+        prepared = served.pixels((tmp_path / "photo.png").read_bytes())
+        found = [served.embed_pixels([prepared]), served.embed_texts(["a cat", "two dogs"])]
         expected = _by_open_clip(release.merged, [image], ["a cat", "two dogs"])
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)

@@ -122,8 +122,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     )
     paths = sorted((tmp_path / "others").rglob("*.png"))
     cosines = (
-        local.embed_pixels([local.pixels(path.read_bytes()) for path in paths])
-        @ label_set.embeds.T
+        local.embed_pixels([local.pixels(path.read_bytes()) for path in paths]) @ label_set.embeds.T
     )
     right = np.array([label_set.labels.index(path.parent.name) for path in paths])
     own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))

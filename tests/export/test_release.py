@@ -249,7 +249,7 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
     local = load_release(tmp_path / "repository")
     samples = Samples.load(tmp_path / "repository" / "image_encoder" / "1")
     np.testing.assert_allclose(
-        local.encode_images(list(samples.inputs[1])), samples.references[1], atol=1e-5
+        local.embed_pixels(list(samples.inputs[1])), samples.references[1], atol=1e-5
     )
 
 
