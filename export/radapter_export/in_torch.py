@@ -30,11 +30,12 @@ from radapter_serve.clip.towers import (
 )
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.encoders.labels import LabelSet, embed_labels
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.labels import embed_labels
 
 CLASSES = "classes"  # the label set of a run's own classes
 _TEMPLATES = ("a photo of a {}.",)

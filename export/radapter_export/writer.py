@@ -40,7 +40,6 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME, indistinguishable
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
-from radapter_serve.encoders.labels import embed_labels
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
@@ -50,6 +49,7 @@ from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.tasks.classify import mix_examples
+from radapter_serve.tasks.labels import embed_labels
 
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")

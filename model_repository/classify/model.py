@@ -1,7 +1,5 @@
-"""Triton model `classify`: images and labels (of the request, or a label set of the release) to the
-best labels.
-"""
+"""Triton model `classify`: a task of radapter_serve/tasks/table.py."""
 
-from radapter_serve.triton.models.classify import TritonPythonModel
+from radapter_serve.triton.task_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
-"""Triton model `embed_image`: encoded images to embeddings."""
+"""Triton model `embed_image`: a task of radapter_serve/tasks/table.py."""
 
-from radapter_serve.triton.models.embed_image import TritonPythonModel
+from radapter_serve.triton.task_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

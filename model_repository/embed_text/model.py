@@ -1,5 +1,5 @@
-"""Triton model `embed_text`: texts to embeddings."""
+"""Triton model `embed_text`: a task of radapter_serve/tasks/table.py."""
 
-from radapter_serve.triton.models.embed_text import TritonPythonModel
+from radapter_serve.triton.task_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
-"""Triton model `retrieve`: a text or an image to the nearest images of an index."""
+"""Triton model `retrieve`: a task of radapter_serve/tasks/table.py."""
 
-from radapter_serve.triton.models.retrieve import TritonPythonModel
+from radapter_serve.triton.task_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,7 +1,5 @@
-"""Triton model `segment`: an image and labels to a mask, by dense patches or by proposals that the
-request brings.
-"""
+"""Triton model `segment`: a task of radapter_serve/tasks/table.py."""
 
-from radapter_serve.triton.models.segment import TritonPythonModel
+from radapter_serve.triton.task_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -5,29 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled
-from radapter_serve.contract.labels import check_labels, check_templates, means_of, prompts_of
 from radapter_serve.encoders.label_store import LabelStore
-from radapter_serve.encoders.needs import Steps
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, staged
 
-if TYPE_CHECKING:
-    from radapter_serve.encoders.loaded import LoadedRelease
-
 DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
-_PROMPTS = 256  # after which the labels so far are kept, and other callers have a turn
 _TEXTS = ("labels", "lines", "templates")  # of a label set
 
 
@@ -163,80 +156,3 @@ class LabelCache:
 
 def _texts_of(label_set: LabelSet) -> int:
     return len(label_set.labels) + len(label_set.templates)
-
-
-def embed_labels(
-    loaded: LoadedRelease,
-    labels: Sequence[str],
-    templates: Sequence[str],
-    *,
-    alpha: float | None = None,
-    cancelled: Cancelled | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Steps[LabelSet]:
-    """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
-    length again; each is computed once per α and templates, and kept.
-
-    Args:
-        loaded: the release.
-        labels: each perhaps with synonyms after commas.
-        templates: with `{}` for the label.
-        alpha: of the encoder; None where it is folded.
-        cancelled: whether the caller has given up.
-        progress: called now and then with the number of labels that are embedded.
-
-    Raises:
-        TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
-            cancelled.
-    """
-    cache = loaded.label_cache
-    whole = (tuple(labels), tuple(templates), alpha)
-    label_set = cache.get(whole)
-    if label_set is not None:
-        return label_set
-    names = check_labels(labels)
-    check_templates(templates)
-    digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
-    keys = {label: cache.key((alpha, digest), label) for label in labels}
-    kept = cache.store.get(list(keys.values()))
-    embeds = {label: kept[key] for label, key in keys.items() if key in kept}
-    missing = deque(label for label in labels if label not in embeds)
-    while missing:
-        # Labels that have at most so many prompts together, or one with more.
-        count = 0
-        part: list[str] = []
-        while missing and (not part or count < _PROMPTS):
-            count += len(names[missing[0]]) * len(templates)
-            part.append(missing.popleft())
-        # Another process may have embedded the same labels since.
-        kept = cache.store.get([keys[label] for label in part])
-        embeds |= {label: kept[keys[label]] for label in part if keys[label] in kept}
-        new = [label for label in part if label not in embeds]
-        if new:
-            prompts = [prompts_of(names[label], templates) for label in new]
-            texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
-            rows = loaded.tokenizer.encode(texts)
-            encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
-            means = dict(zip(new, means_of(prompts, texts, encoded), strict=True))
-            cache.store.put({keys[label]: mean for label, mean in means.items()})
-            embeds |= means
-        if progress is not None:
-            progress(len(embeds))
-    shown = tuple(names[label][0] for label in labels)
-    rows_of_all = np.stack([embeds[label] for label in labels])
-    label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
-    cache.put(whole, label_set)
-    return label_set
-
-
-def check_unknown_labels(
-    loaded: LoadedRelease, labels: Sequence[str], templates: Sequence[str], alpha: float | None
-) -> None:
-    """Refuse labels as embedding them would, at once.
-
-    Raises:
-        TaskError: as of `embed_labels`.
-    """
-    if loaded.label_cache.get((tuple(labels), tuple(templates), alpha)) is None:
-        check_labels(labels)
-        check_templates(templates)

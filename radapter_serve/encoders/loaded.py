@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,23 +28,13 @@ from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder, load_graphs
 from radapter_serve.encoders.label_store import LabelStore
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
-from radapter_serve.encoders.needs import Need, Part, Steps, encode
+from radapter_serve.encoders.needs import Need, Part, Steps, Tokenize, encode
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.release.served import Served
 from radapter_serve.threads import decoders
-
-
-class TokenizeTexts(Protocol):
-    """Turns texts into token ids; `Tokenizer` does."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        """Rows of `encode` padded to one length, int32 [N, L]."""
 
 
 class LoadedRelease:
@@ -64,7 +54,7 @@ class LoadedRelease:
         self,
         release: Release,
         encoder: Encoder,
-        tokenizer: TokenizeTexts,
+        tokenizer: Tokenize,
         *,
         read_label_sets: Callable[[LoadedRelease], Mapping[str, LabelSet]] = lambda loaded: {},
         indexes: Path = Path("indexes"),

@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled, task_error
-
-if TYPE_CHECKING:
-    from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.decoder import Decoder
+from radapter_serve.encoders.encoder import Encoder
+from radapter_serve.release.release import Release
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
@@ -30,6 +30,28 @@ Rows = NDArray[np.generic]
 # Images that the encoder takes at once. On a CPU more are slower: what lies between the layers no
 # longer fits in its cache.
 CHUNK = 16
+
+
+class Tokenize(Protocol):
+    """Turns texts into token ids; `Tokenizer` does."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+        """Rows of `encode` padded to one length, int32 [N, L]."""
+
+
+class Encodes(Protocol):
+    """What of a `LoadedRelease` encodes rows."""
+
+    release: Release
+    encoder: Encoder
+    tokenizer: Tokenize
+
+    @property
+    def decoder(self) -> Decoder:
+        """Decodes images to what the encoder takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +67,7 @@ class Need:
         cancelled: whether the caller has given up.
     """
 
-    loaded: LoadedRelease
+    loaded: Encodes
     part: Part
     rows: Any
     alpha: float | None
@@ -80,14 +102,14 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     return encode_together(needs[:half]) + encode_together(needs[half:])
 
 
-def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+def encode(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     """Embeddings of the rows of all needs, which are of one encoder, in their order."""
     if needs[0].part == "tokens":
         return _encode_tokens(loaded, needs)
     return _encode_pixels(loaded, needs)
 
 
-def _decode_together(loaded: LoadedRelease, needs: Sequence[Need]) -> list[Result]:
+def _decode_together(loaded: Encodes, needs: Sequence[Need]) -> list[Result]:
     waits = [loaded.decoder.start(need.rows, need.cancelled) for need in needs]
     results: list[Result] = []
     for wait in waits:
@@ -98,7 +120,7 @@ def _decode_together(loaded: LoadedRelease, needs: Sequence[Need]) -> list[Resul
     return results
 
 
-def _encode_pixels(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     encoder = loaded.encoder
     encode = encoder.images if needs[0].part == "images" else encoder.patches
     rows = [np.asarray(need.rows) for need in needs]
@@ -113,7 +135,7 @@ def _encode_pixels(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.f
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _encode_tokens(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
+def _encode_tokens(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     # Each text once at each α, with others of about its length.
     asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
     unique = sorted(dict.fromkeys(asked), key=lambda one: len(one[0]))

@@ -21,9 +21,6 @@ WAITING = "surplus"  # what the processes of models are to refuse, a file for ea
 MODELS = (  # Triton loads what is in this folder of a server, and nothing next to it
     "models"
 )
-# What the code of releases exported before December 2026 imports, and what it is replaced by.
-_FORMER = "radapter_serve.tasks.triton"
-_TODAY = "from radapter_serve.triton.models.{} import TritonPythonModel\n"
 # What a caller could read or change the server's memory, files and log by; open to who sends the
 # secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
@@ -82,8 +79,7 @@ def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> 
 
 
 def _link(source: Path, target: Path) -> None:
-    code = source / "model.py"
-    if not code.exists():
+    if not (source / "model.py").exists():
         target.symlink_to(source)
         return
     target.mkdir()
@@ -91,12 +87,8 @@ def _link(source: Path, target: Path) -> None:
     # version of the code.
     (target / "__pycache__").touch()
     for path in source.iterdir():
-        if path.name not in ("__pycache__", code.name):
+        if path.name != "__pycache__":
             (target / path.name).symlink_to(path)
-    text = code.read_text(encoding="utf-8")
-    if _FORMER in text:
-        text = _TODAY.format(source.parent.name)
-    (target / code.name).write_text(text, encoding="utf-8")
 
 
 def command_line(

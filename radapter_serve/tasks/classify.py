@@ -25,7 +25,7 @@ from radapter_serve.encoders.needs import Steps
 from radapter_serve.release.confidence import HOW, NO_TEMPERATURE, Confidence, fitted_at
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.embed import checked_headers
-from radapter_serve.tasks.label_source import Labels, check_labels, embed_label_set
+from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
 from radapter_serve.tasks.scored_mask import finite
 
 DEFAULT_TOP_K = 5

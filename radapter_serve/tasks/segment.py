@@ -21,7 +21,7 @@ from radapter_serve.contract.preprocess import ImageFile, decode, read_header, t
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Part, Steps
 from radapter_serve.tasks.dense import DenseSegmenter, Windows
-from radapter_serve.tasks.label_source import Labels, check_labels, embed_label_set
+from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
 from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.scored_mask import MAX_LABELS, ScoredMask
 from radapter_serve.tasks.segment_options import SegmentOptions

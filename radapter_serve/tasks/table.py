@@ -29,7 +29,7 @@ from radapter_serve.tasks.embed import (
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,22 @@ from radapter_serve.triton.encoder import TritonEncoder
 from radapter_serve.triton.responses import answer, given_up
 
 
-class TaskModel:
-    """One of the tasks of `radapter_serve.tasks.table`, for all requests that wait together.
+class TritonPythonModel:
+    """The task of `tasks.table` that its folder is named after, for all requests that
+    wait together.
 
     Attributes:
-        task: its name.
-        loaded: the release, from `initialize` on.
+        task: its name, from `initialize` on.
+        loaded: the release.
     """
 
     task: str
     loaded: LoadedRelease
 
     def initialize(self, args: dict[str, str]) -> None:
-        surplus.of_this_process.heed(self.task)
         folder = Path(args["model_repository"])
+        self.task = folder.name
+        surplus.of_this_process.heed(self.task)
         self.loaded = load_version(folder / args["model_version"])
         # Older releases stay for the indexes that they made.
         others: dict[int, LoadedRelease] = {}
@@ -52,6 +56,19 @@ class TaskModel:
             return [others[version] for version in served if version in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases)
+        self._metric = None
+        if self.task == "retrieve" and is_newest(args):
+            # Here: the index's libraries are for the processes of this task alone.
+            from radapter_serve.index.index import outdated
+            from radapter_serve.triton.index_metric import IndexMetric
+
+            look = partial(outdated, self.loaded.indexes, self.loaded.release)
+            self._metric = IndexMetric.start(look)
+
+    def finalize(self) -> None:
+        """Triton calls this before it takes the model away."""
+        if self._metric is not None:
+            self._metric.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._answers)
@@ -105,3 +122,15 @@ def load_version(folder: Path) -> LoadedRelease:
         indexes=Path(os.environ.get(INDEXES, "indexes")),
         origin={"model_repository": f"{repository}@{release.version}"},
     )
+
+
+def is_newest(args: dict[str, str]) -> bool:
+    """Whether callers who name no release get this one.
+
+    Args:
+        args: what Triton gives to `initialize`.
+    """
+    policy = json.loads(args["model_config"]).get("version_policy", {})
+    named = policy.get("specific", {}).get("versions", [])
+    own = int(args["model_version"])
+    return own == max(map(int, named), default=own)

@@ -18,12 +18,12 @@ from radapter_serve.encoders.labels import (
     LabelCache,
     LabelSet,
     check_unknown_labels,
-    embed_labels,
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
+from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_release import Local
 
 SIMPLE = ["a photo of a {}."]

@@ -23,7 +23,7 @@ from radapter_serve.tasks.embed import (
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from tests.helpers.small_release import SIZE, WIDTH, Local, png
 
 

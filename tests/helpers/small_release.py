@@ -30,7 +30,7 @@ from radapter_export.repository import add_tensors
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.encoders.labels import embed_labels, load_label_sets
+from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
@@ -38,6 +38,7 @@ from radapter_serve.release.config import configure, named_releases, read_config
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS
+from radapter_serve.tasks.labels import embed_labels
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE = 16

@@ -126,7 +126,7 @@ def test_a_triton_without_metrics_is_told_nothing(monkeypatch: pytest.MonkeyPatc
 def test_the_newest_release_tells(
     own: int, policy: dict[str, Any] | None, expected: bool, metrics: Metrics
 ) -> None:
-    from radapter_serve.triton.models.retrieve import is_newest
+    from radapter_serve.triton.task_model import is_newest
 
     config = {} if policy is None else {"version_policy": policy}
     given = {"model_version": str(own), "model_config": json.dumps(config)}

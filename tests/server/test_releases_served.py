@@ -22,7 +22,6 @@ import pytest
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
 from radapter_serve.contract.names import spellings
-from radapter_serve.encoders.labels import embed_labels
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
@@ -37,7 +36,7 @@ from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.gateway import gateway
 from tests.helpers.indexes import outdated_at

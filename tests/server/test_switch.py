@@ -396,22 +396,6 @@ def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(
     assert kept_for_indexes(sealed, [2], indexes) == {}  # what is broken is not served
 
 
-TODAY = "from radapter_serve.triton.models.classify import TritonPythonModel\n"
-
-
-def test_a_release_of_former_days_gets_the_code_of_today(sealed: Path, folder: Path) -> None:
-    code = sealed / "classify" / "1" / "model.py"
-    own = code.read_text()
-    for text, offered in (
-        ("from radapter_serve.tasks.triton import Version\nclass TritonPythonModel: ...\n", TODAY),
-        (own, own),
-    ):
-        code.write_text(text)
-        put(folder, sealed, "classify", None)
-        put(folder, sealed, "classify", offer(1))
-        assert (folder / MODELS / "classify" / "1" / "model.py").read_text() == offered
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "server" / MODELS).mkdir(parents=True)

@@ -15,7 +15,6 @@ from PIL import Image
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import decoder
-from radapter_serve.encoders.labels import embed_labels
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps, complete, run_together
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
@@ -25,7 +24,7 @@ from radapter_serve.tasks.embed import (
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
-from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet, embed_labels
+from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify, mix_examples
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import Local, png

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +17,14 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
-from radapter_serve.contract.labels import check_prompts
+from radapter_serve.contract.labels import check_labels as check_names
+from radapter_serve.contract.labels import check_prompts, check_templates, means_of, prompts_of
 from radapter_serve.contract.names import known_as
-from radapter_serve.encoders.labels import LabelSet, check_unknown_labels, embed_labels
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
+
+_PROMPTS = 256  # after which the labels so far are kept, and other callers have a turn
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ def check_labels(
         raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {sets}")
     templates = loaded.release.templates if labels.templates is None else labels.templates
     check_prompts([(labels.names, templates)])
-    check_unknown_labels(loaded, labels.names, templates, alpha)
+    if loaded.label_cache.get((tuple(labels.names), tuple(templates), alpha)) is None:
+        check_names(labels.names)
+        check_templates(templates)
     return len(labels.names)
 
 
@@ -91,6 +99,70 @@ def embed_label_set(
         loaded, exported.lines, exported.templates, alpha=alpha, cancelled=cancelled
     )
     return replace(embedded, examples=exported.examples)
+
+
+def embed_labels(
+    loaded: LoadedRelease,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    *,
+    alpha: float | None = None,
+    cancelled: Cancelled | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Steps[LabelSet]:
+    """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
+    length again; each is computed once per α and templates, and kept.
+
+    Args:
+        loaded: the release.
+        labels: each perhaps with synonyms after commas.
+        templates: with `{}` for the label.
+        alpha: of the encoder; None where it is folded.
+        cancelled: whether the caller has given up.
+        progress: called now and then with the number of labels that are embedded.
+
+    Raises:
+        TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
+            cancelled.
+    """
+    cache = loaded.label_cache
+    whole = (tuple(labels), tuple(templates), alpha)
+    label_set = cache.get(whole)
+    if label_set is not None:
+        return label_set
+    names = check_names(labels)
+    check_templates(templates)
+    digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
+    keys = {label: cache.key((alpha, digest), label) for label in labels}
+    kept = cache.store.get(list(keys.values()))
+    embeds = {label: kept[key] for label, key in keys.items() if key in kept}
+    missing = deque(label for label in labels if label not in embeds)
+    while missing:
+        # Labels that have at most so many prompts together, or one with more.
+        count = 0
+        part: list[str] = []
+        while missing and (not part or count < _PROMPTS):
+            count += len(names[missing[0]]) * len(templates)
+            part.append(missing.popleft())
+        # Another process may have embedded the same labels since.
+        kept = cache.store.get([keys[label] for label in part])
+        embeds |= {label: kept[keys[label]] for label in part if keys[label] in kept}
+        new = [label for label in part if label not in embeds]
+        if new:
+            prompts = [prompts_of(names[label], templates) for label in new]
+            texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
+            rows = loaded.tokenizer.encode(texts)
+            encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
+            means = dict(zip(new, means_of(prompts, texts, encoded), strict=True))
+            cache.store.put({keys[label]: mean for label, mean in means.items()})
+            embeds |= means
+        if progress is not None:
+            progress(len(embeds))
+    shown = tuple(names[label][0] for label in labels)
+    rows_of_all = np.stack([embeds[label] for label in labels])
+    label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
+    cache.put(whole, label_set)
+    return label_set
 
 
 def _known_label_set(loaded: LoadedRelease, name: str) -> str:
