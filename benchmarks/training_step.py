@@ -185,9 +185,8 @@ def main(
         " encode equal ones once. Each candidate has a process of its own, whose peak memory"
         " (VmHWM, libraries included) is given.",
     )
-    from radapter_serve.training.loop import (
-        choose_form,
-    )  # only here: its imports are not the candidates' memory
+    # Only here: its imports are not the candidates' memory.
+    from radapter_serve.training import choose_form
 
     model = open_clip.create_model(architecture)
     choices = []

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from radapter_serve.errors import RAdapterError
     from radapter_serve.evaluation.start import Evaluation, evaluate
     from radapter_serve.model import Model
-    from radapter_serve.training.run import Run
+    from radapter_serve.training.recipe import Run
     from radapter_serve.training.start import train
 
 __all__ = [
@@ -43,7 +43,7 @@ _HOME = {
     "Metadata": "radapter_serve.adapter",
     "Model": "radapter_serve.model",
     "RAdapterError": "radapter_serve.errors",
-    "Run": "radapter_serve.training.run",
+    "Run": "radapter_serve.training.recipe",
     "attach": "radapter_serve.adapter",
     "evaluate": "radapter_serve.evaluation.start",
     "export": "radapter_export.start",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,11 +12,10 @@ from rich.progress import track
 from torch.optim import Optimizer
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training.batches import Examples, batches
-from radapter_serve.training.loop import learning_rate
+from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
 from rivals.run import Run
-from rivals.system import Batch, Cost, Learned, System
+from rivals.system import Cost, Learned, System
 
 
 class Meter:
@@ -62,19 +59,24 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         raise RAdapterError(
             f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it"
         )
-    steps = recipe.length(count)
-    schedule = recipe.of_length(steps)
+    plan = recipe.resolved(count)
     meter = Meter()
     device = meter.device
-    source = _batches(run, meter.device)
+    examples = Examples(
+        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+    )
+    source = endless(examples, plan.part, workers=recipe.workers)
     system.to(device).eval()  # CLIP's towers drop nothing
     learning = system.learning()
-    for step in track(range(steps), "learning", console=Console(stderr=True), transient=True):
+    for step in track(range(plan.steps), "learning", console=Console(stderr=True), transient=True):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, steps) * group.get("share", 1.0)
+            group["lr"] = plan.learning_rate(step) * group.get("share", 1.0)
         for _ in range(recipe.accumulate):
+            _, batch = next(source)
+            for name in ("pixels", "labels"):
+                batch[name] = batch[name].to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = system(next(source)) / recipe.accumulate
+                loss = system(batch) / recipe.accumulate
             loss.backward()
             if not math.isfinite(loss.item()):
                 raise RAdapterError(
@@ -84,31 +86,5 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        system.after_step(step + 1, steps)
+        system.after_step(step + 1, plan.steps)
     return Learned(system, meter.cost(sum(parameter.numel() for parameter in learning)))
-
-
-def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
-    """The parts of all epochs, without an end."""
-    recipe = run.recipe
-    epoch = 0
-    examples = Examples(
-        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
-    )
-    part = recipe.batch_size // recipe.accumulate
-    while True:
-        loader = batches(
-            examples, part, epoch=epoch, start=0, rank=0, world=1, workers=recipe.workers
-        )
-        for batch in loader:
-            if "error" in batch:
-                raise RAdapterError(batch["error"])
-            yield _on(batch, device)
-        epoch += 1
-
-
-def _on(batch: dict[str, Any], device: torch.device) -> Batch:
-    return {
-        **batch,
-        **{name: batch[name].to(device, non_blocking=True) for name in ("pixels", "labels")},
-    }

@@ -37,9 +37,11 @@ from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.row import packed, unpacked
 from radapter_serve.hub import LOCAL
 from radapter_serve.threads import limit_threads
+from radapter_serve.training import Recipe
+from radapter_serve.training import Run as TrainedRun
 from radapter_serve.training.loss import distance_to_base
-from radapter_serve.training.parts import Parts
-from radapter_serve.training.preserve import at_base
+from radapter_serve.training.step import at_base
+from rivals import loop
 from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
@@ -182,9 +184,9 @@ class Worded(RAdapter):
     words: tuple[str, ...] = field(default=(), repr=False)
     weight: float = 0.3
 
-    def parts(self) -> Parts:
+    def train(self, recipe: Recipe) -> TrainedRun:
         distance = functools.partial(distance_of_words, self.words, self.weight)
-        return Parts(distance=distance)
+        return loop.train(recipe, self.variant, distance=distance)
 
 
 def methods(classes: Sequence[str]) -> dict[str, Method]:

@@ -4,7 +4,6 @@ images mixed from two of them, their similarities to random texts, or other imag
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import sys
@@ -30,9 +29,10 @@ from radapter_serve.contract.image_files import list_images
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
+from radapter_serve.training import Recipe, Run
 from radapter_serve.training.loss import gather_with_grad
-from radapter_serve.training.parts import Parts
-from radapter_serve.training.preserve import at_base, distance_of_images
+from radapter_serve.training.step import at_base, distance_of_images
+from rivals import loop
 from rivals.beyond import groups
 from rivals.cells import Cells
 from rivals.choice import CHOICES, choose
@@ -136,15 +136,14 @@ class Preserving(RAdapter):
     folder: Path | None = field(default=None, repr=False)
     images: str = ""
 
-    def parts(self) -> Parts:
-        own = super().parts()
+    def train(self, recipe: Recipe) -> Run:
+        distance: loop.Distance = distance_of_similarities
+        if self.of == "mixed":
+            distance = distance_of_mixed
         if self.of == "others":
             assert self.folder is not None
-            return dataclasses.replace(
-                own, distance=functools.partial(distance_of_others, self.folder)
-            )
-        distance = distance_of_mixed if self.of == "mixed" else distance_of_similarities
-        return dataclasses.replace(own, distance=distance)
+            distance = functools.partial(distance_of_others, self.folder)
+        return loop.train(recipe, self.variant, distance=distance)
 
 
 def ways(folder: Path) -> dict[str, list[Method]]:

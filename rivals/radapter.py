@@ -11,9 +11,10 @@ from typing import Any
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.files import read_yaml
-from radapter_serve.training import train
-from radapter_serve.training.parts import Parts
+from radapter_serve.training import Recipe, train
+from radapter_serve.training import Run as TrainedRun
 from radapter_serve.training.recipe import ready_recipes
+from rivals import loop
 from rivals.fit import Meter
 from rivals.method import Method
 from rivals.run import Run
@@ -55,9 +56,9 @@ class RAdapter(Method):
     def start(self, run: Run) -> System:
         return System(run.base)
 
-    def parts(self) -> Parts:
-        """What of its own training it exchanges."""
-        return self.variant.parts()
+    def train(self, recipe: Recipe) -> TrainedRun:
+        """Train adapters, by the house's own loop unless something differs."""
+        return train(recipe) if self.variant == OWN else loop.train(recipe, self.variant)
 
     def learn(self, run: Run) -> Learned:
         with tempfile.TemporaryDirectory() as folder:
@@ -65,10 +66,7 @@ class RAdapter(Method):
             recipe = dataclasses.replace(
                 run.recipe, out=Path(folder) / "run", save_every=None, tracker="none"
             )
-            self.variant.check(recipe)
-            if self.variant.dropout:
-                recipe = dataclasses.replace(recipe, form="activation")
-            adapter = load_adapter(train(recipe, parts=self.parts()))
+            adapter = load_adapter(self.train(recipe))
             cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))

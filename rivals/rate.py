@@ -16,7 +16,6 @@ import tyro
 from radapter_serve.cli import run as run_command
 from radapter_serve.evaluation.sets import below
 from radapter_serve.training import Recipe
-from radapter_serve.training.parts import OWN
 from radapter_serve.training.rate import START, search_rate
 from radapter_serve.training.tasks import open_run
 from rivals.beyond import groups
@@ -66,7 +65,7 @@ def search(recipe: Recipe) -> tuple[float, float]:
     opened = open_run(recipe, progress=False)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found, _ = search_rate(recipe, opened, Path(folder), OWN, say)
+        found, _ = search_rate(recipe, opened, Path(folder), say)
     return found.peak_rate, time.perf_counter() - began
 
 

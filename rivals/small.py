@@ -17,6 +17,7 @@ from statistics import mean, median
 from typing import Any, Literal, TypeVar
 
 import yaml
+from torch import Tensor
 
 from radapter_serve import evaluate, train
 from radapter_serve.cli import run as run_command
@@ -25,7 +26,9 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.results import own_metric
 from radapter_serve.evaluation.row import Row
 from radapter_serve.files import staged
-from radapter_serve.training.run import Run
+from radapter_serve.training import Run
+from radapter_serve.training.tasks import Data
+from rivals import loop
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
@@ -186,7 +189,12 @@ def judged_suite(of: Set, folder: Path, *, own_validation: bool = False) -> Path
 
 
 def learned(
-    recipe: str, seed: int, threads: int | None, folder: Path, **fields: Any
+    recipe: str,
+    seed: int,
+    threads: int | None,
+    folder: Path,
+    class_offsets: Callable[[Data], Tensor] | None = None,
+    **fields: Any,
 ) -> tuple[Run, float]:
     """A run of the demo's base, and how many seconds it took.
 
@@ -195,21 +203,25 @@ def learned(
         seed: of the run.
         threads: to compute with.
         folder: the run is in a new folder of it.
+        class_offsets: as of `rivals.loop.train`.
         fields: others of the recipe.
     """
     began = time.monotonic()
-    run = train(
-        recipe,
-        architecture=f"local-dir:{BASE}",
-        pretrained=None,
-        workers=0,
-        threads=threads,
-        tracker="none",
-        save_every=None,
-        seed=seed,
-        out=folder / "run",
+    fields = {
+        "architecture": f"local-dir:{BASE}",
+        "pretrained": None,
+        "workers": 0,
+        "threads": threads,
+        "tracker": "none",
+        "save_every": None,
+        "seed": seed,
+        "out": folder / "run",
         **fields,
-    )
+    }
+    if class_offsets is None:
+        run = train(recipe, **fields)
+    else:
+        run = loop.train(recipe, class_offsets=class_offsets, **fields)
     return run, time.monotonic() - began
 
 

@@ -8,7 +8,7 @@ import datetime
 import random
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +21,6 @@ from torch import Tensor
 from radapter_serve.cli import run as run_command
 from radapter_serve.data import Labelled
 from radapter_serve.evaluation.row import Row
-from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.tasks import Data
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
@@ -56,21 +55,21 @@ class Way:
     Attributes:
         additions: whether R-Adapter has `ADDITIONS`.
         balanced: whether every class is drawn equally often.
-        parts: of training.
+        class_offsets: as of `rivals.loop.train`.
     """
 
     additions: bool = False
     balanced: bool = False
-    parts: Parts = OWN
+    class_offsets: Callable[[Data], Tensor] | None = None
 
 
 WAYS = {
-    f"{form}{what}": Way(additions, balanced, parts)
+    f"{form}{what}": Way(additions, balanced, class_offsets)
     for form, additions in (("R-Adapter", False), ("with both additions", True))
-    for what, balanced, parts in (
-        ("", False, OWN),
-        (", balanced batches", True, OWN),
-        (", logit adjustment", False, Parts(class_offsets=logit_adjustment)),
+    for what, balanced, class_offsets in (
+        ("", False, None),
+        (", balanced batches", True, None),
+        (", logit adjustment", False, logit_adjustment),
     )
 }
 
@@ -148,7 +147,7 @@ def measured(of: Set, name: str, way: str, seed: int, threads: int | None, folde
         batch_size=64,
         steps=STEPS,
         data=table_of(evened(images) if chosen.balanced else images, folder),
-        parts=chosen.parts,
+        class_offsets=chosen.class_offsets,
         **{"classes": None, **of.fields},
         **(ADDITIONS if chosen.additions else {}),
         learning_rate=RATES[name][chosen.additions],

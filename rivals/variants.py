@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from radapter_serve.adapter import Adapters
+from radapter_serve.adapter import Adapters, attach
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.average import Average
-from radapter_serve.training.parts import Parts, constant_drop, moving_average
 from radapter_serve.training.recipe import Recipe
 
 SCALE = 0.1  # where the paper's released code starts
@@ -59,18 +58,13 @@ class Variant:
                 " low rank; leave one of them out"
             )
 
-    def parts(self) -> Parts:
-        """What `radapter_serve.training.train` takes."""
-        return Parts(
-            layer=functools.partial(VariedAdapter, variant=self),
-            attached=self._attached,
-            average=trajectory_average if self.average == "trajectory" else moving_average,
-            drop=falling_drop if self.falling else constant_drop,
-        )
-
-    def _attached(self, adapters: Adapters) -> None:
+    def attach(self, model: nn.Module, rank: int | None, **how: Any) -> Adapters:
+        """Attach its adapters; the rest is as of `radapter_serve.adapter.attach`."""
+        make = functools.partial(VariedAdapter, variant=self)
+        adapters = attach(model, rank, make=make, **how)
         if self.drop_path:
             add_drop_path(adapters, self.drop_path)
+        return adapters
 
 
 OWN = Variant()  # the method's own training
@@ -153,15 +147,3 @@ class TrajectoryAverage(Average):
     def share(self) -> float:
         """The share of the newest values in the average, from 0 to 1."""
         return float(self._shares[self.steps])
-
-
-def trajectory_average(adapters: Adapters, recipe: Recipe, steps: int) -> Average:
-    """The average over a whole trajectory, in place of the moving one."""
-    return TrajectoryAverage(adapters, steps)
-
-
-def falling_drop(recipe: Recipe, step: int, steps: int) -> float:
-    """The probability of adapter dropping at a step, which reaches 0 after three quarters of
-    all.
-    """
-    return recipe.drop * max(0.0, 1 - step / (0.75 * steps))

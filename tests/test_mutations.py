@@ -112,7 +112,7 @@ ROOMS = {
             "*sample_drop__mutmut_*",
             "*x_mpm_nce__mutmut_*3",
             "*x_augmentation__mutmut_*3",
-            "*x_train_on__mutmut_*13",
+            "*x_fit__mutmut_*13",
             "*__mutmut_13",
         ),
     ),

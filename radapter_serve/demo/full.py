@@ -8,9 +8,7 @@ and has the paper's other systems too.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +23,7 @@ from radapter_serve.clip.towers import encode_image
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
 from radapter_serve.training import Recipe
-from radapter_serve.training.batches import Examples, batches
-from radapter_serve.training.loop import learning_rate
+from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
 
@@ -59,7 +56,6 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     Raises:
         RAdapterError: an image can't be read, or the loss is not finite.
     """
-    assert recipe.steps is not None
     base = load_base(recipe.architecture, recipe.pretrained)
     data, _ = open_data(recipe, base)
     model: Any = base.model
@@ -70,12 +66,13 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
     start = _copy(model.state_dict())
     first = _copy(head.state_dict())
-    source = _batches(Examples(data, augmentation(base, recipe), recipe.seed), recipe)
-    schedule = recipe.of_length(recipe.steps)
-    for step in track(range(recipe.steps), "Full fine-tuning", disable=quiet):
+    examples = Examples(data, augmentation(base, recipe), recipe.seed)
+    source = endless(examples, recipe.batch_size, workers=recipe.workers)
+    plan = recipe.resolved(None)
+    for step in track(range(plan.steps), "Full fine-tuning", disable=quiet):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, recipe.steps)
-        batch = next(source)
+            group["lr"] = plan.learning_rate(step)
+        _, batch = next(source)
         loss = F.cross_entropy(head(encode_image(model, batch["pixels"])), batch["labels"])
         if not math.isfinite(loss.item()):
             raise RAdapterError(
@@ -92,24 +89,6 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
         _copy(model.state_dict()),
         tuple((of["weight"], of["bias"]) for of in (first, last)),  # type: ignore[arg-type]
     )
-
-
-def _batches(examples: Examples, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Those of all epochs, without an end."""
-    for epoch in itertools.count():
-        loader = batches(
-            examples,
-            recipe.batch_size,
-            epoch=epoch,
-            start=0,
-            rank=0,
-            world=1,
-            workers=recipe.workers,
-        )
-        for batch in loader:
-            if "error" in batch:
-                raise RAdapterError(batch["error"])
-            yield batch
 
 
 def _copy(state: dict[str, Tensor]) -> Weights:

@@ -13,8 +13,7 @@ from radapter_serve.lazy import attribute
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
     from radapter_serve.training.loss import gather_with_grad, mpm_nce, pairwise_sigmoid
-    from radapter_serve.training.recipe import Recipe, load_recipe
-    from radapter_serve.training.run import Run
+    from radapter_serve.training.recipe import Recipe, Run, load_recipe
     from radapter_serve.training.setup import choose_form
     from radapter_serve.training.start import train
 
@@ -33,7 +32,7 @@ __all__ = [
 _HOME = {
     "Average": ".average",
     "Recipe": ".recipe",
-    "Run": ".run",
+    "Run": ".recipe",
     "choose_form": ".setup",
     "gather_with_grad": ".loss",
     "load_recipe": ".recipe",

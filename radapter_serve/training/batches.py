@@ -165,6 +165,42 @@ def batches(
     return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
 
 
+def endless(
+    examples: Examples,
+    batch_size: int,
+    *,
+    position: tuple[int, int] = (0, 0),
+    rank: int = 0,
+    world: int = 1,
+    workers: int,
+) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """The batches of all epochs from an (epoch, batch or row) on, each with that which comes after
+    it.
+    """
+    epoch, start = position
+    while True:
+        offset = start
+        loader = batches(
+            examples,
+            batch_size,
+            epoch=epoch,
+            start=start,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
+        for offset, batch in enumerate(loader, start + 1):
+            if "error" in batch:
+                raise RAdapterError(batch["error"])
+            yield (epoch, batch["row"] or offset), batch  # a stream continues after its last row
+        if offset == start == 0:
+            raise RAdapterError(
+                f"the data set has fewer images that can be read than a batch of {batch_size}"
+            )
+        epoch += 1
+        start = 0
+
+
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     # a worker's exception would reach the user as its traceback, so errors travel as items
     errors = [item["error"] for item in items if "error" in item]

@@ -4,21 +4,17 @@ place in the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.optim import Optimizer
 
-from radapter_serve.adapter import Adapters
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 from radapter_serve.runs import CHECKPOINT
-from radapter_serve.training.average import Average
 from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.setup import Learner
 
 FREE = {
     "workers",
@@ -32,52 +28,25 @@ FREE = {
 }
 
 
-@dataclass(frozen=True)
-class Learner:
-    """What changes while a run learns, and the processes that share it."""
-
-    adapters: Adapters
-    average: Average
-    optimizer: Optimizer
-    accelerator: Accelerator
-
-
-def save_checkpoint(
-    out: Path,
-    recipe: Recipe,
-    learner: Learner,
-    *,
-    step: int,
-    position: tuple[int, int],
-    held_out: str | None,
-) -> None:
-    """Save the state after `step` from the main process, whole or not at all; every process calls
-    it.
-
-    Args:
-        out: the run's folder.
-        recipe: to which a resumed run must be equal.
-        learner: what is saved.
-        step: steps done.
-        position: the (epoch, batch or row) that comes next for this process.
-        held_out: digest of the images that are held out; None where there are none.
+def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
+    """Save the state after a step from the main process, whole or not at all; every process calls
+    it, each with the (epoch, batch or row) that comes next for it.
     """
     accelerator = learner.accelerator
     positions = gather_object([position])
     if not accelerator.is_main_process:
         return
+    adapters = learner.adapters.named_tensors().items()
     state = {
-        "recipe": _fixed(recipe),
-        "adapters": {
-            name: value.detach().cpu() for name, value in learner.adapters.named_tensors().items()
-        },
+        "recipe": _fixed(learner.plan.recipe),
+        "adapters": {name: value.detach().cpu() for name, value in adapters},
         "average": {name: value.cpu() for name, value in learner.average.tensors.items()},
         "average_steps": learner.average.steps,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "step": step,
         "positions": positions,
-        "held_out": held_out,
+        "held_out": learner.held_out,
     }
     try:
         with staged(out / CHECKPOINT) as part:
@@ -88,17 +57,9 @@ def save_checkpoint(
         ) from error
 
 
-def load_checkpoint(
-    out: Path, recipe: Recipe, learner: Learner, held_out: str | None
-) -> tuple[int, tuple[int, int]]:
-    """Restore the state saved at that step.
-
-    Returns:
-        The step, and the (epoch, batch) that comes next for this process.
-
-    Raises:
-        RAdapterError: there is none, or it belongs to another recipe, or other images are held out
-            now.
+def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
+    """Restore what was saved; gives the step, and the (epoch, batch or row) that comes next for
+    this process. Refuses the checkpoint of another recipe, or of other held-out images.
     """
     path = out / CHECKPOINT
     if not path.is_file():
@@ -110,6 +71,7 @@ def load_checkpoint(
         raise RAdapterError(
             f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again"
         ) from error
+    recipe = learner.plan.recipe
     changed = [
         f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v
     ]
@@ -118,7 +80,7 @@ def load_checkpoint(
             f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new"
             " --out"
         )
-    if state["held_out"] != held_out:
+    if state["held_out"] != learner.held_out:
         raise RAdapterError(
             f"{recipe.data} has changed since {path} was written: the share that val_fraction draws"
             " now holds images that the run was trained with; bring back the files as they were,"

@@ -21,8 +21,7 @@ from radapter_serve.data import Captioned, LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.runs import RATES
-from radapter_serve.training.loop import train_on
-from radapter_serve.training.parts import Parts
+from radapter_serve.training.loop import fit
 from radapter_serve.training.recipe import Recipe
 from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import answers
@@ -88,7 +87,7 @@ class _Answers:
 
 
 def search_rate(
-    recipe: Recipe, opened: RunData, out: Path, parts: Parts, say: Callable[[str], None]
+    recipe: Recipe, opened: RunData, out: Path, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
     """Choose the learning rate of a run, and write `rates.json` into its folder.
 
@@ -96,7 +95,6 @@ def search_rate(
         recipe: with `learning_rate: auto`.
         opened: its data, with validation images.
         out: folder of the run.
-        parts: of the run.
         say: takes a line for the user.
 
     Returns:
@@ -110,14 +108,26 @@ def search_rate(
             "learning_rate auto searches in one process; start radapter-train by itself, stop it"
             " once it has printed the rate, and start several processes with --learning-rate RATE"
         )
+    # Warm-up and average follow the length of a short run.
+    steps = max(1, recipe.resolved(opened.images).steps // SHARE)
     collector = _Answers()
 
     def short_run(rate: float, seed: int) -> Tried:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            short = _short(recipe, opened, rate, seed, Path(folder) / "run")
-            own = dataclasses.replace(parts, validate=collector)
-            train_on(short, opened, Path(folder) / "run", own, show=False)
+            short = dataclasses.replace(
+                recipe,
+                learning_rate=rate,
+                min_learning_rate=min(recipe.min_learning_rate, rate),
+                steps=steps,
+                warmup_steps=None,
+                momentum=None,
+                seed=seed,
+                validate_every=None,
+                save_every=None,
+                tracker="none",
+            )
+            fit(short, opened, Path(folder), show=False, measure=collector)
         found = Tried(rate, collector.right, collector.kept)
         say(
             f"learning rate {rate:.2g}: {100 * found.accuracy:.1f} % of {len(found.right)} held-out"
@@ -200,25 +210,6 @@ def _error(one: Tried, other: Tried) -> float:
     """The standard error of the difference of two accuracies on the same images."""
     differences = one.right.astype(np.float64) - other.right.astype(np.float64)
     return float(np.std(differences) / len(differences) ** 0.5)
-
-
-def _short(recipe: Recipe, opened: RunData, rate: float, seed: int, out: Path) -> Recipe:
-    """The recipe of a short run; its warm-up and its average follow its length."""
-    images = None if recipe.streaming else len(opened.data.rows)
-    steps = recipe.fitted(images, recipe.accumulate).length(images)
-    return dataclasses.replace(
-        recipe,
-        learning_rate=rate,
-        min_learning_rate=min(recipe.min_learning_rate, rate),
-        steps=max(1, steps // SHARE),
-        warmup_steps=None,
-        momentum=None,
-        seed=seed,
-        validate_every=None,
-        save_every=None,
-        tracker="none",
-        out=out,
-    )
 
 
 def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:

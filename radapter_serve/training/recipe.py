@@ -1,9 +1,13 @@
-"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names."""
+"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names;
+what a recipe comes to on its data, and the run that it gives.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,7 +28,7 @@ from radapter_serve.data.source import (
 )
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
-from radapter_serve.runs import RECIPE
+from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.typed import checker
 
 # The paper's, where they follow the length of the run.
@@ -263,79 +267,60 @@ class Recipe(
         assert self.learning_rate != "auto"
         return self.learning_rate
 
-    def of_length(self, steps: int) -> Recipe:
-        """The recipe with the warm-up and the averaging that it has in a run of so many steps.
-
-        Raises:
-            RAdapterError: the warm-up is no shorter than the run.
-        """
-        warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
-        momentum = _following(steps) if self.momentum is None else self.momentum
-        if warmup >= steps:
-            raise RAdapterError(
-                f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it"
-                " follow the length of the run with --warmup-steps none"
-            )
-        return dataclasses.replace(self, warmup_steps=warmup, momentum=momentum)
-
-    def fitted(self, images: int | None, parts: int) -> Recipe:
-        """The recipe with a batch that the data can fill.
+    def resolved(self, images: int | None, processes: int = 1) -> Plan:
+        """Work out what follows from the number of images and of processes.
 
         Args:
             images: that an epoch goes through, or captions; None where nobody knows, as of a
                 stream.
-            parts: that a batch is cut into, processes times accumulated parts.
+            processes: that share a batch.
 
         Raises:
-            RAdapterError: `batch_size` can't be cut so, or the data can't fill a batch of 2.
+            RAdapterError: `batch_size` can't be cut into parts, the data can't fill a batch of 2,
+                or the warm-up is no shorter than the run.
         """
+        notes = []
+        parts = processes * self.accumulate
         if self.batch_size % parts:
             raise RAdapterError(
                 f"batch_size {self.batch_size} can't be cut into {parts} parts (processes ×"
                 " accumulate)"
             )
-        if images is None:
-            return self
-        largest = images // parts * parts
-        if largest < max(2, parts):
+        batch_size = self.batch_size
+        if images is not None:
+            largest = images // parts * parts
+            if largest < max(2, parts):
+                raise RAdapterError(
+                    f"the data holds {images} images to train with; a batch needs"
+                    f" {max(2, parts)} at least, so add images, or lower --val-fraction or"
+                    " --accumulate"
+                )
+            batch_size = min(batch_size, largest)
+        if batch_size < self.batch_size:
+            notes.append(
+                f"note: a batch is {batch_size} images, for the data has no more; "
+                f"the recipe's batch_size is {self.batch_size}"
+            )
+        steps = self.steps
+        if steps is None:
+            assert images is not None  # a stream says its steps
+            steps = self.epochs * (images // batch_size)
+        warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps:
             raise RAdapterError(
-                f"the data holds {images} images to train with; a batch needs {max(2, parts)} at"
-                " least, so add images, or lower --val-fraction or --accumulate"
+                f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it"
+                " follow the length of the run with --warmup-steps none"
             )
-        return dataclasses.replace(self, batch_size=min(self.batch_size, largest))
-
-    def length(self, images: int | None) -> int:
-        """Optimizer steps of a run by a recipe that is `fitted`.
-
-        Args:
-            images: as of `fitted`.
-        """
-        if self.steps is not None:
-            return self.steps
-        assert images is not None  # a stream says its steps
-        return self.epochs * (images // self.batch_size)
-
-    def notes(self, given: Recipe, steps: int) -> list[str]:
-        """What a user may want to change before a run of so many steps, a line each.
-
-        Args:
-            given: the recipe as the user gave it; this one is `fitted`.
-            steps: of the run.
-        """
-        found = []
-        if self.batch_size < given.batch_size:
-            found.append(
-                f"note: a batch is {self.batch_size} images, for the data has no more; "
-                f"the recipe's batch_size is {given.batch_size}"
-            )
-        momentum = self.momentum or 0.0
+        following = min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps))  # keeps 99 %
+        momentum = following if self.momentum is None else self.momentum
         kept = 1 - momentum**steps
         if kept < LEAST_KEPT and not self.bias_correction:
-            found.append(
+            notes.append(
                 f"warning: momentum {momentum:g} keeps {kept:.1%} of what a run of {steps} steps"
-                f" learns; --momentum none keeps 99 % (here it is {_following(steps):.4g})"
+                f" learns; --momentum none keeps 99 % (here it is {following:.4g})"
             )
-        return found
+        recipe = dataclasses.replace(self, batch_size=batch_size)
+        return Plan(recipe, batch_size // parts, steps, warmup, momentum, tuple(notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and the adapter file hold them, without what belongs to one run:
@@ -347,11 +332,62 @@ class Recipe(
         return {k: v for k, v in values.items() if k not in ("out", "resume")}
 
 
-def _following(steps: int) -> float:
-    """The momentum that keeps 99 % of what a run of so many steps learns, or the paper's where it
-    is longer.
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, with all that follows from the number of images and of processes.
+
+    Attributes:
+        recipe: as the user wrote it, with a batch that the data can fill.
+        part: images a process and accumulated part.
+        steps: of the whole run.
+        warmup_steps: of them, those with a rising learning rate.
+        momentum: of the adapters' average.
+        notes: what a user may want to change, a line each.
     """
-    return min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps))
+
+    recipe: Recipe
+    part: int
+    steps: int
+    warmup_steps: int
+    momentum: float
+    notes: tuple[str, ...]
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, from 0: linear warm-up, then a cosine down to the least rate."""
+        high = self.recipe.peak_rate
+        low = self.recipe.min_learning_rate
+        if step < self.warmup_steps:
+            return high * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Run(PathLike[str]):
+    """A finished run; wherever a run's folder is asked for, a `Run` will do.
+
+    Attributes:
+        folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt` and the
+            tracker's files.
+        recipe: that it was trained by, with a batch that the data can fill.
+        metrics: what the last validation measured, in per cent, by measure and α, such as
+            `acc1@alpha=0.5`; empty without validation data.
+        notes: what its user should know, a line each: of images that were left out, and of an
+            average that keeps little.
+    """
+
+    folder: Path
+    recipe: Recipe
+    metrics: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter file."""
+        return self.folder / ADAPTER
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
 
 def ready_recipes() -> dict[str, Path]:

@@ -1,22 +1,110 @@
-"""What a run needs before its first step: its folder, processes, batches, augmentation and the form
-of the adapters.
-"""
+"""What a run needs before its first step: processes, model, adapters, data, loss and tracker."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torchvision import transforms
 
-from radapter_serve.adapter import Form, find_sites
-from radapter_serve.clip.base import Base
+from radapter_serve.adapter import Adapters, Form, attach, base_digest, find_sites
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import logit_scale_and_bias
+from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.training.batches import Transform
-from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.average import Average
+from radapter_serve.training.batches import Examples, Transform
+from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
+from radapter_serve.training.recipe import Plan, Recipe
+from radapter_serve.training.step import TwoTower
+from radapter_serve.training.tasks import Data, RunData
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns, and what it learns from.
+
+    Attributes:
+        plan: the resolved recipe.
+        accelerator: the processes that share the run.
+        base: with the adapters attached; the digest is of its weights without them.
+        adapters: what is trained, in this form.
+        towers: both, as accelerate wraps them.
+        loss_fn: of images, texts, and which of them belong together.
+        examples, val: the pairs of training and of validation; the latter may be None.
+        held_out: digest of the images that are validated on and else would be trained on; None
+            where there are none.
+    """
+
+    plan: Plan
+    accelerator: Accelerator
+    base: Base
+    digest: str
+    adapters: Adapters
+    form: Form
+    towers: nn.Module
+    optimizer: Optimizer
+    average: Average
+    loss_fn: partial[Tensor]
+    examples: Examples
+    val: Data | None
+    held_out: str | None
+
+
+def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
+    """Resolve the recipe and build all that it names; nothing is written."""
+    # The order matters: the number of processes says what the recipe comes to, which is refused
+    # before a model is fetched.
+    accelerator = start_accelerator(recipe, out)
+    plan = recipe.resolved(opened.images, accelerator.num_processes)
+    recipe = plan.recipe
+    torch.manual_seed(recipe.seed)  # before anything draws: a base without weights, low-rank starts
+    base = load_base(recipe.architecture, recipe.pretrained)
+    data, val = opened.ready(recipe, base)
+    refuse = recipe.on_broken == "refuse"
+
+    # Adapters: the digest is of the weights without them.
+    where = {"text": recipe.adapt_text, "partial": recipe.partial}
+    sites = find_sites(base.model, **where)
+    digest = base_digest(base.model.state_dict(), [site.key for site in sites])
+    form = recipe.form
+    if form == "auto":
+        form = choose_form(base.model, recipe.rank, plan.part, **where)
+    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
+    optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+    # This moves the weights to their device, where the average then starts.
+    towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
+    return Learner(
+        plan=plan,
+        accelerator=accelerator,
+        base=base,
+        digest=digest,
+        adapters=adapters,
+        form=form,
+        towers=towers,
+        optimizer=optimizer,
+        average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
+        loss_fn=choose_loss(base, recipe),
+        examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
+        val=val,
+        held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
+    )
+
+
+def choose_loss(base: Base, recipe: Recipe) -> partial[Tensor]:
+    """The loss by softmax, or by sigmoids where the base's scores are made so."""
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
+    loss_fn: Callable[..., Tensor] = mpm_nce
+    if bias is not None:
+        loss_fn = partial(pairwise_sigmoid, logit_bias=bias)
+    return partial(loss_fn, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
 
 
 def choose_form(

@@ -6,17 +6,13 @@ import dataclasses
 import time
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.runs import ADAPTER, CHECKPOINT
 from radapter_serve.threads import limit_threads
-from radapter_serve.training.recipe import Recipe, recipe_from
-from radapter_serve.training.run import Run
+from radapter_serve.training.recipe import Recipe, Run, recipe_from
 from radapter_serve.training.tasks import open_run
-
-if TYPE_CHECKING:
-    from radapter_serve.training.parts import Parts
 
 
 @one_line("train")
@@ -25,7 +21,6 @@ def train(
     *,
     resume: str | PathLike[str] | bool = False,
     progress: bool = False,
-    parts: Parts | None = None,
     **fields: Any,
 ) -> Run:
     """Train adapters, as `radapter-train` does.
@@ -35,7 +30,6 @@ def train(
             starts from the defaults.
         resume: folder of a stopped run to go on with, by its own recipe; True goes on with `out`.
         progress: show a bar, and what the command prints; without it nothing is printed.
-        parts: what an ablation exchanges; None for the method's own.
         fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...
 
     Returns:
@@ -53,28 +47,22 @@ def train(
     limit_threads(chosen.threads)  # before torch is loaded
     out = run_folder(chosen)
     if chosen.learning_rate == "auto" and chosen.resume:  # its run has found the rate
-        own = recipe_from(resume=out)
+        earlier = recipe_from(resume=out)
         chosen = dataclasses.replace(
             chosen,
-            learning_rate=own.learning_rate,
-            min_learning_rate=own.min_learning_rate,
+            learning_rate=earlier.learning_rate,
+            min_learning_rate=earlier.min_learning_rate,
         )
     opened = open_run(chosen, progress=progress)
-    from radapter_serve.training.loop import train_on
-    from radapter_serve.training.parts import OWN
+    from radapter_serve.training.loop import fit
 
-    parts = parts or OWN
     if chosen.learning_rate == "auto":
         from radapter_serve.training.rate import search_rate
 
-        say = print if progress else _silent
-        chosen, notes = search_rate(chosen, opened, out, parts, say)
+        say = print if progress else lambda line: None
+        chosen, notes = search_rate(chosen, opened, out, say)
         opened = dataclasses.replace(opened, notes=(*opened.notes, *notes))
-    return train_on(chosen, opened, out, parts, show=progress)
-
-
-def _silent(line: str) -> None:
-    """Says nothing."""
+    return fit(chosen, opened, out, show=progress)
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -35,12 +35,14 @@ class RunData:
     Attributes:
         data, val: what to train with, and what to validate on: all of `val_data`, or `val_fraction`
             of the data, or nothing.
+        images: that an epoch goes through, or captions; None where nobody knows, as of a stream.
         broken: rows that `on_broken: skip` leaves out.
         notes: what a user should know of the data, a line each.
     """
 
     data: Opened
     val: Opened | None
+    images: int | None
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -121,12 +123,12 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
 
     data_ = segmented(data)
     val_ = segmented(val)
-    if data_ is not None and not recipe.streaming:
-        parts = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-        tried(lambda: recipe.fitted(len(data_.rows), parts))
+    count = None if data_ is None or recipe.streaming else len(data_.rows)
+    if count is not None:
+        tried(lambda: recipe.resolved(count, int(os.environ.get("WORLD_SIZE", "1"))))
     if problems or data_ is None:
         raise all_of(list(dict.fromkeys(problems)), "the data of this run")
-    return RunData(data_, val_, tuple(broken), tuple(notes))
+    return RunData(data_, val_, count, tuple(broken), tuple(notes))
 
 
 def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:

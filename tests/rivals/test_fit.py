@@ -15,7 +15,6 @@ from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.batches import evaluation_batches
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
-from radapter_serve.training.loop import learning_rate
 from rivals.fit import fit
 from rivals.flyp import Flyp
 from rivals.judge import judge
@@ -53,7 +52,8 @@ def test_rates_follow_the_schedule_and_the_share(make_run: Callable[..., Run]):
         {"params": [system.other], "share": 0.5},
     ]
     found = fit(system, SGD(groups, lr=0.0), run)
-    total = sum(learning_rate(run.recipe, step, 5) for step in range(5))
+    plan = run.recipe.resolved(None)
+    total = sum(plan.learning_rate(step) for step in range(5))
     assert -system.one.item() == pytest.approx(total)
     assert -system.other.item() == pytest.approx(total / 2)
     assert system.seen == [0.2, 0.4, 0.6, 0.8, 1.0]

@@ -22,7 +22,8 @@ from radapter_serve.adapter import (
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training import Recipe, train
+from radapter_serve.training import Recipe
+from rivals.loop import train
 from rivals.variants import Variant
 from tests.helpers.by_hand import assert_same, train_by_hand
 from tests.training.test_wiring import labelled
@@ -40,9 +41,7 @@ def ablated(
     model: nn.Module, rank: int | None = None, form: Any = "activation", **fields: Any
 ) -> Adapters:
     """Adapters of random values, in training."""
-    parts = Variant(**fields).parts()
-    adapters = attach(model, rank, form=form, make=parts.layer)
-    parts.attached(adapters)
+    adapters = Variant(**fields).attach(model, rank, form=form)
     torch.manual_seed(0)
     for parameter in adapters.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -102,7 +101,7 @@ def test_a_learned_scale_starts_at_a_tenth_and_folds(
     model: nn.Module, rank: int | None, form: str
 ) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    fresh = attach(model, rank, make=Variant(learned_scale=True).parts().layer)
+    fresh = Variant(learned_scale=True).attach(model, rank)
     scales = {
         name: value for name, value in fresh.named_tensors().items() if name.endswith(".scale")
     }
@@ -132,7 +131,7 @@ def adapted_inputs(model: nn.Module) -> int:
 def test_training_is_that_by_hand(recipe: Recipe, tmp_path: Path, variant: Variant) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data)
-    found = load_adapter(train(recipe, parts=variant.parts())).tensors
+    found = load_adapter(train(recipe, variant)).tensors
     assert_same(found, train_by_hand(recipe, pairs, variant=variant))
 
 

@@ -24,7 +24,7 @@ from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
 from radapter_serve.training import gather_with_grad, mpm_nce, pairwise_sigmoid
 from radapter_serve.training.loss import distance_to_base, positives_of
-from radapter_serve.training.preserve import at_base
+from radapter_serve.training.step import at_base
 
 
 def by_the_formula(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radapter_serve.data import Labelled
-from radapter_serve.training.negatives import other_prompts, share
+from radapter_serve.training.step import other_prompts, share
 
 
 @pytest.fixture

@@ -132,13 +132,13 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])  # all of it is its edge
     monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
     seeds = []
-    train_on: Any = vars(rate)["train_on"]
+    fit: Any = vars(rate)["fit"]
 
-    def train_and_see(short: Recipe, *rest: Any, **named: Any) -> Any:
+    def fit_and_see(short: Recipe, *rest: Any, **named: Any) -> Any:
         seeds.append(short.seed)
-        return train_on(short, *rest, **named)
+        return fit(short, *rest, **named)
 
-    monkeypatch.setattr(rate, "train_on", train_and_see)
+    monkeypatch.setattr(rate, "fit", fit_and_see)
     # A least rate above all that the search may choose.
     recipe = dataclasses.replace(recipe, steps=4, seed=7, min_learning_rate=1.0)
     with steps_taken() as steps:

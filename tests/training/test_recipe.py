@@ -166,15 +166,16 @@ def test_recipes_by_name_and_by_path() -> None:
     ("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)]
 )
 def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, momentum: float) -> None:
-    recipe = load_recipe("small").of_length(steps)
-    assert recipe.warmup_steps == warmup and recipe.momentum == pytest.approx(momentum)
-    fixed = Recipe(warmup_steps=3, momentum=0.5).of_length(steps)
+    plan = dataclasses.replace(load_recipe("small"), steps=steps).resolved(None)
+    assert plan.steps == steps
+    assert plan.warmup_steps == warmup and plan.momentum == pytest.approx(momentum)
+    fixed = Recipe(steps=steps, warmup_steps=3, momentum=0.5).resolved(None)
     assert (fixed.warmup_steps, fixed.momentum) == (3, 0.5)
     with pytest.raises(
         RAdapterError,
         match=f"warmup_steps is {steps} but the run has {steps} .*--warmup-steps none",
     ):
-        Recipe(warmup_steps=steps).of_length(steps)
+        Recipe(steps=steps, warmup_steps=steps).resolved(None)
 
 
 @pytest.mark.parametrize(
@@ -191,18 +192,22 @@ def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, moment
 def test_a_batch_is_all_images_at_most(
     batch_size: int, images: int | None, parts: int, fitted: int
 ) -> None:
-    assert Recipe(batch_size=batch_size).fitted(images, parts).batch_size == fitted
+    for accumulate in {1, parts}:
+        recipe = Recipe(steps=9, batch_size=batch_size, accumulate=accumulate)
+        plan = recipe.resolved(images, parts // accumulate)
+        assert plan.recipe == dataclasses.replace(recipe, batch_size=fitted)
+        assert plan.part == fitted // parts
 
 
 def test_what_no_batch_can_be_made_of() -> None:
     with pytest.raises(RAdapterError, match="batch_size 32 can't be cut into 3 parts"):
-        Recipe(batch_size=32).fitted(300, 3)
+        Recipe(batch_size=32).resolved(300, 3)
     for images, parts, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
         with pytest.raises(
             RAdapterError,
             match=f"holds {images} images to train with; a batch needs {least} at least",
         ):
-            Recipe(batch_size=32).fitted(images, parts)
+            Recipe(batch_size=32).resolved(images, parts)
 
 
 @pytest.mark.parametrize(
@@ -217,21 +222,20 @@ def test_what_no_batch_can_be_made_of() -> None:
 def test_an_average_that_keeps_little_of_a_run_is_warned_of(
     momentum: float, corrected: bool, steps: int, kept: str
 ) -> None:
-    recipe = Recipe(momentum=momentum, bias_correction=corrected).of_length(steps)
-    notes = recipe.notes(recipe, steps)
+    recipe = Recipe(steps=steps, momentum=momentum, bias_correction=corrected)
     assert [
         f"keeps {kept} of what a run of {steps} steps learns; --momentum none" in note
-        for note in notes
+        for note in recipe.resolved(None).notes
     ] == [True] * bool(kept)
-    assert not Recipe().of_length(steps).notes(Recipe(), steps)  # the default follows the length
+    assert not Recipe(steps=steps).resolved(None).notes  # the default follows the length
 
 
 def test_the_paper_s_base_to_novel_recipe_takes_data_of_eurosat_s_size() -> None:
     recipe = load_recipe("base-to-novel")
-    assert (
-        recipe.of_length(recipe.epochs * (5 * 16 // recipe.batch_size)).warmup_steps == 40
-    )  # of 202
-    assert recipe.of_length(25_250).warmup_steps == 500  # ImageNet's
+    plan = recipe.resolved(5 * 16)
+    assert (plan.steps, plan.warmup_steps) == (202, 40)
+    of_imagenet = dataclasses.replace(recipe, steps=25_250).resolved(None)
+    assert of_imagenet.warmup_steps == 500
 
 
 @pytest.mark.parametrize(

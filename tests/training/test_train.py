@@ -20,8 +20,7 @@ from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.data import load_labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training import Recipe, choose_form, load_recipe, loop, train
-from radapter_serve.training.loop import learning_rate
+from radapter_serve.training import Recipe, choose_form, load_recipe, setup, train
 from radapter_serve.training.setup import start_accelerator
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
@@ -133,14 +132,15 @@ def test_the_base_is_loaded_with_the_weights_that_the_recipe_names(
     def stop(architecture: str, pretrained: str | None) -> Base:
         raise RAdapterError(f"{architecture} with {pretrained}")
 
-    monkeypatch.setattr(loop, "load_base", stop)
+    monkeypatch.setattr(setup, "load_base", stop)
     with pytest.raises(RAdapterError, match=r"^ViT-B-32 with openai$"):
         train(dataclasses.replace(recipe, architecture="ViT-B-32", pretrained="openai"))
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine() -> None:
-    recipe = Recipe(learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10).of_length(110)
-    rates = [learning_rate(recipe, step, 110) for step in range(110)]
+    recipe = Recipe(steps=110, learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10)
+    plan = recipe.resolved(None)
+    rates = [plan.learning_rate(step) for step in range(110)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
 
@@ -264,7 +264,7 @@ def test_the_base_stays_to_the_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPat
         bases.append(load_base(*arguments))
         return bases[-1]
 
-    monkeypatch.setattr("radapter_serve.training.loop.load_base", load)
+    monkeypatch.setattr("radapter_serve.training.setup.load_base", load)
     train(recipe)
     after = bases[0].model.state_dict()
     for name, value in load_base(recipe.architecture).model.state_dict().items():

@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +23,11 @@ from radapter_serve.adapter import Adapters, load_adapter
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.evaluation.torch_embedder import from_adapter
-from radapter_serve.training import Recipe, train
-from radapter_serve.training.parts import Parts
+from radapter_serve.training import Recipe, Run, train
+from radapter_serve.training.loop import fit
+from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import validate
+from rivals import loop
 from tests.helpers.by_hand import (
     ClipWithAdapters,
     Pair,
@@ -145,12 +149,12 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
 
 
 def assert_trains_as_by_hand(
-    recipe: Recipe, pairs: list[Pair], parts: Parts | None = None, **by_hand: Any
+    recipe: Recipe, pairs: list[Pair], how: Callable[[Recipe], Run] = train, **by_hand: Any
 ) -> None:
     with steps_taken() as expected_steps:
         expected = train_by_hand(recipe, pairs, **by_hand)
     with steps_taken() as steps:
-        run = train(recipe, parts=parts)
+        run = how(recipe)
     assert_same_steps(steps, expected_steps)
     assert_same(load_adapter(run).tensors, expected)
 
@@ -179,9 +183,9 @@ def test_offsets_of_classes(recipe: Recipe, tmp_path: Path, change: dict[str, An
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data, **change)
     offsets = [0.0, -2.0, -3.0]
-    parts = Parts(class_offsets=lambda _: torch.tensor(offsets))
+    how = partial(loop.train, class_offsets=lambda _: torch.tensor(offsets))
     texts = [prompts(name) for name in CLASSES]
-    assert_trains_as_by_hand(recipe, pairs, parts, prompts=texts, offsets=offsets)
+    assert_trains_as_by_hand(recipe, pairs, how, prompts=texts, offsets=offsets)
 
 
 @pytest.mark.parametrize("positives", ["several", "single"])
@@ -264,7 +268,8 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         validated.append({name: tensor.detach().clone() for name, tensor in tensors})
         return validate(base, adapters, *rest)
 
-    out = train(recipe, parts=Parts(validate=validate_and_see)).folder
+    assert recipe.out is not None
+    out = fit(recipe, open_run(recipe), recipe.out, measure=validate_and_see).folder
     classes = [prompts(name) for name in CLASSES]
     scores = {}
     measured = [row for row in rows(out) if "acc1@alpha=1" in row]

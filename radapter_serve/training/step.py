@@ -1,0 +1,82 @@
+"""What a step computes: both towers, prompts of classes that a batch lacks, and the distance of its
+images from where the base has them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from radapter_serve.adapter import Adapters
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import encode_image, encode_text
+from radapter_serve.contract.labels import split_label
+from radapter_serve.data import LabelledImages
+from radapter_serve.training.loss import distance_to_base
+
+
+class TwoTower(nn.Module):
+    """Both towers in one forward pass, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+        super().__init__()
+        self.model = model
+        self.adapters = adapters
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
+        with parametrize.cached():  # attention reads its weights more than once
+            return encode_image(self.model, pixels), encode_text(self.model, tokens)
+
+
+def other_prompts(
+    data: LabelledImages, present: Collection[int], count: int, draw: random.Random
+) -> dict[int, str]:
+    """Drawn prompts of at most so many classes that no image of a batch has, by their numbers.
+
+    A class that has the first name of one in the batch is left out: its prompt would be right.
+    """
+    names = [split_label(line)[0] for line in data.classes]
+    taken = {names[label] for label in present if 0 <= label < len(names)}
+    absent = [label for label, name in enumerate(names) if name not in taken]
+    drawn = draw.sample(absent, min(count, len(absent)))
+    return {label: data.prompt(label, draw) for label in drawn}
+
+
+def share(texts: Sequence[str], process: int, processes: int) -> list[str]:
+    """One process's part of texts; the first text fills up the last parts, so all are as long."""
+    size = math.ceil(len(texts) / processes)
+    missing = size * processes - len(texts)
+    return [*texts, *(missing * list(texts[:1]))][size * process : size * (process + 1)]
+
+
+@contextmanager
+def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
+    """Within the block the model in training is its base, and nothing has gradients. No second
+    model is in memory.
+    """
+    adapters.alpha = 0.0
+    try:
+        # A cache of its own: the weights that training caches have the adapters in them.
+        with torch.no_grad(), accelerator.autocast(), parametrize.cached():
+            yield
+    finally:
+        adapters.alpha = 1.0
+
+
+def distance_of_images(
+    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, image_embeds: Tensor
+) -> Tensor:
+    """`distance_to_base` of all processes' images, float [N, D], of which this one has the pixels
+    [B, 3, S, S].
+    """
+    with at_base(adapters, accelerator):
+        base_embeds = encode_image(base.model, pixels)
+    return distance_to_base(image_embeds, accelerator.gather(base_embeds))

@@ -1,0 +1,149 @@
+"""R-Adapter's training with other parts in it: a copy of the loop of `radapter_serve.training`, in
+one process, without checkpoints and validation.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import AdamW
+
+from radapter_serve.adapter import Adapters, Metadata, base_digest, find_sites, save_adapter
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.prompts import templates_of
+from radapter_serve.data import Captioned
+from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.errors import RAdapterError
+from radapter_serve.runs import ADAPTER
+from radapter_serve.threads import limit_threads
+from radapter_serve.training import Average, Recipe, Run, choose_form
+from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.loss import positives_of
+from radapter_serve.training.recipe import recipe_from
+from radapter_serve.training.setup import augmentation, choose_loss, start_accelerator
+from radapter_serve.training.start import run_folder
+from radapter_serve.training.step import TwoTower, distance_of_images, other_prompts
+from radapter_serve.training.tasks import Data, open_run
+from rivals.variants import OWN, TrajectoryAverage, Variant
+
+Distance = Callable[[Base, Adapters, Accelerator, Tensor, Tensor], Tensor]
+
+
+def train(
+    recipe: str | Recipe,
+    variant: Variant = OWN,
+    *,
+    distance: Distance = distance_of_images,
+    class_offsets: Callable[[Data], Tensor] | None = None,
+    **fields: Any,
+) -> Run:
+    """Train as `radapter_serve.train` does, but with a variant's adapters, average and dropping,
+    the distance from the base that `preserve` weighs, and what is added to the logits of a text of
+    each class, float [classes], made from the training data.
+    """
+    recipe = recipe_from(recipe, **fields)
+    recipe.check()
+    variant.check(recipe)
+    limit_threads(recipe.threads)
+    out = run_folder(recipe)
+    opened = open_run(recipe, progress=False)
+    accelerator = start_accelerator(recipe, out)
+    device = accelerator.device
+    plan = recipe.resolved(opened.images)
+    recipe = plan.recipe
+
+    # Build the model, its adapters and what learns.
+    torch.manual_seed(recipe.seed)
+    base = load_base(recipe.architecture, recipe.pretrained)
+    data, val = opened.ready(recipe, base)
+    where = {"text": recipe.adapt_text, "partial": recipe.partial}
+    sites = find_sites(base.model, **where)
+    digest = base_digest(base.model.state_dict(), [site.key for site in sites])
+    form = recipe.form
+    if form == "auto":
+        form = choose_form(base.model, recipe.rank, plan.part, **where)
+    if variant.dropout:
+        form = "activation"
+    adapters = variant.attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
+    optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+    towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
+    average = Average(adapters, plan.momentum, bias_correction=recipe.bias_correction)
+    if variant.average == "trajectory":
+        average = TrajectoryAverage(adapters, plan.steps)
+    loss_fn = choose_loss(base, recipe)
+    offsets = None if class_offsets is None else class_offsets(data).to(device)
+    examples = Examples(
+        data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+    )
+    source = endless(examples, plan.part, workers=recipe.workers)
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        if variant.falling:  # to 0 after three quarters of all steps
+            adapters.drop = recipe.drop * max(0.0, 1 - step / (0.75 * plan.steps))
+        adapters.sample_drop()
+        for _ in range(recipe.accumulate):
+            _, batch = next(source)
+            with accelerator.accumulate(towers):
+                # Embed the batch, and prompts of classes that it lacks.
+                labels = batch["of_images"].to(device)
+                others: dict[int, str] = {}
+                if recipe.negative_classes:
+                    assert not isinstance(data, Captioned)  # the recipe refuses it
+                    draw = random.Random(f"{recipe.seed}-{step}")
+                    present = labels.unique().tolist()
+                    others = other_prompts(data, present, recipe.negative_classes, draw)
+                tokens = base.tokenizer([*batch["texts"], *others.values()]).to(device)
+                pixels = batch["pixels"].to(device, non_blocking=True)
+                images, texts = towers(pixels, tokens)
+
+                # Find the positives, and what is added to the logits of texts.
+                several = recipe.captions_per_image
+                labels = labels.repeat_interleave(several, dim=0)
+                positive = torch.eye(len(labels), dtype=torch.bool, device=device)
+                if recipe.positives == "several":
+                    positive = positives_of(labels, labels[:, 0])
+                positive = F.pad(positive, (0, len(others)))
+                more = {}
+                if offsets is not None:
+                    more = {"text_offsets": offsets[[*labels[:, 0].tolist(), *others]]}
+
+                loss = loss_fn(images.repeat_interleave(several, dim=0), texts, positive, **more)
+                if recipe.preserve:
+                    moved = distance(base, adapters, accelerator, pixels, images)
+                    loss = loss + recipe.preserve * moved
+                accelerator.backward(loss)
+                if recipe.grad_clip is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not math.isfinite(loss.item()):
+                raise RAdapterError(
+                    f"the loss is {loss.item()} at step {step}; lower the learning rate"
+                )
+        average.update()
+
+    adapters.load_tensors(average.tensors)
+    metadata = Metadata(
+        architecture=base.name,
+        pretrained=base.pretrained,
+        base_digest=digest,
+        rank=recipe.rank,
+        task=recipe.task,
+        alpha=recipe.alpha,
+        templates=templates_of(recipe.templates),
+        recipe=recipe.to_dict(),
+        classes=None if isinstance(data, Captioned) else list(data.classes),
+        held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    save_adapter(adapters.adapter(metadata), out / ADAPTER)
+    return Run(out, recipe, {}, (*opened.notes, *plan.notes))
