@@ -6,13 +6,11 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL.PngImagePlugin import PngImageFile
-from radapter_serve.engine.version import LocalVersion
 
 from radapter_client import (
     Client,
@@ -25,13 +23,20 @@ from radapter_client import (
 )
 from radapter_serve.contract import preprocess
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.needs import complete
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
-from radapter_serve.tasks.classify import ClassifyRequest
-from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Embedder, Retrieve, RetrieveRequest
-from radapter_serve.tasks.segment import SegmentRequest
+from radapter_serve.tasks.classify import ClassifyRequest, classify
+from radapter_serve.tasks.embed import (
+    EmbedImagesRequest,
+    EmbedTextsRequest,
+    embed_images,
+    embed_texts,
+)
+from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.small_release import Local, png, seal
 
 
@@ -52,28 +57,26 @@ def test_answers_are_those_of_the_tasks(repository: Path) -> None:
             assert [one.version for one in client.releases()] == [1, 2]
             assert client.is_ready()
             for number in (1, 2):
-                local = Local(folder, number)
+                loaded = Local(folder, number).loaded
                 pinned = Client(transport=engine, release=number)
                 images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
-                expected = local.embed_images([images])[0].unwrap()
+                expected = complete(embed_images(loaded, EmbedImagesRequest(images)))
                 np.testing.assert_array_equal(pinned.embed_images(images), expected)
                 words = ["a cat", "Ölkäfer 猫", "word " * 200]
-                expected = local.embed_texts([[word.encode() for word in words]])[0].unwrap()
+                expected = complete(embed_texts(loaded, EmbedTextsRequest(words)))
                 np.testing.assert_array_equal(pinned.embed_texts(words), expected)
                 labels = ["cat", "dog, hound", "bird"]
-                asked = ClassifyRequest(
-                    images, [[one.encode() for one in labels]] * 3, top_k=[2] * 3
-                )
-                answer = local.classify([asked])[0].unwrap()
-                for found, names, scores in zip(
+                asked = ClassifyRequest(images, Labels(labels), top_k=2)
+                for found, ranking in zip(
                     pinned.classify(images, labels, top_k=2),
-                    answer.labels,
-                    answer.scores,
+                    complete(classify(loaded, asked)),
                     strict=True,
                 ):
-                    assert found.labels == names.tolist()
-                    np.testing.assert_array_equal(np.array(found.scores, np.float32), scores)
-            mask = local.segment(SegmentRequest(png(3), [b"red", b"green"]))
+                    assert found.labels == ranking.labels
+                    scores = np.array(found.scores, np.float32)
+                    np.testing.assert_array_equal(scores, ranking.scores)
+            request = SegmentRequest(png(3), Labels(["red", "green"]))
+            mask = complete(segment(Local(folder, 2).loaded, request))
             segmented = client.segment(png(3), ["red", "green"])
             np.testing.assert_array_equal(segmented.mask, mask.mask)
             assert segmented.release == 2
@@ -107,7 +110,7 @@ def test_callers_of_several_threads_get_what_they_asked_for(engine: Engine) -> N
             {"texts": texts(b"a")},
             "no input 'texts'; it has text, alpha",
         ),
-        ("embed_text", {"text": np.zeros((1, 1), np.float32)}, "text is FP32; BYTES is taken"),
+        ("embed_text", {"text": np.zeros((1, 1), np.float32)}, "text is float32; BYTES is taken"),
         ("embed_text", {"text": np.array([b"a"], object)}, r"shape \[1\]; \[-1, 1\] is taken"),
         ("embed_text", {"text": np.empty((0, 1), object)}, r"shape \[0, 1\]"),
         ("embed_text", {"text": texts(*[b"a"] * 65)}, "65 rows in a request; at most 64"),
@@ -156,14 +159,106 @@ def test_one_output_alone(engine: Engine) -> None:
     assert set(reply.outputs) == {"score"} and reply.version == 2
 
 
+def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path) -> None:
+    """While the encoder is busy, an image to embed and one to classify wait for it."""
+    local = Local(repository, 2)
+    encode = local.images
+    begun = threading.Event()
+    gate = threading.Event()
+
+    def images(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        begun.set()
+        assert gate.wait(20)
+        return encode(pixels)
+
+    with Engine([local.loaded]) as engine:
+        expected = [asked(engine, "classify", png(1)), asked(engine, "embed_image", png(2))]
+        local.images = images  # type: ignore[method-assign]
+        local.calls.clear()
+        found: dict[str, dict[str, np.ndarray]] = {}
+
+        def ask(name: str, task: str, image: bytes) -> None:
+            found[name] = asked(engine, task, image)
+
+        jobs = [("first", "embed_image", png(0)), ("label", "classify", png(1))]
+        jobs.append(("embed", "embed_image", png(2)))
+        threads = [threading.Thread(target=ask, args=job) for job in jobs]
+        for waiting, thread in enumerate(threads):
+            thread.start()
+            assert begun.wait(20)
+            [served] = engine._every()
+            end = time.monotonic() + 20
+            while len(served.queues["images"]._waiting) < waiting and time.monotonic() < end:
+                time.sleep(0.001)
+        gate.set()
+        for thread in threads:
+            thread.join(20)
+    assert [shape[0] for shape in local.calls] == [1, 2]
+    for name, other in zip(("label", "embed"), expected, strict=True):
+        for output, values in other.items():
+            if values.dtype == object:
+                np.testing.assert_array_equal(found[name][output], values)
+            else:
+                np.testing.assert_allclose(found[name][output], values, atol=1e-6)
+
+
+def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) -> None:
+    """What is made ready has answered its probes; what a query's index needs is kept beside it."""
+    one, two = Local(repository, 1), Local(repository, 2)
+    with Engine([one.loaded]) as engine:
+        assert engine.versions() == [1]
+        prepared = engine.prepare([two.loaded], [one.loaded])
+        assert engine.versions() == [1] and two.calls  # it was asked, and is not served yet
+        calls = len(one.calls)
+        engine.commit(prepared)
+        assert engine.versions() == [2]
+        [release] = engine.releases("embed_text")
+        assert release.version == 2 and len(one.calls) == calls
+        with pytest.raises(ModelNotFound, match="no release 1"):
+            Client(transport=engine, release=1).embed_texts(["a"])
+
+        def fails(*_: Any) -> Any:
+            raise TaskError("encoder_failed", "no")
+
+        broken = Local(repository, 1)
+        broken.tokens = fails  # type: ignore[method-assign]
+        with pytest.raises(TaskError, match="encoder_failed"):
+            engine.prepare([broken.loaded])
+        assert engine.versions() == [2]
+
+
+def test_of_a_task_few_requests_are_under_way(repository: Path) -> None:
+    local = Local(repository, 2)
+    encode = local.tokens
+    begun = threading.Event()
+    gate = threading.Event()
+
+    def tokens(rows: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        begun.set()
+        assert gate.wait(20)
+        return encode(rows)
+
+    local.tokens = tokens  # type: ignore[method-assign]
+    with Engine([local.loaded], max_waiting=1) as engine:
+        inputs = {"text": texts(b"a")}
+        first = threading.Thread(target=engine.infer, args=("embed_text", "", inputs))
+        first.start()
+        assert begun.wait(20)
+        with pytest.raises(TaskError, match=r"\[overloaded\] too many requests wait"):
+            engine.infer("embed_text", "", inputs)
+        gate.set()
+        first.join(20)
+        assert engine.infer("embed_text", "", inputs).version == 2
+
+
 @pytest.mark.parametrize(("own", "of_all"), [(0.001, 60.0), (60.0, 0.001)])
 def test_nobody_waits_longer_than_they_said_or_than_is_allowed(
     repository: Path, own: float, of_all: float
 ) -> None:
     labels = np.array([[f"label {number}".encode() for number in range(2000)]], object)
     inputs = {"image": texts(png(0)), "labels": labels}
-    version = LocalVersion(repository, 2, Path("indexes"))
-    with Engine([version], max_seconds=of_all) as engine, pytest.raises(Timeout):
+    loaded = load_release(repository, 2)
+    with Engine([loaded], max_seconds=of_all) as engine, pytest.raises(Timeout):
         engine.send(Request("infer", "classify", inputs=inputs), own)
 
 
@@ -294,20 +389,3 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
             asked(engine, task, SMALL, cancelled=lambda: True)
     with preprocess.turn(large), pytest.raises(TaskError, match=r"\[timed_out\]"):
         asked(engine, task, LARGE, deadline=time.monotonic() + 0.2)
-
-
-def test_a_search_asks_for_its_caller_before_each_image() -> None:
-    seen: list[bytes] = []
-
-    def embed(value: bytes, cancelled: Any) -> np.ndarray:
-        seen.append(value)
-        assert cancelled is request.cancelled
-        return np.ones(4, np.float32)
-
-    embedder = Embedder(SimpleNamespace(request_alpha=lambda *_: None), embed, embed)  # type: ignore[arg-type]
-    facts = SimpleNamespace(plan=SimpleNamespace(release=SimpleNamespace(alpha=1.0)))
-    index = SimpleNamespace(facts=facts)
-    request = RetrieveRequest(b"i", Query([b"a"], [b"1", b"2"]), cancelled=lambda: len(seen) > 1)
-    with pytest.raises(TaskError, match=r"\[cancelled\]"):
-        Retrieve._vectors(None, request, index, embedder)  # type: ignore[arg-type]
-    assert seen == [b"a", b"1"]

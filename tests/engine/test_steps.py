@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import urllib3
-from radapter_serve.engine.waiting import Together
-from radapter_serve.tasks.outcome import Outcome
 
 from radapter_client import Client
 from radapter_serve.encoders.loaded import load_release
@@ -49,35 +46,6 @@ def test_the_milliseconds_of_encoders() -> None:
     text = Step("text_encoder", 0, 2_000_000)
     task = Step("classify", 0, 9_000_000, (text, Step("image_encoder", 0, 500_000)))
     assert encoder_ms([Step("engine", 0, 10_000_000, (task,)), text]) == 4.5
-
-
-def test_all_who_run_together_have_the_steps_of_their_batch() -> None:
-    gate = threading.Event()
-
-    def run(numbers: Sequence[int]) -> list[Outcome[int]]:
-        with step(f"batch of {len(numbers)}"):
-            assert gate.wait(20)
-        return [Outcome(number) for number in numbers]
-
-    together = Together(run, max_rows=2)
-    found: dict[int, list[Step]] = {}
-
-    def ask(number: int) -> None:
-        with collected() as steps:
-            together(number)
-        found[number] = steps
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-    for waiting, thread in enumerate(threads):
-        thread.start()
-        end = time.monotonic() + 20
-        while len(together._queue) < waiting and time.monotonic() < end:
-            time.sleep(0.001)
-    gate.set()
-    for thread in threads:
-        thread.join()
-    assert [one.name for one in found[0]] == ["batch of 1"]
-    assert [one.name for one in found[1]] == ["batch of 2"] and found[1] == found[2]
 
 
 def of_name(spans: Sequence[Span], name: str) -> Span:
@@ -128,13 +96,11 @@ def test_one_request_followed(
     for span in classified:
         facts = [span.attributes[f"radapter.{name}"] for name in ("request_id", "task", "code")]
         assert facts == ["my-id", "classify", "ok"] and span.attributes["radapter.release"] == "2"
-    # A query is embedded by another task, and in another thread.
     searched = [span for span in collector.spans if span.trace != TRACE]
     for name, parent in (
         ("engine", names[0]),
         ("retrieve", "engine"),
-        ("embed_text", "retrieve"),
-        ("text_encoder", "embed_text"),
+        ("text_encoder", "retrieve"),
     ):
         check_inside(of_name(searched, name), of_name(searched, parent))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "{" in line]

@@ -4,7 +4,7 @@ by α.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,67 +12,74 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from radapter_serve.tasks.examples import MAX_ENCODED, ByExample
 
-from radapter_serve.contract.alpha import RequestAlpha, at
+from radapter_serve.contract.alpha import at, request_alpha
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.labels import Examples, LabelEmbedder, LabelSet
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.labels import Examples, embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
+from radapter_serve.encoders.needs import Steps, complete, run_together
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
-from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
+from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
+from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
+from radapter_serve.tasks.label_source import Labels
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
-from radapter_serve.tasks.segment import Segment, SegmentRequest
-from tests.helpers.small_models import release
-from tests.helpers.small_release import SIZE, png
+from radapter_serve.tasks.retrieve import RetrieveRequest
+from radapter_serve.tasks.segment import SegmentRequest, segment
+from radapter_serve.tasks.table import MAX_ENCODED, TASKS
+from tests.helpers.projection import Searching
+from tests.helpers.small_release import Local, png
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
-FIXED = RequestAlpha(0.3)
-DYNAMIC = RequestAlpha(0.3, dynamic=True)
+NAMES = ("red, scarlet", "blue")
 
 
-def test_rows() -> None:
-    dynamic = DYNAMIC
-    per_row = np.array([[0], [1]], np.float32)
-    for asked, rows in ((None, [[np.float32(0.3)]] * 2), (0.5, [[0.5]] * 2), (per_row, [[0], [1]])):
-        found = dynamic(asked, 2)
-        assert found is not None
-        np.testing.assert_array_equal(found, rows)
-    assert (dynamic.one(1), dynamic.one(None)) == (1.0, float(np.float32(0.3)))
-    for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
-        assert FIXED(value, 2) is None
+@pytest.mark.parametrize("given", [None, 0.3, float(np.float32(0.3))])
+def test_the_alpha_that_was_exported(given: float | None) -> None:
+    assert request_alpha(given, 0.3, dynamic=False) is None
+    assert request_alpha(given, 0.3, dynamic=True) == float(np.float32(0.3))
 
 
-@pytest.mark.parametrize("alphas", [FIXED, DYNAMIC])
-@pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), float("inf"), np.array([[0.3], [2]])])
-def test_what_is_no_alpha(alphas: RequestAlpha, value: Any) -> None:
-    with pytest.raises(TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"):
-        alphas(value, 2)
-
-
-def test_another_than_was_exported() -> None:
+def test_another_alpha() -> None:
+    assert [request_alpha(one, 0.3, dynamic=True) for one in (0, 0.5, 1)] == [0, 0.5, 1]
     with pytest.raises(
         TaskError,
         match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic",
     ):
-        FIXED([[0.3], [0.5]], 2)
-    with pytest.raises(RAdapterError, match=r"^alpha is 0.5, but"):
-        release(alpha=0.3).at(0.5)
+        request_alpha(0.5, 0.3, dynamic=False)
 
 
-@pytest.fixture
-def tasks(local: Any) -> Callable[..., Any]:
-    """Makes a task of the small release as if α were an input: an encoder turns its embeddings
-    around by α.
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), float("inf")])
+def test_what_is_no_alpha(dynamic: bool, value: float) -> None:
+    with pytest.raises(TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"):
+        request_alpha(value, 0.3, dynamic=dynamic)
+
+
+class Turned:
+    """The small release as if α were an input: an encoder turns its embeddings around by α.
+
+    Attributes:
+        calls: the α of each row that it got.
+        loaded: the release.
     """
-    calls: list[list[float]] = []
 
-    def turned(encode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    def __init__(self, local: Local) -> None:
+        self.calls: list[list[float]] = []
+        for name in ("images", "patches", "tokens"):
+            setattr(local, name, self._turned(getattr(local, name)))
+        self.loaded = local.changed(alpha=0.3, dynamic_alpha=True)
+        own = self.loaded.request_alpha(None)
+        colours = complete(embed_labels(self.loaded, NAMES, ["a {}"], alpha=own))
+        shown = replace(colours, examples=Examples(SHOWN, (0,) * len(SHOWN)))
+        self.loaded.label_sets = {"colours": colours, "shown": shown}
+        self.calls.clear()
+
+    def _turned(self, encode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         def call(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
             assert alpha.shape == (len(values), 1) and alpha.dtype == np.float32
-            calls.append(alpha.ravel().tolist())
+            self.calls.append(alpha.ravel().tolist())
             embeds = encode(values)
             turn = alpha.reshape(-1, *[1] * (embeds.ndim - 1))
             mixed = (1 - turn) * embeds + turn * np.roll(embeds, 1, -1)
@@ -80,194 +87,160 @@ def tasks(local: Any) -> Callable[..., Any]:
 
         return call
 
-    facts = release(
-        alpha=0.3,
-        dynamic_alpha=True,
-        preprocess={
-            "size": SIZE,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-            "fill_color": 0,
-        },
-        logit_scale=10.0,
-    )
-    images = turned(local.encode_images)
-    tokens = turned(local.encode_tokens)
-    embed_images = EmbedImages(facts, images)
-    embed_labels = LabelEmbedder(local.tokenizer, tokens)
-    own = facts.request_alpha.one(None)
-    sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
-    sets["shown"] = replace(sets["colours"], examples=Examples(SHOWN, (0,) * len(SHOWN)))
 
-    def make(kind: str) -> Any:
-        calls.clear()
-        made = {
-            "images": embed_images,
-            "texts": EmbedTexts(facts, local.tokenizer, tokens),
-            "classify": Classify(facts, embed_images, embed_labels, sets),
-            "segment": Segment(facts, images, turned(local.encode_patches), embed_labels, sets),
-            "labels": embed_labels,
-            "calls": calls,
-        }
-        return made[kind]
+@pytest.fixture
+def turned(local: Local) -> Turned:
+    return Turned(local)
 
-    return make
+
+def column(*rows: Any, kind: Any = object) -> np.ndarray:
+    return np.array([[row] for row in rows], kind)
 
 
 @pytest.mark.parametrize(
-    ("kind", "one", "two"), [("images", png(0), png(1)), ("texts", b"a cat", b"a dog")]
+    ("task", "given", "one", "two"),
+    [("embed_image", "image", png(0), png(1)), ("embed_text", "text", b"a cat", b"a dog")],
 )
-def test_requests_of_several_alphas_share_a_batch(
-    tasks: Any, kind: str, one: bytes, two: bytes
+def test_rows_of_several_alphas_share_a_batch(
+    turned: Turned, task: str, given: str, one: bytes, two: bytes
 ) -> None:
-    embed = tasks(kind)
-    alone = {
-        a: embed([[one, two]], [np.full((2, 1), a, np.float32)])[0].unwrap() for a in (0, 0.3, 1)
-    }
-    assert np.abs(alone[0] - alone[1]).max() > 0.01
-    calls = tasks("calls")
-    given = [np.array([[0], [1]]), None, np.array([[2.0]]), np.array([[1.0]])]
-    found = embed([[one, two], [two], [one], [two]], given)
-    assert len(calls) == 1
-    np.testing.assert_allclose(found[0].unwrap(), [alone[0][0], alone[1][1]], atol=1e-6)
-    np.testing.assert_allclose(found[1].unwrap(), alone[0.3][1:], atol=1e-6)
-    assert "alpha is 2" in str(found[2].error)
-    np.testing.assert_allclose(found[3].unwrap(), alone[1][1:], atol=1e-6)
+    """Also those of one request, which become requests of one α each."""
+
+    def answer(*rows: bytes, alphas: Sequence[float] = ()) -> np.ndarray:
+        inputs = {given: column(*rows)}
+        if alphas:
+            inputs["alpha"] = column(*alphas, kind=np.float32)
+        requests = TASKS[task].read(turned.loaded, inputs, lambda name: True)
+        run = TASKS[task].make(turned.loaded, lambda: [])
+        [embeds] = TASKS[task].write(run_together([run(one, None) for one in requests])).values()
+        return embeds
+
+    low, own, high = (answer(one, two, alphas=[a, a]) for a in (0, 0.3, 1))
+    assert np.abs(low - high).max() > 0.01
+    turned.calls.clear()
+    mixed = answer(one, two, one, two, two, alphas=[0, 1, 1, 1, 0.3])
+    assert len(turned.calls) == 1
+    np.testing.assert_allclose(mixed, [low[0], high[1], high[0], high[1], own[1]], atol=1e-6)
+    np.testing.assert_allclose(answer(two), own[1:], atol=1e-6)
+
+
+def test_a_request_at_no_alpha_fails_alone(turned: Turned) -> None:
+    asked = [EmbedImagesRequest([png(0)], alpha) for alpha in (2.0, 1.0)]
+    wrong, right = run_together([embed_images(turned.loaded, one) for one in asked])
+    assert isinstance(wrong, TaskError) and "alpha is 2" in wrong.message
+    np.testing.assert_array_equal(right, complete(embed_images(turned.loaded, asked[1])))
 
 
 # Examples of a request, and of a label set of the release
-IN_REQUEST = {
-    "labels": [b"red, scarlet", b"blue"],
-    "examples": list(SHOWN),
-    "example_labels": [0] * len(SHOWN),
+BY_EXAMPLE = {
+    "request": (Labels(NAMES, templates=["a {}"]), Examples(SHOWN, (0,) * len(SHOWN))),
+    "label set": (Labels(label_set="shown"), None),
 }
-BOTH_WAYS = pytest.mark.parametrize("options", [IN_REQUEST, {"label_set": b"shown"}])
+BOTH_WAYS = pytest.mark.parametrize("way", BY_EXAMPLE)
 
 
 def by_example(
-    options: dict[str, Any], alphas: list[float], cancelled: Callable[[], bool] | None = None
-) -> ClassifyRequest:
-    rows = {name: [value] * len(alphas) for name, value in options.items()}
-    alpha = np.array(alphas, np.float32)[:, None]
-    images = [png(seed) for seed in range(len(alphas))]
-    return ClassifyRequest(images, alpha=alpha, cancelled=cancelled, **rows)
+    turned: Turned, way: str, alpha: float, cancelled: Callable[[], bool] | None = None
+) -> Steps[list[Ranking]]:
+    labels, examples = BY_EXAMPLE[way]
+    request = ClassifyRequest([png(0)], labels, alpha=alpha, examples=examples)
+    return classify(turned.loaded, request, cancelled)
 
 
 @BOTH_WAYS
-def test_examples_are_encoded_once_for_each_alpha(
-    tasks: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classify = tasks("classify")
-    calls = tasks("calls")
-    mixed: list[Any] = []
-    mix = ByExample.__call__
-
-    def counted(self: ByExample, *given: Any) -> LabelSet:
-        mixed.append(given)
-        return mix(self, *given)
-
-    monkeypatch.setattr(ByExample, "__call__", counted)
-    alphas = [0.5, 0.75] * 4
-    together = classify([by_example(options, alphas)])[0].unwrap()
-    assert len(mixed) == 2
-    # At each α three texts and the examples; then the images.
-    assert sum(map(len, calls)) == 2 * (3 + len(SHOWN)) + len(alphas)
-    alone = classify([by_example(options, alphas[:1])])[0].unwrap()
-    np.testing.assert_allclose(together.scores[0], alone.scores[0], rtol=1e-5)
+def test_examples_are_encoded_once_for_each_alpha(turned: Turned, way: str) -> None:
+    alone = []
+    for count, alpha in enumerate((0.5, 0.75, 0.5, 0.75), 1):
+        [ranking] = complete(by_example(turned, way, alpha))
+        alone.append(ranking.scores)
+        # At each α three texts and the examples; then the image.
+        assert sum(map(len, turned.calls)) == min(count, 2) * (3 + len(SHOWN)) + count
+    np.testing.assert_array_equal(alone[0], alone[2])
+    assert np.abs(alone[0] - alone[1]).max() > 1e-4
 
 
 @BOTH_WAYS
-def test_examples_at_too_many_alphas_are_refused(tasks: Any, options: dict[str, Any]) -> None:
-    classify = tasks("classify")
-    calls = tasks("calls")
+def test_examples_at_too_many_alphas_are_refused(turned: Turned, way: str) -> None:
+    """Of one request on the wire, all its rows together."""
+    labels, examples = BY_EXAMPLE[way]
     count = MAX_ENCODED // len(SHOWN) + 1
     alphas = [0.5 + number / 100 for number in range(count)]
+
+    def read(alphas: list[float]) -> None:
+        inputs = {"image": column(*[png(0)] * len(alphas))}
+        inputs["alpha"] = column(*alphas, kind=np.float32)
+        if labels.label_set is not None:
+            inputs["label_set"] = column(*[b"shown"] * len(alphas))
+        if examples is not None:
+            inputs["labels"] = np.array([[name.encode() for name in NAMES]] * len(alphas), object)
+            inputs["examples"] = np.array([SHOWN] * len(alphas), object)
+            inputs["example_labels"] = np.zeros((len(alphas), len(SHOWN)), np.int32)
+        TASKS["classify"].read(turned.loaded, inputs, lambda name: True)
+
     message = f"examples at {count} α are {count * len(SHOWN)} images .* at most {MAX_ENCODED} are"
     with pytest.raises(TaskError, match=message):
-        classify([by_example(options, alphas)])[0].unwrap()
-    assert not calls
-    classify([by_example(options, alphas[1:])])[0].unwrap()
+        read(alphas)
+    read(alphas[1:])
 
 
 @BOTH_WAYS
-def test_who_gives_up_gets_no_more_examples(tasks: Any, options: dict[str, Any]) -> None:
-    classify = tasks("classify")
-    calls = tasks("calls")
-    encoded = 16  # of 20 images, one part
-
+def test_who_gives_up_gets_no_more_examples(turned: Turned, way: str) -> None:
     def gone() -> bool:
-        return any(len(call) == encoded for call in calls)
+        return len(turned.calls) > 6  # the texts, and six examples
 
     with pytest.raises(TaskError, match="gave up"):
-        classify([by_example(options, [0.5], gone)])[0].unwrap()
-    assert [len(call) for call in calls] == [3, encoded]  # the texts, and one part
+        complete(by_example(turned, way, 0.5, gone))
+    assert [len(call) for call in turned.calls] == [3, *[1] * 6]
     # What it had is kept.
-    calls.clear()
-    classify([by_example(options, [0.5])])[0].unwrap()
-    assert [len(call) for call in calls] == [len(SHOWN) - encoded, 1]
+    turned.calls.clear()
+    complete(by_example(turned, way, 0.5))
+    assert len(turned.calls) == len(SHOWN) - 6 + 1
 
 
-def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:
-    labels = tasks("labels")
-    calls = tasks("calls")
-    low, high = (labels(["cat", "dog"], ["a {}"], alpha=alpha) for alpha in (0.0, 1.0))
-    assert calls == [[0, 0], [1, 1]]
+def test_labels_are_embedded_once_for_each_alpha(turned: Turned) -> None:
+    def labels(names: list[str], alpha: float) -> Any:
+        return complete(embed_labels(turned.loaded, names, ["a {}"], alpha=alpha))
+
+    low, high = (labels(["cat", "dog"], alpha) for alpha in (0.0, 1.0))
+    assert turned.calls == [[0, 0], [1, 1]]
     assert np.abs(low.embeds - high.embeds).max() > 0.01
-    assert labels(["cat", "dog"], ["a {}"], alpha=0.0) is low
-    np.testing.assert_array_equal(labels(["dog"], ["a {}"], alpha=1.0).embeds[0], high.embeds[1])
-    assert len(calls) == 2
+    assert labels(["cat", "dog"], 0.0) is low
+    np.testing.assert_array_equal(labels(["dog"], 1.0).embeds[0], high.embeds[1])
+    assert len(turned.calls) == 2
 
 
-def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) -> None:
-    classify = tasks("classify")
-    calls = tasks("calls")
-    alpha = np.array([[0], [1]], np.float32)
-    mixed = classify([ClassifyRequest([png(0), png(0)], label_set=[b"colours"] * 2, alpha=alpha)])[
-        0
-    ].unwrap()
-    for row, a in enumerate((0, 1)):
-        [alone] = classify(
-            [ClassifyRequest([png(0)], label_set=[b"colours"], alpha=np.array([[a]], np.float32))]
-        )
-        [named] = classify(
-            [
-                ClassifyRequest(
-                    [png(0)], [[b"red, scarlet", b"blue"]], templates=[[b"a {}"]], alpha=[[a]]
-                )
-            ]
-        )
-        for other in (alone.unwrap(), named.unwrap()):
-            assert other.labels[0].tolist() == mixed.labels[row].tolist()
-            np.testing.assert_allclose(other.scores[0], mixed.scores[row], rtol=1e-5)
-        image = tasks("images")([[png(0)]], [[[a]]])[0].unwrap()[0]
-        texts = tasks("labels")
-        logits = 10 * texts(["red, scarlet", "blue"], ["a {}"], alpha=float(a)).embeds @ image
-        expected = np.exp(logits) / np.exp(logits).sum()
-        np.testing.assert_allclose(mixed.scores[row], np.sort(expected)[::-1], rtol=1e-5)
-    calls.clear()
-    classify([ClassifyRequest([png(0)], label_set=[b"colours"])])  # at its own: as it was exported
-    assert calls == [[pytest.approx(0.3)]]
-    [error] = classify([ClassifyRequest([png(0)], label_set=[b"colours"], alpha=[[float("nan")]])])
-    assert error.error.code == "invalid_argument"
+def test_classify_takes_images_and_labels_at_the_alpha_of_the_request(turned: Turned) -> None:
+    loaded = turned.loaded
+    for alpha in (0.0, 1.0):
+        texts = complete(embed_labels(loaded, NAMES, ["a {}"], alpha=alpha))
+        image = complete(embed_images(loaded, EmbedImagesRequest([png(0)], alpha)))[0]
+        shares = np.exp(10 * texts.embeds @ image)
+        for labels in (Labels(label_set="colours"), Labels(NAMES, templates=["a {}"])):
+            [found] = complete(classify(loaded, ClassifyRequest([png(0)], labels, alpha=alpha)))
+            assert found.labels[0] == texts.labels[shares.argmax()]
+            np.testing.assert_allclose(
+                found.scores, np.sort(shares / shares.sum())[::-1], rtol=1e-5
+            )
+    # At its own: as it was exported.
+    turned.calls.clear()
+    complete(classify(loaded, ClassifyRequest([png(0)], Labels(label_set="colours"))))
+    assert turned.calls == [[pytest.approx(0.3)]]
 
 
-def test_segment_takes_every_encoder_at_one_alpha(tasks: Any) -> None:
-    segment = tasks("segment")
-    calls = tasks("calls")
+def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
     masks = np.full((1, 20, 30), 255, np.uint8)
     found = []
     for alpha in (0.0, 0.5):
-        calls.clear()
-        found.append(
-            segment(
-                SegmentRequest(png(3), label_set=b"colours", alpha=np.array([alpha], np.float32))
-            )
-        )
-        segment(SegmentRequest(png(3), [b"a", b"b"], proposals=masks, alpha=[alpha]))
-        assert {one for call in calls for one in call} == {alpha} and len(calls) >= 3
+        turned.calls.clear()
+        labelled = SegmentRequest(png(3), Labels(label_set="colours"), alpha=alpha)
+        found.append(complete(segment(turned.loaded, labelled)))
+        proposed = SegmentRequest(png(3), Labels(["a", "b"]), alpha=alpha, proposals=masks)
+        complete(segment(turned.loaded, proposed))
+        assert {one for call in turned.calls for one in call} == {alpha}
+        assert len(turned.calls) >= 3
     assert np.abs(found[0].scores - found[1].scores).max() > 1e-4
     with pytest.raises(TaskError, match="alpha is 3"):
-        segment(SegmentRequest(png(3), [b"a"], alpha=[3.0]))
+        complete(segment(turned.loaded, SegmentRequest(png(3), Labels(["a"]), alpha=3.0)))
 
 
 def test_at_binds_or_leaves_an_encoder() -> None:
@@ -293,56 +266,43 @@ def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
     dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
 ) -> None:
     release = load_release(dynamic_tiny_clip)
-    pixels = [release.prepare(path.read_bytes()) for path in sorted(photos.iterdir())]
+    pixels = [release.pixels(path.read_bytes()) for path in sorted(photos.iterdir())]
     for version, alpha in ((1, 0.3), (2, 0.8)):
-        fixed = load_release(f"{exported_tiny_clip / 'model_repository'}@{version}")
-        release.set_alpha(alpha)
+        fixed = load_release(exported_tiny_clip / "model_repository", version)
+        other = release.at(alpha)
         np.testing.assert_allclose(
-            release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6
+            other.embed_pixels(pixels), fixed.embed_pixels(pixels), atol=3e-6
         )
         np.testing.assert_allclose(
-            release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6
+            other.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6
         )
-        assert release.facts.digest == fixed.facts.digest
-        fixed.set_alpha(alpha)
+        assert other.release.digest == fixed.release.digest
+        assert fixed.at(alpha).release == fixed.release
         with pytest.raises(RAdapterError, match="--alpha dynamic"):
-            fixed.set_alpha(0.5)
-    with pytest.raises(RAdapterError, match="alpha is 2; allowed"):
-        release.set_alpha(2)
+            fixed.at(0.5)
 
 
 def test_an_index_belongs_to_one_alpha(
     dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
 ) -> None:
-    release = load_release(dynamic_tiny_clip)
-    release.set_alpha(0.8)
-    build(str(photos), tmp_path / "indexes" / "photos", release)
-    made = open_index(tmp_path / "indexes" / "photos").facts.plan.release
-    assert made.alpha == 0.8
-    again = load_release(dynamic_tiny_clip)
-    assert add(tmp_path / "indexes" / "photos", again).kept == 6
-    assert again.facts.alpha == 0.8
+    out = tmp_path / "indexes" / "photos"
+    dynamic = load_release(dynamic_tiny_clip, indexes=tmp_path / "indexes")
+    build(str(photos), out, dynamic.at(0.8))
+    assert open_index(out).facts.plan.release.alpha == 0.8
+    assert add(out, dynamic).kept == 6  # whose own α is 0.5
 
-    asked: list[float] = []
+    def find(release: LoadedRelease) -> Any:
+        return Searching.of(release)(RetrieveRequest("photos", Query(["a cat"]))).hits
 
-    def embed_text(text: bytes, alpha: np.ndarray) -> np.ndarray:
-        asked.append(float(alpha[0, 0]))
-        again.set_alpha(float(alpha[0, 0]))
-        return again.embed_texts([text.decode()])[0]
-
-    served = load_release(dynamic_tiny_clip)  # its own alpha is 0.5
-    retrieve = Retrieve(served.facts, tmp_path / "indexes", embed_text, embed_text)
-    found = retrieve(RetrieveRequest(b"photos", Query([b"a cat"])))
-    assert asked == [pytest.approx(0.8)]
-    fixed = load_release(f"{exported_tiny_clip / 'model_repository'}@2")
-    images = fixed.encode_images(
-        [fixed.prepare((photos / name).read_bytes()) for name in found.ids]
+    found = find(dynamic)
+    other, fixed = (
+        load_release(exported_tiny_clip / "model_repository", version, indexes=tmp_path / "indexes")
+        for version in (1, 2)
     )
-    np.testing.assert_allclose(found.scores, images @ fixed.embed_texts(["a cat"])[0], atol=1e-5)
+    pixels = [fixed.pixels((photos / hit.id).read_bytes()) for hit in found]
+    scores = fixed.embed_pixels(pixels) @ fixed.embed_texts(["a cat"])[0]
+    np.testing.assert_allclose([hit.score for hit in found], scores, atol=1e-5)
     # A release with that alpha folded in can search it, too; one with another can't.
-    text = fixed.embed_texts(["a cat"])[0]
-    one = Retrieve(fixed.facts, tmp_path / "indexes", lambda _: text, lambda _: text)
-    assert one(RetrieveRequest(b"photos", Query([b"a cat"]))).ids.tolist() == found.ids.tolist()
-    other = load_release(f"{exported_tiny_clip / 'model_repository'}@1")
+    assert [hit.id for hit in find(fixed)] == [hit.id for hit in found]
     with pytest.raises(TaskError, match=r"index_mismatch.*at alpha 0.8.*this is .* at alpha 0.3"):
-        Retrieve(other.facts, tmp_path / "indexes", lambda _: text, lambda _: text).index("photos")
+        find(other)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
     INDEX_MISMATCH,
@@ -21,16 +20,18 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     TaskError,
 )
+from radapter_serve.encoders.needs import complete, encode_together
 from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
+from radapter_serve.index.writer import Sizes
 from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from radapter_serve.tasks.retrieve import Indexes, RetrieveRequest, retrieve
 from tests.helpers.indexes import searched
-from tests.index.test_index import FakeRelease, embeds_of, write
-from tests.index.test_neighbours import SMALL, Ready, clustered, write_numbers
+from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
+from tests.index.test_index import write
 
 
 @pytest.fixture
@@ -40,51 +41,70 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def task(folder: Path, release: FakeRelease) -> Retrieve:
-    def embed_image(image: bytes) -> NDArray[np.float32]:
-        return release.encode_images([release.prepare(image)])[0]
+def task(folder: Path, **facts: Any) -> Searching:
+    return Searching.of(projecting(folder, **facts))
 
-    def embed_text(text: bytes) -> NDArray[np.float32]:
-        return np.eye(16, dtype=np.float32)[len(text)]
 
-    return Retrieve(release.facts, folder, embed_text, embed_image)
+A = Query(["1"])
 
 
 def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
-    release = FakeRelease()
-    build(str(photos), tmp_path / "indexes" / "photos", release)
-    retrieve = task(tmp_path / "indexes", release)
-    embeds = embeds_of(release, sorted(photos.iterdir()))
-    found = retrieve(RetrieveRequest(b"photos", Query([b"abc"]), top_k=2))
-    best = np.argsort(-embeds[:, 3])[:2]
-    assert list(found.ids) == [f"{number}.png" for number in best] and found.thumbnails is None
-    np.testing.assert_allclose(found.scores, embeds[best, 3], atol=1e-6)
-    assert [json.loads(text)["path"] for text in found.metadata] == list(found.ids)
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+    search = task(tmp_path / "indexes")
+    scores = embeds_of(sorted(photos.iterdir())) @ TEXTS[3]
+    hits = search(RetrieveRequest("photos", Query(["3"]), top_k=2)).hits
+    best = np.argsort(-scores)[:2]
+    assert [hit.id for hit in hits] == [f"{number}.png" for number in best]
+    assert [hit.thumbnail for hit in hits] == [b"", b""]
+    np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-6)
+    assert [json.loads(hit.metadata)["path"] for hit in hits] == [hit.id for hit in hits]
     image = (photos / "2.png").read_bytes()
-    found = retrieve(RetrieveRequest(b"photos", Query(images=[image]), thumbnails=True))
-    assert found.ids[0] == "2.png" and len(found.ids) == 4 and found.thumbnails is not None
-    assert all(thumbnail.startswith(b"\xff\xd8") for thumbnail in found.thumbnails)
-    assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), where=b"path = 'x'")).ids) == 0
+    hits = search(RetrieveRequest("photos", Query(images=[image]), thumbnails=True)).hits
+    assert hits[0].id == "2.png" and len(hits) == 4
+    assert all(hit.thumbnail.startswith(b"\xff\xd8") for hit in hits)
+    assert search.ids(RetrieveRequest("photos", A, where="path = 'x'")) == []
+
+
+def test_texts_and_images_are_encoded_together_and_a_caller_who_left_is_asked_before_each(
+    photos: Path, tmp_path: Path
+) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+    indexes = Indexes(projecting(tmp_path / "indexes"))
+    images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
+    request = RetrieveRequest("photos", Query(["1", "2"], images))
+    parts: list[tuple[str, int]] = []
+
+    def encode(needs: Any) -> Any:
+        parts.extend((need.part, len(need.rows)) for need in needs)
+        return encode_together(needs)
+
+    complete(retrieve(indexes, request), encode)
+    assert parts == [("tokens", 2), ("pixels", 2), ("images", 2)]
+    for count in range(3):
+        parts.clear()
+        gone = retrieve(indexes, request, lambda count=count: len(parts) >= count)
+        with pytest.raises(TaskError, match=r"\[cancelled\]"):
+            complete(gone, encode)
+        assert [part for part, _ in parts] == ["tokens", "pixels"][: 2 * count]
 
 
 def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
-    release = FakeRelease()
-    retrieve = task(tmp_path / "indexes", release)
+    search = task(tmp_path / "indexes")
 
     def count() -> int:
-        return len(retrieve(RetrieveRequest(b"photos", Query([b"a"]), top_k=100)).ids)
+        return len(search.ids(RetrieveRequest("photos", A, top_k=100)))
 
     with pytest.raises(TaskError, match=r"there are: none \(radapter-index build makes them\)"):
         count()
     assert index_names(tmp_path / "indexes") == []
-    build(str(photos), tmp_path / "indexes" / "photos", release)
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
     assert index_names(tmp_path / "indexes") == ["photos"]
-    assert count() == 4 and retrieve.index("photos") is retrieve.index("photos")
+    assert count() == 4 and search.index("photos") is search.index("photos")
     write(photos / "new.png", 9)
-    add(tmp_path / "indexes" / "photos", release)
+    add(tmp_path / "indexes" / "photos", projecting())
     assert count() == 5
     (photos / "0.png").unlink()
-    build(str(photos), tmp_path / "indexes" / "photos", release)
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
     assert count() == 4
     shutil.rmtree(tmp_path / "indexes" / "photos")
     with pytest.raises(TaskError) as error:
@@ -95,27 +115,25 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
 def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
     photos: Path, tmp_path: Path
 ) -> None:
-    release = FakeRelease()
     out = tmp_path / "indexes" / "photos"
-    build(str(photos), out, release)
-    retrieve = task(tmp_path / "indexes", release)
-    held = retrieve.index("photos")
+    build(str(photos), out, projecting())
+    search = task(tmp_path / "indexes")
+    held = search.index("photos")
     (photos / "0.png").unlink()
-    build(str(photos), out, release, resume=False)
-    query = np.eye(16, dtype=np.float32)[0]
-    assert len(held.search(query, 10, "width > 1")) == 4 and len(retrieve.index("photos")) == 3
-    assert retrieve.index("photos") is retrieve.index("photos") is not held
+    build(str(photos), out, projecting(), resume=False)
+    query = np.eye(DIM, dtype=np.float32)[0]
+    assert len(held.search(query, 10, "width > 1")) == 4 and len(search.index("photos")) == 3
+    assert search.index("photos") is search.index("photos") is not held
     (searched(out) / "rows.arrow").unlink()
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
-        task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", Query([b"a"])))
+        task(tmp_path / "indexes")(RetrieveRequest("photos", A))
 
 
 def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     photos: Path, tmp_path: Path
 ) -> None:
-    release = FakeRelease()
     out = tmp_path / "indexes" / "photos"
-    build(str(photos), out, release)
+    build(str(photos), out, projecting())
     data = searched(out) / "vectors.npy"
     data.rename(out / "aside")
     now = [0.0]
@@ -134,41 +152,46 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path)
     """By additions and as a whole, while two threads search: every answer is of one state or
     another.
     """
-    vectors, texts = clustered(700, 32, 20)
-    release = Ready(vectors, texts[:50])
     photos = tmp_path / "photos"
     out = tmp_path / "indexes" / "photos"
-    write_numbers(photos, range(300))
-    build(str(photos), out, release, sizes=SMALL)
-    retrieve = Retrieve(
-        release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0]
-    )
+    small = Sizes(exact=128)  # of more images, the nearest are searched by cells
+
+    def add_photos(count: int) -> None:
+        for number in range(count):
+            if not (photos / f"{number:06}.png").exists():
+                write(photos / f"{number:06}.png", number)
+
+    add_photos(300)
+    build(str(photos), out, projecting(), sizes=small)
+    search = task(tmp_path / "indexes")
+    image = (photos / "000005.png").read_bytes()
     over = threading.Event()
     failed: list[str] = []
     counts: list[int] = []
 
-    def search() -> None:
+    def ask() -> None:
+        request = RetrieveRequest("photos", Query(images=[image]), top_k=1000)
         while not over.is_set():
             try:
-                found = retrieve(RetrieveRequest(b"photos", Query([b"5"]), top_k=1000))
-                assert found.ids[0] == "000005.jpg" and len(set(found.ids)) == len(found.ids)
-                counts.append(len(found.ids))
+                found = search.ids(request)
+                assert found[0] == "000005.png" and len(set(found)) == len(found)
+                counts.append(len(found))
             except Exception as error:
                 failed.append(repr(error))
             over.wait(0.01)
 
-    searching = [threading.Thread(target=search) for _ in range(2)]
+    searching = [threading.Thread(target=ask) for _ in range(2)]
     for one in searching:
         one.start()
     states = {300}
     try:
         for count in (320, 340, 360, 380):
-            write_numbers(photos, range(count))
+            add_photos(count)
             states.add(count)
             if count % 40:
-                add(out, release, sizes=SMALL)
+                add(out, projecting(), sizes=small)
             else:
-                build(str(photos), out, release, resume=False, sizes=SMALL)
+                build(str(photos), out, projecting(), resume=False, sizes=small)
     finally:
         over.set()
         for one in searching:
@@ -176,67 +199,68 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path)
     assert not failed and len(counts) > 10 and set(counts) <= states
 
 
-def test_refusals(photos: Path, tmp_path: Path) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", FakeRelease())
-    build(str(photos), tmp_path / "outside", FakeRelease())
+def test_refusals(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+    build(str(photos), tmp_path / "outside", projecting())
     (tmp_path / "indexes" / "broken").mkdir()
     (tmp_path / "indexes" / "broken" / "index.json").write_text("{")
-    retrieve = task(tmp_path / "indexes", FakeRelease())
+    search = task(tmp_path / "indexes")
+    outside = str(tmp_path / "outside")
     for name in (
-        b"../outside",
-        b"..",
-        b".",
-        b"",
-        b"photos/",
-        str(tmp_path / "outside").encode(),
-        b"photos\n",
-        b"broken",
+        "../outside",
+        "..",
+        ".",
+        "",
+        "photos/",
+        outside,
+        "photos\n",
+        "broken",
+        "b" * 10_001,
     ):
         with pytest.raises(TaskError) as error:
-            retrieve(RetrieveRequest(name, Query([b"a"])))
-        assert error.value.code == UNKNOWN_INDEX and str(tmp_path / "indexes") not in str(
-            error.value
-        )
-    for request in (
-        RetrieveRequest(b"photos"),
-        RetrieveRequest(b"photos", Query([b"a"]), where=b"\xff"),
-        RetrieveRequest(b"\xff", Query([b"a"])),
-        RetrieveRequest(b"photos", Query([b"a"]), top_k=0),
-    ):
-        with pytest.raises(TaskError) as error:
-            retrieve(request)
-        assert error.value.code == INVALID_ARGUMENT
-    with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*; the server's log has") as error:
-        task(tmp_path / "indexes", FakeRelease(alpha=0.9))(
-            RetrieveRequest(b"photos", Query([b"a"]))
-        )
-    assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)
+            search(RetrieveRequest(name, A))
+        assert error.value.code == UNKNOWN_INDEX and len(str(error.value)) < 200
+        assert str(tmp_path / "indexes") not in str(error.value)
+    with pytest.raises(TaskError) as error:
+        search(RetrieveRequest("photos", A, top_k=0))
+    assert error.value.code == INVALID_ARGUMENT
+    # An index of another release: the log has the command that builds it again, once.
+    capsys.readouterr()
+    other = task(tmp_path / "indexes", alpha=0.9)
+    for _ in range(2):
+        with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*; the server's log") as error:
+            other(RetrieveRequest("photos", A))
+        assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)
+    assert capsys.readouterr().err.count("the index 'photos'") == 1
 
 
-def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"^\[unknown_index\]") as caught:
-        task(tmp_path, FakeRelease())(RetrieveRequest(b"b" * 10_001, Query([b"a"])))
-    assert len(str(caught.value)) < 200
+def test_an_index_is_searched_by_the_release_that_made_it(photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", projecting(alpha=0.9))
+    older = projecting(alpha=0.9, texts=TEXTS[::-1])
+    indexes = Indexes(projecting(tmp_path / "indexes"), lambda: [projecting(alpha=0.1), older])
+    found = complete(retrieve(indexes, RetrieveRequest("photos", Query(["3"])))).hits
+    embeds = embeds_of([photos / hit.id for hit in found])
+    np.testing.assert_allclose([hit.score for hit in found], embeds @ TEXTS[-4], atol=1e-6)
+    assert indexes.get("photos")[1] is older
 
 
 def test_indexes_are_opened_before_the_first_search(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """All but one that is broken, which the log says at once; the others are searched."""
-    release = FakeRelease()
     for name in ("photos", "broken"):
-        build(str(photos), tmp_path / "indexes" / name, release)
+        build(str(photos), tmp_path / "indexes" / name, projecting())
     (searched(tmp_path / "indexes" / "broken") / "vectors.npy").unlink()
     prepared: list[bool] = []
     monkeypatch.setattr(opened, "prepare", lambda: prepared.append(True))
-    task(tmp_path / "nowhere", release)
+    task(tmp_path / "nowhere")
     assert not prepared
-    retrieve = task(tmp_path / "indexes", release)
+    search = task(tmp_path / "indexes")
     assert prepared and "the index" in capsys.readouterr().err
     monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
-    assert len(retrieve(RetrieveRequest(b"photos", Query([b"a"]))).ids) == 4
+    assert len(search.ids(RetrieveRequest("photos", A))) == 4
     with pytest.raises(TaskError, match="'broken' can't be opened"):
-        retrieve(RetrieveRequest(b"broken", Query([b"a"])))
+        search(RetrieveRequest("broken", A))
 
 
 def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
@@ -251,7 +275,7 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
 
     monkeypatch.setattr(opened, "open_index", slow)
     for name in ("photos", "slow"):
-        build(str(photos), tmp_path / "indexes" / name, FakeRelease())
+        build(str(photos), tmp_path / "indexes" / name, projecting())
     indexes = OpenIndexes(tmp_path / "indexes", time.monotonic)
     indexes.open_all(seconds=0.1)
     assert len(indexes.get("photos")) == 4

@@ -12,48 +12,55 @@ from PIL import Image
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.tasks.segment import Segment, SegmentRequest
+from radapter_serve.encoders.labels import embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import Need, complete, encode_together, run_together
+from radapter_serve.tasks import segment as module
+from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.table import TASKS
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
 
-CATS = [b"cat, kitty", b"dog", b"bird"]
+NAMES = ["cat, kitty", "dog", "bird"]
+CATS = Labels(NAMES)
+
+
+def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: Any) -> LabelledMask:
+    return complete(segment(loaded, SegmentRequest(image, labels, **options)))
 
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter.of(
-        local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64
-    )
+    return Segmenter.of(local.patches, local.images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
 
 
-def test_labels_of_the_request(local):
+def test_labels_of_the_request(local: Local) -> None:
     image = Image.open(io.BytesIO(png(3)))
-    label_set = local.embed_labels(["cat, kitty", "dog", "bird"], ["a photo of a {}."])
+    label_set = complete(embed_labels(local.loaded, NAMES, ["a photo of a {}."]))
     expected = segmenter(local).dense(image, label_set.embeds)
-    found = local.segment(SegmentRequest(png(3), CATS))
+    found = ask(local.loaded, png(3))
     assert found.labels == ("cat", "dog", "bird")
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(found.scores, expected.scores)
 
-    label_set = local.embed_labels(["cat, kitty", "dog", "bird"], ["one {}", "two {}"])
-    options = SegmentOptions(20, 5, 2, 0.5)
-    expected = segmenter(local).dense(image, label_set.embeds, options)
+    templates = ["one {}", "two {}"]
+    label_set = complete(embed_labels(local.loaded, NAMES, templates))
+    expected = segmenter(local).dense(image, label_set.embeds, SegmentOptions(20, 5, 2, 0.5))
     given = {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5}
-    found = local.segment(
-        SegmentRequest(png(3), CATS, templates=[b"one {}", b"two {}"], options=given)
-    )
+    found = ask(local.loaded, png(3), Labels(NAMES, templates=templates), **given)
     assert found.labels == ("cat", "dog", "bird", "background")
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-def test_a_label_set_and_proposals(local):
+def test_a_label_set_and_proposals(local: Local) -> None:
     masks = np.zeros((2, 20, 30), np.uint8)
     masks[0, :12] = 255
     masks[1, 8:] = 180
     scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
-    label_set = local.embed_labels(LABELS, ["a {}"])
+    label_set = complete(embed_labels(local.loaded, LABELS, ["a {}"]))
     expected = segmenter(local).from_proposals(
         Image.open(io.BytesIO(png(3))),
         label_set.embeds,
@@ -61,63 +68,124 @@ def test_a_label_set_and_proposals(local):
         scores,
         SegmentOptions(proposal_weight=0.4),
     )
-    request = SegmentRequest(png(3), label_set=b"colours", proposals=masks, proposal_scores=scores)
-    request.options = {"proposal_weight": 0.4}
-    found = local.segment(request)
+    given = {"proposals": masks, "proposal_scores": scores, "proposal_weight": 0.4}
+    found = ask(local.loaded, png(3), Labels(label_set="colours"), **given)
     assert found.labels == ("red", "green", "blue", "a striped thing", "background")
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
+    """And one of them that fails is refused alone."""
+
+    def tasks() -> list[Any]:
+        images = [png(3), png(0)[:-40], png(4)]
+        return [segment(local.loaded, SegmentRequest(image, CATS)) for image in images]
+
+    one, broken, two = run_together(tasks())
+    windows = [shape for shape in local.calls if len(shape) == 4]
+    assert isinstance(broken, TaskError) and broken.code == "invalid_image"
+    for found, task in ((one, tasks()[0]), (two, tasks()[2])):
+        alone = complete(task)
+        np.testing.assert_array_equal(found.mask, alone.mask)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-6)
+    # Each image has eight windows of 16 pixels.
+    assert windows == [(16, 16, 16, 3)]
+
+
+def test_no_more_windows_are_encoded_when_the_caller_has_left(local: Local) -> None:
+    loaded = local.changed(max_batch_size=3)
+    parts: list[str] = []
+
+    def encode(needs: list[Need]) -> Any:
+        parts.extend(need.part for need in needs)
+        return encode_together(needs)
+
+    request = SegmentRequest(png(3), CATS)
+    with pytest.raises(TaskError, match=r"\[cancelled\]"):
+        complete(segment(loaded, request, lambda: parts.count("patches") == 2), encode)
+    assert parts == ["tokens", "patches", "patches"]
+
+
+def test_a_request_is_read_from_its_arrays(local: Local) -> None:
+    masks = np.full((1, 20, 30), 255, np.uint8)
+    scores = np.ones((1, 3), np.float32)
+    inputs = {
+        "image": np.array([png(3)], object),
+        "labels": np.array([name.encode() for name in NAMES], object),
+        "templates": np.array([b"a {}", b"the {}"], object),
+        "threshold": np.array([0.25], np.float32),
+        "proposals": masks,
+        "proposal_scores": scores,
+        "proposal_weight": np.array([0.5], np.float32),
+        "alpha": np.array([0.5], np.float32),
+    }
+    task = TASKS["segment"]
+    task.check("segment", inputs)
+    [request] = task.read(local.loaded, inputs, lambda name: True)
+    assert (request.image, request.labels) == (
+        png(3),
+        Labels(tuple(NAMES), None, ("a {}", "the {}")),
+    )
+    assert request.options == SegmentOptions(threshold=0.25, proposal_weight=0.5)
+    assert request.alpha == 0.5
+    assert request.proposals is masks and request.proposal_scores is scores
+    outputs = task.write([complete(task.make(local.loaded, lambda: [])(request, None))])
+    assert outputs["label"].tolist() == [b"cat", b"dog", b"bird", b"background"]
+    assert outputs["mask"].shape == (20, 30) and outputs["score"].shape == (4,)
+    inputs = {
+        "image": np.array([png(3)], object),
+        "label_set": np.array([b"colours"], object),
+        **{name: np.array([n], np.int32) for name, n in (("short_side", 20), ("stride", 5))},
+        "refine": np.array([2], np.int32),
+    }
+    [request] = task.read(local.loaded, inputs, lambda name: True)
+    assert request.labels == Labels(label_set="colours")
+    assert request.options == SegmentOptions(short_side=20, stride=5, refine=2)
 
 
 PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("labels", "options", "message"),
     [
-        ({}, r"\[no_labels\] .*label_set of this release: colours"),
-        ({"labels": []}, r"\[no_labels\] "),
-        ({"labels": [b"a", b" "]}, r"\[invalid_argument\] label 2 of 2 is empty"),
-        ({"labels": [b"\xff"]}, r"\[invalid_argument\] a text is not UTF-8"),
+        ({}, {}, r"\[no_labels\] .*label_set of this release: colours"),
+        ({"names": []}, {}, r"\[no_labels\] "),
+        ({"names": ["a", " "]}, {}, r"\[invalid_argument\] label 2 of 2 is empty"),
+        ({"names": NAMES, "templates": ["no place"]}, {}, "the template 'no place' has no {}"),
+        ({"names": NAMES, "label_set": "colours"}, {}, r"give labels .* not both"),
+        ({"label_set": "colors"}, {}, r"\[unknown_label_set\] .*there are: colours"),
+        ({"names": NAMES}, {"stride": 17}, r"\[invalid_argument\] stride is 17; 1 to 16"),
+        ({"names": NAMES}, {"refine": 1000}, r"\[invalid_argument\] refine is 1000"),
+        ({"names": NAMES}, {"alpha": 0.9}, r"\[invalid_argument\] alpha is 0.9"),
         (
-            {"labels": CATS, "templates": [b"no place"]},
-            r"\[invalid_argument\] the template 'no place' has no {}",
-        ),
-        (
-            {"labels": CATS, "label_set": b"colours"},
-            r"\[invalid_argument\] give labels .* not both",
-        ),
-        ({"label_set": b"colors"}, r"\[unknown_label_set\] .*there are: colours"),
-        (
-            {"label_set": b"c" * 10_001},
-            r"\[unknown_label_set\] no label set 'c{79} in this release",
-        ),
-        (
-            {"labels": CATS, "options": {"stride": 17}},
-            r"\[invalid_argument\] stride is 17; 1 to 16",
-        ),
-        ({"labels": CATS, "options": {"refine": 1000}}, r"\[invalid_argument\] refine is 1000"),
-        (
-            {"labels": CATS, "options": {"proposal_weight": 0.5}},
+            {"names": NAMES},
+            {"proposal_weight": 0.5},
             r"proposal_weight has no effect .*send proposals",
         ),
         (
-            {"labels": CATS, "proposal_scores": np.ones((1, 3))},
+            {"names": NAMES},
+            {"proposal_scores": np.ones((1, 3))},
             r"proposal_scores has no effect .*send proposals",
         ),
         (
-            {"labels": CATS, **PROPOSALS, "options": {"stride": 8}},
+            {"names": NAMES},
+            {**PROPOSALS, "stride": 8},
             r"stride has no effect here; leave it out",
         ),
         (
-            {"labels": CATS, **PROPOSALS, "options": {"proposal_weight": 1}},
+            {"names": NAMES},
+            {**PROPOSALS, "proposal_weight": 1},
             r"no effect here; send proposal_scores",
         ),
     ],
 )
-def test_what_is_refused_before_the_image_is_looked_at(local, request_, message):
+def test_what_is_refused_before_the_image_is_looked_at(
+    local: Local, labels: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TaskError, match=message):
-        local.segment(SegmentRequest(b"nonsense", **request_))
+        ask(local.loaded, b"nonsense", Labels(**labels), **options)
     assert not local.calls
 
 
@@ -132,45 +200,44 @@ def test_what_is_refused_before_the_image_is_looked_at(local, request_, message)
 )
 def test_images_that_are_refused(local, image, message):
     with pytest.raises(TaskError, match=message):
-        local.segment(SegmentRequest(image, CATS))
+        ask(local.loaded, image)
 
 
 def test_a_release_without_patch_encoder(repository):
-    local = Local(repository, 1)
+    local = Local(repository, 1)  # without one
     with pytest.raises(
         TaskError, match=r"\[no_patch_encoder\] .*--dense naclip, or send proposals"
     ):
-        local.segment(SegmentRequest(png(0), CATS))
+        ask(local.loaded, png(0))
     assert not local.calls
-    assert local.segment(SegmentRequest(png(0), CATS, **PROPOSALS)).mask.shape == (20, 30)
+    assert ask(local.loaded, png(0), **PROPOSALS).mask.shape == (20, 30)
 
 
 def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
     file = io.BytesIO()
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(file, "PNG")
     try:
-        assert local.segment(SegmentRequest(file.getvalue(), CATS)).mask.shape == (20, 30)
+        assert ask(local.loaded, file.getvalue()).mask.shape == (20, 30)
     except TaskError as error:
         assert error.code == "invalid_image"
 
 
-def test_a_request_that_asks_for_too_much_work_is_refused(local):
-    def segment(max_work: float, **options: int) -> None:
-        encoders = (local.encode_images, local.encode_patches, local.embed_labels)
-        task = Segment(local.release, *encoders, {}, max_work=max_work)
-        task(SegmentRequest(png(3), CATS, options=options))
-
+def test_a_request_that_asks_for_too_much_work_is_refused(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image,
     # 36 x 24.
-    segment(1800)
+    monkeypatch.setattr(module, "MAX_WORK", 1800)
+    ask(local.loaded, png(3))
     with pytest.raises(
         TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"
     ):
-        segment(1800, refine=1)
+        ask(local.loaded, png(3), refine=1)
+    monkeypatch.setattr(module, "MAX_WORK", 1799)
     with pytest.raises(
         TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"
     ):
-        segment(1799)
+        ask(local.loaded, png(3))
 
 
 def sized(*shape: int) -> dict[str, Any]:
@@ -180,10 +247,10 @@ def sized(*shape: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "limits", "message"),
     [
-        ({"labels": [b"%d" % n for n in range(5_000)], "options": {"refine": 100}}, {}, "the work"),
+        ({"labels": Labels([str(n) for n in range(5_000)]), "refine": 100}, {}, "the work"),
         ({}, {"MAX_WINDOWS": 7}, r"an image of 30 x 20, resized to 36 x 24, takes 8 windows"),
         ({}, {"MAX_VALUES": 383}, "3 labels are too many .* at most 2 are allowed at a smaller"),
-        ({"options": {"refine": 1}}, {"MAX_VALUES": 2591}, "at most 2 are allowed to refine"),
+        ({"refine": 1}, {"MAX_VALUES": 2591}, "at most 2 are allowed to refine"),
         (sized(1, 20, 31), {}, r"proposals are uint8 \[1, 20, 31\]; for this image: .*20, 30\]"),
         ({"proposals": np.full((2, 20, 30), 102, np.uint8)}, {}, "all 2 proposals are empty"),
         ({**PROPOSALS, "proposal_scores": np.ones((1, 2), np.float32)}, {}, r"\[1, 3\] is needed"),
@@ -201,19 +268,17 @@ def test_what_asks_for_too_much_is_refused_before_anything_is_done(
 ):
     for name, value in limits.items():
         monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value)
-    monkeypatch.setattr(
-        "radapter_serve.tasks.segment.decode", lambda *_, **__: pytest.fail("decoded")
-    )
-    encoders = (local.encode_images, local.encode_patches, local.embed_labels)
-    task = Segment(local.release, *encoders, {}, max_work=1_000_000_000)
+    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "MAX_WORK", 1_000_000_000)
+    request = {"image": png(3), **given}
     with pytest.raises(TaskError, match=message):
-        task(SegmentRequest(**{"image": png(3), "labels": CATS, **given}))
+        ask(local.loaded, **request)
     assert not local.calls
     if limits:  # and at the limit it is not
         for name, value in limits.items():
             monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value + 1)
-        monkeypatch.setattr("radapter_serve.tasks.segment.decode", decode)
-        task(SegmentRequest(**{"image": png(3), "labels": CATS, **given}))
+        monkeypatch.setattr(module, "decode", decode)
+        ask(local.loaded, **request)
 
 
 def test_proposals_fit_a_photo_that_is_turned(local):
@@ -221,7 +286,7 @@ def test_proposals_fit_a_photo_that_is_turned(local):
     exif[0x0112] = 6
     file = io.BytesIO()
     Image.open(io.BytesIO(png(3))).save(file, "JPEG", exif=exif)
-    found = local.segment(SegmentRequest(file.getvalue(), CATS, **sized(1, 30, 20)))
+    found = ask(local.loaded, file.getvalue(), **sized(1, 30, 20))
     assert found.mask.shape == (30, 20)
     with pytest.raises(TaskError, match=r"proposals are uint8 \[1, 20, 30\]; .* 30, 20\]"):
-        local.segment(SegmentRequest(file.getvalue(), CATS, **sized(1, 20, 30)))
+        ask(local.loaded, file.getvalue(), **sized(1, 20, 30))
