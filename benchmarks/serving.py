@@ -35,12 +35,17 @@ from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
-from radapter_serve.encoders.labels import LabelEmbedder
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.encoders.labels import load_label_sets
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import run_together
+from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
+from radapter_serve.tasks.classify import ClassifyRequest, classify
+from radapter_serve.tasks.label_source import Labels
 
 LABEL_SET = "names"
 STAGES = (
@@ -97,25 +102,40 @@ class Local:
             str(path), options, providers=["CPUExecutionProvider"]
         )
         folder = repository / "classify" / "1"
-        release = Release.load(folder)
         no_tokenizer: Any = None  # no request here brings labels of its own
-        embed_labels = LabelEmbedder(no_tokenizer, no_tokenizer)
-        label_sets = load_label_sets(folder / "label_sets")
-        self._task = Classify(release, EmbedImages(release, self._encode), embed_labels, label_sets)
+        self._release = LoadedRelease(
+            Release.load(folder),
+            self,
+            no_tokenizer,
+            read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
+        )
         self.encoding: list[float] = []
 
-    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         start = time.perf_counter()
         (embeds,) = self._session.run(["image_embeds"], {"image": pixels})
         self.encoding.append(time.perf_counter() - start)
         return np.asarray(embeds)
 
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The session goes with its last user."""
+
     def classify(self, images: Sequence[bytes]) -> list[str]:
         """The best label of each image, which are a request each."""
-        outcomes = self._task(
-            [ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images]
-        )
-        return [str(one.unwrap().labels[0, 0]) for one in outcomes]
+        labels = Labels(label_set=LABEL_SET)
+        requests = [ClassifyRequest([image], labels) for image in images]
+        best = []
+        for answer in run_together([classify(self._release, one) for one in requests]):
+            if isinstance(answer, RAdapterError):
+                raise answer
+            best.append(answer[0].labels[0])
+        return best
 
 
 def counters(server: TritonServer) -> dict[str, dict[str, float]]:

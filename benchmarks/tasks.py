@@ -13,14 +13,14 @@ import numpy as np
 import tyro
 from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ratio
 from numpy.typing import NDArray
-from radapter_serve.engine.version import LocalVersion
 
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.label_store import LabelStore
-from radapter_serve.encoders.labels import LabelEmbedder
-from radapter_serve.release.served import Served
-from radapter_serve.tasks.classify import CHUNK
+from radapter_serve.encoders.labels import LabelCache, embed_labels
+from radapter_serve.encoders.loaded import LoadedRelease, release_at
+from radapter_serve.encoders.needs import CHUNK, complete
 from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
 
 WIDTH = 512
 SIZE = 224
@@ -69,7 +69,7 @@ def segmentation(labels: int) -> Mapping[str, Callable[[], object]]:
 
 
 def new_labels(
-    version: LocalVersion, count: int, folder: Path
+    loaded: LoadedRelease, count: int, folder: Path
 ) -> Mapping[str, Callable[[], float]]:
     """New labels in the first process and in the second, and their prompts through the encoder
     alone; each in seconds.
@@ -83,55 +83,54 @@ def new_labels(
         return [f"{one} {other} {run}" for one, other in itertools.islice(names, count)]
 
     def encoder() -> float:
-        rows = version.tokenizer.encode([template.replace("{}", label) for label in labels()])
+        rows = loaded.tokenizer.encode([template.replace("{}", label) for label in labels()])
         batches = [
-            version.tokenizer.batch(some)
-            for some in _batched(sorted(rows, key=len), version.release.max_batch_size)
+            loaded.tokenizer.batch(some)
+            for some in _batched(sorted(rows, key=len), loaded.release.max_batch_size)
         ]
         start = time.perf_counter()
         for batch in batches:
-            version.encode_tokens(batch)
+            loaded.encoder.tokens(batch)
         return time.perf_counter() - start
 
-    def embedder() -> LabelEmbedder:
-        store = LabelStore(folder / "labels.sqlite")
-        return LabelEmbedder(version.tokenizer, version.encode_tokens, store=store)
+    def empty() -> None:
+        # As a process finds it that has just begun.
+        loaded.label_cache = LabelCache("", LabelStore(folder / "labels.sqlite"))
 
     latest: list[list[str]] = []
 
     def first() -> float:
         latest[:] = [labels()]
-        embed = embedder()
+        empty()
         start = time.perf_counter()
-        embed(latest[0], [template])
+        complete(embed_labels(loaded, latest[0], [template]))
         return time.perf_counter() - start
 
     def second() -> float:
         if not latest:
             first()
-        embed = embedder()
+        empty()
         start = time.perf_counter()
-        embed(latest[0], [template])
+        complete(embed_labels(loaded, latest[0], [template]))
         return time.perf_counter() - start
 
     return {"encoder": encoder, "first": first, "second": second}
 
 
-def many_images(version: LocalVersion, count: int) -> Mapping[str, Callable[[], float]]:
+def many_images(loaded: LoadedRelease, count: int) -> Mapping[str, Callable[[], float]]:
     """Images in one call, and their pixels through the encoder alone; seconds an image."""
     images = [picture(640, 480, seed) for seed in range(count)]
     pixels = np.zeros((count, SIZE, SIZE, 3), np.uint8)
 
     def call() -> float:
         start = time.perf_counter()
-        [outcome] = version.embed_images([images])
-        outcome.unwrap()
+        complete(embed_images(loaded, EmbedImagesRequest(images)))
         return (time.perf_counter() - start) / count
 
     def encoder() -> float:
         start = time.perf_counter()
         for first in range(0, count, CHUNK):
-            version.encode_images(pixels[first : first + CHUNK])
+            loaded.encoder.images(pixels[first : first + CHUNK])
         return (time.perf_counter() - start) / count
 
     return {"call": call, "encoder": encoder}
@@ -170,24 +169,24 @@ def main(
         "Floor: the JPEG is decoded and resized as open_clip does it, and each pixel gets one"
         " exponential a label. The encoder's patches are given; ViT-B/32 has 7 x 7 in a window."
     )
-    version = LocalVersion(repository, max(Served.load(repository).releases), Path("indexes"))
+    loaded = release_at({"model_repository": str(repository)})
     with tempfile.TemporaryDirectory() as folder:
-        times = alternate(new_labels(version, labels, Path(folder)), max(3, repeats // 3))
+        times = alternate(new_labels(loaded, labels, Path(folder)), max(3, repeats // 3))
     report.table(
-        f"{labels} new labels, {version.release.precision}",
+        f"{labels} new labels, {loaded.release.precision}",
         ["process", "encoder alone, ms", "ms", "ratio"],
         [[name, *_row(times, "encoder", name)] for name in ("first", "second")],
     )
     rows = []
     for count in counts:
-        times = alternate(many_images(version, count), max(3, repeats // 3))
+        times = alternate(many_images(loaded, count), max(3, repeats // 3))
         rows.append([f"{count}", *_row(times, "encoder", "call")])
     report.table(
-        f"images of 640 x 480 in a call, {version.release.precision}",
+        f"images of 640 x 480 in a call, {loaded.release.precision}",
         ["images", "encoder alone, ms an image", "ms an image", "ratio"],
         rows,
     )
-    version.close()
+    loaded.close()
     report.write(out)
 
 
