@@ -87,8 +87,8 @@ def main() -> None:
         for title, folder in sets.items():
             place = Path(name, title)
             images = render(arguments.data / folder, place / "images")
-            release = load_release(arguments.model_repository)
-            build(str(place / "images"), place / "index", release)
+            loaded = load_release(arguments.model_repository)
+            build(str(place / "images"), place / "index", loaded)
             indexes[title] = open_index(place / "index")
             found[title] = {
                 threshold: precision_and_recall(find_duplicates(indexes[title], threshold), images)

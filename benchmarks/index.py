@@ -329,7 +329,7 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
     """
     from radapter_serve.encoders.loaded import load_release
 
-    release = load_release(export_base(folder))
+    loaded = load_release(export_base(folder))
     random = np.random.default_rng(0)
     embeds = []
     pixels = []
@@ -342,13 +342,13 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
             left = random.integers(image.width - width + 1)
             top = random.integers(image.height - height + 1)
             crop = image.crop((left, top, left + width, top + height))
-            pixels.append(release.preprocess(crop)[:, :: random.choice((-1, 1))])
+            pixels.append(loaded.preprocess(crop)[:, :: random.choice((-1, 1))])
         if len(pixels) >= 512 or number == len(photos):
-            embeds.append(release.encode_images(pixels))
+            embeds.append(loaded.embed_pixels(pixels))
             pixels = []
         if not number % 1000:
             say(f"embedded {CROPS} crops of each of {number} photos")
-    texts = release.embed_texts([text for five in captions for text in five])
+    texts = loaded.embed_texts([text for five in captions for text in five])
     return np.concatenate(embeds).reshape(len(photos), CROPS, -1), texts.reshape(
         len(photos), CAPTIONS, -1
     )

@@ -12,12 +12,13 @@ from pathlib import Path
 import tyro
 from common import RESULTS, Report, alternate, ratio
 from PIL import Image
-from radapter_serve.engine.version import LocalVersion
 
 from radapter_client import list_images
 from radapter_client._images import encode_small
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
-from radapter_serve.release.served import Served
+from radapter_serve.encoders.loaded import LoadedRelease, release_at
+from radapter_serve.encoders.needs import complete
+from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
 
 SIZE = 224
 # pixels
@@ -45,14 +46,13 @@ def decoding(photo: bytes) -> Mapping[str, Callable[[], float]]:
     return {name: partial(_processor, partial(decode_pixels, *way)) for name, way in ways.items()}
 
 
-def embedding(photo: bytes, version: LocalVersion) -> Mapping[str, Callable[[], float]]:
+def embedding(photo: bytes, loaded: LoadedRelease) -> Mapping[str, Callable[[], float]]:
     """Seconds of a call that embeds a photo, in each way; the encoder is the same."""
     small = encode_small(photo, 2 * SIZE)
 
     def call(data: bytes) -> float:
         start = time.perf_counter()
-        [outcome] = version.embed_images([[data]])
-        outcome.unwrap()
+        complete(embed_images(loaded, EmbedImagesRequest([data])))
         return time.perf_counter() - start
 
     return {"exact": partial(call, photo), f"shrink_to={2 * SIZE}": partial(call, small)}
@@ -81,10 +81,10 @@ def main(photos: Path, repository: Path, repeats: int = 9, out: Path = RESULTS) 
         " shrink_to: the client made the photo small before.",
     )
     photo = large(Path(next(iter(list_images(photos)))))
-    version = LocalVersion(repository, max(Served.load(repository).releases), Path("indexes"))
+    loaded = release_at({"model_repository": str(repository)})
     rows = []
     decoded = alternate(decoding(photo), repeats)
-    called = alternate(embedding(photo, version), repeats)
+    called = alternate(embedding(photo, loaded), repeats)
     for name in decoded:
         rows.append(
             [
@@ -96,11 +96,11 @@ def main(photos: Path, repository: Path, repeats: int = 9, out: Path = RESULTS) 
             ]
         )
     report.table(
-        f"a photo, {version.release.precision}",
+        f"a photo, {loaded.release.precision}",
         ["way", "decoding, ms", "ratio to exact", "a call, ms", "ratio to exact"],
         rows,
     )
-    version.close()
+    loaded.close()
     report.write(out)
 
 

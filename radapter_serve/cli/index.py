@@ -86,15 +86,15 @@ def build(
         published(store)  # a wrong address is refused before the work
     with closing(
         release_at({"url": url} if url else {"model_repository": model_repository})
-    ) as release:
+    ) as loaded:
         if alpha is not None:
-            release = release.at(alpha)
-        print(_embeds(release))
+            loaded = loaded.at(alpha)
+        print(_embeds(loaded))
         with _progress("embedding") as progress:
             summary = build(
                 source,
                 out,
-                release,
+                loaded,
                 image_column=image_column,
                 thumbnails=thumbnails,
                 exif_orientation=None if exif_orientation else False,
@@ -147,10 +147,10 @@ def add(
         repository, version = made_by(plan)
         if version is not None:
             origin = {"model_repository": repository}
-    with closing(release_at(origin, version)) as release:
-        print(_embeds(release))
+    with closing(release_at(origin, version)) as loaded:
+        print(_embeds(loaded))
         with _progress("embedding") as progress:
-            summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
+            summary = add(out, loaded, source, prune=prune, on_broken=on_broken, progress=progress)
     _show(summary, out)
 
 
@@ -350,10 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _embeds(release: LoadedRelease) -> str:
+def _embeds(loaded: LoadedRelease) -> str:
     """Which release embeds, in a line."""
-    facts = release.release
-    (place,) = release.origin.values()
+    facts = loaded.release
+    (place,) = loaded.origin.values()
     return (
         f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g},"
         f" {facts.precision}"

@@ -1,5 +1,5 @@
-"""The graphs of a release, run in this process by ONNX Runtime, OpenVINO or TensorRT, or asked of a
-live server.
+"""A loaded release: its encoder, wherever it runs, its tokenizer and its label sets.
 
-Nothing here knows of tasks, and nothing imports torch.
+An encoder is the release's graphs by ONNX Runtime, OpenVINO or TensorRT, or a live server. What
+several callers need at once is encoded together. Nothing here knows of tasks, and nothing imports torch.
 """

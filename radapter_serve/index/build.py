@@ -51,7 +51,7 @@ KEEP = datetime.timedelta(hours=1)  # how long servers may read a generation tha
 def build(
     source: str,
     out: Path,
-    release: LoadedRelease,
+    loaded: LoadedRelease,
     *,
     image_column: str = "image",
     thumbnails: int = 128,
@@ -70,7 +70,7 @@ def build(
     Args:
         source: a folder, `csv:FILE` or `parquet:FILE`, on disk or on object storage (`s3://`).
         out: the index's folder; clients search by the folder's name.
-        release: embeds the images.
+        loaded: embeds the images.
         image_column: the table's column of image paths.
         thumbnails: longest side of a thumbnail, 0 (none) to 1024 px.
         exif_orientation: whether images are turned as their EXIF says; None does as the release
@@ -89,7 +89,7 @@ def build(
     out = out.absolute()
     _check_place(out, thumbnails)
     if exif_orientation is not None:
-        release = release.turned(exif_orientation)
+        loaded = loaded.turned(exif_orientation)
     collection = open_collection(source, image_column=image_column)
     plan = Plan(
         source=collection.source,
@@ -97,12 +97,12 @@ def build(
         image_column=image_column,
         column_types={name: str(kind) for name, kind in collection.columns.items()},
         thumbnails=thumbnails,
-        exif_orientation=release.preprocess.exif_orientation,
+        exif_orientation=loaded.preprocess.exif_orientation,
         on_broken=on_broken,
-        release=MadeBy.of(release.release),
-        origin=dict(release.origin),
+        release=MadeBy.of(loaded.release),
+        origin=dict(loaded.origin),
     )
-    cluster = None if ray is None else Cluster(ray, release)
+    cluster = None if ray is None else Cluster(ray, loaded)
 
     def fill(writer: Writer) -> Summary:
         summary = writer.write(collection, on_broken, progress)
@@ -115,13 +115,13 @@ def build(
         return summary
 
     with _generation(out, plan, resume=resume, extend=False) as (made, base):
-        writer = Writer(made, plan, release, out, _schema(plan, collection), cluster, sizes)
+        writer = Writer(made, plan, loaded, out, _schema(plan, collection), cluster, sizes)
         return _finish(made, out, writer, fill, base)
 
 
 def add(
     out: Path,
-    release: LoadedRelease,
+    loaded: LoadedRelease,
     source: str | None = None,
     *,
     prune: bool = False,
@@ -134,7 +134,7 @@ def add(
 
     Args:
         out: the index's folder.
-        release: embeds the images; it must be the one that made the index, or the same exported
+        loaded: embeds the images; it must be the one that made the index, or the same exported
             again.
         source: where to look, as in `build`; None takes the index's own source.
         prune: remove images whose files are gone.
@@ -149,13 +149,13 @@ def add(
     _refuse_link(out)
     _, facts = Folder(out).current()
     plan = facts.plan
-    if release.release.dynamic_alpha:
-        release = release.at(plan.release.alpha)
-    if plan.release.digest != release.release.digest:
-        raise RAdapterError(_other_release(out, plan, release))
-    release = release.turned(plan.exif_orientation)
+    if loaded.release.dynamic_alpha:
+        loaded = loaded.at(plan.release.alpha)
+    if plan.release.digest != loaded.release.digest:
+        raise RAdapterError(_other_release(out, plan, loaded))
+    loaded = loaded.turned(plan.exif_orientation)
     plan = dataclasses.replace(
-        plan, origin=dict(release.origin), on_broken=on_broken or plan.on_broken
+        plan, origin=dict(loaded.origin), on_broken=on_broken or plan.on_broken
     )
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
@@ -168,7 +168,7 @@ def add(
         return summary
 
     with _generation(out, plan, resume=True, extend=True) as (made, base):
-        writer = Writer(made, plan, release, out, _schema(plan, collection), sizes=sizes)
+        writer = Writer(made, plan, loaded, out, _schema(plan, collection), sizes=sizes)
         return _finish(made, out, writer, fill, base)
 
 
@@ -301,10 +301,10 @@ def _check_stopped(made: Path, out: Path, plan: Plan) -> None:
         )
 
 
-def _other_release(out: Path, plan: Plan, release: LoadedRelease) -> str:
+def _other_release(out: Path, plan: Plan, loaded: LoadedRelease) -> str:
     """Why `add` refuses, and the commands that help."""
-    again = build_command(out, plan, release.release, release.origin)
-    text = f"the index {out} {mismatch(plan.release, release.release)}; build it again: {again}"
+    again = build_command(out, plan, loaded.release, loaded.origin)
+    text = f"the index {out} {mismatch(plan.release, loaded.release)}; build it again: {again}"
     repository, version = made_by(plan)
     if version is not None:
         place = f"{repository}@{version}"

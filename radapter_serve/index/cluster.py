@@ -30,14 +30,14 @@ class Cluster:
     Args:
         address: of it, such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for the one of
             this machine.
-        release: that every worker loads.
+        loaded: the release that every worker loads.
 
     Raises:
         RAdapterError: Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, address: str, release: LoadedRelease) -> None:
-        self._release = release
+    def __init__(self, address: str, loaded: LoadedRelease) -> None:
+        self._loaded = loaded
         check_installed("ray", "ray")
         import ray
         import ray.data
@@ -90,9 +90,9 @@ class Cluster:
             }
         )
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
-        facts = self._release.release
+        facts = self._loaded.release
         told = {
-            "origin": dict(self._release.origin),
+            "origin": dict(self._loaded.origin),
             "alpha": facts.alpha if facts.dynamic_alpha else None,
             "digest": facts.digest,
             "thumbnails": thumbnails,
@@ -140,7 +140,7 @@ class _Worker:
                 f"a worker found another release at {' '.join(origin.values())} than this"
                 " machine has"
             )
-        self._release = loaded.turned(exif_orientation)
+        self._loaded = loaded.turned(exif_orientation)
         self._thumbnails = thumbnails
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -149,7 +149,7 @@ class _Worker:
                 os.fsdecode(id),
                 file_of(os.fsdecode(file), Path("/")),
                 before,
-                self._release,
+                self._loaded,
                 self._thumbnails,
             )
             for id, file, before in zip(
@@ -158,7 +158,7 @@ class _Worker:
         ]
         fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
         embeds = (
-            dict(zip(fresh, self._release.embed_pixels(list(fresh.values())), strict=True))
+            dict(zip(fresh, self._loaded.embed_pixels(list(fresh.values())), strict=True))
             if fresh
             else {}
         )

@@ -45,7 +45,7 @@ class Read:
 
 
 def read(
-    id: str, file: Path | StoredFile, before: str, release: LoadedRelease, thumbnails: int
+    id: str, file: Path | StoredFile, before: str, loaded: LoadedRelease, thumbnails: int
 ) -> Read:
     """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
 
@@ -54,7 +54,7 @@ def read(
         file: where it lies.
         before: digest of the bytes that the index has; empty where it has none, or needs them
             again.
-        release: prepares it.
+        loaded: the release, which prepares it.
         thumbnails: longest side, in px; 0 for none.
     """
     try:
@@ -65,8 +65,8 @@ def read(
             return Read(digest, kept=True)
         return Read(
             digest,
-            release.pixels(data),
-            describe_image(data, thumbnails, release.preprocess.exif_orientation),
+            loaded.pixels(data),
+            describe_image(data, thumbnails, loaded.preprocess.exif_orientation),
         )
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")

@@ -104,7 +104,7 @@ class Writer:
     Args:
         folder: of the generation.
         plan: how the index is made.
-        release: embeds the images.
+        loaded: embeds the images.
         out: folder of the index, for messages.
         schema: of a table that is not there yet.
         cluster: reads and embeds in the place of this process.
@@ -115,7 +115,7 @@ class Writer:
         self,
         folder: Path,
         plan: Plan,
-        release: LoadedRelease,
+        loaded: LoadedRelease,
         out: Path,
         schema: pa.Schema,
         cluster: Cluster | None = None,
@@ -123,7 +123,7 @@ class Writer:
     ) -> None:
         self._folder = folder
         self._plan = plan
-        self._release = release
+        self._loaded = loaded
         self._out = out
         self._cluster = cluster
         self._sizes = sizes
@@ -265,7 +265,7 @@ class Writer:
 
     def _batches(self, items: list[Item]) -> Iterator[list[Read]]:
         """The files, read batch by batch, by threads of this process or by a cluster."""
-        turned = self._release.preprocess.exif_orientation
+        turned = self._loaded.preprocess.exif_orientation
         size = self._plan.thumbnails
         many = self._sizes.batch
         if self._cluster is not None:
@@ -277,7 +277,7 @@ class Writer:
                 batch = items[start : start + many]
                 yield list(
                     pool.map(
-                        lambda i: read(i.id, i.file, self._before(i), self._release, size), batch
+                        lambda i: read(i.id, i.file, self._before(i), self._loaded, size), batch
                     )
                 )
 
@@ -298,7 +298,7 @@ class Writer:
         }
         if waiting:
             embeds |= dict(
-                zip(waiting, self._release.embed_pixels(list(waiting.values())), strict=True)
+                zip(waiting, self._loaded.embed_pixels(list(waiting.values())), strict=True)
             )
         summary.embedded += len(fresh)
         rows = [
@@ -339,7 +339,7 @@ class Writer:
                 check_files(base.folder / SEARCHED, codes, complete=True)
                 cells = base.folder / SEARCHED
         made = write_neighbours(place, vectors, cells, before)
-        effort = tune(Neighbours(place, vectors), self._release.embed_texts(TEXTS))
+        effort = tune(Neighbours(place, vectors), self._loaded.embed_texts(TEXTS))
         return dataclasses.replace(
             made,
             nprobes=int(effort["nprobes"]),
