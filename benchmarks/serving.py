@@ -45,7 +45,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 
 LABEL_SET = "names"
 STAGES = (

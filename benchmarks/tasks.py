@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.label_store import LabelStore
-from radapter_serve.encoders.labels import LabelCache, embed_labels
+from radapter_serve.encoders.labels import LabelCache
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.encoders.needs import CHUNK, complete
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
+from radapter_serve.tasks.labels import embed_labels
 
 WIDTH = 512
 SIZE = 224

@@ -35,7 +35,7 @@ from radapter_serve.tasks.embed import (
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.small_release import Local, png, seal
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from radapter_serve.contract.alpha import at, request_alpha
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.labels import Examples, embed_labels
+from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import Steps, complete, run_together
 from radapter_serve.errors import RAdapterError
@@ -23,7 +23,7 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment

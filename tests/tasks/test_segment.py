@@ -12,11 +12,10 @@ from PIL import Image
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.encoders.labels import embed_labels
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Need, complete, encode_together, run_together
 from radapter_serve.tasks import segment as module
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from radapter_serve.tasks.segment_options import SegmentOptions
 from radapter_serve.tasks.table import TASKS
