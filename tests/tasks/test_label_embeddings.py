@@ -17,13 +17,12 @@ from radapter_serve.encoders.labels import (
     Examples,
     LabelCache,
     LabelSet,
-    check_unknown_labels,
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.labels import Labels, check_labels, embed_labels
 from tests.helpers.small_release import Local
 
 SIMPLE = ["a photo of a {}."]
@@ -225,8 +224,8 @@ def test_labels_are_refused_at_once_as_they_would_be_later(local):
         (["cat"], ["no place"], r"no \{\}"),
     ):
         with pytest.raises(TaskError, match=message):
-            check_unknown_labels(local.loaded, labels, templates, None)
-    check_unknown_labels(local.loaded, ["cat"], SIMPLE, None)
+            check_labels(local.loaded, Labels(labels, templates=templates), None)
+    assert check_labels(local.loaded, Labels(["cat"], templates=SIMPLE), None) == 1
 
 
 def test_processes_of_a_server_share_a_file(repository, tmp_path, monkeypatch):
