@@ -15,23 +15,32 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Metadata, save_adapter
 from radapter_serve.clip.prompts import templates_of
+from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
 from radapter_serve.data import Captioned
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
-from radapter_serve.training.loss import gather_with_grad, pairwise_sigmoid, positives_of
+from radapter_serve.training.loss import (
+    distance_to_base,
+    divergence_from_base,
+    gather_with_grad,
+    pairwise_sigmoid,
+    positives_of,
+)
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe, Run
 from radapter_serve.training.setup import Learner, build, start_tracker
-from radapter_serve.training.step import distance_of_images, other_prompts, share
+from radapter_serve.training.step import at_base, other_prompts, share, vocabulary
 from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import validate
 
+WORDS = 64  # of the vocabulary, for each step
 _FREED_SECONDS = 0.5  # for Gloo to free what it holds when several processes end
 
 
@@ -185,9 +194,24 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         positive = F.pad(positive, (0, len(others)))
 
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
-    if recipe.preserve:
-        distance = distance_of_images(learner.base, learner.adapters, accelerator, pixels, images)
-        loss = loss + recipe.preserve * distance
+    # Keep the images, and what they say to some words, near to where the base has them.
+    if recipe.preserve or recipe.preserve_words:
+        base = learner.base
+        with at_base(learner.adapters, accelerator):
+            base_images = accelerator.gather(encode_image(base.model, pixels))
+        loss = loss + recipe.preserve * distance_to_base(images, base_images)
+    if recipe.preserve_words:
+        data = learner.examples.data
+        words = vocabulary(() if isinstance(data, Captioned) else tuple(data.classes))
+        drawn = torch.randperm(len(words))[:WORDS].tolist()
+        tokens = base.tokenizer([words[place] for place in drawn]).to(device)
+        with at_base(learner.adapters, accelerator):
+            base_words = encode_text(base.model, tokens)
+        with accelerator.autocast(), parametrize.cached():
+            own_words = encode_text(base.model, tokens)
+        scale, _ = logit_scale_and_bias(base.model.state_dict())
+        divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
+        loss = loss + recipe.preserve_words * divergence
     return loss
 
 

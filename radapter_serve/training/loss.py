@@ -140,3 +140,23 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     dist.all_gather(parts, tensor.detach().contiguous())
     parts[dist.get_rank()] = tensor
     return torch.cat(parts)
+
+
+def divergence_from_base(
+    image_embeds: Tensor,
+    word_embeds: Tensor,
+    base_images: Tensor,
+    base_words: Tensor,
+    logit_scale: float | Tensor,
+) -> Tensor:
+    """The mean over images of the Kullback-Leibler divergence of their probabilities of some words
+    from those in the base.
+
+    Args:
+        image_embeds, word_embeds: float [N, D] and [W, D], of unit length.
+        base_images, base_words: the same in the base.
+        logit_scale: factor on the cosines.
+    """
+    of_base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
+    own = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)
+    return F.kl_div(own, of_base, reduction="batchmean", log_target=True)

@@ -99,6 +99,9 @@ class LossSettings:
         preserve: weight of the mean of 1 - cosine between an image's embedding and that of the
             base; 0 keeps nothing and is the paper's. With it each step also embeds its images by
             the base.
+        preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
+            of ImageNet's class names, drawn anew for each step, from those in the base; 0 keeps
+            nothing and is the paper's.
     """
 
     delta: Real = 0.05
@@ -106,6 +109,7 @@ class LossSettings:
     positives: Literal["several", "single"] = "several"
     negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
     preserve: Annotated[Real, Field(ge=0)] = 0.0
+    preserve_words: Annotated[Real, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True)

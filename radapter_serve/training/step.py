@@ -4,11 +4,13 @@ images from where the base has them.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import open_clip
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -80,3 +82,14 @@ def distance_of_images(
     with at_base(adapters, accelerator):
         base_embeds = encode_image(base.model, pixels)
     return distance_to_base(image_embeds, accelerator.gather(base_embeds))
+
+
+@functools.cache
+def vocabulary(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """ImageNet's class names, as open_clip has them, without those in which a class occurs."""
+    names = {name.casefold() for label in classes for name in split_label(label)}
+    return tuple(
+        word
+        for word in dict.fromkeys(open_clip.IMAGENET_CLASSNAMES)
+        if not any(f" {name} " in f" {word.casefold()} " for name in names)
+    )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,6 +141,13 @@ def pairwise_by_hand(
     return each.sum() / len(f)
 
 
+def words_without(classes: Sequence[str]) -> list[str]:
+    """ImageNet's names but for those in which one of some names stands as words."""
+    own = [re.compile(rf"(?<!\S){re.escape(name)}(?!\S)", re.IGNORECASE) for name in classes]
+    every = dict.fromkeys(open_clip.IMAGENET_CLASSNAMES)
+    return [word for word in every if not any(name.search(word) for name in own)]
+
+
 def train_by_hand(
     recipe: Recipe,
     pairs: Sequence[Pair],
@@ -148,6 +156,7 @@ def train_by_hand(
     variant: Variant = OWN,
     prompts: Sequence[Sequence[str]] = (),
     offsets: Sequence[float] = (),
+    words_of: Sequence[str] = (),
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps.
 
@@ -159,6 +168,7 @@ def train_by_hand(
         variant: with a learned scale, falling dropping, or a trajectory average.
         prompts: of each class, for `negative_classes`.
         offsets: of the logits of each class's texts; zeros if there are none.
+        words_of: the classes, for `preserve_words`.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
@@ -199,6 +209,15 @@ def train_by_hand(
             with clip.at(0.0):
                 base = clip.images(pixels)
             loss = loss + recipe.preserve * (1 - F.cosine_similarity(f, base, dim=1)).mean()
+            if recipe.preserve_words:
+                words = words_without(words_of)
+                chosen = torch.randperm(len(words), generator=draw)[:64].tolist()
+                some = [words[place] for place in chosen]
+                with clip.at(0.0):
+                    p = torch.softmax(scale * base @ clip.texts(some).T, dim=1)
+                q = torch.softmax(scale * f @ clip.texts(some).T, dim=1)
+                divergence = (p * (p.log() - q.log())).sum(dim=1).mean()
+                loss = loss + recipe.preserve_words * divergence
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             norm = math.sqrt(

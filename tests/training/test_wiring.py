@@ -168,6 +168,8 @@ def assert_trains_as_by_hand(
         {"positives": "single"},
         {"preserve": 20.0, "form": "activation"},
         {"preserve": 20.0, "form": "weight", "accumulate": 2},
+        {"preserve": 2.0, "preserve_words": 3.0, "accumulate": 2},
+        {"preserve_words": 3.0, "negative_classes": 9},
         {"negative_classes": 1, "batch_size": 2},  # of one or two that a batch has not
         {"negative_classes": 9, "accumulate": 2, "preserve": 20.0, "positives": "single"},
     ],
@@ -175,7 +177,8 @@ def assert_trains_as_by_hand(
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch
     recipe = dataclasses.replace(recipe, data=data, **change)
-    assert_trains_as_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
+    texts = [prompts(name) for name in CLASSES]
+    assert_trains_as_by_hand(recipe, pairs, prompts=texts, words_of=CLASSES)
 
 
 @pytest.mark.parametrize("change", [{}, {"negative_classes": 1, "batch_size": 2}])
@@ -305,6 +308,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         {"learning_rate": 1.01e-2},
         {"positives": "single"},
         {"preserve": 0.05},
+        {"preserve_words": 0.01},
         {"weight_decay": 5.2},
         {"grad_clip": 1.4},
         {"negative_classes": 1},
@@ -317,9 +321,10 @@ def test_a_setting_that_is_a_little_off_is_seen(
     texts = [prompts(name) for name in CLASSES]
     own = dataclasses.replace(recipe, data=data, batch_size=2, negative_classes=2)
     with steps_taken() as expected_steps:
-        expected = train_by_hand(own, pairs, prompts=texts)
+        expected = train_by_hand(own, pairs, prompts=texts, words_of=CLASSES)
     with steps_taken() as steps:
-        off = train_by_hand(dataclasses.replace(own, **change), pairs, prompts=texts)
+        changed = dataclasses.replace(own, **change)
+        off = train_by_hand(changed, pairs, prompts=texts, words_of=CLASSES)
     assert_same(expected, expected)
     assert_same_steps(expected_steps, expected_steps)
     with pytest.raises(AssertionError):
