@@ -167,7 +167,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     labels = accelerator.gather(labels)
     others: dict[int, str] = {}
     if recipe.negative_classes:
-        data = learner.examples.data
+        data = learner.data
         assert not isinstance(data, Captioned)  # the recipe refuses it
         draw = random.Random(f"{recipe.seed}-{step}")
         present = labels.unique().tolist()
@@ -219,7 +219,7 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
     """Write the average as the run's adapter; says so, and what comes next."""
     recipe = learner.plan.recipe
     base = learner.base
-    data = learner.examples.data
+    data = learner.data
     learner.adapters.load_tensors(learner.average.tensors)
     metadata = Metadata(
         architecture=base.name,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,8 @@ class Learner:
         adapters: what is trained, in this form.
         towers: both, as accelerate wraps them.
         loss_fn: of images, texts, and which of them belong together.
-        examples, val: the pairs of training and of validation; the latter may be None.
+        data, val: the pairs of training, whose examples are augmented, and of validation; the
+            latter may be None.
         held_out: digest of the images that are validated on and else would be trained on; None
             where there are none.
     """
@@ -53,6 +55,7 @@ class Learner:
     optimizer: Optimizer
     average: Average
     loss_fn: partial[Tensor]
+    data: Data
     examples: Examples
     val: Data | None
     held_out: str | None
@@ -71,7 +74,7 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     refuse = recipe.on_broken == "refuse"
 
     # Adapters: the digest is of the weights without them.
-    where = {"text": recipe.adapt_text, "partial": recipe.partial}
+    where: dict[str, Any] = {"text": recipe.adapt_text, "partial": recipe.partial}
     sites = find_sites(base.model, **where)
     digest = base_digest(base.model.state_dict(), [site.key for site in sites])
     form = recipe.form
@@ -92,6 +95,7 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
         optimizer=optimizer,
         average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
         loss_fn=choose_loss(base, recipe),
+        data=data,
         examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
         val=val,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
