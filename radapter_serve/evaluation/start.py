@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -261,8 +261,10 @@ def evaluate(
     limit_threads(threads)
     values = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
     auto = values == [AUTO]
-    alphas = GRID if auto else _numbers(values)
-    subject = Evaluated(
+    alphas: Sequence[float] = GRID if auto else _numbers(values)
+
+    # Which model, on which data.
+    model = Evaluated(
         adapter=_text(adapter),
         merged=_text(merged),
         release=_text(release),
@@ -275,18 +277,79 @@ def evaluate(
         precision=precision,
         device=device,
     )
-    subject.check(alphas, auto=auto)
-    options = _Options(limit, seed, batch_size)
+    model.check(alphas, auto=auto)
+    _check_counts(limit=limit, batch_size=batch_size)
     tests = _suite(suite, data, Path(data_root), auto=auto)
     path = Path()
-    if subject.is_a_run:
-        path = Path(subject.adapter) if subject.adapter else newest_run()
-    if subject.is_a_run and data is not None:
-        tests = _as_trained(path, data)
-    folder = Path(out) if out else default_out(subject.name(path), tests)
+    if model.is_a_run:
+        path = Path(model.adapter) if model.adapter else newest_run()
+        if data is not None:
+            tests = _as_trained(path, data)
+    folder = Path(out) if out else default_out(model.name(path), tests)
     results = Results(folder, resume=resume)
+
+    # torch takes seconds to load: not before what is refused without it.
+    from radapter_serve.adapter import load_adapter
+    from radapter_serve.evaluation.overlap import Overlap
+    from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
+    from radapter_serve.evaluation.sets import open_set
+
+    overlap = Overlap()
+    skipped: list[str] = []
+    rows: list[Row] = []
+    choice: Choice | None = None
+    files = [results.path]
     with status(Console(stderr=True), show=progress) as say:
-        return _evaluate(subject, path, alphas, tests, results, options, say, auto=auto)
+        say("loading the model")
+        if auto:  # which may take the run's own
+            alphas = sorted({*alphas, load_adapter(path).metadata.alpha})
+        how: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
+        embedder = model.load(path, alphas)
+        try:
+            variants = embedder.variants
+            if auto:
+                choice, file = choose_alpha(
+                    embedder, path, tests, results, opened=overlap.chosen_by, **how
+                )
+                files.append(file)
+                chosen = (0.0, choice.alpha, choice.best)
+                variants = [variant for variant in variants if variant.alpha in chosen]
+            elif tests:  # α was chosen earlier, and perhaps by these
+                for entry in tests.of_split("validation"):
+                    with contextlib.suppress(RAdapterError):  # they need not be here
+                        overlap.chosen_by(open_set(tests, entry, limit=limit, seed=seed))
+            if tests:
+                rows = evaluate_suite(
+                    embedder,
+                    tests,
+                    results,
+                    variants=variants,
+                    skip=skipped.append,
+                    opened=overlap.tested,
+                    **how,
+                )
+        finally:
+            embedder.close()
+        if tests and not rows and skipped:
+            raise all_of(skipped, f"the data of {tests.name}")
+        if tests and rows:
+            # After auto there are only a few α on test data: they must not replace a whole curve.
+            files += draw(rows, folder, tests.name, curve_too=not auto)
+        if choice:
+            files.append(draw_choice(choice, folder))
+    return Evaluation(
+        rows=tuple(rows),
+        choice=choice,
+        suite=tests,
+        notes=(
+            *(choice.notes if choice else ()),
+            *skipped,
+            *overlap.warnings,
+            *warnings(rows),
+        ),
+        files=tuple(files),
+        measured=results.measured,
+    )
 
 
 @one_line("train")
@@ -328,7 +391,7 @@ def doubtful(
     """
     if count < 1:
         raise RAdapterError(f"doubtful is {count}; allowed: 1 image or more")
-    _Options(None, 0, batch_size)
+    _check_counts(batch_size=batch_size)
     limit_threads(threads)
     path = Path(adapter) if adapter else newest_run()
     from radapter_serve.evaluation.doubtful import find_doubtful  # torch takes seconds to load
@@ -357,91 +420,10 @@ def _results_of(*parts: str) -> Path:
     return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in parts))
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How the images of a data set are drawn and embedded."""
-
-    limit: int | None
-    seed: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        for name, count in (("limit", self.limit), ("batch_size", self.batch_size)):
-            if count is not None and count < 1:
-                raise RAdapterError(f"{name} is {count}; allowed: 1 or more")
-
-
-def _evaluate(
-    subject: Evaluated,
-    path: Path,
-    alphas: Sequence[float],
-    tests: Suite | None,
-    results: Results,
-    options: _Options,
-    say: Callable[[str], None],
-    *,
-    auto: bool,
-) -> Evaluation:
-    # torch takes seconds to load: not for --help
-    from radapter_serve.adapter import load_adapter
-    from radapter_serve.evaluation.overlap import Overlap
-    from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
-    from radapter_serve.evaluation.sets import open_set
-
-    folder = results.path.parent
-    overlap = Overlap()
-    skipped: list[str] = []
-    rows: list[Row] = []
-    choice: Choice | None = None
-    files = [results.path]
-    how: dict[str, Any] = {**vars(options), "say": say}
-    say("loading the model")
-    if auto:  # which may take the run's own
-        alphas = sorted({*alphas, load_adapter(path).metadata.alpha})
-    embedder = subject.load(path, alphas)
-    try:
-        variants = embedder.variants
-        if auto:
-            choice, file = choose_alpha(
-                embedder, path, tests, results, opened=overlap.chosen_by, **how
-            )
-            files.append(file)
-            chosen = (0.0, choice.alpha, choice.best)
-            variants = [one for one in variants if one.alpha in chosen]
-        elif tests:  # α was chosen earlier, and perhaps by these
-            for entry in tests.of_split("validation"):
-                with contextlib.suppress(RAdapterError):  # they need not be here
-                    overlap.chosen_by(
-                        open_set(tests, entry, limit=options.limit, seed=options.seed)
-                    )
-        if tests:
-            rows = evaluate_suite(
-                embedder,
-                tests,
-                results,
-                variants=variants,
-                skip=skipped.append,
-                opened=overlap.tested,
-                **how,
-            )
-    finally:
-        embedder.close()
-    if tests and not rows and skipped:
-        raise all_of([*skipped], f"the data of {tests.name}")
-    if tests and rows:
-        # After auto there are only a few α on test data: they must not replace a whole curve.
-        files += draw(rows, folder, tests.name, curve_too=not auto)
-    if choice:
-        files.append(draw_choice(choice, folder))
-    notes = (*(choice.notes if choice else ()), *skipped, *overlap.warnings, *warnings(rows))
-    return Evaluation(
-        rows=tuple(rows),
-        choice=choice,
-        suite=tests,
-        notes=notes,
-        files=tuple(files),
-        measured=results.measured,
-    )
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise RAdapterError(f"{name} is {count}; allowed: 1 or more")
 
 
 def _text(place: Place | None) -> str | None:
