@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 import tracemalloc
 import zlib
 from typing import Any
@@ -448,6 +449,42 @@ def test_large_images_take_turns_and_small_ones_do_not_wait(
         thread.join(30)
     assert order == [first.ident, third.ident]
     with module.turn(read_header(large)):
+        pass  # nobody is left who has it
+
+
+def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    turns = module.Turns(2, 2)
+    inside = threading.Semaphore(0)
+    gates = [threading.Event() for _ in range(4)]
+    order: list[int] = []
+
+    def take(number: int) -> None:
+        with turns():
+            order.append(number)
+            inside.release()
+            assert gates[number].wait(30)
+
+    threads = [threading.Thread(target=take, args=[number], daemon=True) for number in range(4)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while len(turns._queue) <= number:
+            time.sleep(0.001)
+    assert inside.acquire(timeout=30) and inside.acquire(timeout=30)
+    with pytest.raises(TaskError, match=r"^\[overloaded\] too many requests"), turns():
+        pass
+    assert sorted(order) == [0, 1]
+    for number, following in ((1, 2), (0, 3)):
+        gates[number].set()
+        assert inside.acquire(timeout=30)
+        assert order[-1] == following
+    for gate in gates:
+        gate.set()
+    for thread in threads:
+        thread.join(30)
+    with turns():
         pass  # nobody is left who has it
 
 

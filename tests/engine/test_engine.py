@@ -102,33 +102,13 @@ def test_callers_of_several_threads_get_what_they_asked_for(engine: Engine) -> N
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("model", "inputs", "message"),
-    [
-        (
-            "embed_text",
-            {"texts": texts(b"a")},
-            "no input 'texts'; it has text, alpha",
-        ),
-        ("embed_text", {"text": np.zeros((1, 1), np.float32)}, "text is float32; BYTES is taken"),
-        ("embed_text", {"text": np.array([b"a"], object)}, r"shape \[1\]; \[-1, 1\] is taken"),
-        ("embed_text", {"text": np.empty((0, 1), object)}, r"shape \[0, 1\]"),
-        ("embed_text", {"text": texts(*[b"a"] * 65)}, "65 rows in a request; at most 64"),
-        ("embed_text", {}, "the input text is missing"),
-        ("embed_text", {"text": texts(b"\xff")}, "UTF-8"),
-        (
-            "classify",
-            {"image": texts(png(0)), "labels": np.array([[b"a"], [b"b"]], object)},
-            r"as many rows; these have \[1, 2\]",
-        ),
-        ("segment", {"image": texts(png(0))}, r"image has shape \[1, 1\]; \[1\] is taken"),
-    ],
-)
-def test_bad_requests(
-    engine: Engine, model: str, inputs: dict[str, np.ndarray], message: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=message):
-        engine.send(Request("infer", model, inputs=inputs), 10)
+def test_a_bad_request_is_refused(engine: Engine) -> None:
+    for inputs, message in (
+        ({"texts": texts(b"a")}, "no input 'texts'; it has text, alpha"),
+        ({"text": texts(b"\xff")}, "UTF-8"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            engine.send(Request("infer", "embed_text", inputs=inputs), 10)
 
 
 def test_what_is_not_served(engine: Engine) -> None:

@@ -54,7 +54,7 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             ({"labels": [LABELS]}, "invalid_argument"),
             ({"image": [[png(7)]]}, "no_labels"),
             ({"image": [[b"nonsense"]], "labels": [LABELS]}, "invalid_image"),
-            ({**GOOD, "labels": np.empty((1, 0), object)}, "no_labels"),
+            ({**GOOD, "labels": np.empty((1, 0), object)}, "invalid_argument"),
             ({**GOOD, "labels": [[b"\xff"]]}, "invalid_argument"),
             ({**GOOD, "labels": [[b"cat", b"cat"]]}, "invalid_argument"),
             ({**GOOD, "templates": np.empty((1, 0), object)}, "invalid_argument"),
@@ -76,7 +76,7 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
                 {"image": [png(7)], "labels": LABELS, "templates": np.empty(0, object)},
                 "invalid_argument",
             ),
-            ({"image": [png(7)], "labels": np.empty(0, object)}, "no_labels"),
+            ({"image": [png(7)], "labels": np.empty(0, object)}, "invalid_argument"),
             (
                 {"image": [png(7)], "labels": LABELS, "threshold": np.array([np.nan], F32)},
                 "invalid_argument",
@@ -98,9 +98,9 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
 def model(repository, local, monkeypatch):
     """A model.py of the repository, whose encoders run in this process."""
     encoders = {
-        "image_encoder": ("image_embeds", local.encode_images),
-        "text_encoder": ("text_embeds", local.encode_tokens),
-        "patch_encoder": ("patch_embeds", local.encode_patches),
+        "image_encoder": ("image_embeds", local.images),
+        "text_encoder": ("text_embeds", local.tokens),
+        "patch_encoder": ("patch_embeds", local.patches),
     }
 
     def encode(name: str, inputs: list[np.ndarray]) -> Response:
@@ -272,13 +272,12 @@ def test_tokens_that_no_text_has(repository, monkeypatch, backend):
 HANGS = """
 import threading, time
 import pytest
-from radapter_serve.tasks.outcome import Outcome
 from tests.helpers import fake_triton
 fake_triton.install(pytest.MonkeyPatch())
 from radapter_serve.triton import responses
 responses.HUNG = 0.5
 requests = [fake_triton.Request(text=[["a"]])]
-answered = responses.answer(requests, lambda some: [Outcome({}) for _ in some])
+answered = responses.answer(requests, lambda some: [{} for _ in some])
 time.sleep(1)
 print(len(answered), flush=True)
 responses.answer(requests, lambda some: threading.Event().wait())

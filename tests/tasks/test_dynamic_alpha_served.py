@@ -17,7 +17,7 @@ import radapter_client
 from radapter_client import Client
 from radapter_serve.cli.query import main as query
 from radapter_serve.contract.labels import split_label
-from radapter_serve.encoders.loaded import load_release, served_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.evaluation.release_embedder import ServerEmbedder
 from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
@@ -71,13 +71,13 @@ def files(photos: Path) -> list[bytes]:
 
 def scores(release: LoadedRelease, image: bytes) -> dict[str, float]:
     """By the formula, with the fixed release's embeddings."""
-    template = release.facts.templates[0]
+    template = release.release.templates[0]
     texts = [
         release.embed_texts([template.format(name) for name in split_label(line)]).mean(0)
         for line in LABELS
     ]
     labels = np.stack([text / np.linalg.norm(text) for text in texts])
-    logits = release.facts.logit_scale * labels @ release.encode_images([release.prepare(image)])[0]
+    logits = release.release.logit_scale * labels @ release.embed_pixels([release.pixels(image)])[0]
     shares = np.exp(logits - logits.max())
     return dict(
         zip(
@@ -89,9 +89,9 @@ def scores(release: LoadedRelease, image: bytes) -> dict[str, float]:
 def test_embeddings(client: Client, photos: Path, fixed: dict[float, LoadedRelease]) -> None:
     assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
     for alpha, release in fixed.items():
-        pixels = [release.prepare(data) for data in files(photos)]
+        pixels = [release.pixels(data) for data in files(photos)]
         found = client.embed_images(files(photos), alpha=alpha)
-        np.testing.assert_allclose(found, release.encode_images(pixels), atol=1e-5)
+        np.testing.assert_allclose(found, release.embed_pixels(pixels), atol=1e-5)
         found = client.embed_texts(["a cat", "two dogs"], alpha=alpha)
         np.testing.assert_allclose(found, release.embed_texts(["a cat", "two dogs"]), atol=1e-5)
     own = client.embed_texts(["a cat"])
@@ -141,13 +141,12 @@ def test_search_asks_at_the_alpha_of_the_index(
     fixed: dict[float, LoadedRelease],
 ) -> None:
     release = served_release(server.grpc_url)
-    release.set_alpha(0.8)
-    build(str(photos), indexes / "photos", release)
+    build(str(photos), indexes / "photos", release.at(0.8))
     release.close()
     hits = client.search("a cat", index="photos")
     one = fixed[0.8]
     for hit in hits:
-        image = one.encode_images([one.prepare((photos / hit.id).read_bytes())])[0]
+        image = one.embed_pixels([one.pixels((photos / hit.id).read_bytes())])[0]
         assert hit.score == pytest.approx(float(image @ one.embed_texts(["a cat"])[0]), abs=1e-5)
 
 
@@ -210,7 +209,7 @@ def test_a_sweep_over_the_server(
             assert variant.alpha is not None
             release = fixed[variant.alpha]
             image = files(photos)[0]
-            expected = release.encode_images([release.prepare(image)])
+            expected = release.embed_pixels([release.pixels(image)])
             np.testing.assert_allclose(embedder.embed_images([image]), expected, atol=1e-5)
             np.testing.assert_allclose(
                 embedder.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5

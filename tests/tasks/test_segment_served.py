@@ -17,9 +17,12 @@ from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.clip.dense import encode_patches
+from radapter_serve.encoders.needs import complete
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
+from radapter_serve.tasks import segment as task
+from radapter_serve.tasks.label_source import Labels
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.small_release import Local, png
@@ -27,6 +30,7 @@ from tests.helpers.small_release import Local, png
 pytestmark = pytest.mark.triton
 
 CATS = [b"cat, kitty", b"dog", b"bird"]
+NAMES = Labels([one.decode() for one in CATS])
 
 
 def segment(client, version="", **values):
@@ -39,7 +43,7 @@ def segment(client, version="", **values):
 
 
 def check(local: Local, served, request: SegmentRequest) -> None:
-    expected = local.segment(request)
+    expected = complete(task.segment(local.loaded, request))
     mask, labels, scores = served
     assert mask.dtype == np.uint16
     assert mask.shape == expected.mask.shape
@@ -61,7 +65,9 @@ def test_served_equals_local(client, local, options):
     image = png(3, 70, 45)
     templates = options.get("templates")
     given = {name: value for name, value in options.items() if name != "templates"}
-    request = SegmentRequest(image, CATS, templates=templates, options=given)
+    if templates is not None:
+        templates = [one.decode() for one in templates]
+    request = SegmentRequest(image, Labels(NAMES.names, templates=templates), **given)
     check(local, segment(client, image=image, labels=CATS, **options), request)
 
 
@@ -70,7 +76,7 @@ def test_a_label_set(client, local):
     check(
         local,
         segment(client, image=image, label_set=b"colours"),
-        SegmentRequest(image, label_set=b"colours"),
+        SegmentRequest(image, Labels(label_set="colours")),
     )
 
 
@@ -86,7 +92,7 @@ def test_proposals(client, repository, version):
     check(
         local,
         segment(client, version, image=image, labels=CATS, proposals=masks),
-        SegmentRequest(image, CATS, proposals=masks),
+        SegmentRequest(image, NAMES, proposals=masks),
     )
     served = segment(
         client,
@@ -102,7 +108,7 @@ def test_proposals(client, repository, version):
     check(
         local,
         served,
-        SegmentRequest(image, CATS, proposals=masks, proposal_scores=scores, options=options),
+        SegmentRequest(image, NAMES, proposals=masks, proposal_scores=scores, **options),
     )
 
 
@@ -110,7 +116,7 @@ def test_a_large_image(client, local):
     image = png(3, 3000, 2000, "JPEG")
     served = segment(client, image=image, labels=CATS, threshold=0.5)
     assert served[0].shape == (2000, 3000)
-    check(local, served, SegmentRequest(image, CATS, options={"threshold": 0.5}))
+    check(local, served, SegmentRequest(image, NAMES, threshold=0.5))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +176,7 @@ def test_callers_at_once_get_their_own_masks(client, local):
         if image == b"nonsense":
             assert result.message().startswith("[invalid_image] ")
         else:
-            check(local, result, SegmentRequest(image, labels))
+            check(local, result, SegmentRequest(image, Labels([one.decode() for one in labels])))
 
 
 def test_callers_who_give_up_do_not_hold_up_the_others(client):
@@ -220,9 +226,9 @@ def test_json_over_http_as_curl_sends_it(server, local):
     }
     options = {"threshold": 0.5}
     for more, request in (
-        ([], SegmentRequest(image, CATS)),
-        ([threshold], SegmentRequest(image, CATS, options=options)),
-        ([threshold, proposals], SegmentRequest(image, CATS, options=options, proposals=masks)),
+        ([], SegmentRequest(image, NAMES)),
+        ([threshold], SegmentRequest(image, NAMES, **options)),
+        ([threshold, proposals], SegmentRequest(image, NAMES, **options, proposals=masks)),
     ):
         status, answer = post(server, path, {"inputs": [image_input, labels, *more]})
         assert status == 200

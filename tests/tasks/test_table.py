@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from radapter_client._methods import TASKS as ASKED
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.release.tensors import NUMPY
+from radapter_serve.tasks.embed import EmbedTextsRequest
 from radapter_serve.tasks.probes import GLANCES, PROBES
 from radapter_serve.tasks.table import TASKS
+from tests.helpers.small_release import Local
 
 MODELS = Path(__file__).parents[2] / "model_repository"
 
@@ -50,3 +54,13 @@ def test_the_page_of_the_http_api_has_every_tensor() -> None:
             expected.pop("alpha", None)  # a sentence after the table has it, for all tasks
             assert named == expected, name
     assert "`alpha` FP32 [1]" in page
+
+
+def test_texts_come_as_bytes_or_as_text(local: Local) -> None:
+    task = TASKS["embed_text"]
+    for text in ("Ölkäfer", "Ölkäfer".encode()):
+        inputs = {"text": np.array([[text]], object)}
+        [request] = task.read(local.loaded, inputs, lambda name: True)
+        assert request == EmbedTextsRequest(("Ölkäfer",))
+    with pytest.raises(TaskError, match=r"^\[invalid_argument\] a text is not UTF-8"):
+        task.read(local.loaded, {"text": np.array([[b"\xff"]], object)}, lambda name: True)

@@ -28,6 +28,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_client import Client
+from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
@@ -35,6 +36,9 @@ from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest
+from radapter_serve.tasks.classify import classify as run_classify
+from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
+from radapter_serve.tasks.label_source import Labels
 from tests.helpers.asking import connect, post, tensor
 from tests.helpers.small_release import Local, png, png_header
 
@@ -61,10 +65,21 @@ def classify(client, images, labels=None, label_set=None, templates=None, top_k=
 
 
 def check(local: Local, served, request: ClassifyRequest) -> None:
-    classes = local.classify([request])[0].unwrap()
+    """All rows of an answer have as many labels."""
+    rankings = complete(run_classify(local.loaded, request))
     labels, scores = served
-    assert [[label.decode() for label in row] for row in labels] == classes.labels.tolist()
-    np.testing.assert_allclose(scores, classes.scores, rtol=1e-5)
+    assert [[one.decode() for one in row if one] for row in labels] == [
+        list(one.labels) for one in rankings
+    ]
+    for row, ranking in zip(scores, rankings, strict=True):
+        np.testing.assert_allclose(row[: len(ranking.labels)], ranking.scores, rtol=1e-4)
+
+
+def asked(images: list[bytes], labels: list[bytes] | None = None, **options) -> ClassifyRequest:
+    """A request by labels, or by a label set, with templates."""
+    names = None if labels is None else [one.decode() for one in labels]
+    named = {key: options.pop(key) for key in ("label_set", "templates") if key in options}
+    return ClassifyRequest(images, Labels(names, **named), **options)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -76,24 +91,26 @@ def test_served_equals_local(client, repository, version):
         "embed_image", [tensor("image", [[i] for i in images])], model_version=number
     )
     np.testing.assert_allclose(
-        found.as_numpy("image_embeds"), local.embed_images([images])[0].unwrap(), atol=1e-6
+        found.as_numpy("image_embeds"),
+        complete(embed_images(local.loaded, EmbedImagesRequest(images))),
+        atol=1e-6,
     )
 
     texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
     found = client.infer("embed_text", [tensor("text", [[t] for t in texts])], model_version=number)
     np.testing.assert_allclose(
-        found.as_numpy("text_embeds"), local.embed_texts([texts])[0].unwrap(), atol=1e-6
+        found.as_numpy("text_embeds"),
+        local.loaded.embed_texts([one.decode() for one in texts]),
+        atol=1e-6,
     )
 
     labels = [b"cat", b"dog, hound", b"bird"]
     served = classify(client, images, labels, top_k=2, version=number)
-    check(local, served, ClassifyRequest(images, [labels] * 3, top_k=[2]))
+    check(local, served, asked(images, labels, top_k=2))
     served = classify(client, images, labels, templates=[b"one {}", b"two {}"], version=number)
-    check(
-        local, served, ClassifyRequest(images, [labels] * 3, templates=[[b"one {}", b"two {}"]] * 3)
-    )
+    check(local, served, asked(images, labels, templates=["one {}", "two {}"]))
     served = classify(client, images, label_set=b"colours", version=number)
-    check(local, served, ClassifyRequest(images, label_set=[b"colours"] * 3))
+    check(local, served, asked(images, label_set="colours"))
 
 
 def test_versions_differ_and_the_newest_is_the_default(client):
@@ -109,20 +126,17 @@ def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
     labels = [b"red", b"green", b"blue", b"a cat", b"a dog"]
     shared = [tensor("image", [[image] for image in images]), tensor("labels", [labels] * 4)]
     yes = tensor("multi_label", np.ones((4, 1), bool))
-    for more, asked in (
-        ([yes], {"multi_label": [True] * 4}),
+    for more, options in (
+        ([yes], {"multi_label": True}),
         (
             [yes, tensor("threshold", np.full((4, 1), 0.999, np.float32))],
-            {"multi_label": [1] * 4, "threshold": [0.999] * 4},
+            {"multi_label": True, "threshold": 0.999},
         ),
-        ([tensor("calibrated", np.ones((4, 1), bool))], {"calibrated": [True] * 4}),
+        ([tensor("calibrated", np.ones((4, 1), bool))], {"calibrated": True}),
     ):
         result = client.infer("classify", shared + more)
-        expected = local.classify([ClassifyRequest(images, [labels] * 4, **asked)])[0].unwrap()
-        assert [
-            [one.decode() for one in row] for row in result.as_numpy("label")
-        ] == expected.labels.tolist()
-        np.testing.assert_allclose(result.as_numpy("score"), expected.scores, rtol=1e-4)
+        found = result.as_numpy("label"), result.as_numpy("score")
+        check(local, found, asked(images, labels, **options))
     body = [
         {
             "name": "image",
@@ -164,7 +178,7 @@ def test_new_labels_are_embedded_once_for_all_processes(server, client):
 def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")
-    np.testing.assert_allclose(found, local.encode_images(pixels), atol=1e-6)
+    np.testing.assert_allclose(found, local.images(pixels), atol=1e-6)
     found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy(
         "text_embeds"
     )
@@ -188,7 +202,7 @@ def test_many_callers_with_lists_of_all_lengths_and_broken_images_among_them(cli
         if image == b"nonsense":
             assert result.message().startswith("[invalid_image] ")
         else:
-            check(local, result, ClassifyRequest([image], [labels]))
+            check(local, result, asked([image], labels))
     statistics = client.get_inference_statistics("image_encoder", "2").model_stats[0]
     assert statistics.execution_count < statistics.inference_count  # some were encoded together
 
@@ -274,7 +288,7 @@ def test_empty_text(client):
 
 def test_ten_thousand_labels(client, local):
     labels = [f"label {index}".encode() for index in range(10_000)]
-    check(local, classify(client, [png(0)], labels), ClassifyRequest([png(0)], [labels]))
+    check(local, classify(client, [png(0)], labels), asked([png(0)], labels))
 
 
 def test_json_over_http_as_curl_sends_it(server, local):
@@ -291,10 +305,10 @@ def test_json_over_http_as_curl_sends_it(server, local):
     }
     status, answer = post(server, "models/classify/infer", body)
     outputs = {output["name"]: output["data"] for output in answer["outputs"]}
-    classes = local.classify([ClassifyRequest([png(0)], [[b"a cat", b"a dog"]])])[0].unwrap()
+    [ranking] = complete(run_classify(local.loaded, asked([png(0)], [b"a cat", b"a dog"])))
     assert status == 200
-    assert outputs["label"] == classes.labels[0].tolist()
-    np.testing.assert_allclose(outputs["score"], classes.scores[0], rtol=1e-5)
+    assert outputs["label"] == list(ranking.labels)
+    np.testing.assert_allclose(outputs["score"], ranking.scores, rtol=1e-5)
 
     body["inputs"][0]["data"] = ["nonsense"]
     status, answer = post(server, "models/classify/infer", body)
@@ -561,7 +575,7 @@ def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, lo
         ]
         good = [pool.submit(classify, client, [png(n % 4)], [b"cat", b"dog"]) for n in range(40)]
     for n, served in enumerate(good):
-        check(local, served.result(), ClassifyRequest([png(n % 4)], [[b"cat", b"dog"]]))
+        check(local, served.result(), asked([png(n % 4)], [b"cat", b"dog"]))
     for answer in wrong:
         status, said = answer.result()
         assert status == 400
