@@ -114,10 +114,14 @@ def load_version(folder: Path) -> LoadedRelease:
     release = Release.load(folder)
     # The server's folder has links to the files of the model repository.
     repository = (folder / FILE).resolve().parents[2]
+    # An export writes the tokenizer for those tasks alone that take labels or texts to embed.
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        tokenizer = repository / "embed_text" / folder.name / tokenizer.name
     return LoadedRelease(
         release,
         TritonEncoder(release.version),
-        Tokenizer.load(folder / "tokenizer.json", release.tokenizer),
+        Tokenizer.load(tokenizer, release.tokenizer),
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=Path(os.environ.get(INDEXES, "indexes")),
         origin={"model_repository": f"{repository}@{release.version}"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,17 @@ def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd
     ]
     assert all(error.code == "INVALID_ARG" and "\n" not in error for error in errors)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_task_without_a_tokenizer_of_its_own_is_loaded(model, repository, tmp_path):
+    """An export writes none for `embed_image` and `retrieve`."""
+    copy = shutil.copytree(repository, tmp_path / "copy")
+    (copy / "embed_image" / "2" / "tokenizer.json").unlink()
+    made = load(SOURCES / "embed_image" / "model.py")
+    made.initialize({"model_repository": str(copy / "embed_image"), "model_version": "2"})
+    [response] = made.execute([Request(image=[[png(7)]])])
+    assert response.outputs()["image_embeds"].shape == (1, 8)
+    assert made.loaded.tokenizer.encode(["a cat"])
 
 
 def test_a_missing_input_is_named(model):
