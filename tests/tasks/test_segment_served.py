@@ -150,7 +150,7 @@ def test_a_large_image(client, local):
         ),
         (
             {"image": png(0), "labels": CATS, "proposals": np.zeros((0, 20, 30), np.uint8)},
-            r"\[invalid_argument\] proposals are uint8 \[0, 20, 30\]",
+            r"\[invalid_argument\] proposals has shape \[0, 20, 30\]",
         ),
     ],
 )
