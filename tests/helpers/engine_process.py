@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +21,16 @@ from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.tasks.classify import Ranking
-from radapter_serve.tasks.table import TASKS, Run, Tensors
+from radapter_serve.tasks.classify import ClassifyRequest, Ranking
+from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.table import TASKS, Tensors, Wants
 
 
-def read(_: LoadedRelease, inputs: Tensors, wants: object) -> list[bytes]:
-    return list(inputs["image"].ravel())
-
-
-def obey(image: bytes, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
+def obey(request: ClassifyRequest, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
     """Do what an image orders that is JSON, as fake_model.py does in Triton."""
     yield from ()
-    assert cancelled is not None
+    [image] = request.images
+    assert isinstance(image, bytes) and cancelled is not None
     order = json.loads(image) if image.startswith(b"{") else {}
     time.sleep(order.get("sleep", 0))
     if "watch" in order:
@@ -43,12 +41,12 @@ def obey(image: bytes, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
     return [Ranking(["a"], np.ones(1, np.float32))]
 
 
-def obedient(*_: object) -> Run[bytes, list[Ranking]]:
-    """What `classify` is in place of the real one."""
-    return obey
+def read(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[ClassifyRequest]:
+    return [ClassifyRequest(inputs["image"].ravel().tolist(), Labels())]
 
 
-ORDERS = replace(TASKS["classify"], read=read, make=obedient)
+# What `classify` is in place of the real one.
+ORDERS = dataclasses.replace(TASKS["classify"], read=read, make=lambda loaded, others: obey)
 
 
 def main(
