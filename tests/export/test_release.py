@@ -236,7 +236,7 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = Mock(wraps=EncoderGraph)
-    monkeypatch.setattr("radapter_export.writer.Encoder", used)
+    monkeypatch.setattr("radapter_export.writer.EncoderGraph", used)
     (made,) = export(runtime="openvino")
     assert [call.args[1] for call in used.call_args_list] == ["openvino"] * 2
     encoders = {encoder.name: encoder for encoder in encoders_of(tmp_path / "repository")}
