@@ -22,7 +22,7 @@ from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.table import TASKS, Tensors, Wants
 
 

@@ -22,7 +22,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks import segment as task
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.small_release import Local, png

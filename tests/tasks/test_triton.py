@@ -38,7 +38,7 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest
 from radapter_serve.tasks.classify import classify as run_classify
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.label_source import Labels
+from radapter_serve.tasks.labels import Labels
 from tests.helpers.asking import connect, post, tensor
 from tests.helpers.small_release import Local, png, png_header
 
