@@ -19,6 +19,7 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.model import Model
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.release import Release
 from radapter_serve.training import train
@@ -128,7 +129,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))
     assert (own[np.arange(102), right] >= 0.5).mean() > 0.6
     with Model(folders["model_repository"]) as model:
-        found = model.classify_batch(paths, label_set="classes", multi_label=True)
+        found = model.classify(paths, label_set="classes", multi_label=True)
     shown = [label_set.labels[place] for place in right]
     assert np.mean([name in one.labels for name, one in zip(shown, found, strict=True)]) > 0.6
     assert np.mean([len(one.labels) for one in found]) < 1.2
