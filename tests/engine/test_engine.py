@@ -340,22 +340,22 @@ def test_large_images_keep_no_small_ones_waiting(
     assert len(found) == len(tasks)
 
 
-def test_of_large_images_few_are_under_way(repository: Path, large: preprocess.ImageFile) -> None:
+def test_of_large_images_few_are_under_way(
+    engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "_LARGE", preprocess.Turns(max_waiting=1))
     caller = Waiting()
-    with Engine.open(repository, max_waiting=4) as engine:
-        thread = threading.Thread(
-            target=asked,
-            args=[engine, "embed_image", LARGE],
-            kwargs={"cancelled": caller},
-            daemon=True,
-        )
-        with preprocess.turn(large):
-            thread.start()
+    how = {"cancelled": caller}
+    waits = threading.Thread(target=asked, args=[engine, "embed_image", LARGE], kwargs=how)
+    with preprocess.turn(large):
+        waits.start()
+        for _ in range(3):  # before it decodes, before it waits and while it does
             assert caller.asked.acquire(timeout=60)
+        for task in ("embed_image", "classify"):
             with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
-                asked(engine, "classify", LARGE)
-        thread.join(60)
-        assert asked(engine, "classify", LARGE)
+                asked(engine, task, LARGE, deadline=time.monotonic() + 60)
+    waits.join(60)
+    assert asked(engine, "classify", LARGE)
 
 
 @pytest.mark.parametrize("task", ["embed_image", "classify", "segment"])
