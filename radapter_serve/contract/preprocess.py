@@ -100,8 +100,8 @@ class Turns:
     """
 
     def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
+        self.max_waiting = max_waiting
         self._places = places
-        self._most = places + max_waiting
         self._lock = threading.Lock()
         self._queue: deque[threading.Event] = deque()
 
@@ -117,7 +117,7 @@ class Turns:
         """
         turn = threading.Event()
         with self._lock:
-            if len(self._queue) >= self._most:
+            if len(self._queue) >= self._places + self.max_waiting:
                 raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
             self._queue.append(turn)
             self._wake()
@@ -136,7 +136,7 @@ class Turns:
             turn.set()
 
 
-_LARGE = Turns()
+LARGE_IMAGES = Turns()  # of this process
 
 
 @contextlib.contextmanager
@@ -151,7 +151,7 @@ def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
         TaskError: cancelled.
     """
     check_cancelled(cancelled)
-    with _LARGE(cancelled) if file.is_large else contextlib.nullcontext():
+    with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
         yield
 
 

@@ -18,7 +18,15 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled, task_error
+from radapter_serve.contract.errors import (
+    OVERLOADED,
+    RESTARTING,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+    task_error,
+)
+from radapter_serve.contract.errors import SERVER_STOPPING as STOPPING
 from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder
 from radapter_serve.release.release import Release
@@ -84,7 +92,7 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     """Encode needs of one part of one release as few batches.
 
     Needs that fail together are halved until the one is found that does it, so that no request
-    touches its neighbours.
+    touches its neighbours; but not where the encoder can't answer anybody now.
     """
     loaded = needs[0].loaded
     if needs[0].part == "pixels":
@@ -92,8 +100,9 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     try:
         embeds = encode(loaded, needs)
     except Exception as error:
-        if len(needs) == 1:
-            return [task_error(error)]
+        again = isinstance(error, TaskError) and error.code in (OVERLOADED, RESTARTING, STOPPING)
+        if again or len(needs) == 1:
+            return [task_error(error)] * len(needs)
     else:
         ends = itertools.accumulate(len(need.rows) for need in needs)
         return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]

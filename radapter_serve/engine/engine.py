@@ -20,7 +20,7 @@ from radapter_serve.contract.errors import (
     Cancelled,
     TaskError,
 )
-from radapter_serve.contract.preprocess import Turns
+from radapter_serve.contract.preprocess import LARGE_IMAGES, Turns
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import Need, Result, encode_together, run_together
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
@@ -113,6 +113,8 @@ class Engine:
         self._closed = False
         self._max_seconds = max_seconds
         self._max_waiting = max_waiting
+        # So few that others find a place.
+        LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
         self._state = Prepared({one.release.version: self._made(one) for one in releases})
 
     @classmethod

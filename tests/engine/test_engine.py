@@ -343,7 +343,7 @@ def test_large_images_keep_no_small_ones_waiting(
 def test_of_large_images_few_are_under_way(
     engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "_LARGE", preprocess.Turns(max_waiting=1))
+    monkeypatch.setattr(preprocess, "LARGE_IMAGES", preprocess.Turns(max_waiting=1))
     caller = Waiting()
     how = {"cancelled": caller}
     waits = threading.Thread(target=asked, args=[engine, "embed_image", LARGE], kwargs=how)
