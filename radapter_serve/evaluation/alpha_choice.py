@@ -101,7 +101,7 @@ class Choice:
                 f"alpha {self.alpha:g} keeps {kept:.1f} % of what the base answers among common"
                 " nouns on these images: labels and searches that you have not trained will answer"
                 f" otherwise, too. If you need them, {instead}, and so does training with"
-                " --preserve 10."
+                " --preserve 10 --preserve-words 3."
             )
         if not by_shift(self.sets)[1]:
             lines.append(

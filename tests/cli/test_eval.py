@@ -398,7 +398,9 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
-    assert err.splitlines() == list(load_choice("runs/tiny").notes)
+    # What takes long on a slow machine says so.
+    lines = [line for line in err.splitlines() if ": reading " not in line]
+    assert lines == list(load_choice("runs/tiny").notes)
     assert "No validation set is shifted, so this choice tells nothing of images in other" in err
     command = "radapter-export --adapter runs/tiny --alpha"
     assert choice["best"] != choice["alpha"] and "behind the best" in out and "kept" in out
