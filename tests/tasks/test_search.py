@@ -257,7 +257,7 @@ def test_a_request_is_read_from_its_arrays(world: World) -> None:
         "min_score": np.array([-0.5], np.float32),
     }
     task = TASKS["retrieve"]
-    task.check("retrieve", inputs)
+    task.check("retrieve", inputs, 64)
     [request] = task.read(projecting(), inputs, lambda name: name == "thumbnail")
     query = Query(("1", "2"), read_headers([image]), ("03.png", "04.png"), [1, -0.5, 0.25, 2, 0])
     options = {"top_k": 7, "where": "path != 'ü'", "offset": 2, "min_score": -0.5}

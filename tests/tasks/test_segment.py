@@ -120,7 +120,7 @@ def test_a_request_is_read_from_its_arrays(local: Local) -> None:
         "alpha": np.array([0.5], np.float32),
     }
     task = TASKS["segment"]
-    task.check("segment", inputs)
+    task.check("segment", inputs, 64)
     [request] = task.read(local.loaded, inputs, lambda name: True)
     assert (request.image, request.labels) == (
         png(3),
