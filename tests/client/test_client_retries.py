@@ -17,8 +17,9 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 import radapter_client
-from radapter_client import AsyncClient, Client, Reply, Request, query
+from radapter_client import AsyncClient, Client, Reply, Request
 from radapter_client._retries import Tries
+from radapter_serve.cli import query
 from tests.helpers.stand_ins import http_server
 
 GOOD = {

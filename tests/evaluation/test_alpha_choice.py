@@ -164,7 +164,9 @@ def test_what_is_kept_is_told_and_chooses_nothing() -> None:
     assert choice.kept == 85 and choose(found, 0.5).kept is None
     (note,) = [line for line in choice.notes if "keeps" in line]
     assert note.startswith("alpha 0.2 keeps 85.0 % of what the base answers among common nouns")
-    assert "alpha 0.1 keeps more, and so does training with --preserve 10 --preserve-words 3." in note
+    assert (
+        "alpha 0.1 keeps more, and so does training with --preserve 10 --preserve-words 3." in note
+    )
     enough = [replace(row, metrics={**row.metrics, "kept": 0.9}) for row in found]
     assert not [line for line in choose(enough, 0.5).notes if "keeps" in line]
     little = [replace(row, metrics={**row.metrics, "kept": 0.5}) for row in found]

@@ -12,8 +12,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import configure
-from radapter_serve.release.integrity import _broken, _difference, _names
+from radapter_serve.release.config import _difference, _names, configure
+from radapter_serve.release.integrity import _broken
 from radapter_serve.release.repository import CONFIG, newest_export, versions_of
 from radapter_serve.release.served import FILE, Served
 from tests.helpers.small_models import release
