@@ -61,6 +61,7 @@ class LoadedRelease:
         origin: Mapping[str, str] | None = None,
     ) -> None:
         self.release = release
+        self.exported_alpha = float(np.float32(release.alpha))  # also where it is used at another
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.preprocess = Preprocess.from_dict(release.preprocess)

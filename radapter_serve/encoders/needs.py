@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
+    IMAGE_TOO_LARGE,
     OVERLOADED,
     RESTARTING,
     Cancelled,
@@ -38,6 +39,7 @@ Rows = NDArray[np.generic]
 # Images that the encoder takes at once. On a CPU more are slower: what lies between the layers no
 # longer fits in its cache.
 CHUNK = 16
+MOST_ROWS = 256  # of several tasks that are encoded at once
 
 
 class Tokenize(Protocol):
@@ -119,7 +121,12 @@ def encode(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
 
 
 def _decode_together(loaded: Encodes, needs: Sequence[Need]) -> list[Result]:
-    waits = [loaded.decoder.start(need.rows, need.cancelled) for need in needs]
+    waits: list[Callable[[], Rows]] = []
+    for need in needs:
+        try:
+            waits.append(loaded.decoder.start(need.rows, need.cancelled))
+        except MemoryError:
+            waits.append(_no_memory)
     results: list[Result] = []
     for wait in waits:
         try:
@@ -129,11 +136,17 @@ def _decode_together(loaded: Encodes, needs: Sequence[Need]) -> list[Result]:
     return results
 
 
+def _no_memory() -> Rows:
+    raise TaskError(IMAGE_TOO_LARGE, "the server has not enough memory for the images; send fewer")
+
+
 def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     encoder = loaded.encoder
     encode = encoder.images if needs[0].part == "images" else encoder.patches
     rows = [np.asarray(need.rows) for need in needs]
     pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    if not len(pixels):
+        return np.zeros((0, loaded.release.embed_dim), np.float32)
     alphas = _alpha_rows(needs)
     # As few calls as there can be, of about as many rows.
     count = math.ceil(len(pixels) / min(CHUNK, loaded.release.max_batch_size))
@@ -209,15 +222,22 @@ def run_together(
             stack.callback(task.close)
             advance(number, partial(next, task))
         while needs:
-            # Those of the first task that waits, and all others of the same kind.
+            # Those of the first task that waits, and others of the same kind, up to some rows: the
+            # rest have their turn after other callers.
             first = next(iter(needs.values()))
-            numbers = [
-                number
-                for number, need in needs.items()
-                if need.loaded is first.loaded and need.part == first.part
-            ]
+            numbers: list[int] = []
+            rows = 0
+            for number, need in needs.items():
+                rows += len(need.rows)
+                if numbers and rows > MOST_ROWS:
+                    break
+                if need.loaded is first.loaded and need.part == first.part:
+                    numbers.append(number)
             asked = [needs.pop(number) for number in numbers]
-            results = together(asked)
+            try:
+                results = together(asked)
+            except Exception as error:
+                results = [task_error(error)] * len(asked)
             for number, result in zip(numbers, results, strict=True):
                 task = tasks[number]
                 if isinstance(result, TaskError):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,8 @@ class Engine:
             turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
             with turn, step(model):
                 run = served.run(model)
-                answers = run_together([run(one, given_up) for one in requests], self._encode)
+                encode = partial(self._encode, served)
+                answers = run_together([run(one, given_up) for one in requests], encode)
         finally:
             served.places[model].release()
 
@@ -359,12 +361,14 @@ class Engine:
             {name: array for name, array in tensors.items() if not outputs or name in outputs},
         )
 
-    def _encode(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """Encode needs of one caller with those of others; images are decoded in its own thread."""
+    def _encode(self, asked: _Served, needs: Sequence[Need]) -> Sequence[Result]:
+        """Encode needs of one caller, who asked a release, with those of others; images are decoded
+        in its own thread.
+        """
         first = needs[0]
         if first.part == "pixels":
             return encode_together(needs)
-        for served in self._every():
+        for served in (asked, *self._every()):
             if served.loaded is first.loaded:
                 return served.queues[first.part](needs)
-        return encode_together(needs)  # of a release that is no longer served, or not yet
+        return encode_together(needs)  # of another release that is no longer served

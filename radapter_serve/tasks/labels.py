@@ -93,7 +93,7 @@ def embed_label_set(
         templates = loaded.release.templates if labels.templates is None else labels.templates
         return (yield from embed_labels(loaded, names, templates, alpha=alpha, cancelled=cancelled))
     exported = loaded.label_sets[_known_label_set(loaded, labels.label_set)]
-    if alpha is None or np.float32(alpha) == np.float32(loaded.release.alpha):
+    if alpha in (None, loaded.exported_alpha):
         return replace(exported, examples=None)  # the export mixed them in
     embedded = yield from embed_labels(
         loaded, exported.lines, exported.templates, alpha=alpha, cancelled=cancelled

@@ -134,7 +134,9 @@ class Indexes:
         """
         index = self._opened.get(name)
         made_by = index.facts.plan.release
-        for loaded in (self._own, *self._others()):
+        if made_by.is_of(self._own.release):
+            return index, self._own
+        for loaded in self._others():
             if made_by.is_of(loaded.release):
                 return index, loaded
         shown = as_text(index.folder.name)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.labels import check_prompts
+from radapter_serve.contract.names import known_as
 from radapter_serve.contract.preprocess import read_headers
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
 from radapter_serve.encoders.loaded import LoadedRelease
@@ -41,7 +42,7 @@ A = TypeVar("A")
 Tensors = Mapping[str, NDArray[Any]]
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
-MAX_ENCODED = 256  # examples of a request, each at each α that it asks for
+MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
 
 
 # A task of one release: the steps to the answer of one request.
@@ -198,14 +199,21 @@ def _read_texts(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[Em
 
 def _read_classify(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[ClassifyRequest]:
     files = read_headers(inputs["image"].ravel().tolist())
+    shown = inputs.get("examples")
+    if shown is not None:
+        # A row whose examples are all empty has those of the row before.
+        shown = shown.copy()
+        for row in range(1, len(shown)):
+            if not any(shown[row]):
+                shown[row] = shown[row - 1]
+        inputs = {**inputs, "examples": shown}
     requests: list[ClassifyRequest] = []
     for rows, options in _runs(inputs, "image"):
-        previous = requests[-1].examples if requests else None
         requests.append(
             ClassifyRequest(
                 files[rows],
                 _labels(options),
-                examples=_examples(options, previous),
+                examples=_examples(options),
                 **_values(options, "top_k", "alpha", "multi_label", "threshold"),
                 **_values(options, "calibrated", "unknown"),
             )
@@ -214,26 +222,22 @@ def _read_classify(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list
     own = loaded.release.templates
     lists = {request.labels for request in requests if request.labels.names is not None}
     check_prompts([(one.names or (), one.templates or own) for one in lists])
-    encoded = {
-        (image, request.alpha)
-        for request in requests
-        for image in (() if request.examples is None else request.examples.images)
-    }
+    encoded = sum(len(set(one.examples.images)) for one in requests if one.examples is not None)
     for name, alpha in {(one.labels.label_set, one.alpha) for one in requests}:
-        label_set = None if name is None else loaded.label_sets.get(name)
-        if label_set is not None and label_set.examples is not None and alpha is not None:
-            encoded |= {(image, alpha) for image in label_set.examples.images}
-    if len(encoded) > MAX_ENCODED:
-        count = len({alpha for _, alpha in encoded})
+        known = None if name is None else known_as(name, loaded.label_sets)
+        examples = None if known is None else loaded.label_sets[known].examples
+        if examples is not None and alpha not in (None, loaded.exported_alpha):
+            encoded += len(examples.images)
+    if encoded > MAX_ENCODED:
         raise invalid(
-            f"examples at {count} α are {len(encoded)} images to encode for their labels; at most"
-            f" {MAX_ENCODED} are allowed in a request, so send fewer α or examples in each"
+            f"{encoded} examples to encode for the labels of all rows that differ in their options;"
+            f" at most {MAX_ENCODED} are allowed in a request, so send fewer examples, or rows with"
+            " the same options"
         )
     return requests
 
 
-def _examples(options: Tensors, previous: Examples | None) -> Examples | None:
-    """The examples of a row; where all of its are empty, those of the row before."""
+def _examples(options: Tensors) -> Examples | None:
     images = options.get("examples")
     places = options.get("example_labels")
     weights = options.get("example_weight")
@@ -242,8 +246,6 @@ def _examples(options: Tensors, previous: Examples | None) -> Examples | None:
     if images is None or places is None:
         raise invalid("examples and example_labels belong together, and example_weight to them")
     own = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
-    if previous is not None and not any(own):
-        own = previous.images
     return Examples(
         own,
         tuple(places.tolist()),

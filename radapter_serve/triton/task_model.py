@@ -83,9 +83,9 @@ class TritonPythonModel:
         errors: dict[int, TaskError] = {}
         for number, request in enumerate(requests):
             names = request.requested_output_names()
-            tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
-            inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
             try:
+                tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
+                inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
                 task.check(self.task, inputs, self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
             except Exception as error:
@@ -103,7 +103,10 @@ class TritonPythonModel:
             failed = [one for one in own if isinstance(one, TaskError)]
             if number in errors:
                 failed = [errors[number]]
-            results.append(failed[0] if failed else task.write(own))
+            try:
+                results.append(failed[0] if failed else task.write(own))
+            except Exception as error:
+                results.append(task_error(error))
         return results
 
 

@@ -199,9 +199,24 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
     def refuses(needs: Any) -> Any:
         raise TaskError(OVERLOADED, "too many")
 
-    with pytest.raises(TaskError, match="overloaded"):
-        run_together([task(), task()], refuses)
+    answers = run_together([task(), task()], refuses)
+    assert [one.code for one in answers if isinstance(one, TaskError)] == [OVERLOADED] * 2
     assert len(ended) == 2
+
+
+def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
+    sizes: list[int] = []
+
+    def task() -> Steps[int]:
+        rows = yield from local.loaded.encoded("tokens", [[1]] * 100)
+        return len(rows)
+
+    def encode(needs: Any) -> Any:
+        sizes.append(sum(len(need.rows) for need in needs))
+        return encode_together(needs)
+
+    assert run_together([task() for _ in range(5)], encode) == [100] * 5
+    assert sizes == [200, 200, 100]
 
 
 def test_images_of_several_tasks_are_decoded_at_once(

@@ -295,7 +295,8 @@ class Local:
     def changed(self, **facts: Any) -> LoadedRelease:
         """The release as if its facts were others."""
         release = dataclasses.replace(self.loaded.release, **facts)
-        return self.loaded._changed(release=release)
+        alpha = float(np.float32(release.alpha))
+        return self.loaded._changed(release=release, exported_alpha=alpha)
 
     def _run(self, name: str, tensor: str, array: np.ndarray) -> np.ndarray:
         self.calls.append(array.shape)

@@ -177,7 +177,7 @@ def test_examples_at_too_many_alphas_are_refused(turned: Turned, way: str) -> No
             inputs["example_labels"] = np.zeros((len(alphas), len(SHOWN)), np.int32)
         TASKS["classify"].read(turned.loaded, inputs, lambda name: True)
 
-    message = f"examples at {count} α are {count * len(SHOWN)} images .* at most {MAX_ENCODED} are"
+    message = f"{count * len(SHOWN)} examples to encode .* at most {MAX_ENCODED} are"
     with pytest.raises(TaskError, match=message):
         read(alphas)
     read(alphas[1:])

@@ -281,3 +281,13 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     assert len(indexes.get("photos")) == 4
     answers.set()
     assert len(indexes.get("slow")) == 4
+
+
+def test_a_search_of_its_own_index_asks_for_no_other_release(photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+
+    def broken() -> Any:
+        raise AssertionError("the others are loaded")
+
+    indexes = Indexes(projecting(tmp_path / "indexes"), broken)
+    assert complete(retrieve(indexes, RetrieveRequest("photos", A))).hits
