@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from radapter_serve.adapter import Metadata, save_adapter
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
-from radapter_serve.data import Captioned
+from radapter_serve.data import Captioned, LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
@@ -201,8 +201,9 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
             base_images = accelerator.gather(encode_image(base.model, pixels))
         loss = loss + recipe.preserve * distance_to_base(images, base_images)
     if recipe.preserve_words:
-        data = learner.examples.data
-        words = vocabulary(() if isinstance(data, Captioned) else tuple(data.classes))
+        seen = learner.examples.data
+        classes = seen.classes if isinstance(seen, LabelledImages) else ()
+        words = vocabulary(tuple(classes))
         drawn = torch.randperm(len(words))[:WORDS].tolist()
         tokens = base.tokenizer([words[place] for place in drawn]).to(device)
         with at_base(learner.adapters, accelerator):

@@ -110,7 +110,7 @@ def test_images_of_several_callers_are_decoded_in_turns(
     order: list[bytes] = []
     free = threading.Semaphore(0)
     began = threading.Semaphore(0)
-    decode_into = module.decode_into
+    decode_into = preprocess.decode_into
 
     def decode(file: Any, *others: Any) -> None:
         order.append(file.data)
@@ -136,7 +136,7 @@ def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(
     images = [png(seed) for seed in range(8)]
     expected = pixels_of(images)
     closing: list[threading.Thread] = []
-    decode_into = module.decode_into
+    decode_into = preprocess.decode_into
 
     def decode(*given: Any) -> None:
         if not closing:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract import preprocess
 from radapter_serve.contract.errors import OVERLOADED, TaskError
 from radapter_serve.encoders import decoder
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, Steps, complete, encode_together, run_together
+from radapter_serve.encoders.needs import Need, Steps, complete, encode_together
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -25,6 +26,7 @@ from radapter_serve.tasks.embed import (
 )
 from radapter_serve.tasks.labels import Labels
 from tests.helpers.small_release import SIZE, WIDTH, Local, png
+from tests.helpers.together import together
 
 
 def images(loaded: LoadedRelease, *data: bytes) -> Steps[Any]:
@@ -41,7 +43,7 @@ def codes(answers: list[Any]) -> list[str | None]:
 
 def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
     loaded = local.loaded
-    one, two, three = run_together(
+    one, two, three = together(
         [
             texts(loaded, "a cat", "a dog"),
             images(loaded, png(0), png(1)),
@@ -63,14 +65,14 @@ def test_tasks_that_are_at_different_steps_meet_at_the_same_encoder(local: Local
     """One has its labels embedded first, and its image with that of the other."""
     loaded = local.loaded
     labelled = ClassifyRequest([png(0)], Labels(["cat", "dog"]))
-    answers = run_together([classify(loaded, labelled), images(loaded, png(1))])
+    answers = together([classify(loaded, labelled), images(loaded, png(1))])
     assert codes(answers) == [None, None]
     assert (2, SIZE, SIZE, 3) in local.calls and len(local.calls) == 2
 
 
 def test_needs_of_another_release_are_encoded_apart(repository: Any) -> None:
     one, two = Local(repository, 1), Local(repository, 2)
-    found = run_together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
+    found = together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
     assert len(one.calls) == len(two.calls) == 1
     np.testing.assert_array_equal(found[0], complete(texts(one.loaded, "a cat")))
     np.testing.assert_array_equal(found[1], complete(texts(two.loaded, "a cat")))
@@ -93,7 +95,7 @@ def test_many_images_are_encoded_in_parts_of_about_one_size(
     data = [png(number) for number in range(sum(counts))]
     ends = list(itertools.accumulate(counts))
     parts = [data[end - count : end] for count, end in zip(counts, ends, strict=True)]
-    found = run_together([images(loaded, *part) for part in parts])
+    found = together([images(loaded, *part) for part in parts])
     assert [shape[0] for shape in local.calls] == expected
     alone = [complete(images(loaded, one))[0] for one in data]
     np.testing.assert_allclose(np.concatenate(found), alone, atol=1e-6)
@@ -114,7 +116,7 @@ def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
     good = png(0)
     bad = png(1)[:60]
     asked = [[bad], [good], [good, bad], [good], [b"nonsense"]]
-    answers = run_together([images(loaded, *data) for data in asked])
+    answers = together([images(loaded, *data) for data in asked])
     assert codes(answers) == ["invalid_image", None, "invalid_image", None, "invalid_image"]
     assert "image 2 of 2" in str(answers[2])
     assert local.calls == [(2, SIZE, SIZE, 3)]
@@ -151,7 +153,7 @@ def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     expected = [local.images(one) for one in rows]
     loaded.encoder = failing = Fails(local, lambda one: not one.any())
     given = [*rows[:5], black, *rows[5:]]
-    results = encode_together([Need(loaded, "images", one, None, None) for one in given])
+    results: list[Any] = encode_together([Need(loaded, "images", one, None, None) for one in given])
     assert codes(results) == [*[None] * 5, "internal_error", None, None]
     np.testing.assert_allclose(results[:5] + results[6:], expected, atol=1e-6)
     assert failing.batches == [8, 4, 4, 2, 1, 1, 2]
@@ -171,7 +173,7 @@ def test_an_encoders_own_error_reaches_its_task(local: Local) -> None:
             return f"was told: {error.message}"
         return ""
 
-    assert run_together([task(), task()], encode) == ["was told: later"] * 2
+    assert together([task(), task()], encode) == ["was told: later"] * 2
     with pytest.raises(TaskError, match=r"^\[restarting\] later$"):
         complete(texts(local.loaded, "a"), encode)
 
@@ -181,7 +183,7 @@ def test_a_fault_of_a_task_is_its_own(local: Local, capfd: pytest.CaptureFixture
         yield from local.loaded.encoded("tokens", [[1]])
         raise ZeroDivisionError("at /home/somebody/secret.py")
 
-    found, other = run_together([broken(), texts(local.loaded, "a cat")])
+    found, other = together([broken(), texts(local.loaded, "a cat")])
     assert str(found) == "[internal_error] the server failed on this request; its log says why"
     assert other.shape == (1, WIDTH)
     assert "secret.py" in capfd.readouterr().err
@@ -199,7 +201,7 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
     def refuses(needs: Any) -> Any:
         raise TaskError(OVERLOADED, "too many")
 
-    answers = run_together([task(), task()], refuses)
+    answers = together([task(), task()], refuses)
     assert [one.code for one in answers if isinstance(one, TaskError)] == [OVERLOADED] * 2
     assert len(ended) == 2
 
@@ -215,7 +217,7 @@ def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
         sizes.append(sum(len(need.rows) for need in needs))
         return encode_together(needs)
 
-    assert run_together([task() for _ in range(5)], encode) == [100] * 5
+    assert together([task() for _ in range(5)], encode) == [100] * 5
     assert sizes == [200, 200, 100]
 
 
@@ -224,7 +226,7 @@ def test_images_of_several_tasks_are_decoded_at_once(
 ) -> None:
     monkeypatch.setattr("radapter_serve.encoders.loaded.decoders", lambda: 2)
     both = threading.Barrier(2)
-    decode_into = decoder.decode_into
+    decode_into = preprocess.decode_into
 
     def decode(*given: Any) -> None:
         both.wait(20)  # fails where one waits for the other
@@ -232,7 +234,7 @@ def test_images_of_several_tasks_are_decoded_at_once(
 
     monkeypatch.setattr(decoder, "decode_into", decode)
     loaded = local.changed()
-    found = run_together([images(loaded, png(0)), images(loaded, png(1))])
+    found = together([images(loaded, png(0)), images(loaded, png(1))])
     assert [one.shape for one in found] == [(1, WIDTH)] * 2
     loaded.close()
 
@@ -246,9 +248,9 @@ def test_each_row_is_encoded_at_the_alpha_of_its_task(local: Local) -> None:
         alphas.append(alpha.tolist())
         return encode(values) * alpha
 
-    local.tokens = tokens  # type: ignore[method-assign]
+    local.tokens = tokens  # type: ignore[method-assign,assignment]
     loaded = local.changed(dynamic_alpha=True, alpha=0.5)
-    one, two, three = run_together(
+    one, two, three = together(
         [texts(loaded, "cat", alpha=0.25), texts(loaded, "cat", alpha=1), texts(loaded, "cat")]
     )
     assert alphas == [[[0.25], [1], [0.5]]]  # one text, but at three α
@@ -265,7 +267,7 @@ def test_an_error_lets_go_of_its_image(local: Local, monkeypatch: pytest.MonkeyP
         return image
 
     monkeypatch.setattr(Image, "open", note)
-    [found] = run_together([images(local.loaded, png(0)[:-40])])
+    [found] = together([images(local.loaded, png(0)[:-40])])
     assert found.code == "invalid_image"
     assert len(opened) == 2  # for its header and for its pixels
     assert [one() for one in opened] == [None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ class Callers:
             thread = threading.Thread(target=self._ask, args=(number, cancelled))
             thread.start()
             self._threads.append(thread)
-            until(lambda before=before: len(self.asked._waiting) > before)
+            until(partial(has_waiting, self.asked, before + 1))
 
     def first(self, number: int, begun: threading.Semaphore) -> None:
         """Ask where nobody waits, until the encoder has begun."""
@@ -87,6 +88,10 @@ def until(there: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def has_waiting(asked: Queue, count: int) -> bool:
+    return len(asked._waiting) >= count
+
+
 def answers(numbers: Iterable[int]) -> dict[int, list[int]]:
     return {number: [2 * number] for number in numbers}
 
@@ -99,7 +104,7 @@ def test_what_waits_makes_batches_of_at_most_so_many_rows() -> None:
     held.gate.set()
     assert callers.join() == answers(range(5))
     assert held.batches == [[0], [1, 2, 3], [4]]
-    assert callers.asked([need(7)]) == [[14]]  # nothing is left behind that keeps others away
+    assert [*callers.asked([need(7)])] == [[14]]  # nothing is left behind that keeps others away
 
 
 def test_who_has_more_rows_than_a_batch_is_encoded_alone_and_gets_all() -> None:
@@ -118,7 +123,7 @@ def test_who_has_more_rows_than_a_batch_is_encoded_alone_and_gets_all() -> None:
     held.gate.set()
     thread.join(WAIT)
     assert callers.join() == answers([0, 8])
-    assert many == [[[10, 12], [14]]]
+    assert [[*results] for results in many] == [[[10, 12], [14]]]
     assert held.batches == [[0], [5, 6, 7], [8]]
 
 
@@ -199,7 +204,7 @@ def test_a_caller_who_is_interrupted_leaves_nobody_hanging(interrupted: int) -> 
     if interrupted == 1:
         assert found.pop(2).code == "internal_error"
     assert found == answers({1, 2} - {interrupted, 2 * interrupted} | {0, 3} - {interrupted})
-    assert callers.asked([need(interrupted + 10)]) == [[2 * interrupted + 20]]
+    assert [*callers.asked([need(interrupted + 10)])] == [[2 * interrupted + 20]]
 
 
 def test_all_who_are_encoded_together_have_the_steps_of_their_batch() -> None:
@@ -222,7 +227,7 @@ def test_all_who_are_encoded_together_have_the_steps_of_their_batch() -> None:
         thread.start()
         if not waiting:
             assert held.begun.acquire(timeout=WAIT)
-        until(lambda waiting=waiting: len(asked._waiting) == waiting)
+        until(partial(has_waiting, asked, waiting))
     held.gate.set()
     for thread in threads:
         thread.join(WAIT)

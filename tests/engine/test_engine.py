@@ -201,7 +201,7 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
             raise TaskError("encoder_failed", "no")
 
         broken = Local(repository, 1)
-        broken.tokens = fails  # type: ignore[method-assign]
+        broken.tokens = fails  # type: ignore[method-assign,assignment]
         with pytest.raises(TaskError, match="encoder_failed"):
             engine.prepare([broken.loaded])
         assert engine.versions() == [2]
@@ -218,7 +218,7 @@ def test_of_a_task_few_requests_are_under_way(repository: Path) -> None:
         assert gate.wait(20)
         return encode(rows)
 
-    local.tokens = tokens  # type: ignore[method-assign]
+    local.tokens = tokens  # type: ignore[method-assign,assignment]
     with Engine([local.loaded], max_waiting=1) as engine:
         inputs = {"text": texts(b"a")}
         first = threading.Thread(target=engine.infer, args=("embed_text", "", inputs))

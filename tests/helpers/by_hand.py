@@ -214,9 +214,9 @@ def train_by_hand(
                 chosen = torch.randperm(len(words), generator=draw)[:64].tolist()
                 some = [words[place] for place in chosen]
                 with clip.at(0.0):
-                    p = torch.softmax(scale * base @ clip.texts(some).T, dim=1)
+                    of_base = torch.softmax(scale * base @ clip.texts(some).T, dim=1)
                 q = torch.softmax(scale * f @ clip.texts(some).T, dim=1)
-                divergence = (p * (p.log() - q.log())).sum(dim=1).mean()
+                divergence = (of_base * (of_base.log() - q.log())).sum(dim=1).mean()
                 loss = loss + recipe.preserve_words * divergence
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:

@@ -813,9 +813,8 @@ def test_an_addition_turns_images_as_the_build_did(
     pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photos / "new.png", exif=exif)
     add(tmp_path / "index", FakeRelease(turns=own))
-    (query,) = FakeRelease().embed_pixels(
-        [(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5]
-    )
+    upright: Any = (np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5
+    (query,) = FakeRelease().embed_pixels([upright])
     (hit,) = open_index(tmp_path / "index").search(query, 1, "path = 'new.png'")
     assert hit.score == pytest.approx(1, abs=1e-5)
 

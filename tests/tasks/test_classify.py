@@ -16,7 +16,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import decoder
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps, complete, run_together
+from radapter_serve.encoders.needs import Steps, complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -27,6 +27,7 @@ from radapter_serve.tasks.embed import (
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png
+from tests.helpers.together import together
 
 
 def images(loaded: LoadedRelease, *data: bytes, **how: Any) -> Steps[Any]:
@@ -115,7 +116,8 @@ def test_classify_is_the_softmax_of_scaled_cosines(local: Local) -> None:
     names = ["cat", "dog", "bird, fowl", "fish", "a man", "tree"]
     labels, cosines = by_hand(local.loaded, png(5), names, ["a photo of a {}."])
     scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
-    for options, count in (({}, 5), ({"top_k": 100}, 6), ({"top_k": 2}, 2)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 5), ({"top_k": 100}, 6), ({"top_k": 2}, 2)]
+    for options, count in cases:
         [found] = complete(ask(local.loaded, [png(5)], names, **options))
         check(found, labels, scores, count)
     labels, cosines = by_hand(local.loaded, png(5), names, ["one {}", "two {}"])
@@ -190,16 +192,16 @@ def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) 
             ask(loaded, [png(7)], label_set="colors"),
         ]
 
-    together = run_together(tasks())
-    alone = [run_together([task])[0] for task in tasks()]
-    for found, expected in zip(together, alone, strict=True):
+    answers = together(tasks())
+    alone = [together([task])[0] for task in tasks()]
+    for found, expected in zip(answers, alone, strict=True):
         if isinstance(expected, TaskError):
             assert str(found) == str(expected)
             continue
         for one, other in zip(found, expected, strict=True):
             assert one.labels == other.labels
             np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
-    assert [isinstance(one, TaskError) for one in together] == [0, 1, 0, 0, 0, 1]
+    assert [isinstance(one, TaskError) for one in answers] == [0, 1, 0, 0, 0, 1]
 
 
 def test_embeddings_that_are_not_finite_are_no_ranking(
@@ -234,7 +236,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     requests = task.read(local.loaded, inputs, lambda name: True)
     assert [len(one.images) for one in requests] == [2, 1, 1]
     run = task.make(local.loaded, lambda: [])
-    outputs = task.write(run_together([run(one, None) for one in requests]))
+    outputs = task.write(together([run(one, None) for one in requests]))
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):
         names = [one.decode() for one in inputs["labels"][row]]

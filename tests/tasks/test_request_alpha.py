@@ -17,7 +17,7 @@ from radapter_serve.contract.alpha import at, request_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.needs import Steps, complete, run_together
+from radapter_serve.encoders.needs import Steps, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
@@ -30,6 +30,7 @@ from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
 from tests.helpers.projection import Searching
 from tests.helpers.small_release import Local, png
+from tests.helpers.together import together
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
 NAMES = ("red, scarlet", "blue")
@@ -112,7 +113,7 @@ def test_rows_of_several_alphas_share_a_batch(
             inputs["alpha"] = column(*alphas, kind=np.float32)
         requests = TASKS[task].read(turned.loaded, inputs, lambda name: True)
         run = TASKS[task].make(turned.loaded, lambda: [])
-        [embeds] = TASKS[task].write(run_together([run(one, None) for one in requests])).values()
+        [embeds] = TASKS[task].write(together([run(one, None) for one in requests])).values()
         return embeds
 
     low, own, high = (answer(one, two, alphas=[a, a]) for a in (0, 0.3, 1))
@@ -126,7 +127,7 @@ def test_rows_of_several_alphas_share_a_batch(
 
 def test_a_request_at_no_alpha_fails_alone(turned: Turned) -> None:
     asked = [EmbedImagesRequest([png(0)], alpha) for alpha in (2.0, 1.0)]
-    wrong, right = run_together([embed_images(turned.loaded, one) for one in asked])
+    wrong, right = together([embed_images(turned.loaded, one) for one in asked])
     assert isinstance(wrong, TaskError) and "alpha is 2" in wrong.message
     np.testing.assert_array_equal(right, complete(embed_images(turned.loaded, asked[1])))
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert search.ids(RetrieveRequest("photos", A, where="path = 'x'")) == []
 
 
+def asked_for(parts: list[Any], count: int) -> bool:
+    return len(parts) >= count
+
+
 def test_texts_and_images_are_encoded_together_and_a_caller_who_left_is_asked_before_each(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -82,7 +87,7 @@ def test_texts_and_images_are_encoded_together_and_a_caller_who_left_is_asked_be
     assert parts == [("tokens", 2), ("pixels", 2), ("images", 2)]
     for count in range(3):
         parts.clear()
-        gone = retrieve(indexes, request, lambda count=count: len(parts) >= count)
+        gone = retrieve(indexes, request, partial(asked_for, parts, count))
         with pytest.raises(TaskError, match=r"\[cancelled\]"):
             complete(gone, encode)
         assert [part for part, _ in parts] == ["tokens", "pixels"][: 2 * count]

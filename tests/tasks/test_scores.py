@@ -64,7 +64,8 @@ def test_calibrated_scores_are_a_softmax_at_the_temperature(
     local: Local, cosines: np.ndarray, label_set: LabelSet
 ) -> None:
     # Of the small release the scale is 10 and the temperature 2.
-    for options, scale in (({}, 10.0), ({"calibrated": True}, 5.0)):
+    cases: list[tuple[dict[str, Any], float]] = [({}, 10.0), ({"calibrated": True}, 5.0)]
+    for options, scale in cases:
         found = ask(local.loaded, top_k=7, **options)
         assert [len(one.labels) for one in found] == [7] * 6
         check(found, softmax(scale * cosines), label_set.labels)
@@ -96,7 +97,8 @@ def test_labels_below_the_threshold_are_left_out(
     scores = sigmoid(6.0 * cosines - 1.0)
     counts = (scores >= 0.5).sum(axis=1).tolist()
     assert len(set(counts)) > 1
-    for options in ({}, {"threshold": 0.5}):
+    cases: list[dict[str, Any]] = [{}, {"threshold": 0.5}]
+    for options in cases:
         found = ask(local.loaded, multi_label=True, **options)
         assert [len(one.labels) for one in found] == counts
         check(found, scores, label_set.labels)
@@ -162,7 +164,8 @@ def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarra
     least = float(np.median(best))
     is_unknown = best < np.float32(least)
     assert is_unknown.any() and not is_unknown.all()
-    for options in ({}, {"calibrated": True}):
+    cases: list[dict[str, Any]] = [{}, {"calibrated": True}]
+    for options in cases:
         plain = ask(local.loaded, **options)
         found = ask(local.loaded, unknown=least, **options)
         for row, one in enumerate(found):

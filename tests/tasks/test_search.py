@@ -260,7 +260,7 @@ def test_a_request_is_read_from_its_arrays(world: World) -> None:
     task.check("retrieve", inputs, 64)
     [request] = task.read(projecting(), inputs, lambda name: name == "thumbnail")
     query = Query(("1", "2"), read_headers([image]), ("03.png", "04.png"), [1, -0.5, 0.25, 2, 0])
-    options = {"top_k": 7, "where": "path != 'ü'", "offset": 2, "min_score": -0.5}
+    options: dict[str, Any] = {"top_k": 7, "where": "path != 'ü'", "offset": 2, "min_score": -0.5}
     assert request == RetrieveRequest("photos", query, thumbnails=True, **options)
     run = task.make(projecting(world.folder), lambda: [])
     answer = complete(run(request, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, complete, encode_together, run_together
+from radapter_serve.encoders.needs import Need, complete, encode_together
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
@@ -21,6 +22,7 @@ from radapter_serve.tasks.segment_options import SegmentOptions
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
+from tests.helpers.together import together
 
 NAMES = ["cat, kitty", "dog", "bird"]
 CATS = Labels(NAMES)
@@ -81,7 +83,7 @@ def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
         images = [png(3), png(0)[:-40], png(4)]
         return [segment(local.loaded, SegmentRequest(image, CATS)) for image in images]
 
-    one, broken, two = run_together(tasks())
+    one, broken, two = together(tasks())
     windows = [shape for shape in local.calls if len(shape) == 4]
     assert isinstance(broken, TaskError) and broken.code == "invalid_image"
     for found, task in ((one, tasks()[0]), (two, tasks()[2])):
@@ -96,7 +98,7 @@ def test_no_more_windows_are_encoded_when_the_caller_has_left(local: Local) -> N
     loaded = local.changed(max_batch_size=3)
     parts: list[str] = []
 
-    def encode(needs: list[Need]) -> Any:
+    def encode(needs: Sequence[Need]) -> Any:
         parts.extend(need.part for need in needs)
         return encode_together(needs)
 

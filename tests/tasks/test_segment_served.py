@@ -7,6 +7,7 @@ import io
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -104,7 +105,7 @@ def test_proposals(client, repository, version):
         proposal_weight=0.25,
         threshold=0.3,
     )
-    options = {"proposal_weight": 0.25, "threshold": np.float32(0.3).item()}
+    options: dict[str, Any] = {"proposal_weight": 0.25, "threshold": np.float32(0.3).item()}
     check(
         local,
         served,
@@ -224,7 +225,7 @@ def test_json_over_http_as_curl_sends_it(server, local):
         "datatype": "UINT8",
         "data": masks.ravel().tolist(),
     }
-    options = {"threshold": 0.5}
+    options: dict[str, Any] = {"threshold": 0.5}
     for more, request in (
         ([], SegmentRequest(image, NAMES)),
         ([threshold], SegmentRequest(image, NAMES, **options)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_the_page_of_the_http_api_has_every_tensor() -> None:
         row = re.search(rf"^\|[^|]*`{name}`[^|]*\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)
         assert row, name
         for text, tensors in zip(row.groups(), (task.inputs, task.outputs), strict=True):
-            named = {}
+            named: dict[str, Any] = {}
             for names, kind, dims in re.findall(
                 rf"((?:`\w+`(?:, | or )?)+) ({kinds}) \[([^\]]*)\]", text
             ):
