@@ -27,7 +27,7 @@ def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         name = frame.f_code.co_filename
-        if event == "call" and name.startswith(str(ROOT)):
+        if event == "call" and name.startswith(str(ROOT)) and "site-packages" not in name:
             file = files.setdefault(name, Path(name).relative_to(ROOT).as_posix())
             calls.append((frame.f_code.co_name, file))
 
