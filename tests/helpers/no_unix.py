@@ -15,6 +15,7 @@ from typing import Any
 
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "uvloop"):
     sys.modules[name] = None  # type: ignore[assignment]  # so that an import of it fails
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 del signal.SIGHUP
 del os.O_NONBLOCK
 shutil._use_fd_functions = False  # type: ignore[attr-defined]  # which need that flag from 3.13 on
