@@ -228,11 +228,12 @@ def run_together(
             numbers: list[int] = []
             rows = 0
             for number, need in needs.items():
+                if need.loaded is not first.loaded or need.part != first.part:
+                    continue
                 rows += len(need.rows)
                 if numbers and rows > MOST_ROWS:
                     break
-                if need.loaded is first.loaded and need.part == first.part:
-                    numbers.append(number)
+                numbers.append(number)
             asked = [needs.pop(number) for number in numbers]
             try:
                 results = together(asked)
