@@ -77,9 +77,9 @@ class DenseSegmenter:
             release.dense["grid"] if release.dense else None,
         )
 
-    def check(self, options: SegmentOptions) -> None:
+    def check(self, options: SegmentOptions, *, has_patches: bool) -> None:
         """Raise a `TaskError` where there is no patch encoder, or the options do not fit."""
-        if self.encode_patches is None:
+        if not has_patches:
             raise TaskError(
                 NO_PATCH_ENCODER,
                 "this release has no patch_encoder; export with radapter-export --dense naclip, or"
@@ -146,7 +146,7 @@ class DenseSegmenter:
             TaskError: no patch encoder; options that do not fit; an image too long and thin, or too
                 many labels, for the windows it takes; cancelled.
         """
-        self.check(options)
+        self.check(options, has_patches=self.encode_patches is not None)
         self.check_size(image.size, len(embeds), options)
         working = self.working(image, options)
         assert self.encode_patches is not None

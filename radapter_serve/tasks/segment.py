@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
-    NO_PATCH_ENCODER,
     Cancelled,
     TaskError,
     invalid,
@@ -108,13 +107,7 @@ def segment(
     by_proposals = ProposalSegmenter.of_release(release)
     masks = request.proposals
     if masks is None:
-        if not release.dense:
-            raise TaskError(
-                NO_PATCH_ENCODER,
-                "this release has no patch_encoder; export with radapter-export --dense naclip, or"
-                " send proposals",
-            )
-        options.sizes(dense.preprocess.size[0])
+        dense.check(options, has_patches=bool(release.dense))
     count = check_labels(loaded, request.labels, alpha)
     with _image_errors():
         file = read_header(request.image)
