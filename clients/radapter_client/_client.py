@@ -24,7 +24,9 @@ class Client(BaseClient[Transport]):
     """A client of one server, safe to use from several threads.
 
     Args:
-        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST.
+        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; None for the server
+            on this machine: http://localhost:8000, or grpc://localhost:8001 where only that
+            listens.
         release: version of the release that every call is to use; None for the newest. A call of
             several requests gets all its answers from one release; two calls may not, unless the
             release is given here.
@@ -53,7 +55,7 @@ class Client(BaseClient[Transport]):
 
     Example:
         ```python
-        with Client("http://localhost:8000") as client:
+        with Client() as client:
             print(client.classify("cat.jpg", ["a cat", "a dog"]).top)
         ```
     """
@@ -131,7 +133,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
 
     Example:
         ```python
-        async with AsyncClient("http://localhost:8000") as client:
+        async with AsyncClient() as client:
             print((await client.classify("cat.jpg", ["a cat", "a dog"])).top)
         ```
     """

@@ -57,7 +57,7 @@ from ._results import (
     read_releases,
 )
 from ._retries import Tries
-from ._url import DEFAULT_URL, ServerURL, parse_url
+from ._url import DEFAULT_URLS, ServerURL, find_server, parse_url
 from ._wire import Array, Reply, Request, text_array
 
 W = TypeVar("W")
@@ -77,7 +77,7 @@ class BaseClient(Generic[W]):
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | None = None,
         *,
         release: int | None = None,
         timeout: float = 60.0,
@@ -89,6 +89,8 @@ class BaseClient(Generic[W]):
         progress: bool = False,
         shrink_to: int | None = None,
     ) -> None:
+        if url is None:
+            url = find_server() if transport is None else DEFAULT_URLS[0]
         self._url = parse_url(url)
         self._version = None if release is None else count("release", release)
         self._timeout = seconds(timeout)
@@ -362,33 +364,52 @@ class BaseClient(Generic[W]):
     @call
     def embed_images(
         self,
-        images: Iterable[ImageLike],
+        images: ImageLike | Iterable[ImageLike],
         *,
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Answer[Embeddings]:
-        """Embeddings of a list of images: float32 [N, D], unit length, in the order given.
+        """Embeddings of images, unit length: float32 [N, D] in the order of a list, or [D] of one.
 
         The arguments and the exceptions are those of `classify`.
 
-        Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts(["a cat"]).T`
+        Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts("a cat")`
         """
-        items = as_list("images", images)
-        return (yield from self._embed("image", items, list(map(size_bound, items)), alpha))
+        items = _items(images)
+        embeds = yield from self._embed("image", items, list(map(size_bound, items)), alpha)
+        return embeds[0] if is_one_image(images) else embeds
 
     @call
     def embed_texts(
-        self, texts: Iterable[str], *, alpha: float | None = None, timeout: float | None = None
+        self,
+        texts: str | Iterable[str],
+        *,
+        alpha: float | None = None,
+        timeout: float | None = None,
     ) -> Answer[Embeddings]:
-        """Embeddings of a list of texts: float32 [N, D], unit length, in the order given.
+        """Embeddings of texts, unit length: float32 [N, D] in the order of a list, or [D] of one.
 
         Texts that are too long are cut as by open_clip. The other arguments are those of
         `classify`.
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
-        items = [utf8("texts", text) for text in as_list("texts", texts)]
-        return (yield from self._embed("text", items, list(map(len, items)), alpha))
+        several = [texts] if isinstance(texts, str) else as_list("texts", texts)
+        items = [utf8("texts", text) for text in several]
+        embeds = yield from self._embed("text", items, list(map(len, items)), alpha)
+        return embeds[0] if isinstance(texts, str) else embeds
+
+    # The names of open_clip and of sentence-transformers.
+    encode_image = embed_images
+    encode_text = embed_texts
+
+    @staticmethod
+    def similarity(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Cosines of embeddings, of a list with a list float32 [N, M]; each may also be one, [D].
+
+        Example: `client.similarity(client.embed_images(paths), client.embed_texts(["a cat"]))`
+        """
+        return np.asarray(np.asarray(a, np.float32) @ np.asarray(b, np.float32).T)
 
     @call
     def release(self, *, timeout: float | None = None) -> Answer[Release]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,30 @@ from ._images import ImageLike, read_image
 from ._wire import Array
 
 
-@dataclass(frozen=True)
-class Classification:
+class _Brief(reprlib.Repr):
+    """Shows some entries of long lists, and four digits of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxdict = 3
+        self.maxstring = self.maxother = 40
+
+    def repr_float(self, number: float, level: int) -> str:
+        return f"{number:.4g}"
+
+
+class _OneLine:
+    """A dataclass that shows itself in a line, however much it holds."""
+
+    def __repr__(self) -> str:
+        shown = [part for part in fields(self) if part.repr]  # type: ignore[arg-type]
+        brief = _Brief()
+        values = [f"{part.name}={brief.repr(getattr(self, part.name))}" for part in shown]
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Classification(_OneLine):
     """The best labels of one image.
 
     Args:
@@ -41,8 +64,8 @@ class Classification:
         return self.labels[0] if self.labels else ""
 
 
-@dataclass(frozen=True, eq=False)
-class Segmentation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Segmentation(_OneLine):
     """Which label each pixel of one image has.
 
     Args:
@@ -116,8 +139,8 @@ class Segmentation:
         return add_legend(painted, self.labels, self.shares, self.background, font)
 
 
-@dataclass(frozen=True)
-class Hit:
+@dataclass(frozen=True, repr=False)
+class Hit(_OneLine):
     """An image of an index that a search found.
 
     Args:
@@ -156,9 +179,13 @@ class Hits(list[Hit]):
 
     index_version: str | None = None
 
+    def __repr__(self) -> str:
+        best = f", best {self[0].id!r:.60} {self[0].score:.4f}" if self else ""
+        return f"<{len(self)} hits{best}>"
 
-@dataclass(frozen=True)
-class Release:
+
+@dataclass(frozen=True, repr=False)
+class Release(_OneLine):
     """What one served version is made of.
 
     Args:
@@ -179,10 +206,10 @@ class Release:
     dynamic_alpha: bool
     architecture: str
     precision: str
-    embed_dim: int
-    logit_scale: float
-    templates: list[str]
-    label_sets: dict[str, Any]
+    embed_dim: int = field(repr=False)
+    logit_scale: float = field(repr=False)
+    templates: list[str] = field(repr=False)
+    label_sets: dict[str, Any] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -10,7 +11,8 @@ from ._exceptions import InvalidURL, shown
 
 PORTS = {"grpc": 8001, "grpcs": 443, "http": 8000, "https": 443}
 ALLOWED = "http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST"
-DEFAULT_URL = "http://localhost:8000"  # every server answers HTTP; an engine in one process no gRPC
+# Where a client looks that is given no URL. Both engines of radapter-serve answer HTTP.
+DEFAULT_URLS = "http://localhost:8000", "grpc://localhost:8001"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,20 @@ class ServerURL:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.address}{self.path}"
+
+
+def find_server() -> str:
+    """The first of `DEFAULT_URLS` at which something listens, or else the first of them."""
+    for url in DEFAULT_URLS:
+        parts = parse_url(url)
+        try:
+            socket.create_connection((parts.host, parts.port), timeout=1).close()
+        except ConnectionRefusedError:
+            continue
+        except OSError:
+            break  # it does not refuse: the first request says what is wrong
+        return url
+    return DEFAULT_URLS[0]
 
 
 def parse_url(url: str) -> ServerURL:

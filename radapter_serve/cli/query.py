@@ -44,9 +44,9 @@ class Server:
     """What every command takes.
 
     Args:
-        url: one of http://HOST:8000, https://HOST, grpc://HOST:8001 and grpcs://HOST; the
-            environment variable RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API
-            key that radapter-gateway asks for.
+        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; if none is given, the
+            environment variable RADAPTER_SERVER, or the server on this machine. RADAPTER_API_KEY
+            holds the API key that radapter-gateway asks for.
         model: answer in this process, without a server: a model repository, a run, a folder with a
             checkpoint, or what else `radapter_serve.Model` takes; the URL is not asked then.
         indexes: folder of the indexes that --model searches.
@@ -57,9 +57,7 @@ class Server:
         json: print JSON, one object a line, instead of tables.
     """
 
-    url: str = field(
-        default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "http://localhost:8000"
-    )
+    url: str | None = field(default_factory=lambda: os.environ.get("RADAPTER_SERVER") or None)
     model: str | None = None
     indexes: Path = Path("indexes")
     release: int | None = None

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import tyro
 from rich.console import Console
@@ -27,15 +29,18 @@ PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
 
 
-def list_(model_repository: Path = REPOSITORY, http_port: int | None = None) -> None:
+def list_(
+    model_repository: Path = REPOSITORY, http_port: int | None = None, url: str | None = None
+) -> None:
     """Show the releases of a repository, and which of them are served.
 
     Args:
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server to ask, where several serve the repository.
+        url: or its URL, http://localhost:PORT.
     """
     versions = require_known(model_repository, releases_of(model_repository))
-    state, where = _state(model_repository, http_port)
+    state, where = _state(model_repository, _port(url, http_port))
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
@@ -56,6 +61,7 @@ def load(
     release: tyro.conf.Positional[tuple[int, ...]],
     model_repository: Path = REPOSITORY,
     http_port: int | None = None,
+    url: str | None = None,
 ) -> None:
     """Serve a release in the place of the present one, without a pause: on a running server, or
     from its next start on.
@@ -69,6 +75,7 @@ def load(
             none.
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server, where several serve the repository.
+        url: or its URL, http://localhost:PORT.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
@@ -76,19 +83,22 @@ def load(
     _do(
         {"do": "load", "releases": wanted},
         model_repository,
-        http_port,
+        _port(url, http_port),
         lambda served: served.next(wanted),
     )
 
 
-def rollback(model_repository: Path = REPOSITORY, http_port: int | None = None) -> None:
+def rollback(
+    model_repository: Path = REPOSITORY, http_port: int | None = None, url: str | None = None
+) -> None:
     """Serve again what was served before, as `load` does.
 
     Args:
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server, where several serve the repository.
+        url: or its URL, http://localhost:PORT.
     """
-    _do({"do": "rollback"}, model_repository, http_port, previous)
+    _do({"do": "rollback"}, model_repository, _port(url, http_port), previous)
 
 
 def verify(
@@ -110,6 +120,23 @@ def verify(
         check(model_repository, versions, status.update)
     for version in versions:
         print(f"release {version}: as it was exported")
+
+
+def _port(url: str | None, http_port: int | None) -> int | None:
+    """The port of the server that `--url` or `--http-port` names."""
+    if url is None:
+        return http_port
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 8000, "https": 443}[parts.scheme]
+        if not (parts.hostname == "localhost" or ip_address(parts.hostname or "").is_loopback):
+            raise ValueError("another machine's")
+    except (ValueError, KeyError):
+        raise RAdapterError(
+            f"--url is {url!r:.80}; allowed: the HTTP URL of a server on this machine, such as"
+            " http://localhost:8000"
+        ) from None
+    return port
 
 
 def _do(

@@ -78,6 +78,7 @@ def build(client: Client) -> gradio.Blocks:
         def begin() -> tuple[Any, ...]:
             release = client.release()
             sets = ["", *release.label_sets]
+            first = next(iter(release.label_sets), "")
             try:
                 names = client.indexes()
             except RAdapterClientError:  # Triton has no list: the name is typed
@@ -88,7 +89,7 @@ def build(client: Client) -> gradio.Blocks:
             return (
                 f"# {TITLE}\n{described}",
                 gradio.update(visible=release.dynamic_alpha, value=release.alpha),
-                gradio.update(choices=sets, value="", visible=len(sets) > 1),
+                gradio.update(choices=sets, value=first, visible=len(sets) > 1),
                 gradio.update(choices=names, value=names[0] if names else ""),
             )
 
@@ -99,7 +100,9 @@ def build(client: Client) -> gradio.Blocks:
 
 def _classify(client: Client, picture: Any, alpha: Any) -> Any:
     labels = gradio.Textbox(_LABELS, label="Labels, one a line", lines=5, elem_id="labels")
-    sets = gradio.Dropdown([""], label="Or a label set of the release", visible=False)
+    sets = gradio.Dropdown(
+        [""], label="A label set of the release, in place of the labels above", visible=False
+    )
     button = gradio.Button("Classify", variant="primary")
     scores = gradio.Label(label="Scores", num_top_classes=10, elem_id="scores")
     took = gradio.Markdown(elem_id="scores-took")
@@ -118,6 +121,7 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
         )
         return dict(zip(found.labels, found.scores, strict=True)), _took(start, found.release)
 
+    labels.input(lambda: "", None, sets)  # who types labels wants them
     gradio.on(
         [button.click, picture.change, sets.input, alpha.input],
         told(classify),

@@ -27,7 +27,8 @@ class Settings:
     """Where the page listens, whom it asks, and who may open it.
 
     Args:
-        url: of the server or of a gateway, such as http://localhost:8000 or https://HOST:8080.
+        url: of the server or of a gateway, such as https://HOST:8080; http://localhost:8000 if none
+            is given, or grpc://localhost:8001 where only that listens.
         api_key: that the gateway asks for; no flag, because others can read a command line.
         host: address or name to listen on; others than this machine's own need a login.
         port: to listen on.
@@ -35,7 +36,7 @@ class Settings:
         password_file: file whose first line is the password of that login.
     """
 
-    url: str = "http://localhost:8000"
+    url: str | None = None
     api_key: tyro.conf.Suppress[str | None] = None
     host: str = "127.0.0.1"
     port: int = 7860

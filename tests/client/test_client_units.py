@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import io
 import itertools
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,17 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 import radapter_client
-from radapter_client import AsyncClient, Client, Reply, Request
+from radapter_client import (
+    AsyncClient,
+    Classification,
+    Client,
+    Hit,
+    Hits,
+    Reply,
+    Request,
+    Segmentation,
+    _url,
+)
 from radapter_client._images import orientation
 from radapter_client._results import pick_release, read_hits, read_releases
 from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
@@ -195,10 +206,21 @@ def test_url(url: str, whole: str):
     assert repr(Client(url)) == f"Client({whole!r})"
 
 
-def test_the_server_of_this_machine_is_asked_over_http():
-    """Triton and the engine in one process both answer there."""
-    for kind in (Client, AsyncClient):
-        assert repr(kind()) == f"{kind.__name__}('http://localhost:8000')"
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, monkeypatch: Any):
+    nobody = "http://127.0.0.1:9"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        http, grpc = f"http://127.0.0.1:{port}", f"grpc://127.0.0.1:{port}"
+        for urls, asked in (
+            ((http, grpc), http),
+            ((nobody, grpc), grpc),
+            ((nobody, nobody), nobody),
+        ):
+            monkeypatch.setattr(_url, "DEFAULT_URLS", urls)
+            assert repr(kind()) == f"{kind.__name__}({asked!r})"
+    with pytest.raises(radapter_client.ServerUnavailable, match="no answer from .*radapter-serve"):
+        Client(retries=0).release()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +240,6 @@ def test_the_server_of_this_machine_is_asked_over_http():
         "http://local host",
         "http://[::1",
         "http://localhost\n",
-        None,
         b"http://localhost",
     ],
 )
@@ -904,15 +925,35 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
         assert asked[-1].inputs["calibrated"].tolist() == [True]
 
 
+def test_one_image_or_text_has_one_embedding():
+    assert CLIENT.embed_texts("a text").shape == CLIENT.embed_texts(["a text"])[0].shape
+    image = np.zeros((4, 4, 3), np.uint8)
+    assert CLIENT.embed_images(image).shape == CLIENT.embed_images([image])[0].shape
+    assert CLIENT.encode_text("a").ndim == CLIENT.encode_image(image).ndim == 1
+    table = np.eye(3)
+    assert np.array_equal(CLIENT.similarity(table, table[:2]), table[:, :2])
+    assert CLIENT.similarity(table, table[1]).tolist() == [0, 1, 0]
+
+
+def test_results_show_themselves_in_a_line():
+    names = [f"a label with a long name {number}" for number in range(1000)]
+    for result in (
+        Classification(names, [0.123456789] * 1000, 1),
+        Segmentation(np.zeros((2, 2), np.uint16), names, [0.5] * 1000, 1),
+        Hit("photos/" * 100, 0.5, dict.fromkeys(names, "value" * 100)),
+        Hits(Hit(name, 0.25, {}) for name in names),
+    ):
+        assert len(repr(result)) < 250 and "\n" not in repr(result)
+    assert repr(Classification(["a"], [0.25], 3)) == (
+        "Classification(labels=['a'], scores=[0.25], release=3)"
+    )
+
+
 def test_other_bad_arguments():
     for name in ("batch_size", "concurrency", "release"):
         zero: Any = {name: 0}
         with pytest.raises(radapter_client.InvalidRequest, match=f"{name} is 0"):
             radapter_client.Client(**zero)
-    with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one str"):
-        CLIENT.embed_texts("a text")
-    with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one PosixPath"):
-        CLIENT.embed_images(Path("a.jpg"))  # type: ignore[arg-type]
     with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one int"):
         CLIENT.embed_images(3)  # type: ignore[arg-type]
 

@@ -123,7 +123,7 @@ def test_the_page_begins_with_the_release_and_its_indexes(events: dict[str, Any]
     facts, alpha, sets, indexes = events["begin"]()
     assert "release 1 · ViT-B-32 · int8 · any α" in facts
     assert (alpha["visible"], alpha["value"]) == (True, 0.5)
-    assert sets["choices"] == ["", "letters"] and sets["visible"]
+    assert sets["choices"] == ["", "letters"] and sets["value"] == "letters" and sets["visible"]
     assert indexes["choices"] == ["drawings", "photos"] and indexes["value"] == "drawings"
 
 
