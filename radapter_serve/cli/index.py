@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,7 +57,7 @@ def build(
 
     Args:
         source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with
-            paths of images; any of them may be on object storage, as s3://BUCKET/PATH.
+            paths of images.
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in
             ./indexes.
         model_repository: whose served release embeds the images (radapter-release list); DIR@N for
@@ -76,14 +76,14 @@ def build(
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
             machine; they need the same paths. This machine reads and embeds if none is given.
         store: where the index is published when it is complete, as by radapter-index publish:
-            qdrant://HOST:PORT/NAME or s3://BUCKET/PATH.
+            qdrant://HOST:PORT/NAME.
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build
-    from radapter_serve.index.index import published
+    from radapter_serve.index.store.qdrant import Qdrant
 
     if store:
-        published(store)  # a wrong address is refused before the work
+        Qdrant(store)  # a wrong address is refused before the work
     with closing(
         release_at({"url": url} if url else {"model_repository": model_repository})
     ) as loaded:
@@ -260,45 +260,18 @@ def duplicates(
         print(picture)
 
 
-def export_embeddings(
-    index: tyro.conf.Positional[Path],
-    to: Path,
-    dtype: Literal["float32", "float16"] = "float32",
-) -> None:
-    """Write the embeddings of an index as plain files, in the layout of clip-retrieval.
-
-    TO/img_emb/img_emb_0.npy holds the embeddings, of unit length, and
-    TO/metadata/metadata_0.parquet the metadata, row by row; a pair of files for each million
-    images.
-
-    Args:
-        index: folder of the index.
-        to: folder to write, which must not hold anything.
-        dtype: of the embeddings; float16 takes half the space, as clip-retrieval itself writes.
-    """
-    from radapter_serve.index.embeddings import export_embeddings
-
-    with _progress("writing") as progress:
-        count = export_embeddings(index, to, dtype=dtype, progress=progress)
-    print(f"{to}: {count:,} embeddings")
-
-
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
-    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one
-    or the other.
+    """Put an index into Qdrant, in place of the one there; readers see one or the other.
 
-    The environment says who may write. Object storage: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-    AWS_SESSION_TOKEN,
-    AWS_REGION and AWS_ENDPOINT_URL. Qdrant: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
+    The key comes from the environment: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
 
     Args:
         out: folder of the index.
-        to: place on object storage, such as s3://bucket/indexes/photos, or in a running Qdrant,
-            such as qdrant://localhost:6333/photos (qdrants:// for TLS).
+        to: place in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
     from radapter_serve.index.publish import publish
 
-    with _progress("publishing") if to.startswith("qdrant") else nullcontext() as progress:
+    with _progress("publishing") as progress:
         published = publish(out, to, progress)
     print(f"{to}: {'published' if published else 'up to date'}")
     print(
@@ -308,12 +281,10 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
 
 
 def link(url: tyro.conf.Positional[str], out: Path) -> None:
-    """Make a folder that links to an index on object storage or in Qdrant, so that a server
-    searches that.
+    """Make a folder that links to an index in Qdrant, so that a server searches that.
 
     Args:
-        url: where the index was published, such as s3://bucket/indexes/photos or
-            qdrant://localhost:6333/photos.
+        url: where the index was published, such as qdrant://localhost:6333/photos.
         out: folder to make, such as indexes/photos.
     """
     from radapter_serve.index.publish import link
@@ -331,8 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": verify,
         "duplicates": duplicates,
         "publish": publish,
+        "link": link,
     }
-    commands |= {"link": link, "export-embeddings": export_embeddings}
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     with handled(

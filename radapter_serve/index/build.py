@@ -39,7 +39,6 @@ from radapter_serve.index.store.local import (
     link_copy,
     table_errors,
 )
-from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BROKEN, Base, Progress, Sizes, Summary, Writer
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
@@ -68,7 +67,7 @@ def build(
     brought up to date. Any other index at `out` is replaced when the new one is complete.
 
     Args:
-        source: a folder, `csv:FILE` or `parquet:FILE`, on disk or on object storage (`s3://`).
+        source: a folder, `csv:FILE` or `parquet:FILE`.
         out: the index's folder; clients search by the folder's name.
         loaded: embeds the images.
         image_column: the table's column of image paths.
@@ -164,7 +163,9 @@ def add(
         writer.check_columns(collection)
         summary = writer.write(collection, plan.on_broken, progress)
         if prune:
-            summary.removed = writer.delete({id for id in writer.known if not _is_there(id, root)})
+            summary.removed = writer.delete(
+                {id for id in writer.known if not os.path.lexists(root / id)}
+            )
         return summary
 
     with _generation(out, plan, resume=True, extend=True) as (made, base):
@@ -271,11 +272,6 @@ def _check_place(out: Path, thumbnails: int) -> None:
         raise RAdapterError(
             f"{out} already exists and is not an index; give another folder with --out"
         )
-
-
-def _is_there(id: str, root: Path) -> bool:
-    file = file_of(id, root)
-    return os.path.lexists(file) if isinstance(file, Path) else file.exists()
 
 
 def _refuse_link(out: Path) -> None:

@@ -18,7 +18,6 @@ from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.reading import Read, read
-from radapter_serve.index.stored import StoredFile, file_of
 
 _DETAILS = ("width", "height", "thumbnail")
 _AHEAD = 2  # batches that wait for a worker
@@ -57,7 +56,7 @@ class Cluster:
 
     def read(
         self,
-        items: Sequence[tuple[str, Path | StoredFile, str]],
+        items: Sequence[tuple[str, Path, str]],
         batch: int,
         thumbnails: int,
         exif_orientation: bool,
@@ -147,7 +146,7 @@ class _Worker:
         found = [
             read(
                 os.fsdecode(id),
-                file_of(os.fsdecode(file), Path("/")),
+                Path(os.fsdecode(file)),
                 before,
                 self._loaded,
                 self._thumbnails,

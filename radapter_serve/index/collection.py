@@ -5,15 +5,12 @@ their metadata.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from radapter_serve.contract.image_files import SUFFIXES, count_kinds, is_image_file, list_images
+from radapter_serve.contract.image_files import SUFFIXES, count_kinds, list_images
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.index.store.s3 import SCHEME
-from radapter_serve.index.stored import StoredFile, stored_files
 
 #: columns that every index has; a table's own may not be called so
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
@@ -24,14 +21,14 @@ class Item:
     """An image file.
 
     Args:
-        id: what the index calls it: its path from the index's root, or its whole path or address
+        id: what the index calls it: its path from the index's root, or its whole path
             where it lies elsewhere.
         file: where it lies.
         row: its row of the table; nothing for a folder.
     """
 
     id: str
-    file: Path | StoredFile
+    file: Path
     row: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,8 +60,7 @@ def open_collection(
 
     Args:
         source: a folder, read with all folders in it (`folder:DIR` where its name has a colon),
-            `csv:FILE` or `parquet:FILE`, whose image paths start from the file's folder; folder,
-            FILE and the paths may be on object storage (`s3://`).
+            `csv:FILE` or `parquet:FILE`, whose image paths start from the file's folder.
         image_column: of the table.
         root: folder that ids start from; the source's own folder if None.
 
@@ -75,12 +71,6 @@ def open_collection(
     if not colon or kind not in ("folder", "csv", "parquet"):
         kind = "folder"
         place = source
-    if place.startswith(SCHEME):
-        return (
-            _of_storage(place)
-            if kind == "folder"
-            else _of_table(kind, place, image_column, root or Path("/"))
-        )
     path = Path(os.path.abspath(place))  # noqa: PTH100  # without "..", symbolic links as they are
     if kind == "folder":
         if not path.is_dir():
@@ -102,24 +92,11 @@ def open_collection(
     return _of_table(kind, path, image_column, root)
 
 
-def _of_storage(url: str) -> Collection:
-    files = list(stored_files(url))
-    items = [Item(file, StoredFile(file)) for file in files if is_image_file(file)]
-    left_out = Counter(
-        PurePosixPath(file).suffix.lower() for file in files if not is_image_file(file)
-    )
-    if not items:
-        raise RAdapterError(
-            f"{url} holds no image; allowed are {', '.join(SUFFIXES)}, anywhere below it"
-        )
-    return Collection(url, Path("/"), items, {}, left_out=dict(left_out))
-
-
 def _id(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
-def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Collection:
+def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collection:
     table = _read(kind, path)
     if image_column not in table.column_names:
         raise RAdapterError(
@@ -142,7 +119,8 @@ def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Col
     items: dict[str, Item] = {}
     rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
     for name, row in zip(names, rows, strict=True):
-        item = _named(name, path, root, row)
+        file = Path(os.path.normpath(path.parent / name))
+        item = Item(_id(file, root), file, row)
         items.setdefault(item.id, item)
     if not items:
         raise RAdapterError(f"{path} has no row, so there is nothing to index")
@@ -151,27 +129,12 @@ def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Col
     )
 
 
-def _named(name: str, table: Path | str, root: Path, row: dict[str, Any]) -> Item:
-    """The image that a row of a table names, by its address or by its path from the table's
-    folder.
-    """
-    if isinstance(table, str) and not name.startswith((SCHEME, "/")):
-        name = f"{table.rpartition('/')[0]}/{name}"
-    if name.startswith(SCHEME):
-        return Item(name, StoredFile(name), row)
-    file = Path(os.path.normpath(Path(table).parent / name))
-    return Item(_id(file, root), file, row)
-
-
-def _read(kind: str, path: Path | str) -> Any:
+def _read(kind: str, path: Path) -> Any:
     import pyarrow
     from pyarrow import csv, parquet
 
     try:
-        where = (
-            pyarrow.BufferReader(StoredFile(path).read_bytes()) if isinstance(path, str) else path
-        )
-        table = csv.read_csv(where) if kind == "csv" else parquet.read_table(where)
+        table = csv.read_csv(path) if kind == "csv" else parquet.read_table(path)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -188,7 +151,7 @@ def _read(kind: str, path: Path | str) -> Any:
     return table
 
 
-def _check_columns(columns: dict[str, Any], path: Path | str) -> None:
+def _check_columns(columns: dict[str, Any], path: Path) -> None:
     import pyarrow
 
     for name, kind in columns.items():

@@ -21,8 +21,7 @@ from radapter_serve.files import as_text, staged
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy
 from radapter_serve.index.store import Hit, Place, Store
 from radapter_serve.index.store.local import Folder
-from radapter_serve.index.store.qdrant import Qdrant, is_qdrant
-from radapter_serve.index.store.s3 import Bucket
+from radapter_serve.index.store.qdrant import Qdrant
 from radapter_serve.index.store.table import UNIT
 from radapter_serve.release.release import Release
 
@@ -186,16 +185,7 @@ def outdated(indexes: Path, release: Release) -> dict[str, bool]:
 def place_of(folder: Path) -> Place:
     """Where the index of a folder is."""
     url = link_of(folder)
-    return published(url) if url else Folder(folder)
-
-
-def published(url: str) -> Bucket | Qdrant:
-    """Where a published index is.
-
-    Raises:
-        RAdapterError: the address is neither of object storage nor of Qdrant.
-    """
-    return Qdrant(url) if is_qdrant(url) else Bucket(url)
+    return Qdrant(url) if url else Folder(folder)
 
 
 def link_of(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Putting an index on object storage or into Qdrant, and a folder that links to it."""
+"""Putting an index into Qdrant, and a folder that links to it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.index.index import link_of, open_index, published, read_facts, write_link
-from radapter_serve.index.store.s3 import Bucket
+from radapter_serve.index.index import link_of, open_index, read_facts, write_link
+from radapter_serve.index.store.qdrant import Qdrant
 from radapter_serve.lock import lock
 
 
 def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
-    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one
+    """Put an index into Qdrant, in the place of the one there; readers see one
     or the other.
 
     Args:
         folder: of the index.
-        url: `s3://BUCKET/PATH` or `qdrant://HOST:PORT/COLLECTION`.
+        url: `qdrant://HOST:PORT/COLLECTION`.
         progress: called after every batch that Qdrant has, with the images that are there and all.
 
     Returns:
@@ -26,7 +26,7 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
     Raises:
         RAdapterError: there is no index, it can't be searched, or the storage refuses.
     """
-    place = published(url)
+    place = Qdrant(url)
     if link_of(folder):
         raise RAdapterError(
             f"{folder} links to a published index; publish the index that it was made of"
@@ -34,8 +34,6 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
     read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
         index = open_index(folder, complete=True)  # whole, or refused
-        if isinstance(place, Bucket):
-            return place.put(folder / index.generation, index.generation, index.facts)
         check_installed("qdrant_client", "qdrant")
         from radapter_serve.index.upload import upload  # here: it needs Qdrant's client
 
@@ -48,7 +46,7 @@ def link(url: str, out: Path) -> None:
     Raises:
         RAdapterError: there is no such index, or something else is at `out`.
     """
-    published(url).current()
+    Qdrant(url).current()
     if out.exists() and not link_of(out):
         raise RAdapterError(
             f"{out} already exists and is not a link to a published index; give another folder with"

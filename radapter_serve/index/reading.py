@@ -17,7 +17,6 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import oriented
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.files import digest_of
-from radapter_serve.index.stored import StoredFile
 
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -44,9 +43,7 @@ class Read:
     vector: NDArray[np.float32] | None = None
 
 
-def read(
-    id: str, file: Path | StoredFile, before: str, loaded: LoadedRelease, thumbnails: int
-) -> Read:
+def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
     """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
 
     Args:

@@ -15,8 +15,6 @@ from radapter_serve.index.collection import open_collection
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import vectors_of
 from radapter_serve.index.store.local import table_errors
-from radapter_serve.index.store.s3 import bucket_errors
-from radapter_serve.index.stored import StoredFile, file_of
 from radapter_serve.index.writer import BATCH, Progress, read_broken
 from radapter_serve.threads import decoders
 
@@ -65,7 +63,7 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
             ids = batch["path"].to_pylist()
             digests = batch["digest"].to_pylist()
             for id, digest, now in zip(
-                ids, digests, pool.map(lambda id: _file_digest(file_of(id, root)), ids), strict=True
+                ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True
             ):
                 if now is None:
                     missing.append(id)
@@ -89,10 +87,7 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     )
 
 
-def _file_digest(file: Path | StoredFile) -> str | None:
-    if isinstance(file, StoredFile):
-        with bucket_errors(file.url):  # what can't be asked is not gone
-            return digest_of(file.read_bytes()) if file.exists() else None
+def _file_digest(file: Path) -> str | None:
     try:
         return digest_of(file)
     except OSError:

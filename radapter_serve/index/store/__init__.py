@@ -1,4 +1,4 @@
-"""What holds the images of an index: a folder, object storage, or a running Qdrant, with one
+"""What holds the images of an index: a folder or a running Qdrant, with one
 interface.
 """
 

@@ -35,11 +35,6 @@ _PLACE = re.compile(
 )
 
 
-def is_qdrant(url: str) -> bool:
-    """Whether an address is one of Qdrant's."""
-    return url.startswith(("qdrant://", "qdrants://"))
-
-
 @dataclass(frozen=True)
 class Qdrant:
     """The place of an index in a running Qdrant.
