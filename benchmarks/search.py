@@ -4,6 +4,7 @@ condition, against the floor of the same run: FAISS or numpy alone on the same v
 
 from __future__ import annotations
 
+import csv
 import datetime
 import os
 import statistics
@@ -21,19 +22,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 from common import RESULTS, Report, picture, say
-from index import BATCH, QUERIES, collection, embed, export_base, photos_of
 from numpy.typing import NDArray
+from PIL import Image
 from serving import counters
 
 from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
+from radapter_serve.index.folder import describe_files, install
 from radapter_serve.index.index import Index, open_index
-from radapter_serve.index.mapped import FOLDER, Mapped, described, write_mapped
-from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
-from radapter_serve.index.recall import tune
-from radapter_serve.index.store import EXACT
-from radapter_serve.index.store.local import install
+from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
+from radapter_serve.index.table import EXACT, VECTORS, vector_column, write_table
 
 Array = NDArray[np.float32]
+QUERIES = 100
+# Random crops of a photo, and its captions; of these, TOGETHER side by side make a vector.
+CROPS = 6
+CAPTIONS = 5
+TOGETHER = 4
+BATCH = 10_000
 THUMBNAIL = bytes(range(256)) * 16  # as long as a thumbnail of 128 px is
 CALLS = 300  # of a server
 ROUNDS = 3  # in which all questions are asked again
@@ -67,6 +72,89 @@ WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
 }
 
 
+def export_base(folder: Path) -> Path:
+    """A model repository with the demo's base as a release."""
+    from radapter_export import ExportSettings, export_release
+    from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+    from radapter_serve.clip.base import load_base
+
+    base_folder = Path(__file__).parents[1] / "radapter_serve" / "demo" / "base"
+    name = f"local-dir:{base_folder}"
+    base = load_base(name)
+    adapters = attach(base.model)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    save_adapter(
+        adapters.adapter(Metadata(architecture=name, base_digest=digest)),
+        folder / "adapter.safetensors",
+    )
+    models = folder / "model_repository"
+    export_release(
+        folder / "adapter.safetensors",
+        None,
+        ExportSettings(model_repository=models, merged=folder / "merged"),
+    )
+    return models
+
+
+def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[Array, Array]:
+    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N,
+    CROPS, D], and their captions, float32 [N, CAPTIONS, D].
+    """
+    from radapter_serve.encoders.loaded import load_release
+
+    loaded = load_release(export_base(folder))
+    random = np.random.default_rng(0)
+    embeds = []
+    pixels = []
+    for number, path in enumerate(photos, 1):
+        with Image.open(path) as photo:
+            photo.draft("RGB", (192, 192))
+            image = photo.convert("RGB")
+        for _ in range(CROPS):
+            width, height = (int(side * random.uniform(0.5, 1)) for side in image.size)
+            left = random.integers(image.width - width + 1)
+            top = random.integers(image.height - height + 1)
+            crop = image.crop((left, top, left + width, top + height))
+            pixels.append(loaded.preprocess(crop)[:, :: random.choice((-1, 1))])
+        if len(pixels) >= 512 or number == len(photos):
+            embeds.append(loaded.embed_pixels(pixels))
+            pixels = []
+        if not number % 1000:
+            say(f"embedded {CROPS} crops of each of {number} photos")
+    texts = loaded.embed_texts([text for five in captions for text in five])
+    return np.concatenate(embeds).reshape(len(photos), CROPS, -1), texts.reshape(
+        len(photos), CAPTIONS, -1
+    )
+
+
+def collection(embeds: Array, count: int, path: Path) -> None:
+    """Write vectors of D times TOGETHER: crops or captions of one photo side by side in a random
+    order, jittered.
+    """
+    random = np.random.default_rng(1)
+    out = np.lib.format.open_memmap(path, "w+", np.float32, (count, embeds.shape[2] * TOGETHER))
+    for start in range(0, count, BATCH):
+        rows = np.arange(start, min(start + BATCH, count))
+        chosen = random.permuted(np.tile(np.arange(embeds.shape[1]), (len(rows), 1)), axis=1)[
+            :, :TOGETHER
+        ]
+        part = embeds[(rows % len(embeds))[:, None], chosen].reshape(len(rows), -1) / TOGETHER**0.5
+        part = part + random.standard_normal(part.shape) * (0.1 / part.shape[1] ** 0.5)
+        out[rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
+
+
+def photos_of(tables: tuple[Path, ...], most: int) -> tuple[list[Path], list[list[str]]]:
+    """Photos drawn at random, and the first captions of each."""
+    found: dict[Path, list[str]] = {}
+    for table in tables:
+        with table.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(table.parent / row["image"], []).append(row["caption"])
+    files = sorted(path for path, captions in found.items() if len(captions) >= CAPTIONS)
+    chosen = [files[number] for number in np.random.default_rng(0).permutation(len(files))[:most]]
+    return chosen, [found[path][:CAPTIONS] for path in chosen]
+
+
 def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
     """An index's columns: a path, a size, a digest, a year of twenty, one of three kinds, and a
     thumbnail.
@@ -82,38 +170,31 @@ def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
             "digest": pa.array([f"sha256:{number:064x}" for number in numbers]),
             "year": pa.array([2000 + number * 7 % 20 for number in numbers], pa.int64()),
             "kind": pa.array([("photo", "drawing", "print")[number % 3] for number in numbers]),
-            "thumbnail": pa.array([THUMBNAIL] * len(part)),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), part.shape[1]),
+            "thumbnail": pa.array([THUMBNAIL] * len(part), pa.large_binary()),
+            "vector": vector_column(part),
         }
         yield pa.record_batch(list(columns.values()), list(columns))
 
 
 def make(vectors: Array, texts: Array, out: Path) -> None:
-    """An index as `radapter-index build` writes it, but for the table that is written to."""
-    made = out.with_name(f".{out.name}.building")
-    place = made / FOLDER
+    """An index as `radapter-index build` writes it, with a thumbnail a row."""
+    place = out.with_name(f".{out.name}.building")
     place.mkdir(parents=True, exist_ok=True)
-    write_mapped(place, rows_of(vectors), vectors.shape)
+    write_table(place, rows_of(vectors), vectors.shape)
     nearest = None
     if len(vectors) > EXACT:
-        mapped = Mapped(place, vectors.shape).vectors
+        mapped = np.asarray(np.load(place / VECTORS, mmap_mode="r"))
         written = write_neighbours(place, mapped)
         effort = tune(Neighbours(place, mapped), texts)
-        nearest = NearestFacts(
-            written.cells,
-            written.trained_on,
-            int(effort["nprobes"]),
-            int(effort["candidates"]),
-            effort["recall"],
-        )
+        nearest = NearestFacts(written.cells, written.trained_on, *effort)
     release = MadeBy("made", 0.5, False, 1, "fp32", "", "", vectors.shape[1], "sha256:0")
     plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
     facts = IndexFacts(
-        plan, len(vectors), columns, {}, described(place), nearest, 1, created=now, changed=now
+        plan, len(vectors), columns, describe_files(place), nearest, created=now, changed=now
     )
-    install(made, out, facts, datetime.timedelta(0))
+    install(place, out, facts, datetime.timedelta(0))
 
 
 def exact(vectors: Array, queries: Array, top_k: int, marks: NDArray[np.bool_]) -> list[set[int]]:
@@ -159,7 +240,7 @@ def floor_of(index: Index, folder: Path, vectors: Array) -> Callable[[int], Call
         return compared
     import faiss
 
-    codes = faiss.read_index(str(folder / index.generation / FOLDER / CODES))
+    codes = faiss.read_index(str(folder / index.generation / CODES))
     refined = faiss.IndexRefineFlat(codes, faiss.swig_ptr(vectors))
 
     def named(top_k: int) -> Callable[[Array], Any]:
@@ -173,9 +254,7 @@ def floor_of(index: Index, folder: Path, vectors: Array) -> Callable[[int], Call
 def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
     index = open_index(folder)
     count = len(index)
-    vectors = Mapped(
-        folder / index.generation / FOLDER, (count, index.facts.plan.release.embed_dim)
-    ).vectors
+    vectors = np.asarray(np.load(folder / index.generation / VECTORS, mmap_mode="r"))
     everything = np.ones(count, bool)
     floor = floor_of(index, folder, vectors)
     effort = index.facts.nearest
@@ -349,7 +428,8 @@ def main(
     report = Report(
         "search",
         "A search of an index",
-        "From the query's embedding (D = 512, made as in `benchmarks/index.py`) to ids, scores and"
+        "From the query's embedding (D = 512: four crops or captions of a photo side by side,"
+        " embedded by the demo's base) to ids, scores and"
         f" all metadata, by `Index.search` in one thread; {QUERIES} images and {QUERIES} texts ask,"
         f" of photos that are not in the index, {ROUNDS} times each; medians. The effort (cells and"
         " candidates) is what `build` chooses, here by the captions of other photos. The floor is"

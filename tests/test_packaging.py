@@ -122,14 +122,14 @@ def test_a_wheel_and_an_sdist_are_fit_for_an_index(tmp_path: Path) -> None:
             ("server",),
             (
                 "radapter_serve.model radapter_serve.cli.serve radapter_serve.gateway.in_process"
-                " radapter_serve.index.writer radapter_serve.tasks.retrieve radapter_export.hub"
+                " radapter_serve.index.build radapter_serve.tasks.retrieve radapter_export.hub"
             ),
         ),
         (("triton",), "radapter_serve.server.supervisor"),
         (("gateway",), "radapter_serve.gateway.app"),
         (("gateway", "otel"), "radapter_serve.gateway.spans"),
         (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
-        (("server", "qdrant"), "radapter_serve.index.upload"),
+        (("server", "qdrant"), "radapter_serve.index.publish"),
     ],
 )
 def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules: str) -> None:

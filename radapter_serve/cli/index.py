@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
 
 PROG = "radapter-index"
 FIRST = {
-    "build": ("source", "out", "model_repository", "url", "on_broken", "store"),
+    "build": ("source", "out", "from_embeddings", "rows", "model_repository", "url", "on_broken"),
     "add": ("source", "out", "prune", "on_broken"),
 }
 _NAMED = 10  # ids that a list shows
 
 
 def build(
-    source: tyro.conf.Positional[str],
+    source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SOURCE]")] = None,
+    *,
     out: Path,
+    from_embeddings: Path | None = None,
+    rows: Path | None = None,
     model_repository: str = "model_repository",
     url: str | None = None,
     alpha: float | None = None,
@@ -50,16 +53,20 @@ def build(
     ray: str | None = None,
     store: str | None = None,
 ) -> None:
-    """Make an index of all images of a folder or a table.
+    """Make an index of all images of a folder or a table, or of embeddings that are there already.
 
     A build that was stopped goes on. An index that the same release made of the same images is
     brought up to date. Any other index at OUT is replaced when the new one is complete.
 
     Args:
         source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with
-            paths of images.
+            paths of images; none with --from-embeddings.
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in
             ./indexes.
+        from_embeddings: .npy file of embeddings that the release's image encoder made already,
+            floats [N, D]; each is made unit length, and no image is read. Needs --rows.
+        rows: .parquet or .csv with a row for each embedding, in their order: ids such as paths in
+            the column --image-column, and metadata.
         model_repository: whose served release embeds the images (radapter-release list); DIR@N for
             release N.
         url: a live server that embeds them instead, such as http://localhost:8000.
@@ -79,8 +86,13 @@ def build(
             qdrant://HOST:PORT/NAME.
     """
     from radapter_serve.encoders.loaded import release_at
-    from radapter_serve.index.build import build
-    from radapter_serve.index.store.qdrant import Qdrant
+    from radapter_serve.index.build import build, build_from_embeddings
+    from radapter_serve.index.qdrant import Qdrant
+
+    if (source is None) == (from_embeddings is None):
+        raise RAdapterError("give a SOURCE of images, or --from-embeddings FILE.npy")
+    if (rows is None) != (from_embeddings is None):
+        raise RAdapterError("--from-embeddings FILE.npy and --rows TABLE go together")
 
     if store:
         Qdrant(store)  # a wrong address is refused before the work
@@ -90,19 +102,31 @@ def build(
         if alpha is not None:
             loaded = loaded.at(alpha)
         print(_embeds(loaded))
-        with _progress("embedding") as progress:
-            summary = build(
-                source,
-                out,
-                loaded,
-                image_column=image_column,
-                thumbnails=thumbnails,
-                exif_orientation=None if exif_orientation else False,
-                on_broken=on_broken,
-                resume=resume,
-                ray=ray,
-                progress=progress,
-            )
+        with _progress("writing" if from_embeddings else "embedding") as progress:
+            if from_embeddings and rows:
+                summary = build_from_embeddings(
+                    from_embeddings,
+                    rows,
+                    out,
+                    loaded,
+                    image_column=image_column,
+                    resume=resume,
+                    progress=progress,
+                )
+            else:
+                assert source is not None
+                summary = build(
+                    source,
+                    out,
+                    loaded,
+                    image_column=image_column,
+                    thumbnails=thumbnails,
+                    exif_orientation=None if exif_orientation else False,
+                    on_broken=on_broken,
+                    resume=resume,
+                    ray=ray,
+                    progress=progress,
+                )
     _show(summary, out)
     if store:
         publish(out, store)
@@ -176,7 +200,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
         ),
         "digest": plan.release.digest,
         "made by": " ".join(plan.origin.values()),
-        "source": plan.source,
+        "source": f"{plan.source}, {plan.rows}" if plan.rows else plan.source,
         "ids start from": plan.root,
         "size": f"{size / 1e6:.1f} MB",
         "created": facts.created,
@@ -236,8 +260,8 @@ def duplicates(
         check_threshold,
         check_thumbnails,
         find_duplicates,
+        write_groups,
         write_picture,
-        write_table,
     )
     from radapter_serve.index.index import open_index
 
@@ -252,7 +276,7 @@ def duplicates(
         check_thumbnails(opened)
     with _progress("comparing") as progress:
         groups = find_duplicates(opened, threshold, progress)
-    write_table(groups, out)
+    write_groups(groups, out)
     many = sum(len(group.ids) for group in groups)
     print(f"{out}: {len(groups):,} groups of {many:,} images, of {len(opened):,}")
     if picture is not None and groups:
@@ -269,6 +293,7 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
         out: folder of the index.
         to: place in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
+    check_installed("qdrant_client", "qdrant")
     from radapter_serve.index.publish import publish
 
     with _progress("publishing") as progress:
@@ -287,6 +312,7 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
         url: where the index was published, such as qdrant://localhost:6333/photos.
         out: folder to make, such as indexes/photos.
     """
+    check_installed("qdrant_client", "qdrant")
     from radapter_serve.index.publish import link
 
     link(url, out)
@@ -364,7 +390,7 @@ def _progress(what: str) -> Iterator[Any]:
 
 
 def _show(summary: Any, out: Path) -> None:
-    parts = [f"{summary.embedded:,} embedded"]
+    parts = [f"{summary.embedded:,} embedded"] if summary.embedded or summary.kept else []
     for number, what in (
         (summary.kept, "there before"),
         (summary.removed, "removed"),
@@ -374,7 +400,7 @@ def _show(summary: Any, out: Path) -> None:
         if number:
             parts.append(f"{number:,} {what}")
     state = "" if summary.changed else "up to date, "
-    print(f"{out}: {state}{summary.count:,} images ({', '.join(parts)})")
+    print(f"{out}: {state}{summary.count:,} images" + (f" ({', '.join(parts)})" if parts else ""))
     if summary.left_out:
         from radapter_serve.contract.image_files import SUFFIXES, count_kinds
 

@@ -1,50 +1,31 @@
-"""Building an index, and adding to it."""
+"""Building an index, adding to it, and making one of embeddings that are there already."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import json
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import lancedb
+import numpy as np
 import pyarrow as pa
 
 from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.errors import RAdapterError
-from radapter_serve.index import facts as known
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.cluster import Cluster
-from radapter_serve.index.collection import Collection, open_collection
-from radapter_serve.index.facts import (
-    FACTS,
-    MadeBy,
-    OnBroken,
-    Plan,
-    build_command,
-    mismatch,
-)
+from radapter_serve.index.collection import Progress, open_collection, read_rows
+from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan, build_command, mismatch
+from radapter_serve.index.folder import Folder, generations_of
 from radapter_serve.index.index import link_of
-from radapter_serve.index.integrity import check_files
-from radapter_serve.index.store import TABLE
-from radapter_serve.index.store.local import (
-    Folder,
-    generations_of,
-    install,
-    link_copy,
-    table_errors,
-)
-from radapter_serve.index.writer import BROKEN, Base, Progress, Sizes, Summary, Writer
-from radapter_serve.lock import lock
+from radapter_serve.index.table import THUMBNAIL, VECTOR, vector_column
+from radapter_serve.index.writer import Sizes, Summary, writing
 from radapter_serve.release.repository import releases_with_digest, split_repository
 
-_STOPPED = "building.json"  # in the folder of an unfinished generation: the plan of the index
-KEEP = datetime.timedelta(hours=1)  # how long servers may read a generation that was replaced
+_ROWS = 4096  # rows that are written at once
 
 
 def build(
@@ -63,8 +44,8 @@ def build(
 ) -> Summary:
     """Make an index, whole or not at all.
 
-    A build that was stopped goes on. An index that the same release made of the same images is
-    brought up to date. Any other index at `out` is replaced when the new one is complete.
+    A stopped build goes on. An index that the same release made of the same images is brought up to
+    date. Any other index at `out` is replaced when the new one is complete.
 
     Args:
         source: a folder, `csv:FILE` or `parquet:FILE`.
@@ -75,18 +56,20 @@ def build(
         exif_orientation: whether images are turned as their EXIF says; None does as the release
             does.
         on_broken: "skip" counts and names images that can't be read, "refuse" stops at the first.
-        resume: False throws a stopped build away and embeds every image again.
+        resume: False discards a stopped build and embeds every image again.
         ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this
             process.
         progress: called after every batch.
-        sizes: how many images are embedded at once, and up to how many need no FAISS.
+        sizes: of a batch, and of an index that needs no FAISS.
 
     Raises:
         RAdapterError: there is no image, an image is broken, `out` is something else, a stopped
             build had other arguments, or nothing could be written.
     """
     out = out.absolute()
-    _check_place(out, thumbnails)
+    if not 0 <= thumbnails <= 1024:
+        raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
+    _check_place(out)
     if exif_orientation is not None:
         loaded = loaded.turned(exif_orientation)
     collection = open_collection(source, image_column=image_column)
@@ -102,20 +85,17 @@ def build(
         origin=dict(loaded.origin),
     )
     cluster = None if ray is None else Cluster(ray, loaded)
-
-    def fill(writer: Writer) -> Summary:
-        summary = writer.write(collection, on_broken, progress)
+    schema = _schema(plan, collection.columns)
+    with writing(out, plan, loaded, schema, sizes, resume=resume) as writer:
+        summary = writer.write(collection, on_broken, progress, cluster)
         there = {item.id for item in collection.items} - summary.broken.keys()
         summary.removed = writer.delete(writer.known.keys() - there)
         if not writer.known:
             raise RAdapterError(
                 f"none of the {len(collection.items)} images of {collection.source} can be read"
             )
-        return summary
-
-    with _generation(out, plan, resume=resume, extend=False) as (made, base):
-        writer = Writer(made, plan, loaded, out, _schema(plan, collection), cluster, sizes)
-        return _finish(made, out, writer, fill, base)
+        writer.publish(summary)
+    return summary
 
 
 def add(
@@ -139,7 +119,7 @@ def add(
         prune: remove images whose files are gone.
         on_broken: as in `build`; None does as the last build or addition did.
         progress: as in `build`.
-        sizes: how many images are embedded at once, and up to how many need no FAISS.
+        sizes: as in `build`.
 
     Raises:
         RAdapterError: there is no index, another release made it, or what `build` raises.
@@ -148,123 +128,144 @@ def add(
     _refuse_link(out)
     _, facts = Folder(out).current()
     plan = facts.plan
+    if plan.rows:
+        raise RAdapterError(
+            f"the index {out} was made of embeddings; build it again: {build_command(out, plan)}"
+        )
     if loaded.release.dynamic_alpha:
         loaded = loaded.at(plan.release.alpha)
     if plan.release.digest != loaded.release.digest:
-        raise RAdapterError(_other_release(out, plan, loaded))
+        again = build_command(out, plan, loaded.release, loaded.origin)
+        text = f"the index {out} {mismatch(plan.release, loaded.release)}; build it again: {again}"
+        repository, version = made_by(plan)
+        if version is not None:
+            place = f"{repository}@{version}"
+            own = ["radapter-index", "add", "--out", str(out), "--model-repository", place]
+            text += f"; or add to it by the release that made it: {shlex.join(own)}"
+        raise RAdapterError(text)
     loaded = loaded.turned(plan.exif_orientation)
     plan = dataclasses.replace(
         plan, origin=dict(loaded.origin), on_broken=on_broken or plan.on_broken
     )
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
-
-    def fill(writer: Writer) -> Summary:
+    schema = _schema(plan, collection.columns)
+    with writing(out, plan, loaded, schema, sizes, extend=True) as writer:
         writer.check_columns(collection)
         summary = writer.write(collection, plan.on_broken, progress)
         if prune:
-            summary.removed = writer.delete(
-                {id for id in writer.known if not os.path.lexists(root / id)}
-            )
-        return summary
-
-    with _generation(out, plan, resume=True, extend=True) as (made, base):
-        writer = Writer(made, plan, loaded, out, _schema(plan, collection), sizes=sizes)
-        return _finish(made, out, writer, fill, base)
-
-
-@contextlib.contextmanager
-def _generation(
-    out: Path, plan: Plan, *, resume: bool, extend: bool
-) -> Iterator[tuple[Path, Base | None]]:
-    """A folder in which the next generation of an index is made; one writer at a time.
-
-    It goes on with what a stopped command left, or begins as a copy of the generation that counts
-    where that is of the same plan and whole, or with nothing. What is embedded in it stays where
-    the work fails.
-
-    Args:
-        out: folder of the index.
-        plan: of the index.
-        resume: False begins with nothing.
-        extend: whether the generation that counts has to be whole: what is damaged would be written
-            anew with other digests.
-
-    Yields:
-        The folder; the generation that it began as a copy of, or None.
-
-    Raises:
-        RAdapterError: another command writes the index, a stopped one had another plan, or the
-            index is damaged.
-    """
-    made = out.with_name(f".{out.name}.building")
-    with disk_errors(out), lock(made, "radapter-index"), _removed_if_empty(made):
-        base = None
-        with contextlib.nullcontext() if extend else contextlib.suppress(RAdapterError):
-            base = _whole(out) if resume else None
-        if base is not None and base.facts.plan.differences(plan):
-            base = None
-        with _kept_or_removed(made, base), disk_errors(out):
-            if resume and _holds_rows(made):
-                _check_stopped(made, out, plan)
-            else:
-                _empty(made)
-                if base is not None:
-                    link_copy(base.folder / f"{TABLE}.lance", made / f"{TABLE}.lance")
-                (made / _STOPPED).write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
-            yield made, base
-
-
-def _finish(
-    made: Path,
-    out: Path,
-    writer: Writer,
-    fill: Callable[[Writer], Summary],
-    base: Base | None,
-) -> Summary:
-    """Fill a generation and have it be the one that counts; where it is as the one before, that
-    stays.
-    """
-    summary = fill(writer)
-    facts = writer.finish(summary, base)
-    if summary.changed:
-        made = install(made, out, facts, KEEP)
-        (made / _STOPPED).unlink()
-    (made / BROKEN).replace(out / BROKEN)
-    if not summary.changed:
-        shutil.rmtree(made)
+            gone = {id for id in writer.known if not os.path.lexists(root / id)}
+            summary.removed = writer.delete(gone)
+        writer.publish(summary)
     return summary
 
 
-def _whole(out: Path) -> Base:
-    """The generation that counts.
+def build_from_embeddings(
+    vectors: Path,
+    rows: Path,
+    out: Path,
+    loaded: LoadedRelease,
+    *,
+    image_column: str = "image",
+    resume: bool = True,
+    progress: Progress | None = None,
+    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
+) -> Summary:
+    """Make an index of embeddings that are there already, whole or not at all; no image is read.
+
+    Args:
+        vectors: a NumPy file [N, D] of float16, float32 or float64, which is mapped; each row is
+            made unit length. They must be of the release's image encoder.
+        rows: a table, .parquet or .csv, with a row for each vector.
+        out: as in `build`.
+        loaded: the release that embedded the images, which embeds queries.
+        image_column: the table's column of ids, such as paths; the others become metadata.
+        resume: False discards a stopped build.
+        progress: called after every batch.
+        sizes: as in `build`.
 
     Raises:
-        RAdapterError: there is none, or its table is damaged.
+        RAdapterError: a file can't be read, the two don't fit, a vector has no direction, `out` is
+            something else, or nothing could be written.
     """
-    generation, facts = Folder(out).current()
-    with table_errors(out, facts.plan):
-        check_files(out / generation / f"{TABLE}.lance", facts.files, complete=True)
-    return Base(out / generation, facts)
-
-
-@contextlib.contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
+    out = out.absolute()
+    vectors = vectors.absolute()
+    rows = rows.absolute()
+    _check_place(out)
     try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        array = np.load(vectors, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RAdapterError(f"{vectors} is not an array of NumPy's: {reason(error):.200}") from None
+    dim = loaded.release.embed_dim
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise RAdapterError(f"{vectors} does not hold vectors; allowed: floats [N, {dim}] (.npy)")
+    if array.shape[1] != dim:
+        raise RAdapterError(
+            f"the vectors of {vectors} have the width {array.shape[1]}, and the embeddings of"
+            f" release {loaded.release.version} have {dim}; name their release with"
+            " --model-repository DIR@N"
+        )
+    table = read_rows(rows, image_column)
+    if len(table) != len(array):
+        raise RAdapterError(f"{rows} has {len(table):,} rows, and {vectors} {len(array):,} vectors")
+    ids = table[image_column]
+    if len(ids.unique()) != len(ids):
+        twice, _ = Counter(ids.to_pylist()).most_common(1)[0]
+        raise RAdapterError(f"{rows} names {twice!r:.200} twice; an id is of one row")
+    metadata = table.drop_columns([image_column])
+    plan = Plan(
+        source=str(vectors),
+        root=rows.parent.as_posix(),
+        image_column=image_column,
+        column_types={column.name: str(column.type) for column in metadata.schema},
+        thumbnails=0,
+        exif_orientation=loaded.preprocess.exif_orientation,
+        on_broken="refuse",
+        release=MadeBy.of(loaded.release),
+        origin=dict(loaded.origin),
+        rows=str(rows),
+    )
+    schema = _schema(plan, {column.name: column.type for column in metadata.schema})
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(array), _ROWS):
+            part = np.array(array[start : start + _ROWS], np.float64)
+            lengths = np.linalg.norm(part, axis=1, keepdims=True)
+            bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
+            if len(bad):
+                raise RAdapterError(
+                    f"{vectors}, row {start + bad[0]}: the vector has no direction (zero, or not"
+                    " finite)"
+                )
+            some = table.slice(start, len(part))
+            columns = {name: some[name] for name in metadata.column_names}
+            columns["path"] = some[image_column]
+            columns[VECTOR] = vector_column((part / lengths).astype(np.float32))
+            for name in ("width", "height", "digest", THUMBNAIL):
+                columns[name] = pa.nulls(len(part))
+            whole = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+            yield from whole.combine_chunks().to_batches()
+            if progress is not None:
+                progress(start + len(part), len(array))
+
+    with writing(out, plan, loaded, schema, sizes, resume=resume) as writer:
+        summary = Summary(count=len(array))
+        writer.publish(summary, batches())
+    return summary
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def made_by(plan: Plan) -> tuple[str, int | None]:
+    """The model repository that an index was made from, and the number there of the release that
+    made it; empty if a server made the index, and None if the release is gone.
+    """
+    repository, _ = split_repository(plan.origin.get("model_repository", ""))
+    if not repository:
+        return "", None
+    found = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
+    return repository, max(found, default=None)
 
 
-def _check_place(out: Path, thumbnails: int) -> None:
-    if not 0 <= thumbnails <= 1024:
-        raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
+def _check_place(out: Path) -> None:
     if not is_name(out.name):
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     _refuse_link(out)
@@ -282,101 +283,11 @@ def _refuse_link(out: Path) -> None:
         )
 
 
-def _check_stopped(made: Path, out: Path, plan: Plan) -> None:
-    """Refuse to go on with what was stopped where it makes another index."""
-    try:
-        stopped = known.read(Plan, json.loads((made / _STOPPED).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise RAdapterError(
-            f"what was stopped of {out} can't be gone on with; throw it away with --no-resume"
-        ) from None
-    if other := stopped.differences(plan):
-        raise RAdapterError(
-            f"a build of {out} was stopped that had another {', '.join(other)}; finish it: "
-            f"{build_command(out, stopped)}, or throw it away with --no-resume"
-        )
-
-
-def _other_release(out: Path, plan: Plan, loaded: LoadedRelease) -> str:
-    """Why `add` refuses, and the commands that help."""
-    again = build_command(out, plan, loaded.release, loaded.origin)
-    text = f"the index {out} {mismatch(plan.release, loaded.release)}; build it again: {again}"
-    repository, version = made_by(plan)
-    if version is not None:
-        place = f"{repository}@{version}"
-        command = shlex.join(
-            ["radapter-index", "add", "--out", str(out), "--model-repository", place]
-        )
-        text += f"; or add to it by the release that made it: {command}"
-    return text
-
-
-def made_by(plan: Plan) -> tuple[str, int | None]:
-    """The model repository that an index was made from, and the number there of the release that
-    made it.
-
-    The repository is empty where a server made the index, and the number None where the release is
-    gone.
-    """
-    repository, _ = split_repository(plan.origin.get("model_repository", ""))
-    if not repository:
-        return "", None
-    found = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
-    return repository, max(found, default=None)
-
-
-def _schema(plan: Plan, collection: Collection) -> pa.Schema:
+def _schema(plan: Plan, columns: Mapping[str, Any]) -> pa.Schema:
     return pa.schema(
         [
-            ("path", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("digest", pa.string()),
-            *collection.columns.items(),
-            ("thumbnail", pa.binary()),
-            ("vector", pa.list_(pa.float32(), plan.release.embed_dim)),
+            *(("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())),
+            *(("digest", pa.string()), *columns.items(), (THUMBNAIL, pa.large_binary())),
+            (VECTOR, pa.list_(pa.float32(), plan.release.embed_dim)),
         ]
     )
-
-
-def _holds_rows(made: Path) -> bool:
-    """Whether what was stopped has embedded anything."""
-    with contextlib.suppress(Exception):
-        return bool(lancedb.connect(made).open_table(TABLE).count_rows())
-    return False
-
-
-@contextlib.contextmanager
-def _kept_or_removed(made: Path, base: Base | None) -> Iterator[None]:
-    """Where the work fails: keep what is embedded and say how to go on, or leave nothing where
-    nothing was.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not _embedded_anything(made, base):
-            shutil.rmtree(made, ignore_errors=True)
-            raise
-        kept = "the embeddings so far are kept: give the same command again to continue"
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(kept) from error
-        if isinstance(error, RAdapterError):
-            raise RAdapterError(f"{error}; {kept}") from error
-        raise
-
-
-def _embedded_anything(made: Path, base: Base | None) -> bool:
-    if base is None:
-        return _holds_rows(made)
-    with contextlib.suppress(Exception):
-        return bool(lancedb.connect(made).open_table(TABLE).version != base.facts.table_version)
-    return False
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error for people."""
-    try:
-        yield
-    except OSError as error:
-        raise RAdapterError(f"cannot write {out}: {error.strerror or error}") from error

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.reading import Read, read
 
-_DETAILS = ("width", "height", "thumbnail")
+_DETAILS = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
 _AHEAD = 2  # batches that wait for a worker
 
 
@@ -27,8 +28,7 @@ class Cluster:
     """A Ray cluster that embeds.
 
     Args:
-        address: of it, such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for the one of
-            this machine.
+        address: such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for this machine's.
         loaded: the release that every worker loads.
 
     Raises:
@@ -51,8 +51,7 @@ class Cluster:
                 " --head"
             ) from None
         self._gpus = int(resources.get("GPU", 0))
-        # One core reads and passes on.
-        self.workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)
+        self._workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core reads
 
     def read(
         self,
@@ -61,12 +60,12 @@ class Cluster:
         thumbnails: int,
         exif_orientation: bool,
     ) -> Iterator[list[Read]]:
-        """Read and embed files in their order, batch by batch; what a worker that died had is done
-        again.
+        """Read and embed files in their order, batch by batch; the work of a dead worker is
+        repeated.
 
         Args:
             items: as `read` takes them: id, file, and the digest of the bytes that the index has.
-            batch: how many files at a time.
+            batch: number of files at a time.
             thumbnails, exif_orientation: as in `build`.
 
         Raises:
@@ -77,50 +76,59 @@ class Cluster:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        ids, files, before = zip(
-            *[(os.fsencode(id), os.fsencode(str(file)), digest) for id, file, digest in items],
-            strict=True,
-        )
         table = pa.table(
             {
-                "id": pa.array(ids, pa.binary()),
-                "file": pa.array(files, pa.binary()),
-                "before": before,
+                "id": pa.array([os.fsencode(id) for id, _, _ in items], pa.binary()),
+                "file": pa.array([os.fsencode(file) for _, file, _ in items], pa.binary()),
+                "before": [before for _, _, before in items],
             }
         )
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
-        facts = self._loaded.release
-        told = {
-            "origin": dict(self._loaded.origin),
-            "alpha": facts.alpha if facts.dynamic_alpha else None,
-            "digest": facts.digest,
-            "thumbnails": thumbnails,
-            "exif_orientation": exif_orientation,
-        }
+        release = self._loaded.release
         embedded = ray.data.from_arrow(parts).map_batches(
             _Worker,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=self.workers, max_tasks_in_flight_per_actor=_AHEAD
+                size=self._workers, max_tasks_in_flight_per_actor=_AHEAD
             ),
-            fn_constructor_kwargs=told,
+            fn_constructor_kwargs={
+                "origin": dict(self._loaded.origin),
+                "alpha": release.alpha if release.dynamic_alpha else None,
+                "digest": release.digest,
+                "thumbnails": thumbnails,
+                "exif_orientation": exif_orientation,
+            },
             num_cpus=0 if self._gpus else 1,
             num_gpus=1 if self._gpus else None,
             max_restarts=-1,
             max_task_retries=-1,
         )
         try:
-            for found in embedded.iter_batches(
+            answer: Any
+            for answer in embedded.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=_AHEAD
             ):
-                yield _reads(found)
+                yield [
+                    Read(
+                        row["digest"],
+                        details={name: row[name] for name in _DETAILS if row[name] is not None},
+                        kept=row["kept"],
+                        error=row["error"].decode("utf-8", "surrogateescape"),
+                        vector=row["vector"] and np.asarray(row["vector"], np.float32),
+                    )
+                    for row in answer.to_pylist()
+                ]
         except ray.exceptions.RayError as error:
-            raise RAdapterError(f"the cluster can't embed: {_cause(error)}") from None
+            # The worker's own error in one line, without the traceback that Ray adds.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            last = lines[-1] if lines else type(error).__name__
+            why = last.rpartition("RAdapterError: ")[2][:300]
+            raise RAdapterError(f"the cluster can't embed: {why}") from None
 
 
 class _Worker:
-    """On a worker: holds the release, and reads and embeds batches."""
+    """A worker: holds the release, and reads and embeds batches."""
 
     def __init__(
         self,
@@ -143,57 +151,35 @@ class _Worker:
         self._thumbnails = thumbnails
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        found = [
+        images = [
             read(
-                os.fsdecode(id),
-                Path(os.fsdecode(file)),
-                before,
+                os.fsdecode(row["id"]),
+                Path(os.fsdecode(row["file"])),
+                row["before"],
                 self._loaded,
                 self._thumbnails,
             )
-            for id, file, before in zip(
-                *(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True
-            )
+            for row in batch.to_pylist()
         ]
-        fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
-        embeds = (
-            dict(zip(fresh, self._loaded.embed_pixels(list(fresh.values())), strict=True))
-            if fresh
-            else {}
-        )
+        fresh = {
+            image.digest: image.prepared for image in images if not (image.error or image.kept)
+        }
+        embeds = {}
+        if fresh:
+            vectors = self._loaded.embed_pixels(list(fresh.values()))
+            embeds = dict(zip(fresh, vectors, strict=True))
+        details = {
+            name: pa.array([image.details.get(name) for image in images], kind)
+            for name, kind in _DETAILS.items()
+        }
         return pa.table(
             {
-                "digest": [one.digest for one in found],
-                "kept": [one.kept for one in found],
-                "error": [one.error.encode("utf-8", "surrogateescape") for one in found],
-                **{
-                    name: pa.array([one.details.get(name) for one in found], _TYPES[name])
-                    for name in _DETAILS
-                },
+                "digest": [image.digest for image in images],
+                "kept": [image.kept for image in images],
+                "error": [image.error.encode("utf-8", "surrogateescape") for image in images],
+                **details,
                 "vector": pa.array(
-                    [embeds.get(one.digest) for one in found], pa.list_(pa.float32())
+                    [embeds.get(image.digest) for image in images], pa.list_(pa.float32())
                 ),
             }
         )
-
-
-_TYPES = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
-
-
-def _reads(found: pa.Table) -> list[Read]:
-    return [
-        Read(
-            row["digest"],
-            details={name: row[name] for name in _DETAILS if row[name] is not None},
-            kept=row["kept"],
-            error=row["error"].decode("utf-8", "surrogateescape"),
-            vector=None if row["vector"] is None else np.asarray(row["vector"], np.float32),
-        )
-        for row in found.to_pylist()
-    ]
-
-
-def _cause(error: Exception) -> str:
-    """The worker's own error in one line, without the traceback that Ray adds."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rpartition("RAdapterError: ")[2][:300]

@@ -1,10 +1,11 @@
-"""The image files that an index is made of: all of a folder, or those that a table names with
+"""The image files that an index is made of: those of a folder, or those that a table names with
 their metadata.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from radapter_serve.contract.image_files import SUFFIXES, count_kinds, list_images
 from radapter_serve.errors import RAdapterError, reason
 
-#: columns that every index has; a table's own may not be called so
+# The columns of every index; a table's own may not have these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
+Progress = Callable[[int, int], None]  # images done, of how many
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,9 @@ class Item:
     """An image file.
 
     Args:
-        id: what the index calls it: its path from the index's root, or its whole path
-            where it lies elsewhere.
-        file: where it lies.
-        row: its row of the table; nothing for a folder.
+        id: its path from the index's root, or its whole path if it lies elsewhere.
+        file: its place.
+        row: its row of the table; empty for a folder.
     """
 
     id: str
@@ -41,7 +42,7 @@ class Collection:
         root: folder that ids start from.
         items: folder by folder, or in the order of the table.
         columns: the table's columns without that of the images, as Arrow types by name.
-        repeated: rows of the table left out, for an earlier one names the same image.
+        repeated: rows of the table left out, because an earlier one names the same image.
         left_out: number of files of other kinds in the folder, by the end of their names.
     """
 
@@ -59,7 +60,7 @@ def open_collection(
     """Find the images of a source.
 
     Args:
-        source: a folder, read with all folders in it (`folder:DIR` where its name has a colon),
+        source: a folder, read with all folders in it (`folder:DIR` if its name has a colon),
             `csv:FILE` or `parquet:FILE`, whose image paths start from the file's folder.
         image_column: of the table.
         root: folder that ids start from; the source's own folder if None.
@@ -88,51 +89,40 @@ def open_collection(
             )
         source = f"folder:{path}" if ":" in str(path) else str(path)
         return Collection(source, root, items, {}, left_out=files.left_out)
+
     root = root or path.parent
-    return _of_table(kind, path, image_column, root)
+    table = read_rows(path, image_column, kind)
+    columns = {column.name: column.type for column in table.schema if column.name != image_column}
+    names = table[image_column].to_pylist()
+    rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
+    by_id: dict[str, Item] = {}
+    for name, row in zip(names, rows, strict=True):
+        file = Path(os.path.normpath(path.parent / name))
+        item = Item(_id(file, root), file, row)
+        by_id.setdefault(item.id, item)
+    items = list(by_id.values())
+    return Collection(f"{kind}:{path}", root, items, columns, len(names) - len(items))
 
 
 def _id(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
-def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collection:
-    table = _read(kind, path)
-    if image_column not in table.column_names:
-        raise RAdapterError(
-            f"{path} has no column {image_column!r}; its columns: {', '.join(table.column_names)};"
-            " see --image-column"
-        )
-    columns = {
-        name: table.schema.field(name).type for name in table.column_names if name != image_column
-    }
-    _check_columns(columns, path)
-    names = table[image_column].to_pylist()
-    odd = next(
-        (number for number, name in enumerate(names, 1) if not isinstance(name, str) or not name),
-        None,
-    )
-    if odd is not None:
-        raise RAdapterError(
-            f"{path}, row {odd}: {image_column!r} is no path of an image ({names[odd - 1]!r:.60})"
-        )
-    items: dict[str, Item] = {}
-    rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
-    for name, row in zip(names, rows, strict=True):
-        file = Path(os.path.normpath(path.parent / name))
-        item = Item(_id(file, root), file, row)
-        items.setdefault(item.id, item)
-    if not items:
-        raise RAdapterError(f"{path} has no row, so there is nothing to index")
-    return Collection(
-        f"{kind}:{path}", root, list(items.values()), columns, len(names) - len(items)
-    )
+def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
+    """Read a table of images as Arrow has it, with NaN as NULL.
 
+    Args:
+        path: of the file.
+        image_column: the column that names the images.
+        kind: "csv" or "parquet"; by the end of the file's name if None.
 
-def _read(kind: str, path: Path) -> Any:
+    Raises:
+        RAdapterError: it can't be read, has no row, or a column that an index can't have.
+    """
     import pyarrow
-    from pyarrow import csv, parquet
+    from pyarrow import compute, csv, parquet, types
 
+    kind = kind or ("csv" if path.suffix == ".csv" else "parquet")
     try:
         table = csv.read_csv(path) if kind == "csv" else parquet.read_table(path)
     except OSError as error:
@@ -144,34 +134,39 @@ def _read(kind: str, path: Path) -> Any:
     repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
     if repeated:
         raise RAdapterError(f"{path} has the column {min(repeated)!r} twice; rename one")
-    # A column without a value has no type; text is as good as any.
+    if image_column not in table.column_names:
+        raise RAdapterError(
+            f"{path} has no column {image_column!r}; its columns: {', '.join(table.column_names)};"
+            " see --image-column"
+        )
+
     for number, column in enumerate(table.schema):
-        if pyarrow.types.is_null(column.type):
-            table = table.set_column(number, column.name, table[column.name].cast(pyarrow.string()))
-    return table
-
-
-def _check_columns(columns: dict[str, Any], path: Path) -> None:
-    import pyarrow
-
-    for name, kind in columns.items():
-        if (
-            not name
-            or name.lower() in COLUMNS
-            or name.startswith("_")
-            or "." in name
-            or "`" in name
-        ):
+        name = column.name
+        if types.is_null(column.type):  # a column without a value; text is as good as any
+            table = table.set_column(number, name, table[name].cast(pyarrow.string()))
+        if types.is_floating(column.type):
+            values = table[name]
+            missing = compute.if_else(compute.is_nan(values), None, values)
+            table = table.set_column(number, name, missing)
+        if name == image_column:
+            continue
+        if name.lower() in COLUMNS or not name or name[0] == "_" or "." in name or "`" in name:
             raise RAdapterError(
                 f"{path} has a column {name!r}; the index needs {', '.join(COLUMNS)} itself, and a"
                 " name has no . or ` in it and no _ at its start; rename the column"
             )
-        if (
-            pyarrow.types.is_binary(kind)
-            or pyarrow.types.is_large_binary(kind)
-            or pyarrow.types.is_struct(kind)
-        ):
+        binary = types.is_binary(column.type) or types.is_large_binary(column.type)
+        if binary or types.is_struct(column.type):
             raise RAdapterError(
-                f"the column {name!r} of {path} is {kind}; an index keeps text, numbers, yes or no,"
-                " dates, and lists"
+                f"the column {name!r} of {path} is {column.type}; an index keeps text, numbers, yes"
+                " or no, dates, and lists"
             )
+
+    if not len(table):
+        raise RAdapterError(f"{path} has no row, so there is nothing to index")
+    for number, name in enumerate(table[image_column].to_pylist(), 1):
+        if not isinstance(name, str) or not name:
+            raise RAdapterError(
+                f"{path}, row {number}: {image_column!r} is no path of an image ({name!r:.60})"
+            )
+    return table

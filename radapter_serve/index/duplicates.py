@@ -1,13 +1,12 @@
-"""Images of an index that are nearly the same: groups of them, as a table and as a picture."""
+"""Near-duplicates in an index: groups of them, as a table and as a picture."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,31 +15,23 @@ from PIL import Image, ImageDraw, ImageFont
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.index import Index
-from radapter_serve.index.store import THUMBNAIL, vectors_of
-from radapter_serve.index.store.table import UNIT
+from radapter_serve.index.table import THUMBNAIL, UNIT, VECTOR, vectors_of
 
 _TILE = 2048
 _ROUNDING = 1e-6  # of a cosine in float32: copies have 1, or a little less
 _MAX_EDGES = 4_000_000
 _BATCH = 4096  # rows read at once
-# groups, and images of each, that a picture shows
-MAX_ROWS = 100
-MAX_COLUMNS = 8
-# px of a thumbnail's side, and of the lines below it
-_CELL = 128
-_TEXT = 28
+MAX_ROWS = 100  # groups that a picture shows
+MAX_COLUMNS = 8  # images of each group that it shows
+_CELL = 128  # px of a thumbnail's side
+_TEXT = 28  # px of the lines below it
 _NAME_LENGTH = 20  # characters of an id below its thumbnail
-
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are nearly the same.
-
-    Args:
-        ids: in their order.
-        scores: of each, the highest cosine with another of the group.
+    """Images that are nearly the same: their sorted ids, and of each the highest cosine with
+    another image of the group.
     """
 
     ids: list[str]
@@ -55,16 +46,15 @@ def find_duplicates(
     tile: int = _TILE,
     max_edges: int = _MAX_EDGES,
 ) -> list[Group]:
-    """Put images together whose cosine is at least a threshold, and what is joined by these.
-
-    Every pair is compared.
+    """Group images whose cosine is at least a threshold, and what is joined by these. Every pair is
+    compared.
 
     Args:
-        index: in a folder or on object storage.
+        index: in a folder.
         threshold: cosine, above 0 and at most 1.
-        progress: called with the images compared and all.
-        tile: how many images are compared with as many others at once.
-        max_edges: how many pairs are kept before they are put together.
+        progress: called with the number of images compared, and of all.
+        tile: number of images that are compared with as many others at once.
+        max_edges: number of pairs that are kept before they are put together.
 
     Returns:
         The groups of two images and more, the largest first, then by their first ids.
@@ -73,14 +63,46 @@ def find_duplicates(
         RAdapterError: the threshold is not allowed, or the index can't be read.
     """
     check_threshold(threshold)
-    ids, vectors = _read(index)
-    best = np.full(len(ids), -1, np.float32)
-    labels = _joined(vectors, threshold, best, progress, tile=tile, max_edges=max_edges)
+    ids: list[str] = []
+    parts = [np.zeros((0, index.facts.plan.release.embed_dim), np.float32)]
+    for batch in index.rows(["path", VECTOR], _BATCH):
+        ids += batch["path"].to_pylist()
+        parts.append(vectors_of(batch[VECTOR]))
+    vectors = np.concatenate(parts)
+    if not (np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT).all():
+        raise RAdapterError(
+            f"the index {index.folder} has an embedding without unit length; see: radapter-index"
+            f" verify {index.folder}"
+        )
+
+    # Compare tile with tile. Pairs wait as edges of a graph until there are many.
+    count = len(vectors)
+    labels = np.arange(count)
+    highest = np.full(count, -1, np.float32)
+    edges: list[NDArray[np.int64]] = []
+    for start in range(0, count, tile):
+        rows = vectors[start : start + tile]
+        for other in range(start, count, tile):
+            scores = rows @ vectors[other : other + tile].T
+            first, second = np.nonzero(scores >= threshold - _ROUNDING)
+            apart = first + start < second + other
+            pair = np.stack([first[apart] + start, second[apart] + other])
+            cosines = scores[first[apart], second[apart]]
+            np.maximum.at(highest, pair[0], cosines)
+            np.maximum.at(highest, pair[1], cosines)
+            edges.append(pair)
+            if sum(part.shape[1] for part in edges) > max_edges:
+                labels = _joined(labels, edges)
+                edges = []
+        if progress is not None:
+            progress(min(start + tile, count), count)
+    labels = _joined(labels, edges)
+
     members: dict[int, list[int]] = {}
-    for row in sorted(range(len(ids)), key=ids.__getitem__):
+    for row in sorted(range(count), key=ids.__getitem__):
         members.setdefault(int(labels[row]), []).append(row)
     groups = [
-        Group([ids[row] for row in rows], [float(best[row]) for row in rows])
+        Group([ids[row] for row in rows], [float(highest[row]) for row in rows])
         for rows in members.values()
         if len(rows) > 1
     ]
@@ -104,60 +126,8 @@ def check_thumbnails(index: Index) -> None:
         )
 
 
-def _read(index: Index) -> tuple[list[str], Vectors]:
-    ids: list[str] = []
-    parts = [np.zeros((0, index.facts.plan.release.embed_dim), np.float32)]
-    for batch in index.rows(["path", "vector"], _BATCH):
-        ids += batch.column("path").to_pylist()
-        parts.append(vectors_of(batch.column("vector")))
-    vectors = np.concatenate(parts)
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) < UNIT).all():
-        raise RAdapterError(
-            f"the index {index.folder} has an embedding without unit length; see: radapter-index"
-            f" verify {index.folder}"
-        )
-    return ids, vectors
-
-
-def _joined(
-    vectors: Vectors,
-    threshold: float,
-    best: Vectors,
-    progress: Callable[[int, int], None] | None,
-    *,
-    tile: int = _TILE,
-    max_edges: int = _MAX_EDGES,
-) -> NDArray[np.int64]:
-    """The number of the group of each image; `best` takes the highest cosine of each."""
-    count = len(vectors)
-    labels = np.arange(count)
-    edges: list[NDArray[np.int64]] = []
-    waiting = 0
-    for start in range(0, count, tile):
-        rows = vectors[start : start + tile]
-        for other in range(start, count, tile):
-            scores = rows @ vectors[other : other + tile].T
-            first, second = np.nonzero(scores >= threshold - _ROUNDING)
-            apart = first + start < second + other
-            first = first[apart]
-            second = second[apart]
-            found = scores[first, second]
-            np.maximum.at(best, first + start, found)
-            np.maximum.at(best, second + other, found)
-            edges.append(np.stack([first + start, second + other]))
-            waiting += len(first)
-            if waiting > max_edges:
-                labels = _components(labels, edges)
-                edges = []
-                waiting = 0
-        if progress is not None:
-            progress(min(start + tile, count), count)
-    return _components(labels, edges)
-
-
-def _components(labels: NDArray[np.int64], edges: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The groups after more images are joined."""
+def _joined(labels: NDArray[np.int64], edges: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The group's number of each image, after more pairs are joined."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -169,7 +139,7 @@ def _components(labels: NDArray[np.int64], edges: Sequence[NDArray[np.int64]]) -
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 
-def write_table(groups: Sequence[Group], path: Path) -> None:
+def write_groups(groups: Sequence[Group], path: Path) -> None:
     """Write a CSV file: a row for each image, with the number of its group, its id and score."""
     with staged(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -180,16 +150,17 @@ def write_table(groups: Sequence[Group], path: Path) -> None:
 
 
 def write_picture(index: Index, groups: Sequence[Group], path: Path) -> None:
-    """Draw the thumbnails of groups, one group a row: at most 100 groups, and 8 images of each.
-
-    Args:
-        index: that has them.
-        groups: from `find_duplicates`, at least one.
-        path: .png or .jpg.
+    """Draw the thumbnails of groups, at least one, a group a row: at most 100 groups, and 8 images
+    of each; as .png or .jpg.
     """
     shown = groups[:MAX_ROWS]
     wanted = {id for group in shown for id in group.ids[:MAX_COLUMNS]}
-    thumbnails = dict(_thumbnails(index, wanted))
+    thumbnails: dict[str, bytes] = {}
+    for batch in index.rows(["path", THUMBNAIL], _BATCH):
+        for row, id in enumerate(batch["path"].to_pylist()):
+            if id in wanted:
+                thumbnails[id] = batch[THUMBNAIL][row].as_py()
+
     width = max(min(len(group.ids), MAX_COLUMNS) for group in shown)
     height = _CELL + _TEXT
     sheet = Image.new("RGB", (width * _CELL, len(shown) * height), "white")
@@ -200,21 +171,12 @@ def write_picture(index: Index, groups: Sequence[Group], path: Path) -> None:
         for column, (id, score) in enumerate(list(pairs)[:MAX_COLUMNS]):
             left = column * _CELL
             top = row * height
-            picture = thumbnails.get(id)
-            if picture is not None:
+            if thumbnails.get(id):
+                with Image.open(io.BytesIO(thumbnails[id])) as thumbnail:
+                    picture = thumbnail.convert("RGB")
                 picture.thumbnail((_CELL - 4, _CELL - 4))
                 sheet.paste(picture, (left + 2, top + 2))
             name = id.encode("ascii", "backslashreplace").decode()[-_NAME_LENGTH:]
             pen.text((left + 2, top + _CELL), f"{name}\n{score:.4f}", "black", font=font)
     with staged(path) as temporary:
         sheet.save(temporary, "PNG" if path.suffix == ".png" else "JPEG")
-
-
-def _thumbnails(index: Index, wanted: set[str]) -> Iterator[tuple[str, Image.Image]]:
-    for batch in index.rows(["path", THUMBNAIL], _BATCH):
-        names = batch.column("path").to_pylist()
-        for place, id in enumerate(names):
-            if id in wanted:
-                data: Any = batch.column(THUMBNAIL)[place].as_py()
-                if data:
-                    yield id, Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,5 +1,5 @@
-"""What is known of an index: how it was made, what it holds, and how it is searched; as its
-`index.json` says it.
+"""Facts of an index: how it was made, what it holds, and how it is searched, as in its
+`index.json`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from radapter_serve.files import as_text
 from radapter_serve.release.release import Release
 from radapter_serve.typed import checker
 
-FORMAT = 5
+FORMAT = 6
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
-# What Prometheus reads of each index, by its name in the label `index`.
+# The metric that Prometheus reads of each index, by its name in the label `index`.
 OUTDATED = "radapter_index_outdated"
 OUTDATED_MEANS = "1 where another release than the newest that is served made the index, else 0"
 
@@ -33,12 +33,8 @@ def index_names(indexes: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """The facts of the release that made an index.
-
-    Args:
-        architecture, alpha, dynamic_alpha, version, precision, base_digest, adapter_digest,
-            embed_dim: as in `Release`, with the α that the images were embedded at.
-        digest: of the release.
+    """The facts of the release that made an index, as in `Release`, with the α that the images were
+    embedded at, and its digest.
     """
 
     architecture: str
@@ -60,9 +56,8 @@ class MadeBy:
     def is_of(self, release: Release) -> bool:
         """Whether the embeddings are of a release; one that takes any α has that of the index."""
         with contextlib.suppress(RAdapterError):  # an α that no release has
-            return (
-                self.digest == (release.at(self.alpha) if release.dynamic_alpha else release).digest
-            )
+            used = release.at(self.alpha) if release.dynamic_alpha else release
+            return self.digest == used.digest
         return False
 
     def __str__(self) -> str:
@@ -71,19 +66,19 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an index is made; where two plans differ in one of DECIDING, every image is embedded
-    again.
+    """How an index is made; if two plans differ in one of _DECIDING, every image is embedded again.
 
     Args:
-        source: as `radapter-index build` takes it.
+        source: as `radapter-index build` takes it; the file of vectors of an index of embeddings.
         root: folder that ids start from.
         image_column: of a table.
         column_types: the table's other columns, as Arrow types by name.
         thumbnails: longest side, in px; 0 for none.
         exif_orientation: whether images are turned as their EXIF says.
-        on_broken: what becomes of images that can't be read.
+        on_broken: what to do with images that can't be read.
         release: that embeds.
-        origin: where the release is, as in `LoadedRelease`.
+        origin: the release's place, as in `LoadedRelease`.
+        rows: the table of an index of embeddings; empty for images.
     """
 
     source: str
@@ -95,13 +90,14 @@ class Plan:
     on_broken: OnBroken
     release: MadeBy
     origin: dict[str, str]
+    rows: str = ""
 
     def differences(self, other: Plan) -> list[str]:
         """In what another plan makes another index, in words."""
-        found = [
+        words = [
             word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
         ]
-        return found if self.release.digest == other.release.digest else ["release", *found]
+        return words if self.release.digest == other.release.digest else ["release", *words]
 
 
 _DECIDING = {
@@ -110,17 +106,13 @@ _DECIDING = {
     "column_types": "columns",
     "thumbnails": "size of thumbnails",
     "exif_orientation": "EXIF orientation",
+    "rows": "table of embeddings",
 }
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file as it was written.
-
-    Args:
-        size: in bytes.
-        digest: `sha256:` and hexadecimal digits.
-    """
+    """The size of a file in bytes, and its digest, `sha256:` and hexadecimal digits."""
 
     size: int
     digest: str
@@ -128,7 +120,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class NearestFacts:
-    """What FAISS finds the nearest by.
+    """How FAISS finds the nearest.
 
     Args:
         cells: number of cells.
@@ -147,16 +139,14 @@ class NearestFacts:
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What is known of a generation of an index.
+    """The facts of a generation of an index.
 
     Args:
         plan: how it was made.
         count: number of images.
         columns: of the metadata.
-        files: of the table that is written to, by their paths in its folder.
-        searched: that a search reads, by name.
-        nearest: what FAISS needs; None where every vector is compared.
-        table_version: LanceDB's number of the table's state.
+        files: that a search reads, by name.
+        nearest: what FAISS needs; None if every vector is compared.
         created: when the index was made first, in UTC, ISO 8601.
         changed: when it was changed last.
         format: version of this format.
@@ -166,28 +156,26 @@ class IndexFacts:
     count: int
     columns: list[str]
     files: dict[str, FileFacts]
-    searched: dict[str, FileFacts]
     nearest: NearestFacts | None
-    table_version: int
     created: str
     changed: str
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """As `from_json` reads it."""
+        """The text that `from_json` reads."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, data: bytes | str) -> IndexFacts:
-        """Read what `to_json` gave.
+        """Read the text of `to_json`.
 
         Raises:
             ValueError: it is something else, or of another format.
         """
         values = json.loads(data)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, dict) else None
-            raise ValueError(f"it has the format {found!r:.40} and this version reads {FORMAT}")
+            other = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(f"it has the format {other!r:.40} and this version reads {FORMAT}")
         facts: IndexFacts = read(cls, values)
         if facts.count < 0:
             raise ValueError(f"count: {facts.count} is less than 0")
@@ -198,9 +186,9 @@ def read(kind: Any, values: Any) -> Any:
     """A dataclass of what JSON holds.
 
     Raises:
-        ValueError: something is missing, or of another type; names the first.
+        ValueError: names the first value that is missing or of another type.
     """
-    import pydantic  # a base installation, which has none, shows the help of its commands
+    import pydantic  # a base installation, which lacks it, shows the help of its commands
 
     try:
         return checker(kind).validate_python(values)
@@ -211,26 +199,27 @@ def read(kind: Any, values: Any) -> Any:
 
 def build_command(
     folder: Path,
-    plan: Plan | None = None,
+    plan: Plan,
     release: Release | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> str:
-    """The command that builds an index again, by the release that made it or by another.
+    """The command that builds an index again.
 
     Args:
         folder: of the index.
-        plan: of the index; None where it can't be read.
-        release: the other release.
-        origin: where that is, as in `LoadedRelease`.
+        plan: of the index.
+        release: another release than the plan's that embeds, and `origin`, its place.
     """
-    if plan is None:
-        return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"
-    command = ["radapter-index", "build", plan.source, "--out", str(folder)]
+    command = ["radapter-index", "build"]
+    if plan.rows:
+        command += ["--from-embeddings", plan.source, "--rows", plan.rows, "--out", str(folder)]
+    else:
+        command += [plan.source, "--out", str(folder)]
     if plan.image_column != "image":
         command += ["--image-column", plan.image_column]
-    if plan.thumbnails != 128:
+    if plan.thumbnails != 128 and not plan.rows:
         command += ["--thumbnails", str(plan.thumbnails)]
-    if not plan.exif_orientation:
+    if not plan.exif_orientation and not plan.rows:
         command.append("--no-exif-orientation")
     if plan.on_broken != "refuse":
         command += ["--on-broken", plan.on_broken]

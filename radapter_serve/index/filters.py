@@ -13,7 +13,7 @@ from qdrant_client import models
 from sqlglot import exp
 
 from radapter_serve.contract.errors import invalid
-from radapter_serve.index.condition import parse_condition
+from radapter_serve.index.conditions import parse_condition
 
 ALLOWED = (
     "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"
@@ -178,7 +178,7 @@ def _truth(node: Any) -> bool | None:
 
 
 def _time(node: Any) -> datetime.datetime | None:
-    """A date, or a time without a zone, which is in UTC, as in LanceDB and Qdrant."""
+    """A date, or a time without a zone, which is in UTC, as everywhere in conditions."""
     if isinstance(node, exp.Cast) and node.is_type("date", "timestamp"):
         node = node.this.unnest()
     text = _text(node)

@@ -19,10 +19,9 @@ from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, staged
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy
-from radapter_serve.index.store import Hit, Place, Store
-from radapter_serve.index.store.local import Folder
-from radapter_serve.index.store.qdrant import Qdrant
-from radapter_serve.index.store.table import UNIT
+from radapter_serve.index.folder import Folder
+from radapter_serve.index.qdrant import Collection, Qdrant
+from radapter_serve.index.table import UNIT, Hit, Table
 from radapter_serve.release.release import Release
 
 LINK = "at"  # the one fact in the index.json of a folder that links to a published index
@@ -35,11 +34,13 @@ class Index:
     Args:
         folder: of the index.
         generation: its name.
-        facts: what is known of it.
-        store: what holds it.
+        facts: of the generation.
+        store: holds it.
     """
 
-    def __init__(self, folder: Path, generation: str, facts: IndexFacts, store: Store) -> None:
+    def __init__(
+        self, folder: Path, generation: str, facts: IndexFacts, store: Table | Collection
+    ) -> None:
         self.folder = folder
         self.generation = generation
         self.facts = facts
@@ -49,7 +50,11 @@ class Index:
         return self.facts.count
 
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
-        """As in `Store`."""
+        """Columns of all images, `vector` among them, as record batches of Arrow's.
+
+        Raises:
+            RAdapterError: the index is in Qdrant, where it can only be searched.
+        """
         return self._store.rows(columns, batch)
 
     def search(
@@ -113,14 +118,14 @@ class Index:
         """
         for id in ids:
             check_length(id, what="name of an image")
-        found = self._store.embeddings(list(dict.fromkeys(ids)))
+        vectors = self._store.embeddings(list(dict.fromkeys(ids)))
         for id in ids:
-            if id not in found:
+            if id not in vectors:
                 name = as_text(self.folder.name)
                 raise invalid(f"the index {name!r} has no image {id!r:.200}")
-            if not abs(np.linalg.norm(found[id]) - 1) < UNIT:
+            if not abs(np.linalg.norm(vectors[id]) - 1) < UNIT:
                 raise self._damaged(f"has no unit length for {id!r:.200}")
-        return [found[id] for id in ids]
+        return [vectors[id] for id in ids]
 
     def _damaged(self, why: str) -> TaskError:
         name = as_text(self.folder.name)
@@ -162,13 +167,13 @@ def releases_of(indexes: Path) -> dict[str, MadeBy]:
     """The releases that made the indexes of a folder, by the names of these; what can't be read is
     left out.
     """
-    found = {}
+    releases = {}
     for path in sorted(indexes.glob(f"*/{FACTS}")):
         name = as_text(path.parent.name)
         with contextlib.suppress(RAdapterError):  # a broken one is refused when it is asked for
             if name[0] != ".":
-                found[name] = read_facts(path.parent).plan.release
-    return found
+                releases[name] = read_facts(path.parent).plan.release
+    return releases
 
 
 def outdated(indexes: Path, release: Release) -> dict[str, bool]:
@@ -182,7 +187,7 @@ def outdated(indexes: Path, release: Release) -> dict[str, bool]:
     return {name: not made.is_of(release) for name, made in releases_of(indexes).items()}
 
 
-def place_of(folder: Path) -> Place:
+def place_of(folder: Path) -> Folder | Qdrant:
     """Where the index of a folder is."""
     url = link_of(folder)
     return Qdrant(url) if url else Folder(folder)

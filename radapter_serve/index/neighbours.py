@@ -1,10 +1,11 @@
-"""Which vectors of a big index are nearest: FAISS names candidates by short codes in memory, and
-the vectors themselves, which are mapped, sort them.
+"""Nearest vectors of a big index: FAISS names candidates by short codes in memory, and the vectors
+themselves, which are mapped, sort them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,53 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path
+from radapter_serve.index.conditions import Met
 from radapter_serve.index.facts import NearestFacts
-from radapter_serve.index.mapped import Positions
-from radapter_serve.index.met import Met
 from radapter_serve.threads import total
 
-KIND = "IVF-PQ"
 CODES = "codes.faiss"
+Positions = NDArray[np.int64]
 _MOST_CELLS = 65_536
 _SAMPLE = 32  # vectors that a cell's centre is computed from
 _ROUNDS = 10  # of k-means; more change little
-_CANDIDATES = 8  # for each hit at least
-# The power of the number of hits, in tens, by which a search for more takes more: ten hits among a
-# tenth of all vectors lie as far away as a hundred among all.
-_MORE = 0.3
-_SEEN = 25  # vectors for a hit, of those that may be found, that the cells hold at least
-_FACTOR = 4  # how much more is searched where it was too little
+_CANDIDATES = 8  # at least, for each hit
+_SEEN = 25  # vectors in the cells that are searched, at least, for each hit
+# Exponent by which a search for more hits looks deeper. Ten hits among a tenth of all vectors lie
+# as far away as a hundred among all.
+_DEPTH = 0.3
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
 _ROUNDING = 1e-5  # of a cosine in float32
 _BLOCK = 10_000  # vectors at a time
 
+RECALL = 0.985  # of the sample: others get somewhat less, and 0.975 is promised
+TOP_K = 10
+# Cells and candidates to try, the least first.
+EFFORTS = (
+    *((8, 100), (16, 100), (32, 200), (32, 400), (64, 400), (64, 700), (128, 700), (192, 700)),
+    *((256, 700), (256, 1500), (320, 1500), (384, 1500), (512, 2000), (1024, 4000)),
+    (4096, 10_000),
+)
+
+# Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
+_THINGS = (
+    "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a"
+    " snake, a monkey, a child, a baby, a man, a woman, a crowd, a wedding, a dancer, a runner, a"
+    " cyclist, a swimmer, a skier, a climber, a football match, a concert, a birthday party, a car,"
+    " a truck, a bus, a train, a bicycle, a motorcycle, a boat, an aeroplane, a tractor, a bridge,"
+    " a road, a street at night, a house, a church, a castle, a skyscraper, a kitchen, a bedroom, a"
+    " bathroom, an office, a shop, a restaurant, a garden, a park, a beach, the sea, a river, a"
+    " lake, a waterfall, a mountain, a desert, a forest, a field, snow, rain, a sunset, the night"
+    " sky, clouds, a fire, a flower, a tree, grass, a leaf, a mushroom, fruit, an apple, a banana,"
+    " vegetables, bread, a cake, a pizza, soup, coffee, wine, a table, a chair, a bed, a lamp, a"
+    " book, a computer, a telephone, a clock, a camera, a guitar, a toy, a ball, a hat, shoes, a"
+    " red dress, glasses, a flag, a sign, a painting"
+)
+TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
+
 
 class Neighbours:
-    """The vectors of an index, to be searched; one thread a search, and any number of searches at
-    once.
+    """The vectors of an index and their codes, searched by one thread a query, any number of
+    queries at once.
 
     Args:
         folder: of the codes.
@@ -54,17 +78,25 @@ class Neighbours:
         except RuntimeError as error:
             raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
         count, dim = vectors.shape
-        if not _fits(self._index, self._faiss, count, dim):
+        fits = (
+            isinstance(self._index, self._faiss.IndexIVFPQFastScan)
+            and (self._index.ntotal, self._index.d) == (count, dim)
+            and self._index.metric_type == self._faiss.METRIC_INNER_PRODUCT
+            and self._index.invlists.compute_ntotal() == count
+        )
+        if not fits:
             raise RAdapterError(
                 f"{folder} does not hold the codes of {count} vectors of width {dim} that"
                 " index.json names"
             )
         self.cells = int(self._index.nlist)
+        # The cell of each vector.
         lists = self._index.invlists
-        self._in_cell = [
-            self._faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
-            for cell in range(self.cells)
-        ]
+        self._cell_of = np.zeros(count, np.int32)
+        for cell in range(self.cells):
+            ids = self._faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
+            self._cell_of[ids] = cell
+        self._sizes = np.bincount(self._cell_of, minlength=self.cells)
 
     def nearest(
         self,
@@ -74,102 +106,82 @@ class Neighbours:
         candidates: int,
         among: Met | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
-        """The nearest vectors and their cosines, best first, as `best` has them.
-
-        The ten nearest of a tenth of all vectors are among some hundred nearest of all: they lie in
-        more cells, and fewer others are named before them.
+        """Find the nearest vectors and their cosines, best first; more than `top_k` where rounding
+        does not tell them from the last.
 
         Args:
             query: float32 [D], unit length.
-            top_k: how many, 1 to the number of vectors that may be found.
-            nprobes: cells that are searched for ten; more are for more.
-            candidates: how many FAISS names for ten, which the vectors themselves sort.
-            among: the vectors that may be found, drawn as if by lot; None for all.
+            top_k: 1 to the number of vectors that may be found.
+            nprobes: cells that a search for ten among all vectors looks into.
+            candidates: vectors that FAISS names for ten.
+            among: the vectors that may be found; None for all.
         """
-        count = len(self.vectors) if among is None else among.count
-        share = count / len(self.vectors)
-        tens = max(1.0, top_k / 10)
-        wanted = round(candidates * (tens * share) ** _MORE)
-        wanted = min(count, max(wanted, _CANDIDATES * top_k))
-        seen = _SEEN * top_k * self.cells / count
-        probes = min(self.cells, round(max(nprobes * (tens / share) ** _MORE, seen)))
-        while True:
-            named, approximate = self._named(query, wanted, probes, among)
-            if len(named) < top_k and probes < self.cells:
-                probes = min(self.cells, _FACTOR * probes)
-                continue
-            scores = self._cosines(query, named)
-            near = _near(scores, top_k)
-            # Where a hit is the last that FAISS named, its equals may be left out.
-            tied = approximate[near].min() <= approximate.min()
-            if not tied or len(named) < wanted or wanted == count:
-                return _in_order(named[near], scores[near])
-            wanted = min(count, _FACTOR * wanted)
-
-    def nearest_of(
-        self,
-        query: NDArray[np.float32],
-        top_k: int,
-        nprobes: int,
-        candidates: int,
-        among: Met,
-    ) -> tuple[Positions, NDArray[np.float32]]:
-        """The nearest of some vectors and their cosines, best first, as `best` has them.
-
-        Where a condition takes away what is near the query, the rest may lie anywhere, also where
-        vectors are dense and codes tell them apart badly. There all cells are searched, for as many
-        candidates as it takes until, by the errors of the codes that are seen, none of the others
-        can be a hit.
-
-        Args:
-            query, top_k, nprobes, candidates: as in `nearest`.
-            among: the vectors that may be found, by whatever condition.
-        """
-        if self._as_if_by_lot(query, nprobes, among):
-            return self.nearest(query, top_k, nprobes, candidates, among)
-        wanted = max(candidates, _CANDIDATES * top_k)
-        while _FACTOR * wanted < among.count:
-            named, approximate = self._named(query, wanted, self.cells, among)
-            if len(named) < top_k:
-                break
-            scores = self._cosines(query, named)
-            errors = scores - approximate
-            reach = approximate.min() + errors.mean() + _DEVIATIONS * errors.std()
-            if reach < np.partition(scores, -top_k)[-top_k]:
-                near = _near(scores, top_k)
-                return _in_order(named[near], scores[near])
-            wanted *= _FACTOR
-        return self.best(query, among.positions, top_k)
-
-    def _as_if_by_lot(self, query: NDArray[np.float32], nprobes: int, among: Met) -> bool:
-        """Whether the cells nearest to a query hold as many of some vectors as all cells do, or
-        more; fewer by two deviations is hardly chance.
-        """
+        faiss = self._faiss
+        faiss.omp_set_num_threads(1)  # counts for the calling thread
         asked = np.ascontiguousarray(query[None], np.float32)
-        _, cells = self._index.quantizer.search(asked, min(self.cells, max(1, nprobes // 4)))
-        near = np.concatenate([self._in_cell[cell] for cell in cells[0].tolist()])
-        share = among.count / len(self.vectors)
-        expected = share * len(near)
-        there = among.count_of(near)
-        return bool(there >= expected - 2 * (expected * (1 - share)) ** 0.5)
+        total = len(self.vectors)
+        count = total if among is None else among.count
+        share = count / total
 
-    def best(
-        self, query: NDArray[np.float32], of: Positions, top_k: int
-    ) -> tuple[Positions, NDArray[np.float32]]:
-        """The best of some vectors by comparing each, best first.
+        # Search as many cells as hold `seen` of the vectors that may be found.
+        tens = max(top_k / 10, 1)
+        seen = nprobes / self.cells * count * (tens / share) ** _DEPTH
+        seen = max(seen, _SEEN * top_k)
+        correlated = False
+        selector = None
+        if among is None:
+            probes = min(self.cells, round(seen / count * self.cells))
+        else:
+            selector = faiss.IDSelectorBitmap(total, faiss.swig_ptr(among.bits))
+            _, order = self._index.quantizer.search(asked, self.cells)
+            rows = np.cumsum(self._sizes[order[0]])
+            met = np.cumsum(among.in_cells(self._cell_of, self.cells)[order[0]])
+            probes = min(self.cells, int(np.searchsorted(met, seen)) + 1)
+            # A condition may take away what is near the query. The rest may lie anywhere.
+            near = max(nprobes // 4, int(np.searchsorted(rows, _SEEN / share)))
+            near = min(near, self.cells - 1)
+            expected = share * rows[near]
+            deviation = (expected * (1 - share)) ** 0.5
+            correlated = bool(met[near] < expected - _DEVIATIONS * deviation)
+            if correlated:
+                probes = self.cells
+        options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
 
-        There may be more than `top_k`: all that rounding lets no one tell from the last.
+        wanted = min(count, max(round(candidates * (tens * share) ** _DEPTH), _CANDIDATES * top_k))
+        while True:
+            codes, named = self._index.search(asked, wanted, params=options)
+            there = (named[0] >= 0) & (named[0] < total)
+            positions = named[0][there]
+            approximate = codes[0][there]
+            scores = self.cosines(query, positions)
+            best = near_best(scores, top_k)
+            if len(positions) < wanted or wanted == count:
+                break
+            lowest = approximate.min()
+            if correlated:
+                # By the errors of the codes that are seen, no other vector can be a hit.
+                errors = scores - approximate
+                if lowest + errors.mean() + _DEVIATIONS * errors.std() < scores[best].min():
+                    break
+                if 4 * wanted >= count and among is not None:
+                    positions = among.positions
+                    scores = self.cosines(query, positions)
+                    best = near_best(scores, top_k)
+                    break
+            elif lowest < approximate[best].min():  # else equals of the last hit may be missing
+                break
+            wanted = min(count, 4 * wanted)
+        order = np.argsort(-scores[best], kind="stable")
+        return positions[best][order], scores[best][order]
+
+    def cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
+        """Compute cosines with some vectors by FAISS's own sums, which read the mapped vectors
+        where they lie.
         """
-        scores = self._cosines(query, of)
-        near = _near(scores, top_k)
-        return _in_order(of[near], scores[near])
-
-    def _cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
-        """By FAISS's own sums, which read the mapped vectors where they lie."""
         scores = np.empty(len(of), np.float32)
         places = np.ascontiguousarray(of, np.int64)
         asked = np.ascontiguousarray(query, np.float32)
-        self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
+        self._faiss.omp_set_num_threads(1)  # counts for the calling thread
         self._faiss.fvec_inner_products_by_idx(
             self._faiss.swig_ptr(scores),
             self._faiss.swig_ptr(asked),
@@ -179,50 +191,24 @@ class Neighbours:
         )
         return scores
 
-    def _named(
-        self, query: NDArray[np.float32], wanted: int, probes: int, among: Met | None
-    ) -> tuple[Positions, NDArray[np.float32]]:
-        """What FAISS names, and the cosines by its codes."""
-        selector = None
-        if among is not None:
-            bits = self._faiss.swig_ptr(among.bits)  # which FAISS only points at
-            selector = self._faiss.IDSelectorBitmap(len(self.vectors), bits)
-        options = self._faiss.SearchParametersIVF(nprobe=probes, sel=selector)
-        self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
-        scores, named = self._index.search(
-            np.ascontiguousarray(query[None], np.float32), wanted, params=options
-        )
-        there = (named[0] >= 0) & (named[0] < len(self.vectors))
-        return named[0][there], scores[0][there]
 
-
-def _near(scores: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
-    """Which scores are among the best, or may be by rounding."""
+def near_best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
+    """Mark the scores that are among the best, or may be by rounding."""
     if len(scores) <= top_k:
         return np.ones(len(scores), bool)
     return np.asarray(~(scores < np.partition(scores, -top_k)[-top_k] - _ROUNDING))
 
 
-def _in_order(of: Positions, scores: NDArray[np.float32]) -> tuple[Positions, NDArray[np.float32]]:
-    order = np.argsort(-scores, kind="stable")
-    return of[order], scores[order]
-
-
 def write_neighbours(
-    folder: Path,
-    vectors: NDArray[np.float32],
-    before: Path | None = None,
-    said: NearestFacts | None = None,
+    folder: Path, vectors: NDArray[np.float32], cells_of: tuple[Path, NearestFacts] | None = None
 ) -> NearestFacts:
-    """Write the codes, and say of them what `index.json` has to, but for the effort that a search
-    takes.
+    """Write the codes of vectors, float32 [N, D], and return their facts without the effort that a
+    search takes.
 
     Args:
-        folder: that is there.
-        vectors: float32 [N, D], mapped.
-        before: a folder of the codes of much the same vectors, whose cells are kept; None makes new
-            ones.
-        said: what `index.json` says of those.
+        folder: an existing one.
+        vectors: mapped, unit length.
+        cells_of: codes of much the same vectors, whose cells are kept, with their facts.
 
     Raises:
         RAdapterError: the disk refuses.
@@ -230,15 +216,27 @@ def write_neighbours(
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
+    count, dim = vectors.shape
     try:
-        if before is not None and said is not None:
-            index = faiss.read_index(str(before / CODES))
+        if cells_of is not None:
+            index = faiss.read_index(str(cells_of[0] / CODES))
             index.reset()
-            trained_on = said.trained_on
+            trained_on = cells_of[1].trained_on
         else:
-            index = _trained(faiss, vectors)
-            trained_on = len(vectors)
-        for start in range(0, len(vectors), _BLOCK):
+            cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
+            parts = dim // 2 if dim % 2 == 0 else dim
+            index = faiss.index_factory(
+                dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT
+            )
+            index.cp.niter = _ROUNDS
+            index.cp.min_points_per_centroid = 1
+            index.cp.max_points_per_centroid = _SAMPLE
+            index.pq.cp.min_points_per_centroid = 1
+            size = min(count, max(_SAMPLE * cells, 16_384))
+            sample = np.random.default_rng(0).choice(count, size, replace=False)
+            index.train(vectors[np.sort(sample)])
+            trained_on = count
+        for start in range(0, count, _BLOCK):
             index.add(np.ascontiguousarray(vectors[start : start + _BLOCK]))
         faiss.write_index(index, str(folder / CODES))
     except RuntimeError as error:  # FAISS's own
@@ -248,25 +246,52 @@ def write_neighbours(
     return NearestFacts(int(index.nlist), trained_on)
 
 
-def _trained(faiss: Any, vectors: NDArray[np.float32]) -> Any:
-    """An empty index whose cells and codes suit these vectors."""
-    count, dim = vectors.shape
-    cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
-    parts = dim // 2 if dim % 2 == 0 else dim
-    index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
-    index.cp.niter = _ROUNDS
-    index.cp.min_points_per_centroid = 1
-    index.cp.max_points_per_centroid = _SAMPLE
-    index.pq.cp.min_points_per_centroid = 1
-    chosen = np.random.default_rng(0).choice(
-        count, min(count, max(_SAMPLE * cells, 16_384)), replace=False
-    )
-    index.train(vectors[np.sort(chosen)])
-    return index
+def tune(
+    neighbours: Any,
+    texts: NDArray[np.float32],
+    queries: int = 100,
+    efforts: Sequence[tuple[int, int]] = EFFORTS,
+    block: int = _BLOCK,
+) -> tuple[int, int, float]:
+    """Find the least effort with the recall@10 `RECALL`, on images of the index and on texts,
+    whichever is worse: cells, candidates, and its recall.
+
+    A hit counts if its cosine reaches that of the tenth nearest of all vectors, so it does not
+    matter which of equal images is found.
+
+    Args:
+        neighbours: of all images.
+        texts: embeddings of TEXTS, float32 [N, D].
+        queries: number of images to ask for; they don't count as their own answers.
+        efforts: cells and candidates to try, the least first.
+        block: number of vectors that are compared with the queries at once.
+    """
+    vectors = neighbours.vectors
+    chosen = np.random.default_rng(0).choice(len(vectors), queries, replace=False)
+    asked = np.concatenate([vectors[np.sort(chosen)], texts])
+    own = np.repeat([1, 0], [queries, len(texts)])  # an image's first hit is itself
+
+    # The cosine of the tenth nearest of each query, by comparing all vectors.
+    nearest = np.zeros((len(asked), 0), np.float32)
+    for start in range(0, len(vectors), block):
+        scores = asked @ vectors[start : start + block].T
+        nearest = -np.sort(-np.concatenate([nearest, scores], axis=1), axis=1)[:, : TOP_K + 1]
+    tenth = np.where(own == 1, nearest[:, TOP_K], nearest[:, TOP_K - 1]) - _ROUNDING
+
+    for nprobes, candidates in efforts:
+        hits = np.zeros(len(asked))
+        for row, vector in enumerate(asked):
+            _, scores = neighbours.nearest(vector, TOP_K + int(own[row]), nprobes, candidates)
+            best = scores[own[row] : own[row] + TOP_K]
+            hits[row] = (best >= tenth[row]).sum() / TOP_K
+        recall = min(float(hits[own == kind].mean()) for kind in (0, 1))
+        if recall >= RECALL:
+            break
+    return nprobes, candidates, recall
 
 
 def load_faiss() -> Any:
-    """FAISS, which only indexes of many images need.
+    """Import FAISS, which only indexes of many images need.
 
     Raises:
         RAdapterError: it is not installed.
@@ -275,12 +300,3 @@ def load_faiss() -> Any:
     import faiss
 
     return faiss
-
-
-def _fits(index: Any, faiss: Any, count: int, dim: int) -> bool:
-    """Whether codes are of vectors of that shape."""
-    return (
-        isinstance(index, faiss.IndexIVFPQFastScan)
-        and (index.ntotal, index.d, index.metric_type) == (count, dim, faiss.METRIC_INNER_PRODUCT)
-        and index.invlists.compute_ntotal() == count
-    )

@@ -16,21 +16,20 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name
 from radapter_serve.index.facts import FACTS, index_names
 from radapter_serve.index.index import Index, link_of, open_index, place_of
-from radapter_serve.index.met import prepare
 
-POLL = 5.0  # seconds between two questions to a storage for the generation that counts
+POLL = 5.0  # seconds between two questions to Qdrant for the current generation
 OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
 TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 
 
 @dataclass
 class _Opened:
-    """What became of opening an index.
+    """The result of opening an index.
 
     Args:
-        pointer: what the folder's `index.json` said.
-        index: the index, or None where it can't be opened.
-        asked: when it was opened, or the storage was asked last, in seconds.
+        pointer: the text of the folder's `index.json`.
+        index: the index, or None if it can't be opened.
+        asked: time at which it was opened, or Qdrant was asked last, in seconds.
     """
 
     pointer: bytes
@@ -39,10 +38,9 @@ class _Opened:
 
 
 class OpenIndexes:
-    """The indexes of a folder: one that appears there is found, one that is replaced is opened
-    again.
+    """The indexes of a folder. A new one is found, and a replaced one is opened again.
 
-    A generation never changes, so what a caller holds stays whole. `index.json`, which names the
+    A generation never changes, so a caller's index stays whole. `index.json`, which names the
     generation, is read once a call.
 
     Args:
@@ -58,28 +56,27 @@ class OpenIndexes:
         self._lock = threading.Lock()
 
     def open_all(self, seconds: float = OPENING) -> None:
-        """Open every index of the folder, so that no caller waits for it; one that is broken is
-        said in the log and tried again when it is asked for.
+        """Open every index of the folder, so that no caller waits for it. A broken one is named in
+        the log, and tried again when a caller asks for it.
 
         Args:
-            seconds: after which those that are not open yet, such as on a storage that does not
-                answer, are left to a thread of their own.
+            seconds: time after which those that are not open yet, such as in a Qdrant that does not
+                answer, are left to threads in the background.
         """
+
+        def open_one(name: str) -> None:
+            with contextlib.suppress(TaskError):
+                self.get(name)
+
         threads = [
-            threading.Thread(target=self._open, args=(name,), daemon=True)
+            threading.Thread(target=open_one, args=(name,), daemon=True)
             for name in index_names(self._folder)
         ]
         for thread in threads:
             thread.start()
-        if threads:
-            prepare()
         end = time.monotonic() + seconds
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-
-    def _open(self, name: str) -> None:
-        with contextlib.suppress(TaskError):
-            self.get(name)
 
     def get(self, name: str) -> Index:
         """The index of that name as it is now.
@@ -87,40 +84,38 @@ class OpenIndexes:
         Raises:
             TaskError: no such index, or one that can't be opened.
         """
+        names = there_are(index_names(self._folder), "radapter-index build makes them")
         if not is_name(name):
-            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{self._names()}")
-        found = self._find(name)
-        if found is None:
+            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{names}")
+        for spelling in spellings(name):
+            folder = self._folder / as_name(spelling)
+            with contextlib.suppress(OSError):
+                pointer = (folder / FACTS).read_bytes()
+                break
+        else:
             self._known.pop(name, None)
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{self._names()}")
+            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
         with self._lock:
-            own = self._locks.setdefault(name, threading.Lock())
-        with own:  # opening a big index takes seconds, for which requests to others should not wait
-            index = self._opened(name, *found)
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:  # requests to other indexes don't wait while this one is opened
+            index = self._opened(name, folder, pointer)
         if index is None:
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"
             )
         return index
 
-    def _find(self, name: str) -> tuple[Path, bytes] | None:
-        """The folder of an index, and what its `index.json` says; None where there is none."""
-        for spelling in spellings(name):
-            folder = self._folder / as_name(spelling)
-            with contextlib.suppress(OSError):
-                return folder, (folder / FACTS).read_bytes()
-        return None
-
     def _opened(self, name: str, folder: Path, pointer: bytes) -> Index | None:
         known = self._known.get(name)
-        same = known is not None and known.pointer == pointer
-        if known is not None and same and not self._is_outdated(known, folder):
+        if known is not None and known.pointer != pointer:
+            known = None
+        if known is not None and not self._is_outdated(known, folder):
             return known.index
-        index = known.index if known is not None and same else None
+        index = known.index if known is not None else None
         try:
             index = open_index(folder)
         except RAdapterError as error:
-            # If the index that a link names now is broken, the one that it named before stays open.
+            # If what a link names now is broken, what it named before stays open.
             print(error, file=sys.stderr)
         self._known[name] = _Opened(pointer, index, self._clock())
         return index
@@ -133,11 +128,8 @@ class OpenIndexes:
             return False
         try:
             generation, _ = place_of(folder).current()
-        except RAdapterError:  # who can't ask goes on with what there is
+        except RAdapterError:  # while Qdrant does not answer, the index stays open
             return False
         finally:
-            known.asked = self._clock()  # after the answer, which may take longer than that
+            known.asked = self._clock()  # after the answer, which may take longer than POLL
         return generation != known.index.generation
-
-    def _names(self) -> str:
-        return there_are(index_names(self._folder), "radapter-index build makes them")

@@ -1,30 +1,46 @@
-"""Putting an index into Qdrant, and a folder that links to it."""
+"""Publishing an index into a running Qdrant, next to the one that is searched there, then in its
+place; and a folder that links to it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.index.index import link_of, open_index, read_facts, write_link
-from radapter_serve.index.store.qdrant import Qdrant
+from qdrant_client import models
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.filters import OWN, key_of, kind_of
+from radapter_serve.index.folder import GENERATION
+from radapter_serve.index.index import Index, link_of, open_index, read_facts, write_link
+from radapter_serve.index.qdrant import FACTS_KEY, Qdrant, is_collection_of, qdrant_errors
+from radapter_serve.index.table import THUMBNAIL, VECTOR, plain, vectors_of
 from radapter_serve.lock import lock
+
+_BATCH = 64  # points of a request, of which Qdrant takes 32 MB
+_TIMEOUT = 120  # seconds for a batch, and to begin an index of a column
+SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}
 
 
 def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
-    """Put an index into Qdrant, in the place of the one there; readers see one
-    or the other.
+    """Put an index into Qdrant, in place of the one there; readers see one or the other.
 
     Args:
         folder: of the index.
         url: `qdrant://HOST:PORT/COLLECTION`.
-        progress: called after every batch that Qdrant has, with the images that are there and all.
+        progress: called after every batch, with the images that are there and all.
 
     Returns:
-        False where it is there already.
+        False if it is there already.
 
     Raises:
-        RAdapterError: there is no index, it can't be searched, or the storage refuses.
+        RAdapterError: there is no index, it can't be searched, Qdrant refuses, something else has
+            that name there, or a column's name can't be one there.
     """
     place = Qdrant(url)
     if link_of(folder):
@@ -32,12 +48,91 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
             f"{folder} links to a published index; publish the index that it was made of"
         )
     read_facts(folder)  # locking would make the folder
-    with lock(folder, "radapter-index"):
-        index = open_index(folder, complete=True)  # whole, or refused
-        check_installed("qdrant_client", "qdrant")
-        from radapter_serve.index.upload import upload  # here: it needs Qdrant's client
+    with lock(folder, "radapter-index"), qdrant_errors(url):
+        index = open_index(folder, complete=True)
+        odd = next((name for name in index.facts.columns if '"' in name or "\\" in name), None)
+        if odd is not None:
+            raise RAdapterError(
+                f'the index {folder} has a column {odd!r}; Qdrant takes no " and \\ in a name'
+            )
+        client = place.client(_TIMEOUT)
 
-        return upload(index, place, progress)
+        # Find the current collection. The name may be of something else.
+        aliases = {alias.alias_name: alias for alias in client.get_aliases().aliases}
+        before = aliases[place.name].collection_name if place.name in aliases else None
+        if before is None:
+            foreign = client.collection_exists(place.name)
+        else:
+            foreign = not is_collection_of(place.name, before)
+        if foreign:
+            raise RAdapterError(
+                f"{url} is a collection that radapter-index did not make; give another name, or"
+                " delete it there"
+            )
+        fresh = f"{place.name}-{index.generation}"
+        if before == fresh and client.count(fresh, exact=True).count == len(index):
+            return False
+
+        # Fill a new collection.
+        if client.collection_exists(fresh):  # a stopped publication left it
+            client.delete_collection(fresh)
+        facts = dataclasses.replace(index.facts, nearest=None, files={})
+        client.create_collection(
+            fresh,
+            vectors_config=models.VectorParams(
+                size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
+            ),
+            on_disk_payload=True,
+            metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: fresh})},
+        )
+        for column, arrow in (OWN | facts.plan.column_types).items():
+            kind = kind_of(arrow)
+            if kind is not None:
+                schema: Any = SCHEMAS[kind]
+                client.create_payload_index(fresh, key_of(column), field_schema=schema, wait=True)
+        done = 0
+        for batch in points_of(index):
+            client.upsert(fresh, models.Batch(**batch), wait=True)
+            done += len(batch["ids"])
+            if progress is not None:
+                progress(done, len(index))
+        count = client.count(fresh, exact=True).count
+        if count != len(index):
+            raise RAdapterError(
+                f"{url} has {count:,} of {len(index):,} images after all were put there;"
+                " publish again"
+            )
+
+        # Switch the alias. Only the new collection and the one before it stay.
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=fresh, alias_name=place.name)
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=place.name))
+        client.update_collection_aliases([create] if before is None else [delete, create])
+        for collection in client.get_collections().collections:
+            name = collection.name
+            if is_collection_of(place.name, name) and name not in (before, fresh):
+                client.delete_collection(name)
+    return True
+
+
+def points_of(index: Index) -> Iterator[dict[str, Any]]:
+    """The rows of the table as Qdrant's points, with their numbers as ids, batch by batch."""
+    numbers = itertools.count()
+    columns = [*index.facts.columns, THUMBNAIL]
+    for batch in index.rows([*columns, VECTOR], _BATCH):
+        for start in range(0, len(batch), _BATCH):
+            part = batch.slice(start, _BATCH)
+            payloads = []
+            for row in part.select(columns).to_pylist():
+                thumbnail = base64.b64encode(row.pop(THUMBNAIL) or b"").decode()
+                payload = {name: plain(value) for name, value in row.items()}
+                payloads.append({**payload, THUMBNAIL: thumbnail})
+            yield {
+                "ids": list(itertools.islice(numbers, len(payloads))),
+                "vectors": vectors_of(part[VECTOR]).tolist(),
+                "payloads": payloads,
+            }
 
 
 def link(url: str, out: Path) -> None:

@@ -18,8 +18,6 @@ from radapter_serve.contract.preprocess import oriented
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.files import digest_of
 
-_ORIENTATION = ExifTags.Base.Orientation
-
 
 @dataclass(frozen=True)
 class Read:
@@ -28,11 +26,11 @@ class Read:
 
     Args:
         digest: of its bytes.
-        prepared: what the encoder takes, uint8 [S, S, 3].
+        prepared: pixels for the encoder, uint8 [S, S, 3].
         details: width, height and thumbnail.
-        kept: whether its bytes are those that the index has.
+        kept: whether the index has the same bytes.
         error: why it can't be indexed.
-        vector: its embedding, where it is known, float32 [D].
+        vector: its embedding if it is known, float32 [D].
     """
 
     digest: str = ""
@@ -44,14 +42,13 @@ class Read:
 
 
 def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
-    """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
+    """Read a file, and prepare it if its bytes are not those that the index has. Thread-safe.
 
     Args:
-        id: what the index calls it.
-        file: where it lies.
-        before: digest of the bytes that the index has; empty where it has none, or needs them
-            again.
-        loaded: the release, which prepares it.
+        id: the image's name in the index.
+        file: its place.
+        before: digest of the bytes that the index has; empty if it has none, or needs them again.
+        loaded: the release that embeds.
         thumbnails: longest side, in px; 0 for none.
     """
     try:
@@ -60,11 +57,8 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
         digest = digest_of(data)
         if before == digest:
             return Read(digest, kept=True)
-        return Read(
-            digest,
-            loaded.pixels(data),
-            describe_image(data, thumbnails, loaded.preprocess.exif_orientation),
-        )
+        turned = loaded.preprocess.exif_orientation
+        return Read(digest, loaded.pixels(data), describe_image(data, thumbnails, turned))
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")
     except OSError as error:
@@ -74,23 +68,23 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
 
 
 def describe_image(data: bytes, size: int, turned: bool) -> dict[str, Any]:
-    """Width and height of the image as it was embedded, and an upright thumbnail.
+    """Width and height of an image file as it was embedded, and an upright thumbnail.
 
     Args:
         data: the file's bytes.
         size: longest side of the thumbnail, in px; 0 for none.
         turned: whether the image was turned by its EXIF orientation before it was embedded.
     """
-    found: dict[str, Any] = {}
-    # The file was decoded once already; where this fails, an index does without.
+    details: dict[str, Any] = {}
+    # The file was decoded before; if this fails, an index does without.
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
-        sideways = turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        found["width"], found["height"] = image.size[::-1] if sideways else image.size
+        sideways = turned and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        details["width"], details["height"] = image.size[::-1] if sideways else image.size
         if size:
             image.draft("RGB", (size, size))
             small = oriented(image).convert("RGB")
             small.thumbnail((size, size))
             out = io.BytesIO()
             small.save(out, "JPEG", quality=80)
-            found["thumbnail"] = out.getvalue()
-    return found
+            details["thumbnail"] = out.getvalue()
+    return details

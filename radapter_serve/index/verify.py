@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index.collection import open_collection
+from radapter_serve.index.collection import Progress, open_collection
 from radapter_serve.index.index import open_index
-from radapter_serve.index.store import vectors_of
-from radapter_serve.index.store.local import table_errors
-from radapter_serve.index.writer import BATCH, Progress, read_broken
+from radapter_serve.index.table import UNIT, vectors_of
+from radapter_serve.index.writer import BATCH, read_broken
 from radapter_serve.threads import decoders
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verification:
-    """How an index and its files differ.
+    """Differences between an index and its files, as ids of images.
 
     Attributes:
-        missing: ids of images whose files are gone.
-        changed: ids of images whose files have other bytes now.
-        new: ids of images that the index does not have yet.
-        damaged: ids of images whose embedding has not unit length.
         alpha: the α that the images were embedded at.
+        missing: files that are gone.
+        changed: files that have other bytes now.
+        new: files that the index does not have yet.
+        damaged: embeddings without unit length.
     """
 
-    missing: list[str]
-    changed: list[str]
-    new: list[str]
-    damaged: list[str]
     alpha: float
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -45,7 +44,7 @@ class Verification:
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     """Compare an index with its digests and with the images: every file is read, and no image is
-    embedded.
+    embedded. Of an index of embeddings, its own files are compared alone.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
@@ -53,42 +52,37 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     index = open_index(out, complete=True)
     plan = index.facts.plan
     root = Path(plan.root)
+    result = Verification(plan.release.alpha)
     known: set[str] = set()
-    missing = []
-    changed = []
-    damaged = []
-    new = []
-    with table_errors(out, plan), ThreadPoolExecutor(decoders(8)) as pool:
+
+    def digest(id: str) -> str | None:
+        with contextlib.suppress(OSError):
+            return digest_of(root / id)
+        return None
+
+    with ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.rows(["path", "digest", "vector"], BATCH):
             ids = batch["path"].to_pylist()
-            digests = batch["digest"].to_pylist()
-            for id, digest, now in zip(
-                ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True
-            ):
-                if now is None:
-                    missing.append(id)
-                elif now != digest:
-                    changed.append(id)
             lengths = np.linalg.norm(vectors_of(batch["vector"]), axis=1)
-            damaged += [
-                id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < 1e-3
+            result.damaged += [
+                id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < UNIT
             ]
+            if not plan.rows:
+                digests = batch["digest"].to_pylist()
+                for id, before, now in zip(ids, digests, pool.map(digest, ids), strict=True):
+                    if now is None:
+                        result.missing.append(id)
+                    elif now != before:
+                        result.changed.append(id)
             known.update(ids)
             if progress is not None:
                 progress(len(known), len(index))
-    broken = set(read_broken(out))
-    with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
-        collection = open_collection(plan.source, image_column=plan.image_column, root=root)
-        new = [
-            item.id for item in collection.items if item.id not in known and item.id not in broken
-        ]
-    return Verification(
-        sorted(missing), sorted(changed), sorted(new), sorted(damaged), plan.release.alpha
-    )
 
-
-def _file_digest(file: Path) -> str | None:
-    try:
-        return digest_of(file)
-    except OSError:
-        return None
+    if not plan.rows:
+        known.update(read_broken(out))
+        with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
+            collection = open_collection(plan.source, image_column=plan.image_column, root=root)
+            result.new = [item.id for item in collection.items if item.id not in known]
+    for ids in (result.missing, result.changed, result.new, result.damaged):
+        ids.sort()
+    return result

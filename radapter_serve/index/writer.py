@@ -1,5 +1,7 @@
-"""Writing an index's table: images that are not in it yet are read, embedded and appended, batch by
-batch.
+"""Writing the next generation of an index.
+
+A build appends a Parquet file a batch to a hidden folder next to the index. A stopped build goes on
+from these files; at the end they become the files of a new generation.
 """
 
 from __future__ import annotations
@@ -7,40 +9,62 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
+from radapter_serve.index import facts as known_facts
 from radapter_serve.index.cluster import Cluster
-from radapter_serve.index.collection import Collection, Item
-from radapter_serve.index.facts import IndexFacts, NearestFacts, OnBroken, Plan, build_command
-from radapter_serve.index.integrity import DamagedFileError, check_files, files_of
-from radapter_serve.index.mapped import FOLDER as SEARCHED
-from radapter_serve.index.mapped import Mapped, described, write_mapped
-from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
+from radapter_serve.index.collection import Collection, Item, Progress
+from radapter_serve.index.facts import (
+    IndexFacts,
+    NearestFacts,
+    OnBroken,
+    Plan,
+    build_command,
+)
+from radapter_serve.index.folder import (
+    DamagedFileError,
+    Folder,
+    check_files,
+    describe_files,
+    install,
+    write_text,
+)
+from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
 from radapter_serve.index.reading import Read, read
-from radapter_serve.index.recall import TEXTS, tune
-from radapter_serve.index.store import EXACT, TABLE, vectors_of
-from radapter_serve.index.store.local import table_errors
+from radapter_serve.index.table import (
+    EXACT,
+    THUMBNAIL,
+    VECTOR,
+    VECTORS,
+    Table,
+    vector_column,
+    vectors_of,
+    write_table,
+)
+from radapter_serve.lock import lock
 from radapter_serve.threads import decoders
 
-BATCH = 256  # images that are embedded, then written; what a killed build loses at most
+BATCH = 256  # images that are embedded, then written; a killed build loses at most these
 BROKEN = "broken.txt"
-# Less makes LanceDB warn of readers, which there are none of.
-_AT_ONCE = datetime.timedelta(milliseconds=1)
-
-Progress = Callable[[int, int], None]  # images done, of how many
+KEEP = datetime.timedelta(hours=1)  # time that servers may read a replaced generation
+_PLAN = "building.json"  # in the folder of an unfinished build
+_ROWS = 4096  # rows that are copied at once
+_BASE = -1
 
 
 @dataclass
@@ -74,41 +98,157 @@ class Summary:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images a writer takes at once, and how many make an index a big one.
-
-    Args:
-        batch: images that are embedded, then written.
-        exact: a search of up to so many compares every embedding; of more, FAISS names candidates.
-    """
+    """Numbers of images: embedded and written at once, and up to which a search needs no FAISS."""
 
     batch: int = BATCH
     exact: int = EXACT
 
 
-@dataclass(frozen=True)
-class Base:
-    """The generation that a new one begins as a copy of.
+def read_broken(folder: Path) -> list[str]:
+    """The ids of the images that could not be read when the index was written."""
+    with contextlib.suppress(OSError):
+        text = (folder / BROKEN).read_text(encoding="utf-8", errors="backslashreplace")
+        return [line.partition("\t")[0] for line in text.splitlines()]
+    return []
 
-    Attributes:
-        folder: of that generation.
-        facts: what is known of it.
-    """
+
+@dataclass(frozen=True)
+class _Base:
+    """The current generation of an index, whose rows stay."""
 
     folder: Path
     facts: IndexFacts
+    table: Table
+
+    @classmethod
+    def open(cls, out: Path) -> _Base:
+        """Open the generation, and compare its rows and vectors with their digests."""
+        generation, facts = Folder(out).current()
+        folder = out / generation
+        try:
+            rows = {name: known for name, known in facts.files.items() if name != CODES}
+            check_files(folder, rows, complete=True)
+            table = Table(out.name, folder, dataclasses.replace(facts, nearest=None))
+        except (DamagedFileError, RAdapterError) as error:
+            again = f"{build_command(out, facts.plan)} --no-resume"
+            raise RAdapterError(
+                f"the index {out} can't be used: {error}; build it again: {again}"
+            ) from None
+        return cls(folder, facts, table)
+
+    def has_codes(self) -> bool:
+        """Whether the codes are as they were written, if there are any."""
+        codes = {name: known for name, known in self.facts.files.items() if name == CODES}
+        with contextlib.suppress(DamagedFileError):
+            check_files(self.folder, codes, complete=True)
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def writing(
+    out: Path,
+    plan: Plan,
+    loaded: LoadedRelease,
+    schema: pa.Schema,
+    sizes: Sizes,
+    *,
+    resume: bool = True,
+    extend: bool = False,
+) -> Iterator[Writer]:
+    """Write the next generation of an index; one writer at a time.
+
+    It begins with the rows of the current generation if that has the same plan, and with those that
+    a stopped command embedded. What is embedded stays if the work fails.
+
+    Args:
+        out: folder of the index.
+        plan, loaded, schema, sizes: as of `Writer`.
+        resume: False begins with nothing.
+        extend: whether a damaged generation is refused; else it is replaced.
+
+    Raises:
+        RAdapterError: another command writes the index, a stopped one had another plan, or the
+            index is damaged.
+    """
+    folder = out.with_name(f".{out.name}.building")
+    with disk_errors(out), lock(folder, "radapter-index"):
+        try:
+            with disk_errors(out):
+                base = None
+                if resume and not plan.rows:
+                    try:
+                        base = _Base.open(out)
+                    except RAdapterError:
+                        if extend:
+                            raise
+                if base is not None and base.facts.plan.differences(plan):
+                    base = None
+                if resume and _parts(folder):
+                    _check_stopped(folder, out, plan)
+                else:
+                    _clear(folder)
+                    write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
+                yield Writer(folder, plan, loaded, out, schema, base, sizes)
+                shutil.rmtree(folder)
+        except BaseException as error:
+            if not _parts(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            kept = "the embeddings so far are kept: give the same command again to continue"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from error
+            if isinstance(error, RAdapterError):
+                raise RAdapterError(f"{error}; {kept}") from error
+            raise
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_stopped(folder: Path, out: Path, plan: Plan) -> None:
+    """Refuse to go on with what was stopped if it makes another index."""
+    try:
+        stopped = known_facts.read(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise RAdapterError(
+            f"the stopped build of {out} can't be resumed; discard it with --no-resume"
+        ) from None
+    if other := stopped.differences(plan):
+        raise RAdapterError(
+            f"a build of {out} was stopped that had another {', '.join(other)}; finish it:"
+            f" {build_command(out, stopped)}, or discard it with --no-resume"
+        )
+
+
+class _Row(NamedTuple):
+    """A row that is there: the digest of its file, a hash of its metadata, and its place: the
+    number of a part, or -1 for the base, and the row in that.
+    """
+
+    digest: str
+    metadata: int
+    part: int
+    row: int
 
 
 class Writer:
-    """Writes the table of a generation, which no search sees before it is installed.
+    """Writes the next generation of an index, which no search sees before it is published.
 
     Args:
-        folder: of the generation.
+        folder: of the parts.
         plan: how the index is made.
         loaded: embeds the images.
-        out: folder of the index, for messages.
-        schema: of a table that is not there yet.
-        cluster: reads and embeds in the place of this process.
-        sizes: how many images are embedded at once, and up to how many need no FAISS.
+        out: folder of the index.
+        schema: of the rows if there are none yet.
+        base: the generation whose rows stay, or None.
+        sizes: of a batch, and of an index that needs no FAISS.
     """
 
     def __init__(
@@ -118,39 +258,42 @@ class Writer:
         loaded: LoadedRelease,
         out: Path,
         schema: pa.Schema,
-        cluster: Cluster | None = None,
-        sizes: Sizes = Sizes(),  # frozen
+        base: _Base | None,
+        sizes: Sizes,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._loaded = loaded
         self._out = out
-        self._cluster = cluster
+        self._base = base
         self._sizes = sizes
-        with table_errors(out, plan):
-            database = lancedb.connect(folder)
-            if (folder / f"{TABLE}.lance").is_dir():
-                self._table = database.open_table(TABLE)
-            else:
-                self._table = database.create_table(TABLE, schema=schema)
-            self._schema = self._table.schema
-            self._own = [
-                n for n in self._schema.names if n not in ("width", "height", "thumbnail", "vector")
-            ]
-            rows = self._table.search().select(self._own).to_batches()
-            # What is there, by id: its digest, and a hash of its metadata.
-            self.known = {
-                row["path"]: (row["digest"], self._hash(row))
-                for batch in rows
-                for row in batch.to_pylist()
-            }
-        self._digests = {digest for digest, _ in self.known.values()}
+        self._parts = _parts(folder)
+        self._vectors = lru_cache(8)(self._read_vectors)
+        if base is not None:
+            schema = base.table.schema.append(schema.field(VECTOR))
+        elif self._parts:
+            schema = self._read(0, None).schema
+        self._schema = schema
+        self._metadata = [
+            name for name in schema.names if name not in ("width", "height", THUMBNAIL, VECTOR)
+        ]
+
+        # The rows that are there, by id; of two rows of one image the later counts.
+        self.known: dict[str, _Row] = {}
+        self._by_digest: dict[str, _Row] = {}
+        if base is not None:
+            start = 0
+            for batch in base.table.rows(self._metadata, _ROWS):
+                self._note(batch.to_pylist(), _BASE, start)
+                start += len(batch)
+        for number in range(len(self._parts)):
+            self._note(self._read(number, self._metadata).to_pylist(), number, 0)
 
     def check_columns(self, collection: Collection) -> None:
-        """Refuse a table whose columns, or whose values, the index has no place for."""
+        """Refuse a table whose columns, or whose values, don't fit those of the index."""
         own = {
             name: self._schema.field(name).type
-            for name in self._own
+            for name in self._metadata
             if name not in ("path", "digest")
         }
         again = f"build the index again: {build_command(self._out, self._plan)}"
@@ -169,225 +312,219 @@ class Writer:
                 ) from None
 
     def write(
-        self, collection: Collection, on_broken: OnBroken, progress: Progress | None
+        self,
+        collection: Collection,
+        on_broken: OnBroken,
+        progress: Progress | None,
+        cluster: Cluster | None = None,
     ) -> Summary:
         """Embed and append what is not there yet."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
         done = 0
-        for found in self._batches(collection.items):
-            batch = list(zip(collection.items[done : done + len(found)], found, strict=True))
-            for item, image in batch:
+        for images in self._read_images(collection.items, cluster):
+            items = collection.items[done : done + len(images)]
+            fresh = []
+            for item, image in zip(items, images, strict=True):
+                if image.error and on_broken == "refuse":
+                    raise RAdapterError(
+                        f"{item.id!r} can't be indexed: {image.error}; repair it, or leave such"
+                        " images out: --on-broken skip"
+                    )
                 if image.error:
-                    _record_broken(item, image.error, summary, on_broken)
-            summary.kept += sum(image.kept for image in found)
-            with table_errors(self._out, self._plan):
-                self._append(
-                    [(item, image) for item, image in batch if not (image.error or image.kept)],
-                    summary,
-                )
-            done += len(found)
+                    summary.broken[item.id] = image.error
+                elif image.kept:
+                    summary.kept += 1
+                else:
+                    fresh.append((item, image))
+            if fresh:
+                summary.embedded += self._append(fresh)
+            done += len(images)
             if progress is not None:
                 progress(done, len(collection.items))
         return summary
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove images; returns how many were there."""
-        ids = sorted(self.known.keys() & set(ids))
-        with table_errors(self._out, self._plan):
-            for start in range(0, len(ids), self._sizes.batch):
-                names = ", ".join(map(_quoted, ids[start : start + self._sizes.batch]))
-                self._table.delete(f"path IN ({names})")
-        for id in ids:
+        there = self.known.keys() & set(ids)
+        for id in there:
             del self.known[id]
-        return len(ids)
+        return len(there)
 
-    def finish(self, summary: Summary, base: Base | None) -> IndexFacts:
-        """Complete the generation, and the summary; returns what is known of the index now.
+    def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
+        """Make the rows the current generation, and complete the summary.
 
         Args:
             summary: what was done.
-            base: what the generation began as a copy of; None where it began with nothing.
+            rows: all rows, `summary.count` of them; those that are known if None.
         """
-        digests = [digest for digest, _ in self.known.values()]
-        summary.count = len(digests)
-        summary.copies = len(digests) - len(set(digests))
-        lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
-        _write(self._folder / BROKEN, "".join(lines))
-        if base is not None and self._is_same(base):
+        if rows is None:
+            digests = {row.digest for row in self.known.values()}
+            summary.count = len(self.known)
+            summary.copies = len(self.known) - len(digests)
+            rows = self._rows()
+        if self._is_same(summary.count):
             summary.changed = False
-            facts = base.facts
+            assert self._base is not None
+            nearest = self._base.facts.nearest
         else:
-            facts = self._commit(base)
-        summary.recall = facts.nearest.recall if facts.nearest else None
-        return facts
-
-    def _commit(self, base: Base | None) -> IndexFacts:
-        """Make what a search reads, and describe the files as they stay."""
-        with table_errors(self._out, self._plan):
-            version = _compact(self._table)
-            files = files_of(self._folder / f"{TABLE}.lance", base.facts.files if base else {})
-            place = self._folder / SEARCHED
-            shutil.rmtree(place, ignore_errors=True)  # what a stopped build left there
+            place = self._folder / "new"
+            shutil.rmtree(place, ignore_errors=True)  # what a stopped command left there
             place.mkdir()
-            shape = len(self.known), self._plan.release.embed_dim
-            write_mapped(place, self._table.search().to_batches(), shape)
-            nearest = self._write_nearest(place, base)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return IndexFacts(
-            plan=self._plan,
-            count=len(self.known),
-            columns=[name for name in self._schema.names if name not in ("vector", "thumbnail")],
-            files=files,
-            searched=described(place),
-            nearest=nearest,
-            table_version=version,
-            created=base.facts.created if base else now,
-            changed=now,
-        )
+            write_table(place, rows, (summary.count, self._plan.release.embed_dim))
+            nearest = self._write_nearest(place, summary.count)
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            facts = IndexFacts(
+                plan=self._plan,
+                count=summary.count,
+                columns=[n for n in self._schema.names if n not in (VECTOR, THUMBNAIL)],
+                files=describe_files(place),
+                nearest=nearest,
+                created=self._base.facts.created if self._base else now,
+                changed=now,
+            )
+            install(place, self._out, facts, KEEP)
+        lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
+        write_text(self._out / BROKEN, "".join(lines))
+        summary.recall = nearest.recall if nearest else None
 
-    def _is_same(self, base: Base) -> bool:
-        """Whether nothing was written to the copy, and what a search needs is there."""
-        if self._table.version != base.facts.table_version:
+    def _is_same(self, count: int) -> bool:
+        """Whether the current generation has these rows, and what a search needs."""
+        if self._base is None or self._parts or count != self._base.facts.count:
             return False
-        if (base.facts.nearest is None) != (len(self.known) <= self._sizes.exact):
-            return False
-        with contextlib.suppress(DamagedFileError):
-            check_files(base.folder / SEARCHED, base.facts.searched, complete=True)
-            return True
-        return False
+        searched_by_codes = self._base.facts.nearest is not None
+        return searched_by_codes == (count > self._sizes.exact) and self._base.has_codes()
 
-    def _before(self, item: Item) -> str:
-        """The digest of an image that the index has with the same metadata; a folder says nothing
-        of metadata.
-        """
-        digest, metadata = self.known.get(item.id, ("", 0))
-        return digest if not item.row or metadata == self._hash(_row(item, digest)) else ""
+    def _write_nearest(self, place: Path, count: int) -> NearestFacts | None:
+        """Write the codes; None if there are too few images for them."""
+        if count <= self._sizes.exact:
+            return None
+        vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
+        base = self._base
+        before = base.facts.nearest if base else None
+        cells_of = None
+        # The vectors of a larger index have changed much.
+        if base and before and count <= 2 * before.trained_on and base.has_codes():
+            cells_of = (base.folder, before)
+        nearest = write_neighbours(place, vectors, cells_of)
+        texts = self._loaded.embed_texts(TEXTS)
+        nprobes, candidates, recall = tune(Neighbours(place, vectors), texts)
+        return dataclasses.replace(nearest, nprobes=nprobes, candidates=candidates, recall=recall)
 
-    def _batches(self, items: list[Item]) -> Iterator[list[Read]]:
-        """The files, read batch by batch, by threads of this process or by a cluster."""
-        turned = self._loaded.preprocess.exif_orientation
-        size = self._plan.thumbnails
+    def _rows(self) -> Iterator[pa.RecordBatch]:
+        """All rows that are known, in the order in which they were written."""
+        kept: dict[int, list[int]] = {}
+        for row in self.known.values():
+            kept.setdefault(row.part, []).append(row.row)
+        if self._base is not None and _BASE in kept:
+            rows = np.sort(kept.pop(_BASE))
+            start = 0
+            for batch in self._base.table.rows(self._schema.names, _ROWS):
+                first, last = np.searchsorted(rows, [start, start + len(batch)])
+                if first < last:
+                    yield batch.take(pa.array(rows[first:last] - start)).cast(self._schema)
+                start += len(batch)
+        for number in sorted(kept):
+            part = self._read(number, None).take(pa.array(sorted(kept[number])))
+            yield from part.cast(self._schema).combine_chunks().to_batches()
+
+    def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
+        """Read files batch by batch, by threads of this process or by a cluster."""
         many = self._sizes.batch
-        if self._cluster is not None:
-            asked = [(item.id, item.file, self._before(item)) for item in items]
-            yield from self._cluster.read(asked, many, size, turned)
+        size = self._plan.thumbnails
+
+        def before(item: Item) -> str:
+            """The digest of an image that is there with the same metadata, or empty."""
+            row = self.known.get(item.id)
+            if row is None:
+                return ""
+            same = not item.row or row.metadata == self._hash(_row(item, row.digest))
+            return row.digest if same else ""
+
+        if cluster is not None:
+            asked = [(item.id, item.file, before(item)) for item in items]
+            yield from cluster.read(asked, many, size, self._plan.exif_orientation)
             return
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
             for start in range(0, len(items), many):
                 batch = items[start : start + many]
                 yield list(
-                    pool.map(
-                        lambda i: read(i.id, i.file, self._before(i), self._loaded, size), batch
-                    )
+                    pool.map(lambda i: read(i.id, i.file, before(i), self._loaded, size), batch)
                 )
 
-    def _hash(self, row: Mapping[str, Any]) -> int:
-        return hash(repr([row.get(name) for name in self._own]))
-
-    def _append(self, images: list[tuple[Item, Read]], summary: Summary) -> None:
-        """Embed a batch and write its rows; files with the same bytes are embedded once."""
-        if not images:
-            return
-        embeds = self._embedded({image.digest for _, image in images} & self._digests)
-        fresh = {image.digest: image for _, image in images if image.digest not in embeds}
-        embeds |= {
-            digest: image.vector for digest, image in fresh.items() if image.vector is not None
-        }
-        waiting = {
-            digest: image.prepared for digest, image in fresh.items() if digest not in embeds
-        }
+    def _append(self, images: list[tuple[Item, Read]]) -> int:
+        """Embed a batch and write its rows; files with the same bytes are embedded once. Returns
+        how many were embedded.
+        """
+        embeds: dict[str, NDArray[np.float32]] = {}
+        waiting: dict[str, Any] = {}
+        embedded = 0
+        for _, image in images:
+            if image.digest in embeds or image.digest in waiting:
+                continue
+            if image.digest in self._by_digest:
+                row = self._by_digest[image.digest]
+                embeds[image.digest] = self._vectors(row.part)[row.row]
+                continue
+            embedded += 1
+            if image.vector is not None:  # a worker of the cluster embedded it
+                embeds[image.digest] = image.vector
+            else:
+                waiting[image.digest] = image.prepared
         if waiting:
-            embeds |= dict(
-                zip(waiting, self._loaded.embed_pixels(list(waiting.values())), strict=True)
+            fresh = self._loaded.embed_pixels(list(waiting.values()))
+            embeds |= dict(zip(waiting, fresh, strict=True))
+
+        rows = [{**_row(item, image.digest), **image.details} for item, image in images]
+        table = pa.Table.from_pylist(
+            rows, schema=self._schema.remove(self._schema.names.index(VECTOR))
+        )
+        vectors = np.stack([embeds[image.digest] for _, image in images])
+        table = table.append_column(VECTOR, vector_column(vectors)).cast(self._schema)
+        number = len(self._parts)
+        path = self._folder / f"{number:06}.parquet"
+        with staged(path) as temporary:
+            parquet.write_table(table, temporary, use_dictionary=False, write_page_checksum=True)
+        self._parts.append(path)
+        self._note(rows, number, 0)
+        return embedded
+
+    def _read(self, number: int, columns: list[str] | None) -> pa.Table:
+        """A part."""
+        try:
+            return parquet.read_table(
+                self._parts[number], columns=columns, page_checksum_verification=True
             )
-        summary.embedded += len(fresh)
-        rows = [
-            {**_row(item, image.digest), **image.details, "vector": embeds[image.digest]}
-            for item, image in images
-        ]
-        self.delete(item.id for item, _ in images)
-        self._table.add(pa.Table.from_pylist(rows, schema=self._schema))
-        for (item, image), row in zip(images, rows, strict=True):
-            self.known[item.id] = image.digest, self._hash(row)
-            self._digests.add(image.digest)
+        except (OSError, pa.ArrowException) as error:
+            raise RAdapterError(
+                f"the stopped build of {self._out} can't be resumed: {reason(error):.200}; discard"
+                " it with --no-resume"
+            ) from None
 
-    def _embedded(self, digests: set[str]) -> dict[str, NDArray[np.float32]]:
-        """The embeddings in the table, by the digest of the file."""
-        if not digests:
-            return {}
-        names = ", ".join(_quoted(digest) for digest in digests)
-        found = (
-            self._table.search()
-            .where(f"digest IN ({names})")
-            .select(["digest", "vector"])
-            .to_arrow()
-        )
-        return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
+    def _read_vectors(self, part: int) -> NDArray[np.float32]:
+        """The vectors of a part, or of the base."""
+        if part == _BASE:
+            assert self._base is not None
+            return self._base.table.vectors
+        return vectors_of(self._read(part, [VECTOR])[VECTOR])
 
-    def _write_nearest(self, place: Path, base: Base | None) -> NearestFacts | None:
-        """Make what a search by FAISS needs; None where there are too few images for one."""
-        count = len(self.known)
-        if count <= self._sizes.exact:
-            return None
-        vectors = Mapped(place, (count, self._plan.release.embed_dim)).vectors
-        before = base.facts.nearest if base else None
-        cells = None
-        # Of a larger index the vectors have changed much.
-        if base is not None and before is not None and count <= 2 * before.trained_on:
-            codes = {CODES: base.facts.searched[CODES]}
-            with contextlib.suppress(DamagedFileError):
-                check_files(base.folder / SEARCHED, codes, complete=True)
-                cells = base.folder / SEARCHED
-        made = write_neighbours(place, vectors, cells, before)
-        effort = tune(Neighbours(place, vectors), self._loaded.embed_texts(TEXTS))
-        return dataclasses.replace(
-            made,
-            nprobes=int(effort["nprobes"]),
-            candidates=int(effort["candidates"]),
-            recall=effort["recall"],
-        )
+    def _note(self, rows: Iterable[Mapping[str, Any]], part: int, start: int) -> None:
+        for number, values in enumerate(rows, start):
+            row = _Row(values["digest"], self._hash(values), part, number)
+            self.known[values["path"]] = row
+            self._by_digest[row.digest] = row
 
-
-def _compact(table: Any) -> int:
-    """Have LanceDB merge the table's files, and drop all versions but the last, which is
-    returned.
-    """
-    version = None
-    while version != table.version:
-        version = table.version
-        table.optimize(cleanup_older_than=_AT_ONCE)
-    return int(version)
+    def _hash(self, row: Mapping[str, Any]) -> int:
+        return hash(repr([row.get(name) for name in self._metadata]))
 
 
 def _row(item: Item, digest: str) -> dict[str, Any]:
     return {**item.row, "path": item.id, "digest": digest}
 
 
-def _record_broken(item: Item, why: str, summary: Summary, on_broken: OnBroken) -> None:
-    if on_broken == "refuse":
-        raise RAdapterError(
-            f"{item.id!r} can't be indexed: {why}; repair it, or leave such images out: --on-broken"
-            " skip"
-        )
-    summary.broken[item.id] = why
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def read_broken(folder: Path) -> list[str]:
-    """The ids of the images that could not be read when the index was written."""
-    with contextlib.suppress(OSError):
-        return [
-            line.partition("\t")[0]
-            for line in (folder / BROKEN)
-            .read_text(encoding="utf-8", errors="backslashreplace")
-            .splitlines()
-        ]
-    return []
-
-
-def _write(path: Path, text: str) -> None:
-    with staged(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error for people."""
+    try:
+        yield
+    except OSError as error:
+        raise RAdapterError(f"cannot write {out}: {error.strerror or error}") from error

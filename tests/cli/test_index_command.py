@@ -32,7 +32,7 @@ from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
-from tests.helpers.indexes import table
+from tests.helpers.indexes import generation
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
 TURNS = {
@@ -248,7 +248,7 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     assert len(search(models, 2).hits) == 6
 
     # So does the advice on damage.
-    (data,) = (table(Path("indexes/photos")) / "data").iterdir()
+    data = generation(Path("indexes/photos")) / "rows.arrow"
     data.write_bytes(data.read_bytes()[:-1])
     capsys.readouterr()
     assert main(["verify", "indexes/photos"]) == 2

@@ -111,7 +111,7 @@ def test_the_image_installs_and_its_command_starts(stage: str, place: Path) -> N
     assert not installed & {"torch", "nvidia_pytriton", "tritonserver"}
     if stage == "server":
         code = (
-            "import faiss, lancedb, numpy; assert numpy.__version__ < '2'; import"
+            "import faiss, numpy, pyarrow; assert numpy.__version__ < '2'; import"
             " radapter_serve.tasks.retrieve"
         )
         assert subprocess.run([own / "python", "-c", code], check=False).returncode == 0

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Need, complete
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
+from radapter_serve.index.folder import Folder, check_files
 from radapter_serve.index.index import Index
-from radapter_serve.index.store.local import Folder
-from radapter_serve.index.store.table import Table
+from radapter_serve.index.table import Table
 from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
 
 
@@ -28,26 +28,18 @@ def generation(out: Path) -> Path:
     return out / str(json.loads((out / FACTS).read_text())["generation"])
 
 
-def table(out: Path) -> Path:
-    """The folder of its table."""
-    return generation(out) / "images.lance"
-
-
-def searched(out: Path) -> Path:
-    """The folder of the files that a search reads."""
-    return generation(out) / "search"
-
-
-def opened(out: Path, **sizes: int) -> Index:
+def opened(out: Path, *, checked: int | None = None, **sizes: int) -> Index:
     """The index, opened with other sizes than `open_index` takes.
 
     Args:
         out: its folder.
+        checked: as in `check_files`; no file is compared if None.
         sizes: as in `Table`.
     """
     name, facts = Folder(out).current()
-    store = Table(out.name, searched(out), facts, complete=False, **sizes)
-    return Index(out, name, facts, store)
+    if checked is not None:
+        check_files(out / name, facts.files, complete=False, checked=checked)
+    return Index(out, name, facts, Table(out.name, out / name, facts, **sizes))
 
 
 def retrieving(
@@ -115,7 +107,7 @@ def write_facts(out: Path, digest: str) -> None:
     """
     made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", "sha256:1", "sha256:2", 16, digest)
     plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
-    facts = IndexFacts(plan, 0, ["path"], {}, {}, None, 1, "", "")
+    facts = IndexFacts(plan, 0, ["path"], {}, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)
     (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())
     (out / FACTS).write_text(json.dumps({"generation": "g-0123456789abcdef"}))

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -22,9 +21,9 @@ from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
-from radapter_serve.index.store import vectors_of
+from radapter_serve.index.index import open_index
+from radapter_serve.index.table import vectors_of
 from radapter_serve.index.writer import Sizes
-from tests.helpers.indexes import generation
 from tests.helpers.small_release import png
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
@@ -56,7 +55,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
-    table = lancedb.connect(generation(index)).open_table("images").to_arrow().sort_by("path")
+    names = ["path", "width", "height", "digest", "thumbnail", "year", "vector"]
+    opened = open_index(index)
+    names = [name for name in names if name != "year" or name in opened.facts.columns]
+    table = pa.Table.from_batches(opened.rows(names, 100)).sort_by("path")
     return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])
 
 

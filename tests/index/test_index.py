@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import shutil
@@ -13,15 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
@@ -30,9 +26,7 @@ from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import mapped, recall
 from radapter_serve.index.build import add, build
-from radapter_serve.index.condition import Sql, parse_condition
 from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
 from radapter_serve.index.index import link_of, open_index, write_link
 from radapter_serve.index.verify import verify
@@ -44,7 +38,6 @@ from tests.helpers.indexes import (
     said,
     say,
     search_little,
-    table,
     write_facts,
 )
 from tests.helpers.small_models import release as release_facts
@@ -282,165 +275,6 @@ def test_a_bad_condition_is_refused_with_the_columns(
     assert len(index.search(query, 3, "width = 40")) == 3
 
 
-def written(where: str) -> str:
-    """A condition, written anew from what was understood of it."""
-    return parse_condition(where).sql(dialect=Sql, comments=False)
-
-
-def test_a_condition_of_too_many_parts_is_refused() -> None:
-    with pytest.raises(TaskError, match="at most 300"):
-        written("width>" + "+".join(["1"] * 990))
-    written(f"path IN ({', '.join(['1'] * 600)})")
-
-
-@pytest.mark.parametrize(
-    "deep",
-    [
-        "cast(" * 22 + "width",
-        "(" * 400 + "width>1" + ")" * 400,
-        "(" * 11 + "width>1" + ")" * 11,
-        "NOT " * 11 + "width = 1",
-        "NOT " * 400 + "width = 1",
-        "- " * 11 + "1 = width",
-        "lower(" * 11 + "path" + ")" * 11 + " = 'x'",
-        "[" * 500,
-    ],
-)
-def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
-    start = time.perf_counter()
-    with pytest.raises(TaskError, match="in each other; at most 10") as error:
-        written(deep)
-    assert error.value.code == INVALID_ARGUMENT
-    assert time.perf_counter() - start < 1
-    written("(" * 10 + "width>1" + ")" * 10)
-
-
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        ("a in (1, 2) AND NOT (b = 'x(y)')", "a IN (1, 2) AND NOT (b = 'x(y)')"),
-        ("cast(a AS int) <= -1.5e3", "CAST(a AS INT) <= -1.5e3"),
-        ("ö != 'select' OR `from` = 1", "ö <> 'select' OR `from` = 1"),
-        ("\"two words\" = 'it''s' -- why", "`two words` = 'it''s'"),
-        ("path LIKE 'a\\' OR path = ' OR 1=1 '", "path LIKE 'a\\' OR path = ' OR 1=1 '"),
-        ("path not like 'x!%' escape '!'", "path NOT LIKE 'x!%' ESCAPE '!'"),
-        (
-            "day between date '2020-01-01' and timestamp '2021-01-01 00:00:00'",
-            "day BETWEEN CAST('2020-01-01' AS DATE) AND CAST('2021-01-01 00:00:00' AS TIMESTAMP)",
-        ),
-        (
-            "coalesce(a, 1) % 2 + length(b) - 3 * 4 / 5 > 0 or c is not null",
-            "COALESCE(a, 1) % 2 + LENGTH(b) - 3 * 4 / 5 > 0 OR NOT c IS NULL",
-        ),
-    ],
-)
-def test_conditions_that_only_compare_are_let_through(where: str, expected: str) -> None:
-    assert written(where) == expected
-    assert written(expected) == expected
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        *(
-            "a.b = 1",
-            "path = ?",
-            "x = :p",
-            "[a] = 1",
-            "a ->> 'b' = 1",
-            "a IN b; x",
-            "a @> b",
-            "a = current_date",
-        ),
-        *("CASE WHEN a THEN b END = 1", "* = 1", "x = ANY(y)"),
-    ],
-)
-def test_what_no_comparison_needs_is_refused(where: str) -> None:
-    with pytest.raises(TaskError, match="^.invalid_argument. where "):
-        written(where)
-
-
-WORDS = [
-    "cast(",
-    "coalesce(",
-    "lower(",
-    "(",
-    ")",
-    "a",
-    "path",
-    ",",
-    "'x'",
-    "1",
-    "AND",
-    "OR",
-    "NOT",
-    "IN",
-    "IS",
-    "NULL",
-    "=",
-    "<",
-    "-",
-    "*",
-    "LIKE",
-    "as",
-    "int",
-    "`",
-    '"',
-    "'",
-    "--",
-    "/*",
-    "[",
-    "{",
-    "case",
-    "when",
-    "end",
-    "select",
-    "struct(",
-    "decimal(",
-    "interval",
-    "date",
-]
-
-
-MOST_CALLS = 2_000_000  # the costliest found, such as struct( ten deep, take a quarter of it
-
-
-class TooMuchWork(BaseException):
-    """Is no Exception, so that no handler takes it for bad input."""
-
-
-@contextlib.contextmanager
-def bounded_work() -> Iterator[None]:
-    """Counts calls and returns of functions, which a loaded machine does not change as it does
-    seconds.
-    """
-    calls = itertools.count()
-
-    def count(*_: object) -> None:
-        if next(calls) > MOST_CALLS:
-            raise TooMuchWork
-
-    sys.setprofile(count)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.text(max_size=2100)
-    | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)
-    | st.tuples(st.sampled_from(WORDS), st.integers(1, 2000)).map(lambda one: one[0] * one[1])
-)
-def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
-    try:
-        with bounded_work():
-            assert written(where)
-    except TaskError as error:
-        assert error.code == INVALID_ARGUMENT and "\n" not in str(error)
-
-
 @pytest.mark.parametrize("top_k", [0, -1, 1001])
 def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     build(str(photos), tmp_path / "index", release)
@@ -611,7 +445,7 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(tmp_path) == {"photos", "index"}
     index = tmp_path / "index"
     assert names(index) == {FACTS, "broken.txt", generation(index).name}
-    assert names(generation(index)) == {FACTS, "images.lance", "search"}
+    assert names(generation(index)) == {FACTS, "rows.arrow", "vectors.npy"}
 
 
 @pytest.mark.parametrize(
@@ -670,10 +504,7 @@ def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: F
     build(str(photos), out, release)
     (out / FACTS).write_text("{")
     assert build(str(photos), out, FakeRelease()).embedded == 12
-    shutil.rmtree(table(out))
-    assert build(str(photos), out, FakeRelease()).embedded == 12
-    for file in (table(out) / "data").iterdir():
-        file.unlink()
+    (generation(out) / "vectors.npy").unlink()
     with pytest.raises(RAdapterError, match="can't be used: .*; build it again: .* --no-resume"):
         add(out, FakeRelease())
     assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
@@ -704,7 +535,7 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(
     say(out, said(out) | {"format": 3})
     with pytest.raises(
         RAdapterError,
-        match=rf"the format 3 .* reads 5.*: radapter-index build {photos} --out {out}",
+        match=rf"the format 3 .* reads 6.*: radapter-index build {photos} --out {out}",
     ) as refused:
         open_index(out)
     assert "\n" not in str(refused.value)
@@ -1015,7 +846,7 @@ def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRe
     assert names(tmp_path) == {"photos", "index"}
     index = tmp_path / "index"
     assert names(index) == {FACTS, "broken.txt", generation(index).name}
-    assert names(generation(index)) == {FACTS, "images.lance", "search"}
+    assert names(generation(index)) == {FACTS, "rows.arrow", "vectors.npy"}
 
 
 KILLED = """
@@ -1073,80 +904,6 @@ def test_a_build_that_is_killed_while_it_is_put_in_place_can_be_given_again(
     assert build(str(photos), out, release).count == 12
     assert build(str(photos), out, FakeRelease(alpha=0.1)).embedded == 12
     assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
-
-
-@pytest.mark.parametrize("worse", ["images", "texts"])
-def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
-    """Vectors that are compared exactly, but nothing is found for one kind of query unless 64 cells
-    are probed.
-    """
-    random = np.random.default_rng(0)
-    drawn = (random.standard_normal((count, 8)) for count in (300, 40))
-    vectors, texts = (
-        (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in drawn
-    )
-    vectors[150:] = vectors[:150]  # equal ones are as good as each other
-
-    class Fake:
-        def __init__(self) -> None:
-            self.vectors = vectors
-
-        def nearest(
-            self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
-        ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            scores = self.vectors @ query
-            bad = nprobes < 64 and (query == texts).all(1).any() == (worse == "texts")
-            best = np.argsort(-scores)[20 if bad else 0 :][:top_k]
-            return best, scores[best]
-
-    found = recall.tune(Fake(), texts)
-    assert found == {"nprobes": 64, "candidates": 400, "recall": 1.0}
-
-
-@pytest.mark.parametrize("lost", [0, 99, 100, 299])
-def test_recall_is_measured_against_every_vector(lost: int) -> None:
-    """One vector of three blocks is never found, which each text has among its ten nearest."""
-    drawn = np.random.default_rng(0).standard_normal((300, 8))
-    vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
-
-    class Fake:
-        def __init__(self) -> None:
-            self.vectors = vectors
-
-        def nearest(
-            self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
-        ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            scores = self.vectors @ query
-            order = np.argsort(-scores)
-            best = order[order != lost][:top_k]
-            return best, scores[best]
-
-    texts = np.repeat(vectors[[lost]], 3, axis=0)
-    found = recall.tune(Fake(), texts, efforts=[(1, 10)], block=100)
-    assert found["recall"] == pytest.approx(0.9)
-
-
-def test_values_are_read_from_every_batch_of_the_rows(tmp_path: Path) -> None:
-    """Twenty rows, written in batches of six, of which the last has two."""
-    vectors = np.eye(20, DIM, dtype=np.float32)
-    names = [f"{number}.png" for number in range(20)]
-    images = [f"small {number}".encode() for number in range(20)]
-    table = pa.table(
-        {
-            "path": names,
-            "thumbnail": pa.array(images, pa.binary()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM),
-        }
-    )
-    mapped.write_mapped(tmp_path, table.to_batches(max_chunksize=3), (20, DIM), chunk_rows=4)
-    rows = mapped.Mapped(tmp_path, (20, DIM))
-    assert len(rows.columns["path"].chunks) == 4
-    order = np.random.default_rng(0).permutation(20)
-    assert rows.values(["path", "thumbnail"], order) == {
-        "path": [names[position] for position in order],
-        "thumbnail": [images[position] for position in order],
-    }
-    assert (rows.vectors == vectors).all()
 
 
 def test_a_link_leads_to_its_storage_and_a_folder_nowhere(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, post, tensors
-from tests.helpers.indexes import point_again, said, say, searched
+from tests.helpers.indexes import generation, point_again, said, say
 from tests.helpers.small_release import png
 from tests.index.test_neighbours import SMALL
 
@@ -141,14 +141,14 @@ def test_many_images_are_found_by_faiss(
     release = load_release(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
     build(str(tmp_path / "many"), out, release, sizes=SMALL)
-    assert (searched(out) / "codes.faiss").is_file()
+    assert (generation(out) / "codes.faiss").is_file()
     for number in (0, 100, 259):
         found = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
         assert found["id"][0].decode() == f"{number:03}.png" and found["score"][0] > 0.9999
     assert len(ask(server, text="a cat", index="many é", top_k=260)["id"]) == 260
     found = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
     assert found["id"][0].decode() > "100.png"
-    (codes,) = out.glob("g-*/search/codes.faiss")
+    (codes,) = out.glob("g-*/codes.faiss")
     codes.write_bytes(b"broken")
     point_again(out)
     with pytest.raises(

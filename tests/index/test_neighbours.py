@@ -1,12 +1,9 @@
-"""Search in many images, where FAISS names candidates: against numpy, and with files that are
-damaged or exchanged.
-"""
+"""Search in many images, where FAISS names candidates: against numpy."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,26 @@ from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index.build import add, build
+from radapter_serve.index.build import add, build, build_from_embeddings
+from radapter_serve.index.conditions import Met
 from radapter_serve.index.index import Index, open_index
-from radapter_serve.index.mapped import ROWS, VECTORS
-from radapter_serve.index.met import Met
-from radapter_serve.index.neighbours import CODES, Neighbours, write_neighbours
-from radapter_serve.index.recall import tune
-from radapter_serve.index.verify import verify
+from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
+from radapter_serve.index.table import ROWS, VECTORS
 from radapter_serve.index.writer import Sizes
-from tests.helpers.indexes import opened, said, say, searched
+from tests.helpers.indexes import generation, opened, said, say
 from tests.index.test_index import FakeRelease, Projection
 
 COUNT = 3000
 DIM = 32
 FEW = 200
 SMALL = Sizes(exact=FEW)
+Array = NDArray[np.float32]
 
 
 class Ready(FakeRelease):
     """Takes an image file as the number of its vector."""
 
-    def __init__(self, vectors: NDArray[np.float32], texts: NDArray[np.float32]) -> None:
+    def __init__(self, vectors: Array, texts: Array) -> None:
         super().__init__()
         self.vectors = vectors
         self.texts = texts
@@ -48,349 +44,240 @@ class Ready(FakeRelease):
     def pixels(self, data: bytes) -> Any:
         return int(data)
 
-    def embed_pixels(self, pixels: Sequence[Any]) -> NDArray[np.float32]:
+    def embed_pixels(self, pixels: Sequence[Any]) -> Array:
         assert isinstance(self.encoder, Projection)
         self.encoder.embedded += len(pixels)
         return self.vectors[list(pixels)]
 
-    def embed_texts(self, _: Sequence[str]) -> NDArray[np.float32]:
+    def embed_texts(self, _: Sequence[str]) -> Array:
         return self.texts
 
 
-def clustered(
-    count: int, dim: int, centres: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def unit(vectors: NDArray[Any]) -> Array:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def clustered(count: int, dim: int, centres: int) -> tuple[Array, Array]:
     """Vectors in clusters, and texts, which lie to one side of them all."""
     random = np.random.default_rng(0)
     middle = random.standard_normal((centres, dim))
-    drawn = middle[random.integers(centres, size=count)] + 0.7 * random.standard_normal(
-        (count, dim)
-    )
-    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    texts = drawn[-200:] + 1.5 * np.eye(dim)[0]
-    return drawn.astype(np.float32), (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(
-        np.float32
-    )
+    spread = 0.7 * random.standard_normal((count, dim))
+    drawn = unit(middle[random.integers(centres, size=count)] + spread)
+    return drawn, unit(drawn[-200:] + 1.5 * np.eye(dim)[0])
 
 
-def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / lengths, np.float32)
+def make(folder: Path, vectors: Array, texts: Array, sizes: Sizes = SMALL) -> Path:
+    """An index of vectors whose ids are their numbers, with a year of five."""
+    numbers = np.arange(len(vectors))
+    names = [f"{number:06}.jpg" for number in numbers]
+    np.save(folder / "vectors.npy", vectors)
+    rows = pa.table({"image": names, "year": numbers % 5})
+    parquet.write_table(rows, folder / "rows.parquet")
+    loaded = Ready(vectors, texts)
+    files = folder / "vectors.npy", folder / "rows.parquet"
+    summary = build_from_embeddings(*files, folder / "index", loaded, sizes=sizes)
+    assert summary.recall is not None and summary.recall >= 0.975
+    return folder / "index"
 
 
-def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
-    """Write what is not there yet."""
-    folder.mkdir(exist_ok=True)
-    for number in numbers:
-        file = folder / f"{number:06}.jpg"
-        if not file.exists():
-            file.write_text(str(number))
-
-
-def found(
-    index: Index, query: NDArray[np.float32], top_k: int = 10, where: str | None = None
-) -> list[int]:
+def numbers_of(index: Index, query: Array, top_k: int = 10, where: str | None = None) -> list[int]:
     return [int(hit.id[:6]) for hit in index.search(query, top_k, where)]
 
 
-def recall(
-    index: Index,
-    queries: NDArray[np.float32],
-    vectors: NDArray[np.float32],
-    where: str | None = None,
-) -> float:
+def recall(index: Index, queries: Array, vectors: Array, where: str | None = None) -> float:
     """Recall@10 against numpy's own order of the vectors that meet the condition."""
     hits = [
-        len(set(np.argsort(-(vectors @ query))[:10]) & set(found(index, query, where=where)))
+        len(set(np.argsort(-(vectors @ query))[:10]) & set(numbers_of(index, query, where=where)))
         for query in queries
     ]
     return sum(hits) / (10 * len(hits))
 
 
+@dataclasses.dataclass
+class Built:
+    """An index of 3,000 vectors whose approximate search begins at 200, and queries."""
+
+    out: Path
+    vectors: Array
+    images: Array
+    texts: Array
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ready]:
-    """An index of 3,000 vectors whose approximate search begins at 200, and what embedded it."""
-    folder = tmp_path_factory.mktemp("neighbours")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     vectors, texts = clustered(COUNT + 400, DIM, 60)
-    write_numbers(folder / "photos", range(COUNT))
-    release = Ready(vectors, texts[:100])
-    summary = build(str(folder / "photos"), folder / "index", release, sizes=SMALL)
-    assert summary.recall is not None and summary.recall >= 0.97
-    return folder, release
+    out = make(tmp_path_factory.mktemp("neighbours"), vectors[:COUNT], texts[:100])
+    return Built(out, vectors[:COUNT], vectors[COUNT:], texts[100:])
 
 
-@pytest.fixture
-def copied(built: tuple[Path, Ready], tmp_path: Path) -> tuple[Path, Ready]:
-    """A copy of the index, to be changed."""
-    shutil.copytree(built[0] / "index", tmp_path / "index")
-    return tmp_path / "index", built[1]
+def test_images_and_texts_are_found_with_their_own_scores(built: Built) -> None:
+    index = open_index(built.out)
+    for queries in (built.images[:100], built.texts):
+        assert recall(index, queries, built.vectors) >= 0.96
+    query = built.vectors[7]
+    hits = index.search(query, 10)
+    numbers = [int(hit.id[:6]) for hit in hits]
+    np.testing.assert_allclose(
+        [hit.score for hit in hits], built.vectors[numbers] @ query, atol=1e-6
+    )
+    assert numbers[0] == 7 and hits[0].metadata["year"] == 2
+    assert len(set(numbers_of(index, query, 1000))) == 1000
 
 
 @pytest.mark.parametrize("where", [None, "path < '002000.jpg'", "path < '000150.jpg'"])
-def test_pages_put_together_are_one_large_page(
-    built: tuple[Path, Ready], where: str | None
-) -> None:
-    index = opened(built[0] / "index", few=FEW)
-    query = built[1].texts[3]
+def test_pages_put_together_are_one_large_page(built: Built, where: str | None) -> None:
+    index = opened(built.out, few=FEW)
+    query = built.texts[3]
     whole = index.search(query, 100, where, offset=0)
     pages = [index.search(query, 10, where, offset=offset) for offset in range(0, 100, 10)]
-    assert [hit for page in pages for hit in page] == whole
-    assert len(whole) == 100
+    assert [hit for page in pages for hit in page] == whole and len(whole) == 100
     rest = index.search(query, 1000, where, offset=100)
     assert [*whole, *rest] == index.search(query, 1000, where, offset=0)
 
 
-def test_images_and_texts_are_found_with_their_own_scores(built: tuple[Path, Ready]) -> None:
-    folder, release = built
-    index = open_index(folder / "index")
-    vectors = release.vectors[:COUNT]
-    assert index.facts.nearest is not None
-    for queries in (release.vectors[COUNT : COUNT + 100], clustered(COUNT + 400, DIM, 60)[1][100:]):
-        assert recall(index, queries, vectors) >= 0.95
-    query = vectors[7]
-    hits = index.search(query, 10)
-    numbers = [int(hit.id[:6]) for hit in hits]
-    np.testing.assert_allclose([hit.score for hit in hits], vectors[numbers] @ query, atol=1e-6)
-    assert numbers[0] == 7 and hits[0].metadata.keys() == set(index.facts.columns)
-    assert len(index.search(query, 1000)) == 1000 and len(set(found(index, query, 1000))) == 1000
-
-
-def test_few_rows_are_compared_exactly_and_many_keep_the_recall(built: tuple[Path, Ready]) -> None:
-    folder, release = built
-    index = opened(folder / "index", few=FEW)
-    vectors = release.vectors[:COUNT]
-    queries = release.vectors[COUNT : COUNT + 50]
-    for query in queries[:10]:
-        assert found(index, query, 10, "path < '000150.jpg'") == list(
-            np.argsort(-(vectors[:150] @ query))[:10]
-        )
-    assert index.search(queries[0], 10, "width > 5") == []
-    for share in (300, 1500, 2999):
-        assert recall(index, queries, vectors[:share], f"path < '{share:06}.jpg'") >= 0.95
-
-
-def test_additions_and_removals_are_found(
-    copied: tuple[Path, Ready], built: tuple[Path, Ready]
+def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
+    built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, release = copied
-    photos = built[0] / "photos"
-    before = release.embedded
-    elsewhere = open_index(out)
-    cells = said(out)["nearest"]["trained_on"]
-    (photos / "000000.jpg").unlink()
-    write_numbers(photos, range(COUNT, COUNT + 5))
-    try:
-        summary = add(out, release, prune=True, sizes=SMALL)
-        assert (summary.count, summary.removed, release.embedded - before) == (COUNT + 4, 1, 5)
+    index = opened(built.out, few=FEW)
+    for count in (300, 1500, 2999):
+        where = f"path < '{count:06}.jpg'"
+        assert recall(index, built.images[:50], built.vectors[:count], where) >= 0.95
+    query = built.images[0]
+    scores = np.where(np.arange(COUNT) % 5 == 3, built.vectors @ query, -1)
+    assert set(numbers_of(index, query, 10, "year = 3")) == set(np.argsort(-scores)[:10])
+    assert index.search(query, 10, "width > 5") == []
+    monkeypatch.setattr(Neighbours, "nearest", lambda *_: pytest.fail("FAISS was asked"))
+    best = np.argsort(-(built.vectors[:FEW] @ query))[:10]
+    assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
+
+
+def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(tmp_path: Path) -> None:
+    """An index that starts with too few images for cells, grows, and loses an image."""
+    photos = tmp_path / "photos"
+    out = tmp_path / "index"
+    photos.mkdir()
+    vectors, texts = clustered(301, 16, 5)
+    release = Ready(vectors, texts[:20])
+    sizes = Sizes(exact=100)
+    for count, trained_on in ((100, None), (150, 150), (300, 150), (301, 301)):
+        for number in range(count):
+            (photos / f"{number:06}.jpg").write_text(str(number))
+        build(str(photos), out, release, sizes=sizes)
         index = open_index(out)
-        assert found(index, release.vectors[COUNT + 3], 1) == [COUNT + 3] and 0 not in found(
-            index, release.vectors[0], 10
-        )
-        assert (
-            recall(index, release.vectors[COUNT + 5 : COUNT + 50], release.vectors[: COUNT + 5])
-            >= 0.95
-        )
-        assert (
-            index.facts.nearest is not None and index.facts.nearest.trained_on == cells
-        )  # the same cells
-        assert found(elsewhere, release.vectors[0], 1) == [
-            0
-        ]  # who has it open goes on with what it was
-        assert add(out, release, sizes=SMALL).changed is False
-        assert len(list(out.glob("g-*"))) == 2  # the old one, for an hour
-        for path in out.glob("g-*"):
-            os.utime(path, (0, 0))
-        write_numbers(photos, [COUNT + 5])
-        add(out, release, sizes=SMALL)
-        assert len(list(out.glob("g-*"))) == 2 and len(open_index(out)) == COUNT + 5
-    finally:
-        for number in range(COUNT, COUNT + 6):
-            (photos / f"{number:06}.jpg").unlink(missing_ok=True)
-        write_numbers(photos, [0])
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"), [(CODES, "flipped"), (VECTORS, "cut"), (ROWS, "gone"), (ROWS, "flipped")]
-)
-def test_a_damaged_file_is_refused_in_one_line_and_mended(
-    name: str, harm: str, copied: tuple[Path, Ready]
-) -> None:
-    out, release = copied
-    path = searched(out) / name
-    before = release.embedded
-    data = bytearray(path.read_bytes())
-    path.unlink()
-    if harm == "cut":
-        path.write_bytes(data[:-10])
-    elif harm == "flipped":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    with pytest.raises(
-        RAdapterError,
-        match=rf"{name} in search is not as it was written; mend it: radapter-index add",
-    ) as why:
+        nearest = index.facts.nearest
+        assert (nearest.trained_on if nearest else None) == trained_on
+        assert numbers_of(index, vectors[count - 1], 1) == [count - 1]
+    assert release.embedded == 301
+    (photos / "000000.jpg").unlink()
+    summary = add(out, release, prune=True, sizes=sizes)
+    assert (summary.count, summary.removed, summary.embedded) == (300, 1, 0)
+    assert 0 not in numbers_of(open_index(out), vectors[0], 10)
+    assert numbers_of(index, vectors[0], 1) == [0]  # a reader goes on with what it opened
+    assert add(out, release, sizes=sizes).changed is False
+    # Generations that were replaced an hour ago go.
+    for path in out.glob("g-*"):
+        os.utime(path, (0, 0))
+    (photos / "000000.jpg").write_text("0")
+    add(out, release, sizes=sizes)
+    assert len(list(out.glob("g-*"))) == 2
+    # Damaged codes are written again from the vectors.
+    (generation(out) / CODES).write_bytes(b"broken")
+    with pytest.raises(RAdapterError, match=f"{CODES} in g-.* is not as it was written; build it"):
         open_index(out)
-    assert "\n" not in str(why.value)
-    assert add(out, release, sizes=SMALL).changed and release.embedded == before
-    assert verify(out).ok and found(open_index(out), release.vectors[5], 1) == [5]
-
-
-def rename(out: Path, name: str) -> None:
-    """Have `index.json` name a file as it is now."""
-    facts = said(out)
-    path = searched(out) / name
-    facts["searched"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
-    say(out, facts)
+    assert build(str(photos), out, release, sizes=sizes).changed and release.embedded == 302
+    assert numbers_of(open_index(out), vectors[5], 1) == [5]
 
 
 @pytest.mark.parametrize(
     "what", ["another kind", "another width", "noise", "cut", "pickle", "float16", "fewer", "rows"]
 )
 def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(
-    what: str, copied: tuple[Path, Ready]
+    what: str, tmp_path: Path
 ) -> None:
     import faiss
 
-    out, release = copied
-    folder = searched(out)
-    codes = searched(out) / CODES
+    vectors, texts = clustered(400, 16, 5)
+    out = make(tmp_path, vectors, texts)
+    folder = generation(out)
+    codes = folder / CODES
+    some = np.ascontiguousarray(vectors[:, :8])
     if what == "another kind":
-        flat = faiss.IndexFlatIP(DIM)
-        flat.add(release.vectors[:COUNT])
+        flat = faiss.IndexFlatIP(16)
+        flat.add(vectors)
         faiss.write_index(flat, str(codes))
     elif what == "another width":
-        other = faiss.index_factory(16, "IVF4,PQ8x4fs", faiss.METRIC_INNER_PRODUCT)
-        some = np.ascontiguousarray(release.vectors[:COUNT, :16])
+        other = faiss.index_factory(8, "IVF4,PQ4x4fs", faiss.METRIC_INNER_PRODUCT)
         other.train(some)
         other.add(some)
         faiss.write_index(other, str(codes))
     elif what == "noise":
         codes.write_bytes(np.random.default_rng(0).bytes(5000))
     elif what == "cut":
-        codes.write_bytes(codes.read_bytes()[:20_000])
+        codes.write_bytes(codes.read_bytes()[:2000])
     elif what == "pickle":
-        np.save(folder / VECTORS, np.array([{}] * COUNT, object))
+        np.save(folder / VECTORS, np.array([{}] * 400, object))
     elif what == "float16":
-        np.save(folder / VECTORS, release.vectors[:COUNT].astype(np.float16))
+        np.save(folder / VECTORS, vectors.astype(np.float16))
     elif what == "fewer":
-        np.save(folder / VECTORS, release.vectors[: COUNT - 1])
+        np.save(folder / VECTORS, vectors[:399])
     elif what == "rows":
         (folder / ROWS).write_bytes(np.random.default_rng(0).bytes(5000))
+    facts = said(out)
     for name in (CODES, ROWS, VECTORS):
-        rename(out, name)
-    with pytest.raises(RAdapterError, match="can't be searched.*radapter-index add") as why:
+        path = folder / name
+        facts["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
+    say(out, facts)
+    with pytest.raises(RAdapterError, match="can't be searched.*radapter-index build") as why:
         open_index(out)
     assert "\n" not in str(why.value)
 
 
 def test_a_full_disk_is_one_line_and_what_is_searched_stays(
-    copied: tuple[Path, Ready], built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import faiss
 
-    out, release = copied
-    write_numbers(built[0] / "photos", [COUNT])
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                faiss,
-                "write_index",
-                lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device")),
-            )
-            with pytest.raises(
-                RAdapterError, match="cannot write .*search.*: No space left on device"
-            ):
-                add(out, release, sizes=SMALL)
-        assert len(open_index(out)) == COUNT and len(list(out.glob("g-*"))) == 1
-        assert add(out, release, sizes=SMALL).count == COUNT + 1
-        assert found(open_index(out), release.vectors[COUNT], 1) == [COUNT]
-    finally:
-        (built[0] / "photos" / f"{COUNT:06}.jpg").unlink()
+    vectors, texts = clustered(400, 16, 5)
+    out = make(tmp_path, vectors, texts)
 
+    def fail(*_: object) -> None:
+        raise RuntimeError("No space left on device")
 
-def test_a_build_that_is_given_again_mends_and_embeds_nothing(
-    copied: tuple[Path, Ready], built: Any
-) -> None:
-    out, release = copied
-    (searched(out) / CODES).unlink()
-    before = release.embedded
-    summary = build(str(built[0] / "photos"), out, release, sizes=SMALL)
-    assert summary.kept == COUNT and release.embedded == before
-    assert found(open_index(out), release.vectors[5], 1) == [5]
-
-
-def test_few_rows_are_compared_without_faiss(
-    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to 900 rows that meet a condition; one more, and FAISS is asked."""
-    folder, release = built
-    index = opened(folder / "index", few=900)
-    query = release.vectors[COUNT]
-    monkeypatch.setattr(Neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
-    assert found(index, query, 10, "path < '000900.jpg'") == list(
-        np.argsort(-(release.vectors[:900] @ query))[:10]
-    )
-    with pytest.raises(pytest.fail.Exception, match="FAISS was asked"):
-        index.search(query, 10, "path < '000901.jpg'")
+    monkeypatch.setattr(faiss, "write_index", fail)
+    with pytest.raises(RAdapterError, match="cannot write .*: No space left on device"):
+        make(tmp_path, vectors[:300], texts)
+    assert len(open_index(out)) == 400 and len(list(out.glob("g-*"))) == 1
+    assert not (tmp_path / ".index.building").exists()
 
 
 @pytest.fixture(scope="module")
-def many(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]:
-    """20,000 vectors, and queries."""
-    count = 20_000
-    dim = 64
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Neighbours, Array]:
+    """20,000 vectors in 282 cells, and queries."""
     folder = tmp_path_factory.mktemp("many")
-    vectors, texts = clustered(count + 20, dim, 200)
-    queries = np.concatenate([vectors[count:], texts[-10:]])
-    vectors = vectors[:count]
-    write_neighbours(folder, vectors)
-    return Neighbours(folder, vectors), vectors, queries
-
-
-def test_few_vectors_have_a_cell_for_each_32_and_more_have_twice_their_root(
-    built: tuple[Path, Ready], many: tuple[Neighbours, Any, Any]
-) -> None:
-    assert said(built[0] / "index")["nearest"]["cells"] == 3000 // 32
-    assert many[0].cells == 282  # 20,000 // 32 is more
-
-
-def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(tmp_path: Path) -> None:
-    """An index that starts with too few images for cells."""
-    photos = tmp_path / "photos"
-    out = tmp_path / "index"
-    vectors, texts = clustered(301, 16, 5)
-    release = Ready(vectors, texts[:20])
-    for count, trained_on in ((100, None), (150, 150), (300, 150), (301, 301)):
-        write_numbers(photos, range(count))
-        build(str(photos), out, release, sizes=Sizes(exact=100))
-        index = open_index(out)
-        nearest = index.facts.nearest
-        assert (nearest.trained_on if nearest else None) == trained_on
-        assert found(index, vectors[count - 1], 1) == [count - 1]
+    vectors, texts = clustered(20_020, 64, 200)
+    write_neighbours(folder, vectors[:20_000])
+    queries = np.concatenate([vectors[20_000:], texts[-10:]])
+    return Neighbours(folder, vectors[:20_000]), queries
 
 
 @pytest.mark.parametrize("how", ["float64", "strided"])
 def test_a_query_in_another_layout_is_the_same_query(
-    how: str, many: tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]
+    how: str, many: tuple[Neighbours, Array]
 ) -> None:
-    near, vectors, queries = many
+    near, queries = many
     query = np.repeat(queries[0], 2)[::2] if how == "strided" else queries[0].astype(np.float64)
-    scores = vectors[::7] @ queries[0]
-    found, cosines = near.best(query, np.arange(0, len(vectors), 7), 10)
-    assert found.tolist() == (7 * np.argsort(-scores)[:10]).tolist()
-    np.testing.assert_allclose(cosines, np.sort(scores)[::-1][:10], atol=1e-6)
+    cosines = near.cosines(query, np.arange(0, 20_000, 7))
+    np.testing.assert_allclose(cosines, near.vectors[::7] @ queries[0], atol=1e-6)
+    assert (near.nearest(query, 10, 32, 400)[0] == near.nearest(queries[0], 10, 32, 400)[0]).all()
 
 
-def test_more_hits_than_the_cells_hold_are_found_in_others(
-    many: tuple[Neighbours, Any, Any],
-) -> None:
-    near, vectors, queries = many
-    found, scores = near.nearest(queries[0], 5000, 1, 1)
-    assert len(set(found.tolist())) == len(found) >= 5000 and (np.diff(scores) <= 0).all()
-    alone = near.nearest(vectors[3], 1, 1, 1)[0]
-    assert alone[0] == 3
+def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbours, Array]) -> None:
+    near, queries = many
+    assert near.cells == 282
+    positions, scores = near.nearest(queries[0], 5000, 1, 1)
+    assert len(set(positions.tolist())) == len(positions) >= 5000
+    assert (np.diff(scores) <= 0).all()
+    assert near.nearest(near.vectors[3], 1, 1, 1)[0][0] == 3
 
 
 @pytest.mark.parametrize(
@@ -401,16 +288,14 @@ def test_more_hits_than_the_cells_hold_are_found_in_others(
         "nearest half",
     ],
 )
-def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours, Any, Any]) -> None:
-    """A share of all, drawn; what is beyond the nearest share of all, in whatever order; the
-    nearest half.
-    """
-    near, vectors, queries = many
-    effort = tune(near, queries[-10:], queries=20)
+def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours, Array]) -> None:
+    """A share of all, drawn at random; all beyond the nearest share; the nearest half."""
+    near, queries = many
+    nprobes, candidates, _ = tune(near, queries[-10:], queries=20)
     random = np.random.default_rng(3)
     hits = 0
     for query in queries:
-        order = np.argsort(-(vectors @ query))
+        order = np.argsort(-(near.vectors @ query))
         name, _, number = kept.rpartition(" ")
         if name == "share":
             order = order[random.random(len(order)) < float(number)]
@@ -418,33 +303,36 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
             order = order[int(float(number) * len(order)) :]
         else:
             order = order[: len(order) // 2]
-        marks = np.zeros(len(vectors), bool)
+        marks = np.zeros(len(near.vectors), bool)
         marks[order] = True
-        found, _ = near.nearest_of(
-            query, 10, int(effort["nprobes"]), int(effort["candidates"]), Met(marks)
-        )
-        hits += len(set(order[:10]) & set(found[:10]))
+        positions, _ = near.nearest(query, 10, nprobes, candidates, Met(marks))
+        hits += len(set(order[:10]) & set(positions[:10]))
     assert hits / (10 * len(queries)) >= 0.97
 
 
-@pytest.mark.parametrize(("share", "cells"), [(1, 32), (0.5, 39), (0.1, 64), (0.02, 176)])
-def test_the_fewer_meet_a_condition_the_more_cells_are_visited_and_no_more_than_it_takes(
-    share: float, cells: int, many: tuple[Neighbours, Any, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("share", "least", "most"), [(0.5, 30, 70), (0.1, 50, 110)])
+def test_a_condition_that_is_met_at_random_searches_few_cells(
+    share: float,
+    least: int,
+    most: int,
+    many: tuple[Neighbours, Array],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A search takes as long as it reads cells, of which there are 282."""
-    near, vectors, queries = many
-    visited = []
-    named = Neighbours._named
+    near, queries = many
+    probed: list[int] = []
+    options = near._faiss.SearchParametersIVF
 
-    def counted(self: Neighbours, query: Any, wanted: int, probes: int, among: Any) -> Any:
-        visited.append(probes)
-        return named(self, query, wanted, probes, among)
+    def spy(nprobe: int, sel: Any) -> Any:
+        probed.append(nprobe)
+        return options(nprobe=nprobe, sel=sel)
 
-    monkeypatch.setattr(Neighbours, "_named", counted)
-    marks = np.zeros(len(vectors), bool)
-    marks[:: round(1 / share)] = True
-    near.nearest(queries[0], 10, 32, 200, Met(marks))
-    assert visited[0] == cells
+    monkeypatch.setattr(near._faiss, "SearchParametersIVF", spy)
+    random = np.random.default_rng(0)
+    for query in queries:
+        marks = random.random(len(near.vectors)) < share
+        near.nearest(query, 10, 32, 200, Met(marks))
+    assert least <= min(probed) and max(probed) <= most
 
 
 def test_a_condition_is_answered_rightly_where_the_codes_see_all_it_leaves_too_low(
@@ -462,17 +350,18 @@ def test_a_condition_is_answered_rightly_where_the_codes_see_all_it_leaves_too_l
     lean = random.uniform(0.2, 0.4, (len(others), 1)) * towards[0]
     new = unit(others + lean + 0.05 * random.standard_normal(others.shape))
     (tmp_path / "old").mkdir()
-    made = write_neighbours(tmp_path / "old", old)
+    facts = write_neighbours(tmp_path / "old", old)
     vectors = np.concatenate([old, new])
-    write_neighbours(tmp_path, vectors, tmp_path / "old", made)
+    write_neighbours(tmp_path, vectors, (tmp_path / "old", facts))
     near = Neighbours(tmp_path, vectors)
-    found, cosines = near.nearest_of(towards[0], 10, 8, 100, Met(np.arange(len(vectors)) >= count))
+    marks = np.arange(len(vectors)) >= count
+    positions, cosines = near.nearest(towards[0], 10, 8, 100, Met(marks))
     best = np.argsort(-new[:, 0])[:10]
-    assert found.tolist() == (count + best).tolist()
+    assert positions.tolist() == (count + best).tolist()
     np.testing.assert_allclose(cosines, new[best, 0], atol=1e-6)
 
 
-def test_all_that_rounding_lets_no_one_tell_from_the_last_are_given(tmp_path: Path) -> None:
+def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) -> None:
     """Of 600 vectors 200 have the same cosine with the query, in other directions each; float32
     gives them different ones, and by another sum in another order.
     """
@@ -489,25 +378,41 @@ def test_all_that_rounding_lets_no_one_tell_from_the_last_are_given(tmp_path: Pa
     near = Neighbours(tmp_path, vectors)
     equal = list(range(0, 600, 3))
     assert len(set((vectors[equal] @ asked).tolist())) > 1
-    for found, _ in (
-        near.best(asked, np.arange(600), 10),
-        near.nearest(asked, 10, near.cells, 600),
-        near.nearest_of(asked, 10, near.cells, 600, Met(np.ones(600, bool))),
-    ):
-        assert sorted(found.tolist()) == equal
+    for among in (None, Met(np.ones(600, bool))):
+        assert sorted(near.nearest(asked, 10, near.cells, 600, among)[0].tolist()) == equal
 
 
-def test_a_condition_on_metadata(tmp_path: Path, built: tuple[Path, Ready]) -> None:
-    folder, release = built
-    years = np.arange(COUNT) % 5
-    names = [f"{folder}/photos/{number:06}.jpg" for number in range(COUNT)]
-    parquet.write_table(pa.table({"image": names, "year": years}), tmp_path / "table.parquet")
-    build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release, sizes=SMALL)
-    query = release.vectors[COUNT]
-    hits = opened(tmp_path / "index", few=FEW).search(query, 10, "year = 3")
-    scores = np.where(years == 3, release.vectors[:COUNT] @ query, -1)
-    assert {hit.metadata["year"] for hit in hits} == {3}
-    assert len({int(Path(hit.id).stem) for hit in hits} & set(np.argsort(-scores)[:10])) >= 9
+class Exact:
+    """Compares all vectors, but finds one of them never, and one kind of query only in 64 cells."""
+
+    def __init__(self, vectors: Array, lost: int = -1, bad: Any = lambda query: False) -> None:
+        self.vectors = vectors
+        self.lost = lost
+        self.bad = bad
+
+    def nearest(self, query: Array, top_k: int, nprobes: int, _: int) -> tuple[Any, Array]:
+        scores = self.vectors @ query
+        order = np.argsort(-scores)
+        order = order[order != self.lost][20 if nprobes < 64 and self.bad(query) else 0 :]
+        return order[:top_k], scores[order[:top_k]]
+
+
+@pytest.mark.parametrize("worse", ["images", "texts"])
+def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
+    random = np.random.default_rng(0)
+    vectors, texts = (unit(random.standard_normal((count, 8))) for count in (300, 40))
+    vectors[150:] = vectors[:150]  # equal ones are as good as each other
+    exact = Exact(vectors, bad=lambda q: (q == texts).all(1).any() == (worse == "texts"))
+    assert tune(exact, texts) == (64, 400, 1.0)
+
+
+@pytest.mark.parametrize("lost", [0, 99, 100, 299])
+def test_recall_is_measured_against_every_vector(lost: int) -> None:
+    """One vector of three blocks is never found, which each text has among its ten nearest."""
+    vectors = unit(np.random.default_rng(0).standard_normal((300, 8)))
+    texts = np.repeat(vectors[[lost]], 3, axis=0)
+    found = tune(Exact(vectors, lost), texts, efforts=[(1, 10)], block=100)
+    assert found[2] == pytest.approx(0.9)
 
 
 @pytest.mark.slow
@@ -518,14 +423,7 @@ def test_an_approximate_index_keeps_its_promise(tmp_path: Path) -> None:
     count = 120_000
     vectors, texts = clustered(count + 200, 64, 500)
     vectors, queries = vectors[:count], vectors[count:]
-    release = Ready(vectors, texts[:100])
-    write_numbers(tmp_path / "photos", range(count))
-    sizes = Sizes(batch=10_000)
-    summary = build(str(tmp_path / "photos"), tmp_path / "index", release, sizes=sizes)
-    assert summary.recall is not None and summary.recall >= 0.97
-    index = open_index(tmp_path / "index")
+    index = open_index(make(tmp_path, vectors, texts[:100], Sizes()))
     for asked in (queries, texts[100:]):
-        assert recall(index, asked, vectors) >= 0.95
-    few = found(index, queries[0], 10, "path < '000050.jpg'")  # every one of them is compared
-    assert few == list(np.argsort(-(vectors[:50] @ queries[0]))[:10])
-    assert recall(index, queries, vectors[:60_000], "path < '060000.jpg'") >= 0.95
+        assert recall(index, asked, vectors) >= 0.97
+    assert recall(index, queries, vectors[:60_000], "path < '060000.jpg'") >= 0.97

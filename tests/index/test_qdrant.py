@@ -24,8 +24,8 @@ from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import POLL
 from radapter_serve.index.publish import link, publish
-from radapter_serve.index.store import EXACT
-from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
+from radapter_serve.index.qdrant import FACTS_KEY, KEYS, Qdrant
+from radapter_serve.index.table import EXACT
 from radapter_serve.index.verify import verify
 from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.retrieve import RetrieveRequest

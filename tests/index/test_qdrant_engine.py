@@ -1,5 +1,5 @@
-"""What an index in Qdrant asks, answered by Qdrant's own engine, which comes as a library: as
-LanceDB answers it.
+"""What an index in Qdrant asks, answered by Qdrant's own engine, which comes as a library, as
+an index in a folder answers it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import qdrant_edge as edge
 
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
-from radapter_serve.index.store import THUMBNAIL
+from radapter_serve.index.table import THUMBNAIL
 from tests.index.test_index import DIM, FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
 
@@ -43,7 +43,7 @@ def _native(one: Any) -> Any:
 @pytest.mark.parametrize("indexed", [False, True])
 def test_conditions_and_scores(table: str, tmp_path: Path, indexed: bool) -> None:
     from radapter_serve.index.filters import OWN, key_of, kind_of, to_filter
-    from radapter_serve.index.upload import SCHEMAS, points_of
+    from radapter_serve.index.publish import SCHEMAS, points_of
 
     build(table, tmp_path / "index", FakeRelease())
     local = open_index(tmp_path / "index")

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, redact
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.store import EXACT, THUMBNAIL, Hit, Store
-from radapter_serve.index.store.local import GENERATION
+from radapter_serve.index.folder import GENERATION
+from radapter_serve.index.table import EXACT, THUMBNAIL, Hit
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
@@ -104,7 +104,7 @@ class Qdrant:
             raise self._broken(f"{error}") from None
         return generation, facts
 
-    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Store:
+    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Collection:
         check_installed("qdrant_client", "qdrant")
         return Collection(self, generation, facts)
 
@@ -205,11 +205,6 @@ class Collection:
         metadata = {name: point.payload[name] for name in self._facts.columns}
         thumbnail = base64.b64decode(point.payload.get(THUMBNAIL) or "") if thumbnails else b""
         return Hit(str(metadata["path"]), float(point.score), metadata, thumbnail)
-
-
-def collection_of(name: str, generation: str) -> str:
-    """The collection of a generation."""
-    return f"{name}-{generation}"
 
 
 def is_collection_of(name: str, collection: str) -> bool:

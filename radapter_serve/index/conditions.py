@@ -1,0 +1,476 @@
+"""Conditions on an index's columns: SQL that compares and nothing else, run by Arrow.
+
+A comparison with NULL is neither true nor false, as in SQL.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow.acero import Declaration, ProjectNodeOptions, TableSourceNodeOptions
+from sqlglot import TokenType, exp, parse_one, tokens
+from sqlglot.dialects.dialect import Dialect
+
+from radapter_serve.contract.errors import TaskError, invalid, redact
+
+MAX_LENGTH = 2000  # characters
+MAX_DEPTH = 10  # nested brackets, functions and NOT: a parser needs time and stack for each
+MAX_PARTS = 300  # names and operators, each of which reads all rows
+ALLOWED = (
+    "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
+)
+_FUNCTIONS = (exp.Cast, exp.Coalesce, exp.Length, exp.Lower, exp.Upper)
+_NESTING = (*_FUNCTIONS, exp.Paren, exp.Not, exp.Neg)
+_NODES = (
+    *_NESTING,
+    *(exp.Column, exp.Identifier, exp.Literal, exp.Boolean, exp.Null, exp.DataType),
+    *(exp.And, exp.Or, exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE),
+    *(exp.Like, exp.ILike, exp.Escape, exp.In, exp.Between, exp.Is),
+    *(exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod),
+)
+_OPENING = (TokenType.L_PAREN, TokenType.L_BRACKET, TokenType.L_BRACE)
+_CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
+
+
+class Sql(Dialect):
+    """Names in backticks or double quotes, and texts in which a backslash is a backslash."""
+
+    class Tokenizer(tokens.Tokenizer):
+        IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
+
+
+def parse_condition(where: str) -> exp.Expr:
+    """Parse a condition that only compares columns.
+
+    Raises:
+        TaskError: it is not a condition, too long, too deep, or has a part that is not allowed.
+    """
+    if len(where) > MAX_LENGTH:
+        raise invalid(f"where has {len(where)} characters; at most {MAX_LENGTH} are allowed")
+    try:
+        # Count brackets before the parser meets them.
+        depth = 0
+        for token in Sql().tokenize(where):
+            depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+        condition = parse_one(where, read=Sql, into=exp.Condition)
+        _check(condition)
+        return condition
+    except TaskError:
+        raise
+    except RecursionError:
+        raise _too_deep() from None
+    except Exception:  # on nonsense the parser raises many kinds of errors
+        raise invalid(f"where {where!r:.200} cannot be read; {ALLOWED}") from None
+
+
+def _check(condition: exp.Expr) -> None:
+    """Refuse all nodes but those in the list of what is allowed."""
+    parts = 0
+    for node, depth in _walk(condition):
+        if isinstance(node, exp.Func) and not isinstance(node, _NODES):
+            names = ", ".join(function.sql_name().lower() for function in _FUNCTIONS)
+            raise invalid(f"where calls {node.name or node.sql_name()}; functions: {names}")
+        if not isinstance(node, _NODES) or (isinstance(node, exp.Column) and len(node.parts) > 1):
+            raise invalid(f"where has a {type(node).__name__}; {ALLOWED}")
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        parts += not isinstance(node, (exp.Literal, exp.Identifier))
+    if parts > MAX_PARTS:
+        raise invalid(
+            f"where has {parts} operators and names; at most {MAX_PARTS} are allowed: write a list"
+            " as path IN ('a.jpg', 'b.jpg')"
+        )
+
+
+def _walk(condition: exp.Expr) -> Iterator[tuple[exp.Expr, int]]:
+    waiting = [(condition, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        depth += isinstance(node, _NESTING)
+        yield node, depth
+        waiting += [(child, depth) for child in node.iter_expressions()]
+
+
+def _too_deep() -> TaskError:
+    return invalid(
+        f"where has brackets, functions or NOT in each other; at most {MAX_DEPTH} are allowed"
+    )
+
+
+class Met:
+    """The rows that meet a condition, from marks, bool [N].
+
+    Attributes:
+        count: number of these rows.
+        bits: uint8 [N / 8], one bit a row, the lowest of a byte first, as FAISS reads them.
+    """
+
+    def __init__(self, marks: NDArray[np.bool_]) -> None:
+        self.count = int(np.count_nonzero(marks))
+        self.bits = np.packbits(marks, bitorder="little")
+        self._size = len(marks)
+        self._in_cells: NDArray[np.int64] | None = None
+
+    def in_cells(self, cell_of: NDArray[np.int32], cells: int) -> NDArray[np.int64]:
+        """Count these rows in each cell, int64 [cells], by the cell of each row."""
+        if self._in_cells is None:
+            self._in_cells = np.bincount(cell_of[self.marks], minlength=cells)
+        return self._in_cells
+
+    @property
+    def marks(self) -> NDArray[np.bool_]:
+        """Whether each row meets the condition, bool [N]."""
+        return np.unpackbits(self.bits, count=self._size, bitorder="little").view(np.bool_)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Their positions, int64 [count]."""
+        return np.flatnonzero(self.marks)
+
+
+def evaluate(where: str, table: pa.Table) -> Met:
+    """Find the rows of a table that meet a condition.
+
+    Raises:
+        TaskError: the condition is not allowed, or compares what can't be compared.
+    """
+    condition = _Translator(table.schema).translate(parse_condition(where))
+    if condition.kind != "truth":
+        raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
+    plan = Declaration.from_sequence(
+        [
+            Declaration("table_source", TableSourceNodeOptions(table)),
+            Declaration("project", ProjectNodeOptions([condition.values], ["met"])),
+        ]
+    )
+    try:
+        met = plan.to_table(use_threads=False)["met"]
+    except pa.ArrowException as error:
+        why = f"where {where!r:.200} fails: {redact(str(error)):.200}"
+        raise invalid(f"{why}; the columns: {', '.join(table.column_names)}") from None
+    return Met(np.asarray(pc.fill_null(met, False).to_numpy(), np.bool_))
+
+
+@dataclass(frozen=True)
+class _Term:
+    """An expression of Arrow's, and the kind of its values.
+
+    Attributes:
+        values: the expression.
+        kind: "integer", "float", "narrow" (float32 or float16), "text", "date", "time", "truth",
+            "null", or an Arrow type that has no comparisons.
+        literal: the value of a literal, which is written in the condition.
+    """
+
+    values: pc.Expression
+    kind: str
+    literal: Any = None
+
+
+_NUMBERS = ("integer", "float", "narrow")
+_TYPES = {
+    **dict.fromkeys(_NUMBERS, pa.float64()),
+    **{"integer": pa.int64(), "text": pa.string(), "truth": pa.bool_()},
+    **{"date": pa.date32(), "time": pa.timestamp("us")},
+}
+_COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
+    exp.EQ: lambda left, right: left == right,
+    exp.NEQ: lambda left, right: left != right,
+    exp.LT: lambda left, right: left < right,
+    exp.LTE: lambda left, right: left <= right,
+    exp.GT: lambda left, right: left > right,
+    exp.GTE: lambda left, right: left >= right,
+}
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    exp.Add: pc.add,
+    exp.Sub: pc.subtract,
+    exp.Mul: pc.multiply,
+    exp.Div: pc.divide,
+}
+_CASTS = {
+    **dict.fromkeys(("TINYINT", "SMALLINT", "INT", "BIGINT"), "integer"),
+    **dict.fromkeys(("UTINYINT", "USMALLINT", "UINT", "UBIGINT"), "integer"),
+    **dict.fromkeys(("FLOAT", "DOUBLE"), "float"),
+    **dict.fromkeys(("TEXT", "VARCHAR", "CHAR"), "text"),
+    **{"BOOLEAN": "truth", "DATE": "date", "TIMESTAMP": "time"},
+}
+_TEXT_FUNCTIONS: dict[type, Callable[[Any], Any]] = {
+    exp.Lower: pc.utf8_lower,
+    exp.Upper: pc.utf8_upper,
+    exp.Length: pc.utf8_length,
+}
+
+
+class _Translator:
+    """Translates a parsed condition into an expression of Arrow's, on columns of a schema."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+
+    def translate(self, condition: exp.Expr) -> _Term:
+        """Translate each operand before its operator, without recursion: a chain of operators may
+        be longer than Python's stack is deep.
+        """
+        waiting: list[tuple[exp.Expr, int]] = [(condition, -1)]
+        terms: list[_Term] = []
+        while waiting:
+            node, count = waiting.pop()
+            if count < 0:
+                operands = []
+                if not isinstance(node, (exp.Column, exp.Literal)):
+                    operands = [
+                        child
+                        for child in node.iter_expressions()
+                        if not isinstance(child, exp.DataType)
+                    ]
+                waiting.append((node, len(operands)))
+                waiting += [(operand, -1) for operand in reversed(operands)]
+                continue
+            taken = terms[len(terms) - count :]
+            del terms[len(terms) - count :]
+            terms.append(self._term(node, taken))
+        return terms.pop()
+
+    def _term(self, node: Any, operands: list[_Term]) -> _Term:
+        """Translate a node by its translated operands."""
+        match node:
+            case exp.Column():
+                return self._column(node.name)
+            case exp.Literal():
+                return _literal(node.this if node.is_string else _number(node.this))
+            case exp.Boolean():
+                return _literal(bool(node.this))
+            case exp.Null():
+                return _Term(pc.scalar(None), "null")
+            case exp.Paren():
+                return operands[0]
+            case exp.Neg():
+                (number,) = _check_kinds(node, operands, *_NUMBERS)
+                if number.literal is not None:
+                    return _literal(-number.literal)
+                return _Term(pc.negate(number.values), number.kind)
+            case exp.And():
+                left, right = _truths(node, operands)
+                return _Term(left & right, "truth")
+            case exp.Or():
+                left, right = _truths(node, operands)
+                return _Term(left | right, "truth")
+            case exp.Not():
+                (truth,) = _truths(node, operands)
+                return _Term(~truth, "truth")
+            case exp.Is():
+                return _is(node, operands)
+            case exp.Between():
+                values, low, high = operands
+                low_met = _compared(node, exp.GTE, values, low)
+                high_met = _compared(node, exp.LTE, values, high)
+                return _Term(low_met & high_met, "truth")
+            case exp.In():
+                return _Term(_in(node, operands[0], operands[1:]), "truth")
+            case exp.Like() | exp.ILike():
+                return _like(node, *operands)
+            case exp.Escape():
+                if operands[1].literal != "\\":  # the one that LIKE has anyway
+                    _refuse(node)
+                return operands[0]
+            case exp.Lower() | exp.Upper() | exp.Length():
+                (text,) = _check_kinds(node, operands, "text", "null")
+                kind = "integer" if isinstance(node, exp.Length) else "text"
+                values = text.values.cast(pa.string())
+                return _Term(_TEXT_FUNCTIONS[type(node)](values), kind)
+            case exp.Coalesce():
+                return _coalesce(node, operands)
+            case exp.Cast():
+                return _cast(node, operands[0])
+            case exp.Mod():
+                return _remainder(node, operands)
+        if type(node) in _COMPARISONS:
+            return _Term(_compared(node, type(node), *operands), "truth")
+        left, right, kind = _numbers(node, operands)
+        return _Term(_ARITHMETIC[type(node)](left, right), kind)
+
+    def _column(self, name: str) -> _Term:
+        """A column by its name, or by that in other letters where no other column has those, with
+        its values in the one type that its kind is computed in.
+        """
+        names = [other for other in self._schema.names if other.lower() == name.lower()]
+        if name not in names:
+            if len(names) != 1:
+                known = ", ".join(self._schema.names)
+                raise invalid(f"where names {name!r:.80}; the columns: {known}")
+            name = names[0]
+        arrow = self._schema.field(name).type
+        column = pc.field(name)
+        if pa.types.is_dictionary(arrow):
+            arrow = arrow.value_type
+            column = column.cast(arrow)
+        if pa.types.is_integer(arrow):
+            return _Term(column.cast(pa.int64()), "integer")
+        if pa.types.is_floating(arrow):
+            kind = "float" if arrow == pa.float64() else "narrow"
+            return _Term(column.cast(pa.float64()), kind)
+        if pa.types.is_decimal(arrow):
+            return _Term(column.cast(pa.float64()), "float")
+        if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
+            return _Term(column, "text")
+        if pa.types.is_boolean(arrow):
+            return _Term(column, "truth")
+        if pa.types.is_date(arrow):
+            return _Term(column.cast(pa.date32()), "date")
+        if pa.types.is_timestamp(arrow):
+            if arrow.tz:
+                column = column.cast(pa.timestamp(arrow.unit))  # in UTC
+            return _Term(column.cast(pa.timestamp("us"), safe=False), "time")
+        return _Term(column, str(arrow))
+
+
+def _number(text: str) -> int | float:
+    if re.fullmatch(r"[0-9]+", text) and int(text) < 1 << 63:
+        return int(text)
+    return float(text)
+
+
+def _literal(value: Any) -> _Term:
+    kinds = {bool: "truth", int: "integer", float: "float", str: "text"}
+    return _Term(pc.scalar(value), kinds[type(value)], value)
+
+
+def _compared(node: Any, how: type, left: _Term, right: _Term) -> pc.Expression:
+    if "null" in (left.kind, right.kind):
+        return pc.scalar(pa.scalar(None, pa.bool_()))
+    left, right = _alike(node, left, right)
+    return _COMPARISONS[how](left.values, right.values)
+
+
+def _alike(node: Any, left: _Term, right: _Term) -> tuple[_Term, _Term]:
+    """Two operands in one type; refuses those that can't be compared."""
+    kinds = {left.kind, right.kind}
+    if kinds <= set(_NUMBERS):
+        # A number is as exact as the column that it is compared with.
+        if left.kind == "narrow" and right.literal is not None:
+            right = _literal(float(np.float32(right.literal)))
+        elif right.kind == "narrow" and left.literal is not None:
+            left = _literal(float(np.float32(left.literal)))
+        return left, right
+    if len(kinds) == 1 and left.kind in _TYPES:
+        return left, right
+    if kinds <= {"date", "time", "text"}:
+        return _time(node, left), _time(node, right)
+    raise invalid(f"where compares {left.kind} with {right.kind} in {node.sql()!r:.100}; {ALLOWED}")
+
+
+def _time(node: Any, term: _Term) -> _Term:
+    """A date or time, or a literal text that is one, as a time."""
+    if term.kind != "text":
+        return _Term(term.values.cast(_TYPES["time"]), "time")
+    if term.literal is None:
+        _refuse(node)
+    try:
+        return _Term(pc.scalar(pa.scalar(term.literal).cast(_TYPES["time"])), "time")
+    except pa.ArrowException:
+        raise invalid(f"where has {term.literal!r:.100}, which is not a date or time") from None
+
+
+def _in(node: Any, values: _Term, options: list[_Term]) -> pc.Expression:
+    known = [option for option in options if option.kind != "null"]
+    alike = [_alike(node, values, option) for option in known]
+    literals = [option.literal for _, option in alike]
+    if values.kind in ("integer", "text") and all(type(one) in (int, str) for one in literals):
+        # One look-up for a long list; `isin` takes NULL for a value like others.
+        met = values.values.isin(pa.array(literals, _TYPES[values.kind]))
+        met = pc.if_else(values.values.is_valid(), met, pa.scalar(None, pa.bool_()))
+    else:
+        met = pc.scalar(False)
+        for left, option in alike:
+            met = met | (left.values == option.values)
+    # A NULL among the options may be any value.
+    return met if len(known) == len(options) else met | pc.scalar(pa.scalar(None, pa.bool_()))
+
+
+def _is(node: exp.Is, operands: list[_Term]) -> _Term:
+    if isinstance(node.expression, exp.Null):
+        return _Term(operands[0].values.is_null(), "truth")
+    if not isinstance(node.expression, exp.Boolean):
+        _refuse(node)
+    truth, wanted = _truths(node, operands)
+    return _Term(pc.coalesce(truth == wanted, pc.scalar(False)), "truth")
+
+
+def _like(node: Any, text: _Term, pattern: _Term) -> _Term:
+    _check_kinds(node, [text, pattern], "text", "null")
+    if "null" in (text.kind, pattern.kind):
+        return _Term(pc.scalar(pa.scalar(None, pa.bool_())), "truth")
+    if pattern.literal is None:
+        _refuse(node)
+    same = isinstance(node, exp.ILike)
+    met = pc.match_like(text.values, pattern.literal, ignore_case=same)
+    return _Term(~met if node.args.get("negate") else met, "truth")
+
+
+def _coalesce(node: Any, operands: list[_Term]) -> _Term:
+    known = [operand for operand in operands if operand.kind != "null"]
+    if not known:
+        return operands[0]
+    kinds = {operand.kind for operand in known}
+    if kinds <= set(_NUMBERS):
+        kind = "integer" if kinds == {"integer"} else "float"
+    elif len(kinds) == 1:
+        kind = known[0].kind
+    else:
+        raise invalid(f"where mixes {' and '.join(sorted(kinds))} in {node.sql()!r:.100}")
+    if kind not in _TYPES:
+        return _Term(pc.coalesce(*(operand.values for operand in known)), kind)
+    values = [operand.values.cast(_TYPES[kind]) for operand in known]
+    return _Term(pc.coalesce(*values), kind)
+
+
+def _cast(node: exp.Cast, term: _Term) -> _Term:
+    kind = _CASTS.get(node.to.this.name)
+    if kind is None:
+        raise invalid(f"where casts to {node.to.sql():.40}; {ALLOWED}")
+    if kind == "text" and term.kind in ("float", "narrow", "time"):
+        raise invalid(f"where casts a {term.kind} to text, which may be written in many ways")
+    values = term.values
+    if kind == "integer" and term.kind in ("float", "narrow"):
+        values = pc.trunc(values)
+    return _Term(values.cast(_TYPES[kind], safe=kind != "date"), kind)
+
+
+def _remainder(node: Any, operands: list[_Term]) -> _Term:
+    """The remainder of a division, with the sign of the dividend."""
+    left, right, kind = _numbers(node, operands)
+    quotient = pc.divide(left, right)
+    if kind == "float":
+        quotient = pc.trunc(quotient)
+    return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
+
+
+def _numbers(node: Any, operands: list[_Term]) -> tuple[pc.Expression, pc.Expression, str]:
+    """Two numbers in one type, and their kind."""
+    left, right = _check_kinds(node, operands, *_NUMBERS, "null")
+    kind = "integer" if {left.kind, right.kind} <= {"integer", "null"} else "float"
+    return left.values.cast(_TYPES[kind]), right.values.cast(_TYPES[kind]), kind
+
+
+def _truths(node: Any, operands: list[_Term]) -> list[pc.Expression]:
+    terms = _check_kinds(node, operands, "truth", "null")
+    return [term.values.cast(pa.bool_()) for term in terms]
+
+
+def _check_kinds(node: Any, operands: list[_Term], *kinds: str) -> list[_Term]:
+    if any(operand.kind not in kinds for operand in operands):
+        _refuse(node)
+    return operands
+
+
+def _refuse(node: Any) -> NoReturn:
+    raise invalid(f"where has {node.sql()!r:.100}; {ALLOWED}")

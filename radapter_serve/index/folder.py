@@ -1,0 +1,200 @@
+"""An index in a folder: generations next to each other, and a pointer to the current one.
+
+`index.json` names the generation, a folder `g-...` next to it, which holds an `index.json` with the
+facts and the files that a search maps. A generation never changes; to replace `index.json` is to
+replace the index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import secrets
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import as_text, digest_of, staged
+from radapter_serve.index.facts import FACTS, FileFacts, IndexFacts, build_command
+from radapter_serve.index.neighbours import CODES
+from radapter_serve.index.table import ROWS, VECTORS, Table
+
+GENERATION = "generation"
+# Bytes of a generation up to which all its files are compared each time it is opened: a second or
+# two. Of a larger one only the codes are, which FAISS reads without a check.
+CHECKED_AT_OPEN = 1 << 30
+
+
+class DamagedFileError(Exception):
+    """A file is not as it was written."""
+
+
+class Folder:
+    """The folder of an index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def current(self) -> tuple[str, IndexFacts]:
+        """The name of the current generation, and its facts.
+
+        Raises:
+            RAdapterError: there is no index, or it can't be read.
+        """
+        path = self._folder / FACTS
+        where = shlex.quote(str(self._folder))
+        try:
+            generation = json.loads(path.read_bytes())[GENERATION]
+            if not is_generation(generation):
+                raise ValueError(f"it names the generation {generation!r:.40}")
+            path = self._folder / generation / FACTS
+            return generation, IndexFacts.from_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise RAdapterError(
+                f"no index at {self._folder}; make one: radapter-index build PHOTOS --out {where}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            why = reason(error)
+        # The source may be legible where other facts are not.
+        source = "SOURCE"
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ):
+            facts = json.loads((self._folder / (pointed(self._folder) or "") / FACTS).read_bytes())
+            source = shlex.quote(facts.get("plan", facts)["source"])
+        raise RAdapterError(
+            f"{path} can't be read ({why}); build it again: radapter-index build {source} --out"
+            f" {where}"
+        )
+
+    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
+        """Open a generation to search it.
+
+        Args:
+            generation, facts: as from `current`.
+            complete: whether all files are compared with their digests, however large.
+
+        Raises:
+            RAdapterError: a file is missing or damaged.
+        """
+        place = self._folder / generation
+        try:
+            check_files(place, facts.files, complete=complete)
+            return Table(as_text(self._folder.name), place, facts)
+        except (RAdapterError, DamagedFileError) as error:
+            raise RAdapterError(
+                f"the index {self._folder} can't be searched: {error}; build it again:"
+                f" {build_command(self._folder, facts.plan)}"
+            ) from None
+
+
+def check_files(
+    folder: Path, files: Mapping[str, FileFacts], *, complete: bool, checked: int = CHECKED_AT_OPEN
+) -> None:
+    """Compare files with their sizes and digests.
+
+    Args:
+        folder: of the files.
+        files: by their names.
+        complete: whether all files are read, however large.
+        checked: bytes of a folder up to which all files are read anyway.
+
+    Raises:
+        DamagedFileError: names the files that are missing or differ.
+    """
+    every = complete or sum(known.size for known in files.values()) <= checked
+    damaged = []
+    for name, known in files.items():
+        path = folder / name
+        try:
+            same = path.stat().st_size == known.size
+            if same and (every or name == CODES):
+                same = digest_of(path) == known.digest
+        except OSError:
+            same = False
+        if not same:
+            damaged.append(name)
+    if damaged:
+        raise DamagedFileError(
+            f"{', '.join(damaged)} in {as_text(folder.name)} is not as it was written"
+        )
+
+
+def describe_files(folder: Path) -> dict[str, FileFacts]:
+    """The size and digest of each file that a search reads, by name."""
+    paths = [folder / name for name in (ROWS, VECTORS, CODES)]
+    return {
+        path.name: FileFacts(path.stat().st_size, digest_of(path))
+        for path in paths
+        if path.is_file()
+    }
+
+
+def is_generation(name: Any) -> bool:
+    """Whether a name is that of a generation."""
+    return (
+        isinstance(name, str)
+        and len(name) == 18
+        and name.startswith("g-")
+        and name[2:].isalnum()
+        and name.isascii()
+    )
+
+
+def generations_of(folder: Path) -> list[Path]:
+    """The generations that a folder holds, current or not."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if is_generation(path.name)]
+
+
+def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
+    """Make a finished folder the current generation. A reader meanwhile finds this one or the one
+    before.
+
+    Args:
+        made: the finished folder, on the same disk; its `index.json` is written here.
+        folder: of the index.
+        facts: of the generation.
+        keep: time that a replaced generation stays, for those who read it.
+
+    Returns:
+        The folder of the generation.
+    """
+    generation = f"g-{secrets.token_hex(8)}"
+    write_text(made / FACTS, facts.to_json())
+    folder.mkdir(exist_ok=True)
+    before = pointed(folder)
+    made.rename(folder / generation)
+    write_text(folder / FACTS, json.dumps({GENERATION: generation}))
+    if before is not None:
+        with contextlib.suppress(OSError):
+            os.utime(folder / before)
+    # Remove generations that were replaced long ago.
+    for place in generations_of(folder):
+        with contextlib.suppress(OSError):
+            replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)
+            if place.name != generation and datetime.datetime.now() - replaced > keep:
+                shutil.rmtree(place)
+    return folder / generation
+
+
+def pointed(folder: Path) -> str | None:
+    """The generation that a folder names, whether it is there or not; None if it names no
+    generation.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        generation = json.loads((folder / FACTS).read_bytes())[GENERATION]
+        return generation if is_generation(generation) else None
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,162 @@
+"""An index of embeddings that somebody has already: searched as numpy searches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv, parquet
+
+from radapter_serve.cli.index import main
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import add, build, build_from_embeddings
+from radapter_serve.index.facts import build_command
+from radapter_serve.index.index import open_index, read_facts
+from radapter_serve.index.verify import verify
+from tests.helpers.indexes import generation
+from tests.index.test_index import DIM, FakeRelease, write
+
+COUNT = 5000  # more than are read at once
+
+
+@pytest.fixture
+def vectors() -> Any:
+    """Of many lengths."""
+    return np.random.default_rng(0).standard_normal((COUNT, DIM)) * 7
+
+
+@pytest.fixture
+def files(tmp_path: Path, vectors: Any) -> tuple[Path, Path]:
+    np.save(tmp_path / "v.npy", vectors)
+    years = [None if number % 7 == 0 else number for number in range(COUNT)]
+    shares = [float("nan") if number == 3 else number / COUNT for number in range(COUNT)]
+    names = [f"photos/{number}.jpg" for number in range(COUNT)]
+    rows = pa.table({"year": years, "image": names, "share": shares})
+    parquet.write_table(rows, tmp_path / "r.parquet")
+    return tmp_path / "v.npy", tmp_path / "r.parquet"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_searches_are_numpys(
+    dtype: str, files: tuple[Path, Path], vectors: Any, tmp_path: Path
+) -> None:
+    np.save(files[0], vectors.astype(dtype))
+    out = tmp_path / "index"
+    summary = build_from_embeddings(*files, out, FakeRelease())
+    assert (summary.count, summary.embedded, summary.recall) == (COUNT, 0, None)
+    unit = vectors.astype(dtype).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    query = unit[42].astype(np.float32)
+    index = open_index(out)
+    hits = index.search(query, 20, "year < 3000")
+    scores = unit @ query
+    scores[3000:] = -2
+    scores[::7] = -2
+    best = np.argsort(-scores)[:20]
+    assert [hit.id for hit in hits] == [f"photos/{number}.jpg" for number in best]
+    np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-6)
+    assert [hit.metadata["year"] for hit in hits] == best.tolist()
+    (missing,) = index.search(query, 10, "share IS NULL")  # NaN is NULL
+    assert missing.id == "photos/3.jpg" and missing.metadata["share"] is None
+    assert verify(out).ok
+
+
+def test_the_index_names_the_command_that_makes_it_again(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "index"
+    build_from_embeddings(*files, out, FakeRelease())
+    command = f"radapter-index build --from-embeddings {files[0]} --rows {files[1]} --out {out}"
+    assert build_command(out, read_facts(out).plan).startswith(command)
+    with pytest.raises(RAdapterError, match=f"was made of embeddings; .*{command}"):
+        add(out, FakeRelease())
+    first = generation(out)
+    assert build_from_embeddings(*files, out, FakeRelease()).count == COUNT
+    assert generation(out) != first and len(open_index(out)) == COUNT
+    # A build of images replaces it.
+    write(tmp_path / "photos" / "a.png", 1)
+    assert build(str(tmp_path / "photos"), out, FakeRelease()).count == 1
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        ("zero", "row 4999: the vector has no direction"),
+        ("nan", "row 7: the vector has no direction"),
+        ("width", f"have the width 9, and the embeddings of release 1 have {DIM}"),
+        ("whole", "does not hold vectors"),
+        ("flat", "does not hold vectors"),
+        ("pickle", "not an array of NumPy's"),
+        ("noise", "not an array of NumPy's"),
+        ("gone", "not an array of NumPy's"),
+        ("count", "has 5,000 rows, and .* 4,999 vectors"),
+        ("twice", "names 'x' twice"),
+        ("column", "no column 'image'; .* see --image-column"),
+        ("empty", "row 2: 'image' is no path"),
+        ("own", "has a column 'Width'; the index needs"),
+        ("no table", "is not PARQUET that can be read"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_and_leave_nothing(
+    harm: str, why: str, files: tuple[Path, Path], vectors: Any, tmp_path: Path
+) -> None:
+    path, rows = files
+    names = [str(number) for number in range(COUNT)]
+    if harm in ("zero", "nan"):
+        vectors[4999 if harm == "zero" else 7] = 0 if harm == "zero" else np.nan
+        np.save(path, vectors)
+    elif harm == "width":
+        np.save(path, vectors[:, :9])
+    elif harm == "whole":
+        np.save(path, vectors.astype(int))
+    elif harm == "flat":
+        np.save(path, vectors[0])
+    elif harm == "pickle":
+        np.save(path, np.array([{}] * COUNT, object))
+    elif harm == "noise":
+        path.write_bytes(b"noise")
+    elif harm == "gone":
+        path.unlink()
+    elif harm == "count":
+        np.save(path, vectors[1:])
+    elif harm == "no table":
+        rows.write_bytes(b"noise")
+    else:
+        columns: dict[str, Any] = {
+            "twice": {"image": ["x", "x", *names[2:]]},
+            "column": {"id": names},
+            "empty": {"image": ["x", "", *names[2:]]},
+            "own": {"image": names, "Width": names},
+        }[harm]
+        parquet.write_table(pa.table(columns), rows)
+    with pytest.raises(RAdapterError, match=why) as refused:
+        build_from_embeddings(path, rows, tmp_path / "index", FakeRelease())
+    assert "\n" not in str(refused.value) and not list(tmp_path.glob("*index*"))
+
+
+def test_the_command(
+    files: tuple[Path, Path],
+    vectors: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    release = FakeRelease()
+    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: release)
+    csv.write_csv(parquet.read_table(files[1]).rename_columns(["year", "id", "share"]), "r.csv")
+    call = ["build", "--from-embeddings", "v.npy", "--rows", "r.csv", "--image-column", "id"]
+    assert main([*call, "--out", "indexes/photos"]) == 0
+    assert "indexes/photos: 5,000 images\n" in capsys.readouterr().out
+    query = (vectors[9] / np.linalg.norm(vectors[9])).astype(np.float32)
+    assert open_index("indexes/photos").search(query, 1)[0].id == "photos/9.jpg"
+    assert main(["verify", "indexes/photos"]) == 0
+    for wrong in (["photos", *call[1:]], call[:3], ["--rows", "r.csv", "photos"], []):
+        arguments = wrong if wrong[:1] == ["build"] else ["build", *wrong]
+        assert main([*arguments, "--out", "other"]) == 2
+        assert "--from-embeddings" in capsys.readouterr().err
+    assert isinstance(release, LoadedRelease) and release.embedded == 0
