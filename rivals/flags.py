@@ -24,7 +24,7 @@ class Flags:
     """What holds for every method.
 
     Args:
-        data: benchmark file, such as one of rivals/benchmarks; docs/rivals.md says how to write
+        data: benchmark file, such as one of rivals/benchmarks; rivals/README.md says how to write
             one.
         data_root: folder that the benchmark's data is in; its own if none is given.
         out: folder of what is made, and of all that it is made from: what is done is not done

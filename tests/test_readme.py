@@ -1,5 +1,5 @@
-"""The commands of the walk-through, and the Python and the commands of the README, run as they
-stand there.
+"""The commands of the quick start, and the Python and the commands of the README, run as they stand
+there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.helpers.small_release import png
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-WALK_THROUGH = ROOT / "docs" / "walk-through.md"
+WALK_THROUGH = ROOT / "docs" / "quickstart.md"
 
 
 PRELUDE = [
@@ -58,7 +58,8 @@ def quick_start() -> str:
         " cp picture.png quick/cat.jpg; cd quick\n"
     )
     text = script(README, "quick-start").replace(
-        "--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0"
+        "--recipe small",
+        f"--recipe small --architecture {base} --steps 3 --batch-size 8 --workers 0",
     )
     return ready + text
 
