@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from radapter_serve.training.recipe import GROUPS, Recipe, load_recipe, ready_recipes
+from radapter_serve.training.recipe import Recipe, load_recipe, ready_recipes
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OTHER_NAMES = {
     "accumulate": "gradient accumulation steps",
     "delta": "margin δ",
-    "drop": "adapter dropout p, Eq. 7",
+    "drop": "adapter dropping p, Eq. 7",
     "epsilon": "label smoothing ε",
     "grad_clip": "max grad norm",
     "momentum": "EMA decay m, Eq. 8",
@@ -148,25 +148,23 @@ def recipe_page() -> str:
         " `train()`, a line of a YAML file and a flag (`val_fraction` is `--val-fraction`)."
         " [Train](train.md) says which ones matter.",
     ]
-    help_texts = {
-        re.match(r"--([a-z-]+)", entry.head)[1].replace("-", "_"): entry  # type: ignore[index]
-        for _, entries in boxes(help_of("radapter-train"))
-        for entry in entries
-        if entry.head.startswith("--")
-    }
-    for title, group in GROUPS.items():
-        sentence = (group.__doc__ or "").partition("\n")[0]
-        lines += [f"\n## {title.capitalize()}\n", f"{sentence}\n"]
-        lines += ["| field | default | also known as | |", "|---|---|---|---|"]
-        for field in dataclasses.fields(group):
-            entry = help_texts.get(field.name, Entry("", "", "go on with the run in `out`."))
-            default = "none" if field.default is None else str(field.default)
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    for title, entries in boxes(help_of("radapter-train")):
+        if not title.endswith(" options"):  # --recipe, --resume
+            continue
+        lines += [f"\n## {title.removesuffix(' options').capitalize()}\n"]
+        lines += ["| field | default | in other words | |", "|---|---|---|---|"]
+        for entry in entries:
+            name = entry.head.split()[0].strip("-,").replace("-", "_")
+            default = defaults.pop(name)
             kind = re.search(r"\{(?!None)([^}]*)\}", entry.head)
             values = f" One of {', '.join(kind[1].split(','))}." if kind else ""
             lines.append(
-                f"| `{field.name}` | {_code(default)} | {OTHER_NAMES.get(field.name, '')} |"
-                f" {_cell(entry.text + values)} |"
+                f"| `{name}` | {_code('none' if default is None else str(default))} |"
+                f" {OTHER_NAMES.get(name, '')} | {_cell(entry.text + values)} |"
             )
+    for name, default in defaults.items():
+        lines.append(f"| `{name}` | {_code(str(default))} |  | go on with the run in `out`. |")
     recipes = {name: load_recipe(name) for name in ready_recipes()}
     lines += ["\n## The recipes that come with the package\n", "Fields that differ between them:\n"]
     lines += [f"| field | {' | '.join(recipes)} |", f"|---|{'---|' * len(recipes)}"]
