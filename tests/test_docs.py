@@ -63,7 +63,7 @@ def entries(section: str) -> set[str]:
     text = re.split(r"^## ", TROUBLESHOOTING.partition(f"\n## {section}\n")[2], flags=re.MULTILINE)[
         0
     ]
-    return set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
+    return set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
 def test_every_code_has_its_entry() -> None:
