@@ -6,6 +6,7 @@ the rooms below without torch stays free of it.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     from radapter_serve.errors import one_line
-    from radapter_serve.lazy import attribute
 
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with one_line():
-        return attribute(__name__, _HOME, name)
+        return getattr(importlib.import_module(_HOME[name]), name)

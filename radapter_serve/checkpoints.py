@@ -1,4 +1,4 @@
-"""Names of checkpoints that were tuned elsewhere: what can be seen before torch is loaded."""
+"""Names of checkpoints that were tuned elsewhere, as far as they can be checked without torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ _ALLOWED = (
 
 
 def model_name(checkpoint: str) -> str | None:
-    """What `load_base` loads as a whole, with architecture and preprocessing; None for a file of
-    weights.
-
-    Raises:
-        RAdapterError: there is no such checkpoint.
-    """
+    """The name by which `load_base` loads a checkpoint as a whole; None for a file of weights."""
     path = Path(checkpoint)
     if path.is_dir():
         return f"{LOCAL}{path}"
@@ -36,17 +31,8 @@ def model_name(checkpoint: str) -> str | None:
 def check_base_is_named(
     checkpoint: str, base: str | None, pretrained: str | None, alphas: Iterable[float] = ()
 ) -> None:
-    """Refuse a checkpoint whose base has to be named, and is not.
-
-    Args:
-        checkpoint: as `load_checkpoint` takes it, like the next two.
-        base: what was tuned.
-        pretrained: weights of the base, where `base` does not say them.
-        alphas: that it is asked for.
-
-    Raises:
-        RAdapterError: there is no such checkpoint; it is a file of weights, which do not say their
-            architecture; or an α below 1 needs the weights of the base.
+    """Refuse a checkpoint that needs a base, and has none: a file of weights, which does not say
+    its architecture, and any α below 1.
     """
     if model_name(checkpoint) is None and base is None:
         raise RAdapterError(
@@ -60,12 +46,7 @@ def check_base_is_named(
 
 
 def needs_base(alpha: float, name: str) -> RAdapterError:
-    """The error where an α is asked for that a checkpoint without its base has not.
-
-    Args:
-        alpha: less than 1.
-        name: of the checkpoint.
-    """
+    """The error for an α below 1 of a checkpoint without its base."""
     return RAdapterError(
         f"alpha is {alpha:g}, which needs the weights that {name} was tuned from; give them with"
         " --base, such as --base ViT-B-32:openai, or take alpha 1"

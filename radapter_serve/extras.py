@@ -21,11 +21,8 @@ _PACKAGES = {  # by their modules, where these have other names
 
 
 def extra_of(module: str, first: str | None = None) -> str:
-    """The extra that brings a library: the one with the fewest packages, or `all` if none does.
-
-    Args:
-        module: of the library, such as "open_clip.model".
-        first: the extra to name if it brings the library, such as that of a command.
+    """The extra that brings a library, such as "open_clip.model": `first` if it does, else the one
+    with the fewest packages, `all` if none does.
     """
     try:
         requirements = requires(NAME) or []
@@ -46,13 +43,10 @@ def extra_of(module: str, first: str | None = None) -> str:
 
 
 def install_command(extra: str) -> str:
-    """What to run so that this installation has an extra.
+    """What to run so that this installation has an extra, or several with commas.
 
     The package is installed from a folder, a file or a repository. An index of packages is not
     asked for it by its name, which anybody could have published there.
-
-    Args:
-        extra: one, or several with commas, such as "demo,playground".
     """
     try:
         text = distribution(NAME).read_text("direct_url.json")
@@ -62,11 +56,8 @@ def install_command(extra: str) -> str:
 
 
 def command(origin: dict[str, Any] | None, extra: str) -> str:
-    """`install_command` for an installation of this origin.
-
-    Args:
-        origin: what pip wrote about it (`direct_url.json`), or None where it came from an index.
-        extra: as above.
+    """`install_command` for an installation by its `direct_url.json`; None where it came from an
+    index.
     """
     if origin is None:
         return f"install {NAME} again as you did before, with its extra: {NAME}[{extra}]"

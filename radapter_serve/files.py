@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders; digests; YAML."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.lock import lock
 
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Where to write a file: next to its place, which it takes at the end; whatever fails before
-    leaves nothing.
+    """Atomic write: yields a temporary path that replaces `path` on success.
 
-    Its mode follows the umask, whoever writes it: safetensors makes files that only their owner can
-    read.
+    Its mode follows the umask also where safetensors writes, whose files only their owner can read.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -47,15 +46,7 @@ def digest_of(*parts: Path | bytes) -> str:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds.
-
-    Args:
-        path: of the file.
-        what: to call it in a message.
-
-    Raises:
-        RAdapterError: it can't be read, or is no YAML.
-    """
+    """Load a YAML file; `what` names it in the error where it can't be read."""
     import yaml
 
     try:
@@ -70,53 +61,77 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def shipped(folder: str) -> dict[str, Path]:
-    """The YAML files of a folder that comes with the package, by their names without the ending.
-
-    Args:
-        folder: such as `recipes`, as a checkout has it.
-    """
+    """The YAML files of a folder of the package, such as `recipes`, by their stems."""
     package = Path(__file__).parent
     # In a wheel it is in the package, in a checkout next to it.
     home = package if (package / folder).is_dir() else package.parent
     return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
 
 
-def swap_in(staged: Path, folder: Path, old: Path) -> None:
-    """Put a finished folder in the place of another one, or of none.
+@contextlib.contextmanager
+def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
+    """Atomic folder: yields a temporary folder that takes the place of `folder` on success.
 
-    Whoever looks, also after this was killed, finds one of the two. Only where the disk can't
-    exchange folders is there a moment without any.
-
-    Args:
-        staged: the finished folder, on the same disk.
-        folder: the place.
-        old: where the other one goes before it is removed; what a killed call left there is removed
-            first.
+    A failure leaves what was there before, and the next call removes what a killed one left.
+    Whoever looks finds one of the two folders; only a disk that can't exchange folders has a moment
+    without any. A second writer at the same time is refused with an `RAdapterError`, in which
+    `writer` is the name of the command.
     """
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    new_parents = [path for path in folder.parents if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as held:
+            # A live writer holds the folder that it prepares, which lies at one of the two paths.
+            was_killed = old.exists()
+            try:
+                for path in (old, temporary) if was_killed else (temporary,):
+                    held.enter_context(lock(path, writer))
+            except RAdapterError:
+                raise RAdapterError(
+                    f"another {writer} is writing {folder}; wait for it, or name another folder"
+                ) from None
+            if was_killed and not folder.exists():
+                old.rename(folder)
+            for path in temporary.iterdir():
+                remove(path)
+            try:
+                yield temporary
+                _swap_in(temporary, folder, old)
+            finally:
+                remove(temporary)
+    finally:
+        for path in new_parents:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def _swap_in(temporary: Path, folder: Path, old: Path) -> None:
+    """Put a finished folder in the place of another one, which goes by way of `old`."""
     remove(old)
     if not folder.exists():
-        staged.rename(folder)
+        temporary.rename(folder)
         return
-    staged.rename(old)  # first, so that a killed program does not leave the other one at `staged`
+    temporary.rename(old)  # a kill from here on leaves no other folder at the temporary path
     if not exchange(old, folder):
-        old.rename(staged)
+        old.rename(temporary)
         folder.rename(old)
-        staged.rename(folder)
+        temporary.rename(folder)
     remove(old)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, or a link to one; what can't be removed stays."""
-    if folder.is_symlink():
+    """Remove a folder, a file or a link; what can't be removed stays."""
+    if folder.is_symlink() or folder.is_file():
         folder.unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Have two paths of a disk change places in one step; False where the system or the disk
-    can't.
-    """
+    """Swap two paths of one disk in one step; False where the system or the disk can't."""
     if sys.platform == "win32":
         return False
     # Python's own library has no function for it.
@@ -138,19 +153,17 @@ _EXCHANGE = 2
 
 
 def as_text(name: str) -> str:
-    """A file's name, as the functions for files have it, as text that can be shown and compared."""
+    """The name of a file, as `os` gives it, as text that can be shown and compared."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def as_name(text: str) -> str:
-    """Text as the functions for files want a name."""
+    """Text as the functions of `os` take the name of a file."""
     return os.fsdecode(text.encode())
 
 
 def ascii_path(folder: Path) -> Path:
-    """A folder for a library that is not Python's: where it couldn't read the path, a link to
-    it.
-    """
+    """A path to the folder that a C library can read: itself, or a link with an ASCII name."""
     if str(folder).isascii() or sys.getfilesystemencoding() == "utf-8":
         return folder
     link = Path(tempfile.mkdtemp(), "link")

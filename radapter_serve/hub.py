@@ -1,6 +1,4 @@
-"""The Hugging Face hub: whether it can be reached, and loading without its retries where it
-can't.
-"""
+"""The Hugging Face hub: names, reachability, loading without retries, and its errors for people."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ _SAID = {
 
 @functools.cache
 def unreachable() -> str:
-    """Why the hub can't be reached, in a few words, and empty where it can; asked once a
-    process.
-    """
+    """Why the hub can't be reached, or "" if it can; asked once a process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -42,9 +38,7 @@ def unreachable() -> str:
 
 @contextmanager
 def from_hub_or_cache() -> Iterator[None]:
-    """Within the block a hub that can't be reached is not asked again: what the cache holds is
-    found at once.
-    """
+    """Load from the cache alone within the block, without retries, if the hub can't be reached."""
     if not unreachable():
         yield
         return
@@ -70,11 +64,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def refused(error: BaseException) -> str:
-    """Why the hub did not do what it was asked for, and what to do about it, for people.
-
-    Args:
-        error: that its library raised.
-    """
+    """Explain an error of the hub's library, with what to do about it."""
     from huggingface_hub.errors import HFValidationError
 
     if isinstance(error, HFValidationError):
@@ -89,9 +79,7 @@ def refused(error: BaseException) -> str:
 
 
 def is_absence(error: BaseException | None) -> bool:
-    """Whether an error says, or follows from one which says, that a file is neither in the cache
-    nor to be had.
-    """
+    """True if the file is not cached and cannot be downloaded."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     kinds = LocalEntryNotFoundError | OfflineModeIsEnabled
@@ -99,19 +87,16 @@ def is_absence(error: BaseException | None) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it follows from."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def how_to_bring(repository: str, kind: str = "model", folder: str | None = None) -> str:
-    """What to do on a machine without a connection, for the end of a message.
+    """Advice for a machine without a connection, as the end of a message.
 
-    Args:
-        repository: its name on the hub.
-        kind: model or dataset.
-        folder: of the repository that is enough; None for all of it.
+    `kind` is model or dataset; `folder` of the repository is enough where one is named.
     """
     from huggingface_hub import constants
 

@@ -12,11 +12,7 @@ _made: dict[Any, TypeAdapter[Any]] = {}
 
 
 def checker(kind: type[T]) -> TypeAdapter[T]:
-    """Pydantic's checker of a class. Making one takes longer than most checks, so it is kept.
-
-    Args:
-        kind: a dataclass.
-    """
+    """Pydantic's checker of a dataclass; made once, as that takes longer than most checks."""
     from pydantic import TypeAdapter  # which a client and a base installation have not
 
     if kind not in _made:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from radapter_serve.adapter.file import check_alpha
 from radapter_serve.cli import run
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.errors import RAdapterError
 from rivals.flags import Flags, TableName
 
@@ -45,7 +45,7 @@ def save(
     """
     check_alpha(0.0 if alpha is None else alpha)
     benchmark = flags.benchmark()
-    from radapter_export.merged import Merged  # torch takes seconds to load
+    from radapter_export import write_merged  # torch takes seconds to load
     from rivals.method import at_rate, learned
     from rivals.run import Run
     from rivals.soup import of_members
@@ -63,9 +63,7 @@ def save(
             f"{name} is no plain CLIP: it has parts that can't be folded, or a head in place of"
             " texts"
         )
-    with Merged(to) as merged:
-        merged.add("", source.base, weights)
-        merged.commit()
+    write_merged(to, source.base, weights)
     print(f"wrote {to}; next: radapter-eval --merged {to} --suite SUITE")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from radapter_serve.files import digest_of, staged, swap_in
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of, staged, staged_folder
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -49,17 +50,24 @@ def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> 
     )
 
 
+def write(folder: Path, content: str) -> None:
+    with staged_folder(folder, "a test") as temporary:
+        (temporary / content).touch()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_folder_takes_the_place_of_another_or_of_none(
     exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one step where the disk can, as this one: there is a folder before and after every
-    step.
-    """
+    """In one step where the disk can, as this one: there is a folder before every step."""
     if not exchanged:
         monkeypatch.setattr("radapter_serve.files.exchange", lambda *_: False)
     folder = tmp_path / "new \u00e9"
-    old = tmp_path / "old"
+    write(folder, "first")
     there: list[bool] = []
     rename = Path.rename
 
@@ -67,24 +75,52 @@ def test_a_folder_takes_the_place_of_another_or_of_none(
         there.append(folder.exists())
         return rename(self, target)
 
-    for content in ("first", "second", "third"):
-        (tmp_path / "staged").mkdir()
-        (tmp_path / "staged" / content).touch()
-        if content != "first":
-            monkeypatch.setattr(Path, "rename", watched)
-        swap_in(tmp_path / "staged", folder, old)
-        assert [path.name for path in folder.iterdir()] == [content]
+    monkeypatch.setattr(Path, "rename", watched)
+    for content in ("second", "third"):
+        (tmp_path / ".new \u00e9.old").mkdir()  # as a killed call leaves it
+        write(folder, content)
+        assert names(folder) == {content}
         assert list(tmp_path.iterdir()) == [folder]
-        old.mkdir()  # as a killed call leaves it
     assert there == ([True] * 2 if exchanged else [True, True, True, False] * 2)
 
 
-def test_a_link_to_a_folder_is_replaced_and_what_it_links_to_is_kept(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_replaced_and_its_target_is_kept(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
     for content in ("first", "second"):
-        (tmp_path / "staged").mkdir()
-        (tmp_path / "staged" / content).touch()
-        swap_in(tmp_path / "staged", tmp_path / "folder", tmp_path / "old")
-        assert [path.name for path in (tmp_path / "folder").iterdir()] == [content]
-        assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "folder"}
+        write(tmp_path / "folder", content)
+        assert names(tmp_path / "folder") == {content}
+        assert names(tmp_path) == {"elsewhere", "folder"}
+
+
+def test_a_failure_leaves_the_old_folder_and_no_new_parents(tmp_path: Path) -> None:
+    write(tmp_path / "folder", "old")
+    for folder in (tmp_path / "folder", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(ValueError, match="half"), staged_folder(folder, "a test") as temporary:
+            (temporary / "new").touch()
+            raise ValueError("half-written")
+    assert names(tmp_path) == {"folder"} and names(tmp_path / "folder") == {"old"}
+
+
+def test_a_killed_swap_is_undone(tmp_path: Path) -> None:
+    """Killed after the old folder went away, and before the new one took its place."""
+    write(tmp_path / "folder", "old")
+    (tmp_path / "folder").rename(tmp_path / ".folder.old")
+    (tmp_path / ".folder.new").mkdir()
+    (tmp_path / ".folder.new" / "half").touch()
+    with staged_folder(tmp_path / "folder", "a test") as temporary:
+        assert names(tmp_path / "folder") == {"old"} and names(temporary) == set()
+        (temporary / "new").touch()
+    assert names(tmp_path) == {"folder"} and names(tmp_path / "folder") == {"new"}
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "folder", "radapter-x") as first:
+        with (
+            pytest.raises(RAdapterError, match="another radapter-x is writing .*/folder; wait"),
+            staged_folder(tmp_path / "folder", "radapter-x"),
+        ):
+            pass
+        write(tmp_path / "other", "new")
+        (first / "new").touch()
+    assert names(tmp_path) == {"folder", "other"} and names(tmp_path / "folder") == {"new"}

@@ -117,7 +117,7 @@ def test_a_wheel_and_an_sdist_are_fit_for_an_index(tmp_path: Path) -> None:
             ("train",),
             "radapter_serve.training.loop radapter_serve.evaluation.run radapter_serve.cli.eval",
         ),
-        (("export",), "radapter_export.release radapter_export.writer radapter_serve.cli.export"),
+        (("export",), "radapter_export.release radapter_serve.cli.export"),
         (
             ("server",),
             (

@@ -7,9 +7,8 @@ release.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_export.merged import write_merged
@@ -17,17 +16,6 @@ if TYPE_CHECKING:
     from radapter_export.settings import ExportSettings
     from radapter_export.start import Export, export
     from radapter_serve.release.agreement import Agreement
-
-_HOME = {
-    "Agreement": "radapter_serve.release.agreement",
-    "Export": ".start",
-    "ExportSettings": ".settings",
-    "Exported": ".release",
-    "ExportedRelease": ".release",
-    "export": ".start",
-    "export_release": ".release",
-    "write_merged": ".merged",
-}
 
 __all__ = [
     "Agreement",
@@ -39,7 +27,17 @@ __all__ = [
     "export_release",
     "write_merged",
 ]
+_MODULES = {
+    "radapter_export.merged": ["write_merged"],
+    "radapter_export.release": ["Exported", "ExportedRelease", "export_release"],
+    "radapter_export.settings": ["ExportSettings"],
+    "radapter_export.start": ["Export", "export"],
+    "radapter_serve.release.agreement": ["Agreement"],
+}
 
 
 def __getattr__(name: str) -> Any:
-    return attribute(__name__, _HOME, name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

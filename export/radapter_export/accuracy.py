@@ -5,9 +5,8 @@ the same images.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from radapter_export.settings import NONE, OWN
@@ -15,17 +14,15 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data.held_out import OtherImages
-from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
 from radapter_serve.evaluation.evaluate import Scored, evaluate_scored
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet, SeveralLabelsSet
-from radapter_serve.evaluation.metrics import Floats, check_finite
+from radapter_serve.evaluation.metrics import check_finite
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import from_attached
@@ -58,13 +55,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measured:
-    """What validation data said of a release.
+    """The cost of a release on validation data, and what makes its scores calibrated.
 
     Attributes:
-        accuracy: what the release costs.
-        confidence: what makes its scores calibrated; None of other tasks than classification, and
-            of too few images.
-        warnings: why it is None, where one might expect it; a line each.
+        accuracy: of the release and of torch.
+        confidence: None for other tasks than classification, and for too few images.
+        warnings: why it is None, where one might expect it.
     """
 
     accuracy: Accuracy
@@ -72,7 +68,7 @@ class Measured:
     warnings: tuple[str, ...] = ()
 
     def added_to(self, release: Release) -> Release:
-        """A release that says what was measured of it."""
+        """The release with these figures among its facts."""
         return dataclasses.replace(
             release,
             accuracy=dataclasses.asdict(self.accuracy),
@@ -96,136 +92,99 @@ class Validation:
         self,
         base: Base,
         alpha: float,
-        repository: Path,
+        loaded: LoadedRelease,
         templates: list[str],
         crop: MaskCrop,
         say: Callable[[str], None],
     ) -> Measured:
-        """Evaluate one release.
-
-        Args:
-            base: with adapters attached and set to `alpha`.
-            alpha: of the release.
-            repository: holds the release alone.
-            templates: prompt templates of the release.
-            crop: how the release shows the masks of proposals.
-            say: called with a line about what is going on.
+        """Evaluate a release and its base, whose adapters are attached and set to `alpha`.
 
         Raises:
             RAdapterError: the release loses more than `max_drop`; an image can't be read.
         """
         entry = self.data.entry
-        loaded = load_release(repository)
         release = ReleaseEmbedder(loaded)
+        # 80 templates of 1,000 labels take minutes, and label sets have them. With examples mixed
+        # in, they are other embeddings than the texts'.
+        key = release.variants[0].key
         by_example = loaded.release.sets_by_example
-        by_text = [one for name, one in loaded.label_sets.items() if name not in by_example]
-        known = {release.variants[0].key: _label_embeds(by_text)}
-        by_torch = self._score(
-            "torch", from_attached(base, alpha, templates, crop=crop), known, say
-        )
-        by_release = self._score("release", release, known, say)
-        torch = _per_cent(by_torch.row)
-        own = _per_cent(by_release.row)
-        drop = round(torch - own, 3)
+        known: dict[Any, Known] = {
+            key: {
+                (label_set.templates, line): embed
+                for name, label_set in loaded.label_sets.items()
+                if name not in by_example
+                for line, embed in zip(label_set.lines, check_finite(label_set.embeds), strict=True)
+            }
+        }
+
+        def score(name: str, embedder: Embedder) -> tuple[Scored, float]:
+            say(f"{entry.data}: embedding its texts by {name}")
+            [scored] = evaluate_scored(
+                embedder,
+                self.data,
+                known=known,
+                progress=lambda done, n: say(f"{entry.data}: {done} of {n} images by {name}"),
+            )
+            return scored, round(100 * scored.row.metrics[scored.row.metric], 3)
+
+        _, by_torch = score("torch", from_attached(base, alpha, templates, crop=crop))
+        scored, by_release = score("release", release)
+        drop = round(by_torch - by_release, 3)
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
                 f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)}"
-                f" images of {entry.data} ({torch:.2f} by torch, {own:.2f} by the release), and"
-                f" {self.max_drop:g} are allowed; nothing was written. Export with --precision"
-                f" fp32, or allow more with --max-drop"
+                f" images of {entry.data} ({by_torch:.2f} by torch, {by_release:.2f} by the"
+                f" release), and {self.max_drop:g} are allowed; nothing was written. Export with"
+                " --precision fp32, or allow more with --max-drop"
             )
-        accuracy = Accuracy(entry.data, len(self.data), entry.metric, torch, own, drop)
-        loaded.close()
-        return self._measured(accuracy, loaded.release, by_release.cosines)
+        n = len(self.data)
+        accuracy = Accuracy(entry.data, n, entry.metric, by_torch, by_release, drop)
 
-    def _score(
-        self, name: str, embedder: Embedder, known: dict[Any, Known], say: Callable[[str], None]
-    ) -> Scored:
-        """Evaluate the one model of an embedder."""
-        data = self.data.entry.data
-        say(f"{data}: embedding its texts by {name}")
-        (scored,) = evaluate_scored(
-            embedder,
-            self.data,
-            known=known,
-            progress=lambda done, n: say(f"{data}: {done} of {n} images by {name}"),
-        )
-        return scored
-
-    def _measured(self, accuracy: Accuracy, facts: Release, cosines: Floats | None) -> Measured:
-        """The accuracy, and calibrated scores where the data has classes that `classify` would
-        choose from.
-        """
-        if not isinstance(self.data, ClassificationSet) or self.data.members or cosines is None:
+        # Calibrated scores, where the data has classes that `classify` would choose from.
+        data = self.data
+        if not isinstance(data, ClassificationSet) or data.members or scored.cosines is None:
             return Measured(accuracy)
-        if isinstance(self.data, SeveralLabelsSet):
+        if isinstance(data, SeveralLabelsSet):
             line = (
-                f"{accuracy.dataset} has several labels an image, by which scores are not"
-                " calibrated: the release has no calibrated scores"
+                f"{entry.data} has several labels an image, by which scores are not calibrated: the"
+                " release has no calibrated scores"
             )
             return Measured(accuracy, warnings=(line,))
+        facts = loaded.release
         try:
             confidence = fit_confidence(
-                cosines,
-                self.data.labels,
-                facts.logit_scale,
-                facts.logit_bias,
-                accuracy.dataset,
+                scored.cosines, data.labels, facts.logit_scale, facts.logit_bias, entry.data
             )
         except RAdapterError as error:
             return Measured(accuracy, warnings=(str(error),))
         return Measured(accuracy, confidence)
 
 
-def _per_cent(row: Row) -> float:
-    return round(100 * row.metrics[row.metric], 3)
-
-
-def _label_embeds(label_sets: Sequence[LabelSet]) -> Known:
-    """What label sets hold: 80 templates of 1,000 labels take minutes."""
-    return {
-        (of.templates, line): embed
-        for of in label_sets
-        for line, embed in zip(of.lines, check_finite(of.embeds), strict=True)
-    }
-
-
 def open_validation(
-    metadata: Metadata,
-    data: str | None,
-    way: str | None,
-    precision: str,
-    max_drop: float,
+    metadata: Metadata, data: str | None, dense: str | None, precision: str, max_drop: float
 ) -> Validation | None:
     """Open the data that releases are to be evaluated on.
 
-    Args:
-        metadata: of the adapter, whose recipe says which columns and classes the data has.
-        data: of the form of a recipe's `val_data`; "none" for none; "own" for the run's own
-            (`val_data`, or the share that it held out). If None, the run's own, where it can still
-            be read and the precision is not fp32.
-        way: how the release embeds patches; None if it does not.
-        precision: of the release.
-        max_drop: points that a release may lose.
+    `data` has the form of a recipe's `val_data`, or is "none", or "own" for the run's (its
+    `val_data`, or the share that it held out). None takes the run's, where it can still be read and
+    the precision is not fp32. `dense` is the release's method of patch embeddings.
 
     Raises:
         RAdapterError: the data that was asked for can't be read; the images that training held out
             are others now.
     """
-    own = data is None
-    exact = precision == "fp32"
     has_own = metadata.source.val_data or metadata.source.val_fraction
-    if data == NONE or (own and (exact or not has_own)):
+    if data == NONE or (data is None and (precision == "fp32" or not has_own)):
         return None
     suite = own_validation(metadata, None if data == OWN else data)
-    (entry,) = suite.entries
+    [entry] = suite.entries
     if metadata.task == "segmentation":
-        entry = dataclasses.replace(entry, dense=way or PROPOSALS)
+        entry = dataclasses.replace(entry, dense=dense or PROPOSALS)
     try:
         return Validation(open_set(suite, entry, limit=MOST), max_drop)
     except OtherImages:
         raise
     except RAdapterError:
-        if own:
+        if data is None:
             return None
         raise

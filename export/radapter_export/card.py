@@ -1,4 +1,4 @@
-"""A model card: what a release is, for who finds it on a hub or in a folder."""
+"""Model cards: README.md with the head that hubs read, beside the weights of a release."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained("FOLDER")
 processor = AutoProcessor.from_pretrained("FOLDER")""",
 }
+_ASK = """\
+from radapter_serve import Model
+
+model = Model("FOLDER")
+print(model.classify("photo.jpg", ["a cat", "a dog"]).top)"""
 _RECIPE = (
     *("task", "rank", "drop", "momentum", "delta", "epsilon", "positives"),
     *("batch_size", "epochs", "steps", "learning_rate", "precision"),
@@ -45,152 +50,123 @@ def card_of(
     *,
     transformers: bool = False,
 ) -> str:
-    """The text of a model card, with the head that hubs read.
+    """The text of a release's model card, for a folder or for a repository of the `hub`.
 
-    No path of the machine that made the release is in it: of a file or folder only its name.
-
-    Args:
-        release: whose card it is.
-        metadata: of what was trained.
-        curve: of each α what validation data said, in per cent, as of `Choice`; empty where none
-            was chosen.
-        library: that opens the weights beside the card, one of `LIBRARIES`.
-        hub: name of the repository on the hub that the card is for; None for a folder.
-        transformers: whether that repository has the form of transformers, too.
+    `metadata` is the adapter's, `curve` the figures of `Choice`, `library` opens the weights beside
+    the card, and `transformers` says that the repository has that form too. No path of the machine
+    is in it: of a file or folder only its name.
     """
-    parts = [
-        f"---\n{_head(release, metadata, library)}\n---\n",
-        f"# {_title(release)}\n",
-        _what(release, metadata),
-        _load(library, hub, transformers=transformers),
-        _how(metadata),
-        _alphas(release, curve),
-        _figures(release),
-    ]
-    return "\n".join(part for part in parts if part)
+    base = _named(release.architecture)
+    title = f"{base}, fine-tuned, α = {release.alpha:g}"
+    tag = metadata.pretrained or ""
+    licence = next((name for start, name in _LICENCES.items() if tag.startswith(start)), None)
 
-
-def _load(library: str, hub: str | None, *, transformers: bool) -> str:
-    where = "FOLDER is the folder of this card.\n\n" if hub is None else ""
-    text = (
-        f"## Load it\n\n{where}```python\n{_LOAD[library]}\n```\n\n```python\n"
-        'from radapter_serve import Model\n\nmodel = Model("FOLDER")\n'
-        'print(model.classify("photo.jpg", ["a cat", "a dog"]).top)\n```\n'
-    )
-    if hub is None:
-        return text
-    text = text.replace("local-dir:FOLDER", f"{HUB}{hub}").replace("FOLDER", f"{HUB}{hub}")
-    if transformers:
-        own = _LOAD["transformers"].replace('"FOLDER"', f'"{hub}", subfolder="transformers"')
-        text += f"\n```python\n{own}\n```\n"
-    return f"{text}\nServed over HTTP: `radapter-serve {HUB}{hub}`.\n"
-
-
-def _head(release: Release, metadata: Metadata, library: str) -> str:
-    base = release.architecture
-    accuracy = release.accuracy
+    # The head that hubs read.
     results = None
-    if accuracy is not None:
-        dataset = _named(accuracy["dataset"])
+    if release.accuracy is not None:
+        dataset = _named(release.accuracy["dataset"])
         results = [
             EvalResult(
                 task_type=_TASK,
                 dataset_type=re.sub(r"\W+", "-", dataset).strip("-").lower() or "data",
                 dataset_name=dataset,
-                metric_type=accuracy["metric"],
-                metric_value=round(float(accuracy["release"]), 2),
+                metric_type=release.accuracy["metric"],
+                metric_value=round(float(release.accuracy["release"]), 2),
             )
         ]
-    data = ModelCardData(
-        license=_licence(metadata.pretrained),
+    is_on_hub = release.architecture.startswith(HUB)
+    head = ModelCardData(
+        license=licence,
         library_name=library,
         pipeline_tag=_TASK,
         tags=["clip", "r-adapter", "zero-shot"],
-        base_model=base.removeprefix(HUB) if base.startswith(HUB) else None,
-        model_name=_title(release) if results else None,
+        base_model=release.architecture.removeprefix(HUB) if is_on_hub else None,
+        model_name=title if results else None,
         eval_results=results,
     )
-    return data.to_yaml()
 
-
-def _title(release: Release) -> str:
-    return f"{_named(release.architecture)}, fine-tuned, α = {release.alpha:g}"
-
-
-def _what(release: Release, metadata: Metadata) -> str:
-    base = _named(release.architecture)
-    if metadata.pretrained:
-        base += f" with the weights {_named(metadata.pretrained)}"
-    licence = _licence(metadata.pretrained)
-    terms = (
-        f"The base's licence is {licence}."
-        if licence
-        else "The licence of the base holds for these weights too; its publisher says which it is."
+    # What it is.
+    weights = f" with the weights {_named(tag)}" if tag else ""
+    terms = "The licence of the base holds for these weights too; its publisher says which it is."
+    if licence:
+        terms = f"The base's licence is {licence}."
+    kind = (
+        "It was fine-tuned by R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
+        f" into the weights with re-scaling α = {release.alpha:g}."
     )
-    if release.made_of is None:
-        made = (
-            "It was fine-tuned by R-Adapter (Kim et al., ECCV 2024): linear adapters that are"
-            f" folded into the weights with re-scaling α = {release.alpha:g}."
+    if release.made_of is not None:
+        tuned = {"lora": "a LoRA"}.get(release.made_of["kind"], f"a {release.made_of['kind']}")
+        kind = f"It is the base and {tuned} of it, mixed at α = {release.alpha:g}."
+    side = release.preprocess["size"]
+    prompts = ", ".join(f"`{template}`" for template in release.templates[:3])
+    more = " and more" if len(release.templates) > 3 else ""
+    parts = [
+        f"---\n{head.to_yaml()}\n---\n",
+        f"# {title}\n",
+        f"A CLIP whose base is {base}{weights} (`{release.base_digest}`). {kind} {terms}\n\n"
+        f"Embeddings have {release.embed_dim} numbers, and images {side} x {side} pixels. Prompts"
+        f" were made by: {prompts}{more}.\n",
+    ]
+
+    # How to load it.
+    blocks = [_LOAD[library], _ASK]
+    if transformers and hub is not None:
+        blocks.append(
+            _LOAD["transformers"].replace('"FOLDER"', f'"{hub}", subfolder="transformers"')
         )
+    code = "\n".join(f"```python\n{block}\n```\n" for block in blocks)
+    if hub is None:
+        parts.append(f"## Load it\n\nFOLDER is the folder of this card.\n\n{code}")
     else:
-        kind = {"lora": "a LoRA"}.get(release.made_of["kind"], f"a {release.made_of['kind']}")
-        made = f"It is the base and {kind} of it, mixed at α = {release.alpha:g}."
-    shape = f"Embeddings have {release.embed_dim} numbers, and images {release.preprocess['size']}"
-    return (
-        f"A CLIP whose base is {base} (`{release.base_digest}`). {made} {terms}\n\n{shape} x"
-        f" {release.preprocess['size']} pixels. Prompts were made by:"
-        f" {', '.join(f'`{template}`' for template in release.templates[:3])}"
-        f"{' and more' if len(release.templates) > 3 else ''}.\n"
-    )
+        code = code.replace("local-dir:FOLDER", f"{HUB}{hub}").replace("FOLDER", f"{HUB}{hub}")
+        parts.append(f"## Load it\n\n{code}\nServed over HTTP: `radapter-serve {HUB}{hub}`.\n")
 
-
-def _how(metadata: Metadata) -> str:
+    # How it was trained.
     recipe = metadata.recipe
-    if not recipe:
-        return ""
-    rows = [(name, recipe[name]) for name in _RECIPE if recipe.get(name) is not None]
-    rows.insert(0, ("data", _named(str(recipe.get("data") or "unknown"))))
-    if metadata.held_out:
-        rows.append(("held-out images", metadata.held_out))
-    if metadata.classes:
-        rows.append(("classes", len(metadata.classes)))
-    return "## How it was trained\n\n" + _table(("setting", "value"), rows)
+    if recipe:
+        settings: list[tuple[str, object]] = [
+            ("data", _named(str(recipe.get("data") or "unknown"))),
+            *((name, recipe[name]) for name in _RECIPE if recipe.get(name) is not None),
+        ]
+        if metadata.held_out:
+            settings.append(("held-out images", metadata.held_out))
+        if metadata.classes:
+            settings.append(("classes", len(metadata.classes)))
+        parts.append("## How it was trained\n\n" + _table(("setting", "value"), settings))
 
+    # The figures of each α.
+    if curve:
+        names = [name for name in curve[0] if name not in _OF_RULE]
+        columns = ["kept of the base" if name == KEPT else _named(name) for name in names]
+        rows = []
+        for point in curve:
+            alpha = f"{point['alpha']:g}"
+            if point["alpha"] == release.alpha:
+                alpha = f"**{alpha}**"
+            rows.append((alpha, *(f"{point[name]:.1f}" for name in names)))
+        parts.append(
+            "## How much of the fine-tuning to keep\n\nOn validation data, in per cent, for each α"
+            f" from 0 (the base) to 1 (all of it):\n\n{_table(('α', *columns), rows)}"
+        )
 
-def _alphas(release: Release, curve: Sequence[Mapping[str, float]]) -> str:
-    if not curve:
-        return ""
-    names = [name for name in curve[0] if name not in _OF_RULE]
-    head = ("α", *("kept of the base" if name == KEPT else _named(name) for name in names))
-    rows = []
-    for point in curve:
-        values = [f"{point[name]:.1f}" for name in names]
-        here = point["alpha"] == release.alpha
-        alpha = f"**{point['alpha']:g}**" if here else f"{point['alpha']:g}"
-        rows.append((alpha, *values))
-    return (
-        "## How much of the fine-tuning to keep\n\nOn validation data, in per cent, for each α from"
-        " 0 (the base) to 1 (all of it):\n\n" + _table(head, rows)
-    )
-
-
-def _figures(release: Release) -> str:
-    rows: list[tuple[str, object]] = []
+    # The figures of the release.
+    figures: list[tuple[str, object]] = []
     if (accuracy := release.accuracy) is not None:
         where = f"{accuracy['n']} images of {_named(accuracy['dataset'])}"
-        rows.append((f"{accuracy['metric']}, {where}", f"{accuracy['release']:.2f} %"))
+        figures.append((f"{accuracy['metric']}, {where}", f"{accuracy['release']:.2f} %"))
     if (confidence := release.confidence) is not None:
-        rows.append(("calibration error as the model scores", f"{confidence['ece_before']:.3f}"))
+        before = f"{confidence['ece_before']:.3f}"
+        figures.append(("calibration error as the model scores", before))
         if confidence.get("ece_after") is not None:
-            rows.append(("the same, calibrated", f"{confidence['ece_after']:.3f}"))
-    for encoder, found in release.agreement.items():
-        if isinstance(found, Mapping) and "max_error" in found:
-            rows.append(
-                (f"largest difference of `{encoder}` from torch", f"{found['max_error']:.1e}")
-            )
-    rows.append(("precision of the served encoders", release.precision))
-    rows += [(f"made with {name}", version) for name, version in release.tools.items()]
-    return "## Figures\n\n" + _table(("figure", "value"), rows)
+            figures.append(("the same, calibrated", f"{confidence['ece_after']:.3f}"))
+    for encoder, agreement in release.agreement.items():
+        if isinstance(agreement, Mapping) and "max_error" in agreement:
+            what = f"largest difference of `{encoder}` from torch"
+            figures.append((what, f"{agreement['max_error']:.1e}"))
+    figures.append(("precision of the served encoders", release.precision))
+    figures += [(f"made with {name}", version) for name, version in release.tools.items()]
+    parts.append("## Figures\n\n" + _table(("figure", "value"), figures))
+    return "\n".join(parts)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -198,11 +174,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines
     )
-
-
-def _licence(pretrained: str | None) -> str | None:
-    tag = pretrained or ""
-    return next((name for start, name in _LICENCES.items() if tag.startswith(start)), None)
 
 
 def _named(source: str) -> str:

@@ -1,6 +1,4 @@
-"""α as an input of a tower: each adapter stays beside its linear layer, and each row of a batch
-brings its own α.
-"""
+"""α as an input of a tower: adapters stay beside their linear layers, and each row has its α."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from radapter_serve.adapter import Adapter
 
 
 def name_in_base(name: str) -> str:
-    """The name that a tower's parameter or buffer has in a state dict or an adapter file, α an
-    input or not.
-    """
+    """The name of a tower's parameter or buffer in a state dict or an adapter file."""
     return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
@@ -22,9 +18,8 @@ class DynamicAlphaTower(nn.Module):
     """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into
     its weights.
 
-    Args:
-        tower: of the base; its adapted layers are exchanged in place.
-        adapter: for the same base; only its names and shapes count here.
+    The adapted layers of the tower are exchanged in place; only names and shapes of the adapter
+    count.
     """
 
     def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
@@ -40,7 +35,7 @@ class DynamicAlphaTower(nn.Module):
                 )
 
     def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
-        """What the tower takes, and the α of each of its rows."""
+        """The tower's embeddings of rows, each at its α."""
         self._alpha.rows = alpha
         embeds: Tensor = self.tower(values)
         return embeds
@@ -50,10 +45,7 @@ class DynamicAlphaLinear(nn.Module):
     """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b +
     α·F·b).
 
-    Args:
-        layer: gives W [d, k] and b [d].
-        adapter: `full` [d, d], or `up` [d, r] and `down` [r, d].
-        alpha: of the tower.
+    W is [d, k] and b [d]; the adapter has `full` [d, d], or `up` [d, r] and `down` [r, d].
     """
 
     full: Tensor
@@ -81,8 +73,6 @@ class DynamicAlphaLinear(nn.Module):
 
 
 class _Alpha:
-    """Where the layers find the α of the rows while their tower runs; an attribute of a module
-    would be its state.
-    """
+    """Holds α of the rows while their tower runs; an attribute of a module would be its state."""
 
     rows: Tensor

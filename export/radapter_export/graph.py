@@ -38,12 +38,10 @@ EXTERNAL_ABOVE = (
 
 @dataclass
 class Graph:
-    """A tower as ONNX, still without weights.
+    """A tower as ONNX, still without weights; `name` is the model's in the repository.
 
-    Attributes:
-        name: the model's name in the repository, such as `image_encoder`.
-        constants: values that no state dict holds: mean, std, the causal mask, the neighbourhood of
-            patches.
+    `constants` are values that no state dict holds: mean, std, the causal mask, the neighbourhood
+    of patches.
     """
 
     name: str
@@ -53,16 +51,10 @@ class Graph:
     def save(
         self, weights: Mapping[str, Tensor], path: Path, *, external_above: int = EXTERNAL_ABOVE
     ) -> int:
-        """Put weights in, write the file, check it.
+        """Put weights in, write the file, check it; returns the bytes of all that was written.
 
-        Args:
-            weights: a state dict of the whole CLIP; initializers of the graph have the same names,
-                and types of their own, to which weights are cast.
-            path: `model.onnx`; large weights go beside it.
-            external_above: bytes of weights above which they are large.
-
-        Returns:
-            Size in bytes of all that was written.
+        `weights` is a state dict of the whole CLIP, cast to the types of the initializers of the
+        same names. More than `external_above` bytes of weights go beside the file.
         """
         initializers = self.model.graph.initializers
         mine = {name: value for name, value in initializers.items() if value.const_value is None}

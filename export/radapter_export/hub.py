@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radapter_export.repository import Repository
+from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import digest_of
 from radapter_serve.hub import (
@@ -32,7 +32,7 @@ from radapter_serve.hub import (
 )
 from radapter_serve.release.agreement import SAMPLES
 from radapter_serve.release.integrity import SUMS, load_sums, written_sums
-from radapter_serve.release.release import FILE, TASKS, Release
+from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import ENCODERS, MODELS, PATCH_ENCODER, TENSORRT, releases_of
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub 
 TOKENIZER = "tokenizer.json"
 LABEL_SETS = "label_sets"
 _GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
-_TOKENIZED = ("embed_text", "segment", "classify")
-_LABELLED = ("segment", "classify")
 _ALLOWED = re.compile(
     rf"(?:{'|'.join(ENCODERS)})/(?:{'|'.join(map(re.escape, _GRAPH))})"
     rf"|{FILE}|{TOKENIZER}|{LABEL_SETS}/[^/]+\.npz"
@@ -56,12 +54,7 @@ _MAX_VERSION = 2**31 - 1
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the hub that a release is sent to.
-
-    Attributes:
-        name: `ORGANISATION/NAME`.
-        api: of the hub.
-    """
+    """A repository of the hub that a release is sent to; `name` is `ORGANISATION/NAME`."""
 
     name: str
     api: HfApi
@@ -70,11 +63,8 @@ class Hub:
     def open(cls, name: str) -> Hub:
         """Make sure that the repository is there and may be written; a new one is private.
 
-        Args:
-            name: `ORGANISATION/NAME`, or `NAME` for the own account.
-
-        Raises:
-            RAdapterError: no token, no such name, or a hub that refuses.
+        `name` without an organisation is one of the own account. Refuses where there is no token,
+        no such name, or a hub that refuses.
         """
         from huggingface_hub import HfApi, get_token
 
@@ -90,24 +80,13 @@ class Hub:
             )
         api = HfApi()
         with _refusals(f"could not push to {repository}", "nothing was exported"):
-            made = api.create_repo(repository, private=True, exist_ok=True)
-        return cls(made.repo_id, api)
+            return cls(api.create_repo(repository, private=True, exist_ok=True).repo_id, api)
 
     def push(self, files: Mapping[str, Path | bytes], release: Release, where: str) -> str:
-        """Send files in one commit: all of them or none.
+        """Send files, by their names in the repository, in one commit; returns the name with it.
 
         What an earlier release left in `release/` or `transformers/` goes with the same commit.
-
-        Args:
-            files: by their names in the repository.
-            release: that they are of.
-            where: the export is, for a message.
-
-        Returns:
-            `hf-hub:NAME@COMMIT`, by which it can be taken back.
-
-        Raises:
-            RAdapterError: the hub refuses.
+        `where` says in an error where the export is.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -115,30 +94,25 @@ class Hub:
             f"could not push to {self.name}",
             f"nothing of it was sent, and the export is complete in {where}",
         ):
-            there = self.api.list_repo_files(self.name)
-            gone = [
+            stale = [
                 name
-                for name in there
+                for name in self.api.list_repo_files(self.name)
                 if name.startswith((f"{RELEASE}/", f"{TRANSFORMERS}/")) and name not in files
             ]
-            made = self.api.create_commit(
+            commit = self.api.create_commit(
                 self.name,
                 [
                     *(CommitOperationAdd(name, file) for name, file in files.items()),
-                    *(CommitOperationDelete(name) for name in gone),
+                    *(CommitOperationDelete(name) for name in stale),
                 ],
                 commit_message=f"{release.architecture} at alpha {release.alpha:g}, by"
                 " radapter-export",
             )
-        return f"{HUB}{self.name}@{made.oid}"
+        return f"{HUB}{self.name}@{commit.oid}"
 
 
 def check_push(name: str, alphas: int, runtime: str) -> None:
-    """Refuse what can't be pushed, before anything is loaded.
-
-    Raises:
-        RAdapterError: several releases, or one that runs on one kind of GPU alone.
-    """
+    """Refuse several releases, and one that runs on one kind of GPU alone."""
     if alphas > 1:
         raise RAdapterError(
             f"--push {name} sends one release, and --alpha names {alphas}; export and push each"
@@ -158,39 +132,44 @@ def files_of(
     transformers: Path | None,
     card: str | None,
 ) -> dict[str, Path | bytes]:
-    """What is sent of a release, by the names that it has on the hub.
-
-    Args:
-        repository: that holds the release.
-        release: its facts.
-        merged: folder of its checkpoint.
-        transformers: folder of the same for that library, or None.
-        card: text of the model card, or None for none.
+    """All that is sent of a release, by the names on the hub: the merged weights, the form of
+    transformers and the model card where there is one, and the data of the release.
     """
-    files: dict[str, Path | bytes] = _inside(merged, "", without=(CARD,))
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in sorted(merged.iterdir()) if path.name != CARD
+    }
     if transformers is not None:
-        files |= _inside(transformers, f"{TRANSFORMERS}/", without=(CARD, FILE))
+        files |= {
+            f"{TRANSFORMERS}/{path.name}": path
+            for path in sorted(transformers.iterdir())
+            if path.name not in (CARD, FILE)
+        }
     if card is not None:
         files[CARD] = card.encode()
-    data = _data_of(repository, release.version)
+    # The data, each file once, with their digests.
+    version = str(release.version)
+    task = repository / MODELS[-1] / version
+    data = {FILE: task / FILE, TOKENIZER: task / TOKENIZER}
+    data |= {f"{LABEL_SETS}/{path.name}": path for path in (task / LABEL_SETS).glob("*.npz")}
+    for encoder in ENCODERS:
+        for name in _GRAPH:
+            path = repository / encoder / version / name
+            if path.is_file():
+                data[f"{encoder}/{name}"] = path
     files |= {f"{RELEASE}/{name}": path for name, path in data.items()}
-    sums = written_sums({name: digest_of(file) for name, file in data.items()})
-    files[f"{RELEASE}/{SUMS}"] = sums
+    digests = {name: digest_of(path) for name, path in data.items()}
+    files[f"{RELEASE}/{SUMS}"] = written_sums(digests)
     return files
 
 
 def take(name: str) -> Path | None:
-    """The release of a repository on the hub as a model repository in the cache.
+    """The release of a repository on the hub as a model repository in the cache; None where there
+    is no release.
 
-    It is fetched where the cache lacks it, its files are compared with their digests, and the
-    configs of its models are written. It lies outside the snapshot, which may hold any file of
-    the hub.
-
-    Args:
-        name: `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit.
-
-    Returns:
-        Folder of a model repository; None where there is no release on the hub.
+    `name` is `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit. The
+    release is fetched where the cache lacks it, its files are compared with their digests, and the
+    configs of its models are written. The result lies outside the snapshot, which may hold any file
+    of the hub.
 
     Raises:
         RAdapterError: the hub refuses or can't be reached and the cache lacks it, a file is not as
@@ -206,14 +185,29 @@ def take(name: str) -> Path | None:
         return target
     sums = _verified(name, data)
     release = Release.load(data)
-    _check_facts(name, release)
+
+    # Facts of which no config can be made.
+    label_sets = release.label_sets
+    fits = {
+        "version": _is_count(release.version),
+        "runtime": release.runtime in ("onnxruntime", "openvino"),
+        "max_batch_size": _is_count(release.max_batch_size),
+        "label_sets": isinstance(label_sets, dict)
+        and all(isinstance(facts, dict) for facts in label_sets.values()),
+    }
+    for fact, is_right in fits.items():
+        if not is_right:
+            raise RAdapterError(
+                f"{name} says {fact} {getattr(release, fact)!r:.40}, which no release has that was"
+                " pushed; push it again with radapter-export"
+            )
+
     try:
         built.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built, prefix=".") as scratch:
-            made = Path(scratch, "made")
-            _lay_out(data, sums, release, made)
+            _lay_out(data, sums, release, Path(scratch, "repository"))
             try:
-                made.rename(target)
+                Path(scratch, "repository").rename(target)
             except OSError:
                 if not releases_of(target):  # by another process, which was faster
                     raise
@@ -226,11 +220,7 @@ def take(name: str) -> Path | None:
 
 
 def taken(name: str) -> Path:
-    """As `take`, where nothing but a release will do.
-
-    Raises:
-        RAdapterError: also where there is no release.
-    """
+    """As `take`, but refuses a repository without a release."""
     folder = take(name)
     if folder is None:
         raise RAdapterError(
@@ -248,35 +238,8 @@ def _refusals(what: str, so: str) -> Iterator[None]:
         raise RAdapterError(f"{what}: {refused(error)} ({so})") from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a warning where a repository holds another kind of model, which is no mistake."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _inside(folder: Path, at: str, without: tuple[str, ...]) -> dict[str, Path | bytes]:
-    """The files of a folder by their names on the hub, where the card is another one."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    return {f"{at}{path.name}": path for path in files if path.name not in without}
-
-
-def _data_of(repository: Path, version: int) -> dict[str, Path]:
-    """The data of a release, each file once, by the names that it travels under."""
-    task = repository / MODELS[-1] / str(version)
-    found = {FILE: task / FILE, TOKENIZER: task / TOKENIZER}
-    found |= {f"{LABEL_SETS}/{path.name}": path for path in (task / LABEL_SETS).glob("*.npz")}
-    for encoder in ENCODERS:
-        for name in _GRAPH:
-            path = repository / encoder / str(version) / name
-            if path.is_file():
-                found[f"{encoder}/{name}"] = path
-    return found
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 < value <= _MAX_VERSION
 
 
 def _fetch(name: str) -> Path:
@@ -285,8 +248,12 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     repository, revision = split_revision(name)
+    # It warns where a repository holds another kind of model, which is no mistake.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with from_hub_or_cache(), _quiet():
+        with from_hub_or_cache():
             return Path(
                 snapshot_download(repository, revision=revision, allow_patterns=[f"{RELEASE}/*"])
             )
@@ -299,64 +266,39 @@ def _fetch(name: str) -> Path:
         raise RAdapterError(
             f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _verified(name: str, data: Path) -> dict[str, str]:
-    """The digests of a release that came from the hub, once all of its files have them.
-
-    Raises:
-        RAdapterError: names what differs.
-    """
-    if not (data / SUMS).is_file():
-        raise _differs(name, [f"{SUMS}, the list of its digests, is missing"])
-    sums = load_sums(data / SUMS)
-    sums = {file: digest for file, digest in sums.items() if file != SUMS}
-    found = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
-    found.pop(SUMS)
+    """The digests of a release that came from the hub; refuses files that differ from them."""
+    files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
+    sums: dict[str, str] = {}
     problems = []
-    for file in sorted({*sums, *found}):
-        if not _ALLOWED.fullmatch(file):
-            problems.append(f"{file} is no part of a release")
-        elif file not in found:
-            problems.append(f"{file} is missing")
-        elif file not in sums:
-            problems.append(f"{file} has no digest")
-        elif digest_of(found[file]) != sums[file]:
-            problems.append(f"{file} differs")
-    needed = {FILE, TOKENIZER, *(f"{one}/{_GRAPH[0]}" for one in ENCODERS if one != PATCH_ENCODER)}
-    problems += [f"{file} is missing" for file in sorted(needed - {*sums, *found})]
+    if files.pop(SUMS, None) is None:
+        problems.append(f"{SUMS}, the list of its digests, is missing")
+    else:
+        sums = load_sums(data / SUMS)
+        sums.pop(SUMS, None)
+        graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
+        for file in sorted({*sums, *files, FILE, TOKENIZER, *graphs}):
+            if not _ALLOWED.fullmatch(file):
+                problems.append(f"{file} is no part of a release")
+            elif file not in files:
+                problems.append(f"{file} is missing")
+            elif file not in sums:
+                problems.append(f"{file} has no digest")
+            elif digest_of(files[file]) != sums[file]:
+                problems.append(f"{file} differs")
     if problems:
-        raise _differs(name, problems)
+        repository, _ = split_revision(name)
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise RAdapterError(
+            f"{name} is not as it was pushed: {'; '.join(problems[:5])}{more}; fetch it again with:"
+            f' hf download {repository} --include "{RELEASE}/*" --force-download, or push it again'
+            " with radapter-export"
+        )
     return sums
-
-
-def _differs(name: str, problems: list[str]) -> RAdapterError:
-    repository, _ = split_revision(name)
-    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return RAdapterError(
-        f"{name} is not as it was pushed: {'; '.join(problems[:5])}{more}; fetch it again with:"
-        f' hf download {repository} --include "{RELEASE}/*" --force-download, or push it again with'
-        " radapter-export"
-    )
-
-
-def _check_facts(name: str, release: Release) -> None:
-    """Refuse facts of which no config can be made."""
-    version = release.version
-    allowed = {
-        f"version {version!r:.40}": isinstance(version, int) and 0 < version <= _MAX_VERSION,
-        f"runtime {release.runtime!r:.40}": release.runtime in ("onnxruntime", "openvino"),
-        f"max_batch_size {release.max_batch_size!r:.40}": isinstance(release.max_batch_size, int)
-        and 0 < release.max_batch_size <= _MAX_VERSION,
-        f"label_sets {release.label_sets!r:.40}": isinstance(release.label_sets, dict)
-        and all(isinstance(facts, dict) for facts in release.label_sets.values()),
-    }
-    for fact, fits in allowed.items():
-        if not fits:
-            raise RAdapterError(
-                f"{name} says {fact}, which no release has that was pushed; push it again with"
-                " radapter-export"
-            )
 
 
 def _lay_out(data: Path, sums: Mapping[str, str], release: Release, folder: Path) -> None:
@@ -370,11 +312,18 @@ def _lay_out(data: Path, sums: Mapping[str, str], release: Release, folder: Path
             for model in models:
                 place = repository.staged(model, version)
                 place.mkdir()
-                for file, target in _files_for(model, sums).items():
-                    _link(data / file, place / target)
-                if model in TASKS:
-                    repository.add_model_file(model, version)
-                repository.add_config(model, [release])
+                for file in sums:
+                    parent, _, name = file.rpartition("/")
+                    if parent == model:
+                        _link(data / file, place / name)
+                    elif model not in ENCODERS and (
+                        file == FILE
+                        or (file == TOKENIZER and model in TOKENIZED)
+                        or (parent == LABEL_SETS and model in LABELLED)
+                    ):
+                        _link(data / file, place / file)
+            repository.add_code(version)
+            repository.add_configs([release])
             repository.add_sums(version)
             repository.commit([version])
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -382,18 +331,6 @@ def _lay_out(data: Path, sums: Mapping[str, str], release: Release, folder: Path
             f"the {FILE} of a release from the hub is broken: {reason(error)}; push it again with"
             " radapter-export"
         ) from error
-
-
-def _files_for(model: str, sums: Mapping[str, str]) -> dict[str, str]:
-    """The files of a model by the names that they travel under, and by those of its folder."""
-    if model in ENCODERS:
-        return {file: file.rpartition("/")[2] for file in sums if file.startswith(f"{model}/")}
-    files = {FILE: FILE}
-    if model in _TOKENIZED:
-        files[TOKENIZER] = TOKENIZER
-    if model in _LABELLED:
-        files |= {file: file for file in sums if file.startswith(f"{LABEL_SETS}/")}
-    return files
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,9 +1,7 @@
-"""A model in torch as the tasks see it: what an export of it in fp32 would answer."""
+"""A model in torch as the tasks see it: it answers as an export of it in fp32 would."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radapter_export.facts import dense_facts, preprocess_facts
+from radapter_export.facts import base_facts
+from radapter_export.settings import CLASSES
 from radapter_export.tokenizer import ServedTokenizer
-from radapter_serve.adapter import Adapter
-from radapter_serve.adapter.file import check_alpha, check_base
-from radapter_serve.adapter.fold import fold
+from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import encode_patches
-from radapter_serve.clip.towers import (
-    encode_image,
-    encode_text,
-    is_causal,
-    logit_scale_and_bias,
-    normalised,
-    to_device,
-)
+from radapter_serve.clip.towers import encode_image, encode_text, is_causal, normalised, to_device
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.encoders.labels import LabelSet
@@ -36,9 +26,6 @@ from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.labels import embed_labels
-
-CLASSES = "classes"  # the label set of a run's own classes
-_TEMPLATES = ("a photo of a {}.",)
 
 
 def load_in_torch(
@@ -53,41 +40,62 @@ def load_in_torch(
 ) -> LoadedRelease:
     """A base, or a base with an adapter folded into it, in torch.
 
-    Args:
-        base: its weights become those of the fold.
-        adapter: to be folded; None for the base alone.
-        told: what `release.json` says beside a merged checkpoint; None where there is none.
-        alpha: of the fold, in [0, 1]; the adapter's own if None.
-        dense: method of dense embeddings, naclip or maskclip, for `segment`; None for what the run
-            was trained for, if for any.
-        device: of torch, such as "cpu" or "cuda"; None takes a GPU where there is one.
-        indexes: folder of the indexes that `retrieve` searches.
-
-    Raises:
-        RAdapterError: the adapter is another base's, α is none, or there is no such device.
+    The base's model gets the folded weights. `told` is the `release.json` beside a merged
+    checkpoint. `alpha` is the adapter's own if None; `dense`, the method of patch embeddings, that
+    of the run or of `told`; `device` a GPU where there is one. Refuses an adapter of another base,
+    an α outside [0, 1], and a device that is not there.
     """
     if adapter is None and alpha not in (None, 0.0):
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
+    # The fold, and what goes with it.
+    crop = MaskCrop.filled_with(base.preprocess["mean"])
+    facts: dict[str, Any] = {
+        "alpha": 0.0,
+        "base_digest": "",
+        "adapter_digest": "",
+        "templates": ["a photo of a {}."],
+    }
     classes: tuple[str, ...] = ()
+    exif_orientation = True
     if adapter is not None:
-        alpha = adapter.metadata.alpha if alpha is None else alpha
-        check_alpha(alpha)
-        check_base(base.model.state_dict(), adapter)
+        metadata = adapter.metadata
+        alpha = metadata.alpha if alpha is None else alpha
         base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
-        classes = tuple(adapter.metadata.classes or ())
-        if dense is None and adapter.metadata.source.dense != "none":
-            dense = adapter.metadata.source.dense
-    encoder = TorchEncoder(base, device)
-    with tempfile.TemporaryDirectory() as folder:
-        written = ServedTokenizer.write(
-            base.tokenizer,
-            Path(folder) / "tokenizer.json",
-            dynamic_length=is_causal(base.model),
-        )
-    release = _describe(base, adapter, alpha or 0.0, dense, written.spec)
+        classes = tuple(metadata.classes or ())
+        exif_orientation = metadata.source.exif_orientation
+        crop = metadata.source.mask_crop(base.preprocess["mean"])
+        facts = {
+            "alpha": alpha,
+            "base_digest": metadata.base_digest,
+            "adapter_digest": adapter.digest,
+            "templates": metadata.templates,
+        }
+        if dense is None and metadata.source.dense != "none":
+            dense = metadata.source.dense
+    facts["crop"] = crop.to_dict()
     if told is not None:
-        release = _as_told(release, told, base, dense)
-    encoder.release = release
+        names = ("alpha", "base_digest", "adapter_digest", "adapters", "templates", "crop")
+        facts = {name: getattr(told, name) for name in (*names, "confidence")}
+        exif_orientation = told.preprocess.get("exif_orientation", True)
+        dense = dense if dense is not None else (told.dense or {}).get("way")
+
+    # The encoder, the tokenizer and the facts.
+    device_of_model = to_device(base.model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer = ServedTokenizer.write(
+            base.tokenizer, path, dynamic_length=is_causal(base.model)
+        )
+    weights = base.model.state_dict()
+    release = Release(
+        version=1,
+        tokenizer=tokenizer.spec,
+        agreement={},
+        runtime="torch",
+        tools={"torch": torch.__version__},
+        **facts,
+        **base_facts(base, weights, dense, exif_orientation=exif_orientation),
+    )
 
     def label_sets(loaded: LoadedRelease) -> dict[str, LabelSet]:
         # The classes that a run was trained for.
@@ -97,8 +105,8 @@ def load_in_torch(
 
     return LoadedRelease(
         release,
-        encoder,
-        written.encode,
+        TorchEncoder(base, device_of_model, release),
+        tokenizer.encode,
         read_label_sets=label_sets,
         indexes=indexes,
         origin={"model_repository": base.name},
@@ -106,21 +114,12 @@ def load_in_torch(
 
 
 class TorchEncoder:
-    """The encoders of a model in torch.
+    """The encoders of a model in torch, on its device, for a release's preprocessing."""
 
-    Args:
-        base: whose model has its weights.
-        device: of torch; None takes a GPU where there is one.
-
-    Attributes:
-        release: its facts.
-    """
-
-    release: Release
-
-    def __init__(self, base: Base, device: str | None) -> None:
+    def __init__(self, base: Base, device: torch.device, release: Release) -> None:
         self._model = base.model
-        self._device = to_device(base.model, device)
+        self._device = device
+        self._release = release
 
     @torch.inference_mode()
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
@@ -128,7 +127,7 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        method = (self.release.dense or {})["way"]
+        method = (self._release.dense or {})["way"]
         return _floats(encode_patches(self._model, self._pixels(pixels), method))
 
     @torch.inference_mode()
@@ -140,61 +139,7 @@ class TorchEncoder:
         """The model goes with its last user."""
 
     def _pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
-        return normalised(pixels, self.release.preprocess, self._device)
-
-
-def _describe(
-    base: Base,
-    adapter: Adapter | None,
-    alpha: float,
-    dense: str | None,
-    tokenizer: dict[str, Any],
-) -> Release:
-    """The facts that an export would write, without those that are measured."""
-    scale, bias = logit_scale_and_bias(base.model.state_dict())
-    source = None if adapter is None else adapter.metadata.source
-    mean = base.preprocess["mean"]
-    crop = MaskCrop.filled_with(mean) if source is None else source.mask_crop(mean)
-    return Release(
-        version=1,
-        alpha=alpha,
-        architecture=base.name,
-        base_digest="" if adapter is None else adapter.metadata.base_digest,
-        adapter_digest="" if adapter is None else adapter.digest,
-        preprocess=preprocess_facts(
-            base, exif_orientation=True if source is None else source.exif_orientation
-        ),
-        tokenizer=tokenizer,
-        embed_dim=int(base.config["embed_dim"]),
-        logit_scale=scale,
-        logit_bias=bias,
-        templates=list(_TEMPLATES) if adapter is None else adapter.metadata.templates,
-        agreement={},
-        dense=dense_facts(base, dense),
-        crop=crop.to_dict(),
-        runtime="torch",
-        tools={"torch": torch.__version__},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
-def _as_told(release: Release, told: Release, base: Base, dense: str | None) -> Release:
-    """The facts of a merged checkpoint, of which its `release.json` knows more than the weights."""
-    way = dense if dense is not None else (told.dense or {}).get("way")
-    return dataclasses.replace(
-        release,
-        alpha=told.alpha,
-        base_digest=told.base_digest,
-        adapter_digest=told.adapter_digest,
-        adapters=told.adapters,
-        templates=told.templates,
-        preprocess=preprocess_facts(
-            base, exif_orientation=told.preprocess.get("exif_orientation", True)
-        ),
-        crop=told.crop,
-        dense=dense_facts(base, way),
-        confidence=told.confidence,
-    )
+        return normalised(pixels, self._release.preprocess, self._device)
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:

@@ -1,12 +1,12 @@
-"""Label sets of an export: labels by their texts, and by images that show them."""
+"""Label sets of an export: their files, with images that show some of the labels."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,158 +19,114 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml
 
 MAX_SHOWN = 2000  # examples of a label set
-YAML = (".yaml", ".yml")
-_KEYS = ("label", "images", "weight")
 _FORM = "each entry is a label, or has label, images and weight"
 
-
-@dataclass(frozen=True)
-class Shown:
-    """Images that show labels of a label set.
-
-    Attributes:
-        files: of the images.
-        labels: of each image, the place of its label, from 0.
-        weights: of the examples of each label beside its text, in [0, 1].
-    """
-
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    weights: tuple[float, ...]
-
-    def examples(self, preprocess: Preprocess) -> Examples:
-        """The images as the encoder takes them, which is small, without the files' metadata."""
-        return Examples(
-            tuple(_encoder_image(path, preprocess) for path in self.files),
-            self.labels,
-            self.weights,
-        )
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """What the file of a label set holds.
+    """The labels of a file, and the images that show some of them.
 
     Attributes:
         labels: with their synonyms.
-        shown: images for some of them; None where there are none.
+        images: files of the images.
+        places: of each image, the index of its label.
+        weights: of each label, the share of its images beside its text, in [0, 1].
     """
 
     labels: list[str]
-    shown: Shown | None = None
+    images: tuple[Path, ...] = ()
+    places: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def examples(self, preprocess: Preprocess) -> Examples:
+        """The images as the encoder takes them: small PNGs, without the files' metadata."""
+        shown = []
+        for path in self.images:
+            pixels = _read_image(path, f"{path}", lambda data: decode_pixels(data, preprocess))
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+            shown.append(file.getvalue())
+        return Examples(tuple(shown), self.places, self.weights)
 
 
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     """Read a label file: a class a line, or YAML with images for some of them.
 
-    Args:
-        path: of the file.
-        dynamic_alpha: whether servers embed the images again, for each α.
+    With `dynamic_alpha` servers embed the images again for each α, so fewer are allowed.
 
     Raises:
-        RAdapterError: it can't be read, or is none; an image is missing or broken; too many images.
+        RAdapterError: it can't be read or has another form; an image is missing or broken; too many
+            images.
     """
     path = Path(path)
-    if path.suffix not in YAML:
+    if path.suffix not in (".yaml", ".yml"):
         return LabelFile(read_label_file(path))
     document = read_yaml(path, "the label set")
     if not isinstance(document, list) or not document:
-        raise RAdapterError(f"{path} is no list of labels; {_FORM}")
+        raise RAdapterError(f"{path} is not a list of labels; {_FORM}")
     labels: list[str] = []
     weights: list[float] = []
-    files: list[Path] = []
+    images: list[Path] = []
     places: list[int] = []
     for number, entry in enumerate(document):
         where = f"{path}, entry {number + 1}"
-        one = _entry(entry, where)
-        labels.append(_label(one["label"], where))
-        weights.append(_weight(one, where))
-        found = _images(one.get("images", []), path.parent, where)
-        files += found
-        places += [number] * len(found)
-        if "weight" in one and not found:
+        fields = entry if isinstance(entry, dict) else {"label": entry}
+        if unknown := [key for key in fields if key not in ("label", "images", "weight")]:
+            raise RAdapterError(f"{where}: {unknown[0]!r:.80} is unknown; {_FORM}")
+        label = fields.get("label")
+        if not isinstance(label, str):  # such as 2024 and no, which YAML makes numbers and truth of
+            raise RAdapterError(
+                f"{where}: the label is {label!r:.80}, not text; write it in quotes"
+            )
+        if not (names := split_label(label)):
+            raise RAdapterError(f"{where}: {label!r} names no class")
+        files = _files(fields.get("images", []), path.parent, where)
+        weight = fields.get("weight", DEFAULT_WEIGHT)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+            raise RAdapterError(
+                f"{where}: weight is {weight!r:.80}; allowed: numbers from 0 (the text alone) to 1"
+                " (the images alone)"
+            )
+        if "weight" in fields and not files:
             raise RAdapterError(f"{where}: weight is for images, and there are none")
-    if not files:
+        labels.append(join_label(names))
+        weights.append(float(weight))
+        images += files
+        places += [number] * len(files)
+    if not images:
         return LabelFile(labels)
     most = MAX_EXAMPLES if dynamic_alpha else MAX_SHOWN
-    if len(files) > most:
+    if len(images) > most:
         why = ", as servers embed them again at each alpha" if dynamic_alpha else ""
-        raise RAdapterError(f"{path} has {len(files)} images; at most {most} are allowed{why}")
-    for file in files:
-        _check_image(file, path)
-    return LabelFile(labels, Shown(tuple(files), tuple(places), tuple(weights)))
+        raise RAdapterError(f"{path} has {len(images)} images; at most {most} are allowed{why}")
+    for file in images:
+        _read_image(file, f"{path}: {file}", verify)
+    return LabelFile(labels, tuple(images), tuple(places), tuple(weights))
 
 
-def _entry(entry: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(entry, dict):
-        return {"label": entry}
-    unknown = [key for key in entry if key not in _KEYS]
-    if unknown or "label" not in entry:
-        what = f"{unknown[0]!r:.80} is unknown" if unknown else "label is missing"
-        raise RAdapterError(f"{where}: {what}; {_FORM}")
-    return entry
-
-
-def _label(value: Any, where: str) -> str:
-    # YAML makes numbers and truth of 2024 and no, which people mean as they wrote them.
-    if not isinstance(value, str):
-        raise RAdapterError(f"{where}: the label is {value!r:.80}, no text; write it in quotes")
-    names = split_label(value)
-    if not names:
-        raise RAdapterError(f"{where}: {value!r} names no class")
-    return join_label(names)
-
-
-def _weight(entry: Mapping[str, Any], where: str) -> float:
-    value = entry.get("weight", DEFAULT_WEIGHT)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise RAdapterError(
-            f"{where}: weight is {value!r:.80}; allowed: numbers from 0 (the text alone) to 1 (the"
-            " images alone)"
-        )
-    return float(value)
-
-
-def _images(value: Any, folder: Path, where: str) -> list[Path]:
-    """The files that an entry names, those of folders among them."""
+def _files(value: Any, folder: Path, where: str) -> list[Path]:
+    """The image files of an entry, with those of the folders that it names."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RAdapterError(f"{where}: images is {value!r:.80}; allowed: files and folders")
-    found: list[Path] = []
+    files: list[Path] = []
     for name in names:
         path = folder / name
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = [Path(file) for file in list_images(path).images]
+        inside = [Path(file) for file in list_images(path).images] if path.is_dir() else [path]
         if not inside:
             raise RAdapterError(f"{where}: {path} holds no image")
-        found += inside
-    return found
+        files += inside
+    return files
 
 
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
-
-
-def _check_image(path: Path, label_file: Path) -> None:
+def _read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
+    """Use the bytes of an image; of a larger file than any image may be, only the first."""
     try:
-        verify(_read(path))
+        with path.open("rb") as file:
+            return use(file.read(MAX_BYTES + 1))
     except OSError as error:
-        raise RAdapterError(f"{label_file}: cannot read {path}: {error.strerror}") from None
+        raise RAdapterError(f"{where}: cannot be read: {error.strerror}") from None
     except TaskError as error:
-        raise RAdapterError(f"{label_file}: {path}: {error.message}") from None
-
-
-def _encoder_image(path: Path, preprocess: Preprocess) -> bytes:
-    """An image as a PNG that preprocessing leaves as it is."""
-    try:
-        pixels = decode_pixels(_read(path), preprocess)
-    except OSError as error:
-        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
-    except TaskError as error:
-        raise RAdapterError(f"{path}: {error.message}") from None
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+        raise RAdapterError(f"{where}: {error.message}") from None

@@ -36,11 +36,7 @@ _PASSTHROUGH_OPS = {
 
 
 def check_precision(precision: str, calibration: str | None, runtime: str) -> None:
-    """Refuse what can't be exported, or could not be run.
-
-    Raises:
-        RAdapterError: says what to give instead.
-    """
+    """Refuse a precision that can't be exported, or could not be run."""
     if precision not in PRECISIONS:
         raise RAdapterError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
     if calibration is not None and precision != "int8":
@@ -60,10 +56,6 @@ def check_precision(precision: str, calibration: str | None, runtime: str) -> No
 def lower(graph: Graph, precision: str) -> Graph:
     """The same graph in fp16 or bf16; inputs and outputs keep their types, initializers their
     names.
-
-    Args:
-        graph: in fp32; it is left as it is.
-        precision: `fp16` or `bf16`.
     """
     low = TYPES[precision]
     model = graph.model.clone()
@@ -113,8 +105,8 @@ def _insert_casts(
 
 
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute in fp32: those that must, and then, until nothing changes, those that
-    stand between them.
+    """The nodes that compute in fp32: those that must, and then, until nothing changes, those
+    between them.
     """
     found = {
         node
@@ -132,7 +124,7 @@ def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
 
 
 def _belongs_to(node: ir.Node, fp32_nodes: set[ir.Node], low: ir.DataType) -> bool:
-    """Whether a node is to be computed in fp32 as one before it is, or as all of those after it
+    """True if a node is to be computed in fp32 as one before it is, or as all of those after it
     are.
     """
     for _, value in _floats(node):
@@ -151,9 +143,7 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 
 def _too_large(value: ir.Value, low: ir.DataType) -> bool:
-    """Whether it is a constant beyond the low type, such as what stands for minus infinity in a
-    mask.
-    """
+    """True for a constant beyond the low type, such as minus infinity's stand-in in a mask."""
     if value.const_value is None:
         return False
     array = value.const_value.numpy()

@@ -7,10 +7,12 @@ costs.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,39 +28,113 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
+from radapter_export.references import Inputs
+from radapter_serve.clip.base import Base
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.data.image_files import Images
+from radapter_serve.errors import RAdapterError
+
+if TYPE_CHECKING:
+    from radapter_export.source import Source
 
 Batches = Sequence[NDArray[np.generic]]
 
+IMAGES = 128  # of the user's, evenly spread; more hardly move the ranges
+PROMPTS = 512  # likewise, of label sets
+_IMAGES_A_BATCH = 8
+_TEXTS_A_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs by which the ranges of activations are found.
+
+    Attributes:
+        images: uint8 [B, S, S, 3] each, as served.
+        tokens: int32 [B, L] each.
+    """
+
+    images: Batches
+    tokens: Batches
+
+    def of(self, graph: str) -> Batches:
+        """The batches for a graph, by its name."""
+        return self.tokens if graph == "text_encoder" else self.images
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the ranges, for a release."""
+        digest = hashlib.sha256()
+        for batch in (*self.images, *self.tokens):
+            digest.update(np.ascontiguousarray(batch).data)
+        counts = {"images": sum(map(len, self.images)), "texts": sum(map(len, self.tokens))}
+        return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
+
+
+def calibrate(images: Images, base: Base, source: Source, tokenizer: Tokenizer) -> Calibration:
+    """Take some of the images, some prompts of the label sets, and texts that agreement is not
+    checked with; refuses a broken image.
+    """
+    turns = {"exif_orientation": source.exif_orientation}
+    preprocess = Preprocess.from_dict({**base.preprocess, **turns})
+    prompts = [
+        template.replace("{}", name)
+        for file in source.label_sets.values()
+        for label in file.labels
+        for name in split_label(label)
+        for template in source.templates
+    ]
+    texts = [tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)]
+    unseen = Inputs(base, tokenizer, base.image_size, seed=1)
+    return Calibration(calibration_images(images, preprocess), [*unseen.tokens, *texts])
+
+
+def calibration_images(images: Images, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
+    """Some of the images in batches, prepared as the server prepares them."""
+    pixels = []
+    for row in spread(images.rows, IMAGES):
+        try:
+            pixels.append(decode_pixels(images.data(row), preprocess))
+        except TaskError as error:
+            raise RAdapterError(
+                f"calibration image {images.name(row)} can't be read: {error.what}"
+            ) from error
+        except RAdapterError as error:
+            raise RAdapterError(f"calibration: {error}") from error
+    return [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
 
 def quantize(path: Path, calibration: Batches = ()) -> int:
-    """Exchange an encoder in fp32 for one in int8.
+    """Exchange an encoder in fp32 for one in int8; returns the bytes of all that was written.
 
-    Args:
-        path: `model.onnx` with weights; it is replaced.
-        calibration: inputs by which the ranges of activations are found, to be constants of the
-            graph (static, in QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads
-            too). Without any they are found for each batch as it comes (dynamic, for CPUs only).
-
-    Returns:
-        Size in bytes of all that was written.
+    With inputs to calibrate by, the ranges of activations are constants of the graph (static, in
+    QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads too). Without any they are
+    found for each batch as it comes (dynamic, for CPUs only).
     """
-    large = size_of(path) > EXTERNAL_ABOVE
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
         "per_channel": True,
         "reduce_range": True,
         "weight_type": QuantType.QInt8,
-        "use_external_data_format": large,
+        "use_external_data_format": size_of(path) > EXTERNAL_ABOVE,
     }
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         plain = Path(name, "plain.onnx")
-        made = Path(name, "made", path.name)
-        made.parent.mkdir()
+        quantized = Path(name, "quantized", path.name)
+        quantized.parent.mkdir()
         _fold_constants(path, plain)
         if calibration:
             quantize_static(
                 str(plain),
-                str(made),
+                str(quantized),
                 _Reader(plain, calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
@@ -70,10 +146,10 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
                 **common,
             )
         else:
-            quantize_dynamic(str(plain), str(made), **common)
+            quantize_dynamic(str(plain), str(quantized), **common)
         for old in path.parent.glob(f"{path.name}*"):
             old.unlink()
-        for file in made.parent.iterdir():
+        for file in quantized.parent.iterdir():
             file.rename(path.parent / file.name)
     return size_of(path)
 

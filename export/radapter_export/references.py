@@ -7,7 +7,7 @@ tested together (`radapter_serve.release.agreement` compares).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from radapter_export.change import Reference
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import encode_patches
-from radapter_serve.clip.towers import encode_image
+from radapter_serve.clip.towers import encode_image, normalised
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER
@@ -28,18 +27,8 @@ BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
 Array = npt.NDArray[np.float32]
 
 _WORDS = [
-    "a",
-    "photo",
-    "of",
-    "red",
-    "bicycle,",
-    "leaning",
-    "against",
-    "the",
-    "old",
-    "wall",
-    "near",
-    "1887",
+    *("a", "photo", "of", "red", "bicycle,", "leaning"),
+    *("against", "the", "old", "wall", "near", "1887"),
 ]
 
 
@@ -76,35 +65,29 @@ class Inputs:
         return self.tokens if graph == "text_encoder" else self.images
 
 
-def mixed_alphas(own: float) -> list[Alpha]:
-    """α of each row of each batch where it is an input, float32 [B, 1]: a release's own, and others
-    beside it.
-    """
-    values = itertools.cycle((own, 0.0, 1.0, 0.25))
+def mixed_alphas(default: float) -> list[Alpha]:
+    """α of each row of each batch where it is an input, float32 [B, 1]: the default and others."""
+    values = itertools.cycle((default, 0.0, 1.0, 0.25))
     return [np.array([[next(values)] for _ in range(batch)], np.float32) for batch in BATCHES]
 
 
 def references_at(
     base: Base,
-    reference: Reference,
-    alphas: Sequence[Alpha],
+    set_alpha: Callable[[float], None],
+    alphas: Sequence[npt.NDArray[Any]],
     inputs: Inputs,
-    way: str | None = None,
+    dense: str | None = None,
 ) -> dict[str, list[Array]]:
-    """torch's embeddings of each row of `Inputs` at an α of its own; a pass over all of them for
-    each α.
+    """torch's embeddings of each row of `inputs` at the row's α, float32 [B, 1] a batch.
 
-    Args:
-        base: whose model is the reference.
-        reference: sets the model's α.
-        alphas: of the rows, float32 [B, 1] a batch.
-        inputs: as of `References`.
-        way: as of `References`.
+    The whole of `inputs` is embedded once for each α, which `set_alpha` puts into the base's model.
+    `dense` is the method for patches, if any.
     """
     embeds = {}
-    for alpha in {float(one) for batch in alphas for one in batch.ravel()}:
-        reference.alpha = alpha
-        embeds[alpha] = References(base, inputs, way).embeds
+    for alpha in {float(value) for batch in alphas for value in batch.ravel()}:
+        set_alpha(alpha)
+        embeds[alpha] = references(base, inputs, dense)
+    graphs = [graph for graph in ENCODERS if dense is not None or graph != PATCH_ENCODER]
     return {
         graph: [
             np.stack(
@@ -115,43 +98,26 @@ def references_at(
             )
             for number, batch in enumerate(alphas)
         ]
-        for graph in ENCODERS
-        if way is not None or graph != PATCH_ENCODER
+        for graph in graphs
     }
 
 
-class References:
-    """torch's embeddings of `Inputs`, from open_clip's own towers with adapters attached.
+@torch.inference_mode()
+def references(base: Base, inputs: Inputs, dense: str | None = None) -> dict[str, list[Array]]:
+    """torch's embeddings of inputs, from open_clip's own towers with adapters attached.
 
-    Attributes:
-        embeds: of each graph, float32 [B, D] a batch; [B, g, g, D] for `patch_encoder`.
-
-    Args:
-        base: with adapters attached.
-        inputs: what is embedded.
-        way: how patches are, one of `radapter_serve.clip.dense.METHODS`; None if they are not.
+    Of each graph float32 [B, D] a batch; [B, g, g, D] for `patch_encoder`, which has none where no
+    method is named.
     """
-
-    @torch.inference_mode()
-    def __init__(self, base: Base, inputs: Inputs, way: str | None = None) -> None:
-        model: Any = base.model
-        mean, std = (
-            torch.tensor(base.preprocess[key], dtype=torch.float32).view(3, 1, 1)
-            for key in ("mean", "std")
-        )
-        images = []
-        patches = []
-        texts = []
-        for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
-            pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
-            images.append(encode_image(model, pixels).numpy())
-            if way is not None:
-                patches.append(encode_patches(model, pixels, way).numpy())
-            # Not towers.encode_text, which crops: that cropping is exact is part of what is
-            # checked.
-            texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
-        self.embeds: dict[str, list[Array]] = {
-            "image_encoder": images,
-            "patch_encoder": patches,
-            "text_encoder": texts,
-        }
+    model: Any = base.model
+    images = []
+    patches = []
+    texts = []
+    for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
+        pixels = normalised(image, base.preprocess, "cpu")
+        images.append(encode_image(model, pixels).numpy())
+        if dense is not None:
+            patches.append(encode_patches(model, pixels, dense).numpy())
+        # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
+        texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
+    return {"image_encoder": images, "patch_encoder": patches, "text_encoder": texts}

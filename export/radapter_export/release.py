@@ -1,41 +1,148 @@
-"""One call from an adapter to releases: fold, graphs, check, write."""
+"""From what was learned to releases: source, fold, graphs, agreement check, release."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.metadata
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from radapter_export.accuracy import open_validation
-from radapter_export.calibration import calibrate
-from radapter_export.change import Change
-from radapter_export.exported import Exported, ExportedRelease
-from radapter_export.files import disk_errors
-from radapter_export.forms import Forms, check_forms
+import numpy as np
+import onnxruntime
+
+from radapter_export.accuracy import Accuracy, Validation, open_validation
+from radapter_export.card import card_of
+from radapter_export.facts import base_facts
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.hub import Hub, check_push, files_of
-from radapter_export.merged import Merged
+from radapter_export.merged import (
+    FILES,
+    WRITER,
+    check_replaceable,
+    disk_errors,
+    save_open_clip,
+)
 from radapter_export.precision import TYPES, check_precision, lower
-from radapter_export.repository import Repository
+from radapter_export.quantization import Calibration, calibrate, quantize
+from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
+from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings
-from radapter_export.source import Source
+from radapter_export.source import Fold, Source, put_reference, read_source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_export.towers import check
-from radapter_export.writer import Outputs, Writer
-from radapter_serve.adapter.file import check_alpha
+from radapter_export.transformers_form import FORM_FILES, base_form, check_form, save_form
+from radapter_serve.adapter.line import Line
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
+from radapter_serve.clip.transformers import Form
+from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.probabilities import SAME, indistinguishable
 from radapter_serve.data.image_files import open_images
+from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
+from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.needs import complete
 from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.files import digest_of, staged_folder
+from radapter_serve.hub import CARD
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
+from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
+from radapter_serve.tasks.classify import mix_examples
+from radapter_serve.tasks.labels import embed_labels
 
-__all__ = ["Exported", "ExportedRelease", "export_release"]
+UNFITTED = (
+    "this release of a SigLIP refuses multi_label: training does not update the sigmoid's scale and"
+    " bias; export with --validation DATA to fit them again"
+)
+_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph of a release, or a form of its weights that another library opens.
+
+    Attributes:
+        name: such as `image_encoder` or `transformers`.
+        size: of its weights, in bytes.
+        agreement: with torch.
+        seconds: that it took to write and check.
+    """
+
+    name: str
+    size: int
+    agreement: Agreement
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportedRelease:
+    """One exported release.
+
+    Attributes:
+        release: its facts, by name.
+        graphs: the encoders.
+        merged: folder of the merged checkpoint.
+        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
+        warnings: what a user should know, a line each.
+        forms: of the weights for other libraries, that were asked for.
+        pushed: `hf-hub:NAME@COMMIT`, where it is on the hub; None if it was not sent there.
+    """
+
+    release: Release = field(repr=False)
+    graphs: list[Exported] = field(repr=False)
+    merged: Path
+    accuracy: Accuracy | None = field(repr=False)
+    warnings: list[str] = field(repr=False)
+    forms: list[Exported] = field(repr=False)
+    pushed: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `release.json` holds."""
+        return copy.deepcopy(self.release.to_dict())
+
+    @property
+    def version(self) -> int:
+        """Number of the release in its model repository."""
+        return self.release.version
+
+    @property
+    def alpha(self) -> float:
+        """The re-scaling that was folded, or the default where requests may bring their own."""
+        return self.release.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """All that the releases of one call share, and where they are written."""
+
+    settings: ExportSettings
+    source: Source
+    base: Base
+    change: Fold | Line
+    set_alpha: Callable[[float], None]
+    graphs: Sequence[Graph]
+    form: Form | None
+    tokenizer: ServedTokenizer
+    calibration: Calibration | None
+    validation: Validation | None
+    engines: PlanWriter | None
+    repository: Repository
+    merged: Path
+    transformers: Path | None
+    say: Say
 
 
 def export_release(
@@ -68,19 +175,15 @@ def export_release(
             then.
     """
     say = progress or (lambda line: None)
+
+    # Source: what was learned, with templates and label sets; and all that can be refused early.
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
-    source = Source.read(paths, settings, dynamic_alpha=alphas == "dynamic")
+    source = read_source(paths, settings, dynamic_alpha=alphas == "dynamic")
     numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
     _check_arguments(numbers, source, settings)
-    engines = (
-        PlanWriter(progress=say) if settings.served_by == TENSORRT else None
-    )  # looks for a GPU, before all else
+    engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # asks for a GPU
     validation = open_validation(
-        source.metadata,
-        settings.validation,
-        source.way,
-        settings.precision,
-        settings.max_drop,
+        source.metadata, settings.validation, source.dense, settings.precision, settings.max_drop
     )
     images = None
     if settings.calibration is not None:
@@ -89,89 +192,122 @@ def export_release(
     if settings.push is not None:
         say("asking the Hugging Face hub")
         hub = Hub.open(settings.push)
-    base, change = _load(source, settings, say)
+
+    # Fold: the base, and what α scales.
+    say("loading the base")
+    base, change = source.load(settings)
+    check(base)
+    if source.dense is not None:
+        check_dense(base.model, source.dense)
     for alpha in numbers:
         change.check(alpha)
-    unfinished = Forms(settings, base)  # which refuses bases without such a form
-    models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
-    staged = Repository(settings.model_repository, models)
-    graphs = _graphs(base, source, settings.precision, say)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Merged(settings.merged) as merged,
-        unfinished as forms,
-        staged as repository,
-    ):
-        with disk_errors(Path(scratch)):
-            tokenizer = ServedTokenizer.write(
-                base.tokenizer,
-                Path(scratch, "tokenizer.json"),
-                dynamic_length=is_causal(base.model),
-            )
+    check_replaceable(settings.merged.absolute(), "--merged", FILES)
+    form = None
+    if settings.transformers is not None:
+        check_replaceable(settings.transformers.absolute(), "--transformers", FORM_FILES)
+        form = base_form(base)
+    models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
+    unfinished = Repository(settings.model_repository, models)
+
+    # Graphs: without weights, so that every α fills the same ones.
+    adapter = source.adapter if source.dynamic_alpha else None
+    say("exporting image_encoder")
+    graphs = [image_graph(base, adapter)]
+    if source.dense is not None:
+        say("exporting patch_encoder")
+        graphs.append(patch_graph(base, source.dense, adapter))
+    say("exporting text_encoder")
+    graphs.append(text_graph(base, adapter))
+    if settings.precision in TYPES:
+        graphs = [lower(graph, settings.precision) for graph in graphs]
+
+    # Agreement check and release, for each α, in temporary folders that take their places together.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(settings.model_repository))
+        merged = stack.enter_context(staged_folder(settings.merged, WRITER))
+        transformers = None
+        if settings.transformers is not None:
+            transformers = stack.enter_context(staged_folder(settings.transformers, WRITER))
+        repository = stack.enter_context(unfinished)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        tokenizer = ServedTokenizer.write(
+            base.tokenizer, Path(scratch, "tokenizer.json"), dynamic_length=is_causal(base.model)
+        )
         calibration = None
         if images is not None:
             calibration = calibrate(images, base, source, tokenizer.encode)
-        writer = Writer(
-            base=base,
-            source=source,
-            change=change,
-            reference=change.reference(base),
-            graphs=graphs,
+        job = _Job(
             settings=settings,
+            source=source,
+            base=base,
+            change=change,
+            set_alpha=put_reference(base, change),
+            graphs=graphs,
+            form=form,
             tokenizer=tokenizer,
-            outputs=Outputs(merged, forms, repository),
-            validation=validation,
             calibration=calibration,
+            validation=validation,
             engines=engines,
+            repository=repository,
+            merged=merged,
+            transformers=transformers,
             say=say,
         )
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(writer.write(version, alpha, name))
-        for model in models:
-            written = [release.release for release in releases]
-            repository.add_config(model, written)
+            releases.append(_write_release(job, version, alpha, name))
+        repository.add_configs([each.release for each in releases])
         say("writing the digests of all files")
-        for release in releases:
-            repository.add_sums(release.version)
+        for each in releases:
+            repository.add_sums(each.version)
         say("putting everything in place")
-        merged.commit()
-        forms.commit()
-        repository.commit([release.version for release in releases])
-    if hub is not None:
-        say(f"pushing to {hub.name}")
-        releases = [_pushed(hub, releases[0], writer, settings)]
-    return releases
+        repository.commit([each.version for each in releases])
+    if hub is None:
+        return releases
 
-
-def _pushed(
-    hub: Hub, exported: ExportedRelease, writer: Writer, settings: ExportSettings
-) -> ExportedRelease:
-    """A release, once it is on the hub."""
-    release = exported.release
-    card = writer.card(release, library="open_clip", hub=hub.name) if settings.card else None
+    # Push: the one release, once it is complete here.
+    say(f"pushing to {hub.name}")
+    [exported] = releases
+    card = _card(job, exported.release, "open_clip", hub.name) if settings.card else None
     files = files_of(
-        settings.model_repository, release, exported.merged, settings.transformers, card
+        settings.model_repository,
+        exported.release,
+        settings.merged,
+        settings.transformers,
+        card,
     )
     where = f"{settings.model_repository} and {settings.merged}"
-    return replace(exported, pushed=hub.push(files, release, where))
+    return [replace(exported, pushed=hub.push(files, exported.release, where))]
 
 
 def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSettings) -> None:
+    """Refuse arguments that do not go together, before anything large is loaded."""
     if not alphas:
         raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
     for alpha in alphas:
         check_alpha(alpha)
     if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
-        raise RAdapterError(
-            f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}"
-        )
+        shown = " ".join(f"{alpha:g}" for alpha in alphas)
+        raise RAdapterError(f"an alpha is given twice: {shown}")
     if settings.served_by not in RUNTIMES:
         raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
     if settings.push is not None:
         check_push(settings.push, len(alphas), settings.served_by)
-    check_forms(settings)
+    if settings.transformers is not None:
+        check_installed("transformers", "huggingface")
+        merged = settings.merged.absolute()
+        transformers = settings.transformers.absolute()
+        if merged == transformers or merged in transformers.parents:
+            raise RAdapterError(
+                f"--transformers {transformers} is the folder of --merged, or inside it; give each"
+                " another folder"
+            )
+        if transformers in merged.parents:
+            raise RAdapterError(
+                f"--merged {merged} is inside the folder of --transformers; give each another"
+                " folder"
+            )
     check_precision(settings.precision, settings.calibration, settings.served_by)
     if source.dynamic_alpha and settings.calibration is not None:
         raise RAdapterError(
@@ -180,24 +316,221 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
         )
 
 
-def _load(source: Source, settings: ExportSettings, say: Say) -> tuple[Base, Change]:
-    """The base and what α scales, once it is checked that they can be exported."""
-    say("loading the base")
-    base, change = source.load(settings)
-    check(base)
-    if source.way is not None:
-        check_dense(base.model, source.way)
-    return base, change
+def _write_release(job: _Job, version: int, alpha: float, name: str) -> ExportedRelease:
+    """Write and check one release in the temporary folders.
+
+    `name` is its subfolder among the merged checkpoints, "" where there is one alone.
+    """
+    settings, source, base, repository = job.settings, job.source, job.base, job.repository
+    dynamic = source.dynamic_alpha
+    say = job.say
+
+    # Fold: the plain checkpoint.
+    say(f"folding at alpha {alpha:g}")
+    folded = job.change.at(alpha)
+    merged = job.merged / name
+    merged.mkdir(exist_ok=True)
+    save_open_clip(merged, base, folded)
+
+    # What the graphs must give: torch's embeddings of seeded inputs, nothing folded.
+    say(f"torch's embeddings at alpha {alpha:g}{' and others' if dynamic else ''}, nothing folded")
+    inputs = Inputs(base, job.tokenizer.encode, base.image_size)
+    one_alpha = [np.full((batch, 1), alpha) for batch in BATCHES]
+    alphas = mixed_alphas(alpha) if dynamic else one_alpha
+    samples = {
+        graph: Samples(inputs.of(graph), references, alphas if dynamic else ())
+        for graph, references in references_at(
+            base, job.set_alpha, alphas, inputs, source.dense
+        ).items()
+    }
+
+    # Graphs: weights in, then as the server runs them, against those embeddings.
+    for model in repository.models:
+        repository.staged(model, version).mkdir()
+    weights: Mapping[str, Any] = folded
+    if dynamic:
+        assert isinstance(job.change, Fold)
+        weights = {**job.change.weights, **job.change.adapter.tensors}
+    graphs = []
+    encoders = {}
+    for graph in job.graphs:
+        say(f"writing and checking {graph.name} at alpha {alpha:g}")
+        start = time.perf_counter()
+        folder = repository.staged(graph.name, version)
+        samples[graph.name].save(folder)
+        size = graph.save(weights, folder / "model.onnx")
+        if settings.precision == "int8":
+            ranges = () if job.calibration is None else job.calibration.of(graph.name)
+            size = quantize(folder / "model.onnx", ranges)
+        if job.engines is not None:
+            size = job.engines.write(
+                graph.name,
+                folder,
+                max_batch_size=settings.max_batch_size,
+                max_length=int(job.tokenizer.spec["context_length"]),
+                bounds=settings.bounds,
+            ).size
+        runtime = settings.served_by
+        file = folder / RUNTIMES[runtime].file
+        encoder = EncoderGraph(file, runtime, precision=settings.precision)
+        label = f"{graph.name} in {settings.precision}"
+        agreement = compare(label, encoder, samples[graph.name], settings.bounds)
+        graphs.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
+        encoders[graph.name] = encoder
+
+    # The form of transformers, in fp32 whatever the precision of the graphs.
+    forms = []
+    if job.transformers is not None and job.form is not None:
+        say(f"writing and checking the form of transformers at alpha {alpha:g}")
+        start = time.perf_counter()
+        folder = job.transformers / name
+        folder.mkdir(exist_ok=True)
+        size = save_form(folder, base, job.form, folded)
+        if dynamic:  # the samples above are at several α
+            references = references_at(base, job.set_alpha, one_alpha, inputs, None)
+            samples = {graph: Samples(inputs.of(graph), references[graph]) for graph in references}
+        bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
+        agreement = check_form(folder, base, samples, bounds, job.form)
+        forms.append(Exported("transformers", size, agreement, time.perf_counter() - start))
+
+    # Facts.
+    quantization: dict[str, Any] | None = None
+    if settings.precision == "int8":
+        quantization = {"kind": "dynamic"}
+        if job.calibration is not None:
+            quantization = {"kind": "static", **job.calibration.facts()}
+    tools = [*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else [])]
+    facts = base_facts(base, folded, source.dense, exif_orientation=source.exif_orientation)
+    crop = source.crop(base.preprocess["mean"])
+    release = Release(
+        version=version,
+        alpha=alpha,
+        dynamic_alpha=dynamic,
+        base_digest=job.change.base_digest,
+        adapter_digest=job.change.digest,
+        adapters=source.adapters,
+        made_of=job.change.made_of,
+        precision=settings.precision,
+        quantization=quantization,
+        runtime=settings.served_by,
+        tokenizer=job.tokenizer.spec,
+        crop=crop.to_dict(),
+        templates=source.templates,
+        max_batch_size=settings.max_batch_size,
+        tools={
+            **{tool.removesuffix("_torch"): importlib.metadata.version(tool) for tool in tools},
+            "onnxruntime": onnxruntime.__version__,  # of onnxruntime or of onnxruntime-gpu
+        },
+        agreement={
+            **{graph.name: asdict(graph.agreement) for graph in graphs},
+            "batches": list(BATCHES),
+            "tolerance": settings.bounds.max_error,
+            "min_cosine": settings.bounds.min_cosine,
+        },
+        **facts,
+    )
+
+    # Label sets by these encoders, and what the release costs on validation data.
+    loaded = LoadedRelease(release, GraphEncoder(encoders), job.tokenizer.encode)
+    label_sets, warnings = _embed_label_sets(job, loaded)
+    label_facts = _save_label_sets(job, label_sets, version)
+    release = replace(release, label_sets=label_facts)
+    accuracy = None
+    if job.validation is not None:
+        job.set_alpha(alpha)
+        loaded = LoadedRelease(
+            release,
+            loaded.encoder,
+            job.tokenizer.encode,
+            read_label_sets=lambda _: label_sets,
+        )
+        measured = job.validation(base, alpha, loaded, source.templates, crop, say)
+        release = measured.added_to(release)
+        accuracy = measured.accuracy
+        warnings += measured.warnings
+    loaded.close()
+    if release.logit_bias is not None and release.confidence is None:
+        warnings.append(UNFITTED)
+
+    # Release: release.json, tokenizer and code in each task, and a card beside each checkpoint.
+    repository.add_code(version)
+    for model in TASKS:
+        release.save(repository.staged(model, version))
+    for model in TOKENIZED:
+        shutil.copyfile(job.tokenizer.path, repository.staged(model, version) / "tokenizer.json")
+    libraries = {"open_clip": merged}
+    if job.transformers is not None:
+        libraries["transformers"] = job.transformers / name
+    for library, folder in libraries.items():
+        release.save(folder)
+        if settings.card:
+            (folder / CARD).write_text(_card(job, release, library), encoding="utf-8")
+    return ExportedRelease(
+        release, graphs, settings.merged.absolute() / name, accuracy, warnings, forms
+    )
 
 
-def _graphs(base: Base, source: Source, precision: str, say: Say) -> list[Graph]:
-    """The encoders without weights: every alpha fills the same ones."""
-    beside = source.adapter if source.dynamic_alpha else None
-    say("exporting image_encoder")
-    graphs = [image_graph(base, beside)]
-    if source.way is not None:
-        say("exporting patch_encoder")
-        graphs.append(patch_graph(base, source.way, beside))
-    say("exporting text_encoder")
-    graphs.append(text_graph(base, beside))
-    return [lower(graph, precision) for graph in graphs] if precision in TYPES else graphs
+def _embed_label_sets(job: _Job, loaded: LoadedRelease) -> tuple[dict[str, LabelSet], list[str]]:
+    """The label sets with embeddings by a release's encoders, and warnings about equal labels."""
+    label_sets = {}
+    warnings = []
+    alpha = loaded.request_alpha(None)
+    for name, file in job.source.label_sets.items():
+
+        def done(count: int, name: str = name, total: int = len(file.labels)) -> None:
+            job.say(f"embedding label set {name}: {count} of {total} labels")
+
+        done(0)
+        templates = job.source.templates
+        label_set = complete(
+            embed_labels(loaded, file.labels, templates, alpha=alpha, progress=done)
+        )
+        if file.images:
+            job.say(f"embedding the {len(file.images)} examples of label set {name}")
+            examples = file.examples(loaded.preprocess)
+            try:
+                label_set = complete(mix_examples(loaded, label_set, examples, alpha))
+            except TaskError as error:
+                raise RAdapterError(error.message) from None
+            # Where α is an input, servers mix them in again for other α.
+            kept = examples if loaded.release.dynamic_alpha else None
+            label_set = replace(label_set, examples=kept)
+        label_sets[name] = label_set
+        if pairs := indistinguishable(label_set.labels, label_set.embeds):
+            shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
+            more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+            warnings.append(
+                f"label set {name} has labels that the model can't tell apart (cosine above"
+                f" {SAME}), so that an image scores them alike: {shown}{more}; name them by other"
+                " words"
+            )
+    return label_sets, warnings
+
+
+def _save_label_sets(
+    job: _Job, label_sets: Mapping[str, LabelSet], version: int
+) -> dict[str, dict[str, Any]]:
+    """Write label sets for each task that uses them; returns the facts of each."""
+    first, *others = (job.repository.staged(model, version) / "label_sets" for model in LABELLED)
+    first.mkdir()
+    facts: dict[str, dict[str, Any]] = {}
+    for name, label_set in label_sets.items():
+        path = first / f"{name}.npz"
+        label_set.save(path)
+        facts[name] = {
+            "labels": len(label_set.labels),
+            "templates": job.source.templates,
+            "digest": digest_of(path),
+        }
+        if count := len(job.source.label_sets[name].images):
+            facts[name]["examples"] = count
+    for folder in others:
+        shutil.copytree(first, folder)
+    return facts
+
+
+def _card(job: _Job, release: Release, library: str, hub: str | None = None) -> str:
+    """The model card of a release."""
+    transformers = job.transformers is not None
+    metadata = job.source.metadata
+    return card_of(release, metadata, job.source.curve, library, hub, transformers=transformers)

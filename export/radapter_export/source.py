@@ -1,25 +1,36 @@
-"""What is exported: an adapter, the average of several, a checkpoint or a LoRA; and what goes with
-it into every release of one call.
+"""What is exported: an adapter, an average of several, a checkpoint or a LoRA; and what goes
+into every release of one call with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from radapter_export.change import ALPHA_IS_FOLDED, AdapterChange, Change, LineChange
-from radapter_export.label_sets import LabelFile, Shown, read_label_set
+import torch
+from torch import Tensor
+
+from radapter_export.label_sets import LabelFile, read_label_set
 from radapter_export.settings import CLASSES, OWN, ExportSettings
-from radapter_serve.adapter import Adapter, Metadata, average_adapters, load_adapter
+from radapter_serve.adapter import (
+    Adapter,
+    Metadata,
+    attach_adapter,
+    average_adapters,
+    fold,
+    load_adapter,
+)
 from radapter_serve.adapter.checkpoint import load_checkpoint
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.line import Tuned
+from radapter_serve.adapter.line import Line
 from radapter_serve.adapter.lora import load_lora
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.prompts import templates_of
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import check_labels, split_label
 from radapter_serve.contract.mask_crop import MaskCrop
@@ -34,185 +45,181 @@ class Source:
 
     Attributes:
         metadata: of the adapter; of a checkpoint or a LoRA, with nothing about training.
-        adapter: to be folded, or to stand beside its layers; None for a checkpoint or a LoRA.
-        adapters: digest and weight of each that it is the average of.
-        alpha: re-scaling in [0, 1] where none is asked for: what `auto` chose for this very
-            adapter, or else its own.
+        adapter: to be folded; None for a checkpoint or a LoRA.
+        adapters: digest and weight of each adapter in the average.
+        alpha: default re-scaling: the choice of `auto` for this adapter, else the recipe's; 1 for a
+            checkpoint or a LoRA.
+        curve: the figures of that choice, an α each; empty where there is none.
         dynamic_alpha: whether α is an input of the encoders.
-        way: how patches are embedded; None if they are not.
+        dense: method of patch embeddings; None without patch_encoder.
         templates: prompt templates.
-        label_sets: labels, with their synonyms, by the name of their label set.
-        shown: images that show labels of some label sets, by its name.
+        label_sets: labels, with their synonyms and examples, by the name of their label set.
         exif_orientation: whether images are turned as their EXIF says.
-        curve: of each α what validation data said, where α was chosen; see `Choice`.
     """
 
     metadata: Metadata
     adapter: Adapter | None
     adapters: list[dict[str, Any]]
     alpha: float
+    curve: list[dict[str, float]]
     dynamic_alpha: bool
-    way: str | None
+    dense: str | None
     templates: list[str]
-    label_sets: dict[str, list[str]]
+    label_sets: dict[str, LabelFile]
     exif_orientation: bool
-    curve: list[dict[str, float]] = field(default_factory=list)
-    shown: dict[str, Shown] = field(default_factory=dict)
-
-    @classmethod
-    def read(
-        cls, paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
-    ) -> Source:
-        """Read adapters, templates and label files.
-
-        Args:
-            paths: of the adapters; none where the settings name a checkpoint or a LoRA.
-            settings: of the call.
-            dynamic_alpha: whether α shall be an input of the encoders.
-
-        Raises:
-            RAdapterError: one of them can't be read, the adapters can't be averaged, or there is
-                not one thing to export.
-        """
-        _check_one_thing(paths, settings)
-        if not paths:
-            if dynamic_alpha:
-                raise RAdapterError(ALPHA_IS_FOLDED)
-            nothing = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
-            return cls._with(settings, nothing, None, [], nothing.alpha, dynamic_alpha=False)
-        adapters = [load_adapter(path) for path in paths]
-        weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
-        adapter = average_adapters(adapters, weights)
-        alpha = adapter.metadata.alpha
-        curve: list[dict[str, float]] = []
-        if len(paths) == 1:
-            with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
-                choice = chosen(paths[0])
-                curve = choice.curve
-                alpha = choice.alpha
-        shares = [
-            {"digest": one.digest, "weight": share}
-            for one, share in zip(adapters, weights, strict=True)
-        ]
-        found = cls._with(
-            settings, adapter.metadata, adapter, shares, alpha, dynamic_alpha=dynamic_alpha
-        )
-        return replace(found, curve=curve)
-
-    @classmethod
-    def _with(
-        cls,
-        settings: ExportSettings,
-        meta: Metadata,
-        adapter: Adapter | None,
-        adapters: list[dict[str, Any]],
-        alpha: float,
-        *,
-        dynamic_alpha: bool,
-    ) -> Source:
-        way = settings.dense or meta.source.dense
-        files = {
-            name: read_label_set(path, dynamic_alpha=dynamic_alpha)
-            for name, path in settings.label_sets.items()
-            if _check_name(name)
-        }
-        return cls(
-            metadata=meta,
-            adapter=adapter,
-            adapters=adapters,
-            alpha=alpha,
-            dynamic_alpha=dynamic_alpha,
-            way=None if way == "none" else way,
-            templates=templates_of(
-                meta.templates if settings.templates is None else settings.templates
-            ),
-            label_sets=_label_sets(files, settings.label_sets, meta.classes),
-            shown={name: file.shown for name, file in files.items() if file.shown is not None},
-            exif_orientation=settings.exif_orientation and meta.source.exif_orientation,
-        )
-
-    def load(self, settings: ExportSettings) -> tuple[Base, Change]:
-        """Load the base, and what α scales.
-
-        Raises:
-            RAdapterError: one of them can't be had, or they do not fit.
-        """
-        if self.adapter is None:
-            tuned = _tuned(settings)
-            return tuned.base, LineChange(tuned.line)
-        if settings.base is None:
-            name = self.metadata.architecture
-            tag = settings.pretrained or self.metadata.pretrained
-        else:
-            name, tag = split_name(settings.base, settings.pretrained)
-            tag = tag or self.metadata.pretrained
-        base = load_base(name, tag)
-        weights = dict(base.model.state_dict())
-        check_base(weights, self.adapter)
-        return base, AdapterChange(self.adapter, weights)
 
     def crop(self, mean: Sequence[float]) -> MaskCrop:
-        """How masks are shown to the image encoder, as in training.
-
-        Args:
-            mean: RGB in [0, 1] that the encoder subtracts.
-        """
+        """How masks are shown to the image encoder, as in training; `mean` is the base's."""
         return self.metadata.source.mask_crop(mean)
 
+    def load(self, settings: ExportSettings) -> tuple[Base, Fold | Line]:
+        """Load the base, and what α scales; refuses those that do not fit."""
+        if settings.lora is not None:
+            tuned = load_lora(settings.lora, settings.base, settings.pretrained)
+            return tuned.base, tuned.line
+        if settings.checkpoint is not None:
+            tuned = load_checkpoint(str(settings.checkpoint), settings.base, settings.pretrained)
+            return tuned.base, tuned.line
+        assert self.adapter is not None
+        name = self.metadata.architecture
+        tag = settings.pretrained
+        if settings.base is not None:
+            name, tag = split_name(settings.base, settings.pretrained)
+        base = load_base(name, tag or self.metadata.pretrained)
+        weights = dict(base.model.state_dict())
+        check_base(weights, self.adapter)
+        return base, Fold(self.adapter, weights)
 
-def _check_one_thing(paths: Sequence[str | Path], settings: ExportSettings) -> None:
-    named = [
-        flag
-        for flag, given in (
-            ("--adapter", paths),
-            ("--checkpoint", settings.checkpoint),
-            ("--lora", settings.lora),
-        )
-        if given
-    ]
+
+def read_source(
+    paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
+) -> Source:
+    """Read adapters, templates and label files; `paths` are the adapters'.
+
+    Raises:
+        RAdapterError: one of them can't be read, the adapters can't be averaged, or there is not
+            one thing to export.
+    """
+    # One thing to export.
+    flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
+    named = [flag for flag, value in flags.items() if value]
     if not named:
         raise RAdapterError("nothing to export; give --adapter, --checkpoint or --lora")
     if len(named) > 1:
         raise RAdapterError(f"{' and '.join(named)} don't go together; export one thing a call")
-    if settings.weights and not paths:
-        raise RAdapterError(f"--weights is for several adapters; leave it out beside {named[0]}")
-    if settings.validation == OWN and not paths:
+    if not paths and settings.weights:
+        raise RAdapterError(f"--weights is for several adapters; leave it out with {named[0]}")
+    if not paths and settings.validation == OWN:
         raise RAdapterError(
-            f"--validation own is for runs; beside {named[0]} name some data, such as"
-            " --validation imagefolder:val"
+            f"--validation own is for runs; with {named[0]} name some data, such as --validation"
+            " imagefolder:val"
+        )
+    if not paths and dynamic_alpha:
+        raise RAdapterError(
+            "--alpha dynamic is for adapters: a checkpoint or a LoRA has other weights at each"
+            " alpha, so give numbers, such as --alpha 0.5 1, each a release"
         )
 
+    # The adapter or the average, and its α.
+    adapter = None
+    metadata = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
+    shares: list[dict[str, Any]] = []
+    curve: list[dict[str, float]] = []
+    if paths:
+        adapters = [load_adapter(path) for path in paths]
+        weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
+        adapter = average_adapters(adapters, weights)
+        metadata = adapter.metadata
+        shares = [
+            {"digest": each.digest, "weight": weight}
+            for each, weight in zip(adapters, weights, strict=True)
+        ]
+    alpha = metadata.alpha
+    if len(paths) == 1:
+        with contextlib.suppress(RAdapterError):  # no choice, or one for another adapter
+            choice = chosen(paths[0])
+            alpha = choice.alpha
+            curve = choice.curve
 
-def _tuned(settings: ExportSettings) -> Tuned:
-    if settings.lora is not None:
-        return load_lora(settings.lora, settings.base, settings.pretrained)
-    assert settings.checkpoint is not None  # as `_check_one_thing` has seen
-    return load_checkpoint(str(settings.checkpoint), settings.base, settings.pretrained)
+    dense = settings.dense or metadata.source.dense
+    templates = metadata.templates if settings.templates is None else settings.templates
+    return Source(
+        metadata=metadata,
+        adapter=adapter,
+        adapters=shares,
+        alpha=alpha,
+        curve=curve,
+        dynamic_alpha=dynamic_alpha,
+        dense=None if dense == "none" else dense,
+        templates=templates_of(templates),
+        label_sets=_label_sets(settings.label_sets, metadata.classes, dynamic_alpha=dynamic_alpha),
+        exif_orientation=settings.exif_orientation and metadata.source.exif_orientation,
+    )
 
 
 def _label_sets(
-    files: Mapping[str, LabelFile],
-    paths: Mapping[str, str | Path],
-    classes: Sequence[str] | None,
-) -> dict[str, list[str]]:
-    label_sets = {name: file.labels for name, file in files.items()}
+    paths: Mapping[str, str | Path], classes: Sequence[str] | None, *, dynamic_alpha: bool
+) -> dict[str, LabelFile]:
+    """The label sets of files, and of the run's classes where no file has their name."""
+    label_sets = {}
+    for name, path in paths.items():
+        if not is_name(name):
+            raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
+        label_sets[name] = read_label_set(path, dynamic_alpha=dynamic_alpha)
     if classes and CLASSES not in label_sets:
-        first: dict[
-            str, str
-        ] = {}  # two classes of one name are one label: an image scores both alike
+        # Two classes of one name are one label, as an image scores both alike.
+        lines: dict[str, str] = {}
         for line in classes:
-            first.setdefault((split_label(line) or [""])[0], line)
-        label_sets[CLASSES] = list(first.values())
-    for name, labels in label_sets.items():
+            lines.setdefault((split_label(line) or [""])[0], line)
+        label_sets[CLASSES] = LabelFile(list(lines.values()))
+    for name, file in label_sets.items():
         try:
-            check_labels(labels)
+            check_labels(file.labels)
         except TaskError as error:
             where = paths.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
             raise RAdapterError(f"{where}: {error.message}") from error
     return label_sets
 
 
-def _check_name(name: str) -> bool:
-    if not is_name(name):
-        raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
-    return True
+@dataclass(frozen=True)
+class Fold:
+    """An adapter on the weights of its base, with the interface of `Line`."""
+
+    adapter: Adapter
+    weights: Mapping[str, Tensor]
+    made_of: None = None
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter."""
+        return self.adapter.digest
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of the base's adapted tensors."""
+        return self.adapter.metadata.base_digest
+
+    def check(self, alpha: float) -> None:
+        """Refuse an α outside of [0, 1]."""
+        check_alpha(alpha)
+
+    def at(self, alpha: float) -> dict[str, Tensor]:
+        """The folded weights."""
+        return fold(self.weights, self.adapter, alpha)
+
+
+def put_reference(base: Base, change: Fold | Line) -> Callable[[float], None]:
+    """Put the change into the base's model without a fold; returns the setter of its α."""
+    if isinstance(change, Fold):
+        adapters = attach_adapter(base.model, change.adapter, change.adapter.metadata.alpha)
+        return partial(setattr, adapters, "alpha")
+    start = change.tuned if change.base is None else change.base
+
+    @torch.no_grad()
+    def set_alpha(alpha: float) -> None:
+        # By torch's own interpolation, where the line multiplies and adds.
+        for name, tensor in base.model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.lerp(start[name], change.tuned[name], alpha))
+
+    return set_alpha

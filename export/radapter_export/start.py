@@ -20,7 +20,7 @@ from radapter_serve.threads import limit_threads
 from radapter_serve.typed import checker
 
 if TYPE_CHECKING:
-    from radapter_export.exported import ExportedRelease
+    from radapter_export.release import ExportedRelease
     from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.release.agreement import Agreement
 
@@ -30,7 +30,7 @@ DYNAMIC = "dynamic"
 Place = str | PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Export:
     """What was exported.
 
@@ -51,6 +51,12 @@ class Export:
     made_of: tuple[str, ...]
     choice: Choice | None
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Export(version={self.version}, alpha={self.alpha:g},"
+            f" model_repository={str(self.model_repository)!r}, merged={str(self.merged)!r})"
+        )
 
     @property
     def version(self) -> int:
@@ -104,10 +110,14 @@ def export(
     limit_threads(threads)
     chosen = _settings(settings, format)
     alphas = _alphas(alpha)
-    paths = _paths(adapter)
+
+    # What is exported.
     tuned = chosen.checkpoint or chosen.lora
-    if not paths and tuned is None:
-        paths = [newest_run()]
+    if adapter is None:
+        paths = [] if tuned else [newest_run()]
+    else:
+        places = [adapter] if isinstance(adapter, str | PathLike) else adapter
+        paths = [Path(place) for place in places]
     by_choice = [value for value in alphas if value in (AUTO, BEST)]
     if by_choice and tuned is not None:
         raise RAdapterError(
@@ -120,30 +130,49 @@ def export(
             " or dynamic"
         )
     if chosen.checkpoint and not (paths or chosen.lora):
-        numbers = [value for value in alphas if not isinstance(value, str)]
-        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, numbers)
+        given = [value for value in alphas if not isinstance(value, str)]
+        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, given)
+
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help
         from radapter_export.release import export_release
         from radapter_serve.evaluation import alpha_choice
 
+        # The choice of `auto`, where it is asked for or no α is given.
         choice = None
         missing = ""
-        unsaid = not alphas or DYNAMIC in alphas
-        if by_choice or (unsaid and len(paths) == 1):
+        is_default = not alphas or DYNAMIC in alphas
+        if by_choice or (is_default and len(paths) == 1):
             try:
                 choice = alpha_choice.chosen(paths[0])
             except RAdapterError as error:
                 if by_choice:
                     raise
                 missing = str(error)
-        releases = export_release(paths, _numbers(alphas, choice), chosen, progress=say)
+        numbers: list[float] = []
+        for value in alphas:
+            if not isinstance(value, str):
+                numbers.append(value)
+            elif choice is not None and value != DYNAMIC:
+                numbers.append(choice.best if value == BEST else choice.alpha)
+        wanted = DYNAMIC if DYNAMIC in alphas else numbers or None
+        releases = export_release(paths, wanted, chosen, progress=say)  # type: ignore[arg-type]
+
+    # Notes on the α and on the releases.
     notes = []
     if choice is not None:
-        notes.append(_which(choice, [release.alpha for release in releases]))
-    elif unsaid and paths:
-        own = f"alpha {releases[0].alpha:g} is the {'run' if missing else 'average'}'s own"
-        notes.append(f"{own}: {missing}" if missing else own)
+        found = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
+        if choice.best == choice.alpha:
+            notes.append(f"{found}, which is also the best on the validation data")
+        elif choice.alpha in [release.alpha for release in releases]:
+            best = f"the best on the validation data is {choice.best:g} (--alpha best)"
+            notes.append(f"{found}; {best}")
+        else:
+            notes.append(f"alpha {choice.best:g} is the best on the validation data; {found}")
+    elif is_default and paths:
+        kind = "run" if missing else "average"
+        reason = f": {missing}" if missing else ""
+        notes.append(f"alpha {releases[0].alpha:g} is the {kind}'s own{reason}")
     warnings = [warning for release in releases for warning in release.warnings]
     return Export(
         releases=tuple(releases),
@@ -157,11 +186,7 @@ def export(
 
 
 def _settings(values: Mapping[str, Any], format: str) -> ExportSettings:
-    """The settings of a call, its values checked and made of the right kind.
-
-    Raises:
-        RAdapterError: there is no such setting, or a value won't do.
-    """
+    """The settings of a call, with their types and ranges checked."""
     import pydantic
 
     names = [field.name for field in dataclasses.fields(ExportSettings)]
@@ -185,53 +210,22 @@ def _settings(values: Mapping[str, Any], format: str) -> ExportSettings:
     return dataclasses.replace(settings, runtime="tensorrt")
 
 
-def _paths(adapter: Place | Sequence[Place] | None) -> list[Path]:
-    if adapter is None:
-        return []
-    places = [adapter] if isinstance(adapter, str | PathLike) else adapter
-    return [Path(place) for place in places]
-
-
 def _alphas(alpha: float | str | Sequence[float | str] | None) -> list[float | str]:
     """The values of α: numbers, `auto`, `best` and `dynamic`."""
     if alpha is None:
         return []
-    given = [alpha] if isinstance(alpha, str | int | float) else list(alpha)
-    if DYNAMIC in given and len(given) > 1:
+    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha)
+    if DYNAMIC in values and len(values) > 1:
         raise RAdapterError(
             "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
         )
-    return [value if value in (AUTO, BEST, DYNAMIC) else _number(value) for value in given]
-
-
-def _number(value: float | str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise RAdapterError(
-            f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or dynamic"
-        ) from None
-
-
-def _numbers(
-    alphas: Sequence[float | str], choice: Choice | None
-) -> list[float] | Literal["dynamic"] | None:
-    if DYNAMIC in alphas:
-        return "dynamic"
-    numbers = []
-    for value in alphas:
-        if not isinstance(value, str):
-            numbers.append(value)
-        elif choice is not None:
-            numbers.append(choice.best if value == BEST else choice.alpha)
-    return numbers or None
-
-
-def _which(choice: Choice, alphas: Sequence[float]) -> str:
-    """A note that says where an α of a choice stands."""
-    found = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
-    if choice.best == choice.alpha:
-        return f"{found}, which is also the best on the validation data"
-    if choice.alpha in alphas:
-        return f"{found}; the best on the validation data is {choice.best:g} (--alpha best)"
-    return f"alpha {choice.best:g} is the best on the validation data; {found}"
+    alphas: list[float | str] = []
+    for value in values:
+        try:
+            alphas.append(value if value in (AUTO, BEST, DYNAMIC) else float(value))
+        except (TypeError, ValueError):
+            raise RAdapterError(
+                f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or"
+                " dynamic"
+            ) from None
+    return alphas

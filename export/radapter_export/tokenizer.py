@@ -39,7 +39,7 @@ class ServedTokenizer:
 
     @classmethod
     def write(cls, tokenizer: Any, path: Path, *, dynamic_length: bool) -> ServedTokenizer:
-        """Write a tokenizer, and read it again; see `write_tokenizer`."""
+        """Write a tokenizer with `write_tokenizer`, and read it again."""
         spec = write_tokenizer(tokenizer, path, dynamic_length=dynamic_length)
         return cls(path, spec, Tokenizer.load(path, spec))
 
@@ -47,21 +47,12 @@ class ServedTokenizer:
 def write_tokenizer(
     tokenizer: Any, path: str | Path, *, dynamic_length: bool = False
 ) -> dict[str, Any]:
-    """Write a tokenizer of open_clip in the format of Hugging Face `tokenizers`.
+    """Write open_clip's tokenizer in the format of Hugging Face `tokenizers`; returns the
+    `tokenizer` entry of a release.
 
-    Args:
-        tokenizer: what `open_clip.get_tokenizer` returns.
-        path: file to write, `tokenizer.json`.
-        dynamic_length: texts may be cropped to the longest one (see
-            `radapter_serve.clip.towers.is_causal`).
-
-    Returns:
-        The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start,
-            end, pad, clean.
-
-    Raises:
-        RAdapterError: the tokenizer does something that the server would not repeat (a random
-            reduction of long texts, a class unknown here).
+    With `dynamic_length` texts may be cropped to the longest one (see
+    `radapter_serve.clip.towers.is_causal`). Refuses a tokenizer that does what the server would not
+    repeat: a random reduction of long texts, a class unknown here.
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):

@@ -1,8 +1,7 @@
 """The graphs that are exported: one small module each, from raw input to unit-length embeddings.
 
 They hold a copy of the model with the very same parameters, its attention exchanged for one that
-exports well, and leave the model as it is. `check` is the one place that says which models can be
-exported.
+exports well, and leave the model as it is.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ COPY = (  # how the names of a copy's weights begin; the rest of a name is its k
 
 
 def check(base: Base) -> None:
-    """Refuse a model that takes images that are not square, or whose towers give more than one
-    embedding.
-
-    Raises:
-        RAdapterError: says what cannot be exported.
-    """
+    """Refuse images that are not square, and towers that give more than one embedding."""
     base.image_size  # noqa: B018 - raises
     text = text_tower(base.model)
     pools = {"image": getattr(base.model.visual, "pool_type", ""), "text": pool_type(text)}
@@ -45,11 +39,7 @@ def check(base: Base) -> None:
 
 
 class ImageTower(nn.Module):
-    """Images to embeddings: normalise, encode, scale to unit length.
-
-    Args:
-        base: that `check` accepts.
-    """
+    """Images to embeddings: normalise, encode, scale to unit length."""
 
     mean: Tensor
     std: Tensor
@@ -71,12 +61,7 @@ class ImageTower(nn.Module):
 
 
 class PatchTower(ImageTower):
-    """Images to embeddings of their patches: the image tower with its last block edited.
-
-    Args:
-        base: that `check` accepts.
-        method: one of `radapter_serve.clip.dense.METHODS`.
-    """
+    """Images to embeddings of their patches: the image tower with its last block edited."""
 
     def __init__(self, base: Base, method: str) -> None:
         grid, _ = check_dense(base.model, method).grid_size
@@ -92,9 +77,6 @@ class PatchTower(ImageTower):
 class TextTower(nn.Module):
     """Token ids to embeddings of unit length; a causal tower takes any length up to its context
     length.
-
-    Args:
-        base: that `check` accepts.
     """
 
     def __init__(self, base: Base) -> None:
@@ -197,16 +179,11 @@ def unit(x: Tensor) -> Tensor:
 
 def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
     """A copy of a model's structure that holds the same parameters, its attention exchanged for
-    `Attention`.
+    `Attention`; with one child `only`, or `without` one.
 
-    The modules are new, so that exchanging some leaves the model as it is; parameters and buffers
-    are the model's own, so that a large model is in memory once; and their names are the model's,
-    by which a graph finds its weights in a state dict.
-
-    Args:
-        model: left as it is.
-        only: name of the one child that the copy has.
-        without: name of a child that it has not.
+    The modules are new, so that an exchange leaves the model as it is; parameters and buffers are
+    the model's own, so that a large model is in memory once; and their names are the model's, by
+    which a graph finds its weights in a state dict.
     """
     memo: dict[int, Any] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())

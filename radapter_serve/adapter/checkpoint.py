@@ -29,15 +29,10 @@ def load_checkpoint(
 ) -> Tuned:
     """Load a tuned checkpoint and its base.
 
-    Args:
-        checkpoint: a file of weights; a model's folder, in the form of open_clip or of
-            `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`.
-        base: what was tuned, named as `load_base` takes it, or `NAME:TAG`. A file of weights needs
-            one, for its architecture; the others need it for an α below 1.
-        pretrained: tag or file of the base's weights, where `base` does not say it.
-
-    Raises:
-        RAdapterError: one of them can't be read, or they are of different architectures.
+    `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
+    `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, named as
+    `load_base` takes it or `NAME:TAG`, is what was tuned: a file of weights needs one for its
+    architecture, the others for an α below 1.
     """
     check_base_is_named(checkpoint, base, pretrained)
     name = model_name(checkpoint)
@@ -58,14 +53,8 @@ def load_checkpoint(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, which runs no code.
-
-    Args:
-        path: a file of safetensors; or one of `torch.save`, a state dict or a training checkpoint
-            that holds one as `state_dict`.
-
-    Raises:
-        RAdapterError: it is neither, or holds more than tensors.
+    """Read a file of weights without running code: safetensors, or `torch.save` of a state dict or
+    of a training checkpoint that holds one as `state_dict`.
     """
     try:
         if path.suffix == ".safetensors":
@@ -95,13 +84,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file is one of `torch.save`, of any version."""
+    """True for a file of `torch.save`, of any version."""
     with path.open("rb") as file:
         return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def _named(found: Any) -> dict[str, Tensor]:
-    """Weights by their names in the model itself; none if it is anything else."""
+    """Weights by their names in the model itself; empty for anything else."""
     if not isinstance(found, Mapping):
         return {}
     weights = {}
@@ -152,7 +141,7 @@ def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
 
 
 def _structure(model: nn.Module) -> list[str]:
-    """What a model is built of, in words: activations and heads show in no weight's shape."""
+    """The modules of a model in words: activations and heads show in no weight's shape."""
     parts = []
     for name, module in model.named_modules():
         heads = getattr(module, "num_heads", None)

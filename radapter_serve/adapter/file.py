@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,15 +25,6 @@ from radapter_serve.runs import ADAPTER
 from radapter_serve.typed import checker
 
 FORMAT_VERSION = 1
-# Fields of a recipe that no longer exist, with the value that trains as the method does.
-GONE = {
-    "dropout": 0.0,
-    "drop_path": 0.0,
-    "learned_scale": False,
-    "average": "ema",
-    "drop_schedule": "constant",
-}
-
 Text = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]
 
@@ -142,14 +132,6 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
     _check_tensors(adapter, state_dict)
 
 
-def check_alpha(alpha: float) -> None:
-    """Refuse an α outside [0, 1]."""
-    if not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise RAdapterError(
-            f"alpha is {alpha}; allowed: a number from 0 (the base) to 1 (all that was learned)"
-        )
-
-
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
     """Write an adapter file; it appears whole or not at all.
 
@@ -224,13 +206,6 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
         RunSource.from_json(metadata.recipe, metadata.task)
     except ValidationError as error:
         raise _refusal(error, "recipe") from error
-    for name, usual in GONE.items():
-        value = metadata.recipe.get(name, usual)
-        if value != usual:
-            raise RAdapterError(
-                f"it was trained with {name} {value!r:.80}, which this radapter-serve does not"
-                " have; train it without"
-            )
     return metadata
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from radapter_serve.adapter.file import Adapter, check_alpha, check_base
+from radapter_serve.adapter.file import Adapter, check_base
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.errors import RAdapterError
 
 

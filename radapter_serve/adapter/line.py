@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radapter_serve.adapter.file import check_alpha, tensors_digest
+from radapter_serve.adapter.file import tensors_digest
 from radapter_serve.checkpoints import needs_base
 from radapter_serve.clip.base import Base
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.errors import RAdapterError
 
 
@@ -19,10 +20,8 @@ from radapter_serve.errors import RAdapterError
 class Line:
     """The weights `(1 − α)·base + α·tuned`.
 
-    Attributes:
-        base: state dict of the model that was tuned; None where it is not known, and α must be 1.
-        tuned: state dict of the tuned model: the same names and shapes, fp32.
-        made_of: what a release says that it was made of: `kind`, `name`, `base` and `digest`.
+    Both are state dicts of the same names and shapes, fp32; a `base` that is not known is None, and
+    α must be 1. `made_of` is a release's entry: kind, name, base and digest.
     """
 
     base: Mapping[str, Tensor] | None
@@ -31,34 +30,23 @@ class Line:
 
     @property
     def digest(self) -> str:
-        """Of the tuned weights, over names and fp32 values."""
+        """Digest of the tuned weights, over names and fp32 values."""
         return tensors_digest(self.tuned)
 
     @property
     def base_digest(self) -> str:
-        """Of the weights that the line starts from."""
+        """Digest of the weights that the line starts from."""
         return tensors_digest(self.tuned if self.base is None else self.base)
 
     def check(self, alpha: float) -> None:
-        """Refuse an α that the line does not have.
-
-        Raises:
-            RAdapterError: it is outside of [0, 1], or less than 1 without a base.
-        """
+        """Refuse an α outside of [0, 1], and one below 1 without a base."""
         check_alpha(alpha)
         if self.base is None and alpha != 1:
             raise needs_base(alpha, self.made_of["name"])
 
     @torch.no_grad()
     def at(self, alpha: float) -> dict[str, Tensor]:
-        """The weights at one α: as WiSE-FT computes them, to the bit.
-
-        Args:
-            alpha: in [0, 1]; 0 is the base, 1 the tuned model.
-
-        Raises:
-            RAdapterError: the line has no such α.
-        """
+        """The weights at one α in [0, 1], computed as WiSE-FT does, to the bit."""
         self.check(alpha)
         if self.base is None or alpha == 1:
             return dict(self.tuned)
@@ -72,12 +60,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model that was tuned elsewhere, as a line from its base.
-
-    Attributes:
-        base: gives architecture, preprocessing and tokenizer; its model holds the weights that the
-            line starts from.
-        line: from the base to the tuned weights.
+    """A model that was tuned elsewhere: its base, with the start of the line as weights, and the
+    line.
     """
 
     base: Base
@@ -92,19 +76,10 @@ def weights_of(base: Base) -> dict[str, Tensor]:
 def check_weights(
     name: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Refuse weights of another architecture, and values that are no numbers.
+    """The weights of a file in fp32, in the order of `like`, a state dict of the architecture.
 
-    Args:
-        name: of their file, for messages.
-        found: the weights.
-        like: state dict of a model of the architecture.
-
-    Returns:
-        The weights in fp32, in the order of `like`; what is no floating-point number there is as it
-            is there.
-
-    Raises:
-        RAdapterError: a weight is missing, left over, of another shape, or not finite.
+    Tensors there that are no floating-point numbers stay as they are. Refuses weights that are
+    missing, left over, of another shape or not finite; `name` is the file's.
     """
     needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
     other = f"{name} is of another architecture than its base"
@@ -125,14 +100,8 @@ def check_weights(
 
 
 def plain_values(tensor: Tensor, subject: str) -> Tensor:
-    """A tensor of a file in fp32.
-
-    Args:
-        tensor: as it was read.
-        subject: begins the message.
-
-    Raises:
-        RAdapterError: its values are not there, are no real numbers, or are not finite.
+    """A tensor of a file in fp32; refuses anything but finite real numbers. `subject` begins the
+    error.
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not (plain and tensor.is_floating_point()):

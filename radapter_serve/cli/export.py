@@ -17,11 +17,12 @@ from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.confidence import KEPT, NO_TEMPERATURE
+from radapter_serve.release.release import Release
 from radapter_serve.release.served import FILE as SERVED
 
 if TYPE_CHECKING:
     from radapter_export import Export
-    from radapter_export.exported import ExportedRelease
+    from radapter_export.release import ExportedRelease
 
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
@@ -63,6 +64,7 @@ def export(
         settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     began = time.perf_counter()
+    held = _alpha_of(settings.merged)
     done = start.export(
         adapter or None,
         alpha or None,
@@ -73,14 +75,22 @@ def export(
     )
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    _show(done, settings, time.perf_counter() - began)
+    _show(done, settings, time.perf_counter() - began, held)
 
 
-def _show(done: Export, settings: ExportSettings, seconds: float) -> None:
-    """Print what was exported, and how to go on."""
+def _alpha_of(merged: Path) -> float | None:
+    """The α of the merged checkpoint in a folder, which this export replaces."""
+    try:
+        return Release.load(merged).alpha
+    except RAdapterError:
+        return None
+
+
+def _show(done: Export, settings: ExportSettings, seconds: float, held: float | None) -> None:
+    """Print what was exported, and how to go on; the merged folder had one of alpha `held`."""
     out = Console()
     out.print(_agreement(done, settings, seconds))
-    for line in (*_measured(done.releases, settings), *_written(done.releases, settings)):
+    for line in (*_measured(done.releases, settings), *_written(done.releases, settings, held)):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -130,9 +140,13 @@ def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> 
         )
 
 
-def _written(releases: Sequence[ExportedRelease], settings: ExportSettings) -> Iterator[str]:
+def _written(
+    releases: Sequence[ExportedRelease], settings: ExportSettings, held: float | None
+) -> Iterator[str]:
     """Where everything is, and the commands to go on with."""
-    yield f"Merged: {', '.join(str(release.merged) for release in releases)}"
+    merged = ", ".join(str(release.merged) for release in releases)
+    is_other = held is not None and held != releases[-1].alpha
+    yield f"Merged: {merged}{f', in place of the one at alpha {held:g}' if is_other else ''}"
     if settings.transformers is not None:
         yield f"Transformers: {settings.transformers}"
     for release in releases:

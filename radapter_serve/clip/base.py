@@ -1,4 +1,4 @@
-"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a
+"""Load a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a
 hub.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from radapter_serve.clip.from_transformers import is_transformers, read
+from radapter_serve.clip.transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.hub import (
@@ -44,15 +44,11 @@ _OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched
 class Base:
     """A pretrained CLIP and all that must travel with it.
 
-    Attributes:
-        name: open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME`, which may
-            end in `@REVISION`.
-        pretrained: open_clip tag or path of a checkpoint; None for a folder.
-        model: in eval mode, fp32, on the CPU.
-        config: open_clip's `model_cfg`, with `quick_gelu` always written out.
-        preprocess: open_clip's `preprocess_cfg`: size, mode, mean, std, interpolation, resize_mode,
-            fill_color.
-        tokenizer: list of N texts to token ids, int64 [N, context_length].
+    `name` is an open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME[@REVISION]`;
+    `pretrained` an open_clip tag or the path of a checkpoint, None for a folder. The model is in
+    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg` with `quick_gelu` written out,
+    `preprocess` its `preprocess_cfg`, and `tokenizer` makes token ids, int64 [N, context_length],
+    of N texts.
     """
 
     name: str
@@ -64,11 +60,7 @@ class Base:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images that the model takes, in pixels.
-
-        Raises:
-            RAdapterError: they are not square.
-        """
+        """Side of the square images that the model takes, in pixels; refuses others."""
         size = self.preprocess["size"]
         sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
         if len(sides) > 1:
@@ -79,15 +71,7 @@ class Base:
 
 
 def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | None]:
-    """What `load_base` takes, of a name that may hold the weights' tag: `ViT-B-32:openai`.
-
-    Args:
-        name: as of `load_base`, or `NAME:TAG`.
-        pretrained: the tag or file of the weights, where the name does not say it.
-
-    Raises:
-        RAdapterError: the weights are named twice.
-    """
+    """Split `ViT-B-32:openai` into what `load_base` takes; refuses weights that are named twice."""
     if name.startswith((LOCAL, HUB)):
         return name, None
     model, _, tag = name.partition(":")
@@ -99,17 +83,14 @@ def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | Non
 def load_base(name: str, pretrained: str | None = None) -> Base:
     """Load a CLIP with its weights; never one with random weights.
 
-    Args:
-        name: an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with
-            `open_clip_config.json` and `open_clip_model.safetensors`, or with a `CLIPModel` of the
-            library `transformers`; or `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face
-            hub.
-        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for a
-            folder.
+    `name` is an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with
+    `open_clip_config.json` and `open_clip_model.safetensors`, or with a `CLIPModel` of the library
+    `transformers`; or `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face hub.
+    `pretrained` is an open_clip tag such as `openai`, or the path of a checkpoint; None for a
+    folder.
 
-    Raises:
-        RAdapterError: the name or the weights are unknown or can't be had; a folder would run code
-            of its own.
+    Raises an `RAdapterError` where the name or the weights are unknown or can't be had, and where a
+    folder would run code.
     """
     quick_gelu = False
     source = name
@@ -163,9 +144,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
 
 
 class _NoRandomWeights(TorchFunctionMode):
-    """Draws none where a model is made: all its weights come from a file, and drawing those of a
-    large one first takes seconds.
-    """
+    """Skips the drawing of weights while a model is made: all of them come from a file."""
 
     def __torch_function__(
         self,
@@ -181,7 +160,7 @@ class _NoRandomWeights(TorchFunctionMode):
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of a model, fetched from the hub if it is there; None where it is no folder."""
+    """The folder of a model, fetched from the hub if it is there; None for an architecture."""
     if name.startswith(LOCAL):
         return Path(name.removeprefix(LOCAL))
     if not name.startswith(HUB):
@@ -208,9 +187,7 @@ def _folder(name: str) -> Path | None:
 
 @contextlib.contextmanager
 def _source(name: str, pretrained: str | None) -> Iterator[None]:
-    """Around what may fetch from the hub: without its retries where it can't be reached, and then
-    says what to do.
-    """
+    """Load from the cache alone where the hub can't be reached, and say then what to do."""
     local = name.startswith(LOCAL) or (pretrained is not None and Path(pretrained).is_file())
     if local or not unreachable():
         yield
@@ -249,7 +226,7 @@ def _of_transformers(name: str, folder: Path) -> Base:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs to the root logger, which prints warnings if nobody has set it up."""
+    """Keep open_clip's warnings off the terminal, which it logs to the root logger."""
     root = logging.getLogger()
     handler = logging.NullHandler()
     root.addHandler(handler)
@@ -274,11 +251,8 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
-    """Whether a checkpoint was trained with QuickGELU: by the configuration beside it, else by its
-    name.
-
-    Raises:
-        RAdapterError: the architecture has QuickGELU and the checkpoint has not.
+    """True if a checkpoint was trained with QuickGELU: by the configuration beside it, else by its
+    name; refuses an architecture with QuickGELU for a checkpoint without.
     """
     if (checkpoint.parent / "open_clip_config.json").is_file():
         quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))

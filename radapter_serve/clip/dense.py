@@ -31,19 +31,9 @@ def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
     and feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and
     drops both.
 
-    Args:
-        model: an open_clip model whose image tower is open_clip's own transformer; plain, folded,
-            or with adapters attached.
-        pixels: normalised, float [B, 3, S, S].
-        method: one of `METHODS`.
-
-    Returns:
-        float32 [B, g, g, D] of unit length: row, column, as in the image; the class token is not
-        among them.
-
-    Raises:
-        RAdapterError: the model's image tower cannot be edited, no such method, or images of
-            another size.
+    `pixels` are normalised, float [B, 3, S, S]; the result is float32 [B, g, g, D] of unit length:
+    row, column, as in the image, without the class token. The model is open_clip's, plain, folded,
+    or with adapters attached.
     """
     visual = check_dense(model, method)
     if tuple(pixels.shape[1:]) != (3, *visual.image_size):
@@ -56,11 +46,7 @@ def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
 
 
 def check_dense(model: Any, method: str) -> Any:
-    """The image tower of a model, if its patches can be embedded by this method.
-
-    Raises:
-        RAdapterError: says what is in the way.
-    """
+    """The image tower of a model, if its patches can be embedded by this method."""
     if method not in METHODS:
         raise RAdapterError(f"dense is {method!r}; allowed: none, {', '.join(METHODS)}")
     visual = getattr(model, "visual", None)
@@ -86,11 +72,8 @@ def check_dense(model: Any, method: str) -> Any:
 def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
     """The image tower with its last block edited: [B, 3, S, S] to [B, g, g, D], not normalised.
 
-    Args:
-        visual: an image tower that `check_dense` accepts; its attention may be another module with
-            the same parameters.
-        pixels: normalised.
-        near: `neighbourhood` of the grid for NACLIP; None for MaskCLIP.
+    `near` is the `neighbourhood` of the grid for NACLIP, None for MaskCLIP. The tower's attention
+    may be another module with the same parameters.
     """
     x = visual._embeds(pixels)
     *blocks, last = visual.transformer.resblocks
@@ -111,15 +94,8 @@ def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
 
 
 def neighbourhood(grid: int) -> Tensor:
-    """What NACLIP adds to the attention: `exp(-d²/2σ²)` for patches at distance d.
-
-    It is 0 in the row and the column of the class token, which has no place.
-
-    Args:
-        grid: patches on a side.
-
-    Returns:
-        float32 [1 + grid², 1 + grid²].
+    """The bias of NACLIP's attention, `exp(-d²/2σ²)` for patches at distance d, float32 [1 + g², 1
+    + g²] for g patches a side; 0 in the row and the column of the class token.
     """
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()

@@ -11,15 +11,10 @@ from radapter_serve.contract.labels import read_templates
 
 
 def templates_of(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates.
+    """Read prompt templates, in which `{}` is the class.
 
-    Args:
-        source: `openai` for OpenAI's 80 ImageNet templates, `vild` for ViLD's 63, `ovseg` for the
-            14 that OVSeg takes, `simple` for one; a file with one template a line, one template, or
-            a list of them; `{}` is the class.
-
-    Raises:
-        RAdapterError: no such file, or a template without `{}`.
+    `source` is `openai` for OpenAI's 80 ImageNet templates, `vild` for ViLD's 63, `ovseg` for the
+    14 of OVSeg, `simple` for one; a file with one template a line, one template, or a list of them.
     """
     if source == "openai":
         return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]

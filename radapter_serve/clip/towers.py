@@ -16,30 +16,15 @@ from radapter_serve.errors import RAdapterError, reason
 
 
 def encode_image(model: Any, pixels: Tensor) -> Tensor:
-    """Embed images.
-
-    Args:
-        model: an open_clip model.
-        pixels: normalised, float [B, 3, S, S].
-
-    Returns:
-        float32 [B, D], unit length.
-    """
+    """Embed normalised images, float [B, 3, S, S], as float32 [B, D] of unit length."""
     return F.normalize(model.encode_image(pixels).float(), dim=-1)
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the
-    longest text has.
+    """Embed token ids, integer [N, L], padded, as float32 [N, D] of unit length.
 
+    Equal texts are encoded once, and causal towers see no more tokens than the longest text has.
     Both are exact: a causal tower pools at the end token, which nothing after it can reach.
-
-    Args:
-        model: an open_clip model.
-        tokens: token ids, integer [N, L], padded.
-
-    Returns:
-        float32 [N, D], unit length.
     """
     unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
     if is_causal(model):
@@ -50,16 +35,8 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
-    """Embed any number of texts, those of a length together: a causal tower sees no more tokens
-    than the longest has.
-
-    Args:
-        model: an open_clip model.
-        tokens: token ids, integer [N, L], padded, on any device; N is 1 or more.
-        batch_size: texts a pass.
-
-    Returns:
-        float32 [N, D], unit length, on the model's device.
+    """Embed one or more texts in batches of similar length, as `encode_text` does; `tokens` may be
+    on any device, the result is on the model's.
     """
     device = next(model.parameters()).device
     order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
@@ -70,15 +47,8 @@ def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
 
 
 def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:
-    """Pixels as the image tower takes them.
-
-    Args:
-        pixels: uint8 [B, S, S, 3] in RGB.
-        preprocess: of the base; mean and std, of each channel in [0, 1].
-        device: of torch.
-
-    Returns:
-        float32 [B, 3, S, S].
+    """Pixels as the image tower takes them: uint8 [B, S, S, 3] in RGB to float32 [B, 3, S, S], by
+    the mean and std of `preprocess`, each in [0, 1].
     """
     scaled = (
         torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -88,15 +58,7 @@ def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device:
 
 
 def to_device(model: nn.Module, name: str | None = None) -> torch.device:
-    """Move a model, in place.
-
-    Args:
-        model: to be moved.
-        name: of a device of torch, such as cpu or cuda:1; None takes a GPU where there is one.
-
-    Raises:
-        RAdapterError: there is no such device, or it has no room for the model.
-    """
+    """Move a model, in place, to a device of torch; None takes a GPU where there is one."""
     wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
@@ -109,18 +71,13 @@ def to_device(model: nn.Module, name: str | None = None) -> torch.device:
 
 
 def logit_scale_and_bias(weights: Mapping[str, Tensor]) -> tuple[float, float | None]:
-    """What makes logits of cosines: the factor, and of models that were trained with a sigmoid loss
-    the bias.
-
-    Args:
-        weights: state dict of a CLIP.
-    """
+    """The factor from cosines to logits, and the bias of a sigmoid loss, of a state dict."""
     bias = weights.get("logit_bias")
     return float(weights["logit_scale"].float().exp()), None if bias is None else float(bias)
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether cropping a batch of texts to its longest one leaves the embeddings as they are."""
+    """True if cropping a batch of texts to its longest one leaves the embeddings as they are."""
     text = text_tower(model)
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     return (
@@ -139,9 +96,7 @@ def pool_type(text: Any) -> str:
 
 
 def _longest(model: nn.Module, tokens: Tensor) -> int:
-    """One more than the last place where a row is pooled; id 0 pads but is a token too ("!"): it
-    can't be counted.
-    """
+    """The tokens up to the last one that a row is pooled at; 0 pads but is a token too ("!")."""
     text = text_tower(model)
     ends = tokens if pool_type(text) == "argmax" else tokens.eq(_eos_id(text)).int()
     return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]

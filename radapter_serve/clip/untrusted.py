@@ -1,7 +1,6 @@
-"""What may make a library run code that a model's folder brings or names, refused before any
-library reads it.
+"""Refuse a model's folder that may make a library run code, before any library reads it.
 
-An adapter file names its base, and whoever made the file chose that name. So nothing in such a
+An adapter file names its base, and whoever made the file chose that name, so nothing in such a
 folder is trusted.
 """
 
@@ -39,13 +38,8 @@ _TIMM_NAME = re.compile(r"[\w.]+")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder that could run code.
-
-    Args:
-        folder: in the form of open_clip or of `transformers`.
-
-    Raises:
-        RAdapterError: names the file and the field.
+    """Refuse a model's folder, of open_clip or `transformers`, that could run code; names the
+    field.
     """
     _check_configs(folder)
     path = folder / "open_clip_config.json"

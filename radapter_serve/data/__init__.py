@@ -7,9 +7,8 @@ no library of data sets.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
@@ -90,4 +89,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    return attribute(__name__, _HOME, name)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

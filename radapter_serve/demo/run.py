@@ -16,7 +16,7 @@ from rich.console import Console
 
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
-from radapter_serve.adapter.file import check_alpha
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
 from radapter_serve.demo.compare import OURS, RIVAL, compare
 from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare

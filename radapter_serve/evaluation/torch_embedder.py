@@ -18,7 +18,7 @@ from torch import Tensor
 
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.checkpoint import read_weights
-from radapter_serve.adapter.file import check_alpha, check_base
+from radapter_serve.adapter.file import check_base
 from radapter_serve.adapter.line import Tuned, check_weights
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense, encode_patches
@@ -29,6 +29,7 @@ from radapter_serve.clip.towers import (
     normalised,
     to_device,
 )
+from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.contract.probabilities import class_probabilities

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio
-from PIL import Image, ImageOps
+from PIL import Image
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.errors import redact
+from radapter_serve.contract.preprocess import oriented
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
@@ -201,7 +202,7 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
         if file is None:
             return None, "Drop a picture on the left."
         release = client.release()
-        image = ImageOps.exif_transpose(Image.open(file))
+        image = oriented(Image.open(file))
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         start = time.perf_counter()
         found = client.segment(

@@ -29,13 +29,13 @@ LEAST_COSINE = 0.9
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from torch in fp32 a graph may be: bounds of what `Agreement` measures."""
+    """Largest distance of a graph from torch in fp32, in the terms of `Agreement`."""
 
     max_error: float
     min_cosine: float = LEAST_COSINE
 
     def widened(self, max_error: float) -> Tolerance:
-        """These bounds for another largest error; 1 - cosine grows with its square, up to 1 -
+        """These bounds for another largest error; 1 − cosine grows with its square, up to 1 −
         LEAST_COSINE.
         """
         angle = (1 - self.min_cosine) * max(1.0, max_error / self.max_error) ** 2
@@ -60,16 +60,15 @@ TOLERANCES = {
 class Agreement:
     """How far a graph is from torch, over all rows of all batches.
 
-    Attributes:
-        max_error: largest absolute difference of a component of the unit-length embeddings.
-        min_cosine: smallest cosine between an embedding and its reference.
+    Attributes: max_error, the largest absolute difference of a component of the unit-length
+    embeddings; min_cosine, the smallest cosine between an embedding and its reference.
     """
 
     max_error: float
     min_cosine: float
 
     def within(self, bounds: Tolerance) -> bool:
-        """Whether it is near enough."""
+        """True if it is near enough."""
         return self.max_error <= bounds.max_error and self.min_cosine >= bounds.min_cosine
 
 
@@ -77,10 +76,8 @@ class Agreement:
 class Samples:
     """Inputs of an encoder, and torch's embeddings of them, a batch each.
 
-    Attributes:
-        inputs: uint8 [B, S, S, 3] or int32 [B, L] each.
-        references: float32 [B, D] of unit length each; [B, g, g, D] of `patch_encoder`.
-        alphas: float32 [B, 1] each, where α is an input too; else none.
+    Inputs are uint8 [B, S, S, 3] or int32 [B, L]; references float32 [B, D] of unit length, [B, g,
+    g, D] for `patch_encoder`; alphas float32 [B, 1] where α is an input too, else empty.
     """
 
     inputs: Sequence[NDArray[np.generic]]
@@ -88,7 +85,7 @@ class Samples:
     alphas: Sequence[Alpha] = ()
 
     def batches(self) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.float32]]]:
-        """What an encoder takes, one or two arrays, and what it shall give."""
+        """The arguments of an encoder, one or two arrays, and the result that it should give."""
         for number, (values, reference) in enumerate(
             zip(self.inputs, self.references, strict=True)
         ):
@@ -107,11 +104,7 @@ class Samples:
 
     @classmethod
     def load(cls, folder: Path) -> Samples:
-        """Read what `save` wrote.
-
-        Raises:
-            RAdapterError: it is missing or broken.
-        """
+        """Read `samples.npz` of a folder."""
         try:
             with np.load(folder / SAMPLES) as file:
                 return cls(*(_numbered(file, kind) for kind in ("input", "reference", "alpha")))
@@ -129,15 +122,9 @@ def compare(
 ) -> Agreement:
     """Run a graph on every batch and compare it with its reference.
 
-    Args:
-        name: of the graph, for the message.
-        encoder: the graph, run in the way that is to be checked.
-        samples: inputs for it, and torch's embeddings of them.
-        bounds: how far they may be apart; a number is that of `max_error`; None only measures.
-
-    Raises:
-        RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than
-            is allowed.
+    `bounds` may be the largest error alone; None only measures. Refuses a graph that fails on a
+    batch, gives NaN or another shape, or differs by more than is allowed; `name` is for the
+    message.
     """
     max_error = 0.0
     least = 1.0

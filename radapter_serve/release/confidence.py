@@ -1,5 +1,5 @@
-"""How sure a release may be: what makes its scores the share of answers that are right, fitted on
-validation data.
+"""Calibrated scores of a release, fitted on validation data: the score is the share of right
+answers.
 """
 
 from __future__ import annotations
@@ -24,24 +24,16 @@ KEPT = 0.95
 
 @dataclass(frozen=True)
 class Confidence:
-    """What was fitted on validation data, at the release's own α.
+    """Calibration on validation data, at the release's α.
 
-    Args:
-        scale, bias: sigmoid(scale x cosine + bias) is the probability that a label is right,
-            whatever the others are.
-        dataset: the validation data.
-        n: its images.
-        classes: its labels.
-        temperature: the softmax over all labels is of logits divided by it; None for models that
-            were trained with a sigmoid loss, and for `NO_TEMPERATURE`.
-        ece_before: calibration error of the best label's score as the model gives it, in [0, 1].
-        ece_after: the same of the calibrated score. Each half of the images is scored by what the
-            other half says.
-        label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by
-            halves too.
-        min_score: cosine that at least `KEPT` of the images have with their own label; of a release
-            that an earlier export made, None.
-        false_answers: share of the labels that reach it with an image of another label, in [0, 1].
+    `sigmoid(scale·cosine + bias)` is the probability that a label is right, whatever the others
+    are. The softmax over all labels is of logits divided by `temperature`, None for models with a
+    sigmoid loss and for `NO_TEMPERATURE`. `ece_before` and `ece_after` are calibration errors of
+    the best label's score, in [0, 1], as the model gives it and calibrated; `label_ece` that of all
+    pairs of an image and a label. Each half of the images is scored by the fit on the other half.
+    `min_score` is the cosine that at least `KEPT` of the images have with their own label,
+    `false_answers` the share of labels that reach it with an image of another label. `dataset` has
+    `n` images and `classes` labels.
     """
 
     scale: float
@@ -58,20 +50,12 @@ class Confidence:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Confidence:
-        """Read what `dataclasses.asdict` gave; unknown names are ignored."""
+        """Read the result of `dataclasses.asdict`; unknown names are ignored."""
         return cls(**{name: facts[name] for name in cls.__dataclass_fields__ if name in facts})
 
 
 def fitted_at(release: Release, alpha: float) -> Confidence:
-    """What a release was fitted to.
-
-    Args:
-        release: its facts.
-        alpha: of the embeddings that are scored.
-
-    Raises:
-        TaskError: nothing was fitted, or not at this alpha.
-    """
+    """The calibration of a release; refuses a release without one, and embeddings at another α."""
     if release.confidence is None:
         raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
     if np.float32(alpha) != np.float32(release.alpha):

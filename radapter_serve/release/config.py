@@ -22,12 +22,8 @@ _BF16 = "HINT_BF16"  # of openvino, "YES" or not there
 
 @dataclass(frozen=True)
 class ServedEncoder:
-    """An encoder of a model repository.
-
-    Attributes:
-        folder: the model's.
-        config: its config.pbtxt.
-        facts: its newest release.
+    """An encoder of a model repository: the model's folder, its config.pbtxt, and its newest
+    release.
     """
 
     folder: Path
@@ -41,12 +37,12 @@ class ServedEncoder:
 
     @property
     def runtime(self) -> str:
-        """By which it was exported."""
+        """The runtime of its export."""
         return str(self.config.backend)
 
     @property
     def bounds(self) -> Tolerance:
-        """How far from torch it may be, as at its export."""
+        """Largest distance from torch, as at its export."""
         agreement = self.facts.agreement
         return Tolerance(
             float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"]))
@@ -54,11 +50,7 @@ class ServedEncoder:
 
     @property
     def versions(self) -> list[int]:
-        """The served ones that are there, the newest last.
-
-        Raises:
-            RAdapterError: there is none.
-        """
+        """The served versions that are there, the newest last; refuses an encoder with none."""
         found = versions_of(self.folder)
         wanted = self.config.version_policy.specific.versions or found
         if served := [version for version in found if version in wanted]:
@@ -74,11 +66,7 @@ class ServedEncoder:
         return sum(group.count or 1 for group in self.config.instance_group) or 1
 
     def file(self, version: int, runtime: str) -> Path:
-        """What a runtime loads.
-
-        Raises:
-            RAdapterError: it is not there.
-        """
+        """The file that a runtime loads; refuses where it is missing."""
         path = self.folder / str(version) / RUNTIMES[runtime].file
         if not path.exists():
             plan = RUNTIMES[runtime].file == "model.plan"
@@ -107,11 +95,7 @@ class ServedEncoder:
 
 
 def read_config(path: Path) -> Any:
-    """A `ModelConfig` as it is in a config.pbtxt.
-
-    Raises:
-        RAdapterError: it is missing or broken.
-    """
+    """Parse a config.pbtxt as a `ModelConfig`."""
     try:
         text = path.read_text(encoding="utf-8")
         # A server may be newer than what is known here.
@@ -121,11 +105,7 @@ def read_config(path: Path) -> Any:
 
 
 def named_releases(config: Any) -> dict[int, Release]:
-    """The releases that a config names in its parameters, by number.
-
-    Raises:
-        RAdapterError: what it says of one is broken.
-    """
+    """The releases that a config names in its parameters, by number."""
     texts = {key: value.string_value for key, value in config.parameters.items()}
     keys = [key for key in texts if key.startswith("release.")] or [
         key for key in texts if key == "release"
@@ -141,10 +121,7 @@ def named_releases(config: Any) -> dict[int, Release]:
 
 def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
     """Name releases in a config's parameters, in place of those that it names, for clients to read.
-
-    Args:
-        config: a `ModelConfig`, changed in place.
-        releases: the facts of each by number; the highest is also the one without a number.
+    The highest is also the one without a number.
     """
     for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
         del config.parameters[name]
@@ -153,11 +130,8 @@ def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:
-    """The config of a model for a release: the one that Triton reads, where it names the release,
-    else its own.
-
-    Raises:
-        RAdapterError: there is none, or it is broken.
+    """The config of a model for a release: Triton's, where it names the release, else the
+    release's.
     """
     upper = repository / model / CONFIG
     own = repository / model / str(version) / CONFIG
@@ -167,14 +141,8 @@ def config_of(repository: Path, model: str, version: int) -> Any:
 
 
 def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
-    """The encoders that radapter-export wrote into a model repository.
-
-    Args:
-        repository: the model repository.
-        releases: those to be served; as the configs say if there are none.
-
-    Raises:
-        RAdapterError: a config.pbtxt is broken, or an encoder lacks all these releases.
+    """The encoders that radapter-export wrote into a model repository, for these releases; as the
+    configs say if there are none.
     """
     found = []
     for model in ENCODERS if releases else ():
@@ -206,14 +174,7 @@ def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEn
 
 
 def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
-    """Make an encoder's config ask for a runtime, whatever it asked for before.
-
-    Args:
-        config: a `ModelConfig`, changed in place.
-        runtime: one of `RUNTIMES`.
-        precision: of the release.
-        max_batch_size: rows of a batch.
-    """
+    """Make an encoder's config ask for a runtime, whatever it asked for before; in place."""
     ours = {
         _BF16,
         *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads)),
@@ -254,8 +215,8 @@ def _batch(config: Any, max_batch_size: int) -> None:
 def without_queue_policy(config: Any) -> None:
     """Take the limits of Triton's own queue out of a config, in place.
 
-    A queue that has any is not looked at when a model becomes free: what waits there waits for the
-    next request, or for half a second. `radapter_serve.server.backlog` has the limits instead.
+    A queue that has any is not looked at when a model becomes free: requests there wait for the
+    next one, or for half a second. `radapter_serve.server.backlog` has the limits instead.
     """
     if config.HasField("dynamic_batching"):
         config.dynamic_batching.ClearField("default_queue_policy")
@@ -268,11 +229,7 @@ def without_queue_policy(config: Any) -> None:
 def check(
     repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Check releases before they are served: `verify` and `check_configs` for each.
-
-    Raises:
-        RAdapterError: one is not as it was exported.
-    """
+    """Check releases before they are served: `verify` and `check_configs` for each."""
     for version in versions:
         verify(repository, version, progress)
         check_configs(repository, version)
@@ -282,12 +239,8 @@ def check_configs(repository: Path, version: int) -> None:
     """Check that the configs belong together and to a release, or to another one as a whole.
 
     Each version of a model has the config that it was exported with. The config above it, which
-    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in what
-    the models are to each other.
-
-    Raises:
-        RAdapterError: one is missing, of another release than others are, or of other tensors;
-            names the models.
+    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in names
+    and tensors.
     """
     release = Release.load(repository / "classify" / str(version))
     models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
@@ -332,7 +285,7 @@ def _names(config: Any) -> str:
 
 
 def _difference(exported: Any, config: Any) -> str:
-    """What no owner may change: the model's name and its tensors."""
+    """A change that no owner may make, of the model's name or tensors; "" for none."""
     if config.name != exported.name:
         return f"it is the config of {config.name or 'no model'}"
     for kind in ("input", "output"):

@@ -1,4 +1,4 @@
-"""Whether a release is what was exported: every file by its digest.
+"""Integrity of a release: every file by its digest.
 
 The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model
 repository `sha256sum --check classify/N/SHA256SUMS` compares them, too.
@@ -24,7 +24,7 @@ _ENGINE = "model.plan"  # the start of the names of what radapter-build-engine a
 
 
 def sums_of(repository: Path, version: int) -> Path:
-    """Where the digests of a release lie."""
+    """The path of a release's digests."""
     return repository / "classify" / str(version) / SUMS
 
 
@@ -37,11 +37,7 @@ def write_sums(repository: Path, version: int) -> None:
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
-    """Write the digests of some files anew, such as `image_encoder/1/model.plan`.
-
-    Raises:
-        RAdapterError: the list of digests is broken.
-    """
+    """Write the digests of some files anew, such as `image_encoder/1/model.plan`."""
     path = sums_of(repository, version)
     sums = load_sums(path)
     for name in names:
@@ -54,16 +50,7 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
 def verify(
     repository: Path, version: int, progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Compare all files of a release with their digests.
-
-    Args:
-        repository: the model repository.
-        version: number of the release.
-        progress: called with a short line as the work goes on.
-
-    Raises:
-        RAdapterError: a file differs, is missing, or is not of the release; names the files.
-    """
+    """Compare all files of a release with their digests; names those that differ."""
     path = sums_of(repository, version)
     if not path.exists():
         raise _broken(
@@ -137,11 +124,7 @@ def _save(path: Path, sums: Mapping[str, str]) -> None:
 
 
 def load_sums(path: Path) -> dict[str, str]:
-    """Read what `written_sums` gave.
-
-    Raises:
-        RAdapterError: it can't be read, or a line is broken.
-    """
+    """Read digests in the format of sha256sum."""
     sums = {}
     try:
         *lines, rest = path.read_bytes().split(b"\n")

@@ -1,6 +1,4 @@
-"""A release as an export writes it: every fact by name, as `release.json` and the models' configs
-hold them.
-"""
+"""The facts of a release, as `release.json` and the models' configs hold them."""
 
 from __future__ import annotations
 
@@ -103,10 +101,10 @@ class Release:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over what decides the embeddings: the same fold, exported again, has the same
-        digest.
+        """`sha256:` over the facts that decide the embeddings: the same fold, exported again, has
+        the same digest.
 
-        A release whose α is an input has the digest of the fold at its α. Only in int8 the two
+        A release whose α is an input has the digest of the fold at its α; only in int8 the two
         differ, for there the base and the adapter are rounded apart.
         """
         deciding = {name: getattr(self, name) for name in _DECIDING}
@@ -117,11 +115,7 @@ class Release:
         return digest_of(json.dumps(deciding, sort_keys=True).encode())
 
     def at(self, alpha: float) -> Release:
-        """The release as it is used at one α.
-
-        Raises:
-            RAdapterError: an α that the release does not have.
-        """
+        """The release at one α; refuses an α that it does not have."""
         try:
             request_alpha(alpha, self.alpha, dynamic=self.dynamic_alpha)
         except TaskError as error:
@@ -144,18 +138,9 @@ class Release:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Release:
-        """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer
-        releases.
-
-        Raises:
-            RAdapterError: a fact is missing, or the release has an α for each layer, which is no
-                more.
+        """Read the result of `to_dict`; unknown names are ignored, so that older software reads
+        newer releases.
         """
-        if facts.get("alpha_schedule"):
-            raise RAdapterError(
-                "the release has alpha_schedule, an alpha by depth or by tower, which this"
-                " radapter-serve does not have; export it again with radapter-export"
-            )
         fields = dataclasses.fields(cls)
         if missing := sorted({one.name for one in fields} - {*_OPTIONAL, *facts}):
             raise RAdapterError(
@@ -171,11 +156,7 @@ class Release:
 
     @classmethod
     def load(cls, folder: Path) -> Release:
-        """Read `release.json` of a folder.
-
-        Raises:
-            RAdapterError: there is none, it is no JSON, or a fact is missing.
-        """
+        """Read `release.json` of a folder."""
         path = folder / FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -187,8 +168,8 @@ class Release:
 
 
 def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
-    """How a model's config names its releases, as JSON by parameter: each by its number, and the
-    newest without one.
+    """The parameters by which a model's config names its releases, as JSON: each by its number, and
+    the newest without one.
     """
     parameters: dict[str, str] = {}
     for release in sorted(releases, key=lambda one: one.version):

@@ -1,4 +1,4 @@
-"""What a model repository holds: releases and their encoders, and what runs these."""
+"""The layout of a model repository: releases, their encoders, and the runtimes of these."""
 
 from __future__ import annotations
 
@@ -22,17 +22,11 @@ CONFIG = "config.pbtxt"
 class Runtime:
     """How a config.pbtxt asks for a runtime, besides `backend`, which is its name.
 
-    Attributes:
-        file: what it loads, in a version's folder.
-        kind: where its instances run.
-        threads: the parameter that says how many threads an instance computes with, if there is
-            one.
-        parameters: those that every config has.
-        gpus: on which its instances run; all that there are if empty.
-        cuda: options of ONNX Runtime's provider on a GPU.
-        batched: whether Triton puts requests together. NVIDIA's `openvino` backend pads every batch
-            to `max_batch_size` rows if it does, so there a tensor's first dimension is its own, and
-            any number of rows.
+    `file` is loaded from a version's folder; `kind` and `gpus` say where instances run, on all GPUs
+    if empty; `threads` is the parameter for the threads of an instance, `parameters` are in every
+    config, and `cuda` are options of ONNX Runtime's provider on a GPU. NVIDIA's `openvino` backend
+    pads every batch to `max_batch_size` rows if Triton makes batches, so it is not `batched`: a
+    tensor's first dimension is any number of rows there.
     """
 
     file: str
@@ -72,9 +66,7 @@ AUTO = "auto"  # the fastest of them
 
 
 def versions_of(model: Path) -> list[int]:
-    """The versions of a model that are in its folder, the newest last; none where there is no
-    such folder.
-    """
+    """The versions in a model's folder, the newest last; none where there is no such folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(
             int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir()
@@ -89,8 +81,8 @@ def releases_of(repository: Path) -> list[int]:
 
 
 def newest_export(repository: Path) -> list[int]:
-    """The releases that the configs ask Triton to serve, which are those of the newest export; the
-    newest last.
+    """The releases that the configs ask Triton to serve, those of the newest export; the newest
+    last.
     """
     found = releases_of(repository)
     if not found or not (path := repository / MODELS[-1] / CONFIG).exists():
@@ -107,9 +99,8 @@ def newest_export(repository: Path) -> list[int]:
 
 
 def split_repository(repository: str | Path) -> tuple[str, str]:
-    """The folder of `DIR@N`, and the number of the release, which is empty where none is named.
-
-    A folder whose own name ends so is itself meant.
+    """The folder and the number of `DIR@N`; the number is empty where none is named, or where a
+    folder's own name ends so.
     """
     path, at, number = str(repository).rpartition("@")
     named = at and number.isdecimal() and not Path(repository).is_dir()
@@ -117,13 +108,8 @@ def split_repository(repository: str | Path) -> tuple[str, str]:
 
 
 def find_release(repository: str | Path) -> Path:
-    """The folder of a release in a model repository, that of its task `classify`.
-
-    Args:
-        repository: the model repository; `DIR@N` names release N, the newest otherwise.
-
-    Raises:
-        RAdapterError: no release there, or none of that number.
+    """The folder of a release in a model repository, that of its task `classify`; `DIR@N` names
+    release N, the newest otherwise.
     """
     path, number = split_repository(repository)
     task = Path(path, MODELS[-1])
@@ -138,12 +124,8 @@ def find_release(repository: str | Path) -> Path:
 
 
 def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
-    """The releases of a model repository that embed as one with this digest does, the newest last.
-
-    Args:
-        repository: the model repository.
-        digest: of the release.
-        alpha: of the release; those that take any are asked at this one.
+    """The releases of a model repository that embed as one with this digest does, the newest last;
+    those that take any α are asked at this one.
     """
     found = []
     for version in releases_of(repository):

@@ -1,4 +1,4 @@
-"""Which releases of a model repository are served: remembered in `served.json` from the first
+"""The served releases of a model repository, kept in `served.json` from the first
 `radapter-release` on.
 """
 
@@ -18,11 +18,8 @@ FILE = "served.json"
 
 @dataclass(frozen=True)
 class Served:
-    """What is served, and what was served before.
-
-    Args:
-        releases: numbers, the highest last, which answers callers that name no release.
-        before: those that `rollback` goes back to; nothing if there are none.
+    """The served releases, of which the highest answers callers that name none, and those that
+    `rollback` goes back to.
     """
 
     releases: tuple[int, ...]
@@ -30,11 +27,7 @@ class Served:
 
     @classmethod
     def load(cls, repository: Path) -> Served:
-        """What a repository says; the newest export where none was chosen yet.
-
-        Raises:
-            RAdapterError: `served.json` is broken, or names a release that is not there.
-        """
+        """Read `served.json`; the newest export where none was chosen yet."""
         path = repository / FILE
         found = releases_of(repository)
         if not path.exists():
@@ -57,15 +50,11 @@ class Served:
         return cls(tuple(releases), tuple(one for one in before if one in found))
 
     def next(self, releases: Sequence[int]) -> Served:
-        """What is served once these have taken over."""
+        """The state once these releases have taken over."""
         return Served(tuple(sorted(set(releases))), self.releases)
 
     def save(self, repository: Path) -> None:
-        """Write `served.json`, for the next start.
-
-        Raises:
-            OSError: the repository cannot be written.
-        """
+        """Write `served.json`, for the next start."""
         with staged(repository / FILE) as path:
             path.write_text(
                 json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8"

@@ -18,13 +18,8 @@ NUMPY = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or an output of a model.
-
-    Args:
-        name: of the tensor.
-        datatype: as KServe names it, one of `NUMPY`.
-        dims: without the batch; -1 is any number.
-        optional: whether a request may leave it out.
+    """An input or an output of a model: its datatype as KServe names it, its dims without the
+    batch, -1 for any number, and whether a request may leave it out.
     """
 
     name: str

@@ -6,9 +6,8 @@ no data sets.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from radapter_serve.lazy import attribute
 
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
@@ -43,4 +42,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    return attribute(__name__, _HOME, name)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

@@ -59,12 +59,6 @@ def random_adapter(model: nn.Module, rank: int | None = None, std: float = 0.1) 
     return Adapter(tensors, Metadata(architecture="tiny", base_digest=digest, rank=rank))
 
 
-def test_sites_are_both_layers_of_every_block_of_both_towers(model: nn.Module) -> None:
-    blocks = [f"{tower}transformer.resblocks.{i}" for tower in ("visual.", "") for i in range(2)]
-    expected = [f"{block}.{layer}" for block in blocks for layer in ("attn.out_proj", "mlp.c_proj")]
-    assert [site.key for site in find_sites(model)] == expected
-
-
 def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
@@ -318,21 +312,6 @@ def test_file_round_trip(model: nn.Module, tmp_path: Path, rank: int | None) -> 
             torch.equal(loaded.tensors[name], value) for name, value in adapter.tensors.items()
         )
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
-
-
-def test_digests_see_every_value(model: nn.Module) -> None:
-    adapter = random_adapter(model)
-    changed = Adapter({k: v.clone() for k, v in adapter.tensors.items()}, adapter.metadata)
-    changed.tensors[adapter.keys[-1]][-1, -1] += 1e-4
-    assert changed.digest != adapter.digest
-
-
-def test_files_that_are_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(RAdapterError, match="radapter-train"):
-        load_adapter(tmp_path)
-    (tmp_path / "adapter.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(RAdapterError, match="is not an adapter file"):
-        load_adapter(tmp_path)
 
 
 def test_saving_to_a_full_disk_leaves_nothing(

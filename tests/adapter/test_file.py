@@ -90,44 +90,18 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
     ("field", "value", "message"),
     [
         ("alpha", "0.5", "its 'alpha' is '0.5': "),
-        ("alpha", True, "its 'alpha' is True: "),
         ("alpha", 1.5, "its 'alpha' is 1.5: "),
         ("alpha", math.nan, "its 'alpha' is nan: "),
         ("templates", [], "its 'templates' is []: "),
-        ("templates", "a {}", "its 'templates' is 'a {}': "),
-        ("templates", ["a {}", 5], "its 'templates.1' is 5: "),
         ("templates", ["a photo"], "its 'templates.0' is 'a photo': "),
-        ("recipe", ["x"], "its 'recipe"),
         ("recipe", {"dense": 5}, "its 'recipe.dense' is 5: "),
-        ("recipe", {"mask_padding": "much"}, "its 'recipe.mask_padding' is 'much': "),
         ("recipe", {"val_data": {}}, "its 'recipe.val_data' is {}: "),
-        *(
-            (
-                "recipe",
-                {name: value},
-                f"it was trained with {name} {value!r}, which this radapter-serve does not have",
-            )
-            for name, value in (
-                ("dropout", 0.2),
-                ("drop_path", 0.2),
-                ("learned_scale", True),
-                ("average", "trajectory"),
-                ("drop_schedule", "falling"),
-            )
-        ),
         ("architecture", None, "its 'architecture' is None: "),
-        ("architecture", "", "its 'architecture' is '': "),
         ("base_digest", 7, "its 'base_digest' is 7: "),
-        ("pretrained", ["openai"], "its 'pretrained' is ['openai']: "),
         ("rank", 0, "its 'rank' is 0: "),
         ("rank", 1.5, "its 'rank' is 1.5: "),
-        ("task", "counting", "its 'task' is 'counting': "),
-        ("metrics", 3, "its 'metrics' is 3: "),
         ("classes", "cat", "its 'classes' is 'cat': "),
-        ("classes", [], "its 'classes' is []: "),
-        ("classes", ["cat", None], "its 'classes.1' is None: "),
         ("held_out", 7, "its 'held_out' is 7: "),
-        ("format_version", 2, "format version 2, and this radapter-serve reads up to 1"),
         ("format_version", "1", "its 'format_version' is '1': "),
     ],
 )
@@ -137,7 +111,7 @@ def test_metadata_of_wrong_types_or_ranges_is_one_line(
     assert message in refused(write(tmp_path / "adapter.safetensors", **{field: value}))
     if field != "format_version":
         values = {name: value for name, value in HEADER.items() if name != field}
-        with pytest.raises(RAdapterError, match="its '|it was trained with"):
+        with pytest.raises(RAdapterError, match="its '"):
             save_adapter(
                 Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})),
                 tmp_path / "saved",
@@ -160,15 +134,6 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
         metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'},
     )
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
-    usual = {
-        "dropout": 0.0,
-        "drop_path": 0.0,
-        "learned_scale": False,
-        "average": "ema",
-        "drop_schedule": "constant",
-    }
-    save_file({"layer": torch.eye(4)}, path, metadata={**header, "recipe": json.dumps(usual)})
-    assert load_adapter(path).metadata.recipe == usual
     save_file({"layer": torch.eye(4)}, path, metadata={**header, "alpha": "half"})
     assert "its alpha is no JSON" in refused(path)
 
@@ -177,11 +142,6 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
     ("tensors", "rank", "message"),
     [
         ({"a": torch.full((2, 2), math.nan)}, None, "tensor 'a' holds values that are not finite"),
-        (
-            {"a": torch.tensor([[1.0, -math.inf], [0, 1]])},
-            None,
-            "tensor 'a' holds values that are not finite",
-        ),
         (
             {"a": torch.eye(2).half()},
             None,
@@ -192,7 +152,6 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
             None,
             "tensor 'a' is torch.float32 (2, 3), should be torch.float32 (2, 2)",
         ),
-        ({"a": torch.tensor(1.0)}, None, "tensor 'a' is torch.float32 ()"),
         (
             {"a": torch.eye(2), "a.up": torch.ones(2, 1)},
             None,
@@ -202,11 +161,6 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
             {"a.up": torch.ones(2, 1)},
             1,
             "tensor 'a.down' is missing, should be torch.float32 (1, 2)",
-        ),
-        (
-            {"a.up": torch.ones(2, 1), "a.down": torch.ones(2, 2)},
-            1,
-            "tensor 'a.down' is torch.float32 (2, 2)",
         ),
         ({}, None, "it has no tensors"),
     ],

@@ -244,7 +244,6 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     ("file", "change", "message"),
     [
         ("config.json", {"model_type": "siglip"}, "its model_type is siglip; allowed: clip"),
-        ("config.json", {"model_type": 5}, "its model_type is 5; allowed: clip"),
         (
             "config.json",
             {"text_config": {**TOWER, "hidden_act": "relu"}},
@@ -256,16 +255,10 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
             "texts end with token 7",
         ),
         ("config.json", {"projection_dim": 16}, "could not load"),
-        ("config.json", None, "could not load"),
         (
             "processor_config.json",
             {"do_center_crop": False},
             "are resized to .* cropped to nothing",
-        ),
-        (
-            "processor_config.json",
-            {"resample": 0},
-            "by Pillow's filter 0; allowed: bilinear, bicubic",
         ),
         ("processor_config.json", {"do_normalize": False}, "not resized, rescaled or normalised"),
         ("processor_config.json", {"rescale_factor": 1.0}, "its pixels are multiplied by 1.0"),

@@ -13,13 +13,16 @@ from onnx import numpy_helper
 
 from radapter_export import ExportedRelease
 from radapter_export.graph import Graph
-from radapter_export.references import BATCHES, Inputs, References
+from radapter_export.references import BATCHES, Array, Inputs
+from radapter_export.references import references as references_of
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
+
+References = dict[str, list[Array]]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def inputs(exported: tuple[Path, list[ExportedRelease]], tiny_base: Base) -> Inp
 def references(adapter_path: Path, inputs: Inputs, tiny_clip_dir: str) -> References:
     base = load_base(tiny_clip_dir)
     attach_adapter(base.model, load_adapter(adapter_path), 0.3, form="weight")
-    return References(base, inputs, "naclip")
+    return references_of(base, inputs, "naclip")
 
 
 def model_file(exported: tuple[Path, list[ExportedRelease]], name: str) -> Path:
@@ -61,7 +64,7 @@ def test_folded_graph_agrees_with_attached_adapters(
 ) -> None:
     """Adapters attached in weight form here; the export itself attaches them to activations."""
     encoder = EncoderGraph(model_file(exported, name))
-    agreement = compare(name, encoder, Samples(inputs.of(name), references.embeds[name]), 1e-5)
+    agreement = compare(name, encoder, Samples(inputs.of(name), references[name]), 1e-5)
     assert 0 <= agreement.max_error < 2e-6
     assert 0.999999 < agreement.min_cosine < 1.000001
 
@@ -74,7 +77,7 @@ def test_another_alpha_is_refused(
     with pytest.raises(
         RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"
     ):
-        compare(name, EncoderGraph(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
+        compare(name, EncoderGraph(path), Samples(inputs.of(name), references[name]), 1e-4)
 
 
 def changed(path: Path, target: Path, name: str, value: float) -> Path:
@@ -108,20 +111,7 @@ def test_one_changed_weight_is_refused(
 ) -> None:
     path = changed(model_file(exported, name), tmp_path / "model.onnx", weight, value)
     with pytest.raises(RAdapterError, match=message):
-        compare(name, EncoderGraph(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
-
-
-def test_reference_that_is_not_finite_is_refused(
-    exported: tuple[Path, list[ExportedRelease]], inputs: Inputs
-) -> None:
-    nan = [np.full((batch, 32), np.nan, np.float32) for batch in BATCHES]
-    with pytest.raises(RAdapterError, match="not finite"):
-        compare(
-            "image_encoder",
-            EncoderGraph(model_file(exported, "image_encoder")),
-            Samples(inputs.images, nan),
-            1e-4,
-        )
+        compare(name, EncoderGraph(path), Samples(inputs.of(name), references[name]), 1e-4)
 
 
 def test_batch_that_does_not_run_is_said_with_its_shape(
@@ -133,14 +123,6 @@ def test_batch_that_does_not_run_is_said_with_its_shape(
         compare("image_encoder", encoder, Samples([wrong], [np.zeros((2, 32), np.float32)]), 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Specified provider")
-def test_another_device_than_the_one_asked_for_is_refused(
-    exported: tuple[Path, list[ExportedRelease]],
-) -> None:
-    with pytest.raises(RAdapterError, match="CPUExecutionProvider where GPU 0 was asked for"):
-        EncoderGraph(model_file(exported, "image_encoder"), device=0)
-
-
 def test_base_graph_agrees_at_alpha_0(
     tiny_base: Base, graphs: dict[str, Graph], inputs: Inputs, adapter_path: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +130,7 @@ def test_base_graph_agrees_at_alpha_0(
     folded = fold(weights, load_adapter(adapter_path), 0.0)
     assert all(torch.equal(value, weights[key]) for key, value in folded.items())
     graphs["image_encoder"].save(folded, tmp_path / "model.onnx")
-    references = References(tiny_base, inputs).embeds["image_encoder"]
+    references = references_of(tiny_base, inputs)["image_encoder"]
     compare(
         "image_encoder",
         EncoderGraph(tmp_path / "model.onnx"),

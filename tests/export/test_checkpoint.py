@@ -206,17 +206,12 @@ BASE = ("--base", "ViT-B-32:openai")
             "--alpha dynamic is for adapters: a checkpoint or a LoRA has",
         ),
         (["--alpha", "auto"], "--alpha auto is for runs"),
-        (["--alpha", "best"], "--alpha best is for runs"),
-        ([*BASE, "--alpha", "1.5"], "alpha is 1.5; allowed: a number from 0"),
         (["--adapter", "runs/x"], "--adapter and --checkpoint don't go together"),
-        (["--lora", "lora"], "--checkpoint and --lora don't go together"),
         ([*BASE, "--weights", "1"], "--weights is for several adapters; leave it out"),
         (
             [*BASE, "--validation", "own"],
             "--validation own is for runs; beside --checkpoint name some",
         ),
-        (["--base", "ViT-B-32:openai", "--pretrained", "openai"], "are named twice"),
-        (["--base", "ViT-B-32:no"], "no weights for ViT-B-32: pretrained is 'no'"),
     ],
 )
 def test_what_a_checkpoint_has_not_is_refused(

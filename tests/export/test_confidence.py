@@ -14,14 +14,13 @@ from PIL import Image
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.accuracy import open_validation
-from radapter_export.writer import UNFITTED
+from radapter_export.release import UNFITTED
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.model import Model
 from radapter_serve.release.config import named_releases, read_config
-from radapter_serve.release.release import Release
 from radapter_serve.training import train
 from tests.export.conftest import CLASSES
 from tests.helpers.short_run import short_run
@@ -144,16 +143,8 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
             "by temperature 1.500: ECE 20.00 % before, 1.00 % after",
         ),
         (
-            {"temperature": 1.5, "ece_after": 0.20001},
-            "20.00 % before, 20.00 % after; --multi-label",
-        ),
-        (
             {"temperature": 1.5, "ece_after": 0.21},
             "21.00 % after (worse, so do not ask for calibrated); --multi-label",
-        ),
-        (
-            {"temperature": None, "ece_after": 0.01},
-            "by a sigmoid: ECE 20.00 % before, 1.00 % after",
         ),
         (
             {"temperature": None, "ece_after": None},
@@ -166,13 +157,3 @@ def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> 
     said = command._calibrated({"ece_before": 0.2, "label_ece": 0.02, **least, **facts})
     assert words in said
     assert "--min-score calibrated (0.250) keeps 95% of the images, and answers 40% of" in said
-
-
-def test_releases_without_it_stay_as_they_were(tmp_path: Path) -> None:
-    facts = {
-        name: {} if name in ("preprocess", "tokenizer", "agreement") else "x"
-        for name in Release.__dataclass_fields__
-    }
-    del facts["confidence"], facts["accuracy"]
-    release = Release.from_dict(facts)
-    assert release.confidence is None and "confidence" not in release.to_dict()

@@ -243,21 +243,6 @@ def test_runtimes_and_int8_take_alpha(
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 
-def test_label_set_keeps_what_embeds_it_again(dynamic: tuple[Path, ExportedRelease]) -> None:
-    with np.load(
-        dynamic[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz"
-    ) as file:
-        assert file["lines"].tolist() == ["cat, kitty", "dog", "guinea pig"]
-        assert file["templates"].tolist() == ["a photo of a {}.", "a drawing of a {}."]
-
-
-def test_dynamic_stands_alone(adapter_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from radapter_serve.cli.export import main
-
-    assert main(["--adapter", str(adapter_path), "--alpha", "dynamic", "0.5"]) == 2
-    assert "--alpha dynamic takes no other alpha" in capfd.readouterr().err
-
-
 def test_soup_is_exported_as_the_average(
     quick: None,
     adapter_path: Path,

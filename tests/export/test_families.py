@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from radapter_export import ExportSettings, export_release
-from radapter_export.writer import UNFITTED
+from radapter_export.release import UNFITTED
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels

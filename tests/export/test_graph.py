@@ -170,17 +170,6 @@ def test_graph_does_not_depend_on_weights_and_leaves_them(
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
 
 
-def test_weights_keep_their_names(
-    graphs: dict[str, Graph], custom: tuple[Base, Graph], tiny_base: Base
-) -> None:
-    names = {key for graph in graphs.values() for key in graph.model.graph.initializers}
-    assert set(tiny_base.model.state_dict()) - {"logit_scale"} <= names
-    base, graph = custom
-    assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(
-        graph.model.graph.initializers
-    )
-
-
 def test_files_are_plain_onnx_without_traces_of_this_machine(
     exported: tuple[Path, list[ExportedRelease]],
 ) -> None:

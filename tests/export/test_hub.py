@@ -193,8 +193,6 @@ UNKNOWN = "the hub does not know who asks, or has no such repository (401); look
     ("answers", "message"),
     [
         ({("POST", "create"): 401}, UNKNOWN),
-        ({("POST", "create"): 403}, "the hub does not allow that (403); log in with a token that"),
-        ({("POST", "create"): 404}, "the hub has nothing of that name (404)"),
         ({("POST", "create"): 503}, SERVER),
         ({("POST", "/commit/"): 403}, "nothing of it was sent, and the export is complete in"),
     ],
@@ -277,9 +275,7 @@ def test_no_hub_at_all(
     ("name", "answers", "message"),
     [
         ("hf-hub:no/thing", {}, "(404)"),
-        (f"hf-hub:{NAME}@v9", {}, "(404); look at it, and at the revision"),
         ("hf-hub:a/b/c", {}, "that is no name of a repository"),
-        (f"hf-hub:{NAME}", {("GET", "^/api/models"): 401}, UNKNOWN),
         (f"hf-hub:{NAME}", {("GET", "^/api/models"): 503}, SERVER),
         (f"hf-hub:{NAME}", {}, "holds no release; export one from it with radapter-export"),
     ],
@@ -329,11 +325,7 @@ def test_what_differs_is_refused_by_name(pushed: str, hub: FakeHub, tmp_path: Pa
         ("runtime", "python", "says runtime 'python'"),
         ("max_batch_size", -1, "says max_batch_size -1"),
         ("label_sets", {"x": 5}, "says label_sets {'x': 5}, which no release has"),
-        ("label_sets", [], "says label_sets []"),
-        ("preprocess", [], "is broken"),
         ("tokenizer", {}, "is broken"),
-        ("embed_dim", "many", "is broken"),
-        ("dense", 7, "is broken"),
     ],
 )
 def test_facts_that_no_export_writes(

@@ -12,7 +12,6 @@ import torch
 from open_clip.transformer import QuickGELU
 
 from radapter_export import ExportedRelease, write_merged
-from radapter_export.merged import Merged
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
@@ -55,16 +54,6 @@ def test_quick_gelu_is_always_written(tiny_base: Base, tmp_path: Path, quick_gel
     assert set(config["preprocess_cfg"]) >= {"mean", "std", "interpolation", "resize_mode"}
 
 
-def test_earlier_merged_is_replaced_as_a_whole(tiny_base: Base, tmp_path: Path) -> None:
-    weights = tiny_base.model.state_dict()
-    for name in ("", "alpha-0.5", ""):
-        with Merged(tmp_path / "merged") as merged:
-            merged.add(name, tiny_base, weights, release(1))
-            merged.commit()
-        assert names(tmp_path / "merged") == ({name} if name else FILES)
-        assert names(tmp_path) == {"merged"}
-
-
 def test_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):
@@ -93,34 +82,3 @@ def test_full_disk_leaves_the_earlier_one(
         write_merged(tmp_path / "merged", tiny_base, weights, release(2))
     assert names(tmp_path) == {"merged"}
     assert Release.load(tmp_path / "merged") == release(1)
-
-
-def test_killed_swap_is_undone(
-    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between taking the old folder away and putting the new one in its place."""
-    weights = tiny_base.model.state_dict()
-    write_merged(tmp_path / "merged", tiny_base, weights, release(1))
-    killed = Merged(tmp_path / "merged").__enter__()
-    killed.add("", tiny_base, weights, release(2))
-    (tmp_path / "merged").rename(tmp_path / ".export-merged.old")
-    killed._held.close()
-    with Merged(tmp_path / "merged"):
-        assert Release.load(tmp_path / "merged") == release(1)
-    assert names(tmp_path) == {"merged"}
-
-
-def test_one_export_at_a_time_writes_a_folder(tiny_base: Base, tmp_path: Path) -> None:
-    weights = tiny_base.model.state_dict()
-    with Merged(tmp_path / "merged") as first:
-        with (
-            pytest.raises(RAdapterError, match="writing .*/merged; wait .*--merged"),
-            Merged(first.folder),
-        ):
-            pass
-        with Merged(tmp_path / "other"):
-            pass
-        first.add("", tiny_base, weights, release(1))
-        first.commit()
-    assert names(tmp_path / "merged") == FILES
-    assert names(tmp_path) == {"merged"}

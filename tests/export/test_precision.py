@@ -23,11 +23,10 @@ from PIL import Image
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
-from radapter_export.calibration import calibrate, calibration_images
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
-from radapter_export.quantization import quantize
-from radapter_export.source import Source
+from radapter_export.quantization import calibrate, calibration_images, quantize
+from radapter_export.source import read_source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -35,6 +34,7 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.image_files import open_images
 from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluate import Scored
 from radapter_serve.evaluation.release_embedder import release_variants
@@ -411,7 +411,7 @@ def calibrated(tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
             merged=tmp_path / "merged",
             label_sets={"some": tmp_path / "some.txt"},
         )
-        source = Source.read([adapter_path], settings, dynamic_alpha=False)
+        source = read_source([adapter_path], settings, dynamic_alpha=False)
         assert len(source.templates) == 2
         served = ServedTokenizer.write(
             tiny_base.tokenizer, tmp_path / "tokenizer.json", dynamic_length=True
@@ -471,7 +471,12 @@ def test_a_release_that_loses_points_is_refused(
     def evaluated(max_drop: float) -> Accuracy:
         validation = Validation(data.data, max_drop)
         return validation(
-            base, 1.0, exported[0] / "repository", adapter.metadata.templates, crop, lines.append
+            base,
+            1.0,
+            load_release(exported[0] / "repository"),
+            adapter.metadata.templates,
+            crop,
+            lines.append,
         ).accuracy
 
     found = evaluated(100)

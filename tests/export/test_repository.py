@@ -82,18 +82,8 @@ def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
     assert parsed.name == "embed_text"
 
 
-def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
-    template = tmp_path / "config.template.pbtxt"
-    template.write_text('name: "segment" max_batch_size: 0', encoding="utf-8")
-    parsed = parse(config(template, "segment", [release(3)]))
-    assert parsed.max_batch_size == 0
-    assert not parsed.HasField("dynamic_batching")
-
-
 def test_broken_template_is_said(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
-    with pytest.raises(RAdapterError, match=r"no template .*install radapter-serve again"):
-        config(template, "classify", [release(1)])
     template.write_text("max_batch: 4", encoding="utf-8")
     with pytest.raises(RAdapterError, match="is not a Triton model config"):
         config(template, "classify", [release(1)])
@@ -124,12 +114,6 @@ def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) 
         assert repository.next_version() == 1
         assert (tmp_path / "a" / "b").is_dir()
     assert not list(tmp_path.iterdir())
-
-
-def test_repository_must_be_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(RAdapterError, match=r"is a file.*--model-repository"):
-        Repository(tmp_path / "file")
 
 
 def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
@@ -180,15 +164,6 @@ def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
     ):
         pass
     assert foreign.read_bytes() == b"somebody's"
-
-
-def test_a_config_of_another_maker_is_never_replaced(tmp_path: Path) -> None:
-    foreign = tmp_path / "patch_encoder" / "config.pbtxt"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_text('backend: "ensemble"')
-    with pytest.raises(RAdapterError, match="patch_encoder holds a model"), Repository(tmp_path):
-        pass
-    assert foreign.read_text() == 'backend: "ensemble"'
 
 
 def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:

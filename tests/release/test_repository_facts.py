@@ -12,8 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import _difference, _names, configure
-from radapter_serve.release.integrity import _broken
+from radapter_serve.release.config import configure
 from radapter_serve.release.repository import CONFIG, newest_export, versions_of
 from radapter_serve.release.served import FILE, Served
 from tests.helpers.small_models import release
@@ -122,31 +121,3 @@ def test_a_config_asks_for_each_runtime_and_back() -> None:
     assert config.HasField("dynamic_batching")
     config.ClearField("dynamic_batching")
     assert config.SerializeToString(deterministic=True) == before
-
-
-def test_a_config_may_differ_in_who_makes_batches_and_in_nothing_else() -> None:
-    batched = config_of(**BATCHED)
-    alone = config_of(**ALONE)
-    assert _difference(batched, alone) == _difference(alone, batched) == ""
-    assert (
-        _difference(batched, config_of(**{**ALONE, "dims": "8, 8, 3"}))
-        == "the input image is not the one that was exported"
-    )
-    assert "the output image_embeds" in _difference(batched, config_of(**{**BATCHED, "out": "5"}))
-    other = config_of(**BATCHED)
-    other.name = ""
-    assert _difference(batched, other) == "it is the config of no model"
-
-
-def test_what_is_wrong_is_listed(tmp_path: Path) -> None:
-    problems = ["a is missing", "b differs"]
-    assert "as it was exported: a is missing; b differs; copy the release" in str(
-        _broken(tmp_path, 1, problems)
-    )
-    config = config_of(**BATCHED)
-    assert _names(config) == "of release none"
-    for version in (10, 2):
-        config.parameters[f"release.{version}"].string_value = json.dumps(
-            release(version).to_dict()
-        )
-    assert _names(config) == "of release 2, 10"

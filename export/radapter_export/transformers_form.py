@@ -1,0 +1,206 @@
+"""The merged weights as a folder of the library `transformers`: model, processor and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from numpy.typing import NDArray
+from open_clip.tokenizer import HFTokenizer, _clean_canonicalize, _clean_lower
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import normalised
+from radapter_serve.clip.transformers import (
+    SPECIAL,
+    Form,
+    check_outputs,
+    check_processor,
+    features,
+    form_of,
+    quiet,
+    to_transformers,
+)
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import staged
+from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+FORM_FILES = (CONFIG, WEIGHTS, PROCESSOR, *TOKENIZER)
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+# Python's, without the low line, which becomes a blank
+_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
+
+
+def base_form(base: Base) -> Form:
+    """The form of a base; refuses a base that the library computes otherwise, before anything is
+    written.
+    """
+    form = form_of(base.name, base.model, base.tokenizer)
+    state_dict = base.model.state_dict()
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            write_processor(Path(folder), base)
+            check_processor(Path(folder), base.preprocess, base.tokenizer)
+            model = form.model_class(form.config_class(**form.config))
+            model.load_state_dict(to_transformers(state_dict, form.weights))
+            check_outputs(model.eval(), base.model, base.tokenizer)
+    except Exception as error:  # the library raises many kinds on what it can't compute
+        raise RAdapterError(f"{base.name} has no form in transformers: {reason(error)}") from error
+    return form
+
+
+def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Tensor]) -> int:
+    """Write a model by its weights in open_clip's names, with processor and tokenizer; returns the
+    bytes of its weights.
+    """
+    with quiet():
+        with staged(folder / WEIGHTS) as path:
+            tensors = to_transformers(state_dict, form.weights)
+            save_file(tensors, path, metadata={"format": "pt"})
+        config = form.config_class(**form.config)
+        config.architectures = [form.model_class.__name__]
+        config.save_pretrained(folder)
+        write_processor(folder, base)
+    return (folder / WEIGHTS).stat().st_size
+
+
+def check_form(
+    folder: Path, base: Base, samples: Mapping[str, Samples], bounds: Tolerance, form: Form
+) -> Agreement:
+    """Load a folder as a user would, and compare it with torch's embeddings at its α.
+
+    Raises:
+        RAdapterError: its pixels, tokens or embeddings differ from open_clip's.
+    """
+    with quiet():
+        check_processor(folder, base.preprocess, base.tokenizer)
+        model = form.model_class.from_pretrained(folder, local_files_only=True).eval()
+
+    def images(batch: NDArray[Any]) -> Any:
+        return model.get_image_features(pixel_values=normalised(batch, base.preprocess, "cpu"))
+
+    def texts(batch: NDArray[Any]) -> Any:
+        return model.get_text_features(input_ids=torch.from_numpy(batch).long())
+
+    def unit(encode: Callable[[NDArray[Any]], Any]) -> Callable[..., NDArray[np.float32]]:
+        @torch.inference_mode()
+        def embed(batch: NDArray[Any]) -> NDArray[np.float32]:
+            embeds = torch.nn.functional.normalize(features(encode(batch)).float(), dim=-1)
+            return np.asarray(embeds.numpy())
+
+        return embed
+
+    agreements = [
+        compare(
+            f"the model in transformers form, {kind},",
+            unit(encode),
+            samples[f"{kind}_encoder"],
+            bounds,
+        )
+        for kind, encode in (("image", images), ("text", texts))
+    ]
+    return Agreement(
+        max(agreement.max_error for agreement in agreements),
+        min(agreement.min_cosine for agreement in agreements),
+    )
+
+
+def write_processor(folder: Path, base: Base) -> None:
+    """Write how images and texts become the model's input."""
+    preprocess = base.preprocess
+    side = base.image_size
+    square = {"height": side, "width": side}
+    is_squashed = preprocess["resize_mode"] == "squash"
+    is_bilinear = preprocess["interpolation"] == "bilinear"
+    image = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if is_squashed else {"shortest_edge": side},
+        "resample": int(Image.Resampling.BILINEAR if is_bilinear else Image.Resampling.BICUBIC),
+        "do_center_crop": not is_squashed,
+        **({} if is_squashed else {"crop_size": square}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [float(value) for value in preprocess["mean"]],
+        "image_std": [float(value) for value in preprocess["std"]],
+    }
+    tokenizer: Any = base.tokenizer
+    is_hugging_face = isinstance(tokenizer, HFTokenizer)
+    core, config = _hugging_face(tokenizer) if is_hugging_face else _clip(tokenizer)
+    core.save(str(folder / "tokenizer.json"))
+    config |= {"model_max_length": int(tokenizer.context_length), "padding_side": "right"}
+    for name, fields in ((PROCESSOR, image), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
+
+
+def _clip(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """CLIP's vocabulary as `CLIPTokenizer` has it; its texts are not mended by ftfy first."""
+    start, end = SPECIAL.values()
+    vocabulary = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocabulary,
+            list(tokenizer.bpe_ranks),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=end,
+        )
+    )
+    core.add_special_tokens([start, end])
+    core.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.RobertaProcessing(
+        (end, tokenizer.eot_token_id),
+        (start, tokenizer.sot_token_id),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    return core, {"tokenizer_class": "CLIPTokenizer", **names}
+
+
+def _hugging_face(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """A tokenizer of Hugging Face's; what open_clip does to texts before it becomes part of it."""
+    inner = tokenizer.tokenizer
+    core = tokenizers.Tokenizer.from_str(inner.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    before: list[Any] = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if tokenizer.clean_fn is _clean_canonicalize:
+        before = [
+            normalizers.Replace("_", " "),
+            normalizers.Replace(Regex(_PUNCTUATION), ""),
+            *before,
+        ]
+    if tokenizer.clean_fn in (_clean_canonicalize, _clean_lower):
+        before.append(normalizers.Lowercase())
+    core.normalizer = normalizers.Sequence(
+        [*before, *([core.normalizer] if core.normalizer else [])]
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}
+    return core, config | {name: str(token) for name, token in inner.special_tokens_map.items()}
