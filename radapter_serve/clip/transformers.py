@@ -372,7 +372,7 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
         image = Image.fromarray(random.integers(0, 256, shape, np.uint8))
         image = image.resize(target, Image.Resampling.BICUBIC)
         expected = transform(image).numpy()
-        found = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
+        found = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
         if found.shape != expected.shape:
             raise RAdapterError(
                 f"its processor in transformers gives {found.shape}, and open_clip's"
@@ -437,6 +437,8 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
             raise RAdapterError("its vocabulary is not CLIP's")
         processor: Any = AutoImageProcessor.from_pretrained(folder, **local)  # type: ignore[no-untyped-call]
         fields = processor.to_dict()
+        size = fields.get("size") or {}
+        is_squashed = not isinstance(size, int) and dict(size).get("height") is not None
         is_bilinear = int(fields.get("resample", 3)) == Image.Resampling.BILINEAR
         preprocess = {
             "size": model.visual.image_size,
@@ -444,7 +446,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
             "mean": list(fields["image_mean"]),
             "std": list(fields["image_std"]),
             "interpolation": "bilinear" if is_bilinear else "bicubic",
-            "resize_mode": "squash" if "height" in str(fields.get("size")) else "shortest",
+            "resize_mode": "squash" if is_squashed else "shortest",
             "fill_color": 0,
         }
         set_model_preprocess_cfg(model, preprocess)
