@@ -186,15 +186,6 @@ def test_release_says_that_alpha_is_an_input(
         assert not alpha.optional
 
 
-def test_merged_is_the_fold_at_its_own_alpha(
-    dynamic: tuple[Path, ExportedRelease], adapter_path: Path, tiny_base: Base
-) -> None:
-    expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), 0.5)
-    merged = load_file(dynamic[1].merged / "open_clip_model.safetensors")
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[key], expected[key]) for key in expected)
-
-
 def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, ExportedRelease]) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         folder = dynamic[0] / "repository" / name / "1"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.accuracy import open_validation
-from radapter_serve.adapter import Metadata, average_adapters, load_adapter
+from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli.eval import main as evaluate
 from radapter_serve.cli.train import main as train
 from radapter_serve.data import Labelled, load_captioned, load_labelled
@@ -193,13 +193,3 @@ def test_images_in_a_table_are_known_by_their_bytes_and_captions_by_their_image(
     lines = "".join(sorted(f"{hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files))
     digest = held_out_digest(load_labelled("parquet:t.parquet"))
     assert digest == f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
-
-
-def test_an_average_keeps_the_share_that_no_adapter_has_seen(random_adapter: Any) -> None:
-    recipe = {"data": "imagefolder:photos", "val_fraction": 0.25}
-    one, same, other = (
-        random_adapter(held_out=f"sha256:{digest}", recipe=recipe) for digest in "112"
-    )
-    assert average_adapters([one, same]).metadata.held_out == "sha256:1"
-    metadata = average_adapters([one, other]).metadata
-    assert metadata.held_out is None and metadata.recipe == {"data": "imagefolder:photos"}

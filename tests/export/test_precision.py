@@ -427,11 +427,6 @@ def calibrated(tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
     return call
 
 
-def test_some_prompts_of_a_label_set_calibrate(calibrated: Calibrate) -> None:
-    # 300 labels in two templates, and what every calibration has.
-    assert len(calibrated("\n".join(f"thing {number}" for number in range(300)))) == 512 + 10
-
-
 def test_every_name_of_a_label_calibrates(calibrated: Calibrate, tiny_base: Base) -> None:
     found = calibrated("cat, kitty\nsalt\\, pepper\n")
     names = ("cat", "kitty", "salt, pepper")

@@ -116,18 +116,6 @@ def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        module, "__file__", str(tmp_path / "export" / "radapter_export" / "repository.py")
-    )
-    assert module.sources() == tmp_path / "model_repository"
-    packed = tmp_path / "export" / "radapter_export" / "model_repository"
-    packed.mkdir(parents=True)
-    assert module.sources() == packed
-
-
 @pytest.mark.parametrize("lost", ["image_encoder/config.template.pbtxt", "classify/model.py"])
 def test_an_installation_without_its_own_models_is_refused_before_a_graph_is_made(
     lost: str, tiny_clip_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

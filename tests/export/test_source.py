@@ -74,13 +74,6 @@ def test_the_runs_classes_are_a_label_set(
     assert export(run()).facts["label_sets"] == {}
 
 
-def test_classes_that_make_no_label_set_are_said(run: Callable[..., Path], export: Export) -> None:
-    with pytest.raises(
-        RAdapterError, match=r"the run's classes \(.*--label-set classes=FILE\): .*1001 characters"
-    ):
-        export(run(classes=["dog", "x" * 1001]))
-
-
 def test_labels_that_cannot_be_told_apart_are_named(
     run: Callable[..., Path], export: Export, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
