@@ -321,7 +321,10 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
 
     `name` is its subfolder among the merged checkpoints, "" where there is one alone.
     """
-    settings, source, base, repository = job.settings, job.source, job.base, job.repository
+    settings = job.settings
+    source = job.source
+    base = job.base
+    repository = job.repository
     dynamic = source.dynamic_alpha
     say = job.say
 

@@ -145,7 +145,8 @@ def _blocks(ours: str, theirs: str, count: int) -> list[Weight]:
     """The weights of the blocks of one of open_clip's towers."""
     weights = []
     for number in range(count):
-        block, layer = f"{ours}.resblocks.{number}", f"{theirs}.encoder.layers.{number}"
+        block = f"{ours}.resblocks.{number}"
+        layer = f"{theirs}.encoder.layers.{number}"
         weights += _projections(f"{block}.attn.in_proj_{{}}", f"{layer}.self_attn")
         weights += _pairs(block, layer, _BLOCK)
     return weights
@@ -253,8 +254,10 @@ def _siglip_form(model: Any, tokenizer: Any) -> Form:
             "pad_token_id": special.pad_token_id,
         },
     }
-    ours, theirs = "visual.trunk", "vision_model"
-    pool, head = f"{ours}.attn_pool", f"{theirs}.head"
+    ours = "visual.trunk"
+    theirs = "vision_model"
+    pool = f"{ours}.attn_pool"
+    head = f"{theirs}.head"
     places = tuple(trunk.pos_embed.shape[1:])
     position = f"{theirs}.embeddings.position_embedding.weight"
     weights = [
