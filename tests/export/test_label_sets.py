@@ -131,7 +131,7 @@ def test_validation_fits_scores_to_labels_by_text_alone(
     [
         ("", "is not a list of labels; each entry is a label, or has label, images and weight"),
         ("[cat, {label: dog, image: a.png}]", "entry 2: 'image' is unknown"),
-        ("[no]", "entry 1: the label is False, no text; write it in quotes"),
+        ("[no]", "entry 1: the label is False, not text; write it in quotes"),
         ("[{label: cat, images: 3}]", "entry 1: images is 3; allowed: files and folders"),
         ("[{label: cat, images: a.png, weight: .nan}]", "weight is nan"),
         ("[{label: cat, weight: 1}]", "entry 1: weight is for images, and there are none"),
