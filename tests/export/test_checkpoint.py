@@ -210,7 +210,7 @@ BASE = ("--base", "ViT-B-32:openai")
         ([*BASE, "--weights", "1"], "--weights is for several adapters; leave it out"),
         (
             [*BASE, "--validation", "own"],
-            "--validation own is for runs; beside --checkpoint name some",
+            "--validation own is for runs; with --checkpoint name some",
         ),
     ],
 )
