@@ -1,7 +1,7 @@
 """Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers.
 
-The alias COLLECTION names the collection that counts, whose metadata hold the index's facts; to
-switch the alias is to replace the index. The key comes from the environment alone.
+The alias COLLECTION names the current collection, whose metadata hold the index's facts; to switch
+the alias is to replace the index. The key comes from the environment alone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,14 +27,13 @@ from radapter_serve.index.table import EXACT, THUMBNAIL, Hit
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
-TIMEOUT = 10  # seconds for a search, and for a switch of the alias
+TIMEOUT = 10  # seconds for a search
 _PORT = 6333
 _PLACE = re.compile(
     r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII
 )
 
 
-@dataclass(frozen=True)
 class Qdrant:
     """The place of an index in a running Qdrant.
 
@@ -43,46 +41,41 @@ class Qdrant:
         url: `qdrant://HOST:PORT/COLLECTION`, or `qdrants://` for TLS.
 
     Raises:
-        RAdapterError: it is no such place.
+        RAdapterError: the address is another kind.
+
+    Attributes:
+        name: the alias of the index.
     """
 
-    url: str
-
-    def __post_init__(self) -> None:
-        match = _PLACE.fullmatch(self.url)
+    def __init__(self, url: str) -> None:
+        match = _PLACE.fullmatch(url)
         if match is None or not 0 < int(match[3] or _PORT) < 65536:
             raise RAdapterError(
-                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed:"
+                f"{url.rpartition('@')[2]!r:.200} is no place of an index; allowed:"
                 " qdrant://HOST:PORT/COLLECTION (qdrants:// for TLS), and names of letters,"
                 " digits, _, - and ."
             )
+        self.url = url
+        self.name = match[4]
+        self._http = f"http{match[1]}://{match[2]}:{match[3] or _PORT}"
 
-    @property
-    def name(self) -> str:
-        """The alias of the index."""
-        return self._parts[3]
-
-    @property
-    def _parts(self) -> tuple[str, str, str, str]:
-        match = _PLACE.fullmatch(self.url)
-        assert match is not None  # as it was made
-        return match[1], match[2], match[3] or str(_PORT), match[4]
-
-    def client(self, timeout: int | None = None) -> Any:
-        """A client of qdrant-client's, for who may use it by the environment.
-
-        Args:
-            timeout: of a request, in seconds; TIMEOUT if None.
+    def client(self, timeout: int = TIMEOUT) -> Any:
+        """A client of qdrant-client's, with the key in the environment, and the timeout of a
+        request in seconds.
 
         Raises:
             RAdapterError: qdrant-client is not installed.
         """
-        secure, host, port, _ = self._parts
-        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         check_installed("qdrant_client", "qdrant")
-        return _connected(f"http{secure}://{host}:{port}", key, timeout or TIMEOUT)
+        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
+        return _connected(self._http, key, timeout)
 
     def current(self) -> tuple[str, IndexFacts]:
+        """The name of the current collection, and the facts of its index.
+
+        Raises:
+            RAdapterError: there is no index, or Qdrant does not answer as it should.
+        """
         with qdrant_errors(self.url):
             config = self.client().get_collection(self.name).config
         try:
@@ -98,38 +91,30 @@ class Qdrant:
                 raise ValueError(
                     f"its vectors have the width {size} in place of {facts.plan.release.embed_dim}"
                 )
-        except KeyError as error:
-            raise self._broken(f"it lacks {error}") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise self._broken(f"{error}") from None
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}"
+            raise RAdapterError(
+                f"{self.url} holds no index that can be read ({why:.200}); publish it again:"
+                f" radapter-index publish INDEX {self.url}"
+            ) from None
         return generation, facts
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Collection:
+        """Open a collection to search it; Qdrant itself looks after its files."""
         check_installed("qdrant_client", "qdrant")
         return Collection(self, generation, facts)
 
-    def _broken(self, why: str) -> RAdapterError:
-        return RAdapterError(
-            f"{self.url} holds no index that can be read ({why:.200}); publish it again:"
-            f" radapter-index publish INDEX {self.url}"
-        )
-
 
 class Collection:
-    """A collection of Qdrant's, to be searched.
-
-    Args:
-        place: where Qdrant is.
-        name: of the collection.
-        facts: of the index.
-    """
+    """A collection in a running Qdrant, by its name, which holds an index."""
 
     def __init__(self, place: Qdrant, name: str, facts: IndexFacts) -> None:
         self._place = place
         self._name = name
         self._facts = facts
 
-    def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
+    def rows(self, columns: Sequence[str], batch: int) -> Iterator[Any]:
+        """Refuse to read the rows of all images."""
         raise RAdapterError(
             f"{self._place.url} is an index in Qdrant, which can only be searched and shown; give"
             " the index that was published"
@@ -138,15 +123,35 @@ class Collection:
     def find(
         self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
     ) -> list[Hit]:
-        from radapter_serve.index.filters import OWN, to_filter  # here: others need no client
+        """Find the nearest images, as `Table.find`, in any order."""
+        from qdrant_client import models  # here: others need no client
+
+        from radapter_serve.index.filters import OWN, to_filter
 
         types = OWN | self._facts.plan.column_types
         own = {name: kind for name, kind in types.items() if name in self._facts.columns}
         met = None if where is None else to_filter(where, own)
-        with self._search_errors():
-            return self._asked_for(embedding, top_k, met, thumbnails)
+        exact = self._facts.count <= EXACT
+        payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
+        with self._search_errors(), qdrant_errors(self._place.url):
+            answer = self._place.client().query_points(
+                self._name,
+                query=np.asarray(embedding, np.float32).tolist(),
+                query_filter=met,
+                search_params=models.SearchParams(exact=exact, hnsw_ef=max(128, 2 * top_k)),
+                limit=top_k,
+                with_payload=payload,
+            )
+            hits = []
+            for point in answer.points:
+                metadata = {name: point.payload[name] for name in self._facts.columns}
+                image = point.payload.get(THUMBNAIL) if thumbnails else None
+                thumbnail = base64.b64decode(image or "")
+                hits.append(Hit(str(metadata["path"]), float(point.score), metadata, thumbnail))
+            return hits
 
     def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Get the embeddings of those of these images that the index has, as `Table.embeddings`."""
         from qdrant_client import models
 
         any_of = models.FieldCondition(key="path", match=models.MatchAny(any=ids))
@@ -166,7 +171,9 @@ class Collection:
 
     @contextlib.contextmanager
     def _search_errors(self) -> Iterator[None]:
-        """Turn why a search fails into an answer for its caller, and a line in the log."""
+        """Turn the reason of a failed search into an answer for its caller, and a line in the
+        log.
+        """
         try:
             yield
         except RAdapterError as error:
@@ -178,34 +185,6 @@ class Collection:
                 UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}"
             ) from None
 
-    def _asked_for(
-        self, embedding: NDArray[np.float32], top_k: int, met: Any, thumbnails: bool
-    ) -> list[Hit]:
-        from qdrant_client import models
-
-        exact = self._facts.count <= EXACT
-        with qdrant_errors(self._place.url):
-            points = (
-                self._place.client()
-                .query_points(
-                    self._name,
-                    query=np.asarray(embedding, np.float32).tolist(),
-                    query_filter=met,
-                    search_params=models.SearchParams(exact=exact, hnsw_ef=max(128, 2 * top_k)),
-                    limit=top_k,
-                    with_payload=(
-                        True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
-                    ),
-                )
-                .points
-            )
-            return [self._hit(point, thumbnails) for point in points]
-
-    def _hit(self, point: Any, thumbnails: bool) -> Hit:
-        metadata = {name: point.payload[name] for name in self._facts.columns}
-        thumbnail = base64.b64decode(point.payload.get(THUMBNAIL) or "") if thumbnails else b""
-        return Hit(str(metadata["path"]), float(point.score), metadata, thumbnail)
-
 
 def is_collection_of(name: str, collection: str) -> bool:
     """Whether a collection is one that an index's publication made."""
@@ -214,8 +193,8 @@ def is_collection_of(name: str, collection: str) -> bool:
 
 @contextlib.contextmanager
 def qdrant_errors(url: str) -> Iterator[None]:
-    """Turn what Qdrant refuses, or how it fails, into an error for people; nothing that it wrote is
-    repeated.
+    """Turn a refusal or failure of Qdrant's into an error for people, which repeats none of its
+    answer.
     """
     try:
         yield
@@ -232,13 +211,10 @@ def qdrant_errors(url: str) -> Iterator[None]:
         if isinstance(status, int):
             why = f"it answers HTTP {status}" + (f"; see {KEYS[0]}" if status in (401, 403) else "")
         elif type(source).__module__.split(".")[0] == "httpx":
-            why = f"it does not answer as it should ({type(source).__name__}{_said(source)})"
+            text = " ".join(str(source).split())[:120]
+            text = f": {text}" if text.isprintable() and text else ""
+            why = f"it does not answer as it should ({type(source).__name__}{text})"
         raise RAdapterError(f"{url} can't be used: {why}") from None
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())[:120]
-    return f": {text}" if text.isprintable() and text else ""
 
 
 @lru_cache(8)  # one keeps its connections
