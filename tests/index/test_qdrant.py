@@ -247,17 +247,6 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
             open_index(tmp_path / "indexes" / "photos").embeddings(["3.png"])
 
 
-def test_a_long_condition(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
-    put(store, str(photos), tmp_path)
-    index = open_index(tmp_path / "indexes" / "photos")
-    where = " OR ".join(f"width={number}" for number in range(10, 95))
-    assert len(index.search(QUERY, 10, where)) == 8
-    assert not index.search(QUERY, 10, "NOT (" + where + ")")
-    for top_k in (0, 1001):
-        with pytest.raises(TaskError, match="top_k is"):
-            index.search(QUERY, top_k)
-
-
 def test_a_server_goes_over_to_what_was_published_last(
     store: FakeQdrant, photos: Path, tmp_path: Path
 ) -> None:
