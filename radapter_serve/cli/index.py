@@ -55,7 +55,7 @@ def build(
 ) -> None:
     """Make an index of all images of a folder or a table, or of embeddings that are there already.
 
-    A build that was stopped goes on. An index that the same release made of the same images is
+    A stopped build goes on. An index that the same release made of the same images is
     brought up to date. Any other index at OUT is replaced when the new one is complete.
 
     Args:
@@ -78,8 +78,8 @@ def build(
             --no-exif-orientation leaves them as the files have them, as open_clip does.
         on_broken: an image that can't be read stops the build, or is skipped and named in
             OUT/broken.txt.
-        resume: go on with what is embedded already; --no-resume throws a stopped build away and
-            embeds every image again.
+        resume: go on from the images that are embedded already; --no-resume discards a stopped
+            build and embeds every image again.
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
             machine; they need the same paths. This machine reads and embeds if none is given.
         store: where the index is published when it is complete, as by radapter-index publish:
@@ -143,18 +143,18 @@ def add(
     prune: bool = False,
     on_broken: Literal["refuse", "skip"] | None = None,
 ) -> None:
-    """Add what is new or has changed; what is there unchanged is not embedded again.
+    """Add new and changed images; the others are not embedded again.
 
     Args:
-        source: where to look; the source that the index was made of if none is given.
+        source: folder or table to look in; the index's own source if none is given.
         out: folder of the index.
         model_repository: whose served release embeds the images; DIR@N for release N. It must be
-            the one that made the index, which is looked for where it was if no repository and no
+            the one that made the index, which is found by itself if neither a repository nor a
             server is given.
         url: a live server that embeds them instead.
         prune: remove images whose files are gone.
-        on_broken: an image that can't be read stops this, or is skipped and named in
-            OUT/broken.txt; as when the index was built if not given.
+        on_broken: an image that can't be read stops the addition, or is skipped and named in
+            OUT/broken.txt; as in the build if not given.
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import add, made_by
@@ -211,7 +211,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
 
 
 def verify(out: tyro.conf.Positional[Path]) -> int:
-    """Compare an index with the files that it was made of; exits with 1 where they differ.
+    """Compare an index with its files and with the images; exits with 1 if they differ.
 
     Args:
         out: folder of the index.
@@ -221,23 +221,23 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     from radapter_serve.index.verify import verify
 
     with _progress("reading") as progress:
-        found = verify(out, progress=progress)
+        result = verify(out, progress=progress)
     update = f"radapter-index add --out {shlex.quote(str(out))}"
     again = build_command(out, read_facts(out).plan)
     for name, ids, hint in (
-        ("file gone", found.missing, f"{update} --prune removes them"),
-        ("file changed", found.changed, f"{update} embeds them again"),
-        ("not in the index", found.new, f"{update} adds them"),
-        ("embedding damaged", found.damaged, f"{again} --no-resume embeds all again"),
+        ("file gone", result.missing, f"{update} --prune removes them"),
+        ("file changed", result.changed, f"{update} embeds them again"),
+        ("not in the index", result.new, f"{update} adds them"),
+        ("embedding damaged", result.damaged, f"{again} --no-resume embeds all again"),
     ):
         if ids:
             print(f"{name}: {len(ids)}; {hint}")
             print("".join(f"  {id}\n" for id in ids[:_NAMED]), end="")
             if len(ids) > _NAMED:
                 print(f"  ... and {len(ids) - _NAMED} more")
-    if found.ok:
-        print(f"the index, at alpha {found.alpha:g}, and the files agree")
-    return 0 if found.ok else 1
+    if result.ok:
+        print(f"the index, at alpha {result.alpha:g}, and the files agree")
+    return 0 if result.ok else 1
 
 
 def duplicates(
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     with handled(
         signal.default_int_handler, signal.SIGTERM
-    ):  # what is written is put in order as on Ctrl-C
+    ):  # SIGTERM ends a command as Ctrl-C does
         if name in FIRST and asks_for_help(arguments):
             short = options(commands[name], FIRST[name])
             return guard(lambda: show_help(short, prog=f"{PROG} {name}"), arguments, prog=PROG)
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _embeds(loaded: LoadedRelease) -> str:
-    """Which release embeds, in a line."""
+    """A line on the release that embeds."""
     facts = loaded.release
     (place,) = loaded.origin.values()
     return (
@@ -358,7 +358,7 @@ def _embeds(loaded: LoadedRelease) -> str:
 
 
 def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
-    """How to serve an index that was built, and how to search it."""
+    """The commands that serve a new index and search it."""
     from radapter_serve.release.repository import split_repository
 
     repository, number = split_repository(model_repository)

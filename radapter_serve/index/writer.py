@@ -246,7 +246,7 @@ class Writer:
         plan: how the index is made.
         loaded: embeds the images.
         out: folder of the index.
-        schema: of the rows if there are none yet.
+        schema: of the rows; that of the base counts if there is one.
         base: the generation whose rows stay, or None.
         sizes: of a batch, and of an index that needs no FAISS.
     """
@@ -271,8 +271,6 @@ class Writer:
         self._vectors = lru_cache(8)(self._read_vectors)
         if base is not None:
             schema = base.table.schema.append(schema.field(VECTOR))
-        elif self._parts:
-            schema = self._read(0, None).schema
         self._schema = schema
         self._metadata = [
             name for name in schema.names if name not in ("width", "height", THUMBNAIL, VECTOR)

@@ -421,6 +421,27 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(generation(index)) == {FACTS, "rows.arrow", "vectors.npy"}
 
 
+def test_a_stopped_build_of_a_table_goes_on_with_its_types(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    names = [f"deep/er/{number}.JPG" for number in range(8)]
+    days = pa.array(range(8), pa.timestamp("s"))
+    table = pa.table({"image": [*names, "z.png"], "day": [*days, None], "n": range(9)})
+    parquet.write_table(table, photos / "t.parquet")
+    (photos / "z.png").write_bytes(b"broken")
+    with pytest.raises(RAdapterError, match="are kept"):
+        build(f"parquet:{photos / 't.parquet'}", tmp_path / "index", release, sizes=Sizes(batch=4))
+    write(photos / "z.png", 5)
+    summary = build(f"parquet:{photos / 't.parquet'}", tmp_path / "index", again := FakeRelease())
+    assert (summary.count, summary.kept, again.embedded) == (9, 8, 1)
+    index = open_index(tmp_path / "index")
+    (rows,) = index.rows(["day", "n"], 100)
+    assert str(rows.schema.field("day").type) == index.facts.plan.column_types["day"]
+    query = embeds_of(release, [photos / "a.jpg"])[0]
+    hits = index.search(query, 10, "day >= timestamp '1970-01-01 00:00:06' OR day IS NULL")
+    assert {hit.metadata["n"] for hit in hits} == {6, 7, 8}
+
+
 @pytest.mark.parametrize(
     "what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"]
 )
