@@ -15,10 +15,10 @@ from common import RESULTS, Report, say
 from radapter_serve.demo.data import BASE
 from radapter_serve.demo.learn import RECIPES
 from radapter_serve.demo.scenes import prepare_scenes
-from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import load_recipe, train
 
 RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 10)]
@@ -96,8 +96,8 @@ def main() -> None:
                 ),
                 progress=True,
             )
-            embedder = from_adapter(out, [recipe.alpha, 1.0] if lines else [0.0, recipe.alpha, 1.0])
-            rows = evaluate_suite(embedder, suite, Results(out))
+            models = from_adapter(out, [recipe.alpha, 1.0] if lines else [0.0, recipe.alpha, 1.0])
+            rows = evaluate_suite(models, suite, Results(out))
             for alpha in sorted({row.alpha for row in rows}):
                 mine = [row.metrics for row in rows if row.alpha == alpha]
                 cells = [

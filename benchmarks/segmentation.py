@@ -13,8 +13,11 @@ from radapter_serve.adapter import attach_adapter, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.data import load_masked
 from radapter_serve.data.segments import load_segments
-from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.evaluation.classification import (
+    count_hits,
+    evaluation_batches,
+    zero_shot_classifier,
+)
 
 
 def main(

@@ -38,7 +38,7 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.demo.data import BASE
-from radapter_serve.evaluation.results import own_metric
+from radapter_serve.evaluation.rows import own_metric
 from radapter_serve.threads import limit_threads
 from radapter_serve.training.loss import pairwise_sigmoid
 from rivals.benchmark import load_benchmark

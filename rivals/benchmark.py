@@ -12,7 +12,7 @@ from typing import Any
 
 from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.files import read_yaml

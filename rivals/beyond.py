@@ -22,7 +22,7 @@ import tyro
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.results import by_shift, own_metric
+from radapter_serve.evaluation.rows import by_shift, own_metric
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import choose
 from rivals.flags import Flags, check_seeds

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
-from radapter_serve.evaluation.overlap import Overlap
-from radapter_serve.evaluation.results import by_shift, own_metric
-from radapter_serve.evaluation.row import Row, unpacked
+from radapter_serve.evaluation.image_sets import EvaluationSet
+from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
+from radapter_serve.evaluation.run import Overlap
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
@@ -133,7 +132,7 @@ class Cells:
     def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
         sets = self._open(split)
         entries = [_spelled(data.entry) for data in sets]
-        facts = [[data.facts.set_digest for data in sets], entries, list(alphas)]
+        facts = [[data.set_digest for data in sets], entries, list(alphas)]
         return run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
 
     @cached_property

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from numpy.typing import NDArray
 
 from radapter_serve.clip.base import Base
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.contract.probabilities import class_probabilities
-from radapter_serve.evaluation.embedder import (
-    Embedder,
-    NoSuchWay,
-    SegmentImage,
-    SegmentQuery,
-    Variant,
-)
-from radapter_serve.evaluation.evaluate import evaluate
-from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.clip.towers import normalised
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.row import ModelFacts, Row
-from radapter_serve.evaluation.torch_embedder import Interpolation, TorchEmbedder
+from radapter_serve.evaluation.models import (
+    Candidate,
+    Change,
+    NoSuchWay,
+    in_torch,
+)
+from radapter_serve.evaluation.rows import Row
+from radapter_serve.evaluation.run import evaluate
 from rivals.run import Run
-from rivals.system import Learned, System
-
-TEMPLATES = ["a photo of a {}."]  # for sets that bring none
+from rivals.system import Learned
 
 
 def judge(
@@ -45,16 +41,13 @@ def judge(
         alphas: points on the line from the start, 0, to the end, 1.
 
     Returns:
-        Rows as of `radapter_serve.evaluation.evaluate`, a set after the other, for each α.
+        Rows as of `radapter_serve.evaluation.run.evaluate`, a set after the other, for each α.
     """
-    embedder = embedder_of(learned, run, alphas)
-    if embedder is None:
-        own = SystemEmbedder(learned, run.base, alphas)
-        return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
-    return [row for data in sets for row in evaluate(embedder, data)]
+    models = models_of(learned, run, alphas) or systems_of(learned, run.base, alphas)
+    return [row for data in sets for row in evaluate(models, data)]
 
 
-def embedder_of(learned: Learned, run: Run, alphas: Sequence[float]) -> TorchEmbedder | None:
+def models_of(learned: Learned, run: Run, alphas: Sequence[float]) -> list[Candidate] | None:
     """Points on the line of a system that is a plain CLIP, as `radapter-eval` embeds by it; None
     where it is none.
 
@@ -67,82 +60,86 @@ def embedder_of(learned: Learned, run: Run, alphas: Sequence[float]) -> TorchEmb
         return None
     start = base.model.state_dict()
     changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
-    line = Interpolation(
+    line = Change(
         type(learned.system).__name__,
         {key: change for key, change in changes.items() if change.any()},
     )
     crop = run.recipe.mask_crop(base.preprocess["mean"])
-    return TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
+    return in_torch(base, [line], alphas, crop=crop)
 
 
-class SystemEmbedder(Embedder):
-    """A system at points of its line, as evaluation asks for models.
+def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[Candidate]:
+    """A system at points of its line, with the preprocessing of a base."""
+    encoder = SystemEncoder(learned, base)
+    models: list[Candidate] = []
+    for model in in_torch(base, [Change(type(learned.system).__name__, {})], alphas):
+        assert model.alpha is not None
+        scale = learned.at(model.alpha).factor
+        release = dataclasses.replace(
+            model.loaded.release, dynamic_alpha=True, logit_scale=scale, logit_bias=None
+        )
+        loaded = LoadedRelease(release, encoder, encoder)
+        models.append(SystemModel(model.source, model.alpha, model.facts, loaded))
+    return models
 
-    Args:
-        learned, alphas: as of `judge`.
-        base: whose preprocessing is used.
+
+class SystemModel(Candidate):
+    """A system at a point of its line: it embeds classes all at once, for two of one name may
+    differ.
     """
 
-    def __init__(self, learned: Learned, base: Base, alphas: Sequence[float]) -> None:
-        self._learned = learned
-        self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-        preprocess = Preprocess.from_dict(base.preprocess)
-        self.templates = TEMPLATES
-        self.size = preprocess.size[0]
-        self.exif_orientation = preprocess.exif_orientation
-        self.crop = MaskCrop.filled_with(base.preprocess["mean"])
-        facts = ModelFacts(model=base.name, pretrained=base.pretrained, precision="fp32")
-        self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]
-
-    @property
-    def system(self) -> System:
-        """As it is selected now."""
-        return self._learned.system
-
-    def select(self, variant: Variant) -> None:
-        assert variant.alpha is not None
-        self._learned.at(variant.alpha)
-
-    def prepare(self, data: bytes) -> Any:
-        return self._transform(decode(data))  # type: ignore[arg-type]
-
-    @torch.inference_mode()
-    def embed_images(self, items: Sequence[Any]) -> Floats:
-        return _numpy(self.system.embed_images(torch.stack(list(items)).to(self.system.device)))
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        return _numpy(self.system.embed_texts(texts))
-
-    @torch.inference_mode()
-    def known(self, data: EvaluationSet) -> dict[Any, Known]:
-        """The set's classes as the system at each point embeds them, all at once: two of one name
-        may differ.
-        """
-        known: dict[Any, Known] = {}
-        if isinstance(data, ClassificationSet):
-            templates = tuple(data.templates or self.templates)
-            for variant in self.variants:
-                self.select(variant)
-                embeds = _numpy(self.system.embed_classes(data.prompted, templates))
-                known[variant.key] = {(templates, tuple(data.prompted)): embeds}
-        return known
-
-    def probabilities(self, scores: Floats) -> Floats:
-        """Scores [N, C] to probabilities, float32 [N, C]."""
-        return class_probabilities(scores, self.system.factor)
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
+        encoder = self.loaded.encoder
+        assert isinstance(encoder, SystemEncoder) and self.alpha is not None
+        return encoder.classes(self.alpha, tuple(classes), tuple(templates))
 
     def way(self, dense: str | None) -> str:
         raise NoSuchWay(
-            f"{type(self.system).__name__} is no plain CLIP, so it can't segment; leave it out by"
-            " --only"
+            f"{self.source} is no plain CLIP, so it can't segment; leave it out by --only"
         )
 
-    def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
+
+class SystemEncoder:
+    """`Encoder` and tokenizer of a system, whose α is the point on its line."""
+
+    def __init__(self, learned: Learned, base: Base) -> None:
+        self._learned = learned
+        self._preprocess = base.preprocess
+        self._classes: dict[tuple[Any, ...], Floats] = {}
+
+    @torch.inference_mode()
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
+        assert alpha is not None
+        system = self._learned.at(float(alpha[0, 0]))
+        return _numpy(system.embed_images(normalised(pixels, self._preprocess, system.device)))
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
         raise NotImplementedError
 
+    @torch.inference_mode()
+    def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> Floats:
+        assert alpha is not None
+        return _numpy(self._learned.at(float(alpha[0, 0])).embed_texts(list(tokens)))
+
+    @torch.inference_mode()
+    def classes(self, alpha: float, classes: tuple[str, ...], templates: tuple[str, ...]) -> Floats:
+        """Embeddings of classes by the system at a point, float32 [C, D]."""
+        key = (alpha, classes, templates)
+        if key not in self._classes:
+            embeds = self._learned.at(alpha).embed_classes(list(classes), templates)
+            self._classes[key] = _numpy(embeds)
+        return self._classes[key]
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Texts as they are: the system has the tokenizer."""
+        return [[text] for text in texts]
+
+    def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
+        """The texts of rows."""
+        return np.array([text for (text,) in rows], object)
+
     def close(self) -> None:
-        """Nothing is held."""
+        """The system goes with its last user."""
 
 
 def _numpy(values: torch.Tensor) -> Floats:

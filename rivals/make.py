@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
-from radapter_serve.evaluation.results import by_shift
+from radapter_serve.evaluation.rows import by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import CHOICES, Choice, choose, differing

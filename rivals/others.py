@@ -34,7 +34,7 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
 from radapter_serve.evaluation.metrics import average_precisions
-from radapter_serve.evaluation.row import packed, unpacked
+from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.hub import LOCAL
 from radapter_serve.threads import limit_threads
 from radapter_serve.training import Recipe

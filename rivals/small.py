@@ -23,8 +23,7 @@ from radapter_serve import evaluate, train
 from radapter_serve.cli import run as run_command
 from radapter_serve.contract.labels import split_label
 from radapter_serve.demo.data import BASE
-from radapter_serve.evaluation.results import own_metric
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.rows import Row, own_metric
 from radapter_serve.files import staged
 from radapter_serve.training import Run
 from radapter_serve.training.tasks import Data

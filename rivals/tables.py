@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.evaluation.results import by_shift, metric_name, own_metric
+from radapter_serve.evaluation.rows import by_shift, metric_name, own_metric
 from rivals.adaptformer import AdaptFormer
 from rivals.cells import Judged
 from rivals.clipood import CLIPood

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.data import Labelled
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.rows import Row
 from radapter_serve.training.tasks import Data
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread

@@ -20,14 +20,13 @@ from scipy.special import entr
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.evaluate import evaluate_scored
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
-from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.models import Candidate
+from radapter_serve.evaluation.run import evaluate_scored
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.torch_embedder import TorchEmbedder
 from rivals.flags import Flags, check_seeds
-from rivals.judge import embedder_of
+from rivals.judge import models_of
 from rivals.layout import markdown, spread, with_interval
 from rivals.make import command_line, machine, publish, say
 from rivals.method import Method, learned
@@ -150,13 +149,13 @@ def outcomes(answers: Mapping[str, Answers], validation: Answers) -> dict[str, d
     return found
 
 
-def answers_of(embedder: TorchEmbedder, data: EvaluationSet) -> Answers:
-    """What the embedder's models say of a set of images with one label each."""
+def answers_of(models: Sequence[Candidate], data: EvaluationSet) -> Answers:
+    """What models say of a set of images with one label each."""
     if not isinstance(data, ClassificationSet):
         raise RAdapterError(f"{data.entry.name} is no set of images with one label each")
-    scored = evaluate_scored(embedder, data)
+    scored = evaluate_scored(models, data)
     # R-Adapter does not learn the scale, so that of any α is that of all.
-    found = [embedder.probabilities(one.cosines) for one in scored if one.cosines is not None]
+    found = [models[0].probabilities(one.cosines) for one in scored if one.cosines is not None]
     return Answers.of(found, np.asarray(data.labels))
 
 
@@ -208,10 +207,10 @@ def unlabelled(
     for seed in seeds:
         say(f"{ROW}, seed {seed}")
         run = Run({**benchmark.given, "seed": seed}, flags.out / "learned")
-        embedder = embedder_of(learned(method, run), run.of(method.settings), GRID)
-        assert embedder is not None  # R-Adapter's end is a plain CLIP
-        answers = {data.entry.name: answers_of(embedder, data) for data in sets}
-        found.append(outcomes(answers, answers_of(embedder, validation)))
+        models = models_of(learned(method, run), run.of(method.settings), GRID)
+        assert models is not None  # R-Adapter's end is a plain CLIP
+        answers = {data.entry.name: answers_of(models, data) for data in sets}
+        found.append(outcomes(answers, answers_of(models, validation)))
     parts = [
         "# α without labels",
         f"`{command_line('rivals.unlabelled')}`, {datetime.date.today()}, {machine()}.\n"

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from radapter_export.settings import NONE, OWN
 from radapter_serve.adapter import Metadata
@@ -17,15 +16,16 @@ from radapter_serve.data.held_out import OtherImages
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
-from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
-from radapter_serve.evaluation.evaluate import Scored, evaluate_scored
-from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.image_sets import ClassificationSet, SeveralLabelsSet
+from radapter_serve.evaluation.image_sets import (
+    ClassificationSet,
+    EvaluationSet,
+    SeveralLabelsSet,
+)
 from radapter_serve.evaluation.metrics import check_finite
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-from radapter_serve.evaluation.run import own_validation
-from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.torch_embedder import from_attached
+from radapter_serve.evaluation.models import Candidate, Change, from_release, in_torch
+from radapter_serve.evaluation.run import Scored, evaluate_scored
+from radapter_serve.evaluation.sets import open_set, own_validation
+from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.confidence import Confidence
 from radapter_serve.release.release import Release
 
@@ -103,31 +103,35 @@ class Validation:
             RAdapterError: the release loses more than `max_drop`; an image can't be read.
         """
         entry = self.data.entry
-        release = ReleaseEmbedder(loaded)
+        [release] = from_release(loaded)
         # 80 templates of 1,000 labels take minutes, and label sets have them. With examples mixed
         # in, they are other embeddings than the texts'.
-        key = release.variants[0].key
         by_example = loaded.release.sets_by_example
-        known: dict[Any, Known] = {
-            key: {
-                (label_set.templates, line): embed
-                for name, label_set in loaded.label_sets.items()
-                if name not in by_example
-                for line, embed in zip(label_set.lines, check_finite(label_set.embeds), strict=True)
-            }
-        }
+        for name, label_set in loaded.label_sets.items():
+            if name not in by_example:
+                embeds = check_finite(label_set.embeds)
+                for line, embed in zip(label_set.lines, embeds, strict=True):
+                    release.known[label_set.templates, line] = embed
 
-        def score(name: str, embedder: Embedder) -> tuple[Scored, float]:
+        def score(name: str, model: Candidate) -> tuple[Scored, float]:
             say(f"{entry.data}: embedding its texts by {name}")
             [scored] = evaluate_scored(
-                embedder,
+                [model],
                 self.data,
-                known=known,
                 progress=lambda done, n: say(f"{entry.data}: {done} of {n} images by {name}"),
             )
             return scored, round(100 * scored.row.metrics[scored.row.metric], 3)
 
-        _, by_torch = score("torch", from_attached(base, alpha, templates, crop=crop))
+        # The base stays on its device: adapters behind activations would not move with it.
+        [attached] = in_torch(
+            base,
+            [Change("adapter", {})],
+            [alpha],
+            templates=templates,
+            crop=crop,
+            device=str(next(base.model.parameters()).device),
+        )
+        _, by_torch = score("torch", attached)
         scored, by_release = score("release", release)
         drop = round(by_torch - by_release, 3)
         if not drop <= self.max_drop:  # NaN, too
@@ -142,7 +146,7 @@ class Validation:
 
         # Calibrated scores, where the data has classes that `classify` would choose from.
         data = self.data
-        if not isinstance(data, ClassificationSet) or data.members or scored.cosines is None:
+        if not isinstance(data, ClassificationSet) or scored.cosines is None:
             return Measured(accuracy)
         if isinstance(data, SeveralLabelsSet):
             line = (

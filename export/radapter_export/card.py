@@ -9,7 +9,7 @@ from pathlib import PurePath
 from huggingface_hub import EvalResult, ModelCardData
 
 from radapter_serve.adapter import Metadata
-from radapter_serve.evaluation.results import KEPT
+from radapter_serve.evaluation.rows import KEPT
 from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
 

@@ -120,7 +120,7 @@ def _agreement(done: Export, settings: ExportSettings, seconds: float) -> Table:
 
 def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> Iterator[str]:
     """A line for each measurement of a release, and one where there should have been some."""
-    from radapter_serve.evaluation.results import metric_name
+    from radapter_serve.evaluation.rows import metric_name
 
     for written in releases:
         release = written.release

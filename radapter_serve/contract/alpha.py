@@ -44,10 +44,3 @@ def request_alpha(given: float | None, own: float, *, dynamic: bool) -> float | 
             " radapter-export --alpha dynamic makes one that takes any"
         )
     return None
-
-
-def at(encode: Encode, alpha: float | None) -> Encode:
-    """An encoder at one α for all rows; None where it has no α."""
-    if alpha is None:
-        return encode
-    return lambda values: encode(values, np.full((len(values), 1), alpha, np.float32))

@@ -39,9 +39,6 @@ def is_image_file(name: str) -> bool:
 def list_images(folder: Path) -> ImageFiles:
     """List the images in a folder and in all folders in it; hidden ones are left out, links are
     followed once.
-
-    Raises:
-        RAdapterError: one of the folders can't be read.
     """
     images = []
     left_out: Counter[str] = Counter()

@@ -29,13 +29,6 @@ _COMMA = re.compile(r"(?<!\\),")
 def read_label_file(path: str | Path) -> list[str]:
     """Read a label file: UTF-8, one class a line, synonyms after commas; blank lines and `#`
     comments are skipped.
-
-    Returns:
-        The classes in the file's order, synonyms and all ("cat, kitty").
-
-    Raises:
-        RAdapterError: no such file, not text, no class in it, or a class named twice (with the
-            line's number).
     """
     seen: dict[str, int] = {}
     labels = []
@@ -57,10 +50,6 @@ def read_label_file(path: str | Path) -> list[str]:
 def read_templates(source: str | Path | Sequence[str]) -> list[str]:
     """Prompt templates from a list, the name of a built-in set ("simple", "vild"), one template, or
     a file.
-
-    Raises:
-        RAdapterError: a template without `{}`, where the label goes, or too long a one, or no such
-            file.
     """
     if isinstance(source, (str, Path)):
         text = str(source)
@@ -99,16 +88,8 @@ def mean_embeddings(
     labels: Sequence[str],
     templates: Sequence[str],
 ) -> NDArray[np.float32]:
-    """Embed labels: the mean over all prompts of a label (its names x the templates), made unit
-    length.
-
-    Args:
-        embed_texts: texts, each once, to float32 [N, D] of unit length.
-        labels: C of them, with synonyms after commas.
-        templates: with `{}` for the name.
-
-    Returns:
-        float32 [C, D].
+    """Embed C labels, float32 [C, D]: the mean over all prompts of a label (its names x the
+    templates), made unit length. `embed_texts` takes each text once, to unit length [N, D].
     """
     prompts = [prompts_of(split_label(label), templates) for label in labels]
     texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
@@ -123,12 +104,8 @@ def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:
 def means_of(
     prompts: Sequence[Sequence[str]], texts: Sequence[str], embeds: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The mean over the prompts of each label, made unit length, float32 [C, D].
-
-    Args:
-        prompts: of each label.
-        texts: all prompts, each once.
-        embeds: of the texts, float32 [N, D].
+    """The mean over the prompts of each label, made unit length, float32 [C, D], from the
+    embeddings of all texts, each once, [N, D].
     """
     rows = {text: row for row, text in enumerate(texts)}
     means = np.stack([embeds[[rows[text] for text in own]].mean(axis=0) for own in prompts])
@@ -137,11 +114,7 @@ def means_of(
 
 
 def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
-    """Each label's names.
-
-    Raises:
-        TaskError: no labels, an empty, a repeated or too long a one.
-    """
+    """Each label's names; an empty, a repeated or too long a label is an error."""
     if not labels:
         raise TaskError(NO_LABELS, "no labels; give at least one")
     names: dict[str, list[str]] = {}
@@ -186,10 +159,6 @@ def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") ->
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
     """Raise a `TaskError` where the labels and templates of one request would make too many or too
     long prompts.
-
-    Args:
-        lists: labels and templates that the request brings; several pairs where its images have
-            lists of their own.
     """
     prompts = characters = 0
     for labels, templates in lists:

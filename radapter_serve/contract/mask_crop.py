@@ -37,12 +37,7 @@ class MaskCrop:
     def filled_with(
         cls, mean: Sequence[float], *, padding: float = 0.0, square: bool = True
     ) -> MaskCrop:
-        """A crop that is filled with the mean of an encoder.
-
-        Args:
-            mean: RGB in [0, 1] that the encoder subtracts.
-            padding, square: as of the class.
-        """
+        """A crop that is filled with the mean that an encoder subtracts, RGB in [0, 1]."""
         red, green, blue = (round(255 * value) for value in mean)
         return cls(padding, square, (red, green, blue))
 
@@ -63,11 +58,7 @@ class MaskCrop:
         return longer + 2 * round(self.padding * longer)
 
     def box(self, mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-        """The first column and row of a mask, and those behind its last.
-
-        Raises:
-            TaskError: the mask is empty, or its crop is too large.
-        """
+        """The first column and row of a mask, and those behind its last."""
         rows = np.flatnonzero(mask.any(1))
         columns = np.flatnonzero(mask.any(0))
         if not len(rows):
@@ -85,19 +76,10 @@ class MaskCrop:
         return left, top, right, bottom
 
     def __call__(self, image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-        """Crop an image to a mask.
+        """Crop an image of any mode to a mask of its size, bool [H, W].
 
-        Args:
-            image: any mode, as `decode` gives it.
-            mask: bool [H, W], the image's size, true inside.
-
-        Returns:
-            RGB and square: of the box's own pixels where `square`, else its shorter side is
-                stretched to the longer.
-
-        Raises:
-            TaskError: the mask is empty or of another size than the image, or its crop is too
-                large.
+        The crop is RGB and square: of the box's own pixels where `square`, else its shorter side is
+        stretched to the longer.
         """
         mask = np.asarray(mask, bool)
         if mask.shape != (image.height, image.width):

@@ -107,14 +107,7 @@ class Turns:
 
     @contextlib.contextmanager
     def __call__(self, cancelled: Cancelled | None = None) -> Iterator[None]:
-        """Wait for a turn, and have it until the block ends.
-
-        Args:
-            cancelled: asked while this waits.
-
-        Raises:
-            TaskError: cancelled, or too many wait.
-        """
+        """Wait for a turn, and have it until the block ends; too many that wait are refused."""
         turn = threading.Event()
         with self._lock:
             if len(self._queue) >= self._places + self.max_waiting:
@@ -141,14 +134,8 @@ LARGE_IMAGES = Turns()  # of this process
 
 @contextlib.contextmanager
 def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
-    """The block in which an image may be decoded: a large one when those before it are done.
-
-    Args:
-        file: the image; a small one waits for nothing.
-        cancelled: asked before the block, and while a large one waits.
-
-    Raises:
-        TaskError: cancelled.
+    """The block in which an image may be decoded: a large one when those before it are done, a
+    small one at once.
     """
     check_cancelled(cancelled)
     with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
@@ -156,15 +143,8 @@ def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
 
 
 def oriented(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says, so that a photo taken with the phone held upright
-    is upright.
-
-    Args:
-        image: as Pillow opened it.
-
-    Returns:
-        The turned image without an orientation in its EXIF, so that nothing turns it twice; the
-        same image where there is nothing to turn, or where its EXIF cannot be read.
+    """Turn an image as its EXIF orientation says; the same image where there is nothing to turn, or
+    where its EXIF cannot be read. A turned one has no orientation, so that nothing turns it twice.
     """
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
@@ -177,13 +157,8 @@ def oriented(image: Image.Image) -> Image.Image:
 
 
 def read_header(data: bytes | ImageFile) -> ImageFile:
-    """Read the header of an image; of one whose header has been read, that again.
-
-    Args:
-        data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
-
-    Raises:
-        TaskError: not an image of the formats that are read, or too large.
+    """Read the header of an image file, which may be base64 text, with or without a `data:` URI in
+    front; of one whose header has been read, return that.
     """
     if isinstance(data, ImageFile):
         return data
@@ -218,12 +193,7 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
 
 
 def read_headers(images: Sequence[bytes | ImageFile]) -> list[ImageFile]:
-    """Read the headers of all images of a request.
-
-    Raises:
-        TaskError: as of `read_header`, and which image it is where there are several; they have
-            too many pixels together.
-    """
+    """Read the headers of all images of a request; errors say which image it is."""
     files = []
     for number, image in enumerate(images, 1):
         try:
@@ -251,16 +221,8 @@ def check_request(files: Sequence[ImageFile]) -> None:
 def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
     """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
 
-    Args:
-        data: as `read_header` takes and gives it.
-        exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has
-            them, as open_clip does.
-
-    Returns:
-        The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
-
-    Raises:
-        TaskError: not an image of these formats, broken, truncated, or too large.
+    Its mode is not converted, but of 16 bits of gray the upper 8 are kept. Without
+    `exif_orientation` the pixels stay as the file has them, as in open_clip.
     """
     return _loaded(_open(read_header(data).data), exif_orientation)
 
@@ -268,9 +230,6 @@ def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.I
 def verify(data: bytes) -> None:
     """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of
     their size. Thread-safe.
-
-    Raises:
-        TaskError: as `decode` does.
     """
     file = read_header(data)
     image = _open(file.data)
@@ -287,15 +246,6 @@ def decode_into(
 ) -> None:
     """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
     in memory, and those who wait have turns.
-
-    Args:
-        data: as `read_header` takes and gives it.
-        preprocess: of the release.
-        out: uint8 [H, W, 3].
-        cancelled: asked while this waits for its turn.
-
-    Raises:
-        TaskError: as `decode` and `preprocess` do, and where anything else fails; cancelled.
     """
     try:
         file = read_header(data)
@@ -407,18 +357,8 @@ class Preprocess:
     def __call__(
         self, image: Image.Image, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
-        """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
-
-        Args:
-            image: as `decode` gives it, of any mode, turned already.
-            out: uint8 [H, W, 3] to write into; a new array if None.
-
-        Returns:
-            uint8 [H, W, 3], RGB.
-
-        Raises:
-            TaskError: the image is so long and thin that resizing its short side would make it
-                huge.
+        """Resize, crop or pad, and only then convert to RGB, the order of open_clip: an image as
+        `decode` gives it to uint8 [H, W, 3], in `out` if given.
         """
         height, width = self.size
         image = self.resize(image)
@@ -433,11 +373,8 @@ class Preprocess:
         return out
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The first step alone, mode not converted.
-
-        Raises:
-            TaskError: the image is so long and thin that resizing its short side would make it
-                huge.
+        """The first step alone, mode not converted. An image so long and thin that resizing its
+        short side would make it huge is refused.
         """
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
@@ -446,12 +383,7 @@ class Preprocess:
         return image if target == image.size else image.resize(target, resample)
 
     def check(self, width: int, height: int) -> None:
-        """Raise what `resize` would raise of an image, whether it is turned or not.
-
-        Args:
-            width: of the image in pixels.
-            height: likewise.
-        """
+        """Raise what `resize` would raise of an image, whether it is turned or not."""
         try:
             self.resized(width, height)
         except TaskError as error:
@@ -461,11 +393,7 @@ class Preprocess:
                 raise error from None
 
     def resized(self, image_width: int, image_height: int) -> tuple[int, int]:
-        """The width and the height that `resize` gives an image.
-
-        Raises:
-            TaskError: as `resize` does.
-        """
+        """The width and the height that `resize` gives an image."""
         height, width = self.size
         if self.resize_mode == "squash":
             target = (width, height)

@@ -44,13 +44,6 @@ def best_class(
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """The best label of each place and its probability, as `class_probabilities` has them, without
     the probabilities of the others.
-
-    Args:
-        cosines: of the labels with the places, float32 [C, N], each label's side by side; used up.
-        logit_scale, logit_bias: as of `class_probabilities`.
-
-    Returns:
-        The index of the label, of equal ones the first, intp [N], and its probability, float32 [N].
     """
     greatest = cosines.max(0)
     winners = cosines == greatest
@@ -71,14 +64,6 @@ def indistinguishable(
 ) -> list[tuple[str, str]]:
     """The labels that the text tower can't tell apart from an earlier one: every image scores both
     alike.
-
-    Args:
-        labels: C names.
-        embeddings: of the labels, unit length, [C, D].
-
-    Returns:
-        Pairs of labels whose cosine is above 0.9999, each label at most once as the second of a
-        pair, with the first label that is its like.
     """
     pairs = []
     for start in range(0, len(labels), _BLOCK):

@@ -17,8 +17,6 @@ import regex
 import tokenizers
 from numpy.typing import NDArray
 
-from radapter_serve.contract.alpha import Alpha, Encode
-from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.errors import RAdapterError, reason
 
 # Long words are rare and could fill the memory.
@@ -49,14 +47,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
-        """Read a tokenizer.
-
-        Args:
-            path: `tokenizer.json` in the format of Hugging Face `tokenizers`.
-            spec: the `tokenizer` entry of a release.
-
-        Raises:
-            RAdapterError: the file is missing or broken.
+        """Read `tokenizer.json`, in the format of Hugging Face `tokenizers`, by the `tokenizer`
+        entry of a release.
         """
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
@@ -84,40 +76,6 @@ class Tokenizer:
         for out, row in zip(tokens, rows, strict=True):
             out[: len(row)] = row
         return tokens
-
-
-def embed_texts(
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
-    encode_tokens: Encode,
-    max_batch_size: int,
-    cancelled: Cancelled | None = None,
-    alpha: Alpha | None = None,
-) -> NDArray[np.float32]:
-    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`; `alpha` has
-    the α of each.
-
-    Raises:
-        TaskError: `cancelled`, asked before each batch but the first, said yes.
-    """
-    if not texts:
-        return np.zeros((0, 0), np.float32)
-    rows = tokenizer.encode(texts)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    batches = [
-        order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)
-    ]
-    embeds: list[NDArray[np.float32]] = []
-    for batch in batches:
-        if embeds:
-            check_cancelled(cancelled)
-        tokens = tokenizer.batch([rows[index] for index in batch])
-        embeds.append(
-            encode_tokens(tokens) if alpha is None else encode_tokens(tokens, alpha[batch])
-        )
-    result = np.empty((len(rows), embeds[0].shape[1]), np.float32)
-    result[order] = np.concatenate(embeds)
-    return result
 
 
 class _ClipRows:

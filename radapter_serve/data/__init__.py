@@ -20,8 +20,7 @@ if TYPE_CHECKING:
         load_labelled,
         split_classes,
     )
-    from radapter_serve.data.masked import load_masked
-    from radapter_serve.data.masks import IGNORE, Masked, MaskedImage
+    from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, load_masked
     from radapter_serve.data.rows import (
         READERS,
         BrokenImage,
@@ -79,7 +78,7 @@ _HOME = {
     "imagenet_classes": ".classes",
     "load_captioned": ".captions",
     "load_labelled": ".labelled",
-    "load_masked": ".masked",
+    "load_masked": ".masks",
     "open_rows": ".rows",
     "refuse_wordnet_ids": ".classes",
     "run_data": ".runs",

@@ -91,9 +91,6 @@ class Captioned(ImageColumn):
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
         """The data without a share of the images, drawn by the seed, and that share; captions stay
         with their image.
-
-        Raises:
-            RAdapterError: there is one image alone.
         """
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = share_of(len(images), fraction)
@@ -130,23 +127,7 @@ def load_captioned(
     streaming: bool = False,
     broken: list[str] | None = None,
 ) -> Captioned:
-    """Open images with captions; rows of the same image belong together.
-
-    Args:
-        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`; `karpathy:FILE@SPLIT` is a
-            file of Karpathy's splits, `@train+restval` two of them as one.
-        image_column: paths, bytes or images.
-        caption_column: a text or a list of texts; `json.caption` is the field of a column `json`.
-        captions_per_image: texts of a training pair, 1 or more.
-        images: folder that relative paths start from; None takes that of the file.
-        streaming: read row by row.
-        broken: takes the names of rows without a caption, which are then left out; None refuses
-            them.
-
-    Raises:
-        RAdapterError: it can't be read, a column is missing, a caption is empty, or no image has as
-            many captions.
-    """
+    """Open images with captions; rows of the same image belong together."""
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
     rows = open_rows(spec, columns, streaming=streaming)
     table = rows.table

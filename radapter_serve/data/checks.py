@@ -36,11 +36,6 @@ def broken_images(
     """Images that are missing or can't be decoded, a line each.
 
     Every file that the data names is looked for, also those that are not decoded.
-
-    Args:
-        data: a stream is not read.
-        max_decoded: images that are decoded, evenly spread.
-        progress: show how far it is.
     """
     images = _images(data)
     count = len(images.rows)

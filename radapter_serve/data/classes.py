@@ -1,17 +1,22 @@
-"""The name that a prompt has for each class of a data set: the data's own, of a class file, or
-CLIP's for ImageNet.
+"""Names of classes for prompts: the data's own, those of a class file, or CLIP's for ImageNet; and
+the class files of masks, which name ids.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 IMAGENET = "imagenet"
+IGNORED_NAMES = ("unlabeled", "void", "ignore")
+_CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -67,9 +72,6 @@ def prompt_names(
 
     Returns:
         The data's own name of each class, and its name for prompts with synonyms after commas.
-
-    Raises:
-        RAdapterError: no names, or those of the file do not match the data's.
     """
     if classes is None:
         own, shown = _without_file(own, spec, whole)
@@ -204,3 +206,66 @@ def some(names: Sequence[str]) -> str:
     """Some names for a message, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more or "none"
+
+
+def read_class_ids(path: Path) -> dict[int, str]:
+    """Read a class file: one class a line, from id 0, or JSON or YAML that maps id to name."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        numbered = dict(enumerate(read_label_file(path)))
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+        if blank is not None:
+            raise RAdapterError(
+                f"{path}, line {blank} is blank: fill it (an id without a class is `unlabeled`), or"
+                " remove it"
+            )
+        return numbered
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise RAdapterError(f"cannot read the classes {path}: {reason(error)}") from None
+    wrong = RAdapterError(
+        f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
+    )
+    if not isinstance(values, dict) or not values:
+        raise wrong
+    names: dict[int, str] = {}
+    for id_, name in values.items():
+        if not str(id_).isdecimal() or not isinstance(name, str) or not split_label(name):
+            raise RAdapterError(f"{wrong}; it has {id_!r}: {name!r}")
+        names[int(id_)] = name
+    return names
+
+
+def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
+    """The number of each id's class, and the classes in the order of these numbers, synonyms after
+    commas.
+    """
+    entries: dict[str, str] = {}
+    index: dict[int, int] = {}
+    for id_, name in names.items():
+        first = split_label(name)[0]
+        if first.lower() in IGNORED_NAMES:
+            continue
+        entries.setdefault(first, join_label(split_label(name)))
+        index[id_] = list(entries).index(first)
+    if not index:
+        raise RAdapterError("the classes name nothing but what is ignored; name one class or more")
+    return index, list(entries.values())
+
+
+def find_class_file(folder: Path) -> Path:
+    """The class file in a folder or beside it."""
+    if not folder.is_dir():
+        raise RAdapterError(f"no folder {folder}; it should hold images/, masks/ and a class file")
+    for parent in (folder, folder.parent):
+        for name in _CLASS_FILES:
+            if (parent / name).is_file():
+                return parent / name
+    raise RAdapterError(
+        f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the"
+        " first is id 0), or name a file: --classes FILE, or `classes` in a suite"
+    )

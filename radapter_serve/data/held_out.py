@@ -23,10 +23,6 @@ class OtherImages(RAdapterError):
 def held_out_digest(data: Labelled | Captioned | Masked | SegmentCrops) -> str:
     """`sha256:` over the names of images: paths below the folder that holds them all, so that it
     may move.
-
-    Args:
-        data: what is held out. An image that a table holds as bytes has the SHA-256 of these as its
-            name.
     """
     paths = [Path(_name(value)).absolute() for value in _values(data)]
     folder = os.path.commonpath([path.parent for path in paths])
@@ -35,16 +31,7 @@ def held_out_digest(data: Labelled | Captioned | Masked | SegmentCrops) -> str:
 
 
 def check_held_out(data: Labelled | Captioned | Masked, digest: str, place: str) -> None:
-    """Refuse images that are not those that training held out.
-
-    Args:
-        data: what is held out now.
-        digest: of what training held out.
-        place: what both were drawn from.
-
-    Raises:
-        OtherImages: some of them may have been trained on.
-    """
+    """Refuse images that are not those that training held out."""
     if held_out_digest(data) != digest:
         raise OtherImages(
             f"{place} has changed since training: the share that val_fraction draws now holds"

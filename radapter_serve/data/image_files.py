@@ -29,16 +29,7 @@ class Images(ImageColumn):
 
 
 def open_images(source: str, flag: str) -> Images:
-    """Find the images of a source.
-
-    Args:
-        source: a folder, read with all folders in it; or a table with a column `image`, as of
-            `load_labelled`: `csv:FILE`, `parquet:FILE`.
-        flag: that names the source, for messages.
-
-    Raises:
-        RAdapterError: there is no such source, it can't be read, or it holds no image.
-    """
+    """Find the images of a source."""
     reader = source.partition(":")[0]
     if reader in READERS and not source.startswith(_FOLDER):
         found = open_rows(source, {"image": flag})

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ class Labelled(ImageColumn, LabelledImages):
     several: bool = False
 
     def __post_init__(self) -> None:
+        self._sets: list[tuple[int, ...]] | None = None
         self.own = self.own or self.classes
         self.numbers = self.numbers or range(len(self.classes))
         self._by_number = {number: i for i, number in enumerate(self.numbers)}
@@ -66,19 +66,11 @@ class Labelled(ImageColumn, LabelledImages):
         self._index |= {line: i for i, (line, _) in enumerate(names)}
 
     def label(self, row: dict[str, Any]) -> int:
-        """The number of a row's class, of several the first.
-
-        Raises:
-            RAdapterError: no class of that name or number.
-        """
+        """The number of a row's class, of several the first."""
         return self.labels_of(row)[0]
 
     def labels_of(self, row: dict[str, Any]) -> tuple[int, ...]:
-        """The numbers of all classes of a row, in its own order, each once.
-
-        Raises:
-            RAdapterError: no class of that name or number, or none at all.
-        """
+        """The numbers of all classes of a row, in its own order, each once."""
         numbers = self._numbers(row[self.label_column])
         if not numbers:
             raise RAdapterError(
@@ -113,21 +105,16 @@ class Labelled(ImageColumn, LabelledImages):
         return index
 
     def label_sets(self) -> list[tuple[int, ...]]:
-        """The numbers of all classes of each row; not of a stream.
-
-        Raises:
-            RAdapterError: as of `labels_of`.
-        """
-        return self._label_sets
-
-    @cached_property
-    def _label_sets(self) -> list[tuple[int, ...]]:
+        """The numbers of all classes of each row; not of a stream."""
+        if self._sets is not None:
+            return self._sets
         # The column of labels alone: reading images takes long.
         same: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal sets are one object
-        found = map(self._numbers, self.rows[self.label_column])
-        sets = [same.setdefault(labels, labels) for labels in found]
+        numbers = map(self._numbers, self.rows[self.label_column])
+        sets = [same.setdefault(labels, labels) for labels in numbers]
         if () in sets:
-            self.labels_of(self.rows[sets.index(())])  # says which image has none
+            self.labels_of(self.rows[sets.index(())])  # says which image has no label
+        self._sets = sets
         return sets
 
     def labels(self) -> NDArray[np.int64]:
@@ -143,15 +130,8 @@ class Labelled(ImageColumn, LabelledImages):
         return np.fromiter(rarest, np.int64, len(sets))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-        """The data without a share of each class, and that share.
-
-        Args:
-            fraction: more than 0 and less than 1; a class of two images and more gives one at
-                least, and keeps one.
-            seed: of the draw.
-
-        Raises:
-            RAdapterError: every class has one image alone.
+        """The data without a share of each class, and that share; a class of two images and more
+        gives one at least, and keeps one.
         """
         order = np.random.default_rng(seed).permutation(len(self.rows))
         labels = self.labels()[order]
@@ -159,8 +139,10 @@ class Labelled(ImageColumn, LabelledImages):
         for number in range(len(self.classes)):
             images = order[labels == number]
             held[images[: share_of(len(images), fraction)]] = True
-        if self.several:
-            self._keep_every_class(held)
+        if self.several:  # take back an image of each class whose images are all held out
+            sets = self.label_sets()
+            left = {label for number in np.flatnonzero(~held) for label in sets[number]}
+            held[_bringing(sets, np.flatnonzero(held).tolist(), left)] = False
         kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
         if not len(taken):
             raise RAdapterError(
@@ -168,22 +150,9 @@ class Labelled(ImageColumn, LabelledImages):
             )
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
-    def _keep_every_class(self, held: NDArray[np.bool_]) -> None:
-        """Take back an image of each class whose images are all held out."""
-        sets = self.label_sets()
-        left = {label for number in np.flatnonzero(~held) for label in sets[number]}
-        held[_bringing(sets, np.flatnonzero(held).tolist(), left)] = False
-
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
-        """The same images, with other classes beside their own.
-
-        Args:
-            classes: the first of the new classes, in their order; a class that the data has not is
-                one without images.
-            alone: leave out the images of other classes, which else are listed last.
-
-        Raises:
-            RAdapterError: no image is left.
+        """The same images with `classes` first, in their order, and the data's other classes after
+        them; `alone` leaves the images of the others out.
         """
         own: dict[str, list[int]] = {}
         for index, line in enumerate(self.classes):
@@ -216,11 +185,8 @@ class Labelled(ImageColumn, LabelledImages):
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """The labels that a value of the label column holds.
-
-    Args:
-        value: a label, a list of labels, or None.
-        separator: what parts several labels in one text; None takes it whole.
+    """The labels in a value of the label column: a label, a list, None, or a text that a separator
+    parts.
     """
     if value is None:
         return []
@@ -234,25 +200,13 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 def split_classes(count: int, split: str) -> range:
     """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is
     rounded up.
-
-    Args:
-        count: of all classes.
-        split: `base` for the first half, `novel` for the second, `all` for all.
     """
     middle = (count + 1) // 2
     return {"all": range(count), "base": range(middle), "novel": range(middle, count)}[split]
 
 
 def class_split(data: Labelled, split: str) -> Labelled:
-    """The images of the base or of the novel classes, and these classes alone.
-
-    Args:
-        data: not a stream.
-        split: of `split_classes`.
-
-    Raises:
-        RAdapterError: it is a stream, has several labels an image, or the half has no class.
-    """
+    """The images of the base or of the novel classes, and these classes alone."""
     if split == "all":
         return data
     if data.several:
@@ -275,14 +229,6 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
 
     More shots of the same seed hold the fewer. An image of several classes counts for the one with
     the fewest images; a class that has none among those of one shot gives one more.
-
-    Args:
-        data: not a stream.
-        shots: images a class, 1 or more.
-        seed: of the draw.
-
-    Raises:
-        RAdapterError: it is a stream.
     """
     if isinstance(data.rows, datasets.IterableDataset):
         raise RAdapterError("shots needs all labels at once; it does not go with a stream")
@@ -291,30 +237,24 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     chosen = [
         order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))
     ]
-    if data.several:
-        chosen.append(_of_lost_classes(data, order, [images[:1] for images in chosen]))
+    if data.several:  # the first image of each class that one shot leaves without
+        sets = data.label_sets()
+        one_shot = np.concatenate([images[:1] for images in chosen])
+        present = {label for number in one_shot for label in sets[number]}
+        chosen.append(np.array(_bringing(sets, order.tolist(), present), np.int64))
     return dataclasses.replace(data, rows=data.rows.select(np.unique(np.concatenate(chosen))))
-
-
-def _of_lost_classes(
-    data: Labelled, order: NDArray[np.int64], one_shot: Sequence[NDArray[np.int64]]
-) -> NDArray[np.int64]:
-    """The first image of each class that one shot leaves without."""
-    sets = data.label_sets()
-    present = {label for number in np.concatenate(one_shot) for label in sets[number]}
-    return np.array(_bringing(sets, order.tolist(), present), np.int64)
 
 
 def _bringing(
     sets: Sequence[tuple[int, ...]], numbers: Iterable[int], present: set[int]
 ) -> list[int]:
-    """Of these images those that bring a class which is not there yet; `present` has it then."""
-    found = []
+    """Images that add a class not yet in `present`, which is updated."""
+    images = []
     for number in numbers:
         if not present.issuperset(sets[number]):
-            found.append(number)
+            images.append(number)
             present.update(sets[number])
-    return found
+    return images
 
 
 def load_labelled(
@@ -345,10 +285,6 @@ def load_labelled(
         streaming: read row by row.
         every_class: refuse classes without an image, which training needs and evaluation does not;
             of an image folder these are listed last.
-
-    Raises:
-        RAdapterError: it can't be read, a column is missing, a class has no image, or the classes
-            do not match.
     """
     found = open_rows(
         spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
@@ -395,19 +331,15 @@ def load_labelled(
         label_separator=label_separator,
         several=several,
     )
-    _check_classes(data, spec, every_class)
-    return data
-
-
-def _check_classes(data: Labelled, spec: str, every_class: bool) -> None:
-    if isinstance(data.rows, datasets.Dataset):
-        if len(data.rows) == 0:
+    if isinstance(rows, datasets.Dataset):
+        if len(rows) == 0:
             raise RAdapterError(f"{spec} holds no images")
         present = {label for labels in data.label_sets() for label in labels}
-        missing = [name for index, name in enumerate(data.classes) if index not in present]
+        missing = [name for index, name in enumerate(names) if index not in present]
         if missing and every_class:
             raise RAdapterError(
-                f"{len(missing)} of {len(data.classes)} classes have no image in {spec}:"
+                f"{len(missing)} of {len(names)} classes have no image in {spec}:"
                 f" {some([repr(name) for name in missing])}; add images or take them out of the"
                 " class file"
             )
+    return data

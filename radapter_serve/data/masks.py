@@ -4,10 +4,12 @@ annotations.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,10 @@ from PIL import ExifTags, Image
 
 from radapter_serve.contract.image_files import SUFFIXES
 from radapter_serve.contract.preprocess import oriented
-from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
+from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, share_of
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.extras import install_command
 
 IGNORE = -1
 _ORIENTATION = ExifTags.Base.Orientation
@@ -41,11 +44,7 @@ class MaskedImage(ABC):
     exif_orientation: bool = field(default=True, kw_only=True)
 
     def data(self) -> bytes:
-        """The bytes of the image file.
-
-        Raises:
-            BrokenImage: it is missing; says which.
-        """
+        """The bytes of the image file."""
         try:
             return self.path.read_bytes()
         except OSError as error:
@@ -57,19 +56,12 @@ class MaskedImage(ABC):
     def segments(self) -> list[ClassMask]:
         """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the
         data has them.
-
-        Raises:
-            RAdapterError: the mask can't be read, or is of another size than the image.
-            BrokenImage: the image is missing, or no image.
         """
 
     def mask(self) -> NDArray[np.int32]:
         """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
 
         Where segments overlap, the smaller lies on top.
-
-        Raises:
-            RAdapterError, BrokenImage: as `segments`.
         """
         segments = self.segments()
         mask = np.full(segments[0][1].shape, IGNORE, np.int32)
@@ -82,16 +74,7 @@ class MaskedImage(ABC):
         return [(label, int(mask.sum())) for label, mask in self.segments()]
 
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
-        """Turn a mask as its image is turned, unless it stands upright already.
-
-        Args:
-            mask: without an EXIF orientation it may be upright, which its size tells, or lie as the
-                image is stored.
-            what: what to call it in a message.
-
-        Raises:
-            RAdapterError: its size is not that of the image.
-        """
+        """Turn a mask as its image is turned, unless it stands upright already."""
         try:
             with Image.open(self.path) as image:
                 orientation = image.getexif().get(_ORIENTATION, 1) if self.exif_orientation else 1
@@ -129,11 +112,7 @@ class Masked:
     classes: list[str]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
-        """The data without a share of the images, drawn by the seed, and that share.
-
-        Raises:
-            RAdapterError: there is one image alone.
-        """
+        """The data without a share of the images, drawn by the seed, and that share."""
         order = np.random.default_rng(seed).permutation(len(self.images))
         count = share_of(len(order), fraction)
         if not count:
@@ -184,11 +163,7 @@ def _areas(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
 
 
 def open_mask(path: Path) -> Image.Image:
-    """Decode the PNG of a mask.
-
-    Raises:
-        RAdapterError: it is missing, broken or no PNG.
-    """
+    """Decode the PNG of a mask."""
     try:
         image = Image.open(path, formats=("PNG",))
         image.load()
@@ -200,11 +175,7 @@ def open_mask(path: Path) -> Image.Image:
 
 
 def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
-    """Open a folder of images with label maps, as `load_masked` says.
-
-    Raises:
-        RAdapterError: an image or a mask is missing, or there is no class file.
-    """
+    """Open a folder of images with label maps, as `load_masked` says."""
     names = read_class_ids(classes or find_class_file(folder))
     if max(names) > MAX_ID:
         raise RAdapterError(
@@ -239,3 +210,247 @@ def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     if not found:
         raise RAdapterError(f"{folder} holds no {what}; allowed: {', '.join(suffixes)}")
     return found
+
+
+def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
+    """Open a file of COCO annotations, panoptic or of instances, as `load_masked` says."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise RAdapterError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise RAdapterError(f"{file} is not JSON: {reason(error)}") from None
+    folder = images or file.parent / "images"
+    try:
+        categories = {row["id"]: row["name"] for row in content["categories"]}
+        index, entries = number_classes(read_class_ids(classes) if classes else categories)
+        listed = {row["id"]: row for row in content["images"]}
+        annotations = content["annotations"]
+        for row in annotations:
+            _check_ids(file, row, categories, listed)
+        panoptic = any("segments_info" in row for row in annotations)
+        masked = (_panoptic if panoptic else _instances)(file, folder, annotations, listed, index)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise RAdapterError(
+            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
+            " needs images, categories and annotations, these with segments_info (panoptic) or"
+            " segmentation (instances)"
+        ) from None
+    if not masked:
+        raise RAdapterError(
+            f"{file} has no segment of a class that is named; its categories: {_some(categories)}"
+        )
+    _check_files(
+        [image.path for image in masked],
+        folder,
+        "image",
+        "name the folder of the images: --images DIR, or `images` in a suite",
+    )
+    return Masked(masked, entries)
+
+
+def _check_ids(
+    file: Path, row: dict[str, Any], categories: dict[int, str], listed: dict[int, Any]
+) -> None:
+    if row["image_id"] not in listed:
+        raise RAdapterError(
+            f"{file} has an annotation of the image {row['image_id']}, which its images do not list"
+        )
+    for segment in row.get("segments_info", [row]):
+        if segment["category_id"] not in categories:
+            raise RAdapterError(
+                f"{file} has an annotation of the category {segment['category_id']}, which its"
+                f" categories do not list: {_some(categories)}"
+            )
+
+
+def _panoptic(
+    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
+) -> list[MaskedImage]:
+    masks = file.with_suffix("")
+    images: list[MaskedImage] = []
+    for row in annotations:
+        path = folder / listed[row["image_id"]]["file_name"]
+        labels = {
+            segment["id"]: index.get(segment["category_id"], IGNORE)
+            for segment in row["segments_info"]
+        }
+        if any(label != IGNORE for label in labels.values()):
+            areas = [segment.get("area") for segment in row["segments_info"]]
+            images.append(Panoptic(path.name, path, masks / row["file_name"], labels, areas))
+    paths = [masks / row["file_name"] for row in annotations]
+    _check_files(paths, masks, "mask", "the masks of a panoptic FILE.json lie in the folder FILE")
+    return images
+
+
+def _instances(
+    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
+) -> list[MaskedImage]:
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError:
+        raise RAdapterError(
+            f"the instances of {file} need pycocotools, which is not installed;"
+            f" {install_command('train')}"
+        ) from None
+    objects: dict[int, list[tuple[int, bytes]]] = {}
+    for row in annotations:
+        if row["category_id"] in index:
+            image = listed[row["image_id"]]
+            runs = rle_of(row["segmentation"], image["file_name"], image["width"], image["height"])
+            objects.setdefault(row["image_id"], []).append((index[row["category_id"]], runs))
+    found: list[MaskedImage] = []
+    for id_, some in objects.items():
+        path = folder / listed[id_]["file_name"]
+        found.append(
+            Instances(path.name, path, (listed[id_]["width"], listed[id_]["height"]), some)
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Panoptic(MaskedImage):
+    """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled.
+
+    Attributes:
+        mask_path: PNG.
+        labels: class of each segment id, or IGNORE.
+        listed_areas: what the file says of each id's area; None where it says nothing.
+    """
+
+    mask_path: Path
+    labels: dict[int, int]
+    listed_areas: list[int | None]
+
+    def segments(self) -> list[ClassMask]:
+        image = open_mask(self.mask_path)
+        if image.mode != "RGB":
+            raise RAdapterError(
+                f"the mask {self.mask_path} is a picture in {image.mode}; a panoptic mask is a PNG"
+                " in RGB, whose colour, R + 256 G + 65536 B, is the id of the segment"
+            )
+        image = self._fit(image, f"the mask {self.mask_path}")
+        ids = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+        segments = [(label, ids == id_) for id_, label in self.labels.items()]
+        areas = [int(inside.sum()) for _, inside in segments]
+        if sum(areas) + int((ids == 0).sum()) != ids.size or 0 in areas:
+            wrong = sorted(set(np.unique(ids).tolist()) - {0} ^ set(self.labels))
+            raise RAdapterError(
+                f"the mask {self.mask_path} and its annotation do not belong together: the segments"
+                f" {', '.join(map(str, wrong[:5]))} are in one of them alone"
+            )
+        return [(label, inside) for label, inside in segments if label != IGNORE]
+
+    def areas(self) -> list[tuple[int, int]]:
+        if None in self.listed_areas:
+            return super().areas()
+        pairs = zip(self.labels.values(), self.listed_areas, strict=True)
+        return [(label, area) for label, area in pairs if label != IGNORE and area is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Instances(MaskedImage):
+    """Run lengths, one for each object; where objects overlap, the smaller lies on top.
+
+    Attributes:
+        size: width and height that the file says the image has.
+        objects: class and compressed run lengths; JSON's polygons, 860,000 in COCO, would fill
+            gigabytes.
+    """
+
+    size: tuple[int, int]
+    objects: list[tuple[int, bytes]]
+
+    def segments(self) -> list[ClassMask]:
+        from pycocotools import mask as coco
+
+        what = f"the annotation of {self.name}"
+        masks = [(label, Image.fromarray(coco.decode(runs))) for label, runs in self._coded()]
+        return [(label, np.asarray(self._fit(mask, what), bool)) for label, mask in masks]
+
+    def areas(self) -> list[tuple[int, int]]:
+        from pycocotools import mask as coco
+
+        return [(label, int(coco.area(runs))) for label, runs in self._coded()]
+
+    def _coded(self) -> list[tuple[int, dict[str, Any]]]:
+        return [
+            (label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects
+        ]
+
+
+def rle_of(segmentation: Any, name: str, width: int, height: int) -> bytes:
+    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or
+    compressed.
+    """
+    from pycocotools import mask as coco
+
+    try:
+        if isinstance(segmentation, list):
+            if not segmentation or any(
+                len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+            ):
+                raise ValueError("a polygon needs three points or more")
+            runs = coco.merge(coco.frPyObjects(segmentation, height, width))
+        elif list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"size is {segmentation['size']}")
+        elif isinstance(counts := segmentation["counts"], list):
+            if sum(counts) != width * height or min(counts) < 0:
+                raise ValueError(f"counts are for {sum(counts)} pixels")
+            runs = coco.frPyObjects(segmentation, height, width)
+        else:
+            runs = {"size": [height, width], "counts": counts.encode()}
+            coco.decode(runs)  # which alone finds out whether they are whole
+    except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
+        raise RAdapterError(
+            f"a segmentation of the image {name} is broken ({reason(error)}); allowed: polygons "
+            f"[[x, y, x, y, x, y, ...], ...], or run lengths of size [{height}, {width}]"
+        ) from None
+    return bytes(runs["counts"])
+
+
+def _check_files(paths: list[Path], folder: Path, what: str, hint: str) -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise RAdapterError(
+            f"no {what} {missing[0]} ({len(missing)} of {len(paths)} are missing in {folder});"
+            f" {hint}"
+        )
+
+
+def _some(names: dict[int, str]) -> str:
+    return ", ".join(list(names.values())[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def load_masked(
+    spec: str,
+    *,
+    classes: Path | None = None,
+    images: Path | None = None,
+    exif_orientation: bool = True,
+) -> Masked:
+    """Open a data set of images with masks.
+
+    Args:
+        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray,
+            palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
+            annotations (their PNGs in the folder FILE) or instance annotations (polygons or run
+            lengths).
+        classes: file of the class ids: text with one class a line, the first of which is id 0, or
+            JSON or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same
+            beside DIR, or COCO's categories. Ids without a name (255 by custom) and those named
+            unlabeled, void or ignore are ignored; ids of one name are one class.
+        images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
+        exif_orientation: turn images as their EXIF says. A mask turns with its image unless it
+            stands upright already: then it has the size of the turned image, or an EXIF orientation
+            of its own.
+    """
+    reader, _, place = spec.partition(":")
+    if reader == "masks" and place:
+        masked = load_label_maps(Path(place), classes, images)
+    elif reader == "coco" and place:
+        masked = load_coco(Path(place), classes, images)
+    else:
+        raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
+    images_ = [replace(image, exif_orientation=exif_orientation) for image in masked.images]
+    return Masked(images_, masked.classes)

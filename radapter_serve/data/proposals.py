@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.data.coco import rle_of
+from radapter_serve.data.masks import rle_of
 from radapter_serve.errors import RAdapterError, reason
 
 MOST = 1000  # masks of one image
@@ -33,19 +33,7 @@ class ProposalFiles(ABC):
 
     @abstractmethod
     def read(self, name: str, size: tuple[int, int]) -> Found:
-        """The masks of an image, and their scores.
-
-        Args:
-            name: of the image's file.
-            size: height and width of the image as the data set shows it.
-
-        Returns:
-            uint8 [N, H, W], the probability of each mask from 0 to 255; and float32 [N, C], the
-            network's own probability of each class, or None.
-
-        Raises:
-            RAdapterError: the masks are broken, or of another size.
-        """
+        """The masks of an image, and their scores."""
 
     @abstractmethod
     def raw(self, name: str) -> bytes:
@@ -64,9 +52,6 @@ def load_proposals(path: Path, names: Sequence[str], classes: int) -> ProposalFi
         names: of the images' files.
         classes: how many classes the scores are for, C, in the order of the class file, the
             background left out.
-
-    Raises:
-        RAdapterError: a file is missing or broken, an image has no proposals, or scores do not fit.
     """
     stems = [Path(name).stem for name in names]
     return (

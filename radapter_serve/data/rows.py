@@ -63,9 +63,6 @@ class TrainingData(Protocol):
             The image, its label (pairs with equal labels are positives of each other) and its text;
             several texts, equally many for every row, share one encoding of the image. Of several
             labels the first is that of the text.
-
-        Raises:
-            BrokenImage: the image is missing or can't be decoded; says which.
         """
 
 
@@ -121,19 +118,11 @@ class ImageColumn:
     exif_orientation: bool  # turn images as their EXIF says
 
     def image(self, row: dict[str, Any]) -> Image.Image:
-        """The image of a row, decoded as the server decodes it.
-
-        Raises:
-            BrokenImage: it is missing, or no image; says which.
-        """
+        """The image of a row, decoded as the server decodes it."""
         return decode_named(self.data(row), self.name(row), exif_orientation=self.exif_orientation)
 
     def data(self, row: dict[str, Any]) -> bytes:
-        """The bytes of a row's image file.
-
-        Raises:
-            BrokenImage: it is missing; says which.
-        """
+        """The bytes of a row's image file."""
         value = row.get(self.image_column)
         try:
             if isinstance(value, dict):
@@ -158,16 +147,7 @@ class ImageColumn:
 
 
 def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode the bytes of an image file as the server does.
-
-    Args:
-        data: of the file.
-        name: what to call the image in a message.
-        exif_orientation: turn the image as its EXIF says.
-
-    Raises:
-        BrokenImage: it is no image; says which.
-    """
+    """Decode the bytes of an image file as the server does."""
     try:
         return decode(data, exif_orientation=exif_orientation)
     except RAdapterError as error:
@@ -192,16 +172,7 @@ class Rows:
 
 
 def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> Rows:
-    """Open rows of any kind, the images in them not decoded.
-
-    Args:
-        spec: as of `load_labelled`.
-        columns: those that must be there, each with the flag that names it.
-        streaming: read row by row.
-
-    Raises:
-        RAdapterError: it can't be read, or a column is missing.
-    """
+    """Open rows of any kind, the images in them not decoded."""
     place, at, split = (
         spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     )

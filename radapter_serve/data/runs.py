@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from radapter_serve.data.captions import Captioned, load_captioned
 from radapter_serve.data.classes import refuse_wordnet_ids
 from radapter_serve.data.labelled import Labelled, class_split, load_labelled
-from radapter_serve.data.masked import load_masked
-from radapter_serve.data.masks import Masked
+from radapter_serve.data.masks import Masked, load_masked
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 
@@ -19,18 +18,7 @@ Images = Labelled | Captioned | Masked
 
 
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
-    """Open the data that a run trains with, and the data that it is validated on.
-
-    Args:
-        source: says what it is.
-        broken: takes the names of rows that `on_broken: skip` leaves out.
-
-    Returns:
-        The data without the share that is held out, and `val_data`, that share, or None.
-
-    Raises:
-        RAdapterError: it can't be read, or is no data for the source's task.
-    """
+    """Open the data that a run trains with, and the data that it is validated on."""
     data = _open(source, source.data, broken, training=True)
     held = None
     if source.val_data:
@@ -57,9 +45,6 @@ def validation_data(
 
     Returns:
         The data, or None where the source has none.
-
-    Raises:
-        RAdapterError: it can't be read, or is no data for the source's task.
     """
     if source.val_data:
         val: Images | None = _open(source, source.val_data, broken)

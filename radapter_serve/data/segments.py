@@ -47,12 +47,7 @@ class SegmentCrops(LabelledImages):
         return int(row[2])
 
     def image(self, row: Any) -> Image.Image:
-        """The crop of a segment.
-
-        Raises:
-            BrokenImage: the image is missing, or no image; says which.
-            RAdapterError: the mask can't be read.
-        """
+        """The crop of a segment."""
         number = int(row[0])
         segment = int(row[1])
         if (
@@ -87,19 +82,7 @@ class Segments:
 def list_segments(
     masked: Masked, min_area: int, broken: list[str] | None = None, *, progress: bool = True
 ) -> Segments:
-    """List the segments of a data set; reads every mask once.
-
-    Args:
-        masked: as `load_masked` gives it.
-        min_area: pixels below which a segment is left out.
-        broken: takes the names of images that can't be read, which are then left out; None refuses
-            them.
-        progress: show how far it is.
-
-    Raises:
-        RAdapterError: masks can't be read or do not fit their images, or no segment is left; names
-            all of these masks.
-    """
+    """List the segments of a data set; reads every mask once."""
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
     largest = 0

@@ -16,17 +16,7 @@ _Splits = dict[str, list[dict[str, Any]]]
 
 
 def open_splits(kind: str, path: Path, names: str | None) -> Any:
-    """Open one split, or several as one, as a Hugging Face data set.
-
-    Args:
-        kind: `coop`, whose rows have the columns image (a path) and label (a class by number, with
-            its name), or `karpathy`, whose rows have image (a path) and caption (a list of texts).
-        path: the JSON file.
-        names: of the splits, such as `test` or `train+restval`; None is refused.
-
-    Raises:
-        RAdapterError: the file can't be read, is no such file, or has no such split.
-    """
+    """Open one split, or several as one, as a Hugging Face data set."""
     try:
         content = json.loads(path.read_bytes())
         splits, features = (_coop if kind == "coop" else _karpathy)(content)

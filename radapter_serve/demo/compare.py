@@ -24,9 +24,8 @@ from radapter_serve.data import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData
 from radapter_serve.demo.full import Ends
 from radapter_serve.demo.learn import ALPHAS
-from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.classification import zero_shot_classifier
-from radapter_serve.evaluation.evaluation_set import drawn
+from radapter_serve.evaluation.classification import evaluation_batches, zero_shot_classifier
+from radapter_serve.evaluation.image_sets import drawn
 from radapter_serve.evaluation.intervals import paired_difference
 
 OURS = "R-Adapter"

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from radapter_serve.demo.data import BASE, FINE_TUNED, STYLES, DemoData, style_of
 from radapter_serve.demo.scenes import SHORT_SIDE, SceneData
+from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.plots import plot_alpha_curve
-from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, load_recipe
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -128,20 +128,16 @@ def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets
         alpha: of its release.
         limit: images of each data set at most; all if None.
     """
-    embedder = from_adapter(run, sorted({*ALPHAS, alpha}))
+    models = from_adapter(run, sorted({*ALPHAS, alpha}))
     try:
         results = Results(run)
         # One call for all data sets of the curve, because a call embeds the names of the classes
         # once.
-        rows = evaluate_suite(embedder, Suite(lesson.task, lesson.entries), results, limit=limit)
-        few = [
-            v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)
-        ]  # of what is in no curve
-        rows += evaluate_suite(
-            embedder, Suite(lesson.task, lesson.rest), results, variants=few, limit=limit
-        )
+        rows = evaluate_suite(models, Suite(lesson.task, lesson.entries), results, limit=limit)
+        few = [model for model in models if model.alpha in (0.0, alpha, 1.0)]  # in no curve
+        rows += evaluate_suite(few, Suite(lesson.task, lesson.rest), results, limit=limit)
     finally:
-        embedder.close()
+        models[0].close()
     sets: Sets = []
     for entry in (*lesson.entries, *lesson.rest):
         of = [row for row in rows if row.dataset == entry.name]

@@ -1,8 +1,7 @@
 """How good a model is, at any α: classification, retrieval and segmentation, measured and drawn.
 
-A model is an adapter in torch, a merged checkpoint, a release or a live server: each has an
-`Embedder`. A suite names
-data sets: `open_set` opens each as an `EvaluationSet`. `evaluate` measures models on one set, and
-`evaluate_suite` on all of them; `Results` keeps the rows, `choose` picks α from those of validation
-sets, and `plots` draws them.
+Three layers: a `Candidate` is a loaded release at one α, in torch, in a runtime or on a server; an
+`EvaluationSet` asks candidates about its images and measures their answers; a `Row` is what was
+measured of one candidate on one set. `run` goes through a suite, `Results` keeps the rows, `choose`
+picks α from those of validation sets, and `plots` draws them. `start` has the function `evaluate`.
 """

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.evaluation.intervals import paired_difference
-from radapter_serve.evaluation.results import KEPT, by_shift, mean_kept, own_metric
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.rows import KEPT, Row, by_shift
+from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
@@ -26,7 +25,8 @@ RULE = (
     " either, the run's own. best has the highest score; of equal ones it is the smallest. The"
     " score is the mean over validation sets, and where some are shifted, the mean of the two means"
 )
-MUCH_KEPT = 90.0  # per cent of the base's answers; what keeps less is told
+_DIGITS = 8  # of scores that are compared
+MUCH_KEPT = 0.9  # of the base's answers; a choice that keeps less has a note
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Choice:
         best: the α of the highest score.
         own_alpha: the adapter's own, from its recipe, which `auto` does not exceed.
         rule: in words.
-        curve: for each α, in per cent: `alpha` itself; `score` by the rule; how many points it is
+        curve: for each α, all in [0, 1]: `alpha` itself; `score` by the rule; how much it is
             `behind` the best one's, and the half-width of the interval of that, `plus_minus`;
             `kept` of the base, as of a row, where it was measured; and each validation set's
             metric.
@@ -65,13 +65,19 @@ class Choice:
     adapter_digest: str
 
     @property
+    def smallest(self) -> float:
+        """The smallest α above 0 that can't be told from the best."""
+        equal = [point["alpha"] for point in self.curve if point["alpha"] and _as_good(point)]
+        return min(equal, default=self.best)
+
+    @property
     def kept(self) -> float | None:
-        """How much of the base the chosen α keeps, in per cent; None where that is not known."""
+        """How much of the base the chosen α keeps, in [0, 1]; None where that is not known."""
         return next((of.get(KEPT) for of in self.curve if of["alpha"] == self.alpha), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What who takes this α should know, a line each."""
+        """What a user of this α should know, a line each."""
         equal = [point["alpha"] for point in self.curve if _as_good(point)]
         lines = []
         if 0.0 in equal and self.alpha == self.own_alpha:
@@ -98,9 +104,9 @@ class Choice:
             smaller = max((alpha for alpha in enough if alpha < self.alpha), default=0.0)
             instead = f"alpha {smaller:g} keeps more" if smaller else "a smaller alpha keeps more"
             lines.append(
-                f"alpha {self.alpha:g} keeps {kept:.1f} % of what the base answers among common"
-                " nouns on these images: labels and searches that you have not trained will answer"
-                f" otherwise, too. If you need them, {instead}, and so does training with"
+                f"alpha {self.alpha:g} keeps {100 * kept:.1f} % of what the base answers among"
+                " common nouns on these images: labels and searches that you have not trained will"
+                f" answer otherwise, too. If you need them, {instead}, and so does training with"
                 " --preserve 10 --preserve-words 3."
             )
         if not by_shift(self.sets)[1]:
@@ -111,20 +117,22 @@ class Choice:
         return tuple(lines)
 
     def table(self) -> Table:
-        """An α a row, with its score, how far that is behind the best, and what is kept."""
+        """An α a row, with its score, how far that is behind the best, and what is kept; in per
+        cent.
+        """
         out = Table(title="Validation: per cent")
         has_kept = any(KEPT in point for point in self.curve)
         for column in ("α", "score", "behind the best", *([KEPT] if has_kept else []), *self.sets):
             out.add_column(column, justify="right")
         out.add_column("")
+        marks = {"auto": self.alpha, "best": self.best, "the run's own": self.own_alpha}
         for point in self.curve:
             alpha = point["alpha"]
-            cells = [f"{alpha:g}", f"{point['score']:.2f}"]
-            cells.append(f"{point['behind']:.2f} ± {point['plus_minus']:.2f}")
+            behind = f"{100 * point['behind']:.2f} ± {100 * point['plus_minus']:.2f}"
+            cells = [f"{alpha:g}", f"{100 * point['score']:.2f}", behind]
             if has_kept:
-                cells.append(f"{point[KEPT]:.1f}" if KEPT in point else "")
-            cells += [f"{point[name]:.2f}" for name in self.sets]
-            marks = {"auto": self.alpha, "best": self.best, "the run's own": self.own_alpha}
+                cells.append(f"{100 * point[KEPT]:.1f}" if KEPT in point else "")
+            cells += [f"{100 * point[name]:.2f}" for name in self.sets]
             cells.append(", ".join(name for name, of in marks.items() if of == alpha))
             out.add_row(*cells, style="bold" if alpha == self.alpha else None)
         return out
@@ -165,40 +173,41 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         assert row.alpha is not None
         models.setdefault(row.alpha, {})[row.dataset] = row
     scores = {
-        alpha: sum(weights[name] * own_metric(row) for name, row in of.items())
+        alpha: sum(weights[name] * row.metrics[row.metric] for name, row in of.items())
         for alpha, of in sorted(models.items())
     }
     # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
-    best = max(scores, key=lambda alpha: (round(scores[alpha], 6), -alpha))
-    found = []
+    best = max(scores, key=lambda alpha: (round(scores[alpha], _DIGITS), -alpha))
+    curve = []
     for alpha, score in scores.items():
         apart = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
-        behind = sum(weights[name] * points for name, (points, _) in apart.items())
+        behind = sum(weights[name] * share for name, (share, _) in apart.items())
         # The data sets are independent of each other.
         variance = sum((weights[name] * half) ** 2 for name, (_, half) in apart.items())
         point = {"alpha": alpha, "score": score, "behind": behind, "plus_minus": sqrt(variance)}
-        kept = mean_kept(models[alpha].values())
-        if kept is not None:
-            point[KEPT] = kept
-        found.append({**point, **{name: own_metric(row) for name, row in models[alpha].items()}})
-    as_good = [point["alpha"] for point in found if _as_good(point)]
+        kept = [row.metrics[KEPT] for row in models[alpha].values() if KEPT in row.metrics]
+        if kept:
+            point[KEPT] = sum(kept) / len(kept)
+        metrics = {name: row.metrics[row.metric] for name, row in models[alpha].items()}
+        curve.append({**point, **metrics})
+    as_good = [point["alpha"] for point in curve if _as_good(point)]
     if 0.0 not in as_good:
         chosen = min(as_good[0], own_alpha)
     elif own_alpha in as_good:
         chosen = own_alpha
     else:
         chosen = max(alpha for alpha in as_good if alpha <= own_alpha)
-    return Choice(chosen, best, own_alpha, RULE, found, sets, adapter_digest)
+    return Choice(chosen, best, own_alpha, RULE, curve, sets, adapter_digest)
 
 
 def _as_good(point: Mapping[str, float]) -> bool:
     """Whether the score of this α can't be told from the best one's."""
-    return round(point["behind"] - point["plus_minus"], 6) <= 0
+    return round(point["behind"] - point["plus_minus"], _DIGITS) <= 0
 
 
 def _behind(best: Row, row: Row) -> tuple[float, float]:
     """How far a row is behind the best one's, of the same data set, and the half-width of the
-    interval of that, in points.
+    interval of that, in [0, 1].
 
     They are paired over the images where both rows have the results of each; a metric that is no
     mean over images has the interval of the best one in place of that.
@@ -206,21 +215,18 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
     ours = best.per_image
     theirs = row.per_image
     if ours is not None and theirs is not None and len(ours) > 1:
-        behind, half = paired_difference([ours], [theirs])
-        return 100 * behind, 100 * half
-    behind = own_metric(best) - own_metric(row)
+        return paired_difference([ours], [theirs])
+    score = best.metrics[best.metric]
+    behind = score - row.metrics[row.metric]
     interval = (best.intervals or {}).get(best.metric)
     if interval is None:  # nothing says how far off it is
         return behind, 0.0
-    return behind, own_metric(best) - 100 * interval[0]
+    return behind, score - interval[0]
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
-    """Write `alpha.json` beside an adapter, in one piece; returns its path.
-
-    Args:
-        choice: from `choose`.
-        adapter: adapter file, or the folder of a run.
+    """Write `alpha.json` beside an adapter file or into the folder of a run, in one piece; returns
+    its path.
     """
     path = _path(adapter)
     try:
@@ -232,13 +238,10 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 
 def load_choice(adapter: str | Path) -> Choice:
-    """Read the choice that stands beside an adapter.
-
-    Args:
-        adapter: adapter file, or the folder of a run.
+    """Read the choice beside an adapter file or in the folder of a run.
 
     Raises:
-        RAdapterError: none was made, or the file is broken.
+        RAdapterError: there is no choice, or the file is broken.
     """
     path = _path(adapter)
     try:
@@ -262,14 +265,10 @@ def load_choice(adapter: str | Path) -> Choice:
 
 
 def chosen(adapter: str | Path) -> Choice:
-    """The α that was chosen for an adapter, and how.
-
-    Args:
-        adapter: adapter file, or the folder of a run.
+    """`load_choice`, if it was made for the adapter that is there now.
 
     Raises:
-        RAdapterError: none was chosen, or it was for another adapter than the one that is there
-            now.
+        RAdapterError: there is no choice, or it was made for another adapter.
     """
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 

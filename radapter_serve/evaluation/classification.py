@@ -1,16 +1,23 @@
-"""Zero-shot classification: a classifier from class names, and its accuracy."""
+"""Zero-shot classification in torch: a classifier from class names, batches of images, and
+accuracy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.contract.labels import mean_embeddings
+from radapter_serve.data import BrokenImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import NOT_FINITE
 
@@ -26,17 +33,8 @@ def zero_shot_classifier(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """One unit-length text embedding a class: the mean over its names and all templates.
-
-    Args:
-        model: an open_clip model, adapters attached or folded.
-        tokenizer: list of N texts to token ids [N, L].
-        classes: class names, synonyms after commas.
-        templates: prompt templates with `{}`.
-        batch_size: texts a pass.
-
-    Returns:
-        float32 [C, D], on the model's device.
+    """Unit-length text embeddings of classes, float32 [C, D] on the model's device: the mean over a
+    class's names, synonyms after commas, and all templates.
     """
 
     def embed(texts: list[str]) -> NDArray[np.float32]:
@@ -48,11 +46,8 @@ def zero_shot_classifier(
 
 @torch.no_grad()
 def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
-    """A head that gives images the logits of zero-shot classification, to learn from there.
-
-    Args:
-        classifier: [C, D] from `zero_shot_classifier`.
-        scale: 1/τ of the model.
+    """A head that gives images the logits of zero-shot classification, to learn from there: from
+    `zero_shot_classifier`, [C, D], and the model's 1/τ.
     """
     head = nn.Linear(classifier.shape[1], classifier.shape[0])
     head.weight.copy_(scale * classifier)
@@ -62,15 +57,8 @@ def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
 
 @torch.no_grad()
 def best_classes(model: nn.Module, classifier: Tensor, pixels: Tensor) -> Tensor:
-    """The class that fits each image best, integer [B], on the CPU.
-
-    Args:
-        model: an open_clip model.
-        classifier: [C, D] from `zero_shot_classifier`.
-        pixels: [B, 3, S, S].
-
-    Raises:
-        RAdapterError: embeddings that are not finite.
+    """The class that fits each image of [B, 3, S, S] best, integer [B], on the CPU; embeddings that
+    are not finite are an error.
     """
     scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
     if not scores.isfinite().all():
@@ -81,18 +69,45 @@ def best_classes(model: nn.Module, classifier: Tensor, pixels: Tensor) -> Tensor
 def count_hits(
     model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[int, int]:
-    """How many images the best class is right for, and how many there are.
-
-    Args:
-        model: an open_clip model.
-        classifier: [C, D] from `zero_shot_classifier`.
-        batches: pairs of pixels [B, 3, S, S] and labels [B].
-
-    Raises:
-        RAdapterError: embeddings that are not finite.
+    """Numbers of images that are classified rightly and of all images, from batches of pixels
+    [B, 3, S, S] and labels [B].
     """
     hits = total = 0
     for pixels, labels in batches:
         hits += int((best_classes(model, classifier, pixels) == labels.cpu()).sum())
         total += len(labels)
     return hits, total
+
+
+def evaluation_batches(
+    base: Base,
+    rows: Sequence[Any],
+    read: Callable[[Any], tuple[Image, int | NDArray[np.bool_]]],
+    batch_size: int = 64,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    broken: list[str] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of pixels, as open_clip's own transform makes them for a base, and labels of images.
+
+    `read` gives the image of a row and its label, or for every class whether it is one of the
+    labels. Each of `world` processes gets its share. Images that can't be read are left out and
+    named in `broken`; None raises BrokenImage.
+    """
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    mine = range(rank, len(rows), world)
+    for first in range(0, len(mine), batch_size):
+        pixels = []
+        labels = []
+        for index in mine[first : first + batch_size]:
+            try:
+                image, label = read(rows[index])
+                pixels.append(transform(image))
+                labels.append(label)
+            except BrokenImage as error:
+                if broken is None:
+                    raise
+                broken.append(str(error))
+        if pixels:
+            yield torch.stack(pixels), torch.from_numpy(np.array(labels))  # type: ignore[arg-type]

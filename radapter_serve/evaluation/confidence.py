@@ -31,13 +31,8 @@ def fit_confidence(
     logit_bias: float | None,
     dataset: str,
 ) -> Confidence:
-    """Fit what makes scores calibrated.
-
-    Args:
-        cosines: of images with labels, [N, C].
-        truth: the right label of each image, [N].
-        logit_scale, logit_bias: of the release.
-        dataset: what they are from.
+    """Fit what makes a release's scores calibrated, from the cosines of images with labels, [N, C],
+    and the right label of each, [N].
 
     Raises:
         RAdapterError: too few images or labels.
@@ -67,7 +62,9 @@ def fit_confidence(
     hits = best == truth
     right = np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
-    min_score = fit_min_score(cosines, truth)
+    # The highest cosine that at least `KEPT` of the images have with their own label.
+    own_scores = np.sort(cosines[np.arange(n), truth])
+    min_score = float(own_scores[int((1 - KEPT) * n + 1e-9)])
     others = np.where(right, -np.inf, cosines)
     return Confidence(
         scale=scale,
@@ -90,18 +87,12 @@ def fit_temperature(
     """The temperature at which the highest score p predicts best whether its label is right.
 
     The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The
-    likelihood of the
-    right label, which Guo et al. take, is ruled by the images that are wrong where there are many
-    labels: it makes the best label's score too low.
+    likelihood of the right label, which Guo et al. take, is ruled by the images that are wrong
+    where there are many labels: it makes the best label's score too low.
 
-    Args:
-        logits: [N, C].
-        truth: [N].
-        max_pairs: of an image and a label, by which is fitted; of more, every k-th image.
-
-    Returns:
-        It, or None where there is none within `RANGE`: no image is wrong, or the scores do not tell
-            right from wrong.
+    None where there is no such temperature within `RANGE`: no image is wrong, or the scores do not
+    tell right from wrong. Of more than `max_pairs` of an image and a label, every k-th image
+    counts.
     """
     logits, truth = _some(logits, truth, max_pairs)
     logits = np.array(logits, np.float64)
@@ -124,20 +115,14 @@ def fit_temperature(
         return float(np.logaddexp(0, signs * log_odds).mean())
 
     ends = np.log(RANGE)
-    found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-6}).x
-    return float(np.exp(found)) if np.abs(ends - found).min() > 1e-4 else None
+    best_log = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-6}).x
+    return float(np.exp(best_log)) if np.abs(ends - best_log).min() > 1e-4 else None
 
 
 def fit_sigmoid(
     cosines: Floats, truth: NDArray[np.int64], *, max_pairs: int = MAX_PAIRS
 ) -> tuple[float, float]:
-    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right.
-
-    Args:
-        cosines: [N, C].
-        truth: [N].
-        max_pairs: as of `fit_temperature`.
-    """
+    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right."""
     cosines, truth = _some(cosines, truth, max_pairs)
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
     count = right.sum()
@@ -150,9 +135,9 @@ def fit_sigmoid(
     spread = max(float(values.std()), 1e-12)
     values = (values - mean) / spread
 
-    def loss(found: Doubles) -> tuple[float, Doubles]:
+    def loss(line: Doubles) -> tuple[float, Doubles]:
         """The mean cross-entropy, and its gradient."""
-        logits = found[0] * values + found[1]
+        logits = line[0] * values + line[1]
         error = expit(logits) - target
         gradient = np.array([(error * values).mean(), error.mean()])
         return float((np.logaddexp(0, logits) - target * logits).mean()), gradient
@@ -160,17 +145,6 @@ def fit_sigmoid(
     start = np.array([0.0, np.log((count + 1) / (others + 1))])
     slope, shift = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return float(slope / spread), float(shift - slope * mean / spread)
-
-
-def fit_min_score(cosines: Floats, truth: NDArray[np.int64]) -> float:
-    """The highest cosine that at least `KEPT` of the images have with their own label.
-
-    Args:
-        cosines: [N, C].
-        truth: [N].
-    """
-    own = np.sort(cosines[np.arange(len(truth)), truth])
-    return float(own[int((1 - KEPT) * len(own) + 1e-9)])
 
 
 def _some(

@@ -19,13 +19,12 @@ from PIL import Image
 from radapter_serve.adapter import load_adapter
 from radapter_serve.data import Labelled, run_data
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.evaluate import evaluate_scored
-from radapter_serve.evaluation.evaluation_set import first_names
-from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.image_sets import ClassificationSet, first_names
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.models import Precision, from_adapter
+from radapter_serve.evaluation.run import evaluate_scored
 from radapter_serve.evaluation.sets import classification_set
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.evaluation.torch_embedder import Precision, from_adapter
 from radapter_serve.files import staged
 
 MAX_SHOWN = 48  # images of a picture
@@ -57,14 +56,8 @@ class Doubtful:
 
 
 def margins(cosines: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
-    """How much higher the best other class of each image is than its label, and that class.
-
-    Args:
-        cosines: [N, C], of two classes or more.
-        labels: [N].
-
-    Returns:
-        float32 [N] and int64 [N].
+    """How much higher the best other class of each image is than its label, float32 [N], and that
+    class, int64 [N]; from cosines [N, C] and labels [N].
     """
     rows = np.arange(len(labels))
     others = cosines.copy()
@@ -85,23 +78,13 @@ def find_doubtful(
     batch_size: int = 64,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Doubtful], list[Path]]:
-    """Find the training images whose label is most in doubt, and write `doubtful.csv` and
-    `doubtful.png`.
-
-    Args:
-        adapter: folder of a run of labelled images, or its adapter file.
-        count: images at most.
-        out: folder for the files.
-        base, pretrained, precision, device: as of `from_adapter`.
-        batch_size: images a pass.
-        say: called with a line about the progress.
-
-    Returns:
-        The images, the most doubtful first, and the files.
+    """Find the `count` training images whose label is most in doubt, the most doubtful first, and
+    write `doubtful.csv` and `doubtful.png` into `out`.
 
     Raises:
-        RAdapterError: the run has no labelled images with one label each, or they can't be read.
+        RAdapterError: the run has no images with one label each, or they can't be read.
     """
+    # The run's images; those that it held out may have wrong labels, too.
     metadata = load_adapter(adapter).metadata
     source = metadata.source
     if metadata.task != "classification" or not source.data:
@@ -109,7 +92,6 @@ def find_doubtful(
             f"doubtful is for runs of labelled images; {adapter} was trained for {metadata.task}"
             f"{'' if source.data else ', and does not say from what'}"
         )
-    # What the run held out may have wrong labels, too.
     plain = dataclasses.replace(source, val_data=None, val_fraction=0.0, streaming=False)
     say(f"reading {source.data}")
     data, _ = run_data(plain)
@@ -127,7 +109,9 @@ def find_doubtful(
             f" are {scores:,} scores; at most {_MAX_SCORES:,} are kept, so name a part of it as"
             " the data of a run"
         )
-    embedder = from_adapter(
+
+    # Their cosines with each class by the base and by the run.
+    models = from_adapter(
         adapter,
         [0.0, 1.0],
         base=base,
@@ -136,26 +120,22 @@ def find_doubtful(
         device=device,
     )
     try:
-        first, second = evaluate_scored(
-            embedder,
+        by_base, by_run = evaluate_scored(
+            models,
             images,
             batch_size=batch_size,
             progress=lambda done, n: say(f"{done} of {n} images by both models"),
         )
     finally:
-        embedder.close()
-    assert first.cosines is not None and second.cosines is not None
-    found = _ranked(images, first.cosines, second.cosines, count)
-    return found, [_write(found, out / "doubtful.csv"), _draw(found, images, out / "doubtful.png")]
+        models[0].close()
+    assert by_base.cosines is not None and by_run.cosines is not None
 
-
-def _ranked(images: ClassificationSet, base: Floats, tuned: Floats, count: int) -> list[Doubtful]:
+    # The smaller margin is positive where both find another class better.
+    base_margins, base_best = margins(by_base.cosines, images.labels)
+    run_margins, run_best = margins(by_run.cosines, images.labels)
+    order = np.argsort(-np.minimum(base_margins, run_margins), kind="stable")[:count]
     names = first_names(images.classes)
-    base_margins, base_best = margins(base, images.labels)
-    run_margins, run_best = margins(tuned, images.labels)
-    least = np.minimum(base_margins, run_margins)  # positive where both find another class better
-    order = np.argsort(-least, kind="stable")[:count]
-    return [
+    doubts = [
         Doubtful(
             images.images[number].name,
             names[images.labels[number]],
@@ -167,32 +147,30 @@ def _ranked(images: ClassificationSet, base: Floats, tuned: Floats, count: int) 
         )
         for number in order.tolist()
     ]
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / "doubtful.csv"
+    with staged(table) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_FIELDS)
+        writer.writerows([getattr(doubt, name) for name in _FIELDS] for doubt in doubts)
+    return doubts, [table, _draw(doubts, images, out / "doubtful.png")]
 
 
-def _write(found: Sequence[Doubtful], path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(_FIELDS)
-        table.writerows([getattr(one, name) for name in _FIELDS] for one in found)
-    return path
-
-
-def _draw(found: Sequence[Doubtful], images: ClassificationSet, path: Path) -> Path:
-    shown = found[:MAX_SHOWN]
+def _draw(doubts: Sequence[Doubtful], images: ClassificationSet, path: Path) -> Path:
+    shown = doubts[:MAX_SHOWN]
     rows = -(-len(shown) // _COLUMNS)
     figure = Figure(figsize=(1.7 * _COLUMNS, 2.1 * rows), dpi=100, layout="constrained")
-    for place, one in enumerate(shown, 1):
+    for place, doubt in enumerate(shown, 1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
-        with Image.open(io.BytesIO(images.images[one.number]())) as image:
+        with Image.open(io.BytesIO(images.images[doubt.number]())) as image:
             image.thumbnail((200, 200))
             axes.imshow(image.convert("RGB"))
         axes.axis("off")
-        says = (
-            one.run_says if one.run_says == one.base_says else f"{one.base_says} / {one.run_says}"
-        )
+        says = doubt.run_says
+        if says != doubt.base_says:
+            says = f"{doubt.base_says} / {says}"
         # Names of classes are no formulas.
-        axes.set_title(f"{one.label[:22]}\nor {says[:22]}?", fontsize=7, parse_math=False)
+        axes.set_title(f"{doubt.label[:22]}\nor {says[:22]}?", fontsize=7, parse_math=False)
     with staged(path) as part:
         figure.savefig(part, format="png")
     return path

@@ -1,36 +1,28 @@
-"""Data sets of whole images: classification and retrieval."""
+"""Data sets of an evaluation: what they share, and those of whole images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import io
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import open_clip
 from numpy.typing import NDArray
+from PIL import Image as Pictures
 
 from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.preprocess import decode, oriented
 from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data import ImageColumn
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.evaluation_set import (
-    MOST_CONFUSED,
-    EvaluationSet,
-    Known,
-    Scorer,
-    as_seen,
-    by_bin,
-    by_class,
-    class_embeds,
-    confused,
-    contents,
-    digest,
-    first_names,
-    png_of,
-)
 from radapter_serve.evaluation.intervals import (
     Interval,
     mean_recall_interval,
@@ -38,7 +30,6 @@ from radapter_serve.evaluation.intervals import (
     wilson,
 )
 from radapter_serve.evaluation.metrics import (
-    BINS,
     Floats,
     average_precisions,
     calibration_error,
@@ -52,9 +43,123 @@ from radapter_serve.evaluation.metrics import (
     shares,
     true_ranks,
 )
-from radapter_serve.evaluation.nouns import TEMPLATES, nouns_beside
-from radapter_serve.evaluation.row import Measured, SetFacts, Setup, packed
-from radapter_serve.evaluation.suite import SEVERAL_METRIC
+from radapter_serve.evaluation.models import Candidate
+from radapter_serve.evaluation.rows import Bin, ClassFigures, Row, packed
+from radapter_serve.evaluation.suite import SEVERAL_METRIC, Entry
+from radapter_serve.files import digest_of
+
+MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
+NOUN_TEMPLATES = ("a photo of a {}.",)
+_NOUN_STEP = 3  # every third of ImageNet's 1,000 names: 333 nouns
+_WORD = re.compile(r"[^\W_]+")
+_READERS = 8  # files that are read at once
+_OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answers for some images of a set.
+
+    Attributes:
+        values: what the set measures by.
+        scores: cosines of the images with each class, float32 [N, C]; None where the set has no
+            classes of whole images, or nobody needs them.
+        nearest: the best noun of each image, where nouns were asked for.
+    """
+
+    values: tuple[Any, ...]
+    scores: Floats | None = None
+    nearest: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSet(ABC):
+    """A data set.
+
+    Attributes:
+        entry: what the suite says.
+        images: not decoded; `name` is for errors.
+        task: as CLIP_benchmark names it.
+        most: images in memory at once; None leaves it to the caller.
+    """
+
+    entry: Entry
+    images: Sequence[Any]
+
+    task: ClassVar[str]
+    most: ClassVar[int | None] = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def nouns(self) -> Sequence[str]:
+        """Nouns besides the set's classes that its images can be asked for; only where images have
+        classes as a whole.
+        """
+        return ()
+
+    @property
+    @abstractmethod
+    def contents(self) -> list[str]:
+        """A digest of each image, and of its masks where it has some."""
+
+    @property
+    @abstractmethod
+    def set_digest(self) -> str:
+        """A digest of everything that the figures depend on."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Fields of a row that say more about the set."""
+
+    def setup(self, model: Candidate) -> dict[str, Any]:
+        """Fields of a row that say how a model is evaluated on the set."""
+        return {}
+
+    def row(self, model: Candidate) -> Row:
+        """The row of a model on the set, before anything is measured.
+
+        Raises:
+            NoSuchWay: the model does not have the dense method that the set asks for.
+        """
+        entry = self.entry
+        return Row(
+            **vars(model.facts),
+            **self.facts,
+            **self.setup(model),
+            n=len(self),
+            set_digest=self.set_digest,
+            dataset=entry.name,
+            task=self.task,
+            language=entry.language,
+            source=model.source,
+            alpha=model.alpha,
+            shift=entry.shift,
+            split=entry.split,
+            metric=entry.metric,
+            border=entry.border,
+            exif_orientation=entry.exif_orientation,
+            metrics={},
+            runtime=0.0,
+        )
+
+    @abstractmethod
+    def prepare(self, model: Candidate, number: int) -> Any:
+        """Read and decode an image; thread-safe."""
+
+    @abstractmethod
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
+    ) -> Answer:
+        """A model's answers for the prepared images from number `start` on; `ask_nouns` takes the
+        best of `nouns` as well.
+        """
+
+    @abstractmethod
+    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The measured fields of a row, from the answers for all images in order."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +172,28 @@ class Image:
     border: int
 
     def __call__(self) -> bytes:
-        return (
-            _cropped(self.data(), self.border, self.column.exif_orientation)
-            if self.border
-            else self.data()
-        )
+        """The image file, its border cut off."""
+        data = self.data()
+        if not self.border:
+            return data
+        image = decode(data, exif_orientation=self.column.exif_orientation)
+        most = (min(image.size) - 1) // 2
+        if self.border > most:
+            raise RAdapterError(
+                f"border is {self.border}, which leaves nothing of {image.width} x"
+                f" {image.height} pixels; allowed: 0 to {most}"
+            )
+        box = (self.border, self.border, image.width - self.border, image.height - self.border)
+        return png_of(image.crop(box))
 
     def data(self) -> bytes:
-        """The bytes of the file, the border still there."""
+        """The bytes of the file, with the border."""
         return self.column.data(self.rows[self.index])
 
     @property
     def name(self) -> str:
-        """What to call the image in an error."""
+        """The image's name in an error."""
         return self.column.name(self.rows[self.index])
-
-
-def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
-    image = decode(data, exif_orientation=exif_orientation)
-    most = (min(image.size) - 1) // 2
-    if border > most:
-        raise RAdapterError(
-            f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels;"
-            f" allowed: 0 to {most}"
-        )
-    return png_of(image.crop((border, border, image.width - border, image.height - border)))
 
 
 @dataclass(frozen=True)
@@ -102,14 +204,14 @@ class _ImageSet(EvaluationSet):
 
     @cached_property
     def contents(self) -> list[str]:
-        """Digests of the images' files."""
         return contents(
             self.entry.name,
             [lambda image=image: [image.data()] for image in self.images],  # type: ignore[misc]
         )
 
-    def prepare(self, embedder: Embedder, number: int) -> Any:
-        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
+    def prepare(self, model: Candidate, number: int) -> Any:
+        turns = model.loaded.preprocess.exif_orientation
+        return model.prepare(as_seen(self.images[number](), self.entry.exif_orientation, turns))
 
 
 @dataclass(frozen=True)
@@ -120,27 +222,22 @@ class ClassificationSet(_ImageSet):
         labels: integer [N].
         classes: one a label, synonyms after commas.
         templates: prompt templates; None takes the model's own.
-        members: of each class the classes with prompts that it stands for, the best of which gives
-            it its score; empty where each class has prompts of its own.
     """
 
     labels: NDArray[Any]
     classes: list[str]
     templates: list[str] | None
-    members: Sequence[Sequence[str]] = ()
 
     task = "zeroshot_classification"
 
     @cached_property
-    def facts(self) -> SetFacts:
+    def set_digest(self) -> str:
+        return digest(self.classes, self._truth, self.contents)
+
+    @property
+    def facts(self) -> dict[str, Any]:
         split = self.entry.class_split
-        named = [list(of) for of in self.members] or self.classes
-        return SetFacts(
-            n=len(self.labels),
-            classes=len(self.classes),
-            class_split=None if split == "all" else split,
-            set_digest=digest(named, self._truth, self.contents),
-        )
+        return {"classes": len(self.classes), "class_split": None if split == "all" else split}
 
     @property
     def _truth(self) -> list[Any]:
@@ -148,28 +245,63 @@ class ClassificationSet(_ImageSet):
         return labels
 
     @cached_property
-    def prompted(self) -> list[str]:
-        """The classes that have prompts: their own, or the members of all."""
-        return [line for of in self.members for line in of] or self.classes
-
-    def scores(self, cosines: Floats) -> Floats:
-        """The score of each class, [N, C], from the cosines of images with `prompted`, [N, P]."""
-        if not self.members:
-            return cosines
-        starts = np.cumsum([0, *(len(of) for of in self.members[:-1])])
-        return np.asarray(np.maximum.reduceat(cosines, starts, axis=1))
-
-    def setup(self, embedder: Embedder) -> Setup:
-        return Setup(templates=tuple(self.templates or embedder.templates))
-
-    @cached_property
     def nouns(self) -> list[str]:
         """Nouns that have nothing to do with the classes."""
-        lines = dict.fromkeys([*self.classes, *self.prompted])
+        lines = dict.fromkeys(self.classes)
         return nouns_beside([name for line in lines for name in split_label(line)])
 
-    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
-        return _ClassificationScorer(self, embedder, known, ask_nouns=ask_nouns)
+    def prompts(self, model: Candidate) -> Sequence[str]:
+        """The prompt templates for a model."""
+        return self.templates or model.loaded.release.templates
+
+    def setup(self, model: Candidate) -> dict[str, Any]:
+        return {"templates": tuple(self.prompts(model))}
+
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
+    ) -> Answer:
+        embeds = check_finite(model.embed_images(items))
+        scores = embeds @ model.embed_classes(self.classes, self.prompts(model)).T
+        nearest = None
+        if ask_nouns:
+            nouns = model.embed_classes(self.nouns, NOUN_TEMPLATES)
+            nearest = (embeds @ nouns.T).argmax(axis=1)
+        return Answer(self._values(model, start, scores), scores, nearest)
+
+    def _values(self, model: Candidate, start: int, scores: Floats) -> tuple[Any, ...]:
+        """The rank of the label, the best class, and the sums of the calibration error."""
+        ranks = true_ranks(scores, self.labels[start : start + len(scores)])
+        best = scores.argmax(axis=1)
+        probabilities = model.probabilities(scores)
+        confidences = np.take_along_axis(probabilities, best[:, None], axis=1)[:, 0]
+        return ranks, best, calibration_sums(confidences, ranks < 1)
+
+    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
+        ranks, best = (np.concatenate([of.values[place] for of in answers]) for place in (0, 1))
+        sums = sum(of.values[2] for of in answers)
+        count = len(self.classes)
+        metrics = classification_metrics(ranks, self.labels, count)
+        metrics["ece"] = calibration_error(sums)
+        n, hits = (np.bincount(of, minlength=count) for of in (self.labels, self.labels[ranks < 1]))
+        intervals: dict[str, Interval] = {
+            name: wilson(metrics[name], len(ranks)) for name in ("acc1", "acc5") if name in metrics
+        }
+        intervals["mean_per_class_recall"] = mean_recall_interval(hits[n > 0], n[n > 0])
+        k = {"acc1": 1, "acc5": 5}.get(self.entry.metric)
+        few = count <= MOST_CONFUSED
+        return {
+            "metrics": metrics,
+            "intervals": intervals,
+            "calibration": by_bin(sums),
+            "per_class": by_class(self.classes, n, shares(hits, n)),
+            "confusion": confusion(self.labels, best, count).tolist() if few else None,
+            "indistinguishable": self._alike(model),
+            "right": packed(ranks < k) if k else None,
+        }
+
+    def _alike(self, model: Candidate) -> list[tuple[str, str]] | None:
+        embeds = model.embed_classes(self.classes, self.prompts(model))
+        return indistinguishable(first_names(self.classes), embeds) or None
 
 
 @dataclass(frozen=True)
@@ -184,8 +316,25 @@ class SeveralLabelsSet(ClassificationSet):
     def _truth(self) -> list[Any]:
         return [np.flatnonzero(of).tolist() for of in self.labels]
 
-    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
-        return _SeveralLabelsScorer(self, embedder, known, ask_nouns=ask_nouns)
+    def _values(self, model: Candidate, start: int, scores: Floats) -> tuple[Any, ...]:
+        return (check_finite(scores),)
+
+    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
+        scores = np.concatenate([of.values[0] for of in answers])
+        precisions = average_precisions(scores, self.labels)
+        best = np.take_along_axis(self.labels, scores.argmax(axis=1)[:, None], axis=1)
+        metrics = {SEVERAL_METRIC: float(np.nanmean(precisions)), "acc1": float(best.mean())}
+        intervals: dict[str, Interval] = {"acc1": wilson(metrics["acc1"], len(scores))}
+        if (interval := precision_interval(scores, self.labels)) is not None:
+            intervals[SEVERAL_METRIC] = interval
+        n = self.labels.sum(axis=0)
+        unknown = np.full(len(n), np.nan)
+        return {
+            "metrics": metrics,
+            "intervals": intervals,
+            "per_class": by_class(self.classes, n, unknown, average_precision=precisions),
+            "indistinguishable": self._alike(model),
+        }
 
 
 @dataclass(frozen=True)
@@ -203,14 +352,17 @@ class RetrievalSet(_ImageSet):
     task = "zeroshot_retrieval"
 
     @cached_property
-    def facts(self) -> SetFacts:
+    def set_digest(self) -> str:
+        return digest(self.captions, self.image_of.tolist(), self.contents)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
         different = len(set(self.groups.tolist()))
-        return SetFacts(
-            n=len(self.images),
-            captions=len(self.captions),
-            different_captions=different if different < len(self.captions) else None,
-            set_digest=digest(self.captions, self.image_of.tolist(), self.contents),
-        )
+        few = different < len(self.captions)
+        return {
+            "captions": len(self.captions),
+            "different_captions": different if few else None,
+        }
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
@@ -219,147 +371,132 @@ class RetrievalSet(_ImageSet):
         """
         return caption_groups(self.captions)
 
-    def setup(self, embedder: Embedder) -> Setup:
-        return Setup()
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
+    ) -> Answer:
+        return Answer((model.embed_images(items),))
 
-    def scorer(self, embedder: Embedder, known: Known, *, ask_nouns: bool = False) -> Scorer:
-        return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
-
-
-class _AmongClasses:
-    """What images with one label and with several have in common: the scores of their classes, and
-    the nouns beside these.
-    """
-
-    def __init__(
-        self, data: ClassificationSet, embedder: Embedder, known: Known, *, ask_nouns: bool
-    ) -> None:
-        templates = data.templates or embedder.templates
-        self._data = data
-        self._embedder = embedder
-        self._classifier = class_embeds(embedder.embed_texts, data.prompted, templates, known)
-        self._nouns: Floats | None = None
-        if ask_nouns and data.nouns:
-            self._nouns = class_embeds(embedder.embed_texts, data.nouns, TEMPLATES, known)
-        self.nearest: list[NDArray[np.int64]] = []
-
-    def scores(self, items: Sequence[Any]) -> Floats:
-        """Of prepared images with each class, [N, C]."""
-        embeds = check_finite(self._embedder.embed_images(items))
-        if self._nouns is not None:
-            self.nearest.append((embeds @ self._nouns.T).argmax(axis=1))
-        return self._data.scores(embeds @ self._classifier.T)
-
-
-class _ClassificationScorer(_AmongClasses):
-    def __init__(
-        self, data: ClassificationSet, embedder: Embedder, known: Known, *, ask_nouns: bool
-    ) -> None:
-        super().__init__(data, embedder, known, ask_nouns=ask_nouns)
-        self._ranks = [np.zeros(0, np.int64)]
-        self._found = [np.zeros(0, np.int64)]
-        self._sums = np.zeros((3, BINS))
-
-    def add(self, items: Sequence[Any]) -> Floats:
-        start = sum(map(len, self._ranks))
-        scores = self.scores(items)
-        ranks = true_ranks(scores, self._data.labels[start : start + len(items)])
-        found = scores.argmax(axis=1)
-        confidences = np.take_along_axis(
-            self._embedder.probabilities(scores), found[:, None], axis=1
-        )[:, 0]
-        self._sums += calibration_sums(confidences, ranks < 1)
-        self._ranks.append(ranks)
-        self._found.append(found)
-        return scores
-
-    def measured(self) -> Measured:
-        labels = self._data.labels
-        classes = self._data.classes
-        ranks = np.concatenate(self._ranks)
-        metrics = {
-            **classification_metrics(ranks, labels, len(classes)),
-            "ece": calibration_error(self._sums),
-        }
-        count, hits = (
-            np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1])
-        )
-        intervals: dict[str, Interval] = {
-            name: wilson(metrics[name], len(labels)) for name in ("acc1", "acc5") if name in metrics
-        }
-        intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
-        few = len(classes) <= MOST_CONFUSED
-        alike = indistinguishable(first_names(self._data.prompted), self._classifier)
-        found = np.concatenate(self._found)
-        best = {"acc1": 1, "acc5": 5}.get(self._data.entry.metric)
-        return Measured(
-            metrics=metrics,
-            intervals=intervals,
-            calibration=by_bin(self._sums),
-            per_class=by_class(classes, count, shares(hits, count)),
-            confusion=confused(confusion(labels, found, len(classes))) if few else None,
-            indistinguishable=alike or None,
-            right=packed(ranks < best) if best else None,
-        )
-
-
-class _SeveralLabelsScorer(_AmongClasses):
-    def __init__(
-        self, data: SeveralLabelsSet, embedder: Embedder, known: Known, *, ask_nouns: bool
-    ) -> None:
-        super().__init__(data, embedder, known, ask_nouns=ask_nouns)
-        self._scores: list[Floats] = []
-
-    def add(self, items: Sequence[Any]) -> Floats:
-        scores = check_finite(self.scores(items))
-        self._scores.append(scores)
-        return scores
-
-    def measured(self) -> Measured:
-        data = self._data
-        scores = np.concatenate(self._scores)
-        precisions = average_precisions(scores, data.labels)
-        best = np.take_along_axis(data.labels, scores.argmax(axis=1)[:, None], axis=1)
-        metrics = {
-            SEVERAL_METRIC: float(np.nanmean(precisions)),
-            "acc1": float(best.mean()),
-        }
-        intervals: dict[str, Interval] = {"acc1": wilson(metrics["acc1"], len(scores))}
-        if (interval := precision_interval(scores, data.labels)) is not None:
-            intervals[SEVERAL_METRIC] = interval
-        count = data.labels.sum(axis=0)
-        return Measured(
-            metrics=metrics,
-            intervals=intervals,
-            per_class=by_class(
-                data.classes, count, np.full(len(count), np.nan), average_precision=precisions
-            ),
-            indistinguishable=indistinguishable(first_names(data.prompted), self._classifier)
-            or None,
-        )
-
-
-class _RetrievalScorer:
-    def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
-        self._data = data
-        self._embedder = embedder
-        self._texts = texts
-        self._images: list[Floats] = []
-        self.nearest: list[NDArray[np.int64]] = []
-
-    def add(self, items: Sequence[Any]) -> None:
-        self._images.append(self._embedder.embed_images(items))
-
-    def measured(self) -> Measured:
-        data = self._data
-        images = np.concatenate(self._images)
-        ranks = retrieval_ranks(images, self._texts, data.image_of, data.groups)
+    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
+        images = np.concatenate([of.values[0] for of in answers])
+        texts = model.loaded.embed_texts(self.captions)
+        ranks = retrieval_ranks(images, texts, self.image_of, self.groups)
         metrics = recalls_of(ranks)
-        # captions of one image are no independent cases: images are counted both ways
+        # Captions of one image are no independent cases: images are counted both ways.
         intervals = {name: wilson(share, len(images)) for name, share in metrics.items()}
-        way, _, recall = data.entry.metric.partition("_retrieval_recall@")
+        way, _, recall = self.entry.metric.partition("_retrieval_recall@")
         hits = ranks[way] < int(recall)
         right: str | list[int] = packed(hits)
         if way == "image":
-            right = np.bincount(data.image_of[hits], minlength=len(images)).tolist()
-        return Measured(metrics=metrics, intervals=intervals, right=right)
+            right = np.bincount(self.image_of[hits], minlength=len(images)).tolist()
+        return {"metrics": metrics, "intervals": intervals, "right": right}
+
+
+def nouns_beside(names: Iterable[str]) -> list[str]:
+    """Common nouns that have nothing to do with these names of classes.
+
+    They are every third of the names that CLIP has for ImageNet's classes, from the first. A noun
+    that equals a class, has it among its words or is among its words is left out; upper and lower
+    case make no difference.
+    """
+
+    def words(name: str) -> str:
+        # A space before and after each, so that a word matches as a whole alone.
+        return f" {' '.join(_WORD.findall(name.casefold()))} "
+
+    classes = [of for of in map(words, names) if of.strip()]
+    nouns = {name: words(name) for name in open_clip.IMAGENET_CLASSNAMES[::_NOUN_STEP]}
+    return [
+        name for name, noun in nouns.items() if not any(noun in of or of in noun for of in classes)
+    ]
+
+
+def first_names(classes: Sequence[str]) -> list[str]:
+    """The first of each class's synonyms, which is shown."""
+    return [split_label(line)[0] for line in classes]
+
+
+def by_class(
+    classes: Sequence[str],
+    n: NDArray[Any],
+    recall: NDArray[np.float64],
+    iou: NDArray[np.float64] | None = None,
+    average_precision: NDArray[np.float64] | None = None,
+) -> list[ClassFigures]:
+    """`per_class` of a row, from the cases and values of each class; NaN becomes None."""
+    columns = [
+        [None] * len(classes) if values is None else _rounded(values)
+        for values in (recall, iou, average_precision)
+    ]
+    names = first_names(classes)
+    return [ClassFigures(*of) for of in zip(names, n.tolist(), *columns, strict=True)]
+
+
+def by_bin(sums: NDArray[np.float64]) -> list[Bin]:
+    """`calibration` of a row, from `calibration_sums`."""
+    confidence = _rounded(shares(sums[1], sums[0]))
+    accuracy = _rounded(shares(sums[2], sums[0]))
+    return [Bin(int(n), confidence[i], accuracy[i]) for i, n in enumerate(sums[0].tolist())]
+
+
+def _rounded(values: NDArray[np.float64]) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]
+
+
+def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:
+    """An image file that a model sees as the suite says.
+
+    Args:
+        data: the file.
+        wanted: whether the suite has images turned by their EXIF orientation.
+        turns: whether the model turns them.
+    """
+    if wanted == turns:
+        return data
+    stored = decode(data, exif_orientation=False)
+    turned = oriented(stored)
+    if turned is stored:
+        return data
+    return png_of(turned if wanted else stored)
+
+
+def png_of(image: Pictures.Image) -> bytes:
+    """An image as a PNG file that has no EXIF."""
+    out = io.BytesIO()
+    (image if image.mode in _OF_PNG else image.convert("RGB")).save(out, "PNG", exif=b"")
+    return out.getvalue()
+
+
+def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Numbers of the images that are used of `count`: all, or `limit` drawn by the seed;
+    ascending.
+    """
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
+    """Digests of images and their masks, each read once by its function of `parts`.
+
+    Raises:
+        RAdapterError: one can't be read; names the data set.
+    """
+
+    def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:
+        whole = hashlib.sha256()
+        for part in read():
+            if not isinstance(part, bytes):
+                part = f"{part.dtype}{part.shape}".encode() + part.tobytes()
+            whole.update(part)
+        return whole.hexdigest()
+
+    try:
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:
+            return list(pool.map(of, parts))
+    except RAdapterError as error:
+        raise RAdapterError(f"data set {name!r}: {error}") from error
+
+
+def digest(*parts: Sequence[Any]) -> str:
+    """`sha256:` over lists of texts and numbers."""
+    return digest_of(json.dumps([list(part) for part in parts], ensure_ascii=False).encode())

@@ -24,11 +24,8 @@ _MAX_SCORES = 5_000_000  # of an image and a class
 
 
 def wilson(share: float, n: float) -> Interval:
-    """Wilson's interval of a share of n independent cases.
-
-    Args:
-        share: in [0, 1].
-        n: more than 0; not whole where cases of different weight count as so many equal ones.
+    """Wilson's interval of a share of n independent cases; n is not whole where cases of different
+    weight count as so many equal ones.
     """
     middle = share + _Z**2 / (2 * n)
     spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
@@ -37,18 +34,14 @@ def wilson(share: float, n: float) -> Interval:
 
 
 def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
-    """The interval of a mean over classes: Wilson's, of as many images as tell as much as these.
+    """The interval of a mean over classes, from right images and images of each, integer [C]:
+    Wilson's, of as many images as tell as much as these.
 
     The variance within a class of n images is n/(n - 1) times that of its answers, which is
-    unbiased. A single image
-    tells none: it counts as if its class were like all classes together, which is more than the
-    truth where classes differ. The mean variance has as many degrees of freedom as images beyond
-    the first of their class, and one more of the variance of all classes together, so that it is
-    not 0 by chance where there are few.
-
-    Args:
-        hits: right images of each class, integer [C].
-        count: images of each class, 1 or more, integer [C].
+    unbiased. A single image tells no variance: it counts as if its class were like all classes
+    together, which is more than the truth where classes differ. The mean variance has as many
+    degrees of freedom as images beyond the first of their class, and one more of the variance of
+    all classes together, so that it is not 0 by chance where there are few.
     """
     recall = hits / count
     mean = float(recall.mean())
@@ -66,15 +59,9 @@ def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
 
 def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interval | None:
     """The interval of the mean of `average_precisions`: a normal one, whose spread is that of a
-    bootstrap that draws images.
+    bootstrap over images; None for a single image and for too many scores to draw from.
 
     The draws' own mean is too high, for copies of an image rank together.
-
-    Args:
-        scores, truth: as there.
-
-    Returns:
-        It, or None for a single image and where there are too many scores to draw from.
     """
     n = len(scores)
     if n < 2 or scores.size > _MAX_SCORES:
@@ -92,16 +79,13 @@ def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interv
 def paired_difference(
     first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
 ) -> tuple[float, float]:
-    """How much better one system is than another on the same cases, and how far off that may be.
+    """How much better one system is than another on the same cases: the mean over data sets of the
+    mean differences, and the half-width of its normal interval of 95 %.
 
     Args:
-        first: of each data set what the one system gets for each case, such as right or wrong, [N]
-            with N of 2 or more.
+        first: of each data set the first system's result for each case, such as right or wrong,
+            [N] with N of 2 or more.
         second: the same of the other system.
-
-    Returns:
-        The mean over the data sets of the mean differences, and the half-width of its normal
-        interval of 95 %.
     """
     differences = [
         np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)
@@ -111,13 +95,8 @@ def paired_difference(
 
 
 def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
-    """The intervals of `segmentation_metrics`, by a bootstrap that draws images.
-
-    Args:
-        sums: of `pixel_sums` of each image, [3, N, C].
-
-    Returns:
-        By metric; empty for a single image, which says nothing about others.
+    """The intervals of `segmentation_metrics` by a bootstrap over images, from `pixel_sums` of
+    each, [3, N, C]; empty for a single image, which says nothing about others.
     """
     _, n, classes = sums.shape
     if n < 2:
@@ -129,9 +108,8 @@ def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
         times = generator.multinomial(n, np.full(n, 1 / n), _BLOCK)
         drawn = (times @ flat).reshape(_BLOCK, 3, classes)
         parts.append(mean_metrics(np.moveaxis(drawn, 0, 1)))
-    return {name: _middle(np.concatenate([part[name] for part in parts])) for name in parts[0]}
-
-
-def _middle(values: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    intervals = {}
+    for name in parts[0]:
+        low, high = np.percentile(np.concatenate([part[name] for part in parts]), [2.5, 97.5])
+        intervals[name] = (float(low), float(high))
+    return intervals

@@ -15,9 +15,8 @@ Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 
 RECALLS = (1, 5, 10)
-BINS = (
-    15  # of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error
-)
+# Of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error.
+BINS = 15
 _BLOCK = 1024  # rows of similarities in memory at once
 NOT_FINITE = (
     "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter"
@@ -26,29 +25,15 @@ NOT_FINITE = (
 
 
 def check_finite(values: Floats) -> Floats:
-    """Embeddings or scores as they are.
-
-    Raises:
-        RAdapterError: some values are not finite, so that they can't be ranked.
-    """
+    """Return values; an error where some are not finite, so that they can't be ranked."""
     if not np.isfinite(values).all():
         raise RAdapterError(NOT_FINITE)
     return values
 
 
 def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
-    """Where the right answer stands in each row, 0 the best; of equal scores the earlier column
-    stands first.
-
-    Args:
-        scores: [N, C].
-        truth: the right column of each row, integer [N].
-
-    Returns:
-        int64 [N].
-
-    Raises:
-        RAdapterError: scores that are not finite.
+    """Rank of the right column in each row, from 0, int64 [N]; ties by column. `scores` are [N, C],
+    `truth` integer [N].
     """
     check_finite(scores)
     own = np.take_along_axis(scores, truth[:, None], axis=1)
@@ -57,16 +42,8 @@ def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
 
 
 def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> dict[str, float]:
-    """Accuracy from the ranks of the right classes.
-
-    Args:
-        ranks: from `true_ranks`, [N].
-        labels: [N].
-        classes: how many there are to choose from.
-
-    Returns:
-        Shares in [0, 1]: `acc1`, `acc5` where there are more than five classes, and
-        `mean_per_class_recall` over the classes that have images.
+    """Shares in [0, 1] from `true_ranks` and labels, [N]: `acc1`, `acc5` where there are more than
+    five classes, and `mean_per_class_recall` over the classes that have images.
     """
     hits = ranks < 1
     count = np.bincount(labels, minlength=classes)
@@ -80,19 +57,16 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
 def average_precisions(
     scores: Floats, truth: NDArray[np.bool_], weights: NDArray[Any] | None = None
 ) -> NDArray[np.float64]:
-    """The average precision of each class: how high the images that have it rank by its score.
+    """The average precision of each class, float64 [C] in [0, 1]; NaN for a class without an image.
 
     `Σ_n (R_n − R_{n−1})·P_n` over the scores from the highest on, in which images of equal score
     come together; no interpolation.
 
     Args:
         scores: [N, C].
-        truth: which labels each image has, [N, C].
-        weights: how often each image counts, [N] or for several draws [D, N]; None counts each
-            once.
-
-    Returns:
-        float64 [C] or [D, C], in [0, 1]; NaN for a class without an image.
+        truth: the labels of each image, [N, C].
+        weights: how often each image counts, [N], or for several draws [D, N], which gives [D, C];
+            None counts each once.
     """
     counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     classes = []
@@ -109,48 +83,31 @@ def average_precisions(
 
 
 def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """What the expected calibration error is made of: sums over the images in each bin of
-    confidence.
+    """Of each bin of confidence the number of images, the sum of their confidences, and the number
+    of right ones, float64 [3, 15].
 
     Args:
-        confidences: the probability of the label that was found, [N], in [0, 1]; bin k of 15 holds
-            those above k/15 and up to (k + 1)/15, and the first bin 0 too.
+        confidences: the probability of the best label, [N], in [0, 1]; bin k of 15 holds those
+            above k/15 and up to (k + 1)/15, and the first bin 0 too.
         hits: whether that label is right, [N].
-
-    Returns:
-        float64 [3, 15]: the number of images, the sum of their confidences, and the number of right
-        ones.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
     return np.stack([np.bincount(bins, of, BINS) for of in (np.ones(len(bins)), confidences, hits)])
 
 
 def calibration_error(sums: NDArray[np.float64]) -> float:
-    """Expected calibration error (ECE): how far confidence and accuracy are apart, the mean over
-    images of all bins.
-
-    Args:
-        sums: from `calibration_sums`.
-
-    Returns:
-        The sum over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1]; 0 is the best (Guo et
-        al., ICML 2017).
+    """Expected calibration error (ECE; Guo et al., ICML 2017), from `calibration_sums`: the sum
+    over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1].
     """
     count, confidences, hits = sums
     return float(np.abs(hits - confidences).sum() / count.sum())
 
 
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
-    """A number for each caption that equal captions share.
+    """A number for each caption that equal captions share, int64 [T].
 
     Captions are equal where they differ by nothing but Unicode's compatible forms (NFKC), upper and
     lower case, white space, and full stops at the end.
-
-    Args:
-        captions: T texts.
-
-    Returns:
-        int64 [T].
     """
     plain = [
         " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
@@ -167,24 +124,14 @@ def retrieval_metrics(
     recalls: Sequence[int] = RECALLS,
     groups: NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
-    """Recall at k both ways, a hit being at least one true match among the best k.
-
-    Args:
-        images, texts, image_of, groups: as of `retrieval_ranks`.
-        recalls: values of k.
-
-    Returns:
-        Shares in [0, 1]; see `recalls_of`.
-
-    Raises:
-        RAdapterError: embeddings that are not finite.
-    """
+    """`recalls_of` of `retrieval_ranks`."""
     return recalls_of(retrieval_ranks(images, texts, image_of, groups), recalls)
 
 
 def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
     """Recall at k both ways, from `retrieval_ranks`: shares in [0, 1], `image_retrieval_recall@k`
-    over the texts and `text_retrieval_recall@k` over the images.
+    over the texts and `text_retrieval_recall@k` over the images. A hit is at least one true match
+    among the best k.
     """
     return {
         f"{way}_retrieval_recall@{k}": float((of < k).mean())
@@ -213,9 +160,6 @@ def retrieval_ranks(
     Returns:
         `image`, int64 [T]: each text looks for any of its images; and `text`, int64 [I]: each image
         looks for any of its texts.
-
-    Raises:
-        RAdapterError: embeddings that are not finite.
     """
     check_finite(images)
     check_finite(texts)
@@ -250,50 +194,39 @@ def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> 
     return np.concatenate(parts)
 
 
-def confusion(truth: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """Counts of pixels, or whatever else has classes, by true and found class.
-
-    Args:
-        truth: integer [N], from 0 to classes - 1.
-        found: integer [N], from 0 to classes; `classes` stands for none of them.
-        classes: how many there are.
-
-    Returns:
-        int64 [classes, classes + 1].
+def confusion(truth: NDArray[Any], answered: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """Counts of pixels or images by true class, integer [N], and answered class, where `classes`
+    stands for no class; int64 [classes, classes + 1].
     """
-    pairs = truth.astype(np.int64) * (classes + 1) + found
+    pairs = truth.astype(np.int64) * (classes + 1) + answered
     return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(
         classes, classes + 1
     )
 
 
 def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Metrics of a whole data set from its pixels.
-
-    Args:
-        counts: from `confusion`, summed over the images.
-
-    Returns:
-        Shares in [0, 1]: `miou`, the mean of `class_ious` over the classes that the truth or the
-        answers have anywhere in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes
-        that the truth has.
+    """Shares in [0, 1] from `confusion`, summed over the images of a set: `miou`, the mean of
+    `class_ious` over the classes that the truth or the answers have anywhere in the set;
+    `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
     """
-    found = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
-    return {name: float(values[0]) for name, values in found.items()}
+    means = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
+    return {name: float(values[0]) for name, values in means.items()}
 
 
 def pixel_sums(
     counts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of each class its pixels that are right, true and found, int64 [C] each, from `confusion`."""
+    """Each class's pixels that are right, true and answered, int64 [C] each, from `confusion`."""
     return counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[: len(counts)]
 
 
-def class_ious(right: NDArray[Any], true: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
+def class_ious(
+    right: NDArray[Any], true: NDArray[Any], answered: NDArray[Any]
+) -> NDArray[np.float64]:
     """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers
     have it.
     """
-    return shares(right, true + found - right)
+    return shares(right, true + answered - right)
 
 
 def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
@@ -302,15 +235,13 @@ def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """What `segmentation_metrics` returns, [B] each, for B data sets of the same classes.
-
-    Args:
-        sums: of `pixel_sums`, [3, B, C].
+    """`segmentation_metrics`, [B] each, of B data sets of the same classes, from `pixel_sums`,
+    [3, B, C].
     """
-    right, true, found = sums
+    right, true, answered = sums
     pixels = true.sum(axis=-1)
     return {
-        "miou": _mean_of_known(class_ious(right, true, found)),
+        "miou": _mean_of_known(class_ious(right, true, answered)),
         "pixel_accuracy": right.sum(axis=-1) / np.maximum(pixels, 1),
         "mean_class_accuracy": _mean_of_known(shares(right, true)),
     }

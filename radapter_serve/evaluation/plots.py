@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,10 +10,106 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from radapter_serve.evaluation.results import model_name
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.alpha_choice import Choice
+from radapter_serve.evaluation.rows import (
+    KEPT,
+    Row,
+    by_shift,
+    common_unit,
+    curve,
+    mean_kept,
+    model_name,
+    own_metric,
+)
+from radapter_serve.evaluation.suite import PROPOSALS
 
 Points = Sequence[Mapping[str, float]]
+# Of what is at several α, the first has the curve.
+_SOURCES = ("adapter", "checkpoint", "lora", "release", "server")
+
+
+def draw_choice(choice: Choice, folder: Path) -> Path:
+    """Draw the curve on validation data that an α was chosen from, as `validation.png` in a folder;
+    returns its path.
+    """
+    path = folder / "validation.png"
+    points = [
+        {name: of if name == "alpha" else 100 * of for name, of in point.items()}
+        for point in choice.curve
+    ]
+    plot_alpha_curve(
+        points,
+        *by_shift(choice.sets),
+        path,
+        title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
+        unit=common_unit(of.metric for of in choice.sets.values()),
+        kept={point["alpha"]: point[KEPT] for point in points if KEPT in point},
+        choice=choice,
+    )
+    return path
+
+
+def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
+    """Draw what the rows of one call allow; returns the pictures' paths.
+
+    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense
+    segmentation and proposals; by the last model `confusion-NAME.png` of each data set of few
+    classes, and `calibration-NAME.png` of each data set of labelled images.
+
+    Args:
+        rows: from `evaluate_suite`.
+        folder: for the pictures.
+        title: above them.
+        curve_too: False leaves `alpha.png` as it is.
+    """
+    unit = common_unit(row.metric for row in rows)
+    pictures = [folder / "bars.png"]
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = model_name(row.source, row.alpha, ", α = ")
+        bars.setdefault(name, {})[row.dataset] = own_metric(row)
+    plot_bars(bars, pictures[0], title=title, unit=unit)
+
+    # A curve for each way of segmentation.
+    ways: dict[str, list[Row]] = {}
+    for row in rows if curve_too else ():
+        ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
+    for way, some in ways.items():
+        lines = {source: curve([r for r in some if r.source == source]) for source in _SOURCES}
+        source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
+        if source is None:
+            continue
+        kept = {}
+        for point in lines[source]:
+            alpha = point["alpha"]
+            share = mean_kept(row for row in some if (row.source, row.alpha) == (source, alpha))
+            if share is not None:
+                kept[alpha] = share
+        wise_ft = curve([row for row in some if row.source == "wise-ft"])
+        path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
+        plot_alpha_curve(
+            lines[source],
+            *by_shift({row.dataset: row for row in some}),
+            path,
+            title=title,
+            beside={"WiSE-FT": wise_ft} if wise_ft else None,
+            unit=unit,
+            kept=kept,
+        )
+        pictures.append(path)
+
+    # Details of each data set, by the last model that has them.
+    confused = {row.dataset: row for row in rows if row.confusion is not None}
+    calibrated = {row.dataset: row for row in rows if row.calibration is not None}
+    for kind, last, plot in (
+        ("confusion", confused, plot_confusion),
+        ("calibration", calibrated, plot_calibration),
+    ):
+        for dataset, row in last.items():
+            name = re.sub(r"[^\w.-]+", "_", dataset)
+            pictures.append(folder / f"{kind}-{name}.png")
+            plot(row, pictures[-1])
+    return pictures
 
 
 def plot_alpha_curve(
@@ -25,6 +122,7 @@ def plot_alpha_curve(
     beside: Mapping[str, Points] | None = None,
     unit: str = "%",
     kept: Mapping[float, float] | None = None,
+    choice: Choice | None = None,
 ) -> None:
     """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3),
     and each set over α.
@@ -38,8 +136,9 @@ def plot_alpha_curve(
         title: above the picture.
         beside: other methods' rows, by name, such as WiSE-FT's.
         unit: of the figures, such as `mIoU, %`.
-        kept: of each α how much of the base's answers is kept, in per cent, which has an axis of
-            its own.
+        kept: how much of the base's answers each α keeps, in per cent, on an axis on the right.
+        choice: marks what `auto` takes, the smallest α as good as the best, the best, the base's
+            level, and the score with the interval of its distance from the best.
     """
     ids = [id_names] if isinstance(id_names, str) else list(id_names)
     groups = [names for names in (ids, list(ood_names)) if names]
@@ -50,28 +149,53 @@ def plot_alpha_curve(
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for number, name in enumerate((*ids, *ood_names)):
-        # there are ten colours
+        # There are ten colours.
         style = "-" if name in ids else "--"
         marker = "os^D"[number // 10 % 4]
-        each.plot(
-            alphas, [row[name] for row in rows], style, marker=marker, markersize=3, label=name
-        )
+        values = [row[name] for row in rows]
+        each.plot(alphas, values, style, marker=marker, markersize=3, label=name)
+    if choice is not None:
+        _mark(each, choice)
     each.set_xlabel("α")
     each.set_ylabel(unit)
     handles, labels = each.get_legend_handles_labels()
     if kept:
-        beside_it = each.twinx()
+        right = each.twinx()
         places = sorted(kept)
         shares = [kept[alpha] for alpha in places]
-        handles += beside_it.plot(places, shares, ":", color="black", marker="x", markersize=4)
+        handles += right.plot(places, shares, ":", color="black", marker="x", markersize=4)
         labels.append("kept of the base (right)")
-        beside_it.set_ylim(min(90.0, *shares) - 2, 102)
-        beside_it.set_ylabel("kept of the base's answers, %")
+        right.set_ylim(min(90.0, *shares) - 2, 102)
+        right.set_ylabel("kept of the base's answers, %")
     figure.legend(handles, labels, fontsize=8, loc="outside right upper")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path)
+
+
+def _mark(axes: Axes, choice: Choice) -> None:
+    alphas = [point["alpha"] for point in choice.curve]
+    scores = np.array([100 * point["score"] for point in choice.curve])
+    halves = np.array([100 * point["plus_minus"] for point in choice.curve])
+    axes.plot(alphas, scores, "-", color="gray", linewidth=1, label="score")
+    axes.fill_between(
+        alphas,
+        scores - halves,
+        scores + halves,
+        color="gray",
+        alpha=0.2,
+        label="95 %, of the distance from the best",
+    )
+    if alphas[0] == 0:
+        axes.axhline(scores[0], color="gray", linestyle=":", linewidth=1, label="the base's level")
+    for name, alpha, style in (
+        ("auto", choice.alpha, "-"),
+        ("smallest as good as the best", choice.smallest, "--"),
+        ("best", choice.best, ":"),
+    ):
+        label = f"{name}: α = {alpha:g}"
+        axes.axvline(alpha, color="tab:red", linestyle=style, linewidth=1, label=label)
 
 
 def _draw_curve(
@@ -84,24 +208,17 @@ def _draw_curve(
         axes.plot(x, y, "o-", color=("tab:red", "tab:blue", "tab:gray")[number % 3], label=method)
         for row, place in zip(points, zip(x, y, strict=True), strict=True):
             label = {0.0: "zero-shot, α = 0", 1.0: "α = 1"}.get(row["alpha"], f"{row['alpha']:g}")
-            if number == 0 or row["alpha"] != 0.0:  # all methods start at the base
-                axes.annotate(
-                    label,
-                    place,
-                    xytext=(5, -10 if number else 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+            if number and row["alpha"] == 0.0:  # all methods start at the base
+                continue
+            offset = (5, -10 if number else 4)
+            axes.annotate(label, place, xytext=offset, textcoords="offset points", fontsize=8)
     for set_label, where, names in (
         (axes.set_xlabel, "in", groups[0]),
         (axes.set_ylabel, "out of", groups[1]),
     ):
         what = names[0] if len(names) == 1 else f"mean of {len(names)}"
-        set_label(
-            f"{where} distribution: {what}, in {unit}"
-            if unit == "%"
-            else f"{where} distribution: {what}, {unit}"
-        )
+        joint = ", in" if unit == "%" else ","
+        set_label(f"{where} distribution: {what}{joint} {unit}")
     axes.margins(0.15)
     if len(methods) > 1:
         axes.legend(fontsize=8)
@@ -110,13 +227,8 @@ def _draw_curve(
 def plot_bars(
     values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", unit: str = "%"
 ) -> None:
-    """Draw a group of bars for each data set, one bar a model.
-
-    Args:
-        values: model to data set to per cent.
-        path: a picture file; its ending says which kind.
-        title: above the picture.
-        unit: of the figures, such as `mIoU, %`.
+    """Draw a group of bars for each data set, one bar a model; `values` has per cent by model and
+    data set.
     """
     sets = list(dict.fromkeys(name for of in values.values() for name in of))
     figure = Figure(
@@ -138,12 +250,8 @@ def plot_bars(
 
 
 def plot_confusion(row: Row, path: str | Path) -> None:
-    """Draw which classes are taken for which, with the number of images (for segmentation: pixels)
-    of each class.
-
-    Args:
-        row: of results, with `confusion` and `per_class`.
-        path: a picture file; its ending says which kind.
+    """Draw the confusion matrix of a row that has one, with the number of images (for segmentation:
+    pixels) of each class.
     """
     assert row.per_class is not None
     counts = np.array(row.confusion, float)
@@ -176,19 +284,15 @@ def plot_confusion(row: Row, path: str | Path) -> None:
         range(len(names)),
         [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)],
     )
-    axes.set_xlabel("found")
+    axes.set_xlabel("answered")
     axes.set_ylabel("true")
     figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")
     figure.savefig(path)
 
 
 def plot_calibration(row: Row, path: str | Path) -> None:
-    """Draw how often a model is right where it is so sure (a reliability diagram); on the diagonal
-    it is as it says.
-
-    Args:
-        row: of results, with `calibration`.
-        path: a picture file; its ending says which kind.
+    """Draw the reliability diagram of a row with `calibration`: accuracy over confidence; on the
+    diagonal the model is as sure as it is right.
     """
     assert row.calibration is not None
     bins = [of for of in row.calibration if of.n]

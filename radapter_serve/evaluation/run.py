@@ -1,61 +1,181 @@
-"""Evaluate models on a whole suite, choose α by it, and draw the results."""
+"""Evaluate models on one data set or on a whole suite, and choose α by it."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from radapter_serve import __version__
-from radapter_serve.adapter import Metadata, load_adapter
-from radapter_serve.data.source import RunSource
+from radapter_serve.adapter import load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
-from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
-from radapter_serve.evaluation.evaluate import case_of, evaluate
-from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.plots import (
-    plot_alpha_curve,
-    plot_bars,
-    plot_calibration,
-    plot_confusion,
-)
-from radapter_serve.evaluation.results import (
-    KEPT,
-    Results,
-    by_shift,
-    common_unit,
-    curve,
-    harmonic_means,
-    mean_kept,
-    model_name,
-    own_metric,
-)
-from radapter_serve.evaluation.row import Row
-from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import AsTrained, Entry, Suite
+from radapter_serve.evaluation.image_sets import Answer, EvaluationSet
+from radapter_serve.evaluation.intervals import wilson
+from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.models import Candidate, NoSuchWay
+from radapter_serve.evaluation.rows import KEPT, Results, Row, harmonic_means
+from radapter_serve.evaluation.sets import open_set, own_validation
+from radapter_serve.evaluation.suite import Suite
 
 Say = Callable[[str], None]
-# Of what is at several α, the first has the curve.
-_SOURCES = ("adapter", "checkpoint", "lora", "release", "server")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row, and the cosines of each image with each class that it was measured by, float32 [N, C];
+    None where the data set has no classes of whole images.
+    """
+
+    row: Row
+    cosines: Floats | None
+
+
+def evaluate(
+    models: Sequence[Candidate],
+    data: EvaluationSet,
+    *,
+    batch_size: int = 64,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    kept: bool = False,
+) -> list[Row]:
+    """Evaluate models on one data set; each image is read and decoded once.
+
+    Args:
+        models: that prepare images alike.
+        data: from `open_set`.
+        batch_size: images a pass, where the set allows as many.
+        threads: images that are decoded at once.
+        progress: called with the images done and their number.
+        kept: measure what is kept of the base, where alpha 0 is among the models; see `Row`.
+
+    Returns:
+        A row a model.
+
+    Raises:
+        RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
+    """
+    scored = _evaluate(models, data, batch_size, threads, progress, kept, keep_scores=False)
+    return [of.row for of in scored]
+
+
+def evaluate_scored(
+    models: Sequence[Candidate],
+    data: EvaluationSet,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """`evaluate` that keeps the scores: 4 bytes for each model, image and class."""
+    return _evaluate(models, data, batch_size, 2, progress, kept=False, keep_scores=True)
+
+
+def _evaluate(
+    models: Sequence[Candidate],
+    data: EvaluationSet,
+    batch_size: int,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+    kept: bool,
+    keep_scores: bool,
+) -> list[Scored]:
+    seconds = [0.0] * len(models)
+
+    @contextmanager
+    def turn(number: int) -> Iterator[None]:
+        """Count a model's seconds; an error names the model and the data set."""
+        start = time.perf_counter()
+        try:
+            yield
+        except RAdapterError as error:
+            name = models[number].name
+            raise RAdapterError(f"data set {data.entry.name!r}, {name}: {error}") from error
+        seconds[number] += time.perf_counter() - start
+
+    # Each batch of images goes to every model.
+    base = next((place for place, of in enumerate(models) if of.alpha == 0.0), None)
+    ask_nouns = kept and base is not None and bool(data.nouns)
+    answers: list[list[Answer]] = [[] for _ in models]
+    done = 0
+    for items in _batches(models[0], data, min(batch_size, data.most or batch_size), threads):
+        for number, model in enumerate(models):
+            with turn(number):
+                answer = data.answer(model, done, items, ask_nouns=ask_nouns)
+            if not keep_scores:
+                answer = replace(answer, scores=None)
+            answers[number].append(answer)
+        done += len(items)
+        if progress:
+            progress(done, len(data))
+
+    # A row for each model.
+    scored = []
+    for number, model in enumerate(models):
+        with turn(number):
+            measured = data.measure(model, answers[number])
+        row = replace(data.row(model), **measured, runtime=round(seconds[number], 3))
+        if ask_nouns and base is not None:
+            same = _nearest(answers[number]) == _nearest(answers[base])
+            share = float(same.mean())
+            row = replace(
+                row,
+                metrics={**row.metrics, KEPT: share},
+                intervals={**(row.intervals or {}), KEPT: wilson(share, len(same))},
+            )
+        scores = [of.scores for of in answers[number] if of.scores is not None]
+        scored.append(Scored(row, np.concatenate(scores) if scores else None))
+    return scored
+
+
+def _nearest(answers: Sequence[Answer]) -> Any:
+    return np.concatenate([of.nearest for of in answers if of.nearest is not None])
+
+
+def _batches(
+    model: Candidate, data: EvaluationSet, batch_size: int, threads: int
+) -> Iterator[list[Any]]:
+    """Prepared images; the next batch is read and decoded while this one is embedded."""
+
+    def item(number: int) -> Any:
+        try:
+            return data.prepare(model, number)
+        except RAdapterError as error:
+            raise RAdapterError(
+                f"data set {data.entry.name!r}, {data.images[number].name}: {error}"
+            ) from error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        numbers = iter(range(len(data)))
+        ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
+        try:
+            while ahead:
+                now = ahead
+                ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
+                yield [future.result() for future in now]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def evaluate_suite(
-    embedder: Embedder,
+    models: Sequence[Candidate],
     suite: Suite,
     results: Results,
     *,
     split: str = "test",
-    variants: Sequence[Variant] | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    say: Say | None = None,
+    say: Say = lambda line: None,
     skip: Say | None = None,
-    opened: Callable[[EvaluationSet], None] | None = None,
+    opened: Callable[[EvaluationSet], None] = lambda data: None,
 ) -> list[Row]:
     """Evaluate models on the data sets of one split of a suite; rows that `results` has are not
     made again.
@@ -64,11 +184,10 @@ def evaluate_suite(
     mean is added to the results.
 
     Args:
-        embedder: holds the models.
+        models: of one kind.
         suite: from `load_suite`.
         results: takes the rows, data set by data set.
         split: `test` or `validation`.
-        variants: which of the embedder's models; all if None.
         limit: images of a data set at most, drawn by the seed; None takes all.
         seed: of that draw.
         batch_size: images a pass.
@@ -80,48 +199,42 @@ def evaluate_suite(
     Returns:
         The rows, data set by data set.
     """
-    say = say or (lambda line: None)
-    chosen = embedder.variants if variants is None else variants
     rows: list[Row] = []
-    known: dict[Any, Known] = {}
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
-        stamp = partial(dataclasses.replace, suite=suite.name, seed=seed, version=__version__)
+        stamp: dict[str, Any] = {"suite": suite.name, "seed": seed, "version": __version__}
         try:
-            cases = [stamp(case_of(embedder, data, variant)) for variant in chosen]
+            cases = [replace(data.row(model), **stamp) for model in models]
         except NoSuchWay as error:
             if skip is None:
                 raise
             skip(f"{entry.name} is left out: {error}")
             continue
-        if opened:
-            opened(data)
-        # What is kept of the base is measured beside alpha 0, which it is compared with.
-        keeps = bool(data.nouns) and any(variant.alpha == 0.0 for variant in chosen)
-        missing = []
-        for variant, of in zip(chosen, cases, strict=True):
-            row = results.find(of)
-            if row is None or (keeps and KEPT not in row.metrics):
-                missing.append(variant)
-        if missing:
-            if keeps:
-                missing = [of for of in chosen if of in missing or of.alpha == 0.0]
-            models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
-            say(f"{entry.name}: embedding its texts by {models}")
-            made = evaluate(
-                embedder,
+        opened(data)
+        # What is kept of the base is measured with alpha 0, which it is compared with.
+        keeps = bool(data.nouns) and any(model.alpha == 0.0 for model in models)
+        rows_before = [results.find(case) for case in cases]
+        missing = [row is None or (keeps and KEPT not in row.metrics) for row in rows_before]
+        if any(missing):
+            wanted = [
+                model
+                for model, lacks in zip(models, missing, strict=True)
+                if lacks or (keeps and model.alpha == 0.0)
+            ]
+            by = f"{len(wanted)} model{'s' if len(wanted) > 1 else ''}"
+            say(f"{entry.name}: embedding its texts by {by}")
+            new = evaluate(
+                wanted,
                 data,
-                missing,
                 batch_size=batch_size,
-                known=known,
                 kept=keeps,
-                progress=lambda done, n, name=entry.name, by=models: say(
+                progress=lambda done, n, name=entry.name, by=by: say(  # type: ignore[misc]
                     f"{name}: {done} of {n} images by {by}"
-                ),  # type: ignore[misc]
+                ),
             )
-            results.add(stamp(row) for row in made)
-        rows += [row for of in cases if (row := results.find(of)) is not None]
+            results.add(replace(row, **stamp) for row in new)
+        rows += [row for case in cases if (row := results.find(case)) is not None]
     means = [row for row in harmonic_means(rows, suite.pairs(split)) if results.find(row) is None]
     if means:
         results.add(means)
@@ -129,13 +242,16 @@ def evaluate_suite(
 
 
 def choose_alpha(
-    embedder: Embedder, adapter: str | Path, suite: Suite | None, results: Results, **options: Any
+    models: Sequence[Candidate],
+    adapter: str | Path,
+    suite: Suite | None,
+    results: Results,
+    **options: Any,
 ) -> tuple[Choice, Path]:
     """Choose α on validation data, and write the choice beside the adapter.
 
     Args:
-        embedder: from `from_adapter`, with every α that may be chosen, the adapter's own among
-            them.
+        models: from `from_adapter`, at every α that may be chosen, the adapter's own among them.
         adapter: adapter file, or the folder of a run.
         suite: its validation sets are used; where it has none, the validation data that the run was
             trained with.
@@ -151,180 +267,34 @@ def choose_alpha(
     metadata = load_adapter(adapter).metadata
     if suite is None or not suite.of_split("validation"):
         suite = own_validation(metadata)
-    variants = [variant for variant in embedder.variants if variant.source == "adapter"]
-    rows = evaluate_suite(
-        embedder, suite, results, split="validation", variants=variants, **options
-    )
+    models = [model for model in models if model.source == "adapter"]
+    rows = evaluate_suite(models, suite, results, split="validation", **options)
     choice = choose(rows, metadata.alpha)
     return choice, save_choice(choice, adapter)
 
 
-def draw_choice(choice: Choice, folder: Path) -> Path:
-    """Draw the curve on validation data that an α was chosen from, as `validation.png`; returns its
-    path.
+class Overlap:
+    """Compares the images of test sets with those of validation sets, by the digests of their
+    files: the figures of what the same images chose are too high.
 
-    Args:
-        choice: from `choose_alpha`.
-        folder: for the picture.
+    Attributes:
+        warnings: a line for each test set that has some in common.
     """
-    path = folder / "validation.png"
-    unit = common_unit(of.metric for of in choice.sets.values())
-    plot_alpha_curve(
-        choice.curve,
-        *by_shift(choice.sets),
-        path,
-        title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
-        unit=unit,
-        kept={of["alpha"]: of[KEPT] for of in choice.curve if KEPT in of},
-    )
-    return path
 
+    def __init__(self) -> None:
+        self._set_of: dict[str, str] = {}
+        self.warnings: list[str] = []
 
-def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
-    """Draw what the rows of one call allow.
+    def chosen_by(self, data: EvaluationSet) -> None:
+        """Take a set that something is chosen by."""
+        self._set_of |= dict.fromkeys(data.contents, data.entry.name)
 
-    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense
-    segmentation and proposals; by the last model `confusion-NAME.png` of each data set of few
-    classes, and `calibration-NAME.png` of each data set of labelled images.
-
-    Args:
-        rows: from `evaluate_suite`.
-        folder: for the pictures.
-        title: above them.
-        curve_too: False leaves `alpha.png` as it is.
-
-    Returns:
-        The pictures' paths.
-    """
-    unit = common_unit(row.metric for row in rows)
-    pictures = [_draw_bars(rows, folder, title, unit)]
-    if curve_too:
-        pictures += _draw_curves(rows, folder, title, unit)
-    return pictures + _draw_details(rows, folder)
-
-
-def _draw_bars(rows: Sequence[Row], folder: Path, title: str, unit: str) -> Path:
-    bars: dict[str, dict[str, float]] = {}
-    for row in rows:
-        name = model_name(row.source, row.alpha, ", α = ")
-        bars.setdefault(name, {})[row.dataset] = own_metric(row)
-    path = folder / "bars.png"
-    plot_bars(bars, path, title=title, unit=unit)
-    return path
-
-
-def _draw_curves(rows: Sequence[Row], folder: Path, title: str, unit: str) -> list[Path]:
-    ways: dict[str, list[Row]] = {}
-    for row in rows:
-        ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
-    pictures = []
-    for way, some in ways.items():
-        lines = {source: curve([r for r in some if r.source == source]) for source in _SOURCES}
-        source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
-        if source is None:
-            continue
-        line = lines[source]
-        kept = {
-            point["alpha"]: mean_kept(
-                row for row in some if (row.source, row.alpha) == (source, point["alpha"])
+    def tested(self, data: EvaluationSet) -> None:
+        """Take a test set."""
+        sets = [self._set_of[digest] for digest in data.contents if digest in self._set_of]
+        if sets:
+            self.warnings.append(
+                f"{data.entry.name}: warning: {len(sets)} of its {len(data)} images are validation"
+                f" images of {', '.join(sorted(set(sets)))} too; the figures of what they chose"
+                " are too high"
             )
-            for point in line
-        }
-        wise_ft = curve([row for row in some if row.source == "wise-ft"])
-        path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
-        plot_alpha_curve(
-            line,
-            *by_shift({row.dataset: row for row in some}),
-            path,
-            title=title,
-            beside={"WiSE-FT": wise_ft} if wise_ft else None,
-            unit=unit,
-            kept={alpha: share for alpha, share in kept.items() if share is not None},
-        )
-        pictures.append(path)
-    return pictures
-
-
-def _draw_details(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Of each data set by the last model that has them: what was taken for what, and how sure it
-    was.
-    """
-    confused = {row.dataset: row for row in rows if row.confusion is not None}
-    calibrated = {row.dataset: row for row in rows if row.calibration is not None}
-    pictures = []
-    for kind, last, plot in (
-        ("confusion", confused, plot_confusion),
-        ("calibration", calibrated, plot_calibration),
-    ):
-        for dataset, row in last.items():
-            name = re.sub(r"[^\w.-]+", "_", dataset)
-            pictures.append(folder / f"{kind}-{name}.png")
-            plot(row, pictures[-1])
-    return pictures
-
-
-def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
-    """Validation data of a run as a suite of one set, opened as training opened its own.
-
-    Args:
-        metadata: of the run's adapter.
-        data: other data of the same columns; None takes what the run was validated with.
-
-    Raises:
-        RAdapterError: the run was trained without any, or with the other data.
-    """
-    source = metadata.source
-    if data is not None:
-        if source.data and _place(data) == _place(source.data):
-            raise RAdapterError(
-                f"the validation data {data} is what the run was trained with, which tells nothing"
-                " of other images; name others, or none, or own for those that the run was"
-                " validated with"
-            )
-        source = dataclasses.replace(source, val_data=data)
-    place = source.val_data
-    if not place and source.val_fraction and source.data:
-        place = f"{source.val_fraction} of {source.data}"
-    if not place:
-        raise RAdapterError(
-            "alpha is chosen on validation data, and the run was trained without any"
-            " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
-            " validation`"
-        )
-    return _as_trained(metadata, source, Entry(place, name="validation", split="validation"))
-
-
-def as_trained(metadata: Metadata, data: str) -> Suite:
-    """Test data as a suite of one set, opened as a run opened its validation data.
-
-    Args:
-        metadata: of the run's adapter.
-        data: of the run's task and columns, such as `imagefolder:photos/test`.
-    """
-    source = dataclasses.replace(metadata.source, val_data=data)
-    return _as_trained(metadata, source, Entry(data, name=data))
-
-
-def _as_trained(metadata: Metadata, source: RunSource, entry: Entry) -> Suite:
-    dense = None
-    if source.task == "segmentation":
-        dense = PROPOSALS if source.dense == "none" else source.dense
-    entry = dataclasses.replace(
-        entry,
-        task=source.task,
-        metric="",  # the task's own
-        class_split=source.class_split,
-        exif_orientation=source.exif_orientation,
-        dense=dense,
-    )
-    own = AsTrained(source, metadata.classes, metadata.held_out)
-    return Suite(entry.name, (entry,), as_trained=own)
-
-
-def _place(source: str) -> tuple[str, Path, str]:
-    """The reader, the file or folder, and the split that data is read from, however it is
-    written.
-    """
-    reader, _, rest = source.rpartition(":")
-    path, _, split = rest.partition("@")
-    return reader, Path(path).absolute().resolve(), split or "train"

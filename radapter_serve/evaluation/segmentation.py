@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import ProposalFiles
+from radapter_serve.encoders.loaded import ServerEncoder
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
-from radapter_serve.evaluation.evaluation_set import (
+from radapter_serve.evaluation.image_sets import (
+    MOST_CONFUSED,
+    Answer,
     EvaluationSet,
-    Known,
     as_seen,
     by_class,
-    confused,
     contents,
     digest,
     first_names,
@@ -33,18 +33,19 @@ from radapter_serve.evaluation.metrics import (
     segmentation_metrics,
     shares,
 )
-from radapter_serve.evaluation.row import Measured, SetFacts, Setup
+from radapter_serve.evaluation.models import Candidate, SegmentQuery
+from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.tasks.proposals import BINARY
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image and the truth about its pixels.
+    """An image file and the truth about its pixels.
 
     Attributes:
         number: of the image in its set.
-        data: the bytes of its file.
+        data: the file.
         truth: class of each pixel, or IGNORE, int32 [H, W].
         masks: where masks are given to the model: those of a proposal network, or of the true
             segments, uint8 [N, H, W], 0 to 255.
@@ -85,18 +86,15 @@ class SegmentationSet(EvaluationSet):
             )
 
     @cached_property
-    def facts(self) -> SetFacts:
-        names = [image.name for image in self.images]
-        return SetFacts(
-            n=len(self.images),
-            classes=len(self.classes),
-            classes_digest=digest(self.classes),
-            set_digest=digest(self.classes, names, self.contents),
-        )
+    def set_digest(self) -> str:
+        return digest(self.classes, [image.name for image in self.images], self.contents)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return {"classes": len(self.classes), "classes_digest": digest(self.classes)}
 
     @cached_property
     def contents(self) -> list[str]:
-        """Digests of the images' files with their masks."""
         return contents(self.entry.name, [self._reader(image) for image in self.images])
 
     def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
@@ -106,61 +104,62 @@ class SegmentationSet(EvaluationSet):
             if self.proposals is not None:
                 yield self.proposals.raw(image.name)
             elif self.entry.dense == PROPOSALS:
-                yield from (
-                    part for label, mask in image.segments() for part in (str(label).encode(), mask)
-                )
+                for label, mask in image.segments():
+                    yield str(label).encode()
+                    yield mask
 
         return read
 
     @cached_property
     def background(self) -> int | None:
         """Number of the class that stands for everything else; it has no prompt."""
-        return (
-            None
-            if self.entry.background is None
-            else first_names(self.classes).index(self.entry.background)
-        )
+        if self.entry.background is None:
+            return None
+        return first_names(self.classes).index(self.entry.background)
 
-    def query(self, embedder: Embedder) -> SegmentQuery:
-        """What the set's images are segmented by; sizes are written out, so that a row tells them.
+    def query(self, model: Candidate) -> SegmentQuery:
+        """How the set's images are segmented; sizes are written out for the row.
 
         Raises:
-            NoSuchWay: the models do not have the way that the suite asks for.
+            NoSuchWay: the model does not have the dense method that the suite asks for.
         """
         entry = self.entry
-        dense = embedder.way(self.entry.dense)
-        labels = [line for number, line in enumerate(self.classes) if number != self.background]
+        dense = model.way(entry.dense)
         if dense == PROPOSALS:
             options = SegmentOptions(threshold=entry.threshold)
             if entry.proposal_weight is not None:
                 options = replace(options, proposal_weight=entry.proposal_weight)
         else:
             options = SegmentOptions(entry.short_side, entry.stride, entry.refine, entry.threshold)
-            short_side, stride = options.sizes(embedder.size)
+            short_side, stride = options.sizes(model.loaded.preprocess.size[0])
             options = replace(options, short_side=short_side, stride=stride)
-        return SegmentQuery(labels, list(self.templates or embedder.templates), dense, options)
+        labels = [line for number, line in enumerate(self.classes) if number != self.background]
+        templates = list(self.templates or model.loaded.release.templates)
+        return SegmentQuery(labels, templates, dense, options)
 
-    def setup(self, embedder: Embedder) -> Setup:
-        query = self.query(embedder)
+    def setup(self, model: Candidate) -> dict[str, Any]:
+        query = self.query(model)
         options = query.options
+        crop = model.crop if query.dense == PROPOSALS else None
         scored = self.proposals is not None and self.proposals.scored
-        return Setup(
-            dense=query.dense,
-            size=embedder.size,
-            short_side=options.short_side,
-            stride=options.stride,
-            refine=options.refine,
-            threshold=options.threshold,
-            background=self.entry.background,
-            crop=embedder.crop if query.dense == PROPOSALS else None,
-            proposals=self.entry.proposals,
-            proposal_weight=options.proposal_weight if scored else None,
-            templates=tuple(query.templates),
-        )
+        return {
+            "dense": query.dense,
+            "size": model.loaded.preprocess.size[0],
+            "short_side": options.short_side,
+            "stride": options.stride,
+            "refine": options.refine,
+            "threshold": options.threshold,
+            "background": self.entry.background,
+            "crop": crop,
+            "proposals": self.entry.proposals,
+            "proposal_weight": options.proposal_weight if scored else None,
+            "templates": tuple(query.templates),
+        }
 
-    def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
+    def prepare(self, model: Candidate, number: int) -> MaskedItem:
         image = self.images[number]
-        data = as_seen(image.data(), self.entry, embedder)
+        turns = model.loaded.preprocess.exif_orientation
+        data = as_seen(image.data(), self.entry.exif_orientation, turns)
         truth = image.mask()
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
@@ -175,80 +174,50 @@ class SegmentationSet(EvaluationSet):
         ]
         return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
-    def scorer(
-        self, embedder: Embedder, known: Known, *, ask_nouns: bool = False
-    ) -> SegmentationScorer:
-        query = self.query(embedder)
-        open_world = query.dense == PROPOSALS or query.options.threshold is not None
-        segment = embedder.segmenter(query, known)
-        names = first_names(query.labels)
-        embeds = [
-            known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known
-        ]
-        alike = indistinguishable(names, np.stack(embeds)) if len(embeds) == len(names) else []
-        return SegmentationScorer(self, segment, open_world, alike)
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
+    ) -> Answer:
+        query = self.query(model)
+        # The class that an index of the answer means. An answer of no label is wrong everywhere
+        # where no class stands for it.
+        count = len(self.classes)
+        class_of = [number for number in range(count) if number != self.background]
+        if query.dense == PROPOSALS or query.options.threshold is not None:
+            class_of.append(count if self.background is None else self.background)
+        classes = np.array(class_of, np.int64)
 
-
-class SegmentationScorer:
-    """Counts pixels of one model over a whole set.
-
-    Args:
-        data: the set.
-        segment: of the model.
-        open_world: whether a pixel may get no label.
-        alike: pairs of labels that the model can't tell apart.
-    """
-
-    def __init__(
-        self,
-        data: SegmentationSet,
-        segment: SegmentImage,
-        open_world: bool,
-        alike: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self._data = data
-        self._segment = segment
-        self._alike = alike
-        self.nearest: list[NDArray[np.int64]] = []  # nouns are asked of whole images alone
-        count = len(data.classes)
-        background = data.background
-        # What an index of the answer means; the answer "none" is wrong everywhere where no class
-        # stands for it.
-        self._class_of = np.array(
-            [number for number in range(count) if number != background], np.int64
-        )
-        if open_world:
-            self._class_of = np.append(self._class_of, count if background is None else background)
-        self._confusion = np.zeros((count, count + 1), np.int64)
-        self._sums: list[
-            NDArray[np.int64]
-        ] = []  # of each image, from which the intervals are drawn
-
-    def add(self, items: Sequence[MaskedItem]) -> None:
+        total = np.zeros((count, count + 1), np.int64)
+        sums = []  # of each image, from which the intervals are drawn
         for item in items:
             if item.masks is not None and not len(item.masks):
-                found = np.full(item.truth.shape, len(self._class_of) - 1, np.int64)
+                labels = np.full(item.truth.shape, len(classes) - 1, np.int64)
             else:
                 try:
-                    found = self._segment(item.data, item.masks, item.scores).astype(np.int64)
+                    mask = model.segment(item.data, query, item.masks, item.scores)
                 except RAdapterError as error:
-                    raise RAdapterError(
-                        f"{self._data.images[item.number].name}: {error}"
-                    ) from error
+                    raise RAdapterError(f"{self.images[item.number].name}: {error}") from error
+                labels = mask.astype(np.int64)
             known = item.truth != IGNORE
-            counts = confusion(
-                item.truth[known], self._class_of[found[known]], len(self._data.classes)
-            )
-            self._confusion += counts
-            self._sums.append(np.stack(pixel_sums(counts)))
+            counts = confusion(item.truth[known], classes[labels[known]], count)
+            total += counts
+            sums.append(np.stack(pixel_sums(counts)))
+        return Answer((total, sums))
 
-    def measured(self) -> Measured:
-        right, true, found = pixel_sums(self._confusion)
-        ious = class_ious(right, true, found)
-        return Measured(
-            metrics=segmentation_metrics(self._confusion),
-            intervals=segmentation_intervals(np.stack(self._sums, 1)),
-            per_class=by_class(self._data.classes, true, shares(right, true), ious),
-            confusion=confused(self._confusion),
-            indistinguishable=list(self._alike) or None,
-        )
+    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
+        total = np.sum([of.values[0] for of in answers], axis=0)
+        sums = [of_image for of in answers for of_image in of.values[1]]
+        right, true, answered = pixel_sums(total)
+        ious = class_ious(right, true, answered)
+        few = len(self.classes) <= MOST_CONFUSED
+        alike: list[tuple[str, str]] = []
+        if not isinstance(model.loaded.encoder, ServerEncoder):  # which embeds labels itself
+            query = self.query(model)
+            embeds = model.embed_classes(query.labels, query.templates)
+            alike = indistinguishable(first_names(query.labels), embeds)
+        return {
+            "metrics": segmentation_metrics(total),
+            "intervals": segmentation_intervals(np.stack(sums, 1)),
+            "per_class": by_class(self.classes, true, shares(right, true), ious),
+            "confusion": total.tolist() if few else None,
+            "indistinguishable": alike or None,
+        }

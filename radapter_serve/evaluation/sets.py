@@ -1,14 +1,15 @@
-"""Opening the data sets that a suite names."""
+"""Opening the data sets that a suite names, and those of a run."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data import (
@@ -20,24 +21,25 @@ from radapter_serve.data import (
     imagenet_classes,
     load_captioned,
     load_labelled,
+    load_masked,
     refuse_wordnet_ids,
     validation_data,
 )
 from radapter_serve.data.classes import IMAGENET
 from radapter_serve.data.held_out import check_held_out
-from radapter_serve.data.masked import load_masked
-from radapter_serve.data.objectnet import objectnet_members
 from radapter_serve.data.proposals import load_proposals
+from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import (
     ClassificationSet,
+    EvaluationSet,
     Image,
     RetrievalSet,
     SeveralLabelsSet,
+    drawn,
 )
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import SEVERAL_METRIC, AsTrained, Entry, Suite
+from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, AsTrained, Entry, Suite
 from radapter_serve.files import read_yaml
 
 _READERS = (*READERS, "masks", "coco")
@@ -46,45 +48,65 @@ _READERS = (*READERS, "masks", "coco")
 def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
-    """Open one data set of a suite.
-
-    Args:
-        suite: where it stands.
-        entry: the data set.
-        limit: images at most, drawn by the seed; None takes all.
-        seed: of that draw.
+    """Open one data set of a suite: at most `limit` images, drawn by the seed; None takes all.
 
     Raises:
         RAdapterError: the data, a class file or a template file can't be read, or they do not
             match.
     """
-    if suite.as_trained is not None:
-        return _own_set(suite.as_trained, entry, limit, seed)
+    own = suite.as_trained
+    if own is not None:
+        data = validation_data(own.source, own.classes, broken=[])
+        assert data is not None  # as own_validation has seen
+        if own.held_out is not None and not own.source.val_data:
+            check_held_out(data, own.held_out, own.source.data)
+        if isinstance(data, Masked):
+            return _segmentation_set(suite, entry, data, limit, seed)
+        if isinstance(data, Captioned):
+            return retrieval_set(entry, data, limit, seed)
+        return classification_set(entry, data, limit=limit, seed=seed)
+
     spec = below(suite.data_root, entry.data)
+    images = suite.data_root / entry.images if entry.images else None
+    classes = entry.classes
+    if classes and str(classes) != IMAGENET:  # beside the suite, else below the data root
+        beside = suite.folder / classes
+        classes = beside if beside.exists() else suite.data_root / classes
     try:
         if entry.task == "retrieval":
-            return _retrieval_set(suite, entry, spec, limit, seed)
+            captioned = load_captioned(
+                spec,
+                image_column=entry.image_column,
+                caption_column=entry.caption_column,
+                images=images,
+            )
+            return retrieval_set(entry, captioned, limit, seed)
         if entry.task == "segmentation":
-            return _segmentation_set(suite, entry, spec, limit, seed)
-        mapping, members = _class_mapping(suite, entry.classes)
-        data = load_labelled(
+            masked = load_masked(
+                spec, classes=classes, images=images, exif_orientation=entry.exif_orientation
+            )
+            return _segmentation_set(suite, entry, masked, limit, seed)
+        mapping = None
+        if classes and str(classes) == IMAGENET:
+            mapping = imagenet_classes()
+        elif classes and classes.suffix in (".yaml", ".yml"):
+            mapping = _mapping(classes)
+        labelled = load_labelled(
             spec,
             image_column=entry.image_column,
             label_column=entry.label_column,
             label_separator=entry.label_separator,
-            classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
-            images=_images(suite, entry),
+            classes=classes if mapping is None else None,
+            images=images,
             every_class=entry.class_split != "all",  # the halves are of all classes
         )
-        if entry.classes is None:
-            refuse_wordnet_ids(data.own)
-        data = class_split(data, entry.class_split)
+        if classes is None:
+            refuse_wordnet_ids(labelled.own)
+        labelled = class_split(labelled, entry.class_split)
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
     templates = _templates(suite, entry.templates)
-    return classification_set(
-        entry, data, templates, mapping=mapping, members=members, limit=limit, seed=seed
-    )
+    return classification_set(entry, labelled, templates, mapping=mapping, limit=limit, seed=seed)
 
 
 def classification_set(
@@ -93,7 +115,6 @@ def classification_set(
     templates: list[str] | None = None,
     *,
     mapping: Mapping[str, str] | None = None,
-    members: Mapping[str, Sequence[str]] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> ClassificationSet:
@@ -104,13 +125,34 @@ def classification_set(
         data: from `load_labelled`.
         templates: prompt templates; None takes the model's own.
         mapping: from the data's class names to those for prompts; others are left out.
-        members: of each class of the mapping the classes with prompts that it stands for; None asks
-            for it itself.
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
-    entry = _with_metric(entry, data)
-    number_of, classes, asked = _classes(entry, data, mapping, members)
+    # Images that have several labels always have one metric, and others never.
+    if data.several:
+        entry = dataclasses.replace(entry, metric=SEVERAL_METRIC)
+    elif entry.metric == SEVERAL_METRIC:
+        raise RAdapterError(
+            f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
+            " labels; leave it out, or see label_separator"
+        )
+
+    # Classes: all, or those that the mapping knows.
+    numbers = range(len(data.classes))
+    classes = data.classes
+    if mapping is not None:
+        kept = [index for index in numbers if data.own[index] in mapping]
+        if not kept:
+            raise RAdapterError(
+                f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
+                f" classes: {', '.join(data.own[:5])}, ..."
+            )
+        classes = [mapping[data.own[index]] for index in kept]
+        number_of = {index: number for number, index in enumerate(kept)}
+    else:
+        number_of = {index: index for index in numbers}
+
+    # Images that have one of these classes.
     sets = data.label_sets()
     labels = [[number_of[label] for label in of if label in number_of] for of in sets]
     chosen = np.flatnonzero([bool(of) for of in labels])
@@ -126,71 +168,11 @@ def classification_set(
     labels = [labels[index] for index in chosen]
     if not data.several:
         single = np.array([of[0] for of in labels], np.int64)
-        return ClassificationSet(entry, images, single, list(classes), templates, asked)
+        return ClassificationSet(entry, images, single, list(classes), templates)
     truth = np.zeros((len(labels), len(classes)), bool)
     for row, of in zip(truth, labels, strict=True):
         row[of] = True
-    return SeveralLabelsSet(entry, images, truth, list(classes), templates, asked)
-
-
-def _with_metric(entry: Entry, data: Labelled) -> Entry:
-    """The entry, with the metric of images that have several labels where they do."""
-    if data.several:
-        return dataclasses.replace(entry, metric=SEVERAL_METRIC)
-    if entry.metric == SEVERAL_METRIC:
-        raise RAdapterError(
-            f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
-            " labels; leave it out, or see label_separator"
-        )
-    return entry
-
-
-def _classes(
-    entry: Entry,
-    data: Labelled,
-    mapping: Mapping[str, str] | None,
-    members: Mapping[str, Sequence[str]] | None,
-) -> tuple[dict[int, int], Sequence[str], list[Sequence[str]]]:
-    """The numbers of the data's classes among those that are asked for, these by name, and the
-    classes with prompts that each stands for.
-    """
-    if mapping is None:
-        return {index: index for index in range(len(data.classes))}, data.classes, []
-    kept = [index for index, name in enumerate(data.own) if name in mapping]
-    if not kept:
-        raise RAdapterError(
-            f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
-            f" classes: {', '.join(data.own[:5])}, ..."
-        )
-    return (
-        {index: number for number, index in enumerate(kept)},
-        [mapping[data.own[index]] for index in kept],
-        [members[data.own[index]] for index in kept] if members else [],
-    )
-
-
-def _retrieval_set(
-    suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int
-) -> RetrievalSet:
-    images = _images(suite, entry)
-    data = load_captioned(
-        spec, image_column=entry.image_column, caption_column=entry.caption_column, images=images
-    )
-    return retrieval_set(entry, data, limit, seed)
-
-
-def _own_set(own: AsTrained, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
-    """The validation data of a run, as training opened it."""
-    data = validation_data(own.source, own.classes, broken=[])
-    assert data is not None  # as own_validation has seen
-    if own.held_out is not None and not own.source.val_data:
-        check_held_out(data, own.held_out, own.source.data)
-    if isinstance(data, Masked):
-        images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
-        return SegmentationSet(entry, images, data.classes, None)
-    if isinstance(data, Captioned):
-        return retrieval_set(entry, data, limit, seed)
-    return classification_set(entry, data, limit=limit, seed=seed)
+    return SeveralLabelsSet(entry, images, truth, list(classes), templates)
 
 
 def retrieval_set(
@@ -208,63 +190,31 @@ def retrieval_set(
 
 
 def _segmentation_set(
-    suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int
+    suite: Suite, entry: Entry, data: Masked, limit: int | None, seed: int
 ) -> SegmentationSet:
-    data = load_masked(
-        spec,
-        classes=_file(suite, entry.classes) if entry.classes else None,
-        images=_images(suite, entry),
-        exif_orientation=entry.exif_orientation,
-    )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     proposals = None
     if entry.proposals is not None:
         labels = len(data.classes) - (entry.background is not None)
-        proposals = load_proposals(
-            suite.data_root / entry.proposals, [image.name for image in images], labels
-        )
+        names = [image.name for image in images]
+        proposals = load_proposals(suite.data_root / entry.proposals, names, labels)
         if entry.proposal_weight is not None and not proposals.scored:
             raise RAdapterError(
                 f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to"
                 " weigh"
             )
-    return SegmentationSet(
-        entry, images, data.classes, _templates(suite, entry.templates), proposals
-    )
+    templates = _templates(suite, entry.templates)
+    return SegmentationSet(entry, images, data.classes, templates, proposals)
 
 
 def below(root: Path, spec: str) -> str:
+    """The data that a suite names, its path below the data root."""
     reader, colon, path = spec.partition(":")
     return f"{reader}:{root / path}" if colon and reader in _READERS else spec
 
 
-def _images(suite: Suite, entry: Entry) -> Path | None:
-    return suite.data_root / entry.images if entry.images else None
-
-
-def _file(suite: Suite, name: Path) -> Path:
-    """A file beside the suite or, where there is none, below the data root."""
-    return suite.folder / name if (suite.folder / name).exists() else suite.data_root / name
-
-
-def _class_mapping(
-    suite: Suite, classes: Path | None
-) -> tuple[Mapping[str, str] | None, Mapping[str, Sequence[str]] | None]:
-    """The mapping that `classes` names, and its members; None where it is no mapping, or has
-    none.
-    """
-    if classes is None:
-        return None, None
-    if str(classes) == IMAGENET:
-        return imagenet_classes(), None
-    path = _file(suite, classes)
-    if path.is_dir():
-        common = objectnet_members(path)
-        return {own: name for own, (name, _) in common.items()}, {
-            own: of for own, (_, of) in common.items()
-        }
-    if classes.suffix not in (".yaml", ".yml"):
-        return None, None
+def _mapping(path: Path) -> dict[str, str]:
+    """From the data's own class names to names for prompts."""
     mapping = read_yaml(path, "the classes")
     if (
         not isinstance(mapping, dict)
@@ -274,7 +224,7 @@ def _class_mapping(
         raise RAdapterError(
             f"the classes {path} must map the data's class names to names for prompts"
         )
-    return {str(own): str(name) for own, name in mapping.items()}, None
+    return {str(own): str(name) for own, name in mapping.items()}
 
 
 def _templates(suite: Suite, source: Any) -> list[str] | None:
@@ -283,3 +233,70 @@ def _templates(suite: Suite, source: Any) -> list[str] | None:
     if isinstance(source, str) and (suite.folder / source).is_file():
         source = str(suite.folder / source)
     return templates_of(source)
+
+
+def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
+    """Validation data of a run as a suite of one set, opened as training opened its own.
+
+    Args:
+        metadata: of the run's adapter.
+        data: other data of the same columns; None takes what the run was validated with.
+
+    Raises:
+        RAdapterError: the run was trained without any, or with the other data.
+    """
+    source = metadata.source
+    if data is not None:
+        if source.data and _place(data) == _place(source.data):
+            raise RAdapterError(
+                f"the validation data {data} is what the run was trained with, which tells nothing"
+                " of other images; name others, or none, or own for those that the run was"
+                " validated with"
+            )
+        source = dataclasses.replace(source, val_data=data)
+    place = source.val_data
+    if not place and source.val_fraction and source.data:
+        place = f"{source.val_fraction} of {source.data}"
+    if not place:
+        raise RAdapterError(
+            "alpha is chosen on validation data, and the run was trained without any"
+            " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
+            " validation`"
+        )
+    return _as_trained(metadata, source, Entry(place, name="validation", split="validation"))
+
+
+def as_trained(metadata: Metadata, data: str) -> Suite:
+    """Test data as a suite of one set, opened as a run opened its validation data.
+
+    Args:
+        metadata: of the run's adapter.
+        data: of the run's task and columns, such as `imagefolder:photos/test`.
+    """
+    source = dataclasses.replace(metadata.source, val_data=data)
+    return _as_trained(metadata, source, Entry(data, name=data))
+
+
+def _as_trained(metadata: Metadata, source: RunSource, entry: Entry) -> Suite:
+    dense = None
+    if source.task == "segmentation":
+        dense = PROPOSALS if source.dense == "none" else source.dense
+    entry = dataclasses.replace(
+        entry,
+        task=source.task,
+        metric="",  # the task's own
+        class_split=source.class_split,
+        exif_orientation=source.exif_orientation,
+        dense=dense,
+    )
+    own = AsTrained(source, metadata.classes, metadata.held_out)
+    return Suite(entry.name, (entry,), as_trained=own)
+
+
+def _place(source: str) -> tuple[str, Path, str]:
+    """The reader, the file or folder, and the split that data is read from, however it is
+    written.
+    """
+    reader, _, rest = source.rpartition(":")
+    path, _, split = rest.partition("@")
+    return reader, Path(path).absolute().resolve(), split or "train"

@@ -14,10 +14,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.data.source import Count, DataSource, For, RunSource, users
 from radapter_serve.errors import RAdapterError, short
-from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.tasks.segment_options import SegmentOptions
 
+PROPOSALS = "proposals"  # in place of a dense method: masks are given, and their crops classified
 SEVERAL_METRIC = "mean_average_precision"
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall", SEVERAL_METRIC),
@@ -30,18 +30,12 @@ _PIXELS = For("segmentation")
 
 
 def _templates(value: Any) -> Any:
-    if (
-        value is None
-        or isinstance(value, str)
-        or (isinstance(value, list) and all(isinstance(t, str) for t in value))
-    ):
+    lines = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(line, str) for line in lines):
         return value
     raise ValueError(
         "allowed: openai, vild, ovseg, simple, a file, a template, or a list of templates"
     )
-
-
-Templates = Annotated[Any, BeforeValidator(_templates)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -53,33 +47,29 @@ class Entry(DataSource):
         name: in rows, tables and pictures.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
-        metric: what tables, pictures and the choice of α show; every row has all metrics of the
-            task. Images with several labels are always shown by `mean_average_precision`, and
-            others never.
+        metric: of tables, pictures and the choice of α; every row has all metrics of the task.
+            Images with several labels always have `mean_average_precision`, and others never.
         classes: classification: a label file in the order of the labels; a YAML mapping from the
-            data's own class names to names for prompts, which leaves out classes that it lacks;
-            `imagenet`, that mapping from WordNet ids or numbers to CLIP's names; the folder
-            `mappings` of ObjectNet, where each class has the best score of the ImageNet classes
-            that it stands for; None takes the data's own names. Segmentation: the class file of the
-            masks, as in `load_masked`; None takes the one with the data. A file is looked for
-            beside the suite, then below the data root.
+            data's own class names to names for prompts, which leaves out classes that it lacks; or
+            `imagenet`, that mapping from WordNet ids or numbers to CLIP's names; None takes the
+            data's own names. Segmentation: the class file of the masks, as in `load_masked`. A file
+            is looked for beside the suite, then below the data root.
         class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all.
             Of a data set that has both, the harmonic mean of the two is reported, too.
         templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the
             suite; None takes the model's own.
-        exif_orientation: as of a data source, for every model.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
-        max_captions: retrieval: no more captions of an image than this, its first; None takes all.
-        dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks
-            instead and classifies their crops; None takes the model's own way.
-        proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of
-            .npz files or a JSON file of COCO's results below the data root, as in `load_proposals`;
-            None takes the true masks, the upper bound of what proposals can reach.
+        max_captions: retrieval: at most the first so many captions of an image.
+        dense: segmentation: the method from patches to embeddings; `proposals` gives the model
+            masks instead and classifies their crops; None takes the model's own method.
+        proposals: segmentation with `dense: proposals`: masks of a proposal network, as in
+            `load_proposals`, below the data root; None takes the true masks, the upper bound of
+            what proposals can reach.
         proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with
             scores; None is 0.7.
         short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
         background: segmentation with a threshold: the class of pixels where every other class is
-            below the threshold; it has no prompt. Without such a class these pixels count as wrong.
+            below the threshold; it has no prompt. Without such a class these pixels are wrong.
         language: of the texts.
     """
 
@@ -87,7 +77,7 @@ class Entry(DataSource):
     shift: Literal["id", "ood"] = "id"
     split: Literal["test", "validation"] = "test"
     metric: str = ""
-    templates: Templates = None
+    templates: Annotated[Any, BeforeValidator(_templates)] = None
     border: Annotated[int, Field(ge=0), For("classification", "retrieval")] = 0
     max_captions: Annotated[Count | None, For("retrieval")] = None
     dense: Annotated[str | None, _PIXELS] = None
@@ -104,34 +94,23 @@ class Entry(DataSource):
         allowed = METRICS[self.task]
         if not self.metric:
             object.__setattr__(self, "metric", allowed[0])
+        problem = ""
         if self.metric not in allowed:
-            names = ", ".join(allowed)
-            raise RAdapterError(
-                f"data set {self.name!r}: metric is {self.metric!r}; allowed: {names}"
+            problem = f"metric is {self.metric!r}; allowed: {', '.join(allowed)}"
+        elif self.background is not None and self.threshold is None and self.dense != PROPOSALS:
+            problem = f"background is {self.background!r}, which needs a threshold, such as 0.1"
+        elif self.proposals is not None and self.dense != PROPOSALS:
+            problem = f"proposals is {self.proposals!r}, which needs dense: proposals"
+        elif self.proposal_weight is not None and self.proposals is None:
+            problem = (
+                f"proposal_weight is {self.proposal_weight}, which needs proposals with scores"
             )
-        if self.dense not in (None, PROPOSALS):
+        elif self.dense not in (None, PROPOSALS):
             from radapter_serve.clip.dense import METHODS  # torch takes seconds to load
 
             if self.dense not in METHODS:
                 names = ", ".join((*METHODS, PROPOSALS))
-                raise RAdapterError(
-                    f"data set {self.name!r}: dense is {self.dense!r}; allowed: {names}"
-                )
-        if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
-            raise RAdapterError(
-                f"data set {self.name!r}: background is {self.background!r}, which needs a"
-                " threshold, such as 0.1"
-            )
-        if self.proposals is not None and self.dense != PROPOSALS:
-            raise RAdapterError(
-                f"data set {self.name!r}: proposals is {self.proposals!r}, which needs dense:"
-                " proposals"
-            )
-        if self.proposal_weight is not None and self.proposals is None:
-            raise RAdapterError(
-                f"data set {self.name!r}: proposal_weight is {self.proposal_weight}, which needs"
-                " proposals with scores"
-            )
+                problem = f"dense is {self.dense!r}; allowed: {names}"
         try:
             SegmentOptions(
                 self.short_side,
@@ -141,15 +120,13 @@ class Entry(DataSource):
                 self.proposal_weight or 0.0,
             )
         except TaskError as error:
-            raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
+            problem = problem or error.message
+        if problem:
+            raise RAdapterError(f"data set {self.name!r}: {problem}")
 
 
 def entry_of(values: Mapping[str, Any], where: str) -> Entry:
-    """An entry from the values of its fields.
-
-    Args:
-        values: by name.
-        where: where they come from, for a message.
+    """An entry from the values of its fields; `where` they come from is named in errors.
 
     Raises:
         RAdapterError: a field is unknown, missing, or has a value that is not allowed.
@@ -176,12 +153,8 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
 
 @dataclass(frozen=True)
 class AsTrained:
-    """How a run opened its validation data: any other is opened alike.
-
-    Attributes:
-        source: names the data and its columns.
-        classes: of the run, in their order; None where its task has none.
-        held_out: digest of the images that training held out; None where it held none out.
+    """How a run opened its validation data: its source, its classes in their order (None where its
+    task has no classes), and the digest of the images that it held out, if any.
     """
 
     source: RunSource
@@ -198,8 +171,7 @@ class Suite:
         entries: its data sets, in the order of the file.
         folder: the suite file's folder, where its class and template files are.
         data_root: what relative paths of data are relative to.
-        as_trained: of data that is opened as a run opened its own; None for data that a suite file
-            names.
+        as_trained: of data that is opened as a run opened its own; else None.
     """
 
     name: str
@@ -216,10 +188,12 @@ class Suite:
         """Names of the data sets of one split that are the base and the novel classes of the same
         data.
         """
-        found = self.of_split(split)
-        novel = {entry.data: entry.name for entry in found if entry.class_split == "novel"}
+        entries = self.of_split(split)
+        novel = {entry.data: entry.name for entry in entries if entry.class_split == "novel"}
         return [
-            (e.name, novel[e.data]) for e in found if e.class_split == "base" and e.data in novel
+            (entry.name, novel[entry.data])
+            for entry in entries
+            if entry.class_split == "base" and entry.data in novel
         ]
 
 
@@ -252,23 +226,21 @@ def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
             f"the suite {path} must have `sets`, a list with name and data for each data set"
         )
     name = str(document.pop("name", path.stem))
-    entries = []
+    entries: list[Entry] = []
     used_by = users(Entry)
     for number, item in enumerate(sets, 1):
-        entries.append(entry_of({**document, **item}, f"{path}, set {number}"))
-        task = entries[-1].task
+        entry = entry_of({**document, **item}, f"{path}, set {number}")
         # Only of what the set names itself: fields beside `sets` are for the sets that use them.
         for field, value in item.items():
-            tasks = used_by.get(field, (task,))
-            if value is not None and task not in tasks:
+            tasks = used_by.get(field, (entry.task,))
+            if value is not None and entry.task not in tasks:
                 raise RAdapterError(
-                    f"{path}, set {number} has {field}, which task {task} has no use for; leave it"
-                    f" out (it is for {' and '.join(tasks)})"
+                    f"{path}, set {number} has {field}, which task {entry.task} has no use for;"
+                    f" leave it out (it is for {' and '.join(tasks)})"
                 )
-    names = [entry.name for entry in entries]
-    double = sorted({n for n in names if names.count(n) > 1})
-    if double:
-        raise RAdapterError(
-            f"{path} names {double[0]!r} twice; each data set needs a name of its own"
-        )
+        if any(entry.name == other.name for other in entries):
+            raise RAdapterError(
+                f"{path} names {entry.name!r} twice; each data set needs another name"
+            )
+        entries.append(entry)
     return Suite(name, tuple(entries), path.absolute().parent, Path(data_root))

@@ -18,8 +18,11 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data import Captioned, LabelledImages
-from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.classification import best_classes, zero_shot_classifier
+from radapter_serve.evaluation.classification import (
+    best_classes,
+    evaluation_batches,
+    zero_shot_classifier,
+)
 from radapter_serve.evaluation.metrics import caption_groups, retrieval_metrics
 from radapter_serve.training.recipe import Recipe
 

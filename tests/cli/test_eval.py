@@ -21,8 +21,7 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import evaluate, main
 from radapter_serve.cli.export import main as export
 from radapter_serve.evaluation.alpha_choice import load_choice
-from radapter_serve.evaluation.start import Evaluated, default_out
-from radapter_serve.evaluation.suite import Suite
+from radapter_serve.evaluation.start import EvaluatedModel, EvaluationSettings
 from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
@@ -74,7 +73,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the second that the pictures of each call take."""
-    monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
+    monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -204,20 +203,21 @@ def test_the_pages_order_and_the_other_way_round(
 @pytest.mark.parametrize(
     ("model", "tests", "expected"),
     [
-        (Evaluated(), None, "results/photos/validation"),
-        (Evaluated(merged="merged/"), Suite("pacs", ()), "results/merged/pacs"),
+        (EvaluatedModel(), "validation", "results/photos/validation"),
+        (EvaluatedModel(merged="merged/"), "pacs", "results/merged/pacs"),
         (
-            Evaluated(release="/models/repository@3"),
-            Suite("My own/suite", ()),
+            EvaluatedModel(model_repository="/models/repository@3"),
+            "My own/suite",
             "results/repository@3/My_own_suite",
         ),
-        (Evaluated(url="grpc://host:8001"), Suite("pacs", ()), "results/host_8001/pacs"),
+        (EvaluatedModel(url="grpc://host:8001"), "pacs", "results/host_8001/pacs"),
     ],
 )
 def test_results_have_a_folder_for_each_model_and_suite(
-    model: Evaluated, tests: Suite | None, expected: str
+    model: EvaluatedModel, tests: str, expected: str
 ) -> None:
-    assert default_out(model.name(Path("runs/photos")), tests) == Path(expected)
+    folder = EvaluationSettings().folder(model.name(Path("runs/photos")), tests)
+    assert folder == Path(expected)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,13 @@ def test_results_have_a_folder_for_each_model_and_suite(
         ),
         (
             [*COMMON[:4], "--out", "suite.yaml"],
-            "suite.yaml is no folder; name another place for the results with --out",
+            "suite.yaml is not a folder; name another place for the results with --out",
         ),
-        ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is no folder"),
-        ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is no row of results"),
+        ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is not a folder"),
+        ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is not a row of results"),
         (
             ["--alpha", "auto", "--out", "broken"],
-            "broken/results.jsonl, line 1 is no row of results",
+            "broken/results.jsonl, line 1 is not a row of results",
         ),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_terminal_shows_how_far_it_is(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as if stderr were a terminal
-    evaluate(suite="suite.yaml", data_root="data", alpha=("0.5",))
+    evaluate(suite="suite.yaml", settings=EvaluationSettings(data_root="data"), alpha=("0.5",))
     assert "shifted: 12 of 12 images by 1 model" in capfd.readouterr().err
 
 
@@ -484,8 +484,8 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
     for flags in (
         ["--alpha", "0.5"],
         ["--merged", "merged"],
-        ["--release", "repository"],
-        ["--release", "repository@1"],
+        ["--model-repository", "repository"],
+        ["--model-repository", "repository@1"],
     ):
         assert main([*common, *flags]) == 0
     found = rows(here / "results")
@@ -507,21 +507,21 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ([*COMMON, "--alpha", "2"], "alpha is '2'; allowed"),
         ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
         ([*COMMON, "--alpha", "-0.1"], "alpha is '-0.1'; allowed"),
-        ([*COMMON, "--release", "none", "--alpha", "inf"], "alpha is 'inf'; allowed"),
+        ([*COMMON, "--model-repository", "none", "--alpha", "inf"], "alpha is 'inf'; allowed"),
         ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
         ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
         ([*COMMON, "--merged", "none"], "is no model folder"),
         (
-            [*COMMON, "--release", "none"],
+            [*COMMON, "--model-repository", "none"],
             "no release in the model repository none; make one with radapter-export",
         ),
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
         ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
         ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
         (
-            [*COMMON, "--release", "a", "--alpha", "auto"],
-            "release, alpha auto don't go together",
+            [*COMMON, "--model-repository", "a", "--alpha", "auto"],
+            "model_repository, alpha auto don't go together",
         ),
         ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
@@ -569,9 +569,11 @@ def test_a_release_that_takes_any_alpha_is_swept(
 ) -> None:
     dynamic = str(dynamic_tiny_clip)
     fixed = str(exported_tiny_clip / "model_repository")
-    assert main([*COMMON, "--release", dynamic, "--alpha", "0.3", "0.8"]) == 0
-    assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
-    assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed"]) == 0
+    assert main([*COMMON, "--model-repository", dynamic, "--alpha", "0.3", "0.8"]) == 0
+    assert main([*COMMON, "--model-repository", f"{fixed}@1", "--out", "fixed"]) == 0
+    assert (
+        main([*COMMON, "--model-repository", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed"]) == 0
+    )
     found = rows(here / "results")
     expected = rows(here / "fixed")
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
@@ -586,6 +588,6 @@ def test_a_release_that_takes_any_alpha_is_swept(
         here / "fixed" / "alpha.png"
     ).exists()
     capfd.readouterr()
-    assert main([*COMMON, "--release", fixed, "--alpha", "0.5", "--out", "none"]) == 2
+    assert main([*COMMON, "--model-repository", fixed, "--alpha", "0.5", "--out", "none"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
     assert not (here / "none").exists()

@@ -94,7 +94,7 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data" / "pacs").mkdir(parents=True)
     for style in ("photo", "art_painting", "cartoon", "sketch"):
         (tmp_path / "data" / "pacs" / style).symlink_to(tmp_path / "photos")
-    monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
+    monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -18,7 +18,7 @@ from radapter_serve.adapter import save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.data.rows import open_rows
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.evaluation.models import from_adapter
 from tests.helpers.small_models import make_base, random_adapter
 
 Change = Callable[[Path, str], None]

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import load_segments
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.evaluation_set import as_seen
+from radapter_serve.evaluation.image_sets import as_seen
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 
@@ -160,10 +161,11 @@ def test_cocos_masks_turn_with_their_image(orientation: int, upright: bool, tmp_
 
 
 class Sees:
-    """An embedder that gives back the pixels that its models see."""
+    """A model that gives back the pixels that it sees."""
 
     def __init__(self, exif_orientation: bool) -> None:
         self.exif_orientation = exif_orientation
+        self.loaded = SimpleNamespace(preprocess=self)
 
     def prepare(self, data: bytes) -> NDArray[Any]:
         image = Image.open(io.BytesIO(data))
@@ -232,6 +234,5 @@ def test_a_photo_in_cmyk_can_be_turned_for_a_model_that_does_not() -> None:
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(UPRIGHT).convert("CMYK").save(out, "JPEG", exif=exif)
-    entry = Entry("imagefolder:set", name="set")
-    seen = Image.open(io.BytesIO(as_seen(out.getvalue(), entry, Sees(False))))  # type: ignore[arg-type]
+    seen = Image.open(io.BytesIO(as_seen(out.getvalue(), True, False)))
     assert seen.size == (6, 9) and not seen.getexif()

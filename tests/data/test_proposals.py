@@ -101,7 +101,6 @@ ROW = result(INSIDE[0], "a", scores=[0.1, 0.2, 0.3])
             [result(INSIDE[0], "b")],
             "has no proposal for the image a (1 of 1 images lack some); an image_id is the name",
         ),
-        ([], "has no proposal for the image a"),
         ([result(INSIDE[0], "9" * 5000)], "has no proposal for the image a"),
         (
             [{**ROW, "scores": [0.1, 0.2]}],

@@ -15,10 +15,10 @@ import torch
 from radapter_serve.demo import data
 from radapter_serve.demo.compare import OURS, RIVAL, Comparison, compare, lead_in_words
 from radapter_serve.demo.full import Ends, fine_tune
-from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, train
 from rivals.full import FullFineTuning
 from rivals.judge import judge

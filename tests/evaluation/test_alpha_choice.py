@@ -19,8 +19,8 @@ from radapter_serve.evaluation.alpha_choice import (
     load_choice,
     save_choice,
 )
-from radapter_serve.evaluation.row import Row, packed
-from radapter_serve.evaluation.run import own_validation
+from radapter_serve.evaluation.rows import Row, packed, table
+from radapter_serve.evaluation.sets import own_validation
 from tests.helpers.a_row import a_row
 
 
@@ -55,7 +55,7 @@ def test_the_paired_interval_is_scipys() -> None:
         scipy.stats.sem(first.astype(float) - second),
     )
     behind, half = choice.curve[0]["behind"], choice.curve[0]["plus_minus"]
-    assert (behind - half, behind + half) == pytest.approx([100 * end for end in t])
+    assert (behind - half, behind + half) == pytest.approx(t)
     assert (choice.curve[1]["behind"], choice.curve[1]["plus_minus"]) == (0, 0)
 
 
@@ -75,9 +75,9 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
     differences = {name: of[1].astype(float) - of[0] for name, of in hits.items()}
     means = {name: of.mean() for name, of in differences.items()}
     errors = {name: of.var(ddof=1) / len(of) for name, of in differences.items()}
-    assert point["behind"] == pytest.approx(100 * ((means["a"] + means["b"]) / 2 + means["c"]) / 2)
+    assert point["behind"] == pytest.approx(((means["a"] + means["b"]) / 2 + means["c"]) / 2)
     variance = (errors["a"] + errors["b"]) / 16 + errors["c"] / 4
-    assert point["plus_minus"] == pytest.approx(100 * scipy.stats.norm.ppf(0.975) * variance**0.5)
+    assert point["plus_minus"] == pytest.approx(scipy.stats.norm.ppf(0.975) * variance**0.5)
 
 
 def test_auto_is_the_smallest_alpha_that_cannot_be_told_from_the_best() -> None:
@@ -86,7 +86,8 @@ def test_auto_is_the_smallest_alpha_that_cannot_be_told_from_the_best() -> None:
         {0.0: "0000000011", 0.1: "0000001111", 0.2: "0111111111", 0.3: "1111111000", 0.5: "1" * 10}
     )
     assert (choice.alpha, choice.best, choice.own_alpha, choice.rule) == (0.2, 0.5, 0.5, RULE)
-    assert [point["behind"] for point in choice.curve] == pytest.approx([80, 60, 10, 30, 0])
+    assert choice.smallest == 0.2
+    assert [point["behind"] for point in choice.curve] == pytest.approx([0.8, 0.6, 0.1, 0.3, 0])
     assert "one-standard-error rule" in RULE and choice.notes == (
         "No validation set is shifted, so this choice tells nothing of images in other styles than"
         " yours.",
@@ -113,7 +114,7 @@ def test_auto_does_not_exceed_the_runs_own_alpha() -> None:
         "alpha 1 is better on these images than the run's own alpha 0.4, which auto does not"
         " exceed; radapter-export --alpha best takes it."
     )
-    assert of_ten(right, own_alpha=0.8).alpha == 0.8
+    assert choice.smallest == of_ten(right, own_alpha=0.8).alpha == 0.8
     assert of_ten(right, own_alpha=1.0).alpha == 0.8
 
 
@@ -160,8 +161,8 @@ def test_what_is_kept_is_told_and_chooses_nothing() -> None:
     kept = [replace(row, metrics={**row.metrics, "kept": share[row.alpha or 0.0]}) for row in found]
     choice = choose(kept, 0.5)
     assert choice.alpha == choose(found, 0.5).alpha == 0.2
-    assert [point["kept"] for point in choice.curve] == [100, 92, 85, 30]
-    assert choice.kept == 85 and choose(found, 0.5).kept is None
+    assert [point["kept"] for point in choice.curve] == [1, 0.92, 0.85, 0.3]
+    assert choice.kept == 0.85 and choose(found, 0.5).kept is None
     (note,) = [line for line in choice.notes if "keeps" in line]
     assert note.startswith("alpha 0.2 keeps 85.0 % of what the base answers among common nouns")
     assert (
@@ -176,10 +177,10 @@ def test_what_is_kept_is_told_and_chooses_nothing() -> None:
 def test_the_table_of_a_choice() -> None:
     right = {0.0: "0000000011", 0.2: "0111111111", 0.5: "1111111111"}
     found = [images([c == "1" for c in of], alpha) for alpha, of in right.items()]
-    table = choose(
+    shown = choose(
         [replace(row, metrics={**row.metrics, "kept": 0.5}) for row in found], 0.5
     ).table()
-    cells = {str(column.header): list(column.cells) for column in table.columns}
+    cells = {str(column.header): list(column.cells) for column in shown.columns}
     assert cells == {
         "α": ["0", "0.2", "0.5"],
         "score": ["20.00", "90.00", "100.00"],
@@ -197,14 +198,24 @@ def test_shifts_say_something_of_other_styles() -> None:
     assert not [line for line in choice.notes if "No validation set is shifted" in line]
 
 
-def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
-    one = {0.0: 0.4, 0.5: 0.7, 1.0: 0.9}
-    two = {0.0: 0.6, 0.5: 0.9, 1.0: 1.0}
-    shifted = {0.0: 0.5, 0.5: 0.6, 1.0: 0.3}
-    choice = choose(rows(a=("id", one), b=("id", two), c=("ood", shifted)), 1.0)
-    assert choice.best == 0.5
-    assert [point["score"] for point in choice.curve] == pytest.approx([50, 70, 62.5])
-    assert choose(rows(a=("id", one), b=("id", two)), 1.0).best == 1.0
+def test_tables_and_choices_take_the_mean_of_the_means_of_each_shift() -> None:
+    shifts = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}
+    shares = {0.25: (0.5, 0.8, 0.1, 0.3, 0.8), 0.75: (0.9, 0.3, 0.2, 0.2, 0.35)}
+    means = {0.25: (65.0, 40.0), 0.75: (60.0, 25.0)}
+    found = [
+        a_row(name, value, shift=shifts[name], alpha=alpha)
+        for alpha, values in shares.items()
+        for name, value in zip(shifts, values, strict=True)
+    ]
+    columns = {
+        " ".join(str(column.header).split()): list(column.cells)
+        for column in table(found, "t").columns
+    }
+    for number, name in enumerate(("mean of 2 id", "mean of 3 ood")):
+        assert columns[name] == [f"{of[number]:.2f}" for of in means.values()]
+    choice = choose(found, 1.0)
+    scores = [point["score"] for point in choice.curve]
+    assert scores == pytest.approx([sum(of) / 200 for of in means.values()]) and choice.best == 0.25
 
 
 def test_dense_labels_and_proposals_are_no_mean() -> None:

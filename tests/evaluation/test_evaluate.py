@@ -22,19 +22,26 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
-from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.row import Row
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.evaluation.image_sets import nouns_beside
+from radapter_serve.evaluation.models import (
+    Candidate,
+    from_adapter,
+    from_merged,
+    from_release,
+    from_server,
+)
+from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
-from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
+SAME = ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +62,13 @@ def measured(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def evaluated(embedder: Embedder, world: Path, out: Path) -> list[Row]:
+def evaluated(models: Sequence[Candidate], world: Path, out: Path) -> list[Row]:
     try:
         return evaluate_suite(
-            embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7
+            models, load_suite(world / "suite.yaml", world), Results(out), batch_size=7
         )
     finally:
-        embedder.close()
+        models[0].close()
 
 
 def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
@@ -165,14 +172,14 @@ def test_what_is_kept_is_what_open_clip_answers_among_common_nouns(
         best[alpha] = (seen @ said.T).argmax(dim=1)
     suite = load_suite(world / "suite.yaml", world)
     data = open_set(suite, suite.entries[0])
-    embedder = from_adapter(run_folder, ALPHAS)
-    for variant in embedder.variants:
-        embedder.select(variant)
-        scorer = data.scorer(embedder, {}, ask_nouns=True)
-        scorer.add([embedder.prepare(file.read_bytes()) for file in files])
-        answers = [data.nouns[number] for number in np.concatenate(scorer.nearest)]
-        assert answers == [nouns[number] for number in best[variant.alpha or 0.0]]
-    embedder.close()
+    models = from_adapter(run_folder, ALPHAS)
+    for model in models:
+        items = [model.prepare(file.read_bytes()) for file in files]
+        answer = data.answer(model, 0, items, ask_nouns=True)
+        assert answer.nearest is not None
+        said_nouns = [data.nouns[number] for number in answer.nearest]
+        assert said_nouns == [nouns[number] for number in best[model.alpha or 0.0]]
+    models[0].close()
     found = {row.alpha: row for row in rows if row.dataset == "plain"}
     shares = {alpha: float((of == best[0.0]).float().mean()) for alpha, of in best.items()}
     assert {alpha: row.metrics["kept"] for alpha, row in found.items()} == pytest.approx(shares)
@@ -216,54 +223,23 @@ def test_torch_merged_and_release_give_the_same_numbers(
 ) -> None:
     adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
     merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
-    release = evaluated(
-        ReleaseEmbedder(load_release(exported / "repository")), world, tmp_path / "c"
-    )
+    release = evaluated(from_release(load_release(exported / "repository")), world, tmp_path / "c")
     for rows in zip(adapter, merged, release, strict=True):
         assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
         assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
-        for name in (
-            "dataset",
-            "alpha",
-            "n",
-            "set_digest",
-            "base_digest",
-            "adapter_digest",
-            "precision",
-        ):
+        for name in SAME:
             assert len({getattr(row, name) for row in rows}) == 1, name
         assert [row.source for row in rows] == ["adapter", "merged", "release"]
 
 
-def test_embeddings_agree(run_folder: Path, exported: Path, world: Path) -> None:
-    files = [file.read_bytes() for file in sorted((world / "images").iterdir())]
-    texts = ["a cat", "a very long text " * 40, "!", "a photo of a dog in the snow"]
-    found = []
-    for embedder in (
-        from_adapter(run_folder, [0.4]),
-        from_merged(exported / "merged"),
-        ReleaseEmbedder(load_release(f"{exported / 'repository'}@1")),
-    ):
-        embedder.select(embedder.variants[0])
-        found.append(
-            (
-                embedder.embed_images([embedder.prepare(f) for f in files]),
-                embedder.embed_texts(texts),
-            )
-        )
-        embedder.close()
-    for images, embeds in found[1:]:
-        np.testing.assert_allclose(images, found[0][0], atol=2e-5)
-        np.testing.assert_allclose(embeds, found[0][1], atol=2e-5)
-
-
 def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str) -> None:
     before = load_base(tiny_clip_dir).model.state_dict()
-    embedder = from_adapter(run_folder, [1.0])
-    embedder.select(embedder.variants[0])
-    embedder.close()
-    after = embedder._model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    (model,) = from_adapter(run_folder, [1.0])
+    model.embed_classes(["cat"], ["{}"])
+    state = model.loaded.encoder.model.state_dict()  # type: ignore[attr-defined]
+    assert any(not torch.equal(before[name], state[name]) for name in before)
+    model.close()
+    assert all(torch.equal(before[name], state[name]) for name in before)
 
 
 def test_wise_ft_interpolates_all_weights(
@@ -277,20 +253,21 @@ def test_wise_ft_interpolates_all_weights(
         for k, v in weights.items()
     }
     save_file(tuned, tmp_path / "tuned.safetensors")
-    embedder = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
-    assert [(v.source, v.alpha) for v in embedder.variants] == [
+    models = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
+    assert [(model.source, model.alpha) for model in models] == [
         ("adapter", 0.0), ("adapter", 0.5), ("wise-ft", 0.0), ("wise-ft", 0.5)
     ]  # fmt: skip
-    data = [file.read_bytes() for file in sorted((world / "images").iterdir())]
-    items = [embedder.prepare(d) for d in data]
-    embedder.select(embedder.variants[3])
-    found = embedder.embed_images(items)
+    files = sorted((world / "images").iterdir())
+    half = models[3]
+    found = half.embed_images([half.prepare(file.read_bytes()) for file in files])
+    _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
+    pixels = torch.stack([transform(Image.open(file)) for file in files])
     middle = {
         k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()
     }
     base.model.load_state_dict(middle)
     with torch.no_grad():
-        expected = base.model.encode_image(torch.stack(items), normalize=True).numpy()  # type: ignore[operator]
+        expected = base.model.encode_image(pixels, normalize=True).numpy()  # type: ignore[operator]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     rows = evaluate(
         checkpoint=tmp_path / "tuned.safetensors",
@@ -318,19 +295,52 @@ def test_a_live_server_gives_the_same_numbers(
 
     adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
     with TritonServer(ServerConfig(exported / "repository", Endpoints.on_free_ports())) as server:
-        by_grpc = evaluated(ServerEmbedder(server.grpc_url), world, tmp_path / "grpc")
-        by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
+        by_grpc = evaluated(from_server(server.grpc_url), world, tmp_path / "grpc")
+        by_http = evaluated(from_server(server.http_url), world, tmp_path / "http")
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
             assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
-            for name in (
-                "dataset",
-                "alpha",
-                "n",
-                "set_digest",
-                "base_digest",
-                "adapter_digest",
-                "precision",
-            ):
+            for name in SAME:
                 assert getattr(one, name) == getattr(other, name), name
             assert other.source == "server"
+
+
+def test_the_classifier_is_open_clips_and_averages_synonyms(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    classes = ["cat", "dog", "tree", "house"]
+    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]
+    expected = open_clip.build_zero_shot_classifier(base.model, base.tokenizer, classes, templates)
+    found = zero_shot_classifier(base.model, base.tokenizer, classes, TEMPLATES, batch_size=3)
+    torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)
+    both = zero_shot_classifier(base.model, base.tokenizer, ["cat, dog"], TEMPLATES[:1])
+    each = zero_shot_classifier(base.model, base.tokenizer, ["cat", "dog"], TEMPLATES[:1])
+    torch.testing.assert_close(both[0], torch.nn.functional.normalize(each.mean(dim=0), dim=0))
+
+
+def test_hits_by_hand_and_a_model_of_nan(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    pixels = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])  # each image is its own class; the last is wrong
+    batches = [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]
+    assert count_hits(base.model, embeds, batches) == (5, 6)
+    with torch.no_grad():
+        base.model.get_parameter("visual.proj")[0, 0] = torch.nan
+    with pytest.raises(RAdapterError, match="not finite"):
+        count_hits(base.model, embeds, batches)
+
+
+def test_the_nouns_are_every_third_of_imagenets_names() -> None:
+    names = nouns_beside(["something else"])
+    assert names == list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES[::3])) and len(names) == 333
+    assert nouns_beside(open_clip.IMAGENET_CLASSNAMES) == []
+    for name, left_out in (
+        ("a big Toucan.", ["toucan"]),
+        ("toucans", []),  # no word of it
+        ("shark", ["tiger shark"]),
+        ("SEA-LION", ["sea lion", "lion"]),
+        ("!", []),
+    ):
+        kept = nouns_beside(["something else", name])
+        assert [noun for noun in names if noun not in kept] == left_out

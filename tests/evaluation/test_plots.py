@@ -9,13 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.plots import (
+    draw_choice,
     plot_alpha_curve,
     plot_bars,
     plot_calibration,
     plot_confusion,
 )
-from radapter_serve.evaluation.row import Bin, ClassFigures, Row
+from radapter_serve.evaluation.rows import Bin, ClassFigures, Row
 from tests.helpers.a_row import a_row
 
 
@@ -25,18 +27,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
     return figures
-
-
-def test_picture_of_the_curve(tmp_path: Path) -> None:
-    rows = [
-        {"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0}
-        for a in (0.0, 0.5, 1.0)
-    ]
-    plot_alpha_curve(rows, "a", ["b", "c"], tmp_path / "curve.png", title="A title")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (1695, 630)
-        colours = image.convert("RGB").getcolors(1 << 20)
-    assert colours is not None and len(colours) > 50
 
 
 def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Path) -> None:
@@ -69,6 +59,24 @@ def test_what_is_kept_of_the_base_has_an_axis_of_its_own(drawn: list[Figure]) ->
     assert labels == ["a", "b", "kept of the base (right)"]
     plot_alpha_curve(rows, ["a"], ["b"], "curve.png")
     assert len(drawn[1].axes) == 2
+
+
+def test_a_choice_is_marked_in_the_picture(drawn: list[Figure]) -> None:
+    right = {0.0: 0.2, 0.3: 0.9, 0.5: 0.9, 1.0: 1.0}
+    rows = [
+        a_row(alpha=alpha, metrics={"acc1": share}, intervals={"acc1": (share - 0.15, 1.0)})
+        for alpha, share in right.items()
+    ]
+    choice = choose(rows, 0.5)
+    draw_choice(choice, Path())
+    axes = drawn[0].axes[0]
+    marks = {str(line.get_label()): line for line in axes.get_lines()}
+    assert marks["auto: α = 0.3"].get_xdata() == [0.3, 0.3]
+    assert {"smallest as good as the best: α = 0.3", "best: α = 1"} < set(marks)
+    assert marks["the base's level"].get_ydata() == pytest.approx([20, 20])
+    (band,) = axes.collections
+    box = band.get_paths()[0].get_extents()
+    assert (box.y0, box.y1) == pytest.approx((5, 115))
 
 
 def test_no_two_of_many_sets_look_the_same(drawn: list[Figure]) -> None:
@@ -125,7 +133,7 @@ def test_a_confusion_is_shown_in_per_cent_of_the_true_class(
         "thing 1, n 4",
     ]
     assert axes.get_yticks().tolist() == [0, 1]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("found", "true")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("answered", "true")
     assert drawn[0].axes[1].get_ylabel() == "% of the true class"
     assert drawn[0].get_suptitle() == "own: adapter, α = 0.5"
     assert (

@@ -7,24 +7,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import choose
-from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, segment_here
-from radapter_serve.evaluation.evaluate import evaluate
-from radapter_serve.evaluation.results import table
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.models import Candidate
+from radapter_serve.evaluation.rows import Row, table
+from radapter_serve.evaluation.run import evaluate
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
-from radapter_serve.tasks.proposals import ProposalSegmenter
-from tests.evaluation.test_segmentation import Oracle
+from tests.evaluation.conftest import Fake, candidate
 
 NAMES = ["sky", "grass", "cow"]
 SIZE = (6, 8)
@@ -32,15 +27,11 @@ COSINES = np.array([[0.2, 0.9, 0.4], [0.8, 0.1, 0.3], [0.5, 0.5, 0.1], [0.1, 0.4
 SCALE = 3.0
 
 
-class Fixed(Oracle):
+def fixed() -> Candidate:
     """A model that gives the crops of an image the cosines of the table, one after the other."""
-
-    def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
-        def images(crops: np.ndarray) -> np.ndarray:
-            return COSINES[: len(crops)]
-
-        segmenter = ProposalSegmenter(images, Preprocess((4, 4), "bilinear"), MaskCrop(), SCALE, 8)
-        return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
+    fake = Fake(NAMES, lambda crops, dense: COSINES[: len(crops)])
+    crop = {"padding": 0.0, "square": True, "fill": [0, 0, 0]}
+    return candidate(fake, 4, crop=crop, logit_scale=SCALE, max_batch_size=8)
 
 
 @pytest.fixture
@@ -74,7 +65,7 @@ def suite_of(folder: Path, *sets: str) -> Suite:
 
 
 def rows_of(suite: Suite) -> list[Row]:
-    return [evaluate(Fixed(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
+    return [evaluate([fixed()], open_set(suite, entry))[0] for entry in suite.entries]
 
 
 def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
@@ -156,14 +147,14 @@ def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
 
 def test_the_digest_covers_the_proposals(folder: Path) -> None:
     suite = suite_of(folder, "proposals: found", "dense: proposals")
-    first, true = (open_set(suite, entry).facts.set_digest for entry in suite.entries)
+    first, true = (open_set(suite, entry).set_digest for entry in suite.entries)
     assert first != true
     np.savez(
         folder / "found" / "b.npz",
         masks=np.ones((1, *SIZE), bool),
         scores=np.ones((1, 3), np.float32),
     )
-    assert open_set(suite, suite.entries[0]).facts.set_digest != first
+    assert open_set(suite, suite.entries[0]).set_digest != first
 
 
 def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:

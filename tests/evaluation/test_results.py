@@ -6,36 +6,32 @@ import base64
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import Variant
-from radapter_serve.evaluation.evaluate import case_of
-from radapter_serve.evaluation.evaluation_set import as_seen, by_bin, by_class
-from radapter_serve.evaluation.results import (
+from radapter_serve.evaluation.image_sets import ClassificationSet, as_seen, by_bin, by_class
+from radapter_serve.evaluation.progress import status
+from radapter_serve.evaluation.rows import (
+    Bin,
+    ClassFigures,
     Results,
+    Row,
     common_unit,
     harmonic_means,
     metric_name,
+    packed,
     table,
 )
-from radapter_serve.evaluation.row import (
-    Bin,
-    ClassFigures,
-    ModelFacts,
-    Row,
-    SetFacts,
-    Setup,
-    packed,
-)
 from radapter_serve.evaluation.suite import Entry, entry_of
+from tests.evaluation.conftest import Fake, candidate
 from tests.helpers.a_row import a_row
+from tests.helpers.fake_clock import FakeClock
 
 
 def test_a_figure_has_its_interval() -> None:
@@ -202,7 +198,7 @@ def test_a_line_that_is_no_row_is_refused(change: Any, message: str, tmp_path: P
     )
     with pytest.raises(RAdapterError) as error:
         Results(tmp_path)
-    assert f"results.jsonl, line 2 is no row of results: {message}" in str(error.value)
+    assert f"results.jsonl, line 2 is not a row of results: {message}" in str(error.value)
     assert str(error.value).endswith("; move the file away") and "\n" not in str(error.value)
 
 
@@ -223,45 +219,27 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
     image.getexif()[0x0112] = 6  # a quarter turn
     image.save(out := io.BytesIO(), "JPEG", exif=image.getexif())
     data = out.getvalue()
-    entry = Entry("x", name="a", exif_orientation=turn)
-    assert as_seen(data, entry, SimpleNamespace(exif_orientation=turn)) is data  # type: ignore[arg-type]
-    seen = Image.open(io.BytesIO(as_seen(data, entry, SimpleNamespace(exif_orientation=not turn))))  # type: ignore[arg-type]
+    assert as_seen(data, turn, turn) is data
+    seen = Image.open(io.BytesIO(as_seen(data, turn, not turn)))
     expected = Image.open(io.BytesIO(data)).convert("L" if mode == "L" else "RGB")
     assert seen.format == "PNG" and not seen.getexif()
     pixels = np.asarray(expected)
     np.testing.assert_array_equal(np.asarray(seen), np.rot90(pixels, -1) if turn else pixels)
 
 
-def test_what_a_row_says_besides_its_figures() -> None:
-    facts = ModelFacts(model="ViT-B-32", pretrained="openai", precision="fp32")
-    data = SimpleNamespace(
-        entry=Entry("x", name="a"),
-        task="zeroshot_classification",
-        facts=SetFacts(n=3, set_digest="sha256:1"),
-        setup=lambda _: Setup(templates=("{}",)),
-    )
-    found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
-    assert list(found.items()) == list(
-        {
-            "dataset": "a",
-            "model": "ViT-B-32",
-            "pretrained": "openai",
-            "task": "zeroshot_classification",
-            "language": "en",
-            "source": "adapter",
-            "alpha": 0.5,
-            "shift": "id",
-            "split": "test",
-            "metric": "acc1",
-            "precision": "fp32",
-            "n": 3,
-            "set_digest": "sha256:1",
-            "templates": ["{}"],
-        }.items()
-    )
-    data.entry = Entry("x", name="a", border=2, exif_orientation=False)
-    found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
+def test_a_row_of_a_set_begins_with_its_model_and_its_data() -> None:
+    class Images(ClassificationSet):
+        contents = property(lambda self: ["sha256:a", "sha256:b"])  # type: ignore[assignment]
+
+    labels = np.array([0, 1])
+    model = candidate(Fake([], lambda *_, **__: None), 4)  # type: ignore[arg-type, return-value]
+    entry = Entry("x", name="a", border=2, exif_orientation=False)
+    found = Images(entry, ["1", "2"], labels, ["cat", "dog"], None).row(model).to_dict()  # type: ignore[list-item]
+    head = ["dataset", "model", "pretrained", "task", "language", "source", "alpha", "shift"]
+    tail = ["split", "metric", "border", "exif_orientation", "n", "classes", "set_digest"]
+    assert list(found) == [*head, *tail, "templates", "metrics", "runtime"]
     assert (found["border"], found["exif_orientation"]) == (2, False)
+    assert (found["templates"], found["n"], found["metrics"]) == (["{}"], 2, {})
 
 
 def test_a_field_of_the_wrong_kind_is_named() -> None:
@@ -280,3 +258,23 @@ def test_metrics_are_named_as_papers_name_them() -> None:
     }
     assert {metric: metric_name(metric) for metric in names} == names
     assert common_unit(["miou", "miou"]) == "mIoU, %" and common_unit(["miou", "acc1"]) == "%"
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_progress_is_one_line_on_a_terminal_and_now_and_then_one_elsewhere(show: bool) -> None:
+    long = "plain: reading [b]imagefolder:photos[/b] " + 20 * "and more "
+    for terminal in (True, False):
+        clock = FakeClock()
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=300 if terminal else 40)
+        with status(console, show=show, clock=clock.monotonic) as say:
+            for line in ("at 0", "at 5", long, "at 15", "[b]last"):
+                say(line)
+                clock.sleep(5)
+        if not show:
+            assert out.getvalue() == ""
+        elif terminal:
+            text = out.getvalue()
+            assert "[b]last" in text and text.count("\n") == 1 and text.endswith("\x1b[2K")
+        else:
+            assert out.getvalue() == f"{long}\n[b]last\n"

@@ -26,26 +26,22 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import (
-    PROPOSALS,
+from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
+from radapter_serve.evaluation.models import (
+    Candidate,
     NoSuchWay,
-    SegmentImage,
-    SegmentQuery,
-    Variant,
-    segment_here,
+    from_adapter,
+    from_merged,
+    from_release,
+    from_server,
 )
-from radapter_serve.evaluation.evaluate import evaluate
-from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder, exported_way
-from radapter_serve.evaluation.results import Results, table
-from radapter_serve.evaluation.row import ModelFacts
-from radapter_serve.evaluation.run import choose_alpha, draw, evaluate_suite
+from radapter_serve.evaluation.plots import draw
+from radapter_serve.evaluation.rows import Results, table
+from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Entry, Suite, load_suite
-from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+from radapter_serve.evaluation.suite import PROPOSALS, Entry, Suite, load_suite
 from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.proposals import ProposalSegmenter
-from tests.helpers.small_models import release
+from tests.evaluation.conftest import Fake, candidate
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE = 32
@@ -82,44 +78,27 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
     assert metrics["pixel_accuracy"] == pytest.approx(right / len(places) if places else 0)
 
 
-class Oracle:
+def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
     """Knows the class of every colour: a patch's embedding is the one-hot vector of the class at
-    its centre.
+    its centre, and a crop's has the votes of its pixels.
     """
+    at = (np.abs(pixels[..., :1].astype(int) - np.arange(len(NAMES)) * 60) < 30).astype(np.float32)
+    if dense:
+        return at[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+    votes = at.sum((1, 2)) + 1e-6
+    return np.asarray(votes / np.linalg.norm(votes, axis=1, keepdims=True), np.float32)
 
-    templates: Sequence[str] = ["{}"]
-    size = SIZE
-    crop = MaskCrop()
-    exif_orientation = True
-    variants: Sequence[Variant] = [Variant("oracle", None, ModelFacts())]
 
-    def select(self, variant: Variant) -> None:
-        pass
-
-    def way(self, dense: str | None) -> str:
-        return dense or "naclip"
-
-    def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
-        colours = np.array([NAMES.index(label) for label in query.labels]) * 60
-
-        def at(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return (np.abs(pixels[..., :1].astype(int) - colours) < 30).astype(np.float32)
-
-        def patches(windows: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return at(windows[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH])
-
-        def images(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-            votes = at(crops).sum((1, 2)) + 1e-6
-            return votes / np.linalg.norm(votes, axis=1, keepdims=True)
-
-        crop = MaskCrop(fill=(255, 255, 255))
-        size = Preprocess((SIZE, SIZE), "bilinear")
-        segmenter = (
-            ProposalSegmenter(images, size, crop, 100.0, 4)
-            if query.dense == PROPOSALS
-            else DenseSegmenter(patches, size, 4)
-        )
-        return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
+def oracle(see: Any = by_colour) -> Candidate:
+    names = [name for line in NAMES for name in line.split(", ")]
+    fake = Fake(names, see)
+    # Both names of a class are its direction.
+    numbers = [number for number, line in enumerate(NAMES) for _ in line.split(", ")]
+    fake.encode = lambda texts: [[numbers[names.index(text)]] for text in texts]  # type: ignore[method-assign]
+    fake.names = NAMES
+    crop = MaskCrop(fill=(255, 255, 255)).to_dict()
+    dense = {"way": "naclip", "grid": None}
+    return candidate(fake, SIZE, crop=crop, dense=dense, logit_scale=100.0, max_batch_size=4)
 
 
 def regions(generator: np.random.Generator) -> NDArray[np.uint8]:
@@ -166,7 +145,7 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     suite = suite_of(
         masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}"
     )
-    coarse, fine = (evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
+    coarse, fine = (evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries)
     assert coarse.metrics["miou"] < fine.metrics["miou"]
     assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
     expected = {
@@ -190,14 +169,14 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
 
 def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: proposals}")
-    (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
     assert row.metrics == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
     assert row.dense == PROPOSALS and row.short_side is None and row.stride is None
 
 
 def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip}")
-    (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
     assert row.per_class is not None and row.intervals is not None
     counts = np.array(row.confusion)
     for label, of in enumerate(row.per_class):
@@ -219,7 +198,7 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     suite = suite_of(tmp_path, "- {name: a, dense: naclip}\n- {name: b, dense: proposals}")
 
     def digests() -> list[str]:
-        return [open_set(suite, entry).facts.set_digest for entry in suite.entries]
+        return [open_set(suite, entry).set_digest for entry in suite.entries]
 
     first = digests()
     assert digests() == first
@@ -244,18 +223,13 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
         tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}"
     )
     data = [open_set(suite, entry) for entry in suite.entries]
-    row = evaluate(Oracle(), data[0])[0]  # type: ignore[arg-type]
+    row = evaluate([oracle()], data[0])[0]
     assert row.metrics["pixel_accuracy"] == 1 and row.intervals == {}
-    empty: Any = data[1].prepare(Oracle(), 0)  # type: ignore[arg-type]
-    scorer: Any = data[1].scorer(Oracle(), {})  # type: ignore[arg-type]
-    scorer.add([dataclasses.replace(empty, masks=empty.masks[:0])])
-    assert np.array(scorer.measured().confusion)[1].tolist() == [
-        0,
-        0,
-        0,
-        0,
-        1600,
-    ]  # none of the classes
+    item: Any = data[1].prepare(oracle(), 0)
+    empty = dataclasses.replace(item, masks=item.masks[:0])
+    answer = data[1].answer(oracle(), 0, [empty])
+    measured = data[1].measure(oracle(), [answer])
+    assert measured["confusion"][1] == [0, 0, 0, 0, 1600]  # no class at all
 
 
 def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
@@ -264,7 +238,7 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
         for name, dense in (("a", "naclip"), ("b", "naclip"), ("c", "proposals"))
     )
     suite = suite_of(masked, sets)
-    rows = [evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
+    rows = [evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries]
     shown = Console(file=io.StringIO(), width=120)
     shown.print(table(rows, ""))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
@@ -321,7 +295,7 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
         dense="proposals",
         images=masked / "data" / "images",
     )
-    (row,) = evaluate(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
+    (row,) = evaluate([oracle()], open_set(Suite("s", (entry,), data_root=tmp_path), entry))
     # the one proposal, the whole second image, gets the label that most of it shows
     assert row.n == 2 and row.metrics == {
         "miou": 1.0,
@@ -337,7 +311,7 @@ def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
         for name, also in (("class", ", background: grass"), ("none", ""))
     ]
     suite = suite_of(masked, "\n".join(lines))
-    rows = {e.name: evaluate(Oracle(), open_set(suite, e))[0].metrics for e in suite.entries}  # type: ignore[arg-type]
+    rows = {e.name: evaluate([oracle()], open_set(suite, e))[0].metrics for e in suite.entries}
     # the oracle sees no class where grass is: equal cosines
     assert rows["naclip-class"]["pixel_accuracy"] > 0.8
     assert rows["proposals-class"] == {
@@ -368,16 +342,18 @@ SETS = """
 """
 
 
-def masks_of(embedder: Any, suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
-    """The masks themselves, of each set."""
-    embedder.select(embedder.variants[-1])
+def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
+    """The masks themselves, of each set, by the last model."""
+    model = models[-1]
     found = {}
     for entry in suite.entries:
         data: Any = open_set(suite, entry)
-        segment = embedder.segmenter(data.query(embedder), {})
-        items = [data.prepare(embedder, number) for number in range(len(data))]
-        found[entry.name] = [segment(item.data, item.masks, item.scores) for item in items]
-    embedder.close()
+        query = data.query(model)
+        items = [data.prepare(model, number) for number in range(len(data))]
+        found[entry.name] = [
+            model.segment(item.data, query, item.masks, item.scores) for item in items
+        ]
+    model.close()
     return found
 
 
@@ -407,7 +383,7 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
         expected = segment(
-            decode(image.data()), classifier.numpy(), data.query(Named()).options
+            decode(image.data()), classifier.numpy(), data.query(oracle()).options
         ).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1
@@ -441,7 +417,7 @@ def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
     suite = suite_of(masked, SETS)
     run = masks_of(from_adapter(dense_run, [0.6]), suite)
     merged = masks_of(from_merged(dense_release / "merged"), suite)
-    release = masks_of(ReleaseEmbedder(load_release(dense_release / "model_repository")), suite)
+    release = masks_of(from_release(load_release(dense_release / "model_repository")), suite)
     for name, masks in run.items():
         assert alike(masks, merged[name]) and alike(masks, release[name]), name
     assert len(np.unique(np.stack(run["dense"]))) > 1
@@ -455,46 +431,38 @@ def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -
 
     suite = suite_of(masked, SETS)
     repository = dense_release / "model_repository"
-    expected = masks_of(ReleaseEmbedder(load_release(repository)), suite)
+    expected = masks_of(from_release(load_release(repository)), suite)
     with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
         for url in (server.grpc_url, server.http_url):
-            served = masks_of(ServerEmbedder(url), suite)
+            served = masks_of(from_server(url), suite)
             assert all(alike(masks, served[name]) for name, masks in expected.items()), url
 
 
-class Named(Oracle):
-    templates: Sequence[str] = ["a photo of a {}."]
-
-
 def test_a_set_that_a_release_can_not_be_evaluated_on_is_left_out() -> None:
-    facts = release(3, dense={"way": "maskclip", "grid": 7})
-    assert exported_way(facts, None) == exported_way(facts, "maskclip") == "maskclip"
-    assert exported_way(release(3), "proposals") == "proposals"
-    with pytest.raises(
-        NoSuchWay,
-        match="release 3 has dense maskclip; export one with radapter-export --dense naclip",
-    ):
-        exported_way(facts, "naclip")
-    with pytest.raises(
-        NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"
-    ):
-        exported_way(release(3), None)
+    fake = Fake(NAMES, by_colour)
+    has = candidate(fake, SIZE, dense={"way": "maskclip", "grid": 7})
+    lacks = candidate(fake, SIZE)
+    assert has.way(None) == has.way("maskclip") == "maskclip"
+    assert lacks.way("proposals") == "proposals"
+    for model, dense in ((has, "naclip"), (lacks, None)):
+        with pytest.raises(NoSuchWay, match="export one with radapter-export --dense naclip"):
+            model.way(dense)
 
 
 def test_left_out_sets_are_told_and_others_evaluated(
     masked: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     suite = suite_of(masked, "- {name: own}\n- {name: named, dense: maskclip}")
-    embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
+    models = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []
-    rows = evaluate_suite(embedder, suite, Results(tmp_path), skip=lines.append)
+    rows = evaluate_suite(models, suite, Results(tmp_path), skip=lines.append)
     assert [row.dataset for row in rows] == ["named"]
     assert len(lines) == 1 and lines[0].startswith(
-        "own is left out: these models have no way of their own"
+        "own is left out: this model has no dense method of its own"
     )
     with pytest.raises(NoSuchWay):
-        evaluate_suite(embedder, suite, Results(tmp_path, resume=True))
-    embedder.close()
+        evaluate_suite(models, suite, Results(tmp_path, resume=True))
+    models[0].close()
 
 
 @pytest.mark.parametrize(
@@ -523,22 +491,18 @@ def test_options_that_do_not_fit_the_model_name_the_data_set(masked: Path) -> No
     with pytest.raises(
         RAdapterError, match=r"data set 'a', oracle: .*short_side is 8; at least 32"
     ):
-        evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+        evaluate([oracle()], open_set(suite, suite.entries[0]))
 
 
 def test_an_error_names_the_image(masked: Path) -> None:
-    class Refusing(Oracle):
-        def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
-            def refuse(*_: object) -> Any:
-                raise RAdapterError("the image is too long and thin")
-
-            return refuse
+    def refuse(*_: object, **__: object) -> Any:
+        raise RAdapterError("the image is too long and thin")
 
     suite = suite_of(masked, "- {name: a, dense: naclip}")
     with pytest.raises(
         RAdapterError, match="data set 'a', oracle: 0.png: the image is too long and thin"
     ):
-        evaluate(Refusing(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+        evaluate([oracle(refuse)], open_set(suite, suite.entries[0]))
 
 
 @pytest.mark.parametrize(
@@ -563,10 +527,10 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}
     metadata = dataclasses.replace(adapter.metadata, recipe=own, task=task)
     save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")
-    embedder = from_adapter(tmp_path, [0.0, 0.5, 1.0])
+    models = from_adapter(tmp_path, [0.0, 0.5, 1.0])
     results = Results(tmp_path / "out")
-    choice, file = choose_alpha(embedder, tmp_path, None, results)
-    embedder.close()
+    choice, file = choose_alpha(models, tmp_path, None, results)
+    models[0].close()
     assert file == tmp_path / "alpha.json"
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha or 0.0: row.metrics[metric] for row in results.rows}

@@ -24,10 +24,9 @@ from radapter_serve.cli.train import main as train
 from radapter_serve.data import Labelled, load_captioned, load_labelled
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.data.rows import LabelledImages
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-from radapter_serve.evaluation.run import own_validation
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.sets import open_set, own_validation
 from tests.helpers.own_cache import own_cache as own_cache
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
@@ -79,7 +78,7 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
 ) -> None:
     trained = set()
     pair = LabelledImages.pair
-    embed = ReleaseEmbedder.embed_texts
+    embed = LoadedRelease.embed_texts
 
     def recorded(self: Any, row: Any, draw: random.Random) -> Any:
         trained.add(
@@ -116,11 +115,11 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     asked: list[str] = []
     said: list[str] = []
 
-    def embed_and_record(self: ReleaseEmbedder, texts: Any) -> Any:
+    def embed_and_record(self: LoadedRelease, texts: Any) -> Any:
         asked.extend(texts)
         return embed(self, texts)
 
-    monkeypatch.setattr(ReleaseEmbedder, "embed_texts", embed_and_record)
+    monkeypatch.setattr(LoadedRelease, "embed_texts", embed_and_record)
     settings = ExportSettings(precision="fp16", max_drop=100)
     (release,) = export_release("run", None, settings, progress=said.append)
     assert [line for line in said if "label set" in line] == [

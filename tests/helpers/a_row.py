@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from radapter_serve.evaluation.row import Row
+from radapter_serve.evaluation.rows import Row
 
 
 def a_row(dataset: str = "own", share: float = 0.5, **fields: Any) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from rivals.run import Run

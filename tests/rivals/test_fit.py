@@ -13,8 +13,8 @@ from torch.optim import SGD
 
 from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.batches import evaluation_batches
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.classification import evaluation_batches
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from rivals.fit import fit
 from rivals.flyp import Flyp
 from rivals.judge import judge

@@ -8,16 +8,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import normalised
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from rivals.full import Classifier, FullFineTuning
-from rivals.judge import SystemEmbedder, judge
+from rivals.judge import judge, systems_of
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.probe import ProbeThenFineTuning
@@ -56,7 +58,7 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
             system.embed_images(PIXELS) @ system.embed_classes(["red", "blue, azure"], ["a {}"]).T
         )
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
-        own = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
+        (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
         found = own.probabilities(system.logits(PIXELS).numpy())
         torch.testing.assert_close(torch.from_numpy(found), system.logits(PIXELS).softmax(dim=1))
     with pytest.raises(RAdapterError, match="has not learned the class 'pink'"):
@@ -78,8 +80,9 @@ def test_classes_of_one_name_are_different_rows(
         )
         same = dataclasses.replace(sets[0], classes=system.classes)  # type: ignore[call-arg]
         [row] = judge(Learned(system, Cost()), run, [same])
-        embedder = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
-        images = torch.stack([same.prepare(embedder, number) for number in range(len(same))])
+        (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
+        pixels = np.stack([same.prepare(own, number) for number in range(len(same))])
+        images = normalised(pixels, run.base.preprocess, "cpu")
         right = system.logits(images).argmax(dim=1).numpy() == same.labels  # type: ignore[attr-defined]
     assert 0 < right.mean() == row.metrics["acc1"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from rivals.judge import judge
 from rivals.method import Method, learned
 from rivals.methods import METHODS

@@ -22,7 +22,7 @@ import yaml
 
 from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.row import packed
+from radapter_serve.evaluation.rows import packed
 from radapter_serve.training import Recipe
 from rivals import cells as cells_module
 from rivals.adaptformer import AdaptFormer

@@ -15,7 +15,7 @@ import pytest
 
 from radapter_serve import Evaluation, evaluate, train
 from radapter_serve.data import Labelled
-from radapter_serve.evaluation.row import ClassFigures, Row
+from radapter_serve.evaluation.rows import ClassFigures, Row
 from radapter_serve.training import Run
 from rivals import loop
 from rivals.small import table_of

@@ -18,7 +18,7 @@ from radapter_client import Client
 from radapter_serve.cli.query import main as query
 from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
-from radapter_serve.evaluation.release_embedder import ServerEmbedder
+from radapter_serve.evaluation.models import from_server
 from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
@@ -201,18 +201,17 @@ def test_query(
 def test_a_sweep_over_the_server(
     server: TritonServer, photos: Path, fixed: dict[float, LoadedRelease]
 ) -> None:
-    embedder = ServerEmbedder(server.grpc_url, [0.3, 0.8])
+    models = from_server(server.grpc_url, [0.3, 0.8])
     try:
-        assert [variant.alpha for variant in embedder.variants] == [0.3, 0.8]
-        for variant in embedder.variants:
-            embedder.select(variant)
-            assert variant.alpha is not None
-            release = fixed[variant.alpha]
+        assert [model.alpha for model in models] == [0.3, 0.8]
+        for model in models:
+            assert model.alpha is not None
+            release = fixed[model.alpha]
             image = files(photos)[0]
             expected = release.embed_pixels([release.pixels(image)])
-            np.testing.assert_allclose(embedder.embed_images([image]), expected, atol=1e-5)
+            np.testing.assert_allclose(model.embed_images([image]), expected, atol=1e-5)
             np.testing.assert_allclose(
-                embedder.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5
+                model.loaded.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5
             )
     finally:
-        embedder.close()
+        models[0].close()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract.alpha import at, request_alpha
+from radapter_serve.contract.alpha import request_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
@@ -242,14 +242,6 @@ def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
     assert np.abs(found[0].scores - found[1].scores).max() > 1e-4
     with pytest.raises(TaskError, match="alpha is 3"):
         complete(segment(turned.loaded, SegmentRequest(png(3), Labels(["a"]), alpha=3.0)))
-
-
-def test_at_binds_or_leaves_an_encoder() -> None:
-    def encode(values: np.ndarray, alpha: np.ndarray | None = None) -> Any:
-        return alpha
-
-    assert at(encode, None) is encode
-    np.testing.assert_array_equal(at(encode, 0.25)(np.zeros(3)), np.full((3, 1), 0.25, np.float32))
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,8 @@ def run(
     # As if stderr were a terminal, so that there is progress to show at once, if it is shown.
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.chdir(images.parent)
-    monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
-    monkeypatch.setattr("radapter_serve.evaluation.run.draw_choice", lambda *_: Path("drawn"))
+    monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
+    monkeypatch.setattr("radapter_serve.evaluation.plots.draw_choice", lambda *_: Path("drawn"))
     Path("suite.yaml").write_text(SUITE, encoding="utf-8")
     made = train(
         recipe="small",
@@ -138,26 +138,27 @@ def test_evaluation_gives_what_the_command_gives(
     for row in found.rows:
         low, high = (row.intervals or {})["acc1"]
         assert low <= row.metrics["acc1"] <= high and row.n == 9
-    assert found.choice is None and found.alpha is None
+    assert found.choice is None and found.chosen_alpha is None
     assert found.measured == 2 and found.files == (Path("python/results.jsonl"),)
     # Nine test images are validation images, too.
     assert [note.partition(":")[0] for note in found.notes] == ["test"]
     assert found.table().row_count == 2
     assert "adapter" in str(found) and found.notes[0] in str(found)
     again = evaluate(run, alpha=0.5, suite="suite.yaml", seed=2, limit=9, out="python")
-    assert (again.measured, again.alpha) == (0, 0.5)
+    assert (again.measured, again.chosen_alpha) == (0, 0.5)
 
 
 def test_auto_chooses_and_says_so(run: Run) -> None:
     found = evaluate(run, alpha="auto")
     kept = json.loads(Path("runs/python/alpha.json").read_text(encoding="utf-8"))
-    assert found.alpha == kept["alpha"] and found.choice is not None
+    assert found.chosen_alpha == kept["alpha"] and found.choice is not None
     assert found.choice.curve == kept["curve"] and len(kept["curve"]) == 11
     assert found.choice.best == kept["best"] and found.choice.own_alpha == kept["own_alpha"] == 0.5
     assert found.notes == found.choice.notes and "No validation set is shifted" in found.notes[-1]
     assert found.rows == () and found.suite is None
     # Printed, it has the table of the choice and the notes.
-    assert "behind the best" in str(found) and all(note in repr(found) for note in found.notes)
+    assert "behind the best" in str(found) and all(note in str(found) for note in found.notes)
+    assert "\n" not in repr(found) and len(repr(found)) < 150
     assert Path("runs/python/alpha.json") in found.files
     # The share that training held out: a quarter of eight images of each of three classes.
     assert [of.n for of in found.choice.sets.values()] == [6]
@@ -187,7 +188,8 @@ def test_one_data_set_is_opened_as_the_run_opened_its_own(run: Run) -> None:
         ({"suite": "pacs", "merged": "a", "url": "grpc://b"}, "merged, url don't go together"),
         ({"suite": "pacs", "batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
         ({"suite": "pacs", "threads": 0}, "threads is 0; allowed: 1 or more"),
-        ({"alpha": "auto", "release": "r"}, "release, alpha auto don't go together"),
+        ({"alpha": "auto", "model_repository": "r"}, "model_repository, alpha auto don't go"),
+        ({"suite": "pacs", "release": "r"}, "there is no argument 'release'; allowed are adapter"),
     ],
 )
 def test_what_evaluation_refuses(

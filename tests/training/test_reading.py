@@ -24,8 +24,7 @@ from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.data import Captioned, Labelled, Masked, load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet
-from radapter_serve.evaluation.run import own_validation
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
 from radapter_serve.training.tasks import open_data

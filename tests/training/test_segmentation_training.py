@@ -28,9 +28,8 @@ from radapter_serve.data.rows import decode_named
 from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
-from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.training import Recipe, train
 from tests.helpers.short_run import short_run
 

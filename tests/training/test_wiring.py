@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from radapter_serve.adapter import Adapters, load_adapter
-from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import choose_alpha
-from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, Run, train
 from radapter_serve.training.loop import fit
 from radapter_serve.training.tasks import open_run
@@ -288,10 +288,10 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         assert found == pytest.approx(
             {"acc1@alpha=0.6": scores[0.6], "acc1@alpha=1": scores[1.0]}, abs=0.01
         ), row
-    embedder = from_adapter(out, list(scores))
-    choice, _ = choose_alpha(embedder, out, None, Results(tmp_path / "results"))
-    embedder.close()
-    assert {point["alpha"]: point["score"] for point in choice.curve} == pytest.approx(
+    models = from_adapter(out, list(scores))
+    choice, _ = choose_alpha(models, out, None, Results(tmp_path / "results"))
+    models[0].close()
+    assert {point["alpha"]: 100 * point["score"] for point in choice.curve} == pytest.approx(
         scores, abs=0.01
     )
     assert choice.best == min(

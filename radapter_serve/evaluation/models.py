@@ -1,0 +1,544 @@
+"""The models that are evaluated: each is a loaded release at one α, whether torch, a runtime or a
+server encodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radapter_serve.adapter import Adapter, load_adapter
+from radapter_serve.adapter.checkpoint import read_weights
+from radapter_serve.adapter.file import check_base
+from radapter_serve.adapter.line import Tuned, check_weights
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.dense import check_dense, encode_patches
+from radapter_serve.clip.towers import (
+    encode_image,
+    encode_text,
+    logit_scale_and_bias,
+    normalised,
+    to_device,
+)
+from radapter_serve.contract.alpha import Alpha, check_alpha
+from radapter_serve.contract.labels import mean_embeddings
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, served_release
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import Floats, check_finite
+from radapter_serve.evaluation.rows import ModelFacts, model_name
+from radapter_serve.evaluation.suite import PROPOSALS
+from radapter_serve.files import digest_of
+from radapter_serve.hub import LOCAL
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.proposals import ProposalSegmenter
+from radapter_serve.tasks.segment_options import SegmentOptions
+
+Precision = Literal["fp32", "bf16", "fp16"]
+TEMPLATES = ["a photo of a {}."]  # of models that name none
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MAX_TEXTS = 256  # that torch encodes at once
+
+
+class NoSuchWay(RAdapterError):
+    """The dense method is not available for this model; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class SegmentQuery:
+    """Labels, with synonyms after commas, prompt templates, the dense method or `proposals`, and
+    the options of a segmentation.
+    """
+
+    labels: Sequence[str]
+    templates: Sequence[str]
+    dense: str
+    options: SegmentOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model at one α.
+
+    Attributes:
+        source: `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release`, `server`.
+        alpha: in [0, 1]; None where it is unknown.
+        facts: what a row says about the model.
+        loaded: the release, at this α.
+        known: embeddings of classes, float32 [D], by templates and class.
+    """
+
+    source: str
+    alpha: float | None
+    facts: ModelFacts
+    loaded: LoadedRelease
+    known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model's name in messages."""
+        return model_name(self.source, self.alpha)
+
+    @property
+    def crop(self) -> MaskCrop:
+        """How the masks of proposals are shown."""
+        return MaskCrop.from_dict(self.loaded.release.crop)
+
+    def prepare(self, data: bytes) -> Any:
+        """Decode an image file for `embed_images`, the same for every α; a server decodes it
+        itself. Thread-safe.
+        """
+        if isinstance(self.loaded.encoder, ServerEncoder):
+            return data
+        return self.loaded.pixels(data)
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        """Prepared images to float32 [N, D], unit length."""
+        encoder = self.loaded.encoder
+        if isinstance(encoder, ServerEncoder):
+            return np.asarray(self._ask(encoder.client.embed_images, list(items)), np.float32)
+        if isinstance(encoder, TorchEncoder):  # the whole batch at once
+            return encoder.images(np.stack(items), self._alpha)
+        return self.loaded.embed_pixels(items)
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
+        """Unit-length embeddings of classes, float32 [C, D]: the mean over a class's names and all
+        templates.
+        """
+        if not templates:
+            raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
+        key = tuple(templates)
+        new = [line for line in dict.fromkeys(classes) if (key, line) not in self.known]
+        if new:
+            embeds = check_finite(mean_embeddings(self.loaded.embed_texts, new, templates))
+            self.known.update({(key, line): of for line, of in zip(new, embeds, strict=True)})
+        return np.stack([self.known[key, line] for line in classes])
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        """The probability of each label, float32 [N, C], from cosines of images with labels."""
+        release = self.loaded.release
+        return class_probabilities(cosines, release.logit_scale, release.logit_bias)
+
+    def way(self, dense: str | None) -> str:
+        """The dense method to use where `dense` is asked for; None asks for the model's own.
+
+        Raises:
+            NoSuchWay: the model does not have it.
+        """
+        release = self.loaded.release
+        own = (release.dense or {}).get("way")
+        encoder = self.loaded.encoder
+        if isinstance(encoder, TorchEncoder):
+            way = dense or own
+            if way is None:
+                raise NoSuchWay(
+                    "this model has no dense method of its own (dense: none); give the set one, as"
+                    " in dense: naclip"
+                )
+            if way != PROPOSALS:
+                check_dense(encoder.model, way)
+            return str(way)
+        if dense == PROPOSALS or (own and dense in (None, own)):
+            return dense or str(own)
+        has = f"has dense {own}" if own else "has no patch_encoder"
+        raise NoSuchWay(
+            f"release {release.version} {has}; export one with radapter-export --dense"
+            f" {dense or 'naclip'}"
+        )
+
+    def segment(
+        self,
+        data: bytes,
+        query: SegmentQuery,
+        masks: NDArray[np.uint8] | None = None,
+        scores: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.uint16]:
+        """The index of each pixel's label, uint16 [H, W]; C stands for the background.
+
+        Args:
+            data: an image file.
+            query: labels and options.
+            masks: where masks are given, uint8 [N, H, W], 0 to 255.
+            scores: the masks' own probabilities of the labels, float32 [N, C].
+        """
+        encoder = self.loaded.encoder
+        options = query.options
+        if isinstance(encoder, ServerEncoder):
+            windows = {}
+            if query.dense != PROPOSALS:
+                windows = {name: getattr(options, name) for name in ("short_side", "stride")}
+                windows["refine"] = options.refine
+            answer = self._ask(
+                encoder.client.segment,
+                data,
+                list(query.labels),
+                templates=list(query.templates),
+                threshold=options.threshold,
+                proposals=masks,
+                proposal_scores=scores,
+                proposal_weight=None if scores is None else options.proposal_weight,
+                **windows,
+            )
+            return np.asarray(answer.mask, np.uint16)
+        release = self.loaded.release
+        embeds = self.embed_classes(query.labels, query.templates)
+        image = decode(data, exif_orientation=self.loaded.preprocess.exif_orientation)
+        if query.dense == PROPOSALS:
+            assert masks is not None
+            by_masks = ProposalSegmenter.of_release(release, self.loaded.embed_pixels)
+            return by_masks(image, embeds, masks, scores, options).mask
+        patches: Callable[..., Floats] = self.loaded.embed_patches
+        if isinstance(encoder, TorchEncoder):
+            patches = partial(encoder.patches, alpha=self._alpha, way=query.dense)
+        rows = min(16, release.max_batch_size)
+        segmenter = replace(DenseSegmenter.of_release(release, patches), max_batch_size=rows)
+        return segmenter(image, embeds, options).mask
+
+    def close(self) -> None:
+        """Release what this model and the others that were loaded with it hold."""
+        self.loaded.close()
+
+    @property
+    def _alpha(self) -> Alpha | None:
+        alpha = self.loaded.request_alpha(None)
+        return None if alpha is None else np.full((1, 1), alpha, np.float32)
+
+    def _ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        assert isinstance(self.loaded.encoder, ServerEncoder)
+        alpha = self.loaded.request_alpha(None)
+        return self.loaded.encoder.ask(task, *arguments, alpha=alpha, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT's difference."""
+
+    source: str
+    deltas: Mapping[str, Tensor]
+    facts: ModelFacts = field(default_factory=ModelFacts)
+
+
+class Weights:
+    """The weights of a model in torch, set in place to points of several lines."""
+
+    def __init__(self, model: torch.nn.Module, changes: Sequence[Change]) -> None:
+        self._tensors = model.state_dict()
+        keys = sorted({key for change in changes for key in change.deltas})
+        self._own = {key: self._tensors[key].clone() for key in keys}
+        self._now: tuple[Change, float] | None = None
+
+    @torch.no_grad()
+    def set(self, change: Change, alpha: float) -> None:
+        """Set the weights to `W + α·delta`."""
+        if self._now is not None and self._now[0] is change and self._now[1] == alpha:
+            return
+        for key, own in self._own.items():
+            delta = change.deltas.get(key)
+            value = own if delta is None else torch.add(own.float(), delta, alpha=alpha)
+            self._tensors[key].copy_(value)
+        self._now = (change, alpha)
+
+    def logits(self, change: Change, alpha: float) -> tuple[float, float | None]:
+        """Logit scale and bias at one α."""
+        point: dict[str, Tensor] = {}
+        for key in ("logit_scale", "logit_bias"):
+            if key in self._tensors:
+                own = self._own.get(key, self._tensors[key])
+                delta = change.deltas.get(key)
+                point[key] = own if delta is None else torch.add(own.float(), delta, alpha=alpha)
+        return logit_scale_and_bias(point)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its own weights back."""
+        for key, own in self._own.items():
+            self._tensors[key].copy_(own)
+        self._now = None
+
+
+class TorchEncoder:
+    """`Encoder` of a base in torch whose weights lie on a line; α None leaves them as they are."""
+
+    def __init__(self, base: Base, weights: Weights, change: Change, precision: Precision) -> None:
+        self.model = base.model
+        self._preprocess = base.preprocess
+        self._weights = weights
+        self._change = change
+        self._device = next(base.model.parameters()).device
+        self._type = _AUTOCAST.get(precision)
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
+        pixels_in = normalised(pixels, self._preprocess, self._device)
+        return self._run(encode_image, alpha, pixels_in)
+
+    def patches(
+        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None, way: str = "naclip"
+    ) -> Floats:
+        pixels_in = normalised(pixels, self._preprocess, self._device)
+        return self._run(encode_patches, alpha, pixels_in, way)
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> Floats:
+        rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
+        return self._run(encode_text, alpha, rows)
+
+    @torch.inference_mode()
+    def _run(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
+        if alpha is not None:
+            self._weights.set(self._change, float(alpha[0, 0]))
+        with torch.autocast(self._device.type, self._type, enabled=self._type is not None):
+            embeds = encode(self.model, *inputs)
+        return np.asarray(embeds.float().cpu().numpy())
+
+    def close(self) -> None:
+        """Give the model its own weights back."""
+        self._weights.restore()
+
+
+class _Tokens:
+    """A base's own tokenizer as `Tokenize`: rows without their padding of zeros."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self._tokenizer = tokenizer
+        self._length = 0
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = self._tokenizer(list(texts)).numpy()
+        self._length = rows.shape[1]
+        ends = rows.shape[1] - (rows[:, ::-1] != 0).argmax(axis=1)
+        return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+        tokens = np.zeros((len(rows), self._length), np.int32)
+        for out, row in zip(tokens, rows, strict=True):
+            out[: len(row)] = row
+        return tokens
+
+
+def in_torch(
+    base: Base,
+    changes: Sequence[Change],
+    alphas: Sequence[float | None],
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    dense: str | None = None,
+    crop: MaskCrop | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> list[Candidate]:
+    """Models that differ from a base by α times a change, for each change at each α.
+
+    Args:
+        base: gives model, preprocessing and tokenizer; its weights change until `close`.
+        changes: the lines.
+        alphas: re-scalings in [0, 1]; None, of a model without changes, is not known.
+        templates: of prompts, for data sets that bring none.
+        dense: the models' own dense method.
+        crop: how the masks of proposals are shown; None takes the usual crop.
+        precision: fp32, or bf16 or fp16 by autocast.
+        device: of torch; None takes a GPU where there is one.
+    """
+    where = to_device(base.model, device)
+    changes = [
+        replace(of, deltas={key: delta.to(where) for key, delta in of.deltas.items()})
+        for of in changes
+    ]
+    weights = Weights(base.model, changes)
+    moves = any(change.deltas for change in changes)
+    release = Release(
+        version=0,
+        alpha=0.0,
+        architecture=base.name,
+        base_digest="",
+        adapter_digest="",
+        preprocess=dict(base.preprocess),
+        tokenizer={},
+        embed_dim=0,
+        logit_scale=1.0,
+        templates=list(templates),
+        agreement={},
+        precision=precision,
+        runtime="torch",
+        dense={"way": dense, "grid": None} if dense else None,
+        crop=(crop or MaskCrop.filled_with(base.preprocess["mean"])).to_dict(),
+        max_batch_size=_MAX_TEXTS,
+    )
+    tokens = _Tokens(base.tokenizer)
+    candidates = []
+    for change in changes:
+        encoder = TorchEncoder(base, weights, change, precision)
+        facts = replace(change.facts, precision=precision)
+        if facts.release is None:  # a release has a name of its own
+            facts = replace(facts, model=base.name, pretrained=base.pretrained)
+        for alpha in alphas:
+            scale, bias = weights.logits(change, alpha or 0.0)
+            point = replace(
+                release,
+                alpha=alpha or 0.0,
+                dynamic_alpha=moves,
+                logit_scale=scale,
+                logit_bias=bias,
+            )
+            loaded = LoadedRelease(point, encoder, tokens)
+            candidates.append(Candidate(change.source, alpha, facts, loaded))
+    return candidates
+
+
+def from_adapter(
+    path: str | Path,
+    alphas: Sequence[float] | None = None,
+    *,
+    base: str | None = None,
+    pretrained: str | None = None,
+    finetuned: str | Path | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> list[Candidate]:
+    """A run at several α: 0, its own and 1 if None; `finetuned`, a checkpoint of the same base, is
+    WiSE-FT at the same α.
+    """
+    adapter = load_adapter(path)
+    meta = adapter.metadata
+    alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
+    clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
+    return of_adapter(clip, adapter, alphas, finetuned, precision, device)
+
+
+def of_adapter(
+    base: Base,
+    adapter: Adapter,
+    alphas: Sequence[float],
+    finetuned: str | Path | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> list[Candidate]:
+    """`from_adapter` with base and adapter already loaded."""
+    for alpha in alphas:
+        check_alpha(alpha)
+    weights = base.model.state_dict()
+    check_base(weights, adapter)
+    base_digest = adapter.metadata.base_digest
+    deltas = {}
+    for key in adapter.keys:
+        for name in (f"{key}.weight", f"{key}.bias"):
+            if name in weights:
+                deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
+    facts = ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest)
+    changes = [Change("adapter", deltas, facts)]
+    if finetuned is not None:
+        file = Path(finetuned)
+        file = file / "open_clip_model.safetensors" if file.is_dir() else file
+        if not file.is_file():
+            raise RAdapterError(
+                f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model"
+                " folder"
+            )
+        start = {name: tensor.cpu() for name, tensor in weights.items()}
+        tuned = check_weights(str(file), read_weights(file), start)
+        facts = ModelFacts(base_digest=base_digest, weights_digest=digest_of(file))
+        changes.append(Change("wise-ft", _differences(start, tuned), facts))
+    source = adapter.metadata.source
+    return in_torch(
+        base,
+        changes,
+        alphas,
+        templates=adapter.metadata.templates,
+        dense=None if source.dense == "none" else source.dense,
+        crop=source.mask_crop(base.preprocess["mean"]),
+        precision=precision,
+        device=device,
+    )
+
+
+def from_line(
+    tuned: Tuned,
+    alphas: Sequence[float] = (),
+    *,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> list[Candidate]:
+    """A checkpoint or a LoRA that was tuned elsewhere at several α: if none, 0, 0.5 and 1, or 1
+    alone where there is no base.
+    """
+    line = tuned.line
+    alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
+    for alpha in alphas:
+        line.check(alpha)
+    deltas = {} if line.base is None else _differences(line.base, line.tuned)
+    facts = ModelFacts(base_digest=line.base_digest, weights_digest=line.digest)
+    change = Change(line.made_of["kind"], deltas, facts)
+    return in_torch(tuned.base, [change], alphas, precision=precision, device=device)
+
+
+def from_merged(
+    folder: str | Path, *, precision: Precision = "fp32", device: str | None = None
+) -> list[Candidate]:
+    """A merged checkpoint, or any folder that `load_base` takes by `local-dir:`."""
+    folder = Path(folder)
+    base = load_base(f"{LOCAL}{folder}")
+    release = Release.load(folder) if (folder / FILE).exists() else None
+    files = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
+    weights = next((file for file in files if file.suffix in (".safetensors", ".bin", ".pt")), None)
+    facts = release_facts(release) if release else ModelFacts()
+    facts = replace(facts, weights_digest=digest_of(weights) if weights else None)
+    return in_torch(
+        base,
+        [Change("merged", {}, facts)],
+        [release.alpha if release else None],
+        templates=release.templates if release and release.templates else TEMPLATES,
+        dense=release.dense["way"] if release and release.dense else None,
+        crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
+        precision=precision,
+        device=device,
+    )
+
+
+def from_release(
+    loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release"
+) -> list[Candidate]:
+    """A loaded release at several α, its own if none.
+
+    Raises:
+        RAdapterError: the release lacks an α.
+    """
+    facts = release_facts(loaded.release)
+    if loaded.release.quantization:  # of int8: ranges from running, or from which images
+        facts = replace(facts, quantization=loaded.release.quantization)
+    points = [loaded.at(alpha) for alpha in alphas or (loaded.release.alpha,)]
+    return [Candidate(source, point.release.alpha, facts, point) for point in points]
+
+
+def from_server(url: str, alphas: Sequence[float] = ()) -> list[Candidate]:
+    """A live server's newest release, through the client, at several α, its own if none."""
+    return from_release(served_release(url), alphas, "server")
+
+
+def release_facts(release: Release) -> ModelFacts:
+    """What a row says of a release."""
+    return ModelFacts(
+        model=release.architecture,
+        base_digest=release.base_digest,
+        adapter_digest=release.adapter_digest,
+        precision=release.precision,
+        release=release.version,
+    )
+
+
+def _differences(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tuned less base, of the weights that differ."""
+    changes = {
+        name: tuned[name].float() - tensor.float()
+        for name, tensor in base.items()
+        if tensor.is_floating_point()
+    }
+    return {name: change for name, change in changes.items() if change.any()}

@@ -1,0 +1,531 @@
+"""Rows of results: a model on a data set each; their file, tables and notes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.probabilities import SAME
+from radapter_serve.errors import RAdapterError, short
+from radapter_serve.evaluation.intervals import Interval
+from radapter_serve.files import staged
+from radapter_serve.typed import checker
+
+FILE = "results.jsonl"
+KEPT = "kept"  # of metrics; see `Row`
+_STRICT = {"extra": "forbid"}
+# Written as null, too, where the first is there; every other field is left out then.
+_NULLS = {
+    "source": ("model", "pretrained", "alpha"),
+    "release": ("base_digest", "adapter_digest"),
+    "dense": ("short_side", "stride", "threshold", "background"),
+    "proposals": ("proposal_weight",),
+}
+_NOT_MEASURED: dict[str, Any] = {
+    "metrics": {},
+    "intervals": None,
+    "calibration": None,
+    "per_class": None,
+    "confusion": None,
+    "indistinguishable": None,
+    "right": None,
+    "runtime": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a row says about a model; see `Row`."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    precision: str | None = None
+    base_digest: str | None = None
+    adapter_digest: str | None = None
+    release: int | None = None
+    weights_digest: str | None = None
+    quantization: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """Figures of one class, in [0, 1]; None if it has no images.
+
+    Attributes:
+        name: its first name.
+        n: its images, or pixels.
+        recall: of images with one label, and of pixels.
+        iou: of pixels.
+        average_precision: of images with several labels.
+    """
+
+    name: str
+    n: int
+    recall: float | None
+    iou: float | None = None
+    average_precision: float | None = None
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = {
+        **_STRICT,
+        "alias_generator": lambda name: "class" if name == "name" else name,
+    }
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The images of one bin of confidence: number, mean confidence and accuracy in [0, 1]."""
+
+    n: int
+    confidence: float | None
+    accuracy: float | None
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model on one data set, and what was measured: CLIP_benchmark's schema and more.
+
+    Attributes:
+        dataset: name of the data set.
+        model, pretrained: as open_clip names them.
+        task: as CLIP_benchmark names it.
+        language, shift, split, metric, border, exif_orientation: as in a suite.
+        source: `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release` or `server`.
+        alpha: in [0, 1]; None where it is not known.
+        precision: of the model's weights.
+        base_digest, adapter_digest, weights_digest: of the files that the model was made from.
+        release: version of a release.
+        quantization: of an int8 release, as its `release.json` has it.
+        n: images.
+        classes: their number.
+        captions: their number, and in `different_captions` how many of them differ, where some are
+            equal.
+        class_split: `base` or `novel`; None where all classes are used.
+        classes_digest: of the names of the classes of masks.
+        set_digest: of everything that the figures depend on.
+        dense, short_side, stride, refine, threshold, background, proposals, proposal_weight: of
+            segmentation, as in a suite; sizes are written out.
+        size: of segmentation, side of the image encoder's input in pixels.
+        crop: how the masks of proposals are shown.
+        templates: of prompts; None where there are no prompts.
+        metrics: shares in [0, 1] by name. Of whole images with classes also `kept`, where alpha 0
+            is among the models: the share of images whose best noun is the one that alpha 0
+            answers, among some hundred common ones that are no class of the set.
+        intervals: the two ends of each metric's 95 % interval.
+        calibration: of whole images with classes, by bin of confidence.
+        per_class: of each class.
+        confusion: of few classes, cases by true and answered class.
+        indistinguishable: pairs of labels that the model can't tell apart.
+        right: of the row's own metric, where it is a mean over images: whether each image is right,
+            one bit an image in base64; of images that captions find, how many of its captions find
+            each image.
+        runtime: seconds of embedding and scoring, without reading and decoding.
+        suite: name of the suite.
+        seed: of the draw of images.
+        version: of this package.
+    """
+
+    dataset: str
+    model: str | None = None
+    pretrained: str | None = None
+    task: str
+    language: str = "en"
+    source: str
+    alpha: float | None
+    shift: str
+    split: str
+    metric: str
+    border: int = 0
+    exif_orientation: bool = True
+    precision: str | None = None
+    base_digest: str | None = None
+    adapter_digest: str | None = None
+    release: int | None = None
+    weights_digest: str | None = None
+    quantization: Mapping[str, object] | None = None
+    n: int
+    classes: int | None = None
+    captions: int | None = None
+    different_captions: int | None = None
+    class_split: str | None = None
+    classes_digest: str | None = None
+    set_digest: str
+    dense: str | None = None
+    size: int | None = None
+    short_side: int | None = None
+    stride: int | None = None
+    refine: int | None = None
+    threshold: float | None = None
+    background: str | None = None
+    crop: MaskCrop | None = None
+    proposals: str | None = None
+    proposal_weight: float | None = None
+    templates: tuple[str, ...] | None = None
+    metrics: dict[str, float]
+    intervals: dict[str, Interval] | None = None
+    calibration: list[Bin] | None = None
+    per_class: list[ClassFigures] | None = None
+    confusion: list[list[int]] | None = None
+    indistinguishable: list[tuple[str, str]] | None = None
+    right: str | list[int] | None = None
+    runtime: float
+    suite: str | None = None
+    seed: int | None = None
+    version: str | None = None
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _STRICT
+
+    @property
+    def identity(self) -> str:
+        """Equal for rows of the same model, data set and settings, whatever was measured."""
+        return json.dumps(replace(self, **_NOT_MEASURED).to_dict(), sort_keys=True)
+
+    @property
+    def per_image(self) -> NDArray[np.float64] | None:
+        """What each image adds to the row's own metric, [n], whose mean is the metric; None where
+        the metric is no mean over images.
+
+        Raises:
+            ValueError: `right` has not as many images as the row.
+        """
+        return None if self.right is None else unpacked(self.right, self.n, self.captions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a line of `results.jsonl` has them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        nulls = {name for key, of in _NULLS.items() if values[key] is not None for name in of}
+        if not self.border:
+            del values["border"]
+        if self.exif_orientation:
+            del values["exif_orientation"]
+        if self.crop is not None:
+            values["crop"] = self.crop.to_dict()
+        if self.templates is not None:
+            values["templates"] = list(self.templates)
+        if self.calibration is not None:
+            values["calibration"] = [asdict(of) for of in self.calibration]
+        if self.per_class is not None:
+            kind = "recall"
+            if self.metric == "mean_average_precision":
+                kind = "average_precision"
+            elif self.dense is not None:
+                kind = "iou"
+            values["per_class"] = [
+                {"class": of.name, "n": of.n, "recall": of.recall, kind: getattr(of, kind)}
+                for of in self.per_class
+            ]
+        return {name: of for name, of in values.items() if of is not None or name in nulls}
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read what `to_dict` gave, as JSON.
+
+        Raises:
+            ValueError: it is no JSON; a field is unknown, missing or of another type.
+        """
+        from pydantic import ValidationError  # a client has no pydantic
+
+        try:
+            row = checker(cls).validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        else:
+            _ = row.per_image  # refuses what is no result of each image
+            return row
+        place = short(".".join(map(str, first["loc"])))
+        if first["type"] == "missing":
+            raise ValueError(f"it has no {place}")
+        if first["type"] == "unexpected_keyword_argument":
+            raise ValueError(f"it has an unknown field {place}")
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def packed(right: NDArray[np.bool_]) -> str:
+    """`right` of a row, from whether each image is right, [n]."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np.float64]:
+    """What each image adds to a row's metric, from the row's `right`, `n` and `captions`.
+
+    Raises:
+        ValueError: `right` has not as many images as the row.
+    """
+    if isinstance(right, str):
+        data = base64.b64decode(right, validate=True)
+        if len(data) != (n + 7) // 8:
+            raise ValueError(f"right should have a bit for each of {n} images")
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=n).astype(np.float64)
+    if len(right) != n:
+        raise ValueError(f"right should have a number for each of {n} images")
+    return np.array(right) * (n / (captions or n))
+
+
+class Results:
+    """`results.jsonl` in a folder: one row a line; after each `add` the file is whole.
+
+    Args:
+        folder: made with the first row.
+        resume: keep the rows that are there; else the first row replaces them.
+
+    Attributes:
+        rows: those that were there and those that were added.
+        measured: how many were added.
+
+    Raises:
+        RAdapterError: the folder is a file, or the rows that are there can't be read.
+    """
+
+    def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
+        self.path = Path(folder) / FILE
+        self.rows: list[Row] = []
+        self.measured = 0
+        for place in (Path(folder), *Path(folder).parents):
+            if place.exists() and not place.is_dir():
+                raise RAdapterError(
+                    f"{place} is not a folder; name another place for the results with --out"
+                )
+        if not (resume and self.path.exists()):
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                self.rows.append(Row.from_json(line))
+            except ValueError as error:
+                raise RAdapterError(
+                    f"{self.path}, line {number} is not a row of results: {error}; move the file"
+                    " away"
+                ) from error
+
+    def find(self, row: Row) -> Row | None:
+        """The row of the same model, data set and settings."""
+        identity = row.identity
+        return next((other for other in self.rows if other.identity == identity), None)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows, in place of those of the same identity, and write the file."""
+        new = list(rows)
+        identities = {row.identity for row in new}
+        self.rows = [row for row in self.rows if row.identity not in identities] + new
+        self.measured += len(new)
+        lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with staged(self.path) as part:
+                part.write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
+
+
+class Shifted(Protocol):
+    """A data set, or what was measured on one."""
+
+    @property
+    def shift(self) -> str:
+        """`id` or `ood`."""
+
+
+class Scored(Protocol):
+    """What was measured on a data set."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that the data set is reported by."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Shares in [0, 1] by name."""
+
+
+def own_metric(row: Scored) -> float:
+    """The metric that the data set is reported by, in per cent."""
+    return 100 * row.metrics[row.metric]
+
+
+def mean_kept(rows: Iterable[Row]) -> float | None:
+    """The mean of `kept` over the data sets that have it, in per cent; None if there are none."""
+    shares = [100 * row.metrics[KEPT] for row in rows if KEPT in row.metrics]
+    return sum(shares) / len(shares) if shares else None
+
+
+def by_shift(sets: Mapping[str, Shifted]) -> tuple[list[str], list[str]]:
+    """Names of the data sets in distribution, and of the shifted ones."""
+    ids, ood = ([name for name, of in sets.items() if of.shift == shift] for shift in ("id", "ood"))
+    return ids, ood
+
+
+def model_name(source: str, alpha: float | None, joint: str = " at alpha ") -> str:
+    """A model's name in messages and pictures."""
+    return source if alpha is None else f"{source}{joint}{alpha:g}"
+
+
+def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """For each α of one source, ascending: `alpha`, and each set's own metric in per cent by its
+    name.
+    """
+    points: dict[float, dict[str, float]] = {}
+    for row in rows:
+        if row.alpha is not None:
+            points.setdefault(row.alpha, {"alpha": row.alpha})[row.dataset] = own_metric(row)
+    return [points[alpha] for alpha in sorted(points)]
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name in papers: `mIoU`, `image R@1` (images found by a text), ..."""
+    names = {
+        "miou": "mIoU",
+        "pixel_accuracy": "pixel acc",
+        "mean_class_accuracy": "mean acc",
+        "harmonic_mean": "H",
+        "mean_average_precision": "mAP",
+    }
+    return names.get(metric, metric.replace("_retrieval_recall", " R"))
+
+
+def common_unit(metrics: Iterable[str]) -> str:
+    """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
+    names = {metric_name(metric) for metric in metrics}
+    return f"{names.pop()}, %" if len(names) == 1 else "%"
+
+
+def harmonic(*values: float) -> float:
+    """The harmonic mean; 0 if a value is 0."""
+    return len(values) / sum(1 / value for value in values) if all(values) else 0.0
+
+
+def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """A row of the harmonic mean for each model and each pair of names of the sets of base and of
+    novel classes.
+    """
+    by_model = {(row.dataset, row.source, row.alpha): row for row in rows}
+    means = []
+    for first, second in pairs:
+        for (name, source, alpha), base in by_model.items():
+            novel = by_model.get((second, source, alpha))
+            if name != first or novel is None:
+                continue
+            values = {"base": base.metrics[base.metric], "novel": novel.metrics[novel.metric]}
+            mean = replace(
+                base,
+                **{
+                    **_NOT_MEASURED,
+                    "dataset": f"{base.dataset} and {novel.dataset}",
+                    "metric": "harmonic_mean",
+                    "n": base.n + novel.n,
+                    "classes": None,
+                    "class_split": None,
+                    "set_digest": f"{base.set_digest} {novel.set_digest}",
+                    "metrics": {**values, "harmonic_mean": harmonic(*values.values())},
+                    "runtime": round(base.runtime + novel.runtime, 3),
+                },
+            )
+            means.append(mean)
+    return means
+
+
+def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
+    """Models down, data sets across, with number of images, intervals of 95 % and calibration
+    errors; per cent.
+
+    Means are over sets in or out of distribution that are measured alike: by one metric and one
+    method of segmentation. What is kept of the base is the mean over the sets that have it. H is
+    the harmonic mean of the means over `pairs`, the names of the sets of base and of novel classes.
+    """
+    # Columns: data sets, in distribution first; means over sets of one kind.
+    sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for name, row in sets.items():
+        # Dense segmentation, true masks and a network's are no mean.
+        kind = (row.shift, row.metric, row.dense, row.proposals is None, row.background is None)
+        kinds.setdefault(kind, []).append(name)
+    means = [names for names in kinds.values() if len(names) > 1]
+    out = Table(title=title)
+    out.add_column("model")
+    out.add_column("α", justify="right")
+    for name, row in sets.items():
+        head = f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}"
+        out.add_column(head, justify="right", overflow="fold")
+    has_kept = any(KEPT in row.metrics for row in rows)
+    for names in means:
+        first = sets[names[0]]
+        out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")
+    if pairs:
+        out.add_column("H\nbase,\nnovel", justify="right")
+    if has_kept:
+        out.add_column("kept of\nthe base", justify="right")
+
+    # Rows: a model each.
+    models: dict[tuple[str, float | None], dict[str, Row]] = {}
+    for row in rows:
+        models.setdefault((row.source, row.alpha), {})[row.dataset] = row
+    for (source, alpha), of_set in models.items():
+        values = {name: own_metric(row) for name, row in of_set.items()}
+        cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
+        figures = [_mean_of(values, names) for names in means]
+        if pairs:
+            halves = [_mean_of(values, names) for names in zip(*pairs, strict=True)]
+            known = [half for half in halves if half is not None]
+            figures.append(harmonic(*known) if len(known) == len(halves) else None)
+        if has_kept:
+            figures.append(mean_kept(of_set.values()))
+        cells += ["" if value is None else f"{value:.2f}" for value in figures]
+        out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
+    return out
+
+
+def _mean_of(values: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The mean of a model's figures on these sets; None unless it was evaluated on all."""
+    figures = [values[name] for name in names if name in values]
+    return sum(figures) / len(figures) if len(figures) == len(names) else None
+
+
+def _figure(row: Row) -> str:
+    lines = [f"{own_metric(row):.2f}"]
+    interval = (row.intervals or {}).get(row.metric)
+    if interval is not None:
+        lines.append(f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}")
+    if "ece" in row.metrics:
+        lines.append(f"ECE {100 * row.metrics['ece']:.1f}")
+    return "\n".join(lines)
+
+
+def prompts(rows: Sequence[Row]) -> list[str]:
+    """A line for each list of prompt templates, with the data sets that used it."""
+    sets: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        if row.templates:
+            sets.setdefault(row.templates, {})[row.dataset] = None
+    return [
+        f"prompts of {', '.join(names)}: {templates[0]!r}"
+        + (f" to {templates[-1]!r}, {len(templates)} templates" if len(templates) > 1 else "")
+        for templates, names in sets.items()
+    ]
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """A line for each list of labels that models can't tell apart, with the data sets and the
+    models.
+    """
+    lists: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
+    for row in rows:
+        if row.indistinguishable:
+            sets, models = lists.setdefault(tuple(row.indistinguishable), ({}, {}))
+            sets[row.dataset] = None
+            models[model_name(row.source, row.alpha)] = None
+    return [
+        f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
+        + ", ".join(f"{first!r} and {second!r}" for first, second in pairs[:5])
+        + (f" and {len(pairs) - 5} pairs more" if len(pairs) > 5 else "")
+        + f" (cosine of the texts above {SAME}): their scores are ties, and the first label wins"
+        for pairs, (sets, models) in lists.items()
+    ]
