@@ -347,7 +347,7 @@ def test_arguments_that_can_not_be_are_refused(
         ),
         (
             {"merged": tmp_path / "hf" / "open"},
-            "--merged .*open is the folder of --transformers, or inside it",
+            "--merged .*open is inside the folder of --transformers",
         ),
         ({"transformers": tmp_path / "lora"}, r"lora holds thesis\.tex.*--transformers"),
         (

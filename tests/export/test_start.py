@@ -44,6 +44,7 @@ def test_export_returns_what_it_wrote_and_prints_nothing(
     assert done.releases[0].merged == done.merged / "alpha-0.3"
     assert (done.model_repository / "classify" / "2" / "label_sets" / "animals.npz").is_file()
     assert (done.transformers, done.choice) == (None, None)
+    assert "\n" not in repr(done) and len(repr(done)) < 300
     assert done.made_of == (str(adapter_path.parent),)
     with pytest.raises(dataclasses.FrozenInstanceError):
         done.merged = tmp_path  # type: ignore[misc]
