@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.13. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
-# WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV.
+# WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV: uv where it is there.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12 python3.13
 VENV ?= .venv
@@ -8,15 +8,30 @@ COVERAGE ?=
 WORKERS ?= 3
 TESTS ?=
 BIN := $(VENV)/bin
-INSTALL ?= $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+INSTALL ?= $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(PIP))
 
 # Packages are installed uncompiled: Python compiles what it imports, once, unless it is told to keep nothing.
 export PYTHONDONTWRITEBYTECODE =
 
+define MAKE_VENV
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+  { echo "Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
+@$(PYTHON) -m venv $(VENV)
+endef
+
 .PHONY: demo test test-all check docs install
 
-demo: install
+# What `make install` has installed has the demo, too.
+demo:
+	@test -e $(VENV)/installed || $(MAKE) --no-print-directory $(VENV)/installed-demo
 	$(BIN)/radapter-demo
+
+$(VENV)/installed-demo: pyproject.toml
+	@echo "Installing what the demo needs: one to two minutes with a fast network, most of it for torch. The demo itself takes about two minutes."
+	$(MAKE_VENV)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
@@ -40,8 +55,6 @@ docs: install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(MAKE_VENV)
 	$(INSTALL) --editable '.[all,docs,test]'
 	@touch $@

@@ -17,14 +17,10 @@ from typing import Any
 
 from common import RESULTS, Report, say, with_spread
 
-from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.clip.base import load_base
-from radapter_serve.demo.compare import RIVAL, lead_in_words, right
-from radapter_serve.demo.data import BASE, FINE_TUNED, prepare, style_of
-from radapter_serve.demo.full import Ends, fine_tune
-from radapter_serve.demo.learn import ALPHAS, lessons, recipe_of
-from radapter_serve.demo.run import run_demo
-from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.demo.compare import ALPHAS, RIVAL, lead_in_words, line_of, right
+from radapter_serve.demo.data import FINE_TUNED, prepare, style_of
+from radapter_serve.demo.full import fine_tune, run_full
+from radapter_serve.demo.run import fields_of, recipe_of
 from radapter_serve.training import train
 
 
@@ -57,24 +53,18 @@ def main() -> None:
 
 def choose(name: str, rates: list[float], seeds: list[int], folder: Path) -> None:
     """Print the accuracy on validation drawings, in %, over α for each learning rate."""
-    data = prepare(folder / "data")
-    scenes = prepare_scenes(folder / "data" / "scenes")
-    lesson, *_ = lessons(data, scenes)
+    data = prepare(folder / "data", styles=(FINE_TUNED,))
     validation = dataclasses.replace(data, test={FINE_TUNED: data.val})
-    start = load_base(f"local-dir:{BASE}").model.state_dict()
     for rate in rates:
         found: dict[float, list[float]] = {}
         for seed in seeds:
-            recipe = recipe_of(
-                lesson, folder / f"{rate:g}-{seed}", seed=seed, steps=None, name=name
+            recipe = dataclasses.replace(
+                recipe_of(name, folder / f"{rate:g}-{seed}", seed, None),
+                **{**fields_of(data), "val_data": None},
+                learning_rate=rate,
+                tracker="none",
             )
-            recipe = dataclasses.replace(recipe, learning_rate=rate, val_data=None, tracker="none")
-            rival = name == "full"
-            ends = (
-                fine_tune(recipe)
-                if rival
-                else Ends(start, fold(start, load_adapter(train(recipe)), 1.0))
-            )
+            ends = fine_tune(recipe) if name == "full" else line_of(train(recipe).folder)
             for alpha, hits in right({name: ends}, validation, {name: ALPHAS})[name].items():
                 found.setdefault(alpha, []).append(100 * float(hits[FINE_TUNED].mean()))
         print(
@@ -97,7 +87,7 @@ def report(seeds: list[int], out: Path, folder: Path) -> None:
     runs: list[dict[str, Any]] = []
     for seed in seeds:
         say(f"seed {seed}")
-        runs.append(run_demo(folder, seed=seed))
+        runs.append(run_full(folder, seed=seed))
     shown = ", ".join(map(str, seeds))
     compared(tables, [run["classification"]["systems"] for run in runs], shown)
     for task in ("classification", "retrieval", "segmentation"):

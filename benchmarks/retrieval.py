@@ -13,7 +13,7 @@ from pathlib import Path
 from common import RESULTS, Report, say
 
 from radapter_serve.demo.data import BASE
-from radapter_serve.demo.learn import RECIPES
+from radapter_serve.demo.run import RECIPES
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results

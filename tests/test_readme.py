@@ -102,12 +102,8 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
-    assert (
-        "60 of 60 labels equal" in output
-        and "60 of 60 searches equal" in output
-        and "pixels equal" in output
-    )
-    for name in ("alpha.png", "classified.png", "found.png", "segmented.png", "results.json"):
+    assert "all 60 labels equal to open_clip's" in output
+    for name in ("classified.png", "found.png", "segmented.png", "results.json"):
         assert (tmp_path / "demo-output" / name).is_file()
     for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
         assert (tmp_path / name).is_file()

@@ -12,6 +12,7 @@ from radapter_serve.errors import check_installed
 
 def demo(
     out: Path = Path("demo-output"),
+    full: bool = False,
     seed: int = 0,
     steps: int | None = None,
     alpha: float | None = None,
@@ -19,23 +20,29 @@ def demo(
     open: bool = False,
 ) -> None:
     """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in
-    ten minutes or so on two CPU cores.
+    about two minutes on two CPU cores.
 
-    For classification, retrieval and segmentation, one adapter each, all served by one server.
+    One adapter, and one release that labels drawings, searches and segments.
 
     Args:
         out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model
             repository, index.
-        seed: of the fine-tunings.
-        steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
-        alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
+        full: train an adapter for each of three tasks, evaluate them over alpha on all styles, and
+            compare with full fine-tuning and WiSE-FT; about ten minutes.
+        seed: of the fine-tuning.
+        steps: optimizer steps of each fine-tuning; the demo's own if none is given.
+        alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
         limit: images of each data set at most that are evaluated; all if none is given.
         open: end with the playground, opened in a browser, until Ctrl-C; needs the extra
             `playground`, too.
     """
     if open:
         check_installed("gradio", "demo,playground")
-    from radapter_serve.demo.run import run_demo  # torch takes seconds to load
+    # torch takes seconds to load
+    if full:
+        from radapter_serve.demo.full import run_full as run_demo
+    else:
+        from radapter_serve.demo.run import run_demo
 
     run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)
     if open:

@@ -1,6 +1,4 @@
-"""The demo's comparison: R-Adapter and full fine-tuning over α, on the same test images, with
-paired intervals.
-"""
+"""Accuracy of the demo's models over α on its test drawings, with paired intervals."""
 
 from __future__ import annotations
 
@@ -21,27 +19,38 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.contract.labels import read_label_file, read_templates, split_label
 from radapter_serve.data import load_labelled
-from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData
-from radapter_serve.demo.full import Ends
-from radapter_serve.demo.learn import ALPHAS
+from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
 from radapter_serve.evaluation.classification import evaluation_batches, zero_shot_classifier
 from radapter_serve.evaluation.image_sets import drawn
 from radapter_serve.evaluation.intervals import paired_difference
 
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"
 RIVAL = "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
-_BATCH = 32  # on a CPU more are slower: what lies between the layers leaves its cache
-_SURE = {True: "larger than its interval", False: "within its interval"}
+Weights = dict[str, Tensor]
+_BATCH = 32  # larger ones are slower on a CPU, whose cache they leave
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A model and its classifier before and after learning.
+
+    Attributes:
+        start, end: weights of the CLIP.
+        classifiers: [C, D] before and after, and [C] that is added to an image's scores; None where
+            the text tower makes the classifier from the names of the classes.
+    """
+
+    start: Weights
+    end: Weights
+    classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which test images are right at every point of both lines.
-
-    Attributes:
-        hits: by method and α.
-        alpha: at which R-Adapter is compared.
+    """Which test images are right at every point of both lines, by method and α; R-Adapter is
+    compared at `alpha`.
     """
 
     hits: dict[str, dict[float, Hits]]
@@ -49,7 +58,7 @@ class Comparison:
 
     @property
     def systems(self) -> dict[str, Hits]:
-        """What is compared, by name; R-Adapter at its α is the second."""
+        """The compared systems by name; R-Adapter at its α is the second."""
         ours = self.hits[OURS]
         rival = self.hits[RIVAL]
         return {
@@ -73,36 +82,28 @@ class Comparison:
         ]
 
     def facts(self) -> list[dict[str, Any]]:
-        """Of each system: accuracy in per cent in distribution and as the mean of the shifts, and
-        R-Adapter's lead.
-
-        A lead has the half-width of its interval of 95 %, which is over images.
+        """Accuracy of each system in per cent, in distribution and as the mean of the shifts, and
+        R-Adapter's lead with the half-width of its interval of 95 % over images.
         """
-        groups = {
-            "in_distribution": [FINE_TUNED],
-            "shifts": [s for s in self.hits[OURS][0.0] if s != FINE_TUNED],
-        }
+        shifts = [style for style in self.hits[OURS][0.0] if style != FINE_TUNED]
+        groups = {"in_distribution": [FINE_TUNED], "shifts": shifts}
         ours = list(self.systems.values())[1]
-        found = []
+        rows = []
         for name, hits in self.systems.items():
             row: dict[str, Any] = {"system": name}
             for group, styles in groups.items():
                 lead, half = paired_difference([ours[s] for s in styles], [hits[s] for s in styles])
-                mean = float(np.mean([hits[s].mean() for s in styles]))
-                n = sum(len(hits[s]) for s in styles)
                 row[group] = {
-                    "n": n,
-                    "accuracy": 100 * mean,
+                    "n": sum(len(hits[s]) for s in styles),
+                    "accuracy": 100 * float(np.mean([hits[s].mean() for s in styles])),
                     "lead": 100 * lead,
                     "interval": 100 * half,
                 }
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
     def table(self) -> Table:
-        """Systems down; accuracy and lead across, and whether the lead is larger than its
-        interval.
-        """
+        """Systems down; accuracy and lead across."""
         facts = self.facts()
         result = Table(
             title=(
@@ -111,55 +112,74 @@ class Comparison:
             )
         )
         result.add_column("system")
-        for title, group in (
-            ("in distribution", "in_distribution"),
-            ("mean of the shifts", "shifts"),
-        ):
+        groups = {"in distribution": "in_distribution", "mean of the shifts": "shifts"}
+        for title, group in groups.items():
             result.add_column(f"{title}, {facts[0][group]['n']:,} images", justify="right")
             result.add_column(f"{OURS}'s lead", justify="right")
         for row in facts:
             cells = [row["system"]]
-            for group in ("in_distribution", "shifts"):
-                of = row[group]
-                cells += [
-                    f"{of['accuracy']:.1f}",
-                    "" if row is facts[1] else lead_in_words(of["lead"], of["interval"]),
-                ]
+            for group in groups.values():
+                cells.append(f"{row[group]['accuracy']:.1f}")
+                lead = lead_in_words(row[group]["lead"], row[group]["interval"])
+                cells.append("" if row is facts[1] else lead)
             result.add_row(*cells)
         return result
 
 
 def lead_in_words(lead: float, interval: float) -> str:
     """Such as `+3.2 ± 1.1, larger than its interval`."""
-    return f"{lead:+.1f} ± {interval:.1f}, {_SURE[abs(lead) > interval]}"
+    verdict = "larger than its interval" if abs(lead) > interval else "within its interval"
+    return f"{lead:+.1f} ± {interval:.1f}, {verdict}"
 
 
-def compare(
-    run: Path,
-    rival: Ends,
-    data: DemoData,
-    alpha: float,
-    limit: int | None = None,
-) -> Comparison:
-    """Evaluate R-Adapter and full fine-tuning at points from zero-shot, α = 0, to the end of
-    learning, α = 1.
-
-    Full fine-tuning is evaluated at both ends and in the middle, where WiSE-FT is.
-
-    Args:
-        run: folder of R-Adapter's run on the demo's base.
-        rival: from `fine_tune`.
-        data: test folders, and the classes in the order of the rival's classifier.
-        alpha: at which R-Adapter is compared.
-        limit: images of a style at most, drawn by a fixed seed; all if None.
+def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
+    """Accuracy in per cent before and after for each style, and the gain with the half-width of its
+    interval of 95 % over images; the last row is the mean of the shifts.
     """
-    start = {
-        name: value.clone()
-        for name, value in load_base(f"local-dir:{BASE}").model.state_dict().items()
-    }
-    lines = {OURS: Ends(start, fold(start, load_adapter(run), 1.0)), RIVAL: rival}
-    points = {OURS: sorted({*ALPHAS, alpha}), RIVAL: (0.0, 0.5, 1.0)}
-    return Comparison(right(lines, data, points, limit), alpha)
+    shifts = [style for style in before if style != FINE_TUNED]
+    groups = {style: [style] for style in before}
+    groups[f"mean of the other {len(shifts)}"] = shifts
+    rows = []
+    for name, styles in groups.items():
+        gain, half = paired_difference([after[s] for s in styles], [before[s] for s in styles])
+        rows.append(
+            {
+                "style": name,
+                "n": sum(len(before[s]) for s in styles),
+                "before": 100 * float(np.mean([before[s].mean() for s in styles])),
+                "after": 100 * float(np.mean([after[s].mean() for s in styles])),
+                "gain": 100 * gain,
+                "interval": 100 * half,
+            }
+        )
+    return rows
+
+
+def gain_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
+    """Styles down; zero-shot, fine-tuned and the gain across."""
+    result = Table(
+        title="Accuracy in % on drawings that were not trained on",
+        caption="±: interval of 95 % over images; *: the gain is larger",
+    )
+    for column in ("style", "drawings", "zero-shot", f"α = {alpha:g}", "gain"):
+        result.add_column(column, justify="left" if column == "style" else "right")
+    for row in rows:
+        star = "*" if abs(row["gain"]) > row["interval"] else " "
+        result.add_row(
+            style_of(row["style"]),
+            f"{row['n']:,}",
+            f"{row['before']:.1f}",
+            f"{row['after']:.1f}",
+            f"{row['gain']:+.1f} ± {row['interval']:.1f}{star}",
+        )
+    return result
+
+
+def line_of(run: Path) -> Ends:
+    """The line from the demo's base to a run on it."""
+    state = load_base(f"local-dir:{BASE}").model.state_dict()
+    start = {name: value.clone() for name, value in state.items()}
+    return Ends(start, fold(start, load_adapter(run), 1.0))
 
 
 def right(
@@ -172,65 +192,57 @@ def right(
 
     Args:
         lines: methods, all of which start at the demo's base.
-        data, limit: as of `compare`.
+        data: test folders, and the classes in the order of a line's classifiers.
         alphas: of each method.
+        limit: images of a style at most, drawn by a fixed seed; all if None.
     """
     base = load_base(f"local-dir:{BASE}")
+    model: Any = base.model
     classes = read_label_file(data.classes)
     templates = read_templates(data.templates)
-    ready: dict[str, tuple[Tensor, Tensor]] = {}
-    for style, folder in data.test.items():
-        ready[style] = _read(base, folder, classes, limit)
+    images = {style: _read(base, place, classes, limit) for style, place in data.test.items()}
     hits: dict[str, dict[float, Hits]] = {method: {} for method in lines}
     points = [(method, alpha) for method in lines for alpha in alphas[method]]
     for method, alpha in track(points, "Evaluating"):
-        known = [
-            of[0.0] for of in hits.values() if alpha == 0.0 and 0.0 in of
-        ]  # all lines start at zero-shot
-        if known:
-            hits[method][alpha] = known[0]
-        else:
-            weights, bias = _select(base, lines[method], alpha, classes, templates)
+        line = lines[method]
+        zero_shot = [other[0.0] for other in hits.values() if 0.0 in other]
+        if alpha == 0.0 and zero_shot:  # which all lines start at
+            hits[method][alpha] = zero_shot[0]
+            continue
+
+        # Set the model to (1−α)·start + α·end, and make its classifier.
+        with torch.inference_mode():
+            for name, value in model.state_dict().items():
+                value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
+            if line.classifiers is None:
+                weights = zero_shot_classifier(model, base.tokenizer, classes, templates)
+                bias = torch.zeros(len(weights))
+            else:
+                first, last = line.classifiers
+                weights = torch.lerp(first[0], last[0], alpha)
+                bias = torch.lerp(first[1], last[1], alpha)
             hits[method][alpha] = {
-                style: _right(base, *of, weights, bias) for style, of in ready.items()
+                style: _right(model, pixels, labels, weights, bias)
+                for style, (pixels, labels) in images.items()
             }
     return hits
-
-
-@torch.no_grad()
-def _select(
-    base: Base, line: Ends, alpha: float, classes: Sequence[str], templates: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Set the model to `(1−α)·start + α·end`; returns its classifier, [C, D] and [C]."""
-    state = base.model.state_dict()
-    for name, value in state.items():
-        value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
-    if line.classifiers is None:
-        embeds = zero_shot_classifier(base.model, base.tokenizer, classes, templates)
-        return embeds, torch.zeros(len(embeds))
-    first, last = line.classifiers
-    return torch.lerp(first[0], last[0], alpha), torch.lerp(first[1], last[1], alpha)
 
 
 def _read(
     base: Base, folder: Path, classes: Sequence[str], limit: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [N, 3, S, S] and labels [N] of images of a folder."""
+    """Read pixels [N, 3, S, S] and labels [N] of images of a folder."""
     data = load_labelled(f"imagefolder:{folder}", every_class=False)
     rows = data.rows.select(drawn(len(data.rows), limit, 0))
-    pixels, labels = zip(
-        *evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row))), strict=True
-    )
+    batches = evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row)))
+    pixels, labels = zip(*batches, strict=True)
     numbers = {split_label(line)[0]: number for number, line in enumerate(classes)}
     number_of = torch.tensor([numbers[name] for name in data.own])
     return torch.cat(pixels), number_of[torch.cat(labels)]
 
 
-@torch.inference_mode()
 def _right(
-    base: Base, pixels: Tensor, labels: Tensor, weights: Tensor, bias: Tensor
+    model: Any, pixels: Tensor, labels: Tensor, weights: Tensor, bias: Tensor
 ) -> NDArray[np.bool_]:
-    scores = [
-        encode_image(base.model, some) @ weights.T + bias for some in torch.split(pixels, _BATCH)
-    ]
+    scores = [encode_image(model, part) @ weights.T + bias for part in torch.split(pixels, _BATCH)]
     return np.asarray(torch.cat(scores).argmax(dim=1) == labels)

@@ -1,8 +1,7 @@
 """The demo's data: a few hundred words, each drawn by many hands, as image folders.
 
-The drawings lie beside this file as SVG, by their places in the benchmark of drawings, whose
-folders these are. Where
-each comes from and its licence: `ATTRIBUTION.md`.
+The drawings are in this folder as SVG, under their places in the benchmark of drawings. Sources and
+licences: `ATTRIBUTION.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import lzma
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,21 +41,21 @@ STYLES = {
     "emoji-twemoji": "Twitter's Twemoji",
     "emoji-fluent": "Microsoft's Fluent emoji",
 }
-FINE_TUNED = "colour"  # the one style that the demo fine-tunes on
+FINE_TUNED = "colour"  # the style that the demo fine-tunes on
 SHIFTS = tuple(style for style in STYLES if style != FINE_TUNED)
-ON_BLACK = ("silhouettes",)
+ON_BLACK = "silhouettes"
 SIDE = 96  # pixels
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Image folders (FOLDER/CLASS/*.png) and the files that go with them.
+    """Image folders (FOLDER/CLASS/*.png), and the files that go with them.
 
     Attributes:
         train: drawings in colour, to fine-tune on.
         val: the same style, other drawings.
-        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen any
-            of these drawings, nor the hands that drew the other styles.
+        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen these
+            drawings, or other drawings by the hands of the shifted styles.
         classes: label file, one class a line, synonyms after commas.
         templates: prompt templates, one a line.
     """
@@ -68,31 +67,24 @@ class DemoData:
     templates: Path
 
 
-def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
-    """All drawings as SVG, by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`,
-    `shifts/STYLE`.
-
-    Args:
-        shipped: folder that `benchmarks.drawings.ship` wrote.
-    """
-    return _read(shipped)
-
-
 @functools.cache
-def _read(shipped: Path) -> dict[str, str]:
+def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
+    """All drawings as SVG by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`,
+    `shifts/STYLE`.
+    """
     with lzma.open(shipped / "drawings.json.xz", "rt", encoding="utf-8") as file:
-        found: dict[str, str] = json.load(file)
-    return found
+        documents: dict[str, str] = json.load(file)
+    return documents
 
 
 def drawings_of(place: str) -> dict[str, list[str]]:
     """The SVG documents of a place by class, such as those of `train` or `shifts/line`."""
-    found: dict[str, list[str]] = defaultdict(list)
+    documents: dict[str, list[str]] = defaultdict(list)
     for path, svg in drawings().items():
         folder, class_name, _ = path.rsplit("/", 2)
         if folder == place:
-            found[class_name].append(svg)
-    return dict(found)
+            documents[class_name].append(svg)
+    return dict(documents)
 
 
 def place_of(style: str) -> str:
@@ -101,21 +93,17 @@ def place_of(style: str) -> str:
 
 
 def render(svg: str, side: int) -> Image.Image:
-    """An SVG as a square RGBA image, `side` pixels wide, transparent where nothing is drawn.
-
-    Raises:
-        RAdapterError: the renderer is not installed.
-        ValueError: it can't read the SVG.
+    """Render an SVG as a square RGBA image, `side` pixels wide, transparent where nothing is
+    drawn.
     """
     try:
         import resvg_py
     except ImportError as error:
         raise RAdapterError(
-            f"resvg-py, which draws, is not installed; {install_command('demo')}"
+            f"resvg-py, which renders the drawings, is not installed; {install_command('demo')}"
         ) from error
-    with Image.open(
-        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))
-    ) as image:
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side))
+    with Image.open(io.BytesIO(png)) as image:
         drawn = image.convert("RGBA")
     square = Image.new("RGBA", (side, side))
     square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
@@ -123,41 +111,47 @@ def render(svg: str, side: int) -> Image.Image:
 
 
 def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
-    """Premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black
+    """Put premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black
     becomes white.
     """
     on_white = drawn[..., :3] + (255 - drawn[..., 3:])
     return Image.fromarray(255 - on_white if black else on_white)
 
 
-def prepare(folder: str | Path, *, shipped: Path = DRAWINGS, quiet: bool = False) -> DemoData:
-    """Draw the demo's image folders; a folder that is there already is taken as it is.
+def prepare(
+    folder: str | Path,
+    *,
+    styles: Sequence[str] = tuple(STYLES),
+    shipped: Path = DRAWINGS,
+    quiet: bool = False,
+) -> DemoData:
+    """Draw the demo's image folders; those that are there already are taken as they are.
 
     Args:
-        folder: is made, whole or not at all.
+        folder: for all of them; each is made whole or not at all.
+        styles: of the test drawings.
         shipped: folder of the drawings as SVG, their classes and templates.
         quiet: no progress bar.
 
     Raises:
-        RAdapterError: the renderer is not installed, or the folder can't be written or holds
-            something else.
+        RAdapterError: the renderer is not installed, or the folder can't be written.
     """
     folder = Path(folder)
-    test = {style: folder / place_of(style) for style in STYLES}
-    if not (folder / CLASSES.name).is_file():
-        with made_whole(folder, "images") as part:
-            found = drawings(shipped)
-            for place, svg in track(found.items(), "Drawing the images", disable=quiet):
-                path = (part / place).with_suffix(".png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                black = path.parts[-3] in ON_BLACK
-                on_paper(np.asarray(render(svg, SIDE).convert("RGBa")), black=black).save(path)
-            for file in (CLASSES, TEMPLATES):
-                shutil.copyfile(shipped / file.name, part / file.name)
-    elif not all(place.is_dir() for place in test.values()):
-        raise RAdapterError(
-            f"{folder} was made by another version of the demo; remove it, or name another --out"
-        )
+    test = {style: folder / place_of(style) for style in styles}
+    places = ["train", "val", *map(place_of, styles)]
+    missing = [place for place in places if not (folder / place).is_dir()]
+    for place in track(missing, "Drawing the images", disable=quiet or not missing):
+        with made_whole(folder / place, "images") as part:
+            for path, svg in drawings(shipped).items():
+                start, class_name, name = path.rsplit("/", 2)
+                if start == place:
+                    (part / class_name).mkdir(parents=True, exist_ok=True)
+                    pixels = np.asarray(render(svg, SIDE).convert("RGBa"))
+                    drawn = on_paper(pixels, black=place.endswith(ON_BLACK))
+                    drawn.save((part / class_name / name).with_suffix(".png"))
+    for file in (CLASSES, TEMPLATES):
+        if not (folder / file.name).is_file():
+            shutil.copyfile(shipped / file.name, folder / file.name)
     return DemoData(
         folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name
     )
@@ -165,18 +159,11 @@ def prepare(folder: str | Path, *, shipped: Path = DRAWINGS, quiet: bool = False
 
 @contextlib.contextmanager
 def made_whole(folder: Path, what: str) -> Iterator[Path]:
-    """A folder to fill, which stands at `folder` once all is in it; nothing is left otherwise.
-
-    Args:
-        folder: where it is to stand.
-        what: it holds, for the message.
-
-    Raises:
-        RAdapterError: it can't be written.
-    """
+    """Yield a new folder to fill, which replaces `folder` on success; nothing is left otherwise."""
     part = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         yield part
         part.replace(folder)
     except OSError as error:
@@ -186,11 +173,8 @@ def made_whole(folder: Path, what: str) -> Iterator[Path]:
 
 
 def style_of(name: str) -> str:
-    """In words, the style that a set of drawings or scenes is named after, and what follows the
-    name's comma.
-
-    Args:
-        name: of STYLES, as in `color` or `color, dense`, or any other name, which is given back.
+    """The style that a set is named after, in words: `colour, dense` is `in colour, dense (in
+    distribution)`.
     """
     style, _, rest = name.partition(", ")
     label = STYLES.get(style, style) + (f", {rest}" if rest else "")

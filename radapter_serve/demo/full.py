@@ -1,60 +1,220 @@
-"""Full fine-tuning of the image tower, which the demo compares R-Adapter with; between start and
-end lies WiSE-FT.
-
-Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: cross-entropy over a linear head
-that starts as the zero-shot classifier. `rivals/full.py` of the project is the same for any data,
-and has the paper's other systems too.
+"""The whole demo, `radapter-demo --full`: an adapter for each task, evaluated over α on all styles,
+and compared with full fine-tuning and WiSE-FT.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from torch import Tensor
+from rich.table import Table
 from torch.optim import AdamW
 
+from radapter_client import Client
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
+from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.demo.ask import ask_labels, ask_masks, ask_search, served
+from radapter_serve.demo.compare import (
+    ALPHAS,
+    OURS,
+    RIVAL,
+    Comparison,
+    Ends,
+    line_of,
+    right,
+)
+from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare, style_of
+from radapter_serve.demo.run import QUERIES, Log, export, fields_of, recipe_of
+from radapter_serve.demo.scenes import SHORT_SIDE, SceneData, prepare_scenes, read_captions
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
-from radapter_serve.training import Recipe
+from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.evaluation.plots import plot_alpha_curve
+from radapter_serve.evaluation.rows import Results
+from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.index.build import build
+from radapter_serve.training import Recipe, train
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
 
-Weights = dict[str, Tensor]
+INDEX = "scenes"
+# Name, images and, by α, the metrics in per cent of each data set.
+Sets = list[tuple[str, int, dict[float, list[float]]]]
 
 
 @dataclass(frozen=True)
-class Ends:
-    """A model and its classifier before and after learning.
+class Lesson:
+    """One task of the demo.
 
     Attributes:
-        start, end: weights of the CLIP.
-        classifiers: [C, D] before and after, and [C] that is added to an image's scores; None where
-            the text tower makes the classifier from the names of the classes.
+        task: as recipes name it.
+        fields: of the recipe, what the demo's data decide.
+        metrics: shown in the table; the first is what the curve shows.
+        caption: of the table.
+        entries: what it is evaluated on as suites are: the first in distribution, then the same in
+            other styles.
+        rest: evaluated at α 0, 1 and the table's alone.
     """
 
-    start: Weights
-    end: Weights
-    classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    task: str
+    fields: dict[str, Any]
+    metrics: tuple[str, ...]
+    caption: str
+    entries: tuple[Entry, ...] = ()
+    rest: tuple[Entry, ...] = ()
+
+
+def run_full(
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    alpha: float | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Run the whole demo in about ten minutes on two CPU cores; arguments and result as of
+    `run_demo`.
+    """
+    check_alpha(0.0 if alpha is None else alpha)
+    log = Log()
+    log.say("The whole demo takes about ten minutes on two CPU cores.")
+    log.chapter("1. Draw the images: drawings by many hands, and scenes with masks and captions")
+    data = prepare(out / "data")
+    scenes = prepare_scenes(out / "data" / "scenes")
+    results: dict[str, Any] = {"seed": seed}
+    for number, lesson in enumerate(lessons(data, scenes), 2):
+        task = lesson.task
+        log.chapter(
+            f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate"
+            " on unseen ones"
+        )
+        recipe = dataclasses.replace(recipe_of(task, out, seed, steps), **lesson.fields)
+        shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
+        run = train(recipe, progress=True).folder
+        at = recipe.alpha if alpha is None else alpha
+        facts: dict[str, Any] = {"alpha": at, "metrics": lesson.metrics}
+
+        # Evaluate, and compare classification with full fine-tuning.
+        beside: dict[str, Sets] = {}
+        picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
+        if task == "classification":
+            rival = fine_tune(
+                dataclasses.replace(recipe_of("full", out, seed, steps), **lesson.fields)
+            )
+            points = {OURS: sorted({*ALPHAS, at}), RIVAL: [0.0, 0.5, 1.0]}
+            lines = {OURS: line_of(run), RIVAL: rival}
+            compared = Comparison(right(lines, data, points, limit), at)
+            log.console.print(compared.table())
+            sets = compared.sets(OURS)
+            beside = {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
+            facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
+        else:
+            sets = evaluate(lesson, run, at, limit)
+        log.console.print(table(lesson, sets, at))
+        names = [name for name, _, values in sets if len(values) >= len(ALPHAS)]
+        plot_alpha_curve(
+            _points(sets),
+            names[0],
+            names[1:],
+            picture,
+            title=f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}",
+            beside={method: _points(other) for method, other in beside.items()},
+        )
+        log.say(f"the curve: {picture}")
+        results[task] = {**facts, "sets": with_mean(sets)}
+
+        # Export, serve, and ask.
+        log.say(f"fold at α = {at:g}, export, check against torch")
+        repository = out / "repositories" / task
+        merged = export(run, at, repository, out / "merged" / task, data, log)
+        index = out / "indexes" / INDEX
+        if task == "retrieval":
+            count = build(f"csv:{scenes.gallery}", index, load_release(repository)).count
+            log.say(f"{index}: an index of {count} test scenes")
+        with served(repository, index.parent) as url, Client(url) as client:
+            if task == "classification":
+                log.say(ask_labels(client, merged, data, out / "classified.png", seed))
+            elif task == "retrieval":
+                captions = read_captions(scenes.test[FINE_TUNED])
+                queries = []
+                for image, caption in random.Random(seed).sample(captions, QUERIES):
+                    # The same scene in any style is right.
+                    queries.append(
+                        (caption, lambda id, name=Path(image).name: Path(id).name == name)
+                    )
+                log.say(ask_search(client, INDEX, queries, out / "found.png"))
+            else:
+                log.say(ask_masks(client, scenes, out / "segmented.png", seed))
+    log.end(results, out)
+    log.say(f"  cd {out} && radapter-serve repositories/retrieval")
+    return results
+
+
+def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
+    """The three tasks on the demo's data: drawings, captions of scenes, and masks of scenes."""
+    captions = tuple(
+        Entry(f"csv:{folder / 'captions.csv'}", "retrieval", name=name)
+        for name, folder in scenes.test.items()
+    )
+    masks: dict[str, Any] = {"task": "segmentation", "classes": scenes.classes}
+    proposals = tuple(
+        Entry(f"masks:{folder}", name=name, dense="proposals", threshold=0.0, **masks)
+        for name, folder in scenes.test.items()
+    )
+    dense = Entry(
+        f"masks:{scenes.test[FINE_TUNED]}",
+        name=f"{FINE_TUNED}, dense",
+        dense="naclip",
+        short_side=SHORT_SIDE,
+        **masks,
+    )
+    return [
+        Lesson(
+            "classification",
+            fields_of(data),
+            ("acc1",),
+            "Accuracy in %, zero-shot classification",
+        ),
+        Lesson(
+            "retrieval",
+            {"data": f"csv:{scenes.train / 'captions.csv'}"},
+            ("image_retrieval_recall@1", "image_retrieval_recall@5", "image_retrieval_recall@10"),
+            "R@1 / R@5 / R@10 in %, scenes found by their captions",
+            captions,
+        ),
+        Lesson(
+            "segmentation",
+            {
+                "data": f"masks:{scenes.train}",
+                "classes": scenes.classes,
+                "templates": str(data.templates),
+            },
+            ("miou",),
+            "mIoU in %, true masks as proposals, and dense by naclip",
+            proposals,
+            (dense,),
+        ),
+    ]
 
 
 def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
-    """Train all of the image tower and a linear head.
+    """Full fine-tuning of the image tower and a linear head by cross-entropy, with the batches that
+    R-Adapter sees by the same seed; between its ends lies WiSE-FT.
 
-    Args:
-        recipe: of classification; its batches are those that R-Adapter trained by the same seed
-            sees.
-        quiet: no progress bar.
-
-    Raises:
-        RAdapterError: an image can't be read, or the loss is not finite.
+    Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: the head starts as the
+    zero-shot classifier. `rivals/full.py` of the project is the same for any data.
     """
     base = load_base(recipe.architecture, recipe.pretrained)
     data, _ = open_data(recipe, base)
@@ -64,8 +224,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     model.requires_grad_(False).visual.requires_grad_(True)
     learning = [*model.visual.parameters(), *head.parameters()]
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
-    start = _copy(model.state_dict())
-    first = _copy(head.state_dict())
+    ends = [_copy(model.state_dict())]
+    heads = [_copy(head.state_dict())]
     examples = Examples(data, augmentation(base, recipe), recipe.seed)
     source = endless(examples, recipe.batch_size, workers=recipe.workers)
     plan = recipe.resolved(None)
@@ -75,21 +235,72 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
         _, batch = next(source)
         loss = F.cross_entropy(head(encode_image(model, batch["pixels"])), batch["labels"])
         if not math.isfinite(loss.item()):
-            raise RAdapterError(
-                f"the loss is {loss.item()} at step {step}; lower the learning rate"
-            )
+            raise RAdapterError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    last = _copy(head.state_dict())
-    return Ends(
-        start,
-        _copy(model.state_dict()),
-        tuple((of["weight"], of["bias"]) for of in (first, last)),  # type: ignore[arg-type]
-    )
+    ends.append(_copy(model.state_dict()))
+    heads.append(_copy(head.state_dict()))
+    first, last = ((state["weight"], state["bias"]) for state in heads)
+    return Ends(ends[0], ends[1], (first, last))
 
 
-def _copy(state: dict[str, Tensor]) -> Weights:
+def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
+
+
+def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets:
+    """Evaluate a run over α, and at the `alpha` of its release, on drawings that it has never
+    seen.
+    """
+    models = from_adapter(run, sorted({*ALPHAS, alpha}))
+    try:
+        results = Results(run)
+        # One call for all data sets of the curve embeds the names of the classes once.
+        rows = evaluate_suite(models, Suite(lesson.task, lesson.entries), results, limit=limit)
+        few = [model for model in models if model.alpha in (0.0, alpha, 1.0)]
+        rows += evaluate_suite(few, Suite(lesson.task, lesson.rest), results, limit=limit)
+    finally:
+        models[0].close()
+    sets: Sets = []
+    for entry in (*lesson.entries, *lesson.rest):
+        rows_of_set = [row for row in rows if row.dataset == entry.name]
+        values = {
+            row.alpha: [100 * row.metrics[name] for name in lesson.metrics]
+            for row in rows_of_set
+            if row.alpha is not None
+        }
+        sets.append((entry.name, rows_of_set[0].n, values))
+    return sets
+
+
+def with_mean(sets: Sets) -> Sets:
+    """The sets, with the mean of the shifts after them."""
+    shifts = [row for row in sets[1:] if row[0] in STYLES]
+    mean = {}
+    for alpha in sets[0][2]:
+        columns = zip(*(values[alpha] for *_, values in shifts), strict=True)
+        mean[alpha] = [sum(column) / len(shifts) for column in columns]
+    row = (f"mean of the {len(shifts)} shifts", sum(n for _, n, _ in shifts), mean)
+    return [sets[0], *shifts, row, *sets[len(shifts) + 1 :]]
+
+
+def table(lesson: Lesson, sets: Sets, alpha: float) -> Table:
+    """Data sets down; zero-shot, fine-tuned and the release's α across."""
+    result = Table(title=lesson.caption)
+    for column in ("data", "images", "zero-shot", "fine-tuned, α = 1", f"α = {alpha:g}"):
+        result.add_column(column, justify="left" if column == "data" else "right")
+    for name, count, values in with_mean(sets):
+        cells = (" / ".join(f"{value:.1f}" for value in values[at]) for at in (0.0, 1.0, alpha))
+        result.add_row(style_of(name), str(count), *cells)
+    return result
+
+
+def _points(sets: Sets) -> list[dict[str, float]]:
+    """The first metric of each set by its name, a row an α."""
+    return [
+        {"alpha": alpha, **{name: values[alpha][0] for name, _, values in sets if alpha in values}}
+        for alpha in sets[0][2]
+    ]

@@ -1,5 +1,5 @@
-"""The demo's scenes: drawings of different classes on coloured paper, with their exact masks and
-with captions.
+"""The demo's scenes: drawings of different classes on coloured paper, with exact masks and
+captions.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from radapter_serve.demo.data import CLASSES, FINE_TUNED, drawings_of, made_whol
 
 Split = Literal["train", "test"]
 
-# a scene is a square of 2 x 2 cells, each with a drawing or none
+# A scene is a square of 2 x 2 cells, each with a drawing or none.
 CELL = 80
 CELLS = 2
 SIDES = (60, 81)  # pixels of a drawing, from and below
-# scenes
-TRAIN = 600
-TEST = 100
+TRAIN = 600  # scenes
+TEST = 100  # scenes of each style
 CLASSES_SHOWN = 48  # the work of segmentation grows with them
-CAPTIONS = (
-    2  # of each scene; the first has the names of the classes, the second their synonyms, too
-)
+CAPTIONS = 2  # of each scene: the first by the names of the classes, the second by any synonyms
 SCENE_SHIFTS = ("filled", "emoji-noto")
-SHORT_SIDE = 96  # pixels, of dense segmentation: a scene's drawings are as large as a window then
+SHORT_SIDE = 96  # pixels, of dense segmentation: a drawing of a scene is then as large as a window
 PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
 KINDS = ("a drawing", "a picture", "an icon")
 
@@ -45,7 +42,7 @@ class Scene:
 
     Attributes:
         image: RGB.
-        mask: uint8 [H, W], the number of a pixel's class; one more than the last for the paper.
+        mask: uint8 [H, W], the number of a pixel's class; the paper has the number after the last.
         shown: the drawings' classes, synonyms after commas.
     """
 
@@ -61,9 +58,8 @@ class SceneData:
 
     Attributes:
         train: scenes of training drawings.
-        test: by style, scenes of test drawings; scene for scene the same classes at the same places
-            in all styles.
-        classes: class file, synonyms after commas; the paper is none of them.
+        test: by style, scenes of test drawings: the same classes at the same places in all styles.
+        classes: class file, synonyms after commas, without the paper.
         gallery: CSV of all test scenes: image, style, caption.
     """
 
@@ -74,18 +70,13 @@ class SceneData:
 
 
 def prepare_scenes(
-    folder: str | Path,
-    *,
-    train: int = TRAIN,
-    test: int = TEST,
-    seed: int = 0,
-    quiet: bool = False,
+    folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0, quiet: bool = False
 ) -> SceneData:
-    """Compose the demo's scenes; a folder that is there already is taken as it is.
+    """Compose the demo's scenes; folders that are there already are taken as they are.
 
     Args:
-        folder: is made, whole or not at all.
-        train: scenes to train on.
+        folder: for all of them; each is made whole or not at all.
+        train: scenes to train on; 0 makes no folder for them.
         test: scenes of each style to test on.
         seed: of what is shown where.
         quiet: no progress bar.
@@ -94,36 +85,53 @@ def prepare_scenes(
         RAdapterError: the renderer is not installed, or the folder can't be written.
     """
     folder = Path(folder)
-    places: list[tuple[str, Split, str, int]] = [("train", "train", FINE_TUNED, train)]
-    places += [(f"test-{style}", "test", style, test) for style in (FINE_TUNED, *SCENE_SHIFTS)]
-    if not (folder / "classes.txt").is_file():
-        with made_whole(folder, "scenes") as part:
-            for place, split, style, count in track(places, "Composing the scenes", disable=quiet):
-                _write(part / place, compose(split, style, count, seed), seed)
-            _write_gallery(part)
-            (part / "classes.txt").write_text("\n".join(scene_classes()) + "\n", encoding="utf-8")
     tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
-    return SceneData(folder / "train", tests, folder / "classes.txt", folder / "gallery.csv")
+    wanted: list[tuple[Path, Split, str, int]] = [(folder / "train", "train", FINE_TUNED, train)]
+    wanted += [(place, "test", style, test) for style, place in tests.items()]
+    missing = [scenes for scenes in wanted if scenes[3] and not scenes[0].is_dir()]
+    for place, split, style, count in track(
+        missing, "Composing the scenes", disable=quiet or not missing
+    ):
+        with made_whole(place, "scenes") as part:
+            _write(part, compose(split, style, count, seed), seed)
+
+    # List the test scenes with the captions that name the classes.
+    classes = folder / "classes.txt"
+    gallery = folder / "gallery.csv"
+    if missing or not gallery.is_file():
+        classes.write_text("\n".join(scene_classes()) + "\n", encoding="utf-8")
+        with gallery.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "style", "caption"])
+            for style, place in tests.items():
+                for image, caption in read_captions(place):
+                    table.writerow([f"{place.name}/{image}", style, caption])
+    return SceneData(folder / "train", tests, classes, gallery)
+
+
+def read_captions(place: Path) -> list[tuple[str, str]]:
+    """The images of a folder of scenes, each with its caption by the names of the classes."""
+    with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["image"], row["caption"]) for row in rows[::CAPTIONS]]
 
 
 @functools.cache
 def scene_classes() -> tuple[str, ...]:
-    """The classes of scenes, as lines with synonyms after commas.
-
-    Every style of scenes has drawings of them, and of such classes they have the most drawings to
-    learn from.
+    """The classes of scenes, as lines with synonyms after commas: those that every style of scenes
+    has drawings of, with the most drawings to learn from.
     """
     train, *tests = (
         drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS)))
     )
-    drawn = [name for name in train if all(name in of for of in tests)]
+    drawn = [name for name in train if all(name in test for test in tests)]
     most = sorted(drawn, key=lambda name: (-len(train[name]), name))[:CLASSES_SHOWN]
     return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in most)
 
 
 @functools.cache
 def rendered(svg: str) -> Image.Image:
-    """A drawing at a cell's size, as RGBA, drawn once."""
+    """Render a drawing at a cell's size, as RGBA, once."""
     return render(svg, CELL)
 
 
@@ -136,15 +144,10 @@ def compose(
     sides: tuple[int, int] = SIDES,
     draw_svg: Callable[[str], Image.Image] = rendered,
 ) -> Iterator[Scene]:
-    """Scenes of two to four drawings, each of another class.
+    """Compose scenes of two to four drawings, each of another class.
 
-    Args:
-        split: whose drawings are shown.
-        style: of these; the same seed shows the same classes at the same places in every style.
-        count: of the scenes.
-        seed: of what is shown where.
-        sides: pixels of a drawing, from and below; a cell's at most.
-        draw_svg: draws an SVG document as RGBA.
+    The same seed shows the same classes at the same places in every style. `sides` are the pixels
+    of a drawing, from and below; `draw_svg` renders an SVG document as RGBA.
     """
     classes = scene_classes()
     draw = random.Random(seed)
@@ -160,30 +163,30 @@ def compose(
             x = left + draw.randint(0, CELL - side)
             y = top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
-            # a draw that is as long in every style
+            # `random` takes one draw in every style, however many drawings there are.
             drawn = draw_svg(svgs[int(draw.random() * len(svgs))])
             drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
-            mask[y : y + side, x : x + side][inside(drawn)] = classes.index(line)
+            # The mask is where the drawing covers more than half of the paper.
+            inside = np.asarray(drawn.getchannel("A")) >= 128
+            mask[y : y + side, x : x + side][inside] = classes.index(line)
         yield Scene(image, mask, shown)
 
 
-def inside(drawn: Image.Image) -> NDArray[np.bool_]:
-    """The pixels of a drawing that are more drawing than paper."""
-    return np.asarray(drawn.getchannel("A")) >= 128
-
-
 def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
-    """CAPTIONS captions of a scene, each naming all that is shown, in any order: by class names, by
-    any synonyms.
+    """Two captions of a scene, each with all that is shown in any order: by the names of the
+    classes, and by any synonyms.
     """
 
-    def say(words: list[str]) -> str:
+    def sentence(words: list[str]) -> str:
         draw.shuffle(words)
         return f"{draw.choice(KINDS)} of {', '.join(words[:-1])} and {words[-1]}"
 
     names = [split_label(line) for line in shown]
-    return [say([name for name, *_ in names]), say([draw.choice(of) for of in names])]
+    return [
+        sentence([name for name, *_ in names]),
+        sentence([draw.choice(synonyms) for synonyms in names]),
+    ]
 
 
 def _write(folder: Path, scenes: Iterator[Scene], seed: int) -> None:
@@ -197,15 +200,3 @@ def _write(folder: Path, scenes: Iterator[Scene], seed: int) -> None:
             Image.fromarray(scene.mask).save(folder / "masks" / f"{index:03}.png")
             for caption in captions(scene.shown, random.Random(f"{seed}-{index}")):
                 table.writerow([f"images/{index:03}.png", caption])
-
-
-def _write_gallery(folder: Path) -> None:
-    with (folder / "gallery.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "style", "caption"])
-        for style in (FINE_TUNED, *SCENE_SHIFTS):
-            with (folder / f"test-{style}" / "captions.csv").open(
-                encoding="utf-8", newline=""
-            ) as captions:
-                rows = list(csv.DictReader(captions))[::CAPTIONS]
-            table.writerows([f"test-{style}/{row['image']}", style, row["caption"]] for row in rows)

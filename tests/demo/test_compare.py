@@ -13,8 +13,17 @@ import pytest
 import torch
 
 from radapter_serve.demo import data
-from radapter_serve.demo.compare import OURS, RIVAL, Comparison, compare, lead_in_words
-from radapter_serve.demo.full import Ends, fine_tune
+from radapter_serve.demo.compare import (
+    OURS,
+    RIVAL,
+    Comparison,
+    Ends,
+    gains,
+    lead_in_words,
+    line_of,
+    right,
+)
+from radapter_serve.demo.full import fine_tune
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
@@ -73,7 +82,8 @@ def two_styles(some: data.DemoData) -> data.DemoData:
 @pytest.fixture(scope="module")
 def comparison(run: Path, rival: Ends, two_styles: data.DemoData) -> Comparison:
     """Of the two."""
-    return compare(run, rival, two_styles, 0.3)
+    alphas = {OURS: (0.0, 0.25, 0.3, 0.5, 0.75, 1.0), RIVAL: (0.0, 0.5, 1.0)}
+    return Comparison(right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas), 0.3)
 
 
 def suite_of(tests: data.DemoData) -> Suite:
@@ -155,6 +165,12 @@ def test_leads_are_paired_and_stand_beside_their_intervals() -> None:
     assert (full["shifts"]["lead"], wise["shifts"]["lead"]) == pytest.approx((32, 0))
     assert zero["in_distribution"]["interval"] == pytest.approx(
         196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3
+    )
+    own, other, more, mean = gains(line[0.0], line[0.5])
+    assert (own["gain"], other["gain"], mean["gain"]) == pytest.approx((10, 5, 2))
+    assert (mean["before"], mean["after"], mean["n"]) == pytest.approx((41, 43, 200))
+    assert (own["interval"], more["gain"]) == pytest.approx(
+        (zero["in_distribution"]["interval"], -1)
     )
     assert lead_in_words(3.21, 1.1) == "+3.2 ± 1.1, larger than its interval"
     assert lead_in_words(-0.5, 0.8) == "-0.5 ± 0.8, within its interval"

@@ -4,6 +4,8 @@ trainer reads.
 
 from __future__ import annotations
 
+import json
+import lzma
 import re
 from collections import Counter
 from itertools import combinations
@@ -122,8 +124,20 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "test" / "color").mkdir(parents=True)
-    (tmp_path / "classes.txt").write_text("fruit\n", encoding="utf-8")
-    with pytest.raises(RAdapterError, match="another version of the demo; remove it"):
-        data.prepare(tmp_path, quiet=True)
+def test_missing_styles_are_drawn_beside_those_that_are_there(
+    some: data.DemoData, tmp_path: Path
+) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "classes.txt").write_text("bell\n")
+    (shipped / "templates.txt").write_text("{}\n")
+    svg = data.drawings_of("train")["bell"][0]
+    places = [f"{place}/bell/a--b.svg" for place in ("train", "val", "test", "shifts/line")]
+    with lzma.open(shipped / "drawings.json.xz", "wt") as file:
+        json.dump(dict.fromkeys(places, svg), file)
+    few = data.prepare(tmp_path / "images", styles=("colour",), shipped=shipped, quiet=True)
+    assert list(few.test) == ["colour"] and not (tmp_path / "images" / "shifts").exists()
+    (few.train / "mark").touch()
+    both = data.prepare(tmp_path / "images", styles=("colour", "line"), shipped=shipped, quiet=True)
+    assert [*both.test] == ["colour", "line"] and (few.train / "mark").exists()
+    assert [path.name for path in both.test["line"].rglob("*.png")] == ["a--b.png"]
