@@ -29,7 +29,7 @@ class Given:
 
     Args:
         recipe: name of a recipe that comes with the package, or a YAML file; each option below
-            replaces a field of it.
+            replaces a field of it. Without one it is small, or for another task that of its name.
         resume: folder of a stopped run to continue by its own recipe; it needs no other option.
     """
 
@@ -48,11 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> None:
     from radapter_serve.training.recipe import Recipe, ready_recipes, recipe_from
 
-    source, rest = _take("--recipe", arguments)
+    source, rest = _take("--recipe", _by_names(arguments))
     run, rest = _take("--resume", rest)
     if run is None and source is None and "--resume" in rest:  # as --resume --out RUN
         run, _ = _take("--out", rest)
-    recipe = recipe_from(source, run or False)
+    base, rest = _take("--base", rest)
+    # Which recipe comes without --recipe depends on two of the flags.
+    fields: dict[str, Any] = {} if base is None else {"base": base}
+    if source is None and run is None:
+        flags = {name: _take(f"--{name}", rest)[0] for name in ("task", "architecture")}
+        fields |= {name: value for name, value in flags.items() if value and base is None}
+    recipe = recipe_from(source, run or False, **fields)
     description = (
         "Train R-Adapter on a CLIP. Recipes that come with the package:"
         f" {', '.join(ready_recipes())}."
@@ -76,20 +82,29 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
     from radapter_serve.training.recipe import GROUPS
 
     fields: list[tuple[str, Any, Any]] = []
-    for title, group in GROUPS.items():
-        made = options(group, names, recipe)
-        sentence = (group.__doc__ or "").partition("\n")[0]
+    for title, (sentence, group) in GROUPS.items():
+        shown = options(type(recipe), set(names) & set(group), recipe)
         named = tyro.conf.arg(name=title, help=sentence)
-        kind = Annotated[made, tyro.conf.OmitArgPrefixes, named]  # type: ignore[valid-type]
-        if dataclasses.fields(made):
-            fields.append((title, kind, dataclasses.field(default_factory=made)))
+        kind = Annotated[shown, tyro.conf.OmitArgPrefixes, named]  # type: ignore[valid-type]
+        if dataclasses.fields(shown):
+            fields.append((title, kind, dataclasses.field(default_factory=shown)))
     return dataclasses.make_dataclass("Shown", fields, bases=(Given,))
 
 
+def _by_names(arguments: list[str]) -> list[str]:
+    """The arguments with the flags that have other names, such as --label-smoothing, by theirs."""
+    from radapter_serve.training.recipe import ALIASES
+
+    flags = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        field = ALIASES.get(name.removeprefix("--").replace("-", "_"))
+        flags.append(f"--{field}{equals}{value}" if field and name.startswith("--") else argument)
+    return flags
+
+
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of a flag and the arguments without both; these flags make the defaults of all
-    others.
-    """
+    """The value of a flag, and the arguments without both."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == flag:
@@ -107,16 +122,16 @@ def _nones(arguments: list[str], settings: type) -> list[str]:
         for name, kind in get_type_hints(settings).items()
         if NoneType in get_args(kind)
     }
-    found = list(arguments)
-    for index, argument in enumerate(found):
+    flags = list(arguments)
+    for index, argument in enumerate(flags):
         name, equals, value = argument.replace("_", "-").partition("=")
         if name in optional and value.lower() == "none":
-            found[index] = f"{name}{equals}None"
+            flags[index] = f"{name}{equals}None"
         elif (
-            argument.lower() == "none" and index and found[index - 1].replace("_", "-") in optional
+            argument.lower() == "none" and index and flags[index - 1].replace("_", "-") in optional
         ):
-            found[index] = "None"
-    return found
+            flags[index] = "None"
+    return flags
 
 
 if __name__ == "__main__":  # for `accelerate launch -m radapter_serve.cli.train`

@@ -48,6 +48,7 @@ class Progress:
         self.batch_size = batch_size
         self.notes: list[str] = []
         self.speed = 0.0
+        self.first: list[float] = []  # seconds of the first two steps
         self.printed = time.monotonic()
         self.broken_images: set[str] = set()
         self.console = Console(quiet=not (show and accelerator.is_main_process))
@@ -93,6 +94,11 @@ class Progress:
 
     def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
         """Report an optimizer step."""
+        if len(self.first) < 2:
+            self.first.append(seconds)
+            if len(self.first) == 2 and step < self.steps:  # the first one also warms up
+                duration = in_words((self.steps - step) * min(self.first))
+                self.say(f"the first two steps say: the rest of training takes {duration}")
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
@@ -118,7 +124,7 @@ class Progress:
         self._write({"step": step, **metrics})
         self.say(
             f"validation at step {step}: "
-            + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            + ", ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items())
         )
 
     def broken(self, names: list[str]) -> None:
@@ -144,3 +150,12 @@ class Progress:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+def in_words(seconds: float) -> str:
+    """A duration for a person, such as `about 7 minutes`."""
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours"

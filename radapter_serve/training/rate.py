@@ -8,8 +8,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
-from radapter_serve.data import Captioned, LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.runs import RATES
@@ -30,17 +30,13 @@ GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 PAPER = 5e-4
 START = GRID[3:6]  # around the paper's
 SHARE = 4  # a short run has one of so many steps
-WIDENINGS = 3  # with the start and a second seed, seven short runs: 1.75 times the cost of the run
+WIDENINGS = 1  # with the start, four short runs: as many steps as the run itself
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A short run.
-
-    Attributes:
-        learning_rate: its peak rate.
-        right: which held-out images it classifies rightly at the recipe's α, bool [N].
-        kept: share of the base's answers on them that it gives too, in [0, 1].
+    """A short run: its peak rate, which held-out images it classifies rightly at the recipe's α
+    (bool [N]), and the share of the base's answers on them that it gives too.
     """
 
     learning_rate: float
@@ -53,55 +49,11 @@ class Tried:
         return float(self.right.mean())
 
 
-@dataclass
-class _Answers:
-    """The validation of a short run, in place of that of a whole one; remembers what it found.
-
-    Attributes:
-        of_base: what the base answers, once it was asked, integer [N].
-        right, kept: as of `Tried`, of the last run.
-    """
-
-    of_base: NDArray[np.int64] | None = None
-    right: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    kept: float = 0.0
-
-    def __call__(
-        self,
-        base: Base,
-        adapters: Adapters,
-        val: LabelledImages | Captioned,
-        recipe: Recipe,
-        accelerator: Accelerator,
-    ) -> dict[str, float]:
-        """As `validate`."""
-        assert not isinstance(val, Captioned)
-        alphas = [recipe.alpha] if self.of_base is not None else [0.0, recipe.alpha]
-        answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
-        if self.of_base is None:
-            self.of_base = answered[0]
-        self.right = right[-1]
-        self.kept = float((answered[-1] == self.of_base).mean())
-        adapters.alpha = 1.0
-        return {}
-
-
 def search_rate(
     recipe: Recipe, opened: RunData, out: Path, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
-    """Choose the learning rate of a run, and write `rates.json` into its folder.
-
-    Args:
-        recipe: with `learning_rate: auto`.
-        opened: its data, with validation images.
-        out: folder of the run.
-        say: takes a line for the user.
-
-    Returns:
-        The recipe with the rate as a number, and what its user should know, a line each.
-
-    Raises:
-        RAdapterError: several processes train, or a short run won't do.
+    """Choose the learning rate of a run with `learning_rate: auto`, and write `rates.json` into its
+    folder; returns the recipe with the rate, and what its user should know, a line each.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
@@ -110,10 +62,23 @@ def search_rate(
         )
     # Warm-up and average follow the length of a short run.
     steps = max(1, recipe.resolved(opened.images).steps // SHARE)
-    collector = _Answers()
+    of_base: list[NDArray[np.int64]] = []  # what the base answers, once it was asked
 
-    def short_run(rate: float, seed: int) -> Tried:
+    def short_run(rate: float) -> Tried:
         began = time.monotonic()
+        measured: list[Tried] = []
+
+        def measure(
+            base: Base, adapters: Adapters, val: Any, recipe: Recipe, accelerator: Accelerator
+        ) -> dict[str, float]:
+            alphas = [recipe.alpha] if of_base else [0.0, recipe.alpha]
+            answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
+            if not of_base:
+                of_base.append(answered[0])
+            measured.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))
+            adapters.alpha = 1.0
+            return {}
+
         with tempfile.TemporaryDirectory() as folder:
             short = dataclasses.replace(
                 recipe,
@@ -122,50 +87,74 @@ def search_rate(
                 steps=steps,
                 warmup_steps=None,
                 momentum=None,
-                seed=seed,
                 validate_every=None,
                 save_every=None,
                 tracker="none",
             )
-            fit(short, opened, Path(folder), show=False, measure=collector)
-        found = Tried(rate, collector.right, collector.kept)
+            fit(short, opened, Path(folder), show=False, measure=measure)
+        run = measured[-1]
         say(
-            f"learning rate {rate:.2g}: {100 * found.accuracy:.1f} % of {len(found.right)} held-out"
-            f" images right at alpha {recipe.alpha:g}, {100 * found.kept:.1f} % of the base's"
+            f"learning rate {rate:.2g}: {100 * run.accuracy:.1f} % of {len(run.right)} held-out"
+            f" images right at alpha {recipe.alpha:g}, {100 * run.kept:.1f} % of the base's"
             f" answers kept ({time.monotonic() - began:.0f} s)"
         )
-        return found
+        return run
 
-    most = len(START) + WIDENINGS + 1
-    say(f"choosing the learning rate by {len(START) + 1} to {most} short runs")
-    tried = [short_run(rate, recipe.seed) for rate in START]
+    most = len(START) + WIDENINGS
+    say(
+        f"choosing the learning rate by {len(START)} to {most} short runs, with"
+        f" {len(START) / SHARE:.2g} to {most / SHARE:.2g} times the steps of the run itself"
+    )
+    tried = [short_run(rate) for rate in START]
     for _ in range(WIDENINGS):
         beyond = wider(tried)
         if beyond is None:
             break
-        tried.append(short_run(beyond, recipe.seed))
-    chosen = nearest(tried)
-    again = short_run(chosen.learning_rate, recipe.seed + 1)
-    notes = _notes(tried, chosen, again)
-    recipe = dataclasses.replace(
-        recipe,
-        learning_rate=chosen.learning_rate,
-        min_learning_rate=min(recipe.min_learning_rate, chosen.learning_rate),
-    )
-    _write(out, chosen, again, tried, notes)
-    say(f"chose learning rate {chosen.learning_rate:.2g}; {out / RATES} has the table")
-    return recipe, notes
+        tried.append(short_run(beyond))
+    chosen = nearest(tried).learning_rate
+    notes = []
+    best = _best(tried).learning_rate
+    rates = [run.learning_rate for run in tried]
+    if best in (min(rates), max(rates)):
+        notes.append(
+            f"warning: the best learning rate, {best:.2g}, is at the edge of what was tried; see"
+            " whether the loss falls, or give a rate with --learning-rate"
+        )
+
+    # Write the table.
+    table = {
+        "chosen": chosen,
+        "rule": "from the best rate towards 5e-4, as long as each rate is within one standard error"
+        " of the best on held-out images",
+        "tried": [
+            {
+                "learning_rate": run.learning_rate,
+                "accuracy": round(100 * run.accuracy, 2),
+                "base_answers_kept": round(100 * run.kept, 2),
+                "images": len(run.right),
+            }
+            for run in sorted(tried, key=lambda run: run.learning_rate)
+        ],
+        "notes": notes,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with staged(out / RATES) as temporary:
+            temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise RAdapterError(f"could not write {out / RATES}: {error.strerror}") from error
+    say(f"chose learning rate {chosen:.2g}; {out / RATES} has the table")
+    least = min(recipe.min_learning_rate, chosen)
+    return dataclasses.replace(recipe, learning_rate=chosen, min_learning_rate=least), notes
 
 
 def wider(tried: Sequence[Tried]) -> float | None:
-    """The rate to try next: beyond the edge of the grid where the best is, or none.
-
-    Args:
-        tried: short runs of one seed, at rates of `GRID`.
+    """The rate of the grid to try next, beyond the edge where the best of the tried ones is; None
+    where it is inside.
     """
     best = _best(tried).learning_rate
     place = GRID.index(best)
-    rates = [one.learning_rate for one in tried]
+    rates = [run.learning_rate for run in tried]
     if best == max(rates) and best < GRID[-1]:
         return GRID[place + 1]
     if best == min(rates) and best > GRID[0]:
@@ -179,18 +168,17 @@ def nearest(tried: Sequence[Tried]) -> Tried:
 
     The error is that of the paired difference over the held-out images (the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984).
-
-    Args:
-        tried: short runs of one seed, at rates of `GRID`.
     """
     best = _best(tried)
     low, high = sorted([best.learning_rate, PAPER])
-    way = [one for one in tried if low <= one.learning_rate <= high]
+    way = [run for run in tried if low <= run.learning_rate <= high]
     chosen = best
-    for one in sorted(way, key=_away, reverse=True):
-        if best.accuracy - one.accuracy > _error(best, one):
+    for run in sorted(way, key=_away, reverse=True):
+        differences = best.right.astype(np.float64) - run.right.astype(np.float64)
+        error = float(np.std(differences) / len(differences) ** 0.5)
+        if best.accuracy - run.accuracy > error:
             break
-        chosen = one
+        chosen = run
     return chosen
 
 
@@ -198,62 +186,9 @@ def _best(tried: Sequence[Tried]) -> Tried:
     """The most accurate one; of equals the nearest to the paper's, of two as near the lower one,
     which keeps more of the base.
     """
-    return min(tried, key=lambda one: (-round(one.accuracy, 9), *_away(one)))
+    return min(tried, key=lambda run: (-round(run.accuracy, 9), *_away(run)))
 
 
-def _away(one: Tried) -> tuple[int, float]:
+def _away(run: Tried) -> tuple[int, float]:
     """How far its rate is from the paper's in the grid; and the rate, which orders two as far."""
-    return abs(GRID.index(one.learning_rate) - GRID.index(PAPER)), one.learning_rate
-
-
-def _error(one: Tried, other: Tried) -> float:
-    """The standard error of the difference of two accuracies on the same images."""
-    differences = one.right.astype(np.float64) - other.right.astype(np.float64)
-    return float(np.std(differences) / len(differences) ** 0.5)
-
-
-def _notes(tried: Sequence[Tried], chosen: Tried, again: Tried) -> list[str]:
-    """What the search can't settle, a line each."""
-    notes = []
-    best = _best(tried).learning_rate
-    rates = [one.learning_rate for one in tried]
-    if best in (min(rates), max(rates)):
-        notes.append(
-            f"warning: the best learning rate, {best:.2g}, is at the edge of"
-            " what was tried; see whether the loss falls, or give a rate of your own"
-        )
-    difference = abs(again.accuracy - chosen.accuracy)
-    if difference > 1.96 * _error(chosen, again):
-        notes.append(
-            f"warning: two seeds differ by {100 * difference:.1f} points at learning rate"
-            f" {chosen.learning_rate:.2g}, more than held-out images explain; try --drop 0"
-        )
-    return notes
-
-
-def _write(
-    out: Path, chosen: Tried, again: Tried, tried: Sequence[Tried], notes: Sequence[str]
-) -> None:
-    table = {
-        "chosen": chosen.learning_rate,
-        "rule": "from the best rate towards 5e-4, as long as each rate is within one standard error"
-        " of the best on held-out images",
-        "tried": [_row(one) for one in sorted(tried, key=lambda one: one.learning_rate)],
-        "second_seed": _row(again),
-        "notes": list(notes),
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with staged(out / RATES) as temporary:
-            temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
-    except OSError as error:
-        raise RAdapterError(f"could not write {out / RATES}: {error.strerror}") from error
-
-
-def _row(one: Tried) -> dict[str, float]:
-    return {
-        "learning_rate": one.learning_rate,
-        "accuracy": round(100 * one.accuracy, 2),
-        "base_answers_kept": round(100 * one.kept, 2),
-        "images": len(one.right),
-    }
+    return abs(GRID.index(run.learning_rate) - GRID.index(PAPER)), run.learning_rate

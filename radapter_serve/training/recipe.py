@@ -4,6 +4,7 @@ what a recipe comes to on its data, and the run that it gives.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import reprlib
@@ -28,6 +29,7 @@ from radapter_serve.data.source import (
 )
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
+from radapter_serve.hub import HUB, LOCAL
 from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.typed import checker
 
@@ -37,60 +39,74 @@ LONGEST_MOMENTUM = 0.999
 LEAST_KEPT = 0.9  # share of what a run learns that the average should hold at its end
 
 
+# Title of each group of a recipe's fields in the help, what it is, and the fields.
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model": ("What is trained.", ("architecture", "pretrained")),
+    "data": (
+        "What it trains with, and what it is validated on.",
+        tuple(field.name for field in dataclasses.fields(RunSource)),
+    ),
+    "adapter": (
+        "The adapters (Eq. 7 to 9).",
+        (
+            *("rank", "adapt_text", "partial", "form", "drop", "momentum", "bias_correction"),
+            "alpha",
+        ),
+    ),
+    "loss": (
+        "The loss, MPM-NCE or its pairwise sigmoid, and what keeps the base's embeddings.",
+        ("delta", "epsilon", "positives", "negative_classes", "preserve", "preserve_words"),
+    ),
+    "optimizer": (
+        "How it learns, and for how long.",
+        (
+            *("batch_size", "accumulate", "epochs", "steps", "learning_rate", "min_learning_rate"),
+            *("weight_decay", "warmup_steps", "grad_clip"),
+        ),
+    ),
+    "augmentation": ("What the towers see of an image.", ("crop_scale", "flip")),
+    "run": (
+        "How the command runs.",
+        (
+            *("precision", "workers", "threads", "validate_every", "save_every", "tracker"),
+            *("out", "resume"),
+        ),
+    ),
+}
+# Other names of fields, which recipes, flags and keywords may use.
+ALIASES = {
+    "label_smoothing": "epsilon",
+    "margin": "delta",
+    "ema_decay": "momentum",
+    "adapter_dropout": "drop",
+}
+
+
 @dataclass(frozen=True)
-class ModelSettings:
-    """What is trained.
+class Recipe(RunSource):
+    """Every choice of a training run, which writes OUT/adapter.safetensors; a base that is scored
+    by sigmoids (SigLIP) takes the pairwise sigmoid loss.
 
     Attributes:
         architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of
-            open_clip's or a CLIP of transformers.
+            open_clip's or a CLIP of transformers. --base NAME:TAG sets this and pretrained.
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
             and hf-hub:.
-    """
-
-    architecture: str = "ViT-B-32"
-    pretrained: str | None = None
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """The adapters (Eq. 7 to 9).
-
-    Attributes:
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
         partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP
             with a convolutional image tower, these are in the text tower.
         form: apply adapters to activations or to weights; auto picks the faster. The result is the
             same.
-        drop: probability p of adapter dropping (Eq. 7).
+        drop: probability p of adapter dropping (Eq. 7); also called adapter_dropout.
         momentum: m of the adapters' moving average (Eq. 8); none follows the run's length,
-            1-5/steps and at most 0.999.
+            1-5/steps and at most 0.999. Also called ema_decay.
         bias_correction: correct the average for its start at zero; for runs of fewer than about
             5/(1-m) steps.
         alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from
             0 to 1.
-    """
-
-    rank: Count | None = None
-    adapt_text: bool = True
-    partial: bool = False
-    form: Literal["auto", "activation", "weight"] = "auto"
-    drop: PartShare = 0.2
-    momentum: PartShare | None = None
-    bias_correction: bool = False
-    alpha: Share = 0.5
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The loss, MPM-NCE or its pairwise sigmoid, and what keeps the base's embeddings.
-
-    A base that is scored by sigmoids (SigLIP) takes the latter.
-
-    Attributes:
-        delta: margin δ on wrong pairs, in cosine.
-        epsilon: label smoothing ε.
+        delta: margin δ on wrong pairs, in cosine; also called margin.
+        epsilon: label smoothing ε; also called label_smoothing.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
         negative_classes: how many classes that a batch lacks give it a prompt, as a negative of
@@ -102,21 +118,6 @@ class LossSettings:
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
             of ImageNet's class names, drawn anew for each step, from those in the base; 0 keeps
             nothing and is the paper's.
-    """
-
-    delta: Real = 0.05
-    epsilon: PartShare = 0.02
-    positives: Literal["several", "single"] = "several"
-    negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
-    preserve: Annotated[Real, Field(ge=0)] = 0.0
-    preserve_words: Annotated[Real, Field(ge=0)] = 0.0
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """How it learns, and for how long.
-
-    Attributes:
         batch_size: images a step over all processes and accumulated parts; all images, where there
             are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
@@ -124,43 +125,15 @@ class OptimizerSettings:
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs. A stream needs it.
         learning_rate: peak learning rate of AdamW; auto finds one by short runs and held-out
-            images, which have up to 1.75 times the steps of the run itself.
+            images, which have at most the steps of the run itself.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
-    """
-
-    batch_size: Annotated[Count, Field(ge=2)] = 512
-    accumulate: Count = 1
-    epochs: Count = 10
-    steps: Count | None = None
-    learning_rate: Positive | Literal["auto"] = 5e-4
-    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-6
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    warmup_steps: Number | None = None
-    grad_clip: Positive | None = 1.0
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What the towers see of an image.
-
-    Attributes:
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-    """
-
-    crop_scale: Annotated[Share, Field(gt=0)] = 0.9
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How the command runs.
-
-    Attributes:
-        precision: no, fp16 or bf16 mixed precision.
+        precision: no, fp16 or bf16 mixed precision. bf16 takes about half of the time on a GPU, or
+            a CPU with AVX512_BF16 or AMX.
         workers: processes that read images, for each training process.
         threads: compute threads of each training process; none uses one per core. Fewer is faster
             if other programs share the cores.
@@ -173,6 +146,33 @@ class RunSettings:
             folder has its recipe.
     """
 
+    architecture: str = "ViT-B-32"
+    pretrained: str | None = None
+    rank: Count | None = None
+    adapt_text: bool = True
+    partial: bool = False
+    form: Literal["auto", "activation", "weight"] = "auto"
+    drop: PartShare = 0.2
+    momentum: PartShare | None = None
+    bias_correction: bool = False
+    alpha: Share = 0.5
+    delta: Real = 0.05
+    epsilon: PartShare = 0.02
+    positives: Literal["several", "single"] = "several"
+    negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
+    preserve: Annotated[Real, Field(ge=0)] = 0.0
+    preserve_words: Annotated[Real, Field(ge=0)] = 0.0
+    batch_size: Annotated[Count, Field(ge=2)] = 512
+    accumulate: Count = 1
+    epochs: Count = 10
+    steps: Count | None = None
+    learning_rate: Positive | Literal["auto"] = 5e-4
+    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-6
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    warmup_steps: Number | None = None
+    grad_clip: Positive | None = 1.0
+    crop_scale: Annotated[Share, Field(gt=0)] = 0.9
+    flip: bool = False
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: Number = 2
     threads: Count | None = None
@@ -182,80 +182,52 @@ class RunSettings:
     out: Path | None = None
     resume: bool = False
 
-
-# Title of each group of a recipe's fields, in their order.
-GROUPS: dict[str, type] = {
-    "model": ModelSettings,
-    "data": RunSource,
-    "adapter": AdapterSettings,
-    "loss": LossSettings,
-    "optimizer": OptimizerSettings,
-    "augmentation": Augmentation,
-    "run": RunSettings,
-}
-
-
-@dataclass(frozen=True)
-class Recipe(
-    # A dataclass has the fields of its last base first.
-    RunSettings,
-    Augmentation,
-    OptimizerSettings,
-    LossSettings,
-    AdapterSettings,
-    RunSource,
-    ModelSettings,
-):
-    """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
-
-    Its fields are those of its groups.
-    """
+    def __post_init__(self) -> None:
+        for name in ("data", "val_data"):  # a bare folder is a folder of images
+            value = getattr(self, name)
+            with contextlib.suppress(OSError):  # of a name that is too long
+                if value and isinstance(value, str) and ":" not in value and Path(value).is_dir():
+                    object.__setattr__(self, name, f"imagefolder:{value}")
 
     def check(self) -> None:
         """Refuse values of the wrong kind or out of range, and those that do not go together."""
         _validated({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         if self.batch_size % self.accumulate:
             raise RAdapterError(
-                f"accumulate is {self.accumulate}; it should be a divisor of batch_size"
+                f"accumulate is {self.accumulate}; allowed: divisors of batch_size"
                 f" {self.batch_size}"
             )
         if self.learning_rate != "auto" and self.min_learning_rate > self.learning_rate:
             raise RAdapterError(
-                f"min_learning_rate is {self.min_learning_rate}; it should be 0 to learning_rate"
+                f"min_learning_rate is {self.min_learning_rate}; allowed: 0 to learning_rate"
                 f" {self.learning_rate}"
             )
-        if self.learning_rate == "auto" and (
-            self.task == "retrieval" or not (self.val_fraction or self.val_data)
-        ):
-            add = "add --val-fraction 0.2 or --val-data, or "
-            if self.task == "retrieval":
-                add = ""
-            elif self.streaming:
-                add = "add --val-data, or "
+        held_out = self.val_data or self.val_fraction
+        if self.learning_rate == "auto" and (self.task == "retrieval" or not held_out):
+            add = "add --val-data, or " if self.streaming else "add --val-fraction 0.2, or "
             raise RAdapterError(
-                f"learning_rate auto chooses by held-out images with labels; {add}give a number"
-                " such as --learning-rate 5e-4"
+                "learning_rate auto chooses by held-out images with labels;"
+                f" {'' if self.task == 'retrieval' else add}give a number such as"
+                " --learning-rate 5e-4"
             )
         if self.val_fraction and (self.val_data or self.streaming):
-            other = (
-                "val_data names validation data" if self.val_data else "a stream can't be divided"
-            )
+            other = "val_data names validation data"
+            if not self.val_data:
+                other = "a stream can't be divided"
             raise RAdapterError(
                 f"val_fraction is {self.val_fraction} but {other}; leave one of them out"
             )
         if self.resume and self.out is None:
-            raise RAdapterError("--resume needs --out, the folder of the run to go on with")
+            raise RAdapterError("--resume needs --out, the folder of the run to continue")
         if not self.data:
-            raise RAdapterError(
-                "no training data; name it with --data, for example --data imagefolder:photos"
-            )
+            raise RAdapterError("no training data; name it with --data, for example --data photos")
         used_by = users(Recipe)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             tasks = used_by.get(field.name, (self.task,))
             if self.task not in tasks and value != field.default:
                 raise RAdapterError(
-                    f"{field.name} is {value}, which task {self.task} has no use for; leave it out "
+                    f"{field.name} is {value}, which task {self.task} does not use; leave it out "
                     f"(it is for {' and '.join(tasks)})"
                 )
         if self.streaming and (self.shots or self.class_split != "all"):
@@ -272,22 +244,14 @@ class Recipe(
         return self.learning_rate
 
     def resolved(self, images: int | None, processes: int = 1) -> Plan:
-        """Work out what follows from the number of images and of processes.
-
-        Args:
-            images: that an epoch goes through, or captions; None where nobody knows, as of a
-                stream.
-            processes: that share a batch.
-
-        Raises:
-            RAdapterError: `batch_size` can't be cut into parts, the data can't fill a batch of 2,
-                or the warm-up is no shorter than the run.
+        """Work out what follows from the number of images (or captions) of an epoch, None for a
+        stream, and of the processes that share a batch.
         """
         notes = []
         parts = processes * self.accumulate
         if self.batch_size % parts:
             raise RAdapterError(
-                f"batch_size {self.batch_size} can't be cut into {parts} parts (processes ×"
+                f"batch_size {self.batch_size} is not a multiple of {parts} parts (processes ×"
                 " accumulate)"
             )
         batch_size = self.batch_size
@@ -302,8 +266,8 @@ class Recipe(
             batch_size = min(batch_size, largest)
         if batch_size < self.batch_size:
             notes.append(
-                f"note: a batch is {batch_size} images, for the data has no more; "
-                f"the recipe's batch_size is {self.batch_size}"
+                f"note: a batch is {batch_size} images, all that the data has; the recipe's"
+                f" batch_size is {self.batch_size}"
             )
         steps = self.steps
         if steps is None:
@@ -327,13 +291,12 @@ class Recipe(
         return Plan(recipe, batch_size // parts, steps, warmup, momentum, tuple(notes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and the adapter file hold them, without what belongs to one run:
-        out and resume.
+        """Plain values, as YAML and the adapter file hold them, without out and resume, which
+        belong to one run.
         """
-        values = {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()
-        }
-        return {k: v for k, v in values.items() if k not in ("out", "resume")}
+        values = dataclasses.asdict(self)
+        del values["out"], values["resume"]
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -366,7 +329,7 @@ class Plan:
         return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(PathLike[str]):
     """A finished run; wherever a run's folder is asked for, a `Run` will do.
 
@@ -374,7 +337,7 @@ class Run(PathLike[str]):
         folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt` and the
             tracker's files.
         recipe: that it was trained by, with a batch that the data can fill.
-        metrics: what the last validation measured, in per cent, by measure and α, such as
+        metrics: what the last validation measured, as fractions, by measure and α, such as
             `acc1@alpha=0.5`; empty without validation data.
         notes: what its user should know, a line each: of images that were left out, and of an
             average that keeps little.
@@ -384,6 +347,10 @@ class Run(PathLike[str]):
     recipe: Recipe
     metrics: Mapping[str, float]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name}: {value:.4g}" for name, value in self.metrics.items())
+        return f"Run({str(self.folder)!r}, {{{metrics}}})"
 
     @property
     def adapter(self) -> Path:
@@ -426,14 +393,8 @@ def recipe_from(
 ) -> Recipe:
     """A recipe with some fields changed.
 
-    Args:
-        source: of `load_recipe`, or a recipe; None has the defaults.
-        resume: folder of a stopped run, whose own recipe is taken where there is no source; True
-            goes on with the recipe's `out`.
-        fields: the fields to change.
-
-    Raises:
-        RAdapterError: as of `load_recipe`; there is no run to resume.
+    Without a source it is that of the run to resume, a folder; else `small`, or for another task
+    the recipe of its name. `resume=True` continues the run in the recipe's `out`.
     """
     if resume and not isinstance(resume, bool):
         if source is None:
@@ -444,31 +405,47 @@ def recipe_from(
     if resume:
         fields["resume"] = True
     if source is None:
-        source = Recipe()
+        task = fields.get("task", "classification")
+        source = load_recipe("small" if task not in ready_recipes() else task)
+        if "architecture" in fields:  # whose weights have names of their own
+            source = dataclasses.replace(source, pretrained=None)
     if isinstance(source, str | Path):
         source = load_recipe(source)
     if not isinstance(source, Recipe):
         raise RAdapterError(
             f"the recipe is {short(source)}; allowed: a name, a file, or a Recipe of fields"
         )
-    own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-    return recipe_of({**own, **fields}, "the recipe") if fields else source
+    values = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    return recipe_of({**values, **by_names(fields)}, "the recipe") if fields else source
+
+
+def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of `Recipe`'s fields, for those that other names give: the aliases, and
+    `base`, a model and its weights as NAME:TAG.
+    """
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        pairs = {ALIASES.get(name, name): value}
+        if name == "base":
+            model, _, tag = str(value).partition(":")
+            if str(value).startswith((LOCAL, HUB)):
+                model = str(value)
+                tag = ""
+            pairs = {"architecture": model, "pretrained": tag or None}
+        for field, given in pairs.items():
+            if field in named:
+                raise RAdapterError(f"{field} is set twice, the second time by {name}")
+            named[field] = given
+    return named
 
 
 def recipe_of(values: Any, what: str) -> Recipe:
-    """A recipe from what YAML reads; a field that is not named keeps its default.
-
-    Args:
-        values: a mapping of `Recipe`'s fields, or None.
-        what: it is, for messages.
-
-    Raises:
-        RAdapterError: no mapping, a field that does not exist, or a value of the wrong kind or out
-            of range.
+    """A recipe from a mapping of its fields, as YAML reads it, or None; a field that is not named
+    keeps its default. `what` names it in messages.
     """
     if not isinstance(values, dict | None):
         raise RAdapterError(f"{what} must be a mapping of field: value")
-    values = dict(values or {})
+    values = by_names(values or {})
     fields = [field.name for field in dataclasses.fields(Recipe)]
     unknown = sorted({short(name) for name in values if name not in fields})
     if unknown:
@@ -480,7 +457,7 @@ def recipe_of(values: Any, what: str) -> Recipe:
     try:
         return _validated(values)
     except RAdapterError as error:
-        raise RAdapterError(f"{what} won't do: {error}") from None
+        raise RAdapterError(f"{what} is invalid: {error}") from None
 
 
 def _validated(values: dict[str, Any]) -> Recipe:
@@ -488,14 +465,11 @@ def _validated(values: dict[str, Any]) -> Recipe:
         return checker(Recipe).validate_python(values)
     except ValidationError as error:
         wrong: dict[str, str] = {}
-        for found in error.errors():  # of a field that may be none, the errors of both kinds
-            message = (
-                found["msg"]
-                .removeprefix("Value error, ")
-                .replace("Input should be", "it should be")
-            )
-            name = str(found["loc"][0])
-            if found["type"] == "literal_error" and name in wrong:  # or such a word
-                wrong[name] += f", or {found['ctx']['expected']}"
-            wrong.setdefault(name, f"{name} is {reprlib.repr(found['input'])}; {message}")
+        for problem in error.errors():  # a field that may be none has those of both kinds
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "it should be")
+            name = str(problem["loc"][0])
+            if problem["type"] == "literal_error" and name in wrong:  # or such a word
+                wrong[name] += f", or {problem['ctx']['expected']}"
+            wrong.setdefault(name, f"{name} is {reprlib.repr(problem['input'])}; {message}")
         raise RAdapterError("; ".join(wrong.values())) from None

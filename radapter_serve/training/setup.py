@@ -24,7 +24,7 @@ from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
-from radapter_serve.training.step import TwoTower
+from radapter_serve.training.step import TwoTower, flatten_projections
 from radapter_serve.training.tasks import Data, RunData
 
 
@@ -81,6 +81,8 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     if form == "auto":
         form = choose_form(base.model, recipe.rank, plan.part, **where)
     adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
+    if recipe.precision != "no":  # fp32 gains little by it, and would round otherwise
+        flatten_projections(base.model)
     optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
     # This moves the weights to their device, where the average then starts.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from os import PathLike
 from pathlib import Path
@@ -20,17 +21,19 @@ def train(
     recipe: str | Path | Recipe | None = None,
     *,
     resume: str | PathLike[str] | bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **fields: Any,
 ) -> Run:
     """Train adapters, as `radapter-train` does.
 
     Args:
         recipe: name of a recipe that comes with the package, a YAML file, or a `Recipe`; None
-            starts from the defaults.
+            takes `small`, or for another task the recipe of its name.
         resume: folder of a stopped run to go on with, by its own recipe; True goes on with `out`.
-        progress: show a bar, and what the command prints; without it nothing is printed.
-        fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...
+        progress: show a bar, and what the command prints, or nothing; None shows them in a
+            terminal and in a notebook.
+        fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...;
+            `base="NAME:TAG"` sets the model and its weights.
 
     Returns:
         The run, with its folder and its metrics.
@@ -42,6 +45,8 @@ def train(
             rate has none.
         SystemExit: after SIGTERM, likewise.
     """
+    if progress is None:
+        progress = sys.stderr.isatty() or "ipykernel" in sys.modules
     chosen = recipe_from(recipe, resume, **fields)
     chosen.check()
     limit_threads(chosen.threads)  # before torch is loaded

@@ -38,6 +38,26 @@ class TwoTower(nn.Module):
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
+def flatten_projections(model: nn.Module) -> None:
+    """Make the in-projection of each `nn.MultiheadAttention` a product of two matrices.
+
+    With `batch_first`, torch transposes its input [N, L, D] into a view [L, N, D], which it then
+    multiplies as a batch of L matrices by L copies of the weight: in bf16 that took half of a step.
+    A contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
+    """
+
+    def contiguous(attention: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        query = args[0]
+        if query.dim() != 3 or any(other is not query for other in args[1:3]):
+            return None  # of cross-attention
+        rows = query.transpose(0, 1).contiguous().transpose(0, 1)
+        return (rows, rows, rows, *args[3:])
+
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention and module.batch_first:
+            module.register_forward_pre_hook(contiguous)
+
+
 def other_prompts(
     data: LabelledImages, present: Collection[int], count: int, draw: random.Random
 ) -> dict[int, str]:

@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of a run, which is all right as far as it can be seen without a model.
+    """The data of a run, checked as far as it can be without a model.
 
     Attributes:
         data, val: what to train with, and what to validate on: all of `val_data`, or `val_fraction`
             of the data, or nothing.
-        images: that an epoch goes through, or captions; None where nobody knows, as of a stream.
+        images: that an epoch goes through, or captions; None for a stream.
         broken: rows that `on_broken: skip` leaves out.
         notes: what a user should know of the data, a line each.
     """
@@ -47,28 +47,25 @@ class RunData:
     notes: tuple[str, ...] = ()
 
     def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-        """The data with the recipe's templates, images with masks by their segments.
-
-        Args:
-            recipe: that it was opened by.
-            base: whose mean fills what is outside a segment.
+        """The data with the templates of its recipe; images with masks by their segments, outside
+        of which is the mean that the base subtracts.
         """
-        return _ready(recipe, base, self.data), (
-            None if self.val is None else _ready(recipe, base, self.val)
-        )
+        from radapter_serve.clip.prompts import templates_of
+
+        def prepared(data: Opened) -> Data:
+            if isinstance(data, Captioned):
+                return data
+            templates = templates_of(recipe.templates)
+            if isinstance(data, Labelled):
+                return dataclasses.replace(data, templates=templates)
+            return data.crops(recipe.mask_crop(base.preprocess["mean"]), templates)
+
+        return prepared(self.data), None if self.val is None else prepared(self.val)
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
-    """Open the data of a recipe as its task reads it, and find all that is wrong with it.
-
-    Args:
-        recipe: names the task, the data and its columns.
-        images: look at the images themselves, see `broken_images`.
-        progress: show how far that is.
-
-    Raises:
-        RAdapterError: it can't be read, is no data for this task, or images can't be read; names
-            all of these.
+    """Open the data of a recipe as its task reads it, and name all that is wrong with it in one
+    error; `images` looks at the images themselves, too.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -81,6 +78,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             problems.append(str(error))
             return None
 
+    # Open what is there.
     missing = _missing(recipe)
     problems += missing.values()
     source = dataclasses.replace(
@@ -94,92 +92,90 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
     if recipe.val_data:
         classes = None if data is None or isinstance(data, Captioned) else data.classes
         val = tried(lambda: validation_data(source, classes, skipped))
-    if isinstance(data, Labelled | Masked):
-        problems += _problems_of_classes(recipe, data)
-    if isinstance(data, Labelled) and data.left_out:
-        notes.append(
-            f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
-        )
-    if isinstance(data, Labelled) and not recipe.streaming:
-        labelled = data
-        notes += tried(lambda: _notes_of_labels(recipe, labelled)) or []
-    if isinstance(data, Labelled) and recipe.shots is not None:
-        data = few_shot(data, recipe.shots, recipe.seed)
-    # of several processes, one looks
-    if (
-        images
-        and os.environ.get("RANK", "0") == "0"
-        and (recipe.images is None or recipe.images.is_dir())
-    ):
-        for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
-            if part is not None:
-                broken_here = broken_images(part, progress=progress)
-                _report_broken(recipe, part, spec, broken_here, problems, notes)
 
+    # Check its classes and labels.
+    if isinstance(data, Labelled | Masked):
+        if len(data.classes) < 2:
+            problems.append(
+                f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes"
+                " apart, so it needs two"
+            )
+        same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
+        if same:
+            problems.append(
+                f"CLIP reads these classes of {recipe.data} as one, because their names differ in"
+                " case, spaces and underscores alone; merge them, or name them apart with"
+                f" --classes FILE:{listed(same)}"
+            )
+    if isinstance(data, Labelled):
+        labelled = data
+        if data.left_out:
+            notes.append(
+                f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
+            )
+        if not recipe.streaming:
+            notes += tried(lambda: _notes_of_labels(recipe, labelled)) or []
+        if recipe.shots is not None:
+            data = few_shot(data, recipe.shots, recipe.seed)
+
+    # Look at the images, in one of several processes.
+    there = recipe.images is None or recipe.images.is_dir()
+    if images and there and os.environ.get("RANK", "0") == "0":
+        for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
+            names = [] if part is None else broken_images(part, progress=progress)
+            if part is None or not names:
+                continue
+            count = len(part.rows if isinstance(part, Labelled) else part.images)
+            few = f"{len(names):,} of {count:,} images of {spec} can't be read"
+            leave_out = "or leave such images out with --on-broken skip"
+            if recipe.on_broken == "skip" and len(names) < count:
+                notes.append(f"note: {few}, and are left out")
+            elif recipe.on_broken == "skip":
+                problems.append(
+                    f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"
+                )
+            elif len(names) == 1:
+                problems.append(f"{names[0]}; mend it, {leave_out}")
+            else:
+                problems.append(f"{few}; mend them, {leave_out}:{listed(names)}")
+
+    # List the segments of images with masks.
     def segmented(part: Labelled | Captioned | Masked | None) -> Opened | None:
         if not isinstance(part, Masked):
             return part
         return tried(lambda: list_segments(part, recipe.mask_min_area, skipped, progress=progress))
 
-    data_ = segmented(data)
-    val_ = segmented(val)
-    count = None if data_ is None or recipe.streaming else len(data_.rows)
-    if count is not None:
-        tried(lambda: recipe.resolved(count, int(os.environ.get("WORLD_SIZE", "1"))))
-    if problems or data_ is None:
+    opened = segmented(data)
+    opened_val = segmented(val)
+    length = None if opened is None or recipe.streaming else len(opened.rows)
+    if length is not None:
+        tried(lambda: recipe.resolved(length, int(os.environ.get("WORLD_SIZE", "1"))))
+    if problems or opened is None:
         raise all_of(list(dict.fromkeys(problems)), "the data of this run")
-    return RunData(data_, val_, count, tuple(broken), tuple(notes))
+    return RunData(opened, opened_val, length, tuple(broken), tuple(notes))
 
 
 def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-    """Open the data of a recipe without a look at the images, ready for a base.
-
-    Raises:
-        RAdapterError: as `open_run` does.
-    """
+    """Open the data of a recipe without a look at the images, ready for a base."""
     return open_run(recipe, images=False).ready(recipe, base)
 
 
 def _missing(recipe: Recipe) -> dict[str, str]:
-    """Files and folders of the recipe that are not there, by its field."""
-    found: dict[str, str] = {}
-    if (
-        recipe.architecture.startswith(LOCAL)
-        and not Path(recipe.architecture.removeprefix(LOCAL)).is_dir()
-    ):
-        found["architecture"] = (
-            f"{recipe.architecture.removeprefix(LOCAL)} is no model folder; see --architecture"
-        )
+    """What is wrong with the files and folders that a recipe names, by its field."""
+    problems: dict[str, str] = {}
+    model = recipe.architecture.removeprefix(LOCAL)
+    if recipe.architecture.startswith(LOCAL) and not Path(model).is_dir():
+        problems["architecture"] = f"{model} is not a model folder; see --architecture"
     if recipe.images is not None and not recipe.images.is_dir():
-        found["images"] = f"there is no folder {recipe.images}; see --images"
-    if (
-        recipe.classes is not None
-        and str(recipe.classes) != IMAGENET
-        and not recipe.classes.is_file()
-    ):
-        found["classes"] = f"there is no class file {recipe.classes}; see --classes"
+        problems["images"] = f"there is no folder {recipe.images}; see --images"
+    classes = recipe.classes
+    if classes is not None and str(classes) != IMAGENET and not classes.is_file():
+        problems["classes"] = f"there is no class file {classes}; see --classes"
     if recipe.templates != "openai":
         try:
             read_templates(recipe.templates)
         except RAdapterError as error:
-            found["templates"] = str(error)
-    return found
-
-
-def _problems_of_classes(recipe: Recipe, data: Labelled | Masked) -> list[str]:
-    problems = []
-    if len(data.classes) < 2:
-        problems.append(
-            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so"
-            " it needs two"
-        )
-    same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
-    if same:
-        problems.append(
-            f"CLIP reads these classes of {recipe.data} as one, for their names differ in case,"
-            " spaces and underscores alone; merge them, or give each a name of its own with"
-            f" --classes FILE:{listed(same)}"
-        )
+            problems["templates"] = str(error)
     return problems
 
 
@@ -195,42 +191,3 @@ def _notes_of_labels(recipe: Recipe, data: Labelled) -> list[str]:
         f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as {parted[0]!r};"
         " --label-separator ';' would read them as several labels"
     ]
-
-
-def _report_broken(
-    recipe: Recipe,
-    data: Labelled | Captioned | Masked,
-    spec: str,
-    broken: list[str],
-    problems: list[str],
-    notes: list[str],
-) -> None:
-    """Add what is wrong with the images."""
-    if not broken:
-        return
-    count = len(data.rows if isinstance(data, Labelled) else data.images)
-    few = f"{len(broken):,} of {count:,} images of {spec} can't be read"
-    if recipe.on_broken == "skip":
-        if len(broken) == count:
-            problems.append(
-                f"not one of {count:,} images of {spec} can be read; the first: {broken[0]}"
-            )
-        else:
-            notes.append(f"note: {few}, and are left out")
-    elif len(broken) == 1:
-        problems.append(f"{broken[0]}; mend it, or leave such images out with --on-broken skip")
-    else:
-        problems.append(
-            f"{few}; mend them, or leave such images out with --on-broken skip:{listed(broken)}"
-        )
-
-
-def _ready(recipe: Recipe, base: Base, data: Opened) -> Data:
-    from radapter_serve.clip.prompts import templates_of
-
-    if isinstance(data, Captioned):
-        return data
-    templates = templates_of(recipe.templates)
-    if isinstance(data, Labelled):
-        return dataclasses.replace(data, templates=templates)
-    return data.crops(recipe.mask_crop(base.preprocess["mean"]), templates)

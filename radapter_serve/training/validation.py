@@ -44,7 +44,7 @@ def validate(
         accelerator: whose processes share the work.
 
     Returns:
-        In per cent, by measure and α: zero-shot accuracy, or recall at 1 both ways.
+        Fractions by measure and α: zero-shot accuracy, or recall at 1 both ways.
     """
     alphas = sorted({recipe.alpha, 1.0})
     if isinstance(val, Captioned):
@@ -54,7 +54,7 @@ def validate(
         found = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     adapters.alpha = 1.0
     return {
-        f"{name}@alpha={alpha:g}": round(100 * value, 2)
+        f"{name}@alpha={alpha:g}": round(value, 4)
         for alpha, metrics in zip(alphas, found, strict=True)
         for name, value in metrics.items()
     }

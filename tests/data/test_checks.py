@@ -136,7 +136,7 @@ def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> Non
     found = problems(recipe)
     for words in (
         "the data of this run won't do, for 6 reasons:",
-        "nowhere is no model folder",
+        "nowhere is not a model folder",
         f"there is no class file {tmp_path}/none.txt",
         "cannot read none.txt",
         "there is no file nowhere.csv",

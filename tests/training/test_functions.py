@@ -82,6 +82,7 @@ def test_training_gives_what_the_command_gives(run: Run, tiny_clip_dir: str) -> 
     assert os.fspath(run) == str(run.folder) == "runs/python"
     assert run.adapter.is_file()
     assert run.notes == ()
+    assert repr(run).startswith("Run('runs/python', {acc1@alpha=0.5: ") and len(repr(run)) < 100
 
 
 def test_a_run_says_what_its_user_should_know_and_can_be_resumed(run: Run) -> None:
@@ -98,7 +99,7 @@ def test_a_run_says_what_its_user_should_know_and_can_be_resumed(run: Run) -> No
         ({}, "no training data; name it with --data"),
         ({"recipe": "tiny"}, "there is no recipe tiny; allowed: a file, or one of base-to-novel"),
         ({"recipe": 5}, "the recipe is 5; allowed: "),
-        ({"colour": "red"}, "the recipe has unknown fields colour; allowed: architecture, "),
+        ({"colour": "red"}, "the recipe has unknown fields colour; allowed: data, "),
         ({"data": "csv:t.csv", "steps": 0}, "steps is 0; it should be greater than or equal to 1"),
         ({"data": "csv:t.csv", "alpha": float("nan")}, "alpha is nan; it should be a finite"),
         ({"data": Path("photos")}, "data is PosixPath('photos'); it should be a valid string"),
@@ -119,6 +120,14 @@ def test_what_training_refuses(
         train(**arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
+
+
+def test_a_terminal_shows_progress(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    train(run.recipe, out="runs/seen")
+    assert "wrote runs/seen" in capfd.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(run: Run) -> None:

@@ -20,7 +20,7 @@ from radapter_serve.cli.export import main as export
 from radapter_serve.cli.train import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, load_recipe
-from radapter_serve.training.recipe import ready_recipes
+from radapter_serve.training.recipe import ready_recipes, recipe_from
 
 FIELDS = [field.name for field in dataclasses.fields(Recipe)]
 scalars = (
@@ -127,9 +127,9 @@ def test_values_that_do_not_go_together() -> None:
     for fields, message in (
         (
             {"batch_size": 6, "accumulate": 4},
-            "accumulate is 4; it should be a divisor of batch_size 6",
+            "accumulate is 4; allowed: divisors of batch_size 6",
         ),
-        ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; it should be 0 to learning_rate"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; allowed: 0 to learning_rate"),
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
         ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
     ):
@@ -160,6 +160,60 @@ def test_recipes_by_name_and_by_path() -> None:
         load_recipe("tiny")
     for name in ready_recipes():
         dataclasses.replace(load_recipe(name), data="imagefolder:x").check()
+
+
+def test_other_names_of_fields(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields: dict[str, Any] = {
+        "label_smoothing": 0.3,
+        "margin": 0.2,
+        "ema_decay": 0.4,
+        "adapter_dropout": 0.1,
+    }
+    expected = load_recipe("small")
+    expected = dataclasses.replace(expected, epsilon=0.3, delta=0.2, momentum=0.4, drop=0.1)
+    expected = dataclasses.replace(expected, architecture="ViT-B-16", pretrained="openai")
+    assert recipe_from("small", base="ViT-B-16:openai", **fields) == expected
+    path.write_text(yaml.safe_dump({**fields, "base": "ViT-B-16:openai"}))
+    assert load_recipe(path).epsilon == 0.3 and load_recipe(path).pretrained == "openai"
+    path.write_text("epsilon: 0.1\nlabel_smoothing: 0.2\n")
+    with pytest.raises(RAdapterError, match="epsilon is set twice"):
+        load_recipe(path)
+    seen: list[Recipe] = []
+    monkeypatch.setattr(
+        "radapter_serve.training.start.train", lambda recipe, **_: seen.append(recipe)
+    )
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    assert main([*flags, "--base", "ViT-B-16:openai", "--data", str(path.parent)]) == 0
+    assert seen == [dataclasses.replace(expected, data=f"imagefolder:{path.parent}")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "pretrained"),
+    [
+        ([], "small", load_recipe("small").pretrained),
+        (["--task", "retrieval"], "retrieval", "openai"),
+        (["--architecture", "local-dir:x"], "small", None),
+        (["--base=local-dir:x"], "small", None),
+    ],
+)
+def test_the_recipe_that_comes_without_one(
+    flags: list[str], name: str, pretrained: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr(
+        "radapter_serve.training.start.train", lambda recipe, **_: seen.append(recipe)
+    )
+    assert main(["--data", "csv:t.csv", *flags]) == 0
+    assert seen[0].pretrained == pretrained
+    expected = dataclasses.replace(
+        load_recipe(name),
+        data="csv:t.csv",
+        architecture=seen[0].architecture,
+        pretrained=pretrained,
+    )
+    assert seen[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +254,7 @@ def test_a_batch_is_all_images_at_most(
 
 
 def test_what_no_batch_can_be_made_of() -> None:
-    with pytest.raises(RAdapterError, match="batch_size 32 can't be cut into 3 parts"):
+    with pytest.raises(RAdapterError, match="batch_size 32 is not a multiple of 3 parts"):
         Recipe(batch_size=32).resolved(300, 3)
     for images, parts, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
         with pytest.raises(
@@ -259,7 +313,7 @@ def test_none_as_the_help_writes_it(
         == 2
     )
     error = capsys.readouterr().err  # past the flags
-    assert "/nowhere is no model folder" in error and "there is no file t.csv" in error
+    assert "/nowhere is not a model folder" in error and "there is no file t.csv" in error
 
 
 @pytest.mark.slow

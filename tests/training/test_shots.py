@@ -105,7 +105,7 @@ def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
     for change in ({"shots": 4}, {"class_split": "base"}):
         with pytest.raises(RAdapterError, match="leave --streaming out"):
             Recipe(data="csv:t.csv", streaming=True, steps=1, **change).check()
-        with pytest.raises(RAdapterError, match="which task retrieval has no use for"):
+        with pytest.raises(RAdapterError, match="which task retrieval does not use"):
             Recipe(data="csv:t.csv", task="retrieval", **change).check()
     task: Any
     for task, change in (
@@ -117,7 +117,7 @@ def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
         ("segmentation", {"image_column": "c"}),
     ):
         with pytest.raises(
-            RAdapterError, match=f"{next(iter(change))} is .*, which task {task} has no use for"
+            RAdapterError, match=f"{next(iter(change))} is .*, which task {task} does not use"
         ):
             Recipe(data="csv:t.csv", task=task, **change).check()
     with pytest.raises(RAdapterError, match="shots is 0; it should be greater than or equal to 1"):

@@ -286,7 +286,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         }
         found = {name: value for name, value in row.items() if name != "step"}
         assert found == pytest.approx(
-            {"acc1@alpha=0.6": scores[0.6], "acc1@alpha=1": scores[1.0]}, abs=0.01
+            {"acc1@alpha=0.6": scores[0.6] / 100, "acc1@alpha=1": scores[1.0] / 100}, abs=1e-4
         ), row
     models = from_adapter(out, list(scores))
     choice, _ = choose_alpha(models, out, None, Results(tmp_path / "results"))
@@ -349,5 +349,5 @@ def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
     expected = {}
     for alpha in (0.6, 1.0):
         for way, recall in zip(("image", "text"), recall_by_hand(clip, alpha, pairs), strict=True):
-            expected[f"{way}_retrieval_recall@1@alpha={alpha:g}"] = recall
-    assert adapter.metadata.metrics == pytest.approx(expected, abs=0.01)
+            expected[f"{way}_retrieval_recall@1@alpha={alpha:g}"] = recall / 100
+    assert adapter.metadata.metrics == pytest.approx(expected, abs=1e-4)
