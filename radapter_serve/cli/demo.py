@@ -38,10 +38,16 @@ def demo(
     """
     if open:
         check_installed("gradio", "demo,playground")
-    # torch takes seconds to load
+    # Say it before torch is loaded, which takes seconds.
     if full:
+        print("The whole demo takes about ten minutes on two CPU cores.", flush=True)
         from radapter_serve.demo.full import run_full as run_demo
     else:
+        print(
+            "The demo takes about two minutes on two CPU cores. (--full, which takes about ten,"
+            " trains for each task, evaluates on all styles, and compares with full fine-tuning.)",
+            flush=True,
+        )
         from radapter_serve.demo.run import run_demo
 
     run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)

@@ -89,7 +89,6 @@ def run_full(
     """
     check_alpha(0.0 if alpha is None else alpha)
     log = Log()
-    log.say("The whole demo takes about ten minutes on two CPU cores.")
     log.chapter("1. Draw the images: drawings by many hands, and scenes with masks and captions")
     data = prepare(out / "data")
     scenes = prepare_scenes(out / "data" / "scenes")

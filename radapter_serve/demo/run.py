@@ -59,10 +59,6 @@ def run_demo(
     """
     check_alpha(0.0 if alpha is None else alpha)
     log = Log()
-    log.say(
-        "The demo takes about two minutes on two CPU cores. (--full, which takes about ten, trains"
-        " for each task, evaluates on all styles, and compares with full fine-tuning.)"
-    )
     log.chapter("1. Draw the images: drawings by many hands, and scenes of them with masks")
     data = prepare(out / "data", styles=(FINE_TUNED, *OTHERS))
     scenes = prepare_scenes(out / "data" / "scenes", train=0)

@@ -28,13 +28,8 @@ NO_LABEL = -1  # in the place of labels that an image does not have
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
     """Items of a training batch: pixels, the label, the text; each depends on (seed, epoch, index)
-    alone.
-
-    Attributes:
-        data: the pairs.
-        transform: augmentation, to float [3, S, S].
-        seed, epoch: what the draw depends on beside the index.
-        refuse: stop at a broken image rather than take the next one.
+    alone. `transform` augments to float [3, S, S]; `refuse` stops at a broken image rather than
+    take the next one.
     """
 
     data: TrainingData
@@ -79,8 +74,8 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, cut by process, starting after `skip`
-    rows.
+    """The same items from a stream: shuffled in a buffer, divided among processes, without the
+    first `skip` rows.
     """
 
     def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
@@ -131,15 +126,8 @@ def batches(
     world: int,
     workers: int,
 ) -> DataLoader[dict[str, Any]]:
-    """One epoch's batches of one process, from a batch on.
-
-    Args:
-        examples: the items.
-        batch_size: items a batch and process; the last, smaller batch is left out.
-        epoch: fixes the order, with the seed.
-        start: batches, of a stream rows, to leave out, because they were seen before a restart.
-        rank, world: number of this process and of all.
-        workers: reading processes.
+    """One epoch's batches of process `rank` of `world`, without a last, smaller one, and without
+    the first `start` batches (of a stream, rows), which were seen before a restart.
     """
     examples.epoch = epoch
     common: dict[str, Any] = {
@@ -147,9 +135,7 @@ def batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": ignore_interruptions,
-        "generator": (
-            torch.Generator()
-        ),  # else a loader would draw from what a step's own draws come from
+        "generator": torch.Generator(),  # the default one is that of a step's draws
     }
     if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order

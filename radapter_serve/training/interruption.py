@@ -14,11 +14,7 @@ from radapter_serve.signals import handled
 
 
 class Interruption:
-    """Within the block the first Ctrl-C or SIGTERM is only noted; a second one works as ever.
-
-    Args:
-        say: takes a line for the user.
-    """
+    """Within the block the first Ctrl-C or SIGTERM is only noted; a second one works as usual."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -38,10 +34,10 @@ class Interruption:
         self._handled.close()
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """Whether any process was told to end; every process calls it, and all hear the same."""
+        """Whether any process got a signal; every process calls it, and gets the same answer."""
         if accelerator.num_processes > 1:
-            told = torch.tensor(self._signal, device=accelerator.device)
-            self._signal = int(accelerator.gather(told).max())
+            number = torch.tensor(self._signal, device=accelerator.device)
+            self._signal = int(accelerator.gather(number).max())
         return self._signal > 0
 
     def end(self) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -41,7 +40,7 @@ from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import validate
 
 WORDS = 64  # of the vocabulary, for each step
-_FREED_SECONDS = 0.5  # for Gloo to free what it holds when several processes end
+GLOO_SECONDS = 0.5  # for Gloo to free what it holds when several processes end
 
 
 def fit(
@@ -52,8 +51,8 @@ def fit(
     show: bool = True,
     measure: Callable[..., dict[str, float]] = validate,
 ) -> Run:
-    """Train by a recipe on its opened data, and write the average of the adapters; what is refused
-    is refused before anything is written.
+    """Train by a recipe on its opened data, and write the average of the adapters; refusals come
+    before anything is written.
     """
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
@@ -150,7 +149,12 @@ def fit(
         progress.end()
         if accelerator.is_main_process:
             progress.say(write_adapter(learner, metrics, out))
-    end_processes(accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Gloo's thread takes the lock to free what the last gather held. Freeing the process group
+        # holds the lock and waits for that thread: too early, and both wait for ever.
+        time.sleep(GLOO_SECONDS)
+    accelerator.end_training()
     return Run(out, recipe, metrics, (*notes, *progress.notes))
 
 
@@ -182,8 +186,8 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     images = gather_with_grad(images)
     texts = gather_with_grad(texts)
 
-    # Each image stands beside each of its texts: but for a constant that is the loss of one image
-    # with several texts, because all images come equally often.
+    # Pair each image with each of its texts: but for a constant that is the loss of one image with
+    # several texts, because all images come equally often.
     several = recipe.captions_per_image
     labels = labels.repeat_interleave(several, dim=0)
     positive = torch.eye(len(labels), dtype=torch.bool, device=device)
@@ -217,7 +221,9 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
 
 
 def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str:
-    """Write the average as the run's adapter; says so, and what comes next."""
+    """Write the average as the run's adapter; returns a line that says so, and what comes
+    next.
+    """
     recipe = learner.plan.recipe
     base = learner.base
     data = learner.data
@@ -241,16 +247,6 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
     if learner.val is None:
         following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {recipe.alpha}"
     return f"wrote {path}; next: {following}"
-
-
-def end_processes(accelerator: Accelerator, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Wait for all processes of a run, and part from them."""
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        # Gloo's thread takes the lock to free what the last gather held. Whoever frees the process
-        # group holds the lock and waits for that thread: too early, and both wait for ever.
-        sleep(_FREED_SECONDS)
-    accelerator.end_training()
 
 
 def _summary(learner: Learner, out: Path, step: int) -> str:

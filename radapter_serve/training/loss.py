@@ -99,29 +99,17 @@ def _cross_entropy(logits: Tensor, positive: Tensor, epsilon: float) -> Tensor:
 
 
 def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
-    """Which texts are right for which images: those of any of an image's labels.
-
-    Args:
-        of_images: labels of each image, integer [B, K], negative where it has fewer than K.
-        of_texts: the label of each text, integer [B], 0 or more.
-
-    Returns:
-        bool [B, B], images down.
+    """Which texts are right for which images, bool [B, B] with images down: those of any label of
+    an image, integer [B, K] and negative where it has fewer than K; `of_texts` is integer [B].
     """
     return (of_images[:, :, None] == of_texts).any(dim=1)
 
 
 def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """How far fine-tuning has moved images from where the base has them: the mean of `1 − f·f₀`.
+    """How far fine-tuning has moved images from where the base has them: the mean of `1 − f·f₀` of
+    unit-length embeddings, float [B, D], in [0, 2].
 
     A cosine has no scale, so one weight fits bases whose features differ in length.
-
-    Args:
-        image_embeds: f, float [B, D], unit length.
-        base_embeds: f₀ of the same pixels, float [B, D], unit length, without a gradient.
-
-    Returns:
-        A float32 scalar in [0, 2].
     """
     return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=1)).mean()
 
@@ -150,12 +138,7 @@ def divergence_from_base(
     logit_scale: float | Tensor,
 ) -> Tensor:
     """The mean over images of the Kullback-Leibler divergence of their probabilities of some words
-    from those in the base.
-
-    Args:
-        image_embeds, word_embeds: float [N, D] and [W, D], of unit length.
-        base_images, base_words: the same in the base.
-        logit_scale: factor on the cosines.
+    from those in the base; images are float [N, D], words [W, D], of unit length.
     """
     of_base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
     own = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)

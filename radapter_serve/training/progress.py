@@ -18,18 +18,9 @@ from radapter_serve.runs import METRICS
 
 
 class Progress:
-    """Reports from the main process; the others stay silent.
-
-    Args:
-        accelerator: whose trackers are told.
-        out: folder of `metrics.jsonl`.
-        steps: of the whole run.
-        batch_size: images a step.
-        done: steps of the run before it was cut; what was reported later is forgotten.
-        show: False prints nothing.
-
-    Attributes:
-        notes: lines for the user that nobody knew before the end.
+    """Reports from the main process: on the console unless `show` is False, to the trackers of the
+    accelerator, and to `metrics.jsonl` in the folder `out`, from which it removes what a resumed
+    run reported after its `done` steps. `notes` are lines for the user that the end brings.
     """
 
     def __init__(

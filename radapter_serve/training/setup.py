@@ -32,17 +32,9 @@ from radapter_serve.training.tasks import Data, RunData
 class Learner:
     """What learns, and what it learns from.
 
-    Attributes:
-        plan: the resolved recipe.
-        accelerator: the processes that share the run.
-        base: with the adapters attached; the digest is of its weights without them.
-        adapters: what is trained, in this form.
-        towers: both, as accelerate wraps them.
-        loss_fn: of images, texts, and which of them belong together.
-        data, val: the pairs of training, whose examples are augmented, and of validation; the
-            latter may be None.
-        held_out: digest of the images that are validated on and else would be trained on; None
-            where there are none.
+    The digest is of the base's weights without the adapters; `towers` are both, as accelerate wraps
+    them; `loss_fn` takes images, texts, and which of them belong together; `held_out` is a digest
+    of the images that `val_fraction` keeps from training.
     """
 
     plan: Plan

@@ -34,17 +34,8 @@ def validate(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Measure the adapters as they are; every process calls it.
-
-    Args:
-        base: with the adapters attached.
-        adapters: their α is 1 afterwards.
-        val: validation data; images with captions are evaluated by retrieval.
-        recipe: gives α, and what broken images do.
-        accelerator: whose processes share the work.
-
-    Returns:
-        Fractions by measure and α: zero-shot accuracy, or recall at 1 both ways.
+    """Measure the adapters at the recipe's α and at 1, which stays: fractions by measure and α, of
+    zero-shot accuracy, or of images with captions recall at 1 both ways. Every process calls it.
     """
     alphas = sorted({recipe.alpha, 1.0})
     if isinstance(val, Captioned):
@@ -78,19 +69,11 @@ def answers(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """What the adapters answer at each α, in one pass over the images; every process calls it.
+    """What the adapters answer at A values of α, the last of which stays, in one pass over the
+    images; every process calls it.
 
-    Args:
-        base, adapters, recipe, accelerator: as of `validate`; the last α stays.
-        val: validation data.
-        alphas: A of them.
-
-    Returns:
-        The class of the best score, integer [A, N], and whether it is right, bool [A, N]; each
-        class of an image is. The order of the images is the same in each call.
-
-    Raises:
-        RAdapterError: scores that are not finite.
+    Returns the class of the best score, integer [A, N], and whether it is right, bool [A, N]; each
+    class of an image is. The order of the images is the same in each call.
     """
     classifiers = []
     for alpha in alphas:
