@@ -33,7 +33,7 @@ from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.probes import PROBES
-from radapter_serve.tasks.table import TASKS, Run, Tensors
+from radapter_serve.tasks.table import TASKS, Run, Tensors, forms
 
 SEGMENTED = 2  # images at once: each may hold half a gigabyte of cosines
 TEXTS = 256  # encoded at once, unless one caller has more
@@ -336,7 +336,7 @@ class Engine:
             return cancelled()
 
         # From tensors to typed requests.
-        task.check(model, inputs, served.loaded.release.max_batch_size)
+        task.check(model, forms(inputs), served.loaded.release.max_batch_size)
         requests = task.read(served.loaded, inputs, lambda name: not outputs or name in outputs)
 
         # The steps of each, in this thread.

@@ -1,4 +1,4 @@
-"""The gateway as an ASGI app: KServe v2 over HTTP, and OpenAI's embeddings, in front of an
+"""`Gateway`: KServe v2 over HTTP and OpenAI's embeddings as an ASGI app, in front of an
 `Upstream`.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -21,7 +22,8 @@ from starlette.routing import Route
 
 from radapter_client import Reply
 from radapter_serve import __version__
-from radapter_serve.gateway import answers, embeddings, openai, requests
+from radapter_serve.contract.errors import TIMED_OUT
+from radapter_serve.gateway import kserve, openai
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
     SERVER_UNAVAILABLE,
@@ -31,46 +33,38 @@ from radapter_serve.gateway.errors import (
     Refused,
     bad_request,
     escape,
-    timeout_error,
 )
-from radapter_serve.gateway.health import Health
-from radapter_serve.gateway.journal import Entry, timed_slot
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.limits import Aside, ConcurrencyLimit, MemoryBudget
-from radapter_serve.gateway.metrics import Metrics
+from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget, Quota
 from radapter_serve.gateway.middleware import (
     BrowserRule,
-    Count,
     DiscardBody,
     Errors,
     HeaderLimit,
-    Journal,
-    LimitKey,
     Pieces,
+    Record,
     RequestId,
     RequireKey,
-    Trace,
     is_longer,
     open_spans,
 )
-from radapter_serve.gateway.models import Model, list_indexes
-from radapter_serve.gateway.quotas import Quota, Quotas
+from radapter_serve.gateway.records import Entry, Metrics
 from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
-from radapter_serve.gateway.upstream import Upstream
+from radapter_serve.gateway.upstream import Health, Upstream
+from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
 
-# A body with more JSON, or one that is larger, is read in a thread; small ones don't wait behind
-# large ones there.
+# Larger bodies are parsed in threads: one for those up to `SMALL_BODY`, one for the others.
 SMALL_JSON = 2**16  # bytes
 SMALL_BODY = 2**22
-FRESH = 5.0  # seconds after which a model's configuration is asked for again
+FRESH = 5.0  # seconds for which a model's configuration is remembered
 _TYPES = ("", "application/json", "application/octet-stream")
 T = TypeVar("T")
 
 
 class Gateway:
-    """What the gateway answers: its `app` can be asked while it is `opened`, in the event loop in
-    which `connect` then makes the way to Triton.
+    """The app, which answers while it is `opened`; `connect` makes the upstream in that event
+    loop.
     """
 
     def __init__(
@@ -82,43 +76,48 @@ class Gateway:
         self._settings = settings
         self._connect = connect
         self._timeouts = timeouts
-        self._models: dict[tuple[str, str], tuple[float, Model]] = {}
+        self._models: dict[tuple[str, str], tuple[float, kserve.Model]] = {}
         self._outdated: Mapping[str, bool] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self._memory = MemoryBudget(int(settings.max_memory * MIB))
-        self._small_bodies = Aside("small-bodies")
-        self._large_bodies = Aside("large-bodies")
-        self._metrics = Metrics(self._concurrency, self._memory)
+        self._parsers = {
+            size: (asyncio.Lock(), ThreadPoolExecutor(1, thread_name_prefix=f"{size}-bodies"))
+            for size in ("small", "large")
+        }
+        self._metrics = Metrics(
+            {
+                "running": lambda: self._concurrency.running,
+                "waiting": lambda: self._concurrency.waiting,
+                "body_bytes": lambda: self._memory.held,
+            }
+        )
         self._spans = open_spans()
 
-        # What requests pass depends on the settings.
-        trace = [] if self._spans is None else [Middleware(Trace, self._spans)]
-        journal = [] if settings.log == "off" else [Middleware(Journal, settings.log)]
-        browsers = []
-        key = []
-        limit = []
-        if settings.api_keys is None:
-            browsers = [Middleware(BrowserRule, None if settings.no_api_keys else settings.host)]
-        else:
-            key = [Middleware(RequireKey, Keys(settings.api_keys), Quotas())]
-            limit = [Middleware(LimitKey)]
-        # Each passes these from the first to the last,
+        # A request passes these middlewares from first to last,
         every = [
             Middleware(RequestId),
             Middleware(Pieces),
             Middleware(DiscardBody, timeouts.discard),
             Middleware(Errors),
             Middleware(HeaderLimit),
-            *browsers,
         ]
-        # and those of its path after them.
-        facts = [*journal, Middleware(Errors), *key]
-        count = Middleware(Count, self._metrics)
-        inference = [*trace, *journal, count, Middleware(Errors), *key, *limit]
+        # and then those of its path.
+        facts = [Middleware(Record, settings.log)] if settings.log != "off" else []
+        facts.append(Middleware(Errors))
+        inference = [
+            Middleware(Record, settings.log, self._metrics, self._spans),
+            Middleware(Errors),
+        ]
+        if settings.api_keys is None:
+            every.append(Middleware(BrowserRule, None if settings.no_api_keys else settings.host))
+        else:
+            keys = Keys(settings.api_keys)
+            facts.append(Middleware(RequireKey, keys))
+            inference.append(Middleware(RequireKey, keys, {}))
         model = "/v2/models/{model}"
         version = f"{model}/versions/{{version}}"
-        # The first path that fits is taken, so what is asked for most often comes first.
-        ways: list[tuple[str, list[Middleware], Callable[[Request], Any], list[str]]] = [
+        # The first path that fits is taken, so the most frequent come first.
+        table: list[tuple[str, list[Middleware], Callable[[Request], Any], list[str]]] = [
             ("POST", inference, self.infer, [f"{model}/infer", f"{version}/infer"]),
             ("POST", inference, self.embeddings, ["/v1/embeddings"]),
             ("GET", [], self.live, ["/health/live", "/v2/health/live"]),
@@ -134,8 +133,8 @@ class Gateway:
             ("GET", facts, self.releases, ["/v1/models", "/v1/models/{model}"]),
         ]
         routes = [
-            Route(path, handler, methods=[method], middleware=way)
-            for method, way, handler, paths in ways
+            Route(path, handler, methods=[method], middleware=middlewares)
+            for method, middlewares, handler, paths in table
             for path in paths
         ]
         closed: Any = _closed
@@ -146,7 +145,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Where `app` can be asked."""
+        """Connect to the upstream for the block, in which `app` answers."""
         self._upstream = self._connect()
         self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
@@ -154,29 +153,23 @@ class Gateway:
             yield
         finally:
             await self._upstream.close()
-            self._small_bodies.close()
-            self._large_bodies.close()
+            for _, thread in self._parsers.values():
+                thread.shutdown(wait=False, cancel_futures=True)
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close, self._timeouts.spans)
 
-    # What it answers
+    # Health and facts
 
     async def live(self, request: Request) -> Response:
-        """The gateway runs."""
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        """Every task answers."""
-        why = await self._health.trouble()
-        if why is not None:
+        if (why := await self._health.trouble()) is not None:
             raise Refused(503, SERVER_UNAVAILABLE, why)
         return JSONResponse({"ready": True})
 
     async def prometheus(self, request: Request) -> Response:
-        """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole
-        port.
-        """
-        # Else what was known last.
+        # A slow or failing upstream leaves what was known last.
         with anyio.move_on_after(self._timeouts.index), contextlib.suppress(OSError):
             self._outdated = await self._upstream.outdated_indexes()
         text = self._metrics.text(self._outdated)
@@ -205,15 +198,19 @@ class Gateway:
         return JSONResponse(model.metadata(await self._upstream.versions(name)))
 
     async def config(self, request: Request) -> Response:
-        """The configuration with the releases' facts, always asked of Triton: a client chooses its
-        release by it.
-        """
+        """The configuration, always asked of the upstream: clients choose their release by it."""
         name, version = _named(request)
         return JSONResponse((await self._model(name, version, fresh=0)).config())
 
     async def indexes(self, request: Request) -> Response:
-        """The names of the indexes that `retrieve` searches."""
-        return JSONResponse(await asyncio.to_thread(list_indexes, self._settings.indexes))
+        folder = self._settings.indexes
+        if folder is None:
+            raise Refused(
+                404,
+                NOT_FOUND,
+                "the indexes are not listed here: radapter-gateway --indexes DIR does it",
+            )
+        return JSONResponse({"indexes": await asyncio.to_thread(index_names, folder)})
 
     async def model_ready(self, request: Request) -> Response:
         name, version = _named(request)
@@ -221,47 +218,55 @@ class Gateway:
             raise Refused(400, SERVER_UNAVAILABLE, f"{name} is not ready")
         return JSONResponse({"ready": True})
 
+    async def releases(self, request: Request) -> Response:
+        """The releases as OpenAI's list of models, or one of them."""
+        name = request.path_params.get("model")
+        if name is None:
+            return JSONResponse(await self._openai.models())
+        return JSONResponse(await self._openai.model(name))
+
+    # Inferences
+
     async def infer(self, request: Request) -> Response:
-        """An inference, checked here, cancelled in Triton where its caller leaves or its time is
-        over.
-        """
+        """Answer an inference; its work is cancelled if the caller leaves or its time is over."""
         start = time.monotonic()
         limit = self._settings.timeout
         name, version = _named(request)
         entry: Entry = request.state.entry
         with self._memory.lease() as acquire:
+            # Read and check
             body = await self._body(request, acquire)
             model = await self._model(name, version)
-            length = request.headers.get(requests.HEADER_LENGTH)
-            json_size = requests.json_length(length, len(body))
-            read = partial(requests.read, body, length, model, version)
-            asked = await self._read(request, body, json_size, start + limit, read)
-            # Many short texts, or a text with an emoji, take more than they did as they came.
-            more = max(asked.size - len(body), 0)
+            length = request.headers.get(kserve.HEADER_LENGTH)
+            json_size = kserve.json_length(length, len(body))
+            read = partial(kserve.read, body, length, model, version)
+            inference = await self._read(request, body, json_size, start + limit, read)
+            # Many short texts, or a text with an emoji, take more than their bytes in the body.
+            more = max(inference.size - len(body), 0)
             acquire(min(more, self._memory.max_bytes - len(body)))
             del body, read
-            self._count_images(request, asked.images)
-            end = start + min(limit, asked.timeout or limit)
-            work = self._run(asked, end, entry)
-            reply = await _run_until_disconnect(request, work, end)
+            self._count_images(request, inference.images)
+
+            # Ask the model, when the request may run
+            end = start + min(limit, inference.timeout or limit)
+
+            async def ask() -> Reply:
+                async with self._concurrency.slot(entry):
+                    left = max(end - time.monotonic(), 1e-3)
+                    return await self._upstream.infer(inference, left, entry)
+
+            reply = await _run_until_disconnect(request, ask(), end)
             entry.release = str(reply.version)
             self._health.answered(name)
-            content, headers = answers.write(reply, asked)
+            content, headers = kserve.write(reply, inference)
             return Response(content, headers=headers)
 
-    async def releases(self, request: Request) -> Response:
-        """The releases as OpenAI's list of models, or one of them."""
-        name = request.path_params.get("model")
-        return JSONResponse(
-            await (self._openai.models() if name is None else self._openai.model(name))
-        )
-
     async def embeddings(self, request: Request) -> Response:
-        """OpenAI's embeddings, of texts and images."""
+        """Answer a request for OpenAI's embeddings."""
         end = time.monotonic() + self._settings.timeout
         with self._memory.lease() as acquire:
             body = await self._body(request, acquire)
-            read = partial(embeddings.read, body, self._settings.max_inputs)
+            read = partial(openai.read, body, self._settings.max_inputs)
             asked = await self._read(request, body, len(body), end, read)
             del body, read
             self._count_images(request, len(asked.images))
@@ -269,10 +274,8 @@ class Gateway:
             answer = await _run_until_disconnect(request, work, end)
             return Response(answer, media_type="application/json")
 
-    # What its answers share
-
     async def _body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
-        """The body of a request; `acquire` is called with the size of each part as it comes."""
+        """The body of a request; `acquire` gets the size of each part as it comes."""
         headers = request.headers
         if headers.get("Content-Encoding", "identity") != "identity":
             raise Refused(
@@ -282,23 +285,24 @@ class Gateway:
         if kind not in _TYPES:
             allowed = " or ".join(_TYPES[1:])
             raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {escape(kind)}; send {allowed}")
-        most = int(self._settings.max_body * MIB)
-        too_large = f"the body has more than {most / MIB:g} MiB, the most that is taken"
-        if is_longer(headers, most):
+        limit = int(self._settings.max_body * MIB)
+        too_large = f"the body has more than {limit / MIB:g} MiB, the most that is taken"
+        if is_longer(headers, limit):
             raise Refused(413, TOO_LARGE, too_large)
         parts = []
         size = 0
-        # `asyncio.wait_for` would leave a cycle of references with every refusal, which keeps the
-        # body, and with it the connection, until Python looks for cycles.
-        with anyio.move_on_after(self._settings.timeout) as limit:
+        # Not `asyncio.wait_for`, whose exceptions are cycles of references that keep the body, and
+        # with it the connection, until Python looks for cycles.
+        with anyio.move_on_after(self._settings.timeout) as scope:
             async for part in request.stream():
                 size += len(part)
-                if size > most:
+                if size > limit:
                     raise Refused(413, TOO_LARGE, too_large)
                 acquire(len(part))
                 parts.append(part)
-        if limit.cancelled_caught:
-            raise timeout_error(408, f"the body did not come within {self._settings.timeout:g} s")
+        if scope.cancelled_caught:
+            why = f"the body did not come within {self._settings.timeout:g} s"
+            raise Refused(408, TIMED_OUT, why)
         if not size:
             raise bad_request("the body is empty")
         request.state.entry.bytes_in = size
@@ -307,28 +311,23 @@ class Gateway:
     async def _read(
         self, request: Request, body: bytes, json_size: int, end: float, read: Callable[[], T]
     ) -> T:
-        """What `read` makes of a body, by the time `end`; so many bytes of it are JSON."""
+        """Parse a body with `read` by the time `end`; its first `json_size` bytes are JSON."""
         if json_size <= SMALL_JSON and len(body) <= SMALL_BODY:
             return read()
-        aside = self._small_bodies if len(body) <= SMALL_BODY else self._large_bodies
+        lock, thread = self._parsers["small" if len(body) <= SMALL_BODY else "large"]
+        call = partial(asyncio.get_running_loop().run_in_executor, thread)
 
         async def reading() -> T:
-            async with aside.turn() as call:
-                size = await call(requests.json_memory, body[:json_size])
+            # Requests wait for the lock, not in the thread's queue: one that leaves holds nothing.
+            async with lock:
+                size = await call(kserve.json_memory, body[:json_size])
                 with self._memory.lease() as acquire:
-                    # A request that has all memory to itself is never refused for what it takes.
+                    # A request that has all memory to itself is never refused for its size.
                     acquire(min(size, self._memory.max_bytes - len(body)))
-                    result: T = await call(read)
-                    return result
+                    return await call(read)
 
         result: T = await _run_until_disconnect(request, reading(), end)
         return result
-
-    async def _run(self, asked: requests.Inference, end: float, entry: Entry) -> Reply:
-        """The model's answer, as soon as the request may run; its deadline goes on."""
-        async with timed_slot(self._concurrency, entry):
-            left = max(end - time.monotonic(), 1e-3)
-            return await self._upstream.infer(asked, left, entry.followed)
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.scope["state"].get("quota")
@@ -336,15 +335,13 @@ class Gateway:
             quota.images(count)
             self._metrics.count_images(quota.key.name, count)
 
-    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
-        """A model by its configuration, which is asked for again after some seconds: a new release
-        may change it.
-        """
+    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> kserve.Model:
+        """A task by its configuration, which is remembered for `fresh` seconds."""
         now = time.monotonic()
         when, model = self._models.get((name, version), (now, None))
         if model is None or now - when >= fresh:
             model = await self._upstream.config(name, version)
-            # What nobody asks for any more goes: versions come and go.
+            # Versions come and go: what nobody asks for any more is forgotten.
             known = self._models.items()
             self._models = {key: one for key, one in known if now - one[0] < FRESH}
             self._models[name, version] = now, model
@@ -352,59 +349,55 @@ class Gateway:
 
 
 async def _closed(request: Request, error: Exception) -> NoReturn:
-    open_ = (
-        "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2,"
-        " /health/live and /ready"
-    )
-    # Not of `request.url`: that needs a Host, which may be anything.
+    """Refuse a path or a method that is not open."""
+    # The scope's path, for `request.url` needs a Host, which may be anything.
     if request.scope["path"].startswith(openai.PREFIX):
-        open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
-    message = f"{request.method} of this path is not open here; open are {open_}"
+        paths = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
+    else:
+        paths = (
+            "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2,"
+            " /health/live and /ready"
+        )
+    message = f"{request.method} of this path is not open here; open are {paths}"
     raise Refused(getattr(error, "status_code", 404), NOT_FOUND, message)
 
 
 def _named(request: Request) -> tuple[str, str]:
-    """Model and version of a request's path. Encoders, and whatever else a repository holds, are
-    not reached through the gateway.
-    """
+    """Task and version of a request's path; encoders and other models are not reached."""
     name = request.path_params["model"]
     version = request.path_params.get("version", "")
     if name not in TASKS:
-        raise Refused(
-            404, UNKNOWN_MODEL, f"no model {escape(name)} here; there are {', '.join(TASKS)}"
-        )
+        why = f"no model {escape(name)} here; there are {', '.join(TASKS)}"
+        raise Refused(404, UNKNOWN_MODEL, why)
     if not re.fullmatch(r"(?:[1-9][0-9]{0,17})?", version):
-        raise Refused(
-            404,
-            UNKNOWN_MODEL,
-            f"{name} has no version {escape(version)}; versions are whole numbers from 1",
-        )
+        why = f"{name} has no version {escape(version)}; versions are whole numbers from 1"
+        raise Refused(404, UNKNOWN_MODEL, why)
     return name, version
 
 
 async def _run_until_disconnect(
     request: Request, work: Coroutine[Any, Any, Any], end: float
 ) -> Any:
-    """The result of work that is cancelled if the caller disconnects, or when the time `end` is
-    over; all of the request must have been read.
+    """The result of work, which is cancelled if the caller disconnects or the time `end` is over;
+    the whole body must have been read.
     """
     task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(request.receive())
+    disconnect = asyncio.ensure_future(request.receive())
     try:
-        # Triton, which has the same deadline, has the first word.
+        # A second more: the upstream has the same deadline, and a better answer.
         await asyncio.wait(
-            {task, left},
+            {task, disconnect},
             timeout=max(end - time.monotonic(), 0) + 1,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if task.done():
             return task.result()
-        if left.done():
+        if disconnect.done():
             raise ClientDisconnect
-        raise timeout_error(504, "the request took longer than it may")
+        raise Refused(504, TIMED_OUT, "the request took longer than it may")
     finally:
-        left.cancel()
-        if not task.done():  # its place is free again before anybody hears of this
+        disconnect.cancel()
+        if not task.done():  # its place is free before anybody hears of this
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        del task  # else its exception holds this frame, and this frame holds it
+        del task  # its exception holds this frame, and this frame would hold it

@@ -1,16 +1,15 @@
-"""Connections of callers: how many there may be, and what each may take before the gateway looks
-at its request. uvicorn speaks HTTP/1.1 on them.
+"""Connections of callers: how many there may be, and what each may take before the app sees its
+request. uvicorn speaks HTTP/1.1 on them.
 
-Every connection has one of three states. It waits for a request: in its handshake, before the end
-of a request's headers, or after an answer. It has a request under way. Or it has ended. One that
-waits has its time, and where places run out the one that has waited longest ends first. So whoever
-keeps connections open without asking on them keeps nobody else out.
+A connection waits for a request (in its handshake, before the end of a request's headers, or after
+an answer), has a request under way, or has ended. One that waits has a time limit, and where places
+run out, the one that has waited longest ends. So connections that are kept open without requests
+keep nobody else out.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import ipaddress
 import json
@@ -21,12 +20,12 @@ import ssl
 import sys
 from collections import Counter
 from email.utils import formatdate
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from radapter_serve.gateway.errors import Refused, bad_request
@@ -37,49 +36,48 @@ from radapter_serve.gateway.upstream import LOG
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-TICK_SECONDS = 0.25  # from one look at what has had its time to the next
-WARN_SECONDS = 60.0  # from one warning that an address has all its places to the next
+TICK_SECONDS = 0.25  # between two looks for connections whose time is over
+WARN_SECONDS = 60.0  # between two warnings that an address has all its places
 _HEAD_END = b"\r\n\r\n"
-_NO_REQUEST = (
+_NOT_HTTP = (
     "these bytes are no request of HTTP/1.1; its lines end with CRLF, and a path has ASCII"
     " characters alone, all others as %XX"
 )
-# Of a request: some callers end the one before with an empty line.
+# A request may follow an empty line, which some callers send after the one before.
 _BEGINNING = re.compile(rb"(\r\n)?([A-Z]|\Z)|\r\Z")
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\n"
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_JOINED = 16 * 1024  # bytes of an answer above which nothing is joined
-_CHUNKED_PIECE = 512  # bytes of a chunked body that are parsed at once, at least
-# What callers do wrong is answered, not logged.
+_MAX_JOINED = 16 * 1024  # bytes of an answer up to which writes are joined
+_MIN_CHUNKED_PIECE = 512  # bytes of a chunked body that are parsed at once
+# Errors of callers are answered, not logged.
 _SILENT = logging.Logger("connections", logging.CRITICAL + 1)
 
 
 class Connections:
-    """Takes the connections of a listener, and answers on them.
-
-    Args:
-        app: that answers.
-        listener: that listens already; closed by `serve`.
-        settings: of the gateway.
-        timeouts: of the gateway.
-
-    Raises:
-        OSError, ssl.SSLError: a certificate or a key that cannot be read.
+    """Accepts the connections of a listener and answers on them; raises OSError or ssl.SSLError for
+    a certificate or a key that cannot be read.
     """
 
     def __init__(
         self, app: ASGIApp, listener: socket.socket, settings: Settings, timeouts: Timeouts
     ) -> None:
         self._listener = listener
-        self._most = settings.max_connections
-        # Where one address may have all places, its callers wait for one as all others do.
-        limited = settings.most_of_address < settings.max_connections
-        self._most_of_address = settings.most_of_address if limited else sys.maxsize
+        self._max = settings.max_connections
+        # An address that may have all places waits for one, as all others do.
+        per_address = settings.max_connections_per_address or max(1, self._max // 4)
+        self._max_of_address = per_address if per_address < self._max else sys.maxsize
         self._timeouts = timeouts
-        self._tls = _tls(settings)
-        app_of_uvicorn: Any = app
+        self._tls = None
+        if settings.tls_certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            self._tls.options |= ssl.OP_NO_RENEGOTIATION
+            self._tls.set_alpn_protocols(["http/1.1"])
+            # Refuses a key with a password, for which it would ask at the terminal.
+            self._tls.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+        any_app: Any = app
         self.config = uvicorn.Config(
-            app_of_uvicorn,
+            any_app,
             http=HttpToolsProtocol,
             interface="asgi3",
             lifespan="off",
@@ -88,218 +86,134 @@ class Connections:
             proxy_headers=False,
         )
         self.state = ServerState()
-        self._open: set[_Connection] = set()
+        self.open: set[_Connection] = set()
         self._of_address: Counter[str] = Counter()
-        # Since when each waits for a request, or for its caller to read; the longest first.
-        self._waiting: dict[_Connection, float] = {}
-        self._unread: dict[_Connection, float] = {}
-        # Set where a place may have become free.
-        self._changed = asyncio.Event()
+        # Since when each waits for a request, or for its caller to read; the longest first
+        self.waiting: dict[_Connection, float] = {}
+        self.unread: dict[_Connection, float] = {}
+        self.place_is_free = asyncio.Event()  # set where one may have become free
         self._warned = -WARN_SECONDS
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Answer until `stop` is set; running requests then have `timeouts.drain` to end."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._listener.setblocking(False)
-        self._look()
-        stopping = asyncio.ensure_future(stop.wait())
-        accepting = asyncio.ensure_future(self._accept())
-        ticking = asyncio.ensure_future(self._tick())
         try:
-            await asyncio.wait({stopping, accepting, ticking}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (accepting, ticking):
-                if task.done():  # neither ends but by an error
-                    task.result()
-            accepting.cancel()
-            await asyncio.gather(accepting, return_exceptions=True)
-            self._listener.close()
-            for one in list(self._open):
-                one.finish()
-            end = self._loop.time() + self._timeouts.drain
-            while self._open and self._loop.time() < end:
-                self._changed.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), end - self._loop.time())
+            async with anyio.create_task_group() as ticking:
+                ticking.start_soon(self._tick)
+                async with anyio.create_task_group() as accepting:
+                    accepting.start_soon(self._accept)
+                    await stop.wait()
+                    accepting.cancel_scope.cancel()
+                self._listener.close()
+                for connection in list(self.open):
+                    connection.finish()
+                with anyio.move_on_after(self._timeouts.drain):
+                    while self.open:
+                        self.place_is_free.clear()
+                        await self.place_is_free.wait()
+                ticking.cancel_scope.cancel()
         finally:
-            for waiting in (stopping, accepting, ticking):
-                waiting.cancel()
             self._listener.close()
-            # Who still waits for an answer is told that there is none.
-            for running in list(self.state.tasks):
-                running.cancel()
+            # Callers who still wait learn that there is no answer.
+            for request in list(self.state.tasks):
+                request.cancel()
             if self.state.tasks:
                 await asyncio.wait(set(self.state.tasks), timeout=TICK_SECONDS)
-            for one in list(self._open):
-                one.end()
-            await asyncio.gather(stopping, accepting, ticking, return_exceptions=True)
+            for connection in list(self.open):
+                connection.end()
 
-    # What connections say
-
-    def wait_for_request(self, one: _Connection) -> None:
-        """From now on this connection waits for a request."""
-        if one in self._open:
-            self._waiting.pop(one, None)
-            self._waiting[one] = self._loop.time()
-            self._changed.set()
-
-    def has_request(self, one: _Connection) -> None:
-        """A connection has a request under way."""
-        self._waiting.pop(one, None)
-
-    def wait_for_reader(self, one: _Connection) -> None:
-        """The caller does not take what is sent, for the moment."""
-        if one in self._open:
-            self._unread[one] = self._loop.time()
-
-    def is_read(self, one: _Connection) -> None:
-        """The caller has taken what was sent."""
-        self._unread.pop(one, None)
-
-    def leave(self, one: _Connection) -> None:
-        """A connection has ended."""
-        if one in self._open:
-            self._open.remove(one)
-            self._waiting.pop(one, None)
-            self._unread.pop(one, None)
-            self._of_address[one.address] -= 1
-            if not self._of_address[one.address]:
-                del self._of_address[one.address]
-            self._changed.set()
-
-    # What it does meanwhile
+    def leave(self, connection: _Connection) -> None:
+        """Give back the place of a connection."""
+        if connection in self.open:
+            self.open.remove(connection)
+            self.waiting.pop(connection, None)
+            self.unread.pop(connection, None)
+            self._of_address[connection.address] -= 1
+            if not self._of_address[connection.address]:
+                del self._of_address[connection.address]
+            self.place_is_free.set()
 
     async def _accept(self) -> None:
         while True:
             try:
-                accepted, peer = await self._loop.sock_accept(self._listener)
+                accepted, peer = await self.loop.sock_accept(self._listener)
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):  # no more files may be open
+                if error.errno in (errno.EMFILE, errno.ENFILE):  # too many open files
                     self._end_oldest()
                     await asyncio.sleep(TICK_SECONDS)
                 continue
-            address = address_of(peer[0])
+            address = network_of(peer[0])
             try:
-                if not self._has_place(address):
+                if not self._may_have_another(address):
                     accepted.close()
                     continue
-                while not self._has_room():
-                    self._changed.clear()
-                    await self._changed.wait()
+                while len(self.open) >= self._max and not self._end_oldest():
+                    self.place_is_free.clear()
+                    await self.place_is_free.wait()
             except asyncio.CancelledError:
                 accepted.close()
                 raise
-            self._join(address, accepted)
+            self._open_connection(address, accepted)
 
-    def _join(self, address: str, accepted: socket.socket) -> None:
-        one = _Connection(self, address)
-        self._open.add(one)
+    def _open_connection(self, address: str, accepted: socket.socket) -> None:
+        connection = _Connection(self, address)
+        self.open.add(connection)
         self._of_address[address] += 1
-        self.wait_for_request(one)
+        connection.wait_for_request()
 
         def opened(opening: asyncio.Future[Any]) -> None:
-            if opening.cancelled() or opening.exception() is not None:  # of its handshake
+            if opening.cancelled() or opening.exception() is not None:  # of the handshake
                 accepted.close()
-                self.leave(one)
+                self.leave(connection)
 
-        one.opening = asyncio.ensure_future(
-            self._loop.connect_accepted_socket(lambda: one, accepted, ssl=self._tls)
+        connection.opening = asyncio.ensure_future(
+            self.loop.connect_accepted_socket(lambda: connection, accepted, ssl=self._tls)
         )
-        one.opening.add_done_callback(opened)
+        connection.opening.add_done_callback(opened)
 
-    def _has_place(self, address: str) -> bool:
-        """Whether an address may have one connection more, in the place of its own that has waited
-        longest where it has all its places.
-        """
-        if self._of_address[address] < self._most_of_address:
+    def _may_have_another(self, address: str) -> bool:
+        """True if an address may have one more connection; its oldest ends if it has too many."""
+        if self._of_address[address] < self._max_of_address or self._end_oldest(address):
             return True
-        if self._end_oldest(address):
-            return True
-        if self._loop.time() - self._warned >= WARN_SECONDS:
-            self._warned = self._loop.time()
+        if self.loop.time() - self._warned >= WARN_SECONDS:
+            self._warned = self.loop.time()
             LOG.warning(
                 "%s has %d requests under way, and gets no more connections; if that is a proxy,"
                 " set --max-connections-per-address to what --max-connections is",
                 address,
-                self._most_of_address,
+                self._max_of_address,
             )
         return False
 
-    def _has_room(self) -> bool:
-        return len(self._open) < self._most or self._end_oldest()
-
     def _end_oldest(self, address: str | None = None) -> bool:
-        """End the connection, of an address or of all, that has waited longest for a request;
-        whether there is one.
+        """End the connection, of an address or of all, that has waited longest for a request; False
+        if none waits.
         """
-        for one in self._waiting:
-            if address in (None, one.address) and one.is_idle:
-                one.end()
+        for connection in self.waiting:
+            if address in (None, connection.address) and connection.is_idle:
+                connection.end()
                 return True
         return False
 
     async def _tick(self) -> None:
+        """End connections whose time is over, and set the date of answers."""
         while True:
+            self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+            for since, seconds in (
+                (self.waiting, self._timeouts.idle),
+                (self.unread, self._timeouts.piece),
+            ):
+                last = self.loop.time() - seconds
+                while since and next(iter(since.values())) < last:
+                    next(iter(since)).end()
             await asyncio.sleep(TICK_SECONDS)
-            self._look()
-
-    def _look(self) -> None:
-        """End what has had its time, and tell the time in answers."""
-        self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-        for since, seconds in (
-            (self._waiting, self._timeouts.idle),
-            (self._unread, self._timeouts.piece),
-        ):
-            last = self._loop.time() - seconds
-            while since and next(iter(since.values())) < last:
-                next(iter(since)).end()
-
-
-class _Joined:
-    """The way of answers to a transport: headers go out with the body that comes right after them,
-    for uvicorn writes the two one by one, and each would be a packet.
-
-    Args:
-        transport: to the caller.
-
-    Attributes:
-        held: what has not been written yet.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self.held = b""
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if not self.held:
-            self._loop.call_soon(self._write)
-        self.held += data
-        if len(self.held) > _JOINED:
-            self._write()
-
-    def close(self) -> None:
-        self._write()
-        self._transport.close()
-
-    def _write(self) -> None:
-        if self.held:
-            self._transport.write(self.held)
-            self.held = b""
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection, on which one request after the other is parsed and answered.
+    """One connection, on which one request after the other is parsed and answered."""
 
-    Args:
-        others: that it is one of.
-        address: of the caller, as `address_of` says it.
-
-    Attributes:
-        opening: makes its handshake.
-    """
-
-    opening: asyncio.Future[Any]
+    opening: asyncio.Future[Any]  # the handshake
 
     def __init__(self, others: Connections, address: str) -> None:
         super().__init__(others.config, others.state, {})
@@ -307,23 +221,30 @@ class _Connection(HttpToolsProtocol):
         self.access_log = False
         self.address = address
         self._others = others
-        # What is not parsed yet: headers without their end, or what came behind a request.
+        # Bytes that are not parsed yet: headers without their end, or requests behind the current
         self._left = b""
-        # From a request's headers on to its end: that, the bytes of its body that are still to
-        # come (None where it has chunks), and the bytes that came since the last piece of it.
+        # The body: whether it is the turn of one, its bytes to come (None if it has chunks), and
+        # the bytes since the last of its pieces
         self._in_body = False
         self._body_left: int | None = None
         self._between = 0
-        # Whether nothing that comes is parsed any more, and how much of that came.
+        # After a refusal nothing more is parsed, and so many bytes were thrown away
         self._is_deaf = False
         self._discarded = 0
 
     @property
     def is_idle(self) -> bool:
-        """Whether all that was answered is on its way."""
-        if self.transport is None:
-            return True
-        return not (self._joined.held or self.transport.get_write_buffer_size())
+        """True if all that was answered is on its way."""
+        return self.transport is None or not (
+            self._joined.held or self.transport.get_write_buffer_size()
+        )
+
+    def wait_for_request(self) -> None:
+        """Give the caller time for another request from now on."""
+        if self in self._others.open:
+            self._others.waiting.pop(self, None)
+            self._others.waiting[self] = self._others.loop.time()
+            self._others.place_is_free.set()
 
     def end(self) -> None:
         """End it at once; its place is free from now on."""
@@ -342,12 +263,12 @@ class _Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    # asyncio's calls
+    # Calls of asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._joined: Any = _Joined(transport)
-        self._others.wait_for_request(self)
+        self._joined: Any = _JoinedWrites(transport)
+        self.wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -355,50 +276,56 @@ class _Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._others.wait_for_reader(self)
+        if self in self._others.open:
+            self._others.unread[self] = self._others.loop.time()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._others.is_read(self)
+        self._others.unread.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
             return
         if self._is_deaf:
-            self._discard(len(data))
+            if self._is_answering:
+                self.flow.pause_reading()
+                return
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED:
+                self.end()
             return
-        had_begun = bool(self._left)
+        is_continued = bool(self._left)
         data = self._left + data
         start = 0
         piece: bytes | memoryview
-        # One request at a time: what comes behind it waits until it has its answer.
+        # Requests behind the current one wait until it has its answer.
         while start < len(data) and not self._is_answering:
             if not self._in_body:
-                # Headers are parsed as a whole.
+                # Headers, which are parsed as a whole
                 if data.startswith(_HTTP2, start):
-                    self.end()  # a caller by gRPC, to whom an answer in HTTP/1.1 says nothing
+                    self.end()  # a caller by gRPC, who does not understand an answer
                     return
                 if not _BEGINNING.match(data, start):
-                    self._refuse(bad_request(_NO_REQUEST))
+                    self._refuse(bad_request(_NOT_HTTP))
                     return
                 end = data.find(_HEAD_END, start) + len(_HEAD_END)
                 if end < len(_HEAD_END):
                     if len(data) - start > MAX_HEADERS:
                         self._refuse(headers_too_large())
                         return
-                    if start or not had_begun:
-                        self._others.wait_for_request(self)
+                    if start or not is_continued:
+                        self.wait_for_request()
                     break
-                # The parser would leave HTTP with the headers and take a body for a request, where
-                # `Upgrade` asks for that; no protocol but this is spoken here.
+                # `Upgrade` would make the parser leave HTTP, and take a body for a request.
                 piece = _UPGRADE.sub(b"\r\nx-upgrade:", data[start:end])
             elif self._body_left:
+                # A body of known length
                 end = min(start + self._body_left, len(data))
                 piece = memoryview(data)[start:end]
             else:
-                # No farther than some bytes beyond its end, for what is there is another request.
+                # Chunks, not far beyond their end, where another request begins
                 last = min(start + MAX_HEADERS, len(data))
-                end = data.find(_HEAD_END, start + _CHUNKED_PIECE, last) + len(_HEAD_END)
+                end = data.find(_HEAD_END, start + _MIN_CHUNKED_PIECE, last) + len(_HEAD_END)
                 if end < len(_HEAD_END):
                     end = last
                 piece = memoryview(data)[start:end]
@@ -406,9 +333,9 @@ class _Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-                self._refuse(bad_request(_NO_REQUEST))
+                self._refuse(bad_request(_NOT_HTTP))
                 return
-            if self._between > MAX_HEADERS:  # of trailers, or of what a chunk says of itself
+            if self._between > MAX_HEADERS:  # of trailers, or of the extensions of a chunk
                 self._refuse(headers_too_large())
                 return
             start = end
@@ -416,7 +343,7 @@ class _Connection(HttpToolsProtocol):
         if self._is_answering and self._left:
             self.flow.pause_reading()
 
-    # The parser's calls
+    # Calls of the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_body:  # else it is a trailer
@@ -424,9 +351,9 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self._has_request:
-            raise ValueError("a request behind chunks that are not at their end")
+            raise ValueError("a request within chunks")
         if self.parser.get_http_version() not in ("1.0", "1.1"):
-            raise ValueError("a protocol that is not spoken here")
+            raise ValueError("an unknown version of HTTP")
         super().on_headers_complete()
         self.cycle.transport = self._joined
         self._in_body = True
@@ -435,7 +362,7 @@ class _Connection(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"content-length":
                 self._body_left = int(value)
-        self._others.has_request(self)
+        self._others.waiting.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -448,12 +375,11 @@ class _Connection(HttpToolsProtocol):
         self._in_body = False
         self._between = 0
 
-    # The answer's call
+    # The call of an answer that is complete
 
     def on_response_complete(self) -> None:
-        # A caller who takes the end of it slowly, or goes on to send, has the time of one who
-        # waits.
-        self._others.wait_for_request(self)
+        # A caller who reads its end slowly, or goes on to send, has the time of one who waits.
+        self.wait_for_request()
         if not self.transport.is_closing():
             self.flow.resume_reading()
             if self._left:
@@ -465,58 +391,66 @@ class _Connection(HttpToolsProtocol):
 
     @property
     def _is_answering(self) -> bool:
-        """Whether a request has come as a whole, and has no answer yet."""
+        """True if all of a request has come, and not all of its answer is sent."""
         return self._has_request and not self.cycle.more_body
 
     def _refuse(self, error: Refused) -> None:
-        """Answer what is no request, and parse nothing that comes after it."""
+        """Answer bytes that are not a request, and parse nothing that comes after them."""
         self._is_deaf = True
-        if self._is_answering:  # the request before has its answer first, and then it ends
+        if self._is_answering:  # the connection ends with that answer
             self.cycle.keep_alive = False
             return
-        if self._has_request:  # its body is broken: nobody waits for an answer of the app
+        if self._has_request:  # its body is broken, so the app's answer is not wanted
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.cycle.response_started:
                 self.end()
                 return
-        # It is closed by the caller once he has read this, or when its time is over.
         body = json.dumps({"error": str(error)}).encode()
-        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
-        kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        self.transport.write(f"{head}{kind}".encode() + body)
+        headers = (
+            f"connection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            "\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[error.status] + headers.encode() + body)
+        # The caller closes it after reading this, or its time is over.
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._others.wait_for_request(self)
-
-    def _discard(self, size: int) -> None:
-        if self._is_answering:
-            self.flow.pause_reading()
-            return
-        self._discarded += size
-        if self._discarded > MAX_DISCARDED:
-            self.end()
+        self.wait_for_request()
 
 
-def address_of(host: str) -> str:
-    """Whose connections count together: an IPv4 address, or the network of 64 bits that a caller by
-    IPv6 has to himself.
+class _JoinedWrites:
+    """A transport that joins the headers of an answer with its body, which uvicorn writes as two
+    packets; `held` is not written yet.
     """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self.held = b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self.held:
+            self._loop.call_soon(self._write)
+        self.held += data
+        if len(self.held) > _MAX_JOINED:
+            self._write()
+
+    def close(self) -> None:
+        self._write()
+        self._transport.close()
+
+    def _write(self) -> None:
+        if self.held:
+            self._transport.write(self.held)
+            self.held = b""
+
+
+def network_of(host: str) -> str:
+    """The IPv4 address of a caller, or the 64-bit network of its IPv6 address."""
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
     return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_certificate is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.set_alpn_protocols(["http/1.1"])
-    # A key with a password is refused; it would be asked for at the terminal.
-    context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
-    return context

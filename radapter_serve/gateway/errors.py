@@ -1,4 +1,6 @@
-"""Why the gateway refuses a request; the codes of the tasks are in `contract/errors.py`."""
+"""Refusals of the gateway: a status of HTTP, a code and a sentence; the tasks' own codes are in
+`contract/errors.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ TOO_LARGE = "too_large"
 UNSUPPORTED_TYPE = "unsupported_type"
 SERVER_UNAVAILABLE = "server_unavailable"
 
-# All that a caller can get.
+# Every code that a caller can get.
 CODES = frozenset(
     {
         UNAUTHORIZED,
@@ -28,13 +30,10 @@ CODES = frozenset(
     }
     | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
 )
-RETRY_AFTER = 1  # second
 
-# Statuses of HTTP for codes of the tasks that say more than gRPC's status does.
-_BY_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
-
-# Statuses of HTTP for those of gRPC.
-_STATUS = {
+# HTTP statuses of task codes that say more than the status of gRPC does.
+_STATUS_OF_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
+_STATUS_OF_GRPC = {
     "INVALID_ARGUMENT": 400,
     "OUT_OF_RANGE": 400,
     "NOT_FOUND": 404,
@@ -43,8 +42,8 @@ _STATUS = {
     "CANCELLED": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-# What Triton says without a code of ours, and what callers read of it.
-_PLAIN: dict[int, tuple[str, str | None]] = {
+# Code and message of a failure that Triton reports without a code; None keeps Triton's own message.
+_WITHOUT_CODE: dict[int, tuple[str, str | None]] = {
     404: (UNKNOWN_MODEL, None),
     400: (tasks.INVALID_ARGUMENT, None),
     413: (TOO_LARGE, None),
@@ -55,7 +54,7 @@ _PLAIN: dict[int, tuple[str, str | None]] = {
     ),
     504: (TIMED_OUT, "the request took longer than it may"),
 }
-# The same for what passes, by the code of the tasks.
+# Messages of codes that no task raised itself.
 _RETRYABLE = {
     OVERLOADED: "this model has more to do than it can take on; try again in a moment",
     RESTARTING: "a part of the server starts again; try again in a moment",
@@ -64,15 +63,15 @@ _RETRYABLE = {
 
 
 class Refused(RAdapterError):
-    """A request that gets no answer; `str()` is "[code] sentence"."""
+    """A request that gets no answer; `str()` is "[code] message"."""
 
     def __init__(
         self,
         status: int,  # of HTTP
         code: str,  # one of `CODES`, or another of a task
         message: str,  # what is wrong, which value, what is allowed
-        param: str | None = None,  # the field of the request that is wrong, where one is
-        retry_after: int = RETRY_AFTER,  # seconds, after which the same request may be answered
+        param: str | None = None,  # the field of the request that is wrong
+        retry_after: int = 1,  # seconds until the same request may be answered
     ) -> None:
         super().__init__(f"[{code}] {message}")
         self.status = status
@@ -82,49 +81,24 @@ class Refused(RAdapterError):
         self.retry_after = retry_after
 
 
-def let_go(error: BaseException | None) -> None:
-    """Let go of all that was under way when an error was raised, such as a body. A frame that names
-    its own error would else keep it until Python looks for cycles.
-    """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
-
-
 def bad_request(message: str, param: str | None = None) -> Refused:
-    """The refusal of a request that can never be right."""
     return Refused(400, tasks.INVALID_ARGUMENT, message, param)
 
 
-def overloaded(message: str) -> Refused:
-    return Refused(429, OVERLOADED, message)
-
-
-def timeout_error(status: int, message: str) -> Refused:
-    return Refused(status, TIMED_OUT, message)
-
-
 def from_status(status: str, text: str) -> Refused:
-    """What a caller may know of a failure that Triton or an engine reported: its code and its first
-    line, without paths.
-
-    Args:
-        status: gRPC's name of it, such as INVALID_ARGUMENT.
-        text: its message.
+    """Translate a failure of Triton or an engine, by its gRPC status and message: the code and the
+    first line, without paths.
     """
-    number = _STATUS.get(status, 500)
+    number = _STATUS_OF_GRPC.get(status, 500)
     failure = read_failure(text)
     if failure.code is not None:
         message = tasks.redact(failure.message) if failure.by_task else _RETRYABLE[failure.code]
-        return Refused(_BY_CODE.get(failure.code, number), failure.code, message)
-    code, sentence = _PLAIN[number]
+        return Refused(_STATUS_OF_CODE.get(failure.code, number), failure.code, message)
+    code, sentence = _WITHOUT_CODE[number]
     return Refused(number, code, sentence or tasks.redact(failure.message))
 
 
 def escape(text: str) -> str:
-    """What a caller sent, short and printable, for a message."""
-    return (
-        repr(text if len(text) <= 60 else f"{text[:60]}...")
-        .encode("ascii", "backslashreplace")
-        .decode()
-    )
+    """Quote a caller's text for a message: at most 60 characters, printable ASCII."""
+    quoted = repr(text if len(text) <= 60 else f"{text[:60]}...")
+    return quoted.encode("ascii", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""The way to an engine in this process, in place of Triton."""
+"""`InProcess`: the upstream that asks an engine in this process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.steps import collected
 from radapter_serve.engine.engine import Engine, NotServed
 from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_status
-from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import Inference
+from radapter_serve.gateway.kserve import Inference, Model
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.run import GatewayServer, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import LOG, Followed
+from radapter_serve.gateway.upstream import LOG
 from radapter_serve.release.release import release_parameters
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import EngineServer
@@ -29,43 +29,36 @@ T = TypeVar("T")
 
 
 class InProcess:
-    """An `Upstream` that asks an engine.
-
-    Args:
-        engine: that answers.
-        at_once: requests at the same time, each in a thread of its own, where it waits for others
-            to be run with it.
+    """An `Upstream` that runs up to `max_concurrent` requests in threads, where each waits for its
+    batch.
     """
 
-    def __init__(self, engine: Engine, at_once: int) -> None:
+    def __init__(self, engine: Engine, max_concurrent: int) -> None:
         self._engine = engine
-        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="request")
-        # Of its own, for it must not wait until requests have ended.
+        self._requests = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
+        # Facts must not wait for requests; indexes may wait for a slow file system.
         self._facts = ThreadPoolExecutor(1, thread_name_prefix="facts")
-        # And this one may wait for an object storage.
         self._indexes = ThreadPoolExecutor(1, thread_name_prefix="indexes")
 
-    async def infer(
-        self, asked: Inference, timeout: float, followed: Followed | None = None
-    ) -> Reply:
-        gone = threading.Event()
+    async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
+        cancelled = threading.Event()
         deadline = time.monotonic() + timeout
 
         def infer() -> Reply:
-            with collected(None if followed is None else followed.steps):
+            with collected(None if entry is None else entry.steps):
                 return self._engine.infer(
-                    asked.model,
-                    asked.version,
-                    asked.inputs,
-                    asked.outputs,
+                    request.model,
+                    request.version,
+                    request.inputs,
+                    request.outputs,
                     deadline=deadline,
-                    cancelled=gone.is_set,
+                    cancelled=cancelled.is_set,
                 )
 
         try:
-            return await self._run(self._threads, infer, asked.model)
+            return await self._run(self._requests, infer, request.model)
         finally:
-            gone.set()  # where nobody waits any more
+            cancelled.set()
 
     async def config(self, model: str, version: str = "") -> Model:
         releases = await self._run(
@@ -74,8 +67,7 @@ class InProcess:
         return Model.of(model, release_parameters(releases))
 
     async def versions(self, model: str) -> list[str]:
-        found = await self._run(self._facts, self._engine.versions, model)
-        return [str(version) for version in found]
+        return list(map(str, await self._run(self._facts, self._engine.versions, model)))
 
     async def ready(self, model: str, version: str = "") -> bool:
         return not version or version in await self.versions(model)
@@ -86,11 +78,11 @@ class InProcess:
         )
 
     async def close(self) -> None:
-        for threads in (self._threads, self._facts, self._indexes):
+        for threads in (self._requests, self._facts, self._indexes):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T], model: str) -> T:
-        """What the engine says, whose errors become refusals."""
+        """Run work in a thread; the engine's errors become refusals."""
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TaskError as error:
@@ -104,24 +96,21 @@ class InProcess:
 
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
-    """An engine that answers over HTTP in a thread of this process.
-
-    Args:
-        config: what to serve, and how.
-        settings: where to answer, and what is allowed.
-
-    Raises:
-        RAdapterError: a release that can't be served, or a port that is taken.
+    """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
+    that can't be served, or a port that is taken.
     """
-    with contextlib.closing(listen(settings, "--http-")) as listener, EngineServer(config) as one:
+    with (
+        contextlib.closing(listen(settings, "--http-")) as listener,
+        EngineServer(config) as server,
+    ):
         gateway = GatewayServer(
-            settings, listener, lambda: InProcess(one.engine, settings.max_concurrent)
+            settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
         )
         thread = threading.Thread(target=gateway.run, name="gateway")
         thread.start()
         try:
             gateway.began.wait(60)
-            yield one
+            yield server
         finally:
             gateway.stop()
             thread.join()

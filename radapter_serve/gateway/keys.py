@@ -1,6 +1,4 @@
-"""API keys: a file of names, SHA-256 digests and limits, so that no one can log in with the file
-alone.
-"""
+"""API keys: a file of names, SHA-256 digests and limits; the keys themselves are stored nowhere."""
 
 from __future__ import annotations
 
@@ -23,7 +21,6 @@ from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
 
 LOG = logging.getLogger("radapter-gateway")
 PREFIX = "radapter-"
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # which Windows lacks, as it lacks such pipes
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -31,10 +28,10 @@ _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 class Key:
     """One key of a file; None is no limit."""
 
-    name: str  # of who has it
+    name: str  # of its owner
     digest: str  # SHA-256, in hex
-    requests_per_second: float | None = None  # inferences that it may send
-    at_once: int | None = None  # inferences that it may have under way
+    requests_per_second: float | None = None
+    at_once: int | None = None  # inferences under way
     images_per_minute: float | None = None
     until: date | None = None  # the last day, in UTC, on which it works
 
@@ -52,7 +49,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-# How the text of each limit is read, and an example.
+# How to read each limit, and an example.
 _LIMITS: dict[str, tuple[Callable[[str], object], str]] = {
     "requests_per_second": (_positive, "10"),
     "at_once": (_count, "4"),
@@ -66,49 +63,44 @@ def _today() -> date:
 
 
 class Keys:
-    """The keys of a file, read again whenever it changes: a line `name: digest` each, which limits
-    such as `at_once=4` may follow.
-
-    With a file that has become unreadable no caller is let in: a revoked key must never work
-    again.
+    """The keys of a file, which is read again when it changes. An unreadable file lets in nobody:
+    a revoked key must never work again.
     """
 
     def __init__(self, path: Path, today: Callable[[], date] = _today) -> None:
         self._path = path
         self._today = today
-        self._seen: object = _state(path)
-        self._keys = _read(path)
+        self._state = _state(path)
+        self._keys = _parse(path, _text(path))
 
     def check(self, authorization: str | None) -> Key:
-        """Let a caller in by the header `Authorization: Bearer KEY`, or raise `Refused`."""
-        if (state := _state(self._path)) != self._seen:
-            self._seen = state
+        """The key of the header `Authorization: Bearer KEY`; raises `Refused` without one."""
+        if (state := _state(self._path)) != self._state:
+            self._state = state
             try:
-                self._keys = _read(self._path)
+                self._keys = _parse(self._path, _text(self._path))
                 LOG.info("%s has changed: %d keys", self._path, len(self._keys))
             except RAdapterError as error:
                 self._keys = {}
                 LOG.error("no key is accepted: %s", error)
-        kind, _, key = (authorization or "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
-        # Every digest is compared, so that the time tells nothing.
-        found = [key for key in self._keys.values() if hmac.compare_digest(given, key.digest)]
-        if kind.lower() != "bearer" or not found:
+        kind, _, secret = (authorization or "").partition(" ")
+        digest = hashlib.sha256(secret.strip().encode("utf-8", "replace")).hexdigest()
+        # Compares with every digest, so that the time tells nothing.
+        keys = [key for key in self._keys.values() if hmac.compare_digest(digest, key.digest)]
+        if kind.lower() != "bearer" or not keys:
             raise Refused(
                 401,
                 UNAUTHORIZED,
                 "send the header Authorization: Bearer KEY, with a key of this gateway",
             )
-        until = found[0].until
+        until = keys[0].until
         if until is not None and self._today() > until:
             raise Refused(401, UNAUTHORIZED, f"this key ended with {until}; ask for another")
-        return found[0]
+        return keys[0]
 
 
 def new_key(path: Path, name: str) -> str:
-    """Make a key and append its digest to a file, which is made where there is none; the key is
-    kept nowhere.
-    """
+    """Make a key, and append its digest to a new or an existing file."""
     if not _LINE.fullmatch(f"{name}: {'0' * 64}"):
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
     key = PREFIX + secrets.token_urlsafe(32)
@@ -118,29 +110,28 @@ def new_key(path: Path, name: str) -> str:
             raise RAdapterError(
                 f"{path} has a key {name} already; take its line out first, or choose another name"
             )
+        if before and not before.endswith("\n"):
+            before += "\n"
         line = f"{name}: {hashlib.sha256(key.encode()).hexdigest()}\n"
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         with staged(path) as file:
-            file.write_text(
-                before + ("" if before.endswith("\n") or not before else "\n") + line,
-                encoding="utf-8",
-            )
+            file.write_text(before + line, encoding="utf-8")
         path.chmod(mode)
     except OSError as error:
-        raise RAdapterError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}"
-        ) from None
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RAdapterError(f"cannot write {path}: {why}") from None
     return key
 
 
 def _text(path: Path) -> str:
-    """The text of a file of keys; a pipe, a device or a folder is refused at once."""
+    """Read a file of keys; a pipe, a device or a folder is refused at once."""
     try:
-        # Opening a pipe without a writer would else block.
-        with open(os.open(path, _READ), encoding="utf-8") as file:  # noqa: PTH123
+        # Opening a pipe without a writer would block; Windows lacks the flag, and such pipes.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        with open(os.open(path, flags), encoding="utf-8") as file:  # noqa: PTH123
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RAdapterError(
-                    f"cannot read the keys {path}: it is no plain file; give --api-keys FILE"
+                    f"cannot read the keys {path}: it is not a plain file; give --api-keys FILE"
                 )
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
@@ -151,45 +142,39 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _read(path: Path) -> dict[str, Key]:
-    return _parse(path, _text(path))
-
-
 def _parse(path: Path, text: str) -> dict[str, Key]:
     keys: dict[str, Key] = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         where = f"{path}, line {number}"
-        found = _LINE.fullmatch(line)
-        if not found or found[1] in keys:
+        match = _LINE.fullmatch(line)
+        if not match or match[1] in keys:
             raise RAdapterError(
                 f"{where}: each line is `name: SHA-256 in hex`, which limits such as at_once=4 may"
                 " follow, and no name comes twice"
             )
-        keys[found[1]] = Key(found[1], found[2], **_limits(where, found[3].split()))
+        limits: dict[str, Any] = {}
+        for word in match[3].split():
+            name, _, value = word.partition("=")
+            if name not in _LIMITS or name in limits:
+                raise RAdapterError(
+                    f"{where}: {name} is not a limit, or comes twice; there are"
+                    f" {', '.join(_LIMITS)}"
+                )
+            read, example = _LIMITS[name]
+            try:
+                limits[name] = read(value)
+            except ValueError:
+                raise RAdapterError(f"{where}: {word} is invalid; write {name}={example}") from None
+        keys[match[1]] = Key(match[1], match[2], **limits)
     return keys
 
 
-def _limits(where: str, words: list[str]) -> dict[str, Any]:
-    limits: dict[str, Any] = {}
-    for word in words:
-        name, _, text = word.partition("=")
-        if name not in _LIMITS or name in limits:
-            raise RAdapterError(
-                f"{where}: {name} is no limit, or comes twice; there are {', '.join(_LIMITS)}"
-            )
-        read, example = _LIMITS[name]
-        try:
-            limits[name] = read(text)
-        except ValueError:
-            raise RAdapterError(f"{where}: {word} won't do; write {name}={example}") from None
-    return limits
-
-
 def _state(path: Path) -> object:
+    """What changes with a file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

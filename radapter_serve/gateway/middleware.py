@@ -1,9 +1,8 @@
-"""ASGI middlewares of one duty each, in the order in which `app` lists them: what a request passes
-before it comes to its handler, and what its answer passes on the way back.
+"""ASGI middlewares of one duty each, in the order in which `app` lists them.
 
-An answer is noted when it begins, so no figure depends on how fast a caller reads. `connections`
-bounds the rest: how many connections there are, the handshake, the time that headers take,
-pipelining, trailers, upgrades, and callers who do not read. It passes on nothing but HTTP.
+An answer is recorded when it begins, so no figure depends on how fast a caller reads.
+`connections` bounds the rest: the number of connections, handshakes, slow headers, pipelining,
+trailers, upgrades, and callers who do not read.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ from radapter_serve.encoders.steps import encoder_ms
 from radapter_serve.environment import otlp_endpoint
 from radapter_serve.extras import install_command
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused, let_go
-from radapter_serve.gateway.journal import Entry
+from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused
 from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.metrics import GONE, Metrics
-from radapter_serve.gateway.quotas import Quotas
+from radapter_serve.gateway.limits import Quota
+from radapter_serve.gateway.records import GONE, Entry, Metrics, milliseconds
 from radapter_serve.gateway.settings import Log
 from radapter_serve.gateway.upstream import LOG
 from radapter_serve.release.release import TASKS
@@ -43,13 +41,13 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "X-Request-Id"
 MAX_HEADERS = 32 * 1024  # bytes
-PIECE = 512 * 1024  # bytes of an answer that the caller is given, and has to take, at once
-MAX_DISCARDED = 2**20  # bytes of the body of a refused request that are read and thrown away
+PIECE = 512 * 1024  # bytes of an answer that the caller has to take before the next are sent
+MAX_DISCARDED = 2**20  # bytes of the body of a refused request that are read
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
-    """`send`, which shows `note` the status and the headers of an answer before they go out."""
+    """`send`, which shows `note` the status and the headers of an answer first."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -59,31 +57,31 @@ def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
     return sending
 
 
-# What every request passes
+# Middlewares of every request
 
 
 @dataclass(frozen=True)
 class RequestId:
-    """Gives every request an id, which its answer has too, and the `Entry` of the journal."""
+    """Gives every request an id, which its answer repeats, and an `Entry`."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = Headers(scope=scope).get(REQUEST_ID, "")
-        # What may stand in a log and a header, so that no caller writes lines of his own.
+        # Any other id could write lines into a log.
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         scope["state"]["entry"] = Entry(request_id)
 
-        def name(answer: Message) -> None:
+        def add_id(answer: Message) -> None:
             MutableHeaders(scope=answer)[REQUEST_ID] = request_id
 
-        await self.app(scope, receive, _on_start(send, name))
+        await self.app(scope, receive, _on_start(send, add_id))
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Hands over the next piece of an answer once the caller has taken the last."""
+    """Sends an answer in pieces, each once the caller has taken the last."""
 
     app: ASGIApp
 
@@ -104,9 +102,8 @@ class Pieces:
 
 @dataclass(frozen=True)
 class DiscardBody:
-    """Reads and throws away what is left of a refused request's body, for `seconds` at most, before
-    the answer goes out: a caller who is cut off while he sends never reads why. Where that is not
-    to be done, the connection ends with the answer.
+    """Reads the rest of a refused request's body before the answer, within limits: a caller who is
+    cut off while sending never reads the answer. Above the limits the connection closes.
     """
 
     app: ASGIApp
@@ -127,29 +124,29 @@ class DiscardBody:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 headers = Headers(scope=scope)
-                # Who sends `Expect` asks whether to send a body at all.
-                is_left = is_longer(headers, MAX_DISCARDED) or "Expect" in headers
+                # `Expect` asks whether to send a body at all.
+                too_much = is_longer(headers, MAX_DISCARDED) or "Expect" in headers
                 size = 0
                 with anyio.move_on_after(self.seconds):
-                    while not (is_over or is_left):
+                    while not (is_over or too_much):
                         size += len((await receiving()).get("body", b""))
-                        is_left = size > MAX_DISCARDED
-                if is_left or not is_over:
+                        too_much = size > MAX_DISCARDED
+                if too_much or not is_over:
                     MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         await self.app(scope, receiving, sending)
 
 
-def is_longer(headers: Headers, most: int) -> bool:
-    """Whether a request says that its body has more bytes."""
+def is_longer(headers: Headers, limit: int) -> bool:
+    """True if `Content-Length` is above a limit."""
     length = headers.get("Content-Length", "")
-    return length.isdigit() and int(length[:18]) > most
+    return length.isdigit() and int(length[:18]) > limit
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Turns every failure of what follows into an answer."""
+    """Turns every failure into an answer, in OpenAI's form below /v1."""
 
     app: ASGIApp
 
@@ -158,82 +155,72 @@ class Errors:
         try:
             await self.app(scope, receive, send)
             return
-        except Refused as error:
-            answer = _refusal(error, scope)
-            let_go(error)
         except ClientDisconnect:
-            answer = Response(status_code=499)
             entry.code = GONE
-            entry.status = answer.status_code
+            entry.status = 499
+            answer = Response(status_code=499)
         except Exception as error:
-            LOG.exception("the gateway failed on the request %s", entry.id)
-            let_go(error)
-            why = "the gateway failed on this request; its log says why"
-            answer = _refusal(Refused(500, INTERNAL_ERROR, why), scope)
-        # Where an answer has begun already, uvicorn takes no other, and ends the connection.
+            if isinstance(error, Refused):
+                refused = error
+            else:
+                LOG.exception("the gateway failed on the request %s", entry.id)
+                why = "the gateway failed on this request; its log says why"
+                refused = Refused(500, INTERNAL_ERROR, why)
+            entry.code = refused.code
+            entry.status = refused.status
+            headers = {}
+            if refused.status in (429, 503):
+                headers["Retry-After"] = str(refused.retry_after)
+            if refused.status == 401:
+                headers["WWW-Authenticate"] = "Bearer"
+            content = {"error": str(refused)}
+            if scope["path"].startswith(openai.PREFIX):
+                content = openai.refusal(refused)
+            answer = JSONResponse(content, refused.status, headers)
+            # A frame that names its own error would keep all that it holds, such as the body,
+            # until Python looks for cycles.
+            cause: BaseException | None = error
+            while cause is not None:
+                cause.__traceback__ = None
+                cause = cause.__context__
+            del refused
+        # If an answer has begun already, uvicorn takes no other and ends the connection.
         await answer(scope, receive, send)
-
-
-def _refusal(error: Refused, scope: Scope) -> Response:
-    """The answer that says why a request is refused, in the form of what was asked."""
-    entry: Entry = scope["state"]["entry"]
-    entry.code = error.code
-    entry.status = error.status
-    headers = {"Retry-After": str(error.retry_after)} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    is_openai = scope["path"].startswith(openai.PREFIX)
-    content = openai.refusal(error) if is_openai else {"error": str(error)}
-    return JSONResponse(content, error.status, headers)
 
 
 @dataclass(frozen=True)
 class HeaderLimit:
-    """Refuses a path and headers that are too long."""
+    """Refuses a path and headers of more than `MAX_HEADERS` bytes, which uvicorn's buffer holds."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        check_size(scope)
+        size = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > MAX_HEADERS:
+            raise headers_too_large()
         await self.app(scope, receive, send)
 
 
-def check_size(scope: Scope) -> None:
-    """Raise `Refused` where path and headers have more than `MAX_HEADERS` bytes."""
-    # The server's own limit is one of its buffer, which may hold more.
-    size = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
-    size += sum(len(name) + len(value) for name, value in scope["headers"])
-    if size > MAX_HEADERS:
-        raise headers_too_large()
-
-
 def headers_too_large() -> Refused:
-    """The refusal of path and headers that are too long."""
     return Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 
 
 @dataclass(frozen=True)
 class BrowserRule:
-    """Keeps other sites' pages out, where nothing else does: a browser sends what such a page asks.
-    `host` is what the gateway listens on, by name or address; None where it answers under every
-    name.
+    """Refuses requests of other sites' pages, by `Host`, `Origin` and `Sec-Fetch-Site`.
+
+    `host` is the name or address that the gateway listens on; None lets it answer under any name.
     """
 
     app: ASGIApp
     host: str | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.check(Headers(scope=scope))
-        await self.app(scope, receive, send)
-
-    def check(self, headers: Headers) -> None:
-        """Raise `Refused` where another site may have sent a request, by its `Host`, `Origin` and
-        `Sec-Fetch-Site`.
-        """
+        headers = Headers(scope=scope)
         hosts = headers.getlist("Host")
-        if self.host is not None and not (len(hosts) == 1 and self._is_here(hosts[0])):
-            # A name of another site may lead to this machine: to the browser, both are then one
-            # site.
+        # Another site may give its own name this machine's address: a browser takes both for one.
+        if self.host is not None and not (len(hosts) == 1 and self._is_local(hosts[0])):
             raise Refused(
                 403,
                 UNAUTHORIZED,
@@ -246,8 +233,9 @@ class BrowserRule:
             raise Refused(
                 403, UNAUTHORIZED, "without keys, a page of another site may not use the gateway"
             )
+        await self.app(scope, receive, send)
 
-    def _is_here(self, host: str) -> bool:
+    def _is_local(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname or ""
             return name in ("localhost", self.host) or ipaddress.ip_address(name).is_loopback
@@ -255,119 +243,97 @@ class BrowserRule:
             return False
 
 
-# What requests of some paths pass
+# Middlewares of some paths
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Sends a span of each inference."""
-
-    app: ASGIApp
-    spans: Spans
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        entry: Entry = scope["state"]["entry"]
-        span = self.spans.begin(Headers(scope=scope), scope["method"], scope["route"].path)
-        entry.followed.traceparent = span.traceparent
-
-        def end(answer: Message) -> None:
-            # Whoever has no key is not to say what is sent to the collector.
-            if entry.code != UNAUTHORIZED:
-                span.end(entry)
-
-        await self.app(scope, receive, _on_start(send, end))
-
-
-def open_spans() -> Spans | None:
-    """What sends spans; None where they are not asked for, or can't be sent."""
-    kind = None if otlp_endpoint() is None else _spans()
-    return None if kind is None else kind()
-
-
-def what_spans_lack() -> str | None:
-    """What a user should know where spans are asked for and can't be sent; None if nothing."""
-    variable = otlp_endpoint()
-    if variable is None or _spans() is not None:
-        return None
-    return (
-        f"{variable} is set, but no traces are sent, because OpenTelemetry is not installed;"
-        f" {install_command('otel')}"
-    )
-
-
-def _spans() -> type[Spans] | None:
-    try:
-        from radapter_serve.gateway.spans import Spans  # here: it takes a while, and few need it
-    except ImportError:
-        return None
-    return Spans
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Writes a line of each request."""
+class Record:
+    """Records what became of a request when its answer begins: a line of the log, and of an
+    inference metrics and a span.
+    """
 
     app: ASGIApp
     log: Log
+    metrics: Metrics | None = None
+    spans: Spans | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.monotonic()
         entry: Entry = scope["state"]["entry"]
+        if self.metrics is not None:
+            model = scope["path_params"].get("model", "")
+            if scope["path"].startswith(openai.PREFIX):
+                entry.task = "embeddings"
+            elif model in TASKS:
+                entry.task = model
+        span = None
+        if self.spans is not None:
+            span = self.spans.begin(Headers(scope=scope), scope["method"], scope["route"].path)
+            entry.traceparent = span.traceparent
 
-        def write(answer: Message) -> None:
-            entry.bytes_out = int(Headers(raw=answer["headers"])["Content-Length"])
-            entry.ms = round(1e3 * (time.monotonic() - start), 3)
-            if entry.followed.steps:
-                entry.encoder_ms = round(encoder_ms(entry.followed.steps), 3)
-            entry.write(self.log)
+        def record(answer: Message) -> None:
+            seconds = time.monotonic() - start
+            if self.metrics is not None:
+                self.metrics.count(entry, seconds)
+            if self.log != "off":
+                entry.bytes_out = int(Headers(raw=answer["headers"])["Content-Length"])
+                entry.ms = milliseconds(seconds)
+                if entry.steps:
+                    entry.encoder_ms = round(encoder_ms(entry.steps), 3)
+                entry.write(self.log)
+            # A caller without a key must not reach the collector.
+            if span is not None and entry.code != UNAUTHORIZED:
+                span.end(entry)
 
-        await self.app(scope, receive, _on_start(send, write))
-
-
-@dataclass(frozen=True)
-class Count:
-    """Counts each inference in the metrics, by its task, its outcome and its key."""
-
-    app: ASGIApp
-    metrics: Metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = time.monotonic()
-        entry: Entry = scope["state"]["entry"]
-        model = scope["path_params"].get("model", "embeddings")
-        if model in TASKS or scope["path"].startswith(openai.PREFIX):
-            entry.task = model
-
-        def count(answer: Message) -> None:
-            self.metrics.count(entry.task or "none", entry.code, time.monotonic() - start)
-            if entry.key is not None:
-                self.metrics.count_key(entry.key, entry.code)
-
-        await self.app(scope, receive, _on_start(send, count))
+        await self.app(scope, receive, _on_start(send, record))
 
 
 @dataclass(frozen=True)
 class RequireKey:
-    """Lets in callers with a key, and says what is left of its limits."""
+    """Lets in callers with a key. An inference counts towards the key's quota until its answer
+    begins; `quota` in the state of the request counts its images.
+    """
 
     app: ASGIApp
     keys: Keys
-    quotas: Quotas
+    quotas: dict[str, Quota] | None = None  # by the names of the keys; None if not an inference
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = self.keys.check(Headers(scope=scope).get("Authorization"))
         scope["state"]["entry"].key = key.name
-        scope["state"]["quota"] = self.quotas.of(key)
-        await self.app(scope, receive, send)
-
-
-@dataclass(frozen=True)
-class LimitKey:
-    """Counts an inference among those that its key has under way, until it has an answer."""
-
-    app: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.quotas is None:
+            await self.app(scope, receive, send)
+            return
+        quota = self.quotas.get(key.name)
+        if quota is None or quota.key != key:  # the key is new, or its limits have changed
+            quota = self.quotas[key.name] = Quota(key)
+        scope["state"]["quota"] = quota
         with contextlib.ExitStack() as running:
-            running.enter_context(scope["state"]["quota"].request())
+            running.enter_context(quota.request())
             await self.app(scope, receive, _on_start(send, lambda _: running.close()))
+
+
+def open_spans() -> Spans | None:
+    """A sender of spans; None where none is wanted, or OpenTelemetry is not installed."""
+    if otlp_endpoint() is None:
+        return None
+    try:
+        from radapter_serve.gateway.spans import Spans  # here: it loads slowly, and few need it
+    except ImportError:
+        return None
+    return Spans()
+
+
+def what_spans_lack() -> str | None:
+    """Warning for users who want spans without OpenTelemetry, or None."""
+    variable = otlp_endpoint()
+    if variable is None:
+        return None
+    try:
+        import radapter_serve.gateway.spans  # noqa: F401
+    except ImportError:
+        return (
+            f"{variable} is set, but no traces are sent, because OpenTelemetry is not installed;"
+            f" {install_command('otel')}"
+        )
+    return None

@@ -1,38 +1,198 @@
-"""OpenAI's way in: releases are models, and `embed_text` and `embed_image` make the embeddings."""
+"""OpenAI's API: releases are models, and `embed_text` and `embed_image` make the embeddings."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
-from radapter_serve.gateway import embeddings
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, escape
-from radapter_serve.gateway.journal import Entry, timed_slot
+from radapter_serve.contract.errors import (
+    IMAGE_TOO_LARGE,
+    INVALID_ARGUMENT,
+    INVALID_IMAGE,
+    TaskError,
+)
+from radapter_serve.contract.labels import check_length
+from radapter_serve.gateway.errors import (
+    SERVER_UNAVAILABLE,
+    UNKNOWN_MODEL,
+    Refused,
+    bad_request,
+    escape,
+)
+from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Inference, Model, Strict, from_json
 from radapter_serve.gateway.limits import ConcurrencyLimit
-from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import Inference
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.upstream import Upstream
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
-TASKS = {"texts": ("embed_text", "text"), "images": ("embed_image", "image")}
+MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
+CHARACTERS_PER_TOKEN = 4  # an estimate: the gateway has no tokenizer
+_PIECE = 2**20  # characters of base64 that are decoded at once
+_DATA_URL = re.compile(r"data:(image/|[^\s,]{0,200},)", re.IGNORECASE)
+_URL = re.compile(r"https?://\S+", re.IGNORECASE)
+_MAX_URL_HEAD = 256  # characters of a data URL up to its comma
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+
+
+class _Body(Strict):
+    model: Annotated[str, Field(max_length=200)]
+    input: Any
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+    alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    modality: Literal["text", "image"] | None = None
+
+
+@dataclass
+class EmbeddingsRequest:
+    """A checked request for embeddings; texts in UTF-8 and image files by their place among the
+    inputs.
+    """
+
+    model: str  # name of the release
+    count: int  # of inputs
+    texts: dict[int, bytes] = field(default_factory=dict)
+    images: dict[int, bytes] = field(default_factory=dict)
+    in_base64: bool = False  # the form of the embeddings in the answer
+    alpha: float | None = None
+    dimensions: int | None = None  # that the caller expects
+    tokens: int = 0  # an estimate
+
+
+def read(text: bytes, max_inputs: int) -> EmbeddingsRequest:
+    """Parse and check a body; raises `Refused` for the first error, with the input's place from
+    0.
+    """
+    body = from_json(_Body, text, "send fewer inputs")
+    values = [body.input] if isinstance(body.input, str) else body.input
+    if not isinstance(values, list) or not values:
+        raise bad_request(
+            "input is needed: a text, the data URL of an image, or a list of such", "input"
+        )
+    if all(
+        type(value) is int or (type(value) is list and value and type(value[0]) is int)
+        for value in values
+    ):
+        raise bad_request(
+            "input holds tokens, and a release has a tokenizer of its own; send texts. LangChain"
+            " sends texts with OpenAIEmbeddings(check_embedding_ctx_length=False)",
+            "input",
+        )
+    if len(values) > max_inputs:
+        raise bad_request(
+            f"input has {len(values)} values; send at most {max_inputs} in a request", "input"
+        )
+    request = EmbeddingsRequest(
+        body.model,
+        len(values),
+        in_base64=body.encoding_format == "base64",
+        alpha=body.alpha,
+        dimensions=body.dimensions,
+    )
+    for place in range(len(values)):
+        value = values[place]
+        values[place] = None  # frees the base64 of an image once it is decoded
+        if type(value) is not str:
+            raise _wrong(place, "is no text; send texts, or images as data URLs")
+        if body.modality != "text" and _DATA_URL.match(value):
+            request.images[place] = _decode_image(place, value)
+            continue
+        if body.modality != "text" and _URL.fullmatch(value):
+            raise _wrong(
+                place,
+                'is a URL, and no image is fetched; send the image as a data URL, or "modality":'
+                ' "text" to embed the URL as a text',
+            )
+        if body.modality == "image":
+            raise _wrong(
+                place, 'is no image; send a data URL, such as "data:image/jpeg;base64,..."'
+            )
+        if not value.strip():
+            raise _wrong(place, "is empty; give at least one word")
+        try:
+            check_length(value)
+        except TaskError as error:
+            raise bad_request(f"input[{place}]: {error.message}", f"input[{place}]") from None
+        request.texts[place] = value.encode()
+        request.tokens += -(-len(value) // CHARACTERS_PER_TOKEN)
+    return request
+
+
+def _decode_image(place: int, url: str) -> bytes:
+    # The head alone is searched: the rest is long.
+    comma = url.find(",", 0, _MAX_URL_HEAD)
+    head = url[5 : comma if comma >= 0 else _MAX_URL_HEAD]
+    media, _, parameters = head.lower().partition(";")
+    if comma < 0 or media not in MEDIA or parameters.rpartition(";")[2] != "base64":
+        raise _wrong(
+            place,
+            f"begins with {escape(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and"
+            ' a text that looks like one is sent with "modality": "text"',
+        )
+    # Decoded in pieces, between which other threads have their turn.
+    try:
+        if url.find("=", comma, len(url) - 2) >= 0:
+            raise ValueError("padding before the end")
+        pieces = range(comma + 1, len(url), _PIECE)
+        file = b"".join(base64.b64decode(url[at : at + _PIECE], validate=True) for at in pieces)
+    except ValueError:
+        raise _wrong(place, "is a data URL with broken base64", INVALID_IMAGE) from None
+    if not file.startswith(_MAGIC):
+        raise _wrong(
+            place,
+            f"says {media}, but its {len(file)} bytes are no JPEG, PNG or WebP file",
+            INVALID_IMAGE,
+        )
+    return file
+
+
+def _wrong(place: int, what: str, code: str = INVALID_ARGUMENT) -> Refused:
+    return Refused(400, code, f"input[{place}] {what}", f"input[{place}]")
+
+
+async def write(
+    rows: Sequence[NDArray[np.float32]], model: str, request: EmbeddingsRequest
+) -> bytes:
+    """The body of an answer; other requests get the event loop after every 64 rows."""
+    parts = []
+    for place, row in enumerate(rows):
+        embedding: Any = row.tolist()
+        if request.in_base64:
+            embedding = base64.b64encode(row.astype("<f4").tobytes()).decode()
+        part = {"object": "embedding", "index": place, "embedding": embedding}
+        parts.append(json.dumps(part, allow_nan=False))
+        if place % 64 == 63:
+            await asyncio.sleep(0)
+    usage = json.dumps({"prompt_tokens": request.tokens, "total_tokens": request.tokens})
+    head = f'{{"object": "list", "model": {json.dumps(model)}, "usage": {usage}, "data": ['
+    return f"{head}{', '.join(parts)}]}}".encode()
+
+
+def refusal(error: Refused) -> dict[str, Any]:
+    """A refusal in OpenAI's form."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    return {
+        "error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    }
 
 
 class OpenAI:
-    """What the gateway answers below /v1.
-
-    Args:
-        upstream: that has the tasks.
-        model: gives the configuration of a task; `fresh=0` has it asked for again.
-        places: to run in.
+    """What the gateway answers below /v1; `model(task, version, fresh=0)` asks for the latest
+    configuration of a task.
     """
 
     def __init__(
@@ -46,151 +206,127 @@ class OpenAI:
         self._concurrency = concurrency
 
     async def models(self) -> dict[str, Any]:
-        """The list of releases."""
-        releases = releases_of(await self._model("embed_text", fresh=0))
-        newest = [_described(NEWEST, releases[max(releases)])] if releases else []
-        named = [
-            _described(f"{NEWEST}-{version}", facts)
-            for version, facts in sorted(releases.items(), reverse=True)
-        ]
-        return {"object": "list", "data": newest + named}
+        """The list of releases, the newest first."""
+        releases = (await self._model("embed_text", fresh=0)).facts()
+        versions = sorted(releases, reverse=True)
+        data = [_described(NEWEST, releases[version]) for version in versions[:1]]
+        data += [_described(f"{NEWEST}-{version}", releases[version]) for version in versions]
+        return {"object": "list", "data": data}
 
     async def model(self, name: str) -> dict[str, Any]:
         """One release by its name."""
         _, facts = await self._release(name)
         return _described(name, facts)
 
-    async def embed(self, asked: embeddings.Asked, seconds: float, entry: Entry) -> bytes:
-        """The answer to a request for embeddings, all of them by one release.
-
-        Args:
-            asked: that is right as far as it goes.
-            seconds: that it may take.
-            entry: of the journal, which is told the release and the times.
-
-        Raises:
-            Refused: there is no such release, an image cannot be read, or a task fails.
+    async def embed(self, request: EmbeddingsRequest, seconds: float, entry: Entry) -> bytes:
+        """The answer to a request, all of it by one release, within `seconds`; `entry` gets the
+        release.
         """
         end = time.monotonic() + seconds
-        version, facts = await self._release(asked.model)
-        asked.check_width(int(facts.get("embed_dim", 0)))
-        async with timed_slot(self._concurrency, entry):
+        version, facts = await self._release(request.model)
+        width = int(facts.get("embed_dim", 0))
+        if request.dimensions not in (None, width):
+            raise bad_request(
+                f"dimensions is {request.dimensions}; embeddings of this release have {width}, and"
+                " are not cut: leave dimensions out",
+                "dimensions",
+            )
+        if not request.in_base64 and request.count * width > MAX_JSON_VALUES:
+            raise bad_request(
+                f"{request.count} embeddings of {width} numbers are too many for JSON; send at most"
+                f" {MAX_JSON_VALUES // width} inputs, or ask for encoding_format base64",
+                "encoding_format",
+            )
+        async with self._concurrency.slot(entry):
             try:
-                rows, answered = await self._rows(asked, version, end, entry)
+                rows, answered = await self._rows(request, version, end, entry)
             except Refused as error:
                 if version or error.code != UNKNOWN_MODEL:
                     raise
                 # Another release took over in the middle.
-                rows, answered = await self._rows(asked, version, end, entry)
+                rows, answered = await self._rows(request, version, end, entry)
         entry.release = answered
-        return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
+        return await write(rows, f"{NEWEST}-{answered}", request)
 
     async def _rows(
-        self, asked: embeddings.Asked, version: str, end: float, entry: Entry
+        self, request: EmbeddingsRequest, version: str, end: float, entry: Entry
     ) -> tuple[list[NDArray[np.float32]], str]:
         """The embeddings in the order of the inputs, and the version that made them."""
         rows: dict[int, NDArray[np.float32]] = {}
-        for kind, (task, tensor) in TASKS.items():
-            values: dict[int, bytes] = getattr(asked, kind)
+        for tensor, values in (("text", request.texts), ("image", request.images)):
             places = list(values)
+            task = f"embed_{tensor}"
             step = (await self._model(task, version)).max_batch_size if places else 1
             for start in range(0, len(places), step):
-                some = places[start : start + step]
-                batch = np.empty((len(some), 1), object)
-                batch[:, 0] = [values[place] for place in some]
-                inputs: dict[str, NDArray[Any]] = {tensor: batch}
-                if asked.alpha is not None:
-                    inputs["alpha"] = np.full((len(some), 1), asked.alpha, np.float32)
-                request = Inference(task, version, inputs)
+                batch = places[start : start + step]
+                column = np.empty((len(batch), 1), object)
+                column[:, 0] = [values[place] for place in batch]
+                inputs: dict[str, NDArray[Any]] = {tensor: column}
+                if request.alpha is not None:
+                    inputs["alpha"] = np.full((len(batch), 1), request.alpha, np.float32)
                 left = max(end - time.monotonic(), 1e-3)
                 try:
-                    reply = await self._upstream.infer(request, left, entry.followed)
+                    reply = await self._upstream.infer(
+                        Inference(task, version, inputs), left, entry
+                    )
                 except Refused as error:
-                    raise _placed(error, some) from None
-                version = str(reply.version)  # the first that answers is asked for all the rest
+                    raise _at_input(error, batch) from None
+                version = str(reply.version)  # which makes all other rows, too
                 embeds = reply.outputs.get(f"{tensor}_embeds")
-                if embeds is None or len(embeds) != len(some):
+                if embeds is None or len(embeds) != len(batch):
                     raise Refused(
                         503,
                         SERVER_UNAVAILABLE,
                         "the model server answers otherwise than radapter-serve does",
                     )
-                rows.update(zip(some, embeds, strict=True))
-        return [rows[place] for place in range(asked.count)], version
+                rows.update(zip(batch, embeds, strict=True))
+        return [rows[place] for place in range(request.count)], version
 
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
         """Version, empty for the newest, and facts of a release by its name."""
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
-        releases = releases_of(await self._model("embed_text"))
-        found = _find(releases, wanted)
-        if found is None:  # it may be served since a moment ago, and not be known yet
-            releases = releases_of(await self._model("embed_text", fresh=0))
-            found = _find(releases, wanted)
-        if found is not None:
-            return found
+        releases: dict[int, dict[str, Any]] = {}
+        # A release that was loaded a moment ago is not among those that are remembered.
+        for options in ({}, {"fresh": 0}):
+            releases = (await self._model("embed_text", **options)).facts()
+            if wanted is not None and not wanted[1] and releases:
+                return "", releases[max(releases)]
+            if wanted is not None and wanted[1] and int(wanted[1]) in releases:
+                return wanted[1], releases[int(wanted[1])]
         known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
         raise Refused(
             404, UNKNOWN_MODEL, f"no model {escape(name)} here; there are {known}", "model"
         )
 
 
-def _find(
-    releases: dict[int, dict[str, Any]], wanted: re.Match[str] | None
-) -> tuple[str, dict[str, Any]] | None:
-    """The version that a name asks for, empty for the newest, and its facts; None if there is
-    none.
-    """
-    if wanted is None:
-        return None
-    if not wanted[1]:
-        return ("", releases[max(releases)]) if releases else None
-    version = int(wanted[1])
-    return (wanted[1], releases[version]) if version in releases else None
-
-
-def releases_of(model: Model) -> dict[int, dict[str, Any]]:
-    """The facts of the releases by their versions, as a model's configuration has them."""
-    facts = [json.loads(text) for text in model.releases.values()]
-    return {int(one["version"]): one for one in facts}
-
-
-def refusal(error: Refused) -> dict[str, Any]:
-    """A refusal in OpenAI's form."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    kind = "rate_limit_error" if error.status == 429 else kind
-    return {
-        "error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    }
-
-
 def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """A release as an entry of the list; what is no field of OpenAI's, tools pass over."""
+    """A release as an entry of the list, with facts that OpenAI's entries do not have."""
     try:
         created = int(datetime.fromisoformat(facts["created"]).timestamp())
     except (KeyError, ValueError):
         created = 0
-    more = {
-        key: facts.get(key)
-        for key in ("version", "alpha", "architecture", "precision", "embed_dim")
+    names = ("version", "alpha", "architecture", "precision", "embed_dim")
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "radapter-serve",
+        **{key: facts.get(key) for key in names},
     }
-    return {"id": name, "object": "model", "created": created, "owned_by": "radapter-serve", **more}
 
 
-def _placed(error: Refused, places: list[int]) -> Refused:
-    """A task's refusal that names an image by its place in the batch, by its place among the
-    inputs.
+def _at_input(error: Refused, places: list[int]) -> Refused:
+    """Name an image by its place among the inputs, where a task names it by its place in the
+    batch.
     """
     if error.message.startswith("alpha is "):
         return Refused(error.status, error.code, error.message, "alpha")
-    found = re.match(r"image (\d+) of \d+: ", error.message)
-    number = int(found[1]) if found else len(places)
-    if (
-        error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE)
-        or number > len(places)
-        or (not found and number > 1)
-    ):
+    in_batch = re.match(r"image (\d+) of \d+: ", error.message)
+    if in_batch is None and len(places) > 1:
         return error
-    name = embeddings.name_of(places[number - 1])
-    return Refused(
-        error.status, error.code, f"{name}: {error.message[found.end() if found else 0 :]}", name
-    )
+    number = 1 if in_batch is None else int(in_batch[1])
+    if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE) or number > len(places):
+        return error
+    name = f"input[{places[number - 1]}]"
+    message = error.message if in_batch is None else error.message[in_batch.end() :]
+    return Refused(error.status, error.code, f"{name}: {message}", name)

@@ -1,4 +1,4 @@
-"""Running the gateway: in this process, or as a child of another command."""
+"""Running a gateway: in this process, or as a child of another command."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
-from typing import Any, TypeVar
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.environment import PULSE
@@ -29,34 +27,32 @@ from radapter_serve.server.processes import STOPPED, Process, ending_with_parent
 from radapter_serve.server.watch import GATEWAY
 from radapter_serve.signals import STOPPING
 
-resource: Any
-try:
-    import resource
-except ImportError:  # Windows, which has no such limit
-    resource = None
-
-PULSE_SECONDS = 1.0  # from one sign that a gateway lives to the next
-MAX_SILENCE_SECONDS = 30.0  # without one, after which it counts as hanging
-MAX_START_SECONDS = 120.0  # that it may take until the first
-T = TypeVar("T")
+PULSE_SECONDS = 1.0  # between two signs of life of a gateway
+MAX_SILENCE_SECONDS = 30.0  # after which a gateway without signs of life counts as hanging
+MAX_START_SECONDS = 120.0  # until the first of them
 
 
 class GatewayServer:
-    """A gateway that has not started; `began` is set once it can be stopped."""
+    """A gateway on a listener, which it closes when it stops; `began` is set once it can be
+    stopped.
+    """
 
     def __init__(
         self,
         settings: Settings,
-        listener: socket.socket,  # of `listen`; it is closed when the gateway stops
-        connect: Callable[[], Upstream] | None = None,  # gRPC to `settings.server` if None
-        timeouts: Timeouts = TIMEOUTS,  # as `listen` had them
-        pulse: int | None = None,  # a pipe's end, to be written to while the gateway answers
+        listener: socket.socket,  # of `listen`
+        connect: Callable[[], Upstream] | None = None,  # Triton at `settings.server` if None
+        timeouts: Timeouts = TIMEOUTS,  # those of `listen`
+        pulse: int | None = None,  # the end of a pipe, for signs of life
     ) -> None:
         self.began = threading.Event()
         if connect is None:
-            from radapter_serve.gateway.triton import Triton  # here: an engine needs no gRPC
 
-            connect = partial(Triton, settings.server)
+            def connect() -> Upstream:
+                from radapter_serve.gateway.triton import Triton  # here: engines need no gRPC
+
+                return Triton(settings.server)
+
         self._gateway = Gateway(settings, connect, timeouts)
         self._pulse = pulse
         try:
@@ -69,23 +65,28 @@ class GatewayServer:
             ) from None
 
     def run(self) -> None:
-        """Serve until `stop`, or in the main thread until SIGTERM, SIGHUP or SIGINT, after which it
-        raises `KeyboardInterrupt`.
+        """Serve until `stop`, or in the main thread until SIGTERM, SIGHUP or SIGINT, which raises
+        `KeyboardInterrupt`.
         """
-        if _run_loop(self._run()) == signal.SIGINT:
+        runner: Callable[..., int | None] = asyncio.run
+        with contextlib.suppress(ImportError):  # Windows
+            import uvloop
+
+            runner = uvloop.run
+        if runner(self._run()) == signal.SIGINT:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
-        """Take no new connections, and let running requests end; from any thread."""
+        """Take no new connections, and let running requests end; works from any thread."""
         self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def _run(self) -> int | None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        got: list[int] = []
+        received: list[int] = []
 
         def on_signal(number: int, _: object = None) -> None:
-            got.append(number)
+            received.append(number)
             self.stop()
 
         before = {}
@@ -106,27 +107,18 @@ class GatewayServer:
             beating.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return got[0] if got else None
+        return received[0] if received else None
 
     async def _beat(self) -> None:
         while self._pulse is not None:
-            # Nobody has read for hours, or nobody is there any more: no reason to wait or to end.
+            # A parent that does not read, or is gone, is no reason to wait or to end.
             with contextlib.suppress(OSError):
                 os.write(self._pulse, b".")
             await asyncio.sleep(PULSE_SECONDS)
 
 
-def _run_loop(main: Coroutine[Any, Any, T]) -> T:
-    """Run in uvloop, which Windows lacks."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
-
-
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
-    """Serve until SIGINT or SIGTERM; `started` is called with the URL once the gateway listens."""
+    """Serve until SIGINT or SIGTERM; `started` gets the URL once the gateway listens."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
     )
@@ -146,7 +138,7 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
 
 
 def listen(settings: Settings, where: str = "--", timeouts: Timeouts = TIMEOUTS) -> socket.socket:
-    """The socket that the settings ask for; `where` is how the flags for host and port begin."""
+    """The socket of the settings; `where` begins the flags of host and port in messages."""
     address = settings.check(where)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -158,39 +150,28 @@ def listen(settings: Settings, where: str = "--", timeouts: Timeouts = TIMEOUTS)
         raise RAdapterError(
             f"cannot listen on {settings.host} port {settings.port}: {why}"
         ) from None
-    # Else an answer's body waits 40 ms for the caller to confirm its headers.
+    # Without this, an answer's body waits 40 ms for the caller to confirm the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A caller who takes nothing at all: the kernel then ends the connection.
+    # The kernel ends the connection of a caller who takes nothing at all.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeouts.idle))
     return listener
 
 
-def command(settings: Settings) -> list[str]:
-    """The command that runs a gateway with these settings, for a process of its own."""
-    words = [sys.executable, "-m", "radapter_serve.cli.gateway"]
+def start(settings: Settings, pulse: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a gateway in a process that ends with this thread; SIGTERM stops it in order."""
+    settings.check()
+    command = [sys.executable, "-m", "radapter_serve.cli.gateway"]
     for field in fields(settings):
         value = getattr(settings, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
         if value != field.default:
-            words += (
-                [flag]
-                if value is True
-                else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-            )
-    return words
-
-
-def start(settings: Settings, pulse: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM
-    stops it in order.
-    """
-    settings.check()
-    # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in
-    # order.
+            command.append(f"--{field.name.replace('_', '-')}")
+            if value is not True:
+                command.append(str(value))
     return subprocess.Popen(
-        ending_with_parent(command(settings)),
+        ending_with_parent(command),
         stdin=subprocess.DEVNULL,
+        # Ctrl-C reaches this process alone, which then stops the gateway in order.
         start_new_session=True,
         pass_fds=() if pulse is None else (pulse,),
         env=None if pulse is None else {**os.environ, PULSE: str(pulse)},
@@ -198,9 +179,8 @@ def start(settings: Settings, pulse: int | None = None) -> subprocess.Popen[byte
 
 
 class Child:
-    """A gateway in a process of its own, as a context manager, for a `Supervisor` to keep up.
-
-    Its event loop says that it lives through a pipe, which callers cannot keep from it.
+    """A gateway in a child process, which a `Supervisor` keeps up; its event loop gives signs of
+    life through a pipe, which callers cannot block.
     """
 
     name = GATEWAY
@@ -217,7 +197,7 @@ class Child:
         self._pulse: int | None = None
 
     def start(self) -> None:
-        """Start it, also again."""
+        """Start the process, or start it again."""
         self._close_pulse()
         self._pulse, theirs = os.pipe()
         try:
@@ -228,14 +208,14 @@ class Child:
         self._patient_until = self._clock.monotonic() + MAX_START_SECONDS
 
     def died(self) -> str | None:
-        """Why it no longer works; None while it does. What a signal has stopped, or hangs, is
+        """Why it no longer works, or None; a process that hangs, or that a signal has stopped, is
         killed.
         """
         if (code := self._process.poll()) is not None:
             return how_it_ended(code)
         now = self._clock.monotonic()
         if self._pulse is not None:
-            with contextlib.suppress(BlockingIOError):  # it has said nothing since
+            with contextlib.suppress(BlockingIOError):  # no sign since
                 if os.read(self._pulse, 2**16):
                     self._patient_until = now + MAX_SILENCE_SECONDS
         if Process.of(self._process.pid).state == "T":
@@ -268,8 +248,10 @@ class Child:
 
 
 def allow_files(connections: int) -> None:
-    """Each connection is an open file; the usual limit of a process is 1,024."""
-    if resource is None:
+    """Raise the limit of open files, one for each connection; usually it is 1,024."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256

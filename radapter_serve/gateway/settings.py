@@ -1,4 +1,4 @@
-"""What a gateway is started with."""
+"""Settings of a gateway, which are the flags of `radapter-gateway`."""
 
 from __future__ import annotations
 
@@ -64,49 +64,40 @@ class Settings:
     max_inputs: int = 2048
     log: Log = "off"
 
-    @property
-    def most_of_address(self) -> int:
-        """Connections of one address at once."""
-        return self.max_connections_per_address or max(1, self.max_connections // 4)
-
     def check(self, where: str = "--") -> str:
-        """The address to listen on, where all values are allowed and no door is open by mistake;
-        `where` is how the flags for host and port begin.
+        """The address to listen on; raises `RAdapterError` for values that are not allowed, and for
+        a port that is open to others by mistake. `where` begins the flags of host and port.
         """
         if not 0 <= self.port <= 65535:
             raise RAdapterError(
                 f"{where}port is {self.port}; allowed are 1 to 65535, and 0 for any that is free"
             )
-        for name, least in (
-            ("max_concurrent", 1),
-            ("max_queue", 0),
-            ("max_connections", 1),
-            ("max_connections_per_address", 1),
-            ("max_inputs", 1),
-        ):
+        lowest = {
+            "max_concurrent": 1,
+            "max_queue": 0,
+            "max_connections": 1,
+            "max_connections_per_address": 1,
+            "max_inputs": 1,
+        }
+        for name in (*lowest, "max_body", "max_memory", "timeout"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise RAdapterError(f"{_flag(name)} is {value}; allowed are {least} and more")
-        for name in ("max_body", "max_memory", "timeout"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise RAdapterError(
-                    f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0"
-                )
+            flag = f"--{name.replace('_', '-')}"
+            if name in lowest and value is not None and value < lowest[name]:
+                raise RAdapterError(f"{flag} is {value}; allowed are {lowest[name]} and more")
+            if name not in lowest and not (value > 0 and math.isfinite(value)):
+                raise RAdapterError(f"{flag} is {value:g}; allowed are numbers above 0")
         if self.max_memory < self.max_body:
             raise RAdapterError(
                 f"--max-memory {self.max_memory:g} holds no body of --max-body"
                 f" {self.max_body:g} MiB"
             )
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
+            raise RAdapterError("--tls-certificate and --tls-key go together; give both or neither")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
         address = address_of(self.host, f"{where}host")
-        if (
-            self.api_keys is None
-            and not self.no_api_keys
-            and not ipaddress.ip_address(address).is_loopback
-        ):
+        is_local = ipaddress.ip_address(address).is_loopback
+        if self.api_keys is None and not self.no_api_keys and not is_local:
             raise RAdapterError(
                 f"{where}host {self.host} lets others in, and there are no keys; make one with:"
                 " radapter-gateway --api-keys FILE --new-key NAME, or let everybody in with"
@@ -117,18 +108,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a gateway waits for others, in seconds; no flag changes these."""
+    """Seconds that a gateway waits; no flag changes them."""
 
     idle: float = 10.0  # for a handshake, the headers of a request, and between two requests
     piece: float = 8.0  # for a caller to take a piece of an answer: 64 KiB a second at least
     discard: float = 1.0  # for the rest of a refused request's body
-    index: float = 2.0  # to learn which release made which index, perhaps from an object storage
+    index: float = 2.0  # for the releases that made the indexes
     drain: float = 20.0  # for running requests, when the gateway stops
     spans: float = 2.0  # for the last spans to be sent, after that
 
 
 TIMEOUTS = Timeouts()
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -1,6 +1,5 @@
-"""The spans of requests, sent by OTLP over HTTP; imported only where traces are asked for.
-
-Variables of the environment say where they go and which are kept, as OpenTelemetry has them.
+"""Spans of requests by OTLP over HTTP; imported only where traces are wanted. OpenTelemetry's own
+variables of the environment say where spans go, and which are kept.
 """
 
 from __future__ import annotations
@@ -19,35 +18,29 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from radapter_serve.encoders.steps import Step
 from radapter_serve.environment import otlp_endpoint
-from radapter_serve.gateway.journal import Entry
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.upstream import LOG
 
 _W3C = TraceContextTextMapPropagator()
-_HEADERS = ("traceparent", "tracestate")
 
 
 class Spans:
-    """Sends a span for each request, with those of the steps that an engine took for it.
-
-    Those that wait to be sent are in memory, 2,048 by OpenTelemetry's default; more are dropped.
-    """
+    """Sends a span of each request; at most 2,048 wait in memory, OpenTelemetry's default."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
-        # What it would say, again and again, `_Warning` says once.
+        # Its repeated complaints; `_WarnOnce` has one line instead.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "radapter-serve"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._exporter = _Warning(exporter or OTLPSpanExporter())
+        self._exporter = _WarnOnce(exporter or OTLPSpanExporter())
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("radapter_serve")
 
     def begin(self, headers: Mapping[str, str], method: str, route: str) -> RequestSpan:
-        """The span of a request that has come; a part of its caller's trace, if its headers name
-        one as W3C's Trace Context does. A route has names in place of what callers write.
-        """
-        carrier = {name: headers[name] for name in _HEADERS if name in headers}
+        """Begin the span of a request, in the trace that its headers name."""
+        carrier = {name: headers[name] for name in _W3C.fields if name in headers}
         span = self._tracer.start_span(
             f"{method} {route}",
             context=_W3C.extract(carrier, Context()),
@@ -57,19 +50,17 @@ class Spans:
         return RequestSpan(self._tracer, span)
 
     def close(self, seconds: float) -> None:
-        """Send what waits, for so many seconds at most; trying to end it then takes half as long
-        again at most.
-        """
+        """Send the spans that wait, for so many seconds, and give up after half as long again."""
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
         closing.join(seconds)
-        if closing.is_alive():  # nobody answers: let it no longer try again
+        if closing.is_alive():
             self._exporter.shutdown()
             closing.join(seconds / 2)
 
 
 class RequestSpan:
-    """The span of one request, and the `traceparent` for whoever computes the answer, None where
+    """The span of one request; `traceparent` is for the server that computes the answer, None where
     this trace is not kept.
     """
 
@@ -82,9 +73,10 @@ class RequestSpan:
         self.traceparent = carrier.get("traceparent")
 
     def end(self, entry: Entry) -> None:
-        """End it with what became of the request."""
-        if not self._span.is_recording():
-            self._span.end()
+        """End the span with what became of the request, and add the steps of an engine."""
+        span = self._span
+        if not span.is_recording():
+            span.end()
             return
         facts = {
             "radapter.request_id": entry.id,
@@ -93,28 +85,27 @@ class RequestSpan:
         }
         if entry.release is not None:
             facts["radapter.release"] = entry.release
-        self._span.set_attributes(facts)
-        self._span.set_attribute("http.response.status_code", entry.status)
-        self._span.set_attribute("radapter.queue_ms", entry.queue_ms)
+        span.set_attributes(facts)
+        span.set_attribute("http.response.status_code", entry.status)
+        span.set_attribute("radapter.queue_ms", entry.queue_ms)
         if entry.status >= 500:
-            self._span.set_status(Status(StatusCode.ERROR))
-        self._add(entry.followed.steps, self._span, facts)
-        self._span.end()
+            span.set_status(Status(StatusCode.ERROR))
 
-    def _add(self, steps: Iterable[Step], parent: Span, facts: dict[str, str]) -> None:
-        for one in steps:
-            span = self._tracer.start_span(
-                one.name,
-                context=set_span_in_context(parent, Context()),
-                attributes=facts,
-                start_time=one.start,
-            )
-            self._add(one.parts, span, facts)
-            span.end(one.end)
+        def add(steps: Iterable[Step], parent: Span) -> None:
+            for step in steps:
+                context = set_span_in_context(parent, Context())
+                part = self._tracer.start_span(
+                    step.name, context=context, attributes=facts, start_time=step.start
+                )
+                add(step.parts, part)
+                part.end(step.end)
+
+        add(entry.steps, span)
+        span.end()
 
 
-class _Warning(SpanExporter):
-    """An exporter that says in one line that nobody takes spans, until somebody does again."""
+class _WarnOnce(SpanExporter):
+    """Warns once when the collector takes no spans, until it takes some again."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
@@ -123,7 +114,7 @@ class _Warning(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
             result = self._exporter.export(spans)
-        except Exception:  # such as a URL that is none
+        except Exception:  # such as a malformed URL
             result = SpanExportResult.FAILURE
         fails = result != SpanExportResult.SUCCESS
         if fails and not self._fails:

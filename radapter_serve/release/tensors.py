@@ -14,6 +14,7 @@ NUMPY = {
     "FP32": np.float32,
     "BYTES": np.object_,
 }
+DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
 @dataclass(frozen=True)

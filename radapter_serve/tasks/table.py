@@ -22,7 +22,7 @@ from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
 from radapter_serve.release.release import TASKS as NAMES
-from radapter_serve.release.tensors import NUMPY, Tensor
+from radapter_serve.release.tensors import DATATYPES, Tensor
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 A = TypeVar("A")
 Tensors = Mapping[str, NDArray[Any]]
+Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
 MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
@@ -72,35 +73,35 @@ class Task(Generic[R, A]):
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
     write: Callable[[Sequence[A]], dict[str, NDArray[Any]]]
 
-    def check(self, name: str, inputs: Tensors, max_rows: int) -> None:
+    def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
         """Refuse inputs that do not have the names, types and shapes of the task's.
 
         Args:
             name: of the task.
-            inputs: of a request.
+            inputs: form of each input of a request; `forms` has those of arrays.
             max_rows: of a request, where the task has rows.
 
         Raises:
             TaskError: of the first that is wrong.
         """
         batch = [-1] if self.batched else []
-        rows = set()
-        for key, array in inputs.items():
+        rows: set[int] = set()
+        for key, (datatype, full_shape) in inputs.items():
             tensor = self.inputs.get(key)
             if tensor is None:
-                raise invalid(f"{name} has no input {key!r:.80}; it has {', '.join(self.inputs)}")
-            if array.dtype != NUMPY[tensor.datatype]:
-                raise invalid(f"{key} is {array.dtype}; {tensor.datatype} is taken")
-            shape = array.shape[1:] if self.batched else array.shape
+                raise invalid(f"{name} has no input {key!a:.80}; it has {', '.join(self.inputs)}")
+            if datatype != tensor.datatype:
+                raise invalid(f"{key} is {datatype!a:.80}; {tensor.datatype} is taken")
+            shape = full_shape[1:] if self.batched else full_shape
             fits = len(shape) == len(tensor.dims) and all(
                 dim in (-1, size) for dim, size in zip(tensor.dims, shape, strict=True)
             )
-            if not fits or not array.size:
+            if not fits or 0 in full_shape or len(full_shape) < len(batch):
                 raise invalid(
-                    f"{key} has shape {list(array.shape)}; {[*batch, *tensor.dims]} is taken, where"
+                    f"{key} has shape {list(full_shape)}; {[*batch, *tensor.dims]} is taken, where"
                     " -1 is any number from 1"
                 )
-            rows.add(len(array))
+            rows.update(full_shape[:1])
         for key, tensor in self.inputs.items():
             if not tensor.optional and key not in inputs:
                 raise invalid(f"the input {key} is missing")
@@ -108,6 +109,14 @@ class Task(Generic[R, A]):
             raise invalid(f"all inputs of a request have as many rows; these have {sorted(rows)}")
         if self.batched and max(rows, default=1) > max_rows:
             raise invalid(f"{max(rows)} rows in a request; at most {max_rows} are taken")
+
+
+def forms(inputs: Tensors) -> dict[str, Form]:
+    """The form of each array, as `Task.check` takes it."""
+    return {
+        name: (DATATYPES.get(array.dtype, str(array.dtype)), array.shape)
+        for name, array in inputs.items()
+    }
 
 
 def _tensors(*tensors: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from radapter_serve.environment import INDEXES
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import TASKS, forms
 from radapter_serve.triton import surplus
 from radapter_serve.triton.encoder import TritonEncoder
 from radapter_serve.triton.responses import answer, given_up
@@ -86,7 +86,7 @@ class TritonPythonModel:
             try:
                 tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
                 inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
-                task.check(self.task, inputs, self.loaded.release.max_batch_size)
+                task.check(self.task, forms(inputs), self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
             except Exception as error:
                 errors[number] = task_error(error)

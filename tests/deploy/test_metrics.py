@@ -33,12 +33,10 @@ def asked_labels() -> Iterator[tuple[str, str]]:
 
 
 def test_metrics_of_the_gateway() -> None:
-    from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget
-    from radapter_serve.gateway.metrics import Metrics
+    from radapter_serve.gateway.records import Entry, Metrics
 
-    gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1))
-    gateway.count("classify", "ok", 0.1)
-    gateway.count_key("ann", "ok")
+    gateway = Metrics({name: lambda: 0.0 for name in ("running", "waiting", "body_bytes")})
+    gateway.count(Entry("1", key="ann", task="classify"), 0.1)
     gateway.count_images("ann", 1)
     there = names_and_labels(gateway.text({"photos": True}).decode())
     asked = {name for name in metrics() if name.startswith("radapter_")}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from radapter_serve.gateway.connections import address_of
+from radapter_serve.gateway.connections import network_of
 from radapter_serve.gateway.middleware import MAX_HEADERS
-from radapter_serve.gateway.settings import Settings, Timeouts
+from radapter_serve.gateway.settings import Timeouts
 from tests.helpers.fake_upstream import Served, serving
 
 HOST = b"HTTP/1.1\r\nHost: localhost\r\n"
@@ -92,7 +92,7 @@ def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> No
             newcomer = stack.enter_context(talking(served))
             assert answers(newcomer)
             assert has_ended(gone), number
-        assert len(served.connections._open) == 8
+        assert len(served.connections.open) == 8
         assert all(answers(it) for it in (kept[1], *kept[5:]))
         served.let_go()
         assert answer(kept[0]).startswith(b"HTTP/1.1 200")
@@ -102,7 +102,7 @@ def test_a_silent_connection_gives_way_too(served: Served) -> None:
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(talking(served)) for _ in range(8)]
         silent[0].sendall(b"GET /he")
-        until(lambda: len(served.connections._open) == 8)
+        until(lambda: len(served.connections.open) == 8)
         assert answers(stack.enter_context(talking(served)))
         assert sum(map(has_ended, silent)) == 1
 
@@ -116,7 +116,7 @@ def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> N
         newcomer = stack.enter_context(talking(served))
         newcomer.sendall(ALIVE)
         assert not has_ended(newcomer)
-        assert len(served.connections._open) == 8
+        assert len(served.connections.open) == 8
         served.let_go()
         assert answer(newcomer).startswith(b"HTTP/1.1 200")
 
@@ -133,7 +133,7 @@ def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
             assert has_ended(stack.enter_context(talking(served)))
         other = stack.enter_context(talking(served, "127.0.0.2"))
         assert answers(other)
-        assert len(served.connections._open) == 3
+        assert len(served.connections.open) == 3
         said = [line for line in caplog.messages if "127.0.0.1" in line]
         assert len(said) == 1 and "set --max-connections-per-address" in said[0]
         served.let_go()
@@ -154,14 +154,8 @@ def test_a_connection_that_ends_gives_its_place_back() -> None:
         for _ in range(10):
             with talking(served) as it:
                 assert answers(it)
-        until(lambda: not served.connections._open)
-        assert not served.connections._of_address and not served.connections._waiting
-
-
-def test_places_of_an_address_follow_those_of_all() -> None:
-    assert Settings().most_of_address == 512
-    assert Settings(max_connections=2).most_of_address == 1
-    assert Settings(max_connections_per_address=3000).most_of_address == 3000
+        until(lambda: not served.connections.open)
+        assert not served.connections._of_address and not served.connections.waiting
 
 
 @pytest.mark.parametrize(
@@ -176,7 +170,7 @@ def test_places_of_an_address_follow_those_of_all() -> None:
     ],
 )
 def test_who_counts_as_one_caller(host: str, whose: str) -> None:
-    assert address_of(host) == whose
+    assert network_of(host) == whose
 
 
 # Time
@@ -278,7 +272,7 @@ def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
         assert error.startswith("[invalid_argument] these bytes are no request of HTTP/1.1")
         assert it.recv(1) == b""
-    until(lambda: not served.connections._open)
+    until(lambda: not served.connections.open)
     assert not served.upstream.asked
 
 
@@ -326,7 +320,7 @@ def test_an_answer_names_no_program(served: Served) -> None:
 def test_headers_go_out_with_their_body(served: Served) -> None:
     with talking(served) as it:
         assert answers(it)
-        (one,) = served.connections._open
+        (one,) = served.connections.open
         written: list[bytes] = []
 
         class Recorder:

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from radapter_serve.gateway.embeddings import Asked, read
 from radapter_serve.gateway.errors import CODES, Refused
-from radapter_serve.gateway.openai import refusal
-from radapter_serve.gateway.requests import MAX_JSON_VALUES
+from radapter_serve.gateway.kserve import MAX_JSON_VALUES
+from radapter_serve.gateway.openai import EmbeddingsRequest, read, refusal
 from tests.helpers.small_release import png
 
 MOST = 8
@@ -25,7 +24,7 @@ def url(file: bytes, media: str = "image/png") -> str:
     return f"data:{media};base64,{base64.b64encode(file).decode()}"
 
 
-def ask(given: Any, **more: Any) -> Asked:
+def ask(given: Any, **more: Any) -> EmbeddingsRequest:
     return read(json.dumps({"model": "radapter", "input": given, **more}).encode(), MOST)
 
 

@@ -368,7 +368,7 @@ def test_an_answer_that_nobody_reads() -> None:
         talking(served, big_answer(served)) as it,
     ):
         until(lambda: bool(served.upstream.asked))
-        until(lambda: not served.connections._open)
+        until(lambda: not served.connections.open)
         got = 0
         with contextlib.suppress(ConnectionResetError):
             while part := it.recv(2**20):

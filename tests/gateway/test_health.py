@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.health import FRESH, Health
+from radapter_serve.gateway.upstream import FRESH, Health
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import FakeUpstream
@@ -15,7 +15,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
     async def main() -> None:
         upstream = FakeUpstream()
         clock = FakeClock()
-        health = Health(upstream, clock)
+        health = Health(upstream, clock.monotonic)
         assert await health.trouble() is None
         upstream.error = Refused(500, "internal_error", "")
         clock.now += FRESH - 0.01

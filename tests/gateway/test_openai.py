@@ -20,7 +20,7 @@ import urllib3
 from radapter_client import Reply
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
-from radapter_serve.gateway.requests import Inference
+from radapter_serve.gateway.kserve import Inference
 from tests.gateway.test_gateway import heard, talking, until
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, config, serving
@@ -232,11 +232,11 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     answer = served.upstream.infer
     calls = []
 
-    async def switching(asked: Inference, timeout: float, followed: Any = None) -> Reply:
+    async def switching(asked: Inference, timeout: float, entry: Any = None) -> Reply:
         calls.append((asked.model, asked.version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")
-        made = await answer(asked, timeout, followed)
+        made = await answer(asked, timeout, entry)
         return replace(made, version=1 if len(calls) == 1 else 2)
 
     served.upstream.infer = switching  # type: ignore[method-assign]

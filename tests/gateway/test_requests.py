@@ -19,8 +19,7 @@ from PIL import Image
 from radapter_client import Request
 from radapter_client._http import encode
 from radapter_serve.gateway.errors import CODES, Refused, from_status
-from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import IMAGES, MAX_JSON_VALUES, Inference, read
+from radapter_serve.gateway.kserve import IMAGES, MAX_JSON_VALUES, Inference, Model, read
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.tensors import NUMPY
 from tests.helpers.fake_server import release

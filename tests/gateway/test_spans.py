@@ -22,8 +22,8 @@ from radapter_serve.encoders.steps import Step
 from radapter_serve.environment import OTLP_ENDPOINTS
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.journal import Entry
 from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
 from tests.helpers.collector import Collector, Span, collecting
@@ -73,7 +73,7 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
         assert ask(served, **{**known, "Authorization": "Bearer other"}) == 401
         served.upstream.error = Refused(503, "server_unavailable", "gone")
         assert ask(served, **known) == 503
-        told = served.upstream.followed[-2:]
+        told = served.upstream.entries[-2:]
         urllib3.request("GET", f"{served.url}/v2", headers=known)
     spans = collector.spans
     assert {(one.trace, one.parent, one.service) for one in spans} == {
@@ -100,7 +100,7 @@ def test_embeddings_of_several_tasks_are_one_trace(monkeypatch: pytest.MonkeyPat
         image = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
         body = {"model": "radapter", "input": ["a", image]}
         assert ask(served, body, "/v1/embeddings") == 200
-        told = {one.traceparent for one in served.upstream.followed if one is not None}
+        told = {one.traceparent for one in served.upstream.entries if one is not None}
     [span] = collector.spans
     assert span.attributes["radapter.task"] == "embeddings"
     [traceparent] = told
@@ -140,7 +140,7 @@ def test_what_is_no_traceparent_is_ignored(monkeypatch: pytest.MonkeyPatch, bad:
 def test_a_caller_who_keeps_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     with traced(monkeypatch) as (served, collector):
         assert ask(served, traceparent=f"00-{TRACE}-{CALLER}-00") == 200
-        [followed] = [one for one in served.upstream.followed if one is not None]
+        [followed] = [one for one in served.upstream.entries if one is not None]
     assert followed.traceparent is None and not collector.bodies
 
 
@@ -152,7 +152,7 @@ def test_steps_become_spans_inside_each_other() -> None:
         encoder = Step("image_encoder", 1_300, 1_400)
         task = Step("classify", 1_200, 1_500, (encoder, encoder))
         entry = Entry("id", task="classify")
-        entry.followed.steps.append(Step("engine", 1_100, 1_600, (task,)))
+        entry.steps.append(Step("engine", 1_100, 1_600, (task,)))
         spans.begin({}, "POST", "/x").end(entry)
         spans.close(20)
     by_name: dict[str, list[Span]] = {}

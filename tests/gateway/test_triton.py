@@ -19,9 +19,9 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.requests import Inference
+from radapter_serve.gateway.kserve import Inference
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.triton import RESOLVE_SECONDS, Triton
-from radapter_serve.gateway.upstream import Followed
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import config, packed
@@ -121,7 +121,7 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
         "proposals": masks,
     }
     request = Inference("segment", "7", inputs, ("mask", "label"), "of the caller")
-    followed = Followed("own", "00-trace-01")
+    followed = Entry("own", traceparent="00-trace-01")
     reply, recorder = recorded(lambda triton: triton.infer(request, 30, followed))
     assert isinstance(reply, Reply) and reply.version == 7
     found = {name: (str(one.dtype), one.tolist()) for name, one in reply.outputs.items()}
@@ -153,7 +153,7 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
 def test_what_nobody_follows_has_no_trace() -> None:
     _, recorder = recorded(lambda triton: triton.infer(ASKED, 10))
     assert not recorder.message.id and "traceparent" not in recorder.metadata
-    _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, Followed("own")))
+    _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, Entry("own")))
     assert recorder.message.id == "own" and "traceparent" not in recorder.metadata
 
 
@@ -195,7 +195,7 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
         second = await listening(Server(2))
         addresses.extend([first[1], second[1]])
         clock = FakeClock()
-        triton = Triton("name:8001", clock)
+        triton = Triton("name:8001", clock.monotonic)
         clock.now += RESOLVE_SECONDS - 0.01
         slow = asyncio.ensure_future(asked(triton))
         await asyncio.sleep(0.1)

@@ -20,10 +20,9 @@ from radapter_client import Reply
 from radapter_serve.gateway import run
 from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.models import Model
-from radapter_serve.gateway.requests import Inference
+from radapter_serve.gateway.kserve import Inference, Model
+from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
-from radapter_serve.gateway.upstream import Followed
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_server import release
 
@@ -50,7 +49,7 @@ class FakeUpstream:
 
     Attributes:
         asked: the requests that came.
-        followed: what came with them.
+        entries: what came with them.
         timeouts: the seconds that they had.
         error: raised instead of every answer, where it is set.
         hold: answers wait until it is set.
@@ -63,7 +62,7 @@ class FakeUpstream:
 
     def __init__(self) -> None:
         self.asked: list[Inference] = []
-        self.followed: list[Followed | None] = []
+        self.entries: list[Entry | None] = []
         self.timeouts: list[float] = []
         self.error: Exception | None = None
         self.hold = asyncio.Event()
@@ -74,11 +73,9 @@ class FakeUpstream:
         self.outputs: dict[str, np.ndarray] | None = None
         self.outdated: dict[str, bool] | None = {}
 
-    async def infer(
-        self, asked: Inference, timeout: float, followed: Followed | None = None
-    ) -> Reply:
+    async def infer(self, asked: Inference, timeout: float, entry: Entry | None = None) -> Reply:
         self.asked.append(asked)
-        self.followed.append(followed)
+        self.entries.append(entry)
         self.timeouts.append(timeout)
         try:
             await self.hold.wait()

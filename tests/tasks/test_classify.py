@@ -25,7 +25,7 @@ from radapter_serve.tasks.embed import (
     embed_texts,
 )
 from radapter_serve.tasks.labels import Labels, embed_labels
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png
 from tests.helpers.together import together
 
@@ -232,7 +232,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
         "top_k": column([2], [2], [3], [1], kind=np.int32),
     }
     inputs["labels"][3] = [b"d", b"e", b"f"]
-    task.check("classify", inputs, 64)
+    task.check("classify", forms(inputs), 64)
     requests = task.read(local.loaded, inputs, lambda name: True)
     assert [len(one.images) for one in requests] == [2, 1, 1]
     run = task.make(local.loaded, lambda: [])

@@ -25,7 +25,7 @@ from radapter_serve.encoders.needs import complete
 from radapter_serve.index.build import build
 from radapter_serve.tasks.query import MAX_PARTS, Query, combine
 from radapter_serve.tasks.retrieve import RetrieveRequest
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.projection import TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
 
@@ -257,7 +257,7 @@ def test_a_request_is_read_from_its_arrays(world: World) -> None:
         "min_score": np.array([-0.5], np.float32),
     }
     task = TASKS["retrieve"]
-    task.check("retrieve", inputs, 64)
+    task.check("retrieve", forms(inputs), 64)
     [request] = task.read(projecting(), inputs, lambda name: name == "thumbnail")
     query = Query(("1", "2"), read_headers([image]), ("03.png", "04.png"), [1, -0.5, 0.25, 2, 0])
     options: dict[str, Any] = {"top_k": 7, "where": "path != 'ü'", "offset": 2, "min_score": -0.5}

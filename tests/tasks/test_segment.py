@@ -19,7 +19,7 @@ from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
 from tests.helpers.together import together
@@ -122,7 +122,7 @@ def test_a_request_is_read_from_its_arrays(local: Local) -> None:
         "alpha": np.array([0.5], np.float32),
     }
     task = TASKS["segment"]
-    task.check("segment", inputs, 64)
+    task.check("segment", forms(inputs), 64)
     [request] = task.read(local.loaded, inputs, lambda name: True)
     assert (request.image, request.labels) == (
         png(3),

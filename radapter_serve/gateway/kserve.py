@@ -1,0 +1,496 @@
+"""KServe v2 over HTTP: bodies of requests to checked tensors, replies to bodies, and the metadata
+of the tasks. Names, types and shapes are those of `tasks/table.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from radapter_client import Reply
+from radapter_serve.contract.errors import TaskError, redact
+from radapter_serve.gateway.errors import bad_request, escape
+from radapter_serve.release.tensors import DATATYPES, NUMPY, Tensor
+from radapter_serve.tasks.table import TASKS, outputs_of
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_JSON_VALUES = 2**20
+# Lists, objects and their fields cost many times what a number does; a million numbers in rows of
+# 16 have as many.
+MAX_JSON_LISTS = 2**16
+MAX_TEXTS = 2**17  # of an input
+IMAGES = {"image", "examples"}  # inputs of type BYTES that hold files
+FILES = {"thumbnail"}  # outputs of type BYTES that hold files
+_IMAGE_HEADER = 2**16  # bytes of an image that are searched for its size
+_PIECE = 2**18  # bytes of JSON that are searched at once
+_PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
+
+Name = Annotated[str, Field(max_length=64)]
+Body = TypeVar("Body", bound=BaseModel)
+
+
+# The metadata of a task
+
+
+@dataclass(frozen=True)
+class Model:
+    """A task as callers see it; `releases` has the facts of its releases as JSON, by the names of
+    their parameters.
+    """
+
+    name: str
+    max_batch_size: int  # rows of a request; 0 where tensors have no batch dimension
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    releases: Mapping[str, str]
+
+    @classmethod
+    def of(cls, task: str, releases: Mapping[str, str]) -> Model:
+        """A task with these releases, the newest of which is named `release`; paths of the machine
+        that made them are cut to their last name.
+        """
+
+        def without_paths(value: Any) -> Any:
+            if isinstance(value, dict):
+                # A slash in a template is no path.
+                return {
+                    key: item if key == "templates" else without_paths(item)
+                    for key, item in value.items()
+                }
+            if isinstance(value, list):
+                return [without_paths(item) for item in value]
+            if not isinstance(value, str):
+                return value
+            path = _PATH.fullmatch(value)
+            return redact(value) if path is None else path[1] + PurePosixPath(path[2]).name
+
+        public = {
+            name: json.dumps(without_paths(json.loads(facts))) for name, facts in releases.items()
+        }
+        newest = json.loads(releases.get("release", "{}"))
+        rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
+        outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
+        return cls(task, rows, TASKS[task].inputs, outputs, public)
+
+    def facts(self) -> dict[int, dict[str, Any]]:
+        """The facts of the releases by their versions."""
+        releases = map(json.loads, self.releases.values())
+        return {int(facts["version"]): facts for facts in releases}
+
+    def config(self) -> dict[str, Any]:
+        """The answer to `/config`, in Triton's form."""
+
+        def described(tensor: Tensor) -> dict[str, Any]:
+            kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+            return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.dims)}
+
+        return {
+            "name": self.name,
+            "max_batch_size": self.max_batch_size,
+            "input": [
+                {**described(tensor), "optional": tensor.optional}
+                for tensor in self.inputs.values()
+            ],
+            "output": [described(tensor) for tensor in self.outputs.values()],
+            "parameters": {key: {"string_value": value} for key, value in self.releases.items()},
+        }
+
+    def metadata(self, versions: list[str]) -> dict[str, Any]:
+        """The answer to `/v2/models/MODEL`, in KServe's form."""
+        batch = [-1] if self.max_batch_size else []
+
+        def described(tensor: Tensor) -> dict[str, Any]:
+            shape = [*batch, *tensor.dims]
+            return {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
+
+        return {
+            "name": self.name,
+            "versions": versions,
+            "platform": "python",
+            "inputs": list(map(described, self.inputs.values())),
+            "outputs": list(map(described, self.outputs.values())),
+        }
+
+
+# JSON of callers
+
+
+class Strict(BaseModel):
+    """JSON without unknown fields and without values of a similar type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _InputParameters(Strict):
+    binary_data_size: Annotated[int, Field(ge=0, lt=2**40)] | None = None
+
+
+class _Input(Strict):
+    name: Name
+    shape: Annotated[list[Annotated[int, Field(gt=0, lt=2**31)]], Field(max_length=8)]
+    datatype: Name
+    parameters: _InputParameters = _InputParameters()
+    data: list[Any] | None = None
+
+
+class _OutputParameters(Strict):
+    binary_data: bool | None = None
+
+
+class _Output(Strict):
+    name: Name
+    parameters: _OutputParameters = _OutputParameters()
+
+
+class _RequestParameters(Strict):
+    binary_data_output: bool = False
+    timeout: Annotated[int, Field(gt=0, lt=2**60)] | None = None  # microseconds
+
+
+class _Header(Strict):
+    id: Annotated[str, Field(max_length=128)] = ""
+    parameters: _RequestParameters = _RequestParameters()
+    inputs: Annotated[list[_Input], Field(max_length=64)]
+    outputs: Annotated[list[_Output], Field(max_length=64)] = []
+
+
+def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
+    """Parse JSON of a caller, or raise `Refused`; `advice` is for JSON with too many values."""
+    # A list or an object begins with a bracket, a field has a colon, and each value of a list but
+    # the first follows a comma. Texts may have these characters too.
+    if _count(text, b"[{:", MAX_JSON_LISTS) > MAX_JSON_LISTS:
+        raise bad_request(f"the JSON has more than {MAX_JSON_LISTS} brackets and colons; {advice}")
+    if _count(text, b",[{", MAX_JSON_VALUES) > MAX_JSON_VALUES:
+        raise bad_request(f"the JSON has more than {MAX_JSON_VALUES} values; {advice}")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = escape(".".join(map(str, first["loc"])))
+        param = field[1:-1] or None
+        raise bad_request(f"{field if param else 'the body'}: {first['msg']}", param) from None
+
+
+def json_length(header_length: str | None, size: int) -> int:
+    """Bytes of a body that are JSON: as `HEADER_LENGTH` says, or all of its `size`."""
+    if header_length is None:
+        return size
+    is_number = header_length.isascii() and header_length.isdigit()
+    if not is_number or not 0 < int(header_length[:12]) <= size:
+        raise bad_request(
+            f"{HEADER_LENGTH} is {escape(header_length)}; allowed are 1 to {size}, the length of"
+            " the body"
+        )
+    return int(header_length[:12])
+
+
+def json_memory(text: bytes) -> int:
+    """Bytes that parsing JSON takes at most, besides the text."""
+    # Each string exists as parsed and, of an image, as bytes; JSON before binary tensors is copied
+    # twice. One character of four bytes makes all characters of its string take four, and one more
+    # while it is parsed.
+    is_plain = text.isascii() and b"\\" not in text
+    values = min(_count(text, b",", MAX_JSON_VALUES), MAX_JSON_VALUES)
+    lists = min(_count(text, b"[{", MAX_JSON_LISTS), MAX_JSON_LISTS)
+    return (4 if is_plain else 9) * len(text) + 128 * values + 256 * lists
+
+
+def _count(text: bytes, characters: bytes, limit: int) -> int:
+    """Count some characters until there are more than `limit`."""
+    count = 0
+    for start in range(0, len(text), _PIECE):
+        for character in characters:
+            count += text.count(character, start, start + _PIECE)
+        if count > limit:
+            break
+    return count
+
+
+# Requests
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A checked request to a task. Arrays of type BYTES hold texts, as str or in UTF-8, and images
+    as bytes.
+    """
+
+    model: str
+    version: str  # empty for the newest
+    inputs: dict[str, NDArray[Any]]
+    outputs: tuple[str, ...] = ()  # names of the wanted outputs; all if empty
+    id: str = ""  # of the caller, which the answer repeats
+    binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
+    timeout: float | None = None  # seconds that the caller allows
+    size: int = 0  # bytes of the inputs
+
+    @property
+    def images(self) -> int:
+        """The number of images, without empty examples."""
+        arrays = (array for name, array in self.inputs.items() if name in IMAGES)
+        return sum(1 for array in arrays for value in array.ravel() if value)
+
+
+def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
+    """Parse and check the body of an inference: JSON, which binary tensors may follow; raises
+    `Refused` for the first error.
+    """
+    end = json_length(header_length, len(body))
+    header = from_json(_Header, body[:end], "send tensors in binary")
+
+    # Names, types and shapes, before any value is read
+    declared = {tensor.name: (tensor.datatype, tensor.shape) for tensor in header.inputs}
+    if len(declared) < len(header.inputs):
+        names = [tensor.name for tensor in header.inputs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise bad_request(f"the input {escape(twice)} comes twice")
+    try:
+        TASKS[model.name].check(model.name, declared, model.max_batch_size)
+    except TaskError as error:
+        raise bad_request(error.message) from None
+
+    # Values
+    inputs: dict[str, NDArray[Any]] = {}
+    rest = memoryview(body)[end:]
+    for tensor in header.inputs:
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise bad_request(
+                f"the input {tensor.name} needs data or binary_data_size, and not both"
+            )
+        if tensor.datatype == "BYTES" and math.prod(tensor.shape) > MAX_TEXTS:
+            raise bad_request(
+                f"the input {tensor.name} has {math.prod(tensor.shape)} values; at most"
+                f" {MAX_TEXTS} are allowed"
+            )
+        if size is None:
+            inputs[tensor.name] = _from_json(tensor)
+        else:
+            if size > len(rest):
+                raise bad_request(
+                    f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body"
+                )
+            inputs[tensor.name] = _from_binary(tensor, rest[:size])
+            rest = rest[size:]
+    if len(rest):
+        raise bad_request(f"{len(rest)} bytes follow the last input")
+
+    outputs, binary = _outputs(header, model, inputs)
+    timeout = header.parameters.timeout
+    seconds = None if timeout is None else timeout / 1e6
+    objects = (array for array in inputs.values() if array.dtype == object)
+    size = sum(array.nbytes for array in inputs.values())
+    size += sum(sys.getsizeof(value) for array in objects for value in array.ravel())
+    return Inference(model.name, version, inputs, outputs, header.id, binary, seconds, size)
+
+
+def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
+    count = math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        return _objects(_split(tensor.name, data, count), tensor.shape)
+    kind = np.dtype(NUMPY[tensor.datatype])
+    if len(data) != count * kind.itemsize:
+        raise bad_request(
+            f"the input {tensor.name} has {len(data)} bytes; {tensor.shape} of {tensor.datatype}"
+            f" are {count * kind.itemsize}"
+        )
+    if kind.kind == "b" and max(data) > 1:
+        raise bad_request(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
+    values = np.frombuffer(bytes(data), kind)  # a copy: a view would keep the whole body
+    _check_finite(tensor.name, values)
+    return values.reshape(tensor.shape)
+
+
+def _split(name: str, data: memoryview, count: int) -> list[Any]:
+    """Split a tensor of type BYTES into texts, or the bytes of images, each after its length."""
+    values: list[Any] = []
+    offset = 0
+    for number in range(1, count + 1):
+        place = f"value {number} of {count} of the input {name}"
+        start = offset + 4
+        length = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else len(data)
+        offset = start + length
+        if offset > len(data):
+            raise bad_request(f"{place} goes beyond its end")
+        value: Any = bytes(data[start:offset])
+        if name not in IMAGES:
+            try:
+                value = value.decode()
+            except UnicodeDecodeError:
+                raise bad_request(f"{place} is not UTF-8") from None
+        values.append(value)
+    if offset != len(data):
+        raise bad_request(
+            f"the input {name} has {len(data) - offset} bytes after its {count} values"
+        )
+    return values
+
+
+def _from_json(tensor: _Input) -> NDArray[Any]:
+    """Read data that are flat, or nested as the shape is."""
+    name = tensor.name
+    shape = tensor.shape
+    data = tensor.data or []
+    for _ in shape[1:]:
+        if not any(type(value) is list for value in data):
+            break
+        if not all(type(value) is list for value in data):
+            raise bad_request(f"the data of the input {name} are nested unevenly")
+        data = list(chain.from_iterable(data))
+    if len(data) != math.prod(shape):
+        raise bad_request(
+            f"the input {name} has {len(data)} values; the shape {shape} has {math.prod(shape)}"
+        )
+    kinds = set(map(type, data))
+    if tensor.datatype == "BYTES":
+        if kinds != {str}:
+            raise bad_request(f"the data of the input {name} are not all texts")
+        return _objects([one.encode() for one in data] if name in IMAGES else data, shape)
+
+    # Numbers and truth values: in 64 bits first, to see whether they fit
+    kind = np.dtype(NUMPY[tensor.datatype])
+    is_float = kind.kind == "f"
+    allowed: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    if not kinds <= allowed.get(kind.kind, {int}):
+        what = "true or false" if kind.kind == "b" else f"numbers of type {tensor.datatype}"
+        raise bad_request(f"the data of the input {name} are not all {what}")
+    does_not_fit = f"a number of the input {name} does not fit {tensor.datatype}"
+    try:
+        wide = np.array(data, np.float64 if is_float else np.int64)
+    except OverflowError:
+        raise bad_request(does_not_fit) from None
+    with np.errstate(over="ignore"):
+        values = wide.astype(kind)
+    _check_finite(name, values)
+    if not is_float and (values != wide).any():
+        raise bad_request(does_not_fit)
+    return values.reshape(shape)
+
+
+def _check_finite(name: str, values: NDArray[Any]) -> None:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise bad_request(f"the input {name} holds a value that is not a finite number")
+
+
+def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array.reshape(shape)
+
+
+def _outputs(
+    header: _Header, model: Model, inputs: Mapping[str, NDArray[Any]]
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names of the wanted outputs, and those of them in binary. Outputs that JSON can't hold are
+    refused here, before any work.
+    """
+    default = header.parameters.binary_data_output
+    names: list[str] = []
+    binary = set()
+    for output in header.outputs:
+        if output.name not in model.outputs:
+            raise bad_request(
+                f"{model.name} has no output {escape(output.name)}; it has"
+                f" {', '.join(model.outputs)}"
+            )
+        if output.name in names:
+            raise bad_request(f"the output {output.name} is asked for twice")
+        names.append(output.name)
+        wish = output.parameters.binary_data
+        if default if wish is None else wish:
+            binary.add(output.name)
+    if default and not header.outputs:
+        binary.update(model.outputs)
+    in_json = set(names or model.outputs) - binary
+    if in_json & FILES:
+        if names:
+            _check_fits_json(next(iter(in_json & FILES)), None)
+        # A request that names no outputs gets all but files.
+        in_json -= FILES
+        names = [name for name in model.outputs if name in in_json]
+    if "mask" in in_json:
+        for image in inputs["image"].ravel():
+            _check_fits_json("mask", _pixels(image[:_IMAGE_HEADER]))
+    return tuple(names), frozenset(binary)
+
+
+def _check_fits_json(output: str, count: int | None) -> None:
+    """Refuse an output with too many values for JSON, or a file, of which `count` is None."""
+    if count is None:
+        raise bad_request(
+            f"the output {output} is no text; ask for it in binary, or name the outputs that you"
+            " want"
+        )
+    if count > MAX_JSON_VALUES:
+        raise bad_request(
+            f"the output {output} has {count} values, too many for JSON; ask for it in binary"
+        )
+
+
+def _pixels(head: bytes) -> int:
+    """Pixels of an image by the first bytes of its file or of its base64; 0 where unknown."""
+    if not head.startswith((b"\xff\xd8", b"\x89PNG")):
+        text = head.rpartition(b",")[2].translate(None, b" \t\r\n")
+        with contextlib.suppress(ValueError):
+            head = base64.b64decode(text[: len(text) // 4 * 4], validate=True)
+    try:
+        # Not WebP, of which Pillow would decode all to open it.
+        with Image.open(io.BytesIO(head), formats=("JPEG", "PNG")) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises anything; the task explains what is wrong with the file
+        return 0
+
+
+# Replies
+
+
+def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
+    """The body of an answer and its headers, or `Refused` for an output that JSON can't hold."""
+    outputs: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for name, array in reply.outputs.items():
+        datatype = DATATYPES[array.dtype]
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        if name in request.binary:
+            parts.append(pack(array))
+            output["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            _check_fits_json(name, array.size)
+            output["data"] = array.ravel().tolist()
+            if datatype == "BYTES":
+                try:
+                    output["data"] = [value.decode() for value in output["data"]]
+                except UnicodeDecodeError:
+                    _check_fits_json(name, None)
+        outputs.append(output)
+    head: dict[str, Any] = {"id": request.id} if request.id else {}
+    head |= {"model_name": request.model, "model_version": str(reply.version), "outputs": outputs}
+    text = json.dumps(head, allow_nan=False, separators=(",", ":")).encode()
+    if not request.binary:
+        return text, {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    return b"".join([text, *parts]), headers
+
+
+def pack(array: NDArray[Any]) -> bytes:
+    """Pack a tensor in KServe's binary form; texts and files each follow their length."""
+    if array.dtype != object:
+        return np.ascontiguousarray(array).tobytes()
+    values = [one.encode() if isinstance(one, str) else one for one in array.ravel()]
+    return b"".join(chain.from_iterable((struct.pack("<I", len(one)), one) for one in values))
