@@ -16,9 +16,8 @@ from pathlib import Path
 import psutil
 import tyro
 from common import RESULTS, Process, Report, picture, say
-from gateway import export
+from gateway import LABEL_SET, export
 from loop import Closed, Measured, Send, measure
-from serving import LABEL_SET
 
 from radapter_client import AsyncClient
 from radapter_serve.server.endpoints import free_ports

@@ -25,7 +25,6 @@ from common import (
     ratio,
     say,
 )
-from serving import LABEL_SET, together
 
 from radapter_client import Client
 from radapter_serve.gateway.run import start
@@ -33,6 +32,8 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
+
+LABEL_SET = "names"  # of the releases of these benchmarks
 
 
 def export(
@@ -90,6 +91,14 @@ def timed(call: Callable[[], object], count: int, calls: list[float]) -> float:
         own.append(time.perf_counter() - begin)
     calls += own
     return statistics.median(own)
+
+
+def together(call: Callable[[], object], count: int, pool: ThreadPoolExecutor) -> float:
+    """Seconds for `count` calls by the threads of a pool."""
+    start = time.perf_counter()
+    for future in [pool.submit(call) for _ in range(count)]:
+        future.result()
+    return time.perf_counter() - start
 
 
 def main(

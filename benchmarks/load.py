@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import tyro
 from common import RESULTS, Process, Report, picture, say
-from gateway import export
+from gateway import LABEL_SET, export
 from loop import PERCENTILES, Closed, Measured, Open, Send, measure
-from serving import LABEL_SET
 from stages import Stages, read_totals
 
 from radapter_client import AsyncClient

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import os
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,6 @@ import tyro
 from common import RESULTS, Report, picture, say
 from numpy.typing import NDArray
 from PIL import Image
-from serving import counters
 
 from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
 from radapter_serve.index.folder import describe_files, install
@@ -70,6 +71,24 @@ WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
         lambda table: pc.match_like(table["path"], "%777.jpg"),
     ),
 }
+
+
+def counters(server: Any) -> dict[str, dict[str, float]]:
+    """The server's statistics of each model since its start: requests, executions, seconds in all
+    and in compute.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{server.http_url}/v2/models/stats") as response:
+        models = json.load(response)["model_stats"]
+    return {
+        model["name"]: {
+            "requests": model["inference_stats"]["success"]["count"],
+            "executions": model["execution_count"],
+            "all": model["inference_stats"]["success"]["ns"] / 1e9,
+            "compute": model["inference_stats"]["compute_infer"]["ns"] / 1e9,
+        }
+        for model in models
+    }
 
 
 def export_base(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Right requests of every task, in JSON and in binary: what mutations start from, and what the good
+"""Right requests of every task, in JSON and in binary: the start of mutations, and what the good
 client asks.
 """
 
@@ -21,29 +21,22 @@ LABEL_SET = "colours"
 INDEX = "photos"
 TYPE = "Content-Type"
 LENGTH = "Inference-Header-Content-Length"
-_KINDS: dict[str, str] = {"INT32": "<i4", "FP32": "<f4", "UINT8": "u1", "BOOL": "?"}
+_DATATYPES = {"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}
 
-Value = Any  # a text, the bytes of an image, or numbers as a nested list
+Headers = dict[str, "str | None"]
 
 
 @dataclass
 class Ask:
-    """A request that still has its structure.
-
-    Args:
-        model: of the path.
-        head: the JSON of the body.
-        tail: what stands behind it, in binary.
-        binary: whether the header says where JSON ends.
-        headers: besides those that every request has; a value of None takes one of those out.
-        path: of the request; the model's own if None.
+    """A request that still has its structure: `head` is the JSON of its body, `tail` the binary
+    tensors behind it. A header of None is left out.
     """
 
     model: str
     head: Any
     tail: bytes = b""
     binary: bool = False
-    headers: dict[str, str | None] = field(default_factory=dict)
+    headers: Headers = field(default_factory=dict)
     path: str | None = None
 
     def copy(self) -> Ask:
@@ -54,68 +47,48 @@ class Ask:
         return json.dumps(self.head).encode() + self.tail
 
     def raw(self, body: bytes | None = None) -> bytes:
-        """The whole message; with another body, if one is given."""
+        """The whole message, with another body if one is given."""
         body = self.body if body is None else body
-        own = {LENGTH: str(len(body) - len(self.tail))} if self.binary else {}
+        length: Headers = {LENGTH: str(len(body) - len(self.tail))} if self.binary else {}
         path = self.path or f"/v2/models/{self.model}/infer"
-        return message("POST", path, {**own, **self.headers}, body)
+        return message("POST", path, {**length, **self.headers}, body)
 
 
-def message(method: str, path: str, headers: dict[str, str | None], body: bytes = b"") -> bytes:
-    """A request of HTTP/1.1 with a key; a header whose value is None stays out."""
-    usual = {
+def message(method: str, path: str, headers: Headers, body: bytes = b"") -> bytes:
+    """A request of HTTP/1.1 with a key."""
+    usual: Headers = {
         "Host": "gateway",
         "Authorization": f"Bearer {KEY}",
         TYPE: "application/octet-stream" if LENGTH in headers else "application/json",
         "Content-Length": str(len(body)),
     }
-    lines = [
-        f"{name}: {value}" for name, value in {**usual, **headers}.items() if value is not None
-    ]
-    return (
-        "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode(
-            "utf-8", "surrogateescape"
-        )
-        + body
-    )
+    named = {**usual, **headers}
+    lines = [f"{name}: {value}" for name, value in named.items() if value is not None]
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""])
+    return head.encode("utf-8", "surrogateescape") + body
 
 
 def ask(
-    model: str, inputs: dict[str, Value], *, binary: bool = False, rows: bool | None = None
+    model: str, inputs: dict[str, Any], *, binary: bool = False, rows: bool | None = None
 ) -> Ask:
-    """A request for a task.
-
-    Args:
-        model: the task.
-        inputs: values by name: bytes and texts as a list, numbers as an array.
-        binary: whether the values travel behind the JSON.
-        rows: whether the tensors begin with a row; the task's own way if None.
-    """
+    """A request for a task, with texts and images as lists and numbers as arrays."""
     batched = model not in ("segment", "retrieve") if rows is None else rows
     tensors = []
     tail = b""
     for name, value in inputs.items():
-        datatype = (
-            "BYTES"
-            if isinstance(value, list)
-            else {"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]
-        )
-        shape = [len(value)] if isinstance(value, list) else list(value.shape)
+        is_list = isinstance(value, list)
+        shape = [len(value)] if is_list else list(value.shape)
         tensor: dict[str, Any] = {
             "name": name,
             "shape": [1, *shape] if batched else shape,
-            "datatype": datatype,
+            "datatype": "BYTES" if is_list else _DATATYPES[value.dtype.kind],
         }
         if binary:
             packed = pack(value)
             tensor["parameters"] = {"binary_data_size": len(packed)}
             tail += packed
         else:
-            tensor["data"] = (
-                [as_text(one) for one in value]
-                if isinstance(value, list)
-                else value.ravel().tolist()
-            )
+            tensor["data"] = list(map(as_text, value)) if is_list else value.ravel().tolist()
         tensors.append(tensor)
     head: dict[str, Any] = {"id": "1", "inputs": tensors}
     if binary:
@@ -125,18 +98,12 @@ def ask(
     return Ask(model, head, tail, binary)
 
 
-def pack(value: Value) -> bytes:
-    """A tensor as the protocol has it in binary."""
-    if isinstance(value, list):
-        texts = [
-            one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value
-        ]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return bytes(
-        value.astype(
-            _KINDS[{"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]]
-        ).tobytes()
-    )
+def pack(value: Any) -> bytes:
+    """A tensor in the protocol's binary form."""
+    if not isinstance(value, list):
+        return bytes(value.tobytes())
+    texts = [one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value]
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def as_text(value: str | bytes) -> str:
@@ -144,59 +111,48 @@ def as_text(value: str | bytes) -> str:
     return value if isinstance(value, str) else base64.b64encode(value).decode()
 
 
+def number(value: float, kind: Any = np.float32) -> Any:
+    return np.array([value], kind)
+
+
 def right(random: Random) -> Ask:
     """A right request of some task."""
-    image: list[Any] = [
-        png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), "PNG")
-    ]
-    if random.random() < 0.3:
-        image = [png(random.randrange(8), 24, 40, random.choice(["JPEG", "WEBP"]))]
-    labels: list[Any] = [f"label {number}" for number in range(random.randrange(1, 5))]
-    model = random.choice(
-        ["embed_image", "embed_text", "classify", "classify", "segment", "segment", "retrieve"]
-    )
+    kind = random.choice(["PNG", "PNG", "JPEG", "WEBP"])
+    image = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), kind)]
+    labels = [f"label {place}" for place in range(random.randrange(1, 5))]
+    model = random.choice(["embed_image", "embed_text", "classify", "segment", "retrieve"])
     inputs: dict[str, Any] = {"image": image}
     if model == "embed_text":
         inputs = {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}
     elif model in ("classify", "segment"):
-        inputs |= {"labels": labels} if random.random() < 0.7 else {"label_set": [LABEL_SET]}
+        inputs |= random.choice([{"labels": labels}, {"label_set": [LABEL_SET]}])
+        options = {"top_k": number(1, np.int32)}
+        if model == "segment":
+            options = {
+                "threshold": number(0.5),
+                "refine": number(2, np.int32),
+                "short_side": number(24, np.int32),
+                "stride": number(8, np.int32),
+            }
+        inputs |= {name: value for name, value in options.items() if random.random() < 0.4}
         if "labels" in inputs and random.random() < 0.3:
             inputs["templates"] = ["a photo of a {}.", "the {}"]
-    if model == "classify" and random.random() < 0.5:
-        inputs["top_k"] = np.array([1], np.int32)
-    if model == "segment":
-        inputs |= _options(random, len(labels))
-    if model == "retrieve":
-        query: dict[str, Any] = {"text": ["a cat"]} if random.random() < 0.5 else {"image": image}
-        inputs = {**query, "index": [INDEX], "top_k": np.array([random.randrange(1, 5)], np.int32)}
-        if random.random() < 0.5:
-            inputs["offset"] = np.array([0], np.int32)
-            inputs["min_score"] = np.array([-0.5], np.float32)
-            inputs["where"] = [
-                random.choice(
-                    ["width > 10", "path LIKE '%.png'", "width > 10 AND NOT (height = 3)"]
-                )
-            ]
+        if model == "segment" and random.random() < 0.3:
+            masks = np.full((2, 20, 20), 255, np.uint8)
+            masks[1, :10] = 0
+            inputs = {"image": [png(1, 20, 20)], "labels": ["a", "b"], "proposals": masks}
+    else:
+        if model == "retrieve":
+            inputs = random.choice([inputs, {"text": ["a cat"]}])
+            inputs |= {"index": [INDEX], "top_k": number(random.randrange(1, 5), np.int32)}
+            if random.random() < 0.5:
+                inputs |= {"min_score": number(-0.5), "where": ["width > 10 AND NOT (height = 3)"]}
     return ask(model, inputs, binary=random.random() < 0.5)
-
-
-def _options(random: Random, labels: int) -> dict[str, Any]:
-    if random.random() < 0.3:
-        masks = np.full((2, 20, 20), 255, np.uint8)
-        masks[1, :10] = 0
-        return {"image": [png(1, 20, 20)], "proposals": masks}
-    chosen: dict[str, Any] = {
-        "threshold": np.array([0.5], np.float32),
-        "refine": np.array([2], np.int32),
-        "short_side": np.array([24], np.int32),
-        "stride": np.array([8], np.int32),
-    }
-    return {name: value for name, value in chosen.items() if random.random() < 0.4}
 
 
 def good() -> dict[str, Ask]:
     """What the good client asks of each task, again and again."""
-    image: list[Any] = [png(5, 40, 30)]
+    image = [png(5, 40, 30)]
     return {
         "embed_image": ask("embed_image", {"image": image}),
         "embed_text": ask("embed_text", {"text": ["a striped thing"]}, binary=True),

@@ -1,6 +1,4 @@
-"""Attacks on the gateway's connections: its memory, other callers and the next answer stay as they
-were.
-"""
+"""Attacks on the gateway's connections cost other callers no time, and the gateway no memory."""
 
 from __future__ import annotations
 
@@ -21,9 +19,10 @@ import pytest
 import trustme
 
 from radapter_serve.server.endpoints import free_ports
+from tests.hostile.harness import memory, open_files, until
 
 PATIENCE = 1.0  # seconds that this gateway gives its callers, in place of 8 or 10
-LATE = 3.0  # seconds; the attacks that a gateway of before let through held up others for 10 to 48
+LATE = 3.0  # seconds for an answer to another caller
 MOST = 48  # MiB that an attack may add to the memory of the gateway
 INFER = b"/v2/models/embed_text/infer"
 ALIVE = b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -47,12 +46,10 @@ class Attacked:
         return context.wrap_socket(plain)
 
     def memory(self) -> int:
-        """MiB of the process now."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+        return memory(self.process.pid)
 
     def open_files(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return open_files(self.process.pid)
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError), self.connect() as it:
@@ -63,7 +60,7 @@ class Attacked:
 
 @dataclass
 class Good:
-    """A caller who asks again and again, each time by a connection of his own."""
+    """A caller who asks again and again, each time on a new connection."""
 
     attacked: Attacked
     seconds: list[float] = field(default_factory=list)
@@ -127,8 +124,8 @@ def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 @contextlib.contextmanager
 def unharmed(attacked: Attacked) -> Iterator[None]:
-    """An attack in the block, which must cost other callers no time and the gateway no memory or
-    connections.
+    """Check that the attack in the block costs other callers no time, and the gateway no memory and
+    no connections.
     """
     before = attacked.memory()
     files = attacked.open_files()
@@ -139,13 +136,6 @@ def unharmed(attacked: Attacked) -> Iterator[None]:
     assert good.memory - before < MOST
     until(lambda: attacked.open_files() <= files + 2, 20)
     assert attacked.answers()
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def together(count: int, attack: Callable[[], None]) -> None:
