@@ -134,7 +134,7 @@ ROOMS = {
         ("radapter_serve/index/cluster.py", "radapter_serve/index/upload.py"),
     ),
     "gateway": Room(
-        tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "embeddings", "upstream")),
+        tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "embeddings", "triton")),
         ("radapter_serve/gateway",),
         ("radapter_serve/gateway/run.py", "radapter_serve/gateway/in_process.py"),
     ),

@@ -1,4 +1,4 @@
-"""`Engine`: the tasks of releases in this process, asked as a server is asked."""
+"""`Engine`: the tasks of releases in this process, with the interface of a server."""
 
 from __future__ import annotations
 
@@ -35,21 +35,17 @@ from radapter_serve.release.served import Served
 from radapter_serve.tasks.probes import PROBES
 from radapter_serve.tasks.table import TASKS, Run, Tensors, forms
 
-SEGMENTED = 2  # images at once: each may hold half a gigabyte of cosines
-TEXTS = 256  # encoded at once, unless one caller has more
+SEGMENTED = 2  # images at once, each of which may hold half a gigabyte of cosines
+TEXTS = 256  # texts of a batch, unless one caller has more
 
 
 class NotServed(RAdapterError):
-    """A model or a release that the engine does not have."""
+    """A task or a release that the engine does not have."""
 
 
 class _Served:
-    """A release, its tasks and the queues of its encoder.
-
-    Args:
-        loaded: the release.
-        others: the other releases that are served.
-        max_waiting: requests of one task that are under way.
+    """A release, its tasks and the queues of its encoder; `others` are the other releases that are
+    served, and `max_waiting` the requests of one task that are under way.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class _Served:
         self._runs: dict[str, Run[Any, Any]] = {}
 
     def run(self, name: str) -> Run[Any, Any]:
-        """A task, made when it is first asked for."""
+        """The steps of a task, which is made when it is first asked."""
         with self._locks[name]:
             if name not in self._runs:
                 self._runs[name] = TASKS[name].make(self.loaded, self._others)
@@ -80,12 +76,8 @@ class _Served:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an engine serves, or is to; replaced as a whole, so that a request sees one of two
-    states.
-
-    Attributes:
-        served: the releases by number.
-        kept: older ones, which embed the queries for the indexes that they made.
+    """The releases that an engine serves by number, and older ones for the indexes that they made;
+    replaced as a whole, so that a request sees one of two states.
     """
 
     served: Mapping[int, _Served]
@@ -95,13 +87,9 @@ class Prepared:
 class Engine:
     """Releases in this process; a `Transport` of the client.
 
-    Each request runs in its caller's thread; what it needs encoded is encoded with the needs of
-    all that wait.
-
-    Args:
-        releases: that are served.
-        max_waiting: requests of one task that are under way.
-        max_seconds: of one request, whatever its caller allows.
+    Each request runs in its caller's thread, and the rows that it needs encoded join those of all
+    requests that wait. `max_waiting` limits the requests of one task that are under way, and
+    `max_seconds` each of them.
     """
 
     def __init__(
@@ -129,47 +117,31 @@ class Engine:
         spin: bool = False,
         max_waiting: int = MAX_WAITING,
     ) -> Engine:
-        """The releases of a model repository.
+        """Open a model repository: of `DIR@N` release N, else those that `radapter-release` chose,
+        or the newest export.
 
-        Args:
-            repository: the model repository; `DIR@N` serves release N alone, else what
-                `radapter-release` chose, or the newest export.
-            indexes: folder of the indexes that `retrieve` searches.
-            device: number of a GPU for ONNX Runtime; None for the CPU.
-            threads: that compute a batch; None for one a core.
-            spin: as of `load_graphs`.
-            max_waiting: requests of one task that are under way.
-
-        Raises:
-            RAdapterError: no such release, one whose files are not those of its export, or one that
-                its runtime can't load.
+        `device` is the number of a GPU for ONNX Runtime, `threads` compute a batch (one a core if
+        None), and `spin` is that of `load_graphs`. Raises `RAdapterError` for a release that is
+        missing, changed since its export, or not loadable.
         """
         folder = find_release(repository).parent.parent
         _, number = split_repository(repository)
         numbers = [int(number)] if number else list(Served.load(folder).releases)
-        for one in numbers:
-            verify(folder, one)
+        for version in numbers:
+            verify(folder, version)
         releases = [
             load_release(
-                folder, one, indexes=Path(indexes), device=device, threads=threads, spin=spin
+                folder, version, indexes=Path(indexes), device=device, threads=threads, spin=spin
             )
-            for one in numbers
+            for version in numbers
         ]
         return cls(releases, max_waiting=max_waiting)
 
     def prepare(
         self, releases: Sequence[LoadedRelease], kept: Sequence[LoadedRelease] = ()
     ) -> Prepared:
-        """Make other releases ready to be served, next to those that are.
-
-        Each new release has then answered a question to each of its tasks.
-
-        Args:
-            releases: that are to be served; those of before may be among them.
-            kept: older ones, for the indexes that they made.
-
-        Raises:
-            TaskError: a task fails.
+        """Prepare releases, next to those that are served, and probe each task of the new ones;
+        raises `TaskError` if one fails. `kept` are older releases for the indexes that they made.
         """
         before = self._every()
         ready: dict[int, _Served] = {}
@@ -181,7 +153,7 @@ class Engine:
                     try:
                         self._answer(served, name, inputs)
                     except TaskError as error:
-                        # A refusal comes from a task that works.
+                        # A refusal proves that the task works.
                         if error.status != "INVALID_ARGUMENT":
                             raise
             ready[loaded.release.version] = served
@@ -191,7 +163,7 @@ class Engine:
         )
 
     def commit(self, prepared: Prepared) -> None:
-        """Serve what was made ready, from one request to the next; what is under way ends as it
+        """Serve prepared releases from the next request on; requests under way end as they
         began.
         """
         self._state = prepared
@@ -231,39 +203,27 @@ class Engine:
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
     ) -> Reply:
-        """The answer of a task.
+        """The answer of a task by a release, the newest if `version` is empty, with the named
+        outputs, or all.
 
-        Args:
-            model: its name.
-            version: number of the release; empty for the newest.
-            inputs: by name, with the batch first where the task has one.
-            outputs: names of those to give back; none for all.
-            deadline: of `time.monotonic`, after which the caller no longer waits.
-            cancelled: whether the caller has given up.
-
-        Raises:
-            TaskError: why there is no answer.
-            NotServed: no such task or release.
+        `deadline` is in seconds of `time.monotonic`. Raises `TaskError`, or `NotServed` for an
+        unknown task or release.
         """
         with step("engine"):
             served = self._pick(self._state, model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
-        """The facts of the releases that are served, the newest last.
-
-        Raises:
-            NotServed: no such task or release.
+        """The facts of the releases that are served, the newest last; raises `NotServed` for an
+        unknown task or release.
         """
         state = self._state
         self._pick(state, model, version)
         return [state.served[number].loaded.release for number in sorted(state.served)]
 
     def outdated_indexes(self) -> dict[str, bool]:
-        """Whether another release than the newest that is served made the indexes, by the names of
-        these.
-        """
-        from radapter_serve.index.index import outdated  # here: its libraries take a while
+        """Whether another release than the newest made an index, by its name."""
+        from radapter_serve.index.index import outdated  # here: its libraries load slowly
 
         served = self._state.served
         if not served:
@@ -281,7 +241,7 @@ class Engine:
         return sorted(self._state.served)
 
     def close(self) -> None:
-        """Let go of the releases; what is asked after that is refused."""
+        """Close the releases; later requests are refused."""
         self._closed = True
         every = self._every()
         self._state = Prepared({})
@@ -362,8 +322,8 @@ class Engine:
         )
 
     def _encode(self, asked: _Served, needs: Sequence[Need]) -> Sequence[Result]:
-        """Encode needs of one caller, who asked a release, with those of others; images are decoded
-        in its own thread.
+        """Encode the needs of a request to a release with those of others; pixels are decoded in
+        this thread.
         """
         first = needs[0]
         if first.part == "pixels":

@@ -139,21 +139,27 @@ def test_one_output_alone(engine: Engine) -> None:
     assert set(reply.outputs) == {"score"} and reply.version == 2
 
 
+class Held:
+    """An encoder's method that waits for `gate` once it has begun."""
+
+    def __init__(self, local: Local, name: str) -> None:
+        self._encode = getattr(local, name)
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+        setattr(local, name, self)
+
+    def __call__(self, rows: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        self.begun.set()
+        assert self.gate.wait(20)
+        return np.asarray(self._encode(rows))
+
+
 def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path) -> None:
     """While the encoder is busy, an image to embed and one to classify wait for it."""
     local = Local(repository, 2)
-    encode = local.images
-    begun = threading.Event()
-    gate = threading.Event()
-
-    def images(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
-        begun.set()
-        assert gate.wait(20)
-        return encode(pixels)
-
     with Engine([local.loaded]) as engine:
         expected = [asked(engine, "classify", png(1)), asked(engine, "embed_image", png(2))]
-        local.images = images  # type: ignore[method-assign]
+        held = Held(local, "images")
         local.calls.clear()
         found: dict[str, dict[str, np.ndarray]] = {}
 
@@ -165,12 +171,12 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
         threads = [threading.Thread(target=ask, args=job) for job in jobs]
         for waiting, thread in enumerate(threads):
             thread.start()
-            assert begun.wait(20)
+            assert held.begun.wait(20)
             [served] = engine._every()
             end = time.monotonic() + 20
             while len(served.queues["images"]._waiting) < waiting and time.monotonic() < end:
                 time.sleep(0.001)
-        gate.set()
+        held.gate.set()
         for thread in threads:
             thread.join(20)
     assert [shape[0] for shape in local.calls] == [1, 2]
@@ -209,24 +215,15 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
 
 def test_of_a_task_few_requests_are_under_way(repository: Path) -> None:
     local = Local(repository, 2)
-    encode = local.tokens
-    begun = threading.Event()
-    gate = threading.Event()
-
-    def tokens(rows: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
-        begun.set()
-        assert gate.wait(20)
-        return encode(rows)
-
-    local.tokens = tokens  # type: ignore[method-assign,assignment]
+    held = Held(local, "tokens")
     with Engine([local.loaded], max_waiting=1) as engine:
         inputs = {"text": texts(b"a")}
         first = threading.Thread(target=engine.infer, args=("embed_text", "", inputs))
         first.start()
-        assert begun.wait(20)
+        assert held.begun.wait(20)
         with pytest.raises(TaskError, match=r"\[overloaded\] too many requests wait"):
             engine.infer("embed_text", "", inputs)
-        gate.set()
+        held.gate.set()
         first.join(20)
         assert engine.infer("embed_text", "", inputs).version == 2
 

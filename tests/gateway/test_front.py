@@ -13,7 +13,7 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import Keys, new_key
-from radapter_serve.gateway.middleware import MAX_HEADERS, BrowserRule, HeaderLimit
+from radapter_serve.gateway.middleware import BrowserRule
 from radapter_serve.release.release import TASKS
 from tests.gateway.test_gateway import HEAD, INFER, TEXT, ask, digest, heard, refusal, talking
 from tests.helpers.fake_server import release
@@ -41,29 +41,18 @@ def passes(middleware: Any, scope: dict[str, Any]) -> bool:
     [
         *(
             ({"Host": host}, True)
-            for host in (LOCAL, "LOCALHOST", "127.0.0.1:1", "127.9.9.9", "[::1]:8080", "box")
+            for host in (LOCAL, "LOCALHOST", "127.9.9.9", "[::1]:8080", "box")
         ),
-        *(
-            ({"Host": host}, False)
-            for host in (
-                "evil.example",
-                "localhost.evil.example",
-                "127.0.0.1.evil.example:8080",
-                "",
-                "[",
-                "10.0.0.1",
-            )
-        ),
+        *(({"Host": host}, False) for host in ("evil.example", "localhost.evil.example", "", "[")),
+        *(({"Host": host}, False) for host in ("127.0.0.1.evil.example:8080", "10.0.0.1")),
         ({}, False),
         ({"Host": LOCAL, "Origin": f"http://{LOCAL}"}, True),
-        ({"Host": LOCAL, "Origin": "http://evil.example"}, False),
-        ({"Host": LOCAL, "Origin": "http://localhost:3000"}, False),
-        ({"Host": LOCAL, "Origin": "null"}, False),
-        ({"Host": LOCAL, "Origin": "http://["}, False),
-        ({"Host": LOCAL, "Sec-Fetch-Site": "none"}, True),
-        ({"Host": LOCAL, "Sec-Fetch-Site": "same-origin"}, True),
-        ({"Host": LOCAL, "Sec-Fetch-Site": "same-site"}, False),
-        ({"Host": LOCAL, "Sec-Fetch-Site": "cross-site"}, False),
+        *(
+            ({"Host": LOCAL, "Origin": origin}, False)
+            for origin in ("http://evil.example", "http://localhost:3000", "null", "http://[")
+        ),
+        *(({"Host": LOCAL, "Sec-Fetch-Site": site}, True) for site in ("none", "same-origin")),
+        *(({"Host": LOCAL, "Sec-Fetch-Site": site}, False) for site in ("same-site", "cross-site")),
     ],
 )
 def test_what_a_browser_may_ask_on_this_machine(given: dict[str, str], lets_in: bool) -> None:
@@ -97,18 +86,6 @@ def test_the_rule_is_not_for_callers_with_keys_nor_names_where_everybody_may_com
         assert ask(served, "/v2", Host="models.example.org")[0] == 200
         assert refusal(served, INFER, TEXT, Origin="http://other.example") == (403, "unauthorized")
         assert not served.upstream.asked
-
-
-@pytest.mark.parametrize("over", [0, 1])
-def test_the_limit_of_headers(over: int) -> None:
-    scope = {
-        "path": "/v2",
-        "raw_path": b"/v2",
-        "query_string": b"abc",
-        "headers": [(b"x", b"y"), (b"z", b"")],
-    }
-    scope["headers"].append((b"long", b"a" * (MAX_HEADERS - 3 - 3 - 2 - 1 - 4 + over)))  # type: ignore[attr-defined]
-    assert passes(HeaderLimit(passed), scope) == (not over)
 
 
 def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
@@ -196,9 +173,3 @@ def test_a_file_of_keys_that_becomes_a_pipe_lets_nobody_in(tmp_path: Path) -> No
     os.mkfifo(path)
     with pytest.raises(Refused):
         keys.check(f"Bearer {key}")
-
-
-def test_a_link_to_a_file_of_keys_is_followed(tmp_path: Path) -> None:
-    key = new_key(tmp_path / "real", "ann")
-    (tmp_path / "keys").symlink_to(tmp_path / "real")
-    Keys(tmp_path / "keys").check(f"Bearer {key}")

@@ -69,11 +69,6 @@ def test_a_bucket_gives_out_its_limit_and_what_it_held(
         assert taken <= size + (clock.now - start) * limit / period + max(0, count - size) + 1e-6
 
 
-def test_a_bucket_without_a_limit_never_refuses() -> None:
-    bucket = TokenBucket(None, 1.0, FakeClock().monotonic)
-    assert not any(bucket.take(1000) for _ in range(1000))
-
-
 def test_a_key_is_refused_by_each_limit_alone() -> None:
     clock = FakeClock()
     quota = Quota(Key("ann", DIGEST, 2, 3, 60), clock.monotonic)

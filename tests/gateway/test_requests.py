@@ -18,11 +18,10 @@ from PIL import Image
 
 from radapter_client import Request
 from radapter_client._http import encode
-from radapter_serve.gateway.errors import CODES, Refused, from_status
+from radapter_serve.gateway.errors import CODES, Refused
 from radapter_serve.gateway.kserve import IMAGES, MAX_JSON_VALUES, Inference, Model, read
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.tensors import NUMPY
-from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import config, packed
 
 MODELS = {name: config(name) for name in TASKS}
@@ -430,29 +429,3 @@ def test_a_good_request_with_some_bytes_changed(data: st.DataObject) -> None:
         changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed
     )
     checked(bytes(cut), headers["Inference-Header-Content-Length"], MODELS["classify"])
-
-
-def test_a_model_is_described_as_its_configuration_has_it() -> None:
-    told = config("embed_text").metadata(["1", "2"])
-    assert (told["name"], told["versions"]) == ("embed_text", ["1", "2"])
-    assert told["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1, 1]}
-    assert [(one["name"], one["datatype"]) for one in told["outputs"]] == [("text_embeds", "FP32")]
-    text = config("embed_text").config()["input"][0]
-    assert text == {"name": "text", "data_type": "TYPE_STRING", "dims": [1], "optional": False}
-
-
-def test_a_refusal_of_a_task_is_told_without_paths() -> None:
-    text = "[invalid_image] image 1 of 1: /srv/secret/file is no image\nTraceback"
-    refused = from_status("INVALID_ARGUMENT", text)
-    assert (refused.status, refused.code) == (400, "invalid_image")
-    assert refused.message == "image 1 of 1: ... is no image"
-
-
-@pytest.mark.parametrize(
-    ("fact", "told"),
-    [("local-dir:/srv/secret/base", "local-dir:base"), ("/srv/secret/base/", "base")],
-)
-def test_a_path_in_the_facts_of_a_release_is_told_by_its_name(fact: str, told: str) -> None:
-    facts = release(1) | {"architecture": fact}
-    found = config("classify", facts).config()["parameters"]["release"]["string_value"]
-    assert json.loads(found) == {**facts, "architecture": told}

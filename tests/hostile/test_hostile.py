@@ -34,16 +34,9 @@ NO_REQUEST = Answer(
 )
 
 
-@pytest.mark.parametrize(
-    ("engine", "count"),
-    [
-        pytest.param("process", 2_000, marks=pytest.mark.slow),
-        pytest.param("triton", 2_000, marks=pytest.mark.triton),
-        pytest.param("triton", REQUESTS, marks=[pytest.mark.triton, pytest.mark.slow]),
-    ],
-)
-def test_hostile_requests(tmp_path: Path, engine: str, count: int) -> None:
-    with world(tmp_path, engine) as running:
+def keep_promises(folder: Path, engine: str, count: int) -> None:
+    """Send so many hostile requests to a world in an empty folder."""
+    with world(folder, engine) as running:
         before = running.processes()
         with Good(running.address) as good:
             report = attack(running.address, SEED, range(count))
@@ -52,6 +45,22 @@ def test_hostile_requests(tmp_path: Path, engine: str, count: int) -> None:
         assert good.troubles == [] and good.asked >= 10
         assert running.processes() == before
     assert running.process.returncode == 0
+
+
+@pytest.mark.triton
+def test_hostile_requests(tmp_path: Path) -> None:
+    keep_promises(tmp_path, "triton", 2_000)
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_many_hostile_requests(tmp_path: Path) -> None:
+    keep_promises(tmp_path, "triton", REQUESTS)
+
+
+@pytest.mark.slow
+def test_hostile_requests_to_an_engine(tmp_path: Path) -> None:
+    keep_promises(tmp_path, "process", 2_000)
 
 
 @pytest.mark.slow
