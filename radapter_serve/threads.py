@@ -45,7 +45,7 @@ def threads_per_instance(threads: int, instances: int) -> int:
 
     Encoders are not set against each other: where only images are asked for, half of the cores
     would idle, and where texts are, too, so many threads cost no more than they do one encoder
-    alone (`benchmarks/threads.py`): none spins.
+    alone (`benchmarks/README.md`): none spins.
     """
     return max(1, threads // instances)
 
