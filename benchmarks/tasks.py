@@ -22,6 +22,7 @@ from radapter_serve.encoders.needs import CHUNK, complete
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
 from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.masks import encode_windows
 
 WIDTH = 512
 SIZE = 224
@@ -55,7 +56,8 @@ def segmentation(labels: int) -> Mapping[str, Callable[[], object]]:
     """`segment` without its encoder, and the least that it has to do."""
     image = picture(640, 480)
     preprocess = Preprocess((SIZE, SIZE))
-    segmenter = DenseSegmenter(Patches(), preprocess, 64)
+    segmenter = DenseSegmenter(preprocess, 64)
+    patches = Patches()
     embeds = unit(np.random.default_rng(2).normal(size=(labels, WIDTH)))
     shortest = Preprocess((SIZE * 3 // 2,) * 2, resize_mode="shortest")
     values = np.full(BLOCK, -1.0, np.float32)
@@ -66,7 +68,10 @@ def segmentation(labels: int) -> Mapping[str, Callable[[], object]]:
         for _ in range(0, 640 * 480 * labels, BLOCK):
             np.exp(values, out=result)
 
-    return {"segment": lambda: segmenter(decode(image), embeds), "floor": floor}
+    def segment() -> None:
+        encode_windows(segmenter.segment(decode(image), embeds), patches)
+
+    return {"segment": segment, "floor": floor}
 
 
 def new_labels(

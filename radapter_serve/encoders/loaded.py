@@ -275,15 +275,11 @@ class ServerEncoder:
         return np.array([text for (text,) in rows], object)
 
     def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The answer of one of the client's methods.
-
-        Raises:
-            RAdapterError: the server failed.
-        """
+        """The answer of one of the client's methods; raises a `TaskError` where there is none."""
         try:
             return task(*arguments, **options)
         except RAdapterClientError as error:
-            raise RAdapterError(f"{self._url}: {error}") from error
+            raise TaskError(error.code or ENCODER_FAILED, f"{self._url}: {error}") from error
 
     def close(self) -> None:
         """Close the connection."""

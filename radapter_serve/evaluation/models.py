@@ -42,8 +42,8 @@ from radapter_serve.files import digest_of
 from radapter_serve.hub import LOCAL
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.masks import SegmentOptions, encode_windows
 from radapter_serve.tasks.proposals import ProposalSegmenter
-from radapter_serve.tasks.segment_options import SegmentOptions
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TEMPLATES = ["a photo of a {}."]  # of models that name none
@@ -196,14 +196,14 @@ class Candidate:
         image = decode(data, exif_orientation=self.loaded.preprocess.exif_orientation)
         if query.dense == PROPOSALS:
             assert masks is not None
-            by_masks = ProposalSegmenter.of_release(release, self.loaded.embed_pixels)
-            return by_masks(image, embeds, masks, scores, options).mask
+            crops = ProposalSegmenter.of(self.loaded).segment(image, embeds, masks, scores, options)
+            return encode_windows(crops, self.loaded.embed_pixels).mask
         patches: Callable[..., Floats] = self.loaded.embed_patches
         if isinstance(encoder, TorchEncoder):
             patches = partial(encoder.patches, alpha=self._alpha, way=query.dense)
         rows = min(16, release.max_batch_size)
-        segmenter = replace(DenseSegmenter.of_release(release, patches), max_batch_size=rows)
-        return segmenter(image, embeds, options).mask
+        segmenter = replace(DenseSegmenter.of(self.loaded), max_batch_size=rows)
+        return encode_windows(segmenter.segment(image, embeds, options), patches).mask
 
     def close(self) -> None:
         """Release what this model and the others that were loaded with it hold."""

@@ -36,7 +36,7 @@ from radapter_serve.evaluation.metrics import (
 from radapter_serve.evaluation.models import Candidate, SegmentQuery
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.tasks.proposals import BINARY
-from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.masks import SegmentOptions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.data.source import Count, DataSource, For, RunSource, users
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
-from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.masks import SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a dense method: masks are given, and their crops classified
 SEVERAL_METRIC = "mean_average_precision"

@@ -54,14 +54,15 @@ class Confidence:
         return cls(**{name: facts[name] for name in cls.__dataclass_fields__ if name in facts})
 
 
-def fitted_at(release: Release, alpha: float) -> Confidence:
-    """The calibration of a release; refuses a release without one, and embeddings at another α."""
+def fitted_at(release: Release, exported: float, alpha: float | None) -> Confidence:
+    """The calibration of a release, fitted at the α of its export; refuses a release without one,
+    and embeddings at another α (None where it is folded).
+    """
     if release.confidence is None:
         raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
-    if np.float32(alpha) != np.float32(release.alpha):
+    if alpha is not None and np.float32(alpha) != np.float32(exported):
         raise TaskError(
             NOT_CALIBRATED,
-            f"the scores of this release are calibrated at alpha {release.alpha:g}, not at"
-            f" {alpha:g}",
+            f"the scores of this release are calibrated at alpha {exported:g}, not at {alpha:g}",
         )
     return Confidence.from_dict(release.confidence)

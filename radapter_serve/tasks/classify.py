@@ -23,10 +23,9 @@ from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
 from radapter_serve.release.confidence import HOW, NO_TEMPERATURE, Confidence, fitted_at
-from radapter_serve.release.release import Release
 from radapter_serve.tasks.embed import checked_headers
 from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
-from radapter_serve.tasks.scored_mask import finite
+from radapter_serve.tasks.masks import finite
 
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
@@ -120,7 +119,7 @@ def classify(
     """
     # What can be refused by values and headers alone.
     alpha = loaded.request_alpha(request.alpha)
-    rule = _score_rule(loaded.release, request, alpha)
+    rule = _score_rule(loaded, request, alpha)
     count = check_labels(loaded, request.labels, alpha, by_example=True)
     examples = request.examples
     shown: list[ImageFile] = []
@@ -186,12 +185,13 @@ class ScoreRule:
         return Ranking([label_set.labels[place] for place in places], scores)
 
 
-def _score_rule(release: Release, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
+def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
     """The rule of a request.
 
     Raises:
         TaskError: the release has no such scores, or none for labels by example.
     """
+    release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
     confidence: Confidence | None = None
     sigmoid = 1.0, 0.0
@@ -200,7 +200,7 @@ def _score_rule(release: Release, request: ClassifyRequest, alpha: float | None)
         by_example = name is not None and known_as(name, release.sets_by_example) is not None
         if request.examples is not None or by_example:
             raise TaskError(NOT_CALIBRATED, _BY_EXAMPLE)
-        confidence = fitted_at(release, release.alpha if alpha is None else alpha)
+        confidence = fitted_at(release, loaded.exported_alpha, alpha)
         sigmoid = confidence.scale, confidence.bias
     if request.multi_label:
         # Also of a model that was pretrained with a sigmoid: training moves the cosines, and leaves

@@ -4,39 +4,36 @@ these to pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.contract.alpha import Encode
-from radapter_serve.contract.errors import (
-    NO_PATCH_ENCODER,
-    Cancelled,
-    TaskError,
-    check_cancelled,
-    invalid,
-)
+from radapter_serve.contract.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.contract.probabilities import best_class
-from radapter_serve.release.release import Release
-from radapter_serve.tasks.refine import refine
-from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
-from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.tasks.masks import (
+    USUAL,
+    MaskTally,
+    ScoredMask,
+    SegmentOptions,
+    Windows,
+    check_label_embeddings,
+    finite,
+)
 from radapter_serve.tasks.windows import Axis, upsampled, window_starts
-
-S = TypeVar("S")
-# Yields images for an encoder, uint8 [B, S, S, 3], and is sent what it makes of them.
-Windows: TypeAlias = Generator[NDArray[np.uint8], NDArray[np.float32], S]
 
 # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
 PATCH_SCALE = 40.0
 MAX_WINDOWS = 500
 MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
+# Pixels between a pixel and its neighbours; one 3 x 3 ring each. NACLIP's.
+DILATIONS = (8, 16)
+_RING = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,12 @@ class DenseSegmenter:
     with a bias, the sigmoid of each label, as in `classify`.
 
     Args:
-        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where
-            there is none.
         preprocess: says what S is; its interpolation makes the working image.
         max_batch_size: rows that the encoder takes at most.
         logit_scale, logit_bias: of a release whose model was trained with a sigmoid loss.
         grid: g, or None where only the encoder tells.
     """
 
-    encode_patches: Encode | None
     preprocess: Preprocess
     max_batch_size: int
     logit_scale: float = PATCH_SCALE
@@ -65,27 +59,16 @@ class DenseSegmenter:
     grid: int | None = None
 
     @classmethod
-    def of_release(cls, release: Release, encode_patches: Encode | None = None) -> DenseSegmenter:
+    def of(cls, loaded: LoadedRelease) -> DenseSegmenter:
         """As a release says."""
-        preprocess = Preprocess.from_dict(release.preprocess)
+        release = loaded.release
         return cls(
-            encode_patches,
-            preprocess,
+            loaded.preprocess,
             release.max_batch_size,
             release.logit_scale,
             release.logit_bias,
             release.dense["grid"] if release.dense else None,
         )
-
-    def check(self, options: SegmentOptions, *, has_patches: bool) -> None:
-        """Raise a `TaskError` where there is no patch encoder, or the options do not fit."""
-        if not has_patches:
-            raise TaskError(
-                NO_PATCH_ENCODER,
-                "this release has no patch_encoder; export with radapter-export --dense naclip, or"
-                " send proposals",
-            )
-        options.sizes(self.preprocess.size[0])
 
     def check_size(self, size: tuple[int, int], labels: int, options: SegmentOptions) -> None:
         """Refuse what takes too much, before anything is decoded or encoded.
@@ -115,73 +98,42 @@ class DenseSegmenter:
         if options.refine:
             _check_values(height * width, labels, "to refine; or leave refine out")
 
-    def working(self, image: Image.Image, options: SegmentOptions) -> NDArray[np.uint8]:
-        """The image that windows go over, uint8 [h, w, 3].
-
-        Args:
-            image: as `decode` gives it, any mode.
-            options: how.
-        """
-        short_side, _ = options.sizes(self.preprocess.size[0])
-        return np.asarray(self._shortest(short_side).resize(image).convert("RGB"))
-
-    def __call__(
+    def segment(
         self,
         image: Image.Image,
         embeds: NDArray[np.float32],
         options: SegmentOptions = USUAL,
         *,
         cancelled: Cancelled | None = None,
-    ) -> ScoredMask:
-        """Segment an image.
+    ) -> Windows[ScoredMask]:
+        """Segment an image; yields batches of windows, and is sent their patches.
 
         Args:
-            image: as `decode` gives it, any mode.
+            image: as `decode` gives it, any mode; let go of before the first batch is encoded.
             embeds: float32 [C, D], the labels' text embeddings of unit length.
             options: how.
             cancelled: asked between batches of windows; where it says yes, nobody waits for the
                 rest.
 
         Raises:
-            TaskError: no patch encoder; options that do not fit; an image too long and thin, or too
-                many labels, for the windows it takes; cancelled.
-        """
-        self.check(options, has_patches=self.encode_patches is not None)
-        self.check_size(image.size, len(embeds), options)
-        working = self.working(image, options)
-        assert self.encode_patches is not None
-        return driven(
-            self.segment(image.size, working, embeds, options, cancelled=cancelled),
-            self.encode_patches,
-        )
-
-    def segment(
-        self,
-        size: tuple[int, int],
-        working: NDArray[np.uint8],
-        embeds: NDArray[np.float32],
-        options: SegmentOptions,
-        *,
-        cancelled: Cancelled | None = None,
-    ) -> Windows[ScoredMask]:
-        """Segment an image that `check_size` lets through; yields batches of windows, and is sent
-        their patches.
-
-        Args:
-            size: width and height of the image.
-            working: what `working` makes of it.
-            embeds, options, cancelled: as for the call of the whole.
-
-        Raises:
-            TaskError: as the call of the whole does.
+            TaskError: options that do not fit; an image too long and thin, or too many labels, for
+                the windows it takes; cancelled.
         """
         check = partial(check_cancelled, cancelled)
+        self.check_size(image.size, len(embeds), options)
         check_label_embeddings(embeds)
-        height, width = working.shape[:2]
+
+        # The working image, and where windows are on it.
+        size = image.size
         window = self.preprocess.size[0]
-        _, stride = options.sizes(window)
+        short_side, stride = options.sizes(window)
+        working = np.asarray(self._shortest(short_side).resize(image).convert("RGB"))
+        del image
+        height, width = working.shape[:2]
         tops = window_starts(height, window, stride)
         lefts = window_starts(width, window, stride)
+
+        # The cosines of their patches, and from these to the image's own pixels.
         values = yield from self._cosines(working, tops, lefts, embeds, check)
         grid = values.shape[0] // len(tops)
         rows = Axis(size[1], height, window, grid, tuple(tops))
@@ -198,7 +150,8 @@ class DenseSegmenter:
             rows, columns = (
                 Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns)
             )
-        # A bias belongs to its own scale.
+
+        # The best label of each pixel; a bias belongs to the scale that it was trained with.
         scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale
         tally = MaskTally(
             (size[1], size[0]),
@@ -250,20 +203,69 @@ class DenseSegmenter:
         return values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
 
 
-def driven(windows: Windows[S], encode: Encode) -> S:
-    """What `windows` returns, by an encoder."""
-    try:
-        batch = next(windows)
-        while True:
-            batch = windows.send(encode(batch))
-    except StopIteration as done:
-        result: S = done.value
-        return result
-
-
 def _check_values(places: int, labels: int, way_out: str) -> None:
     if places * labels > MAX_VALUES:
         most = MAX_VALUES // places
         raise invalid(
             f"{labels} labels are too many for this image; at most {most} are allowed {way_out}"
         )
+
+
+def refine(
+    maps: NDArray[np.float32],
+    image: NDArray[np.uint8],
+    steps: int,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Replace, `steps` times, each pixel's scores by the mean of its neighbours', weighted by
+    likeness of colour.
+
+    The weights are softmax over the neighbours of -|I_i - I_j| / (0.1 s_i), mean over the channels,
+    where s_i is the standard deviation of the colours around pixel i (Araslanov & Roth,
+    "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
+
+    Args:
+        maps: float32 [C, h, w], changed in place.
+        image: uint8 [h, w, 3].
+        steps: number of iterations; 10 is usual.
+        check: called after each map; may raise.
+    """
+    height, width = image.shape[:2]
+    border = max(DILATIONS)
+    views = [
+        (
+            slice(border + y * d, border + y * d + height),
+            slice(border + x * d, border + x * d + width),
+        )
+        for d in DILATIONS
+        for y, x in _RING
+    ]
+    weights = _weights(image, views, border)
+    product = np.empty((height, width), np.float32)
+    # One by one: a map, its weights and the product stay in the cache.
+    for scores in maps:
+        for _ in range(steps):
+            padded = np.pad(scores, border, mode="edge")
+            scores[:] = 0
+            for weight, view in zip(weights, views, strict=True):
+                scores += np.multiply(weight, padded[view], out=product)
+        check()
+
+
+def _weights(
+    image: NDArray[np.uint8], views: list[tuple[slice, slice]], border: int
+) -> NDArray[np.float32]:
+    """float32 [neighbours, h, w], of sum one at each pixel."""
+    logits = np.zeros((len(views), *image.shape[:2]), np.float32)
+    for channel in np.moveaxis(image, 2, 0).astype(np.float32) / 255:
+        padded = np.pad(channel, border, mode="edge")
+        # Around a pixel: its neighbours, and the pixel itself once for each ring.
+        around = [padded[view] for view in views] + [channel] * len(DILATIONS)
+        mean = sum(around[1:], around[0]) / len(around)
+        deviation = np.sqrt(sum((values - mean) ** 2 for values in around) / (len(around) - 1))
+        for logit, view in zip(logits, views, strict=True):
+            logit -= np.abs(channel - padded[view]) / (1e-8 + 0.1 * deviation) / 3
+    logits -= logits.max(0)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(0)
+    return logits

@@ -13,20 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.contract.alpha import Encode
 from radapter_serve.contract.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import MAX_PIXELS, Preprocess
 from radapter_serve.contract.probabilities import class_probabilities
-from radapter_serve.release.release import Release
-from radapter_serve.tasks.dense import Windows, driven
-from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
-from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.tasks.masks import (
+    USUAL,
+    MaskTally,
+    ScoredMask,
+    SegmentOptions,
+    Windows,
+    check_label_embeddings,
+    finite,
+)
 from radapter_serve.tasks.windows import BLOCK
 
-BINARY = (
-    102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023)
-)
+# 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023).
+BINARY = 102
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,13 @@ class ProposalSegmenter:
     probability). A pixel without any mask is background, with a threshold or without.
 
     Args:
-        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length, or None for `segment`.
-        preprocess: makes the input of `encode_images`, S x S.
-        crop: how a mask is shown to `encode_images`.
+        preprocess: makes the image encoder's input, S x S.
+        crop: how a mask is shown to the image encoder.
         logit_scale: of the release.
         max_batch_size: rows that the encoder takes at most.
         logit_bias: of a release whose model was trained with a sigmoid loss.
     """
 
-    encode_images: Encode | None
     preprocess: Preprocess
     crop: MaskCrop
     logit_scale: float
@@ -55,13 +57,12 @@ class ProposalSegmenter:
     logit_bias: float | None = None
 
     @classmethod
-    def of_release(cls, release: Release, encode_images: Encode | None = None) -> ProposalSegmenter:
+    def of(cls, loaded: LoadedRelease) -> ProposalSegmenter:
         """As a release says."""
-        preprocess = Preprocess.from_dict(release.preprocess)
+        release = loaded.release
         crop = MaskCrop.from_dict(release.crop)
-        scale = release.logit_scale
-        bias = release.logit_bias
-        return cls(encode_images, preprocess, crop, scale, release.max_batch_size, bias)
+        size = release.max_batch_size
+        return cls(loaded.preprocess, crop, release.logit_scale, size, release.logit_bias)
 
     def check(
         self,
@@ -73,34 +74,41 @@ class ProposalSegmenter:
         """Refuse proposals that do not fit, before anything is decoded or encoded.
 
         Args:
-            masks, scores: as for the call.
+            masks, scores: as of `segment`.
             sizes: widths and heights that the image may have.
             labels: how many.
 
         Raises:
             TaskError: masks or scores that do not fit, or hold nothing; a crop that is too large.
         """
-        _check_proposals(masks, scores, sizes, labels)
+        width, height = sizes[0]
+        expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
+        shape = list(masks.shape)
+        if (
+            masks.dtype != np.uint8
+            or masks.ndim != 3
+            or (shape[2], shape[1]) not in sizes
+            or not len(masks)
+        ):
+            raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
+        most = masks.max()
+        if most == 1:
+            raise invalid(f"no value of the proposals is above 1; send {expected}")
+        if most <= BINARY:
+            raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
+        if scores is not None:
+            if scores.shape != (len(masks), labels):
+                raise invalid(
+                    f"proposal_scores have the shape {list(scores.shape)}; [{len(masks)}, {labels}]"
+                    " is needed, a row for each proposal and a column for each label"
+                )
+            if not ((scores >= 0) & (scores <= 1)).all():
+                raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
         # Only of long and thin images a square crop may be too large.
         if self.crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
             for mask in masks:
                 if mask.max() > BINARY:
                     self.crop.box(mask > BINARY)
-
-    def __call__(
-        self,
-        image: Image.Image,
-        embeds: NDArray[np.float32],
-        masks: NDArray[np.uint8],
-        scores: NDArray[np.float32] | None = None,
-        options: SegmentOptions = USUAL,
-        *,
-        cancelled: Cancelled | None = None,
-    ) -> ScoredMask:
-        """Segment an image; the arguments are those of `segment`."""
-        windows = self.segment(image, embeds, masks, scores, options, cancelled=cancelled)
-        assert self.encode_images is not None
-        return driven(windows, self.encode_images)
 
     def segment(
         self,
@@ -200,34 +208,3 @@ def _best(
         ranks = np.where(equal[unclear], inside[unclear] @ cosines, -np.inf)
         best[unclear] = ranks.argmax(1)
     return best
-
-
-def _check_proposals(
-    masks: NDArray[np.uint8],
-    scores: NDArray[np.float32] | None,
-    sizes: Sequence[tuple[int, int]],
-    labels: int,
-) -> None:
-    width, height = sizes[0]
-    expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
-    shape = list(masks.shape)
-    if (
-        masks.dtype != np.uint8
-        or masks.ndim != 3
-        or (shape[2], shape[1]) not in sizes
-        or not len(masks)
-    ):
-        raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
-    most = masks.max()
-    if most == 1:
-        raise invalid(f"no value of the proposals is above 1; send {expected}")
-    if most <= BINARY:
-        raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
-    if scores is not None:
-        if scores.shape != (len(masks), labels):
-            raise invalid(
-                f"proposal_scores have the shape {list(scores.shape)}; [{len(masks)}, {labels}] is"
-                " needed, a row for each proposal and a column for each label"
-            )
-        if not ((scores >= 0) & (scores <= 1)).all():
-            raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")

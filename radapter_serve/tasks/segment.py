@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
+    NO_PATCH_ENCODER,
     Cancelled,
     TaskError,
     invalid,
@@ -19,11 +20,10 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.preprocess import ImageFile, decode, read_header, turn
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Part, Steps
-from radapter_serve.tasks.dense import DenseSegmenter, Windows
+from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
+from radapter_serve.tasks.masks import MAX_LABELS, ScoredMask, SegmentOptions, Windows
 from radapter_serve.tasks.proposals import ProposalSegmenter
-from radapter_serve.tasks.scored_mask import MAX_LABELS, ScoredMask
-from radapter_serve.tasks.segment_options import SegmentOptions
 
 BACKGROUND = "background"
 # Of one request: each pixel's score for each label counts once; and in each step of refinement
@@ -103,17 +103,24 @@ def segment(
     release = loaded.release
     options = request.options
     alpha = loaded.request_alpha(request.alpha)
-    dense = DenseSegmenter.of_release(release)
-    by_proposals = ProposalSegmenter.of_release(release)
+    window = loaded.preprocess.size[0]
+    turned = loaded.preprocess.exif_orientation
+    dense = DenseSegmenter.of(loaded)
+    by_proposals = ProposalSegmenter.of(loaded)
     masks = request.proposals
     if masks is None:
-        dense.check(options, has_patches=bool(release.dense))
+        if not release.dense:
+            raise TaskError(
+                NO_PATCH_ENCODER,
+                "this release has no patch_encoder; export with radapter-export --dense naclip, or"
+                " send proposals",
+            )
+        options.sizes(window)  # raises what does not fit
     count = check_labels(loaded, request.labels, alpha)
     with _image_errors():
         file = read_header(request.image)
         size = file.width, file.height
-        turned = dense.preprocess.exif_orientation
-        _check_work(size, count, options, dense.preprocess.size[0])
+        _check_work(size, count, options, window)
         if masks is None:
             dense.check_size(size, count, options)
         else:
@@ -123,26 +130,21 @@ def segment(
         label_set = yield from embed_label_set(loaded, request.labels, alpha, cancelled)
         embeds = label_set.embeds
 
+        # Each batch of windows or crops is encoded with the rows of other callers.
+        part: Part = "patches" if masks is None else "images"
         windows: Windows[ScoredMask]
-        part: Part
         with turn(file, cancelled):
             image = decode(file, exif_orientation=turned)
-            size = image.size
             if masks is None:
-                part = "patches"
-                working = dense.working(image, options)
-                windows = dense.segment(size, working, embeds, options, cancelled=cancelled)
+                windows = dense.segment(image, embeds, options, cancelled=cancelled)
             else:
-                part = "images"
                 scores = request.proposal_scores
                 windows = by_proposals.segment(
                     image, embeds, masks, scores, options, cancelled=cancelled
                 )
-            del image  # while the next large one is decoded
-
-        # Each batch of windows or crops is encoded with the rows of other callers.
-        try:
+            del image  # a large one goes before the next is decoded
             batch = next(windows)
+        try:
             while True:
                 encoded = yield from loaded.encoded(part, batch, alpha, cancelled)
                 batch = windows.send(encoded)

@@ -31,7 +31,6 @@ from radapter_serve.tasks.embed import (
     embed_texts,
 )
 from radapter_serve.tasks.labels import Labels
-from radapter_serve.tasks.query import Query
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
 if TYPE_CHECKING:
@@ -302,7 +301,7 @@ def _write_mask(answers: Sequence[LabelledMask]) -> dict[str, NDArray[Any]]:
 
 def _read_retrieve(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[RetrieveRequest]:
     # Here and below: the index's libraries are for the processes of this task alone.
-    from radapter_serve.tasks.retrieve import RetrieveRequest
+    from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 
     weights = inputs.get("weight")
     query = Query(

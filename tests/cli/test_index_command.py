@@ -30,8 +30,7 @@ from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
+from radapter_serve.tasks.retrieve import Indexes, Query, Retrieved, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.

@@ -16,8 +16,10 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.loaded import load_release, release_at, served_release
+from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
+from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, WIDTH, Local, png
 
@@ -163,9 +165,12 @@ def test_a_server_embeds_pixels_and_texts(client: type[Client]) -> None:
     found = loaded.embed_texts(["four", "sixsix", "four"])
     assert found.dtype == np.float32 and found[:, 0].tolist() == [4, 6, 4]
     assert client.asked == [([(4, 4, 3)] * 3, 0.25), (["four", "sixsix"], 0.25)]
-    with pytest.raises(RAdapterError, match=r"^http://localhost:8000: it is gone$") as error:
+    with pytest.raises(RAdapterError, match=r"http://localhost:8000: it is gone$") as error:
         loaded.embed_texts(["fails"])
     assert not isinstance(error.value, RAdapterClientError)
+    # And a task says so in place of "internal error".
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .*it is gone"):
+        complete(embed_labels(loaded, ["fails"], ["{}"]))
     loaded.close()
     assert client.asked[-1] == "closed"
 

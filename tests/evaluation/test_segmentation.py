@@ -41,6 +41,7 @@ from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import PROPOSALS, Entry, Suite, load_suite
 from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.masks import encode_windows
 from tests.evaluation.conftest import Fake, candidate
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
@@ -379,12 +380,12 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
         return encode_patches(base.model, pixels, "naclip").numpy()
 
     preprocess = Preprocess.from_dict(base.preprocess)
-    segment = DenseSegmenter(encode, preprocess, 5)
+    segmenter = DenseSegmenter(preprocess, 5)
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
-        expected = segment(
-            decode(image.data()), classifier.numpy(), data.query(oracle()).options
-        ).mask
+        options = data.query(oracle()).options
+        windows = segmenter.segment(decode(image.data()), classifier.numpy(), options)
+        expected = encode_windows(windows, encode).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1
 

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
 
 from radapter_serve.contract.alpha import Encode
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.masks import ScoredMask, encode_windows
 from radapter_serve.tasks.proposals import ProposalSegmenter
 
 
-@dataclass(frozen=True)
 class Segmenter:
-    """By patches, and by masks that are given."""
+    """By patches, and by masks that are given; with encoders, and what a release would say."""
 
-    dense: DenseSegmenter
-    from_proposals: ProposalSegmenter
-
-    @classmethod
-    def of(
-        cls,
-        patches: Encode | None,
+    def __init__(
+        self,
+        patches: Encode,
         images: Encode,
         preprocess: Preprocess,
         crop: MaskCrop,
         scale: float,
         batch: int,
         bias: float | None = None,
-    ) -> Segmenter:
-        """With encoders, and what a release would say."""
-        return cls(
-            DenseSegmenter(patches, preprocess, batch, scale, bias),
-            ProposalSegmenter(images, preprocess, crop, scale, batch, bias),
-        )
+    ) -> None:
+        self._patches = patches
+        self._images = images
+        self._dense = DenseSegmenter(preprocess, batch, scale, bias)
+        self._proposals = ProposalSegmenter(preprocess, crop, scale, batch, bias)
+
+    def dense(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
+        return encode_windows(self._dense.segment(image, *arguments, **options), self._patches)
+
+    def from_proposals(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
+        windows = self._proposals.segment(image, *arguments, **options)
+        return encode_windows(windows, self._images)

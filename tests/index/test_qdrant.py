@@ -27,8 +27,7 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.index.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.table import EXACT
 from radapter_serve.index.verify import verify
-from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import RetrieveRequest
+from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import retrieving
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write

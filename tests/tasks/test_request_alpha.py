@@ -24,8 +24,7 @@ from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
 from radapter_serve.tasks.labels import Labels, embed_labels
-from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import RetrieveRequest
+from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
 from tests.helpers.projection import Searching

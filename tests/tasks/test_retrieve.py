@@ -28,8 +28,7 @@ from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.index.writer import Sizes
-from radapter_serve.tasks.query import Query
-from radapter_serve.tasks.retrieve import Indexes, RetrieveRequest, retrieve
+from radapter_serve.tasks.retrieve import Indexes, Query, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write

@@ -186,6 +186,8 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
     own = np.float32(0.3)
     for same in (None, 0.3, float(own)):
         ask(loaded, IMAGES[:1], alpha=same, **options)
+    with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.25"):
+        ask(loaded.at(0.25), IMAGES[:1], **options)  # a copy at another α is not calibrated either
     local.calls.clear()
     for near in (*(float(np.nextafter(own, np.float32(end))) for end in (0, 1)), 0.25):
         with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.") as error:

@@ -23,8 +23,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.preprocess import read_headers
 from radapter_serve.encoders.needs import complete
 from radapter_serve.index.build import build
-from radapter_serve.tasks.query import MAX_PARTS, Query, combine
-from radapter_serve.tasks.retrieve import RetrieveRequest
+from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest, combine
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.projection import TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write

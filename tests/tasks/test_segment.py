@@ -17,8 +17,8 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Need, complete, encode_together
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.labels import Labels, embed_labels
+from radapter_serve.tasks.masks import SegmentOptions
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
-from radapter_serve.tasks.segment_options import SegmentOptions
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
@@ -34,7 +34,7 @@ def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: A
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter.of(local.patches, local.images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
+    return Segmenter(local.patches, local.images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
 
 
 def test_labels_of_the_request(local: Local) -> None:

@@ -19,9 +19,8 @@ from torch.nn.functional import interpolate, pad
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.tasks.dense import PATCH_SCALE
-from radapter_serve.tasks.refine import refine
-from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.dense import PATCH_SCALE, refine
+from radapter_serve.tasks.masks import SegmentOptions
 from radapter_serve.tasks.windows import window_starts
 from tests.helpers.segmenting import Segmenter
 
@@ -65,7 +64,7 @@ def segmenter(
     batch=3,
     bias=None,
 ) -> Segmenter:
-    return Segmenter.of(
+    return Segmenter(
         patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias
     )
 
@@ -505,13 +504,6 @@ def test_too_thin_an_image_and_too_many_labels():
         segmenter().dense(
             image(8, 8), np.zeros((60_000, WIDTH), np.float32), SegmentOptions(refine=1)
         )
-
-
-def test_no_patch_encoder():
-    with pytest.raises(
-        TaskError, match=r"\[no_patch_encoder\] .*radapter-export --dense naclip, or send proposals"
-    ):
-        segmenter(None).dense(image(8, 8), embeds(2))
 
 
 @pytest.mark.parametrize(
