@@ -1,4 +1,4 @@
-"""Arguments of the clients' methods, checked and made into the inputs of the served models."""
+"""Arguments of the clients' methods, checked, as plain values by the names of a task's inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ._exceptions import InvalidImage, InvalidRequest, bad_argument, shown
-from ._images import ImageLike, encode_image, encode_small, image_sizes, is_one_image
+from ._images import ImageLike, encode_small, image_sizes, is_one_image
 from ._url import ServerURL
-from ._wire import Array, text_array
+from ._wire import Array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
@@ -22,60 +22,47 @@ EXAMPLE_WEIGHT = 0.5  # of a label's examples beside its text
 CALIBRATED = "calibrated"  # the least score that the release was exported with
 
 
-def label_inputs(
+def label_values(
     labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None
-) -> dict[str, Array]:
-    """What an image's pixels or the image itself are to be called: `labels` or `label_set`, and
-    `templates`.
-    """
+) -> dict[str, Any]:
+    """What an image's pixels or the image itself are to be called."""
     if labels is not None and label_set is not None:
         raise bad_argument("give labels or a label_set, not both")
-    inputs = text_inputs(label_set=label_set)
+    values: dict[str, Any] = texts(label_set=label_set)
     if label_set is None:
-        names = (
-            [] if labels is None else [utf8("labels", label) for label in as_list("labels", labels)]
-        )
+        names = [] if labels is None else several_texts("labels", labels)
         if not names:
             raise InvalidRequest(
                 'no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels"
             )
-        inputs["labels"] = text_array(names)
+        values["labels"] = names
     if templates is not None:
-        texts = [utf8("templates", template) for template in as_list("templates", templates)]
-        if not texts:
+        values["templates"] = several_texts("templates", templates)
+        if not values["templates"]:
             raise bad_argument(
                 'no templates: give some, such as "a photo of a {}.", or None for the'
                 " release's own"
             )
-        inputs["templates"] = text_array(texts)
-    return inputs
+    return values
 
 
-def example_inputs(
+def example_values(
     labels: Sequence[str],
     examples: Mapping[str, ImageLike | Sequence[ImageLike]],
     weight: float | Mapping[str, float] | None,
     shrink_to: int | None,
-) -> dict[str, Array]:
-    """Images that show some of the labels.
-
-    Args:
-        labels: of the request.
-        examples: of each label that has some, by its name in `labels`.
-        weight: of examples beside texts, in [0, 1], for all labels or by label; None, and for a
-            label that has none, the server's own.
-        shrink_to: as of `encode_small`.
-    """
+) -> dict[str, Any]:
+    """Images that show some of the labels, and their weight beside texts."""
     if not isinstance(examples, Mapping):
         raise bad_argument(
             f'examples is {shown(examples)}; give images by label, such as {{"a mug": ["mug.jpg"]}}'
         )
     images: list[bytes] = []
     places: list[int] = []
-    for name, given in examples.items():
+    for name, images_of_label in examples.items():
         if name not in labels:
             raise bad_argument(f"examples has {shown(name)}, which is not among the labels")
-        items: list[Any] = [given] if is_one_image(given) else as_list("examples", given)
+        items = several_images("examples", images_of_label)
         try:
             images += [encode_small(item, shrink_to) for item in items]
         except InvalidImage as error:
@@ -83,157 +70,115 @@ def example_inputs(
         places += [labels.index(name)] * len(items)
     if not images:
         raise bad_argument('no examples: give some, such as {"a mug": ["mug.jpg"]}, or None')
-    inputs = {"examples": text_array(images), "example_labels": np.array(places, np.int32)}
+    values: dict[str, Any] = {"examples": images, "example_labels": places}
     if isinstance(weight, Mapping):
-        return inputs | {"example_weight": _weights_by_label(weight, labels, examples)}
-    return inputs | fraction_inputs(example_weight=weight)
+        for name in weight:
+            if name not in examples:
+                raise bad_argument(f"example_weight has {shown(name)}, which has no examples")
+        weights = [weight.get(name, EXAMPLE_WEIGHT) for name in labels]
+        values["example_weight"] = [fraction("example_weight", value) for value in weights]
+    elif weight is not None:
+        values["example_weight"] = [fraction("example_weight", weight)]
+    return values
 
 
-def _weights_by_label(
-    weights: Mapping[str, float], labels: Sequence[str], examples: Mapping[str, Any]
-) -> Array:
-    """A weight for each label."""
-    for name in weights:
-        if name not in examples:
-            raise bad_argument(f"example_weight has {shown(name)}, which has no examples")
-    return np.array(
-        [_fraction("example_weight", weights.get(name, EXAMPLE_WEIGHT)) for name in labels],
-        np.float32,
-    )
-
-
-def fraction_inputs(**given: float | None) -> dict[str, Array]:
+def fractions(**values: float | None) -> dict[str, float]:
     """Those that are not None of numbers in [0, 1]."""
-    return {
-        name: np.array([_fraction(name, value)], np.float32)
-        for name, value in given.items()
-        if value is not None
-    }
+    return {name: fraction(name, value) for name, value in values.items() if value is not None}
 
 
-def count_inputs(least: int = 1, **given: int | None) -> dict[str, Array]:
+def counts(least: int = 1, **values: int | None) -> dict[str, int]:
     """Those that are not None of whole numbers from `least`."""
-    return {
-        name: np.array([count(name, value, least)], np.int32)
-        for name, value in given.items()
-        if value is not None
-    }
+    return {name: count(name, value, least) for name, value in values.items() if value is not None}
 
 
-def text_inputs(**given: str | None) -> dict[str, Array]:
+def texts(**values: str | None) -> dict[str, str]:
     """Those that are not None of texts."""
-    return {
-        name: text_array([utf8(name, value)]) for name, value in given.items() if value is not None
-    }
+    return {name: text(name, value) for name, value in values.items() if value is not None}
 
 
-def proposal_inputs(
+def proposal_values(
     image: ImageLike, proposals: Any, scores: Any, weight: float | None
-) -> dict[str, Array]:
-    """One image's proposals in the types that `segment` takes; none where there are no
-    proposals.
-    """
+) -> dict[str, Any]:
+    """One image's proposals in the types that `segment` takes; empty where there are none."""
     if proposals is None:
         for name, value in (("proposal_scores", scores), ("proposal_weight", weight)):
             if value is not None:
                 raise bad_argument(f"{name} without proposals")
         return {}
-    inputs = {"proposals": _masks(proposals, image_sizes(image))}
+    values: dict[str, Any] = {"proposals": _masks(proposals, image_sizes(image))}
     if scores is not None:
-        inputs["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
-        many = len(inputs["proposals"])
-        if table.ndim != 2 or len(table) != many:
-            why = (
-                f"proposal_scores have the shape {list(table.shape)}; needed are [{many}, C]: a row"
-                " for each proposal"
+        values["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
+        rows = len(values["proposals"])
+        if table.ndim != 2 or len(table) != rows:
+            raise bad_argument(
+                f"proposal_scores have the shape {list(table.shape)}; needed are [{rows}, C]: a row"
+                " for each proposal and a column for each of the C labels"
             )
-            raise bad_argument(f"{why} and a column for each of the C labels")
-    return inputs | fraction_inputs(proposal_weight=weight)
+    return values | fractions(proposal_weight=weight)
 
 
-def search_inputs(
+def query_values(
     text: str | Sequence[str] | None,
     image: ImageLike | Sequence[ImageLike] | None,
     id: str | Sequence[str] | None,
     weights: Sequence[float] | None,
-) -> tuple[dict[str, Array], list[ImageLike]]:
-    """The inputs of `retrieve` that say what to search for, and the images that go with them."""
-    texts = _one_or_more("text", text)
-    ids = _one_or_more("id", id)
-    given: Any = [] if image is None else image
-    images: list[ImageLike] = [given] if is_one_image(given) else as_list("image", given)
-    many = len(texts) + len(images) + len(ids)
-    if not many:
+) -> tuple[dict[str, Any], list[ImageLike]]:
+    """What to search for: its texts, ids and weights, and the images that go with them."""
+    parts = {
+        name: several_texts(name, [value] if isinstance(value, str) else value)
+        for name, value in (("text", text), ("id", id))
+        if value is not None
+    }
+    values: dict[str, Any] = {name: items for name, items in parts.items() if items}
+    images = [] if image is None else several_images("image", image)
+    total = sum(map(len, values.values())) + len(images)
+    if not total:
         raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
-    if many > MAX_PARTS:
-        raise bad_argument(f"{many} texts, images and ids; at most {MAX_PARTS} are allowed")
-    inputs = {name: text_array(values) for name, values in (("text", texts), ("id", ids)) if values}
+    if total > MAX_PARTS:
+        raise bad_argument(f"{total} texts, images and ids; at most {MAX_PARTS} are allowed")
     if weights is not None:
-        inputs["weight"] = _weights(weights, many)
-    return inputs, images
+        with np.errstate(over="ignore"):  # what is too large is refused below
+            factors = _array("weights", as_list("weights", weights)).astype(np.float32)
+        if factors.shape != (total,):
+            raise bad_argument(
+                f"weights has the shape {list(factors.shape)}; [{total}] is needed: one for each"
+                " text, image and id, in this order"
+            )
+        if not np.isfinite(factors).all():
+            raise bad_argument(f"weights are {list(weights)}; allowed are finite numbers")
+        values["weight"] = factors.tolist()
+    return values, images
 
 
-def _one_or_more(name: str, value: str | Sequence[str] | None) -> list[bytes]:
-    if value is None:
-        return []
-    values = [value] if isinstance(value, str) else as_list(name, value)
-    return [utf8(name, one) for one in values]
-
-
-def _weights(weights: Sequence[float], many: int) -> Array:
-    with np.errstate(over="ignore"):  # what is too large is refused below
-        values = _array("weights", as_list("weights", weights)).astype(np.float32)
-    if values.shape != (many,):
-        raise bad_argument(
-            f"weights has the shape {list(values.shape)}; [{many}] is needed: one for each text,"
-            " image and id, in this order"
-        )
-    if not np.isfinite(values).all():
-        raise bad_argument(f"weights are {list(weights)}; allowed are finite numbers")
-    return values
-
-
-def result_inputs(
+def result_values(
     index: str,
     top_k: int,
     where: str | None,
     min_score: float | str | None,
     offset: int | None,
     index_version: str | None,
-) -> dict[str, Array]:
-    """The inputs of `retrieve` that say where to search, and what to give back."""
-    inputs = {
-        "index": text_array([utf8("index", index)]),
-        "top_k": np.array([count("top_k", top_k)], np.int32),
-    }
-    inputs |= text_inputs(where=where, index_version=index_version)
-    inputs |= count_inputs(0, offset=offset)
+) -> dict[str, Any]:
+    """Where to search, and what to give back."""
+    values: dict[str, Any] = {"index": text("index", index), "top_k": count("top_k", top_k)}
+    values |= texts(where=where, index_version=index_version)
+    values |= counts(0, offset=offset)
     if isinstance(min_score, str) and min_score == CALIBRATED:
-        return inputs | {"calibrated": np.array([True])}
+        return values | {"calibrated": True}
     if min_score is not None:
-        inputs["min_score"] = np.array([_cosine(min_score)], np.float32)
-    return inputs
-
-
-def _cosine(value: float | str) -> float:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not -1 <= float(value) <= 1:
-        raise bad_argument(
-            f"min_score is {shown(value)}; allowed are numbers from -1 to 1, and {CALIBRATED!r}"
-        )
-    return float(value)
-
-
-def image_input(image: ImageLike) -> Array:
-    """An image for a model without batches."""
-    return text_array([encode_image(image)])
+        number = isinstance(min_score, (int, float, np.number)) and not isinstance(min_score, bool)
+        if not number or not -1 <= float(min_score) <= 1:
+            raise bad_argument(
+                f"min_score is {shown(min_score)}; allowed are numbers from -1 to 1, and"
+                f" {CALIBRATED!r}"
+            )
+        values["min_score"] = float(np.float32(min_score))
+    return values
 
 
 def for_each(name: str, value: Any, images: int | None) -> list[Any]:
-    """An argument of one image as a list of one; that of a list of images must be a list as long.
-
-    Args:
-        images: how many; None for one image that is not in a list.
+    """An argument of each of several images, of which a list must have as many entries; `images`
+    is None for one image that is not in a list.
     """
     if images is None:
         return [value]
@@ -261,19 +206,17 @@ def _masks(proposals: Any, sizes: set[tuple[int, int]]) -> Array:
             f"proposals of {width} x {height} pixels (width x height) for an image of {known}"
         )
     if masks.size > MAX_PROPOSALS:
-        why = (
-            f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB"
+        raise bad_argument(
+            f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB;"
+            f" a request holds {MAX_PROPOSALS / 2**30:g}: send fewer"
         )
-        raise bad_argument(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer")
     if masks.dtype == np.bool_:
         return np.asarray(masks.view(np.uint8) * np.uint8(255))
     if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
         return np.asarray(np.rint(masks * np.float32(255)), np.uint8)
     if masks.dtype != np.uint8:
-        found = (
-            f"from {masks.min():g} to {masks.max():g}" if masks.dtype.kind in "fiu" else "values"
-        )
-        raise bad_argument(f"proposals of {masks.dtype} {found}; allowed: {allowed}")
+        span = f"from {masks.min():g} to {masks.max():g}"
+        raise bad_argument(f"proposals of {masks.dtype} {span}; allowed: {allowed}")
     if masks.max() == 1:
         raise bad_argument(
             "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0"
@@ -293,22 +236,35 @@ def _array(name: str, value: Any) -> Array:
 
 
 def as_list(name: str, items: Any) -> list[Any]:
-    """A list of many; one alone would otherwise fall apart into letters or rows."""
+    """A list of several; a text or an array would otherwise fall apart into letters or rows."""
     if is_one_image(items) or not isinstance(items, Iterable):
         raise bad_argument(f"{name} takes a list, not one {type(items).__name__}")
     return list(items)
 
 
-def utf8(name: str, text: str) -> bytes:
-    if not isinstance(text, str):
-        raise bad_argument(f"{name} takes texts, not {shown(text)}")
+def several_images(name: str, images: Any) -> list[Any]:
+    """The images of a list, or the one image."""
+    return [images] if is_one_image(images) else as_list(name, images)
+
+
+def several_texts(name: str, items: Any) -> list[str]:
+    """The texts of a list."""
+    return [text(name, item) for item in as_list(name, items)]
+
+
+def text(name: str, value: str) -> str:
+    """A text that can be sent."""
+    if not isinstance(value, str):
+        raise bad_argument(f"{name} takes texts, not {shown(value)}")
     try:
-        return text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise bad_argument(f"{name} has a text that is not Unicode: {shown(text)}") from error
+        raise bad_argument(f"{name} has a text that is not Unicode: {shown(value)}") from error
+    return value
 
 
 def count(name: str, value: int, least: int = 1) -> int:
+    """A whole number from `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -318,7 +274,19 @@ def count(name: str, value: int, least: int = 1) -> int:
     return number
 
 
+def fraction(name: str, value: float) -> float:
+    """A number from 0 to 1, as precise as it is sent."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.floating))
+        or not 0 <= value <= 1
+    ):
+        raise bad_argument(f"{name} is {shown(value)}; allowed are numbers from 0 to 1")
+    return float(np.float32(value))
+
+
 def seconds(value: float) -> float:
+    """A time-out."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -343,13 +311,3 @@ def check_key(key: str, url: ServerURL) -> None:
     if not url.secure and not url.loopback:
         kind = "grpcs" if url.protocol == "grpc" else "https"
         warnings.warn(f"the API key travels to {url} in the clear; use {kind}://", stacklevel=3)
-
-
-def _fraction(name: str, value: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.floating))
-        or not 0 <= value <= 1
-    ):
-        raise bad_argument(f"{name} is {shown(value)}; allowed are numbers from 0 to 1")
-    return float(value)

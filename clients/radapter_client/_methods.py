@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,20 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ._arguments import (
-    as_list,
     check_key,
     count,
-    count_inputs,
-    example_inputs,
+    counts,
+    example_values,
     for_each,
-    fraction_inputs,
-    image_input,
-    label_inputs,
-    proposal_inputs,
-    result_inputs,
-    search_inputs,
+    fractions,
+    label_values,
+    proposal_values,
+    query_values,
+    result_values,
     seconds,
-    utf8,
+    several_images,
+    several_texts,
 )
 from ._calls import Answer, Part, call, call_each
 from ._exceptions import (
@@ -42,6 +41,7 @@ from ._exceptions import (
 from ._images import (
     ImageLike,
     chunks,
+    encode_image,
     encode_small,
     is_one_image,
     orientation,
@@ -58,7 +58,7 @@ from ._results import (
 )
 from ._retries import Tries
 from ._url import DEFAULT_URLS, ServerURL, find_server, parse_url
-from ._wire import Array, Reply, Request, text_array
+from ._wire import Array, Inputs, Reply, Request
 
 W = TypeVar("W")
 Embeddings = npt.NDArray[np.float32]
@@ -164,7 +164,7 @@ class BaseClient(Generic[W]):
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
-        items = _items(images)
+        items = several_images("images", images)
         if threshold is not None and not multi_label:
             raise bad_argument(
                 "threshold without multi_label=True: softmax scores have no threshold"
@@ -174,26 +174,21 @@ class BaseClient(Generic[W]):
         if examples is None and example_weight is not None:
             raise bad_argument("example_weight without examples")
         names = list(examples) if labels is None and examples else labels
-        options = label_inputs(names, label_set, templates) | fraction_inputs(
-            alpha=alpha, threshold=threshold, unknown=unknown
-        )
-        if top_k is not None or not multi_label:
-            options["top_k"] = np.array([5 if top_k is None else count("top_k", top_k)], np.int32)
-        options |= {
-            name: np.array([True])
-            for name, wanted in (("multi_label", multi_label), ("calibrated", calibrated))
-            if wanted
-        }
+        options = label_values(names, label_set, templates)
+        options |= fractions(alpha=alpha, threshold=threshold, unknown=unknown)
+        options |= counts(top_k=5 if top_k is None and not multi_label else top_k)
+        flags = {"multi_label": bool(multi_label), "calibrated": bool(calibrated)}
+        options |= {name: True for name, wanted in flags.items() if wanted}
         room = MAX_BYTES
         if examples is not None:
-            options |= example_inputs(list(names or []), examples, example_weight, self._shrink_to)
+            options |= example_values(list(names or []), examples, example_weight, self._shrink_to)
             room -= sum(map(len, options["examples"]))
             if room < MAX_BYTES // 2:
                 raise bad_argument(
                     f"examples of {(MAX_BYTES - room) / 2**20:.0f} MiB; at most"
                     f" {MAX_BYTES // 2**21} MiB are allowed, so send smaller ones"
                 )
-        strings = sum(map(len, options.values()))
+        strings = sum(len(one) if isinstance(one, list) else 1 for one in options.values())
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, room)
         replies = yield from self._infer(
@@ -255,22 +250,19 @@ class BaseClient(Generic[W]):
         Example: `client.segment("street.jpg", ["road", "car",
         "sky"]).overlay().save("overlay.png")`
         """
-        items = _items(images)
-        many = None if is_one_image(images) else len(items)
-        options = label_inputs(labels, label_set, templates) | fraction_inputs(
-            alpha=alpha, threshold=threshold
-        )
-        options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(
-            0, refine=refine
-        )
-        masks = for_each("proposals", proposals, many)
-        scores = for_each("proposal_scores", proposal_scores, many)
+        items = several_images("images", images)
+        length = None if is_one_image(images) else len(items)
+        options = label_values(labels, label_set, templates)
+        options |= fractions(alpha=alpha, threshold=threshold)
+        options |= counts(short_side=short_side, stride=stride) | counts(0, refine=refine)
+        masks = for_each("proposals", proposals, length)
+        scores = for_each("proposal_scores", proposal_scores, length)
 
         def part(index: int) -> Request:
-            given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
-            return Request(
-                "infer", "segment", inputs={"image": image_input(items[index]), **options, **given}
-            )
+            item = items[index]
+            own = proposal_values(item, masks[index], scores[index], proposal_weight)
+            image = {"image": encode_image(item)}
+            return Request("infer", "segment", inputs=Inputs(image | options | own))
 
         replies = yield from self._infer(
             "segment", [partial(part, index) for index in range(len(items))]
@@ -341,8 +333,8 @@ class BaseClient(Generic[W]):
 
         Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
         """
-        query, images = search_inputs(text, image, id, weights)
-        options = result_inputs(index, top_k, where, min_score, offset, index_version)
+        query, images = query_values(text, image, id, weights)
+        options = result_values(index, top_k, where, min_score, offset, index_version)
         outputs = ["id", "score", "metadata"]
         if thumbnails:
             outputs.append("thumbnail")
@@ -350,10 +342,10 @@ class BaseClient(Generic[W]):
         asked = [*outputs, "index_version"] if paged else outputs
 
         def part() -> Request:
-            inputs = {**query, **options}
+            values = query | options
             if images:
-                inputs["image"] = text_array([encode_small(one, self._shrink_to) for one in images])
-            return Request("infer", "retrieve", inputs=inputs, outputs=tuple(asked))
+                values["image"] = [encode_small(one, self._shrink_to) for one in images]
+            return Request("infer", "retrieve", inputs=Inputs(values), outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])
         hits = read_hits(*(_output(reply, name) for name in outputs))
@@ -375,7 +367,7 @@ class BaseClient(Generic[W]):
 
         Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts("a cat")`
         """
-        items = _items(images)
+        items = several_images("images", images)
         embeds = yield from self._embed("image", items, list(map(size_bound, items)), alpha)
         return embeds[0] if is_one_image(images) else embeds
 
@@ -394,9 +386,9 @@ class BaseClient(Generic[W]):
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
-        several = [texts] if isinstance(texts, str) else as_list("texts", texts)
-        items = [utf8("texts", text) for text in several]
-        embeds = yield from self._embed("text", items, list(map(len, items)), alpha)
+        items = several_texts("texts", [texts] if isinstance(texts, str) else texts)
+        sizes = [len(text.encode()) for text in items]
+        embeds = yield from self._embed("text", items, sizes, alpha)
         return embeds[0] if isinstance(texts, str) else embeds
 
     # The names of open_clip and of sentence-transformers.
@@ -492,7 +484,7 @@ class BaseClient(Generic[W]):
     def _embed(
         self, kind: str, items: list[Any], sizes: list[int], alpha: float | None
     ) -> Answer[Embeddings]:
-        options = fraction_inputs(alpha=alpha)
+        options = fractions(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
@@ -536,27 +528,19 @@ class BaseClient(Generic[W]):
             raise
 
 
-def _items(images: Any) -> list[Any]:
-    return [images] if is_one_image(images) else as_list("images", images)
-
-
 def _batch(
     task: str,
     name: str,
     items: list[Any],
     rows: range,
-    options: dict[str, Array],
+    options: dict[str, Any],
     shrink_to: int | None,
 ) -> Request:
-    """Some images or encoded texts; what they share, once for each."""
-    shared = {key: np.tile(array, (len(rows), 1)) for key, array in options.items()}
-    if "examples" in shared:
-        shared["examples"][1:] = b""  # those of the row before
-    small = partial(encode_small, shrink_to=shrink_to)
-    encode: Callable[[Any], bytes] = small if name == "image" else bytes
-    return Request(
-        "infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])}
-    )
+    """The request for some images or texts, and the options that they share."""
+    values = [items[row] for row in rows]
+    if name == "image":
+        values = [encode_small(item, shrink_to) for item in values]
+    return Request("infer", task, inputs=Inputs(options | {name: values}, rows=name))
 
 
 def _pinned(part: Part, version: int | None) -> Request:

@@ -24,8 +24,8 @@ class _Brief(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlist = self.maxdict = 3
-        self.maxstring = self.maxother = 40
+        self.maxlist = self.maxdict = 2
+        self.maxstring = self.maxother = 24
 
     def repr_float(self, number: float, level: int) -> str:
         return f"{number:.4g}"

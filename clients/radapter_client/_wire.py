@@ -4,7 +4,7 @@ replies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -12,6 +12,48 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+
+class Inputs(Mapping[str, Array]):
+    """Plain values of a request, each made an array when it is asked for.
+
+    Args:
+        plain: texts, numbers, bytes of images, lists of them, or arrays, by name.
+        rows: of a task with a batch: the name of the input that has an entry a row; the others
+            are repeated for each.
+    """
+
+    def __init__(self, plain: Mapping[str, Any], rows: str = "") -> None:
+        self.plain = plain
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Array:
+        value = self.plain[name]
+        if isinstance(value, np.ndarray):
+            return value
+        items = value if isinstance(value, list) else [value]
+        kinds: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
+        kind = kinds.get(type(items[0]), np.object_)
+        if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
+            items = [item.encode() if isinstance(item, str) else item for item in items]
+        array = np.array(items, kind)
+        if not self._rows:
+            return array
+        if name == self._rows:
+            return array[:, None]
+        table = np.tile(array, (len(self.plain[self._rows]), 1))
+        if name == "examples":
+            table[1:] = b""  # those of the row before
+        return table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plain)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 @dataclass(frozen=True)
@@ -35,6 +77,11 @@ class Request:
     version: str = ""
     inputs: Mapping[str, Array] = field(default_factory=dict)
     outputs: Sequence[str] = ()
+
+    @property
+    def values(self) -> Mapping[str, Any] | None:
+        """The inputs as plain values, such as texts as `str`, of a request that a client made."""
+        return self.inputs.plain if isinstance(self.inputs, Inputs) else None
 
 
 @dataclass(frozen=True)
@@ -92,10 +139,3 @@ class AsyncTransport(Protocol):
 
     async def close(self) -> None:
         """Ends the connections."""
-
-
-def text_array(texts: Sequence[bytes] | Sequence[Sequence[bytes]]) -> Array:
-    """Byte strings as an object array [N], or rows of them as [N, M]; numpy's own kind would cut
-    off zero bytes.
-    """
-    return np.array(texts, np.object_)

@@ -172,13 +172,16 @@ class Engine:
         """The reply to a request of the client's; see `Transport`."""
         try:
             if request.action == "infer":
-                return self.infer(
-                    request.model,
-                    request.version,
-                    request.inputs,
-                    request.outputs,
-                    deadline=time.monotonic() + timeout,
-                )
+                with step("engine"):
+                    served = self._pick(self._state, request.model, request.version)
+                    return self._answer(
+                        served,
+                        request.model,
+                        request.inputs,
+                        request.outputs,
+                        time.monotonic() + timeout,
+                        values=request.values,
+                    )
             if request.action == "config":
                 named = release_parameters(self.releases(request.model, request.version))
                 return {"parameters": {key: {"string_value": one} for key, one in named.items()}}
@@ -285,7 +288,10 @@ class Engine:
         outputs: Sequence[str] = (),
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
+        *,
+        values: Mapping[str, Any] | None = None,
     ) -> Reply:
+        """The answer to tensors, or to the plain values that they were to be made of."""
         task = TASKS[model]
         end = time.monotonic() + self._max_seconds
         until = end if deadline is None else min(end, deadline)
@@ -295,9 +301,15 @@ class Engine:
                 raise TaskError(TIMED_OUT, "no answer within the time-out")
             return cancelled()
 
-        # From tensors to typed requests.
-        task.check(model, forms(inputs), served.loaded.release.max_batch_size)
-        requests = task.read(served.loaded, inputs, lambda name: not outputs or name in outputs)
+        def wants(name: str) -> bool:
+            return not outputs or name in outputs
+
+        # Typed requests: of a caller in this process, or from tensors.
+        if values is not None:
+            requests = [task.request(dict(values), wants)]
+        else:
+            task.check(model, forms(inputs), served.loaded.release.max_batch_size)
+            requests = task.read(served.loaded, inputs, wants)
 
         # The steps of each, in this thread.
         if not served.places[model].acquire(blocking=False):
@@ -318,7 +330,7 @@ class Engine:
         tensors = task.write(answers)
         return Reply(
             served.loaded.release.version,
-            {name: array for name, array in tensors.items() if not outputs or name in outputs},
+            {name: array for name, array in tensors.items() if wants(name)},
         )
 
     def _encode(self, asked: _Served, needs: Sequence[Need]) -> Sequence[Result]:

@@ -38,31 +38,18 @@ _BY_EXAMPLE = (
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """Images to classify by the same labels.
-
-    Attributes:
-        images: encoded images.
-        labels: that they may have, and their prompts.
-        top_k: labels to give back; None for 5, and for all with `multi_label`.
-        alpha: of the adapter, or None for the release's own.
-        multi_label: whether each label is scored by itself, so that several may be right, or none.
-        threshold: score from which such labels are given back; None for 0.5.
-        calibrated: whether scores are as the release fitted them to validation data.
-        unknown: score by itself of the best label below which an image is unknown, or None.
-        examples: images that show the labels, or None.
-
-    Raises:
-        TaskError: a value that is not allowed, or that does not go with another.
+    """Encoded images to classify by the same labels; raises a `TaskError` for a value that is not
+    allowed, or does not go with another.
     """
 
     images: Sequence[bytes | ImageFile]
     labels: Labels
-    top_k: int | None = None
-    alpha: float | None = None
-    multi_label: bool = False
-    threshold: float | None = None
-    calibrated: bool = False
-    unknown: float | None = None
+    top_k: int | None = None  # None: 5, and all with `multi_label`
+    alpha: float | None = None  # None: the release's own
+    multi_label: bool = False  # each label is scored by itself: several may be right, or none
+    threshold: float | None = None  # score from which such labels are given back; None: 0.5
+    calibrated: bool = False  # scores as the release fitted them to validation data
+    unknown: float | None = None  # the best label's own score below which an image is unknown
     examples: Examples | None = None
 
     def __post_init__(self) -> None:
@@ -75,30 +62,28 @@ class ClassifyRequest:
             raise invalid("threshold leaves out labels that stand alone; send multi_label too")
         if self.unknown is not None and self.multi_label:
             raise invalid("unknown does not go with multi_label, whose threshold says the same")
-        if self.examples is not None:
-            _check_examples(self.examples)
-
-
-def _check_examples(examples: Examples) -> None:
-    images = examples.images
-    if not images:
-        raise invalid("no examples; give at least one, or leave example_labels out")
-    if len(images) != len(examples.labels):
-        raise invalid(
-            f"{len(images)} examples and {len(examples.labels)} example_labels; each example has"
-            " one"
-        )
-    if len(set(images)) > MAX_EXAMPLES:
-        raise invalid(
-            f"{len(set(images))} examples in a request; at most {MAX_EXAMPLES} are allowed"
-        )
-    wrong = [weight for weight in examples.weights if not 0 <= weight <= 1]
-    if wrong or not examples.weights:
-        shown = f"{wrong[0]:g}" if wrong else "empty"
-        raise invalid(
-            f"example_weight is {shown}; numbers from 0 (the text alone) to 1 (the examples alone)"
-            " are allowed, one for all labels or one for each"
-        )
+        examples = self.examples
+        if examples is None:
+            return
+        images = examples.images
+        if not images:
+            raise invalid("no examples; give at least one, or leave example_labels out")
+        if len(images) != len(examples.labels):
+            raise invalid(
+                f"{len(images)} examples and {len(examples.labels)} example_labels; each example"
+                " has one"
+            )
+        if len(set(images)) > MAX_EXAMPLES:
+            raise invalid(
+                f"{len(set(images))} examples in a request; at most {MAX_EXAMPLES} are allowed"
+            )
+        wrong = [weight for weight in examples.weights if not 0 <= weight <= 1]
+        if wrong or not examples.weights:
+            shown = f"{wrong[0]:g}" if wrong else "empty"
+            raise invalid(
+                f"example_weight is {shown}; numbers from 0 (the text alone) to 1 (the examples"
+                " alone) are allowed, one for all labels or one for each"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,10 +97,8 @@ class Ranking:
 def classify(
     loaded: LoadedRelease, request: ClassifyRequest, cancelled: Cancelled | None = None
 ) -> Steps[list[Ranking]]:
-    """Rank labels for each image by the cosines of their embeddings.
-
-    Raises:
-        TaskError: whatever is wrong with the request, before an image is encoded; cancelled.
+    """Rank labels for each image by the cosines of their embeddings; a `TaskError` says what is
+    wrong with the request before an image is encoded.
     """
     # What can be refused by values and headers alone.
     alpha = loaded.request_alpha(request.alpha)
@@ -124,7 +107,14 @@ def classify(
     examples = request.examples
     shown: list[ImageFile] = []
     if examples is not None:
-        _check_places(examples, count)
+        for place in examples.labels:
+            if not 0 <= place < count:
+                raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
+        if len(examples.weights) not in (1, count):
+            raise invalid(
+                f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
+                " for all, or one for each"
+            )
         shown = [_example_header(examples, image) for image in dict.fromkeys(examples.images)]
     files = checked_headers(loaded, request.images, shown)
 
@@ -142,32 +132,22 @@ def classify(
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How the labels of a request are scored.
-
-    Attributes:
-        top_k: labels to give back; None for all.
-        scale, bias: of the scores, as `class_probabilities` takes them.
-        threshold: score below which labels are left out, or None.
-        unknown: score by itself of the best label below which an image is unknown, or None.
-        sigmoid: scale and bias of a label's score by itself, for `unknown`.
+    """How the labels of a request are scored; `scale` and `bias` are those of
+    `class_probabilities`.
     """
 
-    top_k: int | None
+    top_k: int | None  # None: all
     scale: float
     bias: float | None
-    threshold: float | None = None
-    unknown: float | None = None
-    sigmoid: tuple[float, float] = (1.0, 0.0)
+    threshold: float | None = None  # score below which labels are left out
+    unknown: float | None = None  # as of the request
+    sigmoid: tuple[float, float] = (1.0, 0.0)  # scale and bias of a label's own score
 
     def ranking(self, cosines: NDArray[np.float32], label_set: LabelSet) -> Ranking:
-        """The best labels of an image.
+        """The best labels of an image, by its finite cosines with them, float32 [C].
 
         Labels are ranked by their cosines: in float32, a sigmoid is the same for all logits above
         17. Of equal ones the first comes first.
-
-        Args:
-            cosines: float32 [C], finite.
-            label_set: of the labels.
         """
         if self.unknown is not None:
             best = class_probabilities(cosines.max(keepdims=True), *self.sigmoid)[0]
@@ -186,10 +166,8 @@ class ScoreRule:
 
 
 def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
-    """The rule of a request.
-
-    Raises:
-        TaskError: the release has no such scores, or none for labels by example.
+    """The rule of a request; raises a `TaskError` where the release has no such scores, or none for
+    labels by example.
     """
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
@@ -221,18 +199,6 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | 
     return ScoreRule(top_k, scale, bias, unknown=request.unknown, sigmoid=sigmoid)
 
 
-def _check_places(examples: Examples, count: int) -> None:
-    """Refuse examples that don't fit their labels, of which there are `count`."""
-    for place in examples.labels:
-        if not 0 <= place < count:
-            raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
-    if len(examples.weights) not in (1, count):
-        raise invalid(
-            f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
-            " for all, or one for each"
-        )
-
-
 def _example_header(examples: Examples, image: bytes) -> ImageFile:
     try:
         return read_header(image)
@@ -241,7 +207,7 @@ def _example_header(examples: Examples, image: bytes) -> ImageFile:
 
 
 def _of_example(error: TaskError, examples: Examples, image: bytes) -> TaskError:
-    """The error of an example; the image that is classified is not at fault."""
+    """The error of an example, which is not one of the image that is classified."""
     if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE):
         return error
     place = examples.images.index(image) + 1
@@ -255,18 +221,10 @@ def mix_examples(
     alpha: float | None,
     cancelled: Cancelled | None = None,
 ) -> Steps[LabelSet]:
-    """Labels by example: the mean of a label's examples, made unit length, and its text, weighted.
-
-    Args:
-        loaded: the release.
-        label_set: of the texts.
-        examples: for some of its labels, or for all.
-        alpha: of the encoder; None where it is folded.
-        cancelled: whether the caller has given up.
-
-    Raises:
-        TaskError: an example that is no image; a text and examples that cancel out; cancelled.
+    """Labels by example: (1 - w) text + w mean of the label's examples, both of unit length, made
+    unit length again; raises a `TaskError` where they cancel out.
     """
+    # The embedding of each example, computed once and kept.
     cache = loaded.label_cache
     keys = {
         image: cache.key("example", alpha, digest)
@@ -283,6 +241,8 @@ def mix_examples(
             raise _of_example(error, examples, image) from None
         [embeds[image]] = yield from loaded.encoded("images", pixels, alpha, cancelled)
         cache.store.put({keys[image]: embeds[image]})
+
+    # The label's own, mixed.
     weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))
     shown = np.stack([embeds[image] for image in examples.images])
     places = np.array(examples.labels)

@@ -45,18 +45,13 @@ class DenseSegmenter:
     upsampled to the image's own size, where softmax(40 cos) gives the probabilities; of a release
     with a bias, the sigmoid of each label, as in `classify`.
 
-    Args:
-        preprocess: says what S is; its interpolation makes the working image.
-        max_batch_size: rows that the encoder takes at most.
-        logit_scale, logit_bias: of a release whose model was trained with a sigmoid loss.
-        grid: g, or None where only the encoder tells.
     """
 
-    preprocess: Preprocess
+    preprocess: Preprocess  # its size is a window's, its interpolation makes the working image
     max_batch_size: int
     logit_scale: float = PATCH_SCALE
-    logit_bias: float | None = None
-    grid: int | None = None
+    logit_bias: float | None = None  # of a model that was trained with a sigmoid loss
+    grid: int | None = None  # patches on a window's side; None: only the encoder knows
 
     @classmethod
     def of(cls, loaded: LoadedRelease) -> DenseSegmenter:
@@ -71,15 +66,8 @@ class DenseSegmenter:
         )
 
     def check_size(self, size: tuple[int, int], labels: int, options: SegmentOptions) -> None:
-        """Refuse what takes too much, before anything is decoded or encoded.
-
-        Args:
-            size: of the image in pixels, one side and the other.
-            labels: how many.
-            options: how.
-
-        Raises:
-            TaskError: an image too long and thin, or too many labels, for the windows it takes.
+        """Raise a `TaskError`, before anything is decoded, for an image that is too long and thin,
+        or too many labels, for the windows that it takes.
         """
         window = self.preprocess.size[0]
         short_side, stride = options.sizes(window)

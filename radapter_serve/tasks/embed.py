@@ -17,12 +17,7 @@ from radapter_serve.encoders.needs import Steps
 
 @dataclass(frozen=True)
 class EmbedImagesRequest:
-    """Images to embed.
-
-    Attributes:
-        images: encoded images.
-        alpha: of the adapter, or None for the release's own.
-    """
+    """Encoded images to embed, at an α or the release's own."""
 
     images: Sequence[bytes | ImageFile]
     alpha: float | None = None
@@ -30,14 +25,8 @@ class EmbedImagesRequest:
 
 @dataclass(frozen=True)
 class EmbedTextsRequest:
-    """Texts to embed.
-
-    Attributes:
-        texts: each with at least one word.
-        alpha: of the adapter, or None for the release's own.
-
-    Raises:
-        TaskError: an empty or too long a text.
+    """Texts to embed, at an α or the release's own; raises a `TaskError` for a text that is empty
+    or too long.
     """
 
     texts: Sequence[str]
@@ -55,11 +44,7 @@ class EmbedTextsRequest:
 def embed_images(
     loaded: LoadedRelease, request: EmbedImagesRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
-    """Embed images, float32 [N, D].
-
-    Raises:
-        TaskError: an α that the release does not have; the first bad image; cancelled.
-    """
+    """Embed images, float32 [N, D]; a `TaskError` names the first bad image."""
     alpha = loaded.request_alpha(request.alpha)
     files = checked_headers(loaded, request.images)
     pixels = yield from loaded.decoded(files, cancelled)
@@ -69,11 +54,7 @@ def embed_images(
 def embed_texts(
     loaded: LoadedRelease, request: EmbedTextsRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
-    """Embed texts, float32 [N, D]; too long ones are cut as open_clip cuts them.
-
-    Raises:
-        TaskError: an α that the release does not have; cancelled.
-    """
+    """Embed texts, float32 [N, D]; too long ones are cut as open_clip cuts them."""
     alpha = loaded.request_alpha(request.alpha)
     rows = loaded.tokenizer.encode(request.texts)
     return (yield from loaded.encoded("tokens", rows, alpha, cancelled))
@@ -84,15 +65,8 @@ def checked_headers(
     images: Sequence[bytes | ImageFile],
     others: Sequence[ImageFile] = (),
 ) -> list[ImageFile]:
-    """The headers of a request's images, all of which are checked before one is decoded.
-
-    Args:
-        loaded: the release.
-        images: encoded images.
-        others: further images of the same request.
-
-    Raises:
-        TaskError: of the first bad image; too many pixels.
+    """The headers of a request's images, which are checked, with `others` of the same request,
+    before one is decoded; raises the `TaskError` of the first bad one, or for too many pixels.
     """
     files = read_headers(images)
     for file in files:

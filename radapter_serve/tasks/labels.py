@@ -29,20 +29,11 @@ _PROMPTS = 256  # after which the labels so far are kept, and other callers have
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a request: a list, or the name of a label set.
+    """The labels of a request: a list, or the name of a label set, and not both."""
 
-    Attributes:
-        names: each perhaps with synonyms after commas, or None.
-        label_set: its name, or None.
-        templates: prompt templates of `names`, or None for the release's.
-
-    Raises:
-        TaskError: both, or neither.
-    """
-
-    names: Sequence[str] | None = None
+    names: Sequence[str] | None = None  # each perhaps with synonyms after commas
     label_set: str | None = None
-    templates: Sequence[str] | None = None
+    templates: Sequence[str] | None = None  # prompts of `names`; None: the release's
 
     def __post_init__(self) -> None:
         if self.label_set is not None and (self.names is not None or self.templates is not None):
@@ -52,16 +43,8 @@ class Labels:
 def check_labels(
     loaded: LoadedRelease, labels: Labels, alpha: float | None, *, by_example: bool = False
 ) -> int:
-    """How many labels a request means.
-
-    Args:
-        loaded: the release.
-        labels: of the request.
-        alpha: of the encoder; None where it is folded.
-        by_example: whether the task takes label sets with examples.
-
-    Raises:
-        TaskError: no labels, or bad ones; bad templates; no such label set.
+    """How many labels a request means; raises a `TaskError` for bad ones, or for a label set that
+    is unknown or has examples, which only `classify` takes (`by_example`).
     """
     if labels.label_set is not None:
         name = _known_label_set(loaded, labels.label_set)
@@ -113,17 +96,8 @@ def embed_labels(
     """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
     length again; each is computed once per α and templates, and kept.
 
-    Args:
-        loaded: the release.
-        labels: each perhaps with synonyms after commas.
-        templates: with `{}` for the label.
-        alpha: of the encoder; None where it is folded.
-        cancelled: whether the caller has given up.
-        progress: called now and then with the number of labels that are embedded.
-
-    Raises:
-        TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
-            cancelled.
+    `progress` is called now and then with the number of labels that are embedded. A `TaskError`
+    names what is wrong with labels or templates.
     """
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), alpha)
@@ -132,11 +106,15 @@ def embed_labels(
         return label_set
     names = check_names(labels)
     check_templates(templates)
+
+    # Those that were embedded before.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
     keys = {label: cache.key((alpha, digest), label) for label in labels}
     kept = cache.store.get(list(keys.values()))
     embeds = {label: kept[key] for label, key in keys.items() if key in kept}
     missing = deque(label for label in labels if label not in embeds)
+
+    # The others in parts, which are kept one by one.
     while missing:
         # Labels that have at most so many prompts together, or one with more.
         count = 0

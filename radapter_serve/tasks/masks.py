@@ -79,29 +79,17 @@ USUAL = SegmentOptions()
 
 @dataclass
 class ScoredMask:
-    """The labels of an image's pixels.
-
-    Args:
-        mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or
-            with proposals. H and W are those of the image as it was given: of a decoded file, after
-            it was turned by its EXIF orientation.
-        scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels
-            that got the label (of background pixels, one minus their best label's), 0 where there
-            are none.
+    """The labels of an image's pixels, and a score a label: the mean probability over its pixels
+    (of background, one minus the best label's), 0 where there are none.
     """
 
-    mask: NDArray[np.uint16]
-    scores: NDArray[np.float32]
+    mask: NDArray[np.uint16]  # [H, W], the image as it was turned; C is background, if there is any
+    scores: NDArray[np.float32]  # [C], or [C + 1] with the background
 
 
 class MaskTally:
-    """A `ScoredMask` while it fills.
-
-    Args:
-        shape: of the mask.
-        labels: how many there are, C.
-        background: whether pixels may be background, which is C.
-        threshold: probability below which a pixel is background, or None.
+    """A `ScoredMask` while it fills; pixels may be background, of index `labels`, if `background`
+    is set, and are where their probability is below a threshold.
     """
 
     def __init__(

@@ -42,19 +42,13 @@ class ProposalSegmenter:
     divided by sum_q mask_q where that is above one (which changes no label and keeps it a
     probability). A pixel without any mask is background, with a threshold or without.
 
-    Args:
-        preprocess: makes the image encoder's input, S x S.
-        crop: how a mask is shown to the image encoder.
-        logit_scale: of the release.
-        max_batch_size: rows that the encoder takes at most.
-        logit_bias: of a release whose model was trained with a sigmoid loss.
     """
 
-    preprocess: Preprocess
-    crop: MaskCrop
+    preprocess: Preprocess  # makes the image encoder's input
+    crop: MaskCrop  # how a mask is shown to the image encoder
     logit_scale: float
     max_batch_size: int
-    logit_bias: float | None = None
+    logit_bias: float | None = None  # of a model that was trained with a sigmoid loss
 
     @classmethod
     def of(cls, loaded: LoadedRelease) -> ProposalSegmenter:
@@ -71,15 +65,9 @@ class ProposalSegmenter:
         sizes: Sequence[tuple[int, int]],
         labels: int,
     ) -> None:
-        """Refuse proposals that do not fit, before anything is decoded or encoded.
-
-        Args:
-            masks, scores: as of `segment`.
-            sizes: widths and heights that the image may have.
-            labels: how many.
-
-        Raises:
-            TaskError: masks or scores that do not fit, or hold nothing; a crop that is too large.
+        """Raise a `TaskError` for masks or scores that do not fit, or hold nothing, and for a crop
+        that is too large, before anything is decoded; `sizes` are widths and heights that the
+        image may have.
         """
         width, height = sizes[0]
         expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
@@ -177,13 +165,8 @@ class ProposalSegmenter:
 
 
 def _runs(masks: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Pixels side by side that belong to the same masks, and so have the same label.
-
-    Args:
-        masks: [N, P].
-
-    Returns:
-        The first pixel of each run, and how many it has.
+    """Runs of pixels that belong to the same of masks [N, P], and so have the same label: the first
+    pixel of each, and how many it has.
     """
     changes = (masks[:, 1:] != masks[:, :-1]).any(0)
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
@@ -193,13 +176,8 @@ def _runs(masks: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]
 def _best(
     sums: NDArray[np.float32], inside: NDArray[np.float32], cosines: NDArray[np.float32]
 ) -> NDArray[np.intp]:
-    """The best label of each pixel; of equal ones that with the greater cosines, as a sigmoid has
-    an end in float32.
-
-    Args:
-        sums: score of each label, [P, C].
-        inside: how far each pixel belongs to each mask, [P, N].
-        cosines: of the masks, [N, C].
+    """The best label of each pixel by its scores [P, C]; of equal ones, as a sigmoid ends at 1 in
+    float32, that with the greater cosines [N, C] of the masks that it is inside of, [P, N].
     """
     best: NDArray[np.intp] = sums.argmax(1)
     equal = sums == sums.max(1, keepdims=True)

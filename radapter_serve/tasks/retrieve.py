@@ -43,13 +43,8 @@ MIN_LENGTH = 1e-3
 
 @dataclass(frozen=True)
 class Query:
-    """The parts of a query; at least one.
-
-    Args:
-        texts: each with at least one word.
-        images: encoded.
-        ids: of images of the index.
-        weights: of texts, images and ids, in this order; None for 1 each.
+    """The parts of a query: texts, encoded images, and ids of images of the index, with weights in
+    this order (None: 1 each).
     """
 
     texts: Sequence[str] = ()
@@ -66,10 +61,8 @@ class Query:
         return len(self) == len(self.texts) == 1 and self.checked_weights() == [1.0]
 
     def checked_weights(self) -> list[float]:
-        """The weight of each part.
-
-        Raises:
-            TaskError: no part, too many, or weights that don't fit them.
+        """The weight of each part; raises a `TaskError` for no part, too many, or weights that
+        don't fit them.
         """
         count = len(self)
         if not count:
@@ -93,14 +86,8 @@ class Query:
 def combine(
     vectors: Sequence[NDArray[np.float32]], weights: Sequence[float]
 ) -> NDArray[np.float32]:
-    """The weighted sum, of unit length; one vector of weight 1 stays as it is.
-
-    Args:
-        vectors: float32 [D] each, unit length.
-        weights: finite.
-
-    Raises:
-        TaskError: the weights cancel to nothing.
+    """The weighted sum of vectors, float32 [D], made unit length; one of weight 1 stays as it is.
+    Raises a `TaskError` where the weights cancel to nothing.
     """
     if list(weights) == [1.0]:
         return vectors[0]
@@ -120,33 +107,17 @@ def combine(
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """A search.
-
-    Attributes:
-        index: its name.
-        query: what to search for.
-        top_k: number of images to give back; None for 10.
-        where: a condition in SQL on the metadata's columns, or None.
-        thumbnails: whether they are asked for.
-        offset: number of images to leave out before the first, of a search by pages; None for no
-            pages.
-        index_version: the index's, as an answer named it; None for whichever there is.
-        min_score: cosine in [-1, 1] from which images are given back, or None.
-        calibrated: whether it is the one that the release was fitted to; for one text.
-
-    Raises:
-        TaskError: values that do not go together.
-    """
+    """A search of an index; raises a `TaskError` for values that do not go together."""
 
     index: str
     query: Query = field(default_factory=Query)
-    top_k: int | None = None
-    where: str | None = None
+    top_k: int | None = None  # None: 10
+    where: str | None = None  # a condition in SQL on the metadata's columns
     thumbnails: bool = False
-    offset: int | None = None
-    index_version: str | None = None
-    min_score: float | None = None
-    calibrated: bool = False
+    offset: int | None = None  # images to leave out before the first; None: no pages
+    index_version: str | None = None  # as an answer named it; None: whichever there is
+    min_score: float | None = None  # cosine in [-1, 1] from which images are given back
+    calibrated: bool = False  # the one that the release was fitted to; for one text
 
     def __post_init__(self) -> None:
         self.query.checked_weights()
@@ -158,8 +129,8 @@ class RetrieveRequest:
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found: its id, its cosine, its metadata as JSON, and its thumbnail as JPEG;
-    empty where it was not asked for, or there is none.
+    """An image that was found: its id, its cosine, its metadata as JSON, and its thumbnail as JPEG,
+    empty where there is none or it was not asked for.
     """
 
     id: str
@@ -170,13 +141,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The images that a search found, best first.
-
-    Attributes:
-        hits: with their thumbnails, if these were asked for.
-        index_version: of the index that was searched.
-        thumbnails: whether they were asked for.
-    """
+    """The images that a search found, best first, with thumbnails if they were asked for."""
 
     hits: Sequence[Hit]
     index_version: str
@@ -184,12 +149,8 @@ class Retrieved:
 
 
 class Indexes:
-    """The indexes of a folder, and the releases that made them.
-
-    Args:
-        own: the release that is asked, whose `indexes` is the folder.
-        others: other releases that are served; asked where an index is not of this one.
-        clock: seconds that only grow.
+    """The indexes of the folder of a release, each with the release that made it: this one, or one
+    of the `others` that are served.
     """
 
     def __init__(
@@ -205,11 +166,8 @@ class Indexes:
         self._logged: set[str] = set()  # generations for which the log has the command
 
     def get(self, name: str) -> tuple[Index, LoadedRelease]:
-        """The index of a name as it is now, and the release that made it.
-
-        Raises:
-            TaskError: no such index, one that can't be read, or one of a release that is not
-                served.
+        """The index of a name as it is now, and the release that made it; raises a `TaskError`
+        where it can't be read, or its release is not served.
         """
         index = self._opened.get(name)
         made_by = index.facts.plan.release
@@ -241,12 +199,7 @@ class Indexes:
 def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
 ) -> Steps[Retrieved]:
-    """Search.
-
-    Raises:
-        TaskError: no such index, one of another release or another version, a value that is not
-            allowed; cancelled.
-    """
+    """Search an index for the nearest to a query; a `TaskError` says why it can't be done."""
     index, loaded = indexes.get(request.index)
     if request.index_version not in (None, index.generation):
         raise TaskError(

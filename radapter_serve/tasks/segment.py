@@ -34,30 +34,20 @@ REFINED = 3.5
 
 @dataclass(frozen=True, eq=False)
 class SegmentRequest:
-    """An image to segment.
-
-    Attributes:
-        image: encoded image.
-        labels: that its pixels may have, and their prompts.
-        alpha: of the adapter, or None for the release's own.
-        threshold, short_side, stride, refine, proposal_weight: as of `SegmentOptions`; None for the
-            usual value.
-        proposals: masks to classify, uint8 [N, H, W], or None for dense segmentation.
-        proposal_scores: the proposals' own probabilities of the labels, float32 [N, C], or None.
-
-    Raises:
-        TaskError: a value that is not allowed, or that has no effect beside the others.
+    """An encoded image to segment, densely or by proposals; raises a `TaskError` for a value that
+    is not allowed, or has no effect with the others.
     """
 
     image: bytes | ImageFile
     labels: Labels
-    alpha: float | None = None
+    alpha: float | None = None  # None: the release's own
+    # As of `SegmentOptions`; None: the usual value.
     threshold: float | None = None
     short_side: int | None = None
     stride: int | None = None
     refine: int | None = None
-    proposals: NDArray[np.uint8] | None = None
-    proposal_scores: NDArray[np.float32] | None = None
+    proposals: NDArray[np.uint8] | None = None  # masks to classify, uint8 [N, H, W]
+    proposal_scores: NDArray[np.float32] | None = None  # of the labels, [N, C]
     proposal_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -95,9 +85,8 @@ def segment(
 ) -> Steps[LabelledMask]:
     """Label each pixel of an image, by dense patches or by the proposals of the request.
 
-    Raises:
-        TaskError: whatever is wrong with the request; labels are refused before the image is
-            looked at, and what asks for too much before anything is encoded; cancelled.
+    A `TaskError` says what is wrong: labels are refused before the image is looked at, and what
+    asks for too much before anything is encoded.
     """
     # What can be refused by values and headers alone.
     release = loaded.release

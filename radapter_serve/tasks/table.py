@@ -7,6 +7,7 @@ and the tables of docs/http-api.md follow from this table.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -45,43 +46,29 @@ Wants = Callable[[str], bool]  # whether a caller asks for an output
 MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
 
 
-# A task of one release: the steps to the answer of one request.
+# The steps to the answer of one request, of a task of one release.
 Run = Callable[[R, Cancelled | None], Steps[A]]
 
 
 @dataclass(frozen=True)
 class Task(Generic[R, A]):
-    """One of the tasks.
-
-    Attributes:
-        inputs: by name.
-        outputs: by name.
-        batched: whether tensors have a batch dimension first, of up to the release's max_batch_size
-            rows.
-        read: typed requests to a release from the inputs of one request, several where its rows
-            differ in more than their image or text; may raise a `TaskError`.
-        make: the task of a release; of other releases that are served `retrieve` searches the
-            indexes.
-        write: output tensors of the answers to what `read` gave.
-    """
+    """One of the tasks: its tensors, and the way from them to typed requests and back."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    # Whether tensors have a batch dimension first, of up to the release's max_batch_size rows.
     batched: bool
-    read: Callable[[LoadedRelease, Tensors, Wants], list[R]]
+    # From plain values by the names of the inputs, such as texts as `str`, and from which outputs
+    # are wanted, to a typed request; raises a `TaskError`.
+    request: Callable[[dict[str, Any], Wants], R]
+    # The task of a release; `retrieve` also searches indexes of the others that are served.
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
+    # From the answers to what `read` gave to output tensors.
     write: Callable[[Sequence[A]], dict[str, NDArray[Any]]]
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
-        """Refuse inputs that do not have the names, types and shapes of the task's.
-
-        Args:
-            name: of the task.
-            inputs: form of each input of a request; `forms` has those of arrays.
-            max_rows: of a request, where the task has rows.
-
-        Raises:
-            TaskError: of the first that is wrong.
+        """Raise a `TaskError` for the first input whose form (`forms` has those of arrays) is not
+        that of the task's, and for more than `max_rows` rows.
         """
         batch = [-1] if self.batched else []
         rows: set[int] = set()
@@ -109,6 +96,41 @@ class Task(Generic[R, A]):
         if self.batched and max(rows, default=1) > max_rows:
             raise invalid(f"{max(rows)} rows in a request; at most {max_rows} are taken")
 
+    def read(self, loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[R]:
+        """Typed requests to a release from the tensors of one request that `check` let through:
+        several where its rows differ in more than their image or text.
+        """
+        if not self.batched:
+            return [self.request(_plain_values(inputs), wants)]
+
+        # A row whose examples are all empty has those of the row before.
+        if "examples" in inputs:
+            examples = inputs["examples"].copy()
+            for row in range(1, len(examples)):
+                if not any(examples[row]):
+                    examples[row] = examples[row - 1]
+            inputs = {**inputs, "examples": examples}
+
+        # The rows in runs that have all in common but their image or text.
+        varied = "text" if "text" in self.inputs else "image"
+        items: Sequence[Any] = inputs[varied].ravel().tolist()
+        items = read_headers(items) if varied == "image" else _texts(items)
+        options = {name: array for name, array in inputs.items() if name != varied}
+        starts = [0]
+        for row in range(1, len(items)):
+            first = starts[-1]
+            if any(not np.array_equal(array[row], array[first]) for array in options.values()):
+                starts.append(row)
+        requests: list[R] = []
+        for start, end in itertools.pairwise([*starts, len(items)]):
+            values = _plain_values({name: array[start] for name, array in options.items()})
+            requests.append(self.request({**values, varied: items[start:end]}, wants))
+
+        classified = [one for one in requests if isinstance(one, ClassifyRequest)]
+        if len(classified) > 1:
+            _check_together(loaded, classified)
+        return requests
+
 
 def forms(inputs: Tensors) -> dict[str, Form]:
     """The form of each array, as `Task.check` takes it."""
@@ -133,100 +155,64 @@ def _text(value: Any) -> str:
         raise invalid(f"a text is not UTF-8 ({error})") from None
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(_text(value) for value in np.ravel(values))
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(_text, values))
 
 
-def _first(values: NDArray[Any]) -> Any:
-    """The one value of an option: a text, a number or a truth value."""
-    value = values.ravel()[0]
-    return value.item() if isinstance(value, np.generic) else _text(value)
+# Inputs that are lists, and may be of several dimensions; all others are one value.
+_LISTS = ("labels", "templates", "text", "id")
+_NUMBERS = ("weight", "example_labels", "example_weight")
+_ARRAYS = ("proposals", "proposal_scores")
 
 
-def _runs(inputs: Tensors, varied: str) -> list[tuple[slice, Tensors]]:
-    """The rows of a request in runs that have all inputs in common but one.
-
-    Args:
-        inputs: with the batch first.
-        varied: the input in which the rows of a run differ.
-
-    Returns:
-        The rows of each run, and its inputs without the batch.
-    """
-    options = {name: array for name, array in inputs.items() if name != varied}
-    count = len(inputs[varied])
-    starts = [0]
-    for row in range(1, count):
-        first = starts[-1]
-        if any(not np.array_equal(array[row], array[first]) for array in options.values()):
-            starts.append(row)
-    ends = [*starts[1:], count]
-    return [
-        (slice(start, end), {name: array[start] for name, array in options.items()})
-        for start, end in zip(starts, ends, strict=True)
-    ]
+def _plain_values(inputs: Tensors) -> dict[str, Any]:
+    """The inputs of one typed request as plain values, as the client has them."""
+    values: dict[str, Any] = {}
+    for name, array in inputs.items():
+        if name in _ARRAYS:
+            values[name] = array
+            continue
+        items = array.ravel().tolist()
+        if name in _LISTS:
+            values[name] = _texts(items)
+        elif name in _NUMBERS or name in ("image", "examples"):
+            values[name] = items
+        else:
+            values[name] = _text(items[0]) if array.dtype == object else items[0]
+    return values
 
 
-def _labels(options: Tensors) -> Labels:
-    names = options.get("labels")
-    label_set = options.get("label_set")
-    templates = options.get("templates")
+def _take_labels(values: dict[str, Any]) -> Labels:
+    """The labels of a request, taken from its values."""
+    names = values.pop("labels", None)
+    templates = values.pop("templates", None)
     return Labels(
-        None if names is None else _texts(names),
-        None if label_set is None else _first(label_set),
-        None if templates is None else _texts(templates),
+        None if names is None else tuple(names),
+        values.pop("label_set", None),
+        None if templates is None else tuple(templates),
     )
-
-
-def _values(options: Tensors, *names: str) -> dict[str, Any]:
-    """The values of those options that a request brings."""
-    return {name: _first(options[name]) for name in names if name in options}
-
-
-# embed_image and embed_text
-
-
-def _read_images(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[EmbedImagesRequest]:
-    files = read_headers(inputs["image"].ravel().tolist())
-    return [
-        EmbedImagesRequest(files[rows], **_values(options, "alpha"))
-        for rows, options in _runs(inputs, "image")
-    ]
-
-
-def _read_texts(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[EmbedTextsRequest]:
-    texts = _texts(inputs["text"])
-    return [
-        EmbedTextsRequest(texts[rows], **_values(options, "alpha"))
-        for rows, options in _runs(inputs, "text")
-    ]
 
 
 # classify
 
 
-def _read_classify(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[ClassifyRequest]:
-    files = read_headers(inputs["image"].ravel().tolist())
-    shown = inputs.get("examples")
-    if shown is not None:
-        # A row whose examples are all empty has those of the row before.
-        shown = shown.copy()
-        for row in range(1, len(shown)):
-            if not any(shown[row]):
-                shown[row] = shown[row - 1]
-        inputs = {**inputs, "examples": shown}
-    requests: list[ClassifyRequest] = []
-    for rows, options in _runs(inputs, "image"):
-        requests.append(
-            ClassifyRequest(
-                files[rows],
-                _labels(options),
-                examples=_examples(options),
-                **_values(options, "top_k", "alpha", "multi_label", "threshold"),
-                **_values(options, "calibrated", "unknown"),
-            )
-        )
-    # What a request may ask for at most, all its rows together.
+def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
+    labels = _take_labels(values)
+    images = values.pop("examples", None)
+    places = values.pop("example_labels", None)
+    weights = values.pop("example_weight", None)
+    examples: Examples | None = None
+    if not (images is places is weights is None):
+        if images is None or places is None:
+            raise invalid("examples and example_labels belong together, and example_weight to them")
+        encoded = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
+        shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
+        examples = Examples(encoded, tuple(places), shares)
+    return ClassifyRequest(values.pop("image"), labels, examples=examples, **values)
+
+
+def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
+    """Refuse what the rows of a request ask for too much together."""
     own = loaded.release.templates
     lists = {request.labels for request in requests if request.labels.names is not None}
     check_prompts([(one.names or (), one.templates or own) for one in lists])
@@ -242,23 +228,6 @@ def _read_classify(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list
             f" at most {MAX_ENCODED} are allowed in a request, so send fewer examples, or rows with"
             " the same options"
         )
-    return requests
-
-
-def _examples(options: Tensors) -> Examples | None:
-    images = options.get("examples")
-    places = options.get("example_labels")
-    weights = options.get("example_weight")
-    if images is None and places is None and weights is None:
-        return None
-    if images is None or places is None:
-        raise invalid("examples and example_labels belong together, and example_weight to them")
-    own = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
-    return Examples(
-        own,
-        tuple(places.tolist()),
-        (DEFAULT_WEIGHT,) if weights is None else tuple(weights.tolist()),
-    )
 
 
 def _write_rankings(answers: Sequence[list[Ranking]]) -> dict[str, NDArray[Any]]:
@@ -278,17 +247,10 @@ def _write_rankings(answers: Sequence[list[Ranking]]) -> dict[str, NDArray[Any]]
 # segment
 
 
-def _read_segment(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[SegmentRequest]:
-    names = "alpha", "threshold", "short_side", "stride", "refine", "proposal_weight"
-    return [
-        SegmentRequest(
-            inputs["image"][0],
-            _labels(inputs),
-            proposals=inputs.get("proposals"),
-            proposal_scores=inputs.get("proposal_scores"),
-            **_values(inputs, *names),
-        )
-    ]
+def _segment_request(values: dict[str, Any], wants: Wants) -> SegmentRequest:
+    image = values.pop("image")
+    image = image[0] if isinstance(image, list) else image
+    return SegmentRequest(image, _take_labels(values), **values)
 
 
 def _write_mask(answers: Sequence[LabelledMask]) -> dict[str, NDArray[Any]]:
@@ -299,20 +261,17 @@ def _write_mask(answers: Sequence[LabelledMask]) -> dict[str, NDArray[Any]]:
 # retrieve
 
 
-def _read_retrieve(loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[RetrieveRequest]:
+def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
     # Here and below: the index's libraries are for the processes of this task alone.
     from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 
-    weights = inputs.get("weight")
     query = Query(
-        _texts(inputs.get("text", ())),
-        read_headers(np.ravel(inputs.get("image", ())).tolist()),
-        _texts(inputs.get("id", ())),
-        None if weights is None else weights.tolist(),
+        values.pop("text", ()),
+        read_headers(values.pop("image", ())),
+        values.pop("id", ()),
+        values.pop("weight", None),
     )
-    names = "top_k", "where", "offset", "index_version", "min_score", "calibrated"
-    values = _values(inputs, "index", *names)
-    return [RetrieveRequest(query=query, thumbnails=wants("thumbnail"), **values)]
+    return RetrieveRequest(query=query, thumbnails=wants("thumbnail"), **values)
 
 
 def _make_retrieve(
@@ -366,7 +325,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         _tensors(_IMAGE, _ALPHA),
         _tensors(Tensor("image_embeds", "FP32", (-1,))),
         True,
-        _read_images,
+        lambda values, wants: EmbedImagesRequest(values["image"], values.get("alpha")),
         _plain(embed_images),
         lambda answers: {"image_embeds": np.concatenate(answers)},
     ),
@@ -374,7 +333,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         _tensors(Tensor("text", "BYTES"), _ALPHA),
         _tensors(Tensor("text_embeds", "FP32", (-1,))),
         True,
-        _read_texts,
+        lambda values, wants: EmbedTextsRequest(values["text"], values.get("alpha")),
         _plain(embed_texts),
         lambda answers: {"text_embeds": np.concatenate(answers)},
     ),
@@ -400,7 +359,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("index_version", "BYTES"),
         ),
         False,
-        _read_retrieve,
+        _retrieve_request,
         _make_retrieve,
         _write_hits,
     ),
@@ -423,7 +382,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("score", "FP32", (-1,)),
         ),
         False,
-        _read_segment,
+        _segment_request,
         _plain(segment),
         _write_mask,
     ),
@@ -443,7 +402,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         ),
         _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,))),
         True,
-        _read_classify,
+        _classify_request,
         _plain(classify),
         _write_rankings,
     ),

@@ -17,13 +17,8 @@ BAND = 256  # pixels whose weights are computed at once
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that they cover every pixel; the last is shifted back to end at the
-    border.
-
-    Args:
-        length: pixels along the axis, at least `window`.
-        window: pixels of a window.
-        stride: pixels from one window to the next, from 1 to `window`.
+    """Where windows begin so that they cover every pixel of an axis; the last is shifted back to
+    end at the border.
     """
     return [*range(0, length - window, stride), length - window]
 
@@ -37,26 +32,17 @@ class Axis:
     image's own size, both bilinearly as torch does with `align_corners=False`. So no map of the
     working image is ever held.
 
-    Args:
-        pixels: the image's own size.
-        working: size of the working image, which the windows cover.
-        window: size of a window.
-        grid: patches of a window.
-        starts: first working pixel of each window.
     """
 
-    pixels: int
-    working: int
-    window: int
-    grid: int
-    starts: tuple[int, ...]
+    pixels: int  # of the image itself
+    working: int  # pixels of the working image, which the windows cover
+    window: int  # pixels of a window
+    grid: int  # patches of a window
+    starts: tuple[int, ...]  # first working pixel of each window
 
     def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
-        """The weights of the patches for the image's own pixels first..last-1.
-
-        Returns:
-            which of the patches (K of them, windows one after the other) count, and float32 [last -
-            first, K].
+        """For the image's own pixels first..last-1: which K of the patches (windows one after the
+        other) count, and their weights, float32 [last - first, K].
         """
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
         share = share[:, None]
@@ -99,11 +85,8 @@ def upsampled(
 
 @lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
 def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
-    """The image's own pixels in bands: which, which of the patches count, and their `weights`.
-
-    Args:
-        axis: rows or columns.
-        step: pixels of a band, at most `BAND`.
+    """The image's own pixels in bands of at most `step`: which, which of the patches count, and
+    their `weights`.
     """
     bands = []
     for first in range(0, axis.pixels, BAND):

@@ -173,14 +173,6 @@ def test_segment_proposals(client: Client):
     assert (fused.mask == 3).all()
 
 
-def test_segment_without_a_patch_encoder(client: Client):
-    with pytest.raises(
-        radapter_client.ModelNotFound, match="radapter-export --dense naclip, or send proposals"
-    ) as caught:
-        client.segment(pictures()[0], LABELS)
-    assert caught.value.code == "no_patch_encoder"
-
-
 def test_segment_dense(dense_tiny_clip: Path):
     with TritonServer(
         ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports())
@@ -226,43 +218,3 @@ def test_search(client: Client):
     with pytest.raises(radapter_client.InvalidRequest) as caught:
         client.search("a cat", index="pictures", where="no such column")
     assert caught.value.code == "invalid_argument"
-
-
-def test_an_index_is_searched_by_the_release_that_made_it(url: str, client: Client):
-    old = client.releases()[0].version
-    with Client(url, release=old) as pinned:
-        found = pinned.search("a cat", index="pictures")
-    expected = client.search("a cat", index="pictures")
-    assert [hit.id for hit in found] == [hit.id for hit in expected]
-    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
-
-
-def test_ten_thousand_labels(client: Client):
-    found = client.classify(pictures()[:2], [f"label {index}" for index in range(10_000)], top_k=2)
-    assert [len(result.labels) for result in found] == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("image", "labels", "error", "code"),
-    [
-        (b"not an image", ["a"], "InvalidImage", "invalid_image"),
-        ("half", ["a"], "InvalidImage", "invalid_image"),
-        ("bomb", ["a"], "InvalidImage", "image_too_large"),
-        (b"", ["a"], "InvalidImage", "invalid_image"),
-        ("whole", ["a", ""], "InvalidRequest", None),
-        ("whole", None, "InvalidRequest", "unknown_label_set"),
-    ],
-)
-def test_bad_input(client: Client, image, labels, error: str, code):
-    file = io.BytesIO()
-    pictures()[0].save(file, "PNG")
-    if image == "bomb":
-        file = io.BytesIO()
-        Image.new("1", (30_000, 30_000)).save(file, "PNG", compress_level=1)
-    whole = file.getvalue()
-    data = {"half": whole[:500], "bomb": whole, "whole": whole}.get(image, image)
-    with pytest.raises(radapter_client.InvalidRequest) as caught:
-        client.classify([pictures()[0], data], labels, label_set=None if labels else "five")
-    assert type(caught.value).__name__ == error
-    assert code is None or caught.value.code == code
-    assert len(str(caught.value).splitlines()) == 1

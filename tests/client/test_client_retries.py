@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 import radapter_client
-from radapter_client import AsyncClient, Client, Reply, Request
+from radapter_client import AsyncClient, Client
 from radapter_client._retries import Tries
 from radapter_serve.cli import query
 from tests.helpers.stand_ins import http_server
@@ -130,13 +128,6 @@ def test_what_is_wrong_or_late_is_not_asked_again(kind: type, status: int) -> No
     assert len(seen) == 1
 
 
-def test_the_server_says_how_long_to_wait(kind: type) -> None:
-    with http_steps((429, {"Retry-After": "1"})) as (url, _):
-        begin = time.monotonic()
-        assert embed(kind, url) == [[7]]
-        assert time.monotonic() - begin >= 1
-
-
 def test_a_wait_takes_from_the_time_of_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     error = radapter_client.ServerUnavailable("x")
@@ -173,20 +164,6 @@ def test_over_grpc(kind: type) -> None:
     assert len(seen) == 1
 
 
-def test_a_server_that_starts_a_little_later() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    found: list[Any] = []
-    caller = threading.Thread(
-        target=lambda: found.append(embed(Client, f"http://127.0.0.1:{port}", retries=8))
-    )
-    caller.start()
-    time.sleep(0.5)
-    with http_steps(port=port):
-        caller.join(20)
-    assert found == [[[7]]]
-
-
 def test_waits_grow_and_end() -> None:
     tries = Tries(50, 1000)
     error = radapter_client.ServerUnavailable("x")
@@ -201,24 +178,6 @@ def test_waits_grow_and_end() -> None:
         Tries(50, 0.01).pause(error)
 
 
-def test_a_transport_is_given_what_time_is_left() -> None:
-    given: list[float] = []
-
-    class Fails:
-        def send(self, request: Request, timeout: float) -> Any:
-            given.append(timeout)
-            if len(given) < 3:
-                raise radapter_client.ServerUnavailable("x")
-            return Reply(1, {"text_embeds": np.ones((1, 1), np.float32)})
-
-        def close(self) -> None:
-            pass
-
-    with Client(transport=Fails(), timeout=9) as client:
-        client.embed_texts(["x"])
-    assert given[0] == 9 and given[2] < given[1] < 8.96 and given[2] > 8
-
-
 def test_whether_it_is_ready_is_asked_once() -> None:
     with http_steps(*[STOPS] * 20) as (url, seen):
         with Client(url) as client:
@@ -229,13 +188,6 @@ def test_whether_it_is_ready_is_asked_once() -> None:
 
 
 # Keys
-
-
-def test_the_key_is_sent_with_every_request() -> None:
-    with http_steps() as (url, seen):
-        assert embed(Client, url, api_key="secret") == [[7]]
-        assert embed(Client, url) == [[7]]
-    assert [headers["Authorization"] for _, _, headers, *_ in seen] == ["Bearer secret", None]
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\n", "ü", 5])

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import radapter_client
 from radapter_client import AsyncClient, Client
@@ -119,26 +118,6 @@ def test_none(client):
         assert (embeds.dtype, embeds.shape) == (np.float32, (0, 4))
 
 
-def test_every_kind_of_image(client, tmp_path: Path):
-    array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    path = tmp_path / "image.png"
-    Image.fromarray(array).save(path, compress_level=1)
-    embeds = client.embed_images(
-        [path, str(path), path.read_bytes(), array, Image.fromarray(array)]
-    )
-    assert np.array_equal(embeds, np.broadcast_to(vector(path.read_bytes()), (5, 4)))
-    assert len(client.embed_images(np.stack([array] * 6))) == 6
-    assert client.classify(array, LABELS) == client.classify(path, LABELS)
-
-
-def test_ten_thousand_labels(client):
-    labels = [f"label {index}" for index in range(10_000)]
-    found = client.classify([b"x", b"y"], labels, top_k=2)
-    assert [result.labels for result in found] == [
-        [label for label, _ in expected(i, labels)[:2]] for i in (b"x", b"y")
-    ]
-
-
 def test_triton_lists_no_indexes(client):
     with pytest.raises(radapter_client.InvalidRequest, match="this server does not list") as caught:
         client.indexes()
@@ -196,14 +175,6 @@ def test_errors_are_the_same_over_every_way(client, what, error: str, code, mess
     assert client.classify(b"x", LABELS).release == 2  # and the client still works
 
 
-def test_too_large_a_batch(kind, url: str):
-    with (
-        kind(url, batch_size=65) as client,
-        pytest.raises(radapter_client.InvalidRequest, match="must be <= 64"),
-    ):
-        client.embed_texts(["x"] * 65)
-
-
 def test_timeout(client, kind, url: str):
     start = time.monotonic()
     with pytest.raises(radapter_client.Timeout, match=f"{url} within 0.2 s"):
@@ -246,27 +217,6 @@ def test_tasks_share_a_client(url: str):
             with pytest.raises(asyncio.CancelledError):
                 await slow
             assert (await client.classify(b"0", LABELS)).top == answers[0].top
-
-    asyncio.run(main())
-
-
-def test_closed_in_mid_call(url: str):
-    client = Client(url, batch_size=1, concurrency=2, timeout=20)
-    threading.Timer(0.3, client.close).start()
-    with pytest.raises(radapter_client.RAdapterClientError):
-        client.embed_images([order(sleep=0.2, name=index) for index in range(20)])
-
-
-def test_closed_in_mid_call_by_another_task(url: str):
-    async def main() -> None:
-        client = AsyncClient(url, batch_size=1, concurrency=2, timeout=20)
-        call = asyncio.ensure_future(
-            client.embed_images([order(sleep=0.2, name=index) for index in range(20)])
-        )
-        await asyncio.sleep(0.3)
-        await client.close()
-        with pytest.raises(radapter_client.RAdapterClientError):
-            await call
 
     asyncio.run(main())
 

@@ -107,18 +107,6 @@ def test_large_mask(client):
     assert np.array_equal(found.mask, stripes(4000, 5000, 3))
 
 
-def test_segment_fails_as_classify_does(client):
-    with pytest.raises(
-        radapter_client.ModelNotFound, match="export with radapter-export --dense"
-    ) as caught:
-        client.segment(
-            order(error="[no_patch_encoder] export with radapter-export --dense naclip"), ["a"]
-        )
-    assert caught.value.code == "no_patch_encoder"
-    with pytest.raises(radapter_client.InvalidImage):
-        client.segment([b"{}", order(error="[invalid_image] no image")], ["a"])
-
-
 def test_search(client, tmp_path: Path):
     hits = client.search("a red bicycle", index="photos", top_k=2)
     assert [(hit.id, hit.score, hit.thumbnail) for hit in hits] == [
@@ -144,13 +132,6 @@ def test_search(client, tmp_path: Path):
         "rank": 0,
         "outputs": ["id", "metadata", "score", "thumbnail"],
     }
-
-
-@pytest.mark.parametrize(("index", "code"), [("none", "unknown_index"), ("old", "index_mismatch")])
-def test_index_that_cannot_be_searched(client, index: str, code: str):
-    with pytest.raises(radapter_client.InvalidRequest) as caught:
-        client.search("x", index=index)
-    assert (type(caught.value), caught.value.code) == (radapter_client.InvalidRequest, code)
 
 
 def test_server_without_the_models(fake_repository: Path, tmp_path: Path):

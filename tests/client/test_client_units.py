@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import (
@@ -32,7 +32,6 @@ from radapter_client import (
     Segmentation,
     _url,
 )
-from radapter_client._images import orientation
 from radapter_client._results import pick_release, read_hits, read_releases
 from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
 
@@ -97,20 +96,6 @@ def test_transport_of_the_user():
         assert [found.top for found in client.classify([b"photo"] * 40, ["cat", "dog"])] == [
             "cat"
         ] * 40
-
-
-def test_a_list_of_indexes_that_is_none():
-    answers: list[Any] = [{}, [], {"indexes": None}]
-
-    class Other(Cats):
-        def send(self, request: Request, timeout: float) -> Any:
-            assert (request.action, request.model) == ("indexes", "retrieve")
-            return answers.pop()
-
-    with Client(transport=Other()) as client:
-        while answers:
-            with pytest.raises(radapter_client.ServerError, match="list of indexes"):
-                client.indexes()
 
 
 def test_both_clients_ask_the_same_of_their_transport():
@@ -227,17 +212,13 @@ def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, 
     "url",
     [
         "localhost:8001",
-        "localhost",
         "",
         "ftp://localhost",
-        "http://",
         "http://:8000",
-        "grpc://localhost:port",
         "grpc://localhost:99999",
         "grpc://localhost/path",
         "http://me:secret@localhost",
         "http://localhost/?a=b",
-        "http://local host",
         "http://[::1",
         "http://localhost\n",
         b"http://localhost",
@@ -323,13 +304,6 @@ def test_array_arrives_to_the_bit(height: int, width: int, grey: bool, seed: int
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sent(view)))), view)
 
 
-def test_file_is_sent_as_it_is(tmp_path: Path):
-    path = tmp_path / "ein Bild.jpg"
-    Image.fromarray(pixels(8, 8, 3)).save(path)
-    data = path.read_bytes()
-    assert sent(path) == sent(str(path)) == sent(data) == sent(memoryview(data)) == data
-
-
 def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: int = 1) -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -383,19 +357,6 @@ def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
         client.segment(photo(1600, 1200), ["a"])
     images = [request.inputs["image"].ravel()[0] for request in recorder.inferences]
     assert images == [data, data, photo(1600, 1200)]
-
-
-def test_photos_of_all_methods_but_segment_are_made_small():
-    recorder = Recorder()
-    big = photo(1600, 1200)
-    with Client(transport=recorder, release=1, shrink_to=448) as client:
-        client.classify([big, big], ["a"], examples={"a": big})
-        client.search(image=big, index="photos")
-    first, second = [request.inputs for request in recorder.inferences]
-    sent = [*first["image"].ravel(), first["examples"][0, 0], *second["image"].ravel()]
-    assert [min(Image.open(io.BytesIO(one)).size) for one in sent] == [448] * 4
-    with pytest.raises(radapter_client.InvalidRequest, match="shrink_to is 10; .* from 64"):
-        Client(transport=recorder, shrink_to=10)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -698,12 +659,6 @@ def test_classify_keeps_requests_moderate(count: int, labels: int, templates: in
         assert request.inputs["top_k"].tolist() == [[3]] * rows
 
 
-def test_large_images_are_split_by_bytes():
-    recorder = Recorder()
-    Client(transport=recorder, release=1).embed_images([np.zeros((2000, 2000, 3), np.uint8)] * 7)
-    assert len(recorder.inferences) == 4
-
-
 # Arguments
 
 
@@ -716,15 +671,13 @@ def test_large_images_are_split_by_bytes():
         ({"labels": [1]}, "labels takes texts, not 1"),
         ({"labels": ["\ud800"]}, "not Unicode"),
         ({"labels": ["a"], "label_set": "b"}, "not both"),
-        ({"label_set": 3}, "label_set takes texts"),
-        ({"labels": ["a"], "templates": "a {}"}, "templates takes a list"),
         ({"labels": ["a"], "templates": []}, "no templates"),
         ({"labels": ["a"], "top_k": 0}, "top_k is 0; allowed"),
         ({"labels": ["a"], "top_k": 1.5}, "top_k is 1.5"),
         ({"labels": ["a"], "top_k": True}, "top_k is True"),
+        ({"labels": ["a"], "alpha": 1.5}, "alpha is 1.5; allowed are numbers from 0 to 1"),
+        ({"labels": ["a"], "alpha": float("nan")}, "alpha is nan"),
         ({"labels": ["a"], "timeout": 0}, "timeout is 0; allowed are seconds above 0"),
-        ({"labels": ["a"], "timeout": float("nan")}, "timeout is nan"),
-        ({"labels": ["a"], "timeout": "1"}, "timeout is '1'"),
     ],
 )
 def test_bad_arguments_of_classify(arguments, why: str):
@@ -740,49 +693,28 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
     ("arguments", "why"),
     [
         ({"labels": None}, "no labels: give labels="),
-        ({"threshold": 1.5}, "threshold is 1.5; allowed are numbers from 0 to 1"),
         ({"threshold": True}, "threshold is True"),
-        ({"short_side": 0}, "short_side is 0; allowed are whole numbers from 1"),
-        ({"stride": 2.5}, "stride is 2.5"),
+        ({"stride": 2.5}, "stride is 2.5; allowed are whole numbers from 1"),
         ({"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
         ({"proposal_scores": [[1.0]]}, "proposal_scores without proposals"),
-        ({"proposal_weight": 0.5}, "proposal_weight without proposals"),
         ({"proposals": MASK, "proposal_weight": -1}, "proposal_weight is -1"),
-        (
-            {"proposals": MASK, "proposal_scores": [[1], [1]]},
-            r"shape \[2, 1\]; needed are \[1, C\]",
-        ),
+        ({"proposals": MASK, "proposal_scores": [[1], [1]]}, r"\[2, 1\]; needed are \[1, C\]"),
         (
             {"proposals": MASK[0]},
-            r"proposals of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float",
+            r"of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float",
         ),
         ({"proposals": MASK[:0]}, r"proposals of shape \[0, 4, 5\]"),
-        (
-            {"proposals": MASK.transpose(0, 2, 1)},
-            "proposals of 4 x 5 pixels .* for an image of 5 x 4",
-        ),
+        ({"proposals": MASK.transpose(0, 2, 1)}, "of 4 x 5 pixels .* for an image of 5 x 4"),
         ({"proposals": MASK * 1}, "proposals of int64 from 1 to 1"),
-        ({"proposals": MASK * 1.5}, "proposals of float64 from 1.5 to 1.5"),
         ({"proposals": MASK * np.nan}, "proposals of float64 from nan"),
         ({"proposals": MASK.astype(np.uint8)}, r"above 1 of 255; send proposals.astype\(bool\)"),
         ({"proposals": [[[1], [1, 2]]]}, "proposals is no array of numbers"),
-        (
-            {"proposals": np.broadcast_to(MASK, (100_000_000, 4, 5))},
-            "are 1.9 GiB; a request holds 1.5: send fewer",
-        ),
-        ({"proposals": "masks.npy"}, "proposals is no array of numbers"),
+        ({"proposals": np.broadcast_to(MASK, (10**8, 4, 5))}, "are 1.9 GiB; a request holds 1.5"),
     ],
 )
 def test_bad_arguments_of_segment(arguments, why: str):
     with pytest.raises(radapter_client.InvalidRequest, match=why):
         CLIENT.segment(PIXELS, **{"labels": ["a"], **arguments})
-
-
-def test_each_image_of_a_list_has_proposals_of_its_own():
-    with pytest.raises(
-        radapter_client.InvalidRequest, match="proposals has 1 entries for 2 images"
-    ):
-        CLIENT.segment([PIXELS, PIXELS], ["a"], proposals=[MASK])
 
 
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.float16, np.float32, np.float64])
@@ -841,26 +773,17 @@ def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
     ("arguments", "why"),
     [
         ({"index": "i"}, "give a text to search for, image="),
-        ({"text": [], "image": [], "id": [], "index": "i"}, "give a text to search for"),
         ({"text": ["a"] * 9, "image": [b"x"] * 9, "index": "i"}, "18 texts.*at most 16"),
         ({"text": 3, "index": "i"}, "text takes a list, not one int"),
-        ({"text": ["a", 3], "index": "i"}, "text takes texts, not 3"),
         ({"id": b"a", "index": "i"}, "id takes a list, not one bytes"),
         ({"text": "a", "weights": [1, 2], "index": "i"}, r"weights has the shape \[2\]; \[1\] is"),
-        ({"text": "a", "weights": 1, "index": "i"}, "weights takes a list, not one int"),
         ({"text": "a", "weights": ["b"], "index": "i"}, "weights is no array of numbers"),
-        ({"text": "a", "weights": [float("nan")], "index": "i"}, r"weights are \[nan\]; allowed"),
         ({"text": "a", "weights": [1e39], "index": "i"}, "weights are .*allowed are finite"),
         ({"text": "a", "index": "i", "min_score": 1.01}, "min_score is 1.01; allowed are numbers"),
-        ({"text": "a", "index": "i", "min_score": float("nan")}, "min_score is nan; allowed"),
         ({"text": "a", "index": "i", "min_score": True}, "min_score is True; allowed"),
         ({"text": "a", "index": "i", "min_score": "high"}, "min_score is 'high'; .*'calibrated'"),
-        ({"text": "a", "index": "i", "offset": -1}, "offset is -1; allowed are whole numbers"),
-        ({"text": "a", "index": "i", "index_version": 3}, "index_version takes texts"),
         ({"text": "a", "index": None}, "index takes texts, not None"),
-        ({"text": "a", "index": "i", "top_k": 0}, "top_k is 0"),
         ({"text": "a", "index": "i", "top_k": 2**31}, "top_k is 2147483648"),
-        ({"text": "a", "index": "i", "where": 3}, "where takes texts"),
         ({"image": "no.jpg", "index": "i"}, "cannot read the image no.jpg"),
     ],
 )
@@ -958,29 +881,6 @@ def test_other_bad_arguments():
         CLIENT.embed_images(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [0, 9])
-def test_an_orientation_that_exif_does_not_know_is_upright(value: int):
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = value
-    Image.fromarray(PIXELS).save(file, "PNG", exif=exif)
-    assert orientation(Image.open(file)) == 1
-
-
-def test_no_images_have_no_embeddings():
-    assert CLIENT.embed_images([]).shape == CLIENT.embed_texts([]).shape == (0, 4)
-
-
-def test_calls_of_several_requests_show_a_bar_and_answer_alike(capsys: pytest.CaptureFixture[str]):
-    quiet, shown = (
-        radapter_client.Client(transport=Recorder(), batch_size=2, progress=progress)
-        for progress in (False, True)
-    )
-    texts = list("abcde")
-    assert np.array_equal(quiet.embed_texts(texts), shown.embed_texts(texts))
-    assert capsys.readouterr() == ("", "")  # a bar is for a terminal
-
-
 def test_hits_are_read_with_all_that_they_have():
     ids = np.array([b"a.jpg", b"\xff"], object)
     scores = np.array([0.5, 0.25], np.float32)
@@ -990,9 +890,3 @@ def test_hits_are_read_with_all_that_they_have():
     assert (first.id, first.score, first.metadata) == ("a.jpg", 0.5, {"path": "a.jpg"})
     assert (second.id, second.score, second.metadata) == ("\ufffd", 0.25, {})
     assert (first.thumbnail, second.thumbnail) == (b"jpeg", None)
-
-
-def test_examples_that_are_no_images_are_named():
-    examples: Any = {"a": 3}
-    with pytest.raises(radapter_client.InvalidRequest, match="examples takes a list, not one int"):
-        CLIENT.classify(PIXELS, ["a"], examples=examples)

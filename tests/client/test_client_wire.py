@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
-import io
 import json
 import re
 import socket
@@ -51,130 +49,46 @@ def kind(request: pytest.FixtureRequest) -> type:
     return request.param
 
 
+BAD = ("INVALID_ARGUMENT", 400)
+ABSENT = ("NOT_FOUND", 404)
+FAULT = ("INTERNAL", 500)
+AWAY = ("UNAVAILABLE", 503)
+UNKNOWN = "Request for unknown model: 'segment' "
+
+
 @pytest.mark.parametrize(
-    ("grpc_status", "http_status", "text", "error", "code", "message"),
+    ("status", "text", "error", "code", "message"),
     [
+        (BAD, "[invalid_image] row 3: none", "InvalidImage", "invalid_image", "^row 3: none$"),
+        (FAULT, "[no_labels] give labels", "InvalidRequest", "no_labels", "give labels"),
+        (FAULT, "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
+        (BAD, "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
+        (BAD, "[request id: <id_unknown>] batch-size", "InvalidRequest", None, "^batch-size"),
+        (ABSENT, "model 'x' has no version 7", "ModelNotFound", None, "version 7.*query release"),
+        (ABSENT, UNKNOWN + "is not found", "ModelNotFound", None, "'segment': .*radapter-export"),
         (
-            "INVALID_ARGUMENT",
-            400,
-            "[invalid_image] row 3: none",
-            "InvalidImage",
-            "invalid_image",
-            "^row 3: none$",
+            *(ABSENT, UNKNOWN + "has no available versions", "ServerUnavailable", "restarting"),
+            "the server is starting or stopping",
         ),
-        (
-            "INVALID_ARGUMENT",
-            400,
-            "[image_too_large] 9 GP",
-            "InvalidImage",
-            "image_too_large",
-            "9 GP",
-        ),
-        ("INTERNAL", 500, "[no_labels] give labels", "InvalidRequest", "no_labels", "give labels"),
-        ("INTERNAL", 500, "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
-        ("INVALID_ARGUMENT", 400, "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
-        (
-            "INVALID_ARGUMENT",
-            400,
-            "[request id: <id_unknown>] batch-size",
-            "InvalidRequest",
-            None,
-            "^batch-size",
-        ),
-        (
-            "NOT_FOUND",
-            404,
-            "model 'x' has no version 7",
-            "ModelNotFound",
-            None,
-            "version 7.*radapter-query release",
-        ),
-        (
-            *("NOT_FOUND", 404, "Request for unknown model: 'segment' is not found"),
-            *("ModelNotFound", None, "no model 'segment': .*radapter-export"),
-        ),
-        (
-            *("NOT_FOUND", 404, "Request for unknown model: 'segment' has no available versions"),
-            *("ServerUnavailable", "restarting", "the server is starting or stopping"),
-        ),
-        (
-            "UNAVAILABLE",
-            503,
-            "version 2 is not at ready state",
-            "ServerUnavailable",
-            "restarting",
-            "not at ready",
-        ),
-        (
-            "INVALID_ARGUMENT",
-            400,
-            "[no_patch_encoder] export",
-            "ModelNotFound",
-            "no_patch_encoder",
-            "^export$",
-        ),
-        ("INTERNAL", 500, "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
-        ("INTERNAL", 500, "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
-        (
-            "INTERNAL",
-            500,
-            "Model 'image_encoder' is not ready.",
-            "ServerUnavailable",
-            "restarting",
-            "not ready",
-        ),
-        ("UNAVAILABLE", 503, "not ready", "ServerUnavailable", None, "not ready"),
-        (
-            "UNAVAILABLE",
-            503,
-            "Exceeds maximum queue size",
-            "ServerUnavailable",
-            "overloaded",
-            "queue",
-        ),
-        (
-            "UNAVAILABLE",
-            503,
-            "Request timeout expired",
-            "ServerUnavailable",
-            "overloaded",
-            "expired",
-        ),
-        (
-            "INTERNAL",
-            500,
-            "Stub process 'classify_0_0' is not healthy.",
-            "ServerUnavailable",
-            "restarting",
-            "healthy",
-        ),
-        ("UNAVAILABLE", 503, "[restarting] soon", "ServerUnavailable", "restarting", "^soon$"),
-        ("CANCELLED", 503, "stopping", "ServerUnavailable", None, "stopping"),
-        ("DEADLINE_EXCEEDED", 504, "late", "Timeout", None, "late|within"),
-        (
-            "INTERNAL",
-            500,
-            "failed: X: y\n\nAt:\n  /a.py(3): b",
-            "ServerError",
-            None,
-            "failed: X: y$",
-        ),
-        ("INTERNAL", 500, "", "ServerError", None, "answered"),
+        (BAD, "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
+        (FAULT, "Model 'x' is not ready.", "ServerUnavailable", "restarting", "not ready"),
+        (AWAY, "not ready", "ServerUnavailable", None, "not ready"),
+        (AWAY, "Exceeds maximum queue size", "ServerUnavailable", "overloaded", "queue"),
+        (FAULT, "Stub process 'x' is not healthy.", "ServerUnavailable", "restarting", "healthy"),
+        (AWAY, "[restarting] soon", "ServerUnavailable", "restarting", "^soon$"),
+        (("CANCELLED", 503), "stopping", "ServerUnavailable", None, "stopping"),
+        (("DEADLINE_EXCEEDED", 504), "late", "Timeout", None, "late|within"),
+        (FAULT, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
+        (FAULT, "", "ServerError", None, "answered"),
     ],
 )
 def test_errors_of_the_server(
-    kind: type,
-    grpc_status: str,
-    http_status: int,
-    text: str,
-    error: str,
-    code: str | None,
-    message: str,
+    kind: type, status: tuple[str, int], text: str, error: str, code: str | None, message: str
 ):
     body = json.dumps({"error": text}).encode()
     with (
-        grpc_server(grpc.StatusCode[grpc_status], text) as one,
-        http_server(http_status, body) as (other, _),
+        grpc_server(grpc.StatusCode[status[0]], text) as one,
+        http_server(status[1], body) as (other, _),
     ):
         for url in (one, other):
             found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=20)
@@ -232,18 +146,6 @@ def test_inference_over_http(kind: type):
         "top_k": ("INT32", [1, 1], struct.pack("<i", 5)),
         "image": ("BYTES", [1, 1], b"\5\0\0\0image"),
     }
-
-
-def test_outputs_are_asked_for_in_binary():
-    """JSON could not hold a thumbnail's bytes."""
-    with http_server(200, b"{}") as (url, seen):
-        attempt(Client, url, lambda client: client.search("x", index="i", thumbnails=True))
-    [(_, _, sent, body, _)] = seen
-    outputs = json.loads(body[: int(sent["Inference-Header-Content-Length"])])["outputs"]
-    assert outputs == [
-        {"name": name, "parameters": {"binary_data": True}}
-        for name in ("id", "score", "metadata", "thumbnail")
-    ]
 
 
 def test_answer_in_json(kind: type):
@@ -412,29 +314,6 @@ def test_a_grpc_url_where_a_server_answers_http_alone(
     assert (f'write Client("{url}"), or --url {url}' in str(found)) == (status == 200)
 
 
-def test_the_event_loop_goes_on_while_another_port_is_asked(monkeypatch: pytest.MonkeyPatch):
-    began = threading.Event()
-    turn = threading.Event()
-
-    def http_status(*_: Any) -> int | None:
-        began.set()
-        return 200 if turn.wait(5) else None
-
-    async def main(url: str) -> None:
-        async with AsyncClient(url, retries=0) as client:
-            call = asyncio.ensure_future(client.embed_texts(["x"]))
-            while not began.is_set():
-                await asyncio.sleep(0.01)
-            turn.set()
-            with pytest.raises(radapter_client.ServerUnavailable, match="a server answers HTTP"):
-                await call
-
-    monkeypatch.setattr("radapter_client._grpc.http_status", http_status)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    asyncio.run(main(f"grpc://127.0.0.1:{port}"))
-
-
 @pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.3), ("grpc", 0.3), ("grpc", 1.2)])
 def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
     """Someone accepts and never says a word; gRPC itself gives up after a second."""
@@ -506,71 +385,6 @@ def test_a_slow_handshake_takes_from_the_time_of_the_answer(
     assert type(found) is radapter_client.Timeout
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_all_steps_of_a_request_share_its_time(scheme: str, monkeypatch: pytest.MonkeyPatch):
-    """By a clock that each step turns on: the first address of the host refuses, the second answers
-    to every step within its time, but to all of them too late.
-    """
-    clock = [0.0]
-    steps: list[tuple[str, float]] = []
-
-    class Sock(io.BytesIO):
-        """Takes 3 s to connect, and 3 s for each part that it is sent."""
-
-        def settimeout(self, seconds: float) -> None:
-            self.seconds = seconds
-
-        def setsockopt(self, *_: Any) -> None:
-            pass
-
-        def connect(self, address: tuple[str, int]) -> None:
-            steps.append((address[0], self.seconds))
-            clock[0] += 3
-            if address[0] == "192.0.2.1":
-                raise ConnectionRefusedError(111, "Connection refused")
-
-        def sendall(self, data: Any) -> None:
-            steps.append(("send", self.seconds))
-            clock[0] += 3
-
-        def makefile(self, *_: Any) -> io.BufferedReader:
-            return io.BufferedReader(Received(self))
-
-    class Received(io.RawIOBase):
-        def __init__(self, sock: Sock) -> None:
-            self.sock = sock
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, _: Any) -> int:
-            steps.append(("receive", self.sock.seconds))
-            raise TimeoutError
-
-    def shake_hands(_: ssl.SSLContext, sock: Sock, **__: Any) -> Sock:
-        steps.append(("handshake", sock.seconds))
-        clock[0] += 3
-        return sock
-
-    def addresses(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
-        hosts = ["192.0.2.1", "192.0.2.2"] if host == "example.org" else [host]
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in hosts]
-
-    monkeypatch.setattr(socket, "getaddrinfo", addresses)
-    monkeypatch.setattr(socket, "socket", lambda *_: Sock())
-    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", shake_hands)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with (
-        Client(f"{scheme}://example.org", timeout=20, retries=0) as client,
-        pytest.raises(radapter_client.Timeout),
-    ):
-        client.embed_texts(["x"])
-    names = ["192.0.2.1", "192.0.2.2", "handshake", "send", "send", "receive"]
-    if scheme == "http":
-        names.remove("handshake")
-    assert steps == [(name, 20 - 3 * number) for number, name in enumerate(names)]
-
-
 def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -607,14 +421,6 @@ def test_hanging_up_is_no_timeout(protocol: str, kind: type):
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert type(found) is radapter_client.ServerUnavailable
-
-
-def test_closed_client_says_so(protocol: str):
-    client = Client(f"{protocol}://localhost:1")
-    client.close()
-    client.close()
-    with pytest.raises(radapter_client.RAdapterClientError, match="closed"):
-        client.embed_texts(["x"])
 
 
 @pytest.mark.parametrize("count", [1, 20])
@@ -658,28 +464,3 @@ def test_close_ends_calls_that_wait(protocol: str, kind: type, count: int):
                 ):
                     waiting.result()
         assert time.monotonic() - start < 5
-
-
-def test_cancelled_call_does_not_wait():
-    """Over HTTP its thread goes on; neither the caller nor the end of the loop waits for it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-        async def main() -> None:
-            async with AsyncClient(url, timeout=30) as client:
-                with pytest.raises(asyncio.TimeoutError):
-                    await asyncio.wait_for(client.embed_texts(["x"]), 0.2)
-
-        start = time.monotonic()
-        asyncio.run(main())
-        assert time.monotonic() - start < 5
-
-
-def test_awaited_methods_are_awaitable():
-    async def main() -> None:
-        async with AsyncClient("http://127.0.0.1:1") as client:
-            call = client.is_ready()
-            assert inspect.isawaitable(call)
-            assert await call is False
-
-    asyncio.run(main())

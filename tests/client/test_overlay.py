@@ -12,7 +12,6 @@ from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Segmentation
-from radapter_client._overlay import _lab, _spelled, read_font
 
 # Okabe and Ito's, which people with any colour vision tell apart.
 FIRST = (
@@ -82,20 +81,6 @@ def test_colours_can_be_told_apart():
         assert distances[:count, :count].min() > least
 
 
-@pytest.mark.parametrize(
-    ("rgb", "lab"),  # as published for sRGB under D65
-    [
-        ((255, 0, 0), (53.24, 80.09, 67.20)),
-        ((0, 255, 0), (87.73, -86.18, 83.18)),
-        ((0, 0, 255), (32.30, 79.19, -107.86)),
-        ((128, 128, 128), (53.59, 0, 0)),
-        ((8, 8, 8), (2.19, 0, 0)),
-    ],
-)
-def test_colours_in_lab(rgb: tuple[int, int, int], lab: tuple[float, float, float]):
-    assert _lab(np.array([rgb], np.float64))[0] == pytest.approx(lab, abs=0.1)
-
-
 def test_a_label_keeps_its_colour():
     assert colours(10) == colours(300)[:10]
     assert colours(300)[256:] == colours(300)[:44]
@@ -122,12 +107,6 @@ def test_background_is_left_as_it_is():
     )
     assert np.array_equal(picture[:, 20:], image[:, 20:])
     assert not np.array_equal(picture[:, :20], image[:, :20])
-
-
-def test_outlines_are_thicker_in_large_images():
-    image = np.zeros((900, 3000, 3), np.uint8)
-    picture = np.asarray(segmentation(halves(900, 3000), ["a", "b"], image).overlay(legend=False))
-    assert (picture[450] == FIRST[0]).all(-1).sum() == (picture[450] == FIRST[1]).all(-1).sum() == 5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (96, 64), (40, 2000), (2000, 7), (1200, 1000)])
@@ -164,13 +143,6 @@ def test_photograph_is_turned_as_its_mask_is(value: int, tmp_path: Path):
                 found = segmentation(np.zeros(wanted.shape[:2]), ["a"], image)
                 found = dataclasses.replace(found, exif_orientation=turns)
                 assert np.array_equal(np.asarray(found.overlay(opacity=0, legend=False)), wanted)
-
-
-@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x" * 9])
-def test_broken_exif_is_no_error(broken: bytes):
-    image = Image.fromarray(noise(20, 30))
-    image.info["exif"] = broken
-    assert segmentation(halves(20, 30), ["a", "b"], image).overlay(legend=False).size == (30, 20)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "transparent"])
@@ -217,12 +189,6 @@ def test_labels_are_spelled():
         "line break"
     )
     assert len(set(map(legend, LABELS))) == len(LABELS) - 1
-
-
-def test_a_glyph_as_large_as_the_box_of_a_missing_one_is_no_missing_one():
-    font = read_font(None, 12)
-    assert font.getmask("™").size == font.getmask("\uffff").size
-    assert _spelled("™", font) == "™"
 
 
 def test_font_of_the_user(tmp_path: Path):

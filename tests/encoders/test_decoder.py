@@ -128,24 +128,3 @@ def test_images_of_several_callers_are_decoded_in_turns(
     # Behind the two that were begun, and at most one more that its thread took on at once.
     assert {order.index(image) for image in few} <= {2, 3, 4}
     assert len(order) == 14
-
-
-def test_what_is_left_to_decode_when_a_release_is_closed_is_decoded(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = [png(seed) for seed in range(8)]
-    expected = pixels_of(images)
-    closing: list[threading.Thread] = []
-    decode_into = preprocess.decode_into
-
-    def decode(*given: Any) -> None:
-        if not closing:
-            closing.append(threading.Thread(target=decoder.close, daemon=True))
-            closing[0].start()
-        decode_into(*given)
-
-    monkeypatch.setattr(module, "decode_into", decode)
-    files = read_headers(images)
-    np.testing.assert_array_equal(in_time(lambda: decoder.start(files)()), expected)
-    closing[0].join(WAIT)
-    np.testing.assert_array_equal(in_time(lambda: decoder.start(files)()), expected)

@@ -46,27 +46,6 @@ def test_openvino_computes_what_torch_computed(
     )
 
 
-def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
-    names = ("b", "a")
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in names
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
-    graph = helper.make_graph(
-        [helper.make_node("Sub", names, ["y"])], "difference", inputs, [output]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model.ir_version = 10
-    onnx.save(model, tmp_path / "model.onnx")
-    first = np.array([[5, 3]], np.float32)
-    second = np.array([[1, 1]], np.float32)
-    for runtime in ("onnxruntime", "openvino"):
-        encoder = EncoderGraph(tmp_path / "model.onnx", runtime)
-        kept = encoder(first, second)
-        encoder(second, second)
-        np.testing.assert_array_equal(kept, [[4, 2]])
-
-
 def test_the_memory_of_a_large_run_is_given_back(tmp_path: Path) -> None:
     """4 MiB between the layers for each row; what runs of 8 rows take stays for the next."""
     weight = numpy_helper.from_array(np.ones((1, 1024), np.float32), "weight")
@@ -127,40 +106,6 @@ def products(folder: Path, times: int) -> Path:
     return path
 
 
-def test_a_shape_that_comes_again_takes_no_memory_of_its_own(tmp_path: Path) -> None:
-    """Layers of several widths, whose values take 96 MiB at once for 8 rows."""
-    widths = [1, 1024, 512, 1536, 256]
-    names = ["x", "a", "b", "c", "d"]
-    weights = [
-        numpy_helper.from_array(np.full(shape, 1 / shape[0], np.float32), f"weight_{name}")
-        for name, shape in zip(names[1:], itertools.pairwise(widths), strict=True)
-    ]
-    nodes = [
-        helper.make_node("MatMul", [before, f"weight_{name}"], [name])
-        for before, name in itertools.pairwise(names)
-    ]
-    nodes.append(helper.make_node("ReduceMax", ["d"], ["y"], keepdims=0, axes=[1, 2]))
-    graph = helper.make_graph(
-        nodes,
-        "chain",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1024, 1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
-        weights,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
-    model.ir_version = 10
-    onnx.save(model, tmp_path / "model.onnx")
-    encoder = EncoderGraph(tmp_path / "model.onnx", "onnxruntime", threads=1)
-    before = resident()
-    encoder(np.ones((8, 1024, 1), np.float32))
-    first = resident() - before
-    for rows in (8, 8, 7, 7):
-        found = encoder(np.ones((rows, 1024, 1), np.float32))
-        np.testing.assert_allclose(found, [1] * rows, rtol=1e-5)
-    assert first > 60 * 2**20
-    assert resident() - before < 1.5 * first
-
-
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -218,23 +163,6 @@ def test_what_a_runtime_says_names_no_path() -> None:
     with pytest.raises(TaskError) as error:
         encoder.images(np.zeros((1, 2, 2, 3), np.uint8))
     assert str(error.value) == "[encoder_failed] image_encoder failed: no ... here"
-
-
-def test_alpha_is_given_only_to_graphs_that_have_it() -> None:
-    given: list[int] = []
-
-    def graph(*values: np.ndarray) -> np.ndarray:
-        given.append(len(values))
-        return values[0]
-
-    encoder = GraphEncoder(
-        dict.fromkeys(("image_encoder", "patch_encoder", "text_encoder"), graph)  # type: ignore[arg-type]
-    )
-    rows = np.zeros((1, 1), np.int32)
-    for encode in (encoder.images, encoder.patches, encoder.tokens):
-        encode(rows)  # type: ignore[arg-type]
-        encode(rows, np.zeros((1, 1), np.float32))  # type: ignore[arg-type]
-    assert given == [1, 2] * 3
 
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:

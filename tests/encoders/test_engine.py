@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,13 +87,6 @@ def test_the_gpu_is_named_and_its_absence_is_explained(monkeypatch: pytest.Monke
             find_gpu()
 
 
-def test_without_a_gpu_this_machine_says_so() -> None:
-    try:
-        assert find_gpu().compute_capability
-    except RAdapterError as error:
-        assert "no GPU" in str(error)
-
-
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -115,12 +107,6 @@ def test_a_missing_tensorrt_is_explained(
         monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RAdapterError, match=message):
         import_tensorrt()
-
-
-def test_the_bindings_alone_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, Driver(), version=None)
-    monkeypatch.setitem(sys.modules, "tensorrt_bindings", SimpleNamespace(__version__="11.2.1"))
-    assert import_tensorrt().__version__ == "11.2.1"
 
 
 def test_memory_comes_back_as_it_went_and_is_freed(driver: Driver, trt: Any) -> None:
@@ -214,34 +200,6 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(
     assert facts(build(other, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == ""
     assert cache.read_bytes() == b"measured on NVIDIA L4"
     assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
-
-
-def test_a_timing_cache_that_cannot_be_written_costs_no_engine(
-    trt: Any, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    lines: list[str] = []
-    plan, _ = build(
-        trt,
-        graph,
-        Options(),
-        **LIMITS,
-        timing_cache=tmp_path / "file" / "a.timing",
-        progress=lines.append,
-    )
-    assert Engine(trt, plan).inputs == ["image"]
-    assert lines[-1].startswith("what TensorRT measured is not kept for the next build: ")
-
-
-def test_an_engine_without_room_to_run_is_one_line(
-    trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, _ = build(trt, graph, Options(), **LIMITS)
-    monkeypatch.setattr(trt.ICudaEngine, "create_execution_context", lambda self: None)
-    with pytest.raises(
-        RAdapterError, match=r"TensorRT 11.4.0.106 does not run the engine: it does not say why"
-    ):
-        Engine(trt, plan)
 
 
 def test_progress_is_told_and_ctrl_c_ends_the_build(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract import preprocess
 from radapter_serve.contract.errors import OVERLOADED, TaskError
-from radapter_serve.encoders import decoder
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Need, Steps, complete, encode_together
-from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.labels import Labels
 from tests.helpers.small_release import SIZE, WIDTH, Local, png
 from tests.helpers.together import together
 
@@ -61,15 +56,6 @@ def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
         np.testing.assert_allclose(found, complete(task), atol=1e-6)
 
 
-def test_tasks_that_are_at_different_steps_meet_at_the_same_encoder(local: Local) -> None:
-    """One has its labels embedded first, and its image with that of the other."""
-    loaded = local.loaded
-    labelled = ClassifyRequest([png(0)], Labels(["cat", "dog"]))
-    answers = together([classify(loaded, labelled), images(loaded, png(1))])
-    assert codes(answers) == [None, None]
-    assert (2, SIZE, SIZE, 3) in local.calls and len(local.calls) == 2
-
-
 def test_needs_of_another_release_are_encoded_apart(repository: Any) -> None:
     one, two = Local(repository, 1), Local(repository, 2)
     found = together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
@@ -99,16 +85,6 @@ def test_many_images_are_encoded_in_parts_of_about_one_size(
     assert [shape[0] for shape in local.calls] == expected
     alone = [complete(images(loaded, one))[0] for one in data]
     np.testing.assert_allclose(np.concatenate(found), alone, atol=1e-6)
-
-
-def test_texts_are_encoded_by_length_in_batches(local: Local) -> None:
-    loaded = local.changed(max_batch_size=2)
-    values = ["a very long name of a dog", "cat", "dog", "a very long name of a cat"]
-    found = complete(texts(loaded, *values))
-    (short_rows, short), (long_rows, long) = local.calls
-    assert short_rows == long_rows == 2 and short < long
-    alone = [complete(texts(loaded, value))[0] for value in values]
-    np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
 def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
@@ -219,24 +195,6 @@ def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
 
     assert together([task() for _ in range(5)], encode) == [100] * 5
     assert sizes == [200, 200, 100]
-
-
-def test_images_of_several_tasks_are_decoded_at_once(
-    local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("radapter_serve.encoders.loaded.decoders", lambda: 2)
-    both = threading.Barrier(2)
-    decode_into = preprocess.decode_into
-
-    def decode(*given: Any) -> None:
-        both.wait(20)  # fails where one waits for the other
-        decode_into(*given)
-
-    monkeypatch.setattr(decoder, "decode_into", decode)
-    loaded = local.changed()
-    found = together([images(loaded, png(0)), images(loaded, png(1))])
-    assert [one.shape for one in found] == [(1, WIDTH)] * 2
-    loaded.close()
 
 
 def test_each_row_is_encoded_at_the_alpha_of_its_task(local: Local) -> None:

@@ -107,26 +107,6 @@ def test_what_waits_makes_batches_of_at_most_so_many_rows() -> None:
     assert [*callers.asked([need(7)])] == [[14]]  # nothing is left behind that keeps others away
 
 
-def test_who_has_more_rows_than_a_batch_is_encoded_alone_and_gets_all() -> None:
-    held = Held()
-    callers = Callers(Queue(held, max_rows=2))
-    callers.first(0, held.begun)
-    many: list[Sequence[Result]] = []
-
-    def ask() -> None:
-        many.append(callers.asked([need(5, 6), need(7)]))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    until(lambda: len(callers.asked._waiting) == 1)
-    callers.ask(8)
-    held.gate.set()
-    thread.join(WAIT)
-    assert callers.join() == answers([0, 8])
-    assert [[*results] for results in many] == [[[10, 12], [14]]]
-    assert held.batches == [[0], [5, 6, 7], [8]]
-
-
 def test_more_than_may_wait_are_refused() -> None:
     held = Held()
     callers = Callers(Queue(held, max_rows=8, max_waiting=1))

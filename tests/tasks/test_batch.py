@@ -161,95 +161,6 @@ def test_a_task_without_a_tokenizer_of_its_own_is_loaded(model, repository, tmp_
     assert made.loaded.tokenizer.encode(["a cat"])
 
 
-def test_a_missing_input_is_named(model):
-    [response] = model.load("classify").execute([Request(labels=[LABELS])])
-    assert response.error() == "[invalid_argument] the input image is missing"
-    [response] = model.load("segment").execute([Request(labels=LABELS)])
-    assert response.error() == "[invalid_argument] the input image is missing"
-
-
-@pytest.mark.parametrize("name", ["embed_image", "classify"])
-def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(
-    model, monkeypatch, capfd, name
-):
-    """A fault of the encoder's that no check foresees, for one image in a batch of three."""
-    output, run = model.encoders["image_encoder"]
-
-    def fails(pixels: np.ndarray) -> np.ndarray:
-        if any((one == one[0, 0]).all() for one in pixels):
-            raise ZeroDivisionError("at /home/somebody/secret.py")
-        return run(pixels)
-
-    model.encoders["image_encoder"] = output, fails
-    grey = Request(**{**BAD[name][0], "image": [[grey_png()]]})
-    good = Request(**BAD[name][0])
-    first, error, last = model.load(name).execute([good, grey, good])
-    same(first, last)
-    assert not first.has_error()
-    assert error.error() == "[internal_error] the server failed on this request; its log says why"
-    assert error.error().code == "INTERNAL"
-    assert "secret.py" in capfd.readouterr().err
-
-
-def grey_png() -> bytes:
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (20, 20), "grey").save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        (
-            (
-                "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9"
-                " bytes.\nMore"
-            ),
-            (
-                "[overloaded] image_encoder has more to do than it can take on; ask again in a"
-                " moment, with fewer requests at once"
-            ),
-        ),
-        (
-            "no /home/me/file.onnx here",
-            "[encoder_failed] image_encoder version 2 failed: no ... here",
-        ),
-        (
-            "Model image_encoder - Error when running inference: Server not ready",
-            "[server_stopping] the server is stopping; ask again when it is back",
-        ),
-        (
-            "Stub process 'image_encoder_0_0' is not healthy.",
-            "[restarting] image_encoder is being started again; ask again in a few seconds",
-        ),
-        (
-            "Model 'image_encoder' is not ready.",
-            "[restarting] image_encoder is being started again; ask again in a few seconds",
-        ),
-        (
-            "in ensemble: [request id: <id_unknown>] Exceeds maximum queue size",
-            (
-                "[overloaded] image_encoder has more to do than it can take on; ask again in a"
-                " moment, with fewer requests at once"
-            ),
-        ),
-        ("[invalid_image] 3 bytes are no image", "[invalid_image] 3 bytes are no image"),
-    ],
-)
-def test_what_an_encoder_says_names_no_path_and_no_shared_memory(
-    model, monkeypatch, capfd, said, told
-):
-    install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
-    [response] = model.load("embed_image").execute([Request(**BAD["embed_image"][0])])
-    assert response.error() == told
-    retryable = re.match(r"\[(restarting|overloaded|server_stopping)\]", told)
-    assert (response.error().code == "UNAVAILABLE") == bool(retryable)
-
-
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_tokens_that_no_text_has(repository, monkeypatch, backend):
     install(monkeypatch)
@@ -303,3 +214,31 @@ def test_what_hangs_ends_its_process_and_says_where() -> None:
     )
     assert (done.returncode, done.stdout) == (1, "1\n")
     assert "in answer" in done.stderr and "in wait" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9",
+            "[overloaded] image_encoder has more to do than it can take on; ask again in a moment,"
+            " with fewer requests at once",
+        ),
+        (
+            "no /home/me/file.onnx here",
+            "[encoder_failed] image_encoder version 2 failed: no ... here",
+        ),
+        (
+            "Stub process 'image_encoder_0_0' is not healthy.",
+            "[restarting] image_encoder is being started again; ask again in a few seconds",
+        ),
+    ],
+)
+def test_what_an_encoder_says_names_no_path_and_no_shared_memory(
+    model, monkeypatch, capfd, said, told
+):
+    install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
+    [response] = model.load("embed_image").execute([Request(**BAD["embed_image"][0])])
+    assert response.error() == told
+    retryable = re.match(r"\[(restarting|overloaded|server_stopping)\]", told)
+    assert (response.error().code == "UNAVAILABLE") == bool(retryable)

@@ -174,12 +174,6 @@ def test_what_is_refused_before_anything_is_encoded(
     assert not local.calls
 
 
-def test_a_bad_image_is_refused_before_labels_are_embedded(local: Local) -> None:
-    with pytest.raises(TaskError, match=r"\[invalid_image\]"):
-        complete(ask(local.loaded, [b"nonsense"], ["new one"]))
-    assert not local.calls
-
-
 def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) -> None:
     def tasks() -> list[Steps[list[Ranking]]]:
         loaded = local.loaded
@@ -202,21 +196,6 @@ def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) 
             assert one.labels == other.labels
             np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
     assert [isinstance(one, TaskError) for one in answers] == [0, 1, 0, 0, 0, 1]
-
-
-def test_embeddings_that_are_not_finite_are_no_ranking(
-    local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoilt = np.full((1, WIDTH), np.nan, np.float32)
-    monkeypatch.setattr(local, "images", lambda *_: spoilt)
-    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
-        complete(ask(local.loaded, [png(0)], ["a"]))
-
-
-def test_ten_thousand_labels(local: Local) -> None:
-    names = [f"label {index}" for index in range(10_000)]
-    [found] = complete(ask(local.loaded, [png(0)], names))
-    assert len(found.labels) == 5 and (np.diff(found.scores) <= 0).all()
 
 
 def column(*rows: Any, kind: Any = object) -> np.ndarray:

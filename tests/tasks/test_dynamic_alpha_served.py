@@ -4,7 +4,6 @@ folded in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import radapter_client
 from radapter_client import Client
-from radapter_serve.cli.query import main as query
 from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
-from radapter_serve.evaluation.models import from_server
 from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
@@ -150,14 +146,6 @@ def test_search_asks_at_the_alpha_of_the_index(
         assert hit.score == pytest.approx(float(image @ one.embed_texts(["a cat"])[0]), abs=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [1.5, -0.1, float("nan"), True, "0.5"])
-def test_alpha_out_of_range_is_not_sent(client: Client, alpha: float) -> None:
-    with pytest.raises(
-        radapter_client.InvalidRequest, match=r"alpha is .*; allowed are numbers from 0 to 1"
-    ):
-        client.embed_texts(["a cat"], alpha=alpha)
-
-
 def test_json_and_the_servers_own_check(
     server: TritonServer, fixed: dict[float, LoadedRelease]
 ) -> None:
@@ -177,41 +165,3 @@ def test_json_and_the_servers_own_check(
     )
     status, answer = post(server, "models/embed_text/infer", body(7))
     assert status == 400 and "[invalid_argument] alpha is 7; allowed: 0" in answer["error"]
-
-
-def test_query(
-    server: TritonServer, photos: Path, fixed: dict[float, LoadedRelease], capfd, tmp_path: Path
-) -> None:
-    image = sorted(photos.iterdir())[0]
-    shared = ["--url", server.grpc_url, "--alpha", "0.3"]
-    assert query(["classify", str(image), "--label-set", "four", "--json", *shared]) == 0
-    found = json.loads(capfd.readouterr().out)
-    expected = scores(fixed[0.3], image.read_bytes())
-    assert dict(zip(found["labels"], found["scores"], strict=True)) == pytest.approx(
-        expected, rel=1e-3
-    )
-    assert query(["embed-text", "a cat", "--out", str(tmp_path / "x.npy"), *shared]) == 0
-    np.testing.assert_allclose(
-        np.load(tmp_path / "x.npy"), fixed[0.3].embed_texts(["a cat"]), atol=1e-5
-    )
-    assert query(["release", "--url", server.grpc_url]) == 0
-    assert "0.5, or any from 0 to 1 by request" in capfd.readouterr().out
-
-
-def test_a_sweep_over_the_server(
-    server: TritonServer, photos: Path, fixed: dict[float, LoadedRelease]
-) -> None:
-    models = from_server(server.grpc_url, [0.3, 0.8])
-    try:
-        assert [model.alpha for model in models] == [0.3, 0.8]
-        for model in models:
-            assert model.alpha is not None
-            release = fixed[model.alpha]
-            image = files(photos)[0]
-            expected = release.embed_pixels([release.pixels(image)])
-            np.testing.assert_allclose(model.embed_images([image]), expected, atol=1e-5)
-            np.testing.assert_allclose(
-                model.loaded.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5
-            )
-    finally:
-        models[0].close()

@@ -75,11 +75,6 @@ def test_each_label_may_have_a_weight_of_its_own(local: Local) -> None:
     check(local, ask(local.loaded, Examples(SHOWN[:2], (0, 2), (0.25, 0.9, 1.0))), expected)
 
 
-def test_a_label_by_its_example_alone_is_what_the_example_is(local: Local) -> None:
-    found = ask(local.loaded, Examples(SHOWN, (2, 0, 1), (1.0,)), SHOWN)
-    assert [one.labels[0] for one in found] == ["bird", "cat", "dog"]
-
-
 def test_examples_are_embedded_once(local: Local) -> None:
     examples = Examples((*SHOWN, SHOWN[0]), (0, 2, 0, 1))
     whole = ask(local.loaded, examples)
@@ -169,11 +164,6 @@ def test_bad_examples_are_refused_before_anything_is_encoded(
         ask(local.loaded, examples)
     assert error.value.code == INVALID_ARGUMENT and message in error.value.message
     assert not local.calls
-
-
-def test_an_example_that_cannot_be_decoded_is_named_as_one(local: Local) -> None:
-    with pytest.raises(TaskError, match=r"^\[invalid_argument\] example 2 of 2: the image is brok"):
-        ask(local.loaded, Examples((SHOWN[0], png(0)[:-40]), (0, 1)))
 
 
 def test_pixels_of_examples_count_with_those_of_the_images(

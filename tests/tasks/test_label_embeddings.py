@@ -22,7 +22,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
-from radapter_serve.tasks.labels import Labels, check_labels, embed_labels
+from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_release import Local
 
 SIMPLE = ["a photo of a {}."]
@@ -114,20 +114,6 @@ def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, s
     assert len(small.label_cache.store.get(keys)) == 5
 
 
-def test_the_lists_that_are_kept_are_bounded(local):
-    small = with_store(local, max_labels=10)
-    kept = small.label_cache._sets
-    words = [f"thing {index}" for index in range(40)]
-    for start in range(0, 36, 4):
-        embed(small, words[start : start + 4])
-    assert [len(found.labels) for found in kept.values()] == [4, 4]
-    for start in range(4):  # few labels may have many templates
-        embed(small, ["cat"], [f"{start + index} {{}}" for index in range(5)])
-    assert [len(found.templates) for found in kept.values()] == [5]
-    embed(small, words)  # a list by itself may be longer
-    assert [len(found.labels) for found in kept.values()] == [40]
-
-
 def test_what_one_process_embedded_the_others_need_not(local, tmp_path):
     file = tmp_path / "labels.sqlite"
     words = [f"thing {index}" for index in range(1200)]
@@ -153,28 +139,6 @@ def test_embeddings_of_another_release_template_or_alpha_are_others(
     assert len(local.calls) == 2
 
 
-def test_labels_that_another_process_embeds_at_the_same_time_are_taken_from_it(
-    local, tmp_path, monkeypatch
-):
-    file = tmp_path / "labels.sqlite"
-    words = [f"thing {index}" for index in range(2048)]
-    other = with_store(local, file)
-    embed(other, words[1024:])
-    local.calls.clear()
-    ours = with_store(local, file)
-    store = ours.label_cache.store.get
-    asked: list[int] = []
-
-    def late(keys):  # the other one is done when the first part has been embedded
-        asked.append(len(keys))
-        return {} if len(asked) == 1 else store(keys)
-
-    monkeypatch.setattr(ours.label_cache.store, "get", late)
-    embed(ours, words)
-    assert sum(rows for rows, _ in local.calls) == 1024
-    assert asked == [2048, *[256] * 8]
-
-
 @pytest.mark.parametrize("content", [b"no database at all" * 100, None])
 def test_a_store_that_can_not_be_used_costs_no_answer(local, tmp_path, capsys, content):
     file = tmp_path / "labels.sqlite"
@@ -188,16 +152,6 @@ def test_a_store_that_can_not_be_used_costs_no_answer(local, tmp_path, capsys, c
             embed(loaded, words).embeds, embed(local.loaded, words).embeds, atol=1e-6
         )
     assert capsys.readouterr().err.count("embeddings of labels are not kept:") == 1
-
-
-def test_threads_may_share_a_store(local, tmp_path):
-    loaded = with_store(local, tmp_path / "labels.sqlite")
-    lists = [[f"thing {number + index}" for index in range(20)] for number in range(0, 400, 10)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda words: embed(loaded, words), lists * 2))
-    for words, one in zip(lists * 2, found, strict=True):
-        expected = embed(local.loaded, words)
-        np.testing.assert_allclose(one.embeds, expected.embeds, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +172,6 @@ def test_bad_labels(local, labels, templates, message):
     assert not local.calls
 
 
-def test_labels_are_refused_at_once_as_they_would_be_later(local):
-    for labels, templates, message in (
-        (["cat", "cat"], SIMPLE, "is the same as label 1"),
-        (["cat"], ["no place"], r"no \{\}"),
-    ):
-        with pytest.raises(TaskError, match=message):
-            check_labels(local.loaded, Labels(labels, templates=templates), None)
-    assert check_labels(local.loaded, Labels(["cat"], templates=SIMPLE), None) == 1
-
-
 def test_processes_of_a_server_share_a_file(repository, tmp_path, monkeypatch):
     monkeypatch.setenv(LABELS, str(tmp_path / "labels.sqlite"))
     first, second, other = (Local(repository, version) for version in (2, 2, 1))
@@ -245,14 +189,6 @@ def test_a_caller_who_gave_up_gets_no_more_batches(local):
             local.loaded, [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked)
         )
     assert len(local.calls) == 2
-
-
-def test_a_caller_who_gave_up_gets_no_more_batches_however_large_they_are(local):
-    loaded = local.changed(max_batch_size=1000)
-    with pytest.raises(TaskError, match="cancelled"):
-        labels = [f"thing {n}" for n in range(600)]
-        embed(loaded, labels, cancelled=lambda: bool(local.calls))
-    assert len(local.calls) == 1
 
 
 def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
@@ -286,11 +222,25 @@ def test_a_long_list_tells_how_far_it_is(local):
     assert told == [*range(256, 2500, 256), 2500]
 
 
-def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):
-    embeds = np.eye(2)
-    texts = {"labels": ["a", "b"], "lines": ["a, c", "b"], "templates": ["a {}"]}
-    arrays = {name: np.array(value) for name, value in texts.items()}
-    np.savez(tmp_path / "own.npz", embeds=embeds, **arrays)
-    found = LabelSet.load(tmp_path / "own.npz")
-    assert found.embeds.dtype == np.float32 and found.labels == ("a", "b")
-    np.testing.assert_array_equal(found.embeds, embeds)
+def test_the_lists_that_are_kept_are_bounded(local):
+    small = with_store(local, max_labels=10)
+    kept = small.label_cache._sets
+    words = [f"thing {index}" for index in range(40)]
+    for start in range(0, 36, 4):
+        embed(small, words[start : start + 4])
+    assert [len(found.labels) for found in kept.values()] == [4, 4]
+    for start in range(4):  # few labels may have many templates
+        embed(small, ["cat"], [f"{start + index} {{}}" for index in range(5)])
+    assert [len(found.templates) for found in kept.values()] == [5]
+    embed(small, words)  # a list by itself may be longer
+    assert [len(found.labels) for found in kept.values()] == [40]
+
+
+def test_threads_may_share_a_store(local, tmp_path):
+    loaded = with_store(local, tmp_path / "labels.sqlite")
+    lists = [[f"thing {number + index}" for index in range(20)] for number in range(0, 400, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda words: embed(loaded, words), lists * 2))
+    for words, one in zip(lists * 2, found, strict=True):
+        expected = embed(local.loaded, words)
+        np.testing.assert_allclose(one.embeds, expected.embeds, atol=1e-6)

@@ -124,13 +124,6 @@ def test_rows_of_several_alphas_share_a_batch(
     np.testing.assert_allclose(answer(two), own[1:], atol=1e-6)
 
 
-def test_a_request_at_no_alpha_fails_alone(turned: Turned) -> None:
-    asked = [EmbedImagesRequest([png(0)], alpha) for alpha in (2.0, 1.0)]
-    wrong, right = together([embed_images(turned.loaded, one) for one in asked])
-    assert isinstance(wrong, TaskError) and "alpha is 2" in wrong.message
-    np.testing.assert_array_equal(right, complete(embed_images(turned.loaded, asked[1])))
-
-
 # Examples of a request, and of a label set of the release
 BY_EXAMPLE = {
     "request": (Labels(NAMES, templates=["a {}"]), Examples(SHOWN, (0,) * len(SHOWN))),
@@ -181,32 +174,6 @@ def test_examples_at_too_many_alphas_are_refused(turned: Turned, way: str) -> No
     with pytest.raises(TaskError, match=message):
         read(alphas)
     read(alphas[1:])
-
-
-@BOTH_WAYS
-def test_who_gives_up_gets_no_more_examples(turned: Turned, way: str) -> None:
-    def gone() -> bool:
-        return len(turned.calls) > 6  # the texts, and six examples
-
-    with pytest.raises(TaskError, match="gave up"):
-        complete(by_example(turned, way, 0.5, gone))
-    assert [len(call) for call in turned.calls] == [3, *[1] * 6]
-    # What it had is kept.
-    turned.calls.clear()
-    complete(by_example(turned, way, 0.5))
-    assert len(turned.calls) == len(SHOWN) - 6 + 1
-
-
-def test_labels_are_embedded_once_for_each_alpha(turned: Turned) -> None:
-    def labels(names: list[str], alpha: float) -> Any:
-        return complete(embed_labels(turned.loaded, names, ["a {}"], alpha=alpha))
-
-    low, high = (labels(["cat", "dog"], alpha) for alpha in (0.0, 1.0))
-    assert turned.calls == [[0, 0], [1, 1]]
-    assert np.abs(low.embeds - high.embeds).max() > 0.01
-    assert labels(["cat", "dog"], 0.0) is low
-    np.testing.assert_array_equal(labels(["dog"], 1.0).embeds[0], high.embeds[1])
-    assert len(turned.calls) == 2
 
 
 def test_classify_takes_images_and_labels_at_the_alpha_of_the_request(turned: Turned) -> None:

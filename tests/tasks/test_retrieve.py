@@ -8,7 +8,6 @@ import json
 import shutil
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     TaskError,
 )
-from radapter_serve.encoders.needs import complete, encode_together
+from radapter_serve.encoders.needs import complete
 from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
@@ -63,33 +62,6 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert hits[0].id == "2.png" and len(hits) == 4
     assert all(hit.thumbnail.startswith(b"\xff\xd8") for hit in hits)
     assert search.ids(RetrieveRequest("photos", A, where="path = 'x'")) == []
-
-
-def asked_for(parts: list[Any], count: int) -> bool:
-    return len(parts) >= count
-
-
-def test_texts_and_images_are_encoded_together_and_a_caller_who_left_is_asked_before_each(
-    photos: Path, tmp_path: Path
-) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", projecting())
-    indexes = Indexes(projecting(tmp_path / "indexes"))
-    images = [(photos / f"{number}.png").read_bytes() for number in range(2)]
-    request = RetrieveRequest("photos", Query(["1", "2"], images))
-    parts: list[tuple[str, int]] = []
-
-    def encode(needs: Any) -> Any:
-        parts.extend((need.part, len(need.rows)) for need in needs)
-        return encode_together(needs)
-
-    complete(retrieve(indexes, request), encode)
-    assert parts == [("tokens", 2), ("pixels", 2), ("images", 2)]
-    for count in range(3):
-        parts.clear()
-        gone = retrieve(indexes, request, partial(asked_for, parts, count))
-        with pytest.raises(TaskError, match=r"\[cancelled\]"):
-            complete(gone, encode)
-        assert [part for part, _ in parts] == ["tokens", "pixels"][: 2 * count]
 
 
 def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
@@ -281,13 +253,3 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     assert len(indexes.get("photos")) == 4
     answers.set()
     assert len(indexes.get("slow")) == 4
-
-
-def test_a_search_of_its_own_index_asks_for_no_other_release(photos: Path, tmp_path: Path) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", projecting())
-
-    def broken() -> Any:
-        raise AssertionError("the others are loaded")
-
-    indexes = Indexes(projecting(tmp_path / "indexes"), broken)
-    assert complete(retrieve(indexes, RetrieveRequest("photos", A))).hits

@@ -72,12 +72,6 @@ def test_calibrated_scores_are_a_softmax_at_the_temperature(
     assert [len(one.labels) for one in ask(local.loaded, calibrated=True)] == [5] * 6
 
 
-def test_a_release_that_carries_nothing_answers_as_one_that_does(
-    local: Local, cosines: np.ndarray, label_set: LabelSet
-) -> None:
-    check(ask(local.changed(confidence=None)), softmax(10 * cosines), label_set.labels)
-
-
 def test_labels_that_stand_alone(local: Local, cosines: np.ndarray, label_set: LabelSet) -> None:
     scores = sigmoid(6.0 * cosines - 1.0)
     found = ask(local.loaded, multi_label=True, threshold=0.0)

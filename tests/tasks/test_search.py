@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from radapter_serve.contract.errors import (
     INDEX_REPLACED,
@@ -23,7 +21,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.preprocess import read_headers
 from radapter_serve.encoders.needs import complete
 from radapter_serve.index.build import build
-from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest, combine
+from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.projection import TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
@@ -95,15 +93,6 @@ def test_a_query_of_several_parts_is_numpys_sum(
     )
     found = dict(zip(ids, scores, strict=True))
     np.testing.assert_allclose([found[id] for id in world.ids], world.embeds @ expected, atol=1e-6)
-
-
-def test_the_sum_is_numpys_and_one_part_stays_as_it_is() -> None:
-    weights = [0.7, -0.3, 1.5]
-    vectors = list(TEXTS[:3])
-    expected = unit([weight / 1.5 for weight in weights], vectors).astype(np.float32)
-    assert np.abs(combine(vectors, weights) - expected).max() <= 2e-8
-    assert combine(vectors[:1], [1.0]) is vectors[0]
-    np.testing.assert_allclose(combine([TEXTS[0]], [-2.0]), -TEXTS[0], atol=1e-7)
 
 
 def test_an_image_of_the_index_asks_by_its_id(world: World) -> None:
@@ -273,10 +262,3 @@ def test_a_request_is_read_from_its_arrays(world: World) -> None:
         with pytest.raises(TaskError, match=r"\[invalid_argument\] a text is not UTF-8"):
             wrong = {**inputs, name: np.array([b"\xff"], object)}
             task.read(projecting(), wrong, lambda name: False)
-
-
-def test_an_image_that_is_none_is_refused_with_its_code(world: World) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(file, "PNG")
-    with pytest.raises(TaskError, match=r"^\[invalid_image\]"):
-        world.find(Query(images=[file.getvalue(), b"no image"]))

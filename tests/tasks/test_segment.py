@@ -214,15 +214,6 @@ def test_a_release_without_patch_encoder(repository):
     assert ask(local.loaded, png(0), **PROPOSALS).mask.shape == (20, 30)
 
 
-def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
-    file = io.BytesIO()
-    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(file, "PNG")
-    try:
-        assert ask(local.loaded, file.getvalue()).mask.shape == (20, 30)
-    except TaskError as error:
-        assert error.code == "invalid_image"
-
-
 def test_a_request_that_asks_for_too_much_work_is_refused(
     local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:

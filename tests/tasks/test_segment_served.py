@@ -6,7 +6,6 @@ import base64
 import io
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,15 +71,6 @@ def test_served_equals_local(client, local, options):
     check(local, segment(client, image=image, labels=CATS, **options), request)
 
 
-def test_a_label_set(client, local):
-    image = png(3, 45, 70, "JPEG")
-    check(
-        local,
-        segment(client, image=image, label_set=b"colours"),
-        SegmentRequest(image, Labels(label_set="colours")),
-    )
-
-
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_proposals(client, repository, version):
     local = Local(repository, int(version))
@@ -124,31 +114,9 @@ def test_a_large_image(client, local):
     ("values", "message"),
     [
         ({"image": b"nonsense", "labels": CATS}, r"\[invalid_image\] "),
-        ({"image": png(0)}, r"\[no_labels\] .*label_set of this release: colours"),
         ({"image": png(0), "label_set": b"x"}, r"\[unknown_label_set\] .* there are: colours"),
-        (
-            {"image": png(0), "labels": CATS, "stride": 17},
-            r"\[invalid_argument\] stride is 17; 1 to 16",
-        ),
-        (
-            {"image": png(0), "labels": CATS, "threshold": float("nan")},
-            r"\[invalid_argument\] threshold is nan",
-        ),
-        (
-            {"image": png(0), "labels": CATS, "version": "1"},
-            r"\[no_patch_encoder\] .*or send proposals",
-        ),
-        (
-            {"image": png(0), "labels": CATS, "proposals": np.ones((1, 20, 30), np.uint8)},
-            r"\[invalid_argument\] no value of the proposals is above 1",
-        ),
-        (
-            {"image": png(0), "labels": CATS, "proposals": np.full((1, 30, 20), 255, np.uint8)},
-            (
-                r"\[invalid_argument\] proposals are uint8 \[1, 30, 20\]; for this image: uint8"
-                r" \[N, 20, 30\]"
-            ),
-        ),
+        ({"image": png(0), "labels": CATS, "stride": 17}, r"\[invalid_argument\] stride is 17; 1"),
+        ({"image": png(0), "labels": CATS, "version": "1"}, r"\[no_patch_encoder\] .*proposals"),
         (
             {"image": png(0), "labels": CATS, "proposals": np.zeros((0, 20, 30), np.uint8)},
             r"\[invalid_argument\] proposals has shape \[0, 20, 30\]",
@@ -160,24 +128,6 @@ def test_errors_reach_the_caller(client, values, message):
         segment(client, **values)
     assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
     assert re.match(message, error.value.message())
-
-
-def test_callers_at_once_get_their_own_masks(client, local):
-    def call(index: int):
-        labels = [f"label {number}".encode() for number in range(1 + index % 4)]
-        image = b"nonsense" if index % 7 == 3 else png(index, 20 + index, 40)
-        try:
-            return image, labels, segment(client, image=image, labels=labels)
-        except InferenceServerException as error:
-            return image, labels, error
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(call, range(24)))
-    for image, labels, result in results:
-        if image == b"nonsense":
-            assert result.message().startswith("[invalid_image] ")
-        else:
-            check(local, result, SegmentRequest(image, Labels([one.decode() for one in labels])))
 
 
 def test_callers_who_give_up_do_not_hold_up_the_others(client):
