@@ -9,6 +9,8 @@ decorators for that; type checkers see the method of each client with its own ar
 from __future__ import annotations
 
 import functools
+import random
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import MethodType
@@ -23,6 +25,7 @@ from typing import (
     overload,
 )
 
+from ._exceptions import ServerUnavailable
 from ._images import ImageLike, is_one_image
 from ._wire import Request
 
@@ -99,8 +102,8 @@ class call_each(_Method, Generic[P, T]):
     def __init__(self, steps: Callable[Concatenate[Any, Any, P], Answer[list[T]]]) -> None:
         @functools.wraps(steps)
         def one_or_list(client: Any, images: Any, *args: P.args, **kwargs: P.kwargs) -> Answer[Any]:
-            found = yield from steps(client, images, *args, **kwargs)
-            return found[0] if is_one_image(images) else found
+            answers = yield from steps(client, images, *args, **kwargs)
+            return answers[0] if is_one_image(images) else answers
 
         super().__init__(one_or_list)
 
@@ -110,3 +113,34 @@ class call_each(_Method, Generic[P, T]):
     def __get__(self, client: Awaiting, kind: type) -> _AsyncEach[P, T]: ...
     def __get__(self, client: Any, kind: type) -> Any:
         return self._bind(client)
+
+
+# seconds before the first repetition, and at most
+FIRST = 0.1
+MOST = 5.0
+
+
+class Tries:
+    """The tries of one request: `retries` repetitions at most, in so many `seconds` with the waits.
+
+    Every request only reads, so one that got no answer can be repeated. A time-out is not: the
+    server is slow, and the caller has waited long enough.
+    """
+
+    def __init__(self, retries: int, seconds: float) -> None:
+        self._left = retries
+        self._wait = FIRST
+        self._end = time.monotonic() + seconds
+        self.seconds = seconds  # for the next try
+
+    def pause(self, error: ServerUnavailable) -> float:
+        """Seconds to wait before the next try: longer each time, never less than the server asks
+        for. Raises `error` where no try or no time is left.
+        """
+        wait = max(self._wait * random.uniform(0.5, 1), error.retry_after)
+        self._wait = min(2 * self._wait, MOST)
+        self._left -= 1
+        self.seconds = self._end - time.monotonic() - wait
+        if self._left < 0 or self.seconds <= 0:
+            raise error
+        return wait

@@ -48,9 +48,7 @@ PROBE_SECONDS = 1.0  # at most, to find out why a call failed
 
 
 def http_status(url: ServerURL, timeout: float) -> int | None:
-    """The status with which a server answers HTTP/1.1 there whether it is live; None where none
-    does in time.
-    """
+    """The status with which a server answers HTTP/1.1 there; None where it does not in time."""
     from ._http import HttpTransport
 
     transport = HttpTransport(url)
@@ -106,10 +104,9 @@ class _Grpc:
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
         # A server that stops cancels what it has not answered.
         if status in ("UNAVAILABLE", "CANCELLED"):
-            if (
-                said := from_server(status, text)
-            ).code is not None:  # by a task, or by Triton, and not by gRPC
-                return said
+            reported = from_server(status, text)
+            if reported.code is not None:  # by a task or by Triton, and not by gRPC
+                return reported
             if CLOSED in text and http_status(self._url, timeout) is not None:
                 scheme = "https" if self._url.secure else "http"
                 return InvalidURL(

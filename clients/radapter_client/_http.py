@@ -57,11 +57,7 @@ class HttpTransport:
         return answer(request, response.status, response.data, response.headers, str(self._url))
 
     def live(self, timeout: float) -> int:
-        """The status with which somebody answers whether the server is live.
-
-        Raises:
-            RAdapterClientError: nobody answers HTTP within `timeout` seconds.
-        """
+        """The status of the answer to whether the server is live."""
         return self._request("/v2/health/live", None, {}, timeout).status
 
     def _request(
@@ -130,14 +126,7 @@ def target(request: Request) -> str:
 def answer(
     request: Request, status: int, body: bytes, headers: Mapping[str, str], where: str
 ) -> Any:
-    """What `Transport.send` returns of an answer in HTTP.
-
-    Args:
-        where: that answered, for messages.
-
-    Raises:
-        RAdapterClientError: the request is refused, or the answer cannot be read.
-    """
+    """What `Transport.send` returns of an answer in HTTP; `where` names the server in messages."""
     if request.action == "ready" and status in (200, 400, 404):
         return status == 200
     if status != 200:
@@ -238,11 +227,6 @@ class _UntilDeadline(io.RawIOBase):
 
     A socket's own time-out starts again with every byte, so that a server which sends one byte a
     second would hold a caller for as long as it likes.
-
-    Args:
-        received: what `http.client` reads the socket by.
-        sock: the socket.
-        connection: whose `timeout` is what is left.
     """
 
     def __init__(
@@ -270,9 +254,6 @@ class _EndsInTime(HTTPConnection):
     To urllib3 a time-out bounds each step by itself: each address of the host, the TLS handshake,
     each part sent. Here the time of a request begins where urllib3 sets `timeout`, before the
     first step, and every step gets what is left.
-
-    Args:
-        open_connections: where it puts itself.
     """
 
     def __init__(self, *args: Any, open_connections: set[HTTPConnection], **options: Any) -> None:

@@ -44,10 +44,10 @@ def list_images(folder: str | os.PathLike[str]) -> list[str]:
     """
     if not Path(folder).is_dir():
         raise bad_argument(f"there is no folder {folder}")
-    found = [str(path) for path in sorted(Path(folder).rglob("*")) if is_image_file(path)]
-    if not found:
+    images = [str(path) for path in sorted(Path(folder).rglob("*")) if is_image_file(path)]
+    if not images:
         raise bad_argument(f"there is no JPEG, PNG or WebP file in the folder {folder}")
-    return found
+    return images
 
 
 def is_image_file(path: Path) -> bool:
@@ -63,10 +63,8 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """The bytes of a JPEG, PNG or WebP file for an image.
-
-    Raises:
-        InvalidImage: a file that cannot be read, or something that is no image.
+    """The bytes of a JPEG, PNG or WebP file for an image; raises `InvalidImage` where it can't be
+    read, or is none.
     """
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
@@ -82,17 +80,11 @@ def encode_image(image: ImageLike) -> bytes:
 
 
 def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
-    """As `encode_image`, but photos are made small first.
+    """As `encode_image`, but photos whose shorter side has more than `shrink_to` pixels are made so
+    small first.
 
-    What cannot be read here is sent as it is, for the server to say what is wrong with it; so are
-    palettes and whatever else has no mode of photos.
-
-    Args:
-        image: of any kind.
-        shrink_to: pixels that the shorter side has at most; None leaves images as they are.
-
-    Raises:
-        InvalidImage: as `encode_image` does.
+    An image that can't be read here is sent as it is, for the server to say what is wrong with it;
+    so are palettes and other modes that photos don't have.
     """
     if shrink_to is None:
         return encode_image(image)
@@ -100,21 +92,17 @@ def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
         opened = _opened(image)
         ratio = shrink_to / min(opened.size)
         if ratio < 1 and opened.mode in _PHOTOS:
-            return _shrunk(opened, ratio, own=opened is not image)
+            return _shrunk(opened, ratio, may_change=opened is not image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         pass
     return encode_image(image)
 
 
-def _shrunk(image: Image.Image, ratio: float, *, own: bool) -> bytes:
-    """The bytes of an image, smaller.
-
-    Args:
-        own: whether it was opened here; it is changed then.
-    """
+def _shrunk(image: Image.Image, ratio: float, *, may_change: bool) -> bytes:
+    """The bytes of an image, smaller; one that was opened here may change."""
     size = tuple(max(1, round(side * ratio)) for side in image.size)
     turned = orientation(image)
-    if own and image.format == "JPEG":
+    if may_change and image.format == "JPEG":
         # Decoded at a smaller scale, for good: twice as large, so that the filter still has
         # something to average.
         image.draft(None, (2 * size[0], 2 * size[1]))
@@ -131,14 +119,7 @@ def _shrunk(image: Image.Image, ratio: float, *, own: bool) -> bytes:
 
 
 def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:
-    """The image as RGB.
-
-    Args:
-        exif_orientation: turn it as its EXIF orientation says; False leaves it as it is stored.
-
-    Raises:
-        InvalidImage: it cannot be read.
-    """
+    """The image as RGB, turned as its EXIF orientation says or left as it is stored."""
     try:
         opened = _opened(image)
         if exif_orientation and orientation(opened) != 1:
@@ -155,9 +136,7 @@ def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Imag
 
 
 def orientation(image: ImageLike) -> int:
-    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it cannot be told
-    here.
-    """
+    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it can't be read."""
     try:
         value = _opened(image).getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -166,12 +145,12 @@ def orientation(image: ImageLike) -> int:
 
 
 def image_sizes(image: ImageLike) -> set[tuple[int, int]]:
-    """Width and height in pixels, as the image is stored and as it is turned; none where they
-    cannot be told here.
+    """Width and height in pixels, as the image is stored and as it is turned; empty where they
+    can't be read.
     """
     try:
         opened = _opened(image)
-    except Exception:  # whatever is wrong with it, the server says
+    except Exception:  # the server says what is wrong with it
         return set()
     return {opened.size, opened.size[::-1]} if orientation(opened) > 4 else {opened.size}
 

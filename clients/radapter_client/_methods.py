@@ -28,7 +28,7 @@ from ._arguments import (
     several_images,
     several_texts,
 )
-from ._calls import Answer, Part, call, call_each
+from ._calls import Answer, Part, Tries, call, call_each
 from ._exceptions import (
     InvalidRequest,
     ModelNotFound,
@@ -56,7 +56,6 @@ from ._results import (
     read_hits,
     read_releases,
 )
-from ._retries import Tries
 from ._url import DEFAULT_URLS, ServerURL, find_server, parse_url
 from ._wire import Array, Inputs, Reply, Request
 
@@ -272,7 +271,7 @@ class BaseClient(Generic[W]):
             turned = {
                 release.version: release.exif_orientation for release in (yield from self._served())
             }
-        found = []
+        answers = []
         for image, reply in zip(items, replies, strict=True):
             mask = _output(reply, "mask")
             names = _texts(_output(reply, "label"))
@@ -281,12 +280,12 @@ class BaseClient(Generic[W]):
                     f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
                 )
             background = None if threshold is None and proposals is None else len(names) - 1
-            scored = _output(reply, "score").tolist()
+            means = _output(reply, "score").tolist()
             upright = turned.get(reply.version, True)
-            found.append(
-                Segmentation(mask, names, scored, reply.version, background, image, upright)
+            answers.append(
+                Segmentation(mask, names, means, reply.version, background, image, upright)
             )
-        return found
+        return answers
 
     @call
     def search(

@@ -17,19 +17,12 @@ DEFAULT_URLS = "http://localhost:8000", "grpc://localhost:8001"
 
 @dataclass(frozen=True)
 class ServerURL:
-    """The parts of a server's URL.
+    """The parts of a server's URL."""
 
-    Args:
-        scheme: grpc, grpcs, http or https.
-        host: as in the URL, IPv6 in brackets.
-        port: the usual one where the URL names none.
-        path: empty, or with a slash at its start and none at its end.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    path: str = ""
+    scheme: str  # grpc, grpcs, http or https
+    host: str  # IPv6 in brackets
+    port: int  # the scheme's own where the URL has none
+    path: str = ""  # empty, or with a slash at its start and none at its end
 
     @property
     def protocol(self) -> str:
@@ -70,11 +63,7 @@ def find_server() -> str:
 
 
 def parse_url(url: str) -> ServerURL:
-    """The parts of a server's URL.
-
-    Raises:
-        InvalidURL: it is no such URL; the message names the allowed forms.
-    """
+    """The parts of a server's URL; the error of another names the allowed forms."""
 
     def refuse(why: str) -> InvalidURL:
         return InvalidURL(f"not a server's URL: {shown(url)} {why}; allowed are {ALLOWED}")

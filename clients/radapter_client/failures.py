@@ -1,6 +1,4 @@
-"""What a failure that Triton reports means: the one reading, for the client and for whoever stands
-between Triton and its callers.
-"""
+"""Errors as Triton reports them, read alike by the client and by a gateway in front of Triton."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from ._exceptions import (
     Unauthorized,
 )
 
-# What Triton says of a model that cannot answer now, and the code that the tasks have for it. The
+# Triton's messages for a model that cannot answer now, and the code that the tasks have for it: the
 # same request may succeed a little later.
 _SIGNS = {
     "Server not ready|Server is stopping|has stopped accepting": "server_stopping",
@@ -38,26 +36,18 @@ _CODE = re.compile(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] ")
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure as Triton reported it.
+    """A failure as Triton reported it, without the id of the request and the stack trace."""
 
-    Attributes:
-        code: that a task gave, or what the tasks call what Triton says itself; None where that has
-            no code.
-        message: the sentence after the code, without the id of the request and the server's stack
-            trace.
-        by_task: whether a task wrote the message, for callers to read, and not Triton.
-    """
-
-    code: str | None
+    code: str | None  # of a task, or that of one of `_SIGNS`
     message: str
-    by_task: bool
+    by_task: bool  # whether a task wrote the message, for callers to read, and not Triton
 
 
 def read_failure(text: str) -> Failure:
     """Read the text of an error of Triton's."""
     text = _REQUEST_ID.sub("", text.split("\n\nAt:\n")[0]).strip()
-    if found := _CODE.search(text):
-        return Failure(found[1], text[found.end() :], by_task=True)
+    if match := _CODE.search(text):
+        return Failure(match[1], text[match.end() :], by_task=True)
     for sign, code in _SIGNS.items():
         if re.search(sign, text):
             return Failure(code, text, by_task=False)
@@ -65,12 +55,8 @@ def read_failure(text: str) -> Failure:
 
 
 def from_server(status: str, text: str) -> RAdapterClientError:
-    """The exception for a failure that the server reported.
-
-    Args:
-        status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
-        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server
-            is cut off.
+    """The exception for a failure that the server reported: gRPC's name of the status
+    ("INVALID_ARGUMENT") or HTTP's number ("400"), and its message, perhaps with a code in brackets.
     """
     failure = read_failure(text)
     code = failure.code

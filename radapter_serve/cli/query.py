@@ -45,8 +45,9 @@ class Server:
 
     Args:
         url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; if none is given, the
-            environment variable RADAPTER_SERVER, or the server on this machine. RADAPTER_API_KEY
-            holds the API key that radapter-gateway asks for.
+            environment variable RADAPTER_SERVER, or http://localhost:8000, or
+            grpc://localhost:8001 where only that listens. RADAPTER_API_KEY holds the API key that
+            radapter-gateway asks for.
         model: answer in this process, without a server: a model repository, a run, a folder with a
             checkpoint, or what else `radapter_serve.Model` takes; the URL is not asked then.
         indexes: folder of the indexes that --model searches.

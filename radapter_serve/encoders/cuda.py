@@ -1,7 +1,7 @@
 """The GPU through its driver alone, libcuda: neither torch nor a CUDA toolkit is needed, nor
 anything else from pip.
 
-TensorRT ends the process where there is no driver, so whoever uses it asks `find_gpu` first.
+TensorRT ends the process where there is no driver, so `find_gpu` comes first.
 """
 
 from __future__ import annotations
@@ -29,23 +29,14 @@ _INSTEAD = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that is used: the first that the driver shows (CUDA_VISIBLE_DEVICES chooses).
-
-    Attributes:
-        name: as NVIDIA calls it.
-        compute_capability: such as "9.0".
-    """
+    """The GPU that is used: the first that the driver shows (CUDA_VISIBLE_DEVICES chooses)."""
 
     name: str
-    compute_capability: str
+    compute_capability: str  # such as "9.0"
 
 
 def find_gpu() -> Gpu:
-    """The GPU of this machine.
-
-    Raises:
-        RAdapterError: there is no driver, or it finds no GPU.
-    """
+    """The GPU of this machine; raises a `RAdapterError` where there is no driver or no GPU."""
     driver = _load()
     device = _first(driver)
     name = ctypes.create_string_buffer(256)
@@ -58,11 +49,7 @@ def find_gpu() -> Gpu:
 
 
 class Stream:
-    """A stream of the GPU and memory on it, freed on exit; a context manager.
-
-    Attributes:
-        handle: the CUstream, as an integer.
-    """
+    """A stream of the GPU (its `handle` is a CUstream, an integer) and memory, freed on exit."""
 
     def __init__(self) -> None:
         self._driver = _load()
@@ -91,11 +78,7 @@ class Stream:
         self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
 
     def allocate(self, size: int) -> int:
-        """Address of so many bytes.
-
-        Raises:
-            RAdapterError: the GPU is out of memory.
-        """
+        """Address of so many bytes."""
         address = ctypes.c_uint64()
         _check(self._driver, "cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
         self._memory.append(address.value)
@@ -127,9 +110,8 @@ class Stream:
     def _copy(self, function: str, target: Any, source: Any, size: int) -> None:
         stream = ctypes.c_void_p(self.handle)
         _check(self._driver, function, target, source, ctypes.c_size_t(size), stream)
-        _check(
-            self._driver, "cuStreamSynchronize", stream
-        )  # before anybody touches the array on this side
+        # Before the array is touched on this side.
+        _check(self._driver, "cuStreamSynchronize", stream)
 
 
 def _load() -> ctypes.CDLL:

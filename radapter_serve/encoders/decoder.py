@@ -15,12 +15,8 @@ from radapter_serve.contract.preprocess import ImageFile, Preprocess, decode_int
 
 
 class Decoder:
-    """Images to the pixels that an encoder takes.
-
-    Args:
-        preprocess: of the release.
-        threads: how many small images are decoded at once; Pillow gives the interpreter free while
-            it works.
+    """Images to the pixels that an encoder takes; small ones in threads, for Pillow lets go of
+    the interpreter while it works.
     """
 
     def __init__(self, preprocess: Preprocess, threads: int) -> None:
@@ -31,11 +27,9 @@ class Decoder:
     def start(
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
     ) -> Callable[[], NDArray[np.uint8]]:
-        """Begin to decode the images of a request.
-
-        Returns:
-            Waits for them, and gives uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad
-            image, which it names where there are several, or of a caller who gave up.
+        """Begin to decode the images of a request; the function that is returned waits for them,
+        and gives uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad image, which it
+        names where there are several, or of a caller who gave up.
         """
         pixels = np.empty((len(files), *self._preprocess.size, 3), np.uint8)
 
@@ -49,7 +43,7 @@ class Decoder:
         waiting = deque(small)
 
         def take() -> None:
-            with contextlib.suppress(IndexError):  # nobody waits any more
+            with contextlib.suppress(IndexError):  # all are taken
                 number = waiting.popleft()
                 try:
                     fill(number)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
-from radapter_serve.encoders.graph import Graph
 from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, Tolerance, compare
@@ -25,9 +25,8 @@ from radapter_serve.threads import total
 
 
 class Encoder(Protocol):
-    """Encodes images and texts of one release; `alpha` is None where it is folded.
-
-    An encoder raises a `TaskError` where it fails.
+    """Encodes images and texts of one release, and raises a `TaskError` where it fails; `alpha` is
+    None where it is folded.
     """
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
@@ -44,10 +43,8 @@ class Encoder(Protocol):
 
 
 class GraphEncoder:
-    """The graphs of a release, in this process.
-
-    Args:
-        graphs: by name: image_encoder, text_encoder, and patch_encoder where there is one.
+    """The graphs of a release in this process, by name: image_encoder, text_encoder, and
+    patch_encoder where there is one.
     """
 
     def __init__(self, graphs: Mapping[str, EncoderGraph]) -> None:
@@ -73,16 +70,10 @@ class GraphEncoder:
         *,
         without: Collection[str] = (),
     ) -> None:
-        """Compare the graphs with torch's embeddings of the export.
+        """Compare the graphs with torch's embeddings of the export; raises a `RAdapterError` where
+        one differs by more than was allowed then.
 
-        Args:
-            repository: the model repository that they are from.
-            release: that they are of.
-            say: called with a short line before each.
-            without: names of those that have been compared already.
-
-        Raises:
-            RAdapterError: one differs by more than was allowed at the export.
+        `say` is called with a short line before each; those in `without` have been compared.
         """
         agreement = release.agreement
         bounds = Tolerance(float(agreement["tolerance"]), float(agreement["min_cosine"]))
@@ -104,20 +95,11 @@ class GraphEncoder:
 
 
 class EncoderGraph:
-    """A graph in one runtime, and in no other: a fall-back is an error.
+    """A graph of an encoder in one of `RUNTIMES`, and in no other: a fall-back is an error.
 
-    Args:
-        path: `model.onnx`, or `model.plan` for tensorrt.
-        runtime: onnxruntime, openvino or tensorrt.
-        precision: of the release: fp32, fp16, bf16 or int8. OpenVINO computes in bf16 if it says so
-            and the CPU can, else in fp32; the other runtimes compute as the graph is typed.
-        threads: how many compute a batch; as many as the runtime likes if None.
-        device: number of the GPU; None for the CPU, and for tensorrt, which has its own.
-        parameters: of the encoder's config.pbtxt, which say more of how to run it.
-
-    Raises:
-        RAdapterError: an unknown runtime, one that is not installed, or one that cannot load the
-            file.
+    OpenVINO computes in bf16 if the release's precision says so and the CPU can, else in fp32; the
+    other runtimes compute as the graph is typed. `device` is the number of a GPU, None for the CPU
+    (TensorRT has its own); `parameters` are those of the encoder's config.pbtxt.
     """
 
     def __init__(
@@ -132,29 +114,26 @@ class EncoderGraph:
     ) -> None:
         if runtime not in RUNTIMES:
             raise RAdapterError(f"no runtime {runtime!r}; allowed are {', '.join(RUNTIMES)}")
-        given = dict(parameters or {})
+        options = dict(parameters or {})
         if precision == "bf16":
-            given["HINT_BF16"] = "YES"
+            options["HINT_BF16"] = "YES"
         name = RUNTIMES[runtime].threads
         if name is not None and threads is not None:
-            given[name] = str(threads)
+            options[name] = str(threads)
         if runtime == TENSORRT:
             from radapter_serve.encoders.tensorrt.plan import check_plan
 
             check_plan(path.parent)
             device = 0
-        self._graph = load_graph(path, runtime, given, device=device)
+        self._graph = load_graph(path, runtime, options, device=device)
 
     def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
-        """One batch of images or tokens to embeddings, float32 [B, D] ([B, g, g, D] of a patch
-        encoder).
-
-        Args:
-            values: an array for each of the graph's inputs, in their order.
+        """One batch of images or tokens, an array for each of the graph's inputs, to embeddings,
+        float32 [B, D] ([B, g, g, D] of a patch encoder).
         """
         feed = dict(zip(self._graph.inputs, values, strict=True))
-        [found] = self._graph.run(feed, self._graph.outputs[:1])
-        return np.asarray(found, dtype=np.float32)
+        [embeds] = self._graph.run(feed, self._graph.outputs[:1])
+        return np.asarray(embeds, dtype=np.float32)
 
 
 def load_graphs(
@@ -175,10 +154,7 @@ def load_graphs(
         threads: that compute a batch; None for one a core.
         runtime: one of `RUNTIMES`; None for the one that they were exported for.
         spin: whether threads of ONNX Runtime wait for work busily: a call is a fifth quicker, and
-            whoever shares the cores slower.
-
-    Raises:
-        RAdapterError: a file is missing or broken, or the runtime can't load a graph.
+            others who share the cores are slower.
     """
     runtime = runtime or release.runtime
     parameters = dict(RUNTIMES[runtime].parameters)
@@ -199,6 +175,17 @@ def load_graphs(
     return GraphEncoder(graphs)
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A graph that a runtime has loaded: the names of its inputs, in its order, and of its outputs,
+    and what runs it, from inputs by name and names of outputs to these.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    run: Callable[[Mapping[str, NDArray[Any]], Sequence[str]], Sequence[NDArray[Any]]]
+
+
 def load_graph(
     path: Path,
     runtime: str,
@@ -207,41 +194,23 @@ def load_graph(
     device: int | None = None,
     optimization: int = 0,
 ) -> Graph:
-    """A graph in a runtime, loaded as its config.pbtxt asks for it.
-
-    Args:
-        path: of its file.
-        runtime: one of `RUNTIMES`.
-        parameters: those of the config.
-        device: number of the GPU; None for the CPU.
-        optimization: as of `radapter_serve.encoders.onnxruntime.load`; the others have none.
-
-    Raises:
-        RAdapterError: the runtime is not installed, or cannot load the file there.
+    """A graph in a runtime, loaded as its config.pbtxt asks for it; `optimization` is for ONNX
+    Runtime alone.
     """
-    graph = _loaded(path, runtime, parameters, device, optimization)
+    if runtime == "openvino":
+        from radapter_serve.encoders import openvino
+
+        graph = openvino.load(path, parameters, device=device)
+    elif runtime == TENSORRT:
+        from radapter_serve.encoders.tensorrt import engine
+
+        graph = engine.load(path, device=device)
+    else:
+        from radapter_serve.encoders import onnxruntime
+
+        graph = onnxruntime.load(path, parameters, device=device, optimization=optimization)
     # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
     # weights. Other systems than Linux with glibc lack the function.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     return graph
-
-
-def _loaded(
-    path: Path,
-    runtime: str,
-    parameters: Mapping[str, str],
-    device: int | None,
-    optimization: int,
-) -> Graph:
-    if runtime == "openvino":
-        from radapter_serve.encoders import openvino
-
-        return openvino.load(path, parameters, device=device)
-    if runtime == TENSORRT:
-        from radapter_serve.encoders.tensorrt import loading
-
-        return loading.load(path, device=device)
-    from radapter_serve.encoders import onnxruntime
-
-    return onnxruntime.load(path, parameters, device=device, optimization=optimization)

@@ -21,17 +21,10 @@ _OLD = "DELETE FROM labels WHERE number <= (SELECT MAX(number) FROM labels) - ?"
 
 
 class LabelStore:
-    """Embeddings by key, in a file that several processes share, or in memory.
+    """Embeddings by key, in a file of SQLite that several processes share, or in memory (None).
 
-    It holds so many at most, and the oldest go first. It is a cache and no more: where its file
-    cannot be read or written, nothing is in it, and the log says why.
-
-    Args:
-        file: of SQLite; made where there is none. None keeps all in memory.
-        max_labels: whose embeddings are kept, 1 or more.
-
-    Attributes:
-        max_labels: as given.
+    It holds those of `max_labels` at most, and the oldest go first. It is a cache and no more:
+    where its file cannot be read or written, it is empty, and the log says why.
     """
 
     def __init__(self, file: Path | None = None, *, max_labels: int = MAX_LABELS) -> None:
@@ -42,12 +35,8 @@ class LabelStore:
         self._complained = False
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """The embeddings of those that it has, float32 [D].
-
-        Args:
-            keys: of labels.
-        """
-        found: dict[bytes, NDArray[np.float32]] = {}
+        """The embeddings, float32 [D], of those keys that it has."""
+        embeds: dict[bytes, NDArray[np.float32]] = {}
 
         def read(connection: sqlite3.Connection) -> None:
             for start in range(0, len(keys), _KEYS):
@@ -55,17 +44,13 @@ class LabelStore:
                 places = ", ".join("?" * len(some))
                 query = f"SELECT key, embed FROM labels WHERE key IN ({places})"
                 for key, embed in connection.execute(query, some):
-                    found[key] = np.frombuffer(embed, np.float32)
+                    embeds[key] = np.frombuffer(embed, np.float32)
 
         self._try(read)
-        return found
+        return embeds
 
     def put(self, embeds: Mapping[bytes, NDArray[np.float32]]) -> None:
-        """Keep embeddings, all of them or none.
-
-        Args:
-            embeds: float32 [D] each, by key.
-        """
+        """Keep embeddings, float32 [D] each, by key; all of them, or where that fails none."""
         rows = [(key, embed.tobytes()) for key, embed in embeds.items()]
 
         def write(connection: sqlite3.Connection) -> None:

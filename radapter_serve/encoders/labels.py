@@ -26,42 +26,28 @@ _TEXTS = ("labels", "lines", "templates")  # of a label set
 
 @dataclass(frozen=True)
 class Examples:
-    """Images that show some labels of a list.
-
-    Args:
-        images: encoded images.
-        labels: of each example, the place of its label in the list, from 0.
-        weights: of the examples of a label beside its text, in [0, 1]: one for all labels, or one
-            for each of the list; 1 leaves the text out.
-    """
+    """Encoded images that show some labels of a list."""
 
     images: tuple[bytes, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # of each example, the place of its label in the list
+    # Of the examples of a label beside its text, in [0, 1]: one for all labels, or one for each.
     weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
-        """SHA-256 of each image; those of a label set are asked for again and again."""
+        """SHA-256 of each image."""
         return tuple(hashlib.sha256(image).digest() for image in self.images)
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Classes and their embeddings.
+    """Classes and their embeddings, and what it takes to embed them again."""
 
-    Args:
-        labels: names to show, C of them.
-        embeds: float32 [C, D], unit length, those of examples mixed in.
-        lines: the labels with their synonyms, and
-        templates: their prompt templates: what it takes to embed them again.
-        examples: those mixed in, where it takes them to embed the labels again; else None.
-    """
-
-    labels: tuple[str, ...]
-    embeds: NDArray[np.float32]
-    lines: tuple[str, ...]
+    labels: tuple[str, ...]  # names to show, C of them
+    embeds: NDArray[np.float32]  # [C, D], unit length, those of examples mixed in
+    lines: tuple[str, ...]  # the labels with their synonyms
     templates: tuple[str, ...]
-    examples: Examples | None = None
+    examples: Examples | None = None  # those mixed in
 
     def save(self, path: str | Path) -> None:
         """Write all of it as npz, in one piece or not at all."""
@@ -80,11 +66,7 @@ class LabelSet:
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
-        """Read what `save` wrote.
-
-        Raises:
-            RAdapterError: more examples than an export writes.
-        """
+        """Read what `save` wrote; more examples than an export writes are refused."""
         with np.load(path, allow_pickle=False) as file:
             texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
@@ -110,17 +92,14 @@ def _examples(file: Mapping[str, NDArray[Any]], path: str | Path) -> Examples | 
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:
-    """All `NAME.npz` of a folder by name; none if there is no such folder."""
+    """All `NAME.npz` of a folder by name; empty if there is no such folder."""
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(folder.glob("*.npz"))}
 
 
 class LabelCache:
-    """Label sets that requests brought, and the embeddings of their labels and examples.
-
-    Args:
-        release: tells the releases apart that share a store.
-        store: keeps the embeddings. Its `max_labels` also bounds how many labels and templates the
-            lists that are kept have together.
+    """Label sets that requests brought, and the embeddings of their labels and examples in a store
+    that releases share. Its `max_labels` also bounds how many labels and templates the lists that
+    are kept have together.
     """
 
     def __init__(self, release: str, store: LabelStore) -> None:

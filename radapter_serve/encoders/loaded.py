@@ -38,16 +38,11 @@ from radapter_serve.threads import decoders
 
 
 class LoadedRelease:
-    """A release, its encoder, its tokenizer and its label sets.
+    """A release with the α that it is used at, its encoder, its tokenizer and its label sets, which
+    are read when one is first needed.
 
-    Args:
-        release: its facts, with the α that it is used at.
-        encoder: wherever it runs.
-        tokenizer: of its texts.
-        read_label_sets: its label sets by name; called when one is first needed.
-        indexes: folder of the indexes that `retrieve` searches.
-        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its
-            value.
+    `indexes` is the folder of those that `retrieve` searches; `origin` is the flag of
+    radapter-index that names the release, `model_repository` or `url`, and its value.
     """
 
     def __init__(
@@ -86,21 +81,14 @@ class LoadedRelease:
         facts = json.dumps(self.release.to_dict(), sort_keys=True)
         return LabelCache(facts, LabelStore(Path(shared)) if shared else LabelStore())
 
-    def request_alpha(self, given: float | None) -> float | None:
-        """The α that the encoder is given for a request; None where it is folded.
-
-        Raises:
-            TaskError: the release does not have it.
+    def request_alpha(self, alpha: float | None) -> float | None:
+        """The encoder's α for a request, which may bring one; None where it is folded. Raises a
+        `TaskError` for one that the release does not have.
         """
-        own = self.release
-        return request_alpha(given, own.alpha, dynamic=own.dynamic_alpha)
+        return request_alpha(alpha, self.release.alpha, dynamic=self.release.dynamic_alpha)
 
     def at(self, alpha: float) -> LoadedRelease:
-        """The release as it is used at one α.
-
-        Raises:
-            RAdapterError: it does not have this α.
-        """
+        """The release as it is used at one α, which it must have."""
         return self._changed(release=self.release.at(alpha))
 
     def turned(self, exif_orientation: bool) -> LoadedRelease:
@@ -117,11 +105,7 @@ class LoadedRelease:
         return changed
 
     def pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """Decode and prepare one image file, uint8 [S, S, 3]. Thread-safe.
-
-        Raises:
-            TaskError: no image, broken, or too large.
-        """
+        """Decode and prepare one image file, uint8 [S, S, 3]. Thread-safe."""
         return decode_pixels(data, self.preprocess)
 
     def embed_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
@@ -179,16 +163,12 @@ def load_release(
     runtime: str | None = None,
     spin: bool = False,
 ) -> LoadedRelease:
-    """A release of a model repository.
+    """A release of a model repository; the other arguments are those of `load_graphs`.
 
     Args:
         repository: the model repository; `DIR@N` names release N.
         version: number of the release, where the repository names none; the newest if None.
         indexes: folder of the indexes that `retrieve` searches.
-        device, threads, runtime, spin: as of `load_graphs`.
-
-    Raises:
-        RAdapterError: no such release, a broken file, or its runtime can't load it.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
@@ -204,15 +184,8 @@ def load_release(
 
 
 def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """The release that is at `model_repository` or at `url`; close it at the end.
-
-    Args:
-        origin: one of the two. A repository may name a release, as `DIR@N`.
-        version: number of the release in a repository that names none; the one that is served if
-            None.
-
-    Raises:
-        RAdapterError: there is none.
+    """The release at the `model_repository` (perhaps `DIR@N`) or the `url` that `origin` has; of a
+    repository that names none, that of `version`, or the one that is served. Close it at the end.
     """
     if "url" in origin:
         return served_release(origin["url"])
@@ -223,14 +196,7 @@ def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedR
 
 
 def served_release(url: str) -> LoadedRelease:
-    """A live server's newest release, which one that appears meanwhile does not change.
-
-    Args:
-        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
-
-    Raises:
-        RAdapterError: nobody answers there.
-    """
+    """The newest release of a live server, also when a newer one appears meanwhile."""
     try:
         with Client(url) as client:
             served = client.release()
@@ -244,27 +210,20 @@ def served_release(url: str) -> LoadedRelease:
 
 
 class ServerEncoder:
-    """The encoders and the tokenizer of a live server's release.
-
-    Args:
-        client: pinned to the release.
-        url: of the server, for errors.
-    """
+    """The encoders and the tokenizer of a live server's release, which the client is pinned to."""
 
     def __init__(self, client: Client, url: str) -> None:
         self.client = client
         self._url = url
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        embeds = self.ask(self.client.embed_images, list(pixels), alpha=_one(alpha))
-        return np.asarray(embeds, np.float32)
+        return self._embed(self.client.embed_images, pixels, alpha)
 
     def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         raise TaskError(ENCODER_FAILED, f"{self._url} gives no dense embeddings")
 
     def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        embeds = self.ask(self.client.embed_texts, list(tokens), alpha=_one(alpha))
-        return np.asarray(embeds, np.float32)
+        return self._embed(self.client.embed_texts, tokens, alpha)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Texts as they are: the server has the tokenizer."""
@@ -285,7 +244,9 @@ class ServerEncoder:
         """Close the connection."""
         self.client.close()
 
-
-def _one(alpha: Alpha | None) -> float | None:
-    """The α that all rows have."""
-    return None if alpha is None else float(alpha[0, 0])
+    def _embed(
+        self, task: Callable[..., Any], rows: NDArray[Any], alpha: Alpha | None
+    ) -> NDArray[np.float32]:
+        # All rows have the same α.
+        embeds = self.ask(task, list(rows), alpha=None if alpha is None else float(alpha[0, 0]))
+        return np.asarray(embeds, np.float32)

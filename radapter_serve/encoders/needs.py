@@ -66,22 +66,15 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Need:
-    """Rows that a task needs from one part of a release.
-
-    Attributes:
-        loaded: the release.
-        part: "pixels" decodes images to uint8 [N, S, S, 3]; "images" and "patches" encode such
-            pixels, "tokens" encodes texts.
-        rows: the headers of images; pixels; or the token ids of each text.
-        alpha: of the encoder; None where it is folded.
-        cancelled: whether the caller has given up.
+    """Rows that a task needs from one part of a release: "pixels" decodes images to uint8
+    [N, S, S, 3]; "images" and "patches" encode such pixels, "tokens" encodes texts.
     """
 
     loaded: Encodes
     part: Part
-    rows: Any
-    alpha: float | None
-    cancelled: Cancelled | None
+    rows: Any  # the headers of images; pixels; or the token ids of each text
+    alpha: float | None  # None where it is folded
+    cancelled: Cancelled | None  # whether the caller has given up
 
 
 Steps: TypeAlias = Generator[Need, Any, A]
@@ -121,23 +114,23 @@ def encode(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
 
 
 def _decode_together(loaded: Encodes, needs: Sequence[Need]) -> list[Result]:
-    waits: list[Callable[[], Rows]] = []
+    waits: list[Callable[[], Rows] | None] = []
     for need in needs:
         try:
             waits.append(loaded.decoder.start(need.rows, need.cancelled))
         except MemoryError:
-            waits.append(_no_memory)
+            waits.append(None)
     results: list[Result] = []
     for wait in waits:
+        if wait is None:
+            why = "the server has not enough memory for the images; send fewer"
+            results.append(TaskError(IMAGE_TOO_LARGE, why))
+            continue
         try:
             results.append(wait())
         except Exception as error:
             results.append(task_error(error))
     return results
-
-
-def _no_memory() -> Rows:
-    raise TaskError(IMAGE_TOO_LARGE, "the server has not enough memory for the images; send fewer")
 
 
 def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
@@ -147,7 +140,10 @@ def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32
     pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
     if not len(pixels):
         return np.zeros((0, loaded.release.embed_dim), np.float32)
-    alphas = _alpha_rows(needs)
+    alphas: NDArray[np.float32] | None = None
+    if needs[0].alpha is not None:
+        each = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
+        alphas = np.concatenate(each)
     # As few calls as there can be, of about as many rows.
     count = math.ceil(len(pixels) / min(CHUNK, loaded.release.max_batch_size))
     edges = [len(pixels) * number // count for number in range(count + 1)]
@@ -177,19 +173,8 @@ def _encode_tokens(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32
     return embeds[[places[text] for text in asked]]
 
 
-def _alpha_rows(needs: Sequence[Need]) -> NDArray[np.float32] | None:
-    if needs[0].alpha is None:
-        return None
-    alphas = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
-    return np.concatenate(alphas)
-
-
 def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
-    """Run one task.
-
-    Raises:
-        TaskError: why it has no answer.
-    """
+    """Run one task; raises the `TaskError` that it ends with."""
     [answer] = run_together([steps], together)
     if isinstance(answer, TaskError):
         raise answer
@@ -199,11 +184,8 @@ def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
 def run_together(
     tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
 ) -> list[A | TaskError]:
-    """Run tasks side by side, whose needs are encoded together; an error is its own task's alone.
-
-    Args:
-        tasks: none of which has begun.
-        together: the results of some needs of one part of one release.
+    """Run tasks side by side, whose needs are encoded `together`; an error is its own task's
+    alone.
     """
     answers: list[Any] = [None] * len(tasks)
     needs: dict[int, Need] = {}

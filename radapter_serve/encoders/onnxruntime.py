@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from radapter_serve.encoders.graph import Feed, Graph
+from radapter_serve.encoders.encoder import Graph
 from radapter_serve.errors import RAdapterError, not_installed, reason
 from radapter_serve.release.repository import CUDA_OPTIONS
 
@@ -30,20 +30,16 @@ def load(
     device: int | None = None,
     optimization: int = 0,
 ) -> Graph:
-    """Load a graph, and refuse to run it elsewhere than was asked for.
+    """Load a graph, and refuse to run it elsewhere than on `device` (None: the CPU).
 
     Args:
         path: `model.onnx`.
         parameters: as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
             `inter_op_thread_count`, `execution_mode`, `enable_mem_arena`, `enable_mem_pattern` (off
             unless it says 1) and `session.*`.
-        device: number of the GPU; None for the CPU.
+        device: number of the GPU.
         optimization: `level` of the graph optimization in a config.pbtxt: below 0 basic, 0 as ONNX
             Runtime itself, above 0 all.
-
-    Raises:
-        RAdapterError: ONNX Runtime is not installed, cannot load the file, or fell back to another
-            device.
     """
     try:
         import onnxruntime
@@ -68,12 +64,12 @@ def load(
     shrinking = onnxruntime.RunOptions()
     shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def run(feed: Feed, names: Sequence[str]) -> Sequence[NDArray[Any]]:
+    def run(feed: Mapping[str, NDArray[Any]], names: Sequence[str]) -> Sequence[NDArray[Any]]:
         large = options.enable_cpu_mem_arena and device is None and _is_large(feed)
-        found: Sequence[NDArray[Any]] = session.run(
+        outputs: Sequence[NDArray[Any]] = session.run(
             list(names), dict(feed), shrinking if large else None
         )
-        return found
+        return outputs
 
     return Graph(
         [tensor.name for tensor in session.get_inputs()],
@@ -82,9 +78,9 @@ def load(
     )
 
 
-def _is_large(feed: Feed) -> bool:
-    """Whether a run needs more memory between its layers than a usual one; ONNX Runtime would keep
-    it for good.
+def _is_large(feed: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a run needs more memory between its layers than a usual one, which ONNX Runtime would
+    keep for good.
     """
     return any(
         values.shape[0] > LARGE_ROWS

@@ -24,20 +24,14 @@ POLL_SECONDS = 0.2  # after which a caller who waits is asked again whether it s
 
 @dataclass(eq=False)
 class _Caller:
-    """A caller in the queue.
-
-    Attributes:
-        needs: what it needs encoded.
-        wake: set once there are results, or a batch that this caller is to encode.
-        batch: those whose needs it encodes, itself among them.
-        steps: of the batch in which its needs were encoded.
-    """
+    """A caller in the queue."""
 
     needs: Sequence[Need]
+    # Set once there are results, or a batch that this caller is to encode.
     wake: threading.Event = field(default_factory=threading.Event)
-    batch: list[_Caller] = field(default_factory=list)
+    batch: list[_Caller] = field(default_factory=list)  # that it encodes, itself among them
     results: Sequence[Result] | None = None
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  # of the batch that its needs were in
 
     @property
     def rows(self) -> int:
@@ -47,13 +41,9 @@ class _Caller:
 class Queue:
     """Encodes what waits as one batch, in the thread of one of its callers.
 
-    A caller who finds the encoder idle encodes at once. Who comes meanwhile waits; then the first
-    of them encodes for all that wait, up to `max_rows`. A caller who gives up leaves the queue.
-
-    Args:
-        encode: the results of some needs; it is never called with none.
-        max_rows: of a batch, unless one caller has more.
-        max_waiting: callers that wait; more are refused.
+    A caller who finds the encoder idle encodes at once. Others wait meanwhile; then the first of
+    them encodes for all that wait, up to `max_rows` unless one caller has more. More callers than
+    `max_waiting` are refused, and one who gives up leaves the queue.
     """
 
     def __init__(
@@ -71,10 +61,8 @@ class Queue:
         self._is_busy = False
 
     def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """The results of one caller's needs.
-
-        Raises:
-            TaskError: too many callers wait; this one has given up.
+        """The results of one caller's needs; raises a `TaskError` where too many wait, or this one
+        gave up.
         """
         caller = _Caller(needs)
         with self._lock:

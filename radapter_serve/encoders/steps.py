@@ -13,17 +13,10 @@ ENCODER = "_encoder"  # how the names of the steps end that are calls of an enco
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the work on a request.
+    """A part of the work on a request, with the steps inside it."""
 
-    Attributes:
-        name: "engine", a task or an encoder.
-        start: in nanoseconds since 1970.
-        end: likewise.
-        parts: the steps inside it.
-    """
-
-    name: str
-    start: int
+    name: str  # "engine", a task or an encoder
+    start: int  # in nanoseconds since 1970
     end: int
     parts: tuple[Step, ...] = ()
 
@@ -33,10 +26,8 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 @contextlib.contextmanager
 def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Yields the steps that this thread takes in the block, as they end.
-
-    Args:
-        into: a list that they are added to; a new one if None.
+    """Yields the steps that this thread takes in the block, as they end; `into` a list, or a new
+    one.
     """
     steps = [] if into is None else into
     token = _taken.set(steps)
@@ -55,11 +46,7 @@ def add(steps: Iterable[Step]) -> None:
 
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
-    """Take a step of this thread, also where the block fails.
-
-    Args:
-        name: of it.
-    """
+    """Take a step of this thread, also where the block fails."""
     start = time.time_ns()
     began = time.monotonic_ns()  # the clock of the day may be set meanwhile
     try:

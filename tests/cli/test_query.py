@@ -314,6 +314,9 @@ def test_failed_query_leaves_the_old_file(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+A = ["no.png", "--labels", "a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -321,71 +324,31 @@ def test_failed_query_leaves_the_old_file(
         (["classify", "no.png", "--labels-file", "no.txt"], "cannot read no.txt: No such file"),
         (
             ["classify", "no.png", "--labels-file", "{tmp}/empty.txt"],
-            "empty.txt is empty: it needs a label a line",
+            "empty.txt is empty: it needs",
         ),
-        (
-            ["classify", "no.png", "--labels-file", "{tmp}/latin.txt"],
-            "cannot read .*latin.txt: .*utf-8",
-        ),
+        (["classify", "no.png", "--labels-file", "{tmp}/latin.txt"], "cannot read .*txt: .*utf-8"),
         (["classify", "no.png", "--labels", "a", "--top-k", "0"], "top_k is 0; allowed are"),
-        (["embed-text", "a", "--url", "localhost:8001"], "allowed are http://"),
-        (["embed-text", "a", "--timeout", "-1"], "timeout is -1"),
-        (["embed-text", "a", "--out", "x.txt"], "x.txt does not end in .npy"),
-        (["embed-text", "a", "--out", "no/such/x.npy"], "no/such is no folder"),
-        (
-            ["segment", "no.png", "--labels", "a", "--save", "x.txt"],
-            "--save x.txt does not end in .png or .jpg",
-        ),
-        (["segment", "no.png", "--labels", "a", "--save", "no/such/x.png"], "no/such is no folder"),
-        (
-            ["segment", "no.png", "--labels", "a", "--save-mask", "x.jpg"],
-            "--save-mask x.jpg does not end in .png",
-        ),
-        (
-            ["segment", "no.png", "--labels", "a", "--save", "x.png", "--save-mask", "x.png"],
-            "are both x.png",
-        ),
-        (
-            ["segment", "a.png", "b.png", "--labels", "a", "--save", "x.png"],
-            "of several images, give a folder",
-        ),
         (
             ["classify", "no.png", "--labels", "a", "--out", "x.txt"],
-            "x.txt does not end in .csv or .jsonl",
+            "x.txt does not end in .csv or",
         ),
         (["classify", "no.png", "--labels", "a", "--out", "no/x.csv"], "no is no folder"),
-        (
-            ["segment", "no.png", "--labels", "a", "--out", "x.npy"],
-            "x.npy does not end in .csv or .jsonl",
-        ),
         (["classify", "{tmp}", "--labels", "a"], "no JPEG, PNG or WebP files"),
         (["classify", "--labels", "a"], "give files or folders"),
         (["classify", "a.png"], "give one of --labels, --labels-file and --label-set"),
         (["classify", "a.png", "--labels", "a", "--label-set", "b"], "give one of --labels"),
-        (["segment", "a.png"], "give one of --labels"),
+        (["segment", *A, "--save", "x.txt"], "--save x.txt does not end in .png or .jpg"),
+        (["segment", *A, "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
+        (["segment", *A, "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
+        (["segment", "a.png", *A, "--save", "x.png"], "of several images, give a folder"),
+        (["segment", *A, "--font", "no.ttf", "--save", "x.png"], "cannot read the font no.ttf"),
         (["search", "--index", "photos"], "give a text to search for"),
-        (["search", "a", "b", "--weights", "1", "--index", "photos"], "weights has the shape"),
-        (["search", "a", "--weights", "-nan", "--index", "photos"], "weights are .*finite"),
         (["search", "a", "--min-score", "2", "--index", "photos"], "min_score is 2.0; allowed"),
-        (["search", "a", "--offset", "-1", "--index", "photos"], "offset is -1; allowed"),
-        (["embed-text"], "give texts"),
-        (["segment", "no.png", "--labels", "a", "--save", "x.png"], "cannot read the image no.png"),
-        (
-            ["segment", "no.png", "--labels", "a", "--threshold", "2"],
-            "threshold is 2.0; allowed are",
-        ),
-        (["segment", "no.png", "--labels-file", "no.txt"], "cannot read no.txt"),
-        (
-            ["segment", "{tmp}/latin.txt", "--labels", "a", "--font", "no.ttf", "--save", "x.png"],
-            "cannot read the font no.ttf",
-        ),
         (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),
-        (["search", "--image", "no.png", "--index", "i"], "cannot read the image no.png"),
-        (["search", "a", "--index", "i", "--top-k", "0"], "top_k is 0"),
-        (
-            ["embed-text", "a", "--url", "http://127.0.0.1:9"],
-            "no answer from http://127.0.0.1:9.*radapter-serve",
-        ),
+        (["embed-text"], "give texts"),
+        (["embed-text", "a", "--out", "no/such/x.npy"], "no/such is no folder"),
+        (["embed-text", "a", "--url", "localhost:8001"], "allowed are http://"),
+        (["embed-text", "a", "--url", "http://127.0.0.1:9"], "no answer from .*radapter-serve"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -404,26 +367,13 @@ def test_bad_input_is_one_line(
     assert set(tmp_path.iterdir()) == before
 
 
-COMMANDS = [
-    [],
-    *(
-        [name]
-        for name in [
-            "classify",
-            "segment",
-            "search",
-            "embed-image",
-            "embed-text",
-            "release",
-        ]
-    ),
-]
+COMMANDS = ["", "classify", "segment", "search", "embed-image", "embed-text", "release"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
+def test_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "usage: radapter-query" in text and len(text.splitlines()) > 5

@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 
 import radapter_client
 from radapter_client import AsyncClient, Client
-from radapter_client._retries import Tries
+from radapter_client._calls import Tries
 from radapter_serve.cli import query
 from tests.helpers.stand_ins import http_server
 

@@ -2,8 +2,7 @@
 
 Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer,
 11 included, and its builder half with TensorRT's RTX edition, which builds without a GPU; so the
-functions take the module. Ask
-`radapter_serve.encoders.cuda.find_gpu` first: without a driver TensorRT ends the process.
+functions take the module. Call `find_gpu` first: without a driver TensorRT ends the process.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.encoders.cuda import Stream
+from radapter_serve.encoders.encoder import Graph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 
@@ -65,9 +65,6 @@ class Options:
 def import_tensorrt() -> Any:
     """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the
     system has them.
-
-    Raises:
-        RAdapterError: it is not installed, or its libraries are missing.
     """
     problem = "TensorRT is not installed for Python"
     for name in ("tensorrt", "tensorrt_bindings"):
@@ -106,10 +103,6 @@ def build(
 
     Returns:
         The engine, and smallest, usual and largest shape of each input.
-
-    Raises:
-        RAdapterError: TensorRT cannot read the graph or cannot build it; the message has TensorRT's
-            own words.
     """
     log = _log(trt)
     log.clear()
@@ -148,9 +141,7 @@ def build(
 
 def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
     config = builder.create_builder_config()
-    config.clear_flag(
-        trt.BuilderFlag.TF32
-    )  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32; fp16 and bf16 are for speed
     shapes = builder.create_optimization_profile()
     for name, limits in profile.items():
         shapes.set_shape(name, *limits)
@@ -168,12 +159,7 @@ def make_profile(
     inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]
 ) -> Profile:
     """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if
-    first, else a length.
-
-    Args:
-        inputs: shapes, by name.
-        batches: rows, usually and at most.
-        lengths: tokens, usually and at most.
+    first, else a length, of which `batches` and `lengths` have the usual and the largest.
     """
 
     def fill(shape: Shape, batch: int, length: int) -> Shape:
@@ -189,14 +175,9 @@ def make_profile(
 
 
 class Engine:
-    """An engine in this process, to be called with the graph's inputs in their order.
-
-    Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        plan: what `build` gave.
-
-    Raises:
-        RAdapterError: TensorRT refuses it: another version, another GPU, or too little memory.
+    """An engine that `build` made, in this process, to be called with the graph's inputs in their
+    order; raises a `RAdapterError` where TensorRT refuses it: another version, another GPU, or too
+    little memory.
     """
 
     def __init__(self, trt: Any, plan: bytes) -> None:
@@ -236,11 +217,7 @@ class Engine:
             return stream.download(addresses[output], shape, dtype).astype(np.float32, copy=False)
 
     def shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Set the inputs' shapes; gives those of the outputs.
-
-        Raises:
-            RAdapterError: a shape is outside the engine's profile.
-        """
+        """Set the inputs' shapes, which must be in the engine's profile; gives the outputs'."""
         for name, shape in inputs.items():
             if not self._context.set_input_shape(name, shape):
                 limits = self._engine.get_tensor_profile_shape(name, 0)
@@ -253,9 +230,6 @@ class Engine:
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
         """Run on what lies at these addresses of the GPU, in the shapes that were set, without
         waiting.
-
-        Raises:
-            RAdapterError: TensorRT refuses to run.
         """
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
@@ -263,13 +237,27 @@ class Engine:
             raise RAdapterError(f"TensorRT does not run the engine: {_log(self._trt).summary()}")
 
 
+def load(path: Path, *, device: int | None = 0) -> Graph:
+    """Load `model.plan`, an engine that was built on this machine, for GPU 0."""
+    if device != 0:
+        where = "the CPU" if device is None else f"GPU {device}"
+        raise RAdapterError(
+            f"instance on {where}: an engine runs on GPU 0 here; set instance_group kind: KIND_GPU"
+        )
+    engine = Engine(import_tensorrt(), path.read_bytes())
+    return Graph(
+        engine.inputs,
+        engine.outputs,
+        lambda feed, _: [engine(*(feed[name] for name in engine.inputs))],
+    )
+
+
 def _deserialize(trt: Any, plan: bytes) -> Any:
     log = _log(trt)
     log.clear()
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = (
-        True  # version-compatible engines bring their own runtime; all are of our making
-    )
+    # Version-compatible engines bring their own runtime; all are of our making.
+    runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RAdapterError(f"TensorRT {trt.__version__} does not load the engine: {log.summary()}")
@@ -282,8 +270,7 @@ def _context(trt: Any, engine: Any) -> Any:
     if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
         context = engine.create_execution_context()
     else:
-        # The RTX edition makes kernels for a shape when it meets it: at once, not beside the first
-        # runs.
+        # The RTX edition makes kernels for a shape when it first meets it: before that run.
         config = engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
         context = engine.create_execution_context(config)
@@ -343,7 +330,7 @@ def _log(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Passes on phase and step, and ends the build at the next one if it is told to."""
+        """Passes on phase and step, and ends the build at the next one once it is interrupted."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

@@ -27,27 +27,16 @@ EDITION = "tensorrt"
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a plan was built from, with and for: `model.plan.json`.
+    """What a plan was built from, with and for: `model.plan.json`."""
 
-    Attributes:
-        edition: "tensorrt", or "tensorrt_rtx", whose engines Triton cannot load.
-        version: of TensorRT, such as "11.2.1".
-        gpu: its name.
-        compute_capability: of the GPU, such as "9.0".
-        onnx: `sha256:` of the graph and its weights.
-        profile: smallest, usual and largest shape of each input.
-        options: how it was built.
-        agreement: with torch, measured where it was built.
-    """
-
-    edition: str
-    version: str
-    gpu: str
-    compute_capability: str
-    onnx: str
+    edition: str  # "tensorrt", or "tensorrt_rtx", whose engines Triton cannot load
+    version: str  # of TensorRT, such as "11.2.1"
+    gpu: str  # its name
+    compute_capability: str  # of the GPU, such as "9.0"
+    onnx: str  # `sha256:` of the graph and its weights
     profile: Profile
     options: Options
-    agreement: Agreement
+    agreement: Agreement  # with torch, measured where it was built
 
     def save(self, folder: Path) -> None:
         """Write it beside the plan."""
@@ -56,20 +45,15 @@ class Sidecar:
 
     @classmethod
     def load(cls, folder: Path) -> Sidecar:
-        """Read what `save` wrote.
-
-        Raises:
-            RAdapterError: it is missing or damaged; the message says how to build again.
-        """
+        """Read what `save` wrote; the error of a missing or damaged file says how to build it."""
         path = folder / SIDECAR
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            found |= {
-                "options": Options(**found["options"]),
-                "agreement": Agreement(**found["agreement"]),
-            }
-            limits = {name: tuple(map(tuple, shapes)) for name, shapes in found["profile"].items()}
-            sidecar = cls(**found | {"profile": limits})
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["options"] = Options(**values["options"])
+            values["agreement"] = Agreement(**values["agreement"])
+            shapes = values["profile"].items()
+            values["profile"] = {name: tuple(map(tuple, limits)) for name, limits in shapes}
+            sidecar = cls(**values)
             _numbers(sidecar.version), _numbers(sidecar.compute_capability)
         except FileNotFoundError:
             raise RAdapterError(
@@ -81,17 +65,9 @@ class Sidecar:
 
 
 def check_plan(folder: Path) -> Sidecar:
-    """Whether the plan of one version of an encoder can be served here.
-
-    Args:
-        folder: such as `model_repository/image_encoder/1`.
-
-    Returns:
-        What lies beside it.
-
-    Raises:
-        RAdapterError: it is missing, unfinished, or for another TensorRT, GPU or graph; or there is
-            no GPU. The message says which command to run.
+    """The sidecar of the plan in a folder such as `model_repository/image_encoder/1`; raises a
+    `RAdapterError` where the plan can't be served here: it is missing, unfinished, or for another
+    TensorRT, GPU or graph, or there is no GPU.
     """
     gpu = find_gpu()
     if not (folder / PLAN).is_file():
@@ -111,8 +87,7 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     found = _numbers(gpu.compute_capability)
     if sidecar.edition != EDITION:
         return f"is an engine of {sidecar.edition}, which Triton cannot load"
-    # The fourth number is the build, which not every version here tells; plans are refused for it,
-    # too.
+    # The fourth number is the build, which some versions lack; plans are refused for it, too.
     built, here = built[: len(here)], here[: len(built)]
     # Across majors NVIDIA promises 10 to 11 only.
     later = options.version_compatible and built <= here and here[0] - built[0] <= 1

@@ -36,24 +36,18 @@ from radapter_serve.release.repository import TENSORRT
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a repository: its model and release, whether it was built or kept, size and
-    agreement.
-    """
+    """One engine of a repository."""
 
     model: str
     version: int
-    how: str
+    how: str  # "built" or "kept"
     size: int
     agreement: Agreement
     seconds: float
 
 
 def check_engines(repository: Path) -> dict[Path, Sidecar]:
-    """`check_plan` for all that a repository serves with TensorRT, by folder.
-
-    Raises:
-        RAdapterError: of `check_plan`, or there is no encoder in the repository.
-    """
+    """`check_plan` for all that a repository serves with TensorRT, by folder."""
     return {
         (folder := encoder.folder / str(version)): check_plan(folder)
         for encoder in _encoders(repository)
@@ -74,8 +68,8 @@ def build_engines(
     """Build the engine of every encoder and release that a repository serves, and let TensorRT
     serve them.
 
-    An engine is compared with torch before it is written. Configs change at the very end: whatever
-    fails before leaves the repository served as it was. Engines that fit stay.
+    An engine is compared with torch before it is written. Configs change at the very end: a failure
+    before leaves the repository served as it was. Engines that fit stay.
 
     Args:
         repository: what radapter-export has filled.
@@ -85,10 +79,6 @@ def build_engines(
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         force: build all, those that fit, too.
         progress: called with a short line as the work goes on.
-
-    Raises:
-        RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from
-            torch.
     """
     _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
@@ -120,15 +110,8 @@ def build_engines(
 
 
 class PlanWriter:
-    """Writes one engine after the other, all with the same options.
-
-    Args:
-        options: how engines are built.
-        timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
-        progress: called with a short line as the work goes on.
-
-    Raises:
-        RAdapterError: no GPU, no TensorRT, or a folder for the timing cache.
+    """Writes one engine after the other, all with the same options; the arguments are those of
+    `build_engines`.
     """
 
     def __init__(
@@ -156,18 +139,9 @@ class PlanWriter:
         bounds: Tolerance,
         keep: bool = False,
     ) -> Built:
-        """Write an engine beside a graph, once it is compared with torch; the sidecar comes last.
-
-        Args:
-            name: of the encoder.
-            folder: of one version, with `model.onnx` and `samples.npz`.
-            max_batch_size: rows of the largest batch.
-            max_length: tokens of the longest text.
-            bounds: of the difference from torch.
-            keep: leave an engine that fits as it is.
-
-        Raises:
-            RAdapterError: TensorRT cannot build the graph, or the engine differs from torch.
+        """Write an engine beside `model.onnx` and `samples.npz` in the folder of one version, once
+        its difference from torch is within `bounds`; the sidecar comes last. With `keep`, one that
+        fits stays.
         """
         start = time.perf_counter()
         label = f"{name} of release {folder.name}"
@@ -213,7 +187,7 @@ class PlanWriter:
         return sidecar
 
     def _fitting(self, folder: Path) -> Sidecar | None:
-        """What lies beside an engine that fits this machine and the options."""
+        """The sidecar of an engine that fits this machine and the options, or None."""
         with contextlib.suppress(RAdapterError):
             sidecar = Sidecar.load(folder)
             problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
