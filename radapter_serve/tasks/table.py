@@ -266,9 +266,9 @@ def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
     from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 
     query = Query(
-        values.pop("text", ()),
+        tuple(values.pop("text", ())),
         read_headers(values.pop("image", ())),
-        values.pop("id", ()),
+        tuple(values.pop("id", ())),
         values.pop("weight", None),
     )
     return RetrieveRequest(query=query, thumbnails=wants("thumbnail"), **values)
@@ -333,7 +333,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         _tensors(Tensor("text", "BYTES"), _ALPHA),
         _tensors(Tensor("text_embeds", "FP32", (-1,))),
         True,
-        lambda values, wants: EmbedTextsRequest(values["text"], values.get("alpha")),
+        lambda values, wants: EmbedTextsRequest(tuple(values["text"]), values.get("alpha")),
         _plain(embed_texts),
         lambda answers: {"text_embeds": np.concatenate(answers)},
     ),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_client import Client, ServerError
 from radapter_client._methods import TASKS as ASKED
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.release.release import TASKS as NAMES
@@ -16,7 +17,8 @@ from radapter_serve.release.tensors import NUMPY
 from radapter_serve.tasks.embed import EmbedTextsRequest
 from radapter_serve.tasks.probes import GLANCES, PROBES
 from radapter_serve.tasks.table import TASKS
-from tests.helpers.small_release import Local
+from tests.helpers.small_release import Local, png
+from tests.helpers.stand_ins import Recorder
 
 MODELS = Path(__file__).parents[2] / "model_repository"
 
@@ -55,6 +57,55 @@ def test_the_page_of_the_http_api_has_every_tensor() -> None:
             expected.pop("alpha", None)  # a sentence after the table has it, for all tasks
             assert named == expected, name
     assert "`alpha` FP32 [1]" in page
+
+
+def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -> None:
+    """`Model` hands over plain values, of which a transport makes tensors."""
+    recorder = Recorder()
+    masks = np.full((1, 20, 30), 255, np.uint8)
+    names = ["cat, kitty", "Ölkäfer"]
+    with Client(transport=recorder, release=1) as client:
+        client.classify(png(0), names, templates=["a {}"], alpha=0.3, unknown=0.7, calibrated=True)
+        client.classify(
+            [png(0), png(1)],
+            names,
+            multi_label=True,
+            threshold=0.3,
+            examples={"Ölkäfer": [png(2), png(3)]},
+            example_weight={"Ölkäfer": 0.7},
+        )
+        client.segment(png(0), names, short_side=20, stride=5, refine=1, alpha=0.3)
+        options = {"proposal_scores": [[0.1, 0.7]], "proposal_weight": 0.3, "threshold": 0.7}
+        client.segment(png(0), names, proposals=masks, **options)
+        with pytest.raises(ServerError):  # the stand-in's answer has no version of an index
+            client.search(
+                ["a", "ü"],
+                image=png(0),
+                id="ü.png",
+                weights=[1, -0.3, 2, 0.1],
+                index="photos",
+                where="path != 'ü'",
+                min_score=0.3,
+                offset=3,
+                index_version="g-1",
+            )
+        client.search("a", index="photos", min_score="calibrated", thumbnails=True)
+        client.embed_texts(["a", "ü"], alpha=0.3)
+        client.embed_images([png(0), png(1)])
+
+    def facts(request: Any) -> dict[str, Any]:
+        """Without the images, whose headers may have been read already."""
+        kept = {name: one for name, one in vars(request).items() if name != "images"}
+        return {name: np.asarray(one).tolist() for name, one in kept.items()}
+
+    assert len(recorder.inferences) == 8
+    for request in recorder.inferences:
+        task = TASKS[request.model]
+        assert request.values is not None
+        task.check(request.model, dict(request.inputs), 64)
+        typed = task.request(dict(request.values), request.outputs.__contains__)
+        [read] = task.read(local.loaded, dict(request.inputs), request.outputs.__contains__)
+        assert type(typed) is type(read) and facts(typed) == facts(read)
 
 
 def test_texts_come_as_bytes_or_as_text(local: Local) -> None:
