@@ -26,8 +26,7 @@ from radapter_serve.contract.preprocess import ImageFile, Preprocess, decode_pix
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder, load_graphs
-from radapter_serve.encoders.label_store import LabelStore
-from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
+from radapter_serve.encoders.labels import LabelCache, LabelSet, LabelStore, load_label_sets
 from radapter_serve.encoders.needs import Need, Part, Steps, Tokenize, encode
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.label_store import LabelStore
 from radapter_serve.encoders.labels import (
     MAX_EXAMPLES,
     Examples,
     LabelCache,
     LabelSet,
+    LabelStore,
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
