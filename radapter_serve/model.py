@@ -71,14 +71,14 @@ class Model(Client):
     ) -> None:
         name = os.fspath(source)
         place = name
-        if name.startswith(HUB) and all(one is None for one in (pretrained, base, alpha, dense)):
+        options = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
+        if name.startswith(HUB) and all(value is None for value in options.values()):
             from radapter_export.hub import take
 
             place = str(take(name) or name)
         folder, number = split_repository(place)
         if releases_of(Path(folder)) or number:
-            own = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
-            for what, value in own.items():
+            for what, value in options.items():
                 if value is not None:
                     raise RAdapterError(
                         f"{what} is {value!r}, but {name} is a model repository, whose releases"

@@ -107,8 +107,8 @@ class Client(BaseClient[Transport]):
                     except RAdapterClientError as error:
                         step = partial(answer.throw, error)
             except StopIteration as done:
-                found: T = done.value
-                return found
+                value: T = done.value
+                return value
 
     def _in_threads(self, send: Callable[[Part], Any], parts: Sequence[Part]) -> Iterator[Any]:
         replies = self._threads.map(send, parts)
@@ -189,8 +189,8 @@ class AsyncClient(BaseClient[AsyncTransport]):
                 except RAdapterClientError as error:
                     step = partial(answer.throw, error)
         except StopIteration as done:
-            found: T = done.value
-            return found
+            value: T = done.value
+            return value
 
 
 async def _together(calls: list[Any]) -> list[Any]:

@@ -187,7 +187,7 @@ class BaseClient(Generic[W]):
                     f"examples of {(MAX_BYTES - room) / 2**20:.0f} MiB; at most"
                     f" {MAX_BYTES // 2**21} MiB are allowed, so send smaller ones"
                 )
-        strings = sum(len(one) if isinstance(one, list) else 1 for one in options.values())
+        strings = sum(len(value) if isinstance(value, list) else 1 for value in options.values())
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, room)
         replies = yield from self._infer(
@@ -259,9 +259,9 @@ class BaseClient(Generic[W]):
 
         def part(index: int) -> Request:
             item = items[index]
-            own = proposal_values(item, masks[index], scores[index], proposal_weight)
-            image = {"image": encode_image(item)}
-            return Request("infer", "segment", inputs=Inputs(image | options | own))
+            values = proposal_values(item, masks[index], scores[index], proposal_weight)
+            values |= {"image": encode_image(item), **options}
+            return Request("infer", "segment", inputs=Inputs(values))
 
         replies = yield from self._infer(
             "segment", [partial(part, index) for index in range(len(items))]
@@ -343,7 +343,7 @@ class BaseClient(Generic[W]):
         def part() -> Request:
             values = query | options
             if images:
-                values["image"] = [encode_small(one, self._shrink_to) for one in images]
+                values["image"] = [encode_small(item, self._shrink_to) for item in images]
             return Request("infer", "retrieve", inputs=Inputs(values), outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])

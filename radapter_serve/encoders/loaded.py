@@ -98,8 +98,8 @@ class LoadedRelease:
     def _changed(self, **fields: Any) -> LoadedRelease:
         # What was made of other fields is made again.
         changed = copy.copy(self)
-        for made in ("decoder", "label_cache", "label_sets"):
-            changed.__dict__.pop(made, None)
+        for name in ("decoder", "label_cache", "label_sets"):
+            changed.__dict__.pop(name, None)
         changed.__dict__.update(fields)
         return changed
 

@@ -156,7 +156,7 @@ def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32
 def _encode_tokens(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     # Each text once at each α, with others of about its length.
     asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
-    unique = sorted(dict.fromkeys(asked), key=lambda one: len(one[0]))
+    unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
     size = loaded.release.max_batch_size
     parts = []
     for start in range(0, len(unique), size):

@@ -60,9 +60,9 @@ def step(name: str) -> Iterator[None]:
 def encoder_ms(steps: Iterable[Step]) -> float:
     """The milliseconds of these steps in which an encoder ran."""
     total = 0.0
-    for one in steps:
-        if one.name.endswith(ENCODER):
-            total += (one.end - one.start) / 1e6
+    for taken in steps:
+        if taken.name.endswith(ENCODER):
+            total += (taken.end - taken.start) / 1e6
         else:
-            total += encoder_ms(one.parts)
+            total += encoder_ms(taken.parts)
     return total

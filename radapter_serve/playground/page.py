@@ -25,19 +25,19 @@ _PARTS = "sky\ngrass\na house\na tree\na person"
 Handler = Callable[..., Any]
 
 
-def told(handler: Handler) -> Handler:
-    """A handler whose refusals the page shows, in words."""
+def explained(handler: Handler) -> Handler:
+    """Wrap a handler so that the page shows why it fails."""
 
     @wraps(handler)
-    def telling(*given: Any) -> Any:
+    def explaining(*values: Any) -> Any:
         try:
-            return handler(*given)
+            return handler(*values)
         except (RAdapterClientError, OSError, Image.DecompressionBombError) as error:
             raise gradio.Error(
                 redact(str(error)), print_exception=False, title="No answer"
             ) from None
 
-    return telling
+    return explaining
 
 
 def build(client: Client) -> gradio.Blocks:
@@ -94,7 +94,7 @@ def build(client: Client) -> gradio.Blocks:
                 gradio.update(choices=names, value=names[0] if names else ""),
             )
 
-        page.load(told(begin), None, [facts, alpha, label_sets, indexes])
+        page.load(explained(begin), None, [facts, alpha, label_sets, indexes])
     page.queue(default_concurrency_limit=4, max_size=64)
     return page
 
@@ -113,19 +113,19 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
             return None, "Drop a picture on the left."
         release = client.release()
         start = time.perf_counter()
-        found = client.classify(
+        answer = client.classify(
             Path(file),
             None if label_set else lines(text),
             label_set=label_set or None,
             alpha=at if release.dynamic_alpha else None,
             top_k=10,
         )
-        return dict(zip(found.labels, found.scores, strict=True)), _took(start, found.release)
+        return dict(zip(answer.labels, answer.scores, strict=True)), _took(start, answer.release)
 
     labels.input(lambda: "", None, sets)  # who types labels wants them
     gradio.on(
         [button.click, picture.change, sets.input, alpha.input],
-        told(classify),
+        explained(classify),
         [picture, labels, sets, alpha],
         [scores, took],
         trigger_mode="always_last",  # while α moves, its last position counts
@@ -183,9 +183,9 @@ def _search(client: Client, picture: Any) -> Any:
 
     answers = [gallery, took]
     options = [index, count, page, least]
-    gradio.on([by_text.click, text.submit], told(search_text), [text, *options], answers)
-    by_picture.click(told(search_picture), [picture, *options], answers)
-    by_both.click(told(search_both), [picture, text, *options], answers)
+    gradio.on([by_text.click, text.submit], explained(search_text), [text, *options], answers)
+    by_picture.click(explained(search_picture), [picture, *options], answers)
+    by_both.click(explained(search_both), [picture, text, *options], answers)
     return index
 
 
@@ -205,12 +205,12 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
         image = oriented(Image.open(file))
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         start = time.perf_counter()
-        found = client.segment(
+        answer = client.segment(
             image, lines(text), threshold=least or None, alpha=at if release.dynamic_alpha else None
         )
-        return found.overlay(image), _took(start, found.release)
+        return answer.overlay(image), _took(start, answer.release)
 
-    button.click(told(segment), [picture, labels, threshold, alpha], [drawn, took])
+    button.click(explained(segment), [picture, labels, threshold, alpha], [drawn, took])
 
 
 def lines(text: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Serving the page, on a port of its own."""
+"""Serve the page at a port."""
 
 from __future__ import annotations
 
@@ -80,12 +80,7 @@ def _password(file: Path | None) -> str:
 
 @contextlib.contextmanager
 def serving(settings: Settings) -> Iterator[str]:
-    """The page until the end of the block; its URL.
-
-    Raises:
-        RAdapterError: a setting that is not allowed, or a port that is taken.
-        RAdapterClientError: a URL that names no server.
-    """
+    """Serve the page until the end of the block; yields its URL."""
     address, login = settings.check()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(Client(settings.url, api_key=settings.api_key))

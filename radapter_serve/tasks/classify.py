@@ -249,8 +249,8 @@ def mix_examples(
     mixed = label_set.embeds.copy()
     for place in np.unique(places):
         label = label_set.labels[place]
-        own = _unit(shown[places == place].mean(0), label)
-        both = (1 - weights[place]) * label_set.embeds[place] + weights[place] * own
+        example = _unit(shown[places == place].mean(0), label)
+        both = (1 - weights[place]) * label_set.embeds[place] + weights[place] * example
         mixed[place] = _unit(both, label)
     return replace(label_set, embeds=mixed)
 

@@ -155,13 +155,13 @@ class Indexes:
 
     def __init__(
         self,
-        own: LoadedRelease,
+        loaded: LoadedRelease,
         others: Callable[[], Iterable[LoadedRelease]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._own = own
+        self._loaded = loaded
         self._others = others
-        self._opened = OpenIndexes(own.indexes, clock)
+        self._opened = OpenIndexes(loaded.indexes, clock)
         self._opened.open_all()
         self._logged: set[str] = set()  # generations for which the log has the command
 
@@ -171,21 +171,21 @@ class Indexes:
         """
         index = self._opened.get(name)
         made_by = index.facts.plan.release
-        if made_by.is_of(self._own.release):
-            return index, self._own
+        if made_by.is_of(self._loaded.release):
+            return index, self._loaded
         for loaded in self._others():
             if made_by.is_of(loaded.release):
                 return index, loaded
         shown = as_text(index.folder.name)
-        own = self._own.release
-        why = mismatch(made_by, own)
+        release = self._loaded.release
+        why = mismatch(made_by, release)
         if index.generation not in self._logged:
             self._logged.add(index.generation)
             if link := link_of(index.folder):
                 again = f"build the index that was published to {link} again, and publish that"
             else:
                 command = build_command(
-                    index.folder.absolute(), index.facts.plan, own, self._own.origin
+                    index.folder.absolute(), index.facts.plan, release, self._loaded.origin
                 )
                 again = f"build it again: {command}"
             print(f"the index {shown!r} {why}; {again}", file=sys.stderr)
@@ -232,11 +232,11 @@ def retrieve(
         offset=request.offset,
         min_score=min_score,
     )
-    found = [
+    described = [
         Hit(hit.id, hit.score, json.dumps(hit.metadata, ensure_ascii=False), hit.thumbnail)
         for hit in hits
     ]
-    return Retrieved(found, index.generation, request.thumbnails)
+    return Retrieved(described, index.generation, request.thumbnails)
 
 
 def _fitted_min_score(loaded: LoadedRelease, alpha: float) -> float:

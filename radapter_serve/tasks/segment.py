@@ -68,7 +68,9 @@ class SegmentRequest:
         """How the image is segmented."""
         names = "threshold", "short_side", "stride", "refine", "proposal_weight"
         values = {name: getattr(self, name) for name in names}
-        return SegmentOptions(**{name: one for name, one in values.items() if one is not None})
+        return SegmentOptions(
+            **{name: value for name, value in values.items() if value is not None}
+        )
 
 
 @dataclass(frozen=True)

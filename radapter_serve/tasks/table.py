@@ -126,7 +126,7 @@ class Task(Generic[R, A]):
             values = _plain_values({name: array[start] for name, array in options.items()})
             requests.append(self.request({**values, varied: items[start:end]}, wants))
 
-        classified = [one for one in requests if isinstance(one, ClassifyRequest)]
+        classified = [request for request in requests if isinstance(request, ClassifyRequest)]
         if len(classified) > 1:
             _check_together(loaded, classified)
         return requests
@@ -153,6 +153,10 @@ def _text(value: Any) -> str:
         return value if isinstance(value, str) else value.decode()
     except UnicodeDecodeError as error:
         raise invalid(f"a text is not UTF-8 ({error})") from None
+
+
+def _bytes_of(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
     if not (images is places is weights is None):
         if images is None or places is None:
             raise invalid("examples and example_labels belong together, and example_weight to them")
-        encoded = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
+        encoded = tuple(map(_bytes_of, images))
         shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
         examples = Examples(encoded, tuple(places), shares)
     return ClassifyRequest(values.pop("image"), labels, examples=examples, **values)
@@ -213,11 +217,12 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
 
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
     """Refuse what the rows of a request ask for too much together."""
-    own = loaded.release.templates
+    templates = loaded.release.templates
     lists = {request.labels for request in requests if request.labels.names is not None}
-    check_prompts([(one.names or (), one.templates or own) for one in lists])
-    encoded = sum(len(set(one.examples.images)) for one in requests if one.examples is not None)
-    for name, alpha in {(one.labels.label_set, one.alpha) for one in requests}:
+    check_prompts([(labels.names or (), labels.templates or templates) for labels in lists])
+    shown = [request.examples for request in requests if request.examples is not None]
+    encoded = sum(len(set(examples.images)) for examples in shown)
+    for name, alpha in {(request.labels.label_set, request.alpha) for request in requests}:
         known = None if name is None else known_as(name, loaded.label_sets)
         examples = None if known is None else loaded.label_sets[known].examples
         if examples is not None and alpha not in (None, loaded.exported_alpha):

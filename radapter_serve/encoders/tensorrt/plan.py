@@ -84,7 +84,7 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     built = _numbers(sidecar.version)
     here = _numbers(version)
     wanted = _numbers(sidecar.compute_capability)
-    found = _numbers(gpu.compute_capability)
+    capability = _numbers(gpu.compute_capability)
     if sidecar.edition != EDITION:
         return f"is an engine of {sidecar.edition}, which Triton cannot load"
     # The fourth number is the build, which some versions lack; plans are refused for it, too.
@@ -93,7 +93,9 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     later = options.version_compatible and built <= here and here[0] - built[0] <= 1
     if built != here and not later:
         return f"was built with TensorRT {sidecar.version}, this is {version}"
-    if wanted != found and not (options.hardware_compatible and min(wanted, found) >= (8, 0)):
+    if wanted != capability and not (
+        options.hardware_compatible and min(wanted, capability) >= (8, 0)
+    ):
         return (
             f"was built for compute capability {sidecar.compute_capability} ({sidecar.gpu}), "
             f"this GPU ({gpu.name}) has {gpu.compute_capability}"
@@ -110,8 +112,8 @@ def _served_version(sidecar: Sidecar) -> str:
     try:
         return str(import_tensorrt().__version__)
     except RAdapterError:
-        own = _numbers(sidecar.version)[0]
-        for major in (own, own + 1, own - 1):
+        built = _numbers(sidecar.version)[0]
+        for major in (built, built + 1, built - 1):
             with contextlib.suppress(OSError):
                 library = ctypes.CDLL(f"libnvinfer.so.{major}")
                 number = int(library.getInferLibVersion())
