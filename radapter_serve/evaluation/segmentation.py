@@ -35,8 +35,8 @@ from radapter_serve.evaluation.metrics import (
 )
 from radapter_serve.evaluation.models import Candidate, SegmentQuery
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.tasks.proposals import BINARY
 from radapter_serve.tasks.masks import SegmentOptions
+from radapter_serve.tasks.proposals import BINARY
 
 
 @dataclass(frozen=True)
