@@ -75,8 +75,14 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
             example_weight={"Ölkäfer": 0.7},
         )
         client.segment(png(0), names, short_side=20, stride=5, refine=1, alpha=0.3)
-        options = {"proposal_scores": [[0.1, 0.7]], "proposal_weight": 0.3, "threshold": 0.7}
-        client.segment(png(0), names, proposals=masks, **options)
+        client.segment(
+            png(0),
+            names,
+            proposals=masks,
+            proposal_scores=[[0.1, 0.7]],
+            proposal_weight=0.3,
+            threshold=0.7,
+        )
         with pytest.raises(ServerError):  # the stand-in's answer has no version of an index
             client.search(
                 ["a", "ü"],
