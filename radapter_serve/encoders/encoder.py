@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
+from radapter_serve.encoders.graph import Graph
 from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, Tolerance, compare
@@ -173,17 +173,6 @@ def load_graphs(
             parameters=parameters,
         )
     return GraphEncoder(graphs)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph that a runtime has loaded: the names of its inputs, in its order, and of its outputs,
-    and what runs it, from inputs by name and names of outputs to these.
-    """
-
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    run: Callable[[Mapping[str, NDArray[Any]], Sequence[str]], Sequence[NDArray[Any]]]
 
 
 def load_graph(

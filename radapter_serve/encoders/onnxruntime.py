@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from radapter_serve.encoders.encoder import Graph
+from radapter_serve.encoders.graph import Graph
 from radapter_serve.errors import RAdapterError, not_installed, reason
 from radapter_serve.release.repository import CUDA_OPTIONS
 

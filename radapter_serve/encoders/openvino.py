@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.encoders.encoder import Graph
+from radapter_serve.encoders.graph import Graph
 from radapter_serve.errors import RAdapterError, not_installed
 
 _COPIED = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT")

@@ -16,7 +16,7 @@ from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.release.tensors import NUMPY
 from radapter_serve.tasks.embed import EmbedTextsRequest
 from radapter_serve.tasks.probes import GLANCES, PROBES
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import Local, png
 from tests.helpers.stand_ins import Recorder
 
@@ -108,7 +108,7 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
     for request in recorder.inferences:
         task = TASKS[request.model]
         assert request.values is not None
-        task.check(request.model, dict(request.inputs), 64)
+        task.check(request.model, forms(request.inputs), 64)
         typed = task.request(dict(request.values), request.outputs.__contains__)
         [read] = task.read(local.loaded, dict(request.inputs), request.outputs.__contains__)
         assert type(typed) is type(read) and facts(typed) == facts(read)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.encoders.cuda import Stream
-from radapter_serve.encoders.encoder import Graph
+from radapter_serve.encoders.graph import Graph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 
