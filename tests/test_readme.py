@@ -58,8 +58,8 @@ def quick_start() -> str:
         " cp picture.png quick/cat.jpg; cd quick\n"
     )
     text = script(README, "quick-start").replace(
-        "--recipe small",
-        f"--recipe small --architecture {base} --steps 3 --batch-size 8 --workers 0",
+        "--data photos",
+        f"--data photos --architecture {base} --steps 3 --batch-size 8 --workers 0",
     )
     return ready + text
 
@@ -158,9 +158,9 @@ def test_the_python_of_the_readme(
     (tmp_path / "cat.jpg").write_bytes(png(99, kind="JPEG"))
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
-    small = f'recipe="small", architecture="{tiny_clip_dir}", pretrained=None, steps=3, workers=0'
+    small = f'data="photos", architecture="{tiny_clip_dir}", pretrained=None, steps=3, workers=0'
     made: dict[str, Any] = {}
-    exec(lines.replace('recipe="small"', small), made)
+    exec(lines.replace('data="photos"', small), made)
     assert (made["run"].folder / "alpha.json").is_file()  # what `evaluate` measured is kept
     assert made["done"].alpha == 0.5  # held-out photos can't show what is lost elsewhere
     assert (
