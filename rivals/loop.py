@@ -6,17 +6,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor
 from torch.optim import AdamW
 
-from radapter_serve.adapter import Adapters, Metadata, base_digest, find_sites, save_adapter
-from radapter_serve.clip.base import Base, load_base
+from radapter_serve.adapter import Metadata, base_digest, find_sites, save_adapter
+from radapter_serve.clip.base import load_base
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
@@ -30,24 +27,12 @@ from radapter_serve.training.recipe import recipe_from
 from radapter_serve.training.setup import augmentation, choose_loss, start_accelerator
 from radapter_serve.training.start import run_folder
 from radapter_serve.training.step import TwoTower, distance_of_images, other_prompts
-from radapter_serve.training.tasks import Data, open_run
-from rivals.variants import OWN, TrajectoryAverage, Variant
-
-Distance = Callable[[Base, Adapters, Accelerator, Tensor, Tensor], Tensor]
+from radapter_serve.training.tasks import open_run
+from rivals.variants import Variant
 
 
-def train(
-    recipe: str | Recipe,
-    variant: Variant = OWN,
-    *,
-    distance: Distance = distance_of_images,
-    class_offsets: Callable[[Data], Tensor] | None = None,
-    **fields: Any,
-) -> Run:
-    """Train as `radapter_serve.train` does, but with a variant's adapters, average and dropping,
-    the distance from the base that `preserve` weighs, and what is added to the logits of a text of
-    each class, float [classes], made from the training data.
-    """
+def train(recipe: str | Recipe, variant: Variant, **fields: Any) -> Run:
+    """Train as `radapter_serve.train` does, with a variant's adapters."""
     recipe = recipe_from(recipe, **fields)
     recipe.check()
     variant.check(recipe)
@@ -75,10 +60,7 @@ def train(
     optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = Average(adapters, plan.momentum, bias_correction=recipe.bias_correction)
-    if variant.average == "trajectory":
-        average = TrajectoryAverage(adapters, plan.steps)
     loss_fn = choose_loss(base, recipe)
-    offsets = None if class_offsets is None else class_offsets(data).to(device)
     examples = Examples(
         data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
     )
@@ -87,8 +69,6 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         torch.manual_seed(recipe.seed * 1_000_003 + step)
-        if variant.falling:  # to 0 after three quarters of all steps
-            adapters.drop = recipe.drop * max(0.0, 1 - step / (0.75 * plan.steps))
         adapters.sample_drop()
         for _ in range(recipe.accumulate):
             _, batch = next(source)
@@ -105,20 +85,17 @@ def train(
                 pixels = batch["pixels"].to(device, non_blocking=True)
                 images, texts = towers(pixels, tokens)
 
-                # Find the positives, and what is added to the logits of texts.
+                # Find the positives of each image.
                 several = recipe.captions_per_image
                 labels = labels.repeat_interleave(several, dim=0)
                 positive = torch.eye(len(labels), dtype=torch.bool, device=device)
                 if recipe.positives == "several":
                     positive = positives_of(labels, labels[:, 0])
                 positive = F.pad(positive, (0, len(others)))
-                more = {}
-                if offsets is not None:
-                    more = {"text_offsets": offsets[[*labels[:, 0].tolist(), *others]]}
 
-                loss = loss_fn(images.repeat_interleave(several, dim=0), texts, positive, **more)
+                loss = loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
                 if recipe.preserve:
-                    moved = distance(base, adapters, accelerator, pixels, images)
+                    moved = distance_of_images(base, adapters, accelerator, pixels, images)
                     loss = loss + recipe.preserve * moved
                 accelerator.backward(loss)
                 if recipe.grad_clip is not None and accelerator.sync_gradients:

@@ -6,30 +6,23 @@ from __future__ import annotations
 
 import base64
 import datetime
-import functools
 import json
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import open_clip
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
-from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import Adapters
 from radapter_serve.cli import run as run_command
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
@@ -37,17 +30,12 @@ from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.hub import LOCAL
 from radapter_serve.threads import limit_threads
-from radapter_serve.training import Recipe
-from radapter_serve.training import Run as TrainedRun
-from radapter_serve.training.loss import distance_to_base
-from radapter_serve.training.step import at_base
-from rivals import loop
 from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
 from rivals.method import Method, learned
 from rivals.methods import METHODS
-from rivals.radapter import RAdapter, r_adapter
+from rivals.radapter import r_adapter
 from rivals.run import Run
 from rivals.small import table_of
 from rivals.system import System
@@ -131,74 +119,13 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
 # What learns
 
 
-def vocabulary(classes: Sequence[str]) -> tuple[str, ...]:
-    """ImageNet's names, as open_clip ships them, without those that hold a name of the classes."""
-    own = {name.casefold() for label in classes for name in split_label(label)}
-    return tuple(
-        word
-        for word in dict.fromkeys(open_clip.IMAGENET_CLASSNAMES)
-        if not any(f" {name} " in f" {word.casefold()} " for name in own)
-    )
-
-
-def distance_of_words(
-    words: Sequence[str],
-    weight: float,
-    base: Base,
-    adapters: Adapters,
-    accelerator: Accelerator,
-    pixels: Tensor,
-    image_embeds: Tensor,
-) -> Tensor:
-    """The distance of `preserve`, plus the Kullback-Leibler divergence of what the images say to
-    some words from what they say to them in the base, weighted.
-
-    Args:
-        words: to draw from.
-        weight: of the divergence, beside the distance.
-        base, adapters, accelerator, pixels, image_embeds: as of `distance_of_images`.
-    """
-    drawn = torch.randperm(len(words))[:WORDS].tolist()
-    tokens = base.tokenizer([words[place] for place in drawn]).to(pixels.device)
-    with at_base(adapters, accelerator):
-        base_images = accelerator.gather(encode_image(base.model, pixels))
-        base_words = encode_text(base.model, tokens)
-    with accelerator.autocast(), parametrize.cached():
-        own_words = encode_text(base.model, tokens)
-    scale = base.model.state_dict()["logit_scale"].exp()
-    own = F.log_softmax(scale * image_embeds.float() @ own_words.float().T, dim=1)
-    of_base = F.log_softmax(scale * base_images.float() @ base_words.float().T, dim=1)
-    divergence = F.kl_div(own, of_base, reduction="batchmean", log_target=True)
-    return distance_to_base(image_embeds, base_images) + weight * divergence
-
-
-@dataclass(frozen=True)
-class Worded(RAdapter):
-    """R-Adapter that keeps what the base's images say to words, too.
-
-    Attributes:
-        words: of the vocabulary.
-        weight: of the divergence, as a multiple of the weight of `preserve`.
-    """
-
-    words: tuple[str, ...] = field(default=(), repr=False)
-    weight: float = 0.3
-
-    def train(self, recipe: Recipe) -> TrainedRun:
-        distance = functools.partial(distance_of_words, self.words, self.weight)
-        return loop.train(recipe, self.variant, distance=distance)
-
-
-def methods(classes: Sequence[str]) -> dict[str, Method]:
+def methods() -> dict[str, Method]:
     """The rows of the table, each at a rate that was fixed before: the paper's, that which `auto`
     took on photos, and of rivals what validation chose for the main table of the drawings.
     """
     kept: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
     closed: dict[str, Any] = {"negative_classes": 1000}
-    words = vocabulary(classes)
-
-    def worded(**changes: Any) -> Worded:
-        return Worded(r_adapter("imagenet", **kept, **changes).settings, words=words)
+    words: dict[str, Any] = {"preserve_words": 3.0}
 
     def at(name: str, rate: float) -> Method:
         method = METHODS[name]
@@ -210,8 +137,8 @@ def methods(classes: Sequence[str]) -> dict[str, Method]:
         "rank 4 at 5e-3": r_adapter("imagenet", rank=4, learning_rate=5e-3),
         "preserve": r_adapter("imagenet", **kept),
         "preserve, all classes": r_adapter("imagenet", **kept, **closed),
-        "preserve, words": worded(),
-        "preserve, all classes, words": worded(**closed),
+        "preserve, words": r_adapter("imagenet", **kept, **words),
+        "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
         "WiSE-FLYP": at("wise-flyp", 1e-3),
         "LoRA": at("lora", 6e-4),
     }
@@ -434,7 +361,7 @@ def others(
         for split in of.splits
         for (kind, style), values in judge(system, of, split, tests).items()
     ]
-    known = methods(of.classes)
+    known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import json
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from torch import Tensor
 
 from radapter_serve import evaluate, train
 from radapter_serve.cli import run as run_command
 from radapter_serve.contract.labels import split_label
 from radapter_serve.demo.data import BASE
-from radapter_serve.evaluation.rows import Row, own_metric
+from radapter_serve.evaluation.rows import own_metric
 from radapter_serve.files import staged
-from radapter_serve.training import Run
-from radapter_serve.training.tasks import Data
-from rivals import loop
 from rivals.flags import check_seeds
 from rivals.layout import T95, markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
@@ -175,87 +172,45 @@ class Found:
         return (self.held_out + self.style) / 2
 
 
-def judged_suite(of: Set, folder: Path, *, own_validation: bool = False) -> Path:
-    """A copy of the suite whose test sets have the style for validation too, and if asked for the
-    validation in distribution.
-    """
-    values = yaml.safe_load(of.suite.read_text(encoding="utf-8"))
-    values["sets"] = [
-        {key: value for key, value in one.items() if key != "split"}
-        for one in values["sets"]
-        if own_validation or one["name"] == of.style or one.get("split") != "validation"
+def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Found:
+    """Train by the recipe, choose α by its held-out images, and test."""
+    began = time.monotonic()
+    run = train(
+        "small",
+        architecture=f"local-dir:{BASE}",
+        pretrained=None,
+        data=of.draw(seed, folder),
+        workers=0,
+        threads=threads,
+        tracker="none",
+        save_every=None,
+        seed=seed,
+        out=folder / "run",
+        **of.fields,
+        **CANDIDATES[candidate],
+    )
+    seconds = time.monotonic() - began
+    choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
+    assert choice is not None
+
+    # The test sets, and the style for validation among them.
+    suite = yaml.safe_load(of.suite.read_text(encoding="utf-8"))
+    suite["sets"] = [
+        {key: value for key, value in entry.items() if key != "split"}
+        for entry in suite["sets"]
+        if entry["name"] == of.style or entry.get("split") != "validation"
     ]
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
-
-
-def learned(
-    recipe: str,
-    seed: int,
-    threads: int | None,
-    folder: Path,
-    class_offsets: Callable[[Data], Tensor] | None = None,
-    **fields: Any,
-) -> tuple[Run, float]:
-    """A run of the demo's base, and how many seconds it took.
-
-    Args:
-        recipe: a ready one.
-        seed: of the run.
-        threads: to compute with.
-        folder: the run is in a new folder of it.
-        class_offsets: as of `rivals.loop.train`.
-        fields: others of the recipe.
-    """
-    began = time.monotonic()
-    fields = {
-        "architecture": f"local-dir:{BASE}",
-        "pretrained": None,
-        "workers": 0,
-        "threads": threads,
-        "tracker": "none",
-        "save_every": None,
-        "seed": seed,
-        "out": folder / "run",
-        **fields,
-    }
-    if class_offsets is None:
-        run = train(recipe, **fields)
-    else:
-        run = loop.train(recipe, class_offsets=class_offsets, **fields)
-    return run, time.monotonic() - began
-
-
-def tested(
-    of: Set,
-    run: Run,
-    alphas: Sequence[float],
-    threads: int | None,
-    folder: Path,
-    *,
-    own_validation: bool = False,
-) -> Sequence[Row]:
-    """The rows of results of a run, on `judged_suite`."""
-    return evaluate(
+    path.write_text(yaml.safe_dump(suite), encoding="utf-8")
+    rows = evaluate(
         run,
-        alphas,
-        suite=judged_suite(of, folder, own_validation=own_validation),
+        [choice.best],
+        suite=path,
         data_root=of.root,
         limit=LIMIT,
         out=folder / "tested",
         threads=threads,
     ).rows
-
-
-def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Found:
-    """Train by the recipe, choose α by its held-out images, and test."""
-    data = of.draw(seed, folder)
-    fields = {**of.fields, **CANDIDATES[candidate]}
-    run, seconds = learned("small", seed, threads, folder, data=data, **fields)
-    choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
-    assert choice is not None
-    rows = tested(of, run, [choice.best], threads, folder)
     figures = {row.dataset: own_metric(row) for row in rows}
     shifted = [row.dataset for row in rows if row.shift == "ood" and row.dataset != of.style]
     return Found(
@@ -263,47 +218,12 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
         seed,
         rate=run.recipe.peak_rate,
         alpha=choice.best,
-        held_out=next(one["score"] for one in choice.curve if one["alpha"] == choice.best),
+        held_out=next(point["score"] for point in choice.curve if point["alpha"] == choice.best),
         style=figures[of.style],
         own=next(figures[row.dataset] for row in rows if row.shift == "id"),
         shifts=mean(figures[name] for name in shifted),
         seconds=seconds,
     )
-
-
-K = TypeVar("K")
-
-
-def runs_of(
-    candidates: Collection[str],
-    seeds: Sequence[int],
-    path: Path,
-    kind: Callable[..., K],
-    measure: Callable[[str, int, Path], K],
-) -> dict[str, list[K]]:
-    """The runs of every candidate, by the seeds; those that a file has are not made again.
-
-    Args:
-        candidates: their names.
-        seeds: each candidate has one run for each.
-        path: of the file, JSON.
-        kind: makes a run of the fields that the file has.
-        measure: makes the run of a candidate and a seed in an empty folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    done = {(one["candidate"], one["seed"]): kind(**one) for one in kept}
-    for seed in seeds:
-        for candidate in candidates:
-            if (candidate, seed) in done:
-                continue
-            say(f"{candidate}, seed {seed}")
-            with tempfile.TemporaryDirectory() as folder:
-                done[candidate, seed] = measure(candidate, seed, Path(folder))
-            with staged(path) as temporary:
-                runs = [vars(one) for one in done.values()]
-                temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    return {candidate: [done[candidate, seed] for seed in seeds] for candidate in candidates}
 
 
 HEAD = [
@@ -348,13 +268,21 @@ def small(
     check_seeds(seeds, len(T95) + 1)
     with tempfile.TemporaryDirectory() as folder:
         of = set_of(set_name, data_root.resolve(), Path(folder))
-        found = runs_of(
-            CANDIDATES,
-            seeds,
-            out / "small.json",  # the folder's *.jsonl are cells of tables
-            Found,
-            lambda candidate, seed, place: measured(of, candidate, seed, threads, place),
-        )
+        # Runs that the file has are not made again.
+        path = out / "small.json"  # the folder's *.jsonl are cells of tables
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        done = {(run["candidate"], run["seed"]): Found(**run) for run in kept}
+        for seed, candidate in itertools.product(seeds, CANDIDATES):
+            if (candidate, seed) in done:
+                continue
+            say(f"{candidate}, seed {seed}")
+            with tempfile.TemporaryDirectory() as place:
+                done[candidate, seed] = measured(of, candidate, seed, threads, Path(place))
+            with staged(path) as temporary:
+                runs = [vars(found) for found in done.values()]
+                temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
+    found = {candidate: [done[candidate, seed] for seed in seeds] for candidate in CANDIDATES}
     first = next(iter(found.values()))
     parts = [
         "# The recipe small, by its parts",

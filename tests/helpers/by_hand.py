@@ -23,7 +23,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.transforms import RandomResizedCrop
 
 from radapter_serve.training import Recipe
-from rivals.variants import OWN, Variant
 
 Weights = dict[str, Tensor]
 
@@ -153,7 +152,6 @@ def train_by_hand(
     pairs: Sequence[Pair],
     start: Mapping[str, Tensor] | None = None,
     see: Callable[[int, Weights], None] = lambda step, average: None,
-    variant: Variant = OWN,
     prompts: Sequence[Sequence[str]] = (),
     offsets: Sequence[float] = (),
     words_of: Sequence[str] = (),
@@ -165,28 +163,22 @@ def train_by_hand(
         pairs: of the data, in its order.
         start: of the adapters; zeros if None.
         see: called with each step, from 1, and the average after it.
-        variant: with a learned scale, falling dropping, or a trajectory average.
         prompts: of each class, for `negative_classes`.
         offsets: of the logits of each class's texts; zeros if there are none.
         words_of: the classes, for `preserve_words`.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
-    if variant.learned_scale:
-        clip.weights |= {f"{key}.scale": torch.tensor(0.1, requires_grad=True) for key in clip.keys}
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
     bias = clip.model.logit_bias
     raw = {name: w.detach() * (not recipe.bias_correction) for name, w in clip.weights.items()}
     average: Weights = {}
-    way = [{name: weight.detach().clone() for name, weight in clip.weights.items()}]
     parts = _parts(recipe, pairs, clip)
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = _rate(recipe, step)
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         p = recipe.drop
-        if variant.falling:
-            p = max(p * (1 - step / recipe.steps * 4 / 3), 0.0)
         for key, value in zip(
             clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True
         ):
@@ -237,23 +229,6 @@ def train_by_hand(
         }
         corrected = 1 - m ** (step + 1) if recipe.bias_correction else 1.0
         average = {name: value / corrected for name, value in raw.items()}
-        way.append({name: weight.detach().clone() for name, weight in clip.weights.items()})
-        if variant.average == "trajectory":
-            at = [(number + 0.5) / (recipe.steps + 1) for number in range(len(way))]
-            shares = [1 / (math.pi * math.sqrt(x * (1 - x))) for x in at]  # Beta(½, ½)
-            average = {
-                name: (
-                    sum(
-                        (share * values[name] for share, values in zip(shares, way, strict=True)),
-                        torch.zeros(()),
-                    )
-                    / sum(shares)
-                )
-                for name in average
-            }
-        learned = {name: average.pop(name) for name in list(average) if name.endswith(".scale")}
-        for name, value in learned.items():
-            average[name.removesuffix(".scale")] *= value
         see(step + 1, average)
     return average
 

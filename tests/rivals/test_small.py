@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from radapter_serve import Evaluation, evaluate
-from rivals.small import CANDIDATES, Found, judged_suite, main, row_of, set_of
+from rivals.small import CANDIDATES, Found, main, row_of, set_of
 
 
 @pytest.fixture
@@ -84,18 +84,6 @@ def test_the_drawings_keep_the_classes_with_the_most_images(
     assert of.suite.is_file() and of.root == tmp_path / "copy"
 
 
-def test_the_style_that_chooses_is_judged_and_the_validation_in_distribution_is_not(
-    data_root: Path, tmp_path: Path
-):
-    of = set_of("pacs", data_root, tmp_path)
-    names = ["sketch, validation", "photo", "art_painting"]
-    for own_validation, expected in ((False, names), (True, ["photo, validation", *names])):
-        path = judged_suite(of, tmp_path, own_validation=own_validation)
-        sets = yaml.safe_load(path.read_text())["sets"]
-        assert [one["name"] for one in sets] == expected
-        assert not any("split" in one for one in sets)
-
-
 def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
     def found(candidate: str, seed: int, own: float, held_out: float) -> Found:
         return Found(candidate, seed, 5e-4, 0.5, held_out, 40.0, own, 30.0, 7.0)
@@ -142,6 +130,7 @@ def test_every_candidate_learns_once_and_is_judged(
         assert chosen.suite is None and run["alpha"] == best  # by the run's own images
         assert {row.alpha for row in tested.rows} == {best}
         of = {row.dataset: 100 * row.metrics["acc1"] for row in tested.rows}
+        assert list(of) == ["sketch, validation", "photo", "art_painting"]
         assert run["style"] == pytest.approx(of["sketch, validation"])
         assert run["own"] == pytest.approx(of["photo"])
         assert run["shifts"] == pytest.approx(of["art_painting"])

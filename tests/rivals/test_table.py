@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from rivals.method import at_rate, learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
 from rivals.radapter import RAdapter, r_adapter
-from rivals.rate import main as rate
 from rivals.repadapter import RepAdapter
 from rivals.run import Run
 from rivals.soup import UniformSoup
@@ -167,29 +165,6 @@ def test_what_is_done_counts_where_the_data_has_moved(
     (other / "templates.txt").write_text("a drawing of {}.\n")  # but not with other prompts
     assert main(call) == 0
     assert here == ["FullFineTuning"] * 2
-
-
-@pytest.mark.slow
-def test_what_auto_chooses_stands_beside_whole_runs(
-    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    out = tmp_path / "out"
-    assert rate(["--data", str(benchmark_file), "--out", str(out), "--seeds", "3"]) == 0
-    assert set(here) == {"RAdapter"}
-    text = (out / "rate.md").read_text()
-    assert capsys.readouterr().out.strip() == text.strip()
-    (row,) = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 3")]
-    scores = {}
-    for line in read_lines(out / "rate.jsonl"):
-        of = {one.dataset: 100 * one.metrics["acc1"] for one in line.rows}
-        (learned_at,) = re.findall(r"'learning_rate': ([0-9.e-]+)", line.method)
-        scores[f"{float(learned_at):.2g}"] = of["same"], (of["other"] + of["third"]) / 2
-    own = scores[row[1]]
-    best = max(scores.values(), key=sum)
-    assert row[2:4] == [f"{value:.1f}" for value in own]
-    assert row[5:7] == [f"{value:.1f}" for value in best]
-    assert row[7] == f"{(sum(best) - sum(own)) / 2:.1f}"
-    assert {"0.00015", "0.0005", "0.0015", "0.005"} <= set(scores)
 
 
 @pytest.mark.slow
