@@ -19,7 +19,6 @@ def mpm_nce(
     logit_scale: float | Tensor = 100.0,
     delta: float = 0.05,
     epsilon: float = 0.0,
-    text_offsets: Tensor | float = 0.0,
 ) -> Tensor:
     """Multi-Positive Margin NCE of the paper, averaged over the batch and the two directions.
 
@@ -38,14 +37,13 @@ def mpm_nce(
         delta: margin added to the similarity of negatives, in cosine.
         epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
             it.
-        text_offsets: added to each text's logits in the softmax over texts alone, float [T]; or 0.
 
     Returns:
         A float32 scalar.
     """
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
     logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
-    to_texts = _cross_entropy(logits + text_offsets, positive, epsilon)
+    to_texts = _cross_entropy(logits, positive, epsilon)
     right = positive.any(dim=0)  # for an image
     to_images = _cross_entropy(logits.T[right], positive.T[right], epsilon)
     return (to_texts + to_images) / 2

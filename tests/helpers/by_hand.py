@@ -83,8 +83,7 @@ class ClipWithAdapters:
                 added = x @ self.weights[key].T
             else:
                 added = x @ self.weights[f"{key}.down"].T @ self.weights[f"{key}.up"].T
-            learned = self.weights.get(f"{key}.scale", 1.0)
-            return x + self.alpha * self.gates.get(key, 1.0) * learned * added
+            return x + self.alpha * self.gates.get(key, 1.0) * added
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -109,11 +108,10 @@ class ClipWithAdapters:
 
 
 def mpm_nce_by_hand(
-    f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float, added: Tensor
+    f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
 ) -> Tensor:
-    """The loss of N images f and M texts g; y [N, M] says which belong together, and `added` [M] is
-    added to an image's logits over the texts. Each direction has its own mean; that from texts to
-    images is over those that belong to an image.
+    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
+    its own mean; that from texts to images is over texts that belong to an image.
     """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ def mpm_nce_by_hand(
     y = y.float()
     logits = scale * (f @ g.T + delta * (1 - y))
     asked = [number for number in range(y.shape[1]) if y[:, number].any()]
-    return (one_way(logits + added, y) + one_way(logits.T[asked], y.T[asked])) / 2
+    return (one_way(logits, y) + one_way(logits.T[asked], y.T[asked])) / 2
 
 
 def pairwise_by_hand(
@@ -153,7 +151,6 @@ def train_by_hand(
     start: Mapping[str, Tensor] | None = None,
     see: Callable[[int, Weights], None] = lambda step, average: None,
     prompts: Sequence[Sequence[str]] = (),
-    offsets: Sequence[float] = (),
     words_of: Sequence[str] = (),
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps.
@@ -164,7 +161,6 @@ def train_by_hand(
         start: of the adapters; zeros if None.
         see: called with each step, from 1, and the average after it.
         prompts: of each class, for `negative_classes`.
-        offsets: of the logits of each class's texts; zeros if there are none.
         words_of: the classes, for `preserve_words`.
     """
     assert recipe.steps is not None and recipe.momentum is not None
@@ -185,7 +181,7 @@ def train_by_hand(
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
-            pixels, y, texts, of_text, classes = next(parts)
+            pixels, y, texts, classes = next(parts)
             if recipe.positives == "single":
                 y = torch.eye(len(pixels), dtype=torch.bool)
             others = _other_prompts(recipe, step, prompts, classes)
@@ -193,9 +189,7 @@ def train_by_hand(
             f = clip.images(pixels)
             g = clip.texts([*texts, *others.values()])
             if bias is None:
-                of_text = [*of_text, *others]
-                added = torch.tensor([offsets[label] if offsets else 0.0 for label in of_text])
-                loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon, added)
+                loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
             else:
                 loss = pairwise_by_hand(f, g, y, scale, bias.item(), recipe.delta, recipe.epsilon)
             with clip.at(0.0):
@@ -302,8 +296,8 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 def _parts(
     recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
-) -> Iterator[tuple[Tensor, Tensor, list[str], list[int], set[int]]]:
-    """Pixels, which text belongs to which image, texts, their classes, and the images' classes of
+) -> Iterator[tuple[Tensor, Tensor, list[str], set[int]]]:
+    """Pixels, which text belongs to which image, texts, and the images' classes of
     batch after batch, by the draws that the seed gives to epoch and index.
     """
     size = recipe.batch_size // recipe.accumulate
@@ -332,7 +326,7 @@ def _parts(
                 of_text += [label] * recipe.captions_per_image
                 of_image.append({pair.label, *pair.several})
             y = torch.tensor([[text in image for text in of_text] for image in of_image])
-            yield torch.stack(pixels), y, texts, of_text, set().union(*of_image)
+            yield torch.stack(pixels), y, texts, set().union(*of_image)
         epoch += 1
 
 

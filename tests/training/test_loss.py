@@ -172,17 +172,6 @@ def test_is_clips_loss_with_one_positive_a_row() -> None:
     )
 
 
-def test_offsets_of_texts_count_for_images_alone() -> None:
-    torch.manual_seed(0)
-    f, g = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
-    target = torch.arange(6)
-    offsets = torch.randn(6)
-    logits = 20.0 * f @ g.T
-    expected = F.cross_entropy(logits + offsets, target) + F.cross_entropy(logits.T, target)
-    found = mpm_nce(f, g, target, logit_scale=20.0, delta=0.0, text_offsets=offsets)
-    torch.testing.assert_close(found, expected / 2)
-
-
 def test_smoothing_is_torchs_own_up_to_the_share_of_the_true_class() -> None:
     torch.manual_seed(0)
     f, g = (F.normalize(torch.randn(16, 8), dim=-1) for _ in range(2))

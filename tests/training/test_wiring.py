@@ -8,7 +8,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from radapter_serve.training import Recipe, Run, train
 from radapter_serve.training.loop import fit
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import validate
-from rivals import loop
 from tests.helpers.by_hand import (
     ClipWithAdapters,
     Pair,
@@ -179,16 +177,6 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
     recipe = dataclasses.replace(recipe, data=data, **change)
     texts = [prompts(name) for name in CLASSES]
     assert_trains_as_by_hand(recipe, pairs, prompts=texts, words_of=CLASSES)
-
-
-@pytest.mark.parametrize("change", [{}, {"negative_classes": 1, "batch_size": 2}])
-def test_offsets_of_classes(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
-    data, pairs = labelled(tmp_path / "data", 11, seed=0)
-    recipe = dataclasses.replace(recipe, data=data, **change)
-    offsets = [0.0, -2.0, -3.0]
-    how = partial(loop.train, class_offsets=lambda _: torch.tensor(offsets))
-    texts = [prompts(name) for name in CLASSES]
-    assert_trains_as_by_hand(recipe, pairs, how, prompts=texts, offsets=offsets)
 
 
 @pytest.mark.parametrize("positives", ["several", "single"])
