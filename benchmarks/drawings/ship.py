@@ -27,7 +27,7 @@ Each set keeps the licence of its source; nothing here is covered by the project
 `drawings/drawings.json.xz` holds drawings of @iconify/json {version} as SVG, unchanged, by their places in the
 benchmark of drawings. `benchmarks/drawings/` of the project chooses and places them.
 
-`base/` was trained from scratch by `benchmarks/train_drawings_base.py` of the project, on the drawings of the second
+`base/` was trained from scratch by `benchmarks/train_drawings_base.py` of the project's history, on the drawings of the second
 table and from no other weights. It is offered under CC BY 4.0; whom to credit is in that table.
 
 """
