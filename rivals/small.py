@@ -218,7 +218,9 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
         seed,
         rate=run.recipe.peak_rate,
         alpha=choice.best,
-        held_out=next(point["score"] for point in choice.curve if point["alpha"] == choice.best),
+        held_out=next(
+            100 * point["score"] for point in choice.curve if point["alpha"] == choice.best
+        ),
         style=figures[of.style],
         own=next(figures[row.dataset] for row in rows if row.shift == "id"),
         shifts=mean(figures[name] for name in shifted),

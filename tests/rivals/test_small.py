@@ -131,6 +131,8 @@ def test_every_candidate_learns_once_and_is_judged(
         assert {row.alpha for row in tested.rows} == {best}
         of = {row.dataset: 100 * row.metrics["acc1"] for row in tested.rows}
         assert list(of) == ["sketch, validation", "photo", "art_painting"]
+        scores = {point["alpha"]: point["score"] for point in chosen.choice.curve}
+        assert run["held_out"] == pytest.approx(100 * scores[best])
         assert run["style"] == pytest.approx(of["sketch, validation"])
         assert run["own"] == pytest.approx(of["photo"])
         assert run["shifts"] == pytest.approx(of["art_painting"])
