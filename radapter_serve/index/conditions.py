@@ -356,16 +356,24 @@ def _alike(node: Any, left: _Term, right: _Term) -> tuple[_Term, _Term]:
     kinds = {left.kind, right.kind}
     if kinds <= set(_NUMBERS):
         # A number is as exact as the column that it is compared with.
-        if left.kind == "narrow" and right.literal is not None:
-            right = _literal(float(np.float32(right.literal)))
-        elif right.kind == "narrow" and left.literal is not None:
-            left = _literal(float(np.float32(left.literal)))
+        if left.kind == "narrow":
+            right = _narrow(right)
+        elif right.kind == "narrow":
+            left = _narrow(left)
         return left, right
     if len(kinds) == 1 and left.kind in _TYPES:
         return left, right
     if kinds <= {"date", "time", "text"}:
         return _time(node, left), _time(node, right)
     raise invalid(f"where compares {left.kind} with {right.kind} in {node.sql()!r:.100}; {ALLOWED}")
+
+
+def _narrow(number: _Term) -> _Term:
+    """A literal as float32 has it; other numbers as they are."""
+    if number.literal is None:
+        return number
+    with np.errstate(over="ignore"):
+        return _literal(float(np.float32(number.literal)))
 
 
 def _time(node: Any, term: _Term) -> _Term:

@@ -36,9 +36,9 @@ RECALL = 0.98  # of the sample; other queries get somewhat less, and 0.975 is pr
 TOP_K = 10
 # Cells and candidates to try, the least first.
 EFFORTS = (
-    *((8, 100), (16, 100), (32, 200), (32, 400), (64, 400), (64, 700), (96, 700), (128, 700)),
-    *((192, 700), (256, 700), (256, 1500), (320, 1500), (384, 1500), (512, 2000), (1024, 4000)),
-    (4096, 10_000),
+    *((8, 100), (16, 100), (32, 200), (32, 400), (48, 400), (64, 400), (80, 500), (96, 600)),
+    *((128, 700), (192, 700), (256, 700), (256, 1500), (320, 1500), (384, 1500), (512, 2000)),
+    *((1024, 4000), (4096, 10_000)),
 )
 
 # Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
