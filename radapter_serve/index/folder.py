@@ -15,6 +15,7 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,20 @@ def check_files(
         DamagedFileError: names the files that are missing or differ.
     """
     every = complete or sum(known.size for known in files.values()) <= checked
-    damaged = []
-    for name, known in files.items():
+
+    def is_same(name: str) -> bool:
         path = folder / name
-        try:
+        known = files[name]
+        with contextlib.suppress(OSError):
+            read = every or name == CODES
             same = path.stat().st_size == known.size
-            if same and (every or name == CODES):
-                same = digest_of(path) == known.digest
-        except OSError:
-            same = False
-        if not same:
-            damaged.append(name)
+            return same and (not read or digest_of(path) == known.digest)
+        return False
+
+    with ThreadPoolExecutor(len(files) or 1) as pool:
+        damaged = [
+            name for name, same in zip(files, pool.map(is_same, files), strict=True) if not same
+        ]
     if damaged:
         raise DamagedFileError(
             f"{', '.join(damaged)} in {as_text(folder.name)} is not as it was written"
