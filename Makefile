@@ -1,12 +1,14 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.13. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
 # WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV: uv where it is there.
+# EXTRAS are the extras of the package that tests and checks are run with.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12 python3.13
 VENV ?= .venv
 COVERAGE ?=
 WORKERS ?= 3
 TESTS ?=
+EXTRAS ?= test
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 INSTALL ?= $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(PIP))
@@ -20,21 +22,26 @@ define MAKE_VENV
 @$(PYTHON) -m venv $(VENV)
 endef
 
-.PHONY: demo test test-all check docs install
+comma := ,
+with = $(if $(findstring $(1),$(EXTRAS)),$(EXTRAS),$(1)$(comma)$(EXTRAS))
 
-# What `make install` has installed has the demo, too.
+.PHONY: demo test test-integrations test-all check docs install
+
+# The extra `test` has the demo, too.
 demo:
-	@test -e $(VENV)/installed || $(MAKE) --no-print-directory $(VENV)/installed-demo
+	@test -e $(VENV)/installed-$(EXTRAS) || { \
+	  echo "Installing what the demo needs: one to two minutes with a fast network, most of it for torch. The demo itself takes about two minutes."; \
+	  $(MAKE) --no-print-directory $(VENV)/installed-demo; \
+	}
 	$(BIN)/radapter-demo
-
-$(VENV)/installed-demo: pyproject.toml
-	@echo "Installing what the demo needs: one to two minutes with a fast network, most of it for torch. The demo itself takes about two minutes."
-	$(MAKE_VENV)
-	$(INSTALL) --editable '.[demo]'
-	@touch $@
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
+
+# Tests with other people's programs and libraries: Chromium, nginx, Helm, Ray, Qdrant, TensorRT, clients of OpenAI's API.
+# The first two are Debian's packages chromium and nginx-light.
+test-integrations: $(VENV)/installed-$(call with,integrations)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "integration and not slow and not triton" --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12, .venv-3.13.
 test-all:
@@ -49,12 +56,12 @@ check: install
 	$(BIN)/mypy
 
 # The site lies in site/; a warning, such as a link to nowhere, is an error.
-docs: install
+docs: $(VENV)/installed-$(call with,docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-install: $(VENV)/installed
+install: $(VENV)/installed-$(EXTRAS)
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed-%: pyproject.toml
 	$(MAKE_VENV)
-	$(INSTALL) --editable '.[all,docs,test]'
+	$(INSTALL) --editable '.[$*]'
 	@touch $@

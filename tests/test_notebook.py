@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 
+nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-steps.ipynb"
 
 

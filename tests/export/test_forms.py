@@ -173,7 +173,9 @@ def test_the_pipeline_scores_as_siglip_does(siglip: Path) -> None:
 
 @pytest.mark.slow
 def test_sentence_transformers_opens_it(made: Path) -> None:
-    import sentence_transformers  # here: it takes seconds to load
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="pip install -e '.[integrations]'"
+    )
 
     image, text, _ = by_open_clip(made / "merged" / "alpha-0.3")
     model = sentence_transformers.SentenceTransformer(str(made / "hf" / "alpha-0.3"), device="cpu")
@@ -183,7 +185,9 @@ def test_sentence_transformers_opens_it(made: Path) -> None:
 
 @pytest.mark.slow
 def test_sentence_transformers_opens_siglip_once_it_fills_texts_up(siglip: Path) -> None:
-    import sentence_transformers
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="pip install -e '.[integrations]'"
+    )
 
     model = sentence_transformers.SentenceTransformer(str(siglip / "hf"), device="cpu")
     found = model.encode(TEXTS, processing_kwargs={"text": {"padding": "max_length"}})

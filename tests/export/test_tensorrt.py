@@ -21,7 +21,8 @@ from radapter_serve.encoders.tensorrt.engine import Options, build
 from radapter_serve.errors import RAdapterError
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
-trt = pytest.importorskip("tensorrt_rtx")
+trt = pytest.importorskip("tensorrt_rtx", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges
 LIMITS: dict[str, Any] = {"max_batch_size": 64, "max_length": 77}
 

@@ -29,6 +29,8 @@ from tests.helpers.small_release import png
 if TYPE_CHECKING:  # it takes long to load, so tests load it as they need it
     import openai
 
+pytest.importorskip("openai", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 PNG = png(1, 9, 7)
 IMAGE = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 OF_IMAGE = [len(PNG), PNG[0]]  # what the stand-in makes of it

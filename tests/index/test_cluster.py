@@ -26,7 +26,11 @@ from radapter_serve.index.table import vectors_of
 from radapter_serve.index.writer import Sizes
 from tests.helpers.small_release import png
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # Ray's own
 COUNT = 40
 SMALL = Sizes(batch=8)
 

@@ -35,6 +35,8 @@ from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
     from tests.helpers.fake_qdrant import FakeQdrant
 
+pytest.importorskip("qdrant_client", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 
 

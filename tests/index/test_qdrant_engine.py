@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import qdrant_edge as edge
 
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
@@ -17,6 +16,8 @@ from radapter_serve.index.table import THUMBNAIL
 from tests.index.test_index import DIM, FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
 
+edge = pytest.importorskip("qdrant_edge", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 __all__ = ["photos", "table"]
 
 

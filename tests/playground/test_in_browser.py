@@ -14,6 +14,8 @@ from tests.helpers.browser import chromium
 from tests.helpers.small_world import SmallWorld, png, write_indexes
 from tests.helpers.use_playground import use
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.filterwarnings("ignore")  # of Gradio, in its own threads
 @pytest.mark.slow
