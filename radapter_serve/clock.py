@@ -1,4 +1,4 @@
-"""The clock as a parameter: a test hands over one that it sets by itself."""
+"""The clock as a parameter: a test passes one that it sets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What is asked of a clock."""
+    """What the module `time` has of a clock."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back, from an arbitrary moment."""
+        """Return seconds that never go back."""
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, /) -> None:
         """Wait."""
 
 
-class SystemClock:
-    """The clock of this machine."""
-
-    def monotonic(self) -> float:
-        """Seconds that never go back, from an arbitrary moment."""
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        time.sleep(seconds)
-
-
-SYSTEM = SystemClock()
+SYSTEM: Clock = time

@@ -1,4 +1,4 @@
-"""Signals that are handled otherwise within a block, and as before after it."""
+"""Signals that are handled in another way within a block, and as before after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# By which kill, systemd, Kubernetes and a closed terminal stop a program; Windows lacks SIGHUP.
+# kill, systemd, Kubernetes and a closed terminal stop a program by these; Windows lacks SIGHUP.
 STOPPING: tuple[int, ...] = (
     signal.SIGTERM,
     *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
@@ -17,11 +17,11 @@ STOPPING: tuple[int, ...] = (
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler` within the block; one that is ignored, as SIGHUP is under nohup,
-    stays ignored.
+    """Handle signals by `handler` within the block; an ignored one, as SIGHUP under nohup, stays
+    ignored.
     """
     before = {number: signal.getsignal(number) for number in numbers}
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+    if threading.current_thread() is not threading.main_thread():  # signals reach no other thread
         before = {}
     try:
         for number, usual in before.items():

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.facts import index_names
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, releases_of
@@ -40,7 +41,7 @@ def list_(
         url: or its URL, http://localhost:PORT.
     """
     versions = require_known(model_repository, releases_of(model_repository))
-    state, where = _state(model_repository, _port(url, http_port))
+    served, where = _state(model_repository, _port(url, http_port))
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
@@ -52,7 +53,7 @@ def list_(
             continue
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
         facts = release.architecture, release.precision, release.created
-        table.add_row(str(version), alpha, *map(escape, facts), escape(_how(version, state)))
+        table.add_row(str(version), alpha, *map(escape, facts), escape(_how(version, served)))
     Console().print(table)
     print(where)
 
@@ -146,12 +147,16 @@ def _do(
     offline: Callable[[Served], Served],
 ) -> None:
     server = find_server(repository, http_port)
+    indexes = Path("indexes")
     if server is None:
-        before = Served.load(repository)
+        served = Served.load(repository)
     else:
         state = ask(server, {"do": "state"})
-        before = Served(tuple(state["releases"]), tuple(state["before"]))
-    wanted = offline(before)
+        served = _served(state)
+        indexes = Path(state["indexes"])
+    wanted = offline(served)
+    for note in lacking(repository, served.releases, wanted.releases, indexes):
+        print(f"note: {note}")
     with Console(stderr=True).status("asking the server") as status:
         if server is None:
             check(repository, wanted.releases, status.update)
@@ -163,56 +168,69 @@ def _do(
         else:
             done = ask(server, request, lambda line: status.update(f"{escape(line)} ..."))
     print(done)
-    if note := lacking(repository, before.releases, wanted.releases):
-        print(note)
 
 
-def lacking(repository: Path, before: Sequence[int], now: Sequence[int]) -> str:
-    """What callers who name no release miss in the one that they get now, in a line; empty if
-    nothing.
-
-    Args:
-        repository: the model repository.
-        before: numbers of the releases that were served.
-        now: numbers of those that are served.
-    """
+def lacking(
+    repository: Path, before: Sequence[int], now: Sequence[int], indexes: Path
+) -> list[str]:
+    """What callers lose if the releases `now` take over from those `before`, a sentence each."""
     old = max(before, default=0)
     new = max(now)
-    if old not in releases_of(repository):
-        return ""
-    had, has = (Release.load(repository / MODELS[-1] / str(version)) for version in (old, new))
-    lost = []
-    if had.dense and not has.dense:
-        lost.append("dense features, for segment without proposals (radapter-export --dense)")
-    if had.confidence and not has.confidence:
-        lost.append("calibrated scores (radapter-export --validation)")
-    if had.dynamic_alpha and not has.dynamic_alpha:
-        lost.append("an alpha of the caller's choice (radapter-export --alpha dynamic)")
-    if gone := sorted(had.label_sets.keys() - has.label_sets.keys()):
-        lost.append(f"the label sets {', '.join(gone)} (radapter-export --label-set)")
-    return f"note: release {new} lacks what release {old} has: {'; '.join(lost)}" if lost else ""
+    releases = {
+        version: Release.load(repository / MODELS[-1] / str(version))
+        for version in {*before, *now} & set(releases_of(repository))
+    }
+    notes = []
+
+    # Callers who name no release get the newest.
+    if old in releases:
+        had = releases[old]
+        has = releases[new]
+        lost = []
+        if had.dense and not has.dense:
+            lost.append("dense features, for segment without proposals (radapter-export --dense)")
+        if had.confidence and not has.confidence:
+            lost.append("calibrated scores (radapter-export --validation)")
+        if had.dynamic_alpha and not has.dynamic_alpha:
+            lost.append("an alpha of the caller's choice (radapter-export --alpha dynamic)")
+        if gone := sorted(had.label_sets.keys() - has.label_sets.keys()):
+            lost.append(f"the label sets {', '.join(gone)} (radapter-export --label-set)")
+        if lost:
+            notes.append(f"release {new} lacks what release {old} has: {'; '.join(lost)}")
+
+    # An index is searched by the release that made it.
+    if index_names(indexes):
+        from radapter_serve.index.index import releases_of as makers  # here: it loads libraries
+
+        for name, maker in makers(indexes).items():
+            able = [version for version in releases if maker.is_of(releases[version])]
+            if able and not set(able) & set(now):
+                both = format_list([able[-1], *now]).replace(",", "")
+                notes.append(
+                    f"the index {name} is of release {able[-1]}, and cannot be searched without it;"
+                    f" radapter-release load {both} serves both, until radapter-index has built it"
+                    f" again by release {new}"
+                )
+    return notes
 
 
-def _state(repository: Path, http_port: int | None) -> tuple[dict[str, Any], str]:
+def _state(repository: Path, http_port: int | None) -> tuple[Served, str]:
     """What is served, and by whom, in a line."""
     if (server := find_server(repository, http_port)) is not None:
         state: dict[str, Any] = ask(server, {"do": "state"})
-        return state, f"served at {state['url']}"
-    served = Served.load(repository)
-    state = {"releases": served.releases, "before": served.before, "kept": {}}
-    return state, "no server runs here; this is what its next start serves"
+        return _served(state), f"served at {state['url']}"
+    return Served.load(repository), "no server runs here; this is what its next start serves"
 
 
-def _how(version: int, state: dict[str, Any]) -> str:
-    if version in state["releases"]:
-        return (
-            "yes"
-            if len(state["releases"]) == 1 or version < max(state["releases"])
-            else "yes, by default"
-        )
-    if names := state["kept"].get(str(version)):
-        return f"for {', '.join(names)}, until built again by release {max(state['releases'])}"
-    return "before" if version in state["before"] else ""
+def _served(state: dict[str, Any]) -> Served:
+    return Served(tuple(state["releases"]), tuple(state["before"]))
+
+
+def _how(version: int, served: Served) -> str:
+    if version in served.releases:
+        is_default = len(served.releases) > 1 and version == max(served.releases)
+        return "yes, by default" if is_default else "yes"
+    return "before" if version in served.before else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

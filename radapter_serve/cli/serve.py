@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,35 +19,29 @@ from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
-from radapter_serve.server.backlog import MAX_WAITING
-from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.config import MAX_WAITING, ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import find_tritonserver
-from radapter_serve.server.probe import Probe
-from radapter_serve.server.releases import Releases
-from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
-from radapter_serve.server.supervisor import Supervisor
-from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.server.weaknesses import weaknesses_of
 from radapter_serve.signals import STOPPING, handled
 
 if TYPE_CHECKING:
     from radapter_serve.gateway.run import Child
-    from radapter_serve.server.engine_server import EngineServer
+    from radapter_serve.server.triton_server import TritonServer
 
 PROG = "radapter-serve"
+# Options that --help shows.
 FIRST = (
-    *(
-        "engine",
-        "model_repository",
-        "host",
-        "http_port",
-        "grpc_port",
-        "indexes",
-        "runtime",
-        "instances",
-    ),
-    *("trust_network", "gateway_port", "api_keys"),
+    "engine",
+    "model_repository",
+    "host",
+    "http_port",
+    "grpc_port",
+    "indexes",
+    "runtime",
+    "instances",
+    "trust_network",
+    "gateway_port",
+    "api_keys",
 )
 
 
@@ -83,11 +77,7 @@ class GatewayFlags:
         return self.no_api_keys or self.api_keys is not None
 
     def child(self, endpoints: Endpoints, indexes: Path) -> Child | None:
-        """The gateway of a server that listens there, or None if none is wanted.
-
-        Raises:
-            RAdapterError: a gateway that could not start, or flags of one that is not wanted.
-        """
+        """The gateway of a server, which is not started yet; None without --gateway-port."""
         if self.gateway_port is None:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
@@ -149,27 +139,43 @@ def serve(
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at
             once.
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes
-            the fastest on this machine; as exported if none is given.
-        threads: how many threads compute in an encoder, shared by its instances; one a core if none
-            is given.
+            the one that is usually fastest on such a machine; as exported if none is given.
+        threads: number of threads that compute in an encoder, shared by its instances; one a core
+            if none is given.
         instances: processes of each task, so that a slow request does not hold up the others: a
             number for all, and TASK=NUMBER for one, such as: 2 segment=4.
-        max_waiting: requests that may wait for a model; where more do, those that have waited
+        max_waiting: requests that may wait for a model; if there are more, those that have waited
             longest are refused.
         timeout: seconds to wait until all models answer.
-        drain_seconds: how long calls under way may take when the server is stopped.
+        drain_seconds: seconds that calls under way may take when the server is stopped.
         trust_network: let anyone who can reach --host use the server, for Triton asks for no
             password.
         verbose: show Triton's own messages.
         gateway: a gateway in front of the server.
     """
-    chosen, why = (engine, "") if engine != "auto" else choose_engine()
+    chosen = engine
+    if engine == "auto":
+        chosen = "triton"
+        try:
+            find_tritonserver()
+        except RAdapterError as error:
+            chosen = "process"
+            _say(f"engine: process, because {error}")
     in_process = chosen == "process"
-    let_in = trust_network or (in_process and gateway.lets_in)
-    tls = in_process and gateway.tls_certificate is not None
-    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, let_in, tls)
+    endpoints = Endpoints(
+        host,
+        http_port,
+        grpc_port,
+        metrics_port,
+        trust_network or (in_process and gateway.lets_in),
+        in_process and gateway.tls_certificate is not None,
+    )
+    if model_repository.as_posix().startswith(HUB):
+        from radapter_export.hub import taken
+
+        model_repository = taken(model_repository.as_posix())
     config = ServerConfig(
-        _from_hub(model_repository),
+        model_repository,
         endpoints,
         indexes=indexes,
         runtime=runtime,
@@ -181,10 +187,10 @@ def serve(
         verbose=verbose,
     )
     if not in_process:
+        from radapter_serve.server.triton_server import TritonServer
+
         keep_serving(TritonServer(config), gateway.child(endpoints, config.indexes))
         return
-    if why:
-        _say(f"engine: process, because {why}")
     given = {
         "--grpc-port": grpc_port != 8001,
         "--metrics-port": metrics_port != 8002,
@@ -203,35 +209,48 @@ def serve(
     answer_in_process(config, gateway, trust_network)
 
 
-def _from_hub(repository: Path) -> Path:
-    """The folder of a model repository, fetched where it is a name of the hub."""
-    name = repository.as_posix()
-    if not name.startswith(HUB):
-        return repository
-    from radapter_export.hub import taken
+def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
+    """Start a server, and keep it and a gateway up until a signal ends this process."""
+    from radapter_serve.server.supervisor import Supervisor
 
-    return taken(name)
-
-
-def choose_engine() -> tuple[Literal["triton", "process"], str]:
-    """What `--engine auto` takes, and why it is not Triton."""
-    try:
-        find_tritonserver()
-    except RAdapterError as error:
-        return "process", str(error)
-    return "triton", ""
+    # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
+    with handled(lambda *_: sys.exit(0), *STOPPING):
+        try:
+            if server.config.verbose:
+                server.start()
+            else:
+                with Console(stderr=True).status("starting") as status:
+                    server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.warning:
+                _say(f"warning: {server.warning}")
+            version = server.control.version()
+            if not server.config.endpoints.loopback:
+                _say(
+                    f"warning: --trust-network: whoever reaches {server.config.endpoints.host} can"
+                    f" try the published weaknesses of Triton {version}; SECURITY.md says what"
+                    " closes each, and radapter-gateway and --engine process have none of them"
+                )
+            urls = {
+                "Triton": version,
+                "HTTP": server.http_url,
+                "gRPC": server.grpc_url,
+                "metrics": server.metrics_url,
+            }
+            _show(server.config, server.models, server.runtime, urls, server.grpc_url)
+            with (
+                AdminSocket(server.folder, server),
+                gateway or contextlib.nullcontext(),
+            ):
+                Supervisor(server, _say, [gateway] if gateway else []).run()
+        except KeyboardInterrupt:
+            print("stopping ...", file=sys.stderr)
+        finally:
+            server.stop()
 
 
 def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
-    """Answer over HTTP in this process, until a signal ends it.
-
-    Args:
-        config: what to serve.
-        flags: keys and TLS.
-        trust_network: let everybody in who reaches the port.
-
-    Raises:
-        RAdapterError: a release that can't be served, or a port that is taken.
+    """Answer over HTTP in this process until a signal ends it; `trust_network` lets everybody in
+    who reaches the port.
     """
     check_installed("uvicorn", "server")
     from radapter_serve.gateway.in_process import InProcess
@@ -240,10 +259,9 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.engine_server import EngineServer
 
-    endpoints = config.endpoints
     settings = Settings(
-        host=endpoints.host,
-        port=endpoints.http_port,
+        host=config.endpoints.host,
+        port=config.endpoints.http_port,
         indexes=config.indexes,
         api_keys=flags.api_keys,
         no_api_keys=flags.no_api_keys or (trust_network and flags.api_keys is None),
@@ -264,10 +282,10 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
             Console(stderr=True).status("starting") as status,
         ):
             server.start(lambda line: status.update(f"{escape(line)} ..."))
-        if server.measured:
-            _show_measured(server.measured, server.config.encoder_threads)
         try:
-            _show_releases(server)
+            url = config.endpoints.http_url
+            releases = {"classify": list(server.served.releases)}
+            _show(config, releases, server.runtime, {"HTTP": url, "metrics": f"{url}/metrics"}, url)
             with AdminSocket(server.folder, server):
                 gateway.run()
         except KeyboardInterrupt:
@@ -276,148 +294,53 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
             server.stop()
 
 
-def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        server: not started yet.
-        gateway: to be kept up next to it, if any.
-
-    Raises:
-        RAdapterError: the server does not start, or a part of it never becomes ready again.
-    """
-    # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
-    with handled(lambda *_: sys.exit(0), *STOPPING):
-        try:
-            _start(server)
-            with (
-                AdminSocket(server.folder, Releases(server)),
-                gateway or contextlib.nullcontext(),
-            ):
-                Supervisor(
-                    server,
-                    _say,
-                    [gateway] if gateway else [],
-                    probe=Probe(server.control, server.ticks),
-                ).run()
-        except KeyboardInterrupt:
-            print("stopping ...", file=sys.stderr)
-        finally:
-            server.stop()
-
-
-def _start(server: TritonServer) -> None:
-    console = Console(stderr=True)
-    if server.config.verbose:
-        server.start()
-    else:
-        with console.status("starting") as status:
-            server.start(lambda line: status.update(f"{escape(line)} ..."))
-    checks = server.checks
-    if checks.measured:
-        _show_measured(checks.measured, server.config.encoder_threads)
-    if checks.warning:
-        _say(f"warning: {checks.warning}")
-    _show(server)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-serve`."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    # Other commands name the repository by a flag, and so may who starts a server.
-    given = [
-        one.removeprefix("--model-repository=") for one in given if one != "--model-repository"
-    ]
-    return run(serve, given, prog=PROG, first=FIRST)
+def _show(
+    config: ServerConfig,
+    models: Mapping[str, Sequence[int]],
+    runtime: str | None,
+    facts: Mapping[str, str],
+    url: str,
+) -> None:
+    """Print what is served, by what, and where."""
+    table = Table(title=escape(str(config.model_repository)), title_justify="left")
+    for column in ("model", "versions", "release"):
+        table.add_column(column)
+    for name, versions in models.items():
+        lines = []
+        for version in versions:
+            with contextlib.suppress(RAdapterError, ValueError, TypeError):
+                release = Release.load(config.model_repository / name / str(version))
+                alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
+                lines.append(
+                    f"{version}: {release.architecture} at alpha {alpha}, {release.precision}"
+                )
+        table.add_row(escape(name), ", ".join(map(str, versions)), escape("\n".join(lines)))
+    Console().print(table)
+    for name, value in {**facts, "indexes": str(config.indexes)}.items():
+        print(f"{name:<8} {value}")
+    if runtime is not None:
+        print(f"runtime  {runtime}")
+    if "classify" in models:
+        print(
+            f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n'
+        )
+    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
 def _say(line: str) -> None:
     print(f"{PROG}: {line}", file=sys.stderr, flush=True)
 
 
-def _show(server: TritonServer) -> None:
-    """Print what is served where, and by which Triton."""
-    version = server.control.version()
-    if not server.endpoints.loopback:
-        _say(
-            f"warning: --trust-network: whoever reaches {server.endpoints.host} can try the"
-            f" published weaknesses that Triton {version} has or may have:"
-            f" {', '.join(weaknesses_of(version))}; SECURITY.md says what closes each, and"
-            " radapter-gateway and --engine process have none of them"
-        )
-    table = Table(title=escape(str(server.config.model_repository)), title_justify="left")
-    for column in ("model", "versions", "release"):
-        table.add_column(column)
-    for name, versions in server.models.items():
-        described = _describe(server.config.model_repository / name, versions)
-        table.add_row(escape(name), ", ".join(map(str, versions)), escape(described))
-    console = Console()
-    console.print(table)
-    print(f"Triton   {version}")
-    print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
-    print(f"indexes  {server.config.indexes}")
-    if "classify" in server.models:
-        print(
-            '\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url'
-            f" {server.grpc_url}\n"
-        )
-    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
-
-
-def _show_releases(server: EngineServer) -> None:
-    """Print what is served without Triton, and where."""
-    repository = server.config.model_repository
-    table = Table(title=escape(str(repository)), title_justify="left")
-    for column in ("release", "what it is"):
-        table.add_column(column)
-    for version in server.served.releases:
-        described = _describe(repository / "classify", [version])
-        table.add_row(str(version), escape(described.partition(": ")[2]))
-    Console().print(table)
-    url = server.state()["url"]
-    print(f"HTTP     {url}\nmetrics  {url}/metrics\nindexes  {server.config.indexes}")
-    print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n')
-    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
-
-
-def _show_measured(measured: Sequence[Measured], threads: int) -> None:
-    """Print what `--runtime auto` found."""
-    title = f"runtimes on this machine, {threads} thread{'s' if threads > 1 else ''}"
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "encoder",
-        "runtime",
-        *(f"ms at {batch}" for batch in BATCHES),
-        "a second",
-        "1 - cosine",
-    ):
-        table.add_column(
-            column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right"
-        )
-    for one in measured:
-        if one.seconds:
-            rate = max(batch / seconds for batch, seconds in one.seconds.items())
-            times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
-            table.add_row(
-                escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}"
-            )
-    Console().print(table)
-    # One reason each: what cannot run an encoder is out for all.
-    for runtime, why in {one.runtime: one.why for one in reversed(measured) if one.why}.items():
-        print(f"{runtime} is left out: {why}")
-    print(f"fastest: {fastest(measured)}\n")
-
-
-def _describe(model: Path, versions: Sequence[int]) -> str:
-    parts = []
-    for version in versions:
-        try:
-            release = Release.load(model / str(version))
-            own = f"alpha {release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
-            parts.append(f"{version}: {release.architecture} at {own}, {release.precision}")
-        except (RAdapterError, ValueError, TypeError):
-            continue
-    return "\n".join(parts)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `radapter-serve`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Other commands name the repository by a flag, and so may a user here.
+    arguments = [
+        argument.removeprefix("--model-repository=")
+        for argument in arguments
+        if argument != "--model-repository"
+    ]
+    return run(serve, arguments, prog=PROG, first=FIRST)
 
 
 if __name__ == "__main__":

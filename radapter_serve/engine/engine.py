@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,11 @@ class _Served:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The releases that an engine serves by number, and older ones for the indexes that they made;
-    replaced as a whole, so that a request sees one of two states.
+    """The releases that an engine serves, by number; replaced as a whole, so that a request sees
+    one of two states.
     """
 
     served: Mapping[int, _Served]
-    kept: Mapping[int, _Served] = field(default_factory=dict)
 
 
 class Engine:
@@ -137,15 +136,13 @@ class Engine:
         ]
         return cls(releases, max_waiting=max_waiting)
 
-    def prepare(
-        self, releases: Sequence[LoadedRelease], kept: Sequence[LoadedRelease] = ()
-    ) -> Prepared:
+    def prepare(self, releases: Sequence[LoadedRelease]) -> Prepared:
         """Prepare releases, next to those that are served, and probe each task of the new ones;
-        raises `TaskError` if one fails. `kept` are older releases for the indexes that they made.
+        raises `TaskError` if one fails.
         """
         before = self._every()
         ready: dict[int, _Served] = {}
-        for loaded in (*releases, *kept):
+        for loaded in releases:
             served = next((one for one in before if one.loaded is loaded), None)
             if served is None:
                 served = self._made(loaded)
@@ -157,10 +154,7 @@ class Engine:
                         if error.status != "INVALID_ARGUMENT":
                             raise
             ready[loaded.release.version] = served
-        return Prepared(
-            {one.release.version: ready[one.release.version] for one in releases},
-            {one.release.version: ready[one.release.version] for one in kept},
-        )
+        return Prepared(ready)
 
     def commit(self, prepared: Prepared) -> None:
         """Serve prepared releases from the next request on; requests under way end as they
@@ -264,8 +258,7 @@ class Engine:
         return _Served(loaded, others, self._max_waiting)
 
     def _every(self) -> list[_Served]:
-        state = self._state
-        return [*state.served.values(), *state.kept.values()]
+        return list(self._state.served.values())
 
     def _pick(self, state: Prepared, model: str, version: str) -> _Served:
         if self._closed:

@@ -23,7 +23,7 @@ from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.middleware import what_spans_lack
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
-from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
+from radapter_serve.server.processes import STOPPED, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 from radapter_serve.signals import STOPPING
 
@@ -218,7 +218,9 @@ class Child:
             with contextlib.suppress(BlockingIOError):  # no sign since
                 if os.read(self._pulse, 2**16):
                     self._patient_until = now + MAX_SILENCE_SECONDS
-        if Process.of(self._process.pid).state == "T":
+        import psutil  # here: the gateway itself does without
+
+        if psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED:
             why = STOPPED
         elif now >= self._patient_until:
             why = "its event loop no longer answered, so it was killed"

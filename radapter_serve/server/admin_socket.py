@@ -1,10 +1,8 @@
-"""Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder,
-lines of JSON.
+"""How `radapter-release` speaks with a running `radapter-serve`: TCP on this machine alone.
 
-The folder is open to its owner only. Where there are no such sockets, as in Python on Windows, it
-has a file with the number of a port of this machine and a secret that requests must have. A
-request is one line, such as `{"do": "load", "releases": [2]}`. The answer is lines of `{"say":
-...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+The server's folder, which only its owner can read, has a file with the port and a secret that each
+request must have. A request is a line of JSON, such as `{"do": "load", "releases": [2]}`; the
+answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -12,126 +10,102 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import socket
+import socketserver
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.server.processes import FOLDER_PREFIX
-from radapter_serve.server.releases import ReleaseChanges
+from radapter_serve.server.releases import ReleaseServer
 
-SOCKET = "release.sock"
-PORT = "release.port"
-MAX_CALLERS = 8  # callers at once
-MAX_REQUEST_BYTES = 4096  # bytes of a request
-READ_TIMEOUT_SECONDS = 5.0  # seconds to wait for a request
-CLEANUP_INTERVAL_SECONDS = (
-    15.0  # seconds between two looks whether an index still needs an older release
-)
+FILE = "release.port"
+MAX_CALLERS = 8  # at once
+MAX_REQUEST_BYTES = 4096
+READ_TIMEOUT_SECONDS = 5.0  # to wait for a request
 
 
 class AdminSocket:
-    """Hears requests for a server, as a context manager.
+    """Answers requests for a server while it is entered."""
 
-    Args:
-        folder: of the server.
-        releases: of the server.
-    """
-
-    def __init__(self, folder: Path, releases: ReleaseChanges) -> None:
+    def __init__(self, folder: Path, server: ReleaseServer) -> None:
         self._folder = folder
-        self._releases = releases
+        self._server = server
+        self._secret = secrets.token_hex(32)
         self._callers = threading.BoundedSemaphore(MAX_CALLERS)
-        self._closed = threading.Event()
 
     def __enter__(self) -> AdminSocket:
-        self._socket, self._secret = _listen(self._folder)
-        self._socket.settimeout(CLEANUP_INTERVAL_SECONDS)
-        threading.Thread(target=self._run, name="admin socket", daemon=True).start()
+        admin = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = READ_TIMEOUT_SECONDS
+
+            def handle(self) -> None:
+                if admin._callers.acquire(blocking=False):
+                    try:
+                        admin._serve(self)
+                    finally:
+                        admin._callers.release()
+
+        # A thread for each caller, because tritonserver ends with the thread that started it.
+        self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._listener.daemon_threads = True
+        self._listener.block_on_close = False
+        with staged(self._folder / FILE) as file:
+            file.write_text(f"{self._listener.server_address[1]} {self._secret}", encoding="ascii")
+        threading.Thread(
+            target=self._listener.serve_forever, args=(0.1,), name="admin socket", daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._listener.shutdown()
+        self._listener.server_close()
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            try:
-                caller, _ = self._socket.accept()
-            except TimeoutError:
-                self._releases.remove_unneeded()
-                continue
-            except OSError:
-                return
-            if not self._callers.acquire(blocking=False):
-                caller.close()
-                continue
-            # Not shared with others: tritonserver ends with the thread that started it.
-            threading.Thread(
-                target=self._serve, args=(caller,), name="admin socket caller", daemon=True
-            ).start()
-
-    def _serve(self, caller: socket.socket) -> None:
+    def _serve(self, caller: socketserver.StreamRequestHandler) -> None:
         def say(**line: Any) -> None:
-            # Who left is told nothing; what he asked for goes on.
+            # What a caller asked for goes on when he has left.
             with contextlib.suppress(OSError):
-                caller.sendall(json.dumps(line).encode() + b"\n")
+                caller.wfile.write(json.dumps(line).encode() + b"\n")
 
-        with caller:
-            try:
-                caller.settimeout(READ_TIMEOUT_SECONDS)
-                with caller.makefile("rb") as lines:
-                    request = json.loads(lines.readline(MAX_REQUEST_BYTES))
-                if not hmac.compare_digest(str(request.get("secret", "")), self._secret):
-                    raise ValueError("its secret is another")
-                say(done=self._answer(request, lambda line: say(say=line)))
-            except RAdapterError as error:
-                say(error=str(error))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                say(
-                    error=(
-                        f"this server does not understand the request ({error}); use the"
-                        " radapter-release of its version"
-                    )
-                )
-            finally:
-                self._callers.release()
-
-    def _answer(self, request: dict[str, Any], say: Callable[[str], None]) -> Any:
-        if request["do"] == "load":
-            return self._releases.load([int(one) for one in request["releases"]], say)
-        if request["do"] == "rollback":
-            return self._releases.rollback(say)
-        if request["do"] == "state":
-            return self._releases.state()
-        raise ValueError(request["do"])
+        try:
+            request = json.loads(caller.rfile.readline(MAX_REQUEST_BYTES))
+            if not hmac.compare_digest(str(request["secret"]).encode(), self._secret.encode()):
+                raise ValueError("it has another secret")
+            if request["do"] == "load":
+                releases = [int(number) for number in request["releases"]]
+                say(done=self._server.load(releases, lambda line: say(say=line)))
+            elif request["do"] == "rollback":
+                say(done=self._server.rollback(lambda line: say(say=line)))
+            elif request["do"] == "state":
+                say(done=self._server.describe())
+            else:
+                raise ValueError(request["do"])
+        except RAdapterError as error:
+            say(error=str(error))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            say(
+                error=f"this server does not understand the request ({error}); use the"
+                " radapter-release of its version"
+            )
 
 
 def ask(
     folder: Path, request: dict[str, Any], say: Callable[[str], None] = lambda line: None
 ) -> Any:
-    """Ask the server that has this folder.
+    """Ask the server of a folder; `say` takes the lines before the answer.
 
-    Args:
-        folder: of the server.
-        request: as above.
-        say: called with the lines before the answer.
-
-    Raises:
-        RAdapterError: the server refuses, or ends meanwhile.
-        OSError: no server listens there.
+    Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if none listens.
     """
-    seconds = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
-    server, secret = _connect(folder, seconds)
-    with server:
+    port, secret = (folder / FILE).read_text(encoding="ascii").split()
+    # A change of releases takes as long as it takes.
+    timeout = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
+    with socket.create_connection(("127.0.0.1", int(port)), timeout) as server:
         server.sendall(json.dumps({**request, "secret": secret}).encode() + b"\n")
         with server.makefile("rb") as lines:
             for line in lines:
@@ -147,74 +121,24 @@ def ask(
 
 
 def find_server(repository: Path, http_port: int | None = None) -> Path | None:
-    """The folder of the running server of a model repository; None if there is none.
-
-    Args:
-        repository: the model repository.
-        http_port: which of several; any if None.
-
-    Raises:
-        RAdapterError: several servers serve it, or none of this port.
+    """The folder of the running server of a model repository, None if there is none; `http_port`
+    chooses one of several.
     """
-    found = {}
+    servers = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        # Another user's, or one that is gone.
-        with contextlib.suppress(OSError, ValueError, RAdapterError):
+        # A folder may be another user's, or of a server that is gone.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RAdapterError):
             state = ask(folder, {"do": "state"})
             if state["repository"] == str(repository.resolve()):
-                found[int(state["http_port"])] = folder
-    if http_port is not None and http_port not in found:
-        ports = ", ".join(map(str, sorted(found))) or "no port at all"
+                servers[int(state["http_port"])] = folder
+    if http_port is not None and http_port not in servers:
+        ports = ", ".join(map(str, sorted(servers))) or "no port at all"
         raise RAdapterError(
             f"no server of {repository} listens on port {http_port} of this machine, but on {ports}"
         )
-    if http_port is None and len(found) > 1:
+    if http_port is None and len(servers) > 1:
         raise RAdapterError(
             f"several servers serve {repository}; choose one: --http-port"
-            f" {' or '.join(map(str, sorted(found)))}"
+            f" {' or '.join(map(str, sorted(servers)))}"
         )
-    return next(iter(found.values()), None) if http_port is None else found[http_port]
-
-
-def _listen(folder: Path) -> tuple[socket.socket, str]:
-    """A socket that listens for requests, and the secret that they must have."""
-    if hasattr(socket, "AF_UNIX"):
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short(folder) as path:
-            listener.bind(path)
-        listener.listen(MAX_CALLERS)
-        return listener, ""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=MAX_CALLERS)
-    secret = secrets.token_hex(32)
-    with staged(folder / PORT) as file:
-        file.write_text(f"{listener.getsockname()[1]} {secret}", encoding="ascii")
-    return listener, secret
-
-
-def _connect(folder: Path, seconds: float | None) -> tuple[socket.socket, str]:
-    """A connection to the server that has this folder, and the secret of its requests."""
-    if hasattr(socket, "AF_UNIX"):
-        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        server.settimeout(seconds)
-        try:
-            with _short(folder) as path:
-                server.connect(path)
-        except BaseException:
-            server.close()
-            raise
-        return server, ""
-    port, secret = (folder / PORT).read_text(encoding="ascii").split()
-    return socket.create_connection(("127.0.0.1", int(port)), seconds), secret
-
-
-@contextlib.contextmanager
-def _short(folder: Path) -> Iterator[str]:
-    """The socket's path, short enough for the system however long the folder's is."""
-    if not Path("/proc/self/fd").is_dir():
-        yield str(folder / SOCKET)
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{handle}/{SOCKET}"
-    finally:
-        os.close(handle)
+    return next(iter(servers.values()), None) if http_port is None else servers[http_port]

@@ -1,25 +1,25 @@
-"""The limit of what waits for a model: counted from Triton's metrics, and kept by the processes of
-the model.
+"""Limit of what waits for a model: counted from Triton's metrics, and kept by the processes of the
+model.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import urllib3
 
+from radapter_serve.clock import SYSTEM
+from radapter_serve.server.config import MAX_WAITING
 from radapter_serve.triton.surplus import write
 
-INTERVAL = 0.25  # seconds between two looks
-MAX_WAITING = 128  # requests that may wait for a model
+INTERVAL_SECONDS = 0.25  # from one look to the next
+
 MAX_SECONDS = 60.0  # that one of them may wait
-_TIMEOUT = 2.0  # seconds for Triton to list its metrics
 _LINE = re.compile(
     r'^nv_inference_(pending_request_count|request_success|request_failure)\{(?:[^}]*,)?model="([^"]+)"[^}]*\}'
     r" (\d+)",
@@ -27,73 +27,47 @@ _LINE = re.compile(
 )
 
 
-@dataclass
-class Counts:
-    """Requests of a model.
-
-    Attributes:
-        waiting: that no process has begun.
-        done: that were answered, since the server began.
+def read_counts(metrics: str) -> dict[str, tuple[int, int]]:
+    """Requests of each model in all its versions, from Triton's metrics: how many wait, how many
+    were answered since the server began.
     """
-
-    waiting: int = 0
-    done: int = 0
-
-
-def read_counts(metrics: str) -> dict[str, Counts]:
-    """The requests of each model, from what Triton's metrics say of all its versions."""
-    found: dict[str, Counts] = {}
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for name, model, value in _LINE.findall(metrics):
-        counts = found.setdefault(model, Counts())
+        waiting, done = counts[model]
         if name == "pending_request_count":
-            counts.waiting += int(value)
+            counts[model] = (waiting + int(value), done)
         else:
-            counts.done += int(value)
-    return found
+            counts[model] = (waiting, done + int(value))
+    return dict(counts)
 
 
 @dataclass
 class Queue:
-    """What is known of the queue of one model.
-
-    Args:
-        max_waiting: requests that may wait.
-        max_seconds: that one may wait.
+    """The queue of one model: how many requests may wait, for how many seconds, and how many had
+    arrived at which times.
     """
 
-    max_waiting: int
-    max_seconds: float
+    max_waiting: int = MAX_WAITING
+    max_seconds: float = MAX_SECONDS
     _arrived: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def surplus(self, now: float, counts: Counts) -> int:
-        """How many of the waiting requests are too many, or have waited too long.
-
-        Args:
-            now: seconds of a clock that never goes back.
-            counts: at that time; those of the last call were counted earlier.
-        """
-        arrived = counts.done + counts.waiting
-        # Or Triton began to count anew.
-        if not counts.waiting or (self._arrived and arrived < self._arrived[-1][1]):
+    def surplus(self, now: float, waiting: int, done: int) -> int:
+        """Number of waiting requests that are too many, or have waited too long, at `now`."""
+        arrived = done + waiting
+        # An empty queue holds nothing old; a smaller count is that of another Triton.
+        if not waiting or (self._arrived and arrived < self._arrived[-1][1]):
             self._arrived.clear()
         self._arrived.append((now, arrived))
         while len(self._arrived) > 1 and self._arrived[1][0] <= now - self.max_seconds:
             self._arrived.popleft()
-        then, old = self._arrived[0]
-        overdue = old - counts.done if then <= now - self.max_seconds else 0
-        return max(0, counts.waiting - self.max_waiting, min(overdue, counts.waiting))
+        then, arrived_then = self._arrived[0]
+        overdue = arrived_then - done if then <= now - self.max_seconds else 0
+        return max(0, waiting - self.max_waiting, min(overdue, waiting))
 
 
 class Backlog:
-    """Limits what waits for each model of a server, from a thread of its own.
-
-    Args:
-        url: of Triton's metrics.
-        folder: where the processes of the models look; it is there.
-        processes: how many processes each model has, whose files are written; each refuses its
-            share.
-        max_waiting: requests that may wait for a model.
-        max_seconds: that one of them may wait.
+    """A thread that reads Triton's metrics at `url`, and writes into `folder` how many requests
+    each process of a model is to reject; `processes` says how many a model has.
     """
 
     def __init__(
@@ -103,22 +77,16 @@ class Backlog:
         processes: Callable[[], Mapping[str, int]],
         *,
         max_waiting: int = MAX_WAITING,
-        max_seconds: float = MAX_SECONDS,
     ) -> None:
         self._url = url
         self._folder = folder
         self._processes = processes
-        self._limits = (max_waiting, max_seconds)
-        self._queues: dict[str, Queue] = {}
+        self._queues: dict[str, Queue] = defaultdict(lambda: Queue(max_waiting))
         self._number = 0
-        self._pool = urllib3.PoolManager(timeout=_TIMEOUT, retries=False)
+        self._pool = urllib3.PoolManager(timeout=2.0, retries=False)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="backlog", daemon=True)
-
-    def start(self) -> Backlog:
-        """Begin to look."""
         self._thread.start()
-        return self
 
     def stop(self) -> None:
         """Look no more."""
@@ -126,23 +94,19 @@ class Backlog:
         self._thread.join()
         self._pool.clear()
 
-    def observe(self, counts: Mapping[str, Counts], now: float) -> None:
-        """Say of each model what is to be refused.
-
-        Args:
-            counts: of the models.
-            now: seconds of a clock that never goes back.
-        """
+    def observe(self, counts: Mapping[str, tuple[int, int]], now: float) -> None:
+        """Write how many requests each model is to reject, by its counts at `now`."""
         self._number += 1
         for model, processes in self._processes().items():
-            queue = self._queues.setdefault(model, Queue(*self._limits))
-            surplus = queue.surplus(now, counts.get(model, Counts()))
+            surplus = self._queues[model].surplus(now, *counts.get(model, (0, 0)))
             write(self._folder / model, self._number, -(-surplus // max(1, processes)))
 
     def _run(self) -> None:
-        while not self._ended.wait(INTERVAL):
+        while not self._ended.wait(INTERVAL_SECONDS):
             try:
                 answer = self._pool.request("GET", self._url)
-                self.observe(read_counts(answer.data.decode("utf-8", "replace")), time.monotonic())
+                self.observe(
+                    read_counts(answer.data.decode("utf-8", "replace")), SYSTEM.monotonic()
+                )
             except (urllib3.exceptions.HTTPError, OSError):
-                continue  # Triton is away or busy, or the folder goes; the supervisor tells
+                continue  # Triton is away or busy, which the supervisor sees, or the folder goes

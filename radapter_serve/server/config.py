@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import AUTO, RUNTIMES
 from radapter_serve.release.served import Served
-from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.instances import counts
 from radapter_serve.threads import total
+
+MAX_INSTANCES = 64
+MAX_WAITING = 128
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class ServerConfig:
             the newest export.
         indexes: folder of the indexes for `retrieve`; it need not exist yet.
         runtime: runs the encoders, once its embeddings have been compared with torch's:
-            onnxruntime, openvino or tensorrt. "auto" measures the runtimes and takes the fastest.
-            None keeps the runtime of the export.
+            onnxruntime, openvino or tensorrt. "auto" takes the one that is usually fastest on this
+            machine and agrees with torch. None keeps the runtime of the export.
         threads: threads that compute in an encoder, shared by its instances; None takes one for
             each core.
         instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A
@@ -71,18 +73,15 @@ class ServerConfig:
             raise RAdapterError(
                 f"--runtime is {self.runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}"
             )
-        if self.threads is not None and self.threads < 1:
-            raise RAdapterError(f"--threads is {self.threads}; allowed are 1 and more")
-        if self.max_waiting < 1:
-            raise RAdapterError(f"--max-waiting is {self.max_waiting}; allowed are 1 and more")
-        counts(self.instances)
+        for name in ("threads", "max_waiting"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                flag = name.replace("_", "-")
+                raise RAdapterError(f"--{flag} is {number}; allowed are 1 and more")
+        self.instance_counts()
 
     def wanted(self) -> Served:
-        """The releases that a server begins with.
-
-        Raises:
-            RAdapterError: as `Served.load`.
-        """
+        """The releases that a server begins with."""
         if self.releases is None:
             return Served.load(self.model_repository)
         return Served(tuple(sorted(self.releases)))
@@ -92,7 +91,21 @@ class ServerConfig:
         """Threads that compute in an encoder."""
         return self.threads or total()
 
-    @property
     def instance_counts(self) -> dict[str, int]:
-        """The number of processes of each task that `instances` names."""
-        return counts(self.instances)
+        """Number of processes of each task in `instances`; TASK=NUMBER overrides a number for
+        all.
+        """
+        counts: dict[str, int] = {}
+        for setting in sorted(self.instances, key=lambda setting: "=" in setting):
+            task, _, number = setting.rpartition("=")
+            if task and task not in TASKS:
+                raise RAdapterError(
+                    f"--instances {setting}: there is no task {task}; there are {', '.join(TASKS)}"
+                )
+            if not number.isdecimal() or not 1 <= int(number) <= MAX_INSTANCES:
+                raise RAdapterError(
+                    f"--instances {setting}: allowed are 1 to {MAX_INSTANCES}, for all tasks (2) or"
+                    " for one (segment=2)"
+                )
+            counts.update(dict.fromkeys([task] if task else TASKS, int(number)))
+        return counts

@@ -1,8 +1,6 @@
-"""What only `radapter-serve` may ask of its tritonserver: which models are there, and to load or
-unload one.
+"""Triton's interface for its owner: which models are there, load one, unload one.
 
-Triton's own interface for it takes code from anyone who may use it, so it is closed to all who do
-not send the secret.
+Whoever may use it can run code in the server, so it is closed to requests without the secret.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from radapter_serve.errors import RAdapterError, reason
 
 SECRET_HEADER = "radapter-secret"
 
-# A proxy of the environment is not for this machine.
+# No proxy of the environment is asked for this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -31,97 +29,46 @@ class NoAnswer(RAdapterError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered.
-
-    Attributes:
-        status: of HTTP, such as 200.
-        body: what it said, from JSON; a refusal is `{"error": ...}`.
-    """
+    """An HTTP status, and the JSON of the body."""
 
     status: int
     body: Any
 
     @property
     def error(self) -> str:
-        """Why it was refused; empty if it was not."""
-        return (
-            str(self.body.get("error", self.body))
-            if self.status != 200 and isinstance(self.body, dict)
-            else ""
-        )
-
-
-@dataclass(frozen=True)
-class ServedVersion:
-    """One version of a model, as Triton sees it.
-
-    Attributes:
-        model: its name.
-        version: its number; 0 for a model that was never loaded.
-        state: READY, LOADING, UNLOADING or UNAVAILABLE; empty if it was never loaded.
-        reason: why it is not ready.
-    """
-
-    model: str
-    version: int
-    state: str
-    reason: str = ""
+        """Reason of a refusal; empty if there is none."""
+        if self.status == 200 or not isinstance(self.body, dict):
+            return ""
+        return str(self.body.get("error", self.body))
 
 
 class Control:
-    """A running tritonserver, as its owner asks it.
-
-    Args:
-        url: of its HTTP endpoint.
-        secret: that it was started with.
-    """
+    """A client of a running tritonserver, at the URL of its HTTP endpoint, with its secret."""
 
     def __init__(self, url: str, secret: str) -> None:
         self.url = url
         self._secret = secret
 
-    def index(self, *, ready: bool = False) -> list[ServedVersion]:
-        """All versions of all models that the server knows.
-
-        Args:
-            ready: those that answer requests alone.
-
-        Raises:
-            RAdapterError: no answer, or a refusal.
-        """
-        return [
-            ServedVersion(
-                one["name"],
-                int(one.get("version") or 0),
-                one.get("state", ""),
-                one.get("reason", ""),
-            )
-            for one in self._need("repository/index", {"ready": ready})
-        ]
+    def index(self, *, ready: bool = False) -> list[dict[str, Any]]:
+        """Versions of models, or those that are ready: name, version, state, reason."""
+        versions: list[dict[str, Any]] = self._need("repository/index", {"ready": ready})
+        return versions
 
     def serving(self) -> dict[str, list[int]]:
-        """The versions of each model that answer requests."""
+        """Versions of each model that answer requests."""
         models: dict[str, list[int]] = {}
         for one in self.index(ready=True):
-            models.setdefault(one.model, []).append(one.version)
+            models.setdefault(one["name"], []).append(int(one["version"]))
         return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def load(self, model: str, *, timeout: float = 120.0) -> None:
-        """Load a model as its folder is now, and wait until it answers; one that is loaded is
-        served meanwhile.
-
-        Raises:
-            RAdapterError: it does not load, or no answer in `timeout` seconds.
+        """Load a model from its folder, and wait until it answers; its loaded versions are served
+        meanwhile.
         """
         self._need(f"repository/models/{quote(model)}/load", {}, timeout=timeout)
 
     def unload(self, model: str, *, timeout: float = 30.0) -> None:
-        """Take a model away: it answers what it has begun, and takes no more. This does not wait
-        for the answers.
-
-        Raises:
-            RAdapterError: no answer, or a refusal.
-        """
+        """Let a model answer what it has begun, without waiting for that, and take no more."""
         self._need(f"repository/models/{quote(model)}/unload", {}, timeout=timeout)
 
     def is_ready(self, *, timeout: float = 5.0) -> bool:
@@ -132,27 +79,22 @@ class Control:
             return False
 
     def version(self) -> str:
-        """Of Triton, such as 2.51.0.
-
-        Raises:
-            RAdapterError: no answer.
-        """
+        """Version of Triton, such as 2.51.0."""
         return str(self.ask("").body["version"])
 
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0
     ) -> Answer:
-        """Send JSON to a path below /v2, or get what is there if `body` is None.
-
-        Raises:
-            NoAnswer: none, or not within `timeout` seconds.
+        """Post JSON to a path below /v2, or get it if `body` is None; raise `NoAnswer` if nothing
+        comes within `timeout` seconds.
         """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", SECRET_HEADER: self._secret}
         url = f"{self.url}/v2/{path}".rstrip("/")
-        request = urllib.request.Request(url, data, headers)
         try:
-            with _OPENER.open(request, timeout=timeout) as response:
+            with _OPENER.open(
+                urllib.request.Request(url, data, headers), timeout=timeout
+            ) as response:
                 return Answer(response.status, _json(response.read()))
         except urllib.error.HTTPError as error:
             with error:

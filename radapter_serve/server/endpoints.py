@@ -38,11 +38,11 @@ class Endpoints:
     tls: bool = False
 
     def __post_init__(self) -> None:
-        given = self.host
-        object.__setattr__(self, "host", address_of(given))
+        name = self.host
+        object.__setattr__(self, "host", address_of(name))
         if not (self.loopback or self.trust_network):
             raise RAdapterError(
-                f"--host {given} lets other machines in, and asks nobody for a password: leave"
+                f"--host {name} lets other machines in, and asks nobody for a password: leave"
                 " --host out and put radapter-gateway in front of Triton, or add --api-keys KEYS"
                 " to --engine process, or --trust-network if you trust all who can reach this"
                 " address with a Triton whose published weaknesses SECURITY.md lists"
@@ -104,12 +104,11 @@ class Endpoints:
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def flags(self) -> list[str]:
-        """The arguments that tell tritonserver to listen here."""
+        """Arguments that let tritonserver listen here."""
+        host = f"ipv6:{self.host}" if self._is_ipv6 else self.host
         return [
-            *(
-                f"--{kind}-address={'ipv6:' if self._is_ipv6 else ''}{self.host}"
-                for kind in ("http", "metrics")
-            ),
+            f"--http-address={host}",
+            f"--metrics-address={host}",
             f"--grpc-address={f'[{self.host}]' if self._is_ipv6 else self.host}",
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
@@ -124,31 +123,27 @@ class Endpoints:
 def free_ports() -> tuple[int, int, int]:
     """Three ports on which no program of this machine listens.
 
-    They lie below those that Linux gives to programs that ask for any port, so that none of these
-    programs takes one before its server listens.
+    They lie below those that Linux gives to programs that ask for any port, so that no such program
+    takes one before its server listens.
     """
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.sample(range(10_000, 32_768), 1_000):
         with contextlib.suppress(OSError):
             socket.create_server(("127.0.0.1", port)).close()
-            found.append(port)
-        if len(found) == 3:
-            return found[0], found[1], found[2]
+            ports.append(port)
+        if len(ports) == 3:
+            return ports[0], ports[1], ports[2]
     raise RAdapterError("no three ports from 10000 to 32767 are free on this machine")
 
 
 def address_of(host: str, flag: str = "--host") -> str:
-    """The address of a host name, which `flag` gave; IPv4 if it has both.
-
-    Raises:
-        RAdapterError: the name is unknown.
-    """
+    """The address of a host name that `flag` gave; IPv4 if it has both."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RAdapterError(
             f"{flag} {host!r}: {why}; give a name or an address of this machine, such as localhost"
             " or 0.0.0.0"
         ) from None
-    return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
+    return str(min(addresses, key=lambda info: info[0] != socket.AF_INET)[4][0])

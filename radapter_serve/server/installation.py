@@ -1,4 +1,4 @@
-"""Finding tritonserver: NVIDIA's own where it is on PATH, else the one of the pytriton wheel."""
+"""Finds tritonserver: NVIDIA's own on PATH, else that of the wheel nvidia-pytriton."""
 
 from __future__ import annotations
 
@@ -20,32 +20,22 @@ OUR_BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver that can be started.
-
-    Args:
-        binary: the program.
-        backends: folders of backends by name; ours among them where the server lacks one.
-        caches: its folder of response caches, or None.
-        libraries: folders for LD_LIBRARY_PATH.
-        stub: the program that runs Python models, where it is not with the Python backend.
-    """
+    """A tritonserver that can be started."""
 
     binary: Path
-    backends: dict[str, Path]
-    caches: Path | None = None
-    libraries: tuple[Path, ...] = ()
-    stub: Path | None = None
+    backends: dict[str, Path]  # folders by name; ours where the server lacks one
+    caches: Path | None = None  # folder of response caches
+    libraries: tuple[Path, ...] = ()  # folders for LD_LIBRARY_PATH
+    stub: Path | None = None  # runs Python models, if it is not with the Python backend
 
     @property
     def in_python(self) -> list[str]:
-        """The backends whose models run in processes of their own."""
-        return [
-            "python",
-            *(name for name, folder in self.backends.items() if folder.parent == OUR_BACKENDS),
-        ]
+        """Backends whose models run in processes of their own."""
+        ours = [name for name, path in self.backends.items() if path.parent == OUR_BACKENDS]
+        return ["python", *ours]
 
     def assemble(self, folder: Path) -> None:
-        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton
+        """Make a backend directory of links, and of a copy of the Python backend, as Triton
         insists.
         """
         for name, source in self.backends.items():
@@ -58,62 +48,54 @@ class Installation:
 
 
 def find_tritonserver() -> Installation:
-    """Find a server: `tritonserver` on PATH, else the one that the wheel nvidia-pytriton brings.
-
-    Raises:
-        RAdapterError: there is none, or none that works with this Python and numpy.
+    """Find `tritonserver` on PATH, else in nvidia-pytriton; raise an error if there is none that
+    works with this Python and numpy.
     """
-    if (found := shutil.which("tritonserver")) is not None:
-        return _native(Path(found).resolve())
-    _check_environment()
+    if (binary := shutil.which("tritonserver")) is not None:
+        return _on_path(Path(binary).resolve())
+
+    # The wheel's Python backend misreads tensors under numpy 2.
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) >= 2:
+        raise RAdapterError(
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy"
+            f" 2; {_advice()}"
+        )
+    if sys.version_info >= (3, 13):
+        raise RAdapterError(
+            f"this is {_python()}, for which there is no numpy below 2, as Triton needs;"
+            f" {_advice()}"
+        )
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise RAdapterError(
-            f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_mend()}"
+            f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_advice()}"
         )
-    return _wheel(Path(spec.submodule_search_locations[0]).absolute())
 
-
-def _native(binary: Path) -> Installation:
-    folder = binary.parent.parent / "backends"
-    backends = (
-        {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
-    )
-    if "python" not in backends:
-        raise RAdapterError(f"{binary} has no Python backend in {folder}; {_mend()}")
-    stub = backends["python"] / "triton_python_backend_stub"
-    wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
-    if wanted and int(wanted[1]) != sys.version_info[1]:
-        raise RAdapterError(
-            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()};"
-            f" install radapter-serve under Python 3.{int(wanted[1])} and start again"
-        )
-    for name, ours in our_backends().items():
-        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
-            backends[name] = ours
-    return Installation(binary, backends)
-
-
-def _wheel(package: Path) -> Installation:
+    package = Path(spec.submodule_search_locations[0]).absolute()
     server = package / "tritonserver"
-    binary = server / "bin" / "tritonserver"
-    stub = (
-        server
-        / "python_backend_stubs"
-        / _python().removeprefix("Python ")
-        / "triton_python_backend_stub"
-    )
-    if not binary.exists() or not stub.exists():
+    stubs = server / "python_backend_stubs" / _python().removeprefix("Python ")
+    stub = stubs / "triton_python_backend_stub"
+    if not (server / "bin" / "tritonserver").exists() or not stub.exists():
         raise RAdapterError(
-            f"nvidia-pytriton at {package} brings no server for {_python()}; {_mend()}"
+            f"nvidia-pytriton at {package} brings no server for {_python()}; {_advice()}"
         )
-    _check_libpython()
-    libdir = sysconfig.get_config_var("LIBDIR")
+
+    # Its stub is linked against the shared library of Python.
+    library = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
+    multiarch = libdir / (sysconfig.get_config_var("MULTIARCH") or "")
+    is_there = any((folder / f"lib{library}.so.1.0").exists() for folder in (libdir, multiarch))
+    if not is_there and ctypes.util.find_library(library) is None:
+        raise RAdapterError(
+            f"lib{library}.so.1.0 is missing, which Triton's Python backend needs; install the"
+            f" shared library of {_python()}"
+        )
     return Installation(
-        binary,
+        server / "bin" / "tritonserver",
         {"python": server / "backends" / "python", **our_backends()},
         server / "caches",
-        (package.parent / "nvidia_pytriton.libs", *([Path(libdir)] if libdir else [])),
+        (package.parent / "nvidia_pytriton.libs", libdir),
         stub,
     )
 
@@ -123,37 +105,32 @@ def our_backends() -> dict[str, Path]:
     return {model.parent.name: model.parent for model in OUR_BACKENDS.glob("*/model.py")}
 
 
-def _check_environment() -> None:
-    numpy = importlib.metadata.version("numpy")
-    if int(numpy.split(".")[0]) >= 2:
+def _on_path(binary: Path) -> Installation:
+    folder = binary.parent.parent / "backends"
+    backends = {}
+    if folder.is_dir():
+        backends = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    if "python" not in backends:
+        raise RAdapterError(f"{binary} has no Python backend in {folder}; {_advice()}")
+    stub = backends["python"] / "triton_python_backend_stub"
+    built_for = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
+    if built_for and int(built_for[1]) != sys.version_info[1]:
+        needed = f"Python 3.{int(built_for[1])}"
         raise RAdapterError(
-            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy"
-            f" 2; {_mend()}"
+            f"the Python backend of {binary} is for {needed}, this is {_python()};"
+            f" install radapter-serve under {needed} and start again"
         )
-    if sys.version_info >= (3, 13):
-        raise RAdapterError(
-            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {_mend()}"
-        )
-
-
-def _check_libpython() -> None:
-    name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
-    libdir = sysconfig.get_config_var("LIBDIR") or ""
-    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
-        return
-    if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:
-        raise RAdapterError(
-            f"{name} is missing, which Triton's Python backend needs; install the shared library of"
-            f" {_python()}"
-        )
+    for name, ours in our_backends().items():
+        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
+            backends[name] = ours
+    return Installation(binary, backends)
 
 
 def _python() -> str:
     return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def _mend() -> str:
+def _advice() -> str:
     return (
         f"with Python 3.10 to 3.12 on Linux, {install_command('triton')}; or use NVIDIA's Triton"
         " container, or radapter-serve --engine process, which needs no Triton"

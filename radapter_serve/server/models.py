@@ -5,6 +5,8 @@ repository.
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +16,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import (
-    check,
-    config_of,
-    encoders_of,
-    name_releases,
-    without_queue_policy,
-)
+from radapter_serve.release.config import config_of, name_releases, without_queue_policy
 from radapter_serve.release.release import TASKS, Release
-from radapter_serve.release.repository import (
-    CONFIG,
-    MODELS,
-    releases_of,
-    releases_with_digest,
-    versions_of,
-)
+from radapter_serve.release.repository import CONFIG, MODELS, releases_of, versions_of
 
-#: what embeds the queries to an index
-EMBEDDING = ("image_encoder", "text_encoder", "embed_image", "embed_text")
-MAX_KEPT_RELEASES = 2  # releases that are loaded for the sake of indexes alone
+MIB = 2**20
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -43,15 +32,24 @@ class ModelEntry:
     config: str
 
     def at(self, versions: Collection[int]) -> ModelEntry:
-        """The same in other versions."""
+        """The same model in other versions."""
         config = parsed(self.config)
         config.version_policy.specific.versions[:] = sorted(versions)
         return ModelEntry(tuple(sorted(versions)), str(text_format.MessageToString(config)))
 
+    def with_instances(self, count: int | None) -> ModelEntry:
+        """The same model with this number of instances; None keeps those of the config."""
+        if count is None:
+            return self
+        config = parsed(self.config)
+        for group in config.instance_group or [config.instance_group.add()]:
+            group.count = count
+        return ModelEntry(self.versions, str(text_format.MessageToString(config)))
+
 
 @functools.lru_cache(maxsize=64)
 def processes_of(model: ModelEntry) -> int:
-    """How many processes a model has whose backend gives one to each instance of each version."""
+    """Number of processes of a model whose backend has one for each instance of each version."""
     groups = parsed(model.config).instance_group
     return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
 
@@ -62,18 +60,14 @@ def parsed(text: str) -> Any:
 
 
 def models_of(repository: Path) -> dict[str, list[int]]:
-    """The models of a repository and their versions.
-
-    Raises:
-        RAdapterError: no such folder, or it holds no release.
-    """
+    """Models of a repository and their versions; raise an error if it holds no release."""
     if not repository.is_dir():
         raise RAdapterError(
             f"the model repository {repository} does not exist; make it with: radapter-export"
         )
     models = {
         path.parent.name: versions
-        for path in sorted(repository.glob("*/config.pbtxt"))
+        for path in sorted(repository.glob(f"*/{CONFIG}"))
         if (versions := versions_of(path.parent))
     }
     if not models:
@@ -84,48 +78,35 @@ def models_of(repository: Path) -> dict[str, list[int]]:
 
 
 def plan_models(
-    repository: Path, releases: Sequence[int], kept: Sequence[int], encoders: Mapping[str, str]
+    repository: Path, releases: Sequence[int], encoders: Mapping[str, str]
 ) -> dict[str, ModelEntry]:
-    """The models of some releases, in the order of loading.
+    """Models of some releases, in the order of loading; `encoders` has the config of each encoder
+    for this machine.
 
     The configs of tasks name the releases that are served, for clients to read. Those of encoders
-    name none: with a config that stays the same, Triton goes on with the versions that it has and
-    loads the others next to them.
-
-    Args:
-        repository: the model repository.
-        releases: served.
-        kept: whose embeddings alone are served, for the indexes that they made.
-        encoders: the config of each for this machine, by name.
+    name none: with an unchanged config, Triton keeps the versions that it has and loads the others
+    next to them.
     """
-    found = {}
+    models = {}
     facts = {version: Release.load(repository / MODELS[-1] / str(version)) for version in releases}
     for model in MODELS:
-        there = versions_of(repository / model)
-        versions = [one for one in releases if one in there]
+        versions = sorted(set(releases) & set(versions_of(repository / model)))
         if not versions:
             continue
-        config = (
-            parsed(encoders[model])
-            if model in encoders
-            else config_of(repository, model, versions[-1])
-        )
+        if model in encoders:
+            config = parsed(encoders[model])
+        else:
+            config = config_of(repository, model, versions[-1])
         named = versions if model in TASKS else ()
         name_releases(config, {version: facts[version] for version in named})
         without_queue_policy(config)
-        more = [one for one in kept if one in there and model in EMBEDDING]
-        found[model] = ModelEntry((), text_format.MessageToString(config)).at({*versions, *more})
-    return found
+        models[model] = ModelEntry((), text_format.MessageToString(config)).at(versions)
+    return models
 
 
 def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, ModelEntry]:
-    """Models that belong to no release, as their owner wrote them.
-
-    In a repository without `classify`, which has the releases, these are all that there are.
-
-    Args:
-        repository: the model repository.
-        encoders: the config of each for this machine, by name.
+    """Models that belong to no release, as their owner wrote them; all models of a repository
+    without `classify`, which has the releases.
     """
     released = MODELS if releases_of(repository) else ()
     return {
@@ -135,45 +116,6 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
         for path in sorted(repository.glob(f"*/{CONFIG}"))
         if path.parent.name not in released and (versions := versions_of(path.parent))
     }
-
-
-def kept_for_indexes(
-    repository: Path, releases: Sequence[int], indexes: Path
-) -> dict[int, list[str]]:
-    """Older releases that made an index that is still there, with the names of the indexes; the
-    newest first.
-
-    A newer release than those that are served is none of them: it would answer callers that name no
-    release. Nor is one whose files are not those of its export, or whose encoders cannot be loaded
-    next to the others.
-
-    Args:
-        repository: the model repository.
-        releases: served.
-        indexes: folder of the indexes.
-    """
-    from radapter_serve.index.index import releases_of  # a base installation has not its libraries
-
-    found: dict[int, list[str]] = {}
-    for name, made in releases_of(indexes).items() if releases else ():
-        matching = releases_with_digest(repository, made.digest, made.alpha)
-        older = [one for one in matching if one < max(releases)]
-        if older and not set(matching) & set(releases):
-            found.setdefault(older[-1], []).append(name)
-    fitting = [
-        version for version in sorted(found, reverse=True) if _fits(repository, releases, version)
-    ]
-    return {version: found[version] for version in fitting[:MAX_KEPT_RELEASES]}
-
-
-def _fits(repository: Path, releases: Sequence[int], version: int) -> bool:
-    try:
-        check(repository, [version])
-        live = {one.name: one.config for one in encoders_of(repository, releases)}
-        own = {one.name: one.config for one in encoders_of(repository, [version])}
-    except RAdapterError:
-        return False
-    return not any(difference(live[name], own[name]) for name in own if name in EMBEDDING)
 
 
 def difference(one: Any, other: Any) -> str:
@@ -187,3 +129,46 @@ def difference(one: Any, other: Any) -> str:
         if list(getattr(one, kind)) != list(getattr(other, kind)):
             return f"its {kind}s have other shapes or types"
     return ""
+
+
+def check_shared_memory(
+    models: Mapping[str, ModelEntry], in_python: Collection[str], folder: Path = SHARED_MEMORY
+) -> str | None:
+    """Compare /dev/shm with what the processes of models with a backend `in_python` need.
+
+    Raise an error if the server could not even start; return a warning if many large requests at
+    once may need more than there is.
+    """
+    if not folder.is_dir():
+        return None
+    processes = batch = 0
+    for model in models.values():
+        config = parsed(model.config)
+        if config.backend in in_python:
+            processes += processes_of(model)
+        for tensor in config.input:
+            if tensor.data_type == model_config_pb2.TYPE_UINT8 and min(tensor.dims) > 0:
+                batch = max(batch, max(1, config.max_batch_size) * math.prod(tensor.dims))
+
+    # A process begins with 1 MiB, and holds a batch on its way in and another on its way out.
+    least = 2 * processes * MIB
+    enough = processes * (2 * MIB + batch)
+    advised = 2 ** math.ceil(math.log2(max(1, enough / MIB)))
+    how = (
+        f"in a container, set --shm-size={advised}m (Docker's default is 64 MB), or take fewer"
+        f" --instances; elsewhere: mount -o remount,size={advised}m {folder}"
+    )
+    memory = os.statvfs(folder)
+    free = memory.f_bavail * memory.f_frsize
+    size = memory.f_blocks * memory.f_frsize
+    if free < least:
+        raise RAdapterError(
+            f"{folder} has {free // MIB} MiB free, and {processes} model processes need"
+            f" {least // MIB} MiB; {how}"
+        )
+    if size < enough:
+        return (
+            f"{folder} has {size // MIB} MiB; many full batches at once need {enough // MIB} MiB:"
+            f" {how}"
+        )
+    return None

@@ -1,5 +1,5 @@
-"""Asking each task whether it answers: all it does before the server is called ready, and a little
-while it runs.
+"""Requests to each task: one through its encoders before the server is ready, one that it answers
+at once while it runs.
 """
 
 from __future__ import annotations
@@ -13,155 +13,118 @@ from typing import Any
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import ENCODERS
-from radapter_serve.server.control import Answer, Control, NoAnswer
+from radapter_serve.server.control import Control, NoAnswer
 from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.probes import GLANCES, PROBES, Tensors
 
-INTERVAL_SECONDS = 5.0  # from an answer to the next question
+INTERVAL_SECONDS = 5.0  # from an answer to the next request
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
-MAX_UNANSWERED = 2  # questions, one after the other
-# Hundredths of a second of processor time: a model that uses them before the time-out is busy, not
-# frozen.
-BUSY_TICKS = 10
+MAX_UNANSWERED = 2  # requests in a row
+BUSY_SECONDS = 0.1  # processor time before the timeout that shows a model busy, not frozen
 
 
 def in_json(tensors: Tensors) -> list[dict[str, Any]]:
-    """The inputs of a request, texts and encoded images, as its JSON body has them."""
-
-    def text(name: str, value: bytes) -> str:
-        return base64.b64encode(value).decode() if name == "image" else value.decode()
-
+    """Inputs of a request, texts and encoded images, for its JSON body."""
     return [
         {
             "name": name,
             "shape": list(array.shape),
             "datatype": "BYTES",
-            "data": [text(name, value) for value in array.ravel()],
+            "data": [
+                base64.b64encode(value).decode() if name == "image" else value.decode()
+                for value in array.ravel()
+            ],
         }
         for name, array in tensors.items()
     ]
 
 
-def warm_up(
-    control: Control, models: Mapping[str, Sequence[int]], timeout: float, clock: Clock = SYSTEM
-) -> None:
-    """Ask each version of each task once, and wait for the answers.
-
-    Args:
-        control: of a server whose models are loaded.
-        models: their versions.
-        timeout: seconds for all of them together.
-        clock: tells the time.
-
-    Raises:
-        RAdapterError: one fails or does not answer.
+def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
+    """Ask each version of each task once, within `timeout` seconds each; raise an error if one
+    fails.
     """
-    deadline = clock.monotonic() + timeout
     for model, versions in models.items():
         for version in versions if model in PROBES else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
-                answer = control.ask(
-                    path,
-                    {"inputs": in_json(PROBES[model])},
-                    timeout=max(0.1, deadline - clock.monotonic()),
-                )
+                answer = control.ask(path, {"inputs": in_json(PROBES[model])}, timeout=timeout)
             except NoAnswer:
                 raise RAdapterError(
                     f"{model} version {version} did not answer within {timeout:g} s; allow more"
                     " with --timeout"
                 ) from None
-            if not works(answer):
+            if answer.status not in (200, 400):  # a refusal comes from a task that works
                 raise RAdapterError(f"{model} version {version} fails: {answer.error}")
-
-
-def works(answer: Answer) -> bool:
-    """Whether this came from a task that works, as a refusal does."""
-    return answer.status in (200, 400)
 
 
 @dataclass
 class _Asked:
-    """What is known of one model: the question that waits for an answer, and how many got none."""
+    """One model: when to ask next, the answer that is waited for, the processor time at its
+    request, and how many requests in a row got no answer.
+    """
 
-    due: float = 0.0
+    due: float
     answer: Future[bool] | None = None
-    ticks: int = 0
+    used: float = 0.0
     misses: int = 0
 
 
 class Probe:
     """Finds what lives but does not answer, such as a process that waits for itself.
 
-    A server under load may leave a question in its queue for long. So silence counts only while
-    nothing that could answer, the model or an encoder, does any work.
-
-    Args:
-        control: of the server.
-        ticks: the processor's time that models have used together, as `Watch.ticks` tells it.
-        clock: tells the time.
-        threads: wait for the answers; some of its own if None.
-        interval: seconds from an answer to the next question.
-        timeout: seconds to wait for an answer.
+    A loaded server may leave a request in its queue for long. So silence counts only while nothing
+    that could answer, the model or an encoder, computes: `cpu_seconds` gives the processor time of
+    models.
     """
 
     def __init__(
         self,
         control: Control,
-        ticks: Callable[[Collection[str]], int],
+        cpu_seconds: Callable[[Collection[str]], float],
         *,
         clock: Clock = SYSTEM,
-        threads: Executor | None = None,
+        threads: Executor | None = None,  # they wait for the answers
         interval: float = INTERVAL_SECONDS,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         self._control = control
-        self._ticks_of = ticks
+        self._cpu_seconds = cpu_seconds
         self._clock = clock
-        self._asked: dict[str, _Asked] = {}
         self._interval = interval
         self._timeout = timeout
         self._threads = threads or ThreadPoolExecutor(len(GLANCES) + 1, thread_name_prefix="probe")
+        self._asked: dict[str, _Asked] = {}
 
     def step(self, models: Collection[str]) -> list[str]:
-        """Ask who has not been asked for a while, without waiting for the answers.
-
-        Args:
-            models: that are served.
-
-        Returns:
-            Those that no longer answer; `SERVER` alone if it is the server itself.
+        """Send the requests that are due, without waiting; return the models that no longer
+        answer, or `SERVER` alone if it is the server itself.
         """
-        silent = [
-            name
-            for name in (SERVER, *GLANCES)
-            if (name == SERVER or name in models) and self._step(name)
-        ]
-        return [SERVER] if SERVER in silent else silent
+        silent = [name for name in GLANCES if name in models and self._is_silent(name)]
+        return [SERVER] if self._is_silent(SERVER) else silent
 
     def forget(self) -> None:
-        """Begin anew: something was started again."""
+        """Begin anew, after something was started again."""
         self._asked.clear()
 
-    def _step(self, name: str) -> bool:
+    def _is_silent(self, name: str) -> bool:
         now = self._clock.monotonic()
-        asked = self._asked.setdefault(name, _Asked(due=now + self._interval))
+        asked = self._asked.setdefault(name, _Asked(now + self._interval))
+        answering = [SERVER] if name == SERVER else [name, *ENCODERS]
         if asked.answer is None:
             if now >= asked.due:
-                asked.ticks = self._ticks(name)
-                asked.answer = self._threads.submit(self._ask, name)
+                asked.used = self._cpu_seconds(answering)
+                asked.answer = self._threads.submit(self._answers, name)
         elif asked.answer.done():
-            alive = asked.answer.result() or self._ticks(name) - asked.ticks >= BUSY_TICKS
-            asked.misses = 0 if alive else asked.misses + 1
+            is_alive = asked.answer.result()
+            if not is_alive:
+                is_alive = self._cpu_seconds(answering) - asked.used >= BUSY_SECONDS
+            asked.misses = 0 if is_alive else asked.misses + 1
             asked.answer = None
             asked.due = now + self._interval
         return asked.misses >= MAX_UNANSWERED
 
-    def _ticks(self, name: str) -> int:
-        return self._ticks_of([name] if name == SERVER else [name, *ENCODERS])
-
-    def _ask(self, name: str) -> bool:
-        """Whether there was any answer: even a failure comes from a process that lives."""
+    def _answers(self, name: str) -> bool:
+        """Whether any answer comes: even a failure is one of a process that lives."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
         body = None if name == SERVER else {"inputs": in_json(GLANCES[name])}
         try:

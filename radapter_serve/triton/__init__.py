@@ -1,6 +1,5 @@
-"""All that runs inside tritonserver: the task models, the backends that run graphs, and what they
-share.
+"""What runs inside tritonserver: the task models, and the backends that run graphs.
 
 Its modules import `triton_python_backend_utils`, which exists in the processes of tritonserver
-alone. `surplus` does not, because the server writes what the processes read.
+alone; `surplus` does not, because the server writes what the processes read.
 """

@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.triton.responses import trace_of_request
 
-# What a caller is told where another model cannot answer now.
+# Message to a caller if another model cannot answer now.
 _RETRYABLE = {
     SERVER_STOPPING: "the server is stopping; ask again when it is back",
     RESTARTING: "{} is being started again; ask again in a few seconds",
@@ -32,11 +32,7 @@ _RETRYABLE = {
 
 
 class TritonEncoder:
-    """The encoders of one release, asked by another model of the same server.
-
-    Args:
-        version: of the release.
-    """
+    """The encoders of one release, asked by another model of the same server."""
 
     def __init__(self, version: int) -> None:
         self._version = version
@@ -51,32 +47,32 @@ class TritonEncoder:
         return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
 
     def close(self) -> None:
-        """The server holds the encoders."""
+        """Nothing to close: the server holds the encoders."""
 
     def _call(
         self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str
     ) -> NDArray[np.float32]:
+        inputs = [pb.Tensor(source, array)]
+        if alpha is not None:
+            inputs.append(pb.Tensor("alpha", alpha))
         response = pb.InferenceRequest(
             model_name=model,
             model_version=self._version,
-            inputs=[
-                pb.Tensor(source, array),
-                *([] if alpha is None else [pb.Tensor("alpha", alpha)]),
-            ],
+            inputs=inputs,
             requested_output_names=[target],
             preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
             **trace_of_request(),
         ).exec()
-        if response.has_error():
-            message = response.error().message()
-            failure = read_failure(message)
-            if failure.code is not None:
-                sentence = (
-                    failure.message if failure.by_task else _RETRYABLE[failure.code].format(model)
-                )
-                raise TaskError(failure.code, sentence)
+        if not response.has_error():
+            return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
+
+        message = response.error().message()
+        failure = read_failure(message)
+        if failure.code is None:
             print(f"{model} version {self._version} failed: {message}", file=sys.stderr)
             raise TaskError(
                 ENCODER_FAILED, f"{model} version {self._version} failed: {redact(message)}"
             )
-        return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
+        if failure.by_task:
+            raise TaskError(failure.code, failure.message)
+        raise TaskError(failure.code, _RETRYABLE[failure.code].format(model))

@@ -1,4 +1,4 @@
-"""What Triton backends in Python share: the requests of one `execute` become one run of a graph.
+"""The body of Triton's backends in Python: the requests of one `execute` become one run of a graph.
 
 Importable only inside one of Triton's processes.
 """
@@ -33,19 +33,14 @@ Feed = dict[str, NDArray[Any]]
 
 
 class GraphModel:
-    """One graph in one runtime, as Triton wants a `TritonPythonModel` to be.
+    """One graph in one runtime, as Triton wants a `TritonPythonModel` to be."""
 
-    Attributes:
-        runtime: one of `RUNTIMES`.
-        title: its name, for errors.
-    """
-
-    runtime: str
-    title: str
+    runtime: str  # one of `RUNTIMES`
+    title: str  # its name, for errors
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        """Nothing to complete: the exporter writes every input and output into the config."""
+        """Complete nothing: the exporter writes every input and output into the config."""
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -54,28 +49,40 @@ class GraphModel:
                 f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors"
                 f" under numpy 2; {install_command('triton')}"
             )
+        surplus.of_this_process.open(args["model_name"])
+
+        # What the config says.
         config = json.loads(args["model_config"])
-        surplus.of_this_process.heed(args["model_name"])
-        file = config.get("default_model_filename") or "model.onnx"
-        path = Path(args["model_repository"]) / args["model_version"] / file
-        if not path.exists():
-            raise RuntimeError(f"{path} does not exist; export again: radapter-export")
-        self._batched = config["max_batch_size"] > 0
-        self._outputs = [
-            (o["name"], pb.triton_string_to_numpy(o["data_type"])) for o in config["output"]
-        ]
-        self._inputs = [tensor["name"] for tensor in config["input"]]
-        device = (
-            int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
-        )
         parameters = {
             key: value["string_value"] for key, value in config.get("parameters", {}).items()
         }
         tokenizer = json.loads(parameters.get("release", "{}")).get("tokenizer", {})
         self._most_tokens = float(tokenizer.get("context_length", math.inf))
+        self._batched = config["max_batch_size"] > 0
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._outputs = {
+            tensor["name"]: pb.triton_string_to_numpy(tensor["data_type"])
+            for tensor in config["output"]
+        }
+
+        # Load the graph, which must have the same names.
+        file = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"]) / args["model_version"] / file
+        if not path.exists():
+            raise RuntimeError(f"{path} does not exist; export again: radapter-export")
+        device = None
+        if args["model_instance_kind"] == "GPU":
+            device = int(args["model_instance_device_id"])
         level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
         self._graph = load_graph(path, self.runtime, parameters, device=device, optimization=level)
-        self._check_names()
+        for kind, wanted, actual in (
+            ("input", self._inputs, self._graph.inputs),
+            ("output", self._outputs, self._graph.outputs),
+        ):
+            if unknown := sorted(set(wanted) - set(actual)):
+                raise RuntimeError(
+                    f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}"
+                )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, self._answers)
@@ -84,6 +91,7 @@ class GraphModel:
         del self._graph
 
     def _answers(self, requests: Sequence[Any]) -> list[Feed | TaskError]:
+        """The outputs of each request; one that fails does not hurt the others."""
         results: list[Any] = [None] * len(requests)
         feeds: dict[int, Feed] = {}
         for number, request in enumerate(requests):
@@ -91,8 +99,31 @@ class GraphModel:
                 feeds[number] = self._feed(request)
             except Exception as error:
                 results[number] = task_error(error)
-        for number, result in zip(feeds, self._run_all(list(feeds.values())), strict=True):
-            results[number] = result
+
+        # As one run of the graph, if they have the same shapes.
+        shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds.values()}
+        if self._batched and len(feeds) > 1 and len(shapes) == 1:
+            with contextlib.suppress(Exception):
+                outputs = self._run(
+                    {
+                        name: np.concatenate([feed[name] for feed in feeds.values()])
+                        for name in self._inputs
+                    }
+                )
+                rows = [len(feed[self._inputs[0]]) for feed in feeds.values()]
+                parts = {
+                    name: np.split(array, np.cumsum(rows)[:-1]) for name, array in outputs.items()
+                }
+                for place, number in enumerate(feeds):
+                    results[number] = {name: split[place] for name, split in parts.items()}
+                return results
+
+        # One by one, also where they fail together.
+        for number, feed in feeds.items():
+            try:
+                results[number] = self._run(feed)
+            except Exception as error:
+                results[number] = task_error(error)
         return results
 
     def _feed(self, request: Any) -> Feed:
@@ -114,43 +145,14 @@ class GraphModel:
             )
         return feed
 
-    def _run_all(self, feeds: Sequence[Feed]) -> list[Feed | TaskError]:
-        """The outputs for each feed, of as many as can be run together; where they fail together,
-        one by one.
-        """
-        shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds}
-        if self._batched and len(feeds) > 1 and len(shapes) == 1:
-            names = self._inputs
-            whole = {name: np.concatenate([feed[name] for feed in feeds]) for name in names}
-            with contextlib.suppress(Exception):
-                outputs = self._run(whole)
-                ends = np.cumsum([len(feed[names[0]]) for feed in feeds])[:-1]
-                parts = zip(*(np.split(one, ends) for one in outputs.values()), strict=True)
-                return [dict(zip(outputs, part, strict=True)) for part in parts]
-        results: list[Feed | TaskError] = []
-        for feed in feeds:
-            try:
-                results.append(self._run(feed))
-            except Exception as error:
-                results.append(task_error(error))
-        return results
-
     def _run(self, feed: Feed) -> Feed:
         try:
-            outputs = self._graph.run(feed, [name for name, _ in self._outputs])
+            outputs = self._graph.run(feed, list(self._outputs))
         except Exception as error:
             # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
             raise TaskError(code, f"{self.title}: {redact(str(error))}") from None
-        pairs = zip(self._outputs, outputs, strict=True)
-        return {name: output.astype(dtype, copy=False) for (name, dtype), output in pairs}
-
-    def _check_names(self) -> None:
-        for kind, wanted, actual in (
-            ("input", self._inputs, self._graph.inputs),
-            ("output", [name for name, _ in self._outputs], self._graph.outputs),
-        ):
-            if unknown := sorted(set(wanted) - set(actual)):
-                raise RuntimeError(
-                    f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}"
-                )
+        return {
+            name: output.astype(dtype, copy=False)
+            for (name, dtype), output in zip(self._outputs.items(), outputs, strict=True)
+        }

@@ -13,18 +13,15 @@ import triton_python_backend_utils as pb
 
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 
-INTERVAL = 10.0  # seconds between two looks
+INTERVAL = 10.0  # seconds from one look to the next
 CLOSE_SECONDS = 10.0  # that a look on a slow disk may still take
 
 
 class IndexMetric:
-    """Looks again and again, from a thread of its own, which release made which index.
+    """A thread that looks every `interval` seconds whether another release made the indexes, by
+    their names.
 
     All processes of `retrieve` share the metric.
-
-    Args:
-        look: whether another release made the indexes, by the names of these.
-        interval: seconds between two looks.
     """
 
     def __init__(self, look: Callable[[], Mapping[str, bool]], interval: float = INTERVAL) -> None:
@@ -40,7 +37,7 @@ class IndexMetric:
 
     @classmethod
     def start(cls, look: Callable[[], Mapping[str, bool]]) -> IndexMetric | None:
-        """Begin to look; None where the server was started without metrics."""
+        """Begin to look; None if the server was started without metrics."""
         try:
             return cls(look)
         except pb.TritonModelException:
@@ -54,15 +51,13 @@ class IndexMetric:
 
     def _run(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # of a disk or a mount: what was known stays
-                self._tell(self._look())
+            with contextlib.suppress(OSError):  # of a disk or a mount: the last look holds
+                outdated = self._look()
+                for name in set(self._metrics) - set(outdated):
+                    self._metrics.pop(name).set(0)  # a killed process would hold it for ever
+                for name, is_outdated in outdated.items():
+                    if name not in self._metrics:
+                        self._metrics[name] = self._family.Metric(labels={"index": name})
+                    self._metrics[name].set(int(is_outdated))
             if self._closed.wait(self._interval):
                 return
-
-    def _tell(self, found: Mapping[str, bool]) -> None:
-        for name in set(self._metrics) - set(found):
-            self._metrics.pop(name).set(0)  # a process that was killed holds it for ever
-        for name, is_outdated in found.items():
-            if name not in self._metrics:
-                self._metrics[name] = self._family.Metric(labels={"index": name})
-            self._metrics[name].set(int(is_outdated))

@@ -1,10 +1,9 @@
-"""How many of the requests that wait for a model are too many: the server says it, the model's
-processes refuse them.
+"""Number of waiting requests that a model is to reject: written by the server, read by the model's
+processes.
 
-Triton has a limit of its own, `max_queue_size`, and time-outs. But a queue with either is not
-looked at when a model becomes free: what waits there waits until the next request comes, or for
-half a second. So no config has them. The server counts what waits for each model, and writes into a
-file how many each process of it is to refuse.
+Triton's own limits, `max_queue_size` and timeouts, are in no config: a queue with either is not
+looked at when a model becomes free, so what waits there waits for the next request, or for half a
+second.
 """
 
 from __future__ import annotations
@@ -18,61 +17,42 @@ from radapter_serve.files import staged
 
 
 class Surplus:
-    """What the process of a model has still to refuse.
-
-    Args:
-        file: that the server writes; None where no server does.
-    """
+    """Requests that this process must still reject, by a file that the server writes."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._last = b""
         self._left = 0
 
-    def heed(self, model: str) -> None:
-        """From now on refuse what the server says of this model, if it says anything.
-
-        Args:
-            model: that this process has loaded.
-        """
+    def open(self, model: str) -> None:
+        """Read the file of this model from now on, if a server has set its folder."""
         folder = os.environ.get(SURPLUS)
         self._file = Path(folder, model) if folder else None
 
     def take(self, count: int) -> int:
-        """How many of some requests are to be refused, the first ones, which have waited longest.
-
-        Args:
-            count: requests that were waiting, 0 or more.
-
-        Returns:
-            0 to `count`.
+        """How many of `count` waiting requests are to be rejected: the first, which have waited
+        longest.
         """
         if self._file is None:
             return 0
         try:
-            said = self._file.read_bytes()
-        except OSError:  # nothing to refuse
-            self._last = b""
-            self._left = 0
-            return 0
-        if said != self._last:
-            self._last = said
-            self._left = int(said.split()[1])
-        refused = min(count, self._left)
-        self._left -= refused
-        return refused
+            content = self._file.read_bytes()
+        except OSError:  # nothing to reject
+            content = b"0 0"
+        if content != self._last:
+            self._last = content
+            self._left = int(content.split()[1])
+        rejected = min(count, self._left)
+        self._left -= rejected
+        return rejected
 
 
 of_this_process = Surplus()
 
 
 def write(file: Path, number: int, surplus: int) -> None:
-    """Say how many requests each process of a model is to refuse.
-
-    Args:
-        file: of the model.
-        number: another one each time, for the same surplus may be there again.
-        surplus: requests, 0 or more; with 0 the file goes.
+    """Let each process of a model reject `surplus` requests; `number` tells this time from one
+    with the same surplus. No file stands for 0.
     """
     if not surplus:
         with contextlib.suppress(FileNotFoundError):

@@ -28,12 +28,8 @@ from radapter_serve.triton.responses import answer, given_up
 
 
 class TritonPythonModel:
-    """The task of `tasks.table` that its folder is named after, for all requests that
-    wait together.
-
-    Attributes:
-        task: its name, from `initialize` on.
-        loaded: the release.
+    """The task of `tasks.table` that its folder is named after, for all requests that wait
+    together; `initialize` loads its release.
     """
 
     task: str
@@ -42,12 +38,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"])
         self.task = folder.name
-        surplus.of_this_process.heed(self.task)
+        surplus.of_this_process.open(self.task)
         self.loaded = load_version(folder / args["model_version"])
-        # Older releases stay for the indexes that they made.
         others: dict[int, LoadedRelease] = {}
 
         def other_releases() -> list[LoadedRelease]:
+            """The other releases that are served: an index may be of one of them."""
             task = folder.parent / "embed_text"
             served = read_config(task / CONFIG).version_policy.specific.versions
             for version in served:
@@ -66,7 +62,7 @@ class TritonPythonModel:
             self._metric = IndexMetric.start(look)
 
     def finalize(self) -> None:
-        """Triton calls this before it takes the model away."""
+        """Close the metric; Triton calls this before it takes the model away."""
         if self._metric is not None:
             self._metric.close()
 
@@ -99,25 +95,25 @@ class TritonPythonModel:
         answers = run_together(steps)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
         for number in range(len(requests)):
-            own = [one for owner, one in zip(owners, answers, strict=True) if owner == number]
-            failed = [one for one in own if isinstance(one, TaskError)]
+            parts = [part for owner, part in zip(owners, answers, strict=True) if owner == number]
+            failed = [part for part in parts if isinstance(part, TaskError)]
             if number in errors:
                 failed = [errors[number]]
             try:
-                results.append(failed[0] if failed else task.write(own))
+                results.append(failed[0] if failed else task.write(parts))
             except Exception as error:
                 results.append(task_error(error))
         return results
 
 
 def load_version(folder: Path) -> LoadedRelease:
-    """The release of a version of a task model, whose encoders are the server's models of the same
-    version.
+    """The release of a version of a task model, with the encoders of the same version in the same
+    server.
     """
     release = Release.load(folder)
     # The server's folder has links to the files of the model repository.
     repository = (folder / FILE).resolve().parents[2]
-    # An export writes the tokenizer for those tasks alone that take labels or texts to embed.
+    # Only tasks that embed labels or texts have a tokenizer.
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         tokenizer = repository / "embed_text" / folder.name / tokenizer.name
@@ -132,12 +128,8 @@ def load_version(folder: Path) -> LoadedRelease:
 
 
 def is_newest(args: dict[str, str]) -> bool:
-    """Whether callers who name no release get this one.
-
-    Args:
-        args: what Triton gives to `initialize`.
-    """
+    """Whether callers who name no release get this one, by the arguments of `initialize`."""
     policy = json.loads(args["model_config"]).get("version_policy", {})
-    named = policy.get("specific", {}).get("versions", [])
-    own = int(args["model_version"])
-    return own == max(map(int, named), default=own)
+    versions = policy.get("specific", {}).get("versions", [])
+    this = int(args["model_version"])
+    return this == max(map(int, versions), default=this)

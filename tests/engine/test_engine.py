@@ -189,11 +189,11 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
 
 
 def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) -> None:
-    """What is made ready has answered its probes; what a query's index needs is kept beside it."""
+    """A prepared release has answered its probes."""
     one, two = Local(repository, 1), Local(repository, 2)
     with Engine([one.loaded]) as engine:
         assert engine.versions() == [1]
-        prepared = engine.prepare([two.loaded], [one.loaded])
+        prepared = engine.prepare([two.loaded])
         assert engine.versions() == [1] and two.calls  # it was asked, and is not served yet
         calls = len(one.calls)
         engine.commit(prepared)

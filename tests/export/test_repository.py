@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,7 +17,6 @@ from radapter_export import repository as module
 from radapter_export.repository import Repository, config
 from radapter_serve.adapter import save_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.lock import lock
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER
 from tests.helpers.small_models import random_adapter, release
 
@@ -96,17 +93,6 @@ def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:
         Repository(tmp_path),
     ):
         pass
-
-
-def test_a_file_system_without_locks_is_written_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with lock(tmp_path, "radapter-x"), Repository(tmp_path) as repository:
-        assert repository.next_version() == 1
 
 
 def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import pytest
 import urllib3
 
 from radapter_client import Client
-from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
 from tests.faults.conftest import RunningGateway, RunningProcess, outcome, until
 from tests.helpers.fake_server import FakeServer
@@ -133,7 +132,7 @@ def test_a_server_that_starts_again_under_clients_with_retries(
     """
     url = {**running.urls, "gateway": gateway.url}[way]
     said: list[str] = []
-    supervisor = Supervisor(running, said.append, probe=Probe(running.control, running.ticks))
+    supervisor = Supervisor(running, said.append)
     found: list[str] = []
     end = threading.Event()
 

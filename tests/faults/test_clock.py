@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from radapter_client import Client
-from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
 from tests.faults.conftest import RunningGateway, outcome
 from tests.helpers.fake_server import FakeServer
@@ -110,7 +109,7 @@ def test_a_clock_of_the_server_that_jumps(clock: Path, stand_ins: Path, jump: in
         gateway = RunningGateway(server.grpc_url.removeprefix("grpc://"))
         try:
             said: list[str] = []
-            supervisor = Supervisor(server, said.append, probe=Probe(server.control, server.ticks))
+            supervisor = Supervisor(server, said.append)
             supervisor.step()
             jump_in_mid_call(server, gateway, lambda jumps: put_off(clock, jumps * jump))
             supervisor.step()

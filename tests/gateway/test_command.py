@@ -28,6 +28,7 @@ from radapter_serve.gateway.run import (
 )
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
+from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import free_ports
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import GATEWAY
@@ -152,7 +153,8 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "failures", lambda _: [])
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
-    monkeypatch.setattr(serve, "_show", lambda _: None)
+    monkeypatch.setattr(Control, "version", lambda _: "2.51.0")
+    monkeypatch.setattr(serve, "_show", lambda *_: None)
     monkeypatch.setattr(TritonServer, "folder", tmp_path)
     monkeypatch.setattr(serve, "AdminSocket", lambda *_: contextlib.nullcontext())
 

@@ -50,7 +50,7 @@ class TritonPythonModel:
         self.name = args["model_name"]
         self.version = int(args["model_version"])
         self.surplus = Surplus()
-        self.surplus.heed(self.name)
+        self.surplus.open(self.name)
 
     def execute(self, requests: list) -> list:
         refused = self.surplus.take(len(requests))

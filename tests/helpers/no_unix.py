@@ -8,9 +8,7 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import sys
-import types
 from typing import Any
 
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "uvloop"):
@@ -29,12 +27,6 @@ asyncio.SelectorEventLoop.add_signal_handler = _no_signals  # type: ignore[assig
 
 from radapter_serve.cli.release import main as release  # noqa: E402
 from radapter_serve.cli.serve import main as serve  # noqa: E402
-from radapter_serve.server import admin_socket  # noqa: E402
-
-# asyncio itself needs them here, and does not on Windows.
-admin_socket.socket = types.SimpleNamespace(  # type: ignore[attr-defined, assignment]
-    **{name: value for name, value in vars(socket).items() if name != "AF_UNIX"}
-)
 
 if __name__ == "__main__":
     command = {"serve": serve, "release": release}[sys.argv[1]]

@@ -14,7 +14,7 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.releases import ReleaseChanges, Releases
+from radapter_serve.server.releases import ReleaseServer
 from radapter_serve.server.triton_server import TritonServer
 
 
@@ -29,7 +29,7 @@ class Running:
     """
 
     url: str
-    server: ReleaseChanges
+    server: ReleaseServer
     folder: Path
 
 
@@ -38,7 +38,7 @@ def by_triton(repository: Path, indexes: Path, port: int | None = None) -> Itera
     http, grpc, metrics = free_ports()
     endpoints = Endpoints("127.0.0.1", port or http, grpc, metrics)
     with TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server:
-        yield Running(server.http_url, Releases(server), server.folder)
+        yield Running(server.http_url, server, server.folder)
 
 
 @contextlib.contextmanager

@@ -170,7 +170,8 @@ def test_numpy_2_is_refused(load, repository, monkeypatch, backend):
 
 
 def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
-    trt = install(monkeypatch, Driver())
+    driver = Driver()
+    trt = install(monkeypatch, driver)
     folder = tmp_path / "image_encoder" / "1"
     folder.mkdir(parents=True)
     graph = repository / "image_encoder" / "1" / "model.onnx"
@@ -183,5 +184,7 @@ def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
     answers = model.execute([Request(image=values) for values in samples.inputs])
     for embeds, reference in zip(embeds_of(answers), samples.references, strict=True):
         np.testing.assert_allclose(embeds, reference, atol=1e-6)
+    model.finalize()  # which leaves the GPU as it was
+    assert (driver.contexts, driver.streams, dict(driver.memory)) == (0, 0, {})
     with pytest.raises(RAdapterError, match="instance on the CPU: .*KIND_GPU"):
         load("tensorrt").initialize(arguments(tmp_path, default_model_filename="model.plan"))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpc
@@ -18,9 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.server.weaknesses import WEAKNESSES, weaknesses_of
 
-ROOT = Path(__file__).parents[2]
 MEMORY = {"key": "/any", "offset": 0, "byte_size": 8}
 CUDA = {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 8}
 FILE = "/tmp/radapter-never"  # nothing is written there: the request is refused
@@ -40,23 +36,6 @@ CLOSED = {
     "logging": {"log_file": FILE, "log_verbose_level": 9},
 }
 SPELLINGS = 200
-
-
-def test_weaknesses_are_those_that_the_page_lists() -> None:
-    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (CVE-\d{4}-\d+) \|(.+)\|$", page, re.MULTILINE)
-    assert [name for name, _ in rows] == [weakness.name for weakness in WEAKNESSES]
-    for name, cells in rows:
-        assert all(cell.strip() for cell in cells.split("|")), name
-
-
-@pytest.mark.parametrize(
-    ("version", "has"),
-    [("2.51.0", True), ("2.59.0", True), ("2.59.1", False), ("2.60.0", False), ("3.0", False)],
-)
-def test_a_version_has_what_was_mended_after_it(version: str, has: bool) -> None:
-    assert ("CVE-2025-23310" in weaknesses_of(version)) == has
-    assert "CVE-2026-24207" in weaknesses_of(version)  # of which no version is known
 
 
 def paths_of(path: str, random: random.Random) -> Iterator[str]:
@@ -122,7 +101,7 @@ def ask(server: TritonServer, method: str, path: str, headers: dict[str, str], b
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     lines += [f"Content-Length: {len(body)}", "Content-Type: application/json", "", body]
-    address = ("127.0.0.1", server.endpoints.http_port)
+    address = ("127.0.0.1", server.config.endpoints.http_port)
     with socket.create_connection(address, timeout=20) as connection:
         connection.sendall("\r\n".join(lines).encode())
         connection.shutdown(socket.SHUT_WR)

@@ -14,19 +14,17 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from radapter_serve.cli import serve
 from radapter_serve.encoders.cuda import Gpu
 from radapter_serve.encoders.onnxruntime import _load_cuda
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.server import runtime_choice as choice
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, our_backends
-from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
+from radapter_serve.server.runtime_choice import check_agreement
 from radapter_serve.server.triton_server import TritonServer
 
 
@@ -139,10 +137,7 @@ def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runtime):
-    distance, loaded = check(encoder(repository), runtime, 1)
-    assert distance < 1e-6
-    samples = Samples.load(repository / "image_encoder" / "2")
-    np.testing.assert_allclose(loaded(samples.inputs[0]), samples.references[0], atol=1e-6)
+    assert check_agreement(encoder(repository), runtime, 1) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
@@ -154,27 +149,20 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     with pytest.raises(
         RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu .* KIND_CPU"
     ):
-        check(encoder(own), "onnxruntime", 1)
+        check_agreement(encoder(own), "onnxruntime", 1)
     assert looked == ["for CUDA"]
     made = encoder(own)
     made.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    assert check(made, "onnxruntime", 1)[0] < 1e-6
+    assert check_agreement(made, "onnxruntime", 1) < 1e-6
     assert (
         parsed(made.configured("onnxruntime", 1)).instance_group[0].kind
         == made.config.instance_group[0].kind
     )
-    assert check(made, "openvino", 1)[0] < 1e-6
+    assert check_agreement(made, "openvino", 1) < 1e-6
 
 
-def test_without_classify_which_has_the_releases_a_runtime_counts_all_the_same(own):
+def test_a_runtime_needs_an_encoder(own):
     shutil.rmtree(own / "classify")
-    folder = own / "image_encoder" / "1"
-    samples = Samples.load(folder)
-    Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
-    with pytest.raises(
-        RAdapterError, match="image_encoder of release 1, run by openvino .* differs from torch"
-    ):
-        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="openvino")).start()
     (own / "image_encoder").rename(own / "other")
     (own / "other" / "config.pbtxt").write_text('backend: "python"')
     with pytest.raises(
@@ -190,7 +178,7 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     message = "image_encoder of release 1, run by openvino on this machine, differs from torch"
     way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
     with pytest.raises(RAdapterError, match=message):
-        check(encoder(own), "openvino")
+        check_agreement(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
         TritonServer(
             ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")
@@ -217,16 +205,16 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
         exported.config.parameters["release"].string_value = json.dumps(facts)
         config.write_text(text_format.MessageToString(exported.config), encoding="utf-8")
         if right:
-            assert check(encoder(own), "onnxruntime", 1)[0] > 1e-5
+            assert check_agreement(encoder(own), "onnxruntime", 1) > 1e-5
         else:
             with pytest.raises(RAdapterError, match=r"1 - cosine up to .*\(and 1e-05\) is allowed"):
-                check(encoder(own), "onnxruntime", 1)
+                check_agreement(encoder(own), "onnxruntime", 1)
 
 
 def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
     message = r"model\.plan, which tensorrt needs, .* radapter-build-engine .*repository"
     with pytest.raises(RAdapterError, match=message):
-        check(encoder(own), "tensorrt")
+        check_agreement(encoder(own), "tensorrt")
     with pytest.raises(RAdapterError, match=message):
         TritonServer(
             ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="tensorrt")
@@ -253,91 +241,40 @@ def test_releases_that_are_gone_are_said(repository, own):
             ).start()
 
 
-def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own, monkeypatch):
-    found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
-    by_runtime = {one.runtime: one for one in found}
-    assert set(by_runtime) == set(RUNTIMES)
-    for runtime in ("onnxruntime", "openvino"):
-        assert set(by_runtime[runtime].seconds) == {1, 8}
-        assert min(by_runtime[runtime].seconds.values()) > 0
-        assert by_runtime[runtime].distance < 1e-6
-    assert (by_runtime["tensorrt"].seconds, by_runtime["tensorrt"].why) == (
-        {},
-        "this tritonserver has no such backend",
-    )
-
-    monkeypatch.setattr(
-        choice, "EncoderGraph", lambda path, runtime, **_: wrong_unless(runtime == "openvino")
-    )
-    found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
-    assert [one.runtime for one in found if one.seconds] == []
-    assert fails(found) == ["onnxruntime", "openvino", "tensorrt"]
+@pytest.mark.parametrize(
+    ("on_gpu", "quantization", "order"),
+    [
+        (True, None, ["tensorrt", "onnxruntime", "openvino"]),
+        (False, None, ["openvino", "onnxruntime"]),
+        (False, {"kind": "static"}, ["openvino", "onnxruntime"]),
+        (False, {"kind": "dynamic"}, ["onnxruntime", "openvino"]),
+    ],
+)
+def test_the_usual_order_of_runtimes(repository, on_gpu, quantization, order):
+    exported = encoder(repository)
+    facts = replace(exported.facts, quantization=quantization)
+    assert choice.usual_order(replace(exported, facts=facts), on_gpu=on_gpu) == order
 
 
-def wrong_unless(right):
-    def encode(values):
-        if not right:
-            raise RuntimeError("no kernel")
-        return np.ones((len(values), 8), np.float32)
+def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
+    def chosen(backends):
+        installation = Installation(own, backends)
+        return choice.configure(own, [], "auto", 2, installation, lambda line: None)
 
-    return encode
+    backends = our_backends()
+    configured = chosen(backends)
+    assert (configured.runtime, configured.checked) == ("openvino", {"image_encoder"})
+    assert parsed(configured.configs["image_encoder"]).backend == "openvino"
+    assert chosen({"onnxruntime": backends["onnxruntime"]}).runtime == "onnxruntime"
 
+    real = choice.check_agreement
 
-def fails(found):
-    return sorted(one.runtime for one in found if one.why)
+    def only_onnxruntime(encoder, runtime, threads):
+        if runtime != "onnxruntime":
+            raise RAdapterError("no kernel")
+        return real(encoder, runtime, threads)
 
-
-def test_the_fastest_is_that_with_the_least_time_for_a_row_over_all_encoders():
-    def one(encoder, runtime, alone, eight):
-        return Measured(encoder, runtime, {1: alone, 8: eight}, 0.0)
-
-    # A row costs 10 + 40/8 + 2 + 8/8 = 18 against 8 + 32/8 + 4 + 32/8 = 20.
-    found = [
-        one("image_encoder", "onnxruntime", 10, 40),
-        one("text_encoder", "onnxruntime", 2, 8),
-        one("image_encoder", "openvino", 8, 32),
-        one("text_encoder", "openvino", 4, 32),
-    ]
-    assert fastest(found) == "onnxruntime"
-    out = Measured("text_encoder", "onnxruntime", {}, why="no kernel")
-    assert fastest([found[0], out, *found[2:]]) == "openvino"
-    with pytest.raises(
-        RAdapterError,
-        match="no runtime can run all encoders: text_encoder by onnxruntime: no kernel",
-    ):
-        fastest([found[0], out])
-
-
-def test_the_table_says_why_one_is_left_out(capsys):
-    measured = [
-        Measured("image_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
-        Measured("image_encoder", "tensorrt", {}, why="no [plan]"),
-        Measured("text_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
-        Measured("text_encoder", "tensorrt", {}, why="no plan here either"),
-    ]
-    serve._show_measured(measured, 3)
-    shown = capsys.readouterr().out
-    assert "on this machine, 3 threads" in shown
-    for cell in (
-        "20.0",
-        "100.0",
-        "80",
-        "2.0e-07",
-        "tensorrt is left out: no [plan]",
-        "fastest: openvino",
-    ):
-        assert cell in shown
-    assert shown.count("left out") == 1
-
-
-def test_auto_serves_the_fastest(own, monkeypatch):
-    found = [
-        Measured("image_encoder", "openvino", {1: 1.0}),
-        Measured("image_encoder", "onnxruntime", {1: 2.0}),
-    ]
-    monkeypatch.setattr(choice, "measure", lambda *_: found)
-    made = choice.configure(
-        own, [], "auto", 2, Installation(own, our_backends()), lambda line: None
-    )
-    assert made.measured == found
-    assert parsed(made.configs["image_encoder"]).backend == "openvino"
+    monkeypatch.setattr(choice, "check_agreement", only_onnxruntime)
+    assert chosen(backends).runtime == "onnxruntime"
+    with pytest.raises(RAdapterError, match="no runtime can run all encoders: no kernel"):
+        chosen({"openvino": backends["openvino"]})

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
+from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
+from radapter_serve.lock import hold
+from radapter_serve.release.config import without_queue_policy
 from radapter_serve.server import processes
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
@@ -28,23 +31,10 @@ from radapter_serve.server.installation import (
     find_tritonserver,
     our_backends,
 )
-from radapter_serve.server.messages import reason
-from radapter_serve.server.models import models_of
-from radapter_serve.server.server_process import Launch, ServerProcess
+from radapter_serve.server.launch import reason
+from radapter_serve.server.models import ModelEntry, check_shared_memory, parsed
+from radapter_serve.server.releases import State
 from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.fake_clock import FakeClock
-from tests.helpers.stand_ins import http_server
-
-
-def test_repository(repository, tmp_path):
-    names = ["classify", "embed_image", "embed_text", "image_encoder", "segment", "text_encoder"]
-    assert models_of(repository) == {**{name: [1, 2] for name in names}, "patch_encoder": [2]}
-    with pytest.raises(RAdapterError, match=r"does not exist; make it with: radapter-export"):
-        models_of(tmp_path / "none")
-    (tmp_path / "classify").mkdir()
-    (tmp_path / "classify" / "config.template.pbtxt").touch()
-    with pytest.raises(RAdapterError, match=r"holds no release; make one with: radapter-export"):
-        models_of(tmp_path)
 
 
 def test_a_port_in_use_is_named_with_its_flag(repository):
@@ -87,33 +77,26 @@ def test_a_host_that_others_reach_needs_a_network_that_is_trusted(repository, ho
 
 
 @pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
-def test_the_handlers_of_signals_are_as_before_after_the_command(repository, usual):
+def test_the_handlers_of_signals_are_as_before_after_the_command(repository, usual, monkeypatch):
     numbers = (signal.SIGTERM, signal.SIGHUP)
     seen: list[object] = []
 
-    def start(*_: object) -> ServerProcess:
+    def start(*_: object) -> None:
         seen.extend(map(signal.getsignal, numbers))
         os.kill(os.getpid(), signal.SIGTERM)
         raise RAdapterError("the signal is ignored")
 
+    monkeypatch.setattr(TritonServer, "start", start)
     before = [signal.signal(number, usual) for number in numbers]
     try:
-        server = TritonServer(local(repository), installation=INSTALLATION, start_process=start)
         with contextlib.suppress(SystemExit, RAdapterError):
-            keep_serving(server)
+            keep_serving(TritonServer(local(repository)))
         assert [signal.getsignal(number) for number in numbers] == [usual, usual]
         assert all((handler == signal.SIG_IGN) == (usual == signal.SIG_IGN) for handler in seen)
-        assert (usual in seen) == (usual == signal.SIG_IGN)
         assert len(seen) == len(numbers)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def test_the_command_gives_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "none")]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("radapter-serve: error: the model repository ")
 
 
 def test_the_repository_by_position_and_by_flag(tmp_path, capsys):
@@ -148,7 +131,9 @@ def test_a_server_on_path_comes_first_and_keeps_its_backends(tmp_path, monkeypat
     here = f"libpython3.{sys.version_info[1]}.so".encode()
     native = fake_server(tmp_path, here, "onnxruntime", "tensorrt")
     monkeypatch.setenv("PATH", str(native.parent))
-    found = find_tritonserver()
+    with monkeypatch.context() as patch:  # its Python backend needs no numpy of ours
+        patch.setattr("importlib.metadata.version", lambda _: "2.1.0")
+        found = find_tritonserver()
     assert found.binary == native
     assert found.backends["onnxruntime"] == tmp_path / "backends" / "onnxruntime"
 
@@ -229,34 +214,23 @@ def test_hosts():
     )
 
 
-def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
-    native = fake_server(tmp_path, b"", "onnxruntime")
-    monkeypatch.setenv("PATH", str(native.parent))
-    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.1.0")
-    assert find_tritonserver().binary == native
-
-
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
     dead, alive, new, other = (
-        tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-")
-    )
-    dead, alive, new = (
-        path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n"))
+        tmp_path / f"{name}{os.getpid()}"
+        for name in ("radapter-serve-d", "radapter-serve-a", "radapter-serve-n", "other-")
     )
     for folder in (dead, alive, other):
         (folder / "models").mkdir(parents=True)
     new.mkdir()
-    lock = os.open(alive, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    files = [Path("/dev/shm") / (folder.name.replace("-", "_") + "_1") for folder in (dead, alive)]
+    files = [Path("/dev/shm", processes.shm_prefix(folder) + "1") for folder in (dead, alive)]
     try:
         for file in files:
             file.touch()
-        processes.remove_leftovers(tmp_path)
+        with hold(alive):
+            processes.remove_leftovers(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([alive, new, other])
         assert [file.exists() for file in files] == [False, True]
     finally:
-        os.close(lock)
         for file in files:
             file.unlink(missing_ok=True)
 
@@ -296,88 +270,95 @@ def test_a_log_that_cannot_be_written(repository, tmp_path):
         TritonServer(config, installation=INSTALLATION).start()
 
 
-class StandIn:
-    """A process that writes a line and does nothing.
-
-    Args:
-        code: its exit status from the start; None while it runs.
-
-    Attributes:
-        on_start: called when it is started for the first time.
-        launched: what it was started with, each time.
-        stopped: the seconds that it had to end, each time.
-    """
-
-    pid = 2**22  # above the numbers that Linux gives
-
-    def __init__(self, code: int | None = None) -> None:
-        self.code = code
-        self.launched: list[Launch] = []
-        self.stopped: list[float] = []
-        self.on_start: Callable[[], object] = lambda: None
-
-    def start(self, launch: Launch, output: IO[bytes] | None) -> StandIn:
-        if not self.launched:
-            self.on_start()
-        self.launched.append(launch)
-        assert output is not None
-        output.write(b'E1124 15:45:35.510363 7432 main.cc:1] "no memory"\n')
-        return self
-
-    def poll(self) -> int | None:
-        return self.code
-
-    def stop(self, grace_seconds: float) -> None:
-        self.stopped.append(grace_seconds)
-
-
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("end", "message"),
     [
-        (None, "tritonserver was not ready after 1 s: no memory; .*; allow more with --timeout"),
-        (1, "tritonserver did not start: it ended by itself with status 1: no memory; all its"),
-        (-9, "tritonserver did not start: it was killed by SIGKILL: no memory; all its messages"),
+        (
+            "sleep 60",
+            "tritonserver was not ready after 1 s: no memory; .*; allow more with --timeout",
+        ),
+        (
+            "exit 1",
+            "tritonserver did not start: it ended by itself with status 1: no memory; all its",
+        ),
+        ("kill -9 $$", "tritonserver did not start: it was killed by SIGKILL: no memory; all its"),
     ],
 )
-def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(repository, code, message):
-    process = StandIn(code)
-    clock = FakeClock()
-    config = local(repository, timeout=1, drain_seconds=3)
+def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
+    repository, tmp_path, monkeypatch, end, message
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    program = tmp_path / "tritonserver"
+    line = 'E1124 15:45:35.510363 7432 main.cc:1] "no memory"'
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho '{line}'\n{end}\n")
+    program.chmod(0o755)
     server = TritonServer(
-        config, installation=INSTALLATION, start_process=process.start, clock=clock
+        local(repository, timeout=1, drain_seconds=3),
+        installation=Installation(program, our_backends()),
     )
     with pytest.raises(RAdapterError, match=message):
         server.start()
-    [launch] = process.launched
-    assert process.stopped == [8]
-    assert not launch.folder.exists()
-    assert server.pid is None
-    assert clock.now <= 1000 + config.timeout + 1
+    assert (server.pid, server.state) == (None, State.STOPPED)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not list((tmp_path / "temporary").glob("radapter-serve-*"))
 
 
-def test_a_server_is_started_with_its_models_and_is_started_again_with_the_same(repository):
-    endpoints = Endpoints.on_free_ports()
-    process = StandIn()
-    config = ServerConfig(repository, endpoints, drain_seconds=3)
-    server = TritonServer(config, installation=INSTALLATION, start_process=process.start)
-    with contextlib.ExitStack() as stack:
-        process.on_start = lambda: stack.enter_context(
-            http_server(200, b"[]", port=endpoints.http_port)
-        )
-        with server:
-            folder = server.folder
-            assert server.pid == process.pid
-            assert server.failures() == []
-            server.restart()
-            process.code = 2
-            [failure] = server.failures()
-            assert "it ended by itself with status 2: no memory" in str(failure)
-    first, second = process.launched
-    assert first == second
-    models = [word.partition("=")[2] for word in first.command if word.startswith("--load-model=")]
-    assert sorted(models) == sorted(models_of(repository))
-    assert process.stopped == [0, 8]
-    assert not folder.exists()
+def test_instances_of_tasks():
+    def counts(*instances):
+        return ServerConfig(Path("none"), instances=instances).instance_counts()
+
+    tasks = ("classify", "embed_image", "embed_text", "retrieve", "segment")
+    assert counts() == {}
+    assert counts("3") == dict.fromkeys(tasks, 3)
+    assert counts("segment=4", "2") == {**dict.fromkeys(tasks, 2), "segment": 4}
+    for bad in ("0", "65", "-1", "two", "segment=", "segment=0", "nothing=2", "text_encoder=2"):
+        with pytest.raises(RAdapterError, match=f"--instances {bad}: "):
+            counts(bad)
+    model = ModelEntry((1, 2), "instance_group { count: 1 kind: KIND_CPU }")
+    [group] = parsed(model.with_instances(3).config).instance_group
+    assert (group.count, group.kind) == (3, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    assert model.with_instances(None) == model
+
+
+def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(tmp_path, monkeypatch):
+    pixels = "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }"
+    models = {
+        "classify": ModelEntry((1, 2), 'backend: "python" instance_group { count: 4 }'),
+        "image_encoder": ModelEntry((2,), f'backend: "onnxruntime" max_batch_size: 64 {pixels}'),
+    }
+
+    def check(backends, size, free):
+        found = SimpleNamespace(f_frsize=2**20, f_blocks=size, f_bavail=free)
+        monkeypatch.setattr(os, "statvfs", lambda _: found)
+        return check_shared_memory(models, backends)
+
+    in_python = ["python", "onnxruntime"]
+    message = r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"
+    with pytest.raises(RAdapterError, match=message):
+        check(in_python, 64, 17)
+    # 9 x (2 MiB + 64 x 224 x 224 x 3 bytes)
+    warning = check(in_python, 64, 18)
+    assert "/dev/shm has 64 MiB; many full batches at once need 100 MiB" in warning
+    assert check(in_python, 128, 128) is None
+    assert check_shared_memory(models, in_python, tmp_path / "none") is None
+    with pytest.raises(RAdapterError, match="8 model processes"):  # a backend in C++ has none
+        check(["python"], 64, 15)
+
+
+def test_no_queue_is_limited_by_triton_which_then_overlooks_it():
+    from radapter_export.repository import sources
+
+    for template in sources().glob("*/config.template.pbtxt"):
+        config = parsed(template.read_text())
+        assert not config.dynamic_batching.HasField("default_queue_policy"), template
+        assert config.HasField("dynamic_batching") == bool(config.max_batch_size), template
+    policy = "default_queue_policy { max_queue_size: 128 } priority_levels: 2"
+    for rows, batching in ((8, "dynamic_batching { }"), (0, "")):
+        head = f'name: "x" max_batch_size: {rows} '
+        config = parsed(f"{head} dynamic_batching {{ {policy} }}")
+        without_queue_policy(config)
+        assert config == parsed(head + batching)
 
 
 def test_a_secret_is_taken_out_of_the_command_line_of_a_child():

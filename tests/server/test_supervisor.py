@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -16,13 +15,15 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import probe
-from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
-from radapter_serve.server.probe import TIMEOUT_SECONDS, Probe, in_json, warm_up
-from radapter_serve.server.processes import Process, how_it_ended
+from radapter_serve.server import watch as watch_module
+from radapter_serve.server.control import Answer, Control, NoAnswer
+from radapter_serve.server.probe import TIMEOUT_SECONDS, Probe, warm_up
+from radapter_serve.server.processes import how_it_ended
 from radapter_serve.server.supervisor import (
     MAX_FAILURES,
     MAX_PAUSE_SECONDS,
@@ -31,7 +32,6 @@ from radapter_serve.server.supervisor import (
     Supervisor,
 )
 from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
-from radapter_serve.tasks.probes import GLANCES, PROBES
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
@@ -94,37 +94,8 @@ def test_a_model_that_a_signal_has_stopped_is_killed(parent):
     assert until(watch.poll) == [
         Failure("classify", "a signal had stopped it, so it was killed", 1)
     ]
-    until(lambda: Process.of(pids["classify"]).state == "Z")
+    until(lambda: psutil.Process(pids["classify"]).status() == psutil.STATUS_ZOMBIE)
     assert watch.poll() == watch.poll() == []
-
-
-def test_a_process_that_is_dead_for_a_moment_is_no_death(parent):
-    dead = {1: Process("Z", argument="/m/segment/12/model.py")}
-    states = iter((dead, {}, dead, {}))
-    watch = Watch(parent, children=lambda _: dict(next(states)))
-    assert [watch.poll() for _ in range(4)] == [[]] * 4
-
-
-def test_the_death_of_a_process_that_nobody_knows_is_the_server_s(parent):
-    watch = Watch(parent, children=lambda _: {7: Process("Z", 0, 9)})
-    assert watch.poll() == []
-    assert watch.poll() == [Failure(SERVER, "process 7 of it ended: it was killed by SIGKILL")]
-
-
-def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent):
-    polls = ("SS", "ZS", "ZZ", " Z", " Z", "  ")
-    states = iter(polls)
-
-    def children(_: int) -> dict[int, Process]:
-        found = {}
-        for pid, state in enumerate(next(states)):
-            if state != " ":
-                found[pid] = Process(state, 0, 9, "/m/retrieve/1/model.py")
-        return found
-
-    watch = Watch(parent, children=children)
-    failures = [failure for _ in polls for failure in watch.poll()]
-    assert failures == [Failure("retrieve", "it was killed by SIGKILL", 1)]
 
 
 @pytest.mark.parametrize(
@@ -143,25 +114,15 @@ def test_the_server_itself(parent, number, why):
     assert re.search(why, failure.why)
 
 
-def test_a_process_that_the_kernel_killed_for_memory(parent):
+def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
     kills = iter([3, *[4] * 100])
-    watch = Watch(parent, killed_for_memory=lambda: next(kills))
+    monkeypatch.setattr(watch_module, "killed_for_memory", lambda: next(kills))
+    watch = Watch(parent)
     parent.kill()
     [failure] = until(watch.poll)
     assert str(failure) == "tritonserver died: the kernel killed it, because memory ran out"
-
-
-def test_how_a_process_ended():
-    assert how_it_ended(-9) == "it was killed by SIGKILL"
     assert how_it_ended(-15, short_of_memory=True) == "it was killed by SIGTERM"
     assert how_it_ended(1, short_of_memory=True) == "it ended by itself with status 1"
-
-
-@pytest.mark.parametrize(
-    ("argument", "model"), [("-c", None), ("", None), ("/m/classify/12/model.py", ("classify", 12))]
-)
-def test_the_model_of_a_process(argument, model):
-    assert Process("S", argument=argument).model == model
 
 
 class Server:
@@ -236,7 +197,11 @@ class Scene:
         self.clock = FakeClock()
         self.said: list[str] = []
         self.supervisor = Supervisor(
-            self.server, self.said.append, beside, clock=self.clock, probe=Silent(*silent)
+            self.server,  # type: ignore[arg-type]
+            self.said.append,
+            beside,
+            clock=self.clock,
+            probe=Silent(*silent),  # type: ignore[arg-type]
         )
 
 
@@ -250,21 +215,14 @@ def test_a_dead_model_is_loaded_again_and_what_happened_is_said():
     ]
 
 
-def test_a_dead_server_is_started_again_with_all_its_models():
-    scene = Scene([Failure("classify", "it was killed", 2), Failure(SERVER, "it was killed")])
-    scene.supervisor.step()
-    assert scene.server.done == ["restart"]
-    assert scene.said[0] == "tritonserver died: it was killed; starting it again"
-
-
 def test_what_no_longer_answers_is_killed_and_started_again():
     scene = Scene(silent=["segment"])
     scene.supervisor.step()
     assert scene.server.done == ["kill segment", "reload segment"]
-    assert (
-        scene.said[0]
-        == "the process of segment died: it no longer answered, so it was killed; starting it again"
-    )
+    assert "segment died: it no longer answered, so it was killed" in scene.said[0]
+    scene = Scene([Failure("classify", "it was killed", 2), Failure(SERVER, "it was killed")])
+    scene.supervisor.step()
+    assert scene.server.done == ["restart"]  # with all its models
 
 
 @pytest.mark.parametrize("name", [SERVER, "classify"])
@@ -296,14 +254,6 @@ def test_what_fails_to_start_is_tried_again_and_given_up_where_it_never_becomes_
     ):
         scene.supervisor.step()
     assert scene.server.done == ["reload classify"] * MAX_FAILURES
-
-
-def test_failures_count_only_one_after_the_other():
-    scene = Scene(*[[Failure("classify", "why", 1)] for _ in range(3)], fails=MAX_FAILURES - 1)
-    scene.supervisor.step()
-    scene.server.fails = MAX_FAILURES - 1
-    scene.supervisor.step()
-    assert len(scene.server.done) == 2 * MAX_FAILURES
 
 
 def test_a_server_that_is_ready_brings_its_models_back():
@@ -380,13 +330,13 @@ class AtOnce(Executor):
         return answer
 
 
-def stepped(control: Asked, busy: int = 0) -> list[list[str]]:
+def stepped(control: Asked, busy: float = 0.0) -> list[list[str]]:
     """What a probe finds in five steps, TIMEOUT_SECONDS apart: it asks in steps 2 and 4, and judges
     after each.
 
     Args:
         control: answers it.
-        busy: the work done in TIMEOUT_SECONDS, in hundredths of a second.
+        busy: seconds of processor time used in TIMEOUT_SECONDS.
     """
     clock = FakeClock()
     asking = Probe(
@@ -419,12 +369,8 @@ def test_a_task_that_is_silent_twice_is_named():
 
 
 def test_who_is_silent_but_works_is_busy():
-    assert stepped(Asked(), busy=probe.BUSY_TICKS) == NOTHING
-    assert stepped(Asked(), busy=probe.BUSY_TICKS - 1)[-1] == [SERVER]
-
-
-def test_a_server_that_is_silent_is_named_alone():
-    assert stepped(Asked())[-1] == [SERVER]
+    assert stepped(Asked(), busy=2 * probe.BUSY_SECONDS) == NOTHING
+    assert stepped(Asked(), busy=probe.BUSY_SECONDS / 2)[-1] == [SERVER]
 
 
 def test_before_it_is_ready_every_version_of_every_task_is_asked():
@@ -444,31 +390,15 @@ def test_before_it_is_ready_every_version_of_every_task_is_asked():
         warm_up(Asked(classify=FINE), models, 5)  # type: ignore[arg-type]
 
 
-def test_questions_in_json_are_what_the_table_says():
-    for asked in (PROBES, GLANCES):
-        for tensors in asked.values():
-            for given in in_json(tensors):
-                array = tensors[given["name"]]
-                assert (given["datatype"], given["shape"]) == ("BYTES", list(array.shape))
-                sent = [
-                    base64.b64decode(text) if given["name"] == "image" else text.encode()
-                    for text in given["data"]
-                ]
-                assert sent == array.ravel().tolist()
-    json.dumps([in_json(tensors) for tensors in PROBES.values()])
-
-
 def test_control_sends_the_secret_and_reads_the_index():
     ready = {"name": "a", "state": "READY"}
-    body = [{**ready, "version": "2"}, {"name": "b"}, {**ready, "version": "1"}]
+    body = [{**ready, "version": "2"}, {**ready, "version": "1"}]
     with http_server(200, json.dumps(body).encode()) as (url, seen):
         control = Control(url, "key")
-        assert control.index()[:2] == [ServedVersion("a", 2, "READY"), ServedVersion("b", 0, "")]
-        assert control.serving()["a"] == [1, 2]
+        assert control.serving() == {"a": [1, 2]}
         control.load("a b")
         control.unload("a")
     assert [(one[0], one[1]) for one in seen] == [
-        ("POST", "/v2/repository/index"),
         ("POST", "/v2/repository/index"),
         ("POST", "/v2/repository/models/a%20b/load"),
         ("POST", "/v2/repository/models/a/unload"),

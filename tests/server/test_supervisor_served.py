@@ -63,7 +63,7 @@ class Watched:
     def __init__(self, server: FakeServer, probe: Probe | None = None) -> None:
         self.said: list[str] = []
         self._supervisor = Supervisor(
-            server, self.said.append, probe=probe or Probe(server.control, server.ticks)
+            server, self.said.append, probe=probe or Probe(server.control, server.cpu_seconds)
         )
 
     def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
@@ -142,7 +142,7 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(
 def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(
     server, clients, threads
 ):
-    watched = Watched(server, Probe(server.control, server.ticks, interval=0.2, timeout=4.0))
+    watched = Watched(server, Probe(server.control, server.cpu_seconds, interval=0.2, timeout=4.0))
     calls = [
         begun(threads, clients, order(work=10)) for _ in range(2)
     ]  # both processes, and a queue behind them

@@ -1,0 +1,145 @@
+"""What a repository remembers of its releases, `radapter-release` without a server, and what a
+server loads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from radapter_serve.cli.release import lacking, main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import encoders_of, named_releases
+from radapter_serve.release.release import TASKS
+from radapter_serve.release.repository import ENCODERS
+from radapter_serve.release.served import Served
+from radapter_serve.server.launch import MODELS, put
+from radapter_serve.server.models import ModelEntry, models_of, parsed, plan_models
+from radapter_serve.server.releases import previous
+from tests.helpers.indexes import write_facts
+from tests.helpers.small_release import seal
+
+
+@pytest.fixture
+def sealed(repository: Path, tmp_path: Path) -> Path:
+    shutil.copytree(repository, tmp_path / "repository")
+    seal(tmp_path / "repository", 1, 2)
+    return tmp_path / "repository"
+
+
+def test_models_of_a_repository(repository: Path, tmp_path: Path) -> None:
+    names = ["classify", "embed_image", "embed_text", "image_encoder", "segment", "text_encoder"]
+    assert models_of(repository) == {**{name: [1, 2] for name in names}, "patch_encoder": [2]}
+    with pytest.raises(RAdapterError, match=r"does not exist; make it with: radapter-export"):
+        models_of(tmp_path / "none")
+    (tmp_path / "classify").mkdir()
+    (tmp_path / "classify" / "config.template.pbtxt").touch()
+    with pytest.raises(RAdapterError, match=r"holds no release"):
+        models_of(tmp_path)
+
+
+def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> None:
+    assert Served.load(sealed) == Served((1, 2))  # of one export
+    chosen = Served.load(sealed).next([1])
+    assert chosen == Served((1,), (1, 2))
+    chosen.save(sealed)
+    assert Served.load(sealed) == chosen
+    assert previous(chosen) == Served((1, 2), (1,))
+    with pytest.raises(RAdapterError, match="no release was served before"):
+        previous(Served((1,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "could not read"),
+        ('{"releases": 1, "before": []}', "could not read"),
+        ('{"releases": ["x"], "before": []}', "could not read"),
+        ('{"releases": [], "before": []}', "says that release none is served"),
+        (
+            '{"releases": [7], "before": []}',
+            "says that release 7 is served, and .* holds 1, 2; choose one",
+        ),
+    ],
+)
+def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: str) -> None:
+    (sealed / "served.json").write_text(text)
+    with pytest.raises(RAdapterError, match=message):
+        Served.load(sealed)
+
+
+def test_without_a_server_the_next_start_is_chosen(
+    sealed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["load", "1", "--model-repository", str(sealed)]) == 0
+    assert "from its next start on, release 1 is served" in capsys.readouterr().out
+    assert json.loads((sealed / "served.json").read_text()) == {"releases": [1], "before": [1, 2]}
+    assert main(["rollback", "--model-repository", str(sealed)]) == 0
+    assert Served.load(sealed).releases == (1, 2)
+    assert main(["list", "--model-repository", str(sealed)]) == 0
+    shown = capsys.readouterr().out
+    assert "yes, by default" in shown and "no server runs here" in shown
+    (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(b"")
+    assert main(["load", "1", "--model-repository", str(sealed)]) == 2
+    assert "text_encoder/1/model.onnx is empty" in capsys.readouterr().err
+    assert main(["load", "9", "--model-repository", str(sealed)]) == 2
+    assert "no release 9" in capsys.readouterr().err
+    assert main(["list", "--model-repository", str(sealed), "--http-port", "1"]) == 2
+    assert Served.load(sealed).releases == (1, 2)
+
+
+def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path) -> None:
+    encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(sealed, [1])}
+    found = plan_models(sealed, [1], encoders)
+    assert list(found) == [
+        name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")
+    ]
+    for name, model in found.items():
+        config = parsed(model.config)
+        assert list(config.version_policy.specific.versions) == [1]
+        if name in TASKS:
+            assert list(named_releases(config)) == [1]
+            assert json.loads(config.parameters["release"].string_value)["version"] == 1
+        else:
+            assert not [key for key in config.parameters if key.startswith("release")]
+
+
+def test_a_switch_names_the_indexes_that_lose_their_release(sealed: Path, tmp_path: Path) -> None:
+    digests = {number: encoders_of(sealed, [number])[0].facts.digest for number in (1, 2)}
+    indexes = tmp_path / "indexes"
+    assert lacking(sealed, [1], [2], indexes) == []
+    write_facts(indexes / "fötos", digests[1])
+    write_facts(indexes / "of another", "sha256:elsewhere")
+    write_facts(indexes / "new", digests[2])
+    (indexes / "broken").mkdir()
+    (indexes / "broken" / "index.json").write_text("{")
+    [note] = lacking(sealed, [1], [2], indexes)
+    assert "the index fötos is of release 1" in note
+    assert "radapter-release load 1 2 serves both" in note
+    assert lacking(sealed, [1], [1, 2], indexes) == []
+
+
+def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_the_repository(
+    sealed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "server"
+    before = sorted(str(path) for path in sealed.rglob("*"))
+    for versions in ((1,), (1, 2), (2,)):
+        for name in ("image_encoder", "classify"):
+            put(folder, sealed, name, ModelEntry((), "").at(versions))
+            there = folder / MODELS / name
+            assert {path.name for path in there.iterdir()} == {"config.pbtxt", *map(str, versions)}
+            for version in versions:
+                names = {path.name for path in (sealed / name / str(version)).iterdir()}
+                assert {path.name for path in (there / str(version)).iterdir()} - {
+                    "__pycache__"
+                } == names
+    assert (
+        folder / MODELS / "classify" / "2" / "__pycache__"
+    ).is_file()  # where Python would write
+    put(folder, sealed, "classify", None)
+    assert not (folder / MODELS / "classify").exists()
+    assert sorted(str(path) for path in sealed.rglob("*")) == before
