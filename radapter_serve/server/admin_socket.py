@@ -1,8 +1,9 @@
 """How `radapter-release` speaks with a running `radapter-serve`: TCP on this machine alone.
 
-The server's folder, which only its owner can read, has a file with the port and a secret that each
-request must have. A request is a line of JSON, such as `{"do": "load", "releases": [2]}`; the
-answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+The server's folder, which only its owner can read, has an empty file whose name says the port and
+the secret of each request: a full disk takes it, too. A request is a line of JSON, such as
+`{"do": "load", "releases": [2]}`; the answer is lines of `{"say": ...}`, and a last one of
+`{"done": ...}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
 from radapter_serve.server.processes import FOLDER_PREFIX
 from radapter_serve.server.releases import ReleaseServer
 
-FILE = "release.port"
+FILE = "release-{port}-{secret}"
 MAX_CALLERS = 8  # at once
 MAX_REQUEST_BYTES = 4096
 READ_TIMEOUT_SECONDS = 5.0  # to wait for a request
@@ -56,8 +56,8 @@ class AdminSocket:
         self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self._listener.daemon_threads = True
         self._listener.block_on_close = False
-        with staged(self._folder / FILE) as file:
-            file.write_text(f"{self._listener.server_address[1]} {self._secret}", encoding="ascii")
+        port = self._listener.server_address[1]
+        (self._folder / FILE.format(port=port, secret=self._secret)).touch()
         threading.Thread(
             target=self._listener.serve_forever, args=(0.1,), name="admin socket", daemon=True
         ).start()
@@ -102,7 +102,10 @@ def ask(
 
     Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if none listens.
     """
-    port, secret = (folder / FILE).read_text(encoding="ascii").split()
+    files = list(folder.glob(FILE.format(port="*", secret="*")))
+    if not files:
+        raise FileNotFoundError(folder)
+    _, port, secret = files[-1].name.split("-")
     # A change of releases takes as long as it takes.
     timeout = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
     with socket.create_connection(("127.0.0.1", int(port)), timeout) as server:

@@ -313,7 +313,7 @@ def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
     )
     try:
         end = time.monotonic() + 60
-        while not (found := list(tmp_path.glob("radapter-serve-*/release.port"))):
+        while not (found := list(tmp_path.glob("radapter-serve-*/release-*"))):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.1)
         load = subprocess.run(
@@ -326,7 +326,7 @@ def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
         assert (load.returncode, load.stdout.partition("\n")[0]) == (0, "release 1 is served")
         with Client(f"http://127.0.0.1:{port}") as client:
             assert client.classify(png(0), ["a"]).release == 1
-        number, _ = found[0].read_text().split()
+        _, number, _ = found[0].name.split("-")
         with socket.create_connection(("127.0.0.1", int(number)), 10) as stranger:
             stranger.sendall(b'{"do": "load", "releases": [2], "secret": ""}\n')
             assert b"error" in stranger.makefile("rb").readline()

@@ -35,7 +35,7 @@ CLOSED = {
     "models/classify/trace/setting": {"trace_file": FILE},
     "logging": {"log_file": FILE, "log_verbose_level": 9},
 }
-SPELLINGS = 200
+SPELLINGS = 100
 
 
 def paths_of(path: str, random: random.Random) -> Iterator[str]:

@@ -4,8 +4,12 @@ server loads.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +20,11 @@ from radapter_serve.release.config import encoders_of, named_releases
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.release.served import Served
+from radapter_serve.server.admin_socket import MAX_CALLERS, READ_TIMEOUT_SECONDS, AdminSocket, ask
+from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, models_of, parsed, plan_models
-from radapter_serve.server.releases import previous
+from radapter_serve.server.releases import ReleaseServer, Say, State, previous
 from tests.helpers.indexes import write_facts
 from tests.helpers.small_release import seal
 
@@ -143,3 +149,75 @@ def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_
     put(folder, sealed, "classify", None)
     assert not (folder / MODELS / "classify").exists()
     assert sorted(str(path) for path in sealed.rglob("*")) == before
+
+
+class Server(ReleaseServer):
+    """Takes over what it is asked for."""
+
+    def _take_over(self, wanted: Served, say: Say) -> None:
+        say("taking over")
+
+
+@pytest.fixture
+def admin(sealed: Path, tmp_path: Path) -> Iterator[Server]:
+    server = Server(ServerConfig(sealed))
+    server.served = Served((2,))
+    server.state = State.READY
+    with AdminSocket(tmp_path, server):
+        yield server
+
+
+def port_of(folder: Path) -> int:
+    [file] = folder.glob("release-*")
+    return int(file.name.split("-")[1])
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"do": "load", "releases": [1]}\n',
+        b'{"do": "load", "releases": [1], "secret": ""}\n',
+        b'{"do": "load", "releases": [1], "secret": "\xc3\xa9"}\n',
+        b"[" * 100_000,
+    ],
+)
+def test_nobody_without_the_secret_changes_releases(
+    admin: Server, tmp_path: Path, request_line: bytes
+) -> None:
+    stranger = socket.create_connection(("127.0.0.1", port_of(tmp_path)), 10)
+    with stranger, contextlib.suppress(OSError):  # it may be cut off before it has sent all
+        stranger.sendall(request_line)
+        stranger.shutdown(socket.SHUT_WR)
+        answer = stranger.makefile("rb").readline()
+        assert not answer or "error" in json.loads(answer)
+    assert admin.served == Served((2,))
+
+
+def test_silent_callers_hold_up_nobody_for_long(admin: Server, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * MAX_CALLERS):
+            address = ("127.0.0.1", port_of(tmp_path))
+            stack.enter_context(socket.create_connection(address, 10))
+        deadline = time.monotonic() + 3 * READ_TIMEOUT_SECONDS
+        while True:
+            with contextlib.suppress(RAdapterError, OSError):
+                state = ask(tmp_path, {"do": "state"})
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert state["releases"] == [2]
+    lines: list[str] = []
+    request = {"do": "load", "releases": [1]}
+    assert ask(tmp_path, request, lines.append) == "release 1 is served"
+    assert lines[-1] == "taking over" and admin.served == Served((1,), (2,))
+    assert Served.load(admin.config.model_repository) == admin.served
+
+
+def test_one_change_at_a_time(admin: Server) -> None:
+    admin.state = State.SWITCHING
+    with pytest.raises(RAdapterError, match="changing its releases already"):
+        admin.load([1])
+    assert admin.state == State.SWITCHING and admin.served == Served((2,))
