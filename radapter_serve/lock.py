@@ -8,15 +8,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import filelock
+from typing import Any
 
 from radapter_serve.errors import RAdapterError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
 def lock(folder: Path, writer: str, *, wait: bool = False) -> Iterator[None]:
-    """Keep this user's other writers out of a folder, which is made if it is missing.
+    """Keep other writers out of a folder, which is made if it is missing.
 
     `writer` names the commands that write such a folder, for the error. `wait` waits for another
     writer instead of raising it.
@@ -25,27 +30,34 @@ def lock(folder: Path, writer: str, *, wait: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hold(folder, wait=wait))
-        except filelock.Timeout:
+        except BlockingIOError:
             raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
         yield
 
 
 @contextlib.contextmanager
 def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder; a killed program lets go of it. Raises `filelock.Timeout` if
-    another one holds it.
-
-    Its file is in the folder for temporary files: Windows renames no folder with an open file in
-    it, and a folder that is exported or published holds nothing but its own files.
+    """Hold the lock of a folder, also against other users and containers; a killed program lets go
+    of it. Raises `BlockingIOError` if another program holds it.
     """
-    key = os.fsencode(f"{Path.home()}\0{folder.resolve()}")
-    name = f"radapter-{hashlib.sha256(key).hexdigest()[:32]}.lock"
-    file = Path(tempfile.gettempdir()) / name
-    held = filelock.FileLock(file, thread_local=False)
-    held.acquire(blocking=wait)
-    try:
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a file system without locks
+        else:
+            # Windows locks no folder, and renames none with an open file in it.
+            import filelock
+
+            name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+            held = filelock.FileLock(Path(tempfile.gettempdir()) / f"radapter-{name}.lock")
+            try:
+                stack.enter_context(held.acquire(blocking=wait))
+            except filelock.Timeout:
+                raise BlockingIOError from None
         yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes it on release
-            file.unlink()
-        held.release()

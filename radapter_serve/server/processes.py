@@ -12,8 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
-
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import hold
 
@@ -105,7 +103,7 @@ def remove_leftovers(parent: Path | None = None) -> None:
     """
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{FOLDER_PREFIX}*"):
         # A folder of another user can't be read; one that was just made is not locked yet.
-        with contextlib.suppress(OSError, filelock.Timeout):
+        with contextlib.suppress(OSError):
             if (folder / "models").is_dir():
                 with hold(folder):
                     _remove(folder)
