@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.deploy.files import ROOT, command, healthcheck, instructions, stages
 from tests.helpers.commands import help_of
@@ -121,12 +122,12 @@ def test_the_server_has_what_its_extras_ask_for_but_their_tritonserver() -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     needed = {
-        requirement.name: requirement.specifier
+        canonicalize_name(requirement.name): requirement.specifier
         for line in [*extras["server"], *extras["triton"], *extras["gateway"]]
         if (requirement := Requirement(line)).name != "radapter-serve"
     }
     installed = {
-        one.name: one.specifier
+        canonicalize_name(one.name): one.specifier
         for line in instructions("server", "RUN")
         for one in map(Requirement, re.findall(r"'([^']+)'", line))
     }
