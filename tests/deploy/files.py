@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import helm_python
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +30,8 @@ def document(path: Path) -> Any:
 
 def rendered(values: dict[str, Any]) -> dict[tuple[str, str], Any]:
     """The objects of the Helm chart by kind and name, for values in place of its own."""
+    import helm_python  # of the extra integrations
+
     with helm_python.Chart.load(str(CHART)) as chart:
         texts = chart.render(values, name="radapter", namespace="radapter").values()
     found = [one for text in texts for one in yaml.safe_load_all(text) if one]

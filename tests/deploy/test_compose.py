@@ -7,9 +7,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from tests.deploy.files import DEPLOY, command, document, instructions
+
+builtin_schemas = pytest.importorskip(
+    "check_jsonschema.builtin_schemas", reason="pip install -e '.[integrations]'"
+)
+pytestmark = pytest.mark.integration
 
 BASE = document(DEPLOY / "compose.yaml")
 SERVICES: dict[str, Any] = BASE["services"]
@@ -18,7 +22,7 @@ PUBLISHED = re.compile(r"(?P<address>[^:]+|\$\{\w+:-[^}]+\}):(?P<outside>\d+):(?
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
 def test_it_is_valid_by_the_compose_specification(name: str) -> None:
-    schema = get_builtin_schema("vendor.compose-spec")
+    schema = builtin_schemas.get_builtin_schema("vendor.compose-spec")
     jsonschema.validate(document(DEPLOY / name), schema)
 
 

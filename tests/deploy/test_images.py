@@ -17,6 +17,8 @@ from packaging.utils import canonicalize_name
 from tests.deploy.files import ROOT, command, healthcheck, instructions, stages
 from tests.helpers.commands import help_of
 
+pytestmark = pytest.mark.integration
+
 
 def let_in(tree: Path) -> None:
     """Copy what .dockerignore lets into the build, by its rules: the last line that fits a path

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
-from helm_python.errors import HelmError
 
 import radapter_serve
 from radapter_serve.environment import OTLP_ENDPOINTS
 from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
+
+helm_errors = pytest.importorskip("helm_python.errors", reason="pip install -e '.[integrations]'")
+kubernetes_validate = pytest.importorskip(
+    "kubernetes_validate", reason="pip install -e '.[integrations]'"
+)
+pytestmark = pytest.mark.integration
 
 FOLDER = DEPLOY / "kubernetes"
 INSTANCE = {"app.kubernetes.io/instance": "radapter"}
@@ -284,7 +288,7 @@ def test_names_that_yaml_reads_as_something_else_stay_names() -> None:
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(HelmError, match=message):
+    with pytest.raises(helm_errors.HelmError, match=message):
         rendered(values)
 
 

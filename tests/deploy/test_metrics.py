@@ -11,6 +11,10 @@ import pytest
 
 from tests.deploy.files import RULES, document, expressions, metrics, rendered
 
+pytest.importorskip("helm_python", reason="pip install -e '.[integrations]'")
+promql_parser = pytest.importorskip("promql_parser", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
+
 Labels = dict[str, set[str]]
 
 
@@ -49,7 +53,6 @@ def test_metrics_of_the_gateway() -> None:
 
 
 def test_prometheus_reads_every_question() -> None:
-    promql_parser = pytest.importorskip("promql_parser", reason="pip install promql-parser")
     for title, text in expressions():
         if title != "prometheus-adapter":  # whose questions are templates
             assert promql_parser.parse(text.replace("$__rate_interval", "5m")), title

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import crossplane
 import grpc
 import pytest
 import trustme
 
 from radapter_serve.server.endpoints import free_ports
 from tests.deploy.files import DEPLOY
+
+crossplane = pytest.importorskip("crossplane", reason="pip install -e '.[integrations]'")
+pytestmark = pytest.mark.integration
 
 CONF = DEPLOY / "nginx.conf"
 KEY = {"Authorization": "Bearer right"}
