@@ -53,11 +53,12 @@ def _train(arguments: list[str]) -> None:
     if run is None and source is None and "--resume" in rest:  # as --resume --out RUN
         run, _ = _take("--out", rest)
     base, rest = _take("--base", rest)
-    # Which recipe comes without --recipe depends on two of the flags.
+    # Which recipe comes without --recipe depends on some of the flags.
     fields: dict[str, Any] = {} if base is None else {"base": base}
     if source is None and run is None:
-        flags = {name: _take(f"--{name}", rest)[0] for name in ("task", "architecture")}
-        fields |= {name: value for name, value in flags.items() if value and base is None}
+        flags = {"task": "--task", "architecture": "--architecture", "val_data": "--val-data"}
+        values = {name: _take(flag, rest)[0] for name, flag in flags.items()}
+        fields |= {name: value for name, value in values.items() if value}
     recipe = recipe_from(source, run or False, **fields)
     description = (
         "Train R-Adapter on a CLIP. Recipes that come with the package:"

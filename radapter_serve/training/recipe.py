@@ -409,6 +409,8 @@ def recipe_from(
         source = load_recipe("small" if task not in ready_recipes() else task)
         if "architecture" in fields:  # whose weights have names of their own
             source = dataclasses.replace(source, pretrained=None)
+        if "val_data" in fields:  # in place of a share of the training images
+            source = dataclasses.replace(source, val_fraction=0.0)
     if isinstance(source, str | Path):
         source = load_recipe(source)
     if not isinstance(source, Recipe):

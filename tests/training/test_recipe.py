@@ -216,6 +216,16 @@ def test_the_recipe_that_comes_without_one(
     assert seen[0] == expected
 
 
+def test_validation_data_comes_in_place_of_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr(
+        "radapter_serve.training.start.train", lambda recipe, **_: seen.append(recipe)
+    )
+    assert main(["--data", "csv:t.csv", "--val-data", "csv:v.csv"]) == 0
+    assert (seen[0].val_data, seen[0].val_fraction) == ("csv:v.csv", 0.0)
+    assert recipe_from(data="csv:t.csv", val_data="csv:v.csv") == seen[0]
+
+
 @pytest.mark.parametrize(
     ("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)]
 )
