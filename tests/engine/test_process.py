@@ -314,7 +314,8 @@ def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
     try:
         end = time.monotonic() + 60
         while not (found := list(tmp_path.glob("radapter-serve-*/release-*"))):
-            assert time.monotonic() < end and process.poll() is None
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
             time.sleep(0.1)
         load = subprocess.run(
             [*command, "release", "load", "1", "--model-repository", str(copy)],
@@ -323,7 +324,7 @@ def test_without_what_windows_lacks(copy: Path, tmp_path: Path) -> None:
             check=False,
             **where,  # type: ignore[call-overload]
         )
-        assert (load.returncode, load.stdout.partition("\n")[0]) == (0, "release 1 is served")
+        assert load.returncode == 0 and "release 1 is served" in load.stdout.splitlines()
         with Client(f"http://127.0.0.1:{port}") as client:
             assert client.classify(png(0), ["a"]).release == 1
         _, number, _ = found[0].name.split("-")

@@ -339,7 +339,7 @@ from radapter_export import ExportSettings, export_release
 def progress(line):
     if "text_encoder at alpha 0.3" in line:
         os.kill(os.getpid(), signal.SIGKILL)
-settings = ExportSettings(model_repository="repository", merged="merged")
+settings = ExportSettings(model_repository=Path("repository"), merged=Path("merged"))
 with quick_exports(Path(sys.argv[3])):
     export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
 """

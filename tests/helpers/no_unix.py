@@ -11,6 +11,8 @@ import signal
 import sys
 from typing import Any
 
+import psutil  # noqa: F401 - before `resource` goes: on Linux psutil needs it, on Windows not
+
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "uvloop"):
     sys.modules[name] = None  # type: ignore[assignment]  # so that an import of it fails
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

@@ -473,7 +473,7 @@ def test_spread_and_cost():
         ({"suite": "suite.yaml", "train": []}, "train is []; it should be a dict"),
         (
             {"suite": "suite.yaml", "train": {"speed": 3}},
-            "has unknown fields speed; allowed: architecture",
+            "has unknown fields speed; allowed: data",
         ),
     ],
 )
@@ -677,7 +677,7 @@ def test_refuses_what_makes_no_table(
         ("templates", ["{}", "a drawing of {}"], "templates is"),
         ("images", 5, "images is 5"),
         ("weight_decay", "much", "weight_decay is 'much'"),
-        ("colour", 1, "has unknown fields colour; allowed: architecture"),
+        ("colour", 1, "has unknown fields colour; allowed: data"),
     ],
 )
 def test_refuses_a_benchmark_that_trains_by_nothing_known(
