@@ -144,8 +144,8 @@ def _decode_image(place: int, url: str) -> bytes:
         )
     # Decoded in pieces, between which other threads have their turn.
     try:
-        if url.find("=", comma, len(url) - 2) >= 0:
-            raise ValueError("padding before the end")
+        if (len(url) - comma - 1) % 4 or url.find("=", comma, len(url) - 2) >= 0:
+            raise ValueError("padding that is missing, too long or before the end")
         pieces = range(comma + 1, len(url), _PIECE)
         file = b"".join(base64.b64decode(url[at : at + _PIECE], validate=True) for at in pieces)
     except ValueError:

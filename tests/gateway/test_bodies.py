@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import re
 import threading
 import tracemalloc
 import weakref
@@ -51,17 +52,19 @@ def test_only_the_head_of_a_data_url_is_looked_at() -> None:
     assert peak < 5 * MIB  # the text itself is 4
 
 
+BASE64 = re.compile(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # RFC 4648, 4
+
+
 @example(text="AA==AAAA", piece=4)  # an end in the middle, and at the end of a piece
+@example(text="AAAA=", piece=4)  # Python's own decoder takes this padding
+@example(text="AAAA=", piece=8)
 @given(
     text=st.text("AB/+=\n!\u00fc", max_size=40),
     piece=st.sampled_from([4, 8, 64]),
 )
 def test_base64_in_pieces_is_as_in_one(text: str, piece: int) -> None:
     url = f"data:image/png;base64,{text}"
-    try:
-        whole = base64.b64decode(text, validate=True)
-    except ValueError:
-        whole = None
+    whole = base64.b64decode(text) if BASE64.fullmatch(text) else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai, "_PIECE", piece)
         patch.setattr(openai, "_MAGIC", (b"",))
