@@ -16,7 +16,7 @@ from ._exceptions import (
 )
 from ._images import ImageLike, list_images
 from ._results import Classification, Hit, Hits, Release, Segmentation
-from ._wire import AsyncTransport, Reply, Request, Transport
+from ._wire import AsyncTransport, Reply, Request, Transport, Values
 
 __all__ = [
     "AsyncClient",
@@ -40,5 +40,6 @@ __all__ = [
     "Timeout",
     "Transport",
     "Unauthorized",
+    "Values",
     "list_images",
 ]

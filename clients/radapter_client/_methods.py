@@ -57,7 +57,7 @@ from ._results import (
     read_releases,
 )
 from ._url import DEFAULT_URLS, ServerURL, find_server, parse_url
-from ._wire import Array, Inputs, Reply, Request
+from ._wire import Reply, Request, Rows, Values
 
 W = TypeVar("W")
 Embeddings = npt.NDArray[np.float32]
@@ -200,7 +200,7 @@ class BaseClient(Generic[W]):
         return [
             _classification(names, scores, reply.version)
             for reply in replies
-            for names, scores in zip(_output(reply, "label"), _output(reply, "score"), strict=True)
+            for names, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True)
         ]
 
     @call_each
@@ -261,7 +261,7 @@ class BaseClient(Generic[W]):
             item = items[index]
             values = proposal_values(item, masks[index], scores[index], proposal_weight)
             values |= {"image": encode_image(item), **options}
-            return Request("infer", "segment", inputs=Inputs(values))
+            return Request("infer", "segment", inputs=Values(values))
 
         replies = yield from self._infer(
             "segment", [partial(part, index) for index in range(len(items))]
@@ -274,7 +274,7 @@ class BaseClient(Generic[W]):
         answers = []
         for image, reply in zip(items, replies, strict=True):
             mask = _output(reply, "mask")
-            names = _texts(_output(reply, "label"))
+            names = _texts(reply, "label")
             if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
                 raise ServerError(
                     f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
@@ -344,12 +344,15 @@ class BaseClient(Generic[W]):
             values = query | options
             if images:
                 values["image"] = [encode_small(item, self._shrink_to) for item in images]
-            return Request("infer", "retrieve", inputs=Inputs(values), outputs=tuple(asked))
+            return Request("infer", "retrieve", inputs=Values(values), outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])
-        hits = read_hits(*(_output(reply, name) for name in outputs))
+        pictures = _output(reply, "thumbnail") if thumbnails else None
+        hits = read_hits(
+            _texts(reply, "id"), _output(reply, "score"), _texts(reply, "metadata"), pictures
+        )
         if paged:
-            [hits.index_version] = _texts(_output(reply, "index_version"))
+            [hits.index_version] = _texts(reply, "index_version")
         return hits
 
     @call
@@ -493,9 +496,8 @@ class BaseClient(Generic[W]):
             task,
             [partial(_batch, task, kind, items, run, options, self._shrink_to) for run in runs],
         )
-        return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(
-            np.float32, copy=False
-        )
+        embeds: list[Embeddings] = [_output(reply, f"{kind}_embeds") for reply in replies]
+        return np.concatenate(embeds).astype(np.float32, copy=False)
 
     def _connect(self, url: ServerURL, api_key: str | None) -> W:
         raise NotImplementedError
@@ -539,7 +541,7 @@ def _batch(
     values = [items[row] for row in rows]
     if name == "image":
         values = [encode_small(item, shrink_to) for item in values]
-    return Request("infer", task, inputs=Inputs(options | {name: values}, rows=name))
+    return Request("infer", task, inputs=Rows(options | {name: values}, name))
 
 
 def _pinned(part: Part, version: int | None) -> Request:
@@ -547,17 +549,28 @@ def _pinned(part: Part, version: int | None) -> Request:
     return request if version is None else replace(request, version=str(version))
 
 
-def _output(reply: Reply, name: str) -> Array:
+def _output(reply: Reply, name: str) -> Any:
+    """An output: an array, or from this process also a list of texts or bytes."""
     if name not in reply.outputs:
         raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
-    return reply.outputs[name]
+    outputs = reply.outputs
+    return outputs.plain[name] if isinstance(outputs, Values) else outputs[name]
 
 
-def _classification(names: Array, scores: Array, version: int) -> Classification:
+def _texts(reply: Reply, name: str) -> list[Any]:
+    """An output of texts: a list, or with a batch a list of lists."""
+
+    def decoded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decoded(entry) for entry in value]
+        return value.decode("utf-8", "replace")
+
+    output = _output(reply, name)
+    texts: list[Any] = output if isinstance(output, list) else decoded(output.tolist())
+    return texts
+
+
+def _classification(names: list[str], scores: Embeddings, version: int) -> Classification:
     """One image's labels; the empty ones at the end fill up a row that has fewer than others."""
-    labels = [label for label in _texts(names) if label]
+    labels = [label for label in names if label]
     return Classification(labels, scores[: len(labels)].tolist(), version)
-
-
-def _texts(array: Array) -> list[str]:
-    return [text.decode("utf-8", "replace") for text in array]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -238,17 +238,20 @@ class Release(_OneLine):
             ) from error
 
 
-def read_hits(ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None) -> Hits:
+def read_hits(
+    ids: Sequence[str],
+    scores: Array,
+    metadata: Sequence[str],
+    thumbnails: Iterable[bytes] | None = None,
+) -> Hits:
     """The outputs of `retrieve`, best first."""
-    pictures = (
-        [None] * len(ids)
-        if thumbnails is None
-        else [bytes(picture) or None for picture in thumbnails]
-    )
+    pictures = [b""] * len(ids) if thumbnails is None else list(thumbnails)
     try:
         return Hits(
-            Hit(name.decode("utf-8", "replace"), float(score), json.loads(known), picture)
-            for name, score, known, picture in zip(ids, scores, metadata, pictures, strict=True)
+            Hit(name, score, json.loads(facts), bytes(picture) or None)
+            for name, score, facts, picture in zip(
+                ids, scores.tolist(), metadata, pictures, strict=True
+            )
         )
     except ValueError as error:
         raise ServerError(f"the server's hits cannot be read: {error}") from error

@@ -14,37 +14,20 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-class Inputs(Mapping[str, Array]):
-    """Plain values of a request, each made an array when it is asked for.
+class Values(Mapping[str, Array]):
+    """Plain values of a request or a reply by name, each made an array when it is asked for.
 
     Args:
         plain: texts, numbers, bytes of images, lists of them, or arrays, by name.
-        rows: of a task with a batch: the name of the input that has an entry a row; the others
-            are repeated for each.
+
+    Example: `Reply(1, Values({"label": [["cat"]], "score": np.ones((1, 1), np.float32)}))`
     """
 
-    def __init__(self, plain: Mapping[str, Any], rows: str = "") -> None:
+    def __init__(self, plain: Mapping[str, Any]) -> None:
         self.plain = plain
-        self._rows = rows
 
     def __getitem__(self, name: str) -> Array:
-        value = self.plain[name]
-        if isinstance(value, np.ndarray):
-            return value
-        items = value if isinstance(value, list) else [value]
-        kinds: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
-        kind = kinds.get(type(items[0]), np.object_)
-        if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
-            items = [item.encode() if isinstance(item, str) else item for item in items]
-        array = np.array(items, kind)
-        if not self._rows:
-            return array
-        if name == self._rows:
-            return array[:, None]
-        table = np.tile(array, (len(self.plain[self._rows]), 1))
-        if name == "examples":
-            table[1:] = b""  # those of the row before
-        return table
+        return _array(self.plain[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.plain)
@@ -54,6 +37,42 @@ class Inputs(Mapping[str, Array]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+class Rows(Values):
+    """The inputs of a task with a batch.
+
+    Args:
+        plain: as in `Values`.
+        varied: the name of the input that has an entry a row; the others are repeated for each.
+    """
+
+    def __init__(self, plain: Mapping[str, Any], varied: str) -> None:
+        super().__init__(plain)
+        self._varied = varied
+
+    def __getitem__(self, name: str) -> Array:
+        array = super().__getitem__(name)
+        if name == self._varied:
+            return array[:, None]
+        table = np.tile(array, (len(self.plain[self._varied]), 1))
+        if name == "examples":
+            table[1:] = b""  # those of the row before
+        return table
+
+
+def _array(value: Any) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    items = value if isinstance(value, list) else [value]
+    first = items[0] if items else ""
+    if isinstance(first, list):
+        return np.stack([_array(row) for row in items])
+    kinds: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
+    kind = kinds.get(type(first), np.object_)
+    if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
+        items = [item.encode() if isinstance(item, str) else item for item in items]
+    return np.array(items, kind)
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class Request:
     @property
     def values(self) -> Mapping[str, Any] | None:
         """The inputs as plain values, such as texts as `str`, of a request that a client made."""
-        return self.inputs.plain if isinstance(self.inputs, Inputs) else None
+        return self.inputs.plain if isinstance(self.inputs, Values) else None
 
 
 @dataclass(frozen=True)

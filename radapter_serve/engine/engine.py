@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from radapter_client import RAdapterClientError, Reply, Request
+from radapter_client import RAdapterClientError, Reply, Request, Values
 from radapter_client.failures import from_server
 from radapter_serve.contract.errors import (
     OVERLOADED,
@@ -278,7 +278,7 @@ class Engine:
         served: _Served,
         model: str,
         inputs: Tensors,
-        outputs: Sequence[str] = (),
+        asked: Sequence[str] = (),
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
         *,
@@ -295,7 +295,7 @@ class Engine:
             return cancelled()
 
         def wants(name: str) -> bool:
-            return not outputs or name in outputs
+            return not asked or name in asked
 
         # Typed requests: of a caller in this process, or from tensors.
         if values is not None:
@@ -316,15 +316,12 @@ class Engine:
         finally:
             served.places[model].release()
 
-        # From the answers to tensors.
+        # From the answers to outputs, which become tensors only for a server.
         for answer in answers:
             if isinstance(answer, TaskError):
                 raise answer
-        tensors = task.write(answers)
-        return Reply(
-            served.loaded.release.version,
-            {name: array for name, array in tensors.items() if wants(name)},
-        )
+        outputs = {name: value for name, value in task.write(answers).plain.items() if wants(name)}
+        return Reply(served.loaded.release.version, Values(outputs))
 
     def _encode(self, asked: _Served, needs: Sequence[Need]) -> Sequence[Result]:
         """Encode the needs of a request to a release with those of others; pixels are decoded in

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_client import Values
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.labels import check_prompts
 from radapter_serve.contract.names import known_as
@@ -63,8 +64,9 @@ class Task(Generic[R, A]):
     request: Callable[[dict[str, Any], Wants], R]
     # The task of a release; `retrieve` also searches indexes of the others that are served.
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
-    # From the answers to what `read` gave to output tensors.
-    write: Callable[[Sequence[A]], dict[str, NDArray[Any]]]
+    # From the answers to what `read` gave to the outputs: plain values, which become tensors at a
+    # server's edge.
+    write: Callable[[Sequence[A]], Values]
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
         """Raise a `TaskError` for the first input whose form (`forms` has those of arrays) is not
@@ -235,18 +237,17 @@ def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) 
         )
 
 
-def _write_rankings(answers: Sequence[list[Ranking]]) -> dict[str, NDArray[Any]]:
+def _write_rankings(answers: Sequence[list[Ranking]]) -> Values:
     """As wide as the image with most labels, and at least 1: others have empty labels of score 0
     at their end.
     """
     rankings = [ranking for answer in answers for ranking in answer]
     width = max(1, *(len(ranking.labels) for ranking in rankings))
-    labels = np.full((len(rankings), width), b"", object)
     scores = np.zeros((len(rankings), width), np.float32)
     for row, ranking in enumerate(rankings):
-        labels[row, : len(ranking.labels)] = [label.encode() for label in ranking.labels]
         scores[row, : len(ranking.labels)] = ranking.scores
-    return {"label": labels, "score": scores}
+    labels = [[*ranking.labels, *[""] * (width - len(ranking.labels))] for ranking in rankings]
+    return Values({"label": labels, "score": scores})
 
 
 # segment
@@ -258,9 +259,9 @@ def _segment_request(values: dict[str, Any], wants: Wants) -> SegmentRequest:
     return SegmentRequest(image, _take_labels(values), **values)
 
 
-def _write_mask(answers: Sequence[LabelledMask]) -> dict[str, NDArray[Any]]:
+def _write_mask(answers: Sequence[LabelledMask]) -> Values:
     [answer] = answers
-    return {"mask": answer.mask, "label": _bytes(answer.labels), "score": answer.scores}
+    return Values({"mask": answer.mask, "label": list(answer.labels), "score": answer.scores})
 
 
 # retrieve
@@ -288,24 +289,17 @@ def _make_retrieve(
     return lambda request, cancelled: retrieve(indexes, request, cancelled)
 
 
-def _write_hits(answers: Sequence[Retrieved]) -> dict[str, NDArray[Any]]:
+def _write_hits(answers: Sequence[Retrieved]) -> Values:
     [answer] = answers
-    outputs: dict[str, NDArray[Any]] = {
-        "id": _bytes(hit.id for hit in answer.hits),
+    outputs: dict[str, Any] = {
+        "id": [hit.id for hit in answer.hits],
         "score": np.array([hit.score for hit in answer.hits], np.float32),
-        "metadata": _bytes(hit.metadata for hit in answer.hits),
-        "index_version": _bytes([answer.index_version]),
+        "metadata": [hit.metadata for hit in answer.hits],
+        "index_version": [answer.index_version],
     }
     if answer.thumbnails:
-        outputs["thumbnail"] = _bytes(hit.thumbnail for hit in answer.hits)
-    return outputs
-
-
-def _bytes(values: Any) -> NDArray[np.object_]:
-    items = [value.encode() if isinstance(value, str) else value for value in values]
-    array = np.empty(len(items), object)
-    array[:] = items
-    return array
+        outputs["thumbnail"] = [hit.thumbnail for hit in answer.hits]
+    return Values(outputs)
 
 
 def _plain(task: Callable[..., Steps[A]]) -> Callable[..., Run[Any, A]]:
@@ -332,7 +326,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         True,
         lambda values, wants: EmbedImagesRequest(values["image"], values.get("alpha")),
         _plain(embed_images),
-        lambda answers: {"image_embeds": np.concatenate(answers)},
+        lambda answers: Values({"image_embeds": np.concatenate(answers)}),
     ),
     "embed_text": Task(
         _tensors(Tensor("text", "BYTES"), _ALPHA),
@@ -340,7 +334,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
         True,
         lambda values, wants: EmbedTextsRequest(tuple(values["text"]), values.get("alpha")),
         _plain(embed_texts),
-        lambda answers: {"text_embeds": np.concatenate(answers)},
+        lambda answers: Values({"text_embeds": np.concatenate(answers)}),
     ),
     "retrieve": Task(
         _tensors(

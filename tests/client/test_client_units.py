@@ -882,11 +882,9 @@ def test_other_bad_arguments():
 
 
 def test_hits_are_read_with_all_that_they_have():
-    ids = np.array([b"a.jpg", b"\xff"], object)
     scores = np.array([0.5, 0.25], np.float32)
-    metadata = np.array([b'{"path": "a.jpg"}', b"{}"], object)
-    thumbnails = np.array([b"jpeg", b""], object)
-    first, second = read_hits(ids, scores, metadata, thumbnails)
+    metadata = ['{"path": "a.jpg"}', "{}"]
+    first, second = read_hits(["a.jpg", "\ufffd"], scores, metadata, [b"jpeg", b""])
     assert (first.id, first.score, first.metadata) == ("a.jpg", 0.5, {"path": "a.jpg"})
     assert (second.id, second.score, second.metadata) == ("\ufffd", 0.25, {})
     assert (first.thumbnail, second.thumbnail) == (b"jpeg", None)
