@@ -29,6 +29,9 @@ class Values(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return _array(self.plain[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.plain  # without the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.plain)
 
