@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from statistics import harmonic_mean, mean
 from typing import Any, Literal
 
 import numpy as np
@@ -30,9 +31,11 @@ from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.hub import LOCAL
 from radapter_serve.threads import limit_threads
+from rivals.coop import CoOp
 from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
+from rivals.maple import MaPLe
 from rivals.method import Method, learned
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
@@ -141,6 +144,9 @@ def methods() -> dict[str, Method]:
         "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
         "WiSE-FLYP": at("wise-flyp", 1e-3),
         "LoRA": at("lora", 6e-4),
+        "CoOp, no full stop": CoOp(words="{}"),
+        "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
+        "CLIPood": METHODS["clipood"],
     }
 
 
@@ -268,7 +274,8 @@ def measured(
         )
         result = learned(method, run)
         rows = []
-        for alpha in ALPHAS:
+        # Only plain CLIPs have a line to their base.
+        for alpha in ALPHAS if result.system.clip() is not None else ALPHAS[-1:]:
             system = result.at(alpha)
             for (kind, style), values in judge(system, of, split, tests).items():
                 rows.append(
@@ -327,6 +334,28 @@ def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
         for method, alpha in grouped
     ]
     return markdown(head, [level, *lines])
+
+
+def base_to_novel(rows: Sequence[Judged], own: str) -> str:
+    """Accuracies in the trained style of trained and of other classes, in %, and their harmonic
+    mean H, among themselves and among all labels; means over halves and seeds.
+    """
+    accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for one in rows:
+        if one.style == own:
+            kinds = accuracies.setdefault((one.method, one.alpha), defaultdict(list))
+            kinds[one.kind].append(100 * float(one.each.mean()))
+    lines = []
+    for (method, alpha), kinds in accuracies.items():
+        line = [method, f"{alpha:g}"]
+        for among in ("", ", all labels"):
+            pair = [mean(kinds[f"{classes}{among}"]) for classes in ("trained", "others")]
+            line += [f"{value:.1f}" for value in (*pair, harmonic_mean(pair))]
+        lines.append(line)
+    head = [
+        f"{name}{among}" for among in ("", ", all labels") for name in ("trained", "others", "H")
+    ]
+    return markdown(["method", "α", *head], lines)
 
 
 def others(
@@ -393,6 +422,9 @@ def others(
         " Holm's correction over the whole table. Nothing was chosen here: the rates were fixed"
         " before, and every α is shown.",
         table(shown, before, own),
+        "**From base to novel classes**: accuracies in the trained style in %, H is their harmonic"
+        " mean.",
+        base_to_novel([*before, *shown], own),
     ]
     publish(parts, out / "others.md")
 

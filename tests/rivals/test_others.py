@@ -13,9 +13,10 @@ import pytest
 import scipy.stats
 import torch
 
+from radapter_serve.evaluation.rows import packed
 from rivals import others
 from rivals.layout import holm, lead_of
-from rivals.others import Collection, Images, judge
+from rivals.others import Collection, Images, Judged, base_to_novel, judge
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -54,6 +55,23 @@ def test_each_kind_is_judged_among_its_own_labels() -> None:
     assert found["others, all labels"] == [False, False]
     # c ranks its image third or second: 0.9, 0.6, 0.6; d ranks its own first.
     assert found["searches"] == pytest.approx([1 / 3, 1.0], abs=1e-3)
+
+
+def test_the_harmonic_mean_of_trained_and_other_classes_by_hand() -> None:
+    def judged(kind: str, right: list[int], style: str = "own") -> Judged:
+        values = packed(np.array(right, bool))
+        return Judged("m", "", "first half", 0, 0.5, style, kind, len(right), values)
+
+    rows = [
+        judged("trained", [1, 1, 1, 0]),
+        judged("others", [1, 0, 0, 0]),
+        judged("trained, all labels", [1, 0]),
+        judged("others, all labels", [1, 0]),
+        judged("others", [1, 1], "another style"),
+    ]
+    line = base_to_novel(rows, "own").splitlines()[-1]
+    # 2 * 75 * 25 / 100 and 2 * 50 * 50 / 100
+    assert line == "| m | 0.5 | 75.0 | 25.0 | 37.5 | 50.0 | 50.0 | 50.0 |"
 
 
 def test_the_interval_of_one_seed_is_that_of_a_mean_over_images() -> None:
@@ -97,6 +115,7 @@ def test_the_table_is_written_and_no_run_made_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     by_class = {place.name: sorted(place.iterdir()) for place in sorted(images.iterdir())}
+    by_class["fourth"] = by_class["red"]  # an interval needs two other classes
     of = Collection(
         classes=tuple(by_class),
         templates=("{}",),
@@ -109,14 +128,17 @@ def test_the_table_is_written_and_no_run_made_twice(
     )
     monkeypatch.setattr(others, "collection", lambda name, root: of)
     call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
-    call += ["--seeds", "0", "--steps", "2", "--only", "preserve", "preserve, words", "LoRA"]
+    known = {"preserve", "preserve, words", "CoOp, no full stop"}
+    call += ["--seeds", "0", "--steps", "2", "--only", *known]
     assert others.main(call) == 0
     page = (tmp_path / "out" / "others.md").read_text(encoding="utf-8")
-    assert page.count("| preserve, words |") == len(others.ALPHAS)
+    # In both tables; CoOp has no line to its base.
+    assert page.count("| preserve, words |") == 2 * len(others.ALPHAS)
+    assert page.count("| CoOp, no full stop | 1 |") == page.count("| CoOp, no full stop |") == 2
     assert "| base | 0 |" in page
     lines = (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6  # three methods on two halves
-    assert {json.loads(line)["run"][0] for line in lines} == {"preserve", "preserve, words", "LoRA"}
+    assert {json.loads(line)["run"][0] for line in lines} == known
     said = capsys.readouterr().err
     assert said.count("seed 0") == 6
     assert others.main(call) == 0
