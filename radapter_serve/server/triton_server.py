@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -326,6 +327,49 @@ class TritonServer(ReleaseServer):
         """Start the process, and wait until all tasks have answered; `mode` begins its log or adds
         to it.
         """
+        config = self.config
+        deadline = self._clock.monotonic() + config.timeout
+        self._start_process(mode)
+
+        # Wait until all models are loaded. tritonserver 2.51 now and then dies at its start, with
+        # lock_exception, and starts the next time: triton-inference-server/server#8882.
+        again = False
+        while not self.control.is_ready():
+            assert self._process is not None
+            code = self._process.poll()
+            if code is not None and code < 0 and not again:
+                print(
+                    f"tritonserver died before it was ready: {how_it_ended(code)}; starting it"
+                    " once again",
+                    file=sys.stderr,
+                )
+                self._end_process(grace_seconds=0)
+                self._start_process("ab")
+                again = True
+            elif code is not None:
+                raise RAdapterError(
+                    f"tritonserver did not start: {how_it_ended(code)}: {self._reason()}"
+                )
+            if self._clock.monotonic() > deadline:
+                raise RAdapterError(
+                    f"tritonserver was not ready after {config.timeout:g} s: {self._reason()};"
+                    " allow more with --timeout"
+                )
+            self._clock.sleep(_READY_POLL_SECONDS)
+
+        assert self._process is not None
+        hide_argument(self._process.pid, self._secret)
+        self.refresh()
+        warm_up(self.control, self.models, max(1.0, deadline - self._clock.monotonic()))
+        self._backlog = Backlog(
+            self.metrics_url,
+            self.folder / WAITING,
+            lambda: {name: processes_of(model) for name, model in self._offered.items()},
+            max_waiting=config.max_waiting,
+        )
+        self.check()
+
+    def _start_process(self, mode: Literal["wb", "ab"]) -> None:
         assert self._installation is not None
         config = self.config
         folder = self.folder
@@ -358,31 +402,6 @@ class TritonServer(ReleaseServer):
                 start_new_session=True,
             )
         self._watch = Watch(self._process)
-
-        # Wait until all models are loaded.
-        deadline = self._clock.monotonic() + config.timeout
-        while not self.control.is_ready():
-            code = self._process.poll()
-            if code is not None:
-                raise RAdapterError(
-                    f"tritonserver did not start: {how_it_ended(code)}: {self._reason()}"
-                )
-            if self._clock.monotonic() > deadline:
-                raise RAdapterError(
-                    f"tritonserver was not ready after {config.timeout:g} s: {self._reason()};"
-                    " allow more with --timeout"
-                )
-            self._clock.sleep(_READY_POLL_SECONDS)
-        hide_argument(self._process.pid, self._secret)
-        self.refresh()
-        warm_up(self.control, self.models, max(1.0, deadline - self._clock.monotonic()))
-        self._backlog = Backlog(
-            self.metrics_url,
-            folder / WAITING,
-            lambda: {name: processes_of(model) for name, model in self._offered.items()},
-            max_waiting=config.max_waiting,
-        )
-        self.check()
 
     def _end_process(self, *, grace_seconds: float) -> None:
         if self._process is not None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radapter_serve.server.backlog import Backlog, Queue, read_counts
-from radapter_serve.triton.surplus import Surplus, write
+from radapter_serve.triton.surplus import Surplus
 
 METRICS = """
 # HELP nv_inference_pending_request_count Pending requests awaiting execution per-model.
@@ -34,21 +34,11 @@ def test_the_metrics_of_all_versions_count_together():
     [
         # seconds, requests that wait, requests that were answered; more than 128 wait
         (
-            [(0.0, 0, 0), (0.25, 128, 0), (0.5, 129, 0), (0.75, 500, 0), (1.0, 12, 0)],
+            [(0.0, 0, 0), (0.25, 128, 0), (0.5, 129, 0), (0.75, 500, 0), (1, 12, 0)],
             [0, 0, 1, 372, 0],
         ),
         # some wait for more than 60 s: of the first five requests one was begun
-        (
-            [
-                (0, 5, 100),
-                (30, 9, 101),
-                (59.9, 9, 101),
-                (60, 9, 101),
-                (60.25, 5, 105),
-                (90, 5, 105),
-            ],
-            [0, 0, 0, 4, 0, 5],
-        ),
+        ([(0, 5, 100), (30, 9, 101), (59.9, 9, 101), (60, 9, 101), (90, 5, 105)], [0, 0, 0, 4, 5]),
         # an empty queue holds nothing old
         ([(0, 3, 0), (1, 0, 3), (50, 3, 3), (70, 3, 3)], [0, 0, 0, 0]),
         # another Triton counts anew
@@ -89,14 +79,3 @@ def test_each_process_refuses_its_share_once(tmp_path: Path):
     assert other.take(10) == 0
     assert list(tmp_path.iterdir()) == []
     backlog.stop()
-
-
-def test_without_a_server_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delenv("RADAPTER_SURPLUS", raising=False)
-    surplus = Surplus()
-    surplus.open("classify")
-    assert surplus.take(1000) == 0
-    monkeypatch.setenv("RADAPTER_SURPLUS", str(tmp_path))
-    surplus.open("classify")
-    write(tmp_path / "classify", 1, 7)
-    assert surplus.take(1000) == 7

@@ -20,7 +20,8 @@ from radapter_serve.release.config import encoders_of, named_releases
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.release.served import Served
-from radapter_serve.server.admin_socket import MAX_CALLERS, READ_TIMEOUT_SECONDS, AdminSocket, ask
+from radapter_serve.server import admin_socket
+from radapter_serve.server.admin_socket import MAX_CALLERS, AdminSocket, ask
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, models_of, parsed, plan_models
@@ -36,9 +37,7 @@ def sealed(repository: Path, tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def test_models_of_a_repository(repository: Path, tmp_path: Path) -> None:
-    names = ["classify", "embed_image", "embed_text", "image_encoder", "segment", "text_encoder"]
-    assert models_of(repository) == {**{name: [1, 2] for name in names}, "patch_encoder": [2]}
+def test_a_repository_without_a_release_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match=r"does not exist; make it with: radapter-export"):
         models_of(tmp_path / "none")
     (tmp_path / "classify").mkdir()
@@ -62,16 +61,12 @@ def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> Non
     ("text", "message"),
     [
         ("", "could not read"),
-        ('{"releases": 1, "before": []}', "could not read"),
         ('{"releases": ["x"], "before": []}', "could not read"),
         ('{"releases": [], "before": []}', "says that release none is served"),
-        (
-            '{"releases": [7], "before": []}',
-            "says that release 7 is served, and .* holds 1, 2; choose one",
-        ),
+        ('{"releases": [7], "before": []}', "says that release 7 is served, and .* holds 1, 2"),
     ],
 )
-def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: str) -> None:
+def test_a_broken_served_json_is_refused(sealed: Path, text: str, message: str) -> None:
     (sealed / "served.json").write_text(text)
     with pytest.raises(RAdapterError, match=message):
         Served.load(sealed)
@@ -80,20 +75,22 @@ def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: s
 def test_without_a_server_the_next_start_is_chosen(
     sealed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["load", "1", "--model-repository", str(sealed)]) == 0
+    where = ["--model-repository", str(sealed)]
+    assert main(["load", "1", *where]) == 0
     assert "from its next start on, release 1 is served" in capsys.readouterr().out
-    assert json.loads((sealed / "served.json").read_text()) == {"releases": [1], "before": [1, 2]}
-    assert main(["rollback", "--model-repository", str(sealed)]) == 0
-    assert Served.load(sealed).releases == (1, 2)
-    assert main(["list", "--model-repository", str(sealed)]) == 0
-    shown = capsys.readouterr().out
-    assert "yes, by default" in shown and "no server runs here" in shown
+    assert Served.load(sealed) == Served((1,), (1, 2))
+    assert main(["rollback", *where]) == 0
+    assert main(["list", *where]) == 0
+    table = capsys.readouterr().out
+    assert "yes, by default" in table and "no server runs here" in table
     (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(b"")
-    assert main(["load", "1", "--model-repository", str(sealed)]) == 2
-    assert "text_encoder/1/model.onnx is empty" in capsys.readouterr().err
-    assert main(["load", "9", "--model-repository", str(sealed)]) == 2
-    assert "no release 9" in capsys.readouterr().err
-    assert main(["list", "--model-repository", str(sealed), "--http-port", "1"]) == 2
+    for words, message in (
+        (["load", "1"], "text_encoder/1/model.onnx is empty"),
+        (["load", "9"], "no release 9"),
+        (["list", "--http-port", "1"], "no server of"),
+    ):
+        assert main([*words, *where]) == 2
+        assert message in capsys.readouterr().err
     assert Served.load(sealed).releases == (1, 2)
 
 
@@ -128,27 +125,24 @@ def test_a_switch_names_the_indexes_that_lose_their_release(sealed: Path, tmp_pa
     assert lacking(sealed, [1], [1, 2], indexes) == []
 
 
-def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_the_repository(
+def test_the_folder_of_a_server_holds_what_is_offered_and_the_repository_stays(
     sealed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "server"
-    before = sorted(str(path) for path in sealed.rglob("*"))
+    before = sorted(sealed.rglob("*"))
     for versions in ((1,), (1, 2), (2,)):
         for name in ("image_encoder", "classify"):
             put(folder, sealed, name, ModelEntry((), "").at(versions))
-            there = folder / MODELS / name
-            assert {path.name for path in there.iterdir()} == {"config.pbtxt", *map(str, versions)}
-            for version in versions:
-                names = {path.name for path in (sealed / name / str(version)).iterdir()}
-                assert {path.name for path in (there / str(version)).iterdir()} - {
-                    "__pycache__"
-                } == names
-    assert (
-        folder / MODELS / "classify" / "2" / "__pycache__"
-    ).is_file()  # where Python would write
+            model = folder / MODELS / name
+            assert {path.name for path in model.iterdir()} == {"config.pbtxt", *map(str, versions)}
+            for version in map(str, versions):
+                names = {path.name for path in (model / version).iterdir()} - {"__pycache__"}
+                assert names == {path.name for path in (sealed / name / version).iterdir()}
+    # A file where Python would compile model.py.
+    assert (folder / MODELS / "classify" / "2" / "__pycache__").is_file()
     put(folder, sealed, "classify", None)
     assert not (folder / MODELS / "classify").exists()
-    assert sorted(str(path) for path in sealed.rglob("*")) == before
+    assert sorted(sealed.rglob("*")) == before
 
 
 class Server(ReleaseServer):
@@ -159,7 +153,8 @@ class Server(ReleaseServer):
 
 
 @pytest.fixture
-def admin(sealed: Path, tmp_path: Path) -> Iterator[Server]:
+def admin(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(admin_socket, "READ_TIMEOUT_SECONDS", 0.5)
     server = Server(ServerConfig(sealed))
     server.served = Served((2,))
     server.state = State.READY
@@ -201,13 +196,13 @@ def test_silent_callers_hold_up_nobody_for_long(admin: Server, tmp_path: Path) -
         for _ in range(3 * MAX_CALLERS):
             address = ("127.0.0.1", port_of(tmp_path))
             stack.enter_context(socket.create_connection(address, 10))
-        deadline = time.monotonic() + 3 * READ_TIMEOUT_SECONDS
+        deadline = time.monotonic() + 15
         while True:
             with contextlib.suppress(RAdapterError, OSError):
                 state = ask(tmp_path, {"do": "state"})
                 break
             assert time.monotonic() < deadline
-            time.sleep(0.2)
+            time.sleep(0.05)
     assert state["releases"] == [2]
     lines: list[str] = []
     request = {"do": "load", "releases": [1]}

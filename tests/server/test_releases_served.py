@@ -4,7 +4,6 @@ crash in the middle.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import threading
 import time
@@ -12,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ TEXTS = ["a cat", "Ölkäfer", "a red thing"]
 PROPOSALS = np.zeros((2, 20, 30), np.uint8)  # of the size of the images
 PROPOSALS[0, :, :20] = PROPOSALS[1, 10:] = 255
 SEGMENTS = {"segment": None, "proposals": PROPOSALS}
+KINDS = ("image", "text", "classify", *SEGMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +101,24 @@ class Load:
         self.answers: Counter[tuple[str, str, int]] = Counter()
         self.wrong: list[str] = []
         self._end = threading.Event()
-        self._expected = {version: self._local(repository, version) for version in (1, 2)}
+        self._expected: dict[int, dict[str, Any]] = {}
+        for version in (1, 2):
+            loaded = Local(repository, version).loaded
+            images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
+            labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))
+            request = SegmentRequest(IMAGES[0], Labels(tuple(LABELS)))
+            masked = replace(request, proposals=PROPOSALS)
+            self._expected[version] = {
+                "image": images,
+                "text": loaded.embed_texts(TEXTS),
+                "tops": [labels.labels[np.argmax(labels.embeds @ image)] for image in images],
+                "segment": complete(segment(loaded, request)),
+                "proposals": complete(segment(loaded, masked)),
+            }
         self._threads = [
-            threading.Thread(target=self._ask, args=one) for one in enumerate([*ways] * LOADERS)
+            threading.Thread(target=self._ask, args=caller)
+            for caller in enumerate([*ways] * LOADERS)
         ]
-
-    def _local(self, repository: Path, version: int) -> dict[str, Any]:
-        loaded = Local(repository, version).loaded
-        images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
-        texts = loaded.embed_texts(TEXTS)
-        labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))
-        tops = [labels.labels[int(np.argmax(labels.embeds @ image))] for image in images]
-        whole = SegmentRequest(IMAGES[0], Labels(tuple(LABELS)))
-        return {
-            "image": images,
-            "text": texts,
-            "tops": tops,
-            "segment": complete(segment(loaded, whole)),
-            "proposals": complete(segment(loaded, replace(whole, proposals=PROPOSALS))),
-        }
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -133,93 +131,57 @@ class Load:
             thread.join(60)
 
     def _ask(self, number: int, way: str) -> None:
-        asks: list[Callable[[Client], tuple[str, int]]] = [
-            *(self._embed_images, self._embed_texts, self._classify),
-            *(
-                partial(self._segment, kind=kind, proposals=masks)
-                for kind, masks in SEGMENTS.items()
-            ),
-        ]
         with Client(way, batch_size=1, concurrency=2) as client:
-            for turn in itertools.count(number):
-                if self._end.wait(
-                    0.02
-                ):  # callers that never rest would keep the processor from the switch
-                    return
+            # Callers that never rest would keep the processor from the switch.
+            while not self._end.wait(0.02):
+                kind = KINDS[number % len(KINDS)]
+                number += 1
                 try:
-                    kind, version = asks[turn % len(asks)](client)
-                    self.answers[way, kind, version] += 1
+                    self.answers[way, kind, self._answer(client, kind)] += 1
                 except Exception as error:
                     self.wrong.append(f"{way}: {type(error).__name__}: {error}")
 
-    def _matching(self, kind: str, embeds: Any) -> tuple[str, int]:
-        """All rows are of one release, though each was a request of its own."""
-        of = [
-            one
-            for one, known in self._expected.items()
-            if np.allclose(embeds, known[kind], atol=1e-5)
-        ]
-        assert len(of) == 1, f"embeddings of {kind}s are of no release, or of two mixed"
-        return kind, of[0]
-
-    def _embed_images(self, client: Client) -> tuple[str, int]:
-        return self._matching("image", client.embed_images(IMAGES))
-
-    def _embed_texts(self, client: Client) -> tuple[str, int]:
-        return self._matching("text", client.embed_texts(TEXTS))
-
-    def _classify(self, client: Client) -> tuple[str, int]:
-        found = client.classify(IMAGES, LABELS)
-        [version] = {one.release for one in found}
-        tops = self._expected[version]["tops"]
-        assert [one.top for one in found] == tops, f"release {version} classifies as another"
-        return "classify", version
-
-    def _segment(self, client: Client, *, kind: str, proposals: Any) -> tuple[str, int]:
-        found = client.segment(IMAGES[0], LABELS, proposals=proposals)
-        known = self._expected[found.release][kind]
-        same = np.array_equal(found.mask, known.mask) and np.allclose(
-            found.scores, known.scores, atol=1e-5
-        )
-        assert same, f"release {found.release} segments as another"
-        return kind, found.release
-
-
-def switch_under_load(server: TritonServer, repository: Path, times: int) -> None:
-    with (
-        gateway(server) as through,
-        Load([server.grpc_url, server.http_url, through], repository) as load,
-    ):
-        for number in range(times):
-            target = 2 - number % 2
-            before = load.answers.copy()
-            server.load([target])
-            with Client(server.grpc_url) as client:
-                assert client.release().version == target
-                assert [one.version for one in client.releases()] == [target]
-                assert client.classify(IMAGES[0], LABELS).release == target
-            awaited = [
-                (way, kind, target)
-                for way in (server.grpc_url, server.http_url, through)
-                for kind in ("image", "text", "classify", *SEGMENTS)
+    def _answer(self, client: Client, kind: str) -> int:
+        """The release of an answer, all rows of which must be its own, though each was a request of
+        its own.
+        """
+        if kind in ("image", "text"):
+            asked = client.embed_images(IMAGES) if kind == "image" else client.embed_texts(TEXTS)
+            [version] = [
+                version
+                for version, known in self._expected.items()
+                if np.allclose(asked, known[kind], atol=1e-5)
             ]
-            deadline = time.monotonic() + 60
-            while not all(load.answers[one] > before[one] for one in awaited):
-                assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
-                time.sleep(0.1)
-    assert not load.wrong, load.wrong[:5]
+            return version
+        if kind == "classify":
+            answers = client.classify(IMAGES, LABELS)
+            [version] = {answer.release for answer in answers}
+            assert [answer.top for answer in answers] == self._expected[version]["tops"], version
+            return version
+        answer = client.segment(IMAGES[0], LABELS, proposals=SEGMENTS[kind])
+        known = self._expected[answer.release][kind]
+        assert np.array_equal(answer.mask, known.mask), answer.release
+        assert np.allclose(answer.scores, known.scores, atol=1e-5), answer.release
+        return answer.release
 
 
 def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path) -> None:
-    switch_under_load(served, folder / "repository", 2)
-
-
-@pytest.mark.slow
-def test_twenty_switches_under_load(
-    served: TritonServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(served, "_try", lambda *_: None)  # the test above tries them
-    switch_under_load(served, folder / "repository", 20)
+    with gateway(served) as through:
+        ways = [served.grpc_url, served.http_url, through]
+        with Load(ways, folder / "repository") as load:
+            for target in (2, 1):
+                before = load.answers.copy()
+                served.load([target])
+                with Client(served.grpc_url) as client:
+                    assert client.release().version == target
+                    assert [release.version for release in client.releases()] == [target]
+                    assert client.classify(IMAGES[0], LABELS).release == target
+                awaited = [(way, kind, target) for way in ways for kind in KINDS]
+                deadline = time.monotonic() + 60
+                while not all(load.answers[answer] > before[answer] for answer in awaited):
+                    assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
+                    time.sleep(0.1)
+    assert not load.wrong, load.wrong[:5]
 
 
 def test_the_command_speaks_with_the_server(

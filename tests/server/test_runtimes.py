@@ -58,27 +58,19 @@ def parameters(config) -> dict[str, str]:
     }
 
 
+ORT = "onnxruntime"
+
+
 def parsed(text: str):
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-def test_encoders_are_found_with_their_versions(repository):
-    found = {
-        one.name: (one.versions, one.runtime, one.facts.precision, one.instances)
-        for one in encoders_of(repository)
-    }
-    both = ([1, 2], "onnxruntime", "fp32", 1)
-    assert found == {
-        "image_encoder": both,
-        "text_encoder": both,
-        "patch_encoder": ([2], "onnxruntime", "fp32", 1),
-    }
-
-
-def test_models_of_others_are_left_alone_and_a_broken_config_is_said(own):
+def test_models_of_others_are_left_alone_and_a_broken_config_is_named(own):
+    [encoder] = encoders_of(own)
+    assert (encoder.name, encoder.versions, encoder.runtime) == ("image_encoder", [1, 2], ORT)
     (own / "other").mkdir()
     (own / "other" / "config.pbtxt").write_text('backend: "onnxruntime" of_tomorrow: 1')
-    assert [one.name for one in encoders_of(own)] == ["image_encoder"]
+    assert len(encoders_of(own)) == 1
     (own / "other" / "config.pbtxt").write_text("backend {")
     with pytest.raises(RAdapterError, match=r"other/config\.pbtxt is not a Triton model config: "):
         encoders_of(own)
@@ -86,53 +78,33 @@ def test_models_of_others_are_left_alone_and_a_broken_config_is_said(own):
 
 def test_configs_of_each_runtime_and_the_way_back(repository):
     exported = encoder(repository)
+    kinds = model_config_pb2.ModelInstanceGroup
     openvino = parsed(exported.configured("openvino", 3))
     assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
     # Its official backend would pad each batch to max_batch_size rows.
     assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
-    assert (list(openvino.input[0].dims), list(openvino.output[0].dims)) == (
-        [-1, 16, 16, 3],
-        [-1, 8],
-    )
-    assert openvino.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
-    given = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
-    assert parameters(openvino) == given
-    assert not openvino.optimization.execution_accelerators.gpu_execution_accelerator
-
-    back = ServedEncoder(exported.folder, openvino, exported.facts).configured("onnxruntime", None)
-    assert parsed(back) == exported.config
+    dims = list(openvino.input[0].dims), list(openvino.output[0].dims)
+    assert dims == ([-1, 16, 16, 3], [-1, 8])
+    assert openvino.instance_group[0].kind == kinds.KIND_CPU
+    threads = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    assert parameters(openvino) == threads
+    facts = replace(exported.facts, precision="bf16")
+    bf16 = ServedEncoder(exported.folder, exported.config, facts)
+    assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
 
     plan = parsed(exported.configured("tensorrt", 3))
-    assert (plan.backend, plan.default_model_filename, parameters(plan)) == (
-        "tensorrt",
-        "model.plan",
-        {},
-    )
-    assert (plan.max_batch_size, plan.instance_group[0].kind) == (
-        64,
-        model_config_pb2.ModelInstanceGroup.KIND_GPU,
-    )
+    assert (plan.backend, plan.default_model_filename) == ("tensorrt", "model.plan")
+    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, kinds.KIND_GPU)
     # Triton would put an instance on every GPU; the engine was built and checked on one.
     assert list(plan.instance_group[0].gpus) == [0]
-    assert not plan.optimization.execution_accelerators.gpu_execution_accelerator
-    back = parsed(
-        ServedEncoder(exported.folder, plan, exported.facts).configured("onnxruntime", None)
-    )
-    assert back == exported.config
+
+    for other in (openvino, plan):
+        assert not other.optimization.execution_accelerators.gpu_execution_accelerator
+        encoder_of = ServedEncoder(exported.folder, other, exported.facts)
+        back = parsed(encoder_of.configured(ORT, None))
+        assert back == exported.config
     [cuda] = back.optimization.execution_accelerators.gpu_execution_accelerator
-    assert (cuda.name, dict(cuda.parameters)) == (
-        "cuda",
-        {"use_tf32": "0"},
-    )  # fp32 is fp32, as it was checked
-
-
-def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
-    exported = encoder(repository)
-    bf16 = ServedEncoder(
-        exported.folder, exported.config, replace(exported.facts, precision="bf16")
-    )
-    assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
-    assert "HINT_BF16" not in parameters(parsed(bf16.configured("onnxruntime", None)))
+    assert dict(cuda.parameters) == {"use_tf32": "0"}  # fp32 is fp32, as it was checked
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -143,52 +115,32 @@ def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runti
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
-    looked = []
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append("for CUDA"))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     _load_cuda.cache_clear()
-    with pytest.raises(
-        RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu .* KIND_CPU"
-    ):
-        check_agreement(encoder(own), "onnxruntime", 1)
-    assert looked == ["for CUDA"]
-    made = encoder(own)
-    made.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    assert check_agreement(made, "onnxruntime", 1) < 1e-6
-    assert (
-        parsed(made.configured("onnxruntime", 1)).instance_group[0].kind
-        == made.config.instance_group[0].kind
-    )
-    assert check_agreement(made, "openvino", 1) < 1e-6
+    with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
+        check_agreement(encoder(own), ORT, 1)
+    on_cpu = encoder(own)
+    on_cpu.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
+    assert check_agreement(on_cpu, ORT, 1) < 1e-6
 
 
-def test_a_runtime_needs_an_encoder(own):
-    shutil.rmtree(own / "classify")
-    (own / "image_encoder").rename(own / "other")
-    (own / "other" / "config.pbtxt").write_text('backend: "python"')
-    with pytest.raises(
-        RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"
-    ):
-        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
+def start(repository, runtime=None):
+    config = ServerConfig(sealed(repository), Endpoints.on_free_ports(), runtime=runtime)
+    TritonServer(config).start()
 
 
 def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     folder = own / "image_encoder" / "1"
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
-    message = "image_encoder of release 1, run by openvino on this machine, differs from torch"
     way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
-    with pytest.raises(RAdapterError, match=message):
-        check_agreement(encoder(own), "openvino")
+    message = "image_encoder of release 1, run by openvino on this machine, differs from torch"
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
-        TritonServer(
-            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")
-        ).start()
+        start(own, "openvino")
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(RAdapterError, match=rf"OpenVINO .* cannot load {graph}: .*\S{way_out}"):
-        TritonServer(
-            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")
-        ).start()
+        start(own, "openvino")
 
 
 def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
@@ -211,34 +163,23 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
                 check_agreement(encoder(own), "onnxruntime", 1)
 
 
-def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
-    message = r"model\.plan, which tensorrt needs, .* radapter-build-engine .*repository"
-    with pytest.raises(RAdapterError, match=message):
-        check_agreement(encoder(own), "tensorrt")
-    with pytest.raises(RAdapterError, match=message):
-        TritonServer(
-            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="tensorrt")
-        ).start()
+def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
+    with pytest.raises(RAdapterError, match=r"model\.plan, which .* radapter-build-engine"):
+        start(own, "tensorrt")
     (own / "image_encoder" / "2" / "model.onnx").unlink()
-    with pytest.raises(
-        RAdapterError,
-        match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export",
-    ):
-        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports())).start()
-
-
-def test_releases_that_are_gone_are_said(repository, own):
-    shutil.copytree(repository / "text_encoder", own / "text_encoder")
+    with pytest.raises(RAdapterError, match=r"model\.onnx, which .* radapter-export"):
+        start(own)
     for version in ("1", "2"):
         shutil.rmtree(own / "image_encoder" / version)
     for runtime in (None, "openvino", "auto"):
-        with pytest.raises(
-            RAdapterError,
-            match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e",
-        ):
-            TritonServer(
-                ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime=runtime)
-            ).start()
+        with pytest.raises(RAdapterError, match="image_encoder lacks the releases that are to be"):
+            start(own, runtime)
+    shutil.rmtree(own / "classify")
+    (own / "image_encoder").rename(own / "other")
+    (own / "other" / "config.pbtxt").write_text('backend: "python"')
+    (own / "other" / "1").mkdir()
+    with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime"):
+        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
 
 
 @pytest.mark.parametrize(

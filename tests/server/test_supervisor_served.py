@@ -51,30 +51,30 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def clients(server: FakeServer) -> Iterator[list[Client]]:
-    found = [Client(url, timeout=60, retries=0) for url in server.urls.values()]
-    yield found
-    for client in found:
+    clients = [Client(url, timeout=60, retries=0) for url in server.urls.values()]
+    yield clients
+    for client in clients:
         client.close()
 
 
 class Watched:
-    """A supervisor that is told to look, and what it said."""
+    """A supervisor that looks as often as a test needs, and its lines."""
 
     def __init__(self, server: FakeServer, probe: Probe | None = None) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self._supervisor = Supervisor(
-            server, self.said.append, probe=probe or Probe(server.control, server.cpu_seconds)
+            server, self.lines.append, probe=probe or Probe(server.control, server.cpu_seconds)
         )
 
     def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not done():
-            assert time.monotonic() < deadline, self.said
+            assert time.monotonic() < deadline, self.lines
             self._supervisor.step()
             time.sleep(0.1)
 
     def until_back(self, name: str) -> None:
-        self.until(lambda: any(line.startswith(f"{name} is back") for line in self.said))
+        self.until(lambda: any(line.startswith(f"{name} is back") for line in self.lines))
 
 
 def outcome(call: Callable[[], Any]) -> str:
@@ -92,34 +92,30 @@ def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> l
     return calls
 
 
-def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(
-    server, clients, threads
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, "it was killed by SIGKILL"),
+        (signal.SIGSTOP, "a signal had stopped it, so it was killed"),
+    ],
+)
+def test_a_killed_or_frozen_process_of_a_model_is_back_and_its_callers_may_ask_again(
+    server, clients, threads, number, why
 ):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
     for pid in server.pids("classify"):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     watched.until_back("classify")
     assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
-    assert "classify version 2 died: it was killed by SIGKILL; starting it again" in watched.said[0]
+    assert f"classify version 2 died: {why}; starting it again" in watched.lines[0]
     for client in clients:
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
     assert len(server.pids("classify")) == 2
-    watched.said.clear()
+    watched.lines.clear()
     for pid in server.pids("classify"):  # before anybody has looked at them
         os.kill(pid, signal.SIGKILL)
     watched.until_back("classify")
-
-
-def test_a_frozen_process_is_replaced(server, clients, threads):
-    watched = Watched(server)
-    calls = begun(threads, clients, order(sleep=30))
-    for pid in server.pids("classify"):
-        os.kill(pid, signal.SIGSTOP)
-    watched.until_back("classify")
-    assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
-    assert "a signal had stopped it, so it was killed" in watched.said[0]
-    assert outcome(lambda: clients[0].classify(b"x", ["a"])) == "an answer"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -132,7 +128,7 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(
     watched.until_back("tritonserver")
     assert [call.result() for call in calls] == ["ServerUnavailable None"] * 2
     why = "tritonserver died: (it was killed by SIGKILL|a signal had stopped it)"
-    assert any(re.match(why, line) for line in watched.said)
+    assert any(re.match(why, line) for line in watched.lines)
     for client in clients:
         deadline = time.monotonic() + 10
         while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
@@ -147,12 +143,12 @@ def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_aga
         begun(threads, clients, order(work=10)) for _ in range(2)
     ]  # both processes, and a queue behind them
     watched.until(lambda: all(call.done() for pair in calls for call in pair))
-    assert watched.said == []
+    assert watched.lines == []
     assert {call.result() for pair in calls for call in pair} == {"an answer"}
     calls = [begun(threads, clients, order(sleep=300)) for _ in range(2)]
     watched.until_back("classify")
     assert (
-        "the process of classify died: it no longer answered, so it was killed" in watched.said[0]
+        "the process of classify died: it no longer answered, so it was killed" in watched.lines[0]
     )
     assert {call.result() for pair in calls for call in pair} == {"ServerUnavailable restarting"}
 
@@ -178,13 +174,13 @@ def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server,
     calls = [
         threads.submit(outcome, partial(clients[n % 2].segment, image, ["a"])) for n in range(60)
     ]
-    found = [call.result() for call in calls]
+    outcomes = [call.result() for call in calls]
     done.set()
     assert busy.result() == "an answer"
-    assert set(found) == {"an answer", "ServerUnavailable overloaded"}
+    assert set(outcomes) == {"an answer", "ServerUnavailable overloaded"}
     # Those that are sent after the first were refused find room again. Few callers at once send: 38
     # of them.
-    assert found.count("an answer") <= 4 + 40
+    assert outcomes.count("an answer") <= 4 + 40
     assert most[0] - before < 38 * 3 * len(image)
 
 
