@@ -45,26 +45,8 @@ def build(
     """Make an index, whole or not at all.
 
     A stopped build goes on. An index that the same release made of the same images is brought up to
-    date. Any other index at `out` is replaced when the new one is complete.
-
-    Args:
-        source: a folder, `csv:FILE` or `parquet:FILE`.
-        out: the index's folder; clients search by the folder's name.
-        loaded: embeds the images.
-        image_column: the table's column of image paths.
-        thumbnails: longest side of a thumbnail, 0 (none) to 1024 px.
-        exif_orientation: whether images are turned as their EXIF says; None does as the release
-            does.
-        on_broken: "skip" counts and names images that can't be read, "refuse" stops at the first.
-        resume: False discards a stopped build and embeds every image again.
-        ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this
-            process.
-        progress: called after every batch.
-        sizes: of a batch, and of an index that needs no FAISS.
-
-    Raises:
-        RAdapterError: there is no image, an image is broken, `out` is something else, a stopped
-            build had other arguments, or nothing could be written.
+    date. Any other index at `out` is replaced when the new one is complete. `exif_orientation` None
+    turns images if the release does; `ray` is the address of a cluster that reads and embeds.
     """
     out = out.absolute()
     if not 0 <= thumbnails <= 1024:
@@ -108,21 +90,11 @@ def add(
     progress: Progress | None = None,
     sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
-    """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at
-    all.
+    """Embed images that are new or have other bytes, and keep the rest; seen whole or not at all.
 
-    Args:
-        out: the index's folder.
-        loaded: embeds the images; it must be the one that made the index, or the same exported
-            again.
-        source: where to look, as in `build`; None takes the index's own source.
-        prune: remove images whose files are gone.
-        on_broken: as in `build`; None does as the last build or addition did.
-        progress: as in `build`.
-        sizes: as in `build`.
-
-    Raises:
-        RAdapterError: there is no index, another release made it, or what `build` raises.
+    The release must be the one that made the index, or the same exported again. `source` None takes
+    the index's own; `prune` removes images whose files are gone; `on_broken` None does as the last
+    build or addition did.
     """
     out = out.absolute()
     _refuse_link(out)
@@ -173,20 +145,8 @@ def build_from_embeddings(
 ) -> Summary:
     """Make an index of embeddings that are there already, whole or not at all; no image is read.
 
-    Args:
-        vectors: a NumPy file [N, D] of float16, float32 or float64, which is mapped; each row is
-            made unit length. They must be of the release's image encoder.
-        rows: a table, .parquet or .csv, with a row for each vector.
-        out: as in `build`.
-        loaded: the release that embedded the images, which embeds queries.
-        image_column: the table's column of ids, such as paths; the others become metadata.
-        resume: False discards a stopped build.
-        progress: called after every batch.
-        sizes: as in `build`.
-
-    Raises:
-        RAdapterError: a file can't be read, the two don't fit, a vector has no direction, `out` is
-            something else, or nothing could be written.
+    `vectors` is a NumPy file [N, D] of floats, which is mapped; each row is made unit length. The
+    table `rows`, .parquet or .csv, has a row for each: its id in `image_column`, and metadata.
     """
     out = out.absolute()
     vectors = vectors.absolute()

@@ -18,21 +18,15 @@ import pyarrow as pa
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.index.reading import Read, read
+from radapter_serve.index.collection import Read, read
 
 _DETAILS = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
 _AHEAD = 2  # batches that wait for a worker
 
 
 class Cluster:
-    """A Ray cluster that embeds.
-
-    Args:
-        address: such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for this machine's.
-        loaded: the release that every worker loads.
-
-    Raises:
-        RAdapterError: Ray is not installed, or there is no such cluster.
+    """The Ray cluster at an address, such as `10.0.0.1:6379` or `auto`, whose workers embed with a
+    release.
     """
 
     def __init__(self, address: str, loaded: LoadedRelease) -> None:
@@ -60,16 +54,8 @@ class Cluster:
         thumbnails: int,
         exif_orientation: bool,
     ) -> Iterator[list[Read]]:
-        """Read and embed files in their order, batch by batch; the work of a dead worker is
-        repeated.
-
-        Args:
-            items: as `read` takes them: id, file, and the digest of the bytes that the index has.
-            batch: number of files at a time.
-            thumbnails, exif_orientation: as in `build`.
-
-        Raises:
-            RAdapterError: the workers can't embed.
+        """Read and embed files in their order, batch by batch, from the id, the file, and the
+        digest of the bytes that the index has; the work of a dead worker is repeated.
         """
         import ray.data
 

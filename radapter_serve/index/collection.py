@@ -1,17 +1,27 @@
-"""The image files that an index is made of: those of a folder, or those that a table names with
-their metadata.
+"""The image files that an index is made of, those of a folder or those that a table names with
+their metadata, and how one is read, on this machine or on a worker of a cluster.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.image_files import SUFFIXES, count_kinds, list_images
+from radapter_serve.contract.preprocess import oriented
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import digest_of
 
 # The columns of every index; a table's own may not have these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
@@ -20,53 +30,30 @@ Progress = Callable[[int, int], None]  # images done, of how many
 
 @dataclass(frozen=True)
 class Item:
-    """An image file.
+    """An image file."""
 
-    Args:
-        id: its path from the index's root, or its whole path if it lies elsewhere.
-        file: its place.
-        row: its row of the table; empty for a folder.
-    """
-
-    id: str
+    id: str  # its path from the index's root, or its whole path if it lies elsewhere
     file: Path
-    row: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)  # of the table; empty for a folder
 
 
 @dataclass(frozen=True)
 class Collection:
-    """The image files of a source.
+    """The image files of a source."""
 
-    Args:
-        source: as it can be opened from anywhere.
-        root: folder that ids start from.
-        items: folder by folder, or in the order of the table.
-        columns: the table's columns without that of the images, as Arrow types by name.
-        repeated: rows of the table left out, because an earlier one names the same image.
-        left_out: number of files of other kinds in the folder, by the end of their names.
-    """
-
-    source: str
-    root: Path
-    items: list[Item]
-    columns: dict[str, Any]
-    repeated: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
+    source: str  # as it can be opened from anywhere
+    root: Path  # folder that ids start from
+    items: list[Item]  # folder by folder, or in the order of the table
+    columns: dict[str, Any]  # Arrow types of the table's other columns
+    repeated: int = 0  # rows left out, because an earlier one names the same image
+    left_out: dict[str, int] = field(default_factory=dict)  # files of other kinds, by suffix
 
 
 def open_collection(
     source: str, *, image_column: str = "image", root: Path | None = None
 ) -> Collection:
-    """Find the images of a source.
-
-    Args:
-        source: a folder, read with all folders in it (`folder:DIR` if its name has a colon),
-            `csv:FILE` or `parquet:FILE`, whose image paths start from the file's folder.
-        image_column: of the table.
-        root: folder that ids start from; the source's own folder if None.
-
-    Raises:
-        RAdapterError: there is no such source, it can't be read, or it holds no image.
+    """Find the images of a source: a folder, read with all folders in it (`folder:DIR` if its name
+    has a colon), `csv:FILE` or `parquet:FILE`. Ids start from `root`, or from the source's folder.
     """
     kind, colon, place = source.partition(":")
     if not colon or kind not in ("folder", "csv", "parquet"):
@@ -109,15 +96,8 @@ def _id(file: Path, root: Path) -> str:
 
 
 def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
-    """Read a table of images as Arrow has it, with NaN as NULL.
-
-    Args:
-        path: of the file.
-        image_column: the column that names the images.
-        kind: "csv" or "parquet"; by the end of the file's name if None.
-
-    Raises:
-        RAdapterError: it can't be read, has no row, or a column that an index can't have.
+    """Read a table of images as an Arrow table, with NaN as NULL; `kind` is "csv" or "parquet", by
+    the end of the file's name if None.
     """
     import pyarrow
     from pyarrow import compute, csv, parquet, types
@@ -170,3 +150,56 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
                 f"{path}, row {number}: {image_column!r} is no path of an image ({name!r:.60})"
             )
     return table
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file that was read: it is in the index already, or is prepared for the encoder or embedded,
+    or is broken.
+    """
+
+    digest: str = ""
+    prepared: Any = None  # pixels for the encoder, uint8 [S, S, 3]
+    details: Mapping[str, Any] = field(default_factory=dict)  # width, height and thumbnail
+    kept: bool = False  # whether the index has the same bytes
+    error: str = ""  # why it can't be indexed
+    vector: NDArray[np.float32] | None = None  # its embedding if it is known
+
+
+def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
+    """Read a file, and prepare it if the digest of its bytes is not the one from before.
+    Thread-safe.
+    """
+    try:
+        id.encode()
+        data = file.read_bytes()
+        digest = digest_of(data)
+        if before == digest:
+            return Read(digest, kept=True)
+        turned = loaded.preprocess.exif_orientation
+        return Read(digest, loaded.pixels(data), describe_image(data, thumbnails, turned))
+    except UnicodeEncodeError:
+        return Read(error="its name is not UTF-8")
+    except OSError as error:
+        return Read(error=error.strerror or str(error))
+    except TaskError as error:
+        return Read(error=error.what)
+
+
+def describe_image(data: bytes, size: int, turned: bool) -> dict[str, Any]:
+    """Width and height of an image file as it was embedded, `turned` by its EXIF orientation or
+    not, and an upright thumbnail of `size` px.
+    """
+    details: dict[str, Any] = {}
+    # The file was decoded before; if this fails, an index does without.
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        sideways = turned and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        details["width"], details["height"] = image.size[::-1] if sideways else image.size
+        if size:
+            image.draft("RGB", (size, size))
+            small = oriented(image).convert("RGB")
+            small.thumbnail((size, size))
+            out = io.BytesIO()
+            small.save(out, "JPEG", quality=80)
+            details["thumbnail"] = out.getvalue()
+    return details

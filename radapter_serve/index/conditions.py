@@ -47,11 +47,7 @@ class Sql(Dialect):
 
 
 def parse_condition(where: str) -> exp.Expr:
-    """Parse a condition that only compares columns.
-
-    Raises:
-        TaskError: it is not a condition, too long, too deep, or has a part that is not allowed.
-    """
+    """Parse a condition that only compares columns; refuse any other."""
     if len(where) > MAX_LENGTH:
         raise invalid(f"where has {len(where)} characters; at most {MAX_LENGTH} are allowed")
     try:
@@ -107,15 +103,11 @@ def _too_deep() -> TaskError:
 
 
 class Met:
-    """The rows that meet a condition, from marks, bool [N].
-
-    Attributes:
-        count: number of these rows.
-        bits: uint8 [N / 8], one bit a row, the lowest of a byte first, as FAISS reads them.
-    """
+    """The rows that meet a condition, from marks, bool [N]."""
 
     def __init__(self, marks: NDArray[np.bool_]) -> None:
         self.count = int(np.count_nonzero(marks))
+        # One bit a row, the lowest of a byte first, as FAISS reads them.
         self.bits = np.packbits(marks, bitorder="little")
         self._size = len(marks)
         self._in_cells: NDArray[np.int64] | None = None
@@ -138,11 +130,7 @@ class Met:
 
 
 def evaluate(where: str, table: pa.Table) -> Met:
-    """Find the rows of a table that meet a condition.
-
-    Raises:
-        TaskError: the condition is not allowed, or compares what can't be compared.
-    """
+    """Find the rows of a table that meet a condition."""
     condition = _Translator(table.schema).translate(parse_condition(where))
     if condition.kind != "truth":
         raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
@@ -162,18 +150,13 @@ def evaluate(where: str, table: pa.Table) -> Met:
 
 @dataclass(frozen=True)
 class _Term:
-    """An expression of Arrow's, and the kind of its values.
-
-    Attributes:
-        values: the expression.
-        kind: "integer", "float", "narrow" (float32 or float16), "text", "date", "time", "truth",
-            "null", or an Arrow type that has no comparisons.
-        literal: the value of a literal, which is written in the condition.
-    """
+    """An Arrow expression and the kind of its values."""
 
     values: pc.Expression
+    # "integer", "float", "narrow" (float32 or float16), "text", "date", "time", "truth", "null", or
+    # an Arrow type that has no comparisons.
     kind: str
-    literal: Any = None
+    literal: Any = None  # the value of a literal in the condition
 
 
 _NUMBERS = ("integer", "float", "narrow")

@@ -17,9 +17,9 @@ from radapter_serve.files import staged
 from radapter_serve.index.index import Index
 from radapter_serve.index.table import THUMBNAIL, UNIT, VECTOR, vectors_of
 
-_TILE = 2048
+_TILE = 2048  # images that are compared with as many others at once
 _ROUNDING = 1e-6  # of a cosine in float32: copies have 1, or a little less
-_MAX_EDGES = 4_000_000
+_MAX_EDGES = 4_000_000  # pairs that are kept before they are put together
 _BATCH = 4096  # rows read at once
 MAX_ROWS = 100  # groups that a picture shows
 MAX_COLUMNS = 8  # images of each group that it shows
@@ -42,25 +42,9 @@ def find_duplicates(
     index: Index,
     threshold: float,
     progress: Callable[[int, int], None] | None = None,
-    *,
-    tile: int = _TILE,
-    max_edges: int = _MAX_EDGES,
 ) -> list[Group]:
-    """Group images whose cosine is at least a threshold, and what is joined by these. Every pair is
-    compared.
-
-    Args:
-        index: in a folder.
-        threshold: cosine, above 0 and at most 1.
-        progress: called with the number of images compared, and of all.
-        tile: number of images that are compared with as many others at once.
-        max_edges: number of pairs that are kept before they are put together.
-
-    Returns:
-        The groups of two images and more, the largest first, then by their first ids.
-
-    Raises:
-        RAdapterError: the threshold is not allowed, or the index can't be read.
+    """Group images whose cosine is at least a threshold, and those that are joined by these, the
+    largest group first. Every pair is compared.
     """
     check_threshold(threshold)
     ids: list[str] = []
@@ -80,10 +64,10 @@ def find_duplicates(
     labels = np.arange(count)
     highest = np.full(count, -1, np.float32)
     edges: list[NDArray[np.int64]] = []
-    for start in range(0, count, tile):
-        rows = vectors[start : start + tile]
-        for other in range(start, count, tile):
-            scores = rows @ vectors[other : other + tile].T
+    for start in range(0, count, _TILE):
+        rows = vectors[start : start + _TILE]
+        for other in range(start, count, _TILE):
+            scores = rows @ vectors[other : other + _TILE].T
             first, second = np.nonzero(scores >= threshold - _ROUNDING)
             apart = first + start < second + other
             pair = np.stack([first[apart] + start, second[apart] + other])
@@ -91,11 +75,11 @@ def find_duplicates(
             np.maximum.at(highest, pair[0], cosines)
             np.maximum.at(highest, pair[1], cosines)
             edges.append(pair)
-            if sum(part.shape[1] for part in edges) > max_edges:
+            if sum(part.shape[1] for part in edges) > _MAX_EDGES:
                 labels = _joined(labels, edges)
                 edges = []
         if progress is not None:
-            progress(min(start + tile, count), count)
+            progress(min(start + _TILE, count), count)
     labels = _joined(labels, edges)
 
     members: dict[int, list[int]] = {}

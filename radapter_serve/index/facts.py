@@ -66,31 +66,20 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an index is made; if two plans differ in one of _DECIDING, every image is embedded again.
-
-    Args:
-        source: as `radapter-index build` takes it; the file of vectors of an index of embeddings.
-        root: folder that ids start from.
-        image_column: of a table.
-        column_types: the table's other columns, as Arrow types by name.
-        thumbnails: longest side, in px; 0 for none.
-        exif_orientation: whether images are turned as their EXIF says.
-        on_broken: what to do with images that can't be read.
-        release: that embeds.
-        origin: the release's place, as in `LoadedRelease`.
-        rows: the table of an index of embeddings; empty for images.
+    """How an index is made; if two plans differ in one of _DECIDING, all images are embedded
+    again.
     """
 
-    source: str
-    root: str
+    source: str  # as `radapter-index build` takes it; the file of vectors of an index of embeddings
+    root: str  # folder that ids start from
     image_column: str
-    column_types: dict[str, str]
-    thumbnails: int
+    column_types: dict[str, str]  # Arrow types of the table's other columns
+    thumbnails: int  # longest side, in px; 0 for none
     exif_orientation: bool
     on_broken: OnBroken
     release: MadeBy
-    origin: dict[str, str]
-    rows: str = ""
+    origin: dict[str, str]  # the release's place, as in `LoadedRelease`
+    rows: str = ""  # the table of an index of embeddings; empty for images
 
     def differences(self, other: Plan) -> list[str]:
         """In what another plan makes another index, in words."""
@@ -120,44 +109,25 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class NearestFacts:
-    """How FAISS finds the nearest.
-
-    Args:
-        cells: number of cells.
-        trained_on: number of vectors that the cells were computed from.
-        nprobes: cells that a search for ten looks into.
-        candidates: that FAISS names, for the vectors to sort.
-        recall: recall@10 on a sample.
-    """
+    """How FAISS finds the nearest."""
 
     cells: int
-    trained_on: int
-    nprobes: int = 1
-    candidates: int = 1
-    recall: float = 0.0
+    trained_on: int  # number of vectors that the cells were computed from
+    nprobes: int = 1  # cells that a search for ten looks into
+    candidates: int = 1  # vectors that FAISS names, to be sorted exactly
+    recall: float = 0.0  # recall@10 on a sample
 
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """The facts of a generation of an index.
-
-    Args:
-        plan: how it was made.
-        count: number of images.
-        columns: of the metadata.
-        files: that a search reads, by name.
-        nearest: what FAISS needs; None if every vector is compared.
-        created: when the index was made first, in UTC, ISO 8601.
-        changed: when it was changed last.
-        format: version of this format.
-    """
+    """The facts of a generation of an index."""
 
     plan: Plan
     count: int
-    columns: list[str]
-    files: dict[str, FileFacts]
-    nearest: NearestFacts | None
-    created: str
+    columns: list[str]  # of the metadata
+    files: dict[str, FileFacts]  # that a search reads
+    nearest: NearestFacts | None  # None if every vector is compared
+    created: str  # when the index was made first, in UTC, ISO 8601
     changed: str
     format: int = FORMAT
 
@@ -167,11 +137,7 @@ class IndexFacts:
 
     @classmethod
     def from_json(cls, data: bytes | str) -> IndexFacts:
-        """Read the text of `to_json`.
-
-        Raises:
-            ValueError: it is something else, or of another format.
-        """
+        """Read the text of `to_json`; raise `ValueError` for anything else."""
         values = json.loads(data)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             other = values.get("format") if isinstance(values, dict) else None
@@ -183,11 +149,7 @@ class IndexFacts:
 
 
 def read(kind: Any, values: Any) -> Any:
-    """A dataclass of what JSON holds.
-
-    Raises:
-        ValueError: names the first value that is missing or of another type.
-    """
+    """A dataclass from JSON values; raise `ValueError` that names the first wrong one."""
     import pydantic  # a base installation, which lacks it, shows the help of its commands
 
     try:
@@ -203,12 +165,8 @@ def build_command(
     release: Release | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> str:
-    """The command that builds an index again.
-
-    Args:
-        folder: of the index.
-        plan: of the index.
-        release: another release than the plan's that embeds, and `origin`, its place.
+    """The command that builds an index again, by the release and the place of its plan, or by
+    others.
     """
     command = ["radapter-index", "build"]
     if plan.rows:

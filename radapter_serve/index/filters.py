@@ -50,13 +50,6 @@ def to_filter(where: str, types: Mapping[str, str]) -> models.Filter:
 
     NOT is moved inwards to the comparisons, each of which a missing value meets neither as it
     stands nor negated: that is SQL's logic of three values.
-
-    Args:
-        where: a condition in SQL.
-        types: the columns' Arrow types.
-
-    Raises:
-        TaskError: it is no condition, or none that Qdrant answers exactly.
     """
     return models.Filter(must=[_Translation(types).of(parse_condition(where), True)])
 

@@ -42,11 +42,7 @@ class Folder:
         self._folder = folder
 
     def current(self) -> tuple[str, IndexFacts]:
-        """The name of the current generation, and its facts.
-
-        Raises:
-            RAdapterError: there is no index, or it can't be read.
-        """
+        """The name of the current generation, and its facts."""
         path = self._folder / FACTS
         where = shlex.quote(str(self._folder))
         try:
@@ -74,14 +70,8 @@ class Folder:
         )
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
-        """Open a generation to search it.
-
-        Args:
-            generation, facts: as from `current`.
-            complete: whether all files are compared with their digests, however large.
-
-        Raises:
-            RAdapterError: a file is missing or damaged.
+        """Open a generation to search it; `complete` compares all files with their digests, however
+        large.
         """
         place = self._folder / generation
         try:
@@ -94,21 +84,11 @@ class Folder:
             ) from None
 
 
-def check_files(
-    folder: Path, files: Mapping[str, FileFacts], *, complete: bool, checked: int = CHECKED_AT_OPEN
-) -> None:
-    """Compare files with their sizes and digests.
-
-    Args:
-        folder: of the files.
-        files: by their names.
-        complete: whether all files are read, however large.
-        checked: bytes of a folder up to which all files are read anyway.
-
-    Raises:
-        DamagedFileError: names the files that are missing or differ.
+def check_files(folder: Path, files: Mapping[str, FileFacts], *, complete: bool) -> None:
+    """Compare files with their sizes and digests; without `complete`, of a large folder only the
+    codes are read. Raises `DamagedFileError`.
     """
-    every = complete or sum(known.size for known in files.values()) <= checked
+    every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
     def is_same(name: str) -> bool:
         path = folder / name
@@ -158,17 +138,8 @@ def generations_of(folder: Path) -> list[Path]:
 
 
 def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
-    """Make a finished folder the current generation. A reader meanwhile finds this one or the one
-    before.
-
-    Args:
-        made: the finished folder, on the same disk; its `index.json` is written here.
-        folder: of the index.
-        facts: of the generation.
-        keep: time that a replaced generation stays, for those who read it.
-
-    Returns:
-        The folder of the generation.
+    """Make a finished folder the current generation, and return its new place. A reader meanwhile
+    finds this one or the one before, which stays for the time `keep`.
     """
     generation = f"g-{secrets.token_hex(8)}"
     write_text(made / FACTS, facts.to_json())

@@ -29,14 +29,7 @@ MAX_TOP_K = 1000
 
 
 class Index:
-    """A generation of an index, which never changes.
-
-    Args:
-        folder: of the index.
-        generation: its name.
-        facts: of the generation.
-        store: holds it.
-    """
+    """A generation of an index, which never changes."""
 
     def __init__(
         self, folder: Path, generation: str, facts: IndexFacts, store: Table | Collection
@@ -50,11 +43,7 @@ class Index:
         return self.facts.count
 
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
-        """Columns of all images, `vector` among them, as record batches of Arrow's.
-
-        Raises:
-            RAdapterError: the index is in Qdrant, where it can only be searched.
-        """
+        """Columns of all images, `vector` among them, as Arrow record batches."""
         return self._store.rows(columns, batch)
 
     def search(
@@ -71,19 +60,8 @@ class Index:
         ids.
 
         With an `offset`, the images are a page of the 1000 nearest: such pages, put together, are
-        as one large page. In a big index, a search without `offset` looks less deep.
-
-        Args:
-            embedding: float32 [D], unit length.
-            top_k: how many images at most, 1 to 1000.
-            where: a condition in SQL on the columns, such as "year > 2020 AND path LIKE 'cats/%'".
-            thumbnails: whether the hits have their thumbnails.
-            offset: how many of the nearest images are left out, 0 to 1000; None for no pages.
-            min_score: images with a lower cosine are left out, in [-1, 1]; None leaves none out.
-
-        Raises:
-            TaskError: an argument or the condition is not allowed, there are fewer images than
-                `offset`, or the index can't be read.
+        as one large page. In a big index, a search without `offset` looks less deep. `where` is a
+        condition in SQL on the columns; hits with a cosine below `min_score` are left out.
         """
         if not 1 <= top_k <= MAX_TOP_K:
             raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
@@ -108,14 +86,7 @@ class Index:
         return hits[offset : offset + top_k]
 
     def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The embeddings of images, float32 [D] each, unit length.
-
-        Args:
-            ids: of the images.
-
-        Raises:
-            TaskError: the index has no such image, or can't be read.
-        """
+        """The embeddings of images, float32 [D] each, unit length."""
         for id in ids:
             check_length(id, what="name of an image")
         vectors = self._store.embeddings(list(dict.fromkeys(ids)))
@@ -137,15 +108,8 @@ class Index:
 
 
 def open_index(folder: str | Path, *, complete: bool = False) -> Index:
-    """The index of a folder, as it is now: what the folder holds, or what it links to.
-
-    Args:
-        folder: of the index.
-        complete: whether all files on this machine's disk are compared with their digests, however
-            large.
-
-    Raises:
-        RAdapterError: there is no index, or a broken one.
+    """The index of a folder, as it is now: what the folder holds, or what it links to. `complete`
+    compares all its files with their digests, however large.
     """
     folder = Path(folder)
     place = place_of(folder)
@@ -154,11 +118,7 @@ def open_index(folder: str | Path, *, complete: bool = False) -> Index:
 
 
 def read_facts(folder: Path) -> IndexFacts:
-    """The facts of an index, or of the published one that a folder links to.
-
-    Raises:
-        RAdapterError: there is none, or it can't be read.
-    """
+    """The facts of an index, or of the published one that a folder links to."""
     _, facts = place_of(folder).current()
     return facts
 
@@ -177,12 +137,8 @@ def releases_of(indexes: Path) -> dict[str, MadeBy]:
 
 
 def outdated(indexes: Path, release: Release) -> dict[str, bool]:
-    """Whether another release made the indexes of a folder, by the names of these; what can't be
-    read is left out.
-
-    Args:
-        indexes: the folder.
-        release: that callers get who name none.
+    """Whether another release than this, the default of callers, made the indexes of a folder, by
+    their names; those that can't be read are left out.
     """
     return {name: not made.is_of(release) for name, made in releases_of(indexes).items()}
 

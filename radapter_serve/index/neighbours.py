@@ -5,7 +5,6 @@ themselves, which are mapped, sort them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ _DEPTH = 0.3
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
 _ROUNDING = 1e-5  # of a cosine in float32
 _BLOCK = 10_000  # vectors at a time
+_QUERIES = 100  # images of the index that the effort is tuned by
 
 RECALL = 0.98  # of the sample; other queries get somewhat less, and 0.975 is promised
 TOP_K = 10
@@ -61,13 +61,6 @@ TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
 class Neighbours:
     """The vectors of an index and their codes, searched by one thread a query, any number of
     queries at once.
-
-    Args:
-        folder: of the codes.
-        vectors: float32 [N, D], unit length, mapped.
-
-    Raises:
-        RAdapterError: the codes can't be read, or are of other vectors.
     """
 
     def __init__(self, folder: Path, vectors: NDArray[np.float32]) -> None:
@@ -107,14 +100,8 @@ class Neighbours:
         among: Met | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
         """Find the nearest vectors and their cosines, best first; more than `top_k` where rounding
-        does not tell them from the last.
-
-        Args:
-            query: float32 [D], unit length.
-            top_k: 1 to the number of vectors that may be found.
-            nprobes: cells that a search for ten among all vectors looks into.
-            candidates: vectors that FAISS names for ten.
-            among: the vectors that may be found; None for all.
+        does not tell them from the last. A search for ten among all looks into `nprobes` cells, and
+        FAISS names `candidates`.
         """
         faiss = self._faiss
         faiss.omp_set_num_threads(1)  # counts for the calling thread
@@ -203,15 +190,7 @@ def write_neighbours(
     folder: Path, vectors: NDArray[np.float32], cells_of: tuple[Path, NearestFacts] | None = None
 ) -> NearestFacts:
     """Write the codes of vectors, float32 [N, D], and return their facts without the effort that a
-    search takes.
-
-    Args:
-        folder: an existing one.
-        vectors: mapped, unit length.
-        cells_of: codes of much the same vectors, whose cells are kept, with their facts.
-
-    Raises:
-        RAdapterError: the disk refuses.
+    search takes. `cells_of` are codes of much the same vectors, whose cells are kept.
     """
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
@@ -246,39 +225,26 @@ def write_neighbours(
     return NearestFacts(int(index.nlist), trained_on)
 
 
-def tune(
-    neighbours: Any,
-    texts: NDArray[np.float32],
-    queries: int = 100,
-    efforts: Sequence[tuple[int, int]] = EFFORTS,
-    block: int = _BLOCK,
-) -> tuple[int, int, float]:
+def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, float]:
     """Find the least effort with the recall@10 `RECALL`, on images of the index and on texts,
     whichever is worse: cells, candidates, and its recall.
 
     A hit counts if its cosine reaches that of the tenth nearest of all vectors, so it does not
     matter which of equal images is found.
-
-    Args:
-        neighbours: of all images.
-        texts: embeddings of TEXTS, float32 [N, D].
-        queries: number of images to ask for; they don't count as their own answers.
-        efforts: cells and candidates to try, the least first.
-        block: number of vectors that are compared with the queries at once.
     """
     vectors = neighbours.vectors
-    chosen = np.random.default_rng(0).choice(len(vectors), queries, replace=False)
+    chosen = np.random.default_rng(0).choice(len(vectors), _QUERIES, replace=False)
     asked = np.concatenate([vectors[np.sort(chosen)], texts])
-    own = np.repeat([1, 0], [queries, len(texts)])  # an image's first hit is itself
+    own = np.repeat([1, 0], [_QUERIES, len(texts)])  # an image's first hit is itself
 
     # The cosine of the tenth nearest of each query, by comparing all vectors.
     nearest = np.zeros((len(asked), 0), np.float32)
-    for start in range(0, len(vectors), block):
-        scores = asked @ vectors[start : start + block].T
+    for start in range(0, len(vectors), _BLOCK):
+        scores = asked @ vectors[start : start + _BLOCK].T
         nearest = -np.sort(-np.concatenate([nearest, scores], axis=1), axis=1)[:, : TOP_K + 1]
     tenth = np.where(own == 1, nearest[:, TOP_K], nearest[:, TOP_K - 1]) - _ROUNDING
 
-    for nprobes, candidates in efforts:
+    for nprobes, candidates in EFFORTS:
         hits = np.zeros(len(asked))
         for row, vector in enumerate(asked):
             _, scores = neighbours.nearest(vector, TOP_K + int(own[row]), nprobes, candidates)
@@ -291,11 +257,7 @@ def tune(
 
 
 def load_faiss() -> Any:
-    """Import FAISS, which only indexes of many images need.
-
-    Raises:
-        RAdapterError: it is not installed.
-    """
+    """FAISS, which only indexes of many images need."""
     check_installed("faiss", "server")
     import faiss
 

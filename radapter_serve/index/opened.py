@@ -24,17 +24,11 @@ TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tri
 
 @dataclass
 class _Opened:
-    """The result of opening an index.
+    """The result of opening an index."""
 
-    Args:
-        pointer: the text of the folder's `index.json`.
-        index: the index, or None if it can't be opened.
-        asked: time at which it was opened, or Qdrant was asked last, in seconds.
-    """
-
-    pointer: bytes
-    index: Index | None
-    asked: float
+    pointer: bytes  # the text of the folder's `index.json`
+    index: Index | None  # None if it can't be opened
+    asked: float  # time at which it was opened, or Qdrant was asked last
 
 
 class OpenIndexes:
@@ -42,10 +36,6 @@ class OpenIndexes:
 
     A generation never changes, so a caller's index stays whole. `index.json`, which names the
     generation, is read once a call.
-
-    Args:
-        folder: of index folders.
-        clock: seconds that only grow.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
@@ -57,11 +47,8 @@ class OpenIndexes:
 
     def open_all(self, seconds: float = OPENING) -> None:
         """Open every index of the folder, so that no caller waits for it. A broken one is named in
-        the log, and tried again when a caller asks for it.
-
-        Args:
-            seconds: time after which those that are not open yet, such as in a Qdrant that does not
-                answer, are left to threads in the background.
+        the log, and tried again when a caller asks for it. After `seconds`, those that are not open
+        yet, such as in a Qdrant that does not answer, are left to threads in the background.
         """
 
         def open_one(name: str) -> None:
@@ -79,11 +66,7 @@ class OpenIndexes:
             thread.join(max(0.0, end - time.monotonic()))
 
     def get(self, name: str) -> Index:
-        """The index of that name as it is now.
-
-        Raises:
-            TaskError: no such index, or one that can't be opened.
-        """
+        """The index of that name as it is now."""
         names = there_are(index_names(self._folder), "radapter-index build makes them")
         if not is_name(name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{names}")

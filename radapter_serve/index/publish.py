@@ -28,19 +28,8 @@ SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datet
 
 
 def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
-    """Put an index into Qdrant, in place of the one there; readers see one or the other.
-
-    Args:
-        folder: of the index.
-        url: `qdrant://HOST:PORT/COLLECTION`.
-        progress: called after every batch, with the images that are there and all.
-
-    Returns:
-        False if it is there already.
-
-    Raises:
-        RAdapterError: there is no index, it can't be searched, Qdrant refuses, something else has
-            that name there, or a column's name can't be one there.
+    """Put an index into Qdrant, in place of the one there; readers see one or the other. Returns
+    False if it is there already.
     """
     place = Qdrant(url)
     if link_of(folder):
@@ -136,11 +125,7 @@ def points_of(index: Index) -> Iterator[dict[str, Any]]:
 
 
 def link(url: str, out: Path) -> None:
-    """Make a folder that links to a published index, for a server to serve.
-
-    Raises:
-        RAdapterError: there is no such index, or something else is at `out`.
-    """
+    """Make a folder that links to a published index, for a server to serve."""
     Qdrant(url).current()
     if out.exists() and not link_of(out):
         raise RAdapterError(

@@ -35,16 +35,8 @@ _PLACE = re.compile(
 
 
 class Qdrant:
-    """The place of an index in a running Qdrant.
-
-    Args:
-        url: `qdrant://HOST:PORT/COLLECTION`, or `qdrants://` for TLS.
-
-    Raises:
-        RAdapterError: the address is another kind.
-
-    Attributes:
-        name: the alias of the index.
+    """The place of an index in a running Qdrant: `qdrant://HOST:PORT/ALIAS`, or `qdrants://` for
+    TLS.
     """
 
     def __init__(self, url: str) -> None:
@@ -62,20 +54,13 @@ class Qdrant:
     def client(self, timeout: int = TIMEOUT) -> Any:
         """A client of qdrant-client's, with the key in the environment, and the timeout of a
         request in seconds.
-
-        Raises:
-            RAdapterError: qdrant-client is not installed.
         """
         check_installed("qdrant_client", "qdrant")
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         return _connected(self._http, key, timeout)
 
     def current(self) -> tuple[str, IndexFacts]:
-        """The name of the current collection, and the facts of its index.
-
-        Raises:
-            RAdapterError: there is no index, or Qdrant does not answer as it should.
-        """
+        """The name of the current collection, and the facts of its index."""
         with qdrant_errors(self.url):
             config = self.client().get_collection(self.name).config
         try:

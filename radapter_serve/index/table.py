@@ -44,41 +44,20 @@ _CONDITIONS_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that a search found.
-
-    Args:
-        id: its path from the index's root.
-        score: cosine, in [-1, 1].
-        metadata: all columns but embedding and thumbnail, ready for JSON.
-        thumbnail: JPEG; empty if it was not asked for, or there is none.
-    """
+    """An image that a search found."""
 
     id: str
-    score: float
-    metadata: dict[str, Any]
-    thumbnail: bytes = b""
+    score: float  # cosine, in [-1, 1]
+    metadata: dict[str, Any]  # all columns but embedding and thumbnail, ready for JSON
+    thumbnail: bytes = b""  # JPEG; empty if it was not asked for, or there is none
 
 
 class Table:
-    """The mapped files of a generation, for any number of searches at once.
+    """The mapped files of a generation, for any number of searches at once."""
 
-    Args:
-        name: of the index, for messages.
-        folder: of the files.
-        facts: of the index.
-        few: number of images that meet a condition up to which each is compared.
-
-    Raises:
-        RAdapterError: a file is missing, or does not hold what `facts` say.
-
-    Attributes:
-        vectors: float32 [N, D], mapped.
-    """
-
-    def __init__(self, name: str, folder: Path, facts: IndexFacts, *, few: int = FEW) -> None:
+    def __init__(self, name: str, folder: Path, facts: IndexFacts) -> None:
         self._name = name
         self._facts = facts
-        self._few = few
         try:
             with (folder / ROWS).open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -96,7 +75,7 @@ class Table:
                 f"{folder} does not hold the {shape[0]} images of width {shape[1]} that index.json"
                 " names"
             )
-        self.vectors: NDArray[np.float32] = vectors
+        self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
         self._starts = np.cumsum([0, *(len(batch) for batch in self._table.to_batches())])
         self._neighbours = Neighbours(folder, vectors) if facts.nearest else None
         room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (facts.count // 8 + (1 << 17))))
@@ -123,17 +102,7 @@ class Table:
     def find(
         self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
     ) -> list[Hit]:
-        """Find the nearest images, best first, equals in the order of their ids.
-
-        Args:
-            embedding: float32 [D], unit length.
-            top_k: how many at most.
-            where: a condition in SQL, or None.
-            thumbnails: whether the hits have their thumbnails.
-
-        Raises:
-            TaskError: the condition is not allowed, or the files can't be read.
-        """
+        """Find the nearest images, best first, equals in the order of their ids."""
         met = None if where is None else self._met(where)
         with self._search_errors():
             positions = self._nearest(embedding, top_k, met)
@@ -160,11 +129,7 @@ class Table:
             ]
 
     def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Get the embeddings, float32 [D], of those of these images that the index has.
-
-        Raises:
-            TaskError: the files can't be read.
-        """
+        """Get the embeddings, float32 [D], of those of these images that the index has."""
         with self._search_errors():
             paths = self._table["path"]
             found = np.flatnonzero(pc.is_in(paths, pa.array(ids, paths.type)).to_numpy())
@@ -180,7 +145,7 @@ class Table:
         if self._neighbours is not None:
             effort = self._facts.nearest
             assert effort is not None
-            if met is not None and met.count <= self._few:
+            if met is not None and met.count <= FEW:
                 rows = met.positions
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
             count = len(self.vectors) if met is None else met.count
@@ -224,24 +189,9 @@ class Table:
             ) from None
 
 
-def write_table(
-    folder: Path,
-    batches: Iterable[pa.RecordBatch],
-    shape: tuple[int, int],
-    chunk_rows: int = _CHUNK_ROWS,
-) -> None:
-    """Write `rows.arrow` and `vectors.npy`; both may be larger than memory.
-
-    Args:
-        folder: an existing one.
-        batches: all columns of the images.
-        shape: number of images, and D.
-        chunk_rows: rows that a record batch of `rows.arrow` reaches; large thumbnails make it
-            shorter.
-
-    Raises:
-        RAdapterError: there are more or fewer images.
-        OSError: the disk refuses.
+def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:
+    """Write `rows.arrow` and `vectors.npy`; both may be larger than memory. `shape` is the number
+    of images, and D.
     """
     count = 0
     waiting: list[pa.RecordBatch] = []
@@ -267,7 +217,7 @@ def write_table(
                 writer = pa.ipc.new_file(rows, part.schema)
             waiting.append(part)
             size = sum(each.nbytes for each in waiting)
-            if sum(map(len, waiting)) >= chunk_rows or size >= _CHUNK_BYTES:
+            if sum(map(len, waiting)) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 flush()
         if writer is not None:
             if waiting:

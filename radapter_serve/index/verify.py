@@ -20,21 +20,13 @@ from radapter_serve.threads import decoders
 
 @dataclass
 class Verification:
-    """Differences between an index and its files, as ids of images.
+    """Differences between an index and its files, as ids of images."""
 
-    Attributes:
-        alpha: the α that the images were embedded at.
-        missing: files that are gone.
-        changed: files that have other bytes now.
-        new: files that the index does not have yet.
-        damaged: embeddings without unit length.
-    """
-
-    alpha: float
-    missing: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    alpha: float  # that the images were embedded at
+    missing: list[str] = field(default_factory=list)  # files that are gone
+    changed: list[str] = field(default_factory=list)  # files that have other bytes now
+    new: list[str] = field(default_factory=list)  # files that the index does not have yet
+    damaged: list[str] = field(default_factory=list)  # embeddings without unit length
 
     @property
     def ok(self) -> bool:
@@ -45,9 +37,6 @@ class Verification:
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     """Compare an index with its digests and with the images: every file is read, and no image is
     embedded. Of an index of embeddings, its own files are compared alone.
-
-    Raises:
-        RAdapterError: there is no index, or a broken one.
     """
     index = open_index(out, complete=True)
     plan = index.facts.plan

@@ -28,7 +28,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 from radapter_serve.index import facts as known_facts
 from radapter_serve.index.cluster import Cluster
-from radapter_serve.index.collection import Collection, Item, Progress
+from radapter_serve.index.collection import Collection, Item, Progress, Read, read
 from radapter_serve.index.facts import (
     IndexFacts,
     NearestFacts,
@@ -45,7 +45,6 @@ from radapter_serve.index.folder import (
     write_text,
 )
 from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
-from radapter_serve.index.reading import Read, read
 from radapter_serve.index.table import (
     EXACT,
     THUMBNAIL,
@@ -69,31 +68,18 @@ _BASE = -1
 
 @dataclass
 class Summary:
-    """What a build or an addition did.
+    """Result of a build or an addition, in numbers of images."""
 
-    Attributes:
-        changed: whether the index is another than before.
-        count: images in the index now.
-        embedded: images that were embedded.
-        kept: images that were in the index before and are unchanged.
-        copies: files whose bytes another file has, too; each is in the index, and embedded once.
-        removed: images that were taken out.
-        broken: why each image that can't be read can't, by id.
-        repeated: rows of the table that name an image of an earlier row.
-        left_out: number of files of other kinds in the folder, by the end of their names.
-        recall: recall@10 of the approximate search; None where every vector is compared.
-    """
-
-    changed: bool = True
+    changed: bool = True  # whether the index is another than before
     count: int = 0
     embedded: int = 0
-    kept: int = 0
-    copies: int = 0
+    kept: int = 0  # in the index before, and unchanged
+    copies: int = 0  # files whose bytes another file has, too; embedded once
     removed: int = 0
-    broken: dict[str, str] = field(default_factory=dict)
-    repeated: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    recall: float | None = None
+    broken: dict[str, str] = field(default_factory=dict)  # why, by id
+    repeated: int = 0  # rows of the table that name an image of an earlier row
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files of other kinds, by suffix
+    recall: float | None = None  # recall@10; None where every vector is compared
 
 
 @dataclass(frozen=True)
@@ -159,17 +145,8 @@ def writing(
     """Write the next generation of an index; one writer at a time.
 
     It begins with the rows of the current generation if that has the same plan, and with those that
-    a stopped command embedded. What is embedded stays if the work fails.
-
-    Args:
-        out: folder of the index.
-        plan, loaded, schema, sizes: as of `Writer`.
-        resume: False begins with nothing.
-        extend: whether a damaged generation is refused; else it is replaced.
-
-    Raises:
-        RAdapterError: another command writes the index, a stopped one had another plan, or the
-            index is damaged.
+    a stopped command embedded; `resume` False begins with nothing. What is embedded stays if the
+    work fails. A damaged generation is replaced, or refused if `extend`.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):
@@ -239,17 +216,7 @@ class _Row(NamedTuple):
 
 
 class Writer:
-    """Writes the next generation of an index, which no search sees before it is published.
-
-    Args:
-        folder: of the parts.
-        plan: how the index is made.
-        loaded: embeds the images.
-        out: folder of the index.
-        schema: of the rows; that of the base counts if there is one.
-        base: the generation whose rows stay, or None.
-        sizes: of a batch, and of an index that needs no FAISS.
-    """
+    """Writes the next generation of an index, which no search sees before it is published."""
 
     def __init__(
         self,
@@ -349,11 +316,8 @@ class Writer:
         return len(there)
 
     def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
-        """Make the rows the current generation, and complete the summary.
-
-        Args:
-            summary: what was done.
-            rows: all rows, `summary.count` of them; those that are known if None.
+        """Make all rows, those that are known if None, the current generation, and complete the
+        summary.
         """
         if rows is None:
             digests = {row.digest for row in self.known.values()}

@@ -17,29 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Need, complete
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
-from radapter_serve.index.folder import Folder, check_files
-from radapter_serve.index.index import Index
-from radapter_serve.index.table import Table
 from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
 
 
 def generation(out: Path) -> Path:
     """The folder of the generation that counts."""
     return out / str(json.loads((out / FACTS).read_text())["generation"])
-
-
-def opened(out: Path, *, checked: int | None = None, **sizes: int) -> Index:
-    """The index, opened with other sizes than `open_index` takes.
-
-    Args:
-        out: its folder.
-        checked: as in `check_files`; no file is compared if None.
-        sizes: as in `Table`.
-    """
-    name, facts = Folder(out).current()
-    if checked is not None:
-        check_files(out / name, facts.files, complete=False, checked=checked)
-    return Index(out, name, facts, Table(out.name, out / name, facts, **sizes))
 
 
 def retrieving(

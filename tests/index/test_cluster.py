@@ -135,22 +135,12 @@ def test_no_cluster_is_one_line(
 ) -> None:
     import ray
 
+    def init(**_: Any) -> None:
+        raise ConnectionError("Could not find any instance")
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(
-        ray,
-        "init",
-        lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any instance")),
-    )
+    monkeypatch.setattr(ray, "init", init)
     models = str(exported_tiny_clip / "model_repository")
-    arguments = [
-        "build",
-        str(place / "photos"),
-        "--out",
-        str(place / "i"),
-        "--model-repository",
-        models,
-        "--ray",
-        "auto",
-    ]
-    assert main(arguments) == 2
+    where = ["--out", str(place / "i"), "--model-repository", models]
+    assert main(["build", str(place / "photos"), *where, "--ray", "auto"]) == 2
     assert "no Ray cluster at auto" in capsys.readouterr().err and not (place / "i").exists()

@@ -121,7 +121,7 @@ def by_sqlite(rows: Rows, where: str) -> list[int]:
         return [row - 1 for (row,) in database.execute(f"SELECT rowid FROM t WHERE {where}")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ROWS, conditions, st.integers(1, 5))
 def test_any_condition_is_met_by_the_rows_that_sqlite_names(
     rows: Rows, where: str, chunk: int
@@ -206,27 +206,24 @@ def test_what_sqlite_has_not(where: str, rows: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "why"),
+    ("where", "message"),
     [
-        *(("tiny", "neither yes nor no"), ("kind = 3", "compares text with integer")),
-        *(("nosuch = 1", "names 'nosuch'; the columns: day"), ("tiny / 0 = 1", "divide by zero")),
-        *(
-            ("tiny = 'x'", "compares"),
-            ("tags = 'x'", "compares"),
-            ("kind + 1 = 2", "has 'kind \\+ 1'"),
-        ),
-        *(("cast(kind as int) = 1", "fails"), ("cast(part * 1e30 as int) = 1", "fails")),
-        *(("kind LIKE kind", "has"), ("kind LIKE 'x!%' ESCAPE '!'", "has"), ("NOT tiny", "has")),
-        *(("tiny IS TRUE", "has"), ("cast(part as string) = '1'", "in many ways")),
-        *(("tiny AND true", "has"), ("- kind = 1", "has")),
-        ("cast(tiny as interval) = 1", "casts to INTERVAL"),
+        ("tiny", "neither yes nor no"),
+        ("nosuch = 1", "names 'nosuch'; the columns: day"),
+        ("tiny / 0 = 1", "divide by zero"),
         ("day = 'no day'", "not a date"),
+        *((f"{pair} = 'x'", "compares") for pair in ("tiny", "tags")),
+        ("kind = 3", "compares text with integer"),
+        *(("cast(kind as int) = 1", "fails"), ("cast(part * 1e30 as int) = 1", "fails")),
+        *((where, "has") for where in ("kind + 1 = 2", "kind LIKE kind", "NOT tiny", "- kind = 1")),
+        *((where, "has") for where in ("kind LIKE 'x!%' ESCAPE '!'", "tiny IS TRUE")),
+        *(("cast(part as string) = '1'", "many ways"), ("cast(tiny as interval) = 1", "casts to")),
     ],
 )
-def test_what_can_not_be_compared_is_refused_in_one_line(where: str, why: str) -> None:
-    with pytest.raises(TaskError, match=f"where .*{why}") as refused:
+def test_a_comparison_that_makes_no_sense_is_refused_in_one_line(where: str, message: str) -> None:
+    with pytest.raises(TaskError, match=f"where .*{message}") as error:
         evaluate(where, SPECIAL)
-    assert refused.value.code == INVALID_ARGUMENT and "\n" not in str(refused.value)
+    assert error.value.code == INVALID_ARGUMENT and "\n" not in str(error.value)
 
 
 def written(where: str) -> str:
@@ -335,7 +332,7 @@ def bounded_work() -> Iterator[None]:
         sys.setprofile(None)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.text(max_size=2100)
     | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)

@@ -82,60 +82,52 @@ def test_the_index_names_the_command_that_makes_it_again(
     assert build(str(tmp_path / "photos"), out, FakeRelease()).count == 1
 
 
+NAMES = [str(number) for number in range(COUNT)]
+
+
+def at(row: int, value: float) -> Any:
+    """A function that gives a vector one value."""
+
+    def change(vectors: Any) -> Any:
+        vectors[row] = value
+        return vectors
+
+    return change
+
+
 @pytest.mark.parametrize(
-    ("harm", "why"),
+    ("change", "message"),
     [
-        ("zero", "row 4999: the vector has no direction"),
-        ("nan", "row 7: the vector has no direction"),
-        ("width", f"have the width 9, and the embeddings of release 1 have {DIM}"),
-        ("whole", "does not hold vectors"),
-        ("flat", "does not hold vectors"),
-        ("pickle", "not an array of NumPy's"),
-        ("noise", "not an array of NumPy's"),
-        ("gone", "not an array of NumPy's"),
-        ("count", "has 5,000 rows, and .* 4,999 vectors"),
-        ("twice", "names 'x' twice"),
-        ("column", "no column 'image'; .* see --image-column"),
-        ("empty", "row 2: 'image' is no path"),
-        ("own", "has a column 'Width'; the index needs"),
-        ("no table", "is not PARQUET that can be read"),
+        (at(4999, 0), "row 4999: the vector has no direction"),
+        (at(7, np.nan), "row 7: the vector has no direction"),
+        (lambda vectors: vectors[:, :9], f"have the width 9, and .* of release 1 have {DIM}"),
+        (lambda vectors: vectors.astype(int), "does not hold vectors"),
+        (lambda vectors: vectors[0], "does not hold vectors"),
+        (lambda vectors: np.array([{}] * COUNT, object), "not an array of NumPy's"),
+        (lambda vectors: vectors[1:], "has 5,000 rows, and .* 4,999 vectors"),
+        ({"image": ["x", "x", *NAMES[2:]]}, "names 'x' twice"),
+        ({"id": NAMES}, "no column 'image'; .* see --image-column"),
+        ({"image": ["x", "", *NAMES[2:]]}, "row 2: 'image' is no path"),
+        ({"image": NAMES, "Width": NAMES}, "has a column 'Width'; the index needs"),
+        ("v.npy", "not an array of NumPy's"),
+        ("r.parquet", "is not PARQUET that can be read"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_and_leave_nothing(
-    harm: str, why: str, files: tuple[Path, Path], vectors: Any, tmp_path: Path
+    change: Any, message: str, files: tuple[Path, Path], vectors: Any, tmp_path: Path
 ) -> None:
-    path, rows = files
-    names = [str(number) for number in range(COUNT)]
-    if harm in ("zero", "nan"):
-        vectors[4999 if harm == "zero" else 7] = 0 if harm == "zero" else np.nan
-        np.save(path, vectors)
-    elif harm == "width":
-        np.save(path, vectors[:, :9])
-    elif harm == "whole":
-        np.save(path, vectors.astype(int))
-    elif harm == "flat":
-        np.save(path, vectors[0])
-    elif harm == "pickle":
-        np.save(path, np.array([{}] * COUNT, object))
-    elif harm == "noise":
-        path.write_bytes(b"noise")
-    elif harm == "gone":
-        path.unlink()
-    elif harm == "count":
-        np.save(path, vectors[1:])
-    elif harm == "no table":
-        rows.write_bytes(b"noise")
+    """A function changes the vectors, columns are those of another table, and a name is that of a
+    file full of noise.
+    """
+    if callable(change):
+        np.save(files[0], change(vectors))
+    elif isinstance(change, dict):
+        parquet.write_table(pa.table(change), files[1])
     else:
-        columns: dict[str, Any] = {
-            "twice": {"image": ["x", "x", *names[2:]]},
-            "column": {"id": names},
-            "empty": {"image": ["x", "", *names[2:]]},
-            "own": {"image": names, "Width": names},
-        }[harm]
-        parquet.write_table(pa.table(columns), rows)
-    with pytest.raises(RAdapterError, match=why) as refused:
-        build_from_embeddings(path, rows, tmp_path / "index", FakeRelease())
-    assert "\n" not in str(refused.value) and not list(tmp_path.glob("*index*"))
+        (tmp_path / change).write_bytes(b"noise")
+    with pytest.raises(RAdapterError, match=message) as error:
+        build_from_embeddings(*files, tmp_path / "index", FakeRelease())
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*index*"))
 
 
 def test_the_command(

@@ -62,54 +62,45 @@ def ask(
         return {name: result.as_numpy(name) for name in outputs}
 
 
+def refused(server: TritonServer, message: str, **inputs: Any) -> None:
+    with pytest.raises(InferenceServerException, match=message):
+        ask(server, **inputs)
+
+
 def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
+    indexes = folder / "Büro" / "indexes"
     release = load_release(exported_tiny_clip / "model_repository")
-    with pytest.raises(
-        InferenceServerException, match=r"\[unknown_index\] no index 'photos'; there are: none"
-    ):
-        ask(server, text="a cat", index="photos")
+    refused(
+        server, r"\[unknown_index\] no index 'photos'; there are: none", text="a", index="photos"
+    )
     for bad in ("../photos", "", ".", "a/b", ".photos.building"):
-        with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
-            ask(server, text="a cat", index=bad)
-    build(
-        str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release
-    )  # while the server runs
-    names = [f"{number}é.png" for number in range(6)]
+        refused(server, r"\[unknown_index\]", text="a cat", index=bad)
+
+    build(str(folder / "photos"), indexes / "photos", release)  # while the server runs
     embeds = release.embed_pixels([release.pixels(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
-    found = ask(server, text="a cat", index="photos", top_k=4)
     best = np.argsort(-(embeds @ query))[:4]
-    assert [id.decode() for id in found["id"]] == [names[number] for number in best]
-    np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
-    assert json.loads(found["metadata"][0])["width"] == 50
-    found = ask(
-        server,
-        ("id", "thumbnail"),
-        image=png(3, 50, 40),
-        index="photos",
-        top_k=1,
-        where="path LIKE '%é.png'",
-    )
-    assert found["id"][0].decode() == "3é.png"
-    assert Image.open(io.BytesIO(found["thumbnail"][0])).format == "JPEG"
-    assert len(ask(server, image=png(3, 50, 40), index="photos")["id"]) == 6
+    hits = ask(server, text="a cat", index="photos", top_k=4)
+    assert [id.decode() for id in hits["id"]] == [f"{number}é.png" for number in best]
+    np.testing.assert_allclose(hits["score"], (embeds @ query)[best], atol=1e-5)
+    assert json.loads(hits["metadata"][0])["width"] == 50
+    image = png(3, 50, 40)
+    where = "path LIKE '%é.png'"
+    hits = ask(server, ("id", "thumbnail"), image=image, index="photos", top_k=1, where=where)
+    assert hits["id"][0].decode() == "3é.png"
+    assert Image.open(io.BytesIO(hits["thumbnail"][0])).format == "JPEG"
+    assert len(ask(server, image=image, index="photos")["id"]) == 6
     assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
 
-    arguments = [
-        "build",
-        str(folder / "photos"),
-        "--out",
-        str(folder / "Büro" / "indexes" / "by-url"),
-        "--url",
-        server.grpc_url,
-    ]
-    assert main(arguments) == 0  # the server itself embeds
-    found = ask(server, image=png(3, 50, 40), index="by-url", top_k=1)
-    assert found["id"][0].decode() == "3é.png" and found["score"][0] > 0.9999
+    # The server itself embeds.
+    out = str(indexes / "by-url")
+    assert main(["build", str(folder / "photos"), "--out", out, "--url", server.grpc_url]) == 0
+    hits = ask(server, image=image, index="by-url", top_k=1)
+    assert hits["id"][0].decode() == "3é.png" and hits["score"][0] > 0.9999
 
     (folder / "photos" / "new.png").write_bytes(png(99, 50, 40))
-    build(str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release)  # replaced
+    build(str(folder / "photos"), indexes / "photos", release)  # replaced
     assert ask(server, image=png(99, 50, 40), index="photos", top_k=1)["id"][0] == b"new.png"
 
     body: Any = {
@@ -124,15 +115,12 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     assert status == 200
     values = {output["name"]: output["data"] for output in answer["outputs"]}
     assert len(values["id"]) == 2 and json.loads(values["metadata"][0])["path"] == values["id"][0]
-    shutil.rmtree(folder / "Büro" / "indexes" / "photos")
-    with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
-        ask(server, text="a cat", index="photos")
+    shutil.rmtree(indexes / "photos")
+    refused(server, r"\[unknown_index\]", text="a cat", index="photos")
 
 
 def test_many_images_are_found_by_faiss(
-    served: tuple[TritonServer, Path],
-    exported_tiny_clip: Path,
-    tmp_path: Path,
+    served: tuple[TritonServer, Path], exported_tiny_clip: Path, tmp_path: Path
 ) -> None:
     server, folder = served
     (tmp_path / "many").mkdir()
@@ -141,21 +129,16 @@ def test_many_images_are_found_by_faiss(
     release = load_release(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
     build(str(tmp_path / "many"), out, release, sizes=SMALL)
-    assert (generation(out) / "codes.faiss").is_file()
     for number in (0, 100, 259):
-        found = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
-        assert found["id"][0].decode() == f"{number:03}.png" and found["score"][0] > 0.9999
+        hits = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
+        assert hits["id"][0].decode() == f"{number:03}.png" and hits["score"][0] > 0.9999
     assert len(ask(server, text="a cat", index="many é", top_k=260)["id"]) == 260
-    found = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
-    assert found["id"][0].decode() > "100.png"
-    (codes,) = out.glob("g-*/codes.faiss")
-    codes.write_bytes(b"broken")
+    hits = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
+    assert hits["id"][0].decode() > "100.png"
+    (generation(out) / "codes.faiss").write_bytes(b"broken")
     point_again(out)
-    with pytest.raises(
-        InferenceServerException,
-        match=r"\[unknown_index\].*can't be opened; the server's log says why",
-    ):
-        ask(server, text="a cat", index="many é")
+    message = r"\[unknown_index\].*can't be opened; the server's log says why"
+    refused(server, message, text="a cat", index="many é")
     add(out, release, sizes=SMALL)  # makes it again
     assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
 
@@ -165,35 +148,19 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
 
     server, folder = served
     release = load_release(exported_tiny_clip / "model_repository")
-    embeds = release.embed_pixels([release.pixels(png(number, 50, 40)) for number in range(6)])
+    linked = folder / "Büro" / "indexes" / "far"
     build(str(folder / "photos"), folder / "kept", release)
-    (query,) = release.embed_texts(["a cat"])
     with fake_qdrant() as store:
         publish(folder / "kept", f"{store.url}/photos")
-        link(f"{store.url}/photos", folder / "Büro" / "indexes" / "far")
-        found = ask(server, text="a cat", index="far", top_k=4)
-        best = np.argsort(-(embeds @ query))[:4]
-        assert [id.decode() for id in found["id"]] == [f"{number}é.png" for number in best]
-        np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
-        found = ask(
-            server,
-            ("id", "thumbnail"),
-            image=png(3, 50, 40),
-            index="far",
-            where="path IN ('3é.png', 'x')",
-        )
-        assert [id.decode() for id in found["id"]] == ["3é.png"] and found["thumbnail"][
-            0
-        ].startswith(b"\xff\xd8")
-        with pytest.raises(
-            InferenceServerException, match=r"\[invalid_argument\].*an index in Qdrant takes"
-        ):
-            ask(server, text="a cat", index="far", where="path LIKE '3%'")
-    with pytest.raises(
-        InferenceServerException, match=r"\[unknown_index\].*can't be searched in Qdrant"
-    ):
-        ask(server, text="a cat", index="far")
-    shutil.rmtree(folder / "Büro" / "indexes" / "far")
+        link(f"{store.url}/photos", linked)
+        hits = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="far", top_k=1)
+        assert hits["id"][0].decode() == "3é.png"
+        assert hits["thumbnail"][0].startswith(b"\xff\xd8")
+        message = r"\[invalid_argument\].*an index in Qdrant takes"
+        refused(server, message, text="a cat", index="far", where="path LIKE '3%'")
+    message = r"\[unknown_index\].*can't be searched in Qdrant"
+    refused(server, message, text="a cat", index="far")
+    shutil.rmtree(linked)
 
 
 def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
@@ -201,49 +168,38 @@ def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_cl
     release = load_release(exported_tiny_clip / "model_repository")
     for name in ("Büro", "猫", "plain"):
         build(str(folder / "photos"), folder / "Büro" / "indexes" / name, release)
-    for name in ("Büro", "猫", "plain"):
-        found = ask(server, image=png(3, 50, 40), index=name, top_k=1, where="path LIKE '%é.png'")
-        assert found["id"][0].decode() == "3é.png"
+        hits = ask(server, image=png(3, 50, 40), index=name, top_k=1)
+        assert hits["id"][0].decode() == "3é.png"
     with pytest.raises(InferenceServerException, match="there are: Büro, .*猫$") as error:
         ask(server, text="a cat", index="Küche")
     assert str(folder) not in str(error.value)
-    body: Any = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}]}
-    status, answer = post(server, "models/retrieve/infer", body)  # no index
-    assert (status, answer["error"]) == (400, "[invalid_argument] the input index is missing")
 
 
 def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
     models = exported_tiny_clip / "model_repository"
-    build(str(folder / "photos"), folder / "Büro" / "indexes" / "good", load_release(models))
-    other = folder / "Büro" / "indexes" / "other"
-    build(str(folder / "photos"), other, load_release(f"{models}@1"))
-    photos = len(list((folder / "photos").iterdir()))
-    assert len(ask(server, text="a", index="other")["id"]) == photos  # release 1 is served, too
-    facts = said(other)
+    indexes = folder / "Büro" / "indexes"
+    build(str(folder / "photos"), indexes / "good", load_release(models))
+    build(str(folder / "photos"), indexes / "other", load_release(f"{models}@1"))
+    assert len(ask(server, text="a", index="other")["id"])  # release 1 is served, too
+    facts = said(indexes / "other")
     facts["plan"]["release"]["digest"] = "sha256:0"
-    say(other, facts)
-    point_again(other)
-    for match, inputs in (
-        (
-            r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command",
-            {"text": "a", "index": "other"},
-        ),
-        (
-            r"\[invalid_argument\] where names 'nosuch'; the columns: path",
-            {"text": "a", "index": "good", "where": "nosuch = 1"},
-        ),
-        (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
-        (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
-        (r"\[invalid_argument\] nothing to search for", {"index": "good"}),
-        (r"\[invalid_argument\] text 1 of 1 is empty", {"index": "good", "text": " "}),
-        (r"\[invalid_image\]", {"index": "good", "image": b"no image"}),
+    say(indexes / "other", facts)
+    point_again(indexes / "other")
+    message = r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command"
+    refused(server, message, text="a", index="other")
+    for inputs in (
+        {"text": "a", "where": "nosuch = 1"},
+        {"text": "a", "top_k": 0},
+        {"text": "a", "top_k": 9999},
+        {},
+        {"text": " "},
     ):
-        with pytest.raises(InferenceServerException, match=match):
-            ask(server, **inputs)
-    body = {"inputs": [{"name": "index", "shape": [1], "datatype": "BYTES", "data": ["good"]}]}
-    status, answer = post(server, "models/retrieve/infer", body)
-    assert status == 400 and "[invalid_argument]" in answer["error"]
+        refused(server, r"\[invalid_argument\]", index="good", **inputs)
+    refused(server, r"\[invalid_image\]", index="good", image=b"no image")
+    inputs = [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}]
+    status, answer = post(server, "models/retrieve/infer", {"inputs": inputs})
+    assert (status, answer["error"]) == (400, "[invalid_argument] the input index is missing")
 
 
 def test_the_printed_commands_serve_and_search(
@@ -257,37 +213,30 @@ def test_the_printed_commands_serve_and_search(
         (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number, 50, 40))
     (tmp_path / "my models").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
-    assert (
-        main(
-            ["build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models@1"]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    serve, search = (re.search(rf"{what} it: +(.*)", said)[1] for what in ("serve", "search"))  # type: ignore[index]
+    build_command = ["build", "my photos", "--out", "my indexes/Büro"]
+    assert main([*build_command, "--model-repository", "my models@1"]) == 0
+    printed = capsys.readouterr().out
+    [serve] = re.findall("serve it: +(.*)", printed)
+    [search] = re.findall("search it: +(.*)", printed)
     http, grpc_port, metrics = free_ports()
     ports = f"--http-port {http} --grpc-port {grpc_port} --metrics-port {metrics}"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+
     with subprocess.Popen(
         f"exec {serve} {ports}", shell=True, stdout=subprocess.PIPE, text=True
     ) as server:
         try:
             assert server.stdout is not None
-            assert any(
-                line.startswith("indexes") for line in server.stdout
-            )  # which it prints when it is ready
+            # Which it prints when it is ready.
+            assert any(line.startswith("indexes") for line in server.stdout)
             command = f"{search} --json --url grpc://127.0.0.1:{grpc_port}"
-            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-            assert found.returncode == 0, found.stderr
-            assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {
-                "0.png",
-                "1.png",
-                "2.png",
-            }
-            command = command.replace("Büro", "nosuch")
-            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-            assert found.returncode == 2 and "there are: Büro" in found.stderr
+            hits = {json.loads(line)["id"] for line in run(command).stdout.splitlines()}
+            assert hits == {"0.png", "1.png", "2.png"}
+            done = run(command.replace("Büro", "nosuch"))
+            assert done.returncode == 2 and "there are: Büro" in done.stderr
         finally:
             server.terminate()
             server.communicate()

@@ -14,14 +14,14 @@ from pyarrow import parquet
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
+from radapter_serve.index import folder
 from radapter_serve.index.build import add, build, build_from_embeddings
-from radapter_serve.index.folder import DamagedFileError
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES
 from radapter_serve.index.table import ROWS, VECTORS
 from radapter_serve.index.verify import verify
 from radapter_serve.index.writer import Sizes
-from tests.helpers.indexes import generation, opened, said, say
+from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 
 
@@ -60,8 +60,9 @@ def test_one_flipped_bit_of_any_file_is_refused_and_named(
 
 
 def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_sizes(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(folder, "CHECKED_AT_OPEN", 0)
     vectors = np.random.default_rng(0).standard_normal((200, DIM)).astype(np.float32)
     np.save(tmp_path / "v.npy", vectors)
     rows = pa.table({"image": [str(number) for number in range(200)]})
@@ -71,7 +72,7 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
     build_from_embeddings(*files, out, FakeRelease(), sizes=Sizes(exact=100))
     for name in (ROWS, VECTORS):
         flip(generation(out) / name, 2000)
-        assert len(opened(out, checked=0)) == 200
+        assert len(open_index(out)) == 200
         with pytest.raises(RAdapterError, match=name):
             verify(out)
         flip(generation(out) / name, 2000)
@@ -79,12 +80,12 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
         path = generation(out) / name
         before = path.read_bytes()
         path.write_bytes(before + b"0")
-        with pytest.raises(DamagedFileError, match=name):
-            opened(out, checked=0)
+        with pytest.raises(RAdapterError, match=name):
+            open_index(out)
         path.write_bytes(before)
     flip(generation(out) / CODES, 2000)
-    with pytest.raises(DamagedFileError, match=CODES):
-        opened(out, checked=0)
+    with pytest.raises(RAdapterError, match=CODES):
+        open_index(out)
 
 
 @pytest.mark.parametrize("exact", [True, False])
