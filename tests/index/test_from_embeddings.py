@@ -18,7 +18,8 @@ from radapter_serve.index.facts import build_command
 from radapter_serve.index.index import open_index, read_facts
 from radapter_serve.index.verify import verify
 from tests.helpers.indexes import generation
-from tests.index.test_index import DIM, FakeRelease, write
+from tests.helpers.projection import DIM
+from tests.index.test_index import FakeRelease, write
 
 COUNT = 5000  # more than are read at once
 

@@ -348,10 +348,11 @@ def test_a_stopped_build_with_other_arguments_is_not_discarded_unasked(
     sources = {"columns": f"csv:{photos / 't.csv'}", "folder": str(photos / "deep")}
     source = sources.get(what, str(photos))
     other = FakeRelease(alpha=0.1 if what == "release" else 0.5)
-    options: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "size of thumbnails": {"thumbnails": 64},
         "EXIF orientation": {"exif_orientation": False},
-    }.get(what, {})
+    }
+    options = changes.get(what, {})
     message = f"that had another {what}; finish it: radapter-index build.*--no-resume"
     with pytest.raises(RAdapterError, match=message):
         build(source, out, other, **options)

@@ -188,17 +188,18 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
     point_again(indexes / "other")
     message = r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command"
     refused(server, message, text="a", index="other")
-    for inputs in (
+    asked: list[dict[str, Any]] = [
         {"text": "a", "where": "nosuch = 1"},
         {"text": "a", "top_k": 0},
         {"text": "a", "top_k": 9999},
         {},
         {"text": " "},
-    ):
+    ]
+    for inputs in asked:
         refused(server, r"\[invalid_argument\]", index="good", **inputs)
     refused(server, r"\[invalid_image\]", index="good", image=b"no image")
-    inputs = [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}]
-    status, answer = post(server, "models/retrieve/infer", {"inputs": inputs})
+    text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
+    status, answer = post(server, "models/retrieve/infer", {"inputs": [text]})
     assert (status, answer["error"]) == (400, "[invalid_argument] the input index is missing")
 
 

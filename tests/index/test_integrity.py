@@ -22,7 +22,8 @@ from radapter_serve.index.table import ROWS, VECTORS
 from radapter_serve.index.verify import verify
 from radapter_serve.index.writer import Sizes
 from tests.helpers.indexes import generation, said, say
-from tests.index.test_index import DIM, FakeRelease, embeds_of, write
+from tests.helpers.projection import DIM
+from tests.index.test_index import FakeRelease, embeds_of, write
 
 
 @pytest.fixture

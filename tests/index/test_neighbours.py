@@ -361,7 +361,7 @@ def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) 
         assert sorted(near.nearest(asked, 10, near.cells, 600, among)[0].tolist()) == equal
 
 
-class Exact:
+class Exact(Neighbours):
     """Compares all vectors, but finds one of them never, and one kind of query only in 64 cells."""
 
     def __init__(self, vectors: Array, lost: int = -1, bad: Any = lambda query: False) -> None:
@@ -369,7 +369,9 @@ class Exact:
         self.lost = lost
         self.bad = bad
 
-    def nearest(self, query: Array, top_k: int, nprobes: int, _: int) -> tuple[Any, Array]:
+    def nearest(
+        self, query: Array, top_k: int, nprobes: int, candidates: int, among: Met | None = None
+    ) -> tuple[Any, Array]:
         scores = self.vectors @ query
         order = np.argsort(-scores)
         order = order[order != self.lost][20 if nprobes < 64 and self.bad(query) else 0 :]

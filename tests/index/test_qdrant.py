@@ -29,7 +29,8 @@ from radapter_serve.index.verify import verify
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import retrieving
-from tests.index.test_index import DIM, FakeRelease, embeds_of, write
+from tests.helpers.projection import DIM
+from tests.index.test_index import FakeRelease, embeds_of, write
 
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
     from tests.helpers.fake_qdrant import FakeQdrant

@@ -13,7 +13,8 @@ import pytest
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.table import THUMBNAIL
-from tests.index.test_index import DIM, FakeRelease
+from tests.helpers.projection import DIM
+from tests.index.test_index import FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
 
 edge = pytest.importorskip("qdrant_edge", reason="pip install -e '.[integrations]'")
