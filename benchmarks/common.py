@@ -4,7 +4,6 @@ process, the table.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import io
@@ -79,17 +78,6 @@ trout, tulip, turtle, wardrobe, whale, willow tree, wolf, woman, worm""".replace
 def say(line: str) -> None:
     """One line of progress, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-def of_drawings(description: str | None) -> argparse.Namespace:
-    """The flags of a benchmark that judges a release by the drawings: `model_repository`, `data`
-    and `out`, all paths.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model-repository", type=Path, required=True, help="of the release")
-    parser.add_argument("--data", type=Path, required=True, help="the drawings, DATA/drawings")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    return parser.parse_args()
 
 
 def alternate(
