@@ -32,7 +32,7 @@ from radapter_client import (
     Segmentation,
     _url,
 )
-from radapter_client._results import pick_release, read_hits, read_releases
+from radapter_client._results import pick_release, read_releases
 from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
 
 CLIENT = Client(transport=Recorder(), release=1)
@@ -52,28 +52,15 @@ def test_exported_names():
     assert radapter_client.__all__ == sorted(radapter_client.__all__)
 
 
-@pytest.mark.parametrize(
-    "name", ["classify", "segment", "search", "embed_images", "is_ready", "release"]
-)
+@pytest.mark.parametrize("name", ["classify", "search", "embed_images", "is_ready"])
 def test_methods_have_their_own_signature_and_words(name: str):
     """They are written once for both clients, and look like methods of either."""
-    own = AsyncClient(transport=AsyncRecorder())
-    for method in (getattr(CLIENT, name), getattr(own, name)):
+    for client in (CLIENT, AsyncClient(transport=AsyncRecorder())):
+        method = getattr(client, name)
         assert inspect.signature(method).parameters["timeout"].default is None
         assert "self" not in inspect.signature(method).parameters
         assert method.__name__ == name and "Example:" in method.__doc__
     assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters
-
-
-def test_public_names_have_an_example():
-    for name in radapter_client.__all__:
-        thing = getattr(radapter_client, name)
-        if name != "ImageLike":
-            text = " ".join(thing.__doc__.split())
-            assert "Example:" in text or "as in `" in text, name
-    for name in dir(Client):
-        if not name.startswith("_") and name != "close":
-            assert "Example:" in getattr(Client, name).__doc__, name
 
 
 class Cats:
@@ -93,9 +80,8 @@ def test_transport_of_the_user():
     assert code in "".join(str(radapter_client.Transport.__doc__).split())
     with Client(transport=Cats(), release=1) as client:
         assert client.classify(b"photo", ["cat", "dog"]).top == "cat"
-        assert [found.top for found in client.classify([b"photo"] * 40, ["cat", "dog"])] == [
-            "cat"
-        ] * 40
+        answers = client.classify([b"photo"] * 40, ["cat", "dog"])
+        assert [answer.top for answer in answers] == ["cat"] * 40
 
 
 def test_both_clients_ask_the_same_of_their_transport():
@@ -122,28 +108,11 @@ def test_both_clients_ask_the_same_of_their_transport():
 
     with Client(transport=recorder, batch_size=2, concurrency=1, timeout=7) as client:
         answers = [str(call()) for call in calls(client)]
-    found = asyncio.run(main())
-    assert answers == found
+    assert answers == asyncio.run(main())
     assert list(map(str, recorder.requests)) == list(map(str, other.requests))
     assert recorder.timeouts == other.timeouts and set(recorder.timeouts) == {3, 7}
-    assert [request.version for request in recorder.inferences[1:3]] == [
-        "1",
-        "1",
-    ]  # of one call, from one release
-
-
-def test_drawn_exception_tree_is_the_tree():
-    def draw(kind: type[Any], indent: int = 0) -> list[tuple[int, str]]:
-        below: list[type[Any]] = kind.__subclasses__()
-        return [(indent, kind.__name__)] + [line for sub in below for line in draw(sub, indent + 1)]
-
-    drawn = []
-    for line in inspect.cleandoc(
-        str(sys.modules[radapter_client.Timeout.__module__].__doc__)
-    ).splitlines()[2:]:
-        name = line.lstrip(" │├└─").split()[0]
-        drawn.append((line.index(name) // 4, name))
-    assert drawn == draw(radapter_client.RAdapterClientError)
+    # Of one call, from one release.
+    assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]
 
 
 def test_grpc_clients_that_outlive_their_modules_end_in_silence():
@@ -195,11 +164,10 @@ def test_url(url: str, whole: str):
 def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, monkeypatch: Any):
     nobody = "http://127.0.0.1:9"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        http, grpc = f"http://127.0.0.1:{port}", f"grpc://127.0.0.1:{port}"
+        address = f"127.0.0.1:{server.getsockname()[1]}"
         for urls, asked in (
-            ((http, grpc), http),
-            ((nobody, grpc), grpc),
+            ((f"http://{address}", f"grpc://{address}"), f"http://{address}"),
+            ((nobody, f"grpc://{address}"), f"grpc://{address}"),
             ((nobody, nobody), nobody),
         ):
             monkeypatch.setattr(_url, "DEFAULT_URLS", urls)
@@ -211,25 +179,14 @@ def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, 
 @pytest.mark.parametrize(
     "url",
     [
-        "localhost:8001",
-        "",
-        "ftp://localhost",
-        "http://:8000",
-        "grpc://localhost:99999",
-        "grpc://localhost/path",
-        "http://me:secret@localhost",
-        "http://localhost/?a=b",
-        "http://[::1",
-        "http://localhost\n",
-        b"http://localhost",
+        *("localhost:8001", "", "ftp://localhost", "http://:8000", "grpc://localhost:99999"),
+        *("grpc://localhost/path", "http://me:secret@localhost", "http://localhost/?a=b"),
+        *("http://[::1", "http://localhost\n", b"http://localhost"),
     ],
 )
-def test_bad_url_names_the_allowed_ones(url):
-    for kind in (radapter_client.Client, radapter_client.AsyncClient):
-        with pytest.raises(
-            radapter_client.InvalidURL, match="allowed are http://.*https://.*grpc://.*grpcs://"
-        ):
-            kind(url)
+def test_a_bad_url_is_refused_with_the_allowed_ones(url):
+    with pytest.raises(radapter_client.InvalidURL, match="allowed are http://.*grpcs://"):
+        Client(url)
 
 
 # Images
@@ -249,17 +206,8 @@ def images() -> list[Image.Image]:
     profiled.info["icc_profile"] = b"x" * 100_000
     deep = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (31, 45)).astype(np.uint16))
     modes = [rgb.convert(mode) for mode in ("L", "1")]
-    return [
-        rgb,
-        rgba,
-        rgba.convert("LA"),
-        palette,
-        transparent,
-        profiled,
-        deep,
-        *modes,
-        rgb.crop((0, 0, 1, 1)),
-    ]
+    one_pixel = rgb.crop((0, 0, 1, 1))
+    return [rgb, rgba, rgba.convert("LA"), palette, transparent, profiled, deep, *modes, one_pixel]
 
 
 @pytest.mark.parametrize(
@@ -296,6 +244,7 @@ def test_pixels_beyond_the_palette_are_refused():
         sent(image)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
 def test_array_arrives_to_the_bit(height: int, width: int, grey: bool, seed: int):
     shape = (height, width) if grey else (height, width, 3)
@@ -341,13 +290,7 @@ def test_photos_are_made_small_before_they_are_sent(data: bytes, size, kind: str
 
 @pytest.mark.parametrize(
     "data",
-    [
-        photo(600, 448),
-        photo(40, 30),
-        photo(1600, 1200, "PNG", "P"),
-        photo(1600, 1200)[:500],
-        b"no image",
-    ],
+    [photo(600, 448), photo(1600, 1200, "PNG", "P"), photo(1600, 1200)[:500], b"no image"],
 )
 def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
     recorder = Recorder()
@@ -359,8 +302,7 @@ def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
     assert images == [data, data, photo(1600, 1200)]
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("turn", "kind"), [*((turn, "JPEG") for turn in range(1, 9)), (6, "PNG")])
 def test_photos_that_are_made_small_stay_turned(turn: int, kind: str):
     """Whoever turns what is sent as its EXIF says sees what the whole photo shows, made small."""
     data = photo(800, 600, kind, "RGB" if kind == "JPEG" else "RGBA", turn)
@@ -388,72 +330,53 @@ def test_nothing_that_a_caller_hands_in_is_changed():
     labels = ["a", "b"]
     examples: Any = {"a": [opened]}
     weights = {"a": 0.25}
-    before = [
-        palette.tobytes(),
-        array.tobytes(),
-        masks.tobytes(),
-        scores.tobytes(),
-        dict(palette.info),
-    ]
+
+    def state() -> list[Any]:
+        arrays = [thing.tobytes() for thing in (palette, array, masks, scores)]
+        return [*arrays, dict(palette.info), [*labels], {**examples}, {**weights}]
+
+    before = state()
     with Client(transport=Recorder(), release=1, shrink_to=64) as client:
         client.classify([opened, palette, array], labels)
-        assert opened.size == (4000, 3000)
         client.classify(opened, labels, examples=examples, example_weight=weights)
         client.search(image=[opened, palette, array], index="i", weights=[1, 2, 3])
         client.embed_images([opened, array])
-        found = client.segment(PIXELS, labels, proposals=masks, proposal_scores=scores)
-        found.overlay(palette.resize((5, 4)))
-    after = [
-        palette.tobytes(),
-        array.tobytes(),
-        masks.tobytes(),
-        scores.tobytes(),
-        dict(palette.info),
-    ]
-    assert after == before
-    assert (labels, examples, weights) == (["a", "b"], {"a": [opened]}, {"a": 0.25})
-    assert (opened.size, opened.info, dict(opened.getexif())) == (
-        untouched.size,
-        untouched.info,
-        dict(untouched.getexif()),
-    )
-    assert opened.tobytes() == untouched.tobytes()
+        answer = client.segment(PIXELS, labels, proposals=masks, proposal_scores=scores)
+        answer.overlay(palette.resize((5, 4)))
+    assert state() == before
+    assert (opened.size, opened.info) == (untouched.size, untouched.info)
     assert dict(opened.getexif()) == dict(untouched.getexif())
+    assert opened.tobytes() == untouched.tobytes()
 
 
 @pytest.mark.parametrize(
-    ("image", "why"),
+    ("image", "message"),
     [
         ("no/such/file.jpg", "no/such/file.jpg: No such file"),
-        (Path("/"), "is a folder; give the images in it"),
+        (Path("/"), "is a folder"),
         ("a\0b", "null byte"),
         (b"", "zero bytes"),
         (np.zeros((4, 4, 3)), r"float64 \[4, 4, 3\].*allowed are uint8 \[H, W, 3\]"),
-        (np.zeros((3, 4, 4), np.uint8), r"uint8 \[3, 4, 4\]"),
-        (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
+        *((np.zeros(shape, np.uint8), "uint8") for shape in ((3, 4, 4), (0, 4, 3))),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
-        (5, "int; allowed are a path"),
-        (None, "NoneType"),
+        *((value, "allowed are a path") for value in (5, None)),
     ],
 )
-def test_what_is_no_image(image, why: str):
-    with pytest.raises(radapter_client.InvalidImage, match=why) as caught:
+def test_a_value_that_is_no_image(image, message: str):
+    with pytest.raises(radapter_client.InvalidImage, match=message) as error:
         sent(image)
-    assert caught.value.code == "invalid_image"
+    assert error.value.code == "invalid_image"
 
 
 def test_broken_and_empty_files(tmp_path: Path):
-    empty = tmp_path / "empty.png"
-    empty.touch()
+    (tmp_path / "empty.png").touch()
     with pytest.raises(radapter_client.InvalidImage, match="empty file"):
-        sent(empty)
-    Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with (
-        Image.open(tmp_path / "half.png") as lazy,
-        pytest.raises(radapter_client.InvalidImage, match="cannot read"),
-    ):
-        sent(lazy)
+        sent(tmp_path / "empty.png")
+    file = io.BytesIO()
+    Image.fromarray(pixels(64, 64, 3)).save(file, "PNG")
+    half = Image.open(io.BytesIO(file.getvalue()[:2000]))
+    with pytest.raises(radapter_client.InvalidImage, match="cannot read"):
+        sent(half)
 
 
 def oriented(value: int) -> Image.Image:
@@ -477,22 +400,15 @@ def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
     path = tmp_path / "image.png"
     Image.fromarray(pixels(31, 45, 3)).save(path, exif=exif(value))
     with Image.open(path) as opened:
-        copies = [
-            sent(path),
-            sent(path.read_bytes()),
-            sent(opened),
-            sent(opened.convert("RGB")),
-            sent(oriented(value)),
-        ]
+        images = [path, path.read_bytes(), opened, opened.convert("RGB"), oriented(value)]
+        copies = [sent(image) for image in images]
         turned = ImageOps.exif_transpose(opened)
     for data in copies:
         with Image.open(io.BytesIO(data)) as back:
             assert back.tobytes() == Image.fromarray(pixels(31, 45, 3)).tobytes()
             assert back.getexif().get(0x0112, 1) == value
             assert ImageOps.exif_transpose(back).tobytes() == turned.tobytes()
-    with Image.open(
-        io.BytesIO(sent(turned))
-    ) as back:  # what was turned already is not turned again
+    with Image.open(io.BytesIO(sent(turned))) as back:  # which is not turned again
         assert back.getexif().get(0x0112, 1) == 1 and back.tobytes() == turned.tobytes()
 
 
@@ -505,50 +421,37 @@ def test_broken_exif_is_no_error(broken: bytes):
 
 
 def test_one_image_or_several():
-    ones: list[Any] = [
-        "a.jpg",
-        Path("a.jpg"),
-        b"x",
-        Image.new("L", (1, 1)),
-        pixels(4, 4, 3),
-        pixels(4, 4),
-    ]
-    for one in ones:
+    images: list[Any] = ["a.jpg", Path("a.jpg"), b"x", Image.new("L", (1, 1))]
+    for image in (*images, pixels(4, 4, 3), pixels(4, 4)):
         try:
-            assert not isinstance(CLIENT.classify(one, ["a"]), list)
+            assert not isinstance(CLIENT.classify(image, ["a"]), list)
         except radapter_client.InvalidImage as error:
             assert "a.jpg" in str(error)
     for several in ([b"x"], (b"x",), [], pixels(2, 4, 4, 3), iter([b"x"])):
         assert isinstance(CLIENT.classify(several, ["a"]), list)
 
 
-# Labels that stand alone
+# Requests
 
 
-def test_labels_that_stand_alone_are_asked_for():
+def options_of(request: Request) -> dict[str, Any]:
+    """The inputs of a request but its images and labels."""
+    return {
+        name: array.tolist()
+        for name, array in request.inputs.items()
+        if name not in ("image", "labels")
+    }
+
+
+def test_labels_are_scored_by_themselves_where_that_is_asked_for():
     recorder = Recorder()
     with Client(transport=recorder, release=1) as client:
         client.classify(b"x", ["a", "b"])
         client.classify([b"x", b"y"], ["a", "b"], multi_label=True)
-        client.classify(
-            b"x", ["a", "b"], multi_label=True, threshold=0.25, top_k=3, calibrated=True
-        )
+        options: dict[str, Any] = {"threshold": 0.25, "top_k": 3, "calibrated": True}
+        client.classify(b"x", ["a", "b"], multi_label=True, **options)
         client.classify(b"x", ["a", "b"], calibrated=True)
-        with pytest.raises(
-            radapter_client.InvalidRequest, match="threshold without multi_label=True"
-        ):
-            client.classify(b"x", ["a"], threshold=0.5)
-        with pytest.raises(radapter_client.InvalidRequest, match="threshold"):
-            client.classify(b"x", ["a"], multi_label=True, threshold=1.5)
-    sent = [
-        {
-            name: array.tolist()
-            for name, array in request.inputs.items()
-            if name not in ("image", "labels")
-        }
-        for request in recorder.inferences
-    ]
-    assert sent == [
+    assert list(map(options_of, recorder.inferences)) == [
         {"top_k": [[5]]},
         {"multi_label": [[True], [True]]},
         {"top_k": [[3]], "multi_label": [[True]], "threshold": [[0.25]], "calibrated": [[True]]},
@@ -565,10 +468,6 @@ def test_examples_are_sent_with_the_first_image_alone():
         client.classify(b"x", examples=shown, example_weight=1)
         by_label: dict[str, float] = {"mug": 0.75}
         client.classify(b"x", ["cup", "mug", "tin"], examples=shown, example_weight=by_label)
-        with pytest.raises(radapter_client.InvalidRequest, match="'tin', which has no examples"):
-            client.classify(b"x", ["mug", "cup", "tin"], examples=shown, example_weight={"tin": 1})
-        with pytest.raises(radapter_client.InvalidRequest, match="example_weight is 2; allowed"):
-            client.classify(b"x", examples=shown, example_weight={"mug": 2})
     first, second, alone, apart = [request.inputs for request in recorder.inferences]
     assert apart["example_weight"].tolist() == [[0.5, 0.75, 0.5]]
     assert first["examples"].tolist() == [[b"m1", b"m2", b"c"], [b"", b"", b""]]
@@ -578,31 +477,6 @@ def test_examples_are_sent_with_the_first_image_alone():
     assert second["examples"].tolist() == [[b"m1", b"m2", b"c"]]
     assert alone["labels"].tolist() == [[b"mug", b"cup"]]
     assert alone["example_weight"].tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"examples": {"mug": b"x"}, "labels": ["cup"]}, "examples has 'mug', which is not among"),
-        ({"examples": {"mug": b"x"}, "label_set": "all"}, "examples are for labels"),
-        ({"examples": {}, "labels": ["cup"]}, "no examples"),
-        ({"examples": [b"x"], "labels": ["cup"]}, "examples is a value of type list; give images"),
-        ({"examples": {"cup": ["/no/such.png"]}}, "an example of 'cup': .*no/such.png"),
-        ({"examples": {"cup": b"x"}, "example_weight": float("nan")}, "example_weight is nan"),
-        ({"labels": ["cup"], "example_weight": 0.5}, "example_weight without examples"),
-        ({"labels": ["cup"], "unknown": 2}, "unknown is 2; allowed"),
-        ({"examples": {"cup": bytes(17 * 2**20)}}, "examples of 17 MiB; at most 16 MiB"),
-    ],
-)
-def test_bad_examples_are_refused_before_anything_is_sent(options, message):
-    recorder = Recorder()
-    with (
-        Client(transport=recorder, release=1) as client,
-        pytest.raises(radapter_client.InvalidRequest, match=message) as raised,
-    ):
-        client.classify(b"x", **options)
-    assert not isinstance(raised.value, radapter_client.InvalidImage)
-    assert not recorder.inferences
 
 
 def test_labels_that_fill_up_a_row_are_left_out():
@@ -661,60 +535,85 @@ def test_classify_keeps_requests_moderate(count: int, labels: int, templates: in
 
 # Arguments
 
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        ({}, 'no labels: give labels=.*label_set="NAME"'),
-        ({"labels": []}, "no labels"),
-        ({"labels": "a cat"}, "labels takes a list, not one str"),
-        ({"labels": [1]}, "labels takes texts, not 1"),
-        ({"labels": ["\ud800"]}, "not Unicode"),
-        ({"labels": ["a"], "label_set": "b"}, "not both"),
-        ({"labels": ["a"], "templates": []}, "no templates"),
-        ({"labels": ["a"], "top_k": 0}, "top_k is 0; allowed"),
-        ({"labels": ["a"], "top_k": 1.5}, "top_k is 1.5"),
-        ({"labels": ["a"], "top_k": True}, "top_k is True"),
-        ({"labels": ["a"], "alpha": 1.5}, "alpha is 1.5; allowed are numbers from 0 to 1"),
-        ({"labels": ["a"], "alpha": float("nan")}, "alpha is nan"),
-        ({"labels": ["a"], "timeout": 0}, "timeout is 0; allowed are seconds above 0"),
-    ],
-)
-def test_bad_arguments_of_classify(arguments, why: str):
-    with pytest.raises(radapter_client.InvalidRequest, match=why):
-        CLIENT.classify(b"x", **arguments)
-
-
 MASK = np.ones((1, 4, 5), bool)
 PIXELS = np.zeros((4, 5, 3), np.uint8)
+MUG: dict[str, Any] = {"mug": b"x"}
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("method", "arguments", "word"),
     [
-        ({"labels": None}, "no labels: give labels="),
-        ({"threshold": True}, "threshold is True"),
-        ({"stride": 2.5}, "stride is 2.5; allowed are whole numbers from 1"),
-        ({"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
-        ({"proposal_scores": [[1.0]]}, "proposal_scores without proposals"),
-        ({"proposals": MASK, "proposal_weight": -1}, "proposal_weight is -1"),
-        ({"proposals": MASK, "proposal_scores": [[1], [1]]}, r"\[2, 1\]; needed are \[1, C\]"),
-        (
-            {"proposals": MASK[0]},
-            r"of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float",
-        ),
-        ({"proposals": MASK[:0]}, r"proposals of shape \[0, 4, 5\]"),
-        ({"proposals": MASK.transpose(0, 2, 1)}, "of 4 x 5 pixels .* for an image of 5 x 4"),
-        ({"proposals": MASK * 1}, "proposals of int64 from 1 to 1"),
-        ({"proposals": MASK * np.nan}, "proposals of float64 from nan"),
-        ({"proposals": MASK.astype(np.uint8)}, r"above 1 of 255; send proposals.astype\(bool\)"),
-        ({"proposals": [[[1], [1, 2]]]}, "proposals is no array of numbers"),
-        ({"proposals": np.broadcast_to(MASK, (10**8, 4, 5))}, "are 1.9 GiB; a request holds 1.5"),
+        *(("classify", {"labels": labels}, "no labels") for labels in (None, [])),
+        *(("classify", {"labels": labels}, "labels takes") for labels in ("a cat", [1])),
+        ("classify", {"labels": ["\ud800"]}, "not Unicode"),
+        ("classify", {"label_set": "b"}, "not both"),
+        ("classify", {"templates": []}, "no templates"),
+        *(("classify", {"top_k": top_k}, "top_k is") for top_k in (0, 1.5, True)),
+        *(("classify", {"alpha": alpha}, "alpha is") for alpha in (1.5, NAN)),
+        ("classify", {"timeout": 0}, "timeout is 0; allowed are seconds above 0"),
+        ("classify", {"threshold": 0.5}, "threshold without multi_label"),
+        ("classify", {"threshold": 1.5, "multi_label": True}, "threshold is 1.5"),
+        ("classify", {"unknown": 2}, "unknown is 2"),
+        ("classify", {"examples": MUG}, "'mug', which is not among"),
+        ("classify", {"examples": MUG, "labels": None, "label_set": "all"}, "are for labels"),
+        ("classify", {"examples": {}}, "no examples"),
+        ("classify", {"examples": [b"x"]}, "examples is a value of type list"),
+        ("classify", {"examples": {"a": ["/no/such.png"]}}, "an example of 'a': .*no/such.png"),
+        ("classify", {"examples": {"a": bytes(17 * 2**20)}}, "examples of 17 MiB"),
+        ("classify", {"examples": {"a": b"x"}, "example_weight": NAN}, "example_weight is nan"),
+        ("classify", {"examples": {"a": b"x"}, "example_weight": {"b": 1}}, "'b', which has no"),
+        ("classify", {"example_weight": 0.5}, "example_weight without examples"),
+        ("segment", {"labels": None}, "no labels"),
+        ("segment", {"threshold": True}, "threshold is"),
+        ("segment", {"stride": 2.5}, "stride is 2.5; allowed are whole numbers from 1"),
+        ("segment", {"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
+        ("segment", {"proposal_scores": [[1.0]]}, "proposal_scores without"),
+        ("segment", {"proposals": MASK, "proposal_weight": -1}, "proposal_weight is"),
+        ("segment", {"proposals": MASK, "proposal_scores": [[1], [1]]}, r"needed are \[1, C\]"),
+        ("segment", {"proposals": MASK[0]}, r"shape \[4, 5\]; allowed: bool, uint8 from 0 to 255"),
+        ("segment", {"proposals": MASK[:0]}, r"shape \[0, 4, 5\]"),
+        ("segment", {"proposals": MASK.transpose(0, 2, 1)}, "of 4 x 5 pixels .* of 5 x 4"),
+        ("segment", {"proposals": MASK * 1}, "int64 from 1 to 1"),
+        ("segment", {"proposals": MASK * np.nan}, "float64 from nan"),
+        ("segment", {"proposals": MASK.astype(np.uint8)}, r"send proposals.astype\(bool\)"),
+        ("segment", {"proposals": [[[1], [1, 2]]]}, "no array of numbers"),
+        ("segment", {"proposals": np.broadcast_to(MASK, (10**8, 4, 5))}, "are 1.9 GiB"),
+        ("search", {"text": None}, "give a text to search for"),
+        ("search", {"text": ["a"] * 9, "image": [b"x"] * 9}, "18 texts.*at most 16"),
+        *(("search", {name: 3}, f"{name} takes a list") for name in ("text", "id")),
+        ("search", {"weights": [1, 2]}, r"weights has the shape \[2\]; \[1\] is needed"),
+        ("search", {"weights": ["b"]}, "weights is no array of numbers"),
+        ("search", {"weights": [1e39]}, "weights are .*allowed are finite"),
+        *(("search", {"min_score": score}, "min_score is") for score in (1.01, True, "high")),
+        ("search", {"index": None}, "index takes texts"),
+        ("search", {"top_k": 2**31}, "top_k is"),
+        ("search", {"image": "no.jpg"}, "cannot read the image no.jpg"),
+        ("embed_images", {"images": 3}, "takes a list, not one int"),
     ],
 )
-def test_bad_arguments_of_segment(arguments, why: str):
-    with pytest.raises(radapter_client.InvalidRequest, match=why):
-        CLIENT.segment(PIXELS, **{"labels": ["a"], **arguments})
+def test_bad_arguments_are_refused_before_anything_is_sent(method, arguments, word: str):
+    usual: dict[str, dict[str, Any]] = {
+        "classify": {"images": b"x", "labels": ["a"]},
+        "segment": {"images": PIXELS, "labels": ["a"]},
+        "search": {"text": "a", "index": "i"},
+        "embed_images": {},
+    }
+    recorder = Recorder()
+    with (
+        Client(transport=recorder, release=1) as client,
+        pytest.raises(radapter_client.InvalidRequest, match=word) as error,
+    ):
+        getattr(client, method)(**usual[method] | arguments)
+    assert error.value.code in ("invalid_argument", "no_labels", "invalid_image")
+    assert not recorder.inferences
+
+
+@pytest.mark.parametrize("name", ["batch_size", "concurrency", "release"])
+def test_bad_arguments_of_a_client(name: str):
+    options: dict[str, Any] = {name: 0}
+    with pytest.raises(radapter_client.InvalidRequest, match=f"{name} is 0"):
+        Client(**options)
 
 
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.float16, np.float32, np.float64])
@@ -769,53 +668,24 @@ def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
     assert len(recorder.requests) == 1  # nothing is asked where it does not matter
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        ({"index": "i"}, "give a text to search for, image="),
-        ({"text": ["a"] * 9, "image": [b"x"] * 9, "index": "i"}, "18 texts.*at most 16"),
-        ({"text": 3, "index": "i"}, "text takes a list, not one int"),
-        ({"id": b"a", "index": "i"}, "id takes a list, not one bytes"),
-        ({"text": "a", "weights": [1, 2], "index": "i"}, r"weights has the shape \[2\]; \[1\] is"),
-        ({"text": "a", "weights": ["b"], "index": "i"}, "weights is no array of numbers"),
-        ({"text": "a", "weights": [1e39], "index": "i"}, "weights are .*allowed are finite"),
-        ({"text": "a", "index": "i", "min_score": 1.01}, "min_score is 1.01; allowed are numbers"),
-        ({"text": "a", "index": "i", "min_score": True}, "min_score is True; allowed"),
-        ({"text": "a", "index": "i", "min_score": "high"}, "min_score is 'high'; .*'calibrated'"),
-        ({"text": "a", "index": None}, "index takes texts, not None"),
-        ({"text": "a", "index": "i", "top_k": 2**31}, "top_k is 2147483648"),
-        ({"image": "no.jpg", "index": "i"}, "cannot read the image no.jpg"),
-    ],
-)
-def test_bad_arguments_of_search(arguments, why: str):
-    with pytest.raises(radapter_client.InvalidRequest, match=why):
-        CLIENT.search(**arguments)
-
-
 def test_what_a_search_sends_and_what_it_makes_of_the_answer():
-    asked: list[Request] = []
-
-    class Recorder:
-        def send(self, request: Request, _: float) -> Any:
-            asked.append(request)
+    class Searched(Recorder):
+        def _outputs(self, request: Request) -> dict[str, Any]:
             outputs = {
                 "id": np.array([b"a.jpg"], object),
                 "score": np.array([0.5], np.float32),
                 "metadata": np.array([b"{}"], object),
                 "index_version": np.array([b"g-1"], object),
             }
-            return Reply(1, {name: outputs[name] for name in request.outputs})
+            return {name: outputs[name] for name in request.outputs}
 
-        def close(self) -> None:
-            pass
-
-    with Client(transport=Recorder(), release=1) as client:
+    recorder = Searched()
+    with Client(transport=recorder, release=1) as client:
         plain = client.search("cat", index="i")
-        assert plain == [radapter_client.Hit("a.jpg", 0.5, {})]
-        assert plain.index_version is None
-        sent = {name: array.tolist() for name, array in asked[-1].inputs.items()}
+        assert plain == [Hit("a.jpg", 0.5, {})] and plain.index_version is None
+        assert recorder.requests[-1].outputs == ("id", "score", "metadata")
+        sent = options_of(recorder.requests[-1])
         assert sent == {"text": [b"cat"], "index": [b"i"], "top_k": [10]}
-        assert asked[-1].outputs == ("id", "score", "metadata")
         paged = client.search(
             ["cat", "dog"],
             image=[b"x", b"y"],
@@ -827,25 +697,16 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
             index_version="g-1",
         )
         assert paged.index_version == "g-1"
-        sent = {name: array.tolist() for name, array in asked[-1].inputs.items()}
-        assert sent == {
-            "text": [b"cat", b"dog"],
-            "image": [b"x", b"y"],
-            "id": [b"z.jpg"],
-            "weight": [1, -0.5, 2, 0, 0.25],
-            "index": [b"i"],
-            "top_k": [10],
-            "min_score": [0.25],
-            "offset": [0],
-            "index_version": [b"g-1"],
+        inputs = recorder.requests[-1].inputs
+        assert {name: array.tolist() for name, array in inputs.items()} == {
+            **{"text": [b"cat", b"dog"], "image": [b"x", b"y"], "id": [b"z.jpg"]},
+            **{"weight": [1, -0.5, 2, 0, 0.25], "index": [b"i"], "top_k": [10]},
+            **{"min_score": [0.25], "offset": [0], "index_version": [b"g-1"]},
         }
-        assert {str(array.dtype) for array in asked[-1].inputs.values()} == {
-            "object",
-            "float32",
-            "int32",
-        }
+        kinds = {str(array.dtype) for array in inputs.values()}
+        assert kinds == {"object", "float32", "int32"}
         client.search("cat", index="i", min_score="calibrated")
-        assert asked[-1].inputs["calibrated"].tolist() == [True]
+        assert recorder.requests[-1].inputs["calibrated"].tolist() == [True]
 
 
 def test_one_image_or_text_has_one_embedding():
@@ -870,21 +731,3 @@ def test_results_show_themselves_in_a_line():
     assert repr(Classification(["a"], [0.25], 3)) == (
         "Classification(labels=['a'], scores=[0.25], release=3)"
     )
-
-
-def test_other_bad_arguments():
-    for name in ("batch_size", "concurrency", "release"):
-        zero: Any = {name: 0}
-        with pytest.raises(radapter_client.InvalidRequest, match=f"{name} is 0"):
-            radapter_client.Client(**zero)
-    with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one int"):
-        CLIENT.embed_images(3)  # type: ignore[arg-type]
-
-
-def test_hits_are_read_with_all_that_they_have():
-    scores = np.array([0.5, 0.25], np.float32)
-    metadata = ['{"path": "a.jpg"}', "{}"]
-    first, second = read_hits(["a.jpg", "\ufffd"], scores, metadata, [b"jpeg", b""])
-    assert (first.id, first.score, first.metadata) == ("a.jpg", 0.5, {"path": "a.jpg"})
-    assert (second.id, second.score, second.metadata) == ("\ufffd", 0.25, {})
-    assert (first.thumbnail, second.thumbnail) == (b"jpeg", None)
