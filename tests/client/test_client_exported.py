@@ -79,7 +79,7 @@ def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{merged}")
     model.eval()
-    texts = ["", "a photo of a cat.", "word " * 200, "🦊 naïve"][1:]
+    texts = ["a photo of a cat.", "word " * 200, "🦊 naïve"]
     with torch.no_grad():
         images = model.encode_image(
             torch.stack([transform(image) for image in pictures()]), normalize=True

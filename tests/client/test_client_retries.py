@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 import radapter_client
-from radapter_client import AsyncClient, Client
+from radapter_client import Client
 from radapter_client._calls import Tries
 from radapter_serve.cli import query
+from tests.client.test_client_wire import attempt
 from tests.helpers.stand_ins import http_server
 
 GOOD = {
@@ -83,23 +83,8 @@ def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[
 
 def embed(kind: type, url: str, **options: Any) -> Any:
     """The embedding that a client of either kind gets, or its error."""
-
-    async def main() -> Any:
-        async with AsyncClient(url, **options) as client:
-            return await client.embed_texts(["x"])
-
-    try:
-        if kind is AsyncClient:
-            return asyncio.run(main()).tolist()
-        with Client(url, **options) as client:
-            return client.embed_texts(["x"]).tolist()
-    except radapter_client.RAdapterClientError as error:
-        return error
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> type:
-    return request.param
+    answer = attempt(kind, url, lambda client: client.embed_texts(["x"]), **options)
+    return answer if isinstance(answer, Exception) else answer.tolist()
 
 
 BUSY: Step = (429, {})
@@ -151,14 +136,10 @@ def test_a_wait_beyond_the_time_out_is_not_begun(kind: type, wait: str) -> None:
 
 
 def test_over_grpc(kind: type) -> None:
-    with grpc_steps(
-        (grpc.StatusCode.UNAVAILABLE, "[server_stopping] x"), (grpc.StatusCode.UNAVAILABLE, "y")
-    ) as (
-        url,
-        a,
-    ):
+    away = grpc.StatusCode.UNAVAILABLE
+    with grpc_steps((away, "[server_stopping] x"), (away, "y")) as (url, seen):
         assert embed(kind, url, api_key="secret") == [[7]]
-    assert len(a) == 3 and a[-1]["authorization"] == "Bearer secret"
+    assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
     with grpc_steps((grpc.StatusCode.DEADLINE_EXCEEDED, "late")) as (url, seen):
         assert type(embed(kind, url)) is radapter_client.Timeout
     assert len(seen) == 1
@@ -200,7 +181,7 @@ def test_keys_that_are_none(key: Any) -> None:
 def test_a_key_in_the_clear_is_warned_of() -> None:
     for url in ("http://example.com", "grpc://192.0.2.1:8001"):
         with pytest.warns(
-            UserWarning, match=r"travels to \w+://.* in the clear; use (https|grpcs)://"
+            UserWarning, match=r"travels to \w+://.* in the clear; use (http|grpc)s:"
         ):
             Client(url, api_key="secret").close()
     for url in (
@@ -216,17 +197,13 @@ def test_the_command_takes_the_key_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RADAPTER_API_KEY", "secret")
+    call = ["embed-text", "x", "--out", str(tmp_path / "a.npy"), "--url"]
     with http_steps() as (url, seen):
-        assert query.main(["embed-text", "x", "--url", url, "--out", str(tmp_path / "a.npy")]) == 0
+        assert query.main([*call, url]) == 0
     assert seen[0][2]["Authorization"] == "Bearer secret"
     assert "note" not in capsys.readouterr().err
-    query.main(
-        ["embed-text", "x", "--url", "http://127.0.0.1.invalid:1", "--out", str(tmp_path / "a.npy")]
-    )
-    assert (
-        "note: the API key travels to http://127.0.0.1.invalid:1 in the clear"
-        in capsys.readouterr().err
-    )
+    query.main([*call, "http://127.0.0.1.invalid:1"])
+    assert "note: the API key travels to http://127.0.0.1.inva" in capsys.readouterr().err
     with http_steps((401, {"error": "[unauthorized] send a key"})) as (url, _):
-        assert query.main(["embed-text", "x", "--url", url, "--out", str(tmp_path / "b.npy")]) == 2
+        assert query.main([*call, url]) == 2
     assert "RADAPTER_API_KEY" in capsys.readouterr().err

@@ -159,16 +159,7 @@ def test_image_of_any_mode(mode: str):
 
 
 LABELS = [
-    "猫",
-    "🦊 fox",
-    "",
-    "   ",
-    "line\nbreak",
-    "a" * 1000,
-    "Größe",
-    "مرحبا",
-    "\x00\x07",
-    "\ufeff",
+    *("猫", "🦊 fox", "", "   ", "line\nbreak", "a" * 1000, "Größe", "مرحبا", "\x00\x07", "\ufeff"),
     "e\u0301",
 ]
 
@@ -185,9 +176,8 @@ def legend(label: str) -> bytes:
 
 def test_labels_are_spelled():
     assert legend("猫") == legend("\\u732b") and legend("🦊 fox") == legend("\\U0001f98a fox")
-    assert legend("") == legend("   ") == legend("(no name)") and legend("line\nbreak") == legend(
-        "line break"
-    )
+    assert legend("") == legend("   ") == legend("(no name)")
+    assert legend("line\nbreak") == legend("line break")
     assert len(set(map(legend, LABELS))) == len(LABELS) - 1
 
 
