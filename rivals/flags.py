@@ -75,12 +75,10 @@ class Flags:
         return dataclasses.replace(found, given={**found.given, **given})
 
 
-def check_seeds(seeds: Sequence[int], most: int | None = None, flag: str = "--seeds") -> None:
-    """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would
-    be none; `flag` is what the message calls them.
+def check_seeds(seeds: Sequence[int], flag: str = "--seeds") -> None:
+    """Refuse no seed, and one that is named twice, whose spread would be none; `flag` is what the
+    message calls them.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > (most or len(seeds)):
-        range_ = "one or more" if most is None else f"1 to {most}"
-        raise RAdapterError(
-            f"{flag} is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once"
-        )
+    if not seeds or len(set(seeds)) < len(seeds):
+        shown = " ".join(map(str, seeds)) or "empty"
+        raise RAdapterError(f"{flag} is {shown}; allowed: one or more, each named once")

@@ -17,7 +17,6 @@ from radapter_serve.evaluation.intervals import paired_difference
 from rivals.system import Cost
 
 K = TypeVar("K")
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, for 2 to 10 seeds
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -31,7 +30,7 @@ def with_interval(values: Sequence[float], sign: str = "") -> str:
     middle = f"{mean(values):{sign}.1f}"
     if len(values) < 2:
         return middle
-    return f"{middle} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.1f}"
+    return f"{middle} ± {t.isf(0.025, len(values) - 1) * sem(values):.1f}"
 
 
 def paired_leads(found: Sequence[Sequence[float]], first: Sequence[Sequence[float]]) -> list[str]:

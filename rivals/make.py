@@ -25,7 +25,6 @@ from rivals.cells import ALPHAS, Cells, Judged
 from rivals.choice import CHOICES, Choice, choose, differing
 from rivals.layout import (
     COST,
-    T95,
     corrected,
     cost_of,
     dots,
@@ -173,7 +172,7 @@ def leads(
         images: by method, what each image adds to them, of each seed, as `images_of` gives it.
     """
     seeds = len(next(iter(found.values())))
-    if len(found) == 1 or not 2 <= seeds <= len(T95) + 1:
+    if len(found) == 1 or seeds < 2:
         return ""
     bases = [name for name in found if name.lower() in LED]
     heads = list(next(iter(found.values()))[0])

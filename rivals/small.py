@@ -26,7 +26,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.rows import own_metric
 from radapter_serve.files import staged
 from rivals.flags import check_seeds
-from rivals.layout import T95, markdown, paired_leads, spread
+from rivals.layout import markdown, paired_leads, spread
 from rivals.make import command_line, machine, publish, say
 
 PAPER: dict[str, Any] = {
@@ -267,7 +267,7 @@ def small(
         seeds: each candidate learns once for each.
         threads: to compute with; one a core if none is given.
     """
-    check_seeds(seeds, len(T95) + 1)
+    check_seeds(seeds)
     with tempfile.TemporaryDirectory() as folder:
         of = set_of(set_name, data_root.resolve(), Path(folder))
         # Runs that the file has are not made again.

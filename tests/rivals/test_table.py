@@ -286,6 +286,24 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
     assert f"r-adapter at {3 * rate_of(METHODS['r-adapter']):.2g}" in text
 
 
+def test_of_alphas_that_are_as_good_the_smallest_is_taken(cells_of: Any):
+    """0.5 and 0.75 have the same mean over two seeds, and differ in each."""
+
+    def value(method: Any, seed: int, alpha: float) -> float:
+        return {0.5: 60.0 + seed, 0.75: 62.0 - seed}.get(alpha, 50.0)
+
+    asked = cells_of(value)
+    found = choose(asked.cells, "wise-ft", [METHODS["wise-ft"]], [0, 2], [1], CHOICES)
+    assert found.method.alpha == 0.5
+
+
+def test_an_interval_of_five_seeds_by_hand() -> None:
+    # The standard deviation is √2.5, and Student's t for five seeds is 2.776: 2.776 √2.5 / √5.
+    assert with_interval([1, 2, 3, 4, 5], "+") == "+3.0 ± 2.0"
+    assert with_interval([0, 20]) == "10.0 ± 127.1"
+    assert with_interval([7]) == "7.0"
+
+
 def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken(cells_of: Any):
     """3e-5 leads 1e-5 by 0.5 on the mean, with a standard error of 0.87; 1e-6 is 9 worse."""
     leads = {1: -1.0, 2: 0.5, 3: 2.0}  # standard deviation 1.5, by √3
