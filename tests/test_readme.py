@@ -23,6 +23,7 @@ from tests.helpers.small_release import png
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 WALK_THROUGH = ROOT / "docs" / "quickstart.md"
+HTTP_API = ROOT / "docs" / "http-api.md"
 
 
 PRELUDE = [
@@ -44,8 +45,15 @@ kill -INT $! && wait $! || [ $? = 130 ]
 
 
 def walk_through() -> str:
-    """The shell script of the page: python blocks become `python -`."""
-    return script(WALK_THROUGH, "walk-through")
+    """The script of the demo's steps, and then the requests of the HTTP API with its picture."""
+    requests = script(HTTP_API, "by-http").replace("cat.jpg", "picture.png")
+    return "\n".join(
+        [
+            script(WALK_THROUGH, "walk-through"),
+            requests.replace('["photos"]', '["drawings"]'),
+            "kill %1  # the server",
+        ]
+    )
 
 
 def quick_start() -> str:
