@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data import LabelledImages
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
 from rivals.method import Method, paper

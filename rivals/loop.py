@@ -15,8 +15,8 @@ from torch.optim import AdamW
 from radapter_serve.adapter import Metadata, base_digest, find_sites, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import Captioned
-from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER
 from radapter_serve.threads import limit_threads

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.training import Recipe

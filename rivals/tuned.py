@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_text
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data import LabelledImages
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.loss import mpm_nce
 from rivals.run import Run

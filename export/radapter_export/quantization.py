@@ -35,7 +35,7 @@ from radapter_serve.contract.image_files import spread
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.image_files import Images
+from radapter_serve.data.rows import Images
 from radapter_serve.errors import RAdapterError
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.probabilities import SAME, indistinguishable
-from radapter_serve.data.image_files import open_images
+from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease

@@ -142,17 +142,30 @@ def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
         yield
 
 
-def oriented(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says; the same image where there is nothing to turn, or
-    where its EXIF cannot be read. A turned one has no orientation, so that nothing turns it twice.
-    """
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1, upright, where its EXIF cannot be read."""
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return image
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises anything on broken EXIF, which viewers ignore too
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1  # type: ignore[arg-type]
+
+
+def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
+    """Turn an image by an EXIF orientation, its own if None; the same image where there is nothing
+    to turn. A turned one has no orientation, so that nothing turns it twice.
+    """
+    if orientation is not None:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+    if orientation_of(image) == 1:
+        return image
+    try:
         return ImageOps.exif_transpose(image)
     except (MemoryError, TaskError):
         raise
-    except Exception:  # Pillow raises anything on broken EXIF, which viewers ignore too
+    except Exception:  # as of `orientation_of`
         return image
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,23 +39,14 @@ class CaptionedImage:
 class Captioned(ImageColumn):
     """Images with captions; the label of a pair is the image's identity: its path, or the digest of
     its bytes.
-
-    Attributes:
-        table: a Hugging Face data set with a caption or a list of captions a row, or its stream.
-        images: every image of the table once; none of a stream.
-        image_column, caption_column: names of the two columns; `json.caption` is the field of a
-            column `json`.
-        folder: what relative image paths are relative to.
-        captions_per_image: texts of a training pair.
-        exif_orientation: turn images as their EXIF says.
     """
 
-    table: Any
-    images: Sequence[CaptionedImage]
+    table: Any  # a Hugging Face data set with a caption or a list of captions a row, or its stream
+    images: Sequence[CaptionedImage]  # every image of the table once; empty for a stream
     image_column: str
-    caption_column: str
-    folder: Path = field(default_factory=Path)
-    captions_per_image: int = 1
+    caption_column: str  # `json.caption` is the field of a column `json`
+    folder: Path = field(default_factory=Path)  # where relative image paths start
+    captions_per_image: int = 1  # texts of a training pair
     exif_orientation: bool = True
 
     @cached_property
@@ -74,19 +65,28 @@ class Captioned(ImageColumn):
         """The image, its number, and captions drawn of its own; where there are too few, some come
         again.
         """
+        count = self.captions_per_image
         if isinstance(row, tuple):
             label, captions = row
             row = self.table[self.images[row[0]].row]
-        else:
-            label, captions = self._of_stream(row)
+        else:  # of a stream
+            value = value_at(row, self.caption_column)
+            captions = _texts(value)
+            if not captions:
+                raise BrokenImage(
+                    f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}"
+                )
+            if isinstance(value, str) and count > 1:
+                raise RAdapterError(
+                    f"captions_per_image is {count} but a row of the stream has one caption;"
+                    " allowed: 1, or a column with lists of captions, or no --streaming"
+                )
+            label = int(image_identity(row.get(self.image_column))[:15], 16)
         image = self.image(row)
-        count = self.captions_per_image
         texts = draw.sample(captions, len(captions))
-        return (
-            image,
-            label,
-            texts[0] if count == 1 else [texts[index % len(texts)] for index in range(count)],
-        )
+        if count == 1:
+            return image, label, texts[0]
+        return image, label, [texts[index % len(texts)] for index in range(count)]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
         """The data without a share of the images, drawn by the seed, and that share; captions stay
@@ -98,23 +98,8 @@ class Captioned(ImageColumn):
             raise RAdapterError(
                 f"val_fraction is {fraction} but there is one image; name validation data"
             )
-        return dataclasses.replace(self, images=images[count:]), dataclasses.replace(
-            self, images=images[:count]
-        )
-
-    def _of_stream(self, row: Any) -> tuple[int, tuple[str, ...]]:
-        value = value_at(row, self.caption_column)
-        captions = _texts(value)
-        if not captions:
-            raise BrokenImage(
-                f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}"
-            )
-        if isinstance(value, str) and self.captions_per_image > 1:
-            raise RAdapterError(
-                f"captions_per_image is {self.captions_per_image} but a row of the stream has one"
-                " caption; allowed: 1, or a column with lists of captions, or no --streaming"
-            )
-        return int(image_identity(row.get(self.image_column))[:15], 16), captions
+        kept = dataclasses.replace(self, images=images[count:])
+        return kept, dataclasses.replace(self, images=images[:count])
 
 
 def load_captioned(
@@ -136,22 +121,32 @@ def load_captioned(
     )
     if streaming:
         return data
+
+    # Gather the captions of each image, block by block: a table may be larger than memory.
+    names = [
+        name if name in table.column_names else name.partition(".")[0]
+        for name in (image_column, caption_column)
+    ]
     first: dict[str, int] = {}
-    found: dict[str, list[str]] = {}
-    for number, image, value in _values(table, image_column, caption_column):
-        captions = _texts(value)
-        if not captions:
-            line = f"row {number + 1} of {spec} has no text in {caption_column!r}: {value!r}"
-            if broken is None:
-                raise RAdapterError(
-                    f"{line}; mend it, or leave such rows out with --on-broken skip"
-                )
-            broken.append(line)
-            continue
-        key = image_identity(image)
-        first.setdefault(key, number)
-        found.setdefault(key, []).extend(captions)
-    data.images = [CaptionedImage(first[key], tuple(captions)) for key, captions in found.items()]
+    captions_of: dict[str, list[str]] = {}
+    for start, block in enumerate(table.select_columns(list(dict.fromkeys(names))).iter(_BLOCK)):
+        for offset, image in enumerate(block[names[0]]):
+            row = {name: values[offset] for name, values in block.items()}
+            value = value_at(row, caption_column)
+            number = start * _BLOCK + offset
+            captions = _texts(value)
+            if not captions:
+                line = f"row {number + 1} of {spec} has no text in {caption_column!r}: {value!r}"
+                if broken is None:
+                    raise RAdapterError(
+                        f"{line}; mend it, or leave such rows out with --on-broken skip"
+                    )
+                broken.append(line)
+                continue
+            key = image_identity(image)
+            first.setdefault(key, number)
+            captions_of.setdefault(key, []).extend(captions)
+    data.images = [CaptionedImage(first[key], tuple(of)) for key, of in captions_of.items()]
     most = max((len(image.captions) for image in data.images), default=0)
     if not most:
         raise RAdapterError(f"{spec} holds no images with captions")
@@ -175,17 +170,3 @@ def _texts(value: Any) -> tuple[str, ...]:
     """The captions of a row; none where one of them is empty or no text."""
     several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return several if all(isinstance(text, str) and text.strip() for text in several) else ()
-
-
-def _values(table: Any, image_column: str, caption_column: str) -> Iterator[tuple[int, Any, Any]]:
-    """Number, image and caption of each row, block by block: a table's images may be larger than
-    memory.
-    """
-    names = [
-        name if name in table.column_names else name.partition(".")[0]
-        for name in (image_column, caption_column)
-    ]
-    for start, block in enumerate(table.select_columns(list(dict.fromkeys(names))).iter(_BLOCK)):
-        for offset in range(len(block[names[0]])):
-            row = {name: values[offset] for name, values in block.items()}
-            yield start * _BLOCK + offset, row[image_column], value_at(row, caption_column)

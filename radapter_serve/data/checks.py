@@ -63,15 +63,10 @@ def broken_images(
 
 @dataclass(frozen=True)
 class _Images:
-    """The image files of a data set.
+    """The image files of a data set."""
 
-    Attributes:
-        rows: what `data` and `name` take, one for each image.
-        paths: of rows from a number on, at most `_BLOCK`; none where the table holds the bytes.
-        data, name: the bytes of a row's file, and what to call it.
-    """
-
-    rows: Sequence[Any]
+    rows: Sequence[Any]  # one for each image, for `data` and `name`
+    # Of `_BLOCK` rows from a number on; empty where the table holds the bytes.
     paths: Callable[[int], Sequence[Path]]
     data: Callable[[Any], bytes]
     name: Callable[[Any], str]

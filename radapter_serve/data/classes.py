@@ -56,29 +56,35 @@ def prompt_names(
     every_class: bool = True,
     whole: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """The classes of a data set, in the order of its labels.
+    """The data's own name of each class, in the order of its labels, and its name for prompts with
+    synonyms after commas.
 
-    Args:
-        own: names that the data has for its classes; None where it has none.
-        classes: class file, `imagenet`, or None for the data's own names, in which underscores
-            become spaces. A line of the file is `own name: name for prompts` or a name alone;
-            synonyms of the latter stand after commas.
-        spec: what to call the data in a message.
-        by_name: labels are names rather than numbers of `own`; then the classes and their order are
-            those of the file.
-        whole: the data's own names are those of folders, in which a comma parts no synonyms.
-        every_class: refuse lines of the file that are no class of the data; else these classes are
-            listed last.
-
-    Returns:
-        The data's own name of each class, and its name for prompts with synonyms after commas.
+    `classes` is a class file, `imagenet`, or None for the data's `own` names, in which underscores
+    become spaces. A line of the file is `own name: name for prompts` or a name alone. Where labels
+    are names (`by_name`) rather than numbers of `own`, the file has the classes and their order.
+    `whole` names are those of folders, in which a comma parts no synonyms. `every_class` refuses
+    lines of the file that are no class of the data; else these classes are listed last.
     """
     if classes is None:
-        own, shown = _without_file(own, spec, whole)
+        if own is None:
+            raise RAdapterError(
+                f"{spec} does not name its classes; give a file with one class a line: --classes"
+                " FILE"
+            )
+        shown = [name.replace("_", " ") for name in own]
+        if whole:
+            shown = [join_label([name]) for name in shown]
     elif str(classes) == IMAGENET:
         own, shown = _of_imagenet(own, spec)
     elif own is None or by_name:
-        own, shown = _of_file(_read(classes, own or ()), classes)
+        lines = _read(classes, own or ())
+        own = [key or line for key, line in lines]
+        shown = [line for _, line in lines]
+        numbers = [str(index) for index in range(len(own))]
+        if all(name.isdecimal() for name in own) and own != numbers:
+            raise RAdapterError(
+                f"the class file {classes} must number its lines from 0 on, in order"
+            )
     else:
         lines = _read(classes, own)
         folders = set(own) if whole else set()
@@ -98,32 +104,18 @@ def prompt_names(
     return list(own), shown
 
 
-def _without_file(
-    own: Sequence[str] | None, spec: str, whole: bool
-) -> tuple[Sequence[str], list[str]]:
-    if own is None:
-        raise RAdapterError(
-            f"{spec} does not name its classes; give a file with one class a line: --classes FILE"
-        )
-    shown = [name.replace("_", " ") for name in own]
-    return own, [join_label([name]) for name in shown] if whole else shown
-
-
-def _of_file(
-    lines: Sequence[tuple[str | None, str]], classes: Path
-) -> tuple[Sequence[str], list[str]]:
-    own = [key or line for key, line in lines]
-    numbers = [str(index) for index in range(len(own))]
-    if all(name.isdecimal() for name in own) and own != numbers:
-        raise RAdapterError(f"the class file {classes} must number its lines from 0 on, in order")
-    return own, [line for _, line in lines]
-
-
 def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], list[str]]:
+    from timm.data.imagenet_info import ImageNetInfo
+
     known = imagenet_classes()
-    if own is None or _is_imagenet(own):
-        ids = list(known)[:1000]
-        return own or ids, [known[id_] for id_ in ids]
+    ids = list(known)[:1000]
+    if own is None:
+        return ids, [known[id_] for id_ in ids]
+    # WordNet's names of the 1,000 classes in their order; some data spell a few of them otherwise.
+    words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
+    same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(own, words, strict=False)]
+    if len(own) == len(words) and sum(map(bool, same)) >= 900:
+        return own, [known[id_] for id_ in ids]
     unknown = [name for name in own if name not in known]
     if unknown:
         raise RAdapterError(
@@ -132,19 +124,6 @@ def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], l
             " numbers 0 to 999; for other data give a class file, or --classes none"
         )
     return own, [known[name] for name in own]
-
-
-def _is_imagenet(own: Sequence[str]) -> bool:
-    """Whether these are ImageNet's 1,000 classes in its order, by the names that WordNet has for
-    them.
-    """
-    from timm.data.imagenet_info import ImageNetInfo
-
-    words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
-    same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(own, words, strict=False)]
-    return (
-        len(own) == len(words) and sum(map(bool, same)) >= 900
-    )  # some spell a few of them otherwise
 
 
 def _read(path: Path, own: Sequence[str]) -> list[tuple[str | None, str]]:
@@ -174,28 +153,23 @@ def _matched(
     """The own names and the line of each, in whatever order the file has them; last the lines that
     are left.
     """
+    # A whole line goes before a first name, and that before a synonym.
     index: dict[str, int] = {}
-    for kind in (
-        lambda line: split_label(line),
-        lambda line: split_label(line)[:1],
-        lambda line: [line],
-    ):
-        for number, (key, line) in enumerate(
-            lines
-        ):  # a first name beats a synonym, the whole line both
+    for kind in (split_label, lambda line: split_label(line)[:1], lambda line: [line]):
+        for number, (key, line) in enumerate(lines):
             index |= {_plain(name): number for name in ([key] if key else kind(line))}
     index |= {key: number for number, (key, _) in enumerate(lines) if key}
-    found = [index.get(name, index.get(_plain(name), -1)) for name in own]
-    without = [name for name, number in zip(own, found, strict=True) if number < 0]
-    rest = [number for number in range(len(lines)) if number not in found]
+    numbers = [index.get(name, index.get(_plain(name), -1)) for name in own]
+    without = [name for name, number in zip(own, numbers, strict=True) if number < 0]
+    rest = [number for number in range(len(lines)) if number not in numbers]
     unused = [lines[number][0] or lines[number][1] for number in rest]
-    if without or (unused and every_class) or len(set(found)) < len(found):
+    if without or (unused and every_class) or len(set(numbers)) < len(numbers):
         raise RAdapterError(
             f"the class file {path} does not match the {len(own)} classes of {spec}: without a"
             f" line: {some(without)}; without a class: {some(unused)}; write one line for each"
             f" class, such as '{(without or list(own))[0]}: name for prompts'"
         )
-    return [*own, *unused], [lines[number][1] for number in (*found, *rest)]
+    return [*own, *unused], [lines[number][1] for number in (*numbers, *rest)]
 
 
 def _plain(name: str) -> str:

@@ -22,48 +22,34 @@ from radapter_serve.errors import RAdapterError
 
 @dataclass
 class Labelled(ImageColumn, LabelledImages):
-    """A data set of labelled images.
+    """A data set of labelled images."""
 
-    Attributes:
-        rows: a Hugging Face data set; images are not decoded by it.
-        classes: one entry a class, in the order of the labels, synonyms after commas.
-        image_column, label_column: names of the two columns.
-        folder: what relative image paths are relative to.
-        templates: prompt templates with `{}`, of which a training pair draws one.
-        own: what the data itself calls the classes, such as the names of their folders; empty where
-            it is the same.
-        numbers: the number that each class has in the data, where labels are numbers; None where it
-            has none. Empty where the data has all classes in this order.
-        exif_orientation: turn images as their EXIF says.
-        left_out: number of files in class folders that are no images, by the end of their names.
-        label_separator: what parts several labels in one text; None takes it whole.
-        several: whether a row may have several labels.
-    """
-
-    rows: Any
+    rows: Any  # a Hugging Face data set, or its stream
     classes: list[str]
     image_column: str
     label_column: str
-    folder: Path = field(default_factory=Path)
+    folder: Path = field(default_factory=Path)  # where relative image paths start
     templates: Sequence[str] = ("a photo of a {}.",)
+    # What the data itself calls the classes, such as the names of their folders; `classes` if
+    # empty.
     own: list[str] = field(default_factory=list)
+    # The number of each class in the data, where labels are numbers; None for a class without one.
     numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    label_separator: str | None = None
-    several: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)  # as of `Rows`
+    label_separator: str | None = None  # parts several labels in one text
+    several: bool = False  # a row may have several labels
 
     def __post_init__(self) -> None:
         self._sets: list[tuple[int, ...]] | None = None
         self.own = self.own or self.classes
         self.numbers = self.numbers or range(len(self.classes))
         self._by_number = {number: i for i, number in enumerate(self.numbers)}
-        names = [(line, split_label(line)) for line in self.own]
-        self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
-        self._index |= {
-            synonyms[0]: i for i, (_, synonyms) in enumerate(names) if synonyms
-        }  # before a synonym
-        self._index |= {line: i for i, (line, _) in enumerate(names)}
+        # A whole line goes before a first name, and that before a synonym.
+        names = [split_label(line) for line in self.own]
+        self._index = {name: i for i, synonyms in enumerate(names) for name in synonyms}
+        self._index |= {synonyms[0]: i for i, synonyms in enumerate(names) if synonyms}
+        self._index |= {line: i for i, line in enumerate(self.own)}
 
     def label(self, row: dict[str, Any]) -> int:
         """The number of a row's class, of several the first."""
@@ -86,17 +72,15 @@ class Labelled(ImageColumn, LabelledImages):
         return tuple(dict.fromkeys(self._number(label) for label in labels))
 
     def _number(self, value: Any) -> int:
+        index = None
         try:
-            whole = isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
-            index = (
-                self._index.get(value, -1)
-                if isinstance(value, str)
-                else self._by_number.get(int(value), -1)
-            )
+            if isinstance(value, str):
+                index = self._index.get(value)
+            elif not isinstance(value, bool) and value == int(value):
+                index = self._by_number.get(int(value))
         except (TypeError, ValueError, OverflowError):
-            whole = False
-            index = -1
-        if not whole or index < 0:
+            pass
+        if index is None:
             raise RAdapterError(
                 f"label {value!r} is none of the {len(self.classes)} classes"
                 f" ({', '.join(self.own[:5])}, ...); name every class of {self.label_column!r} in"
@@ -159,11 +143,12 @@ class Labelled(ImageColumn, LabelledImages):
             own.setdefault(line, []).append(index)
         order = [own[line].pop(0) if own.get(line) else None for line in classes]
         rest = [] if alone else sorted(index for indices in own.values() for index in indices)
-        return self._of_classes(
+        return self.of_classes(
             [*order, *rest], [*classes, *(self.classes[index] for index in rest)]
         )
 
-    def _of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
+    def of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
+        """The images of some classes, by their numbers in `order`; None has no images."""
         rows = self.rows
         if missing := set(range(len(self.classes))).difference(order):
             rows = rows.select(np.flatnonzero(~np.isin(self.labels(), list(missing))))
@@ -220,7 +205,7 @@ def class_split(data: Labelled, split: str) -> Labelled:
     chosen = split_classes(len(data.classes), split)
     if not chosen:
         raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
-    return data._of_classes(chosen, [data.classes[number] for number in chosen])
+    return data.of_classes(chosen, [data.classes[number] for number in chosen])
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
@@ -269,27 +254,15 @@ def load_labelled(
     streaming: bool = False,
     every_class: bool = True,
 ) -> Labelled:
-    """Open a data set.
+    """Open a data set; `DataSource` says what the arguments mean.
 
-    Args:
-        spec: `imagefolder:DIR`, `csv:FILE`, `json:FILE`, `parquet:FILE`, `webdataset:FILE` (globs
-            too) or a name on the Hugging Face hub; `@SPLIT` at the end names a split, `train` by
-            default. `coop:FILE@SPLIT` is a file of CoOp's splits, `@train+val` two of them as one.
-        image_column: paths, bytes or images.
-        label_column: class names or numbers, or lists of them.
-        label_separator: what parts several labels in one text; None takes it whole.
-        classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own
-            names.
-        templates: prompt templates with `{}`.
-        images: folder that relative paths start from; None takes that of the file.
-        streaming: read row by row.
-        every_class: refuse classes without an image, which training needs and evaluation does not;
-            of an image folder these are listed last.
+    `every_class` refuses classes without an image, as training needs it; evaluation lists those of
+    an image folder last.
     """
-    found = open_rows(
-        spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
-    )
-    rows = found.table
+    # Rows, and what they call their classes.
+    flags = {image_column: "--image-column", label_column: "--label-column"}
+    opened = open_rows(spec, flags, streaming=streaming)
+    rows = opened.table
     feature: Any = (rows.features or {}).get(label_column)
     lists = isinstance(feature, datasets.List | datasets.LargeList)
     if lists:
@@ -302,35 +275,34 @@ def load_labelled(
         if several:
             values = (label for value in values for label in split_labels(value, label_separator))
         own = sorted({value for value in values if value is not None})
-    empty = (
-        sorted(sub_folders(found.folder) - set(own))
-        if found.class_folders and own is not None
-        else []
-    )
-    if empty and every_class:
-        raise RAdapterError(
-            f"{len(empty)} class folders of {spec} hold no image:"
-            f" {some([repr(name) for name in empty])}; add some or remove the folders; images are"
-            f" {', '.join(SUFFIXES)}"
-        )
-    if own is not None:
+    if opened.class_folders and own is not None:
+        empty = sorted(sub_folders(opened.folder) - set(own))
+        if empty and every_class:
+            raise RAdapterError(
+                f"{len(empty)} class folders of {spec} hold no image:"
+                f" {some([repr(name) for name in empty])}; add some or remove the folders; images"
+                f" are {', '.join(SUFFIXES)}"
+            )
         own = [*own, *empty]
+
+    # Names for prompts.
     own, names = prompt_names(
-        own, classes, spec, by_name=by_name, every_class=every_class, whole=found.class_folders
+        own, classes, spec, by_name=by_name, every_class=every_class, whole=opened.class_folders
     )
-    start = images or found.folder
     data = Labelled(
         rows,
         names,
         image_column,
         label_column,
-        start,
+        images or opened.folder,
         templates,
         own,
-        left_out=found.left_out,
+        left_out=opened.left_out,
         label_separator=label_separator,
         several=several,
     )
+
+    # Every label must be of a class, and in training every class needs an image.
     if isinstance(rows, datasets.Dataset):
         if len(rows) == 0:
             raise RAdapterError(f"{spec} holds no images")

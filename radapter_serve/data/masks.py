@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from radapter_serve.contract.image_files import SUFFIXES
-from radapter_serve.contract.preprocess import oriented
+from radapter_serve.contract.preprocess import orientation_of, oriented
 from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, share_of
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.extras import install_command
 
 IGNORE = -1
-_ORIENTATION = ExifTags.Base.Orientation
 MAX_ID = 65535  # of a label map, which has 16 bits at most
 
 ClassMask = tuple[int, NDArray[np.bool_]]
@@ -31,17 +30,11 @@ ClassMask = tuple[int, NDArray[np.bool_]]
 
 @dataclass(frozen=True, eq=False)
 class MaskedImage(ABC):
-    """An image with a mask.
+    """An image with a mask."""
 
-    Attributes:
-        name: what to call it in a message.
-        path: its file.
-        exif_orientation: turn image and mask as the image's EXIF says.
-    """
-
-    name: str
+    name: str  # in messages
     path: Path
-    exif_orientation: bool = field(default=True, kw_only=True)
+    exif_orientation: bool = field(default=True, kw_only=True)  # turn image and mask by it
 
     def data(self) -> bytes:
         """The bytes of the image file."""
@@ -77,39 +70,31 @@ class MaskedImage(ABC):
         """Turn a mask as its image is turned, unless it stands upright already."""
         try:
             with Image.open(self.path) as image:
-                orientation = image.getexif().get(_ORIENTATION, 1) if self.exif_orientation else 1
+                orientation = orientation_of(image) if self.exif_orientation else 1
                 stored = image.size
         except Exception as error:  # Pillow raises anything on broken files
             raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
         size = stored[::-1] if orientation in (5, 6, 7, 8) else stored
         upright = oriented(mask) if self.exif_orientation else mask
         if upright is mask and mask.size == stored and orientation != 1:
-            mask.getexif()[_ORIENTATION] = orientation
-            upright = oriented(mask)
+            upright = oriented(mask, orientation)
         if upright.size != size:
+            hint = ""
+            if mask.size == stored[::-1]:
+                hint = "; the image is not turned as its EXIF says"
             raise RAdapterError(
                 f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has"
-                f" {stored[0]} x {stored[1]}; make them the same size"
-                + (
-                    "; the image is not turned as its EXIF says"
-                    if mask.size == stored[::-1]
-                    else ""
-                )
+                f" {stored[0]} x {stored[1]}; make them the same size{hint}"
             )
         return upright
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A data set of images with masks.
-
-    Attributes:
-        images: not decoded, the masks neither.
-        classes: one entry a class, synonyms after commas.
-    """
+    """A data set of images with masks, neither of which is decoded."""
 
     images: Sequence[MaskedImage]
-    classes: list[str]
+    classes: list[str]  # synonyms after commas
 
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
         """The data without a share of the images, drawn by the seed, and that share."""
@@ -128,15 +113,10 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class LabelMap(MaskedImage):
-    """The value of a pixel is the id of its class: one segment a class.
+    """The value of a pixel is the id of its class: one segment a class."""
 
-    Attributes:
-        mask_path: PNG.
-        table: class of each id, or IGNORE; the last entry is for all higher ids.
-    """
-
-    mask_path: Path
-    table: NDArray[np.int32]
+    mask_path: Path  # PNG
+    table: NDArray[np.int32]  # class of each id, or IGNORE; the last entry is for all higher ids
 
     def mask(self) -> NDArray[np.int32]:
         image = open_mask(self.mask_path)
@@ -186,30 +166,27 @@ def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> 
     for id_, label in index.items():
         table[id_] = label
     masks = {path.stem: path for path in _files(folder / "masks", (".png",), "label maps")}
-    found = _files(images or folder / "images", SUFFIXES, "images")
-    missing = [path for path in found if path.stem not in masks]
+    paths = _files(images or folder / "images", SUFFIXES, "images")
+    missing = [path for path in paths if path.stem not in masks]
     if missing:
         raise RAdapterError(
             f"the image {missing[0]} has no mask {folder / 'masks' / missing[0].stem}.png "
-            f"({len(missing)} of {len(found)} images lack one); add it or take the image out"
+            f"({len(missing)} of {len(paths)} images lack one); add it or take the image out"
         )
-    return Masked([LabelMap(path.name, path, masks[path.stem], table) for path in found], entries)
+    return Masked([LabelMap(path.name, path, masks[path.stem], table) for path in paths], entries)
 
 
 def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     try:
-        found = sorted(
-            p
-            for p in folder.iterdir()
-            if p.suffix.lower() in suffixes and not p.name.startswith(".")
-        )
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes]
     except OSError as error:
         raise RAdapterError(
             f"cannot read {folder}, the folder of the {what}: {error.strerror}"
         ) from None
-    if not found:
+    shown = sorted(path for path in paths if not path.name.startswith("."))
+    if not shown:
         raise RAdapterError(f"{folder} holds no {what}; allowed: {', '.join(suffixes)}")
-    return found
+    return shown
 
 
 def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
@@ -225,9 +202,20 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         categories = {row["id"]: row["name"] for row in content["categories"]}
         index, entries = number_classes(read_class_ids(classes) if classes else categories)
         listed = {row["id"]: row for row in content["images"]}
+        known = ", ".join(list(categories.values())[:8]) + (", ..." if len(categories) > 8 else "")
         annotations = content["annotations"]
         for row in annotations:
-            _check_ids(file, row, categories, listed)
+            if row["image_id"] not in listed:
+                raise RAdapterError(
+                    f"{file} has an annotation of the image {row['image_id']}, which its images do"
+                    " not list"
+                )
+            for segment in row.get("segments_info", [row]):
+                if segment["category_id"] not in categories:
+                    raise RAdapterError(
+                        f"{file} has an annotation of the category {segment['category_id']}, which"
+                        f" its categories do not list: {known}"
+                    )
         panoptic = any("segments_info" in row for row in annotations)
         masked = (_panoptic if panoptic else _instances)(file, folder, annotations, listed, index)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -238,7 +226,7 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         ) from None
     if not masked:
         raise RAdapterError(
-            f"{file} has no segment of a class that is named; its categories: {_some(categories)}"
+            f"{file} has no segment of a class that is named; its categories: {known}"
         )
     _check_files(
         [image.path for image in masked],
@@ -247,21 +235,6 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         "name the folder of the images: --images DIR, or `images` in a suite",
     )
     return Masked(masked, entries)
-
-
-def _check_ids(
-    file: Path, row: dict[str, Any], categories: dict[int, str], listed: dict[int, Any]
-) -> None:
-    if row["image_id"] not in listed:
-        raise RAdapterError(
-            f"{file} has an annotation of the image {row['image_id']}, which its images do not list"
-        )
-    for segment in row.get("segments_info", [row]):
-        if segment["category_id"] not in categories:
-            raise RAdapterError(
-                f"{file} has an annotation of the category {segment['category_id']}, which its"
-                f" categories do not list: {_some(categories)}"
-            )
 
 
 def _panoptic(
@@ -299,28 +272,22 @@ def _instances(
             image = listed[row["image_id"]]
             runs = rle_of(row["segmentation"], image["file_name"], image["width"], image["height"])
             objects.setdefault(row["image_id"], []).append((index[row["category_id"]], runs))
-    found: list[MaskedImage] = []
-    for id_, some in objects.items():
-        path = folder / listed[id_]["file_name"]
-        found.append(
-            Instances(path.name, path, (listed[id_]["width"], listed[id_]["height"]), some)
-        )
-    return found
+    images: list[MaskedImage] = []
+    for id_, objects_of_image in objects.items():
+        image = listed[id_]
+        path = folder / image["file_name"]
+        size = (image["width"], image["height"])
+        images.append(Instances(path.name, path, size, objects_of_image))
+    return images
 
 
 @dataclass(frozen=True, eq=False)
 class Panoptic(MaskedImage):
-    """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled.
+    """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled."""
 
-    Attributes:
-        mask_path: PNG.
-        labels: class of each segment id, or IGNORE.
-        listed_areas: what the file says of each id's area; None where it says nothing.
-    """
-
-    mask_path: Path
-    labels: dict[int, int]
-    listed_areas: list[int | None]
+    mask_path: Path  # PNG
+    labels: dict[int, int]  # class of each segment id, or IGNORE
+    listed_areas: list[int | None]  # of each id, where the file says it
 
     def segments(self) -> list[ClassMask]:
         image = open_mask(self.mask_path)
@@ -350,15 +317,10 @@ class Panoptic(MaskedImage):
 
 @dataclass(frozen=True, eq=False)
 class Instances(MaskedImage):
-    """Run lengths, one for each object; where objects overlap, the smaller lies on top.
+    """Run lengths, one for each object; where objects overlap, the smaller lies on top."""
 
-    Attributes:
-        size: width and height that the file says the image has.
-        objects: class and compressed run lengths; JSON's polygons, 860,000 in COCO, would fill
-            gigabytes.
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # width and height that the file says the image has
+    # Class and compressed run lengths: JSON's polygons, 860,000 in COCO, would fill gigabytes.
     objects: list[tuple[int, bytes]]
 
     def segments(self) -> list[ClassMask]:
@@ -418,10 +380,6 @@ def _check_files(paths: list[Path], folder: Path, what: str, hint: str) -> None:
         )
 
 
-def _some(names: dict[int, str]) -> str:
-    return ", ".join(list(names.values())[:8]) + (", ..." if len(names) > 8 else "")
-
-
 def load_masked(
     spec: str,
     *,
@@ -431,19 +389,18 @@ def load_masked(
 ) -> Masked:
     """Open a data set of images with masks.
 
-    Args:
-        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray,
-            palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
-            annotations (their PNGs in the folder FILE) or instance annotations (polygons or run
-            lengths).
-        classes: file of the class ids: text with one class a line, the first of which is id 0, or
-            JSON or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same
-            beside DIR, or COCO's categories. Ids without a name (255 by custom) and those named
-            unlabeled, void or ignore are ignored; ids of one name are one class.
-        images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
-        exif_orientation: turn images as their EXIF says. A mask turns with its image unless it
-            stands upright already: then it has the size of the turned image, or an EXIF orientation
-            of its own.
+    `spec` is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray,
+    palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
+    annotations (their PNGs in the folder FILE) or instance annotations (polygons or run lengths).
+
+    `classes` names the class ids: a text with one class a line, the first of which is id 0, or JSON
+    or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same beside DIR,
+    or COCO's categories. Ids without a name (255 by custom) and those named unlabeled, void or
+    ignore are ignored; ids of one name are one class.
+
+    `images` is the folder of the images; None takes DIR/images, or `images` beside FILE.json. A
+    mask turns with its image, by EXIF, unless it is upright already: then it has the size of the
+    turned image, or an EXIF orientation too.
     """
     reader, _, place = spec.partition(":")
     if reader == "masks" and place:

@@ -23,13 +23,9 @@ Found = tuple[NDArray[np.uint8], NDArray[np.float32] | None]
 
 
 class ProposalFiles(ABC):
-    """Masks of a proposal network for the images of a data set.
+    """Masks of a proposal network for the images of a data set."""
 
-    Attributes:
-        scored: whether they have scores.
-    """
-
-    scored: bool
+    scored: bool  # they have scores
 
     @abstractmethod
     def read(self, name: str, size: tuple[int, int]) -> Found:
@@ -41,22 +37,18 @@ class ProposalFiles(ABC):
 
 
 def load_proposals(path: Path, names: Sequence[str], classes: int) -> ProposalFiles:
-    """Open the proposals for all images of a data set, and refuse what is missing.
+    """Open the proposals for all images of a data set, by the names of their files, and refuse what
+    is missing.
 
-    Args:
-        path: a folder of `STEM.npz` with `masks` [N, H, W] and perhaps `scores` [N, C] or [N]; or a
-            JSON file of COCO's results, a list of `{"image_id", "segmentation"}` with perhaps a
-            `score`, or `scores` of all classes. An image_id is the image's file name without its
-            ending, or its number. Categories are not read: those of a network are others than those
-            of the set. One score counts for all classes alike.
-        names: of the images' files.
-        classes: how many classes the scores are for, C, in the order of the class file, the
-            background left out.
+    `path` is a folder of `STEM.npz` with `masks` [N, H, W] and perhaps `scores` [N, C] or [N]; or a
+    JSON file of COCO's results, a list of `{"image_id", "segmentation"}` with perhaps a `score`, or
+    `scores` of all classes. An image_id is the image's file name without its ending, or its number.
+    Categories are not read: a network has others than the set. One score counts for all classes
+    alike; several are in the order of the class file, the background left out.
     """
     stems = [Path(name).stem for name in names]
-    return (
-        _Results(path, stems, classes) if path.suffix == ".json" else _Arrays(path, stems, classes)
-    )
+    kind = _Results if path.suffix == ".json" else _Arrays
+    return kind(path, stems, classes)
 
 
 class _Arrays(ProposalFiles):
@@ -72,10 +64,10 @@ class _Arrays(ProposalFiles):
                 " lack them); write STEM.npz with masks [N, H, W] for each image, or name a JSON"
                 " file of COCO's results"
             )
-        found = {stem: self._check(folder / f"{stem}.npz") for stem in stems}
-        self._sizes = {stem: size for stem, (size, _) in found.items()}
-        lacking = [stem for stem, (_, scored) in found.items() if not scored]
-        self.scored = len(lacking) < len(found)
+        checked = {stem: self._check(folder / f"{stem}.npz") for stem in stems}
+        self._sizes = {stem: size for stem, (size, _) in checked.items()}
+        lacking = [stem for stem, (_, scored) in checked.items() if not scored]
+        self.scored = len(lacking) < len(checked)
         if self.scored and lacking:
             raise RAdapterError(
                 f"{folder / lacking[0]}.npz has no scores but others have; give all of them scores,"
@@ -91,16 +83,11 @@ class _Arrays(ProposalFiles):
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise _broken(path, error) from None
         shape, dtype = arrays.get("masks", ((), np.dtype(bool)))
-        if (
-            len(shape) != 3
-            or shape[0] > MOST
-            or not (dtype in (bool, np.uint8) or dtype.kind == "f")
-        ):
-            held = (
-                f"{dtype} {list(shape)}"
-                if "masks" in arrays
-                else f"only {', '.join(arrays) or 'nothing'}"
-            )
+        readable = dtype in (bool, np.uint8) or dtype.kind == "f"
+        if len(shape) != 3 or shape[0] > MOST or not readable:
+            held = f"only {', '.join(arrays) or 'nothing'}"
+            if "masks" in arrays:
+                held = f"{dtype} {list(shape)}"
             raise RAdapterError(
                 f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {held}"
             )
@@ -117,7 +104,12 @@ class _Arrays(ProposalFiles):
     def read(self, name: str, size: tuple[int, int]) -> Found:
         stem = Path(name).stem
         path = self._folder / f"{stem}.npz"
-        _check_size(str(path), self._sizes[stem], size)
+        height, width = self._sizes[stem]
+        if (height, width) != size:
+            raise RAdapterError(
+                f"the masks of {path} have {width} x {height} pixels but the image as it is shown"
+                f" has {size[1]} x {size[0]}; write them at the image's size"
+            )
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 masks = arrays["masks"]
@@ -230,7 +222,7 @@ def _of_all(scores: NDArray[Any], classes: int) -> NDArray[np.float32]:
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and type of each array of an .npz file."""
-    found = {}
+    arrays = {}
     of_version = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -240,16 +232,8 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
             with archive.open(name) as file:
                 version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
                 shape, _, dtype = of_version[version](file)  # type: ignore[no-untyped-call]
-                found[name.removesuffix(".npy")] = shape, dtype
-    return found
-
-
-def _check_size(what: str, size: Sequence[int], image: tuple[int, int]) -> None:
-    if tuple(size) != image:
-        raise RAdapterError(
-            f"the masks of {what} have {size[1]} x {size[0]} pixels but the image as it is shown"
-            f" has {image[1]} x {image[0]}; write them at the image's size"
-        )
+                arrays[name.removesuffix(".npy")] = shape, dtype
+    return arrays
 
 
 def _broken(path: Path, error: Exception) -> RAdapterError:

@@ -18,7 +18,12 @@ from typing import Any, Protocol
 import datasets
 from PIL import Image
 
-from radapter_serve.contract.image_files import SUFFIXES, is_image_file, list_images
+from radapter_serve.contract.image_files import (
+    SUFFIXES,
+    count_kinds,
+    is_image_file,
+    list_images,
+)
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.data.splits import open_splits
@@ -26,11 +31,8 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.hub import from_hub_or_cache, how_to_bring, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
-_METADATA = (
-    "metadata.csv",
-    "metadata.jsonl",
-    "metadata.parquet",
-)  # of a folder whose table has more than labels
+# Of an image folder whose table has more than labels.
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
@@ -41,43 +43,28 @@ class BrokenImage(RAdapterError):
 
 
 class TrainingData(Protocol):
-    """All that training needs of data, whatever the task.
-
-    Attributes:
-        rows: a sequence, a Hugging Face data set, or its stream.
-    """
+    """All that training needs of data, whatever the task."""
 
     @property
-    def rows(self) -> Any: ...
+    def rows(self) -> Any:
+        """A sequence, a Hugging Face data set, or its stream."""
 
     def pair(
         self, row: Any, draw: random.Random
     ) -> tuple[Image.Image, int | tuple[int, ...], str | list[str]]:
-        """One training pair of a row.
+        """Image, label and text of a row; `draw` decides what is left to chance.
 
-        Args:
-            row: one of `rows`.
-            draw: decides whatever is left to chance, such as the prompt template.
-
-        Returns:
-            The image, its label (pairs with equal labels are positives of each other) and its text;
-            several texts, equally many for every row, share one encoding of the image. Of several
-            labels the first is that of the text.
+        Pairs with equal labels are positives of each other. Several texts, equally many for every
+        row, share one encoding of the image. Of several labels the first is that of the text.
         """
 
 
 class LabelledImages(ABC):
-    """Images whose labels are classes, as training and validation go through them.
+    """Images whose labels are classes, as training and validation go through them."""
 
-    Attributes:
-        rows: a sequence, a Hugging Face data set, or its stream.
-        classes: one entry a class, in the order of the labels, synonyms after commas.
-        templates: prompt templates with `{}`, of which a training pair draws one.
-    """
-
-    rows: Any
-    classes: list[str]
-    templates: Sequence[str]
+    rows: Any  # a sequence, a Hugging Face data set, or its stream
+    classes: list[str]  # in the order of the labels, synonyms after commas
+    templates: Sequence[str]  # of prompts; a training pair draws one
 
     @abstractmethod
     def image(self, row: Any) -> Image.Image:
@@ -156,18 +143,12 @@ def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of images, not decoded.
+    """Rows of images, not decoded."""
 
-    Attributes:
-        table: a Hugging Face data set, or its stream.
-        folder: where relative image paths start.
-        class_folders: whether the rows are the files of class folders, whose names are the labels.
-        left_out: number of files in class folders that are no images, by the end of their names.
-    """
-
-    table: Any
-    folder: Path
-    class_folders: bool = False
+    table: Any  # a Hugging Face data set, or its stream
+    folder: Path  # where relative image paths start
+    class_folders: bool = False  # the rows are the files of class folders, which name the labels
+    # Number of files in class folders that are no images, by the end of their names.
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -370,3 +351,35 @@ def sub_folders(path: Path) -> set[str]:
         for entry in os.scandir(path)
         if entry.is_dir() and not entry.name.startswith(".")
     }
+
+
+@dataclass
+class Images(ImageColumn):
+    """Images alone, without labels, read one by one with `data` and `name`."""
+
+    rows: Any
+    folder: Path
+    image_column: str = "image"
+    exif_orientation: bool = True
+
+
+def open_images(source: str, flag: str) -> Images:
+    """Open the images of a folder, or those that a table names."""
+    reader = source.partition(":")[0]
+    if reader in READERS and reader != "imagefolder":
+        rows = open_rows(source, {"image": flag})
+        if not len(rows.table):
+            raise RAdapterError(f"{source} holds no image; see {flag}")
+        return Images(rows.table, rows.folder)
+    folder = Path(source.removeprefix("imagefolder:")).absolute()
+    if not folder.is_dir():
+        raise RAdapterError(
+            f"{source} is no folder; give {flag} a folder of images, csv:FILE or parquet:FILE"
+        )
+    files = list_images(folder)
+    if not files.images:
+        has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
+        raise RAdapterError(
+            f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}"
+        )
+    return Images([{"image": str(file)} for file in files.images], folder)

@@ -1,16 +1,22 @@
 """The data of a run, opened as its recipe says, so that training and later evaluation see the same
-validation data.
+validation data; and the digest by which an adapter file knows the images that were held out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from radapter_serve.data.captions import Captioned, load_captioned
 from radapter_serve.data.classes import refuse_wordnet_ids
 from radapter_serve.data.labelled import Labelled, class_split, load_labelled
 from radapter_serve.data.masks import Masked, load_masked
+from radapter_serve.data.rows import image_source
+from radapter_serve.data.segments import SegmentCrops
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 
@@ -35,16 +41,11 @@ def validation_data(
     source: RunSource, classes: Sequence[str] | None, broken: list[str] | None = None
 ) -> Images | None:
     """Open the data that a run is validated on: all of `val_data`, or the share of the data that
-    training held out.
+    training held out; None where the source has neither.
 
-    Args:
-        source, broken: as of `run_data`.
-        classes: the run's, in their order. Each image is classified among all of them, whether or
-            not the data has an image of each; further classes of labelled images follow them, and
-            those of masks must be the same. None takes the data's own.
-
-    Returns:
-        The data, or None where the source has none.
+    Each image is classified among all of the run's `classes`, whether or not the data has an image
+    of each. Further classes of labelled images follow them, and those of masks must be the same.
+    None takes the data's own classes.
     """
     if source.val_data:
         val: Images | None = _open(source, source.val_data, broken)
@@ -53,20 +54,17 @@ def validation_data(
     if isinstance(val, Labelled) and classes is not None:
         return val.among(classes, alone=source.class_split != "all")
     if isinstance(val, Masked) and classes is not None:
-        _check_classes(val.classes, classes, source.val_data or source.data)
+        place = source.val_data or source.data
+        for entries, others, has, lacks in (
+            (val.classes, classes, place, "the run"),
+            (classes, val.classes, "the run", place),
+        ):
+            if more := [entry for entry in entries if entry not in others]:
+                raise RAdapterError(
+                    f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of"
+                    f" {len(entries)}); name one class file for both, with --classes FILE"
+                )
     return val
-
-
-def _check_classes(own: Sequence[str], classes: Sequence[str], place: str) -> None:
-    for entries, others, has, lacks in (
-        (own, classes, place, "the run"),
-        (classes, own, "the run", place),
-    ):
-        if more := [entry for entry in entries if entry not in others]:
-            raise RAdapterError(
-                f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of"
-                f" {len(entries)}); name one class file for both, with --classes FILE"
-            )
 
 
 def _open(
@@ -108,3 +106,39 @@ def _open(
             data = class_split(data, source.class_split)
     data.exif_orientation = source.exif_orientation
     return data
+
+
+class OtherImages(RAdapterError):
+    """The images that are held out now are not those that training held out."""
+
+
+def held_out_digest(data: Labelled | Captioned | Masked | SegmentCrops) -> str:
+    """`sha256:` over the names of images: paths below the folder that holds them all, so that it
+    may move.
+    """
+    values: Iterable[Any]
+    if isinstance(data, Labelled):
+        values = (row[data.image_column] for row in data.rows.select_columns([data.image_column]))
+    elif isinstance(data, Captioned):
+        values = (data.table[image.row][data.image_column] for image in data.images)
+    else:
+        values = (str(image.path) for image in data.images)
+    paths = []
+    for value in values:
+        source = image_source(value)
+        name = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source
+        paths.append(Path(name).absolute())
+    folder = os.path.commonpath([path.parent for path in paths])
+    lines = sorted(f"{path.relative_to(folder).as_posix()}\n" for path in paths)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode(errors='surrogateescape')).hexdigest()}"
+
+
+def check_held_out(data: Labelled | Captioned | Masked, digest: str, place: str) -> None:
+    """Refuse images that are not those that training held out."""
+    if held_out_digest(data) != digest:
+        raise OtherImages(
+            f"{place} has changed since training: the share that val_fraction draws now holds"
+            " images that the run was trained with. Bring back the files as they were, or name"
+            " other validation data: sets with `split: validation` in a suite for radapter-eval,"
+            " --validation DATA or none for radapter-export"
+        )

@@ -23,21 +23,13 @@ from radapter_serve.errors import RAdapterError, listed
 
 @dataclass
 class SegmentCrops(LabelledImages):
-    """Data for training and validation of which each row is one segment of an image.
+    """Data for training and validation of which each row is one segment of an image."""
 
-    Attributes:
-        rows: int32 [N, 3]: number of the image, of its segment, and of the segment's class.
-        images: with masks.
-        classes: one entry a class, synonyms after commas.
-        crop: what the encoder sees of a segment.
-        templates: prompt templates with `{}`, of which a training pair draws one.
-    """
-
-    rows: NDArray[np.int32]
+    rows: NDArray[np.int32]  # [N, 3]: number of the image, of its segment, and of the class
     images: Sequence[MaskedImage]
     classes: list[str]
-    crop: MaskCrop
-    templates: Sequence[str]
+    crop: MaskCrop = field(default_factory=MaskCrop)  # what the encoder sees of a segment
+    templates: Sequence[str] = ("a photo of a {}.",)
     _last: tuple[int, Image.Image, list[ClassMask]] | None = field(
         default=None, init=False, repr=False
     )
@@ -50,9 +42,8 @@ class SegmentCrops(LabelledImages):
         """The crop of a segment."""
         number = int(row[0])
         segment = int(row[1])
-        if (
-            self._last is None or self._last[0] != number
-        ):  # in their order, as in validation, each is decoded once
+        # In their order, as in validation, each image is decoded once.
+        if self._last is None or self._last[0] != number:
             masked = self.images[number]
             image = decode_named(
                 masked.data(), masked.path, exif_orientation=masked.exif_orientation
@@ -62,26 +53,9 @@ class SegmentCrops(LabelledImages):
         return self.crop(image, segments[segment][1])
 
 
-@dataclass(frozen=True)
-class Segments:
-    """The segments of images with masks.
-
-    Attributes:
-        masked: the images.
-        rows: as of `SegmentCrops`.
-    """
-
-    masked: Masked
-    rows: NDArray[np.int32]
-
-    def crops(self, crop: MaskCrop, templates: Sequence[str]) -> SegmentCrops:
-        """What an encoder sees of them."""
-        return SegmentCrops(self.rows, self.masked.images, self.masked.classes, crop, templates)
-
-
 def list_segments(
     masked: Masked, min_area: int, broken: list[str] | None = None, *, progress: bool = True
-) -> Segments:
+) -> SegmentCrops:
     """List the segments of a data set; reads every mask once."""
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
@@ -126,16 +100,4 @@ def list_segments(
             f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
             f"({', '.join(masked.classes[:5])}, ...); check the ids in the class file"
         )
-    return Segments(masked, np.array(rows, np.int32))
-
-
-def load_segments(
-    masked: Masked,
-    crop: MaskCrop,
-    *,
-    min_area: int,
-    templates: Sequence[str],
-    broken: list[str] | None = None,
-) -> SegmentCrops:
-    """`list_segments`, and what an encoder sees of them."""
-    return list_segments(masked, min_area, broken).crops(crop, templates)
+    return SegmentCrops(np.array(rows, np.int32), masked.images, masked.classes)

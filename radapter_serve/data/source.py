@@ -140,14 +140,8 @@ class RunSource(DataSource):
 
     @classmethod
     def from_json(cls, recipe: Mapping[str, Any], task: str) -> RunSource:
-        """Read what an adapter file says of its recipe; other fields of it are ignored.
-
-        Args:
-            recipe: a field that is missing has its default.
-            task: of the adapter.
-
-        Raises:
-            ValidationError: a value is of the wrong kind or out of range.
+        """Read what an adapter file says of its recipe; other fields of it are ignored, missing
+        ones have their default. A wrong value raises pydantic's `ValidationError`.
         """
         names = {field.name for field in fields(cls)}
         values = {name: value for name, value in recipe.items() if name in names}
@@ -155,9 +149,5 @@ class RunSource(DataSource):
         return checker(cls).validate_json(text, strict=True)
 
     def mask_crop(self, mean: Sequence[float]) -> MaskCrop:
-        """How a segment is cut out.
-
-        Args:
-            mean: RGB in [0, 1] that the encoder subtracts.
-        """
+        """How a segment is cut out; `mean` is the RGB in [0, 1] that the encoder subtracts."""
         return MaskCrop.filled_with(mean, padding=self.mask_padding, square=self.mask_square)

@@ -23,7 +23,7 @@ from radapter_serve.contract.labels import (
     read_templates,
     split_label,
 )
-from radapter_serve.data import load_masked
+from radapter_serve.data.masks import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
 from radapter_serve.demo.scenes import SHORT_SIDE, SceneData
 from radapter_serve.errors import RAdapterError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.contract.labels import mean_embeddings
-from radapter_serve.data import BrokenImage
+from radapter_serve.data.rows import BrokenImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import NOT_FINITE
 

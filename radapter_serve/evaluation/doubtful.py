@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.adapter import load_adapter
-from radapter_serve.data import Labelled, run_data
+from radapter_serve.data.labelled import Labelled
+from radapter_serve.data.runs import run_data
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, first_names
 from radapter_serve.evaluation.metrics import Floats

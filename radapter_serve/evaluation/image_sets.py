@@ -21,7 +21,7 @@ from PIL import Image as Pictures
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode, oriented
 from radapter_serve.contract.probabilities import indistinguishable
-from radapter_serve.data import ImageColumn
+from radapter_serve.data.rows import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.intervals import (
     Interval,

@@ -12,22 +12,13 @@ import numpy as np
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data import (
-    READERS,
-    Captioned,
-    Labelled,
-    Masked,
-    class_split,
-    imagenet_classes,
-    load_captioned,
-    load_labelled,
-    load_masked,
-    refuse_wordnet_ids,
-    validation_data,
-)
-from radapter_serve.data.classes import IMAGENET
-from radapter_serve.data.held_out import check_held_out
+from radapter_serve.data.captions import Captioned, load_captioned
+from radapter_serve.data.classes import IMAGENET, imagenet_classes, refuse_wordnet_ids
+from radapter_serve.data.labelled import Labelled, class_split, load_labelled
+from radapter_serve.data.masks import Masked, load_masked
 from radapter_serve.data.proposals import load_proposals
+from radapter_serve.data.rows import READERS
+from radapter_serve.data.runs import check_held_out, validation_data
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from radapter_serve.data import BrokenImage, TrainingData
+from radapter_serve.data.rows import BrokenImage, TrainingData
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.interruption import ignore_interruptions
 

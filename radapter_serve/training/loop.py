@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from radapter_serve.adapter import Metadata, save_adapter
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
-from radapter_serve.data import Captioned, LabelledImages
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless

@@ -18,7 +18,7 @@ from torchvision import transforms
 from radapter_serve.adapter import Adapters, Form, attach, base_digest, find_sites
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import logit_scale_and_bias
-from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform

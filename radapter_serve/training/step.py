@@ -20,7 +20,7 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data import LabelledImages
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.training.loss import distance_to_base
 
 

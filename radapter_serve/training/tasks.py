@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from radapter_serve.contract.image_files import SUFFIXES, count_kinds
 from radapter_serve.contract.labels import read_templates
-from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data, validation_data
+from radapter_serve.data.captions import Captioned
 from radapter_serve.data.checks import broken_images, equal_names
 from radapter_serve.data.classes import IMAGENET
-from radapter_serve.data.labelled import split_labels
-from radapter_serve.data.segments import SegmentCrops, Segments, list_segments
+from radapter_serve.data.labelled import Labelled, few_shot, split_labels
+from radapter_serve.data.masks import Masked
+from radapter_serve.data.runs import run_data, validation_data
+from radapter_serve.data.segments import SegmentCrops, list_segments
 from radapter_serve.errors import RAdapterError, all_of, listed
 from radapter_serve.hub import LOCAL
 from radapter_serve.training.recipe import Recipe
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from radapter_serve.clip.base import Base
 
 Data = Labelled | Captioned | SegmentCrops
-Opened = Labelled | Captioned | Segments
 T = TypeVar("T")
 
 
@@ -40,8 +41,8 @@ class RunData:
         notes: what a user should know of the data, a line each.
     """
 
-    data: Opened
-    val: Opened | None
+    data: Data
+    val: Data | None
     images: int | None
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -52,13 +53,14 @@ class RunData:
         """
         from radapter_serve.clip.prompts import templates_of
 
-        def prepared(data: Opened) -> Data:
+        def prepared(data: Data) -> Data:
             if isinstance(data, Captioned):
                 return data
             templates = templates_of(recipe.templates)
             if isinstance(data, Labelled):
                 return dataclasses.replace(data, templates=templates)
-            return data.crops(recipe.mask_crop(base.preprocess["mean"]), templates)
+            crop = recipe.mask_crop(base.preprocess["mean"])
+            return dataclasses.replace(data, crop=crop, templates=templates)
 
         return prepared(self.data), None if self.val is None else prepared(self.val)
 
@@ -140,7 +142,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
                 problems.append(f"{few}; mend them, {leave_out}:{listed(names)}")
 
     # List the segments of images with masks.
-    def segmented(part: Labelled | Captioned | Masked | None) -> Opened | None:
+    def segmented(part: Labelled | Captioned | Masked | None) -> Data | None:
         if not isinstance(part, Masked):
             return part
         return tried(lambda: list_segments(part, recipe.mask_min_area, skipped, progress=progress))

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
-from radapter_serve.data import Captioned, LabelledImages
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.evaluation.classification import (
     best_classes,
     evaluation_batches,

@@ -24,8 +24,8 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.image_files import SUFFIXES, list_images
 from radapter_serve.contract.labels import join_label, split_label
 from radapter_serve.contract.preprocess import FORMATS, decode, verify
-from radapter_serve.data import load_labelled
 from radapter_serve.data.checks import broken_images
+from radapter_serve.data.labelled import load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.hub import unreachable
 from radapter_serve.index.collection import open_collection

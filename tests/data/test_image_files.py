@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from radapter_serve.data.image_files import open_images
+from radapter_serve.data.rows import open_images
 from radapter_serve.errors import RAdapterError
 
 

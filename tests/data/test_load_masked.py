@@ -18,7 +18,8 @@ from PIL import Image
 from pycocotools import mask as runs
 from pycocotools.coco import COCO
 
-from radapter_serve.data import IGNORE, BrokenImage, MaskedImage, load_masked
+from radapter_serve.data.masks import IGNORE, MaskedImage, load_masked
+from radapter_serve.data.rows import BrokenImage
 from radapter_serve.errors import RAdapterError
 
 IDS = np.zeros((6, 8), np.uint8)

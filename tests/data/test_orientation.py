@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ from PIL import Image
 from pycocotools import mask as runs
 
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
-from radapter_serve.data.segments import load_segments
+from radapter_serve.data.captions import load_captioned
+from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.masks import IGNORE, Masked, load_masked
+from radapter_serve.data.segments import list_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import as_seen
 from radapter_serve.evaluation.sets import open_set
@@ -78,12 +81,8 @@ def check(image: Any, expected: NDArray[Any], pixels: NDArray[Any]) -> None:
     for label, inside in image.segments():
         np.testing.assert_array_equal(inside, expected == label + 1)
     crop = MaskCrop.filled_with((0.5, 0.5, 0.5))
-    segments = load_segments(
-        type("Data", (), {"images": [image], "classes": ["cat", "dog"]})(),
-        crop,
-        min_area=1,
-        templates=["{}"],
-    )
+    data = list_segments(Masked([image], ["cat", "dog"]), min_area=1)
+    segments = replace(data, crop=crop)
     for row in segments.rows:
         shown = crop(Image.fromarray(pixels), expected == row[2] + 1)
         np.testing.assert_array_equal(np.asarray(segments.image(row)), np.asarray(shown))

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from radapter_serve.data import class_split, few_shot, load_captioned, load_labelled, run_data
+from radapter_serve.data.captions import load_captioned
+from radapter_serve.data.labelled import class_split, few_shot, load_labelled
+from radapter_serve.data.runs import run_data
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 

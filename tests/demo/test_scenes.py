@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data import load_masked
+from radapter_serve.data.masks import load_masked
 from radapter_serve.demo import data, scenes
 from radapter_serve.errors import RAdapterError
 

@@ -21,9 +21,10 @@ from radapter_export.accuracy import open_validation
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli.eval import main as evaluate
 from radapter_serve.cli.train import main as train
-from radapter_serve.data import Labelled, load_captioned, load_labelled
-from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.data.captions import load_captioned
+from radapter_serve.data.labelled import Labelled, load_labelled
 from radapter_serve.data.rows import LabelledImages
+from radapter_serve.data.runs import held_out_digest
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.models import TorchEncoder

@@ -32,7 +32,7 @@ from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.data.image_files import open_images
+from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError

@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from radapter_serve.data import Labelled
+from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import evaluation_batches
 from radapter_serve.evaluation.image_sets import EvaluationSet

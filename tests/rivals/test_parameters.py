@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from radapter_serve.data import Labelled
+from radapter_serve.data.labelled import Labelled
 from rivals.adaptformer import AdaptFormer
 from rivals.clipood import CLIPood
 from rivals.cocoop import CoCoOp

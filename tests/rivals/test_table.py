@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 import yaml
 
-from radapter_serve.data import Labelled
+from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
 from radapter_serve.training import Recipe

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from radapter_serve.data import Captioned, load_captioned
+from radapter_serve.data.captions import Captioned, load_captioned
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.batches import Examples, batches
 

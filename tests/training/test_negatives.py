@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.data import Labelled
+from radapter_serve.data.labelled import Labelled
 from radapter_serve.training.step import other_prompts, share
 
 

@@ -21,7 +21,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
-from radapter_serve.data import Captioned, Labelled, Masked, load_labelled
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.labelled import Labelled, load_labelled
+from radapter_serve.data.masks import Masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.sets import open_set, own_validation

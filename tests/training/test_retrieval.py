@@ -19,7 +19,7 @@ from PIL import Image
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.data import load_captioned
+from radapter_serve.data.captions import load_captioned
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, mpm_nce, train
 from tests.helpers.by_hand import assert_same

@@ -7,8 +7,8 @@ import json
 import random
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,9 +23,10 @@ from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.data import BrokenImage, Masked, load_masked, run_data
-from radapter_serve.data.rows import decode_named
-from radapter_serve.data.segments import SegmentCrops, load_segments
+from radapter_serve.data.masks import Masked, load_masked
+from radapter_serve.data.rows import BrokenImage, decode_named
+from radapter_serve.data.runs import run_data
+from radapter_serve.data.segments import SegmentCrops, list_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.segmentation import SegmentationSet
@@ -64,9 +65,9 @@ def scenes(tmp_path: Path) -> Path:
     return tmp_path / "scenes"
 
 
-def segments(scenes: Path, **options: Any) -> SegmentCrops:
-    options = {"min_area": 1, "templates": ["a {} thing"], **options}
-    return load_segments(load_masked(f"masks:{scenes}"), MaskCrop(), **options)
+def segments(scenes: Path, min_area: int = 1, broken: list[str] | None = None) -> SegmentCrops:
+    data = list_segments(load_masked(f"masks:{scenes}"), min_area, broken)
+    return replace(data, templates=["a {} thing"])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from radapter_serve import evaluate
 from radapter_serve.adapter import load_adapter
-from radapter_serve.data import Labelled, class_split, few_shot, load_labelled
+from radapter_serve.data.labelled import Labelled, class_split, few_shot, load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of

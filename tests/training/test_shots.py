@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
+from radapter_serve.data.labelled import (
+    Labelled,
+    class_split,
+    few_shot,
+    load_labelled,
+    split_classes,
+)
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.tasks import open_run

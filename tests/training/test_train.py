@@ -18,7 +18,7 @@ import yaml
 from radapter_serve.adapter import attach, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.data import load_labelled
+from radapter_serve.data.labelled import load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, setup, train
 from radapter_serve.training.setup import start_accelerator
