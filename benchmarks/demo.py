@@ -17,6 +17,7 @@ from typing import Any
 
 from common import RESULTS, Report, say, with_spread
 
+from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.compare import ALPHAS, RIVAL, lead_in_words, line_of, right
 from radapter_serve.demo.data import FINE_TUNED, prepare, style_of
 from radapter_serve.demo.full import fine_tune, run_full
@@ -87,7 +88,7 @@ def report(seeds: list[int], out: Path, folder: Path) -> None:
     runs: list[dict[str, Any]] = []
     for seed in seeds:
         say(f"seed {seed}")
-        runs.append(run_full(folder, seed=seed))
+        runs.append(run_full(DemoSettings(folder, seed=seed)))
     shown = ", ".join(map(str, seeds))
     compared(tables, [run["classification"]["systems"] for run in runs], shown)
     for task in ("classification", "retrieval", "segmentation"):

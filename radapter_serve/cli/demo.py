@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+import tyro
 
 from radapter_serve.cli import run
+from radapter_serve.demo import DemoSettings
 from radapter_serve.errors import check_installed
 
 
 def demo(
-    out: Path = Path("demo-output"),
+    settings: tyro.conf.OmitArgPrefixes[DemoSettings] = DemoSettings(),  # noqa: B008  # frozen
     full: bool = False,
-    seed: int = 0,
-    steps: int | None = None,
-    alpha: float | None = None,
-    limit: int | None = None,
     open: bool = False,
 ) -> None:
     """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in
@@ -25,14 +23,9 @@ def demo(
     One adapter, and one release that labels drawings, searches and segments.
 
     Args:
-        out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model
-            repository, index.
+        settings: what is made, and where.
         full: train an adapter for each of three tasks, evaluate them over alpha on all styles, and
             compare with full fine-tuning and WiSE-FT; about ten minutes.
-        seed: of the fine-tuning.
-        steps: optimizer steps of each fine-tuning; the demo's own if none is given.
-        alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
-        limit: images of each data set at most that are evaluated; all if none is given.
         open: end with the playground, opened in a browser, until Ctrl-C; needs the extra
             `playground`, too.
     """
@@ -50,11 +43,11 @@ def demo(
         )
         from radapter_serve.demo.run import run_demo
 
-    run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)
+    run_demo(settings)
     if open:
         from radapter_serve.demo.play import play
 
-        play(out)
+        play(settings.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,16 +34,12 @@ _BATCH = 32  # larger ones are slower on a CPU, whose cache they leave
 
 @dataclass(frozen=True)
 class Ends:
-    """A model and its classifier before and after learning.
-
-    Attributes:
-        start, end: weights of the CLIP.
-        classifiers: [C, D] before and after, and [C] that is added to an image's scores; None where
-            the text tower makes the classifier from the names of the classes.
-    """
+    """A CLIP and its classifier before and after learning."""
 
     start: Weights
     end: Weights
+    # Before and after: [C, D], and [C] that is added to an image's scores; None where the text
+    # tower makes the classifier from the names of the classes.
     classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
@@ -188,13 +184,8 @@ def right(
     alphas: Mapping[str, Sequence[float]],
     limit: int | None = None,
 ) -> dict[str, dict[float, Hits]]:
-    """Which test images are right, by method and α.
-
-    Args:
-        lines: methods, all of which start at the demo's base.
-        data: test folders, and the classes in the order of a line's classifiers.
-        alphas: of each method.
-        limit: images of a style at most, drawn by a fixed seed; all if None.
+    """Which test images are right, by method and α; all methods start at the demo's base, and
+    `limit` images of a style at most are drawn by a fixed seed.
     """
     base = load_base(f"local-dir:{BASE}")
     model: Any = base.model

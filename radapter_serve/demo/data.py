@@ -49,22 +49,15 @@ SIDE = 96  # pixels
 
 @dataclass(frozen=True)
 class DemoData:
-    """Image folders (FOLDER/CLASS/*.png), and the files that go with them.
+    """Image folders (FOLDER/CLASS/*.png), and the files that go with them."""
 
-    Attributes:
-        train: drawings in colour, to fine-tune on.
-        val: the same style, other drawings.
-        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen these
-            drawings, or other drawings by the hands of the shifted styles.
-        classes: label file, one class a line, synonyms after commas.
-        templates: prompt templates, one a line.
-    """
-
-    train: Path
-    val: Path
+    train: Path  # drawings in colour
+    val: Path  # the same style, other drawings
+    # By style; `colour` is in distribution. Neither the base nor fine-tuning has seen these
+    # drawings, or other drawings by the hands of the shifted styles.
     test: dict[str, Path]
-    classes: Path
-    templates: Path
+    classes: Path  # label file
+    templates: Path  # of prompts
 
 
 @functools.cache
@@ -125,16 +118,8 @@ def prepare(
     shipped: Path = DRAWINGS,
     quiet: bool = False,
 ) -> DemoData:
-    """Draw the demo's image folders; those that are there already are taken as they are.
-
-    Args:
-        folder: for all of them; each is made whole or not at all.
-        styles: of the test drawings.
-        shipped: folder of the drawings as SVG, their classes and templates.
-        quiet: no progress bar.
-
-    Raises:
-        RAdapterError: the renderer is not installed, or the folder can't be written.
+    """Draw the demo's image folders, each whole or not at all; those that are there already are
+    taken as they are. `styles` are those of the test drawings.
     """
     folder = Path(folder)
     test = {style: folder / place_of(style) for style in styles}

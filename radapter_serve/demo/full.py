@@ -22,6 +22,7 @@ from radapter_client import Client
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.ask import ask_labels, ask_masks, ask_search, served
 from radapter_serve.demo.compare import (
     ALPHAS,
@@ -56,38 +57,23 @@ Sets = list[tuple[str, int, dict[float, list[float]]]]
 
 @dataclass(frozen=True)
 class Lesson:
-    """One task of the demo.
+    """One task of the demo."""
 
-    Attributes:
-        task: as recipes name it.
-        fields: of the recipe, what the demo's data decide.
-        metrics: shown in the table; the first is what the curve shows.
-        caption: of the table.
-        entries: what it is evaluated on as suites are: the first in distribution, then the same in
-            other styles.
-        rest: evaluated at α 0, 1 and the table's alone.
+    task: str  # as recipes name it
+    fields: dict[str, Any]  # of the recipe, from the demo's data
+    metrics: tuple[str, ...]  # of the table; the curve shows the first
+    caption: str  # of the table
+    entries: tuple[Entry, ...] = ()  # the first is in distribution, the others in other styles
+    rest: tuple[Entry, ...] = ()  # evaluated at α 0, 1 and the table's alone
+
+
+def run_full(settings: DemoSettings) -> dict[str, Any]:
+    """Run the whole demo in about ten minutes on two CPU cores; returns what `results.json`
+    holds.
     """
-
-    task: str
-    fields: dict[str, Any]
-    metrics: tuple[str, ...]
-    caption: str
-    entries: tuple[Entry, ...] = ()
-    rest: tuple[Entry, ...] = ()
-
-
-def run_full(
-    out: Path,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    alpha: float | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Run the whole demo in about ten minutes on two CPU cores; arguments and result as of
-    `run_demo`.
-    """
-    check_alpha(0.0 if alpha is None else alpha)
+    out = settings.out
+    seed = settings.seed
+    check_alpha(0.0 if settings.alpha is None else settings.alpha)
     log = Log()
     log.chapter("1. Draw the images: drawings by many hands, and scenes with masks and captions")
     data = prepare(out / "data")
@@ -99,28 +85,28 @@ def run_full(
             f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate"
             " on unseen ones"
         )
-        recipe = dataclasses.replace(recipe_of(task, out, seed, steps), **lesson.fields)
+        recipe = recipe_of(task, out, seed, settings.steps)
+        recipe = dataclasses.replace(recipe, **lesson.fields)
         shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
         run = train(recipe, progress=True).folder
-        at = recipe.alpha if alpha is None else alpha
+        at = recipe.alpha if settings.alpha is None else settings.alpha
         facts: dict[str, Any] = {"alpha": at, "metrics": lesson.metrics}
 
         # Evaluate, and compare classification with full fine-tuning.
         beside: dict[str, Sets] = {}
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
         if task == "classification":
-            rival = fine_tune(
-                dataclasses.replace(recipe_of("full", out, seed, steps), **lesson.fields)
-            )
+            whole = recipe_of("full", out, seed, settings.steps)
+            rival = fine_tune(dataclasses.replace(whole, **lesson.fields))
             points = {OURS: sorted({*ALPHAS, at}), RIVAL: [0.0, 0.5, 1.0]}
             lines = {OURS: line_of(run), RIVAL: rival}
-            compared = Comparison(right(lines, data, points, limit), at)
+            compared = Comparison(right(lines, data, points, settings.limit), at)
             log.console.print(compared.table())
             sets = compared.sets(OURS)
             beside = {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
             facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
         else:
-            sets = evaluate(lesson, run, at, limit)
+            sets = evaluate(lesson, run, at, settings.limit)
         log.console.print(table(lesson, sets, at))
         names = [name for name, _, values in sets if len(values) >= len(ALPHAS)]
         plot_alpha_curve(

@@ -18,6 +18,7 @@ from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.contract.labels import read_label_file, split_label
+from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.ask import LABEL_SET, ask_labels, ask_masks, ask_search, served
 from radapter_serve.demo.compare import OURS, gain_table, gains, line_of, right
 from radapter_serve.demo.data import BASE, FINE_TUNED, SHIFTS, STYLES, DemoData, prepare
@@ -37,40 +38,25 @@ QUERIES = 4
 PICTURES = ("classified", "found", "segmented")
 
 
-def run_demo(
-    out: Path,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    alpha: float | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Run the demo in about two minutes on two CPU cores.
-
-    Args:
-        out: folder for everything that the demo makes; what an earlier demo made there is replaced.
-        seed: of the fine-tuning, and of what is asked.
-        steps: optimizer steps; STEPS if None.
-        alpha: re-scaling of the exported release, in [0, 1]; the recipe's if None.
-        limit: images of each data set at most that are evaluated; all if None.
-
-    Returns:
-        What `results.json` in `out` holds.
-    """
-    check_alpha(0.0 if alpha is None else alpha)
+def run_demo(settings: DemoSettings) -> dict[str, Any]:
+    """Run the demo in about two minutes on two CPU cores; returns what `results.json` holds."""
+    out = settings.out
+    seed = settings.seed
+    check_alpha(0.0 if settings.alpha is None else settings.alpha)
     log = Log()
     log.chapter("1. Draw the images: drawings by many hands, and scenes of them with masks")
     data = prepare(out / "data", styles=(FINE_TUNED, *OTHERS))
     scenes = prepare_scenes(out / "data" / "scenes", train=0)
 
     log.chapter(f"2. Fine-tune on drawings {STYLES[FINE_TUNED]}")
-    recipe = recipe_of("classification", out, seed, STEPS if steps is None else steps)
+    steps = STEPS if settings.steps is None else settings.steps
+    recipe = recipe_of("classification", out, seed, steps)
     fields = fields_of(data)
     fields |= {"val_data": None, "learning_rate": RATE}  # nothing is chosen here
     shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
     run = train(dataclasses.replace(recipe, **fields), progress=True).folder
-    alpha = recipe.alpha if alpha is None else alpha
-    hits = right({OURS: line_of(run)}, data, {OURS: (0.0, alpha)}, limit)[OURS]
+    alpha = recipe.alpha if settings.alpha is None else settings.alpha
+    hits = right({OURS: line_of(run)}, data, {OURS: (0.0, alpha)}, settings.limit)[OURS]
     rows = gains(hits[0.0], hits[alpha])
     log.console.print(gain_table(rows, alpha))
 

@@ -38,51 +38,30 @@ KINDS = ("a drawing", "a picture", "an icon")
 
 @dataclass(frozen=True)
 class Scene:
-    """Drawings side by side.
-
-    Attributes:
-        image: RGB.
-        mask: uint8 [H, W], the number of a pixel's class; the paper has the number after the last.
-        shown: the drawings' classes, synonyms after commas.
-    """
+    """Drawings side by side."""
 
     image: Image.Image
-    mask: NDArray[np.uint8]
-    shown: Sequence[str]
+    mask: NDArray[np.uint8]  # the number of a pixel's class; the paper has the one after the last
+    shown: Sequence[str]  # the drawings' classes, synonyms after commas
 
 
 @dataclass(frozen=True)
 class SceneData:
     """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class
     in the class file.
-
-    Attributes:
-        train: scenes of training drawings.
-        test: by style, scenes of test drawings: the same classes at the same places in all styles.
-        classes: class file, synonyms after commas, without the paper.
-        gallery: CSV of all test scenes: image, style, caption.
     """
 
     train: Path
-    test: dict[str, Path]
-    classes: Path
-    gallery: Path
+    test: dict[str, Path]  # by style: the same classes at the same places in all of them
+    classes: Path  # class file without the paper
+    gallery: Path  # CSV of all test scenes: image, style, caption
 
 
 def prepare_scenes(
     folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0, quiet: bool = False
 ) -> SceneData:
-    """Compose the demo's scenes; folders that are there already are taken as they are.
-
-    Args:
-        folder: for all of them; each is made whole or not at all.
-        train: scenes to train on; 0 makes no folder for them.
-        test: scenes of each style to test on.
-        seed: of what is shown where.
-        quiet: no progress bar.
-
-    Raises:
-        RAdapterError: the renderer is not installed, or the folder can't be written.
+    """Compose the demo's scenes, so many to train on and of each style to test on; each folder is
+    made whole or not at all, and those that are there already are taken as they are.
     """
     folder = Path(folder)
     tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}

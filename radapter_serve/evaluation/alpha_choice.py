@@ -139,16 +139,7 @@ class Choice:
 
 
 def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
-    """Choose α from rows of validation sets.
-
-    Args:
-        rows: from `evaluate`, of one adapter, every α on every validation set.
-        own_alpha: the adapter's own, in [0, 1].
-
-    Raises:
-        RAdapterError: no set is in distribution, or different ways of segmentation would be
-            averaged.
-    """
+    """Choose α from the rows of one adapter at every α on every validation set."""
     kinds = {(row.dense == PROPOSALS, row.proposals is not None) for row in rows}
     if len(kinds) > 1:
         raise RAdapterError(
@@ -238,11 +229,7 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 
 def load_choice(adapter: str | Path) -> Choice:
-    """Read the choice beside an adapter file or in the folder of a run.
-
-    Raises:
-        RAdapterError: there is no choice, or the file is broken.
-    """
+    """Read the choice beside an adapter file or in the folder of a run."""
     path = _path(adapter)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -265,11 +252,7 @@ def load_choice(adapter: str | Path) -> Choice:
 
 
 def chosen(adapter: str | Path) -> Choice:
-    """`load_choice`, if it was made for the adapter that is there now.
-
-    Raises:
-        RAdapterError: there is no choice, or it was made for another adapter.
-    """
+    """`load_choice`, refused where it was made for another adapter than is there now."""
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 
     choice = load_choice(adapter)

@@ -4,7 +4,7 @@ accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,19 +64,6 @@ def best_classes(model: nn.Module, classifier: Tensor, pixels: Tensor) -> Tensor
     if not scores.isfinite().all():
         raise RAdapterError(NOT_FINITE)
     return scores.argmax(dim=1).cpu()
-
-
-def count_hits(
-    model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[int, int]:
-    """Numbers of images that are classified rightly and of all images, from batches of pixels
-    [B, 3, S, S] and labels [B].
-    """
-    hits = total = 0
-    for pixels, labels in batches:
-        hits += int((best_classes(model, classifier, pixels) == labels.cpu()).sum())
-        total += len(labels)
-    return hits, total
 
 
 def evaluation_batches(

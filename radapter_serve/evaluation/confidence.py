@@ -33,9 +33,6 @@ def fit_confidence(
 ) -> Confidence:
     """Fit what makes a release's scores calibrated, from the cosines of images with labels, [N, C],
     and the right label of each, [N].
-
-    Raises:
-        RAdapterError: too few images or labels.
     """
     n, classes = cosines.shape
     if n < LEAST or classes < 2:
@@ -43,11 +40,13 @@ def fit_confidence(
             f"{n} validation images of {classes} labels are too few for calibrated scores; {LEAST}"
             " images are needed, and two labels"
         )
-    halves = [np.arange(n) % 2 == number for number in (0, 1)]
     scale, bias = fit_sigmoid(cosines, truth)
     temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
     plain = class_probabilities(cosines, logit_scale, logit_bias)
     best = cosines.argmax(axis=1)
+
+    # Scores of each half of the images by a fit to the other half.
+    halves = [np.arange(n) % 2 == number for number in (0, 1)]
     after = np.full(n, np.nan, np.float32)
     pairs = np.empty_like(plain)
     for half, other in zip(halves, reversed(halves), strict=True):
@@ -59,6 +58,7 @@ def fit_confidence(
             after[half] = class_probabilities(cosines[half], logit_scale / own)[
                 np.arange(half.sum()), best[half]
             ]
+
     hits = best == truth
     right = np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()

@@ -22,9 +22,9 @@ from radapter_serve.data.runs import run_data
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, first_names
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import Precision, from_adapter
 from radapter_serve.evaluation.run import evaluate_scored
 from radapter_serve.evaluation.sets import classification_set
+from radapter_serve.evaluation.start import EvaluatedModel
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.files import staged
 
@@ -68,29 +68,22 @@ def margins(cosines: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray
 
 
 def find_doubtful(
-    adapter: str | Path,
+    run: Path,
+    model: EvaluatedModel,
     count: int,
     out: Path,
-    *,
-    base: str | None = None,
-    pretrained: str | None = None,
-    precision: Precision = "fp32",
-    device: str | None = None,
-    batch_size: int = 64,
-    say: Callable[[str], None] = lambda line: None,
+    batch_size: int,
+    say: Callable[[str], None],
 ) -> tuple[list[Doubtful], list[Path]]:
     """Find the `count` training images whose label is most in doubt, the most doubtful first, and
     write `doubtful.csv` and `doubtful.png` into `out`.
-
-    Raises:
-        RAdapterError: the run has no images with one label each, or they can't be read.
     """
     # The run's images; those that it held out may have wrong labels, too.
-    metadata = load_adapter(adapter).metadata
+    metadata = load_adapter(run).metadata
     source = metadata.source
     if metadata.task != "classification" or not source.data:
         raise RAdapterError(
-            f"doubtful is for runs of labelled images; {adapter} was trained for {metadata.task}"
+            f"doubtful is for runs of labelled images; {run} was trained for {metadata.task}"
             f"{'' if source.data else ', and does not say from what'}"
         )
     plain = dataclasses.replace(source, val_data=None, val_fraction=0.0, streaming=False)
@@ -112,14 +105,7 @@ def find_doubtful(
         )
 
     # Their cosines with each class by the base and by the run.
-    models = from_adapter(
-        adapter,
-        [0.0, 1.0],
-        base=base,
-        pretrained=pretrained,
-        precision=precision,
-        device=device,
-    )
+    models = model.load(run, [0.0, 1.0])
     try:
         by_base, by_run = evaluate_scored(
             models,

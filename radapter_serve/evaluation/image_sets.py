@@ -58,36 +58,22 @@ _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answers for some images of a set.
+    """A model's answers for some images of a set."""
 
-    Attributes:
-        values: what the set measures by.
-        scores: cosines of the images with each class, float32 [N, C]; None where the set has no
-            classes of whole images, or nobody needs them.
-        nearest: the best noun of each image, where nouns were asked for.
-    """
-
-    values: tuple[Any, ...]
-    scores: Floats | None = None
-    nearest: NDArray[np.int64] | None = None
+    values: tuple[Any, ...]  # by which the set measures
+    scores: Floats | None = None  # cosines of whole images with each class, [N, C]
+    nearest: NDArray[np.int64] | None = None  # the best noun of each image
 
 
 @dataclass(frozen=True)
 class EvaluationSet(ABC):
-    """A data set.
-
-    Attributes:
-        entry: what the suite says.
-        images: not decoded; `name` is for errors.
-        task: as CLIP_benchmark names it.
-        most: images in memory at once; None leaves it to the caller.
-    """
+    """A data set, opened as the entry of a suite says; its images are not decoded."""
 
     entry: Entry
     images: Sequence[Any]
 
-    task: ClassVar[str]
-    most: ClassVar[int | None] = None
+    task: ClassVar[str]  # as CLIP_benchmark names it
+    most: ClassVar[int | None] = None  # images in memory at once
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,10 +105,8 @@ class EvaluationSet(ABC):
         return {}
 
     def row(self, model: Candidate) -> Row:
-        """The row of a model on the set, before anything is measured.
-
-        Raises:
-            NoSuchWay: the model does not have the dense method that the set asks for.
+        """The row of a model on the set, before anything is measured; raises `NoSuchWay` where the
+        model lacks the dense method of the set.
         """
         entry = self.entry
         return Row(
@@ -216,17 +200,11 @@ class _ImageSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class ClassificationSet(_ImageSet):
-    """Labelled images.
+    """Labelled images."""
 
-    Attributes:
-        labels: integer [N].
-        classes: one a label, synonyms after commas.
-        templates: prompt templates; None takes the model's own.
-    """
-
-    labels: NDArray[Any]
-    classes: list[str]
-    templates: list[str] | None
+    labels: NDArray[Any]  # integer [N]
+    classes: list[str]  # synonyms after commas
+    templates: list[str] | None  # of prompts; None takes the model's own
 
     task = "zeroshot_classification"
 
@@ -306,11 +284,7 @@ class ClassificationSet(_ImageSet):
 
 @dataclass(frozen=True)
 class SeveralLabelsSet(ClassificationSet):
-    """Images of which each may have several labels.
-
-    Attributes:
-        labels: bool [N, C], one True at least in every row.
-    """
+    """Images of which each may have several labels, bool [N, C], one True at least in every row."""
 
     @property
     def _truth(self) -> list[Any]:
@@ -339,15 +313,10 @@ class SeveralLabelsSet(ClassificationSet):
 
 @dataclass(frozen=True)
 class RetrievalSet(_ImageSet):
-    """Images and their captions.
+    """Images and their captions."""
 
-    Attributes:
-        captions: all of them.
-        image_of: the image that each caption belongs to, integer [T].
-    """
-
-    captions: list[str]
-    image_of: NDArray[np.int64]
+    captions: list[str]  # of all images
+    image_of: NDArray[np.int64]  # the image that each caption belongs to, [T]
 
     task = "zeroshot_retrieval"
 
@@ -443,12 +412,8 @@ def _rounded(values: NDArray[np.float64]) -> list[float | None]:
 
 
 def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:
-    """An image file that a model sees as the suite says.
-
-    Args:
-        data: the file.
-        wanted: whether the suite has images turned by their EXIF orientation.
-        turns: whether the model turns them.
+    """An image file that a model sees as the suite says: turned by its EXIF orientation if
+    `wanted`, by a model that `turns` images or not.
     """
     if wanted == turns:
         return data
@@ -476,10 +441,8 @@ def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
 
 
 def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
-    """Digests of images and their masks, each read once by its function of `parts`.
-
-    Raises:
-        RAdapterError: one can't be read; names the data set.
+    """Digests of images and their masks, each read once by its function of `parts`; `name` is the
+    data set's, for errors.
     """
 
     def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:

@@ -80,12 +80,8 @@ def paired_difference(
     first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
 ) -> tuple[float, float]:
     """How much better one system is than another on the same cases: the mean over data sets of the
-    mean differences, and the half-width of its normal interval of 95 %.
-
-    Args:
-        first: of each data set the first system's result for each case, such as right or wrong,
-            [N] with N of 2 or more.
-        second: the same of the other system.
+    mean differences, and the half-width of its normal interval of 95 %; from both systems' results
+    of each case, such as right or wrong, [N] for each data set, with N of 2 or more.
     """
     differences = [
         np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)

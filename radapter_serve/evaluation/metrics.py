@@ -57,16 +57,12 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
 def average_precisions(
     scores: Floats, truth: NDArray[np.bool_], weights: NDArray[Any] | None = None
 ) -> NDArray[np.float64]:
-    """The average precision of each class, float64 [C] in [0, 1]; NaN for a class without an image.
+    """The average precision of each class, float64 [C] in [0, 1], from scores and labels, [N, C];
+    NaN for a class without an image.
 
     `Σ_n (R_n − R_{n−1})·P_n` over the scores from the highest on, in which images of equal score
-    come together; no interpolation.
-
-    Args:
-        scores: [N, C].
-        truth: the labels of each image, [N, C].
-        weights: how often each image counts, [N], or for several draws [D, N], which gives [D, C];
-            None counts each once.
+    come together; no interpolation. `weights` say how often each image counts, [N], or for several
+    draws [D, N], which gives [D, C].
     """
     counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     classes = []
@@ -84,12 +80,10 @@ def average_precisions(
 
 def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Of each bin of confidence the number of images, the sum of their confidences, and the number
-    of right ones, float64 [3, 15].
+    of right ones, float64 [3, 15]; from the probability of the best label of each image, and
+    whether it is right, [N].
 
-    Args:
-        confidences: the probability of the best label, [N], in [0, 1]; bin k of 15 holds those
-            above k/15 and up to (k + 1)/15, and the first bin 0 too.
-        hits: whether that label is right, [N].
+    Bin k holds confidences above k/15 and up to (k + 1)/15, and the first bin 0 too.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
     return np.stack([np.bincount(bins, of, BINS) for of in (np.ones(len(bins)), confidences, hits)])
@@ -117,17 +111,6 @@ def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
     return np.array([numbers[text] for text in plain], np.int64)
 
 
-def retrieval_metrics(
-    images: Floats,
-    texts: Floats,
-    image_of: NDArray[Any],
-    recalls: Sequence[int] = RECALLS,
-    groups: NDArray[np.int64] | None = None,
-) -> dict[str, float]:
-    """`recalls_of` of `retrieval_ranks`."""
-    return recalls_of(retrieval_ranks(images, texts, image_of, groups), recalls)
-
-
 def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
     """Recall at k both ways, from `retrieval_ranks`: shares in [0, 1], `image_retrieval_recall@k`
     over the texts and `text_retrieval_recall@k` over the images. A hit is at least one true match
@@ -146,20 +129,12 @@ def retrieval_ranks(
     image_of: NDArray[Any],
     groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Ranks]:
-    """The rank of the best true match both ways, 0 the best.
+    """The rank of the best true match both ways, 0 the best: `image`, int64 [T], where each text
+    looks for any of its images, and `text`, int64 [I], where each image looks for any of its texts.
 
-    An image and a text are a true match where the image has that text, or one of its group, among
-    its own.
-
-    Args:
-        images: unit length, [I, D].
-        texts: unit length, [T, D]; each image has at least one.
-        image_of: the image that each text belongs to, integer [T].
-        groups: from `caption_groups`, [T]; None takes each text for another.
-
-    Returns:
-        `image`, int64 [T]: each text looks for any of its images; and `text`, int64 [I]: each image
-        looks for any of its texts.
+    Embeddings are unit length, [I, D] and [T, D]; each image has a text at least, and `image_of`
+    says which image a text belongs to, [T]. An image and a text are a true match where the image
+    has that text, or one of its group by `caption_groups`.
     """
     check_finite(images)
     check_finite(texts)

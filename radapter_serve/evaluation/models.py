@@ -69,20 +69,13 @@ class SegmentQuery:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A model at one α.
+    """A model at one α."""
 
-    Attributes:
-        source: `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release`, `server`.
-        alpha: in [0, 1]; None where it is unknown.
-        facts: what a row says about the model.
-        loaded: the release, at this α.
-        known: embeddings of classes, float32 [D], by templates and class.
-    """
-
-    source: str
-    alpha: float | None
+    source: str  # `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release` or `server`
+    alpha: float | None  # None where it is unknown
     facts: ModelFacts
-    loaded: LoadedRelease
+    loaded: LoadedRelease  # at this α
+    # Embeddings of classes, float32 [D], by templates and class.
     known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
 
     @property
@@ -131,10 +124,8 @@ class Candidate:
         return class_probabilities(cosines, release.logit_scale, release.logit_bias)
 
     def way(self, dense: str | None) -> str:
-        """The dense method to use where `dense` is asked for; None asks for the model's own.
-
-        Raises:
-            NoSuchWay: the model does not have it.
+        """The dense method to use where `dense` is asked for; None asks for the model's own. Raises
+        `NoSuchWay` where the model lacks it.
         """
         release = self.loaded.release
         own = (release.dense or {}).get("way")
@@ -164,13 +155,10 @@ class Candidate:
         masks: NDArray[np.uint8] | None = None,
         scores: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint16]:
-        """The index of each pixel's label, uint16 [H, W]; C stands for the background.
+        """The index of each pixel's label in an image file, uint16 [H, W]; C is the background.
 
-        Args:
-            data: an image file.
-            query: labels and options.
-            masks: where masks are given, uint8 [N, H, W], 0 to 255.
-            scores: the masks' own probabilities of the labels, float32 [N, C].
+        Proposals are given as masks, uint8 [N, H, W], 0 to 255, perhaps with their own
+        probabilities of the labels, float32 [N, C].
         """
         encoder = self.loaded.encoder
         options = query.options
@@ -336,17 +324,11 @@ def in_torch(
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> list[Candidate]:
-    """Models that differ from a base by α times a change, for each change at each α.
+    """Models that differ from a base by α times a change, for each change at each α; the weights of
+    the base change until `close`.
 
-    Args:
-        base: gives model, preprocessing and tokenizer; its weights change until `close`.
-        changes: the lines.
-        alphas: re-scalings in [0, 1]; None, of a model without changes, is not known.
-        templates: of prompts, for data sets that bring none.
-        dense: the models' own dense method.
-        crop: how the masks of proposals are shown; None takes the usual crop.
-        precision: fp32, or bf16 or fp16 by autocast.
-        device: of torch; None takes a GPU where there is one.
+    An α of None, of a model without changes, is not known. The templates are for data sets that
+    bring none, the crop is for the masks of proposals.
     """
     where = to_device(base.model, device)
     changes = [
@@ -506,11 +488,7 @@ def from_merged(
 def from_release(
     loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release"
 ) -> list[Candidate]:
-    """A loaded release at several α, its own if none.
-
-    Raises:
-        RAdapterError: the release lacks an α.
-    """
+    """A loaded release at several α, its own if none."""
     facts = release_facts(loaded.release)
     if loaded.release.quantization:  # of int8: ranges from running, or from which images
         facts = replace(facts, quantization=loaded.release.quantization)

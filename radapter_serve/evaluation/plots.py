@@ -52,15 +52,9 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow; returns the pictures' paths.
 
-    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense
-    segmentation and proposals; by the last model `confusion-NAME.png` of each data set of few
-    classes, and `calibration-NAME.png` of each data set of labelled images.
-
-    Args:
-        rows: from `evaluate_suite`.
-        folder: for the pictures.
-        title: above them.
-        curve_too: False leaves `alpha.png` as it is.
+    `bars.png` always; `alpha.png`, if `curve_too`, where there are several α of one source, one
+    each for dense segmentation and proposals; by the last model `confusion-NAME.png` of each data
+    set of few classes, and `calibration-NAME.png` of each data set of labelled images.
     """
     unit = common_unit(row.metric for row in rows)
     pictures = [folder / "bars.png"]
@@ -127,18 +121,12 @@ def plot_alpha_curve(
     """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3),
     and each set over α.
 
-    Args:
-        rows: an α each: `alpha`, and per cent by the name of the data set, ascending in α.
-        id_names: the in-distribution data sets; the curve takes their mean.
-        ood_names: the shifted data sets; the curve takes their mean. Without one of either, there
-            is no curve.
-        path: a picture file; its ending says which kind.
-        title: above the picture.
-        beside: other methods' rows, by name, such as WiSE-FT's.
-        unit: of the figures, such as `mIoU, %`.
-        kept: how much of the base's answers each α keeps, in per cent, on an axis on the right.
-        choice: marks what `auto` takes, the smallest α as good as the best, the best, the base's
-            level, and the score with the interval of its distance from the best.
+    A row has `alpha`, and per cent by the name of the data set; rows ascend in α. The curve takes
+    the means of the sets in distribution and of the shifted ones, and needs both. `beside` has
+    other methods' rows, by name, such as WiSE-FT's. `kept` says how much of the base's answers each
+    α keeps, in per cent, on an axis on the right. `choice` marks what `auto` takes, the smallest α
+    as good as the best, the best, the base's level, and the score with the interval of its distance
+    from the best.
     """
     ids = [id_names] if isinstance(id_names, str) else list(id_names)
     groups = [names for names in (ids, list(ood_names)) if names]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ _NOT_MEASURED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a row says about a model; see `Row`."""
+    """The part of a row that is about the model; see `Row`."""
 
     model: str | None = None
     pretrained: str | None = None
@@ -58,21 +58,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Figures of one class, in [0, 1]; None if it has no images.
+    """Figures of one class, in [0, 1]; None if it has no images."""
 
-    Attributes:
-        name: its first name.
-        n: its images, or pixels.
-        recall: of images with one label, and of pixels.
-        iou: of pixels.
-        average_precision: of images with several labels.
-    """
-
-    name: str
-    n: int
-    recall: float | None
-    iou: float | None = None
-    average_precision: float | None = None
+    name: str  # the first
+    n: int  # images, or pixels
+    recall: float | None  # of images with one label, and of pixels
+    iou: float | None = None  # of pixels
+    average_precision: float | None = None  # of images with several labels
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = {
         **_STRICT,
@@ -92,7 +84,7 @@ class Bin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(ModelFacts):
     """One model on one data set, and what was measured: CLIP_benchmark's schema and more.
 
     Attributes:
@@ -136,8 +128,6 @@ class Row:
     """
 
     dataset: str
-    model: str | None = None
-    pretrained: str | None = None
     task: str
     language: str = "en"
     source: str
@@ -147,12 +137,6 @@ class Row:
     metric: str
     border: int = 0
     exif_orientation: bool = True
-    precision: str | None = None
-    base_digest: str | None = None
-    adapter_digest: str | None = None
-    release: int | None = None
-    weights_digest: str | None = None
-    quantization: Mapping[str, object] | None = None
     n: int
     classes: int | None = None
     captions: int | None = None
@@ -194,15 +178,12 @@ class Row:
     def per_image(self) -> NDArray[np.float64] | None:
         """What each image adds to the row's own metric, [n], whose mean is the metric; None where
         the metric is no mean over images.
-
-        Raises:
-            ValueError: `right` has not as many images as the row.
         """
         return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a line of `results.jsonl` has them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {"dataset": self.dataset, **vars(self)}
         nulls = {name for key, of in _NULLS.items() if values[key] is not None for name in of}
         if not self.border:
             del values["border"]
@@ -228,11 +209,7 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read what `to_dict` gave, as JSON.
-
-        Raises:
-            ValueError: it is no JSON; a field is unknown, missing or of another type.
-        """
+        """Read what `to_dict` gave, as JSON; anything else raises a ValueError."""
         from pydantic import ValidationError  # a client has no pydantic
 
         try:
@@ -256,10 +233,8 @@ def packed(right: NDArray[np.bool_]) -> str:
 
 
 def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np.float64]:
-    """What each image adds to a row's metric, from the row's `right`, `n` and `captions`.
-
-    Raises:
-        ValueError: `right` has not as many images as the row.
+    """What each image adds to a row's metric, from the row's `right`, `n` and `captions`; a
+    ValueError where `right` has not as many images as the row.
     """
     if isinstance(right, str):
         data = base64.b64decode(right, validate=True)
@@ -274,22 +249,14 @@ def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np
 class Results:
     """`results.jsonl` in a folder: one row a line; after each `add` the file is whole.
 
-    Args:
-        folder: made with the first row.
-        resume: keep the rows that are there; else the first row replaces them.
-
-    Attributes:
-        rows: those that were there and those that were added.
-        measured: how many were added.
-
-    Raises:
-        RAdapterError: the folder is a file, or the rows that are there can't be read.
+    The folder is made with the first row, which replaces the rows that are there unless `resume`
+    keeps them.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
         self.path = Path(folder) / FILE
         self.rows: list[Row] = []
-        self.measured = 0
+        self.measured = 0  # rows that were added
         for place in (Path(folder), *Path(folder).parents):
             if place.exists() and not place.is_dir():
                 raise RAdapterError(
@@ -327,29 +294,9 @@ class Results:
             raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
 
 
-class Shifted(Protocol):
-    """A data set, or what was measured on one."""
-
-    @property
-    def shift(self) -> str:
-        """`id` or `ood`."""
-
-
-class Scored(Protocol):
-    """What was measured on a data set."""
-
-    @property
-    def metric(self) -> str:
-        """The metric that the data set is reported by."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Shares in [0, 1] by name."""
-
-
-def own_metric(row: Scored) -> float:
-    """The metric that the data set is reported by, in per cent."""
-    return 100 * row.metrics[row.metric]
+def own_metric(row: Any) -> float:
+    """The metric that the data set of a row is reported by, in per cent."""
+    return float(100 * row.metrics[row.metric])
 
 
 def mean_kept(rows: Iterable[Row]) -> float | None:
@@ -358,8 +305,8 @@ def mean_kept(rows: Iterable[Row]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def by_shift(sets: Mapping[str, Shifted]) -> tuple[list[str], list[str]]:
-    """Names of the data sets in distribution, and of the shifted ones."""
+def by_shift(sets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the data sets in distribution, and of those whose `shift` is `ood`."""
     ids, ood = ([name for name, of in sets.items() if of.shift == shift] for shift in ("id", "ood"))
     return ids, ood
 

@@ -38,32 +38,9 @@ class Scored:
     cosines: Floats | None
 
 
-def evaluate(
-    models: Sequence[Candidate],
-    data: EvaluationSet,
-    *,
-    batch_size: int = 64,
-    threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-    kept: bool = False,
-) -> list[Row]:
-    """Evaluate models on one data set; each image is read and decoded once.
-
-    Args:
-        models: that prepare images alike.
-        data: from `open_set`.
-        batch_size: images a pass, where the set allows as many.
-        threads: images that are decoded at once.
-        progress: called with the images done and their number.
-        kept: measure what is kept of the base, where alpha 0 is among the models; see `Row`.
-
-    Returns:
-        A row a model.
-
-    Raises:
-        RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
-    """
-    scored = _evaluate(models, data, batch_size, threads, progress, kept, keep_scores=False)
+def evaluate(models: Sequence[Candidate], data: EvaluationSet, **options: Any) -> list[Row]:
+    """`evaluate_scored` that keeps the rows alone."""
+    scored = evaluate_scored(models, data, keep_scores=False, **options)
     return [of.row for of in scored]
 
 
@@ -73,20 +50,16 @@ def evaluate_scored(
     *,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    kept: bool = False,
+    keep_scores: bool = True,
 ) -> list[Scored]:
-    """`evaluate` that keeps the scores: 4 bytes for each model, image and class."""
-    return _evaluate(models, data, batch_size, 2, progress, kept=False, keep_scores=True)
+    """Evaluate models that prepare images alike on one data set; each image is read and decoded
+    once.
 
-
-def _evaluate(
-    models: Sequence[Candidate],
-    data: EvaluationSet,
-    batch_size: int,
-    threads: int,
-    progress: Callable[[int, int], None] | None,
-    kept: bool,
-    keep_scores: bool,
-) -> list[Scored]:
+    `progress` gets the images done and their number. `kept` measures what is kept of the base,
+    where alpha 0 is among the models; see `Row`. Scores take 4 bytes for each model, image and
+    class.
+    """
     seconds = [0.0] * len(models)
 
     @contextmanager
@@ -105,7 +78,7 @@ def _evaluate(
     ask_nouns = kept and base is not None and bool(data.nouns)
     answers: list[list[Answer]] = [[] for _ in models]
     done = 0
-    for items in _batches(models[0], data, min(batch_size, data.most or batch_size), threads):
+    for items in _batches(models[0], data, min(batch_size, data.most or batch_size)):
         for number, model in enumerate(models):
             with turn(number):
                 answer = data.answer(model, done, items, ask_nouns=ask_nouns)
@@ -116,6 +89,9 @@ def _evaluate(
         if progress:
             progress(done, len(data))
 
+    def nearest(number: int) -> Any:
+        return np.concatenate([of.nearest for of in answers[number] if of.nearest is not None])
+
     # A row for each model.
     scored = []
     for number, model in enumerate(models):
@@ -123,7 +99,7 @@ def _evaluate(
             measured = data.measure(model, answers[number])
         row = replace(data.row(model), **measured, runtime=round(seconds[number], 3))
         if ask_nouns and base is not None:
-            same = _nearest(answers[number]) == _nearest(answers[base])
+            same = nearest(number) == nearest(base)
             share = float(same.mean())
             row = replace(
                 row,
@@ -135,13 +111,7 @@ def _evaluate(
     return scored
 
 
-def _nearest(answers: Sequence[Answer]) -> Any:
-    return np.concatenate([of.nearest for of in answers if of.nearest is not None])
-
-
-def _batches(
-    model: Candidate, data: EvaluationSet, batch_size: int, threads: int
-) -> Iterator[list[Any]]:
+def _batches(model: Candidate, data: EvaluationSet, batch_size: int) -> Iterator[list[Any]]:
     """Prepared images; the next batch is read and decoded while this one is embedded."""
 
     def item(number: int) -> Any:
@@ -152,7 +122,7 @@ def _batches(
                 f"data set {data.entry.name!r}, {data.images[number].name}: {error}"
             ) from error
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(2, thread_name_prefix="decode") as pool:
         numbers = iter(range(len(data)))
         ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
         try:
@@ -177,27 +147,13 @@ def evaluate_suite(
     skip: Say | None = None,
     opened: Callable[[EvaluationSet], None] = lambda data: None,
 ) -> list[Row]:
-    """Evaluate models on the data sets of one split of a suite; rows that `results` has are not
-    made again.
+    """Evaluate models of one kind on the data sets of one split of a suite; rows that `results` has
+    are not made again.
 
     Where a suite has both the base and the novel classes of a data set, a row of their harmonic
-    mean is added to the results.
-
-    Args:
-        models: of one kind.
-        suite: from `load_suite`.
-        results: takes the rows, data set by data set.
-        split: `test` or `validation`.
-        limit: images of a data set at most, drawn by the seed; None takes all.
-        seed: of that draw.
-        batch_size: images a pass.
-        say: called with a line about the progress.
-        skip: called with a line about a data set that these models can't be evaluated on; if None,
-            that is an error.
-        opened: called with each data set that they are evaluated on.
-
-    Returns:
-        The rows, data set by data set.
+    mean is added to the results. `skip` gets a line about each data set that these models can't be
+    evaluated on, which is an error if it is None; `opened` gets each data set that they are
+    evaluated on.
     """
     rows: list[Row] = []
     for entry in suite.of_split(split):
@@ -248,21 +204,11 @@ def choose_alpha(
     results: Results,
     **options: Any,
 ) -> tuple[Choice, Path]:
-    """Choose α on validation data, and write the choice beside the adapter.
+    """Choose α on validation data, and write the choice beside the adapter; returns both.
 
-    Args:
-        models: from `from_adapter`, at every α that may be chosen, the adapter's own among them.
-        adapter: adapter file, or the folder of a run.
-        suite: its validation sets are used; where it has none, the validation data that the run was
-            trained with.
-        results: takes the rows.
-        options: of `evaluate_suite`.
-
-    Returns:
-        The choice, and the file that it was written to.
-
-    Raises:
-        RAdapterError: there is no validation data.
+    The models are an adapter at every α that may be chosen, its own among them. The data are the
+    suite's validation sets, else those that the run was trained with. `options` are those of
+    `evaluate_suite`.
     """
     metadata = load_adapter(adapter).metadata
     if suite is None or not suite.of_split("validation"):
@@ -276,14 +222,11 @@ def choose_alpha(
 class Overlap:
     """Compares the images of test sets with those of validation sets, by the digests of their
     files: the figures of what the same images chose are too high.
-
-    Attributes:
-        warnings: a line for each test set that has some in common.
     """
 
     def __init__(self) -> None:
         self._set_of: dict[str, str] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # a line for each test set that has some in common
 
     def chosen_by(self, data: EvaluationSet) -> None:
         """Take a set that something is chosen by."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -41,38 +41,25 @@ from radapter_serve.tasks.proposals import BINARY
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image file and the truth about its pixels.
+    """An image file and the truth about its pixels."""
 
-    Attributes:
-        number: of the image in its set.
-        data: the file.
-        truth: class of each pixel, or IGNORE, int32 [H, W].
-        masks: where masks are given to the model: those of a proposal network, or of the true
-            segments, uint8 [N, H, W], 0 to 255.
-        scores: the network's own probabilities of the labels, float32 [N, C], where it has some.
-    """
-
-    number: int
+    number: int  # of the image in its set
     data: bytes
-    truth: NDArray[np.int32]
+    truth: NDArray[np.int32]  # class of each pixel, or IGNORE, [H, W]
+    # Where the model gets masks: those of a proposal network, or of the true segments, 0 to 255,
+    # [N, H, W]; and the network's own probabilities of the labels, [N, C], where it has some.
     masks: NDArray[np.uint8] | None = None
     scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class SegmentationSet(EvaluationSet):
-    """Images with masks.
-
-    Attributes:
-        classes: synonyms after commas; the numbers in the masks are places in this list.
-        templates: prompt templates; None takes the model's own.
-        proposals: of a network; None takes the true segments where masks are given to the model.
-    """
+    """Images with masks."""
 
     images: Sequence[MaskedImage]
-    classes: list[str]
-    templates: list[str] | None
-    proposals: ProposalFiles | None = None
+    classes: list[str]  # in the order of the numbers in the masks, synonyms after commas
+    templates: list[str] | None  # of prompts; None takes the model's own
+    proposals: ProposalFiles | None = None  # of a network, in place of the true segments
 
     task = "zeroshot_segmentation"
     most = 4  # images and their masks in memory at once
@@ -95,10 +82,7 @@ class SegmentationSet(EvaluationSet):
 
     @cached_property
     def contents(self) -> list[str]:
-        return contents(self.entry.name, [self._reader(image) for image in self.images])
-
-    def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
-        def read() -> Iterator[bytes | NDArray[Any]]:
+        def read(image: MaskedImage) -> Iterator[bytes | NDArray[Any]]:
             yield image.data()
             yield image.mask()
             if self.proposals is not None:
@@ -108,7 +92,7 @@ class SegmentationSet(EvaluationSet):
                     yield str(label).encode()
                     yield mask
 
-        return read
+        return contents(self.entry.name, [partial(read, image) for image in self.images])
 
     @cached_property
     def background(self) -> int | None:
@@ -118,11 +102,7 @@ class SegmentationSet(EvaluationSet):
         return first_names(self.classes).index(self.entry.background)
 
     def query(self, model: Candidate) -> SegmentQuery:
-        """How the set's images are segmented; sizes are written out for the row.
-
-        Raises:
-            NoSuchWay: the model does not have the dense method that the suite asks for.
-        """
+        """How the set's images are segmented; sizes are written out for the row."""
         entry = self.entry
         dense = model.way(entry.dense)
         if dense == PROPOSALS:

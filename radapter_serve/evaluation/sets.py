@@ -39,12 +39,7 @@ _READERS = (*READERS, "masks", "coco")
 def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
-    """Open one data set of a suite: at most `limit` images, drawn by the seed; None takes all.
-
-    Raises:
-        RAdapterError: the data, a class file or a template file can't be read, or they do not
-            match.
-    """
+    """Open one data set of a suite: at most `limit` images, drawn by the seed; None takes all."""
     own = suite.as_trained
     if own is not None:
         data = validation_data(own.source, own.classes, broken=[])
@@ -109,15 +104,8 @@ def classification_set(
     limit: int | None = None,
     seed: int = 0,
 ) -> ClassificationSet:
-    """A set of labelled images from an open data set.
-
-    Args:
-        entry: what the suite says of it.
-        data: from `load_labelled`.
-        templates: prompt templates; None takes the model's own.
-        mapping: from the data's class names to those for prompts; others are left out.
-        limit: no more images than this, drawn by `seed`.
-        seed: of that draw.
+    """A set of labelled images from an open data set; `mapping` from the data's class names to
+    those for prompts leaves other classes out.
     """
     # Images that have several labels always have one metric, and others never.
     if data.several:
@@ -169,9 +157,7 @@ def classification_set(
 def retrieval_set(
     entry: Entry, data: Captioned, limit: int | None = None, seed: int = 0
 ) -> RetrievalSet:
-    """A set of images with captions from an open data set; the arguments are those of
-    `classification_set`.
-    """
+    """A set of images with captions from an open data set."""
     data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
@@ -227,14 +213,8 @@ def _templates(suite: Suite, source: Any) -> list[str] | None:
 
 
 def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
-    """Validation data of a run as a suite of one set, opened as training opened its own.
-
-    Args:
-        metadata: of the run's adapter.
-        data: other data of the same columns; None takes what the run was validated with.
-
-    Raises:
-        RAdapterError: the run was trained without any, or with the other data.
+    """Validation data of a run as a suite of one set, opened as training opened it; `data` is other
+    data of the same columns, which the run must not have been trained with.
     """
     source = metadata.source
     if data is not None:
@@ -258,11 +238,8 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
 
 
 def as_trained(metadata: Metadata, data: str) -> Suite:
-    """Test data as a suite of one set, opened as a run opened its validation data.
-
-    Args:
-        metadata: of the run's adapter.
-        data: of the run's task and columns, such as `imagefolder:photos/test`.
+    """Test data, such as `imagefolder:photos/test`, as a suite of one set, opened as a run opened
+    its validation data.
     """
     source = dataclasses.replace(metadata.source, val_data=data)
     return _as_trained(metadata, source, Entry(data, name=data))

@@ -398,18 +398,9 @@ def doubtful(
     path = Path(model.adapter) if model.adapter else newest_run()
     from radapter_serve.evaluation.doubtful import find_doubtful  # torch takes seconds to load
 
+    out = settings.folder(model.name(path), "training")
     with status(Console(stderr=True), show=progress) as say:
-        return find_doubtful(
-            path,
-            count,
-            settings.folder(model.name(path), "training"),
-            base=model.base,
-            pretrained=model.pretrained,
-            precision=model.precision,
-            device=model.device,
-            batch_size=settings.batch_size,
-            say=say,
-        )
+        return find_doubtful(path, model, count, out, settings.batch_size, say)
 
 
 def _objects(

@@ -126,11 +126,7 @@ class Entry(DataSource):
 
 
 def entry_of(values: Mapping[str, Any], where: str) -> Entry:
-    """An entry from the values of its fields; `where` they come from is named in errors.
-
-    Raises:
-        RAdapterError: a field is unknown, missing, or has a value that is not allowed.
-    """
+    """An entry from the values of its fields; `where` they come from is named in errors."""
     fields = [field.name for field in dataclasses.fields(Entry)]
     unknown = sorted(short(name) for name in values if name not in fields)
     if unknown:
@@ -164,21 +160,13 @@ class AsTrained:
 
 @dataclass(frozen=True)
 class Suite:
-    """Data sets to evaluate models on.
-
-    Attributes:
-        name: of the suite.
-        entries: its data sets, in the order of the file.
-        folder: the suite file's folder, where its class and template files are.
-        data_root: what relative paths of data are relative to.
-        as_trained: of data that is opened as a run opened its own; else None.
-    """
+    """Data sets to evaluate models on."""
 
     name: str
     entries: tuple[Entry, ...]
-    folder: Path = Path()
-    data_root: Path = Path()
-    as_trained: AsTrained | None = None
+    folder: Path = Path()  # of the suite file, where its class and template files are
+    data_root: Path = Path()  # where relative paths of data start
+    as_trained: AsTrained | None = None  # of data that is opened as a run opened its own
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""
@@ -203,15 +191,11 @@ def ready_suites() -> dict[str, Path]:
 
 
 def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
-    """Read a suite; without torch, unless it asks for dense embeddings.
+    """Read a suite, or one that comes with the package by its name; without torch, unless it asks
+    for dense embeddings.
 
-    Args:
-        source: a YAML file: `sets`, a list of `Entry`'s fields; any of these fields beside it is
-            the default of all sets. Or the name of a suite that comes with the package.
-        data_root: folder that the sets' paths start from.
-
-    Raises:
-        RAdapterError: no such file, not YAML, unknown fields, or values that are not allowed.
+    The YAML file has `sets`, a list of `Entry`'s fields; any of these fields next to `sets` is the
+    default of all sets.
     """
     ready = ready_suites()
     path = ready.get(str(source), Path(source))

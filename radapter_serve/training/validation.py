@@ -24,7 +24,7 @@ from radapter_serve.evaluation.classification import (
     evaluation_batches,
     zero_shot_classifier,
 )
-from radapter_serve.evaluation.metrics import caption_groups, retrieval_metrics
+from radapter_serve.evaluation.metrics import caption_groups, recalls_of, retrieval_ranks
 from radapter_serve.training.recipe import Recipe
 
 
@@ -152,7 +152,6 @@ def _retrieval(
     for index in range(len(alphas)):
         image_embeds = np.concatenate([embeds[index] for _, embeds in images])[np.argsort(read)]
         text_embeds = np.concatenate([embeds[index] for _, embeds in captions])[np.argsort(told)]
-        results.append(
-            retrieval_metrics(image_embeds, text_embeds[kept], image_of[kept], (1,), groups)
-        )
+        ranks = retrieval_ranks(image_embeds, text_embeds[kept], image_of[kept], groups)
+        results.append(recalls_of(ranks, (1,)))
     return results
