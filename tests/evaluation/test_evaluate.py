@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.evaluation.classification import best_classes, zero_shot_classifier
 from radapter_serve.evaluation.image_sets import nouns_beside
 from radapter_serve.evaluation.models import (
     Candidate,
@@ -34,9 +34,9 @@ from radapter_serve.evaluation.models import (
 )
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
-from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
+from tests.evaluation.conftest import CLASSES
 from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
@@ -56,19 +56,19 @@ def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 def measured(rows: Sequence[Row]) -> dict[str, float]:
     """What `by_open_clip` gives, of the rows of one model."""
-    found = {row.dataset: row.metrics[row.metric] for row in rows}
-    return found | {
-        f"{row.dataset} ece": row.metrics["ece"] for row in rows if "ece" in row.metrics
-    }
+    figures = {}
+    for row in rows:
+        figures[row.dataset] = row.metrics[row.metric]
+        if "ece" in row.metrics:
+            figures[f"{row.dataset} ece"] = row.metrics["ece"]
+    return figures
 
 
 def evaluated(models: Sequence[Candidate], world: Path, out: Path) -> list[Row]:
-    try:
-        return evaluate_suite(
-            models, load_suite(world / "suite.yaml", world), Results(out), batch_size=7
-        )
-    finally:
-        models[0].close()
+    suite = load_suite(world / "suite.yaml", world)
+    rows = evaluate_suite(models, suite, Results(out), batch_size=7)
+    models[0].close()
+    return rows
 
 
 def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
@@ -86,100 +86,76 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
     def embed_texts(texts: list[str]) -> np.ndarray:
         return model.encode_text(tokenize(texts), normalize=True).numpy()  # type: ignore[operator]
 
-    names = {"plain": {c: [c] for c in ("cat", "dog", "guitar", "horse", "house", "tree")}}
+    names = {"plain": {name: [name] for name in CLASSES}}
     names["shifted"] = {"cat": ["cat", "kitty"], "house": ["a house"], "tree": ["tree"]}
     for data, classes in names.items():
-        means = [
-            embed_texts([t.replace("{}", s) for s in synonyms for t in TEMPLATES]).mean(0)
-            for synonyms in classes.values()
-        ]
-        classifier = np.stack([mean / np.linalg.norm(mean) for mean in means])
-        files = [
-            (f, label)
-            for label, c in enumerate(classes)
-            for f in sorted((world / data / c).iterdir())
-        ]
-        cosines = torch.from_numpy(embed([f for f, _ in files]) @ classifier.T)
+        rows = []
+        files = []
+        labels = []
+        for label, (name, synonyms) in enumerate(classes.items()):
+            prompts = [text.replace("{}", of) for of in synonyms for text in TEMPLATES]
+            mean = embed_texts(prompts).mean(0)
+            rows.append(mean / np.linalg.norm(mean))
+            of_class = sorted((world / data / name).iterdir())
+            files += of_class
+            labels += [label] * len(of_class)
+        cosines = torch.from_numpy(embed(files) @ np.stack(rows).T)
         sure, best = (model.logit_scale.exp() * cosines).softmax(1).max(1)  # type: ignore[operator]
-        right = best == torch.tensor([label for _, label in files])
-        found[data] = float(right.float().mean())
+        right = (best == torch.tensor(labels)).float()
+        found[data] = float(right.mean())
         bins = torch.bucketize(sure, torch.linspace(0, 1, 16))
-        gaps = [
-            (right[bins == b].float() - sure[bins == b]).mean().abs() * (bins == b).sum()
-            for b in bins.unique()
-        ]
+        gaps = [(right[bins == b] - sure[bins == b]).sum().abs() for b in bins.unique()]
         found[f"{data} ece"] = float(sum(gaps)) / len(files)
     with (world / "captions.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    images = sorted({row["image"] for row in rows})
-    scores = (
-        embed_texts([row["caption"] for row in rows]) @ embed([world / name for name in images]).T
-    )
-    hits = [images[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
+        pairs = list(csv.DictReader(file))
+    images = sorted({pair["image"] for pair in pairs})
+    texts = embed_texts([pair["caption"] for pair in pairs])
+    best_images = (texts @ embed([world / name for name in images]).T).argmax(axis=1)
+    hits = [images[of] == pair["image"] for of, pair in zip(best_images, pairs, strict=True)]
     found["captioned"] = float(np.mean(hits))
     return found
 
 
+@pytest.fixture(scope="module")
+def rows(run_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Of the run at each α."""
+    out = tmp_path_factory.mktemp("rows")
+    return evaluated(from_adapter(run_folder, ALPHAS), world, out)
+
+
 @torch.no_grad()
 def test_every_alpha_is_the_folded_model_in_open_clip(
-    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+    rows: list[Row], run_folder: Path, tiny_clip_dir: str, world: Path
 ) -> None:
-    rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
     base = load_base(tiny_clip_dir)
     adapter = load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))
         expected = by_open_clip(base.model, tiny_clip_dir, world)
-        assert measured([row for row in rows if row.alpha == alpha]) == pytest.approx(
-            expected, abs=1e-5
-        )
+        of_alpha = measured([row for row in rows if row.alpha == alpha])
+        assert of_alpha == pytest.approx(expected, abs=1e-5)
     assert len({json.dumps(row.metrics) for row in rows if row.dataset == "plain"}) > 1
-
-
-def rewritten(name: str) -> str:
-    """Letters alone, and one space between words."""
-    return " ".join("".join(c if c.isalnum() else " " for c in name.casefold()).split())
 
 
 @torch.no_grad()
 def test_what_is_kept_is_what_open_clip_answers_among_common_nouns(
-    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+    rows: list[Row], run_folder: Path, tiny_clip_dir: str, world: Path
 ) -> None:
-    rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
-    classes = ["cat", "dog", "guitar", "horse", "house", "tree"]
-    nouns = [
-        name
-        for name in open_clip.IMAGENET_CLASSNAMES[::3]
-        if not any(
-            f" {one} " in f" {other} "
-            for of in classes
-            for one, other in ((of, rewritten(name)), (rewritten(name), of))
-        )
-    ]
+    nouns = nouns_beside(CLASSES)
     assert 300 < len(nouns) < 334
     base = load_base(tiny_clip_dir)
     _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
     tokens = open_clip.get_tokenizer(tiny_clip_dir)([f"a photo of a {name}." for name in nouns])
-    files = [file for name in classes for file in sorted((world / "plain" / name).iterdir())]
+    files = [file for name in CLASSES for file in sorted((world / "plain" / name).iterdir())]
     pixels = torch.stack([transform(Image.open(file)) for file in files])
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     best = {}
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, load_adapter(run_folder), alpha))
         seen = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
-        said = base.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-        best[alpha] = (seen @ said.T).argmax(dim=1)
-    suite = load_suite(world / "suite.yaml", world)
-    data = open_set(suite, suite.entries[0])
-    models = from_adapter(run_folder, ALPHAS)
-    for model in models:
-        items = [model.prepare(file.read_bytes()) for file in files]
-        answer = data.answer(model, 0, items, ask_nouns=True)
-        assert answer.nearest is not None
-        said_nouns = [data.nouns[number] for number in answer.nearest]
-        assert said_nouns == [nouns[number] for number in best[model.alpha or 0.0]]
-    models[0].close()
+        texts = base.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        best[alpha] = (seen @ texts.T).argmax(dim=1)
     found = {row.alpha: row for row in rows if row.dataset == "plain"}
     shares = {alpha: float((of == best[0.0]).float().mean()) for alpha, of in best.items()}
     assert {alpha: row.metrics["kept"] for alpha, row in found.items()} == pytest.approx(shares)
@@ -193,29 +169,19 @@ def test_what_is_kept_is_what_open_clip_answers_among_common_nouns(
 def test_right_of_each_image_makes_the_metric(
     run_folder: Path, world: Path, tmp_path: Path
 ) -> None:
-    for number, change in enumerate(
-        (
-            "",
-            "metric: text_retrieval_recall@1, ",
-            "metric: image_retrieval_recall@5, ",
-        )
-    ):
-        text = (world / "suite.yaml").read_text(encoding="utf-8")
-        text = text.replace("task: retrieval, ", f"task: retrieval, {change}")
-        (tmp_path / "suite.yaml").write_text(
-            text.replace("shift: ood, classes", "metric: acc1, shift: ood, classes"),
-            encoding="utf-8",
-        )
-        shutil.copy(world / "names.yaml", tmp_path)
-        rows = evaluate_suite(
-            from_adapter(run_folder, [1.0]),
-            load_suite(tmp_path / "suite.yaml", world),
-            Results(tmp_path / str(number)),
-        )
-        for row in rows:
-            assert row.per_image is not None and len(row.per_image) == row.n
-            assert row.per_image.mean() == pytest.approx(row.metrics[row.metric])
-        assert isinstance(rows[2].right, list) == (number != 1)
+    suite = load_suite(world / "suite.yaml", world)
+    plain, _, captioned = suite.of_split("test")
+    entries = [plain]
+    for way, k in (("image", 1), ("text", 1), ("image", 5)):
+        metric = f"{way}_retrieval_recall@{k}"
+        entries.append(replace(captioned, name=metric, metric=metric))
+    models = from_adapter(run_folder, [1.0])
+    rows = evaluate_suite(models, replace(suite, entries=tuple(entries)), Results(tmp_path))
+    models[0].close()
+    for row in rows:
+        assert row.per_image is not None and len(row.per_image) == row.n
+        assert row.per_image.mean() == pytest.approx(row.metrics[row.metric])
+    assert [isinstance(row.right, list) for row in rows] == [False, True, False, True]
 
 
 def test_torch_merged_and_release_give_the_same_numbers(
@@ -254,21 +220,13 @@ def test_wise_ft_interpolates_all_weights(
     }
     save_file(tuned, tmp_path / "tuned.safetensors")
     models = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
-    assert [(model.source, model.alpha) for model in models] == [
-        ("adapter", 0.0), ("adapter", 0.5), ("wise-ft", 0.0), ("wise-ft", 0.5)
-    ]  # fmt: skip
-    files = sorted((world / "images").iterdir())
-    half = models[3]
-    found = half.embed_images([half.prepare(file.read_bytes()) for file in files])
-    _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
-    pixels = torch.stack([transform(Image.open(file)) for file in files])
+    points = [(model.source, model.alpha) for model in models]
+    assert points == [("adapter", 0.0), ("adapter", 0.5), ("wise-ft", 0.0), ("wise-ft", 0.5)]
+    wise_ft = evaluated(models, world, tmp_path / "wise-ft")
     middle = {
         k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()
     }
     base.model.load_state_dict(middle)
-    with torch.no_grad():
-        expected = base.model.encode_image(pixels, normalize=True).numpy()  # type: ignore[operator]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
     rows = evaluate(
         checkpoint=tmp_path / "tuned.safetensors",
         base=tiny_clip_dir,
@@ -280,8 +238,9 @@ def test_wise_ft_interpolates_all_weights(
     assert {(row.source, row.alpha) for row in rows} == {("checkpoint", 0.0), ("checkpoint", 0.5)}
     with torch.no_grad():
         by_hand = by_open_clip(base.model, tiny_clip_dir, world)
-    at_half = measured([row for row in rows if row.alpha == 0.5])
-    assert at_half["captioned"] == pytest.approx(by_hand["captioned"], abs=1e-5)
+    at_half = [row for row in wise_ft if (row.source, row.alpha) == ("wise-ft", 0.5)]
+    assert measured(at_half) == pytest.approx(by_hand, abs=1e-5)
+    assert measured([row for row in rows if row.alpha == 0.5]) == pytest.approx(by_hand, abs=1e-5)
     assert (tmp_path / "results" / "alpha.png").is_file()
 
 
@@ -317,18 +276,16 @@ def test_the_classifier_is_open_clips_and_averages_synonyms(tiny_clip_dir: str) 
     torch.testing.assert_close(both[0], torch.nn.functional.normalize(each.mean(dim=0), dim=0))
 
 
-def test_hits_by_hand_and_a_model_of_nan(tiny_clip_dir: str) -> None:
+def test_best_classes_by_hand_and_a_model_of_nan(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
     pixels = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])  # each image is its own class; the last is wrong
-    batches = [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]
-    assert count_hits(base.model, embeds, batches) == (5, 6)
+    assert best_classes(base.model, embeds, pixels).tolist() == [0, 1, 2, 3, 4, 5]
     with torch.no_grad():
         base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
-        count_hits(base.model, embeds, batches)
+        best_classes(base.model, embeds, pixels)
 
 
 def test_the_nouns_are_every_third_of_imagenets_names() -> None:
