@@ -35,7 +35,7 @@ def choice_of(right: Mapping[float, str], own_alpha: float = 0.5) -> Choice:
 
 def test_the_paired_interval_is_scipys() -> None:
     draw = np.random.default_rng(0)
-    first = draw.random(150) < 0.8
+    first: Any = draw.random(150) < 0.8
     second = draw.random(150) < 0.6
     choice = choose([images(second, 0.0), images(first, 1.0)], 1.0)
     differences = first.astype(float) - second
@@ -50,11 +50,11 @@ def test_the_paired_interval_is_scipys() -> None:
 def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None:
     draw = np.random.default_rng(1)
     rows = []
-    means = {}
-    errors = {}
+    means: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     for name, n, shift in (("a", 40, "id"), ("b", 64, "id"), ("c", 90, "ood")):
         zero = draw.random(n) < 0.5
-        whole = draw.random(n) < 0.7
+        whole: Any = draw.random(n) < 0.7
         rows += [images(zero, 0.0, name, shift), images(whole, 1.0, name, shift)]
         difference = whole.astype(float) - zero
         means[name] = difference.mean()

@@ -168,4 +168,5 @@ def test_models_without_a_temperature(logits: np.ndarray) -> None:
 @pytest.mark.parametrize("shape", [(99, 5), (200, 1)])
 def test_too_few_images_or_labels(shape: tuple[int, int]) -> None:
     with pytest.raises(RAdapterError, match="too few for calibrated scores"):
-        fit_confidence(np.zeros(shape), np.zeros(shape[0], np.int64), 100.0, None, "photos")
+        cosines = np.zeros(shape, np.float32)
+        fit_confidence(cosines, np.zeros(shape[0], np.int64), 100.0, None, "photos")

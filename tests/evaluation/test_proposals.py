@@ -5,11 +5,13 @@ rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError
@@ -40,16 +42,13 @@ def folder(tmp_path: Path) -> Path:
     each.
     """
     generator = np.random.default_rng(0)
-    for kind in ("images", "masks"):
-        (tmp_path / "data" / kind).mkdir(parents=True)
-    (tmp_path / "found").mkdir()
+    for part in ("data/images", "data/masks", "found"):
+        (tmp_path / part).mkdir(parents=True)
     for name in ("a", "b"):
-        Image.fromarray(generator.integers(0, 255, (*SIZE, 3), np.uint8)).save(
-            tmp_path / f"data/images/{name}.png"
-        )
-        Image.fromarray(generator.integers(0, 3, SIZE, np.uint8)).save(
-            tmp_path / f"data/masks/{name}.png"
-        )
+        pixels = generator.integers(0, 255, (*SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/images/{name}.png")
+        labels = generator.integers(0, 3, SIZE, np.uint8)
+        Image.fromarray(labels).save(tmp_path / f"data/masks/{name}.png")
         masks = np.round(generator.random((4, *SIZE)) * 255).astype(np.uint8)
         scores = generator.random((4, 3)).astype(np.float32)
         np.savez(tmp_path / f"found/{name}.npz", masks=masks, scores=scores)
@@ -66,6 +65,14 @@ def suite_of(folder: Path, *sets: str) -> Suite:
 
 def rows_of(suite: Suite) -> list[Row]:
     return [evaluate([fixed()], open_set(suite, entry))[0] for entry in suite.entries]
+
+
+def rewrite(folder: Path, change: Callable[[NDArray[Any], NDArray[Any]], dict[str, Any]]) -> None:
+    """Write other masks and scores into the files of proposals."""
+    for path in (folder / "found").iterdir():
+        with np.load(path) as arrays:
+            changed = change(arrays["masks"], arrays["scores"])
+        np.savez(path, **changed)
 
 
 def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
@@ -102,46 +109,27 @@ def test_scores_and_masks_are_fused_as_ovseg_does(folder: Path) -> None:
 
 
 def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
-    for name in ("a", "b"):
-        with np.load(folder / "found" / f"{name}.npz") as found:
-            masks = found["masks"]
-        np.savez(folder / "found" / f"{name}.npz", masks=masks)
+    rewrite(folder, lambda masks, scores: {"masks": masks})
     (row,) = rows_of(suite_of(folder, "proposals: found"))
     assert row.confusion == by_ovseg(folder, None) and row.proposal_weight is None
     suite = suite_of(folder, "proposals: found, proposal_weight: 0.6")
-    with pytest.raises(
-        RAdapterError,
-        match=r"data set 's0': proposal_weight is 0.6 but found has no scores to weigh",
-    ):
+    with pytest.raises(RAdapterError, match="proposal_weight is 0.6 but found has no scores"):
         open_set(suite, suite.entries[0])
 
 
 def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:
-    for name in ("a", "b"):
-        np.savez(
-            folder / "found" / f"{name}.npz", masks=np.full((3 * (name == "a"), *SIZE), 0.4)
-        )  # none is above 0.4
+    rewrite(folder, lambda masks, scores: {"masks": np.full((3, *SIZE), 0.4)})
+    np.savez(folder / "found" / "b.npz", masks=np.zeros((0, *SIZE)))
     (row,) = rows_of(suite_of(folder, "proposals: found"))
     assert np.array(row.confusion)[:, 3].sum() == 2 * 6 * 8
 
 
 def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
     """The first mask has nothing above one half: the others keep the scores that they came with."""
-    for name in ("a", "b"):
-        with np.load(folder / "found" / f"{name}.npz") as found:
-            masks = found["masks"]
-            scores = found["scores"]
-        masks[0] = 0
-        np.savez(folder / "found" / f"{name}.npz", masks=masks, scores=scores)
-    (folder / "rest").mkdir()
-    for name in ("a", "b"):
-        with np.load(folder / "found" / f"{name}.npz") as found:
-            np.savez(
-                folder / "rest" / f"{name}.npz",
-                masks=found["masks"][1:],
-                scores=found["scores"][1:],
-            )
-    whole, rest = rows_of(suite_of(folder, "proposals: found", "proposals: rest"))
+    rewrite(folder, lambda masks, scores: {"masks": [0 * masks[0], *masks[1:]], "scores": scores})
+    (whole,) = rows_of(suite_of(folder, "proposals: found"))
+    rewrite(folder, lambda masks, scores: {"masks": masks[1:], "scores": scores[1:]})
+    (rest,) = rows_of(suite_of(folder, "proposals: found"))
     assert whole.confusion == rest.confusion
 
 
@@ -149,11 +137,7 @@ def test_the_digest_covers_the_proposals(folder: Path) -> None:
     suite = suite_of(folder, "proposals: found", "dense: proposals")
     first, true = (open_set(suite, entry).set_digest for entry in suite.entries)
     assert first != true
-    np.savez(
-        folder / "found" / "b.npz",
-        masks=np.ones((1, *SIZE), bool),
-        scores=np.ones((1, 3), np.float32),
-    )
+    rewrite(folder, lambda masks, scores: {"masks": 255 - masks, "scores": scores})
     assert open_set(suite, suite.entries[0]).set_digest != first
 
 
@@ -182,12 +166,6 @@ def test_bad_entries(folder: Path, fields: str, message: str) -> None:
 
 
 def test_an_error_names_the_image(folder: Path) -> None:
-    np.savez(
-        folder / "found" / "b.npz",
-        masks=np.ones((1, 5, 5), bool),
-        scores=np.ones((1, 3), np.float32),
-    )
-    with pytest.raises(
-        RAdapterError, match=r"data set 's0', b.png: the masks of .*b.npz have 5 x 5 pixels"
-    ):
+    rewrite(folder, lambda masks, scores: {"masks": masks[:, 1:], "scores": scores})
+    with pytest.raises(RAdapterError, match=r"data set 's0', a.png: .* have 8 x 5 pixels"):
         rows_of(suite_of(folder, "proposals: found"))

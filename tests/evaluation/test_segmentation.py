@@ -5,7 +5,6 @@ a model runs.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
@@ -39,7 +37,7 @@ from radapter_serve.evaluation.plots import draw
 from radapter_serve.evaluation.rows import Results, table
 from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import PROPOSALS, Entry, Suite, load_suite
+from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.masks import encode_windows
 from tests.evaluation.conftest import Fake, candidate
@@ -47,9 +45,10 @@ from tests.evaluation.conftest import Fake, candidate
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE = 32
 PATCH = 8
+ALL_RIGHT = {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -59,24 +58,22 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
     counts = np.zeros((classes, classes + 1), np.int64)
     for truth, answer in zip(truths, answers, strict=True):
         counts += confusion(truth[truth >= 0], answer[truth >= 0], classes)
-    places = [
-        (i, y, x) for i, truth in enumerate(truths) for y, x in np.argwhere(truth >= 0).tolist()
-    ]
+    true = np.stack(truths)
+    answered = np.where(true >= 0, np.stack(answers), -1)
     ious = []
     recalls = []
-    right = 0
     for label in range(classes):
-        true = {(i, y, x) for i, y, x in places if truths[i][y, x] == label}
-        found = {(i, y, x) for i, y, x in places if answers[i][y, x] == label}
-        right += len(true & found)
-        if true | found:
-            ious.append(len(true & found) / len(true | found))
-        if true:
-            recalls.append(len(true & found) / len(true))
-    metrics = segmentation_metrics(counts)
-    assert metrics["miou"] == pytest.approx(np.mean(ious) if ious else 0)
-    assert metrics["mean_class_accuracy"] == pytest.approx(np.mean(recalls) if recalls else 0)
-    assert metrics["pixel_accuracy"] == pytest.approx(right / len(places) if places else 0)
+        both = ((true == label) & (answered == label)).sum()
+        if either := ((true == label) | (answered == label)).sum():
+            ious.append(both / either)
+        if own := (true == label).sum():
+            recalls.append(both / own)
+    expected = {
+        "miou": np.mean(ious) if ious else 0,
+        "pixel_accuracy": (true == answered)[true >= 0].mean() if (true >= 0).any() else 0,
+        "mean_class_accuracy": np.mean(recalls) if recalls else 0,
+    }
+    assert segmentation_metrics(counts) == pytest.approx(expected)
 
 
 def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
@@ -102,13 +99,6 @@ def oracle(see: Any = by_colour) -> Candidate:
     return candidate(fake, SIZE, crop=crop, dense=dense, logit_scale=100.0, max_batch_size=4)
 
 
-def regions(generator: np.random.Generator) -> NDArray[np.uint8]:
-    """A label map of rectangles, sides of 32 pixels at least: several patches."""
-    return np.kron(
-        generator.integers(0, len(NAMES), (3, 4), dtype=np.uint8), np.ones((48, 40), np.uint8)
-    )
-
-
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data` of 6 images whose red tells their class, with a border that is ignored, `found` masks,
@@ -116,22 +106,20 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("masked")
     generator = np.random.default_rng(0)
-    for kind in ("images", "masks"):
-        (root / "data" / kind).mkdir(parents=True)
+    for folder in ("data/images", "data/masks", "found"):
+        (root / folder).mkdir(parents=True)
     for number in range(6):
-        labels = regions(generator)
-        pixels = np.stack(
-            [labels * 60, generator.integers(0, 255, labels.shape, np.uint8), labels], -1
-        )
-        Image.fromarray(pixels.astype(np.uint8)).save(root / "data" / "images" / f"{number}.png")
-        labels = labels.copy()
+        # Rectangles with sides of 32 pixels at least: several patches.
+        cells = generator.integers(0, len(NAMES), (3, 4), dtype=np.uint8)
+        labels = np.kron(cells, np.ones((48, 40), np.uint8))
+        noise = generator.integers(0, 255, labels.shape, np.uint8)
+        pixels = np.stack([labels * 60, noise, labels], -1)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"data/images/{number}.png")
         labels[:3] = 255
-        Image.fromarray(labels).save(root / "data" / "masks" / f"{number}.png")
-        (root / "found").mkdir(exist_ok=True)
-        soft = (labels == np.arange(len(NAMES), dtype=np.uint8)[:, None, None]) * generator.random(
-            (4, 1, 1)
-        )
-        np.savez(root / "found" / f"{number}.npz", masks=soft, scores=generator.random((4, 4)))
+        Image.fromarray(labels).save(root / f"data/masks/{number}.png")
+        of_class = labels == np.arange(len(NAMES), dtype=np.uint8)[:, None, None]
+        soft = of_class * generator.random((4, 1, 1))
+        np.savez(root / f"found/{number}.npz", masks=soft, scores=generator.random((4, 4)))
     (root / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
     return root
 
@@ -149,49 +137,28 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     coarse, fine = (evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries)
     assert coarse.metrics["miou"] < fine.metrics["miou"]
     assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
-    expected = {
-        "task": "zeroshot_segmentation",
-        "metric": "miou",
-        "n": 6,
-        "classes": 4,
-        "dense": "naclip",
-        "size": 32,
-        "short_side": 64,
-        "stride": 16,
-        "refine": 0,
-        "threshold": None,
-        "background": None,
-        "templates": ["{}"],
-        "language": "en",
-    }
-    assert expected.items() <= coarse.to_dict().items()
-    assert str(coarse.classes_digest).startswith("sha256:") and coarse.set_digest == fine.set_digest
+    assert (coarse.n, coarse.classes, coarse.dense, coarse.size) == (6, 4, "naclip", 32)
+    assert (coarse.short_side, coarse.stride, coarse.threshold) == (64, 16, None)
+    assert coarse.set_digest == fine.set_digest
 
-
-def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
-    suite = suite_of(masked, "- {name: a, dense: proposals}")
-    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
-    assert row.metrics == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
-    assert row.dense == PROPOSALS and row.short_side is None and row.stride is None
-
-
-def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> None:
-    suite = suite_of(masked, "- {name: a, dense: naclip}")
-    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
-    assert row.per_class is not None and row.intervals is not None
-    counts = np.array(row.confusion)
-    for label, of in enumerate(row.per_class):
+    # The figures of each class, and intervals.
+    assert coarse.per_class is not None and coarse.intervals is not None
+    counts = np.array(coarse.confusion)
+    for label, of in enumerate(coarse.per_class):
         true = counts[label].sum()
         found = counts[:, label].sum()
         iou = counts[label, label] / (true + found - counts[label, label])
         assert of.name == ["sky", "grass", "cow", "barn"][label] and of.n == true
         assert of.iou == pytest.approx(iou, abs=1e-4)
         assert of.recall == pytest.approx(counts[label, label] / true, abs=1e-4)
-    assert np.mean([of.iou or 0.0 for of in row.per_class]) == pytest.approx(
-        row.metrics["miou"], abs=1e-4
-    )
-    for name, value in row.metrics.items():
-        assert row.intervals[name][0] < value < row.intervals[name][1]
+    for name, value in coarse.metrics.items():
+        assert coarse.intervals[name][0] < value < coarse.intervals[name][1]
+
+
+def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
+    suite = suite_of(masked, "- {name: a, dense: proposals}")
+    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
+    assert row.metrics == ALL_RIGHT and row.short_side is None
 
 
 def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> None:
@@ -203,13 +170,11 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
 
     first = digests()
     assert digests() == first
-    labels = np.array(Image.open(tmp_path / "data" / "masks" / "3.png"))
+    labels = np.array(Image.open(tmp_path / "data/masks/3.png"))
     labels[-1, -1] = (labels[-1, -1] + 1) % 4
-    Image.fromarray(labels).save(tmp_path / "data" / "masks" / "3.png")
+    Image.fromarray(labels).save(tmp_path / "data/masks/3.png")
     second = digests()
-    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(
-        tmp_path / "data" / "images" / "0.png"
-    )
+    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(tmp_path / "data/images/0.png")
     third = digests()
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
 
@@ -240,69 +205,44 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
     )
     suite = suite_of(masked, sets)
     rows = [evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries]
-    shown = Console(file=io.StringIO(), width=120)
-    shown.print(table(rows, ""))
-    text = shown.file.getvalue()  # type: ignore[attr-defined]
-    means = [line for line in text.splitlines() if "mean of" in line]
-    assert len(means) == 1 and means[0].count("mean of") == 1 and "2 id" in text
-    value = 50 * (rows[0].metrics["miou"] + rows[1].metrics["miou"])
-    assert f"{value:.2f}" in text
-    names = {
-        path.name
-        for path in draw(
-            [
-                dataclasses.replace(row, source="adapter", alpha=alpha)
-                for row in rows
-                for alpha in (0.0, 1.0)
-            ],
-            tmp_path,
-            "t",
-        )
-    }
-    assert (
-        names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"}
-        and "alpha.png" not in names
-    )
+    columns = table(rows, "").columns
+    (mean,) = [list(of.cells) for of in columns if "mean of" in str(of.header)]
+    assert mean == [f"{50 * (rows[0].metrics['miou'] + rows[1].metrics['miou']):.2f}"]
+    points = [
+        dataclasses.replace(row, source="adapter", alpha=alpha)
+        for row in rows
+        for alpha in (0.0, 1.0)
+    ]
+    names = {path.name for path in draw(points, tmp_path, "t")}
+    assert names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"}
+    assert "alpha.png" not in names
 
 
 def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
-    height = 144
-    width = 160
-    runs = {0: [height * width], 1: [0, height * width]}  # nothing, and everything
-    most = int(
-        np.bincount(
-            np.asarray(Image.open(masked / "data" / "images" / "1.png"))[..., 0].ravel() // 60
-        ).argmax()
-    )
+    images = masked / "data" / "images"
+    size = {"height": 144, "width": 160}
+    runs = {0: [144 * 160], 1: [0, 144 * 160]}  # nothing, and everything
+    colours = np.asarray(Image.open(images / "1.png"))[..., 0].ravel() // 60
+    most = int(np.bincount(colours).argmax())
+    objects = [
+        {
+            "image_id": number,
+            "category_id": most,
+            "segmentation": {"size": [144, 160], "counts": counts},
+        }
+        for number, counts in runs.items()
+    ]
     content = {
-        "images": [
-            {"id": n, "file_name": f"{n}.png", "width": width, "height": height} for n in runs
-        ],
-        "categories": [{"id": n, "name": name} for n, name in enumerate(NAMES)],
-        "annotations": [
-            {
-                "image_id": n,
-                "category_id": most,
-                "segmentation": {"size": [height, width], "counts": counts},
-            }
-            for n, counts in runs.items()
-        ],
+        "images": [{"id": number, "file_name": f"{number}.png", **size} for number in runs],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(NAMES)],
+        "annotations": objects,
     }
     (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
-    entry = Entry(
-        "coco:objects.json",
-        "segmentation",
-        name="o",
-        dense="proposals",
-        images=masked / "data" / "images",
-    )
+    fields = {"name": "o", "dense": "proposals", "images": images}
+    entry = Entry("coco:objects.json", "segmentation", **fields)  # type: ignore[arg-type]
     (row,) = evaluate([oracle()], open_set(Suite("s", (entry,), data_root=tmp_path), entry))
-    # the one proposal, the whole second image, gets the label that most of it shows
-    assert row.n == 2 and row.metrics == {
-        "miou": 1.0,
-        "pixel_accuracy": 1.0,
-        "mean_class_accuracy": 1.0,
-    }
+    # The one proposal, the whole second image, gets the label that most of it shows.
+    assert row.n == 2 and row.metrics == ALL_RIGHT
 
 
 def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
@@ -313,13 +253,9 @@ def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
     ]
     suite = suite_of(masked, "\n".join(lines))
     rows = {e.name: evaluate([oracle()], open_set(suite, e))[0].metrics for e in suite.entries}
-    # the oracle sees no class where grass is: equal cosines
+    # The oracle sees no class where grass is: equal cosines.
     assert rows["naclip-class"]["pixel_accuracy"] > 0.8
-    assert rows["proposals-class"] == {
-        "miou": 1.0,
-        "pixel_accuracy": 1.0,
-        "mean_class_accuracy": 1.0,
-    }
+    assert rows["proposals-class"] == ALL_RIGHT
     assert rows["proposals-none"]["pixel_accuracy"] == 1.0
 
 
@@ -458,9 +394,7 @@ def test_left_out_sets_are_told_and_others_evaluated(
     lines: list[str] = []
     rows = evaluate_suite(models, suite, Results(tmp_path), skip=lines.append)
     assert [row.dataset for row in rows] == ["named"]
-    assert len(lines) == 1 and lines[0].startswith(
-        "own is left out: this model has no dense method of its own"
-    )
+    assert len(lines) == 1 and lines[0].startswith("own is left out: this model has no dense")
     with pytest.raises(NoSuchWay):
         evaluate_suite(models, suite, Results(tmp_path, resume=True))
     models[0].close()
@@ -471,38 +405,25 @@ def test_left_out_sets_are_told_and_others_evaluated(
     [
         ("dense: other", "dense is 'other'; allowed: maskclip, naclip, proposals"),
         ("threshold: 2", "threshold is 2.0; allowed: 0 to 1"),
-        ("stride: 0", "stride is 0"),
         ("stride: wide", "stride is 'wide'"),
         ("background: cow", "background is 'cow', which needs a threshold"),
-        (
-            "background: pig, threshold: 0.1",
-            "background is 'pig', not one of the classes: sky, grass, cow, barn",
-        ),
+        ("background: pig, threshold: 0.1", "background is 'pig', not one of the classes"),
+        ("dense: naclip, short_side: 8", "data set 'a', oracle: "),
     ],
 )
 def test_bad_entries(masked: Path, fields: str, message: str) -> None:
     with pytest.raises(RAdapterError) as error:
         suite = suite_of(masked, f"- {{name: a, {fields}}}", "bad")
-        open_set(suite, suite.entries[0])
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_options_that_do_not_fit_the_model_name_the_data_set(masked: Path) -> None:
-    suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
-    with pytest.raises(
-        RAdapterError, match=r"data set 'a', oracle: .*short_side is 8; at least 32"
-    ):
         evaluate([oracle()], open_set(suite, suite.entries[0]))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_error_names_the_image(masked: Path) -> None:
     def refuse(*_: object, **__: object) -> Any:
-        raise RAdapterError("the image is too long and thin")
+        raise RAdapterError("too long and thin")
 
     suite = suite_of(masked, "- {name: a, dense: naclip}")
-    with pytest.raises(
-        RAdapterError, match="data set 'a', oracle: 0.png: the image is too long and thin"
-    ):
+    with pytest.raises(RAdapterError, match="data set 'a', oracle: 0.png: too long and thin"):
         evaluate([oracle(refuse)], open_set(suite, suite.entries[0]))
 
 
@@ -534,10 +455,8 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     models[0].close()
     assert file == tmp_path / "alpha.json"
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
-    scores = {row.alpha or 0.0: row.metrics[metric] for row in results.rows}
-    assert choice.best == min(
-        alpha for alpha, score in scores.items() if score == max(scores.values())
-    )
+    scores = {row.alpha: row.metrics[metric] for row in results.rows}
+    assert scores[choice.best] == max(scores.values())
     assert choice.own_alpha == metadata.alpha == 0.5
     if task == "segmentation":
         assert {row.dense for row in results.rows} == {recipe.get("dense", "proposals")}
