@@ -22,9 +22,9 @@ from radapter_serve.data.runs import run_data
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, first_names
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.models import Candidate
 from radapter_serve.evaluation.run import evaluate_scored
 from radapter_serve.evaluation.sets import classification_set
-from radapter_serve.evaluation.start import EvaluatedModel
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.files import staged
 
@@ -69,7 +69,7 @@ def margins(cosines: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray
 
 def find_doubtful(
     run: Path,
-    model: EvaluatedModel,
+    load: Callable[[Path, Sequence[float]], list[Candidate]],
     count: int,
     out: Path,
     batch_size: int,
@@ -105,7 +105,7 @@ def find_doubtful(
         )
 
     # Their cosines with each class by the base and by the run.
-    models = model.load(run, [0.0, 1.0])
+    models = load(run, [0.0, 1.0])
     try:
         by_base, by_run = evaluate_scored(
             models,

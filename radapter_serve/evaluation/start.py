@@ -400,7 +400,7 @@ def doubtful(
 
     out = settings.folder(model.name(path), "training")
     with status(Console(stderr=True), show=progress) as say:
-        return find_doubtful(path, model, count, out, settings.batch_size, say)
+        return find_doubtful(path, model.load, count, out, settings.batch_size, say)
 
 
 def _objects(
