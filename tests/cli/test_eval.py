@@ -22,6 +22,7 @@ from radapter_serve.cli.eval import evaluate, main
 from radapter_serve.cli.export import main as export
 from radapter_serve.evaluation.alpha_choice import load_choice
 from radapter_serve.evaluation.start import EvaluatedModel, EvaluationSettings
+from tests.evaluation.conftest import picture
 from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
@@ -43,18 +44,11 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
         for index in range(12):
             folder = root / "data" / name / CLASSES[index % 3]
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(
-                folder / f"{index}.png"
-            )
+            picture(generator).save(folder / f"{index}.png")
     (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
     run = root / "runs" / "tiny"
     run.mkdir(parents=True)
-    recipe = {
-        "val_data": f"imagefolder:{root / 'data' / 'held-out'}",
-        "image_column": "image",
-        "label_column": "label",
-    }
+    recipe = {"val_data": f"imagefolder:{root / 'data' / 'held-out'}"}
     save_adapter(random_adapter(alpha=0.5, recipe=recipe), run / "adapter.safetensors")
     return root
 
@@ -77,10 +71,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def points(folder: Path) -> list[tuple[str, float]]:
+    return [(row["dataset"], row["alpha"]) for row in rows(folder)]
 
 
 COMMON = ["--suite", "suite.yaml", "--data-root", "data", "--out", "results"]
@@ -92,40 +88,23 @@ def test_a_sweep_writes_rows_a_table_and_pictures(
     assert main([*COMMON, "--alpha", "0", "0.5", "1"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert "shifted" in out and "adapter" in out
     assert {path.name for path in (here / "results").iterdir()} == {
         "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png",
         "calibration-plain.png", "calibration-shifted.png",
     }  # fmt: skip
     assert "n 12" in out and "prompts of plain, shifted: 'a photo of a {}.'" in out
-    found = rows(here / "results")
-    assert [(row["dataset"], row["alpha"]) for row in found] == [
-        (s, a) for s in ("plain", "shifted") for a in (0, 0.5, 1)
-    ]
-    for row in found:
-        assert row["task"] == "zeroshot_classification" and row["language"] == "en"
-        assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
-        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece", "kept"}  # type: ignore[call-overload]
-        assert str(row["base_digest"]).startswith("sha256:") and str(
-            row["adapter_digest"]
-        ).startswith("sha256:")
-        assert isinstance(row["runtime"], float)
-        figures: Any = row
-        low, high = figures["intervals"]["acc1"]
-        assert (
-            low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
-        )
-        assert (
-            sum(of["n"] for of in figures["calibration"]) == 12
-            and f"ECE {100 * figures['metrics']['ece']:.1f}" in out
-        )
-        assert [of["class"] for of in figures["per_class"]] == CLASSES
-        right = sum(line[i] for i, line in enumerate(figures["confusion"]))
-        assert (
-            right / 12
-            == figures["metrics"]["acc1"]
-            == sum(of["recall"] for of in figures["per_class"]) / 3
-        )
+    assert points(here / "results") == [(s, a) for s in ("plain", "shifted") for a in (0, 0.5, 1)]
+    for row in rows(here / "results"):
+        metrics = row["metrics"]
+        low, high = row["intervals"]["acc1"]
+        assert set(metrics) == {"acc1", "mean_per_class_recall", "ece", "kept"}
+        assert low < metrics["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
+        assert f"ECE {100 * metrics['ece']:.1f}" in out
+        assert sum(of["n"] for of in row["calibration"]) == row["n"] == 12
+        assert [of["class"] for of in row["per_class"]] == CLASSES
+        recall = np.mean([of["recall"] for of in row["per_class"]])
+        assert np.trace(row["confusion"]) / 12 == pytest.approx(metrics["acc1"])
+        assert recall == pytest.approx(metrics["acc1"])
 
 
 def test_resume_evaluates_only_what_is_missing(
@@ -133,71 +112,45 @@ def test_resume_evaluates_only_what_is_missing(
 ) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5"]) == 0
     before = rows(here / "results")
-    assert "measured before" not in capfd.readouterr().out
     assert main([*COMMON, "--alpha", "0.5", "1"]) == 0
-    assert "measured before" not in capfd.readouterr().out
     after = rows(here / "results")
-    assert after[: len(before)] == before
-    assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [
-        ("plain", 1),
-        ("shifted", 1),
-    ]
+    assert after[:4] == before
+    assert points(here / "results")[4:] == [("plain", 1), ("shifted", 1)]
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("evaluated again")
-
-    # What alpha 1 keeps of the base is not known yet, which takes the base beside it.
+    # What alpha 1 keeps of the base is not known yet, which takes the base as well.
     assert [("kept" in row["metrics"]) for row in after] == [True] * 4 + [False] * 2
     assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
     assert "measured before" not in capfd.readouterr().out
     after = rows(here / "results")
     assert len(after) == 6 and all("kept" in row["metrics"] for row in after)
-    assert [row for row in after if row["alpha"] == 0.5] == [
-        row for row in before if row["alpha"] == 0.5
-    ]
+    half = [row for row in before if row["alpha"] == 0.5]
+    assert [row for row in after if row["alpha"] == 0.5] == half
+
+    # Nothing is missing.
     with monkeypatch.context() as patched:
-        patched.setattr("radapter_serve.evaluation.run.evaluate", never)
+        patched.setattr("radapter_serve.evaluation.run.evaluate", None)
         assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
     assert rows(here / "results") == after
-    assert (
-        "all of this was measured before; --no-resume measures it again" in capfd.readouterr().out
-    )
+    assert "all of this was measured before; --no-resume" in capfd.readouterr().out
     assert main([*COMMON, "--alpha", "0.5", "--no-resume"]) == 0
-    assert [(row["dataset"], row["alpha"]) for row in rows(here / "results")] == [
-        ("plain", 0.5),
-        ("shifted", 0.5),
-    ]
+    assert points(here / "results") == [("plain", 0.5), ("shifted", 0.5)]
 
 
-def test_the_pages_order_and_the_other_way_round(
-    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A choice and a sweep, with and without a suite, each in its folder or in one that is named:
-    none is refused.
-    """
+def test_a_choice_and_a_sweep_share_a_folder_in_any_order(here: Path, undrawn: None) -> None:
     suite = COMMON[:4]
     assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
     assert main(["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5", *suite]) == 0
-    assert {file.parent.as_posix() for file in Path("results").rglob("results.jsonl")} == {
-        "results/tiny/validation",
-        "results/tiny/suite",
-    }
+    folders = {file.parent.as_posix() for file in Path("results").rglob("results.jsonl")}
+    assert folders == {"results/tiny/validation", "results/tiny/suite"}
     assert main(["--alpha", "auto", *suite]) == 0
-    found = rows(here / "results/tiny/suite")
     choice = json.loads((here / "runs/tiny/alpha.json").read_text(encoding="utf-8"))
-    assert sum(row["split"] == "validation" for row in found) == 11
-    assert {row["alpha"] for row in found if row["split"] == "test"} == {
-        0.0, 0.5, choice["alpha"], choice["best"]
-    }  # fmt: skip
-    for first, second in (("auto", "0.5"), ("0.5", "auto")):
-        for alpha in (first, second):
-            assert main([*suite, "--alpha", alpha, "--out", f"{first} first"]) == 0
-    one = rows(here / "auto first")
-    other = rows(here / "0.5 first")
-    assert {(row["split"], row["dataset"], row["alpha"]) for row in one} == {
-        (row["split"], row["dataset"], row["alpha"]) for row in other
-    }
-    assert "error" not in capfd.readouterr().err
+    of_suite = rows(here / "results/tiny/suite")
+    assert sum(row["split"] == "validation" for row in of_suite) == 11
+    tested = {row["alpha"] for row in of_suite if row["split"] == "test"}
+    assert tested == {0.0, 0.5, choice["alpha"], choice["best"]}
+    for alpha in ("auto", "0.5"):
+        assert main([*suite, "--alpha", alpha, "--out", "other"]) == 0
+    assert {*points(here / "other")} == {*points(here / "results/tiny/suite")}
 
 
 @pytest.mark.parametrize(
@@ -223,20 +176,10 @@ def test_results_have_a_folder_for_each_model_and_suite(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--suite", "none"],
-            "there is no suite none; allowed: a file, or one of base-to-novel, coco200, ",
-        ),
-        (
-            [*COMMON[:4], "--out", "suite.yaml"],
-            "suite.yaml is not a folder; name another place for the results with --out",
-        ),
+        (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, "),
         ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is not a folder"),
         ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is not a row of results"),
-        (
-            ["--alpha", "auto", "--out", "broken"],
-            "broken/results.jsonl, line 1 is not a row of results",
-        ),
+        (["--alpha", "auto", "--out", "broken"], "line 1 is not a row of results"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_torch(
@@ -251,20 +194,17 @@ def test_what_can_be_refused_is_refused_before_torch(
     for module in ("torch", "radapter_serve.evaluation.run"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(arguments) == 2
-    err = capfd.readouterr().err
-    assert message in err and err.count("\n") == 1
+    assert message in capfd.readouterr().err
 
 
 def test_a_suite_by_its_name(here: Path, undrawn: None, made: Path) -> None:
     """Outside a checkout, too: the folder has no recipes."""
+    (here / "own" / "pacs").mkdir(parents=True)
     for name in ("photo", "art_painting", "cartoon", "sketch"):
-        (here / "own" / "pacs").mkdir(parents=True, exist_ok=True)
         (here / "own" / "pacs" / name).symlink_to(made / "data" / "plain")
     assert main(["--suite", "pacs", "--data-root", "own", "--alpha", "0.5"]) == 0
-    found = rows(here / "results" / "tiny" / "pacs")
-    assert {row["shift"] for row in found} == {"id", "ood"} and {row["suite"] for row in found} == {
-        "pacs"
-    }
+    found = {(row["suite"], row["shift"]) for row in rows(here / "results" / "tiny" / "pacs")}
+    assert found == {("pacs", "id"), ("pacs", "ood")}
 
 
 def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
@@ -277,18 +217,14 @@ def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made
         noise = np.random.default_rng(int(file.stem)).integers(0, 255, (41, 50, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file)
     assert main(command) == 0
-    found = rows(here / "results")
-    assert [row["dataset"] for row in found] == ["plain", "shifted", "plain"]
-    assert found[0]["set_digest"] != found[2]["set_digest"]
+    first, _, second = rows(here / "results")
+    assert first["dataset"] == second["dataset"] == "plain"
+    assert first["set_digest"] != second["set_digest"]
     bordered = SUITE.replace('"imagefolder:plain"', '"imagefolder:plain", border: 9')
     (here / "suite.yaml").write_text(bordered, encoding="utf-8")
     assert main(command) == 0
-    found = rows(here / "results")
-    assert (
-        len(found) == 4
-        and found[3]["border"] == 9
-        and found[3]["set_digest"] == found[2]["set_digest"]
-    )
+    *_, third, fourth = rows(here / "results")
+    assert (fourth["border"], fourth["set_digest"]) == (9, third["set_digest"])
 
 
 def test_a_terminal_shows_how_far_it_is(
@@ -305,14 +241,11 @@ def test_labels_that_are_alike_are_named(
     (here / "names.yaml").write_text("cat: a cat\ndog: a dog\nhouse: A  CAT\n", encoding="utf-8")
     suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
     (here / "suite.yaml").write_text(suite, encoding="utf-8")
+    models = "adapter at alpha 0, adapter at alpha 1"
     for _ in range(2):  # and where the row is there already
         assert main([*COMMON, "--alpha", "0", "1"]) == 0
-        err = capfd.readouterr().err
-        assert (
-            "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A"
-            "  CAT' (" in err
-        )
-        assert err.count("\n") == 1
+        line = f"plain: warning: {models} can't tell apart 'a cat' and 'A  CAT' ("
+        assert line in capfd.readouterr().err
 
 
 def test_nan_is_an_error_and_no_hit(
@@ -323,11 +256,7 @@ def test_nan_is_an_error_and_no_hit(
     weights["visual.proj"][0, 0] = float("nan")
     save_file(weights, here / "nan" / "open_clip_model.safetensors")
     assert main([*COMMON, "--merged", "nan"]) == 2
-    err = capfd.readouterr().err
-    assert (
-        "data set 'plain', merged: the embeddings hold values that are not finite" in err
-        and err.count("\n") == 1
-    )
+    assert "data set 'plain', merged: the embeddings hold values that" in capfd.readouterr().err
     assert not (here / "results").exists()
 
 
@@ -336,27 +265,18 @@ def test_nan_is_an_error_and_no_hit(
     [
         ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
         ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        (
-            "templates: 5",
-            (
-                "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a"
-                " list of"
-            ),
-        ),
         ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
         ("templates: []", "no template"),
-        ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
     ],
 )
 def test_bad_values_in_a_suite_are_one_line(
     here: Path, capfd: pytest.CaptureFixture[str], fields: str, message: str
 ) -> None:
-    (here / "suite.yaml").write_text(
-        f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]', encoding="utf-8"
-    )
+    suite = f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]'
+    (here / "suite.yaml").write_text(suite, encoding="utf-8")
     assert main([*COMMON, "--alpha", "0"]) == 2
     err = capfd.readouterr().err
-    assert message in err and err.count("\n") == 1 and "\n" not in err[:-1]
+    assert message in err and err.count("\n") == 1
 
 
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,49 +306,34 @@ def test_limit_draws_by_the_seed(here: Path, undrawn: None) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("with_suite", [True, False])
 def test_auto_chooses_on_validation_data_and_export_takes_it(
-    here: Path, quick: None, capfd: pytest.CaptureFixture[str], with_suite: bool
+    here: Path, quick: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "results").mkdir(exist_ok=True)
+    (here / "results").mkdir()
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
-    assert main([*(COMMON if with_suite else COMMON[-2:]), "--alpha", "auto"]) == 0
+    assert main([*COMMON, "--alpha", "auto"]) == 0
     out, err = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
-    choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
+    choice = load_choice("runs/tiny")
     # What takes long on a slow machine says so.
-    lines = [line for line in err.splitlines() if ": reading " not in line]
-    assert lines == list(load_choice("runs/tiny").notes)
-    assert "No validation set is shifted, so this choice tells nothing of images in other" in err
+    assert [line for line in err.splitlines() if ": reading " not in line] == list(choice.notes)
     command = "radapter-export --adapter runs/tiny --alpha"
-    assert choice["best"] != choice["alpha"] and "behind the best" in out and "kept" in out
+    assert choice.best != choice.alpha and "behind the best" in out and "kept" in out
     assert out.endswith(
-        f"auto is alpha {choice['alpha']:g}, best is alpha {choice['best']:g}\n"
+        f"auto is alpha {choice.alpha:g}, best is alpha {choice.best:g}\n"
         f"Next:   {command} auto\nor:     {command} best\n"
     )
-    name = "held-out" if with_suite else "validation"
-    assert [point["alpha"] for point in choice["curve"]] == [
-        round(0.1 * step, 1) for step in range(11)
-    ]
-    scores = {point["alpha"]: point[name] for point in choice["curve"]}
-    assert choice["best"] == min(
-        alpha for alpha, score in scores.items() if score == max(scores.values())
-    )
-    tested = {
-        (row["dataset"], row["alpha"]) for row in rows(here / "results") if row["split"] == "test"
-    }
-    assert tested == {
-        (s, a)
-        for s in ("plain", "shifted")
-        for a in (0, choice["alpha"], choice["best"])
-        if with_suite
-    }
-    if with_suite:
-        assert export(["--alpha", "auto"]) == 0
-        release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
-        assert release["alpha"] == choice["alpha"]
+    scores = {point["alpha"]: point["held-out"] for point in choice.curve}
+    assert list(scores) == [round(0.1 * step, 1) for step in range(11)]
+    assert choice.best == min(a for a, score in scores.items() if score == max(scores.values()))
+    tested = {point for point in points(here / "results") if point[0] != "held-out"}
+    alphas = (0, choice.alpha, choice.best)
+    assert tested == {(name, alpha) for name in ("plain", "shifted") for alpha in alphas}
+    assert export(["--alpha", "auto"]) == 0
+    release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
+    assert release["alpha"] == choice.alpha
 
 
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
@@ -457,88 +362,54 @@ def test_export_auto_without_a_choice_or_with_another_adapters(
 ) -> None:
     assert export(["--alpha", "auto"]) == 2
     assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
-    other = {
-        "alpha": 0.3,
-        "best": 0.3,
-        "own_alpha": 0.5,
-        "rule": "",
-        "curve": [],
-        "sets": {},
-        "adapter_digest": "sha256:0",
-    }
-    (here / "runs" / "tiny" / "alpha.json").write_text(json.dumps(other), encoding="utf-8")
-    assert export(["--alpha", "auto"]) == 2
-    assert "was chosen for another adapter" in capfd.readouterr().err
-    (here / "runs" / "tiny" / "alpha.json").write_text("{", encoding="utf-8")
-    assert export(["--alpha", "auto"]) == 2
-    assert "choose again" in capfd.readouterr().err
+    fields = {"alpha": 0.3, "best": 0.3, "own_alpha": 0.5, "rule": "", "curve": [], "sets": {}}
+    for content, message in (
+        (json.dumps({**fields, "adapter_digest": "sha256:0"}), "was chosen for another adapter"),
+        ("{", "choose again"),
+    ):
+        (here / "runs" / "tiny" / "alpha.json").write_text(content, encoding="utf-8")
+        assert export(["--alpha", "auto"]) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> None:
-    export_release(
-        "runs/tiny",
-        [0.5],
-        ExportSettings(model_repository=Path("repository"), merged=Path("merged")),
-    )
-    common = [*COMMON]
+    settings = ExportSettings(model_repository=Path("repository"), merged=Path("merged"))
+    export_release("runs/tiny", [0.5], settings)
     for flags in (
         ["--alpha", "0.5"],
         ["--merged", "merged"],
         ["--model-repository", "repository"],
         ["--model-repository", "repository@1"],
     ):
-        assert main([*common, *flags]) == 0
+        assert main([*COMMON, *flags]) == 0
     found = rows(here / "results")
     assert [row["source"] for row in found] == ["adapter"] * 2 + ["merged"] * 2 + ["release"] * 2
-    for index, own in enumerate(found[:2]):
-        assert own["metrics"] == pytest.approx(found[index + 2]["metrics"], abs=1e-5)
-        assert own["metrics"] == pytest.approx(found[index + 4]["metrics"], abs=1e-5)
+    for own, merged, release in zip(found[:2], found[2:4], found[4:], strict=True):
+        assert own["metrics"] == pytest.approx(merged["metrics"], abs=1e-5)
+        assert own["metrics"] == pytest.approx(release["metrics"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "no test data; give a suite with --suite: a file, or one of base-to-novel, coco200, "),
-        (
-            ["--suite", "none.yaml"],
-            "there is no suite none.yaml; allowed: a file, or one of base-to-novel, ",
-        ),
-        ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 "),
         ([*COMMON, "--alpha", "2"], "alpha is '2'; allowed"),
         ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
-        ([*COMMON, "--alpha", "-0.1"], "alpha is '-0.1'; allowed"),
-        ([*COMMON, "--model-repository", "none", "--alpha", "inf"], "alpha is 'inf'; allowed"),
+        ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed"),
         ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
         ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
         ([*COMMON, "--merged", "none"], "is no model folder"),
-        (
-            [*COMMON, "--model-repository", "none"],
-            "no release in the model repository none; make one with radapter-export",
-        ),
+        ([*COMMON, "--model-repository", "none"], "no release in the model repository none"),
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
-        ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
         ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
-        (
-            [*COMMON, "--model-repository", "a", "--alpha", "auto"],
-            "model_repository, alpha auto don't go together",
-        ),
+        ([*COMMON, "--lora", "a", "--alpha", "auto"], "lora, alpha auto don't go together"),
         ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
-        ([*COMMON, "--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
         ([*COMMON, "--checkpoint", "suite.yaml"], "name what was tuned with --base"),
         ([*COMMON, "--lora", "runs"], "runs is no folder of peft"),
-        ([*COMMON, "--lora", "a", "--adapter", "b"], "lora, adapter don't go together"),
-        (
-            [*COMMON, "--checkpoint", "a", "--alpha", "auto"],
-            "checkpoint, alpha auto don't go together",
-        ),
-        ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
         ([*COMMON, "--device", "abacus"], "abacus"),
-        (
-            ["--suite", "suite.yaml", "--data-root", "runs"],
-            "data set 'plain': no folder runs/plain",
-        ),
+        (["--suite", "suite.yaml", "--data-root", "runs"], "'plain': no folder runs/plain"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -546,21 +417,9 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     assert main(arguments) == 2
     out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("radapter-eval: error: ")
+    assert out == "" and err.startswith("radapter-eval: error: ") and err.count("\n") == 1
     assert message in err
-    assert err.count("\n") == 1
     assert {path.name for path in here.iterdir()} == {"runs", "data", "suite.yaml"}
-
-
-def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_status:
-        main(["--help"])
-    assert not exit_status.value.code
-    assert "radapter-eval" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as exit_status:
-        main(["--no-such-flag", "1"])
-    assert exit_status.value.code == 2
 
 
 @pytest.mark.slow
@@ -570,23 +429,14 @@ def test_a_release_that_takes_any_alpha_is_swept(
     dynamic = str(dynamic_tiny_clip)
     fixed = str(exported_tiny_clip / "model_repository")
     assert main([*COMMON, "--model-repository", dynamic, "--alpha", "0.3", "0.8"]) == 0
-    assert main([*COMMON, "--model-repository", f"{fixed}@1", "--out", "fixed"]) == 0
-    assert (
-        main([*COMMON, "--model-repository", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed"]) == 0
-    )
-    found = rows(here / "results")
-    expected = rows(here / "fixed")
-    assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
-    for row in expected:
-        [same] = [
-            other
-            for other in found
-            if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])
-        ]
-        assert same["metrics"] == pytest.approx(row["metrics"], abs=1e-5)
-    assert (here / "results" / "alpha.png").is_file() and not (
-        here / "fixed" / "alpha.png"
-    ).exists()
+    for version, alpha in (("1", "0.3"), ("2", "0.8")):
+        release = ["--model-repository", f"{fixed}@{version}", "--alpha", alpha]
+        assert main([*COMMON, *release, "--out", "fixed"]) == 0
+    found = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "results")}
+    expected = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "fixed")}
+    assert found.keys() == expected.keys()
+    for point, metrics in expected.items():
+        assert found[point] == pytest.approx(metrics, abs=1e-5)
     capfd.readouterr()
     assert main([*COMMON, "--model-repository", fixed, "--alpha", "0.5", "--out", "none"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
