@@ -65,71 +65,44 @@ def decoded(source: str | None) -> Image.Image:
 
 
 def test_page():
-    hits = [
-        Hit(
-            "deep/a.jpg",
-            0.28125,
-            {
-                "path": "deep/a.jpg",
-                "digest": "sha256:00",
-                "year": 2021,
-                "author": "Zoë",
-                "tags": ["a", "b"],
-            },
-            jpeg("red"),
-        ),
-        Hit("b.jpg", -0.5, {}, None),
-    ]
+    about = {"path": "deep/a.jpg", "digest": "sha256:00", "author": "Zoë", "tags": ["a", "b"]}
+    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg("red")), Hit("b.jpg", -0.5, {}, None)]
     found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
     text = "\n".join(found.text)
-    for piece in (
-        "a red bicycle",
-        "index: photos · release: 3",
-        "1. deep/a.jpg",
-        "0.2812",
-        "-0.5000",
-        "year",
-        "2021",
-    ):
+    for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
         assert piece in text
     assert "path" not in text and "sha256" not in text
-    assert "Zoë" in text and '["a", "b"]' in text and "no thumbnail" in text
+    assert '["a", "b"]' in text and "no thumbnail" in text
     [picture] = found.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
     assert [meter["value"] for meter in found.all("meter")] == ["0.2812", "-0.5000"]
 
 
 def test_page_of_an_image():
-    file = io.BytesIO()
+    palette = io.BytesIO()
     # A palette with transparency, which Pillow warns of.
-    Image.new("P", (2000, 500)).save(file, "PNG", transparency=b"\0\x80")
-    found = Page(page([], "query.png", file.getvalue(), {}))
-    assert decoded(found.all("img")[0]["src"]).size == (320, 80)
-    assert "Nothing was found." in found.text
-
-
-def test_the_picture_of_the_query_is_upright():
-    file = io.BytesIO()
+    Image.new("P", (2000, 500)).save(palette, "PNG", transparency=b"\0\x80")
+    turned = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    Image.new("RGB", (80, 40)).save(file, "JPEG", exif=exif)
-    assert decoded(Page(page([], "q", file.getvalue(), {})).all("img")[0]["src"]).size == (40, 80)
+    exif[0x0112] = 6  # by 90 degrees
+    Image.new("RGB", (80, 40)).save(turned, "JPEG", exif=exif)
+    for file, size in ((palette, (320, 80)), (turned, (40, 80))):
+        found = Page(page([], "query.png", file.getvalue(), {}))
+        assert decoded(found.all("img")[0]["src"]).size == size
+        assert "Nothing was found." in found.text
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_nothing_gets_out_of_its_place(evil: str):
     plain = Page(page([Hit("a", 0.5, {"k": "v"}, b"x")], "t", None, {"index": "i"}))
-    content = page(
-        [Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))],
-        evil,
-        None,
-        {evil: evil},
-    )
-    found = Page(content)
-    allowed = [tag for tag, _ in plain.elements]
-    assert [tag for tag, _ in found.elements if tag not in ("dt", "dd")] == [
-        t for t in allowed if t not in ("dt", "dd")
-    ]
+    about = {evil: evil, "k": {evil: [evil]}}
+    hit = Hit(evil, 0.5, about, evil.encode("utf-8", "replace"))
+    found = Page(page([hit], evil, None, {evil: evil}))
+
+    def tags(of: Page) -> list[str]:
+        return [tag for tag, _ in of.elements if tag not in ("dt", "dd")]
+
+    assert tags(found) == tags(plain)
     names = {(tag, name) for tag, attributes in plain.elements for name in attributes}
     assert {(tag, name) for tag, attributes in found.elements for name in attributes} <= names
     shown = evil.encode("utf-8", "replace").decode()
@@ -138,12 +111,8 @@ def test_nothing_gets_out_of_its_place(evil: str):
 
 
 def test_page_needs_nothing_but_itself():
-    content = page(
-        [Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))],
-        "t",
-        None,
-        {},
-    )
+    hit = Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))
+    content = page([hit], "t", None, {})
     found = Page(content)
     assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
     for _, attributes in found.elements:
@@ -151,8 +120,5 @@ def test_page_needs_nothing_but_itself():
             assert str(attributes[name]).startswith("data:")
     style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
     assert style and "url(" not in style[1] and "@import" not in style[1]
-    assert "prefers-color-scheme: dark" in style[1]
-    assert {meta.get("http-equiv") for meta in found.all("meta")} == {
-        None,
-        "Content-Security-Policy",
-    }
+    policies = {meta.get("http-equiv") for meta in found.all("meta")}
+    assert policies == {None, "Content-Security-Policy"}

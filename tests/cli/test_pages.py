@@ -66,16 +66,12 @@ def test_the_commands_of_a_page_are_read(
             {name: idle(of) for name, of in functions.items()}, **options
         ),
     )
-    monkeypatch.setitem(
-        sys.modules,
-        "radapter_serve.training.start",
-        SimpleNamespace(train=lambda recipe, **_: None),
-    )  # type: ignore[arg-type]
+    nothing: Any = SimpleNamespace(train=lambda recipe, **_: None)
+    monkeypatch.setitem(sys.modules, "radapter_serve.training.start", nothing)
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
-        if "--resume" in command or any(
-            "/recipe.yaml" in word for word in command
-        ):  # of a run that is not here
+        # Of a run that is not here.
+        if "--resume" in command or any("/recipe.yaml" in word for word in command):
             continue
         assert main_of(command[0])(command[1:]) == 0, shlex.join(command)
 
@@ -103,22 +99,22 @@ def small(command: list[str], architecture: str) -> list[str]:
     """A command of a page for the small model and the small data; the rest stays as it stands."""
     words = ["data" if word == "/data" else word for word in command]
     if words[0] == "radapter-train":
-        given = [
-            "--architecture",
-            architecture,
+        if "--architecture" in words:
+            place = words.index("--architecture")
+            del words[place : place + 2]
+        words += ["--architecture", architecture]
+        words += [
             "--steps",
             "3",
             "--batch-size",
             "8",
             "--val-fraction",
             "0.2",
+            "--workers",
+            "0",
+            "--tracker",
+            "none",
         ]
-        words = [
-            word
-            for flag, word in zip(["", *words], words, strict=False)
-            if "--architecture" not in (flag, word)
-        ]
-        words += [*given, "--workers", "0", "--tracker", "none"]
     return words
 
 

@@ -55,14 +55,8 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
     """Train a run and choose its alpha; gives the command that is printed at the end."""
-    data = [
-        "--data",
-        "imagefolder:my photos",
-        "--val-data",
-        "imagefolder:my photos",
-        "--out",
-        "my runs/first run",
-    ]
+    photos = "imagefolder:my photos"
+    data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
     short = [
         "--steps",
         "4",
@@ -131,17 +125,8 @@ def test_from_training_to_answers(
         ask(asked, url)
     answer = capfd.readouterr().out
     assert any(name in answer for name in COLOURS)
-    run(
-        [
-            "radapter-index",
-            "build",
-            "my photos",
-            "--out",
-            "my indexes/Büro",
-            "--model-repository",
-            "my models",
-        ]
-    )
+    build = ["radapter-index", "build", "my photos", "--out", "my indexes/Büro"]
+    run([*build, "--model-repository", "my models"])
     served, searched = printed(capfd.readouterr().out)
     with serving(served) as url:
         ask(searched, url)
