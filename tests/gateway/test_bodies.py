@@ -22,8 +22,16 @@ from radapter_serve.gateway.app import SMALL_BODY, SMALL_JSON
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.kserve import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
 from radapter_serve.gateway.upstream import LOG
-from tests.gateway.test_gateway import INFER, TEXT, ask, refusal, talking, until
-from tests.helpers.fake_upstream import FakeUpstream, Served, config, packed, serving
+from tests.helpers.fake_upstream import (
+    INFER,
+    TEXT,
+    FakeUpstream,
+    Served,
+    config,
+    packed,
+    serving,
+    until,
+)
 
 EMBEDDINGS = "/v1/embeddings"
 MIB = 2**20
@@ -124,7 +132,6 @@ def test_nothing_that_was_read_keeps_the_body() -> None:
 # What it takes to read one
 
 
-@pytest.mark.parametrize("name", ["labels", "examples"])  # a text, and an image
 @pytest.mark.parametrize(
     "data",
     [
@@ -137,9 +144,10 @@ def test_nothing_that_was_read_keeps_the_body() -> None:
         [{"a": {"b": {"c": [[[]]]}}}] * 2**12,
     ],
 )
-@pytest.mark.parametrize("ascii_only", [True, False])
+# A text, and an image
+@pytest.mark.parametrize(("name", "ascii_only"), [("labels", True), ("examples", False)])
 def test_the_memory_that_reading_takes_is_known_before(
-    data: list[Any], ascii_only: bool, name: str
+    data: list[Any], name: str, ascii_only: bool
 ) -> None:
     tensor = {"name": name, "shape": [1, len(data)], "datatype": "BYTES", "data": data}
     image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [1]}
@@ -178,13 +186,13 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
 
 def test_the_event_loop_gets_its_turn_while_a_large_body_is_read(reading: Reading) -> None:
     with serving() as served, ThreadPoolExecutor(3) as pool:
-        large = pool.submit(ask, served, INFER, text_of(SMALL_BODY + 1))
+        large = pool.submit(served.ask, INFER, text_of(SMALL_BODY + 1))
         until(lambda: len(reading.threads) == 1)
-        second = pool.submit(ask, served, INFER, text_of(SMALL_BODY + 2))
-        assert ask(served, "/health/live")[0] == 200
-        assert ask(served, INFER, TEXT)[0] == 200
+        second = pool.submit(served.ask, INFER, text_of(SMALL_BODY + 2))
+        assert served.ask("/health/live")[0] == 200
+        assert served.ask(INFER, TEXT)[0] == 200
         # One that is not so large has a thread of its own, and does not wait.
-        middle = pool.submit(ask, served, INFER, text_of(SMALL_JSON + 1))
+        middle = pool.submit(served.ask, INFER, text_of(SMALL_JSON + 1))
         until(lambda: len(reading.threads) == 3)
         assert not large.done() and not second.done() and not middle.done()
         reading.go.set()
@@ -198,38 +206,38 @@ def test_a_small_body_of_much_json_is_read_aside(reading: Reading) -> None:
     reading.go.set()
     with serving() as served:
         head = json.dumps(text_of(2)).encode()
-        ask(served, INFER, head.ljust(SMALL_JSON))
-        ask(served, INFER, head.ljust(SMALL_JSON + 1))
+        served.ask(INFER, head.ljust(SMALL_JSON))
+        served.ask(INFER, head.ljust(SMALL_JSON + 1))
         # In binary nothing is made of what follows the JSON.
         length = {"Inference_Header_Content_Length": str(len(head))}
-        ask(served, INFER, head + bytes(SMALL_JSON), **length)
+        served.ask(INFER, head + bytes(SMALL_JSON), **length)
     aside = [name.startswith("small-bodies") for name in reading.threads]
     assert aside == [False, True, False]
 
 
 def body_bytes(served: Served) -> float:
-    lines = ask(served, "/metrics")[1].decode().splitlines()
-    [found] = [line for line in lines if line.startswith("radapter_gateway_body_bytes ")]
-    return float(found.split()[1])
+    return float(served.metrics().partition("\nradapter_gateway_body_bytes ")[2].split()[0])
 
 
 def test_the_budget_knows_what_is_read(reading: Reading) -> None:
     with serving(max_body=8, max_memory=25) as served, ThreadPoolExecutor(2) as pool:
         size = SMALL_BODY + 1
-        large = pool.submit(ask, served, INFER, text_of(size))
+        large = pool.submit(served.ask, INFER, text_of(size))
         until(lambda: len(reading.threads) == 1)
         assert body_bytes(served) > 5 * size  # as it came, and while it is read
-        assert refusal(served, INFER, text_of(2 * size - 1000)) == (429, "overloaded")
+        assert served.refusal(INFER, text_of(2 * size - 1000)) == (429, "overloaded")
         reading.go.set()
         assert large.result()[0] == 200
         until(lambda: body_bytes(served) == 0)
 
 
 @pytest.mark.parametrize(
-    ("task", "texts"),
-    [("embed_text", ["x" * MIB + "\U0001f600"]), ("classify", ["ab"] * 2**17)],
+    ("task", "texts", "binary"),
+    [
+        ("embed_text", ["x" * MIB + "\U0001f600"], False),
+        ("classify", ["ab"] * 2**17, True),
+    ],
 )
-@pytest.mark.parametrize("binary", [False, True])
 def test_the_budget_knows_what_texts_take(task: str, texts: list[str], binary: bool) -> None:
     name = "text" if task == "embed_text" else "labels"
     tensor: dict[str, Any] = {"name": name, "shape": [1, len(texts)], "datatype": "BYTES"}
@@ -241,26 +249,26 @@ def test_the_budget_knows_what_texts_take(task: str, texts: list[str], binary: b
     path = f"/v2/models/{task}/infer"
     with serving(max_body=2, max_memory=7) as served, ThreadPoolExecutor(1) as pool:
         served.hold()
-        first = pool.submit(ask, served, path, head + tail, **length)
+        first = pool.submit(served.ask, path, head + tail, **length)
         until(lambda: bool(served.upstream.asked))
         assert 4 * MIB < body_bytes(served) <= 7 * MIB
-        assert refusal(served, path, head + tail, **length) == (429, "overloaded")
+        assert served.refusal(path, head + tail, **length) == (429, "overloaded")
         served.let_go()
         assert first.result()[0] == 200
         until(lambda: body_bytes(served) == 0)
     with serving(max_body=2, max_memory=2) as served:  # alone it is never too dear
-        assert ask(served, path, head + tail, **length)[0] == 200
+        assert served.ask(path, head + tail, **length)[0] == 200
 
 
 def test_who_leaves_while_others_are_read_holds_nothing(reading: Reading) -> None:
     with serving() as served, ThreadPoolExecutor(1) as pool:
         size = SMALL_BODY + 1
-        large = pool.submit(ask, served, INFER, text_of(size))
+        large = pool.submit(served.ask, INFER, text_of(size))
         until(lambda: len(reading.threads) == 1)
         alone = body_bytes(served)
         body = json.dumps(text_of(size)).encode()
         head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        with talking(served, head.encode() + body):
+        with served.connection(head.encode() + body):
             until(lambda: body_bytes(served) == alone + len(body))
         until(lambda: body_bytes(served) == alone)
         reading.go.set()
@@ -270,7 +278,7 @@ def test_who_leaves_while_others_are_read_holds_nothing(reading: Reading) -> Non
 
 def test_who_waits_too_long_for_his_turn_is_told(reading: Reading) -> None:
     with serving(timeout=0.2) as served:
-        assert refusal(served, INFER, text_of(SMALL_BODY + 1)) == (504, "timed_out")
+        assert served.refusal(INFER, text_of(SMALL_BODY + 1)) == (504, "timed_out")
         reading.go.set()
 
 
@@ -284,9 +292,10 @@ class Marked:
 class Failing(FakeUpstream):
     """Fails in a frame that holds its own error, as most do that raise one with a name."""
 
+    failure: Callable[[], Exception]
+
     def __init__(self) -> None:
         super().__init__()
-        self.failure: Callable[[], Exception] = lambda: RuntimeError("a bug")
         self.held: list[weakref.ref[Marked]] = []
 
     async def infer(self, *_: Any) -> Any:
@@ -327,7 +336,7 @@ def test_a_failure_lets_go_of_what_was_under_way(
         upstream = served.upstream
         assert isinstance(upstream, Failing)
         upstream.failure = failure
-        assert ask(served, path, body)[0] >= 400
+        assert served.ask(path, body)[0] >= 400
         until(lambda: upstream.held[0]() is None)
 
 
@@ -354,9 +363,9 @@ def test_a_refusal_lets_go_of_its_body(name: str, without_gc: None) -> None:
     path, body = REFUSED[name]
     sent = json.dumps({"model": "radapter", **body} if path == EMBEDDINGS else body).encode()
     with serving() as served:
-        refusal_of = ask(served, path, sent)  # what the first request makes stays
+        refusal_of = served.ask(path, sent)  # what the first request makes stays
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
-        assert 400 <= ask(served, path, sent)[0] == refusal_of[0] < 500
+        assert 400 <= served.ask(path, sent)[0] == refusal_of[0] < 500
         until(lambda: tracemalloc.get_traced_memory()[0] < before + MIB)
         tracemalloc.stop()

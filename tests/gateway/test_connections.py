@@ -6,43 +6,26 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from radapter_serve.gateway.connections import network_of
 from radapter_serve.gateway.middleware import MAX_HEADERS
 from radapter_serve.gateway.settings import Timeouts
-from tests.helpers.fake_upstream import Served, serving
+from tests.gateway.test_gateway import BODY, HEAD
+from tests.helpers.fake_upstream import Served, serving, until
 
 HOST = b"HTTP/1.1\r\nHost: localhost\r\n"
 ALIVE = b"GET /health/live " + HOST + b"\r\n"
-TENSOR = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}
-BODY = json.dumps({"inputs": [TENSOR]}).encode()
-INFER = b"POST /v2/models/embed_text/infer " + HOST
-EMBED = INFER + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-CHUNKED = INFER + b"Transfer-Encoding: chunked\r\n\r\n"
+EMBED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture
 def served() -> Iterator[Served]:
     with serving(max_connections=8, max_connections_per_address=8) as one:
         yield one
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def talking(served: Served, address: str = "127.0.0.1") -> Iterator[socket.socket]:
-    """A connection from an address of this machine."""
-    place = (address, 0)
-    with socket.create_connection(("127.0.0.1", served.port), 30, source_address=place) as it:
-        yield it
 
 
 def answer(it: socket.socket) -> bytes:
@@ -80,7 +63,7 @@ def has_ended(it: socket.socket) -> bool:
 
 def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> None:
     with contextlib.ExitStack() as stack:
-        kept = [stack.enter_context(talking(served)) for _ in range(8)]
+        kept = [stack.enter_context(served.connection()) for _ in range(8)]
         # The first has a request under way, the second has asked last, and so the third has waited
         # longest.
         served.hold()
@@ -89,7 +72,7 @@ def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> No
         for it in (*kept[2:], kept[1]):
             assert answers(it)
         for number, gone in enumerate(kept[2:5]):
-            newcomer = stack.enter_context(talking(served))
+            newcomer = stack.enter_context(served.connection())
             assert answers(newcomer)
             assert has_ended(gone), number
         assert len(served.connections.open) == 8
@@ -100,10 +83,10 @@ def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> No
 
 def test_a_silent_connection_gives_way_too(served: Served) -> None:
     with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(talking(served)) for _ in range(8)]
+        silent = [stack.enter_context(served.connection()) for _ in range(8)]
         silent[0].sendall(b"GET /he")
         until(lambda: len(served.connections.open) == 8)
-        assert answers(stack.enter_context(talking(served)))
+        assert answers(stack.enter_context(served.connection()))
         assert sum(map(has_ended, silent)) == 1
 
 
@@ -111,9 +94,9 @@ def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> N
     served.hold()
     with contextlib.ExitStack() as stack:
         for _ in range(8):
-            stack.enter_context(talking(served)).sendall(EMBED)
+            stack.enter_context(served.connection()).sendall(EMBED)
         until(lambda: len(served.upstream.asked) == 8)
-        newcomer = stack.enter_context(talking(served))
+        newcomer = stack.enter_context(served.connection())
         newcomer.sendall(ALIVE)
         assert not has_ended(newcomer)
         assert len(served.connections.open) == 8
@@ -127,11 +110,11 @@ def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
     with serving(max_connections=8) as served, contextlib.ExitStack() as stack:  # 2 of an address
         served.hold()
         for _ in range(2):
-            stack.enter_context(talking(served)).sendall(EMBED)
+            stack.enter_context(served.connection()).sendall(EMBED)
         until(lambda: len(served.upstream.asked) == 2)
         for _ in range(3):
-            assert has_ended(stack.enter_context(talking(served)))
-        other = stack.enter_context(talking(served, "127.0.0.2"))
+            assert has_ended(stack.enter_context(served.connection()))
+        other = stack.enter_context(served.connection(address="127.0.0.2"))
         assert answers(other)
         assert len(served.connections.open) == 3
         said = [line for line in caplog.messages if "127.0.0.1" in line]
@@ -141,18 +124,18 @@ def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
 
 def test_an_address_at_its_limit_gives_up_its_own_kept_connections() -> None:
     with serving(max_connections=8) as served, contextlib.ExitStack() as stack:
-        other = stack.enter_context(talking(served, "127.0.0.2"))
+        other = stack.enter_context(served.connection(address="127.0.0.2"))
         assert answers(other)
-        mine = [stack.enter_context(talking(served)) for _ in range(2)]
+        mine = [stack.enter_context(served.connection()) for _ in range(2)]
         assert all(map(answers, mine))
-        assert answers(stack.enter_context(talking(served)))
+        assert answers(stack.enter_context(served.connection()))
         assert [has_ended(it) for it in (other, *mine)] == [False, True, False]
 
 
 def test_a_connection_that_ends_gives_its_place_back() -> None:
     with serving(max_connections=8) as served:
         for _ in range(10):
-            with talking(served) as it:
+            with served.connection() as it:
                 assert answers(it)
         until(lambda: not served.connections.open)
         assert not served.connections._of_address and not served.connections.waiting
@@ -178,7 +161,7 @@ def test_who_counts_as_one_caller(host: str, whose: str) -> None:
 
 @pytest.mark.parametrize("first", [b"", b"GET /health/live HT", ALIVE, ALIVE + b"GET "])
 def test_who_does_not_ask_has_his_time(first: bytes) -> None:
-    with serving(timeouts=Timeouts(idle=0.3)) as served, talking(served) as it:
+    with serving(timeouts=Timeouts(idle=0.3)) as served, served.connection() as it:
         it.sendall(first)
         if ALIVE in first:
             assert answer(it)
@@ -188,9 +171,9 @@ def test_who_does_not_ask_has_his_time(first: bytes) -> None:
 
 
 def test_headers_have_their_time_from_their_first_byte_on() -> None:
-    with serving(timeouts=Timeouts(idle=1.5)) as served, talking(served) as it:
+    with serving(timeouts=Timeouts(idle=0.9)) as served, served.connection() as it:
         for part in (ALIVE[:9], ALIVE[9:]):  # together they take more than that
-            time.sleep(1)
+            time.sleep(0.6)
             it.sendall(part)
         assert answer(it).startswith(b"HTTP/1.1 200")
 
@@ -200,7 +183,7 @@ def test_headers_have_their_time_from_their_first_byte_on() -> None:
 
 def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
     for request in (EMBED, CHUNKED + b"%x\r\n%s\r\n0\r\nX: y\r\n\r\n" % (len(BODY), BODY)):
-        with talking(served) as it:
+        with served.connection() as it:
             it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for number in range(len(request)):
                 it.sendall(request[number : number + 1])
@@ -209,7 +192,7 @@ def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
 
 
 def test_an_empty_line_before_a_request_is_passed_over(served: Served) -> None:
-    with talking(served) as it:
+    with served.connection() as it:
         for part in (ALIVE + b"\r", b"\n" + ALIVE[:4], ALIVE[4:], b"\r\n" + ALIVE):
             it.sendall(part)
         for _ in range(3):
@@ -222,8 +205,7 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
     image = EMBED.replace(b"/embed_text/", b"/embed_image/").replace(b'"text"', b'"image"')
     size = b"Content-Length: %d"
     image = image.replace(size % len(BODY), size % (len(BODY) + 1))
-    with talking(served) as it:
-        it.sendall((EMBED + image) * 20)
+    with served.connection((EMBED + image) * 20) as it:
         until(lambda: served.upstream.asked)
         time.sleep(0.1)
         assert len(served.upstream.asked) == 1
@@ -234,16 +216,14 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
 
 
 def test_what_comes_behind_chunks_at_once_ends_with_their_answer(served: Served) -> None:
-    with talking(served) as it:
-        it.sendall(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE)
+    with served.connection(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE) as it:
         assert answer(it).startswith(b"HTTP/1.1 200")
         assert it.recv(1) == b""
 
 
 def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) -> None:
     served.hold()
-    with talking(served) as it:
-        it.sendall(EMBED + b"nonsense\r\n\r\n")
+    with served.connection(EMBED + b"nonsense\r\n\r\n") as it:
         until(lambda: served.upstream.asked)
         served.let_go()
         assert answer(it).startswith(b"HTTP/1.1 200")
@@ -260,13 +240,12 @@ def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) 
         b"CONNECT a:1 " + HOST + b"\r\n",
         b"GET /v2/models/\xe7\x8c\xab " + HOST + b"\r\n",
         CHUNKED + b"no size\r\n",
-        INFER + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        INFER + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     ],
 )
 def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
-    with talking(served) as it:
-        it.sendall(request_)
+    with served.connection(request_) as it:
         said = answer(it)
         assert said.startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
@@ -278,8 +257,7 @@ def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
 
 def test_a_caller_by_grpc_gets_the_end_alone(served: Served) -> None:
     """By which our client knows it, and says which URL to write."""
-    with talking(served) as it:
-        it.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    with served.connection(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") as it:
         assert it.recv(1) == b""
 
 
@@ -294,8 +272,7 @@ def test_a_caller_by_grpc_gets_the_end_alone(served: Served) -> None:
 )
 def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
     """Headers, a trailer, and what a chunk says of itself: none is kept beyond the limit."""
-    with talking(served) as it:
-        it.sendall(head + b"a" * MAX_HEADERS)
+    with served.connection(head + b"a" * MAX_HEADERS) as it:
         it.sendall(b"a" * 2 * MAX_HEADERS)
         assert answer(it).startswith(b"HTTP/1.1 431")
         with contextlib.suppress(ConnectionError):
@@ -309,35 +286,18 @@ def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
 
 
 def test_an_answer_names_no_program(served: Served) -> None:
-    with talking(served) as it:
-        it.sendall(ALIVE)
+    with served.connection(ALIVE) as it:
         head, _, body = answer(it).partition(b"\r\n\r\n")
     assert json.loads(body) == {"live": True}
     names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
     assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
 
 
-def test_headers_go_out_with_their_body(served: Served) -> None:
-    with talking(served) as it:
-        assert answers(it)
-        (one,) = served.connections.open
-        written: list[bytes] = []
-
-        class Recorder:
-            def write(self, data: bytes) -> None:
-                written.append(data)
-                one.transport.write(data)
-
-        one._joined._transport = Recorder()
-        assert answers(it)
-    assert len(written) == 1
-
-
 # The end
 
 
 def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() -> None:
-    with serving() as served, talking(served) as kept, talking(served) as busy:
+    with serving() as served, served.connection() as kept, served.connection() as busy:
         assert answers(kept)
         served.hold()
         busy.sendall(EMBED)
@@ -345,14 +305,14 @@ def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() 
         served.stop(wait=False)
         assert kept.recv(1) == b""
         with pytest.raises(ConnectionError):
-            until(lambda: talking(served).__enter__().close())
+            until(lambda: served.connection().__enter__().close())
         served.let_go()
         assert b"\r\nconnection: close" in answer(busy)
         assert busy.recv(1) == b""
 
 
 def test_it_stops_although_a_request_never_ends() -> None:
-    with serving(timeouts=Timeouts(drain=0.3)) as served, talking(served) as busy:
+    with serving(timeouts=Timeouts(drain=0.3)) as served, served.connection() as busy:
         served.hold()
         busy.sendall(EMBED)
         until(lambda: served.upstream.asked)

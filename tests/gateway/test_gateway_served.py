@@ -21,10 +21,8 @@ import trustme
 import urllib3
 from PIL import Image
 
-from radapter_client import AsyncClient, Client, Request, ServerUnavailable
-from radapter_client._http import HttpTransport
-from radapter_client._url import parse_url
-from tests.helpers.fake_server import TASKS, FakeServer
+from radapter_client import AsyncClient, Client, ServerUnavailable
+from tests.helpers.fake_server import FakeServer
 from tests.helpers.gateway import gateway
 
 pytestmark = pytest.mark.triton
@@ -42,90 +40,8 @@ def png() -> bytes:
     return file.getvalue()
 
 
-def texts(*values: str) -> np.ndarray:
-    return np.array([value.encode() for value in values], object)
-
-
-IMAGE = np.array([png()], object)
 PROPOSALS = np.arange(2 * 5 * 7, dtype=np.uint8).reshape(2, 5, 7)
-REQUESTS = {
-    "embed_image": {
-        "image": np.array([[b"a"], [png()]], object),
-        "alpha": np.array([[0.1], [0.2]], np.float32),
-    },
-    "embed_text": {"text": np.array([["ü".encode()], [b"a\0b"], [b""]], object)},
-    "classify": {
-        "image": np.array([[b"x"], [b"y"]], object),
-        "labels": np.array([[b"a", b"b"], [b"c", b"d"]], object),
-    },
-    "segment": {
-        "image": IMAGE,
-        "labels": texts("a", "ü"),
-        "threshold": np.array([0.3], np.float32),
-        "refine": np.array([3], np.int32),
-        "proposals": PROPOSALS,
-        "proposal_scores": np.full((2, 2), 0.1, np.float32),
-    },
-    "retrieve": {"text": texts("ü"), "index": texts("photos"), "top_k": np.array([3], np.int32)},
-}
-NAMED = {"retrieve": ("id", "score", "metadata", "thumbnail")}
-
-
-@pytest.mark.parametrize("version", ["", "1", "2"])
-@pytest.mark.parametrize("task", TASKS)
-def test_the_same_bits_in_binary(
-    fake_server: FakeServer, url: str, task: str, version: str
-) -> None:
-    request = Request("infer", task, version, REQUESTS[task], NAMED.get(task, ()))
-    direct, through = (
-        HttpTransport(parse_url(one)).send(request, 30) for one in (fake_server.http_url, url)
-    )
-    assert direct.version == through.version == int(version or 2)
-    assert list(direct.outputs) == list(through.outputs)
-    for name, array in direct.outputs.items():
-        assert (
-            array.dtype == through.outputs[name].dtype
-            and array.shape == through.outputs[name].shape
-        )
-        assert array.tolist() == through.outputs[name].tolist()
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_same_values_in_json(fake_server: FakeServer, url: str, task: str) -> None:
-    kinds = {"O": "BYTES", "f": "FP32", "i": "INT32", "u": "UINT8"}
-    inputs = [
-        {
-            "name": name,
-            "datatype": kinds[array.dtype.kind],
-            "shape": array.shape,
-            "data": (
-                [one.decode("latin-1") for one in array.ravel()]
-                if array.dtype == object
-                else array.tolist()
-            ),
-        }
-        for name, array in REQUESTS[task].items()
-    ]
-    image = (
-        '{"size": [7, 5]}' if task == "segment" else "eA=="
-    )  # what the stand-in understands of an image in JSON
-    for one in inputs:
-        one["data"] = (
-            [image] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
-        )
-    # Thumbnails are files, which JSON can't hold.
-    outputs = [{"name": name} for name in NAMED.get(task, ()) if name != "thumbnail"]
-    body = json.dumps(
-        {"id": "7", "inputs": inputs, "outputs": outputs} if outputs else {"inputs": inputs}
-    ).encode()
-    headers = {"Content-Type": "application/json"}
-    path = f"/v2/models/{task}/infer"
-    answers = [
-        urllib3.request("POST", one + path, body=body, headers=headers)
-        for one in (fake_server.http_url, url)
-    ]
-    direct, through = (json.loads(answer.data) for answer in answers)
-    assert through == direct and through["outputs"]
+SCORES = np.full((2, 2), 0.1, np.float32)
 
 
 def calls(client: Any) -> list[Any]:
@@ -136,6 +52,7 @@ def calls(client: Any) -> list[Any]:
         partial(client.embed_texts, ["a", "ü"]),
         partial(client.search, "ü", index="photos", top_k=3, thumbnails=True),
         partial(client.segment, [png(), png()], ["a", "b"], threshold=0.5),
+        partial(client.segment, png(), ["a", "ü"], proposals=PROPOSALS, proposal_scores=SCORES),
         client.release,
         client.releases,
         client.is_ready,
@@ -148,28 +65,28 @@ def plain(found: Any) -> Any:
         return [plain(one) for one in found]
     if isinstance(found, np.ndarray):
         return found.tolist()
-    return (
-        {key: plain(value) for key, value in vars(found).items()}
-        if hasattr(found, "__dict__")
-        else found
-    )
+    if hasattr(found, "__dict__"):
+        return {key: plain(value) for key, value in vars(found).items()}
+    return found
 
 
-def test_both_clients_work_unchanged(fake_server: FakeServer, url: str) -> None:
+@pytest.mark.parametrize("release", [None, 1])
+def test_both_clients_get_the_same_answers(
+    fake_server: FakeServer, url: str, release: int | None
+) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "release": release}
+
     async def awaited(where: str) -> list[Any]:
-        async with AsyncClient(where, batch_size=2) as client:
+        async with AsyncClient(where, **options) as client:
             return [plain(await call()) for call in calls(client)]
 
     def all_of(where: str) -> list[Any]:
-        with Client(where, batch_size=2) as client:
+        with Client(where, **options) as client:
             return [plain(call()) for call in calls(client)]
 
     direct = all_of(fake_server.grpc_url)
     assert direct[-1] is True
     assert all_of(url) == asyncio.run(awaited(url)) == direct
-
-
-def test_readiness_asks_the_models(url: str) -> None:
     assert urllib3.request("GET", f"{url}/health/ready").status == 200
 
 
@@ -197,19 +114,14 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
 
 
 def test_errors_of_a_task_keep_their_codes(url: str) -> None:
-    for order, status, text in (
+    for order, status, code in (
         ({"error": "[invalid_image] it is none"}, 400, "[invalid_image] it is none"),
-        (
-            {"bug": True},
-            500,
-            "[internal_error] the server failed on this request; its log says why",
-        ),
+        ({"bug": True}, 500, "[internal_error] "),
     ):
         data = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [json.dumps(order)]}
-        answer = urllib3.request(
-            "POST", f"{url}/v2/models/embed_image/infer", json={"inputs": [data]}
-        )
-        assert (answer.status, answer.json()) == (status, {"error": text})
+        path = f"{url}/v2/models/embed_image/infer"
+        answer = urllib3.request("POST", path, json={"inputs": [data]})
+        assert answer.status == status and answer.json()["error"].startswith(code)
 
 
 def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
@@ -225,17 +137,9 @@ def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, 
         expected = np.concatenate(
             [direct.embed_texts(texts), direct.embed_images([png()]), direct.embed_texts(["ü"])]
         )
-        assert (
-            np.array([one.embedding for one in found.data], np.float32).tolist()
-            == expected.tolist()
-        )
-        assert found.model == "radapter-2"
+        embeds = np.array([one.embedding for one in found.data], np.float32)
+        assert found.model == "radapter-2" and embeds.tolist() == expected.tolist()
         assert client.embeddings.create(model="radapter-1", input="a").model == "radapter-1"
-        assert [model.id for model in client.models.list()] == [
-            "radapter",
-            "radapter-2",
-            "radapter-1",
-        ]
         with pytest.raises(openai.NotFoundError):
             client.embeddings.create(model="radapter-3", input="a")
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
+import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import urllib3
 
 from radapter_client import Reply
 from radapter_serve.gateway import run
@@ -25,6 +29,10 @@ from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_server import release
+
+
+INFER = "/v2/models/embed_text/infer"
+TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
 
 
 def config(task: str, *releases: dict[str, Any]) -> Model:
@@ -44,34 +52,30 @@ def as_bytes(array: np.ndarray) -> list[bytes]:
     return [one.encode() if isinstance(one, str) else one for one in array.ravel()]
 
 
-class FakeUpstream:
-    """Embeds a text or an image as its length and its first byte.
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
 
-    Attributes:
-        asked: the requests that came.
-        entries: what came with them.
-        timeouts: the seconds that they had.
-        error: raised instead of every answer, where it is set.
-        hold: answers wait until it is set.
-        cancelled: how many answers nobody waited for any more.
-        configs: of the newest release, by task.
-        older: of other releases than the newest, by task and version.
-        outputs: given to every request, where they are set.
-        outdated: whether another release made the indexes; None where nobody knows.
+
+class FakeUpstream:
+    """Embeds a text or an image as its length and its first byte; a test may set what it answers
+    or raises, and keeps answers back with `hold`.
     """
 
     def __init__(self) -> None:
         self.asked: list[Inference] = []
-        self.entries: list[Entry | None] = []
-        self.timeouts: list[float] = []
-        self.error: Exception | None = None
+        self.entries: list[Entry | None] = []  # that came with them
+        self.timeouts: list[float] = []  # seconds that they had
+        self.error: Exception | None = None  # raised instead of an answer
         self.hold = asyncio.Event()
         self.hold.set()
-        self.cancelled = 0
-        self.configs = {name: config(name) for name in TASKS}
-        self.older: dict[tuple[str, str], Model] = {}
-        self.outputs: dict[str, np.ndarray] | None = None
-        self.outdated: dict[str, bool] | None = {}
+        self.cancelled = 0  # requests
+        self.configs = {name: config(name) for name in TASKS}  # of the newest release
+        self.older: dict[tuple[str, str], Model] = {}  # of others, by task and version
+        self.outputs: dict[str, np.ndarray] | None = None  # of every answer
+        self.outdated: dict[str, bool] | None = {}  # indexes; None: their storage fails
 
     async def infer(self, asked: Inference, timeout: float, entry: Entry | None = None) -> Reply:
         self.asked.append(asked)
@@ -115,9 +119,7 @@ class FakeUpstream:
 
 
 class Served:
-    """A gateway that runs: its `url`, its `connections`, its stand-in `upstream`, and what stops it
-    and waits for that.
-    """
+    """A gateway that runs, in front of `upstream`; `stop` waits until it has ended."""
 
     def __init__(
         self,
@@ -140,6 +142,46 @@ class Served:
 
     def let_go(self) -> None:
         self._loop.call_soon_threadsafe(self.upstream.hold.set)
+
+    def ask(
+        self, path: str = INFER, body: Any = None, method: str = "", **headers: str
+    ) -> tuple[int, Any, Any]:
+        """Status, JSON or bytes, and headers of an answer; of a name in `headers` each underscore
+        is a hyphen.
+        """
+        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        answer = urllib3.request(
+            method or ("GET" if body is None else "POST"),
+            self.url + path,
+            body=sent,
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+            retries=False,
+            timeout=20,
+        )
+        with contextlib.suppress(ValueError):
+            return answer.status, json.loads(answer.data), answer.headers
+        return answer.status, answer.data, answer.headers
+
+    def refusal(self, *request: Any, **headers: str) -> tuple[int, str]:
+        """Status and code of a refusal, which is one line; the arguments are those of `ask`."""
+        status, answer, _ = self.ask(*request, **headers)
+        assert list(answer) == ["error"] and "\n" not in answer["error"]
+        code = re.match(r"\[([a-z_]+)\] .", answer["error"])
+        assert code, answer
+        return status, code[1]
+
+    def metrics(self, **headers: str) -> str:
+        return str(self.ask("/metrics", **headers)[1].decode())
+
+    @contextlib.contextmanager
+    def connection(
+        self, data: bytes = b"", address: str = "127.0.0.1"
+    ) -> Iterator[socket.socket]:
+        """A connection from an address of this machine, on which `data` has been sent."""
+        place = (address, 0)
+        with socket.create_connection(("127.0.0.1", self.port), 30, source_address=place) as it:
+            it.sendall(data)
+            yield it
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import open_clip
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -27,7 +26,6 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.repository import add_tensors
-from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
@@ -147,6 +145,10 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
 @functools.cache
 def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
     """CLIP's `tokenizer.json`, and the `tokenizer` entry of a release."""
+    import open_clip  # here: it loads slowly
+
+    from radapter_export.tokenizer import write_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tokenizer.json")
         spec = write_tokenizer(open_clip.get_tokenizer("ViT-B-32"), path, dynamic_length=True)
