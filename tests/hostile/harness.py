@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import TASKS, png, write_release
 from tests.hostile.asks import INDEX, KEY, good
 from tests.hostile.cases import BROKEN, REFUSED, Case, by_hand, case
@@ -283,18 +284,17 @@ def world(folder: Path, engine: str) -> Iterator[World]:
             process = Popen(command, cwd=Path(__file__).parents[2])
         try:
             # The first search loads its libraries.
-            until(lambda: not Good.troubles_of(("127.0.0.1", port)), 120)
+            until(
+                lambda: all(
+                    answer is not None and answer.status == 200 and not wrong(answer)
+                    for answer in good_answers(("127.0.0.1", port)).values()
+                ),
+                120,
+            )
             yield World(("127.0.0.1", port), process, server)
         finally:
             process.terminate()
             process.wait(60)
-
-
-def until(condition: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.05)
 
 
 def memory(pid: int) -> int:
@@ -307,34 +307,13 @@ def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-class Good:
-    """A client that asks every task the same, again and again, and compares the answers with the
-    first.
-    """
+C = TypeVar("C", bound="Caller")
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        self._address = address
-        self.asked = 0
-        self.troubles: list[str] = []
 
-    @staticmethod
-    def answers(address: tuple[str, int]) -> dict[str, Answer | None]:
-        outcomes = {
-            task: exchange(address, Case("good", (request.raw(),)))
-            for task, request in good().items()
-        }
-        return {task: one.answers[0] if one.answers else None for task, one in outcomes.items()}
+class Caller:
+    """A caller who asks again and again in a thread, until the end of the block."""
 
-    @classmethod
-    def troubles_of(cls, address: tuple[str, int]) -> list[str]:
-        return [
-            f"{task}: {answer}"
-            for task, answer in cls.answers(address).items()
-            if answer is None or answer.status != 200 or wrong(answer)
-        ]
-
-    def __enter__(self) -> Good:
-        self._first = self.answers(self._address)
+    def __enter__(self: C) -> C:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -343,18 +322,43 @@ class Good:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.compare()
 
-    def compare(self) -> None:
-        for task, answer in self.answers(self._address).items():
+    def ask(self) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        self.ask()
+        while not self._stop.wait(0.05):
+            self.ask()
+
+
+class Good(Caller):
+    """Asks every task the same, and compares the answers with the first."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._first = good_answers(address)
+        self.asked = 0
+        self.troubles: list[str] = []
+
+    def ask(self) -> None:
+        for task, answer in good_answers(self._address).items():
             self.asked += 1
             first = self._first[task]
             if answer is None or first is None or answer.body != first.body or answer.status != 200:
                 self.troubles.append(f"{task}: {answer and (answer.status, answer.body[:300])}")
 
-    def _run(self) -> None:
-        while not self._stop.wait(0.05):
-            self.compare()
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.ask()
+
+
+def good_answers(address: tuple[str, int]) -> dict[str, Answer | None]:
+    """The answers to a right request of each task."""
+    outcomes = {
+        task: exchange(address, Case("good", (request.raw(),))) for task, request in good().items()
+    }
+    return {task: one.answers[0] if one.answers else None for task, one in outcomes.items()}
 
 
 # Campaigns

