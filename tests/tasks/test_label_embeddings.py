@@ -154,24 +154,6 @@ def test_a_store_that_can_not_be_used_costs_no_answer(local, tmp_path, capsys, c
     assert capsys.readouterr().err.count("embeddings of labels are not kept:") == 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "templates", "message"),
-    [
-        ([], SIMPLE, r"^\[no_labels\]"),
-        (["cat", " "], SIMPLE, r"^\[invalid_argument\] label 2 of 2 is empty"),
-        (["cat", "dog", "cat, kitty"], SIMPLE, "label 3, 'cat', is the same as label 1"),
-        (["cat"], ["a photo"], r"no \{\}"),
-        (["cat, " * 300], SIMPLE, "a label of 1500 characters .* at most 1000"),
-        (["cat"], ["{}" + "x" * 1000], "a template of 1002 characters"),
-        (["cat"], ["{}" * 5], r"has more than 4 \{\}"),
-    ],
-)
-def test_bad_labels(local, labels, templates, message):
-    with pytest.raises(TaskError, match=message):
-        embed(local.loaded, labels, templates)
-    assert not local.calls
-
-
 def test_processes_of_a_server_share_a_file(repository, tmp_path, monkeypatch):
     monkeypatch.setenv(LABELS, str(tmp_path / "labels.sqlite"))
     first, second, other = (Local(repository, version) for version in (2, 2, 1))
@@ -214,12 +196,6 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     np.testing.assert_array_equal(found.embeds, again.embeds[::-1])
     fresh = embed(with_store(local), labels[:100])
     np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
-
-
-def test_a_long_list_tells_how_far_it_is(local):
-    told: list[int] = []
-    embed(local.loaded, [f"thing {n}" for n in range(2500)], SIMPLE, progress=told.append)
-    assert told == [*range(256, 2500, 256), 2500]
 
 
 def test_the_lists_that_are_kept_are_bounded(local):

@@ -14,7 +14,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, complete, encode_together
+from radapter_serve.encoders.needs import Need, complete, encode_together, run_together
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.masks import SegmentOptions
@@ -22,7 +22,6 @@ from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
-from tests.helpers.together import together
 
 NAMES = ["cat, kitty", "dog", "bird"]
 CATS = Labels(NAMES)
@@ -83,7 +82,7 @@ def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
         images = [png(3), png(0)[:-40], png(4)]
         return [segment(local.loaded, SegmentRequest(image, CATS)) for image in images]
 
-    one, broken, two = together(tasks())
+    one, broken, two = run_together(tasks())
     windows = [shape for shape in local.calls if len(shape) == 4]
     assert isinstance(broken, TaskError) and broken.code == "invalid_image"
     for found, task in ((one, tasks()[0]), (two, tasks()[2])):
@@ -145,6 +144,7 @@ def test_a_request_is_read_from_its_arrays(local: Local) -> None:
     assert request.options == SegmentOptions(short_side=20, stride=5, refine=2)
 
 
+ONES = np.ones((1, 3), np.float32)
 PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
 
 
@@ -153,33 +153,26 @@ PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
     [
         ({}, {}, r"\[no_labels\] .*label_set of this release: colours"),
         ({"names": []}, {}, r"\[no_labels\] "),
-        ({"names": ["a", " "]}, {}, r"\[invalid_argument\] label 2 of 2 is empty"),
+        ({"names": ["a", " "]}, {}, "label 2 of 2 is empty"),
         ({"names": NAMES, "templates": ["no place"]}, {}, "the template 'no place' has no {}"),
         ({"names": NAMES, "label_set": "colours"}, {}, r"give labels .* not both"),
         ({"label_set": "colors"}, {}, r"\[unknown_label_set\] .*there are: colours"),
-        ({"names": NAMES}, {"stride": 17}, r"\[invalid_argument\] stride is 17; 1 to 16"),
-        ({"names": NAMES}, {"refine": 1000}, r"\[invalid_argument\] refine is 1000"),
-        ({"names": NAMES}, {"alpha": 0.9}, r"\[invalid_argument\] alpha is 0.9"),
-        (
-            {"names": NAMES},
-            {"proposal_weight": 0.5},
-            r"proposal_weight has no effect .*send proposals",
+        *(
+            ({"names": NAMES}, {name: value}, rf"\[invalid_argument\] {name} is {value}")
+            for name, values in {
+                "short_side": (0, 15),
+                "stride": (0, 17),
+                "refine": (-1, 1000),
+                "threshold": (-0.1, 1.5, np.nan),
+                "alpha": (0.9,),
+            }.items()
+            for value in values
         ),
-        (
-            {"names": NAMES},
-            {"proposal_scores": np.ones((1, 3))},
-            r"proposal_scores has no effect .*send proposals",
-        ),
-        (
-            {"names": NAMES},
-            {**PROPOSALS, "stride": 8},
-            r"stride has no effect here; leave it out",
-        ),
-        (
-            {"names": NAMES},
-            {**PROPOSALS, "proposal_weight": 1},
-            r"no effect here; send proposal_scores",
-        ),
+        ({"names": NAMES}, {**PROPOSALS, "proposal_scores": ONES, "proposal_weight": -1}, "is -1"),
+        ({"names": NAMES}, {"proposal_weight": 0.5}, "no effect here; send proposals with it"),
+        ({"names": NAMES}, {"proposal_scores": ONES}, "no effect here; send proposals with it"),
+        ({"names": NAMES}, {**PROPOSALS, "stride": 8}, "no effect here; leave it out"),
+        ({"names": NAMES}, {**PROPOSALS, "proposal_weight": 1}, "no effect here; send proposal_sc"),
     ],
 )
 def test_what_is_refused_before_the_image_is_looked_at(

@@ -220,23 +220,6 @@ def test_embeddings_that_are_not_finite_are_an_error(wrong):
         )
 
 
-def test_batches_are_bounded_and_a_caller_who_gave_up_stops_them():
-    seen = []
-
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        seen.append(len(pixels))
-        return random_patches(pixels)
-
-    segmenter(encode).dense(image(90, 60), embeds(2), SegmentOptions())
-    assert seen == [3, 3, 2]
-    seen.clear()
-    with pytest.raises(TaskError, match="cancelled"):
-        segmenter(encode).dense(
-            image(90, 60), embeds(2), SegmentOptions(), cancelled=lambda: len(seen) == 2
-        )
-    assert seen == [3, 3]
-
-
 @given(
     st.integers(1, 40).flatmap(
         lambda window: st.tuples(st.integers(window, 300), st.just(window), st.integers(1, window))
@@ -284,21 +267,6 @@ def test_refining_is_pamr():
     refine(found, working, 3)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     check(picture, embeds(20), SegmentOptions(refine=3), maps=expected.float())
-
-
-def test_refining_moves_a_border_to_the_image_s_edge():
-    pixels = np.zeros((64, 64, 3), np.uint8)
-    pixels[:, 30:] = 255  # not where patches of 8 pixels meet
-    labels = unit(np.array([[-1.0, -1, -1], [1, 1, 1]]))
-    options = SegmentOptions(short_side=64, stride=32)
-    coarse = segmenter(colour_patches).dense(Image.fromarray(pixels), labels, options).mask
-    fine = (
-        segmenter(colour_patches)
-        .dense(Image.fromarray(pixels), labels, SegmentOptions(64, 32, refine=10))
-        .mask
-    )
-    truth = pixels[..., 0] > 0
-    assert (fine != truth).mean() < (coarse != truth).mean()
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -407,46 +375,6 @@ def test_pixels_that_no_mask_covers():
 
 
 # what is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"short_side": 31}, "short_side is 31; at least 32, the size of a window"),
-        ({"stride": 33}, "stride is 33; 1 to 32, the size of a window"),
-        ({"refine": -1}, "refine is -1; 0 .none. to 100 steps"),
-        ({"threshold": 1.5}, "threshold is 1.5; allowed: 0 to 1"),
-        ({"threshold": float("nan")}, "threshold is nan"),
-        ({"proposal_weight": -0.1}, "proposal_weight is -0.1"),
-        (
-            {"stride": 1, "short_side": 60},
-            "takes 1421 windows of 32 pixels; at most 500 are allowed: give a smaller",
-        ),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(TaskError, match=message) as error:
-        segmenter().dense(image(40, 30), embeds(2), SegmentOptions(**options))
-    assert error.value.code == "invalid_argument"
-
-
-def test_too_thin_an_image_and_too_many_labels():
-    with pytest.raises(TaskError, match="an image of 3000 x 10, .* takes .* windows"):
-        segmenter().dense(image(3000, 10), embeds(2))
-    with pytest.raises(TaskError, match="at most 16000000 are allowed"):
-        segmenter().dense(image(30_000, 1), embeds(2), SegmentOptions(short_side=64))
-    with pytest.raises(TaskError, match="65535 labels; 1 to 65534 are allowed"):
-        segmenter().dense(image(8, 8), np.zeros((65_535, WIDTH), np.float32))
-    with pytest.raises(
-        TaskError, match=r"60000 labels are too many for this image; at most \d+ are allowed"
-    ):
-        segmenter().dense(image(600, 8), np.zeros((60_000, WIDTH), np.float32))
-    with pytest.raises(
-        TaskError, match=r"60000 labels are too many .* at most 58254 are allowed to refine"
-    ):
-        segmenter().dense(
-            image(8, 8), np.zeros((60_000, WIDTH), np.float32), SegmentOptions(refine=1)
-        )
 
 
 FULL = np.full((2, 6, 8), 255, np.uint8)

@@ -1,10 +1,13 @@
-"""The served tasks against the same tasks in this process, on a real tritonserver."""
+"""The tasks on a real tritonserver: against the same tasks in this process, and against torch. That
+all answers are those of the engine, tests/engine/test_as_served.py shows.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -13,151 +16,85 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
-import tritonclient.grpc as grpc
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
 from radapter_client import Client
+from radapter_export import ExportSettings, export_release
+from radapter_serve.adapter import save_adapter
+from radapter_serve.clip.dense import encode_patches
+from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.tasks.classify import ClassifyRequest
-from radapter_serve.tasks.classify import classify as run_classify
-from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
+from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.labels import Labels
-from tests.helpers.asking import connect, post, tensor
-from tests.helpers.small_release import Local, png, png_header
+from radapter_serve.tasks.segment import SegmentRequest, segment
+from tests.helpers.asking import connect, post, tensor, tensors
+from tests.helpers.small_models import make_base, random_adapter
+from tests.helpers.small_release import Local, png
 
 pytestmark = pytest.mark.triton
+CATS = ["cat, kitty", "dog", "bird"]
 
 
-def numbers(name: str, values: list[list[int]]) -> grpc.InferInput:
-    return tensor(name, np.array(values, np.int32))
+def sent(name: str, shape: list[int], data: list[Any], datatype: str = "BYTES") -> dict[str, Any]:
+    """An input in JSON; an image is base64."""
+    values = [base64.b64encode(one).decode() if isinstance(one, bytes) else one for one in data]
+    return {"name": name, "shape": shape, "datatype": datatype, "data": values}
 
 
-def classify(client, images, labels=None, label_set=None, templates=None, top_k=None, version=""):
-    count = len(images)
-    inputs = [tensor("image", [[image] for image in images])]
-    if labels is not None:
-        inputs.append(tensor("labels", [labels] * count))
-    if label_set is not None:
-        inputs.append(tensor("label_set", [[label_set]] * count))
-    if templates is not None:
-        inputs.append(tensor("templates", [templates] * count))
-    if top_k is not None:
-        inputs.append(numbers("top_k", [[top_k]] * count))
-    result = client.infer("classify", inputs, model_version=version)
-    return result.as_numpy("label"), result.as_numpy("score")
+def check(local: Local, found: Any, image: bytes, labels: list[str]) -> None:
+    [ranking] = complete(classify(local.loaded, ClassifyRequest([image], Labels(labels))))
+    assert list(found.labels) == list(ranking.labels)
+    np.testing.assert_allclose(found.scores, ranking.scores, rtol=1e-4)
 
 
-def check(local: Local, served, request: ClassifyRequest) -> None:
-    """All rows of an answer have as many labels."""
-    rankings = complete(run_classify(local.loaded, request))
-    labels, scores = served
-    assert [[one.decode() for one in row if one] for row in labels] == [
-        list(one.labels) for one in rankings
-    ]
-    for row, ranking in zip(scores, rankings, strict=True):
-        np.testing.assert_allclose(row[: len(ranking.labels)], ranking.scores, rtol=1e-4)
+@contextlib.contextmanager
+def running(repository: Path, **options: Any) -> Iterator[TritonServer]:
+    config = ServerConfig(repository, Endpoints.on_free_ports(), timeout=120, **options)
+    with TritonServer(config) as server:
+        yield server
 
 
-def asked(images: list[bytes], labels: list[bytes] | None = None, **options) -> ClassifyRequest:
-    """A request by labels, or by a label set, with templates."""
-    names = None if labels is None else [one.decode() for one in labels]
-    named = {key: options.pop(key) for key in ("label_set", "templates") if key in options}
-    return ClassifyRequest(images, Labels(names, **named), **options)
+@pytest.fixture
+def asking(server: TritonServer) -> Iterator[Client]:
+    with Client(server.grpc_url, retries=0) as client:
+        yield client
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_served_equals_local(client, repository, version):
-    local = Local(repository, version)
-    number = str(version)
-    images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
-    found = client.infer(
-        "embed_image", [tensor("image", [[i] for i in images])], model_version=number
-    )
-    np.testing.assert_allclose(
-        found.as_numpy("image_embeds"),
-        complete(embed_images(local.loaded, EmbedImagesRequest(images))),
-        atol=1e-6,
-    )
-
-    texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
-    found = client.infer("embed_text", [tensor("text", [[t] for t in texts])], model_version=number)
-    np.testing.assert_allclose(
-        found.as_numpy("text_embeds"),
-        local.loaded.embed_texts([one.decode() for one in texts]),
-        atol=1e-6,
-    )
-
-    labels = [b"cat", b"dog, hound", b"bird"]
-    served = classify(client, images, labels, top_k=2, version=number)
-    check(local, served, asked(images, labels, top_k=2))
-    served = classify(client, images, labels, templates=[b"one {}", b"two {}"], version=number)
-    check(local, served, asked(images, labels, templates=["one {}", "two {}"]))
-    served = classify(client, images, label_set=b"colours", version=number)
-    check(local, served, asked(images, label_set="colours"))
+# Answers
 
 
-def test_versions_differ_and_the_newest_is_the_default(client):
-    first, second, default = (
-        classify(client, [png(0)], label_set=b"colours", version=v)[1] for v in ("1", "2", "")
-    )
-    assert not np.allclose(first, second)
-    np.testing.assert_array_equal(second, default)
+def test_versions_differ_and_the_newest_is_the_default(server: TritonServer) -> None:
+    scores = []
+    for release in (1, 2, None):
+        with Client(server.grpc_url, release=release) as client:
+            scores.append(client.classify(png(0), label_set="colours").scores)
+    assert scores[0] != scores[1] == scores[2]
 
 
-def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
-    images = [png(seed) for seed in range(4)]
-    labels = [b"red", b"green", b"blue", b"a cat", b"a dog"]
-    shared = [tensor("image", [[image] for image in images]), tensor("labels", [labels] * 4)]
-    yes = tensor("multi_label", np.ones((4, 1), bool))
-    for more, options in (
-        ([yes], {"multi_label": True}),
-        (
-            [yes, tensor("threshold", np.full((4, 1), 0.999, np.float32))],
-            {"multi_label": True, "threshold": 0.999},
-        ),
-        ([tensor("calibrated", np.ones((4, 1), bool))], {"calibrated": True}),
-    ):
-        result = client.infer("classify", shared + more)
-        found = result.as_numpy("label"), result.as_numpy("score")
-        check(local, found, asked(images, labels, **options))
-    body = [
-        {
-            "name": "image",
-            "shape": [1, 1],
-            "datatype": "BYTES",
-            "data": [base64.b64encode(images[0]).decode()],
-        },
-        {
-            "name": "labels",
-            "shape": [1, 5],
-            "datatype": "BYTES",
-            "data": [label.decode() for label in labels],
-        },
-        {"name": "multi_label", "shape": [1, 1], "datatype": "BOOL", "data": [True]},
-        {"name": "threshold", "shape": [1, 1], "datatype": "FP32", "data": [0.0]},
-    ]
-    status, found = post(server, "models/classify/infer", {"inputs": body})
-    assert status == 200 and len(found["outputs"][0]["data"]) == 5
-    status, found = post(server, "models/classify/infer", {"inputs": [*body[:2], body[3]]})
-    assert status == 400 and "[invalid_argument] threshold" in found["error"]
-
-
-def test_new_labels_are_embedded_once_for_all_processes(server, client):
+def test_new_labels_are_embedded_once_for_all_processes(server, client, asking):
     """Two of `classify` and two of `segment`, in turn."""
     labels = ["asked of everybody", "by many callers"]
 
@@ -165,95 +102,252 @@ def test_new_labels_are_embedded_once_for_all_processes(server, client):
         models = client.get_inference_statistics("text_encoder").model_stats
         return sum(model.inference_stats.success.count for model in models)
 
-    with Client(server.grpc_url) as asking, ThreadPoolExecutor(4) as callers:
-        before = encoded()
-        asking.classify(png(0), labels)
+    before = encoded()
+    asking.classify(png(0), labels)
+    with ThreadPoolExecutor(4) as callers:
         list(callers.map(lambda _: asking.classify(png(0), labels), range(12)))
         list(callers.map(lambda _: asking.segment(png(0), labels), range(12)))
-        assert encoded() == before + 1
+    assert encoded() == before + 1
 
 
-def test_many_callers_with_lists_of_all_lengths_and_broken_images_among_them(client, local):
-    def call(index: int):
-        labels = [f"label {n}".encode() for n in range(1 + index % 5)]
-        image = b"nonsense" if index % 7 == 3 else png(index % 4)
-        try:
-            return image, labels, classify(client, [image], labels)
-        except InferenceServerException as error:
-            return image, labels, error
+@pytest.mark.parametrize("model", ["text_encoder", "patch_encoder"])
+def test_callers_who_give_up_do_not_hold_up_the_others(client, asking, model):
+    def encoded() -> int:
+        models = client.get_inference_statistics(model).model_stats
+        return sum(one.inference_count for one in models)
 
+    if model == "text_encoder":
+        labels = [[f"nobody's label {index}".encode() for index in range(20_000)]]
+        calls = [("classify", tensors(image=[[png(0)]], labels=labels))]
+        most = 20_000
+    else:  # 484 windows each
+        sizes = {"short_side": 300, "stride": 14}
+        calls = [("segment", tensors(image=png(0, 64, 64), labels=CATS, **sizes))] * 40
+        most = 484 * 40
+    before = encoded()
+    started = [client.async_infer(*call, callback=lambda result, error: None) for call in calls]
+    while encoded() == before:
+        time.sleep(0.001)
+    for call in started:
+        call.cancel()
+    asking.classify(png(0), ["cat"])
+    asking.segment(png(0), CATS)
+    assert encoded() - before < most
+
+
+def test_a_request_may_say_how_long_its_caller_waits(client):
+    """The parameter `timeout` of KServe, in microseconds, reaches the process of a task."""
+    inputs = [tensor("image", [[png(0)]])]
+    assert client.infer("embed_image", inputs, timeout=60_000_000)
+    with pytest.raises(InferenceServerException, match=r"\[timed_out\] .* more than 1e-06 s"):
+        client.infer("embed_image", inputs, timeout=1)
+
+
+@pytest.mark.parametrize("callers", [2, 4])
+def test_no_text_waits_for_half_a_second(server, callers):
+    """A queue with a limit made Triton overlook a free encoder: one answer in twenty took 0.5 s."""
+    seconds: list[float] = []
+
+    def ask(caller: int) -> None:
+        with Client(server.grpc_url, retries=0) as client:
+            for number in range(400 // callers):
+                start = time.monotonic()
+                client.embed_texts([f"text {number} of caller {caller}"])
+                seconds.append(time.monotonic() - start)
+
+    threads = [threading.Thread(target=ask, args=(caller,)) for caller in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seconds) == 400 and max(seconds) < 0.4
+
+
+def test_json_over_http_as_curl_sends_it(server, local):
+    image = png(3, 30, 20)
+    masks = np.zeros((1, 20, 30), np.uint8)
+    masks[:, 5:15, 5:15] = 255
+    names = ["a cat", "a dog"]
+    both = [sent("image", [1, 1], [image]), sent("labels", [1, 2], names)]
+    status, answer = post(server, "models/classify/infer", {"inputs": both})
+    label, score = (output["data"] for output in answer["outputs"])
+    [ranking] = complete(classify(local.loaded, ClassifyRequest([image], Labels(names))))
+    assert status == 200 and label == list(ranking.labels)
+    np.testing.assert_allclose(score, ranking.scores, rtol=1e-5)
+
+    both = [sent("image", [1], [image]), sent("labels", [2], names)]
+    threshold = sent("threshold", [1], [0.5], "FP32")
+    proposals = sent("proposals", [1, 20, 30], masks.ravel().tolist(), "UINT8")
+    for more, options in (
+        ([], {}),
+        ([threshold, proposals], {"threshold": 0.5, "proposals": masks}),
+    ):
+        status, answer = post(server, "models/segment/infer", {"inputs": both + more})
+        expected = complete(segment(local.loaded, SegmentRequest(image, Labels(names), **options)))
+        mask, label, score = answer["outputs"]
+        assert status == 200 and label["data"] == list(expected.labels)
+        found = np.array(mask["data"], np.uint16).reshape(mask["shape"])
+        assert (found != expected.mask).mean() < 1e-3  # rounding of other batches moves a tie
+        np.testing.assert_allclose(score["data"], expected.scores, atol=1e-3)
+
+
+def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, asking, local):
+    both = [sent("image", [1, 1], [png(0)]), sent("labels", [1, 1], ["a"])]
+    half = sent("alpha", [1, 1], [0.5], "FP32")
+    one = [sent("image", [1], [png(0)]), sent("labels", [1], ["a"])]
+    tokens = partial(sent, "tokens", datatype="INT32")
+    refused: list[tuple[str, list[Any]]] = [
+        ("classify", [*both, sent("templates", [1, 0], [])]),
+        ("classify", [both[0], sent("labels", [1, 0], [])]),
+        ("classify", both[1:]),
+        ("classify", [sent("image", [0, 1], [])]),
+        ("classify", [sent("image", [1, 1], ["nonsense"]), both[1]]),
+        ("embed_image", [half]),
+        ("embed_text", [half]),
+        ("segment", one[1:]),
+        ("segment", [*one, sent("templates", [0], [])]),
+        *(("text_encoder", [tokens(shape, [])]) for shape in ([0, 0], [1, 0])),
+        *(("text_encoder", [tokens([1, 1], [token])]) for token in (10**6, -1)),
+    ]
+    labels = [[f"label {n}" for n in range(1 + index % 5)] for index in range(60)]
     with ThreadPoolExecutor(16) as pool:
-        results = list(pool.map(call, range(80)))
-    for image, labels, result in results:
-        if image == b"nonsense":
-            assert result.message().startswith("[invalid_image] ")
-        else:
-            check(local, result, asked([image], labels))
+        wrong = [
+            pool.submit(post, server, f"models/{model}/infer", {"inputs": inputs})
+            for model, inputs in refused * 4
+        ]
+        good = [pool.submit(asking.classify, png(n % 4), labels[n]) for n in range(60)]
+    for n, answered in enumerate(good):
+        check(local, answered.result(), png(n % 4), labels[n])
+    for answer in wrong:
+        status, said = answer.result()
+        assert status == 400 and not re.search(r"\n|\.py|/tmp", said["error"])
     statistics = client.get_inference_statistics("image_encoder", "2").model_stats[0]
     assert statistics.execution_count < statistics.inference_count  # some were encoded together
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"images": [b"nonsense"], "labels": [b"a"]}, r"\[invalid_image\] "),
-        ({"images": [png_header(60_000, 60_000)], "labels": [b"a"]}, r"\[image_too_large\] "),
-        ({"images": [png(0)]}, r"\[no_labels\] .*label_set of this release: colours"),
-        (
-            {"images": [png(0)], "labels": [b"a", b" "]},
-            r"\[invalid_argument\] label 2 of 2 is",
-        ),
-        ({"images": [png(0)], "label_set": b"x"}, r"\[unknown_label_set\] no label set 'x' "),
-    ],
-)
-def test_errors_reach_the_caller(client, request_, message):
-    with pytest.raises(InferenceServerException) as error:
-        classify(client, **request_)
-    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert re.match(message, error.value.message())
+# Exports against torch
 
 
-def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
-    def encoded() -> int:
-        return sum(
-            stats.inference_count
-            for stats in client.get_inference_statistics("text_encoder").model_stats
-        )
-
-    labels = [f"nobody's label {index}".encode() for index in range(20_000)]
-    inputs = [tensor("image", [[png(0)]]), tensor("labels", [labels])]
-    before = encoded()
-    call = client.async_infer("classify", inputs, callback=lambda result, error: None)
-    while encoded() == before:
-        time.sleep(0.005)
-    call.cancel()
-    classify(client, [png(0)], [b"cat"])
-    assert encoded() - before < 20_000
+LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
 
 
-def test_json_over_http_as_curl_sends_it(server, local):
-    body = {
-        "inputs": [
-            {
-                "name": "image",
-                "shape": [1, 1],
-                "datatype": "BYTES",
-                "data": [base64.b64encode(png(0)).decode()],
-            },
-            {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a cat", "a dog"]},
-        ]
+@pytest.fixture(scope="module")
+def exported_siglip(tmp_path_factory) -> Path:
+    """What a server has to do otherwise for a SigLIP: squashed images, texts of one length,
+    sigmoids with a bias.
+    """
+    folder = tmp_path_factory.mktemp("siglip")
+    name = make_base("siglip", folder / "base")
+    save_adapter(random_adapter(name), folder / "adapter.safetensors")
+    settings = ExportSettings(
+        model_repository=folder / "model_repository", merged=folder / "merged"
+    )
+    export_release(folder, [0.7], settings)
+    return folder
+
+
+@pytest.mark.parametrize("exported", ["exported_tiny_clip", "exported_siglip"])
+@torch.no_grad()
+def test_served_equals_open_clip(exported, request):
+    """By the merged checkpoint's transform, tokenizer and model."""
+    folder = request.getfixturevalue(exported)
+    newest = sorted(path.parent for path in folder.glob("merged/**/open_clip_config.json"))[-1]
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{newest}")
+    model.eval()
+    images = [png(0, 50, 41), png(1, 33, 90, kind="JPEG"), png(2, 20, 20, kind="WEBP")]
+    pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
+    image_embeds = model.encode_image(pixels, normalize=True)
+    prompts = [f"a photo of a {label}." for label in LABELS]
+    tokens = open_clip.get_tokenizer(f"local-dir:{newest}")(prompts)
+    text_embeds = model.encode_text(tokens, normalize=True)
+    logits = model.logit_scale.exp() * image_embeds @ text_embeds.T
+    if model.logit_bias is None:
+        scores = logits.softmax(-1).numpy()
+    else:
+        scores = (logits + model.logit_bias).sigmoid().numpy()
+    with running(folder / "model_repository") as server, Client(server.grpc_url) as client:
+        np.testing.assert_allclose(client.embed_images(images), image_embeds, atol=1e-5)
+        np.testing.assert_allclose(client.embed_texts(prompts), text_embeds, atol=1e-5)
+        for row, found in zip(scores, client.classify(images, LABELS), strict=True):
+            best = np.argsort(-row)
+            assert list(found.labels) == [LABELS[index] for index in best]
+            np.testing.assert_allclose(found.scores, row[best], rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_dense_export_serves_what_torch_computes(dense_tiny_clip):
+    """One window over a square image."""
+    name = f"local-dir:{dense_tiny_clip / 'merged'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    image = png(0, 40, 40)
+    texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in LABELS])
+    patches = encode_patches(model, transform(Image.open(io.BytesIO(image)))[None], "naclip")
+    cosines = (patches @ model.encode_text(texts, normalize=True).T).permute(0, 3, 1, 2)
+    for side in (32, 40):  # of the window, and of the image
+        cosines = interpolate(cosines, (side, side), mode="bilinear", align_corners=False)
+    probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
+    with running(dense_tiny_clip / "model_repository") as server, Client(server.grpc_url) as client:
+        found = client.segment(image, LABELS, short_side=32)
+    assert list(found.labels) == LABELS and (found.mask != expected.numpy()).mean() < 0.01
+    for index in range(len(LABELS)):
+        values = probabilities[expected == index]
+        mean = values.mean().item() if len(values) else 0
+        assert found.scores[index] == pytest.approx(mean, abs=1e-3)
+
+
+def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
+    dynamic_tiny_clip: Path, exported_tiny_clip: Path, tmp_path: Path
+) -> None:
+    images = [png(number, 33, 33) for number in range(4)]
+    texts = ["a cat", "two dogs"]
+    folded = exported_tiny_clip / "model_repository"
+    fixed: dict[float, LoadedRelease] = {
+        alpha: load_release(f"{folded}@{version}") for alpha, version in ((0.3, 1), (0.8, 2))
     }
-    status, answer = post(server, "models/classify/infer", body)
-    outputs = {output["name"]: output["data"] for output in answer["outputs"]}
-    [ranking] = complete(run_classify(local.loaded, asked([png(0)], [b"a cat", b"a dog"])))
-    assert status == 200
-    assert outputs["label"] == list(ranking.labels)
-    np.testing.assert_allclose(outputs["score"], ranking.scores, rtol=1e-5)
 
-    body["inputs"][0]["data"] = ["nonsense"]
-    status, answer = post(server, "models/classify/infer", body)
-    assert status == 400
-    assert answer["error"].startswith("[invalid_image] ")
+    def call(job: tuple[bytes, float, dict[str, Any]]) -> None:
+        image, alpha, labels = job
+        names = labels.get("labels")
+        request = ClassifyRequest([image], Labels(names, labels.get("label_set")))
+        [expected] = complete(classify(fixed[alpha], request))
+        found = client.classify(image, alpha=alpha, **labels)
+        assert list(found.labels) == list(expected.labels)
+        assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
+
+    with (
+        running(dynamic_tiny_clip, indexes=tmp_path / "indexes") as server,
+        Client(server.grpc_url, batch_size=3) as client,
+    ):
+        assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
+        for alpha, release in fixed.items():
+            pixels = release.embed_pixels([release.pixels(image) for image in images])
+            np.testing.assert_allclose(client.embed_images(images, alpha=alpha), pixels, atol=1e-5)
+            rows = client.embed_texts(texts, alpha=alpha)
+            np.testing.assert_allclose(rows, release.embed_texts(texts), atol=1e-5)
+        own = client.embed_texts(texts)
+        np.testing.assert_array_equal(own, client.embed_texts(texts, alpha=0.5))
+        assert np.abs(own - client.embed_texts(texts, alpha=0)).max() > 1e-3
+        given: list[dict[str, Any]] = [{"label_set": "four"}, {"labels": LABELS}]
+        jobs = [(image, alpha, labels) for image in images for alpha in fixed for labels in given]
+        with ThreadPoolExecutor(8) as pool:  # many α at once
+            list(pool.map(call, jobs * 2))
+
+        # An index is asked at its own α.
+        (tmp_path / "photos").mkdir()
+        for number, image in enumerate(images):
+            (tmp_path / "photos" / f"{number}.png").write_bytes(image)
+        release = served_release(server.grpc_url)
+        build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", release.at(0.8))
+        release.close()
+        one = fixed[0.8]
+        pixels = one.embed_pixels([one.pixels(image) for image in images])
+        expected = pixels @ one.embed_texts(["a cat"])[0]
+        for hit in client.search("a cat", index="photos"):
+            assert hit.score == pytest.approx(float(expected[int(hit.id[0])]), abs=1e-5)
+
+
+# The server
 
 
 def processes_of(pid: int) -> dict[int, str]:
@@ -347,9 +441,9 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
         with pytest.raises(RAdapterError, match="failed to load 'nothing'"):
             server.control.load("nothing")
         server.control.load("embed_image")
-        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy(
-            "image_embeds"
-        ).shape == (1, 8)
+        inputs = [tensor("image", [[png(0)]])]
+        found = client.infer("embed_image", inputs).as_numpy("image_embeds")
+        assert found.shape == (1, 8)
     assert not evil.exists()
 
 
@@ -365,36 +459,20 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
     with (
-        TritonServer(ServerConfig(Path("repository"), Endpoints.on_free_ports())) as server,
-        connect(server) as client,
+        running(Path("repository")) as server,
+        Client(server.grpc_url) as client,
     ):
-        assert (
-            client.infer("embed_image", [tensor("image", [[png(0)]])])
-            .as_numpy("image_embeds")
-            .shape[0]
-            == 1
-        )
+        assert len(client.embed_images([png(0)])) == 1
         assert server.pid is not None
         pids = [server.pid, *processes_of(server.pid)]
         assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
     assert not (tmp_path / "evil").exists()
 
 
-def bad(name: str, shape: list[int], data: list[object], kind: str = "BYTES") -> dict[str, object]:
-    return {"name": name, "shape": shape, "datatype": kind, "data": data}
-
-
 def test_a_large_body_with_its_content_type_is_answered(server):
-    sent = bad("image", [1, 1], [base64.b64encode(png(0) + bytes(6 << 20)).decode()])
-    assert post(server, "models/embed_image/infer", {"inputs": [sent]})[0] == 200
-    assert (
-        post(
-            server,
-            "models/embed_image/infer",
-            {"inputs": [bad("image", [1, 1], ["A" * (8 << 20)])]},
-        )[0]
-        == 400
-    )
+    for data, status in ((png(0) + bytes(6 << 20), 200), ("A" * (8 << 20), 400)):
+        inputs = [sent("image", [1, 1], [data])]
+        assert post(server, "models/embed_image/infer", {"inputs": inputs})[0] == status
 
 
 def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
@@ -403,54 +481,15 @@ def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
     """A fault of tritonserver 2.51; where a newer one answers, this test and the warnings in the
     docs can go.
     """
-    with TritonServer(
-        ServerConfig(one_release(repository, tmp_path / "repository"), Endpoints.on_free_ports())
-    ) as server:
-        with pytest.raises(
-            (http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError)
-        ):
+    ended = http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError
+    with running(one_release(repository, tmp_path / "repository")) as server:
+        with pytest.raises(ended):
             urllib.request.urlopen(f"{server.http_url}/v2/any", b" " * (5 << 20), timeout=30)
         with pytest.raises(
             RAdapterError,
             match="segmentation fault.*Content-Type: application/json.*radapter-serve",
         ):
             until_dead(server)
-
-
-def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, local):
-    image = base64.b64encode(png(0)).decode()
-    both = [bad("image", [1, 1], [image]), bad("labels", [1, 1], ["a"])]
-    refused = [
-        ("classify", [*both, bad("templates", [1, 0], [])]),
-        ("classify", [both[0], bad("labels", [1, 0], [])]),
-        ("classify", both[1:]),
-        ("classify", [bad("image", [0, 1], [])]),
-        ("embed_image", [bad("alpha", [1, 1], [0.5], "FP32")]),
-        ("embed_text", [bad("alpha", [1, 1], [0.5], "FP32")]),
-        ("segment", [bad("labels", [1], ["a"])]),
-        (
-            "segment",
-            [bad("image", [1], [image]), bad("labels", [1], ["a"]), bad("templates", [0], [])],
-        ),
-        ("text_encoder", [bad("tokens", [0, 0], [], "INT32")]),
-        ("text_encoder", [bad("tokens", [1, 0], [], "INT32")]),
-        ("text_encoder", [bad("tokens", [1, 1], [10**6], "INT32")]),
-        ("text_encoder", [bad("tokens", [1, 1], [-1], "INT32")]),
-    ]
-    with ThreadPoolExecutor(16) as pool:
-        wrong = [
-            pool.submit(post, server, f"models/{model}/infer", {"inputs": sent})
-            for model, sent in refused * 4
-        ]
-        good = [pool.submit(classify, client, [png(n % 4)], [b"cat", b"dog"]) for n in range(40)]
-    for n, served in enumerate(good):
-        check(local, served.result(), asked([png(n % 4)], [b"cat", b"dog"]))
-    for answer in wrong:
-        status, said = answer.result()
-        assert status == 400
-        assert (
-            "\n" not in said["error"] and ".py" not in said["error"] and "/tmp" not in said["error"]
-        )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -472,9 +511,8 @@ def test_it_listens_on_loopback_only(repository, tmp_path, host):
         )
         with urllib.request.urlopen(server.metrics_url) as response:
             assert response.status == 200
-        with connect(server) as client:
-            found = client.infer("embed_image", [tensor("image", [[png(0)]])])
-            assert found.as_numpy("image_embeds").shape == (1, 8)
+        with Client(server.grpc_url) as client:
+            assert client.embed_images([png(0)]).shape == (1, 8)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -524,9 +562,8 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (0 if kind != signal.SIGKILL else -9)
     assert "Traceback" not in errors
-    deadline = time.monotonic() + (
-        5 if kind == signal.SIGKILL else 20
-    )  # 10 s are for callers to leave
+    # 10 s are for callers to leave.
+    deadline = time.monotonic() + (5 if kind == signal.SIGKILL else 20)
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, children))
@@ -535,11 +572,3 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         assert not list(folder.rglob("__pycache__"))
         assert not list(temporary.iterdir())
     assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
-
-
-def test_a_request_may_say_how_long_its_caller_waits(client):
-    """The parameter `timeout` of KServe, in microseconds, reaches the process of a task."""
-    inputs = [tensor("image", [[png(0)]])]
-    assert client.infer("embed_image", inputs, timeout=60_000_000)
-    with pytest.raises(InferenceServerException, match=r"\[timed_out\] .* more than 1e-06 s"):
-        client.infer("embed_image", inputs, timeout=1)
