@@ -13,14 +13,14 @@ from PIL import Image
 
 from radapter_serve.contract.errors import OVERLOADED, TaskError
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, Steps, complete, encode_together, run_together
+from radapter_serve.encoders.needs import Need, Steps, complete, encode_together
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
     embed_images,
     embed_texts,
 )
-from tests.helpers.small_release import SIZE, WIDTH, Local, png
+from tests.helpers.small_release import SIZE, WIDTH, Local, png, together
 
 
 def images(loaded: LoadedRelease, *data: bytes) -> Steps[Any]:
@@ -37,7 +37,7 @@ def codes(answers: list[Any]) -> list[str | None]:
 
 def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
     loaded = local.loaded
-    one, two, three = run_together(
+    one, two, three = together(
         [
             texts(loaded, "a cat", "a dog"),
             images(loaded, png(0), png(1)),
@@ -57,7 +57,7 @@ def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
 
 def test_needs_of_another_release_are_encoded_apart(repository: Any) -> None:
     one, two = Local(repository, 1), Local(repository, 2)
-    found = run_together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
+    found = together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
     assert len(one.calls) == len(two.calls) == 1
     np.testing.assert_array_equal(found[0], complete(texts(one.loaded, "a cat")))
     np.testing.assert_array_equal(found[1], complete(texts(two.loaded, "a cat")))
@@ -80,7 +80,7 @@ def test_many_images_are_encoded_in_parts_of_about_one_size(
     data = [png(number) for number in range(sum(counts))]
     ends = list(itertools.accumulate(counts))
     parts = [data[end - count : end] for count, end in zip(counts, ends, strict=True)]
-    found = run_together([images(loaded, *part) for part in parts])
+    found = together([images(loaded, *part) for part in parts])
     assert [shape[0] for shape in local.calls] == expected
     alone = [complete(images(loaded, one))[0] for one in data]
     np.testing.assert_allclose(np.concatenate(found), alone, atol=1e-6)
@@ -91,7 +91,7 @@ def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
     good = png(0)
     bad = png(1)[:60]
     asked = [[bad], [good], [good, bad], [good], [b"nonsense"]]
-    answers = run_together([images(loaded, *data) for data in asked])
+    answers = together([images(loaded, *data) for data in asked])
     assert codes(answers) == ["invalid_image", None, "invalid_image", None, "invalid_image"]
     assert "image 2 of 2" in str(answers[2])
     assert local.calls == [(2, SIZE, SIZE, 3)]
@@ -148,7 +148,7 @@ def test_an_encoders_own_error_reaches_its_task(local: Local) -> None:
             return f"was told: {error.message}"
         return ""
 
-    assert run_together([task(), task()], encode) == ["was told: later"] * 2
+    assert together([task(), task()], encode) == ["was told: later"] * 2
     with pytest.raises(TaskError, match=r"^\[restarting\] later$"):
         complete(texts(local.loaded, "a"), encode)
 
@@ -158,7 +158,7 @@ def test_a_fault_of_a_task_is_its_own(local: Local, capfd: pytest.CaptureFixture
         yield from local.loaded.encoded("tokens", [[1]])
         raise ZeroDivisionError("at /home/somebody/secret.py")
 
-    found, other = run_together([broken(), texts(local.loaded, "a cat")])
+    found, other = together([broken(), texts(local.loaded, "a cat")])
     assert str(found) == "[internal_error] the server failed on this request; its log says why"
     assert other.shape == (1, WIDTH)
     assert "secret.py" in capfd.readouterr().err
@@ -176,7 +176,7 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
     def refuses(needs: Any) -> Any:
         raise TaskError(OVERLOADED, "too many")
 
-    answers = run_together([task(), task()], refuses)
+    answers = together([task(), task()], refuses)
     assert [one.code for one in answers if isinstance(one, TaskError)] == [OVERLOADED] * 2
     assert len(ended) == 2
 
@@ -192,7 +192,7 @@ def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
         sizes.append(sum(len(need.rows) for need in needs))
         return encode_together(needs)
 
-    assert run_together([task() for _ in range(5)], encode) == [100] * 5
+    assert together([task() for _ in range(5)], encode) == [100] * 5
     assert sizes == [200, 200, 100]
 
 
@@ -207,7 +207,7 @@ def test_each_row_is_encoded_at_the_alpha_of_its_task(local: Local) -> None:
 
     local.tokens = tokens  # type: ignore[method-assign,assignment]
     loaded = local.changed(dynamic_alpha=True, alpha=0.5)
-    one, two, three = run_together(
+    one, two, three = together(
         [texts(loaded, "cat", alpha=0.25), texts(loaded, "cat", alpha=1), texts(loaded, "cat")]
     )
     assert alphas == [[[0.25], [1], [0.5]]]  # one text, but at three α
@@ -224,7 +224,7 @@ def test_an_error_lets_go_of_its_image(local: Local, monkeypatch: pytest.MonkeyP
         return image
 
     monkeypatch.setattr(Image, "open", note)
-    [found] = run_together([images(local.loaded, png(0)[:-40])])
+    [found] = together([images(local.loaded, png(0)[:-40])])
     assert found.code == "invalid_image"
     assert len(opened) == 2  # for its header and for its pixels
     assert [one() for one in opened] == [None, None]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -214,7 +215,7 @@ def test_a_gateway_whose_event_loop_hangs_is_killed() -> None:
 def test_a_gateway_without_triton_and_without_a_free_place_lives_on_and_stops_in_order() -> None:
     port, nobody, _ = free_ports()
     clock = FakeClock()
-    places = {"max_connections": 3, "max_connections_per_address": 3}
+    places: dict[str, Any] = {"max_connections": 3, "max_connections_per_address": 3}
     settings = Settings(port=port, server=f"127.0.0.1:{nobody}", **places)
     head = (
         b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"

@@ -30,7 +30,6 @@ from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_server import release
 
-
 INFER = "/v2/models/embed_text/infer"
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
 
@@ -174,9 +173,7 @@ class Served:
         return str(self.ask("/metrics", **headers)[1].decode())
 
     @contextlib.contextmanager
-    def connection(
-        self, data: bytes = b"", address: str = "127.0.0.1"
-    ) -> Iterator[socket.socket]:
+    def connection(self, data: bytes = b"", address: str = "127.0.0.1") -> Iterator[socket.socket]:
         """A connection from an address of this machine, on which `data` has been sent."""
         place = (address, 0)
         with socket.create_connection(("127.0.0.1", self.port), 30, source_address=place) as it:

@@ -16,7 +16,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import decoder
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps, complete, run_together
+from radapter_serve.encoders.needs import Steps, complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -26,7 +26,7 @@ from radapter_serve.tasks.embed import (
 )
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.table import TASKS, forms
-from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png
+from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png, together
 
 
 def images(loaded: LoadedRelease, *data: bytes, **how: Any) -> Steps[Any]:
@@ -185,8 +185,8 @@ def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) 
             ask(loaded, [png(7)], label_set="colors"),
         ]
 
-    answers = run_together(tasks())
-    alone = [run_together([task])[0] for task in tasks()]
+    answers = together(tasks())
+    alone = [together([task])[0] for task in tasks()]
     for found, expected in zip(answers, alone, strict=True):
         if isinstance(expected, TaskError):
             assert str(found) == str(expected)
@@ -214,7 +214,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     requests = task.read(local.loaded, inputs, lambda name: True)
     assert [len(one.images) for one in requests] == [2, 1, 1]
     run = task.make(local.loaded, lambda: [])
-    outputs = task.write(run_together([run(one, None) for one in requests]))
+    outputs = task.write(together([run(one, None) for one in requests]))
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):
         names = [one.decode() for one in inputs["labels"][row]]

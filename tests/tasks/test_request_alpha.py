@@ -17,7 +17,7 @@ from radapter_serve.contract.alpha import request_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.needs import Steps, complete, run_together
+from radapter_serve.encoders.needs import Steps, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
@@ -28,7 +28,7 @@ from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
 from tests.helpers.projection import Searching
-from tests.helpers.small_release import Local, png
+from tests.helpers.small_release import Local, png, together
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
 NAMES = ("red, scarlet", "blue")
@@ -111,7 +111,7 @@ def test_rows_of_several_alphas_share_a_batch(
             inputs["alpha"] = column(*alphas, kind=np.float32)
         requests = TASKS[task].read(turned.loaded, inputs, lambda name: True)
         run = TASKS[task].make(turned.loaded, lambda: [])
-        [embeds] = TASKS[task].write(run_together([run(one, None) for one in requests])).values()
+        [embeds] = TASKS[task].write(together([run(one, None) for one in requests])).values()
         return embeds
 
     low, own, high = (answer(one, two, alphas=[a, a]) for a in (0, 0.3, 1))

@@ -14,14 +14,14 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, complete, encode_together, run_together
+from radapter_serve.encoders.needs import Need, complete, encode_together
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.masks import SegmentOptions
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.segmenting import Segmenter
-from tests.helpers.small_release import LABELS, Local, png, png_header
+from tests.helpers.small_release import LABELS, Local, png, png_header, together
 
 NAMES = ["cat, kitty", "dog", "bird"]
 CATS = Labels(NAMES)
@@ -82,7 +82,7 @@ def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
         images = [png(3), png(0)[:-40], png(4)]
         return [segment(local.loaded, SegmentRequest(image, CATS)) for image in images]
 
-    one, broken, two = run_together(tasks())
+    one, broken, two = together(tasks())
     windows = [shape for shape in local.calls if len(shape) == 4]
     assert isinstance(broken, TaskError) and broken.code == "invalid_image"
     for found, task in ((one, tasks()[0]), (two, tasks()[2])):

@@ -178,10 +178,8 @@ def test_json_over_http_as_curl_sends_it(server, local):
     both = [sent("image", [1], [image]), sent("labels", [2], names)]
     threshold = sent("threshold", [1], [0.5], "FP32")
     proposals = sent("proposals", [1, 20, 30], masks.ravel().tolist(), "UINT8")
-    for more, options in (
-        ([], {}),
-        ([threshold, proposals], {"threshold": 0.5, "proposals": masks}),
-    ):
+    fused: dict[str, Any] = {"threshold": 0.5, "proposals": masks}
+    for more, options in (([], {}), ([threshold, proposals], fused)):
         status, answer = post(server, "models/segment/infer", {"inputs": both + more})
         expected = complete(segment(local.loaded, SegmentRequest(image, Labels(names), **options)))
         mask, label, score = answer["outputs"]
