@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import outcome, until
 from tests.helpers.small_disk import small_disk
 from tests.helpers.small_release import png, seal
-from tests.helpers.ways import WAYS, Running
+from tests.helpers.ways import WAYS
 
 each_way = pytest.mark.parametrize(
     "way",
@@ -187,41 +187,32 @@ def test_two_servers_on_one_repository(models: Path, tmp_path: Path, way: str) -
         assert not second.folder.exists() and first.folder.exists()
 
 
-@contextlib.contextmanager
-def with_index(way: str, models: Path, folder: Path) -> Iterator[tuple[Running, Path]]:
-    """A server, and the folder of an index that it has searched."""
-    photos = folder / "photos"
-    photos.mkdir()
-    for number in range(4):
-        (photos / f"{number}.png").write_bytes(png(number))
-    index = folder / "indexes" / "photos"
-    build(str(photos), index, load_release(f"{models}@2"))
-    with WAYS[way](models, folder / "indexes") as running:
-        yield running, index
-
-
 @each_way
 def test_an_index_that_breaks(models: Path, tmp_path: Path, way: str) -> None:
     """A search in it fails by its code, in one line; other tasks go on, and a new index is
     searched.
     """
-    with with_index(way, models, tmp_path) as (running, index), Client(running.url) as client:
-        search = partial(client.search, "a", index="photos")
-        assert outcome(search) == "an answer"
-        whole = shutil.copytree(index, tmp_path / "whole")
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(png(number))
+    index = tmp_path / "indexes" / "photos"
+    build(str(tmp_path / "photos"), index, load_release(f"{models}@2"))
+    whole = shutil.copytree(index, tmp_path / "whole")
+    with WAYS[way](models, tmp_path / "indexes") as running, Client(running.url) as client:
+
+        def gets(expected: str) -> bool:
+            return outcome(partial(client.search, "a", index="photos")) == expected
+
+        assert gets("an answer")
         for break_it, expected in BREAKS.items():
             break_it(index)
             if expected:  # else what was read before may be searched on
-                until(partial(gets, search, expected))
-            outcome(search)
+                until(partial(gets, expected))
+            gets("an answer")
             assert ask(running.url) == ("an answer", 2)
             shutil.rmtree(index, ignore_errors=True)
             shutil.copytree(whole, index)
-            until(partial(gets, search, "an answer"))
-
-
-def gets(call: Callable[[], object], expected: str) -> bool:
-    return outcome(call) == expected
+            until(partial(gets, "an answer"))
 
 
 def no_facts(index: Path) -> None:

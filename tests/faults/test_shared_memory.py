@@ -27,25 +27,19 @@ class Served:
     """`radapter-serve` with a /dev/shm of this size."""
 
     def __init__(self, size: str, repository: Path, log: Path) -> None:
-        self._http, self._grpc, metrics = free_ports()
-        self.urls = [f"grpc://127.0.0.1:{self._grpc}", f"http://127.0.0.1:{self._http}"]
+        http, grpc, metrics = free_ports()
+        self.urls = [f"grpc://127.0.0.1:{grpc}", f"http://127.0.0.1:{http}"]
         self._log = log
-        ports = [
-            "--http-port",
-            str(self._http),
-            "--grpc-port",
-            str(self._grpc),
-            "--metrics-port",
-            str(metrics),
-        ]
-        command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository), *ports]
+        command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
+        command += ["--http-port", str(http), "--grpc-port", str(grpc)]
+        command += ["--metrics-port", str(metrics)]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 ["unshare", "--mount", "sh", "-c", HOLD, size, *command], stdout=file, stderr=file
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return " ".join(self._log.read_text(errors="replace").split())
 
 
@@ -68,8 +62,8 @@ def test_two_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
     """2 MB of /dev/shm: refused at the start in one line that says what to set."""
     with serve("2m", stand_ins, tmp_path / "log") as served:
         assert served.process.wait(60) == 2
-        assert "/dev/shm has 2 MiB free" in served.said and "--shm-size=" in served.said
-        assert "Traceback" not in served.said
+        assert "/dev/shm has 2 MiB free" in served.output and "--shm-size=" in served.output
+        assert "Traceback" not in served.output
 
 
 @pytest.mark.slow
@@ -78,7 +72,7 @@ def test_sixty_four_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
     answered afterwards.
     """
     with serve("64m", stand_ins, tmp_path / "log") as served:
-        until(lambda: "Ctrl-C stops the server" in served.said, 120)
+        until(lambda: "Ctrl-C stops the server" in served.output, 120)
         image = b'{"sleep": 0.5, "rest": "' + b"x" * (8 << 20) + b'"}'
         with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as threads:
             clients = [
@@ -93,5 +87,5 @@ def test_sixty_four_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
             for client in clients:
                 deadline = time.monotonic() + 60
                 while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
-                    assert time.monotonic() < deadline, served.said
+                    assert time.monotonic() < deadline, served.output
                     time.sleep(0.2)

@@ -193,7 +193,7 @@ def test_nobody_without_the_secret_changes_releases(
 
 def test_silent_callers_hold_up_nobody_for_long(admin: Server, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(3 * MAX_CALLERS):
+        for _ in range(2 * MAX_CALLERS):
             address = ("127.0.0.1", port_of(tmp_path))
             stack.enter_context(socket.create_connection(address, 10))
         deadline = time.monotonic() + 15

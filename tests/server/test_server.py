@@ -241,41 +241,36 @@ def test_a_full_disk_is_one_line(repository, tmp_path, monkeypatch, error):
     assert not list(tmp_path.iterdir())
 
 
-def program(folder: Path, code: str) -> Installation:
-    """A fake tritonserver, a Python program that notes its process number in the file `pids`."""
+def program(folder: Path, code: str, interpreter: str = "/bin/sh") -> Installation:
+    """A fake tritonserver, a script."""
     path = folder / "tritonserver"
-    start = (
-        f"import http.server, os, sys, time\nprint(os.getpid(), file=open('{folder}/pids', 'a'))"
-    )
-    path.write_text(f"#!{sys.executable}\n{start}\n{code}\n")
+    path.write_text(f"#!{interpreter}\n{code}\n")
     path.chmod(0o755)
     return Installation(path, our_backends())
 
 
 def pids(folder: Path) -> list[int]:
-    """Numbers of the processes that were fake servers."""
+    """Numbers of the processes of fake servers, which note them in the file `pids`."""
     return list(map(int, (folder / "pids").read_text().split()))
 
 
-LOG = """print('E1124 15:45:35.510363 7432 main.cc:1] "no memory"', flush=True)"""
-
-
 @pytest.mark.parametrize(
-    ("end", "message", "starts"),
+    ("end", "timeout", "message", "starts"),
     [
-        ("time.sleep(60)", "was not ready after 1 s: no memory; .*; allow more with --timeout", 1),
-        ("sys.exit(1)", "did not start: it ended by itself with status 1: no memory; all its", 1),
-        ("os.abort()", "did not start: it was killed by SIGABRT: no memory; all its", 2),
+        ("sleep 60", 1, "was not ready after 1 s: .*; allow more with --timeout", 1),
+        ("exit 1", 60, "did not start: it ended by itself with status 1: no memory; all its", 1),
+        ("kill -ABRT $$", 60, "did not start: it was killed by SIGABRT: no memory; all its", 2),
     ],
 )
 def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
-    repository, tmp_path, monkeypatch, end, message, starts
+    repository, tmp_path, monkeypatch, end, timeout, message, starts
 ):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    config = local(repository, timeout=1, drain_seconds=3)
-    server = TritonServer(config, installation=program(tmp_path, f"{LOG}\n{end}"))
+    line = 'E1124 15:45:35.510363 7432 main.cc:1] "no memory"'
+    installation = program(tmp_path, f"echo $$ >> {tmp_path}/pids\necho '{line}'\n{end}")
+    server = TritonServer(local(repository, timeout=timeout), installation=installation)
     with pytest.raises(RAdapterError, match=f"tritonserver {message}"):
         server.start()
     assert (server.pid, server.state) == (None, State.STOPPED)
@@ -284,7 +279,12 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
 
 
 ABORTS_ONCE = """
-if len(open(os.path.dirname(__file__) + "/pids").readlines()) == 1:
+import http.server, os, pathlib, sys
+pids = pathlib.Path(__file__).with_name("pids")
+first = not pids.exists()
+with pids.open("a") as file:
+    print(os.getpid(), file=file)
+if first:
     os.abort()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -292,6 +292,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"[]")
     do_POST = do_GET
+    log_message = lambda *_: None
 [port] = [int(word.partition("=")[2]) for word in sys.argv if word.startswith("--http-port=")]
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
@@ -300,8 +301,8 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def test_a_server_that_a_signal_kills_before_it_is_ready_is_started_once_again(
     repository, tmp_path, capsys
 ):
-    server = TritonServer(local(repository), installation=program(tmp_path, ABORTS_ONCE))
-    with server:
+    installation = program(tmp_path, ABORTS_ONCE, sys.executable)
+    with TritonServer(local(repository), installation=installation) as server:
         assert server.state == State.READY
         assert server.pid == pids(tmp_path)[1]
     message = "died before it was ready: it was killed by SIGABRT; starting it once again"
