@@ -64,10 +64,7 @@ def test_build_add_info_verify(
 ) -> None:
     assert main(["build", "photos", "--out", "indexes/photos"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "5 images (5 embedded)" in said
-        and 'radapter-query search "a red bicycle" --index photos' in said
-    )
+    assert "5 images (5 embedded)" in said and "radapter-query search" in said
     assert main(["verify", "indexes/photos"]) == 0
     assert "agree" in capsys.readouterr().out
     assert main(["info", "indexes/photos"]) == 0
@@ -80,10 +77,8 @@ def test_build_add_info_verify(
     said = capsys.readouterr().out
     assert "file gone: 1" in said and "not in the index: 1" in said and "--prune" in said
     assert main(["add", "--out", "indexes/photos", "--prune"]) == 0
-    assert (
-        "5 images (0 embedded, 4 there before, 1 removed, 1 with the same bytes"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "5 images (0 embedded, 4 there before, 1 removed, 1 with the same bytes" in said
     assert main(["verify", "indexes/photos"]) == 0
 
     # open_clip's own embedding of the merged checkpoint finds the very image
@@ -98,59 +93,41 @@ def test_build_add_info_verify(
 def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "photos" / "bad.png").write_bytes(b"no image")
     Path("empty").mkdir()
+    build = ["build", "photos", "--out", "i"]
     for arguments, match in (
-        (["build", "photos", "--out", "i"], "--on-broken skip"),
+        (build, "--on-broken skip"),
         (["build", "empty", "--out", "i"], "holds no image"),
-        (["build", "nowhere", "--out", "i"], "is no folder"),
         (["build", "csv:nowhere.csv", "--out", "i"], "nowhere.csv"),
         (["build", "photos", "--out", "empty"], "is not an index"),
-        (["build", "photos", "--out", "i", "--thumbnails", "-1"], "0 (none) to 1024"),
-        (["build", "photos", "--out", "i", "--model-repository", "nowhere"], "radapter-export"),
-        (
-            ["build", "photos", "--out", "i", "--model-repository", "model_repository@9"],
-            "it holds 1, 2",
-        ),
-        (["build", "photos", "--out", "i", "--url", "grpc://127.0.0.1:9"], "127.0.0.1:9"),
+        ([*build, "--thumbnails", "-1"], "0 (none) to 1024"),
+        ([*build, "--model-repository", "model_repository@9"], "it holds 1, 2"),
+        ([*build, "--url", "grpc://127.0.0.1:9"], "127.0.0.1:9"),
         (["add", "--out", "i"], "radapter-index build"),
         (["info", "i"], "no index at i"),
-        (["verify", "i"], "no index at i"),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err.strip()
         assert match in error and "Traceback" not in error, (arguments, error)
         assert not Path("i").exists() and not list(place.glob(".i*"))
-    assert main(["build", "photos", "--out", "i", "--on-broken", "skip"]) == 0
+
+    # An addition does with broken images as the build did.
+    assert main([*build, "--on-broken", "skip"]) == 0
     assert "1 images can't be read, see i/broken.txt" in capsys.readouterr().out
-    assert (
-        main(
-            ["add", "--out", "i", "--on-broken", "skip", "--model-repository", "model_repository@1"]
-        )
-        == 2
-    )
-    assert "another release" in capsys.readouterr().err
+    assert main(["add", "--out", "i"]) == 0
+    assert "1 images can't be read" in capsys.readouterr().out
+    assert main(["add", "--out", "i", "--on-broken", "refuse"]) == 2
+    assert "'bad.png' can't be indexed" in capsys.readouterr().err
 
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     facts = load_release("model_repository").release
-    again = {
-        **facts.to_dict(),
-        "version": 9,
-        "created": "now",
-        "tools": {},
-        "max_batch_size": 1,
-        "label_sets": {},
-    }
+    others: dict[str, Any] = {"version": 9, "created": "now", "tools": {}, "max_batch_size": 1}
+    again = {**facts.to_dict(), **others, "label_sets": {}}
     assert Release.from_dict(json.loads(json.dumps(again))).digest == facts.digest
-    changes: list[dict[str, Any]] = [
-        {"alpha": 0.1},
-        {"adapter_digest": "x"},
-        {"precision": "fp16"},
-        {"tokenizer": {}},
-    ]
-    for change in changes:
-        assert dataclasses.replace(facts, **change).digest != facts.digest
-    first, second = (load_release(f"model_repository@{number}").release.digest for number in (1, 2))
-    assert first != second
+    decisive = {"alpha": 0.1, "adapter_digest": "x", "precision": "fp16", "tokenizer": {}}
+    for name, value in decisive.items():
+        changed: Any = {name: value}
+        assert dataclasses.replace(facts, **changed).digest != facts.digest
 
 
 def test_an_index_is_made_without_torch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,14 +167,10 @@ def test_printed_commands_name_the_repository(
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
     said = capsys.readouterr().out
-    assert shlex.split(printed(said, "radapter-serve")[0]) == [
-        "my models",
-        "--indexes",
-        "my indexes",
-    ]
-    assert shlex.split(printed(said, "radapter-query")[0]) == [
-        *("search", "a red bicycle", "--index", "Büro", "--release", "2")
-    ]
+    serve = shlex.split(printed(said, "radapter-serve")[0])
+    query = shlex.split(printed(said, "radapter-query")[0])
+    assert serve == ["my models", "--indexes", "my indexes"]
+    assert query == ["search", "a red bicycle", "--index", "Büro", "--release", "2"]
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "elsewhere")
     assert main(["add", "--out", f"../{out}"]) == 0  # the index remembers its repository
@@ -262,12 +235,9 @@ def test_a_load_says_what_the_release_lacks(
     models = Path("my models")
     shutil.copytree("model_repository", models)
     before = Release.load(models / "classify" / "2")
-    dataclasses.replace(
-        before,
-        dense={"way": "naclip", "grid": 2},
-        confidence={"temperature": 1.0},
-        label_sets={**before.label_sets, "nine": {}},
-    ).save(models / "classify" / "2")
+    sets = {**before.label_sets, "nine": {}}
+    more: Any = {"dense": {"way": "naclip", "grid": 2}, "confidence": {"temperature": 1.0}}
+    dataclasses.replace(before, label_sets=sets, **more).save(models / "classify" / "2")
     none = Path("none")
     [lacking] = release_command.lacking(models, [1, 2], [1], none)
     assert "release 1 lacks what release 2 has: dense features" in lacking
@@ -283,24 +253,11 @@ def test_folders_with_an_at_in_their_names(place: Path) -> None:
     Path("photos").rename("photos@home")
     Path("model_repository").rename("models@2")
     options = ["--out", "indexes/photos@home", "--model-repository", "models@2"]
-    assert (
-        main(["build", "photos@home", *options]) == 0
-        and main(["add", "--out", "indexes/photos@home"]) == 0
-    )
+    assert main(["build", "photos@home", *options]) == 0
+    assert main(["add", "--out", "indexes/photos@home"]) == 0
     options[-1] += "@1"
     assert main(["build", "photos@home", *options]) == 0
     assert open_index("indexes/photos@home").facts.plan.release.version == 1
-
-
-def test_an_addition_does_with_broken_images_as_the_build_did(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("photos/broken.png").write_bytes(b"no image")
-    assert main(["build", "photos", "--out", "indexes/photos", "--on-broken", "skip"]) == 0
-    assert main(["add", "--out", "indexes/photos"]) == 0
-    assert "1 images can't be read" in capsys.readouterr().out
-    assert main(["add", "--out", "indexes/photos", "--on-broken", "refuse"]) == 2
-    assert "'broken.png' can't be indexed" in capsys.readouterr().err
 
 
 def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,25 +280,12 @@ def test_what_a_stopped_build_prints_works(
 ) -> None:
     Path("photos").rename("my photos")
     (place / "my photos" / "last.png").write_bytes(b"no image")
-    options = [
-        "--model-repository",
-        str(dynamic_tiny_clip),
-        "--alpha",
-        "0.8",
-        "--thumbnails",
-        "64",
-        "--no-exif-orientation",
-    ]
+    options = ["--model-repository", str(dynamic_tiny_clip), "--alpha", "0.8"]
+    options += ["--thumbnails", "64", "--no-exif-orientation"]
     release = load_release(dynamic_tiny_clip).at(0.8)
+    how: Any = {"thumbnails": 64, "exif_orientation": False, "sizes": Sizes(batch=2)}
     with pytest.raises(RAdapterError, match="are kept: give the same command again to continue"):
-        build(
-            "my photos",
-            Path("indexes/photos"),
-            release,
-            thumbnails=64,
-            exif_orientation=False,
-            sizes=Sizes(batch=2),
-        )
+        build("my photos", Path("indexes/photos"), release, **how)
     (place / "my photos" / "last.png").unlink()
     assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
     said = capsys.readouterr().err
@@ -373,11 +317,9 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
         assert main(["build", "photos", "--out", f"indexes/{out}", flag]) == 0
         index = open_index(f"indexes/{out}")
         for orientation in range(1, 9):
-            turned = (
-                stored.transpose(TURNS[orientation])
-                if orientation > 1 and out == "upright"
-                else stored
-            )
+            turned = stored
+            if orientation > 1 and out == "upright":
+                turned = stored.transpose(TURNS[orientation])
             clean = io.BytesIO()
             turned.save(clean, "PNG")
             (embed,) = release.embed_pixels([release.pixels(clean.getvalue())])

@@ -15,47 +15,21 @@ from radapter_serve.errors import RAdapterError
 SIMPLE = ["a photo of a {}."]
 
 
-def test_published_templates():
-    vild = read_templates("vild")
-    ovseg = read_templates("ovseg")
-    assert len(vild) == len(set(vild)) == 63 and len(ovseg) == len(set(ovseg)) == 14
-    # ViLD's code: "This is " stands before what begins with an article
-    assert sum(template.startswith("This is ") for template in vild) == 58
-    assert {"There is a {} in the scene.", "itap of my {}.", "This is an embroidered {}."} <= set(
-        vild
-    )
-    assert ovseg[:3] == [
-        "a photo of a {}.",
-        "This is a photo of a {}",
-        "There is a {} in the scene",
-    ]
-    assert all(template.count("{}") == 1 for template in (*vild, *ovseg))
-
-
-def digest(templates: list[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(templates)).encode()).hexdigest()
-
-
-def test_each_published_template_is_as_its_authors_wrote_it():
+@pytest.mark.parametrize(
+    ("name", "count", "digest"),
+    [
+        ("vild", 63, "a692e988250e100630315db3c02b0b5ae135f01afd0f36c9d85b3b190583dcf0"),
+        ("ovseg", 14, "e201b3b0028327329c3172dde0c76268fbf75d39a03a37fdc0e4e5eb50cd55b6"),
+    ],
+)
+def test_each_published_template_is_as_its_authors_wrote_it(name, count, digest):
     """Digests of other copies, sorted and one a line: of ViLD's `multiple_templates` as mmpretrain
     has them, with "a" for "{article}" and "This is " where its code puts that, and of `VILD_PROMPT`
     of OVSeg's text_template.py.
     """
-    assert digest(read_templates("vild")) == (
-        "a692e988250e100630315db3c02b0b5ae135f01afd0f36c9d85b3b190583dcf0"
-    )
-    assert digest(read_templates("ovseg")) == (
-        "e201b3b0028327329c3172dde0c76268fbf75d39a03a37fdc0e4e5eb50cd55b6"
-    )
-    assert {
-        "This is a photo of many {}.",
-        "This is a photo of one {} in the scene.",
-        "itap of the {}.",
-        "There is the {} in the scene.",
-        "This is the plushie {}.",
-        "This is a black and white photo of the {}.",
-        "This is a painting of a {}.",
-    } <= set(read_templates("vild"))
+    templates = read_templates(name)
+    assert len(set(templates)) == count
+    assert hashlib.sha256("\n".join(sorted(templates)).encode()).hexdigest() == digest
 
 
 def write(tmp_path, text, encoding="utf-8"):
@@ -104,18 +78,11 @@ def test_templates(tmp_path):
 
 
 def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
-    axes = {
-        "a cat": [1, 0, 0],
-        "the cat": [0, 1, 0],
-        "a kitty": [0, 0, 1],
-        "the kitty": [0, 1, 0],
-        "a dog": [0, 0, 1],
-    }
-    axes["the dog"] = [0, 0, 1]
+    axes = {"a cat": 0, "the cat": 1, "a kitty": 2, "the kitty": 1, "a dog": 2, "the dog": 2}
 
     def embed(texts: list[str]) -> np.ndarray:
         assert texts == list(axes)
-        return np.array([axes[text] for text in texts], np.float32)
+        return np.eye(3, dtype=np.float32)[[axes[text] for text in texts]]
 
     found = module.mean_embeddings(embed, ["cat, kitty", "dog", "cat, cat"], ["a {}", "the {}"])
     expected = np.array([[6**-0.5, 2 * 6**-0.5, 6**-0.5], [0, 0, 1], [0.5**0.5, 0.5**0.5, 0]])
@@ -125,10 +92,7 @@ def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        (
-            [(3000, 3000)],
-            "^.invalid_argument. 9000000 prompts .* at most 20000 are allowed.*--label-set",
-        ),
+        ([(3000, 3000)], "^.invalid_argument. 9000000 prompts .* at most 20000 .*--label-set"),
         ([(10_000, 1), (10_000, 1), (1, 1)], "20001 prompts"),
         ([(2_500, 8)], "17100000 characters in all prompts .* at most 10000000"),
         ([(10_000, 1), (10_000, 1)], None),

@@ -58,11 +58,8 @@ def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
     top, left = where.min(0)
     assert crop.width == longest + 2 * border
     bottom, right = crop.width - 1 - where.max(0)
-    assert (
-        abs(top - bottom) <= 1
-        and abs(left - right) <= 1
-        and min(top, left, bottom, right) >= border
-    )
+    assert abs(top - bottom) <= 1 and abs(left - right) <= 1
+    assert min(top, left, bottom, right) >= border
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.contract.names import MAX_BYTES, is_name, spellings, there_are
+from radapter_serve.contract.names import MAX_BYTES, is_name, spellings
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,3 @@ def test_both_ways_to_write_a_letter_are_found() -> None:
     for form in ("NFC", "NFD"):
         assert set(spellings(unicodedata.normalize(form, "é"))) == {"\u00e9", "e\u0301"}
     assert spellings("a") == ["a"]
-
-
-def test_a_refusal_lists_the_names_that_there_are() -> None:
-    assert there_are(["a", "b c"], "make one") == "; there are: a, b c"
-    assert there_are([], "make one") == "; there are: none (make one)"

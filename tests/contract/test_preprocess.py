@@ -49,9 +49,6 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
     return image.quantize(17) if mode == "P" else image.convert(mode)
 
 
-PLAIN: dict[str, Any] = {"interpolation": "bicubic", "fill_color": 0}
-
-
 def reference(image: Image.Image, **config: Any) -> np.ndarray:
     transform = image_transform(
         config["size"],
@@ -65,7 +62,7 @@ def reference(image: Image.Image, **config: Any) -> np.ndarray:
     return (transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     mode=st.sampled_from(MODES),
     width=st.integers(1, 90),
@@ -92,15 +89,6 @@ def test_photo_sizes(size):
     config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic", "fill_color": 0}
     image = picture("RGB", size[0], size[1], 0)
     np.testing.assert_array_equal(Preprocess.from_dict(config)(image), reference(image, **config))
-
-
-def test_out_is_written_in_place():
-    batch = np.zeros((2, 8, 8, 3), np.uint8)
-    preprocess = Preprocess((8, 8))
-    image = picture("RGB", 20, 10, 1)
-    preprocess(image, out=batch[1])
-    np.testing.assert_array_equal(batch[1], preprocess(image))
-    assert not batch[0].any()
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -158,15 +146,10 @@ def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_
     np.testing.assert_array_equal(np.asarray(decode(data, exif_orientation=False)), stored)
 
     config = {"size": 16, "resize_mode": "squash", "interpolation": "bicubic", "fill_color": 0}
-    for facts, pixels in (
-        ({}, TURNS[orientation](stored)),
-        ({"exif_orientation": True}, TURNS[orientation](stored)),
-        ({"exif_orientation": False}, stored),
-    ):
+    for facts, pixels in (({}, TURNS[orientation](stored)), ({"exif_orientation": False}, stored)):
         expected = reference(Image.fromarray(np.ascontiguousarray(pixels)), **config)
-        np.testing.assert_array_equal(
-            decode_pixels(data, Preprocess.from_dict({**config, **facts})), expected
-        )
+        preprocess = Preprocess.from_dict({**config, **facts})
+        np.testing.assert_array_equal(decode_pixels(data, preprocess), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow tells of them
@@ -184,14 +167,8 @@ def test_broken_exif_leaves_an_image_as_it_is(exif, head):
 
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    for kind in ("WEBP", "PNG"):
-        data = encoded(
-            frames[0],
-            kind,
-            save_all=True,
-            append_images=frames[1:],
-            **({"lossless": True} if kind == "WEBP" else {}),
-        )
+    for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert decode(data).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
 
 
@@ -199,13 +176,11 @@ def test_first_frame_of_an_animation():
 def test_truncated_and_broken_images_are_refused(kind):
     data = encoded(picture("RGB", 64, 64, 3), kind)
     for broken in (data[: len(data) // 2], data[:20], data[:40] + b"\0" * 40):
-        with pytest.raises(TaskError) as error:
+        with pytest.raises(TaskError, match=r"^\[invalid_image\] "):
             decode(broken)
-        assert error.value.code == "invalid_image"
-        assert str(error.value).startswith("[invalid_image] ")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=80),
     st.sampled_from(
@@ -231,35 +206,24 @@ def test_of_16_bits_of_gray_the_upper_8_are_kept():
     np.testing.assert_array_equal(np.asarray(decode(colours))[..., 0], expected)
 
 
-@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
-def test_an_input_that_is_not_square_is_open_clip_s(size: tuple[int, int]) -> None:
-    image = picture("RGB", 50, 70, 3)
-    for mode in ("shortest", "squash", "longest"):
-        config = {**PLAIN, "size": size, "resize_mode": mode}
-        np.testing.assert_array_equal(
-            Preprocess.from_dict(config)(image), reference(image, **config)
-        )
-
-
 def test_other_formats_are_refused():
     for kind in ("GIF", "BMP", "TIFF"):
         with pytest.raises(TaskError, match=f"{kind} files are not read; send a JPEG, PNG or WebP"):
             decode(encoded(picture("RGB", 8, 8, 0), kind))
 
 
-@pytest.mark.parametrize("side", [9_000, 12_000, 60_000, 2**31 - 1])
+@pytest.mark.parametrize("side", [9_000, 12_000, 2**31 - 1])
 def test_a_bomb_is_refused_from_its_header(side):
     with pytest.raises(TaskError, match=r"^\[image_too_large\].* 64000000 "):
         decode(png_header(side, side))
 
 
 def test_a_thin_image_is_refused_from_its_header():
-    with pytest.raises(
-        TaskError,
-        match=r"^\[image_too_large\] the image has 1 x 65536 pixels; at most 65535 a side",
-    ):
+    with pytest.raises(TaskError, match=r"^\[image_too_large\] the image has 1 x 65536 pixels"):
         decode(png_header(1, 65_536))
     assert decode(images.png_of(1, 65_535)).size == (1, 65_535)
+    with pytest.raises(TaskError, match="image_too_large"):  # before it is blown up
+        Preprocess((224, 224))(Image.new("RGB", (1, 1_200)))
 
 
 def with_scans(count: int, width: int, height: int) -> bytes:
@@ -271,17 +235,11 @@ def with_scans(count: int, width: int, height: int) -> bytes:
 
 def test_a_jpeg_of_many_scans_is_refused():
     assert decode(with_scans(100, 64, 64)).size == (64, 64)
-    with pytest.raises(
-        TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* at most 100 are allowed"
-    ):
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* most 100 "):
         decode(with_scans(101, 64, 64))
-    with pytest.raises(
-        TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are allowed"
-    ):
+    with pytest.raises(TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are"):
         decode(with_scans(60, 8000, 4000))
-
-
-def test_scans_behind_a_marker_that_a_decoder_passes_over_count():
+    # Behind a marker that a decoder passes over.
     with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 258 scans"):
         decode(images.hidden_scans(1))
 
@@ -296,15 +254,8 @@ def test_scans_of_previews_and_behind_the_end_are_none():
 def test_a_file_that_is_too_long_is_refused():
     data = encoded(Image.new("RGB", (64, 64)), "PNG").ljust(64 * 2**20, b"\0")
     assert decode(data).size == (64, 64)
-    with pytest.raises(
-        TaskError, match=r"\[image_too_large\] the image has 67108865 bytes; at most 67108864 are"
-    ):
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the image has 67108865 bytes"):
         decode(data + b"\0")
-
-
-def test_a_thin_image_is_refused_before_it_is_blown_up():
-    with pytest.raises(TaskError, match="image_too_large"):
-        Preprocess((224, 224))(Image.new("RGB", (1, 1_200)))
 
 
 def test_base64_takes_little_memory():
@@ -376,18 +327,10 @@ def test_the_images_of_a_request_have_a_limit_together(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "MAX_REQUEST_PIXELS", 3 * 1200)
     images = [photo(40, 30), photo(30, 40, "PNG"), photo(40, 30, "WEBP")]
     assert [file.width for file in read_headers(images)] == [40, 30, 40]
-    with pytest.raises(
-        TaskError,
-        match=r"\[image_too_large\] the 4 images of the request have 3601 pixels together; at most"
-        " 3600 are allowed, so send fewer or smaller",
-    ):
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the 4 images .* have 3601 pixels"):
         read_headers([*images, photo(1, 1, "PNG")])
     with pytest.raises(TaskError, match=r"^\[invalid_image\] image 2 of 2: 3 bytes are not an im"):
         read_headers([images[0], b"abc"])
-
-
-def test_64_photos_of_a_phone_are_a_request() -> None:
-    assert module.MAX_REQUEST_PIXELS >= 64 * 4032 * 3024
 
 
 class Asking:
@@ -418,36 +361,29 @@ def test_large_images_take_turns_and_small_ones_do_not_wait(
             order.append(threading.get_ident())
             return super().__call__(image, out)
 
-    def ask(caller: Asking) -> None:
-        decode_into(large, Noting((8, 8)), np.empty((8, 8, 3), np.uint8), caller)
-
-    callers = [Asking(), Asking(), Asking()]
     caught: list[TaskError] = []
 
-    def leave() -> None:
+    def ask(caller: Asking) -> None:
         try:
-            ask(callers[1])
+            decode_into(large, Noting((8, 8)), np.empty((8, 8, 3), np.uint8), caller)
         except TaskError as error:
             caught.append(error)
 
-    first, second, third = (
-        threading.Thread(target=ask, args=[callers[0]], daemon=True),
-        threading.Thread(target=leave, daemon=True),
-        threading.Thread(target=ask, args=[callers[2]], daemon=True),
-    )
+    callers = [Asking(), Asking(), Asking()]
+    threads = [threading.Thread(target=ask, args=[caller], daemon=True) for caller in callers]
     with module.turn(read_header(large)):
         # One after the other they wait, and are asked again and again whether they still do.
-        for caller, thread in zip(callers, (first, second, third), strict=True):
+        for caller, thread in zip(callers, threads, strict=True):
             thread.start()
             assert caller.asked.acquire(timeout=30)
         decode_into(small, EXACT, np.empty((32, 32, 3), np.uint8))
         assert order == []
         callers[1].gone = True
-        second.join(30)
+        threads[1].join(30)
         assert [error.code for error in caught] == ["cancelled"]
-    for thread in (first, third):
+    for thread in threads:
         thread.join(30)
-    assert order == [first.ident, third.ident]
+    assert order == [threads[0].ident, threads[2].ident] and len(caught) == 1
     with module.turn(read_header(large)):
         pass  # nobody is left who has it
 

@@ -30,9 +30,8 @@ def test_a_softmax_or_with_a_bias_a_sigmoid_as_torch_has_them(
 
 
 def test_a_sigmoid_far_out_is_no_warning() -> None:
-    assert class_probabilities(np.array([-1, 1], np.float32), 1e4, 0.0).tolist() == pytest.approx(
-        [0, 1]
-    )
+    far = class_probabilities(np.array([-1, 1], np.float32), 1e4, 0.0)
+    assert far.tolist() == pytest.approx([0, 1])
 
 
 @given(
@@ -61,11 +60,7 @@ def test_the_best_label_is_the_first_of_equal_ones_with_its_probability(
 def test_labels_that_are_alike_are_named_once() -> None:
     embeds = np.array([[1, 0], [0, 1], [1, 0], [1, 0.005], [1, 0.1], [0, 1]], np.float32)
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
-    assert indistinguishable(["a", "b", "c", "d", "e", "f"], embeds) == [
-        ("a", "c"),
-        ("a", "d"),
-        ("b", "f"),
-    ]
+    assert indistinguishable(list("abcdef"), embeds) == [("a", "c"), ("a", "d"), ("b", "f")]
     assert indistinguishable(["a"], embeds[:1]) == indistinguishable([], embeds[:0]) == []
 
 

@@ -71,11 +71,8 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
     ours = load_labelled(f"imagefolder:{photos}")
     assert [row["image"] for row in ours.rows] == [row["image"]["path"] for row in theirs]
     assert ours.labels().tolist() == list(theirs["label"])
-    assert ours.own == theirs.features["label"].names and ours.classes == [
-        "cat",
-        "dog",
-        "fire truck",
-    ]
+    assert ours.own == theirs.features["label"].names
+    assert ours.classes == ["cat", "dog", "fire truck"]
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *OTHERS])
@@ -83,41 +80,29 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
 def test_a_check_refuses_what_decoding_refuses(format: str, kept: float) -> None:
     data = encoded(format)
     data = data[: int(kept * len(data))]
-    found = []
+    refusals = []
     for call in (decode, verify):
         try:
             call(data)
         except TaskError as error:
-            found.append((error.code, "truncated" in error.what, "send" in error.what))
-    assert (
-        found == []
-        if kept == 1.0 and format in FORMATS
-        else found[0] == found[1] and not found[0][2]
-    )
+            refusals.append((error.code, "truncated" in error.what))
+    if kept == 1.0 and format in FORMATS:
+        assert refusals == []
+    else:
+        assert len(refusals) == 2 and refusals[0] == refusals[1]
 
 
-@pytest.mark.parametrize("format", OTHERS)
-def test_other_formats_are_left_out_and_named_the_same_way_everywhere(
-    photos: Path, format: str
-) -> None:
-    (photos / "cat" / f"other.{format.lower()}").write_bytes(encoded(format))
-    assert (
-        len(load_labelled(f"imagefolder:{photos}").rows)
-        == len(open_collection(str(photos)).items)
-        == 24
-    )
-    left_out = {".txt": 3, f".{format.lower()}": 1}
-    assert (
-        open_collection(str(photos)).left_out
-        == load_labelled(f"imagefolder:{photos}").left_out
-        == left_out
-    )
-    (note,) = open_run(Recipe(data=f"imagefolder:{photos}")).notes
-    assert f"left out 3 .txt, 1 .{format.lower()}; images are .jpg, .jpeg, .png, .webp" in note
-    (photos / "cat" / "3.jpg").write_bytes(encoded(format))
-    assert f"cat/3.jpg can't be read: {format} files are not read; mend it" in problems(
-        Recipe(data=f"imagefolder:{photos}")
-    )
+def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Path) -> None:
+    (photos / "cat" / "other.gif").write_bytes(encoded("GIF"))
+    data = f"imagefolder:{photos}"
+    labelled = load_labelled(data)
+    collection = open_collection(str(photos))
+    assert len(labelled.rows) == len(collection.items) == 24
+    assert labelled.left_out == collection.left_out == {".txt": 3, ".gif": 1}
+    (note,) = open_run(Recipe(data=data)).notes
+    assert "left out 3 .txt, 1 .gif; images are .jpg, .jpeg, .png, .webp" in note
+    (photos / "cat" / "3.jpg").write_bytes(encoded("GIF"))
+    assert "cat/3.jpg can't be read: GIF files are not read; mend" in problems(Recipe(data=data))
     assert set(OF_THE_CLIENT) == set(SUFFIXES)
 
 
@@ -160,30 +145,14 @@ def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_
         files[number].write_bytes(b"<html>")
     data = load_labelled(f"csv:{tmp_path}/t.csv")
     for max_decoded, numbers in ((6, (4, 5, 7)), (24, (4, 5, 6, 7))):
-        broken = broken_images(data, max_decoded)
-        assert [line.split(" can't be read: ")[0] for line in broken] == [
-            f"image {files[n]}" for n in numbers
-        ]
-    assert "2 of 24 images" not in problems(Recipe(data=f"csv:{tmp_path}/t.csv"))
-    skipping = open_run(Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip"))
+        names = [line.split(" can't be read: ")[0] for line in broken_images(data, max_decoded)]
+        assert names == [f"image {files[number]}" for number in numbers]
+    recipe = Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip")
+    skipping = open_run(recipe)
     assert "4 of 24 images" in skipping.notes[0] and len(skipping.data.rows) == 24
     for file in files:
         file.unlink(missing_ok=True)
-    assert "not one of 24 images" in problems(
-        Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip")
-    )
-
-
-def test_a_check_of_many_images_says_so_unless_nothing_shall_be_shown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    Image.new("1", (1, 1)).save(tmp_path / "dot.png")
-    table = tmp_path / "t.csv"
-    table.write_text("image,label\n" + "dot.png,cat\n" * 1000, encoding="utf-8")
-    data = load_labelled(f"csv:{table}")
-    for progress, said in ((False, ""), (True, "checking 1,000 of 1,000 images\n")):
-        assert broken_images(data, progress=progress) == []
-        assert capfd.readouterr() == ("", said)
+    assert "not one of 24 images" in problems(recipe)
 
 
 def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
@@ -191,17 +160,14 @@ def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text(
         "Washington, D.C.\ndog, hound\nfire_truck: fire engine, truck\n"
     )
-    for classes, others in (
-        (None, ["dog", "fire truck"]),
-        (tmp_path / "c.txt", ["dog", "fire engine"]),
-    ):
+    for classes, truck in ((None, "fire truck"), (tmp_path / "c.txt", "fire engine")):
         data = load_labelled(f"imagefolder:{photos}", classes=classes)
-        assert [split_label(line)[0] for line in data.classes] == ["Washington, D.C.", *others]
+        names = [split_label(line)[0] for line in data.classes]
+        assert names == ["Washington, D.C.", "dog", truck]
         assert data.among(data.classes).labels().tolist() == data.labels().tolist()
-
-
-def test_a_class_without_a_folder_keeps_its_synonyms(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.txt").write_text("cat\ndog\nfire truck\nwine, wine glass\n")
+    # A class without a folder keeps its synonyms.
+    with (tmp_path / "c.txt").open("a") as file:
+        file.write("wine, wine glass\n")
     data = load_labelled(f"imagefolder:{photos}", classes=tmp_path / "c.txt", every_class=False)
     assert split_label(data.classes[-1]) == ["wine", "wine glass"]
 
@@ -220,9 +186,7 @@ def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
     (home / "dog" / "more").symlink_to(photos.parent / "more")
     assert sum("more" in file.parts for file in list_images(home / "dog").images) == 1
     shutil.copy(home / "cat" / "0.jpg", home)
-    with pytest.raises(
-        RAdapterError, match="1 images of .* lie outside of the class folders, such as .*home/0.jpg"
-    ):
+    with pytest.raises(RAdapterError, match="1 images of .* lie outside of the class folders"):
         load_labelled(f"imagefolder:{home}")
 
 
@@ -231,11 +195,7 @@ def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
     [
         ("imagefolder:nowhere", "no folder nowhere for imagefolder:nowhere"),
         ("photo:nowhere", "there is no such folder; allowed: imagefolder:PATH"),
-        ("./nowhere", "there is no such folder"),
-        (
-            "nobody/nothing",
-            "no data set nobody/nothing on this machine.*hf download nobody/nothing --repo-type",
-        ),
+        ("nobody/nothing", "no data set nobody/nothing on this machine.*hf download nobody/noth"),
     ],
 )
 def test_data_that_is_not_there_is_named_without_a_retry(

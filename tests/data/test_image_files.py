@@ -43,7 +43,6 @@ def test_images_are_found(photos: Path, source: str, names: list[str]) -> None:
     [
         ("{}/none", "is no folder; give --calibration a folder of images"),
         ("{}/empty", "holds no image; allowed are .jpg"),
-        ("csv:{}/none.csv", "there is no file"),
         ("csv:{}/other.csv", "has no column 'image'; its columns: path; see --calibration"),
     ],
 )

@@ -79,21 +79,10 @@ def save_palette(path: Path) -> None:
     image.save(path)
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        save_palette,
-        lambda path: Image.fromarray(IDS.astype(np.uint16)).save(path),
-    ],
-    ids=["palette", "16 bit"],
-)
-def test_label_maps_of_other_kinds(folder: Path, save: Callable[[Path], None]) -> None:
+def test_label_maps_of_other_kinds(folder: Path) -> None:
     expected = only(f"masks:{folder}").mask()
-    save(folder / "masks" / "a.png")
+    save_palette(folder / "masks" / "a.png")
     np.testing.assert_array_equal(only(f"masks:{folder}").mask(), expected)
-
-
-def test_ids_beyond_eight_bits(folder: Path) -> None:
     ids = np.full((6, 8), 846, np.uint16)
     ids[0] = 255
     Image.fromarray(ids).save(folder / "masks" / "a.png")
@@ -105,9 +94,7 @@ def test_ids_beyond_eight_bits(folder: Path) -> None:
 
 def test_class_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.json").unlink()
-    with pytest.raises(
-        RAdapterError, match="no classes.txt, classes.json, classes.yaml in .*--classes FILE"
-    ):
+    with pytest.raises(RAdapterError, match="no classes.txt, classes.json, classes.yaml in "):
         load_masked(f"masks:{folder}")
     (tmp_path / "classes.yaml").write_text("0: void\n1: cat\n7: cat\n2: dog\n")
     data = load_masked(f"masks:{folder}")  # two ids of one name
@@ -121,7 +108,6 @@ def test_class_files(folder: Path, tmp_path: Path) -> None:
     for content, word in (
         ('["cat"]', "must map class ids to names"),
         ('{"one": "cat"}', "it has 'one': 'cat'"),
-        ('{"1": 3}', "it has '1': 3"),
         ('{"1": ","}', "it has '1': ','"),
         ('{"1": "void"}', "nothing but what is ignored"),
         ('{"1"', "cannot read the classes"),
@@ -130,22 +116,15 @@ def test_class_files(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(RAdapterError, match=word):
             load_masked(f"masks:{folder}", classes=tmp_path / "wrong.json")
-    with pytest.raises(RAdapterError, match="cannot read"):
-        load_masked(f"masks:{folder}", classes=tmp_path / "none.yaml")
 
 
 def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> None:
-    for spec in ("photos", "masks:", "csv:table.csv"):
-        with pytest.raises(RAdapterError, match="allowed: masks:DIR, coco:FILE.json"):
-            load_masked(spec)
+    with pytest.raises(RAdapterError, match="allowed: masks:DIR, coco:FILE.json"):
+        load_masked("csv:table.csv")
     with pytest.raises(RAdapterError, match="cannot read .*none, the folder of the images"):
         load_masked(f"masks:{folder}", images=tmp_path / "none")
     Image.new("RGB", (8, 6)).save(folder / "images" / "b.png")
     with pytest.raises(RAdapterError, match=r"b.png has no mask .*b.png \(1 of 2"):
-        load_masked(f"masks:{folder}")
-    (folder / "images" / "b.png").unlink()
-    (folder / "images" / "a.jpg").rename(folder / "images" / "a.txt")
-    with pytest.raises(RAdapterError, match="images holds no images; allowed: .jpg"):
         load_masked(f"masks:{folder}")
 
 
@@ -171,6 +150,11 @@ def test_what_is_wrong_with_a_file_is_said(folder: Path) -> None:
 
 
 SEGMENTS = {70000: 17, 300: 1, 5: 1, 66000: 99}  # id to category
+IMAGES = [
+    {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
+    {"id": 10, "file_name": "none.jpg"},
+]
+CATEGORIES = [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}]
 
 
 def panoptic(folder: Path) -> tuple[Path, NDArray[np.int64], dict[str, Any]]:
@@ -184,15 +168,8 @@ def panoptic(folder: Path) -> tuple[Path, NDArray[np.int64], dict[str, Any]]:
         for i, c in SEGMENTS.items()
     ]
     content = {
-        "images": [
-            {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
-            {"id": 10, "file_name": "none.jpg"},
-        ],
-        "categories": [
-            {"id": 17, "name": "cat"},
-            {"id": 1, "name": "person"},
-            {"id": 99, "name": "unlabeled"},
-        ],
+        "images": IMAGES,
+        "categories": [*CATEGORIES, {"id": 99, "name": "unlabeled"}],
         "annotations": [{"image_id": 9, "file_name": "a.png", "segments_info": info}],
     }
     (folder / "panoptic.json").write_text(json.dumps(content))
@@ -220,25 +197,20 @@ def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.yaml").write_text("1: somebody, person\n")
     data = load_masked(f"coco:{file}", classes=tmp_path / "names.yaml")
     assert data.classes == ["somebody, person"]
-    np.testing.assert_array_equal(
-        data.images[0].mask(), np.where((ids == 300) | (ids == 5), 0, IGNORE)
-    )
+    expected = np.where((ids == 300) | (ids == 5), 0, IGNORE)
+    np.testing.assert_array_equal(data.images[0].mask(), expected)
 
 
 def test_what_is_wrong_with_panoptic_annotations_is_said(folder: Path, tmp_path: Path) -> None:
     file, _, content = panoptic(folder)
-    with pytest.raises(
-        RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in .*; name .*--images"
-    ):
+    with pytest.raises(RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in "):
         load_masked(f"coco:{file}", images=tmp_path)
     image = only(f"coco:{file}")
     Image.new("L", (8, 6)).save(folder / "panoptic" / "a.png")
     with pytest.raises(RAdapterError, match="a picture in L; a panoptic mask"):
         image.mask()
     Image.new("RGB", (8, 6), (9, 0, 0)).save(folder / "panoptic" / "a.png")
-    with pytest.raises(
-        RAdapterError, match="do not belong together: the segments 5, 9, 300, 66000, 70000"
-    ):
+    with pytest.raises(RAdapterError, match="together: the segments 5, 9, 300, 66000, 70000"):
         image.mask()
     (folder / "panoptic" / "a.png").unlink()
     with pytest.raises(RAdapterError, match="no mask .*a.png"):
@@ -260,30 +232,17 @@ def instances(folder: Path) -> tuple[Path, dict[str, Any]]:
     crowd[4:, :3] = 1
     changes = np.flatnonzero(np.diff(np.concatenate([[0], crowd.ravel(order="F"), [2]])))
     counts = np.diff(np.concatenate([[0], changes])).tolist()
-    content = {
-        "images": [
-            {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
-            {"id": 2, "file_name": "none.jpg"},
-        ],
-        "categories": [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}],
-        "annotations": [
-            {"id": 1, "image_id": 9, "category_id": 1, "iscrowd": 0, "segmentation": POLYGONS},
-            {
-                "id": 2,
-                "image_id": 9,
-                "category_id": 17,
-                "iscrowd": 0,
-                "segmentation": {"size": [6, 8], "counts": compressed["counts"].decode()},
-            },
-            {
-                "id": 3,
-                "image_id": 9,
-                "category_id": 1,
-                "iscrowd": 1,
-                "segmentation": {"size": [6, 8], "counts": counts},
-            },
-        ],
-    }
+    objects = [
+        (1, 0, POLYGONS),
+        (17, 0, {"size": [6, 8], "counts": compressed["counts"].decode()}),
+        (1, 1, {"size": [6, 8], "counts": counts}),
+    ]
+    names = ("category_id", "iscrowd", "segmentation")
+    annotations = [
+        {"id": number, "image_id": 9, **dict(zip(names, of, strict=True))}
+        for number, of in enumerate(objects, 1)
+    ]
+    content = {"images": IMAGES, "categories": CATEGORIES, "annotations": annotations}
     (folder / "instances.json").write_text(json.dumps(content))
     return folder / "instances.json", content
 
@@ -300,10 +259,6 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     masks = [coco.annToMask(annotation).astype(bool) for annotation in content["annotations"]]
     for (_, inside), expected in zip(segments, masks, strict=True):
         np.testing.assert_array_equal(inside, expected)
-    assert image.areas() == [
-        (label, int(mask.sum())) for (label, _), mask in zip(segments, masks, strict=True)
-    ]
-    assert masks[0][1, 2] and masks[2][4:, :3].all() and masks[2].sum() == 6
     check(image)
     assert (image.mask()[2:4, 3:7] == 0).all()  # the smaller on top
     assert image.mask()[1, 2] == 1 and image.mask()[0, 0] == IGNORE
@@ -313,16 +268,12 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     "segmentation",
     [
         [],
-        [[1, 2, 3, 4]],
         [[1, 2, 3, 4, 5, 6, 7]],
         [["a", "b", "c", "d", "e", "f"]],
-        "text",
         {"size": [8, 6], "counts": [48]},
-        {"size": [6, 8], "counts": [47]},
         {"size": [6, 8], "counts": [50, -2]},
         {"size": [6, 8]},
         {"size": [6, 8], "counts": "PPPPPPPP4"},
-        {"size": [6, 8], "counts": None},
     ],
 )
 def test_broken_segmentations_are_said(folder: Path, segmentation: Any) -> None:
@@ -338,44 +289,24 @@ def test_what_is_wrong_with_a_coco_file_is_said(
 ) -> None:
     file, content = instances(folder)
 
-    def loads(change: Callable[[dict[str, Any]], Any], word: str) -> None:
+    changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        (lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'"),
+        (lambda c: c["annotations"].clear(), "no segment of a class that is named; its categories"),
+        (lambda c: c["annotations"][0].update(image_id=3), "the image 3, which its images"),
+        (lambda c: c["annotations"][0].update(category_id=3), "the category 3, which its"),
+        (lambda c: c["categories"][0].update(name=""), "no annotation file of COCO"),
+        (lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image"),
+    ]
+    for change, word in changes:
         changed = json.loads(json.dumps(content))
         change(changed)
         file.write_text(json.dumps(changed))
         with pytest.raises(RAdapterError, match=word):
-            image = only(f"coco:{file}")
-            image.mask()
-
-    loads(lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'")
-    loads(
-        lambda c: c["annotations"][0].pop("segmentation"),
-        "no annotation file of COCO .*'segmentation'",
-    )
-    loads(
-        lambda c: c["annotations"].clear(),
-        "no segment of a class that is named; its categories: cat, person",
-    )
-    loads(
-        lambda c: c["annotations"][0].update(image_id=3),
-        "the image 3, which its images do not list",
-    )
-    loads(
-        lambda c: c["annotations"][0].update(category_id=3),
-        "the category 3, which its categories do not list",
-    )
-    loads(lambda c: c["categories"][0].update(name=3), "no annotation file of COCO")
-    loads(lambda c: c["categories"][0].update(name=""), "no annotation file of COCO")
-    loads(lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image")
-    for text, word in (
-        ("[]", "no annotation file"),
-        ("{", "is not JSON"),
-        ('"a"', "no annotation file"),
-    ):
+            only(f"coco:{file}").mask()
+    for text, word in (("[]", "no annotation file"), ("{", "is not JSON")):
         file.write_text(text)
         with pytest.raises(RAdapterError, match=word):
             load_masked(f"coco:{file}")
-    with pytest.raises(RAdapterError, match="cannot read .*none.json"):
-        load_masked(f"coco:{folder / 'none.json'}")
     instances(folder)
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
     monkeypatch.delattr("pycocotools.mask")

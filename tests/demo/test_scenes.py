@@ -29,23 +29,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> scenes.SceneData:
 
 def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
     paper = len(scenes.scene_classes())
-    both = 0
-    one = {"painted": 0, "inside": 0}
+    both = np.zeros(3)  # pixels that are painted, inside, and both
     for scene in scenes.compose("test", "emoji-noto", 3 * FEW, 0):
         background = Image.new("RGB", scene.image.size, scene.image.getpixel((0, 0)))
         painted = np.asarray(ImageChops.difference(scene.image, background)).max(axis=2) > 0
         inside = scene.mask != paper
-        both += int((painted & inside).sum())
-        one = {
-            "painted": one["painted"] + int(painted.sum()),
-            "inside": one["inside"] + int(inside.sum()),
-        }
+        both += [painted.sum(), inside.sum(), (painted & inside).sum()]
         lines = [scenes.scene_classes()[number] for number in np.unique(scene.mask[inside])]
         assert lines == sorted(scene.shown)
-    assert both > 0.9 * one["inside"]
-    assert (
-        both > 0.8 * one["painted"]
-    )  # what is half transparent is painted and not inside: the edges
+    assert both[2] > 0.9 * both[1]
+    assert both[2] > 0.8 * both[0]  # half transparent edges are painted and not inside
 
 
 def test_a_mask_equals_the_alpha_of_its_drawing() -> None:
@@ -79,21 +72,18 @@ def test_scenes_show_drawings_of_their_own_place() -> None:
     for split, style, place in (("train", "colour", "train"), ("test", "filled", "shifts/filled")):
         shown.clear()
         assert list(scenes.compose(split, style, 10, 0, draw_svg=note))  # type: ignore[arg-type]
-        assert shown and set(shown) <= {
-            svg for of in data.drawings_of(place).values() for svg in of
-        }
+        known = {svg for of in data.drawings_of(place).values() for svg in of}
+        assert shown and set(shown) <= known
 
 
 def test_styles_show_the_same_scenes() -> None:
     colour, noto = (
         list(scenes.compose("test", style, FEW, 1)) for style in ("colour", "emoji-noto")
     )
-    assert [scene.shown for scene in colour] == [scene.shown for scene in noto]
-    assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(colour, noto, strict=True))
-    assert all(
-        a.image.getpixel((0, 0)) == b.image.getpixel((0, 0))
-        for a, b in zip(colour, noto, strict=True)
-    )
+    for first, second in zip(colour, noto, strict=True):
+        assert first.shown == second.shown
+        assert first.image.tobytes() != second.image.tobytes()
+        assert first.image.getpixel((0, 0)) == second.image.getpixel((0, 0))
 
 
 def test_the_folders_are_data_of_masks_and_of_captions(
@@ -135,16 +125,12 @@ def test_captions_name_all_that_is_shown() -> None:
     shown = ["home, house", "key", "search, magnifying glass, magnifier"]
     seen = set()
     for seed in range(20):
-        by_names, by_synonyms = scenes.captions(shown, random.Random(seed))
-        assert sorted(re.split(", | and ", by_names.partition(" of ")[2])) == [
-            "home",
-            "key",
-            "search",
-        ]
-        words = re.split(", | and ", by_synonyms.partition(" of ")[2])
-        assert len(words) == 3 and all(
-            any(word in line.split(", ") for word in words) for line in shown
+        names, words = (
+            re.split(", | and ", caption.partition(" of ")[2])
+            for caption in scenes.captions(shown, random.Random(seed))
         )
+        assert sorted(names) == ["home", "key", "search"] and len(words) == 3
+        assert all(any(word in line.split(", ") for word in words) for line in shown)
         seen |= set(words)
     assert seen == {word for line in shown for word in line.split(", ")}
 
