@@ -254,7 +254,6 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     """
     check_installed("uvicorn", "server")
     from radapter_serve.gateway.in_process import InProcess
-    from radapter_serve.gateway.middleware import what_spans_lack
     from radapter_serve.gateway.run import GatewayServer, allow_files, listen
     from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.engine_server import EngineServer
@@ -269,8 +268,6 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
         tls_key=flags.tls_key,
         log=flags.log,
     )
-    if missing := what_spans_lack():
-        _say(f"warning: {missing}")
     with contextlib.closing(listen(settings, "--http-")) as listener:
         allow_files(settings.max_connections)
         server = EngineServer(config)

@@ -50,20 +50,20 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Model:
-    """A task as callers see it; `releases` has the facts of its releases as JSON, by the names of
-    their parameters.
+    """A task as callers see it; `releases` has the facts of its releases by the names of their
+    parameters.
     """
 
     name: str
     max_batch_size: int  # rows of a request; 0 where tensors have no batch dimension
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    releases: Mapping[str, str]
+    releases: Mapping[str, dict[str, Any]]
 
     @classmethod
     def of(cls, task: str, releases: Mapping[str, str]) -> Model:
-        """A task with these releases, the newest of which is named `release`; paths of the machine
-        that made them are cut to their last name.
+        """A task with these releases, as JSON; the newest is named `release`, and paths of the
+        machine that made them are cut to their last name.
         """
 
         def without_paths(value: Any) -> Any:
@@ -80,18 +80,15 @@ class Model:
             path = _PATH.fullmatch(value)
             return redact(value) if path is None else path[1] + PurePosixPath(path[2]).name
 
-        public = {
-            name: json.dumps(without_paths(json.loads(facts))) for name, facts in releases.items()
-        }
-        newest = json.loads(releases.get("release", "{}"))
+        public = {name: without_paths(json.loads(facts)) for name, facts in releases.items()}
+        newest = public.get("release", {})
         rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
         outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
         return cls(task, rows, TASKS[task].inputs, outputs, public)
 
     def facts(self) -> dict[int, dict[str, Any]]:
         """The facts of the releases by their versions."""
-        releases = map(json.loads, self.releases.values())
-        return {int(facts["version"]): facts for facts in releases}
+        return {int(facts["version"]): facts for facts in self.releases.values()}
 
     def config(self) -> dict[str, Any]:
         """The answer to `/config`, in Triton's form."""
@@ -108,7 +105,9 @@ class Model:
                 for tensor in self.inputs.values()
             ],
             "output": [described(tensor) for tensor in self.outputs.values()],
-            "parameters": {key: {"string_value": value} for key, value in self.releases.items()},
+            "parameters": {
+                name: {"string_value": json.dumps(facts)} for name, facts in self.releases.items()
+            },
         }
 
     def metadata(self, versions: list[str]) -> dict[str, Any]:

@@ -314,26 +314,19 @@ class RequireKey:
 
 
 def open_spans() -> Spans | None:
-    """A sender of spans; None where none is wanted, or OpenTelemetry is not installed."""
-    if otlp_endpoint() is None:
-        return None
-    try:
-        from radapter_serve.gateway.spans import Spans  # here: it loads slowly, and few need it
-    except ImportError:
-        return None
-    return Spans()
-
-
-def what_spans_lack() -> str | None:
-    """Warning for users who want spans without OpenTelemetry, or None."""
+    """A sender of spans; None where none is wanted, or, with a warning, where OpenTelemetry is not
+    installed.
+    """
     variable = otlp_endpoint()
     if variable is None:
         return None
     try:
-        import radapter_serve.gateway.spans  # noqa: F401
+        from radapter_serve.gateway.spans import Spans  # here: it loads slowly, and few need it
     except ImportError:
-        return (
-            f"{variable} is set, but no traces are sent, because OpenTelemetry is not installed;"
-            f" {install_command('otel')}"
+        LOG.warning(
+            "%s is set, but no traces are sent, because OpenTelemetry is not installed; %s",
+            variable,
+            install_command("otel"),
         )
-    return None
+        return None
+    return Spans()

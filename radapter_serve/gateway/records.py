@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from radapter_serve.encoders.steps import Step
 from radapter_serve.gateway.errors import CODES
@@ -102,6 +100,9 @@ class Metrics:
         for name, read in gauges.items():
             gauge = Gauge(f"radapter_gateway_{name}", meanings[name], registry=registry)
             gauge.set_function(read)
+        # For itself: in front of Triton, which has this metric, there is none.
+        self._indexes = CollectorRegistry()
+        self._outdated = Gauge(OUTDATED, OUTDATED_MEANS, ["index"], registry=self._indexes)
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""
@@ -119,19 +120,10 @@ class Metrics:
         """All metrics in the format of Prometheus; `outdated` is that of
         `Upstream.outdated_indexes`.
         """
+        text = generate_latest(self._registry)
         if not outdated:
-            return generate_latest(self._registry)
-        indexes = CollectorRegistry()
-        indexes.register(_OutdatedIndexes(outdated))
-        return generate_latest(self._registry) + generate_latest(indexes)
-
-
-@dataclass(frozen=True, eq=False)
-class _OutdatedIndexes(Collector):
-    outdated: Mapping[str, bool]
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        gauge = GaugeMetricFamily(OUTDATED, OUTDATED_MEANS, labels=["index"])
-        for index, is_outdated in self.outdated.items():
-            gauge.add_metric([index], float(is_outdated))
-        yield gauge
+            return text
+        self._outdated.clear()
+        for index, is_outdated in outdated.items():
+            self._outdated.labels(index).set(is_outdated)
+        return text + generate_latest(self._indexes)

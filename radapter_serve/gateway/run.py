@@ -20,7 +20,6 @@ from radapter_serve.environment import PULSE
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connections import Connections
-from radapter_serve.gateway.middleware import what_spans_lack
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.server.processes import STOPPED, ending_with_parent, how_it_ended
@@ -123,8 +122,6 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
         stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
     )
     LOG.setLevel(logging.INFO)
-    if missing := what_spans_lack():
-        LOG.warning(missing)
     with listen(settings) as listener:
         allow_files(settings.max_connections)
         pulse = os.environ.get(PULSE)

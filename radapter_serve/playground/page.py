@@ -41,11 +41,7 @@ def explained(handler: Handler) -> Handler:
 
 
 def build(client: Client) -> gradio.Blocks:
-    """The page.
-
-    Args:
-        client: of the server that it asks.
-    """
+    """The page, which asks the server of a client."""
     page = gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600))
     with page:
         facts = gradio.Markdown(f"# {TITLE}")

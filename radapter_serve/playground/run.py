@@ -44,10 +44,8 @@ class Settings:
     password_file: Path | None = None
 
     def check(self) -> tuple[str, tuple[str, str] | None]:
-        """The address to listen on, and name and password of the login, if any.
-
-        Raises:
-            RAdapterError: a value that is not allowed, or a page that strangers could open.
+        """The address to listen on, and name and password of the login, if any; raises
+        `RAdapterError` for a value that is not allowed, or a page that strangers could open.
         """
         check_installed("gradio", "playground")
         if not 0 < self.port < 65536:

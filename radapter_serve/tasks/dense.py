@@ -44,7 +44,6 @@ class DenseSegmenter:
     bilinearly to their window, averaged over the windows of a pixel, refined if wished, and
     upsampled to the image's own size, where softmax(40 cos) gives the probabilities; of a release
     with a bias, the sigmoid of each label, as in `classify`.
-
     """
 
     preprocess: Preprocess  # its size is a window's, its interpolation makes the working image
@@ -94,18 +93,11 @@ class DenseSegmenter:
         *,
         cancelled: Cancelled | None = None,
     ) -> Windows[ScoredMask]:
-        """Segment an image; yields batches of windows, and is sent their patches.
+        """Segment an image by labels' text embeddings of unit length, float32 [C, D]; yields
+        batches of windows, and is sent their patches.
 
-        Args:
-            image: as `decode` gives it, any mode; let go of before the first batch is encoded.
-            embeds: float32 [C, D], the labels' text embeddings of unit length.
-            options: how.
-            cancelled: asked between batches of windows; where it says yes, nobody waits for the
-                rest.
-
-        Raises:
-            TaskError: options that do not fit; an image too long and thin, or too many labels, for
-                the windows it takes; cancelled.
+        The image, of any mode, is let go of before the first batch is encoded. Raises a `TaskError`
+        for options that don't fit, too much to compute, and a caller who has left.
         """
         check = partial(check_cancelled, cancelled)
         self.check_size(image.size, len(embeds), options)
@@ -205,18 +197,13 @@ def refine(
     steps: int,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace, `steps` times, each pixel's scores by the mean of its neighbours', weighted by
-    likeness of colour.
+    """Replace, `steps` times, each pixel's scores in `maps`, float32 [C, h, w], by the mean of its
+    neighbours', weighted by likeness of colour in `image`, uint8 [h, w, 3].
 
     The weights are softmax over the neighbours of -|I_i - I_j| / (0.1 s_i), mean over the channels,
     where s_i is the standard deviation of the colours around pixel i (Araslanov & Roth,
-    "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
-
-    Args:
-        maps: float32 [C, h, w], changed in place.
-        image: uint8 [h, w, 3].
-        steps: number of iterations; 10 is usual.
-        check: called after each map; may raise.
+    "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3). `check` is
+    called after each map, and may raise.
     """
     height, width = image.shape[:2]
     border = max(DILATIONS)

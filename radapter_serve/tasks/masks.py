@@ -22,28 +22,17 @@ MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """How an image is segmented.
+    """How an image is segmented; raises a `TaskError` for a value out of its range."""
 
-    Args:
-        short_side: shorter side in pixels of the working image that windows go over, at least a
-            window. None: 1.5 windows (336 for 224, as SCLIP has it), so that each pixel is seen in
-            two or more contexts and objects that one view of the whole image shows too small get
-            more patches.
-        stride: pixels from one window to the next, from 1 to a window's size. None: half a window.
-        refine: steps of pixel-adaptive refinement of the cosines, 0 for none; 10 is usual.
-        threshold: probability in [0, 1] below which a pixel is background. None: only pixels that
-            no proposal covers are; without proposals there is no background.
-        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that
-            bring scores.
-
-    Raises:
-        TaskError: a value out of its range.
-    """
-
+    # Shorter side in pixels of the working image that windows go over. None: 1.5 windows (336 for
+    # 224, as SCLIP has it), so that each pixel is seen in two or more contexts, and small objects
+    # get more patches.
     short_side: int | None = None
-    stride: int | None = None
-    refine: int = 0
+    stride: int | None = None  # pixels from one window to the next; None: half a window
+    refine: int = 0  # steps of pixel-adaptive refinement of the cosines; 10 is usual
+    # Probability below which a pixel is background. None: only pixels that no proposal covers are.
     threshold: float | None = None
+    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
     proposal_weight: float = 0.7
 
     def __post_init__(self) -> None:

@@ -41,7 +41,6 @@ class ProposalSegmenter:
     mask q are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q,
     divided by sum_q mask_q where that is above one (which changes no label and keeps it a
     probability). A pixel without any mask is background, with a threshold or without.
-
     """
 
     preprocess: Preprocess  # makes the image encoder's input
@@ -108,19 +107,13 @@ class ProposalSegmenter:
         *,
         cancelled: Cancelled | None = None,
     ) -> Windows[ScoredMask]:
-        """Segment an image; yields batches of crops, and is sent their embeddings.
+        """Segment an image by labels' text embeddings of unit length, float32 [C, D]; yields
+        batches of crops, and is sent their embeddings.
 
-        Args:
-            image: as `decode` gives it, any mode.
-            embeds: float32 [C, D], the labels' text embeddings of unit length.
-            masks: uint8 [N, H, W], the probability of each mask, 0 to 255; crops hold what is above
-                0.4. Masks that hold nothing are left out.
-            scores: float32 [N, C], the proposals' own class probabilities, or None.
-            options: `threshold` and `proposal_weight` count here.
-            cancelled: asked between batches of crops.
-
-        Raises:
-            TaskError: masks or scores that do not fit, or hold nothing; cancelled.
+        `masks`, uint8 [N, H, W], have the probability of each mask, 0 to 255: a crop holds what is
+        above 0.4, and a mask that holds nothing is left out. `scores`, float32 [N, C], are the
+        proposals' class probabilities. Raises a `TaskError` for what does not fit, and for a caller
+        who has left.
         """
         check_label_embeddings(embeds)
         self.check(masks, scores, [image.size], len(embeds))

@@ -31,7 +31,6 @@ class Axis:
     upsampled to their window, overlapping windows averaged, and the working image resized to the
     image's own size, both bilinearly as torch does with `align_corners=False`. So no map of the
     working image is ever held.
-
     """
 
     pixels: int  # of the image itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from radapter_serve.tasks.embed import (
 )
 from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
+from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import Local, png, seal
 
 
@@ -87,37 +89,24 @@ def test_answers_are_those_of_the_tasks(repository: Path) -> None:
 def test_callers_of_several_threads_get_what_they_asked_for(engine: Engine) -> None:
     client = Client(transport=engine)
     words = [f"word {number}" for number in range(40)]
-    alone = client.embed_texts(words)
-    found: dict[int, np.ndarray] = {}
-
-    def ask(number: int) -> None:
-        found[number] = client.embed_texts([words[number]])[0]
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(words))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    together = np.stack([found[number] for number in range(len(words))])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    with ThreadPoolExecutor(len(words)) as threads:
+        rows = list(threads.map(lambda word: client.embed_texts([word])[0], words))
+    np.testing.assert_allclose(np.stack(rows), client.embed_texts(words), atol=1e-6)
 
 
-def test_a_bad_request_is_refused(engine: Engine) -> None:
+def test_refusals(engine: Engine) -> None:
+    client = Client(transport=engine)
     for inputs, message in (
         ({"texts": texts(b"a")}, "no input 'texts'; it has text, alpha"),
         ({"text": texts(b"\xff")}, "UTF-8"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             engine.send(Request("infer", "embed_text", inputs=inputs), 10)
-
-
-def test_what_is_not_served(engine: Engine) -> None:
-    client = Client(transport=engine)
     with pytest.raises(ModelNotFound, match="no release 99 of embed_text here; there are 1, 2"):
         Client(transport=engine, release=99).embed_texts(["a"])
     with pytest.raises(ModelNotFound, match="there is no task 'image_encoder'; there are"):
         engine.send(Request("infer", "image_encoder"), 10)
-    with pytest.raises(InvalidImage, match="not an image"):
+    with pytest.raises(InvalidImage):
         client.classify(b"x", ["a"])
     with pytest.raises(InvalidRequest, match="no index 'photos'"):
         client.search("a", index="photos")
@@ -154,6 +143,11 @@ class Held:
         return np.asarray(self._encode(rows))
 
 
+def until_waiting(engine: Engine, count: int) -> None:
+    [served] = engine._every()
+    until(lambda: len(served.queues["images"]._waiting) >= count)
+
+
 def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path) -> None:
     """While the encoder is busy, an image to embed and one to classify wait for it."""
     local = Local(repository, 2)
@@ -172,10 +166,7 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
         for waiting, thread in enumerate(threads):
             thread.start()
             assert held.begun.wait(20)
-            [served] = engine._every()
-            end = time.monotonic() + 20
-            while len(served.queues["images"]._waiting) < waiting and time.monotonic() < end:
-                time.sleep(0.001)
+            until_waiting(engine, waiting)
         held.gate.set()
         for thread in threads:
             thread.join(20)

@@ -117,7 +117,7 @@ def lives(url: str) -> bool:
             return urllib3.request("GET", path, retries=False, timeout=5).status == 200
         return False
 
-    until(is_live, 20)
+    until(is_live, 90)
     return True
 
 
@@ -145,7 +145,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
             said.extend(capsys.readouterr().err.splitlines())
             return any("is back" in line for line in said)
 
-        until(is_back, 20)
+        until(is_back, 90)
         assert lives(url)
         raise KeyboardInterrupt
 
@@ -274,4 +274,4 @@ def test_a_gateway_ends_with_its_parent() -> None:
         child = Path("/proc", parent.stdout.readline().decode().strip())
         assert child.exists()
         parent.kill()
-    until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text(), 20)
+    until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text(), 60)

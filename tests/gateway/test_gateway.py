@@ -279,7 +279,11 @@ def test_bodies_together_take_no_more_than_the_memory_set_apart() -> None:
 
 
 def test_more_than_may_wait_is_refused_at_once() -> None:
-    with serving(max_concurrent=2, max_queue=1) as served, ThreadPoolExecutor(3) as pool:
+    patience = Timeouts(index=0.05)
+    with (
+        serving(max_concurrent=2, max_queue=1, timeouts=patience) as served,
+        ThreadPoolExecutor(3) as pool,
+    ):
         served.hold()
         others = [pool.submit(served.ask, INFER, TEXT) for _ in range(3)]
         until(lambda: "radapter_gateway_waiting 1.0" in served.metrics())

@@ -54,17 +54,11 @@ async def asked(triton: Triton) -> int:
 
 
 class Recorder(Server):
-    """Remembers what came, and answers as a search does.
-
-    Attributes:
-        message: that came last.
-        metadata: that came with it.
-        seconds: that it may take.
-    """
+    """Remembers what came last, and answers as a search does."""
 
     message: service_pb2.ModelInferRequest
     metadata: dict[str, str]
-    seconds: float
+    seconds: float  # that the request may take
 
     async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
         self.message = request

@@ -11,16 +11,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 class BadNetwork:
-    """Passes bytes between callers and a server, as badly as a test says.
-
-    Attributes:
-        delay: seconds that each piece of bytes waits.
-        silent: whether bytes are swallowed, while all connections stay open: a black hole.
-    """
+    """Passes bytes between callers and a server, as badly as a test says."""
 
     def __init__(self, port: int) -> None:
-        self.delay = 0.0
-        self.silent = False
+        self.delay = 0.0  # seconds that each piece of bytes waits
+        self.silent = False  # bytes are swallowed, while all connections stay open
         self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]

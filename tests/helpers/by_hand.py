@@ -29,25 +29,20 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, its label, and the texts of which one or several are drawn.
-
-    Attributes:
-        several: all its labels, where there may be several, each with the texts of its own.
-    """
+    """An image, its label, and the texts of which one or several are drawn."""
 
     image: Image.Image
     label: int
     texts: Sequence[str]
+    # All its labels, where there may be several, with the texts of each
     several: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
 
 class ClipWithAdapters:
     """An open_clip model with a linear map behind every attention and feed-forward: `X + α·γ·X·W`.
 
-    Args:
-        name: of a model that open_clip loads.
-        weights: by the name of the adapted layer, W transposed [d, d], or `up` [d, r] and `down`
-            [r, d]; None puts zeros, which change nothing.
+    Weights are by the name of the adapted layer, W transposed [d, d], or `up` [d, r] and `down`
+    [r, d]; None puts zeros, which change nothing.
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -153,15 +148,10 @@ def train_by_hand(
     prompts: Sequence[Sequence[str]] = (),
     words_of: Sequence[str] = (),
 ) -> Weights:
-    """The averaged adapters after all of a recipe's steps.
+    """The averaged adapters after all of a recipe's steps, in fp32 and in one process.
 
-    Args:
-        recipe: as the trainer takes it; in fp32, in one process.
-        pairs: of the data, in its order.
-        start: of the adapters; zeros if None.
-        see: called with each step, from 1, and the average after it.
-        prompts: of each class, for `negative_classes`.
-        words_of: the classes, for `preserve_words`.
+    `see` is called with each step, from 1, and the average after it; `prompts` of each class are
+    for `negative_classes`, and the classes `words_of` for `preserve_words`.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
@@ -244,11 +234,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What reaches the optimizer in one step, where AdamW does not yet hide how large it is.
-
-    Attributes:
-        gradients: of each tensor, in the optimizer's order.
-    """
+    """What reaches the optimizer in one step, where AdamW does not yet hide how large it is."""
 
     rate: float
     weight_decay: float

@@ -16,36 +16,20 @@ from tests.helpers.stand_ins import http_server
 
 @dataclass(frozen=True)
 class Span:
-    """A span as it came.
-
-    Attributes:
-        service: that sent it.
-        name: of it.
-        trace: its id, in hexadecimal digits.
-        id: its own.
-        parent: the id of the span around it; empty without one.
-        start: in nanoseconds since 1970.
-        end: likewise.
-        attributes: by name.
-    """
+    """A span as it came; ids are hexadecimal digits, times nanoseconds since 1970."""
 
     service: str
     name: str
     trace: str
     id: str
-    parent: str
+    parent: str  # id of the span around it; empty without one
     start: int
     end: int
     attributes: dict[str, Any]
 
 
 class Collector:
-    """Keeps the spans that come.
-
-    Args:
-        url: for `OTEL_EXPORTER_OTLP_ENDPOINT`.
-        seen: the requests that come, as `http_server` has them.
-    """
+    """Keeps the spans that come; `url` is for `OTEL_EXPORTER_OTLP_ENDPOINT`."""
 
     def __init__(self, url: str, seen: list[Any]) -> None:
         self.url = url

@@ -59,16 +59,7 @@ def main(
     timeout: float,
     extra: Sequence[str] = (),
 ) -> None:
-    """Serve until a signal.
-
-    Args:
-        repository: the model repository.
-        indexes: folder of the indexes.
-        keys: file of the keys; None for none.
-        port: to listen on.
-        timeout: seconds that a request may take.
-        extra: "orders" lets `classify` obey what images order.
-    """
+    """Serve until a signal; with "orders" as `extra`, `classify` obeys what images order."""
     if "orders" in extra:
         engines.TASKS = {**TASKS, "classify": ORDERS}  # type: ignore[attr-defined]
     settings = Settings(port=port, api_keys=keys, timeout=timeout)

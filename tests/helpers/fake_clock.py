@@ -4,15 +4,10 @@ from __future__ import annotations
 
 
 class FakeClock:
-    """Stands still, but for what is slept by it.
-
-    Attributes:
-        now: seconds.
-        slept: the waits, in seconds.
-    """
+    """Moves by what is slept, and when a test sets it."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = 1000.0  # seconds
         self.slept: list[float] = []
 
     def monotonic(self) -> float:

@@ -20,21 +20,15 @@ TOKEN = "hf_test"
 
 
 class FakeHub:
-    """Repositories by name, each a list of commits.
-
-    Attributes:
-        url: of the hub.
-        repositories: of each its commits, the newest last: a name of 40 digits, and the files.
-        private: names of those that were made private.
-        answers: statuses to give in place of an answer, by method and a pattern of the path.
-        asked: method and path of each request.
-    """
+    """Repositories by name, each a list of commits."""
 
     def __init__(self) -> None:
+        # Commits of each, the newest last: a name of 40 digits, and the files
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.private: set[str] = set()
+        # Statuses in place of an answer, by method and a pattern of the path
         self.answers: dict[tuple[str, str], int] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str]] = []  # method and path
         hub = self
 
         class Handler(BaseHTTPRequestHandler):

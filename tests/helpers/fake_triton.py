@@ -96,11 +96,8 @@ def install(
     encode: Callable[[str, list[np.ndarray]], Response] | None = None,
     **more: Any,
 ) -> None:
-    """Put the stand-in where models import it from.
-
-    Args:
-        encode: what a request to another model gives, from its name and its inputs.
-        more: what else the module has.
+    """Put the stand-in where models import it from; `encode` answers requests to another model, by
+    its name and its inputs, and the module also has `more`.
     """
 
     def request(model_name: str, inputs: list[Tensor], **_: Any) -> SimpleNamespace:

@@ -59,13 +59,8 @@ def quick_exports(common: Path) -> Iterator[None]:
 
 
 def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -> Graph:
-    """What `make(base, *rest)` gives; on the values of weights it does not depend.
-
-    Args:
-        common: folder that all workers of this run have in common.
-        make: `image_graph`, `patch_graph` or `text_graph`.
-        base: the model.
-        rest: the way to embed patches, and an adapter or None, as `make` takes them.
+    """The graph of `make(base, *rest)`, such as `image_graph`, which does not depend on the values
+    of weights; `rest` is the way to embed patches, and an adapter or None.
     """
     adapters = [each for each in rest if isinstance(each, Adapter)]
     shapes = [

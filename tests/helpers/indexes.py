@@ -31,13 +31,8 @@ def retrieving(
     query: NDArray[np.float32],
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[RetrieveRequest], Retrieved]:
-    """The task `retrieve` of a release, to which everything that is asked is one query.
-
-    Args:
-        loaded: whose indexes are searched.
-        indexes: folder of these.
-        query: float32 [D], unit length.
-        clock: by which it asks again what was published last.
+    """The task `retrieve` of a release, to which everything is one query, float32 [D], of unit
+    length; by the clock it asks again what was published last.
     """
     own = copy.copy(loaded)
     own.indexes = indexes

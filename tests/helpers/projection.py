@@ -54,13 +54,7 @@ class Projection:
 def projecting(
     indexes: Path = Path("indexes"), texts: NDArray[np.float32] = TEXTS, **facts: Any
 ) -> LoadedRelease:
-    """The release, whose facts may be others.
-
-    Args:
-        indexes: folder of its indexes.
-        texts: float32 [N, 16], unit length.
-        facts: of the release.
-    """
+    """The release with other facts; `texts` are float32 [N, 16], of unit length."""
     known = {"embed_dim": DIM, "preprocess": {"size": SIZE, "resize_mode": "squash"}, **facts}
     encoder = Projection(texts)
     origin = {"model_repository": "/models of mine"}
@@ -75,11 +69,7 @@ def embeds_of(files: Sequence[Path]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Searching:
-    """The task `retrieve` of a release.
-
-    Attributes:
-        indexes: that it searches.
-    """
+    """The task `retrieve` of a release."""
 
     indexes: Indexes
 

@@ -22,12 +22,8 @@ def common_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def shared(common: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder in the common one that every worker reads, and that no test may change.
-
-    Args:
-        common: from `common_folder`.
-        name: of the folder to make.
-        make: fills the folder. Workers that ask meanwhile wait for it.
+    """A folder in the common one that every worker reads, and that no test may change; `make` fills
+    it, and workers that ask meanwhile wait for that.
     """
     folder = common / name
     made = common / f"{name}.made"

@@ -77,23 +77,15 @@ def _hugging_face(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """How a small model of a family is made.
+    """How a small model of a family is made."""
 
-    Attributes:
-        names: models of open_clip that belong to it.
-        image: `vision_cfg`.
-        text: `text_cfg`; `model` in it is the configuration of a Hugging Face model.
-        config: the rest of `model_cfg`.
-        preprocess: what differs from CLIP's `preprocess_cfg`.
-        partial: only its text tower can be adapted.
-    """
-
-    names: str
+    names: str  # models of open_clip that belong to it
     image: dict[str, Any] = field(default_factory=lambda: dict(IMAGE))
+    # `model` in it is the configuration of a Hugging Face model.
     text: dict[str, Any] = field(default_factory=lambda: dict(TEXT))
-    config: dict[str, Any] = field(default_factory=dict)
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    partial: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # the rest of `model_cfg`
+    preprocess: dict[str, Any] = field(default_factory=dict)  # where it is not CLIP's
+    partial: bool = False  # only its text tower can be adapted
 
 
 CUSTOM = {"custom_text": True}

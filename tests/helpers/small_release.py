@@ -231,9 +231,7 @@ def write_release(
 
 
 def seal(repository: Path, *versions: int) -> None:
-    """Give releases what an export gives them beside their models: configs of their own, and
-    digests.
-    """
+    """Give releases what an export gives them besides their models: configs and digests."""
     for version in versions:
         for model in MODELS:
             if (folder := repository / model / str(version)).is_dir():
@@ -262,11 +260,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class Local:
-    """An encoder in this process, by ONNX Runtime alone, that remembers the shapes that it got.
-
-    Attributes:
-        loaded: the release with this encoder.
-        calls: the shapes.
+    """An encoder in this process, by ONNX Runtime alone, which notes in `calls` the shapes that it
+    got; `loaded` is the release with this encoder.
     """
 
     def __init__(self, repository: Path, version: int) -> None:

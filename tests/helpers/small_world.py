@@ -38,10 +38,7 @@ def write_indexes(folder: Path) -> Path:
 class SmallWorld(FakeUpstream):
     """Labels get 1 / (1 + their place) each, normalized, and the first as much more as α says; the
     left half of a picture is the first label and the right half the second; each index has three
-    pictures.
-
-    Args:
-        dynamic_alpha: whether its release takes any α.
+    pictures. With `dynamic_alpha`, its release takes any α.
     """
 
     def __init__(self, dynamic_alpha: bool = True) -> None:

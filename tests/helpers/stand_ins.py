@@ -102,12 +102,7 @@ def http_server(
     port: int = 0,
 ) -> Iterator[tuple[str, list[Any]]]:
     """A server that gives one answer to all; its URL, and its requests: (method, path, headers,
-    body, caller).
-
-    Args:
-        status, body, headers: of the answer.
-        first: answers to the first requests instead, one each; None breaks the connection.
-        port: a free one if 0.
+    body, caller). The first requests get the answers `first`, where None breaks the connection.
     """
     left = list(first)
     last = (status, body, headers or {})

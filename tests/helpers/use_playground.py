@@ -23,14 +23,10 @@ ANSWERED = """before => {
 
 
 def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = False) -> None:
-    """Classify at three α, search and segment; each answer must come.
+    """Classify a picture at three α, search, and segment a scene; each answer must come.
 
-    Args:
-        page: of the browser, which shows the playground.
-        picture, scene: files to classify and to segment.
-        shot: file of a picture of the page; none if empty.
-        moves: whether the scores at the three α must differ; after a few steps of training they may
-            not.
+    `shot` is the file of a picture of the page, if any. With `moves`, the scores at the three α
+    must differ, which they may not after a few steps of training.
     """
     page.get_by_text("any α").wait_for()
     page.set_input_files("#picture input[type=file]", picture)

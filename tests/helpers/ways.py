@@ -20,13 +20,7 @@ from radapter_serve.server.triton_server import TritonServer
 
 @dataclass(frozen=True)
 class Running:
-    """A server.
-
-    Attributes:
-        url: where it answers.
-        server: its releases.
-        folder: of the server.
-    """
+    """A server, where it answers, and its folder."""
 
     url: str
     server: ReleaseServer

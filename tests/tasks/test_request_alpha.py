@@ -57,15 +57,10 @@ def test_what_is_no_alpha(value: float) -> None:
 
 
 class Turned:
-    """The small release as if α were an input: an encoder turns its embeddings around by α.
-
-    Attributes:
-        calls: the α of each row that it got.
-        loaded: the release.
-    """
+    """The small release as if α were an input: an encoder turns its embeddings around by α."""
 
     def __init__(self, local: Local) -> None:
-        self.calls: list[list[float]] = []
+        self.calls: list[list[float]] = []  # α of each row
         for name in ("images", "patches", "tokens"):
             setattr(local, name, self._turned(getattr(local, name)))
         self.loaded = local.changed(alpha=0.3, dynamic_alpha=True)

@@ -31,18 +31,11 @@ ODD = ["it's.png", 'quo"te.png', "Ünï 猫.png", "100%_.png", "back\\slash.png"
 
 @dataclass(frozen=True)
 class World:
-    """An index of 45 images, of which ten are alike and five have names that need care.
-
-    Args:
-        folder: of the index's folder.
-        files: the images, in the order of their ids.
-        embeds: of the images, float32 [45, D].
-        search: the task.
-    """
+    """An index of 45 images, of which ten are alike and five have names that need care."""
 
     folder: Path
-    files: list[Path]
-    embeds: NDArray[np.float32]
+    files: list[Path]  # in the order of their ids
+    embeds: NDArray[np.float32]  # of the images, [45, D]
     search: Searching
 
     @property
