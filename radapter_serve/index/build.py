@@ -22,7 +22,7 @@ from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan, build_comm
 from radapter_serve.index.folder import Folder, generations_of
 from radapter_serve.index.index import link_of
 from radapter_serve.index.table import THUMBNAIL, VECTOR, vector_column
-from radapter_serve.index.writer import Sizes, Summary, writing
+from radapter_serve.index.writer import Summary, writing
 from radapter_serve.release.repository import releases_with_digest, split_repository
 
 _ROWS = 4096  # rows that are written at once
@@ -40,7 +40,6 @@ def build(
     resume: bool = True,
     ray: str | None = None,
     progress: Progress | None = None,
-    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
     """Make an index, whole or not at all.
 
@@ -68,7 +67,7 @@ def build(
     )
     cluster = None if ray is None else Cluster(ray, loaded)
     schema = _schema(plan, collection.columns)
-    with writing(out, plan, loaded, schema, sizes, resume=resume) as writer:
+    with writing(out, plan, loaded, schema, resume=resume) as writer:
         summary = writer.write(collection, on_broken, progress, cluster)
         there = {item.id for item in collection.items} - summary.broken.keys()
         summary.removed = writer.delete(writer.known.keys() - there)
@@ -88,7 +87,6 @@ def add(
     prune: bool = False,
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
-    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
     """Embed images that are new or have other bytes, and keep the rest; seen whole or not at all.
 
@@ -122,7 +120,7 @@ def add(
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
     schema = _schema(plan, collection.columns)
-    with writing(out, plan, loaded, schema, sizes, extend=True) as writer:
+    with writing(out, plan, loaded, schema, extend=True) as writer:
         writer.check_columns(collection)
         summary = writer.write(collection, plan.on_broken, progress)
         if prune:
@@ -141,7 +139,6 @@ def build_from_embeddings(
     image_column: str = "image",
     resume: bool = True,
     progress: Progress | None = None,
-    sizes: Sizes = Sizes(),  # noqa: B008  # frozen
 ) -> Summary:
     """Make an index of embeddings that are there already, whole or not at all; no image is read.
 
@@ -208,7 +205,7 @@ def build_from_embeddings(
             if progress is not None:
                 progress(start + len(part), len(array))
 
-    with writing(out, plan, loaded, schema, sizes, resume=resume) as writer:
+    with writing(out, plan, loaded, schema, resume=resume) as writer:
         summary = Summary(count=len(array))
         writer.publish(summary, batches())
     return summary

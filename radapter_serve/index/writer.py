@@ -82,14 +82,6 @@ class Summary:
     recall: float | None = None  # recall@10; None where every vector is compared
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of images: embedded and written at once, and up to which a search needs no FAISS."""
-
-    batch: int = BATCH
-    exact: int = EXACT
-
-
 def read_broken(folder: Path) -> list[str]:
     """The ids of the images that could not be read when the index was written."""
     with contextlib.suppress(OSError):
@@ -137,7 +129,6 @@ def writing(
     plan: Plan,
     loaded: LoadedRelease,
     schema: pa.Schema,
-    sizes: Sizes,
     *,
     resume: bool = True,
     extend: bool = False,
@@ -166,7 +157,7 @@ def writing(
                 else:
                     _clear(folder)
                     write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-                yield Writer(folder, plan, loaded, out, schema, base, sizes)
+                yield Writer(folder, plan, loaded, out, schema, base)
                 shutil.rmtree(folder)
         except BaseException as error:
             if not _parts(folder):
@@ -226,14 +217,12 @@ class Writer:
         out: Path,
         schema: pa.Schema,
         base: _Base | None,
-        sizes: Sizes,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._loaded = loaded
         self._out = out
         self._base = base
-        self._sizes = sizes
         self._parts = _parts(folder)
         self._vectors = lru_cache(8)(self._read_vectors)
         if base is not None:
@@ -354,11 +343,11 @@ class Writer:
         if self._base is None or self._parts or count != self._base.facts.count:
             return False
         searched_by_codes = self._base.facts.nearest is not None
-        return searched_by_codes == (count > self._sizes.exact) and self._base.has_codes()
+        return searched_by_codes == (count > EXACT) and self._base.has_codes()
 
     def _write_nearest(self, place: Path, count: int) -> NearestFacts | None:
         """Write the codes; None if there are too few images for them."""
-        if count <= self._sizes.exact:
+        if count <= EXACT:
             return None
         vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
         base = self._base
@@ -391,7 +380,6 @@ class Writer:
 
     def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
         """Read files batch by batch, by threads of this process or by a cluster."""
-        many = self._sizes.batch
         size = self._plan.thumbnails
 
         def before(item: Item) -> str:
@@ -404,11 +392,11 @@ class Writer:
 
         if cluster is not None:
             asked = [(item.id, item.file, before(item)) for item in items]
-            yield from cluster.read(asked, many, size, self._plan.exif_orientation)
+            yield from cluster.read(asked, BATCH, size, self._plan.exif_orientation)
             return
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
-            for start in range(0, len(items), many):
-                batch = items[start : start + many]
+            for start in range(0, len(items), BATCH):
+                batch = items[start : start + BATCH]
                 yield list(
                     pool.map(lambda i: read(i.id, i.file, before(i), self._loaded, size), batch)
                 )

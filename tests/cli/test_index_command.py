@@ -26,9 +26,9 @@ from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index import writer
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
-from radapter_serve.index.writer import Sizes
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.retrieve import Indexes, Query, Retrieved, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
@@ -276,14 +276,18 @@ def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_stopped_build_prints_works(
-    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    dynamic_tiny_clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(writer, "BATCH", 2)
     Path("photos").rename("my photos")
     (place / "my photos" / "last.png").write_bytes(b"no image")
     options = ["--model-repository", str(dynamic_tiny_clip), "--alpha", "0.8"]
     options += ["--thumbnails", "64", "--no-exif-orientation"]
     release = load_release(dynamic_tiny_clip).at(0.8)
-    how: Any = {"thumbnails": 64, "exif_orientation": False, "sizes": Sizes(batch=2)}
+    how: Any = {"thumbnails": 64, "exif_orientation": False}
     with pytest.raises(RAdapterError, match="are kept: give the same command again to continue"):
         build("my photos", Path("indexes/photos"), release, **how)
     (place / "my photos" / "last.png").unlink()

@@ -20,10 +20,10 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index import writer
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.table import vectors_of
-from radapter_serve.index.writer import Sizes
 from tests.helpers.small_release import png
 
 pytestmark = [
@@ -32,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]  # Ray's own
 COUNT = 40
-SMALL = Sizes(batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,11 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A table of images with metadata; one has a hostile name, one the bytes of another."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of images with metadata, to be embedded in batches of 8; one has a hostile name, one
+    the bytes of another.
+    """
+    monkeypatch.setattr(writer, "BATCH", 8)
     names = [f"{number}é.png" for number in range(COUNT - 2)] + ["it's 猫.png", "copy.png"]
     (tmp_path / "photos").mkdir()
     for number, name in enumerate(names):
@@ -71,8 +73,8 @@ def test_rows_are_those_of_a_local_build(
 ) -> None:
     release = load_release(exported_tiny_clip / "model_repository")
     source = f"parquet:{place / 'table.parquet'}"
-    here = build(source, place / "here", release, sizes=SMALL)
-    there = build(source, place / "there", release, ray="auto", sizes=SMALL)
+    here = build(source, place / "here", release)
+    there = build(source, place / "there", release, ray="auto")
     assert (
         (there.count, there.embedded, there.copies)
         == (here.count, here.embedded, here.copies)
@@ -83,7 +85,7 @@ def test_rows_are_those_of_a_local_build(
     assert rows == same
     np.testing.assert_allclose(vectors, close, atol=1e-6)
     (place / "photos" / "1é.png").write_bytes(png(77, 50, 40))
-    again = build(source, place / "there", release, ray="auto", sizes=SMALL)
+    again = build(source, place / "there", release, ray="auto")
     assert (again.embedded, again.kept) == (1, COUNT - 1)
 
 
@@ -103,9 +105,7 @@ def test_a_killed_worker_costs_nothing(
             killed.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
 
-    summary = build(
-        str(place / "photos"), place / "index", release, ray="auto", progress=kill, sizes=SMALL
-    )
+    summary = build(str(place / "photos"), place / "index", release, ray="auto", progress=kill)
     assert killed and summary.count == COUNT
     build(str(place / "photos"), place / "here", release)
     np.testing.assert_allclose(rows_of(place / "index")[1], rows_of(place / "here")[1], atol=1e-6)
@@ -117,13 +117,13 @@ def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_
     (place / "photos" / "gone.png").symlink_to(place / "nowhere")
     source = str(place / "photos")
     with pytest.raises(RAdapterError, match="'bad.png' can't be indexed.*--on-broken skip"):
-        build(source, place / "index", release, ray="auto", sizes=SMALL)
-    summary = build(source, place / "index", release, ray="auto", on_broken="skip", sizes=SMALL)
+        build(source, place / "index", release, ray="auto")
+    summary = build(source, place / "index", release, ray="auto", on_broken="skip")
     assert summary.count == COUNT and set(summary.broken) == {"bad.png", "gone.png"}
     moved = load_release(shutil.copytree(exported_tiny_clip / "model_repository", place / "models"))
     shutil.rmtree(place / "models")
     with pytest.raises(RAdapterError, match="the cluster can't embed") as error:
-        build(source, place / "other", moved, ray="auto", sizes=SMALL)
+        build(source, place / "other", moved, ray="auto")
     assert "\n" not in str(error.value)
 
 

@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.index import writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.publish import link, publish
 from radapter_serve.server.config import ServerConfig
@@ -31,7 +32,6 @@ from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.indexes import generation, point_again, said, say
 from tests.helpers.small_release import png
-from tests.index.test_neighbours import SMALL
 
 pytestmark = pytest.mark.triton
 
@@ -120,15 +120,19 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
 
 
 def test_many_images_are_found_by_faiss(
-    served: tuple[TritonServer, Path], exported_tiny_clip: Path, tmp_path: Path
+    served: tuple[TritonServer, Path],
+    exported_tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(writer, "EXACT", 200)
     server, folder = served
     (tmp_path / "many").mkdir()
     for number in range(260):
         (tmp_path / "many" / f"{number:03}.png").write_bytes(png(number, 20, 20))
     release = load_release(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
-    build(str(tmp_path / "many"), out, release, sizes=SMALL)
+    build(str(tmp_path / "many"), out, release)
     for number in (0, 100, 259):
         hits = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
         assert hits["id"][0].decode() == f"{number:03}.png" and hits["score"][0] > 0.9999
@@ -139,7 +143,7 @@ def test_many_images_are_found_by_faiss(
     point_again(out)
     message = r"\[unknown_index\].*can't be opened; the server's log says why"
     refused(server, message, text="a cat", index="many é")
-    add(out, release, sizes=SMALL)  # makes it again
+    add(out, release)  # makes it again
     assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
 
 

@@ -14,13 +14,12 @@ from pyarrow import parquet
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import folder
+from radapter_serve.index import folder, writer
 from radapter_serve.index.build import add, build, build_from_embeddings
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES
 from radapter_serve.index.table import ROWS, VECTORS
 from radapter_serve.index.verify import verify
-from radapter_serve.index.writer import Sizes
 from tests.helpers.indexes import generation, said, say
 from tests.helpers.projection import DIM
 from tests.index.test_index import FakeRelease, embeds_of, write
@@ -64,13 +63,14 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "CHECKED_AT_OPEN", 0)
+    monkeypatch.setattr(writer, "EXACT", 100)
     vectors = np.random.default_rng(0).standard_normal((200, DIM)).astype(np.float32)
     np.save(tmp_path / "v.npy", vectors)
     rows = pa.table({"image": [str(number) for number in range(200)]})
     parquet.write_table(rows, tmp_path / "r.parquet")
     files = tmp_path / "v.npy", tmp_path / "r.parquet"
     out = tmp_path / "index"
-    build_from_embeddings(*files, out, FakeRelease(), sizes=Sizes(exact=100))
+    build_from_embeddings(*files, out, FakeRelease())
     for name in (ROWS, VECTORS):
         flip(generation(out) / name, 2000)
         assert len(open_index(out)) == 200
@@ -92,13 +92,14 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("value", [1e35, float("nan")])
 def test_scores_that_no_cosine_has_are_refused(
-    value: float, exact: bool, out: Path, tmp_path: Path
+    value: float, exact: bool, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A vector is harmed, and the digests are those of the harmed file."""
     if not exact:
+        monkeypatch.setattr(writer, "EXACT", 100)
         for number in range(4, 120):
             write(tmp_path / "photos" / f"{number}.png", number)
-        build(str(tmp_path / "photos"), out, FakeRelease(), sizes=Sizes(exact=100))
+        build(str(tmp_path / "photos"), out, FakeRelease())
         assert said(out)["nearest"]
     query = embeds_of(FakeRelease(), [tmp_path / "photos" / "1.png"])[0]
     path = generation(out) / VECTORS
@@ -115,14 +116,17 @@ def test_scores_that_no_cosine_has_are_refused(
     assert refused.value.code == UNKNOWN_INDEX
 
 
-def test_damage_to_a_stopped_build_is_refused(tmp_path: Path) -> None:
+def test_damage_to_a_stopped_build_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the checksums of the parts' pages."""
+    monkeypatch.setattr(writer, "BATCH", 2)
     photos = tmp_path / "photos"
     for number in range(4):
         write(photos / f"{number}.png", number)
     (photos / "z.png").write_bytes(b"broken")
     with pytest.raises(RAdapterError, match="are kept"):
-        build(str(photos), tmp_path / "index", FakeRelease(), sizes=Sizes(batch=2))
+        build(str(photos), tmp_path / "index", FakeRelease())
     (photos / "z.png").unlink()
     part = tmp_path / ".index.building" / "000000.parquet"
     vector = embeds_of(FakeRelease(), [photos / "0.png"])[0].tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,27 @@ from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import neighbours, table
+from radapter_serve.index import neighbours, table, writer
 from radapter_serve.index.build import add, build, build_from_embeddings
 from radapter_serve.index.conditions import Met
 from radapter_serve.index.index import Index, open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
 from radapter_serve.index.table import ROWS, VECTORS
-from radapter_serve.index.writer import Sizes
 from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import Counting, FakeRelease
 
 COUNT = 3000
 DIM = 32
 FEW = 200
-SMALL = Sizes(exact=FEW)
 Array = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_is_approximate() -> Iterator[None]:
+    """Search more than 200 images by codes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "EXACT", FEW)
+        yield
 
 
 class Ready(FakeRelease):
@@ -67,7 +73,7 @@ def clustered(count: int, dim: int, centres: int) -> tuple[Array, Array]:
     return drawn, unit(drawn[-200:] + 1.5 * np.eye(dim)[0])
 
 
-def make(folder: Path, vectors: Array, texts: Array, sizes: Sizes = SMALL) -> Path:
+def make(folder: Path, vectors: Array, texts: Array) -> Path:
     """An index of vectors whose ids are their numbers, with a year of five."""
     numbers = np.arange(len(vectors))
     names = [f"{number:06}.jpg" for number in numbers]
@@ -76,7 +82,7 @@ def make(folder: Path, vectors: Array, texts: Array, sizes: Sizes = SMALL) -> Pa
     parquet.write_table(rows, folder / "rows.parquet")
     loaded = Ready(vectors, texts)
     files = folder / "vectors.npy", folder / "rows.parquet"
-    summary = build_from_embeddings(*files, folder / "index", loaded, sizes=sizes)
+    summary = build_from_embeddings(*files, folder / "index", loaded)
     assert summary.recall is not None and summary.recall >= 0.975
     return folder / "index"
 
@@ -158,40 +164,42 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
     assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
 
 
-def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(tmp_path: Path) -> None:
+def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An index that starts with too few images for cells, grows, and loses an image."""
     photos = tmp_path / "photos"
     out = tmp_path / "index"
     photos.mkdir()
     vectors, texts = clustered(301, 16, 5)
     release = Ready(vectors, texts[:20])
-    sizes = Sizes(exact=100)
+    monkeypatch.setattr(writer, "EXACT", 100)
     for count, trained_on in ((100, None), (150, 150), (300, 150), (301, 301)):
         for number in range(count):
             (photos / f"{number:06}.jpg").write_text(str(number))
-        build(str(photos), out, release, sizes=sizes)
+        build(str(photos), out, release)
         index = open_index(out)
         nearest = index.facts.nearest
         assert (nearest.trained_on if nearest else None) == trained_on
         assert numbers_of(index, vectors[count - 1], 1) == [count - 1]
     assert release.embedded == 301
     (photos / "000000.jpg").unlink()
-    summary = add(out, release, prune=True, sizes=sizes)
+    summary = add(out, release, prune=True)
     assert (summary.count, summary.removed, summary.embedded) == (300, 1, 0)
     assert 0 not in numbers_of(open_index(out), vectors[0], 10)
     assert numbers_of(index, vectors[0], 1) == [0]  # a reader goes on with what it opened
-    assert add(out, release, sizes=sizes).changed is False
+    assert add(out, release).changed is False
     # Generations that were replaced an hour ago go.
     for path in out.glob("g-*"):
         os.utime(path, (0, 0))
     (photos / "000000.jpg").write_text("0")
-    add(out, release, sizes=sizes)
+    add(out, release)
     assert len(list(out.glob("g-*"))) == 2
     # Damaged codes are written again from the vectors.
     (generation(out) / CODES).write_bytes(b"broken")
     with pytest.raises(RAdapterError, match=f"{CODES} in g-.* is not as it was written; build it"):
         open_index(out)
-    assert build(str(photos), out, release, sizes=sizes).changed and release.embedded == 302
+    assert build(str(photos), out, release).changed and release.embedded == 302
     assert numbers_of(open_index(out), vectors[5], 1) == [5]
 
 
@@ -408,7 +416,7 @@ def test_an_approximate_index_keeps_its_promise(tmp_path: Path) -> None:
     count = 120_000
     vectors, texts = clustered(count + 200, 64, 500)
     vectors, queries = vectors[:count], vectors[count:]
-    index = open_index(make(tmp_path, vectors, texts[:100], Sizes()))
+    index = open_index(make(tmp_path, vectors, texts[:100]))
     for asked in (queries, texts[100:]):
         assert recall(index, asked, vectors) >= 0.97
     assert recall(index, queries, vectors[:60_000], "path < '060000.jpg'") >= 0.97

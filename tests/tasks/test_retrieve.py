@@ -21,12 +21,11 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.encoders.needs import complete
-from radapter_serve.index import opened
+from radapter_serve.index import opened, writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import OpenIndexes
-from radapter_serve.index.writer import Sizes
 from radapter_serve.tasks.retrieve import Indexes, Query, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
@@ -124,13 +123,15 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     assert len(indexes.get("photos")) == 4
 
 
-def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path) -> None:
+def test_nothing_fails_while_an_index_of_many_images_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By additions and as a whole, while two threads search: every answer is of one state or
     another.
     """
     photos = tmp_path / "photos"
     out = tmp_path / "indexes" / "photos"
-    small = Sizes(exact=128)  # of more images, the nearest are searched by cells
+    monkeypatch.setattr(writer, "EXACT", 128)  # of more images, the nearest are searched by cells
 
     def add_photos(count: int) -> None:
         for number in range(count):
@@ -138,7 +139,7 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path)
                 write(photos / f"{number:06}.png", number)
 
     add_photos(300)
-    build(str(photos), out, projecting(), sizes=small)
+    build(str(photos), out, projecting())
     search = task(tmp_path / "indexes")
     image = (photos / "000005.png").read_bytes()
     over = threading.Event()
@@ -165,9 +166,9 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(tmp_path: Path)
             add_photos(count)
             states.add(count)
             if count % 20:
-                add(out, projecting(), sizes=small)
+                add(out, projecting())
             else:
-                build(str(photos), out, projecting(), resume=False, sizes=small)
+                build(str(photos), out, projecting(), resume=False)
     finally:
         over.set()
         for one in searching:
