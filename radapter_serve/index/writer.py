@@ -155,7 +155,8 @@ def writing(
                 if resume and _parts(folder):
                     _check_stopped(folder, out, plan)
                 else:
-                    _clear(folder)
+                    for path in folder.iterdir():
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                     write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
                 yield Writer(folder, plan, loaded, out, schema, base)
                 shutil.rmtree(folder)
@@ -173,11 +174,6 @@ def writing(
 
 def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_stopped(folder: Path, out: Path, plan: Plan) -> None:
@@ -313,16 +309,23 @@ class Writer:
             summary.count = len(self.known)
             summary.copies = len(self.known) - len(digests)
             rows = self._rows()
-        if self._is_same(summary.count):
+        # The generation stays if it has these rows, and what a search needs.
+        base = self._base
+        if (
+            base is not None
+            and not self._parts
+            and summary.count == base.facts.count
+            and (base.facts.nearest is not None) == (summary.count > EXACT)
+            and base.has_codes()
+        ):
             summary.changed = False
-            assert self._base is not None
-            nearest = self._base.facts.nearest
+            nearest = base.facts.nearest
         else:
             place = self._folder / "new"
             shutil.rmtree(place, ignore_errors=True)  # what a stopped command left there
             place.mkdir()
             write_table(place, rows, (summary.count, self._plan.release.embed_dim))
-            nearest = self._write_nearest(place, summary.count)
+            nearest = self._write_nearest(place) if summary.count > EXACT else None
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             facts = IndexFacts(
                 plan=self._plan,
@@ -330,7 +333,7 @@ class Writer:
                 columns=[n for n in self._schema.names if n not in (VECTOR, THUMBNAIL)],
                 files=describe_files(place),
                 nearest=nearest,
-                created=self._base.facts.created if self._base else now,
+                created=base.facts.created if base else now,
                 changed=now,
             )
             install(place, self._out, facts, KEEP)
@@ -338,23 +341,13 @@ class Writer:
         write_text(self._out / BROKEN, "".join(lines))
         summary.recall = nearest.recall if nearest else None
 
-    def _is_same(self, count: int) -> bool:
-        """Whether the current generation has these rows, and what a search needs."""
-        if self._base is None or self._parts or count != self._base.facts.count:
-            return False
-        searched_by_codes = self._base.facts.nearest is not None
-        return searched_by_codes == (count > EXACT) and self._base.has_codes()
-
-    def _write_nearest(self, place: Path, count: int) -> NearestFacts | None:
-        """Write the codes; None if there are too few images for them."""
-        if count <= EXACT:
-            return None
+    def _write_nearest(self, place: Path) -> NearestFacts:
+        """Write the codes; cells stay where the generation before had much the same vectors."""
         vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
         base = self._base
         before = base.facts.nearest if base else None
         cells_of = None
-        # The vectors of a larger index have changed much.
-        if base and before and count <= 2 * before.trained_on and base.has_codes():
+        if base and before and len(vectors) <= 2 * before.trained_on and base.has_codes():
             cells_of = (base.folder, before)
         nearest = write_neighbours(place, vectors, cells_of)
         texts = self._loaded.embed_texts(TEXTS)
