@@ -4,7 +4,6 @@ same PIL image.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import radapter_client
 from radapter_client import Client
-from radapter_serve.encoders.loaded import load_release
-from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -29,24 +25,9 @@ ALPHAS = [0.3, 0.8]
 
 
 @pytest.fixture(scope="module")
-def indexes(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of indexes with one, `pictures`, made by the newest release."""
-    folder = tmp_path_factory.mktemp("indexed")
-    (folder / "pictures").mkdir()
-    for index, image in enumerate(pictures()):
-        image.save(folder / "pictures" / f"bild é {index}.png")
-    build(
-        str(folder / "pictures"),
-        folder / "indexes" / "pictures",
-        load_release(exported_tiny_clip / "model_repository"),
-    )
-    return folder / "indexes"
-
-
-@pytest.fixture(scope="module")
-def server(exported_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
+def server(exported_tiny_clip: Path) -> Iterator[TritonServer]:
     models = exported_tiny_clip / "model_repository"
-    with TritonServer(ServerConfig(models, Endpoints.on_free_ports(), indexes=indexes)) as server:
+    with TritonServer(ServerConfig(models, Endpoints.on_free_ports())) as server:
         yield server
 
 
@@ -134,21 +115,6 @@ def test_classify(client: Client):
         np.testing.assert_allclose(result.scores, np.sort(row)[::-1], rtol=1e-3)
 
 
-def test_releases(url: str, client: Client):
-    assert [release.alpha for release in client.releases()] == ALPHAS
-    first, second = client.releases()
-    assert client.release() == second
-    assert list(second.label_sets) == ["four"]
-    assert second.facts["max_batch_size"] >= 16
-    with Client(url, release=first.version) as pinned:
-        assert pinned.is_ready()
-        assert pinned.release() == first
-        assert pinned.classify(pictures()[0], LABELS).release == first.version
-        assert not np.allclose(
-            pinned.embed_texts(["a cat"]), client.embed_texts(["a cat"]), atol=1e-3
-        )
-
-
 def test_segment_proposals(client: Client):
     """A mask of the whole of a square image is that image: it gets the label that `classify`
     gives.
@@ -171,50 +137,3 @@ def test_segment_proposals(client: Client):
         image, LABELS, proposals=whole, proposal_scores=[[0, 0, 0, 1]], proposal_weight=0.5
     )
     assert (fused.mask == 3).all()
-
-
-def test_segment_dense(dense_tiny_clip: Path):
-    with TritonServer(
-        ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports())
-    ) as server:
-        answers = []
-        for url in (server.grpc_url, server.http_url):
-            with Client(url) as client:
-                assert client.is_ready()
-                answers.append(
-                    client.segment(pictures(), LABELS, threshold=0.3, stride=8, refine=1)
-                )
-    for image, found, other in zip(pictures(), *answers, strict=True):
-        assert (found.mask.dtype, found.mask.shape) == (np.uint16, image.size[::-1])
-        assert found.labels == ["cat", *LABELS[1:], "background"]
-        assert (
-            found.mask != other.mask
-        ).mean() < 1e-2  # rounding of the encoder's batches moves a tie
-        assert sum(found.shares) == pytest.approx(1)
-        assert all(
-            (score > 0) == (share > 0)
-            for score, share in zip(found.scores, found.shares, strict=True)
-        )
-        assert found.overlay(legend=False).size == image.size
-
-
-def test_search(client: Client):
-    images = client.embed_images(pictures())
-    [words] = client.embed_texts(["a cat"])
-    order = np.argsort(-images @ words)
-    hits = client.search("a cat", index="pictures", top_k=5)
-    assert [hit.id for hit in hits] == [f"bild é {index}.png" for index in order[:5]]
-    np.testing.assert_allclose([hit.score for hit in hits], (images @ words)[order[:5]], atol=1e-5)
-    assert hits[0].thumbnail is None
-    [same] = client.search(
-        image=pictures()[3], index="pictures", top_k=1, thumbnails=True, where="width > 1"
-    )
-    assert (same.id, same.metadata["width"]) == ("bild é 3.png", pictures()[3].width)
-    assert same.score == pytest.approx(1, abs=1e-5)
-    assert same.thumbnail and Image.open(io.BytesIO(same.thumbnail)).format == "JPEG"
-    with pytest.raises(radapter_client.InvalidRequest, match="there are: pictures") as caught:
-        client.search("a cat", index="photos")
-    assert caught.value.code == "unknown_index"
-    with pytest.raises(radapter_client.InvalidRequest) as caught:
-        client.search("a cat", index="pictures", where="no such column")
-    assert caught.value.code == "invalid_argument"

@@ -27,7 +27,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index import table, writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
-from radapter_serve.index.index import open_index
+from radapter_serve.index.index import open_index, outdated
 from radapter_serve.index.verify import verify
 from radapter_serve.lock import lock
 from tests.helpers.indexes import generation, said, say, search_little, write_facts
@@ -628,6 +628,32 @@ def test_another_release_is_refused_with_the_command_that_rebuilds(photos: Path,
     assert add(out, same).kept == 12
     build(str(photos), out, other)
     assert add(out, other).kept == 12
+
+
+def test_indexes_of_another_release_are_outdated(tmp_path: Path) -> None:
+    release = FakeRelease().release
+    for name, digest in (("fötos", release.digest), ("of another", "sha256:elsewhere")):
+        write_facts(tmp_path / name, digest)
+    assert outdated(tmp_path, release) == {"fötos": False, "of another": True}
+    write_facts(tmp_path / ".fötos.building", release.digest)  # nobody can ask for it
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "index.json").write_text("{")
+    assert outdated(tmp_path, release) == {"fötos": False, "of another": True}
+    assert outdated(tmp_path / "missing", release) == {}
+
+
+def test_a_release_that_takes_any_alpha_has_that_of_the_index(tmp_path: Path) -> None:
+    release = dataclasses.replace(FakeRelease().release, dynamic_alpha=True, alpha=0.9)
+    write_facts(tmp_path / "photos", release.at(0.5).digest)
+    assert outdated(tmp_path, release) == {"photos": False}
+    facts = said(tmp_path / "photos")
+    for alpha in (0.6, 7.0):  # no release has the second
+        facts["plan"]["release"]["alpha"] = alpha
+        say(tmp_path / "photos", facts)
+        assert outdated(tmp_path, release) == {"photos": True}
+    assert not MadeBy.of(release.at(0.6)).is_of(
+        dataclasses.replace(release, base_digest="sha256:0")
+    )
 
 
 KILLED = """

@@ -182,21 +182,6 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
         TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "quantization", "order"),
-    [
-        (True, None, ["tensorrt", "onnxruntime", "openvino"]),
-        (False, None, ["openvino", "onnxruntime"]),
-        (False, {"kind": "static"}, ["openvino", "onnxruntime"]),
-        (False, {"kind": "dynamic"}, ["onnxruntime", "openvino"]),
-    ],
-)
-def test_the_usual_order_of_runtimes(repository, on_gpu, quantization, order):
-    exported = encoder(repository)
-    facts = replace(exported.facts, quantization=quantization)
-    assert choice.usual_order(replace(exported, facts=facts), on_gpu=on_gpu) == order
-
-
 def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
     def chosen(backends):
         installation = Installation(own, backends)
