@@ -43,15 +43,8 @@ def run(
 ) -> int:
     """Run a typed function as a command: its signature makes the flags, and its docstring the help.
 
-    Args:
-        function: what the command does; may return an exit status, None means 0.
-        argv: arguments without the program's name; `sys.argv` if None.
-        prog: name of the command, as in `pyproject.toml`.
-        first: names of the options that most people set, which `--help` shows; `--help-all` shows
-            all. None shows all.
-
-    Returns:
-        The exit status: 2 for an error that the user can mend, 130 after Ctrl-C.
+    The function may return an exit status; 2 is an error that the user can mend, 130 Ctrl-C.
+    `--help` shows the options of `first`, which most people set, and `--help-all` shows all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if first and asks_for_help(arguments):
@@ -67,13 +60,7 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def show_help(first: Callable[..., Any], *, prog: str, description: str | None = None) -> None:
-    """Print the help of some options, and how to see all; ends the process as tyro does.
-
-    Args:
-        first: from `options`.
-        prog: name of the command.
-        description: above the options; the docstring's if None.
-    """
+    """Print the help of some `options`, and how to see all; ends the process as tyro does."""
     try:
         tyro.cli(first, args=["--help"], prog=prog, description=description)
     finally:
@@ -83,11 +70,8 @@ def show_help(first: Callable[..., Any], *, prog: str, description: str | None =
 def options(kind: Callable[..., Any], names: Collection[str], values: Any = None) -> type:
     """A dataclass with some options of a command, for its help.
 
-    Args:
-        kind: a typed function or a dataclass; dataclasses among its parameters give their options,
-            too.
-        names: of the options.
-        values: an instance of the dataclass, which has the defaults; None takes the declared ones.
+    `kind` is a typed function or a dataclass, whose instance `values` has the defaults; dataclasses
+    among its parameters give their options, too.
     """
     hints = get_type_hints(kind, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
@@ -104,17 +88,12 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
         elif name in names:
             default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
             fields.append((name, hints[name], default))
-    made = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
-    made.__doc__ = _documentation(kind)
-    return made
-
-
-def _documentation(kind: Callable[..., Any]) -> str:
-    """The docstring of a function or a dataclass, with the attributes that the latter inherits."""
+    few = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+    # The docstring, with the attributes that a dataclass inherits.
     bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
     own, *inherited = [inspect.getdoc(base) or "" for base in bases if base is not object]
-    attributes = [text.partition("Attributes:\n")[2] for text in inherited]
-    return "\n".join([own, *attributes])
+    few.__doc__ = "\n".join([own, *(text.partition("Attributes:\n")[2] for text in inherited)])
+    return few
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:

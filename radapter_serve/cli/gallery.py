@@ -54,13 +54,8 @@ dd { margin: 0; overflow-wrap: anywhere }
 def page(
     hits: Sequence[Hit], text: str | None, image: bytes | None, facts: Mapping[str, str]
 ) -> bytes:
-    """The page, in UTF-8.
-
-    Args:
-        hits: best first, with thumbnails.
-        text: that was searched for, or the name of the image that was.
-        image: file that was searched for, or None.
-        facts: name to value of what the page says about the search, such as its index and release.
+    """The page, in UTF-8: hits with thumbnails, best first, of a search for a text or for an image
+    and its name, and facts about the search, such as its index and release.
     """
     query = escape(text or "an image")
     header = ""

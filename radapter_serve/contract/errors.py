@@ -50,11 +50,8 @@ _STATUS = {
 class TaskError(RAdapterError):
     """A request that cannot be answered; `str()` is "[code] sentence".
 
-    Args:
-        code: one of the constants of this module.
-        what: is wrong, which value, what is allowed.
-        advice: what a caller of the server may send instead; where a file is read, `what` alone
-            says all.
+    `what` is wrong, which value, and what is allowed; the advice says what a caller of a server may
+    send instead.
     """
 
     def __init__(self, code: str, what: str, advice: str = "") -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,15 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of a folder.
+    """The image files of a folder."""
 
-    Attributes:
-        images: folder by folder, in the order of their names.
-        left_out: number of files of other kinds, by the end of their names.
-    """
-
-    images: list[Path]
-    left_out: dict[str, int]
+    images: list[Path]  # folder by folder, in the order of their names
+    left_out: dict[str, int]  # number of files of other kinds, by the end of their names
 
 
 def is_image_file(name: str) -> bool:
@@ -40,13 +35,28 @@ def list_images(folder: Path) -> ImageFiles:
     """List the images in a folder and in all folders in it; hidden ones are left out, links are
     followed once.
     """
+
+    def refuse(error: OSError) -> None:  # or its images would be missing in silence
+        raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
     images = []
     left_out: Counter[str] = Counter()
-    for file in _files(folder):
-        if is_image_file(file.name):
-            images.append(file)
-        else:
-            left_out[file.suffix.lower()] += 1
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # A link to a folder above would have no end.
+        entered = []
+        for name in sorted(folders):
+            real = os.path.realpath(Path(place, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                entered.append(name)
+        folders[:] = entered
+        for name in sorted(files):
+            file = Path(place, name)
+            if is_image_file(name) and not name.startswith("."):
+                images.append(file)
+            elif not name.startswith("."):
+                left_out[file.suffix.lower()] += 1
     return ImageFiles(images, dict(left_out))
 
 
@@ -60,23 +70,3 @@ def spread(items: Sequence[T], max_count: int) -> list[T]:
     """So many of them at most, evenly spread."""
     count = min(len(items), max_count)
     return [items[number * len(items) // count] for number in range(count)]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:  # or its images would be missing in silence
-        raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    seen = {os.path.realpath(folder)}
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        entered = []
-        for name in sorted(folders):
-            real = os.path.realpath(Path(place, name))
-            if (
-                not name.startswith(".") and real not in seen
-            ):  # a link to a folder above would have no end
-                seen.add(real)
-                entered.append(name)
-        folders[:] = entered
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(place, name)

@@ -20,17 +20,13 @@ from radapter_serve.contract.preprocess import MAX_PIXELS
 class MaskCrop:
     """A segment alone: the image cropped to the mask's box, everything outside the mask filled
     (OVSeg's masked crop).
-
-    Args:
-        padding: border around the box on each side, as a share of its longer side, 0 or more.
-        square: make the box square about its centre, which keeps the aspect ratio; else it is
-            squashed to a square.
-        fill: RGB in 0 to 255 outside the mask and beyond the image; the mean that the encoder
-            subtracts, so that the filling is zero to it.
     """
 
-    padding: float = 0.0
+    padding: float = 0.0  # border around the box on each side, as a share of its longer side
+    # Make the box square about its centre, which keeps the aspect ratio; else it is squashed.
     square: bool = True
+    # Outside the mask and beyond the image: the mean that the encoder subtracts, so that the
+    # filling is zero to it.
     fill: tuple[int, int, int] = (123, 117, 104)
 
     @classmethod

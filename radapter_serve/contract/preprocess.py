@@ -71,19 +71,12 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An encoded image of which only the header has been read.
-
-    Attributes:
-        data: the file.
-        width: in pixels, before it is turned.
-        height: likewise.
-        memory: bytes that decoding takes at most, beside the file.
-    """
+    """An encoded image of which only the header has been read."""
 
     data: bytes = field(repr=False)
-    width: int
+    width: int  # in pixels, before it is turned
     height: int
-    memory: int
+    memory: int  # bytes that decoding takes at most, without the file
 
     @property
     def is_large(self) -> bool:
@@ -92,11 +85,8 @@ class ImageFile:
 
 
 class Turns:
-    """Lets a few threads at a time through, in the order in which they come.
-
-    Args:
-        places: threads at a time.
-        max_waiting: threads that wait; more are refused.
+    """Lets a few threads at a time through, in the order in which they come; refuses more than
+    `max_waiting` that wait.
     """
 
     def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
@@ -334,22 +324,15 @@ def _broken() -> Iterator[None]:
 class Preprocess:
     """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which
     the graph does.
-
-    Args:
-        size: height and width of the encoder's input in pixels.
-        interpolation: "bicubic" or "bilinear".
-        resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the
-            aspect ratio changes) or "longest" (longer side to `size`, padded with `fill_color`).
-        fill_color: value in [0, 255] of the padding.
-        exif_orientation: whether images are turned as their EXIF says when they are decoded;
-            open_clip does not.
     """
 
-    size: tuple[int, int]
-    interpolation: str = "bicubic"
+    size: tuple[int, int]  # height and width of the encoder's input in pixels
+    interpolation: str = "bicubic"  # or "bilinear"
+    # "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio
+    # changes) or "longest" (longer side to `size`, padded with `fill_color`).
     resize_mode: str = "shortest"
-    fill_color: int = 0
-    exif_orientation: bool = True
+    fill_color: int = 0  # of the padding, 0 to 255
+    exif_orientation: bool = True  # turn images as their EXIF says, which open_clip does not
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:

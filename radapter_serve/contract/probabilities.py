@@ -16,17 +16,9 @@ _BLOCK = 1024  # rows of cosines in memory at once
 def class_probabilities(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> NDArray[np.float32]:
-    """The probability of each label.
-
-    Args:
-        cosines: of images, or of their patches, with the labels, float32 [..., C].
-        logit_scale: factor on the cosines.
-        logit_bias: of a model that was trained with a sigmoid loss (SigLIP); None for a softmax
-            over the labels (CLIP).
-
-    Returns:
-        float32 [..., C], in [0, 1]; of a softmax they sum to 1, of a sigmoid each label is scored
-        on its own.
+    """The probability of each label, float32 [..., C] in [0, 1], from the cosines of images or
+    patches with the labels: a softmax, or with the bias of a model that was trained with a sigmoid
+    loss (SigLIP) a sigmoid for each label alone.
     """
     logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
     if logit_bias is not None:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +35,48 @@ def broken_images(
 
     Every file that the data names is looked for, also those that are not decoded.
     """
-    images = _images(data)
-    count = len(images.rows)
+    # A row for each image, and its path where the row names it.
+    rows: Any
+    if isinstance(data, Masked):
+        rows = data.images
+    else:
+        rows = data.rows if isinstance(data, Labelled) else data.table
+        if isinstance(rows, datasets.IterableDataset):
+            return []
+        if isinstance(data, Captioned):
+            rows = rows.select([image.row for image in data.images])
+        rows = rows.select_columns([data.image_column])
+
+    def paths(start: int) -> list[Path]:
+        """Of a block of rows; empty where the table holds the bytes."""
+        if isinstance(data, Masked):
+            return [image.path for image in rows[start : start + _BLOCK]]
+        if "string" not in getattr(rows.features[data.image_column], "dtype", ""):
+            return []
+        values = rows[start : start + _BLOCK][data.image_column]
+        return [data.folder / (value or "") for value in values]
+
+    def missing(start: int) -> dict[int, str]:
+        return {
+            number: f"image {path} can't be read: {os.strerror(errno.ENOENT)}"
+            for number, path in enumerate(paths(start), start)
+            if not path.is_file()
+        }
+
+    def problem(number: int) -> str:
+        """Why an image can't be read; empty where it can."""
+        row = rows[number]
+        try:
+            verify(row.data() if isinstance(data, Masked) else data.data(row))
+        except BrokenImage as error:
+            return str(error)
+        except TaskError as error:
+            name = row.path if isinstance(data, Masked) else data.name(row)
+            return f"image {name} can't be read: {error.what}"
+        return ""
+
+    # Look for all, and decode some.
+    count = len(rows)
     chosen = spread(range(count), max_decoded)
     console = Console(stderr=True, quiet=not progress)
     if not console.is_terminal and len(chosen) >= _BLOCK:
@@ -46,10 +84,10 @@ def broken_images(
     broken: dict[int, str] = {}
     with ThreadPoolExecutor(decoders(16)) as pool:
         if count > len(chosen):
-            for missing in pool.map(images.missing, range(0, count, _BLOCK)):
-                broken |= missing
+            for block in pool.map(missing, range(0, count, _BLOCK)):
+                broken |= block
         for number, line in track(
-            zip(chosen, pool.map(images.broken, chosen), strict=True),
+            zip(chosen, pool.map(problem, chosen), strict=True),
             "checking images",
             total=len(chosen),
             console=console,
@@ -59,61 +97,6 @@ def broken_images(
             if line:
                 broken[number] = line
     return [broken[number] for number in sorted(broken)]
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The image files of a data set."""
-
-    rows: Sequence[Any]  # one for each image, for `data` and `name`
-    # Of `_BLOCK` rows from a number on; empty where the table holds the bytes.
-    paths: Callable[[int], Sequence[Path]]
-    data: Callable[[Any], bytes]
-    name: Callable[[Any], str]
-
-    def missing(self, start: int) -> dict[int, str]:
-        """The files of a block of rows that are not there."""
-        return {
-            number: f"image {path} can't be read: {os.strerror(errno.ENOENT)}"
-            for number, path in enumerate(self.paths(start), start)
-            if not path.is_file()
-        }
-
-    def broken(self, number: int) -> str:
-        """Why an image can't be read; empty where it can."""
-        row = self.rows[number]
-        try:
-            verify(self.data(row))
-        except BrokenImage as error:
-            return str(error)
-        except TaskError as error:
-            return f"image {self.name(row)} can't be read: {error.what}"
-        return ""
-
-
-def _images(data: Labelled | Captioned | Masked) -> _Images:
-    if isinstance(data, Masked):
-        files = data.images
-
-        def paths_of_masked(start: int) -> Sequence[Path]:
-            return [image.path for image in files[start : start + _BLOCK]]
-
-        return _Images(
-            files, paths_of_masked, lambda image: image.data(), lambda image: str(image.path)
-        )
-    table = data.rows if isinstance(data, Labelled) else data.table
-    if isinstance(table, datasets.IterableDataset):
-        return _Images([], lambda start: [], data.data, data.name)
-    if isinstance(data, Captioned):
-        table = table.select([image.row for image in data.images])
-    table = table.select_columns([data.image_column])
-    text = "string" in getattr(table.features[data.image_column], "dtype", "")
-
-    def paths_of_table(start: int) -> Sequence[Path]:
-        values = table[start : start + _BLOCK][data.image_column] if text else []
-        return [data.folder / (value or "") for value in values]
-
-    return _Images(table, paths_of_table, data.data, data.name)
 
 
 def equal_names(data: Labelled | Masked) -> list[str]:

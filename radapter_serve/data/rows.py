@@ -154,15 +154,14 @@ class Rows:
 
 def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> Rows:
     """Open rows of any kind, the images in them not decoded."""
-    place, at, split = (
-        spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
-    )
-    if at and spec.partition(":")[0] in READERS and Path(spec.partition(":")[2]).exists():
-        # a file or a folder with @ in its own name
-        place = spec
-        at = ""
-        split = "train"
-    reader, _, path = place.partition(":")
+    # The reader, the place and the split; a file or a folder may have @ in its own name.
+    place = spec
+    at = ""
+    split = "train"
+    reader, _, path = spec.partition(":")
+    if "@" in spec.rsplit("/", 1)[-1] and not (reader in READERS and Path(path).exists()):
+        place, at, split = spec.rpartition("@")
+        reader, _, path = place.partition(":")
     if "::" in place or place == "pandas":
         raise RAdapterError(
             f"could not read the data {spec}: chained addresses (A::B) and pickled tables may run"
@@ -173,6 +172,9 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         folder = _image_folder(Path(path), split, spec)
         if not any((folder / name).is_file() for name in _METADATA):
             return _rows_of_classes(folder, spec, columns, streaming)
+
+    # Read it; datasets, pyarrow and the hub raise many kinds of errors, which all mean that it
+    # can't be read.
     try:
         if reader in SPLIT_FILES:
             table = open_splits(reader, Path(path), split if at else None)
@@ -181,9 +183,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             table = _load(place, split, folder, streaming)
     except RAdapterError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
+    except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # datasets says no more than that an error occurred
             cause = cause.__cause__
@@ -192,7 +192,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {_KINDS}") from error
     features = table.features or {}
     for column, flag in columns.items():
-        if features and not _has(features, column):
+        if features and value_at(features, column) is None:
             raise RAdapterError(
                 f"{spec} has no column {column!r}; its columns: {', '.join(features)}; see {flag}"
             )
@@ -259,11 +259,9 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
         )
     filled = {name: files.images for name, files in found.items() if files.images}
     if len(filled) < 2:
-        has = (
-            f"images in one folder alone, {next(iter(filled))!r}"
-            if filled
-            else "no images in sub-folders"
-        )
+        has = "no images in sub-folders"
+        if filled:
+            has = f"images in one folder alone, {next(iter(filled))!r}"
         raise RAdapterError(
             f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes; "
             f"images are {', '.join(SUFFIXES)}"
@@ -325,12 +323,6 @@ def value_at(row: Mapping[str, Any], column: str) -> Any:
     outer, _, inner = column.partition(".")
     nested = row.get(outer)
     return nested.get(inner) if isinstance(nested, Mapping) else None
-
-
-def _has(features: Mapping[str, Any], column: str) -> bool:
-    outer, _, inner = column.partition(".")
-    nested = features.get(outer)
-    return column in features or (isinstance(nested, Mapping) and inner in nested)
 
 
 def _image_folder(path: Path, split: str, spec: str) -> Path:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radapter_serve.adapter import Adapter, load_adapter
+from radapter_serve.adapter import load_adapter
 from radapter_serve.adapter.checkpoint import read_weights
 from radapter_serve.adapter.file import check_base
 from radapter_serve.adapter.line import Tuned, check_weights
@@ -390,26 +390,14 @@ def from_adapter(
     WiSE-FT at the same α.
     """
     adapter = load_adapter(path)
-    meta = adapter.metadata
-    alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
-    clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    return of_adapter(clip, adapter, alphas, finetuned, precision, device)
-
-
-def of_adapter(
-    base: Base,
-    adapter: Adapter,
-    alphas: Sequence[float],
-    finetuned: str | Path | None = None,
-    precision: Precision = "fp32",
-    device: str | None = None,
-) -> list[Candidate]:
-    """`from_adapter` with base and adapter already loaded."""
+    metadata = adapter.metadata
+    alphas = sorted({0.0, metadata.alpha, 1.0}) if alphas is None else alphas
+    clip = load_base(base or metadata.architecture, pretrained or metadata.pretrained)
     for alpha in alphas:
         check_alpha(alpha)
-    weights = base.model.state_dict()
+    weights = clip.model.state_dict()
     check_base(weights, adapter)
-    base_digest = adapter.metadata.base_digest
+    base_digest = metadata.base_digest
     deltas = {}
     for key in adapter.keys:
         for name in (f"{key}.weight", f"{key}.bias"):
@@ -429,14 +417,14 @@ def of_adapter(
         tuned = check_weights(str(file), read_weights(file), start)
         facts = ModelFacts(base_digest=base_digest, weights_digest=digest_of(file))
         changes.append(Change("wise-ft", _differences(start, tuned), facts))
-    source = adapter.metadata.source
+    source = metadata.source
     return in_torch(
-        base,
+        clip,
         changes,
         alphas,
-        templates=adapter.metadata.templates,
+        templates=metadata.templates,
         dense=None if source.dense == "none" else source.dense,
-        crop=source.mask_crop(base.preprocess["mean"]),
+        crop=source.mask_crop(clip.preprocess["mean"]),
         precision=precision,
         device=device,
     )
