@@ -260,25 +260,6 @@ def test_nan_is_an_error_and_no_hit(
     assert not (here / "results").exists()
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
-        ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
-        ("templates: []", "no template"),
-    ],
-)
-def test_bad_values_in_a_suite_are_one_line(
-    here: Path, capfd: pytest.CaptureFixture[str], fields: str, message: str
-) -> None:
-    suite = f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]'
-    (here / "suite.yaml").write_text(suite, encoding="utf-8")
-    assert main([*COMMON, "--alpha", "0"]) == 2
-    err = capfd.readouterr().err
-    assert message in err and err.count("\n") == 1
-
-
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.evaluation import run
 

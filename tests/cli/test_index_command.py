@@ -71,14 +71,17 @@ def test_build_add_info_verify(
     said = capsys.readouterr().out
     assert "alpha 0.8" in said and "path, width, height, digest" in said and "exact" in said
 
+    # The commands that are printed put it in order.
     shutil.copy("photos/0.png", "photos/copy.png")
+    shutil.copy("photos/2.png", "photos/4.png")
     Path("photos/1.png").unlink()
     assert main(["verify", "indexes/photos"]) == 1
     said = capsys.readouterr().out
-    assert "file gone: 1" in said and "not in the index: 1" in said and "--prune" in said
-    assert main(["add", "--out", "indexes/photos", "--prune"]) == 0
-    said = capsys.readouterr().out
-    assert "5 images (0 embedded, 4 there before, 1 removed, 1 with the same bytes" in said
+    assert "file gone: 1" in said and "not in the index: 1" in said
+    commands = printed(said)
+    assert len(commands) == 3
+    for command in commands:
+        assert main(shlex.split(command)) == 0
     assert main(["verify", "indexes/photos"]) == 0
 
     # open_clip's own embedding of the merged checkpoint finds the very image
@@ -258,21 +261,6 @@ def test_folders_with_an_at_in_their_names(place: Path) -> None:
     options[-1] += "@1"
     assert main(["build", "photos@home", *options]) == 0
     assert open_index("indexes/photos@home").facts.plan.release.version == 1
-
-
-def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = "my indexes/photos"
-    assert main(["build", "photos", "--out", out]) == 0
-    shutil.copy("photos/0.png", "photos/copy.png")
-    shutil.copy("photos/2.png", "photos/3.png")
-    Path("photos/1.png").unlink()
-    capsys.readouterr()
-    assert main(["verify", out]) == 1
-    commands = printed(capsys.readouterr().out)
-    assert len(commands) == 3
-    for command in commands:
-        assert main(shlex.split(command)) == 0
-    assert main(["verify", out]) == 0
 
 
 def test_what_a_stopped_build_prints_works(

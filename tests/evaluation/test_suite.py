@@ -202,6 +202,11 @@ def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
             "sets: [{name: a, data: x, task: retrieval, class_split: base}]",
             "set 1 has class_split, which task retrieval has no use for",
         ),
+        (
+            "sets: [{name: a, data: x, border: -1}]",
+            "border is '-1'; allowed: greater than",
+        ),
+        ("sets: [{name: a, data: x, templates: [1, 2]}]", "templates is '[1, 2]'; allowed: openai"),
         ("sets: {", "could not read the suite"),
     ],
 )
@@ -298,6 +303,8 @@ def test_a_class_without_an_image_stays_a_choice(
         ("data: 'imagefolder:plain', classes: other.yaml", "knows none of its classes: cat, dog"),
         ("data: 'imagefolder:plain', classes: list.yaml", "must map"),
         ("data: 'imagefolder:plain', templates: 'no place'", "cannot read no place"),
+        ("data: 'imagefolder:plain', templates: []", "no template"),
+        ("data: 'imagefolder:plain', border: 30", "leaves nothing of 50 x 41 pixels"),
         ("data: 'csv:blank.csv', task: retrieval", "row 2 of"),
     ],
 )
@@ -308,7 +315,7 @@ def test_data_that_can_not_be_used(world: Path, tmp_path: Path, fields: str, mes
     (tmp_path / "blank.csv").write_text("image,caption\na.png,text\na.png,\n", encoding="utf-8")
     suite = suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path)
     with pytest.raises(RAdapterError) as error:
-        open_set(suite, suite.entries[0])
+        open_set(suite, suite.entries[0]).images[0]()
     assert message in str(error.value)
 
 
