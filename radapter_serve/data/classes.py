@@ -127,7 +127,7 @@ def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], l
 
 
 def _read(path: Path, own: Sequence[str]) -> list[tuple[str | None, str]]:
-    """The lines of a class file: what stands before a colon, if it is not a part of a name, and the
+    """The lines of a class file: the key before a colon, unless it is a part of a name, and the
     name.
     """
     lines: list[tuple[str | None, str]] = []

@@ -248,7 +248,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
             raise RAdapterError(
                 f"{spec} has no column {column!r}; its columns: image, label; see {flag}"
             )
-    found = {name: list_images(folder / name) for name in sorted(sub_folders(folder))}
+    listed = {name: list_images(folder / name) for name in sorted(sub_folders(folder))}
     loose = [
         entry.name for entry in folder.iterdir() if is_image_file(entry.name) and entry.is_file()
     ]
@@ -257,7 +257,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
             f"{len(loose)} images of {spec} lie outside of the class folders, such as"
             f" {folder / min(loose)}; move each into the folder of its class"
         )
-    filled = {name: files.images for name, files in found.items() if files.images}
+    filled = {name: files.images for name, files in listed.items() if files.images}
     if len(filled) < 2:
         has = "no images in sub-folders"
         if filled:
@@ -288,7 +288,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
             f"a name in {folder} is not UTF-8: {error.object!r}; rename it"
         ) from None
     left_out: Counter[str] = Counter()
-    for files in found.values():
+    for files in listed.values():
         left_out.update(files.left_out)
     return Rows(table.to_iterable_dataset() if streaming else table, folder, True, left_out)
 
@@ -296,14 +296,16 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
 def _file_of(path: str) -> tuple[int, int] | str:
     """Equal for all names of one file, whether they are links of either kind."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - a path object for each of a million images is dear
+        status = os.stat(path)  # noqa: PTH116 - a path object for each of a million images is dear
     except OSError:
-        return path  # a link to nowhere is an image of its own, which is reported as missing
-    return (found.st_dev, found.st_ino) if found.st_ino else path  # some file systems number none
+        return path  # a link to nowhere is an image, which is reported as missing
+    return (
+        (status.st_dev, status.st_ino) if status.st_ino else path
+    )  # some file systems number none
 
 
 def image_source(value: Any) -> bytes | str:
-    """What the column of the images holds of one: the bytes of its file, else its path."""
+    """The bytes of an image file from a value of the column of images, else its path."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     return value if isinstance(value, bytes) else str(value)

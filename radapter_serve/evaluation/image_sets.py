@@ -446,12 +446,12 @@ def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[An
     """
 
     def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:
-        whole = hashlib.sha256()
+        sha = hashlib.sha256()
         for part in read():
             if not isinstance(part, bytes):
                 part = f"{part.dtype}{part.shape}".encode() + part.tobytes()
-            whole.update(part)
-        return whole.hexdigest()
+            sha.update(part)
+        return sha.hexdigest()
 
     try:
         with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:

@@ -157,7 +157,7 @@ def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> Ranks:
-    """The rank of the best of its own items for each query: its other own items rank lower."""
+    """The rank of the best among the own items of each query; its others rank lower."""
     parts = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ items.T
@@ -171,7 +171,7 @@ def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> 
 
 def confusion(truth: NDArray[Any], answered: NDArray[Any], classes: int) -> NDArray[np.int64]:
     """Counts of pixels or images by true class, integer [N], and answered class, where `classes`
-    stands for no class; int64 [classes, classes + 1].
+    means no class; int64 [classes, classes + 1].
     """
     pairs = truth.astype(np.int64) * (classes + 1) + answered
     return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(

@@ -360,7 +360,7 @@ def in_torch(
     for change in changes:
         encoder = TorchEncoder(base, weights, change, precision)
         facts = replace(change.facts, precision=precision)
-        if facts.release is None:  # a release has a name of its own
+        if facts.release is None:  # a release has a name
             facts = replace(facts, model=base.name, pretrained=base.pretrained)
         for alpha in alphas:
             scale, bias = weights.logits(change, alpha or 0.0)

@@ -68,22 +68,27 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     ways: dict[str, list[Row]] = {}
     for row in rows if curve_too else ():
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
-    for way, some in ways.items():
-        lines = {source: curve([r for r in some if r.source == source]) for source in _SOURCES}
+    for way, rows_of_way in ways.items():
+        lines = {
+            source: curve([row for row in rows_of_way if row.source == source])
+            for source in _SOURCES
+        }
         source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
         if source is None:
             continue
         kept = {}
         for point in lines[source]:
             alpha = point["alpha"]
-            share = mean_kept(row for row in some if (row.source, row.alpha) == (source, alpha))
+            share = mean_kept(
+                row for row in rows_of_way if (row.source, row.alpha) == (source, alpha)
+            )
             if share is not None:
                 kept[alpha] = share
-        wise_ft = curve([row for row in some if row.source == "wise-ft"])
+        wise_ft = curve([row for row in rows_of_way if row.source == "wise-ft"])
         path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
         plot_alpha_curve(
             lines[source],
-            *by_shift({row.dataset: row for row in some}),
+            *by_shift({row.dataset: row for row in rows_of_way}),
             path,
             title=title,
             beside={"WiSE-FT": wise_ft} if wise_ft else None,

@@ -385,7 +385,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     errors; per cent.
 
     Means are over sets in or out of distribution that are measured alike: by one metric and one
-    method of segmentation. What is kept of the base is the mean over the sets that have it. H is
+    method of segmentation. The share kept of the base is the mean over the sets that have it. H is
     the harmonic mean of the means over `pairs`, the names of the sets of base and of novel classes.
     """
     # Columns: data sets, in distribution first; means over sets of one kind.

@@ -168,7 +168,7 @@ def evaluate_suite(
             skip(f"{entry.name} is left out: {error}")
             continue
         opened(data)
-        # What is kept of the base is measured with alpha 0, which it is compared with.
+        # The share that is kept of the base is measured together with alpha 0.
         keeps = bool(data.nouns) and any(model.alpha == 0.0 for model in models)
         rows_before = [results.find(case) for case in cases]
         missing = [row is None or (keeps and KEPT not in row.metrics) for row in rows_before]

@@ -96,7 +96,7 @@ class SegmentationSet(EvaluationSet):
 
     @cached_property
     def background(self) -> int | None:
-        """Number of the class that stands for everything else; it has no prompt."""
+        """Number of the background class, which has no prompt."""
         if self.entry.background is None:
             return None
         return first_names(self.classes).index(self.entry.background)
@@ -158,8 +158,8 @@ class SegmentationSet(EvaluationSet):
         self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
     ) -> Answer:
         query = self.query(model)
-        # The class that an index of the answer means. An answer of no label is wrong everywhere
-        # where no class stands for it.
+        # The class of each index of an answer. Without a background class, an answer of no label is
+        # wrong everywhere.
         count = len(self.classes)
         class_of = [number for number in range(count) if number != self.background]
         if query.dense == PROPOSALS or query.options.threshold is not None:

@@ -55,9 +55,9 @@ def open_set(
     spec = below(suite.data_root, entry.data)
     images = suite.data_root / entry.images if entry.images else None
     classes = entry.classes
-    if classes and str(classes) != IMAGENET:  # beside the suite, else below the data root
-        beside = suite.folder / classes
-        classes = beside if beside.exists() else suite.data_root / classes
+    if classes and str(classes) != IMAGENET:  # next to the suite, else below the data root
+        in_suite = suite.folder / classes
+        classes = in_suite if in_suite.exists() else suite.data_root / classes
     try:
         if entry.task == "retrieval":
             captioned = load_captioned(
