@@ -68,10 +68,9 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     ways: dict[str, list[Row]] = {}
     for row in rows if curve_too else ():
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
-    for way, rows_of_way in ways.items():
+    for way, of_way in ways.items():
         lines = {
-            source: curve([row for row in rows_of_way if row.source == source])
-            for source in _SOURCES
+            source: curve([row for row in of_way if row.source == source]) for source in _SOURCES
         }
         source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
         if source is None:
@@ -79,16 +78,14 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         kept = {}
         for point in lines[source]:
             alpha = point["alpha"]
-            share = mean_kept(
-                row for row in rows_of_way if (row.source, row.alpha) == (source, alpha)
-            )
+            share = mean_kept(row for row in of_way if (row.source, row.alpha) == (source, alpha))
             if share is not None:
                 kept[alpha] = share
-        wise_ft = curve([row for row in rows_of_way if row.source == "wise-ft"])
+        wise_ft = curve([row for row in of_way if row.source == "wise-ft"])
         path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
         plot_alpha_curve(
             lines[source],
-            *by_shift({row.dataset: row for row in rows_of_way}),
+            *by_shift({row.dataset: row for row in of_way}),
             path,
             title=title,
             beside={"WiSE-FT": wise_ft} if wise_ft else None,
