@@ -209,8 +209,9 @@ def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(
     password = tmp_path / "password"
     password.write_text("open sesame\nand more")
     port, *_ = free_ports()
-    with fake_upstream.serving(SmallWorld, api_keys=keys_of(keys)) as served:
-        settings = Settings(served.url, KEYS[keys], port=port, user="ann", password_file=password)
+    key = new_key(keys, "ann")
+    with fake_upstream.serving(SmallWorld, api_keys=keys) as served:
+        settings = Settings(served.url, key, port=port, user="ann", password_file=password)
         with serving(settings) as url:
             assert get(url, "/config") == 401
             with pytest.raises(ValueError, match="Could not login"):
@@ -226,46 +227,26 @@ def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(
     gc.collect()  # sockets that Gradio leaves open are this test's to hear of
 
 
-KEYS: dict[Path, str] = {}
-
-
-def keys_of(file: Path) -> Path:
-    KEYS[file] = new_key(file, "ann")
-    return file
-
-
 # The command
+
+EMPTY = Path(__file__).with_name("__init__.py")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"host": "0.0.0.0"},
-            "--host 0.0.0.0 lets others open the page; give --user NAME --password-file FILE",
-        ),
-        ({"port": 0}, "--port is 0; allowed are 1 to 65535"),
-        ({"port": 65536}, "--port is 65536"),
-        ({"user": "ann"}, "--user and --password-file go together"),
-        (
-            {"user": "ann", "password_file": Path("/dev/null")},
-            "--password-file /dev/null: there is no such file",
-        ),
-        (
-            {"user": "ann", "password_file": Path(__file__).with_name("__init__.py")},
-            "its first line is empty",
-        ),
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others open the page; give --user NAME"),
         ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
+        *(({"port": port}, f"--port is {port}; allowed are 1 to 65535") for port in (0, 65536)),
+        ({"user": "ann"}, "--user and --password-file go together"),
+        ({"user": "ann", "password_file": Path("/dev/null")}, "/dev/null: there is no such file"),
+        ({"user": "ann", "password_file": EMPTY}, "its first line is empty"),
     ],
 )
 def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RAdapterError) as caught:
         replace(Settings(), **options).check()
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_page_asks_whom_the_client_asks() -> None:
-    assert repr(Client(Settings().url)) == repr(Client())
 
 
 def test_ports_and_hosts_that_are_allowed(tmp_path: Path) -> None:
