@@ -19,6 +19,7 @@ from radapter_serve.contract.preprocess import oriented
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
 MAX_PAGES = 16  # of 60 hits at most: pages reach the 1,000 nearest
+NO_PICTURE = "Drop a picture on the left."
 _LABELS = "a cat\na dog\na house\na tree\na car"
 _PARTS = "sky\ngrass\na house\na tree\na person"
 
@@ -106,7 +107,7 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
 
     def classify(file: str | None, text: str, label_set: str, at: float) -> tuple[Any, str]:
         if file is None:
-            return None, "Drop a picture on the left."
+            return None, NO_PICTURE
         release = client.release()
         start = time.perf_counter()
         answer = client.classify(
@@ -145,43 +146,43 @@ def _search(client: Client, picture: Any) -> Any:
     gallery = gradio.Gallery(label="Found", columns=4, elem_id="found")
     took = gradio.Markdown(elem_id="found-took")
 
-    def search(
-        index: str, count: float, page: float, least: float, **query: Any
-    ) -> tuple[Any, str]:
-        start = time.perf_counter()
-        hits = client.search(
-            **query,
-            index=index or "",
-            top_k=int(count),
-            offset=int(count) * (int(page) - 1),
-            min_score=None if least == -1 else least,
-            thumbnails=True,
-        )
-        shown = [
-            (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
-            for hit in hits
-            if hit.thumbnail
-        ]
-        return shown, f"{_took(start)}, {len(hits)} found"
+    def search_by(*parts: str) -> Handler:
+        """A handler of the parts of a query, such as "text", and the options."""
 
-    def search_text(text: str, *options: Any) -> tuple[Any, str]:
-        return search(*options, text=text)
+        def search(*values: Any) -> tuple[Any, str]:
+            query = dict(zip(parts, values, strict=False))
+            if "image" in query:
+                if query["image"] is None:
+                    return None, NO_PICTURE
+                query["image"] = Path(query["image"])
+            index, count, page, least = values[len(parts) :]
+            start = time.perf_counter()
+            hits = client.search(
+                **query,
+                index=index or "",
+                top_k=int(count),
+                offset=int(count) * (int(page) - 1),
+                min_score=None if least == -1 else least,
+                thumbnails=True,
+            )
+            shown = [
+                (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
+                for hit in hits
+                if hit.thumbnail
+            ]
+            return shown, f"{_took(start)}, {len(hits)} found"
 
-    def search_picture(file: str | None, *options: Any) -> tuple[Any, str]:
-        if file is None:
-            return None, "Drop a picture on the left."
-        return search(*options, image=Path(file))
-
-    def search_both(file: str | None, text: str, *options: Any) -> tuple[Any, str]:
-        if file is None:
-            return None, "Drop a picture on the left."
-        return search(*options, text=text, image=Path(file))
+        return explained(search)
 
     answers = [gallery, took]
     options = [index, count, page, least]
-    gradio.on([by_text.click, text.submit], explained(search_text), [text, *options], answers)
-    by_picture.click(explained(search_picture), [picture, *options], answers)
-    by_both.click(explained(search_both), [picture, text, *options], answers)
+    for name, events, parts in (
+        ("search_text", [by_text.click, text.submit], {"text": text}),
+        ("search_picture", [by_picture.click], {"image": picture}),
+        ("search_both", [by_both.click], {"image": picture, "text": text}),
+    ):
+        inputs = [*parts.values(), *options]
+        gradio.on(events, search_by(*parts), inputs, answers, api_name=name)
     return index
 
 
@@ -196,7 +197,7 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
 
     def segment(file: str | None, text: str, least: float, at: float) -> tuple[Any, str]:
         if file is None:
-            return None, "Drop a picture on the left."
+            return None, NO_PICTURE
         release = client.release()
         image = oriented(Image.open(file))
         image.thumbnail((MAX_SIDE, MAX_SIDE))

@@ -53,27 +53,28 @@ class Settings:
         if (self.user is None) != (self.password_file is None):
             raise RAdapterError("--user and --password-file go together; give both or none")
         address = address_of(self.host)
-        login = None if self.user is None else (self.user, _password(self.password_file))
+        login = None
+        if self.user is not None and self.password_file is not None:
+            file = self.password_file
+            if not file.is_file():
+                raise RAdapterError(
+                    f"--password-file {file}: there is no such file; its first line is the password"
+                )
+            try:
+                password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RAdapterError(f"--password-file {file} cannot be read: {error}") from None
+            if not password:
+                raise RAdapterError(
+                    f"--password-file {file}: its first line is empty; it is the password"
+                )
+            login = self.user, password
         if login is None and not ipaddress.ip_address(address).is_loopback:
             raise RAdapterError(
                 f"--host {self.host} lets others open the page; give --user NAME --password-file"
                 " FILE"
             )
         return address, login
-
-
-def _password(file: Path | None) -> str:
-    if file is None or not file.is_file():
-        raise RAdapterError(
-            f"--password-file {file}: there is no such file; its first line is the password"
-        )
-    try:
-        password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RAdapterError(f"--password-file {file} cannot be read: {error}") from None
-    if not password:
-        raise RAdapterError(f"--password-file {file}: its first line is empty; it is the password")
-    return password
 
 
 @contextlib.contextmanager
@@ -86,51 +87,48 @@ def serving(settings: Settings) -> Iterator[str]:
         # Gradio reads these when it is imported: uploads go to a folder that is gone in the end.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        yield stack.enter_context(_launched(client, address, settings.port, login))
+        import gradio  # which takes seconds to load
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from radapter_serve.playground.page import build
 
-@contextlib.contextmanager
-def _launched(
-    client: Client, address: str, port: int, login: tuple[str, str] | None
-) -> Iterator[str]:
-    import gradio  # which takes seconds to load
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+        # Without a login, a name of another site must not lead here, for its scripts would then
+        # belong to this page.
+        hosts = ["localhost", address] if login is None else ["*"]
+        middleware: list[Any] = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+        fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: no font is fetched
 
-    from radapter_serve.playground.page import build
+        async def launched() -> tuple[gradio.Blocks, str]:
+            # Gradio takes the event loop that runs, or else makes some that are never closed.
+            page = build(client)
+            _, url, _ = page.launch(
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                show_error=False,
+                server_name=address,
+                server_port=settings.port,
+                auth=login,
+                max_file_size=MAX_PICTURE,
+                footer_links=[],
+                ssr_mode=False,
+                enable_monitoring=False,
+                mcp_server=False,
+                app_kwargs={"middleware": middleware},
+                theme=gradio.themes.Default(
+                    primary_hue="indigo", font=fonts, font_mono=["monospace"]
+                ),
+            )
+            return page, url
 
-    # Without a login, a name of another site must not lead here, for its scripts would then belong
-    # to this page.
-    hosts = ["localhost", address] if login is None else ["*"]
-    middleware: list[Any] = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-    fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: none is fetched
-
-    async def launched() -> tuple[gradio.Blocks, str]:
-        # Gradio takes the event loop that runs, or else makes some that are never closed.
-        page = build(client)
-        _, url, _ = page.launch(
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            show_error=False,
-            server_name=address,
-            server_port=port,
-            auth=login,
-            max_file_size=MAX_PICTURE,
-            footer_links=[],
-            ssr_mode=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            app_kwargs={"middleware": middleware},
-            theme=gradio.themes.Default(primary_hue="indigo", font=fonts, font_mono=["monospace"]),
-        )
-        return page, url
-
-    try:
-        page, url = asyncio.run(launched())
-    except OSError:
-        raise RAdapterError(f"port {port} is taken; choose another with --port") from None
-    try:
-        yield url
-    finally:
-        page.close(verbose=False)
+        try:
+            page, url = asyncio.run(launched())
+        except OSError:
+            raise RAdapterError(
+                f"port {settings.port} is taken; choose another with --port"
+            ) from None
+        try:
+            yield url
+        finally:
+            page.close(verbose=False)

@@ -133,7 +133,10 @@ class ProposalSegmenter:
             check()
             part = flat[:, where][used]
             part = part[present := part.any(1)]
-            starts, lengths = _runs(part)
+            # Runs of pixels that are inside the same masks have the same label.
+            changes = (part[:, 1:] != part[:, :-1]).any(0)
+            starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+            lengths = np.diff(starts, append=part.shape[1])
             inside = part[:, starts].astype(np.float32) / 255
             sums = inside.T @ classes[present]
             total = inside.sum(0)
@@ -155,15 +158,6 @@ class ProposalSegmenter:
             check()
             parts.append(finite((yield np.stack(batch))) @ embeds.T)
         return np.concatenate(parts)
-
-
-def _runs(masks: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Runs of pixels that belong to the same of masks [N, P], and so have the same label: the first
-    pixel of each, and how many it has.
-    """
-    changes = (masks[:, 1:] != masks[:, :-1]).any(0)
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    return starts, np.diff(starts, append=masks.shape[1])
 
 
 def _best(

@@ -210,7 +210,9 @@ def retrieve(
     alpha = index.facts.plan.release.alpha
     min_score = request.min_score
     if request.calibrated:
-        min_score = _fitted_min_score(loaded, alpha)
+        min_score = fitted_at(loaded.release, loaded.exported_alpha, alpha).min_score
+        if min_score is None:
+            raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
 
     # The embedding of each part of the query.
     query = request.query
@@ -237,10 +239,3 @@ def retrieve(
         for hit in hits
     ]
     return Retrieved(described, index.generation, request.thumbnails)
-
-
-def _fitted_min_score(loaded: LoadedRelease, alpha: float) -> float:
-    confidence = fitted_at(loaded.release, loaded.exported_alpha, alpha)
-    if confidence.min_score is None:
-        raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
-    return confidence.min_score
