@@ -150,3 +150,17 @@ def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) 
     places = sorted([*asked.texts, *asked.images])
     assert places == list(range(asked.count)) and 1 <= asked.count <= MOST
     assert all(one.strip() for one in asked.texts.values())
+
+
+@pytest.mark.parametrize(
+    ("statuses", "kind"),
+    [
+        ((400, 404, 499), "invalid_request_error"),
+        ((429,), "rate_limit_error"),
+        ((500, 503), "server_error"),
+    ],
+)
+def test_a_refusal_has_the_kind_that_openai_gives_it(statuses: tuple[int, ...], kind: str) -> None:
+    for status in statuses:
+        error = {"message": "why", "type": kind, "param": "input", "code": "a_code"}
+        assert refusal(Refused(status, "a_code", "why", "input")) == {"error": error}
