@@ -20,7 +20,7 @@ import pytest
 
 import radapter_client
 from radapter_client import Client
-from radapter_serve.gateway.errors import Refused, from_status
+from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.middleware import BrowserRule
 from radapter_serve.gateway.settings import Timeouts
@@ -228,31 +228,6 @@ def test_headers_are_counted_to_the_byte(served: Served, size: int, status: int)
     head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (size - named) + b"\r\n\r\n"
     with served.connection(head) as it:
         assert heard(it).startswith(b"HTTP/1.1 %d" % status)
-
-
-@pytest.mark.parametrize(
-    ("status", "text", "http_status", "code"),
-    [
-        ("INVALID_ARGUMENT", "[invalid_image] 5 bytes are not an image", 400, "invalid_image"),
-        ("INTERNAL", "x, message: [encoder_failed] it did /srv/m.py", 500, "encoder_failed"),
-        ("INTERNAL", "Stub died at /tmp/x\n\nAt:\n /a.py(3)", 500, "internal_error"),
-        ("INVALID_ARGUMENT", "[request id: <id_unknown>] bad /x", 400, "invalid_argument"),
-        ("NOT_FOUND", "unknown model: 'x' has no available versions", 503, "restarting"),
-        ("INTERNAL", "Model 'image_encoder' is not ready.", 503, "restarting"),
-        ("NOT_FOUND", "model 'x' version 7 is not found", 404, "unknown_model"),
-        ("UNAVAILABLE", "ipv4:127.0.0.1:8001: refused", 503, "server_unavailable"),
-        ("UNAVAILABLE", "[server_stopping] it stops", 503, "server_stopping"),
-        ("UNAVAILABLE", "Exceeds maximum queue size", 429, "overloaded"),
-        ("INTERNAL", "Failed to increase the shared memory pool size", 429, "overloaded"),
-        ("INTERNAL", "message: [timed_out] this took too long", 504, "timed_out"),
-        ("DEADLINE_EXCEEDED", "Deadline Exceeded", 504, "timed_out"),
-        ("UNKNOWN", "x", 500, "internal_error"),
-    ],
-)
-def test_errors_of_triton(status: str, text: str, http_status: int, code: str) -> None:
-    error = from_status(status, text)
-    assert (error.status, error.code) == (http_status, code)
-    assert "\n" not in str(error) and "/" not in str(error)
 
 
 def test_a_fault_of_the_gateway_is_one_line_without_a_trace(

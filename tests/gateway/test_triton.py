@@ -18,7 +18,7 @@ import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
-from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.errors import Refused, from_status
 from radapter_serve.gateway.kserve import Inference
 from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.triton import RESOLVE_SECONDS, Triton
@@ -224,3 +224,28 @@ def test_a_failure_of_triton_is_logged_and_what_a_caller_did_wrong_is_not(
     assert caplog.messages == ["Triton: INTERNAL: why"]
     assert asyncio.run(refused("INVALID_ARGUMENT")) == 400
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "http_status", "code"),
+    [
+        ("INVALID_ARGUMENT", "[invalid_image] 5 bytes are not an image", 400, "invalid_image"),
+        ("INTERNAL", "x, message: [encoder_failed] it did /srv/m.py", 500, "encoder_failed"),
+        ("INTERNAL", "Stub died at /tmp/x\n\nAt:\n /a.py(3)", 500, "internal_error"),
+        ("INVALID_ARGUMENT", "[request id: <id_unknown>] bad /x", 400, "invalid_argument"),
+        ("NOT_FOUND", "unknown model: 'x' has no available versions", 503, "restarting"),
+        ("INTERNAL", "Model 'image_encoder' is not ready.", 503, "restarting"),
+        ("NOT_FOUND", "model 'x' version 7 is not found", 404, "unknown_model"),
+        ("UNAVAILABLE", "ipv4:127.0.0.1:8001: refused", 503, "server_unavailable"),
+        ("UNAVAILABLE", "[server_stopping] it stops", 503, "server_stopping"),
+        ("UNAVAILABLE", "Exceeds maximum queue size", 429, "overloaded"),
+        ("INTERNAL", "Failed to increase the shared memory pool size", 429, "overloaded"),
+        ("INTERNAL", "message: [timed_out] this took too long", 504, "timed_out"),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", 504, "timed_out"),
+        ("UNKNOWN", "x", 500, "internal_error"),
+    ],
+)
+def test_errors_of_triton(status: str, text: str, http_status: int, code: str) -> None:
+    error = from_status(status, text)
+    assert (error.status, error.code) == (http_status, code)
+    assert "\n" not in str(error) and "/" not in str(error) and error.message
