@@ -119,7 +119,14 @@ ROOMS = {
     "tasks": Room(
         tuple(
             f"tests/tasks/test_{name}.py"
-            for name in ("scores", "classify", "label_embeddings", "segment", "segmenter")
+            for name in (
+                "scores",
+                "classify",
+                "examples",
+                "label_embeddings",
+                "segment",
+                "segmenter",
+            )
         ),
         ("radapter_serve/tasks",),
         tuple(f"radapter_serve/tasks/{name}.py" for name in ("triton", "responses", "retrieve")),
