@@ -1,6 +1,4 @@
-"""`radapter-eval`, from the command line to files; and what `radapter-export --alpha auto` makes of
-it.
-"""
+"""`radapter-eval`, from the command line to files."""
 
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import evaluate, main
 from radapter_serve.cli.export import main as export
@@ -148,9 +145,8 @@ def test_a_choice_and_a_sweep_share_a_folder_in_any_order(here: Path, undrawn: N
     assert sum(row["split"] == "validation" for row in of_suite) == 11
     tested = {row["alpha"] for row in of_suite if row["split"] == "test"}
     assert tested == {0.0, 0.5, choice["alpha"], choice["best"]}
-    for alpha in ("auto", "0.5"):
-        assert main([*suite, "--alpha", alpha, "--out", "other"]) == 0
-    assert {*points(here / "other")} == {*points(here / "results/tiny/suite")}
+    assert main([*suite, "--alpha", "0.5", "--out", "results/tiny/validation"]) == 0
+    assert {("validation", 0.5), ("plain", 0.5)} < {*points(here / "results/tiny/validation")}
 
 
 @pytest.mark.parametrize(
@@ -287,9 +283,7 @@ def test_limit_draws_by_the_seed(here: Path, undrawn: None) -> None:
     ]  # fmt: skip
 
 
-def test_auto_chooses_on_validation_data_and_export_takes_it(
-    here: Path, quick: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_chooses_on_validation_data(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "results").mkdir()
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
     assert main([*COMMON, "--alpha", "auto"]) == 0
@@ -312,30 +306,23 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     tested = {point for point in points(here / "results") if point[0] != "held-out"}
     alphas = (0, choice.alpha, choice.best)
     assert tested == {(name, alpha) for name in ("plain", "shifted") for alpha in alphas}
-    assert export(["--alpha", "auto"]) == 0
-    release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
-    assert release["alpha"] == choice.alpha
 
 
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*COMMON, "--alpha", "auto", "--out", "apart"]) == 0
+    assert main([*COMMON, "--alpha", "0.5", "--out", "apart"]) == 0
     assert "warning" not in capfd.readouterr().err
     place = (here / "data").resolve()
     (here / "data").unlink()
     shutil.copytree(place, here / "data")
     for number in (0, 3):
-        shutil.copy(
-            here / "data" / "held-out" / "cat" / f"{number}.png",
-            here / "data" / "plain" / "dog" / f"x{number}.png",
-        )
+        image = here / "data" / "held-out" / "cat" / f"{number}.png"
+        shutil.copy(image, here / "data" / "plain" / "dog" / f"x{number}.png")
     for alpha in ("auto", "0.5"):  # which may have been chosen earlier
         assert main([*COMMON, "--alpha", alpha, "--out", alpha]) == 0
-        assert capfd.readouterr().err.endswith(
-            "plain: warning: 2 of its 14 images are validation images of held-out too; the"
-            " figures of what they chose are too high\n"
-        )
+        warning = "plain: warning: 2 of its 14 images are validation images of held-out too; "
+        assert warning in capfd.readouterr().err
 
 
 def test_export_auto_without_a_choice_or_with_another_adapters(
@@ -353,21 +340,17 @@ def test_export_auto_without_a_choice_or_with_another_adapters(
         assert message in capfd.readouterr().err
 
 
-def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> None:
-    settings = ExportSettings(model_repository=Path("repository"), merged=Path("merged"))
-    export_release("runs/tiny", [0.5], settings)
+def test_merged_and_release_by_flag(here: Path, undrawn: None, exported_tiny_clip: Path) -> None:
+    *_, checkpoint = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))
+    repository = exported_tiny_clip / "model_repository"
     for flags in (
-        ["--alpha", "0.5"],
-        ["--merged", "merged"],
-        ["--model-repository", "repository"],
-        ["--model-repository", "repository@1"],
+        ["--merged", str(checkpoint.parent)],
+        ["--model-repository", str(repository)],
+        ["--model-repository", f"{repository}@2"],
     ):
         assert main([*COMMON, *flags]) == 0
-    found = rows(here / "results")
-    assert [row["source"] for row in found] == ["adapter"] * 2 + ["merged"] * 2 + ["release"] * 2
-    for own, merged, release in zip(found[:2], found[2:4], found[4:], strict=True):
-        assert own["metrics"] == pytest.approx(merged["metrics"], abs=1e-5)
-        assert own["metrics"] == pytest.approx(release["metrics"], abs=1e-5)
+    sources = [(row["source"], row["alpha"]) for row in rows(here / "results")]
+    assert sources == [("merged", 0.8)] * 2 + [("release", 0.8)] * 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release
@@ -37,21 +36,10 @@ from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
 from tests.evaluation.conftest import CLASSES
-from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
 SAME = ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision")
-
-
-@pytest.fixture(scope="module")
-def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`merged` and `repository` at α = 0.4."""
-    folder = tmp_path_factory.mktemp("exported")
-    settings = ExportSettings(model_repository=folder / "repository", merged=folder / "merged")
-    with quick_exports(common):
-        export_release(run_folder, [0.4], settings)
-    return folder
 
 
 def measured(rows: Sequence[Row]) -> dict[str, float]:
@@ -185,11 +173,14 @@ def test_right_of_each_image_makes_the_metric(
 
 
 def test_torch_merged_and_release_give_the_same_numbers(
-    run_folder: Path, exported: Path, world: Path, tmp_path: Path
+    exported_tiny_clip: Path, world: Path, tmp_path: Path
 ) -> None:
-    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
-    merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
-    release = evaluated(from_release(load_release(exported / "repository")), world, tmp_path / "c")
+    folder = exported_tiny_clip
+    adapter = evaluated(from_adapter(folder / "adapter.safetensors", [0.8]), world, tmp_path / "a")
+    *_, checkpoint = sorted(folder.glob("merged/**/open_clip_config.json"))
+    merged = evaluated(from_merged(checkpoint.parent), world, tmp_path / "b")
+    newest = load_release(folder / "model_repository")
+    release = evaluated(from_release(newest), world, tmp_path / "c")
     for rows in zip(adapter, merged, release, strict=True):
         assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
         assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
@@ -209,8 +200,13 @@ def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str)
 
 
 def test_wise_ft_interpolates_all_weights(
-    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+    run_folder: Path,
+    tiny_clip_dir: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
     base = load_base(tiny_clip_dir)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     torch.manual_seed(3)
@@ -241,21 +237,21 @@ def test_wise_ft_interpolates_all_weights(
     at_half = [row for row in wise_ft if (row.source, row.alpha) == ("wise-ft", 0.5)]
     assert measured(at_half) == pytest.approx(by_hand, abs=1e-5)
     assert measured([row for row in rows if row.alpha == 0.5]) == pytest.approx(by_hand, abs=1e-5)
-    assert (tmp_path / "results" / "alpha.png").is_file()
 
 
 @pytest.mark.triton
 def test_a_live_server_gives_the_same_numbers(
-    run_folder: Path, exported: Path, world: Path, tmp_path: Path
+    exported_tiny_clip: Path, dynamic_tiny_clip: Path, world: Path, tmp_path: Path
 ) -> None:
     from radapter_serve.server.config import ServerConfig
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
 
-    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
-    with TritonServer(ServerConfig(exported / "repository", Endpoints.on_free_ports())) as server:
-        by_grpc = evaluated(from_server(server.grpc_url), world, tmp_path / "grpc")
-        by_http = evaluated(from_server(server.http_url), world, tmp_path / "http")
+    file = exported_tiny_clip / "adapter.safetensors"
+    adapter = evaluated(from_adapter(file, [0.8]), world, tmp_path / "adapter")
+    with TritonServer(ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports())) as server:
+        by_grpc = evaluated(from_server(server.grpc_url, [0.8]), world, tmp_path / "grpc")
+        by_http = evaluated(from_server(server.http_url, [0.8]), world, tmp_path / "http")
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
             assert one.metrics == pytest.approx(other.metrics, abs=1e-5)

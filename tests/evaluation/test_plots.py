@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
 
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.plots import (
@@ -29,19 +28,20 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Path) -> None:
+def test_the_curve_has_another_method_and_one_set_alone_has_none(drawn: list[Figure]) -> None:
     rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 - 15 * a * a} for a in (0.0, 0.5, 1.0)]
     other = [{"alpha": a, "a": 50 + 10 * a, "b": 40 - 20 * a} for a in (0.0, 1.0)]
-    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "with.png", beside={"WiSE-FT": other})
-    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "without.png")
-    plot_alpha_curve(rows, ["a"], [], tmp_path / "alone.png")
-    blue = []
-    for name, width in (("with", 1695), ("without", 1695), ("alone", 945)):
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size == (width, 630)
-            left = image.convert("RGB").crop((0, 0, 740, 630)).getcolors(1 << 20) or []
-            blue.append(sum(n for n, c in left if c == (31, 119, 180)))
-    assert blue[0] > 500 and blue[1] == 0  # the other method is in the left panel
+    plot_alpha_curve(rows, ["a"], ["b"], "with.png", beside={"WiSE-FT": other})
+    plot_alpha_curve(rows, ["a"], [], "alone.png")
+    curve, of_alpha = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in curve.get_lines()}  # type: ignore[union-attr]
+    assert lines == {
+        "R-Adapter": [[50, 40], [60, 36.25], [70, 25]],
+        "WiSE-FT": [[50, 40], [60, 20]],
+    }
+    for axes in (of_alpha, *drawn[1].axes):
+        assert axes.get_lines()[0].get_xydata().tolist() == [[0, 50], [0.5, 60], [1, 70]]  # type: ignore[union-attr]
+    assert len(drawn[1].axes) == 1
 
 
 def test_what_is_kept_of_the_base_has_an_axis_of_its_own(drawn: list[Figure]) -> None:

@@ -198,7 +198,10 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
     assert measured["confusion"][1] == [0, 0, 0, 0, 1600]  # no class at all
 
 
-def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
+def test_dense_labels_and_proposals_are_never_averaged(
+    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     sets = "\n".join(
         f"- {{name: {name}, dense: {dense}}}"
         for name, dense in (("a", "naclip"), ("b", "naclip"), ("c", "proposals"))
