@@ -6,20 +6,43 @@ Prints what the page answers; without a Chromium it says so, and does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.helpers.browser import chromium
 
 # Until an answer has come, its component shows the time that passes.
 ANSWERED = """before => {
     const scores = document.querySelector('#scores');
     return scores.innerText !== before && scores.querySelector('.progress-text') === null;
 }"""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser of playwright, or a skip that says what is missing."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    where = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if where is None:
+        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        # Its sandbox needs what containers lack; the pages are our own.
+        browser = playwright.chromium.launch(
+            executable_path=where, args=["--no-sandbox", "--disable-gpu"]
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = False) -> None:

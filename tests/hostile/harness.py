@@ -7,10 +7,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
 import socket
-import struct
 import sys
 import threading
 import time
@@ -24,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from radapter_client._http import decode
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.run import start
@@ -183,7 +182,6 @@ def wrong(answer: Answer) -> str | None:
     try:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
         head = json.loads(answer.body[:size])
-        rest = answer.body[size:]
         if "object" in head:
             rows = [one["embedding"] for one in head["data"] if "embedding" in one]
             places = [one.get("index", place) for place, one in enumerate(head["data"])]
@@ -192,31 +190,13 @@ def wrong(answer: Answer) -> str | None:
             return _output_trouble("image_embeds", rows) if rows else None
         if "outputs" not in head:
             return None if {"live", "ready", "name"} & set(head) else "an answer without outputs"
-        for output in head["outputs"]:
-            count = math.prod(output["shape"])
-            if "data" in output:
-                values = output["data"]
-            else:
-                packed = rest[: output["parameters"]["binary_data_size"]]
-                rest = rest[len(packed) :]
-                values = []
-                if output["datatype"] == "BYTES":
-                    while packed:
-                        (length,) = struct.unpack_from("<I", packed)
-                        values.append(packed[4 : 4 + length])
-                        packed = packed[4 + length :]
-                else:
-                    values = np.frombuffer(
-                        packed, {"FP32": "<f4", "UINT16": "<u2"}[output["datatype"]]
-                    )
-            if len(values) != count:
-                return f"{len(values)} values where the shape has {count}"
-            if output["name"].endswith("_embeds"):
-                values = np.reshape(values, output["shape"])
-            if why := _output_trouble(output["name"], values):
+        for name, values in decode(answer.body, str(size)).outputs.items():
+            if why := _output_trouble(name, values):
                 return why
-        return "bytes behind the outputs" if rest else None
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+        for output in head["outputs"]:
+            size += output.get("parameters", {}).get("binary_data_size", 0)
+        return None if size == len(answer.body) else "bytes behind the outputs"
+    except (ValueError, KeyError, TypeError) as error:
         return f"an answer that cannot be read ({error!r})"
 
 

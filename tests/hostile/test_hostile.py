@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,8 +92,13 @@ def refusal(text: str, status: int = 400) -> Outcome:
     return Outcome([Answer(status, JSON, json.dumps({"error": text}).encode())])
 
 
-def answered(*outputs: bytes) -> Outcome:
-    return Outcome([Answer(200, JSON, b'{"outputs":[' + b",".join(outputs) + b"]}")])
+def answered(*outputs: dict[str, Any]) -> Outcome:
+    body = {"model_version": "1", "outputs": outputs}
+    return Outcome([Answer(200, JSON, json.dumps(body).encode())])
+
+
+def fp32(name: str, shape: list[int], *data: float) -> dict[str, Any]:
+    return {"name": name, "datatype": "FP32", "shape": shape, "data": data}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +114,10 @@ def answered(*outputs: bytes) -> Outcome:
         (BROKEN, Outcome(how="closed"), None),
         (BROKEN, Outcome(how="closed", rest=bytearray(b"HTTP/1.1 2")), "half an answer"),
         (REFUSED, answered(), "as if it were right"),
-        (CHECKED, answered(b'{"name":"id","shape":[2],"data":["a"]}'), "1 values"),
-        (CHECKED, answered(b'{"name":"text_embeds","shape":[1,1],"data":[2]}'), "unit length"),
+        (CHECKED, answered(fp32("score", [1], 0.5)), None),
+        (CHECKED, answered(fp32("score", [1], 7)), "a score that is none"),
+        (CHECKED, answered(fp32("score", [2], 0.5)), "cannot be read"),
+        (CHECKED, answered(fp32("text_embeds", [1, 1], 2)), "unit length"),
         (BROKEN, Outcome([*refusal("[no_labels] x").answers, NO_REQUEST]), None),
         (CHECKED, Outcome([*refusal("[no_labels] x").answers, NO_REQUEST]), "more than was asked"),
     ],

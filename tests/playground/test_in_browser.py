@@ -10,9 +10,8 @@ import pytest
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
-from tests.helpers.browser import chromium
 from tests.helpers.small_world import SmallWorld, png, write_indexes
-from tests.helpers.use_playground import use
+from tests.helpers.use_playground import chromium, use
 
 pytestmark = pytest.mark.integration
 
