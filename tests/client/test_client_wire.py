@@ -305,7 +305,7 @@ def test_a_grpc_url_where_a_server_answers_http_alone(
 def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, timeout: float):
     """gRPC itself gives up after a second, and remembers the first failure."""
     start = time.monotonic()
-    for _ in range(2 if protocol == "grpc" else 1):
+    for _ in range(2 if protocol == "grpc" and timeout < 1 else 1):
         error = attempt(kind, url_of(silent, protocol), embed, timeout=timeout)
         assert type(error) is radapter_client.Timeout
     assert time.monotonic() - start < 2 * timeout + 2

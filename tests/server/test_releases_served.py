@@ -88,6 +88,12 @@ def served(running: TritonServer) -> TritonServer:
     return running
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load releases without the second server that tries them first: two other tests have that."""
+    monkeypatch.setattr(TritonServer, "_try", lambda *_: None)
+
+
 class Load:
     """Callers of every task over each way, who compare each answer with what its release answers
     here.
@@ -184,6 +190,7 @@ def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path
     assert not load.wrong, load.wrong[:5]
 
 
+@pytest.mark.usefixtures("untried")
 def test_the_command_speaks_with_the_server(
     served: TritonServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +249,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("untried")
 def test_an_index_is_searched_while_its_release_is_served(
     served: TritonServer, folder: Path
 ) -> None:
@@ -267,6 +275,7 @@ def test_an_index_is_searched_while_its_release_is_served(
     shutil.rmtree(index)
 
 
+@pytest.mark.usefixtures("untried")
 def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, folder: Path) -> None:
     """Every search is answered, by the old index or by the new one."""
     release = load_release(f"{folder / 'repository'}@1")
@@ -294,6 +303,7 @@ def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, fold
     shutil.rmtree(index)
 
 
+@pytest.mark.usefixtures("untried")
 def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
     build(str(folder / "photos"), folder / "indexes" / INDEX, load_release(folder / "repository@1"))
     for url in (served.grpc_url, served.http_url):
@@ -310,6 +320,7 @@ def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
     shutil.rmtree(folder / "indexes" / INDEX)
 
 
+@pytest.mark.usefixtures("untried")
 def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
     served: TritonServer,
 ) -> None:
