@@ -61,7 +61,7 @@ def configure(
 
 
 def usual_order(encoder: ServedEncoder, *, on_gpu: bool) -> list[str]:
-    """Runtimes for an encoder, the one that is usually fastest first (docs/precision.md).
+    """Runtimes for an encoder, the one that is usually fastest first (docs/export.md).
 
     On a CPU that is OpenVINO, but for int8 whose ranges are found at run time.
     """
