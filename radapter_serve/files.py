@@ -35,6 +35,25 @@ def staged(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def disk_errors(
+    folder: Path, advice: str = "", also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Raise an error with advice where the system, or a library's `also`, can't write into a
+    folder.
+    """
+    refusals: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except refusals as error:
+        why = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, shutil.Error):
+            why = error.args[0][0][2]
+        raise RAdapterError(
+            f"cannot write into {folder}: {why}{'; ' if advice else ''}{advice}"
+        ) from error
+
+
 def digest_of(*parts: Path | bytes) -> str:
     """`sha256:` of bytes and of files, one after the other; the files may be larger than memory."""
     digest = hashlib.sha256()

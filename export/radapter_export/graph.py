@@ -23,17 +23,23 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
-from radapter_export.dynamic_alpha import DynamicAlphaTower, name_in_base
-from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
+from radapter_export.towers import (
+    DynamicAlphaTower,
+    ImageTower,
+    PatchTower,
+    TextTower,
+    name_in_base,
+    skeleton,
+)
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
-# the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32
+# The first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32.
 OPSET = 22
-EXTERNAL_ABOVE = (
-    1 << 30
-)  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
+# Bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB.
+EXTERNAL_ABOVE = 1 << 30
+BATCH = torch.export.Dim("batch", min=1, max=1 << 16)
 
 
 @dataclass
@@ -57,10 +63,12 @@ class Graph:
         same names. More than `external_above` bytes of weights go beside the file.
         """
         initializers = self.model.graph.initializers
-        mine = {name: value for name, value in initializers.items() if value.const_value is None}
+        weightless = {
+            name: value for name, value in initializers.items() if value.const_value is None
+        }
         total = 0
         try:
-            for name, value in mine.items():
+            for name, value in weightless.items():
                 tensor = (weights[name] if name in weights else self.constants[name]).detach()
                 assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape), name
                 kind = tensor_adapters.to_torch_dtype(value.dtype or ir.DataType.FLOAT)
@@ -68,13 +76,10 @@ class Graph:
                     tensor.to("cpu", kind).contiguous(), name=name
                 )
                 total += value.const_value.nbytes
-            ir.save(
-                self.model,
-                path,
-                external_data=f"{path.name}.data" if total > external_above else None,
-            )
+            beside = f"{path.name}.data" if total > external_above else None
+            ir.save(self.model, path, external_data=beside)
         finally:
-            for value in mine.values():
+            for value in weightless.values():
                 value.const_value = None
         onnx.checker.check_model(str(path))
         return size_of(path)
@@ -94,19 +99,19 @@ def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dynamic)
 
 
-def patch_graph(base: Base, way: str, dynamic: Adapter | None = None) -> Graph:
+def patch_graph(base: Base, method: str, dynamic: Adapter | None = None) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g,
     D].
     """
     return _of_images(
-        "patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dynamic
+        "patch_encoder", PatchTower(base, method), "patch_embeds", base.image_size, dynamic
     )
 
 
 def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
     tower = TextTower(base)
-    shape: dict[int, torch.export.Dim] = {0: _batch()}
+    shape: dict[int, torch.export.Dim] = {0: BATCH}
     length = tower.context_length
     if tower.dynamic_length:
         shape[1] = torch.export.Dim("length", min=1, max=length)
@@ -119,11 +124,7 @@ def _of_images(
     name: str, tower: ImageTower, output: str, size: int, dynamic: Adapter | None
 ) -> Graph:
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export(name, tower, example, ("image", output), {0: _batch()}, dynamic)
-
-
-def _batch() -> torch.export.Dim:
-    return torch.export.Dim("batch", min=1, max=1 << 16)
+    return _export(name, tower, example, ("image", output), {0: BATCH}, dynamic)
 
 
 def _export(
@@ -139,8 +140,7 @@ def _export(
         tower = DynamicAlphaTower(tower, dynamic)
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
     try:
-        # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize`
-        # runs them safely.
+        # `optimize=False`: its passes look at values, which a skeleton does not have.
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 skeleton(tower).eval(),
@@ -163,60 +163,43 @@ def _export(
             f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer"
         )
     model = program.model
-    initializers = program.model.graph.initializers
-    values = [
-        key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers
-    ]
-    with _quiet():
-        _optimize(model, values)
-    for key in values:
-        value = initializers.pop(key)
-        value.name = name_in_base(key)
-        initializers.add(value)
-    NameFixPass()(
-        model
-    )  # torch calls values after operators, so one may be called as a weight is in the base
-    _forget_origin(model)
-    return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
-
-
-def _optimize(model: ir.Model, weights: list[str]) -> None:
-    """Fold the arithmetic of shapes, with the weights made inputs, and so unknown to every pass."""
     graph = model.graph
-    values = [graph.initializers.pop(key) for key in weights]
-    inputs = len(graph.inputs)
-    for value in values:
+    initializers = graph.initializers
+
+    # Fold the arithmetic of shapes, with the weights made inputs, and so unknown to every pass.
+    named = [name for name, _ in (*tower.named_parameters(), *tower.named_buffers())]
+    weights = [initializers.pop(key) for key in named if key in initializers]
+    count = len(graph.inputs)
+    for value in weights:
         value.const_value = None
-    graph.inputs.extend(values)
-    onnxscript.optimizer.optimize_ir(model)
-    del graph.inputs[inputs:]
-    for value in values:
-        graph.initializers[str(value.name)] = value
+    graph.inputs.extend(weights)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model)
+    del graph.inputs[count:]
 
+    # Call the weights as in the base. torch calls values after operators, so one of them may have
+    # the same name.
+    for value in weights:
+        value.name = name_in_base(str(value.name))
+        initializers.add(value)
+    NameFixPass()(model)
 
-def _forget_origin(model: ir.Model) -> None:
-    """Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a
-    file's graph.
-    """
+    # Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a
+    # file's graph.
     model.producer_name = "radapter-export"
     model.producer_version = None
-    for holder in (
-        model,
-        model.graph,
-        *model.graph,
-        *model.graph.inputs,
-        *model.graph.initializers.values(),
-    ):
+    for holder in (model, graph, *graph, *graph.inputs, *initializers.values()):
         holder.metadata_props.clear()
         holder.doc_string = None
-    for node in model.graph:
+    for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
+    return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's own warnings, which are about itself, from the user."""
+    """Hide the exporter's warnings about itself."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     ]

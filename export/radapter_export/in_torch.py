@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radapter_export.facts import base_facts
 from radapter_export.settings import CLASSES
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import encode_patches
-from radapter_serve.clip.towers import encode_image, encode_text, is_causal, normalised, to_device
+from radapter_serve.clip.dense import check_dense, encode_patches
+from radapter_serve.clip.towers import (
+    encode_image,
+    encode_text,
+    is_causal,
+    logit_scale_and_bias,
+    normalised,
+    to_device,
+)
 from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.encoders.labels import LabelSet
@@ -26,6 +34,33 @@ from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.labels import embed_labels
+
+
+def base_facts(
+    base: Base, weights: Mapping[str, Tensor], dense: str | None, *, exif_orientation: bool
+) -> dict[str, Any]:
+    """The fields of a `Release` that follow from a base and its weights.
+
+    Refuses a base that has no patch embeddings by the method `dense`.
+    """
+    preprocess = base.preprocess
+    copied = ("mode", "interpolation", "resize_mode", "fill_color")
+    scale, bias = logit_scale_and_bias(weights)
+    grid = None if dense is None else int(check_dense(base.model, dense).grid_size[0])
+    return {
+        "architecture": base.name,
+        "preprocess": {
+            "size": base.image_size,
+            **{name: preprocess[name] for name in copied},
+            **{name: [float(value) for value in preprocess[name]] for name in ("mean", "std")},
+            "exif_orientation": exif_orientation,
+        },
+        "embed_dim": int(base.config["embed_dim"]),
+        "logit_scale": scale,
+        "logit_bias": bias,
+        "dense": None if dense is None else {"way": dense, "grid": grid},
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def load_in_torch(

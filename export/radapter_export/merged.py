@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from open_clip.tokenizer import HFTokenizer
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged, staged_folder
+from radapter_serve.files import disk_errors, staged, staged_folder
 from radapter_serve.hub import CARD
 from radapter_serve.release.release import FILE, Release
 
@@ -24,6 +22,7 @@ WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 FILES = (CONFIG, WEIGHTS, *TOKENIZER)
 WRITER = "radapter-export"
+DISK_ADVICE = "nothing half-written was left: free some space and run radapter-export again"
 
 
 def write_merged(
@@ -45,7 +44,10 @@ def write_merged(
     """
     folder = Path(folder).absolute()
     check_replaceable(folder, "--merged", FILES)
-    with disk_errors(folder), staged_folder(folder, WRITER) as target:
+    with (
+        disk_errors(folder, DISK_ADVICE, (SafetensorError,)),
+        staged_folder(folder, WRITER) as target,
+    ):
         save_open_clip(target, base, state_dict)
         if release is not None:
             release.save(target)
@@ -85,17 +87,3 @@ def check_replaceable(folder: Path, flag: str, files: Collection[str]) -> None:
                 f"{folder} holds {path.name}, which no export wrote; it would be replaced: give"
                 f" another folder with {flag}, or move that away"
             )
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, and whatever else the system refuses, into an error for people."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        message = f"cannot write to {folder}: {error}"
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            message = (
-                f"no space left on the disk of {folder}; free some and run radapter-export again"
-            )
-        raise RAdapterError(f"{message} (nothing half-written was left)") from error

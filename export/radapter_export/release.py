@@ -15,17 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
+from safetensors import SafetensorError
 
 from radapter_export.accuracy import Accuracy, Validation, open_validation
 from radapter_export.card import card_of
-from radapter_export.facts import base_facts
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.hub import Hub, check_push, files_of
+from radapter_export.in_torch import base_facts
 from radapter_export.merged import (
+    DISK_ADVICE,
     FILES,
     WRITER,
     check_replaceable,
-    disk_errors,
     save_open_clip,
 )
 from radapter_export.precision import TYPES, check_precision, lower
@@ -52,7 +53,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.files import digest_of, staged_folder
+from radapter_serve.files import digest_of, disk_errors, staged_folder
 from radapter_serve.hub import CARD
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
 from radapter_serve.release.release import TASKS, Release
@@ -223,7 +224,7 @@ def export_release(
 
     # Agreement check and release, for each α, in temporary folders that take their places together.
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors(settings.model_repository))
+        stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
         merged = stack.enter_context(staged_folder(settings.merged, WRITER))
         transformers = None
         if settings.transformers is not None:

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense, neighbourhood, patch_features
 from radapter_serve.clip.towers import causal_text_features, is_causal, pool_type, text_tower
 from radapter_serve.errors import RAdapterError
 
-COPY = (  # how the names of a copy's weights begin; the rest of a name is its key in the state dict
-    "model."
-)
+# How the names of a copy's weights begin; the rest of a name is its key in the state dict.
+COPY = "model."
 
 
 def check(base: Base) -> None:
@@ -87,7 +87,7 @@ class TextTower(nn.Module):
             # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot
             # build in 16 bits.
             transformer.set_attn_implementation("eager")
-        #: tokens of one text: at most this many if `dynamic_length`, else exactly
+        # Tokens of a text: at most this many if `dynamic_length`, else exactly.
         self.context_length = int(base.tokenizer.context_length)  # type: ignore[attr-defined]
         self.dynamic_length = is_causal(base.model)
 
@@ -147,12 +147,9 @@ class Attention(nn.Module):
         )
         scores = (q * depth**-0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
-            masks = (
-                attn_mask
-                if attn_mask.ndim == 2
-                else attn_mask.reshape(batch, self.num_heads, length, -1)
-            )
-            scores = scores + masks
+            if attn_mask.ndim > 2:
+                attn_mask = attn_mask.reshape(batch, self.num_heads, length, -1)
+            scores = scores + attn_mask
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, length, width)
         return self.out_proj(mixed), None
 
@@ -191,7 +188,12 @@ def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
     for name, child in model.named_children():
         if name == without or (only and name != only):
             memo[id(child)] = None
-    return _exchange(copy.deepcopy(model, memo))
+    exported = copy.deepcopy(model, memo)
+    for module in exported.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, Attention(child))
+    return exported
 
 
 def skeleton(module: nn.Module) -> Any:
@@ -206,11 +208,70 @@ def skeleton(module: nn.Module) -> Any:
     return copy.deepcopy(module, memo)
 
 
-def _exchange(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        setattr(
-            module,
-            name,
-            Attention(child) if isinstance(child, nn.MultiheadAttention) else _exchange(child),
-        )
-    return module
+def name_in_base(name: str) -> str:
+    """The name of a tower's parameter or buffer in a state dict or an adapter file."""
+    return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
+
+
+class DynamicAlphaTower(nn.Module):
+    """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into
+    its weights.
+
+    The adapted layers of the tower are exchanged in place; only names and shapes of the adapter
+    count.
+    """
+
+    def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.tower = tower
+        self._alpha = _Alpha()
+        modules = dict(tower.named_modules())
+        for key in adapter.keys:
+            name = COPY + key
+            if isinstance(layer := modules.get(name), nn.Linear):
+                tower.set_submodule(
+                    name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha)
+                )
+
+    def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
+        """The tower's embeddings of rows, each at its α."""
+        self._alpha.rows = alpha
+        embeds: Tensor = self.tower(values)
+        return embeds
+
+
+class DynamicAlphaLinear(nn.Module):
+    """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b +
+    α·F·b).
+
+    W is [d, k] and b [d]; the adapter has `full` [d, d], or `up` [d, r] and `down` [r, d].
+    """
+
+    full: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, layer: nn.Linear, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        for name, tensor in adapter.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._full_rank = "full" in adapter
+        self._alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., k] to [B, ..., d]."""
+        y = F.linear(x, self.weight, self.bias)
+        if self._full_rank:
+            change = F.linear(y, self.full)
+        else:
+            change = F.linear(F.linear(y, self.down), self.up)
+        alpha = self._alpha.rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
+        return y + alpha * change
+
+
+class _Alpha:
+    """Holds α of the rows while their tower runs; an attribute of a module would be its state."""
+
+    rows: Tensor

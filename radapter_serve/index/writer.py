@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import staged
+from radapter_serve.files import disk_errors, staged
 from radapter_serve.index import facts as known_facts
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item, Progress, Read, read
@@ -462,12 +462,3 @@ class Writer:
 
 def _row(item: Item, digest: str) -> dict[str, Any]:
     return {**item.row, "path": item.id, "digest": digest}
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error for people."""
-    try:
-        yield
-    except OSError as error:
-        raise RAdapterError(f"cannot write {out}: {error.strerror or error}") from error

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.files import disk_errors
 from radapter_serve.lock import hold
 
 FOLDER_PREFIX = "radapter-serve-"
+DISK_ADVICE = "free some space, or set TMPDIR to another"
 STOPPED = "a signal had stopped it, so it was killed"
 _LAUNCHER = """import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
@@ -87,10 +88,11 @@ def server_folder() -> Iterator[Path]:
     removed at the end.
     """
     remove_leftovers()
-    with disk_errors():
+    parent = Path(tempfile.gettempdir())
+    with disk_errors(parent, DISK_ADVICE):
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
     with contextlib.ExitStack() as stack:
-        with disk_errors():
+        with disk_errors(parent, DISK_ADVICE):
             stack.enter_context(hold(folder))
             stack.callback(_remove, folder)
             (folder / "models").mkdir()  # a folder with this and without a lock is left over
@@ -107,19 +109,6 @@ def remove_leftovers(parent: Path | None = None) -> None:
             if (folder / "models").is_dir():
                 with hold(folder):
                     _remove(folder)
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Raise an error that says what to do if the folder for temporary files can't be written."""
-    try:
-        yield
-    except OSError as error:
-        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-        raise RAdapterError(
-            f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to"
-            " another"
-        ) from None
 
 
 def _remove(folder: Path) -> None:

@@ -21,6 +21,7 @@ from tritonclient.utils import np_to_triton_dtype
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.contract.alpha import Encode
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import disk_errors
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import check, encoders_of
 from radapter_serve.release.served import Served
@@ -47,7 +48,7 @@ from radapter_serve.server.models import (
 )
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import (
-    disk_errors,
+    DISK_ADVICE,
     end,
     hide_argument,
     hide_shared_memory,
@@ -162,7 +163,7 @@ class TritonServer(ReleaseServer):
             self.warning = check_shared_memory(self._offered, self._installation.in_python)
             progress(f"starting tritonserver for {repository}")
             self._folder = self._stack.enter_context(server_folder())
-            with disk_errors():
+            with disk_errors(self._folder, DISK_ADVICE):
                 lay_out(self._folder, self._installation, repository, self._offered)
             self._run("wb")
         except BaseException:

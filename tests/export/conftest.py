@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ from tests.helpers.graphs import graph_of, quick_exports
 ALPHAS = (0.3, 0.8)
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
 ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
+GRAPHS = ("image_encoder", "patch_encoder", "text_encoder")
+
+Export = Callable[..., list[ExportedRelease]]
+Exported = tuple[Path, list[ExportedRelease]]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +75,7 @@ def _photos(folder: Path, count: int) -> Path:
 @pytest.fixture(scope="session")
 def exported(
     common: Path, adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[ExportedRelease]]:
+) -> Exported:
     """A folder with `repository` and `merged`, and the two releases that were exported into it. Not
     to be changed.
     """
@@ -83,6 +88,22 @@ def exported(
     )
     with quick_exports(common):
         return folder, export_release(adapter_path, ALPHAS, settings)
+
+
+@pytest.fixture
+def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
+    """Exports the tiny adapter into `repository` and `merged` of `tmp_path`; the settings are
+    keywords.
+    """
+
+    def call(
+        alphas: Any = (0.5,), *, adapter: Any = adapter_path, progress: Any = None, **settings: Any
+    ) -> list[ExportedRelease]:
+        places = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+        chosen = ExportSettings(**{**places, **settings})
+        return export_release(adapter, alphas, chosen, progress=progress)
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +119,6 @@ def dynamic_graphs(common: Path, tiny_base: Base, adapter_path: Path) -> dict[st
 
 
 def _by_name(common: Path, base: Base, *dynamic: Adapter) -> dict[str, Graph]:
-    made = [graph_of(common, make, base, *dynamic) for make in (image_graph, text_graph)]
-    made.append(graph_of(common, patch_graph, base, "naclip", *dynamic))
-    return {graph.name: graph for graph in made}
+    graphs = [graph_of(common, make, base, *dynamic) for make in (image_graph, text_graph)]
+    graphs.append(graph_of(common, patch_graph, base, "naclip", *dynamic))
+    return {graph.name: graph for graph in graphs}

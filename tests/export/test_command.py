@@ -1,4 +1,4 @@
-"""`radapter-export`."""
+"""`radapter-export` and `export`, the function: what they write, print and refuse."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import radapter_serve
 from radapter_serve.cli.export import main
 from radapter_serve.encoders.tensorrt.plan_writer import check_engines
+from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
 
 
@@ -18,7 +21,7 @@ from tests.helpers.fake_tensorrt import Driver, install
 def checkout(
     quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A working folder with two runs, of which `new` is the newest; the older one is broken."""
+    """A working folder with two runs, of which `new` is the newest."""
     for name, age in (("old", 100), ("new", 0)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
@@ -34,39 +37,35 @@ def checkout(
 def test_newest_run_is_exported_and_a_table_printed(
     checkout: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                "--alpha",
-                "0.3",
-                "0.5",
-                "--dense",
-                "naclip",
-                "--label-set",
-                "animals=animals.txt",
-                "--label-set",
-                "b=animals.txt",
-            ]
-        )
-        == 0
-    )
+    sets = ["--label-set", "animals=animals.txt", "--label-set", "b=animals.txt"]
+    assert main(["--alpha", "0.3", "0.5", "--dense", "naclip", *sets]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert "runs/new/adapter.safetensors: 2 releases in fp32" in out
-    for word in (
-        "image_encoder",
-        "patch_encoder",
-        "text_encoder",
-        "max error",
-        "1 - cosine",
-        "seconds",
-    ):
+    for word in ("image_encoder", "patch_encoder", "max error", "1 - cosine", "seconds"):
         assert word in out
-    asked = "        radapter-query classify PHOTO.jpg --label-set animals\n"
-    assert out.endswith(f"Next:   radapter-serve\n{asked}")
+    query = "        radapter-query classify PHOTO.jpg --label-set animals\n"
+    assert out.endswith(f"Next:   radapter-serve\n{query}")
     assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
-    sets = checkout / "model_repository" / "classify" / "2" / "label_sets"
-    assert {path.name for path in sets.iterdir()} == {"animals.npz", "b.npz"}
+    folder = checkout / "model_repository" / "classify" / "2" / "label_sets"
+    assert {path.name for path in folder.iterdir()} == {"animals.npz", "b.npz"}
+
+
+def test_the_function_returns_what_it_wrote_and_prints_nothing(
+    checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = radapter_serve.export(
+        "runs/old", [0.3, 0.8], merged="plain", label_sets={"animals": "animals.txt"}
+    )
+    assert capfd.readouterr() == ("", "")
+    assert (done.version, done.alpha, len(done.releases)) == (2, 0.8, 2)
+    assert set(done.agreement) == {"image_encoder", "text_encoder"}
+    assert all(0 < agreement.max_error < 1e-4 for agreement in done.agreement.values())
+    assert done.merged == Path("plain")
+    assert done.releases[0].merged == checkout / "plain" / "alpha-0.3"
+    assert (done.model_repository / "classify" / "2" / "label_sets" / "animals.npz").is_file()
+    assert (done.transformers, done.choice, done.made_of) == (None, None, ("runs/old",))
+    assert "\n" not in repr(done) and len(repr(done)) < 300
 
 
 def test_engines_are_built_with_the_release(
@@ -81,14 +80,12 @@ def test_engines_are_built_with_the_release(
     for folder, sidecar in check_engines(repository).items():
         release = json.loads((repository / "classify" / folder.name / "release.json").read_text())
         assert (release["runtime"], release["precision"]) == ("tensorrt", "fp16")
-        assert release["agreement"][folder.parent.name]["max_error"] == pytest.approx(
-            sidecar.agreement.max_error
-        )
+        measured = release["agreement"][folder.parent.name]["max_error"]
+        assert measured == pytest.approx(sidecar.agreement.max_error)
         assert {shapes[2][0] for shapes in sidecar.profile.values()} == {4}
     assert main(["--alpha", "dynamic", "--format", "tensorrt"]) == 0
-    assert all(
-        sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values()
-    )
+    profiles = [sidecar.profile["alpha"][2] for sidecar in check_engines(repository).values()]
+    assert set(profiles) == {(64, 1)}
 
 
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
@@ -106,38 +103,44 @@ def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--format", "tensorrt", "--runtime", "openvino"],
-            "--format tensorrt is served by --runtime tensorrt",
-        ),
-        (
-            ["--format", "tensorrt", "--precision", "int8"],
-            "TensorRT takes only int8 with fixed ranges",
-        ),
-        (["--alpha", "half"], "alpha is 'half'; allowed: a number from 0 to 1"),
-        (["--alpha", "nan"], "alpha is nan; allowed"),
-        (["--label-set", "animals.txt"], "write NAME=FILE"),
-        (["--adapter", "runs/none"], "no adapter file at runs/none"),
-        (
-            ["--precision", "bf16"],
-            "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino",
-        ),
-        (["--precision", "int8", "--calibration", "none"], "none is no folder"),
-        (["--max-drop", "-1"], "max_drop is -1.0; allowed: points from 0 to 100"),
-        (["--merged", "runs"], "runs holds"),
-        (["--model-repository", "animals.txt"], "animals.txt is a file"),
+        ("--format tensorrt --runtime openvino", "is served by --runtime tensorrt"),
+        ("--format tensorrt --precision int8", "TensorRT takes only int8 with fixed ranges"),
+        ("--alpha half", "alpha is 'half'; allowed: a number from 0 to 1"),
+        ("--alpha nan", "alpha is nan; allowed"),
+        ("--alpha auto", "no alpha was chosen"),
+        ("--label-set animals.txt", "write NAME=FILE"),
+        ("--adapter runs/none", "no adapter file at runs/none"),
+        ("--precision bf16", "cannot compute in bf16 on a CPU; add --runtime openvino"),
+        ("--precision int8 --calibration none", "none is no folder"),
+        ("--max-drop -1", "max_drop is -1.0; allowed: points from 0 to 100"),
+        ("--max-batch-size 0", "max_batch_size is 0; allowed: 1 or more"),
+        ("--merged runs", "runs holds"),
+        ("--model-repository animals.txt", "animals.txt is a file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    checkout: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+    checkout: Path, capfd: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    assert main(arguments) == 2
+    assert main(arguments.split()) == 2
     out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("radapter-export: error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    assert out == "" and err.startswith("radapter-export: error: ")
+    assert message in err and err.count("\n") == 1
     assert {path.name for path in checkout.iterdir()} == {"runs", "animals.txt"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sharpness": 3}, "there is no setting 'sharpness'; allowed are checkpoint, lora"),
+        ({"precision": "fp8"}, "precision is 'fp8': Input should be 'fp32', 'fp16'"),
+        ({"format": "savedmodel"}, "format is 'savedmodel'; allowed: onnx, tensorrt"),
+    ],
+)
+def test_keywords_that_the_function_does_not_know_are_refused(
+    adapter_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RAdapterError, match=message):
+        radapter_serve.export(adapter_path, 0.5, **settings)
 
 
 def test_without_a_run_the_command_that_makes_one_is_named(
@@ -145,5 +148,5 @@ def test_without_a_run_the_command_that_makes_one_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["--alpha", "0.5"]) == 2
-    assert "no run with an adapter in" in (err := capfd.readouterr().err)
-    assert "radapter-train" in err
+    err = capfd.readouterr().err
+    assert "no run with an adapter in" in err and "radapter-train" in err

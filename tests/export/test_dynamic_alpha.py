@@ -7,10 +7,8 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -20,67 +18,59 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
-from radapter_export.dynamic_alpha import DynamicAlphaTower
 from radapter_export.graph import Graph, text_graph
 from radapter_export.quantization import quantize
-from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, load_adapter
+from radapter_export.towers import DynamicAlphaTower
+from radapter_serve.adapter import (
+    Adapter,
+    Metadata,
+    base_digest,
+    fold,
+    load_adapter,
+    save_adapter,
+)
 from radapter_serve.clip.base import Base
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.server.runtime_choice import check_agreement
+from tests.export.conftest import GRAPHS, Export, Exported
 from tests.helpers.graphs import graph_of
 
 ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
-
-
-def run(path: Path, values: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-    assert names[1:] == ([] if alpha is None else ["alpha"])
-    (result,) = session.run(None, dict(zip(names, [values, alpha], strict=False)))
-    return result
+TEXTS = ["a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y", "7"]
 
 
 def inputs_of(name: str, base: Base) -> np.ndarray:
     if name != "text_encoder":
         return np.random.default_rng(0).integers(0, 256, (len(ALPHAS), 32, 32, 3), dtype=np.uint8)
-    texts = [
-        "a cat",
-        "hello",
-        "",
-        "many words " * 100,
-        "a drawing of a dog, in the rain",
-        "x y z",
-        "7",
-    ]
-    return base.tokenizer(texts).numpy().astype(np.int32)
+    return base.tokenizer(TEXTS).numpy().astype(np.int32)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 4)
-    f = (
-        {"full": torch.randn(4, 4)}
-        if rank is None
-        else {"up": torch.randn(4, rank), "down": torch.randn(rank, 4)}
-    )
-    tensors = {f"layer.{name}".removesuffix(".full"): tensor for name, tensor in f.items()}
+    tensors = {"layer": torch.randn(4, 4)}
+    if rank is not None:
+        tensors = {"layer.up": torch.randn(4, rank), "layer.down": torch.randn(rank, 4)}
+    adapter = Adapter(tensors, Metadata("x", "y", rank=rank))
     model = nn.Sequential(OrderedDict(model=nn.Sequential(OrderedDict(layer=layer))))
-    tower = DynamicAlphaTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
+    tower = DynamicAlphaTower(model, adapter)
     x = torch.randn(3, 7, 5)
-    alpha = torch.tensor([[0.0], [0.3], [1.0]])
-    w = layer.weight.detach().double().numpy()
-    b = layer.bias.detach().double().numpy()
-    matrix = (f["full"] if rank is None else f["up"].double() @ f["down"].double()).double().numpy()
-    for row, a in enumerate((0.0, 0.3, 1.0)):
-        expected = x[row].double().numpy() @ (w + a * matrix @ w).T + (b + a * matrix @ b)
-        np.testing.assert_allclose(tower(x, alpha)[row].detach().numpy(), expected, atol=1e-5)
+    alphas = torch.tensor([[0.0], [0.3], [1.0]])
+    weight = layer.weight.detach().double()
+    bias = layer.bias.detach().double()
+    matrix = adapter.matrix("layer").double()
+    embeds = tower(x, alphas)
+    for row, alpha in enumerate((0.0, 0.3, 1.0)):
+        expected = x[row].double() @ (weight + alpha * matrix @ weight).T
+        expected += bias + alpha * matrix @ bias
+        torch.testing.assert_close(embeds[row].double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_each_row_is_what_the_fold_at_its_alpha_gives(
     name: str,
     graphs: dict[str, Graph],
@@ -93,22 +83,19 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     adapter = load_adapter(adapter_path)
     values = inputs_of(name, tiny_base)
     dynamic_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dynamic.onnx")
-    found = run(tmp_path / "dynamic.onnx", values, ALPHAS)
-    expected = np.empty_like(found)
+    dynamic = EncoderGraph(tmp_path / "dynamic.onnx")
+    embeds = dynamic(values, ALPHAS)
+    expected = np.empty_like(embeds)
     for alpha in np.unique(ALPHAS):
         rows = ALPHAS[:, 0] == alpha
         graphs[name].save(fold(base, adapter, float(alpha)), tmp_path / "fixed.onnx")
-        expected[rows] = run(tmp_path / "fixed.onnx", values[rows])
-    np.testing.assert_allclose(found, expected, atol=3e-6)
-    assert (
-        np.abs(run(tmp_path / "dynamic.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
-    )
-    # Every weight keeps its name in the state dict or in the adapter file, so that it can be found
-    # again.
+        expected[rows] = EncoderGraph(tmp_path / "fixed.onnx")(values[rows])
+    np.testing.assert_allclose(embeds, expected, atol=3e-6)
+    assert np.abs(dynamic(values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
+    # Every weight keeps its name in the state dict or in the adapter file.
     stored = {tensor.name for tensor in load(tmp_path / "dynamic.onnx").graph.initializer}
-    wanted = {
-        key for key in adapter.tensors if key.startswith("visual.") == (name != "text_encoder")
-    }
+    is_image = name != "text_encoder"
+    wanted = {key for key in adapter.tensors if key.startswith("visual.") == is_image}
     if name == "patch_encoder":  # naclip leaves out the last block's feed-forward layer
         wanted.remove("visual.transformer.resblocks.1.mlp.c_proj")
     assert stored & set(adapter.tensors) == wanted
@@ -116,21 +103,15 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
 
 @pytest.mark.slow
 def test_low_rank_and_a_text_tower_that_is_not_adapted(
-    graphs: dict[str, Graph],
-    tiny_base: Base,
-    adapter_path: Path,
-    common: Path,
-    tmp_path: Path,
+    graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, common: Path, tmp_path: Path
 ) -> None:
     base = tiny_base.model.state_dict()
     generator = torch.Generator().manual_seed(5)
-    tensors = {
-        f"{key}.{name}": torch.randn(shape, generator=generator) * 0.1
-        for key in load_adapter(adapter_path).keys
-        if key.startswith("visual.")
-        for name, shape in (("up", (64, 4)), ("down", (4, 64)))
-    }
-    keys = {name.rpartition(".")[0] for name in tensors}
+    keys = [key for key in load_adapter(adapter_path).keys if key.startswith("visual.")]
+    tensors = {}
+    for key in keys:
+        tensors[f"{key}.up"] = torch.randn(64, 4, generator=generator) * 0.1
+        tensors[f"{key}.down"] = torch.randn(4, 64, generator=generator) * 0.1
     adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
     alpha = np.full((len(ALPHAS), 1), 0.25, np.float32)
     # test_forms.py has the image tower's low rank
@@ -138,92 +119,69 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
     graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
     graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
     values = inputs_of(graph.name, tiny_base)
-    found = run(tmp_path / "dynamic.onnx", values, alpha)
-    np.testing.assert_allclose(found, run(tmp_path / "fixed.onnx", values), atol=2e-6)
+    embeds = EncoderGraph(tmp_path / "dynamic.onnx")(values, alpha)
+    expected = EncoderGraph(tmp_path / "fixed.onnx")(values)
+    np.testing.assert_allclose(embeds, expected, atol=2e-6)
 
 
 @pytest.fixture(scope="module")
 def dynamic(
-    tiny_base: Base,
-    adapter_path: Path,
-    labels_path: Path,
-    dynamic_graphs: dict[str, Graph],
-    tmp_path_factory: Any,
+    adapter_path: Path, dynamic_graphs: dict[str, Graph], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, ExportedRelease]:
+    """A model repository with one release that takes any α."""
     folder = tmp_path_factory.mktemp("dynamic")
+    settings = ExportSettings(
+        model_repository=folder / "repository", merged=folder / "merged", dense="naclip"
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name in ("image", "patch", "text"):
             graph = dynamic_graphs[f"{name}_encoder"]
             patch.setattr(f"radapter_export.release.{name}_graph", lambda *_, graph=graph: graph)
-        [release] = export_release(
-            adapter_path,
-            "dynamic",
-            ExportSettings(
-                model_repository=folder / "repository",
-                merged=folder / "merged",
-                label_sets={"animals": labels_path},
-                dense="naclip",
-            ),
-        )
-    return folder, release
+        [release] = export_release(adapter_path, "dynamic", settings)
+    return folder / "repository", release
 
 
-def test_release_says_that_alpha_is_an_input(
-    dynamic: tuple[Path, ExportedRelease], exported: tuple[Path, list[ExportedRelease]]
+def test_the_release_says_that_alpha_is_an_input(
+    dynamic: tuple[Path, ExportedRelease], exported: Exported
 ) -> None:
-    folder, release = dynamic
+    repository, release = dynamic
     assert (release.alpha, release.facts["dynamic_alpha"]) == (0.5, True)
     assert exported[1][0].facts["dynamic_alpha"] is False
-    for model in ("image_encoder", "patch_encoder", "text_encoder"):
-        text = (folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
+    for model in GRAPHS:
+        text = (repository / model / "config.pbtxt").read_text(encoding="utf-8")
         _, alpha = text_format.Parse(text, model_config_pb2.ModelConfig()).input
-        assert (alpha.name, alpha.data_type, list(alpha.dims)) == (
-            "alpha",
-            model_config_pb2.TYPE_FP32,
-            [1],
-        )
-        assert not alpha.optional
+        kind = (alpha.name, alpha.data_type, list(alpha.dims), alpha.optional)
+        assert kind == ("alpha", model_config_pb2.TYPE_FP32, [1], False)
 
 
-def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, ExportedRelease]) -> None:
-    for name in ("image_encoder", "patch_encoder", "text_encoder"):
-        folder = dynamic[0] / "repository" / name / "1"
-        samples = Samples.load(folder)
-        encoder = EncoderGraph(folder / "model.onnx")
-        assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {
-            0.0,
-            0.25,
-            0.5,
-            1.0,
-        }
-        assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
-        assert (
-            compare(name, encoder, samples, 1e-5).max_error
-            == dynamic[1].facts["agreement"][name]["max_error"]
-        )
-        other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
-        with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
-            compare(name, encoder, other, 1e-4)
-        with pytest.raises(RAdapterError, match="fails on a batch"):
-            compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_samples_hold_alphas_and_another_is_refused(
+    name: str, dynamic: tuple[Path, ExportedRelease]
+) -> None:
+    folder = dynamic[0] / name / "1"
+    samples = Samples.load(folder)
+    encoder = EncoderGraph(folder / "model.onnx")
+    alphas = np.concatenate([np.ravel(batch) for batch in samples.alphas])
+    assert set(alphas.tolist()) == {0.0, 0.25, 0.5, 1.0}
+    assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
+    measured = dynamic[1].facts["agreement"][name]["max_error"]
+    assert compare(name, encoder, samples, 1e-5).max_error == measured
+    other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
+    with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
+        compare(name, encoder, other, 1e-4)
 
 
 def test_runtimes_and_int8_take_alpha(
     dynamic: tuple[Path, ExportedRelease], tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
-    encoders = encoders_of(dynamic[0] / "repository")
-    for encoder in encoders:
+    for encoder in encoders_of(dynamic[0]):
         for runtime in ("onnxruntime", "openvino"):
             assert check_agreement(encoder, runtime, 1) < 1e-6
-    for encoder in encoders:
-        config = text_format.Parse(
-            encoder.configured("openvino", 1), model_config_pb2.ModelConfig()
-        )
-        assert list(config.input[1].dims) == [
-            -1,
-            1,
-        ]  # the batch is a dimension of its own for this runtime
+        text = encoder.configured("openvino", 1)
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        # The batch is a dimension of the tensor for this runtime.
+        assert list(config.input[1].dims) == [-1, 1]
         shutil.copy(encoder.file(1, "onnxruntime"), tmp_path / "model.onnx")
         quantize(tmp_path / "model.onnx")
         samples = Samples.load(encoder.folder / "1")
@@ -232,34 +190,23 @@ def test_runtimes_and_int8_take_alpha(
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 
-def test_soup_is_exported_as_the_average(
-    quick: None,
+def test_a_soup_is_exported_as_the_average(
+    export: Export,
     adapter_path: Path,
     random_adapter: Callable[..., Adapter],
     tiny_base: Base,
     tmp_path: Path,
 ) -> None:
-    from radapter_serve.adapter import save_adapter
-
     save_adapter(random_adapter(scale=0.02), tmp_path / "other.safetensors")
     paths = [adapter_path, tmp_path / "other.safetensors"]
-    [release] = export_release(
-        paths,
-        [0.5],
-        ExportSettings(
-            weights=(0.75, 0.25),
-            model_repository=tmp_path / "repository",
-            merged=tmp_path / "merged",
-        ),
-    )
-    one, other = (load_adapter(path) for path in paths)
+    [release] = export(adapter=paths, weights=(0.75, 0.25))
+    first, second = (load_adapter(path) for path in paths)
     assert release.facts["adapters"] == [
-        {"digest": one.digest, "weight": 0.75},
-        {"digest": other.digest, "weight": 0.25},
+        {"digest": first.digest, "weight": 0.75},
+        {"digest": second.digest, "weight": 0.25},
     ]
-    assert release.facts["adapter_digest"] not in (one.digest, other.digest)
+    assert release.facts["adapter_digest"] not in (first.digest, second.digest)
     base = tiny_base.model.state_dict()
-    merged = load_file(release.merged / "open_clip_model.safetensors")
-    folds = [fold(base, adapter, 0.5) for adapter in (one, other)]
-    for key, value in merged.items():
+    folds = [fold(base, adapter, 0.5) for adapter in (first, second)]
+    for key, value in load_file(release.merged / "open_clip_model.safetensors").items():
         np.testing.assert_allclose(value, 0.75 * folds[0][key] + 0.25 * folds[1][key], atol=1e-5)

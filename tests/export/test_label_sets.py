@@ -10,29 +10,26 @@ import numpy as np
 import pytest
 
 from radapter_client import InvalidRequest
-from radapter_export import ExportSettings, export_release
 from radapter_export.label_sets import MAX_SHOWN, read_label_set
 from radapter_serve.contract.labels import split_label
-from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.labels import MAX_EXAMPLES, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.model import Model
+from tests.export.conftest import Export
 from tests.helpers.small_release import png
 
 NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
-
-
-def unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
+FILES = ("cat.png", "dog.png", "walls/1.png", "walls/2.png")
 
 
 @pytest.fixture
 def label_file(tmp_path: Path) -> Path:
     """Three labels by text and images, one by images alone, one by its text."""
-    shown = tmp_path / "shown"
-    (shown / "walls").mkdir(parents=True)
-    for seed, name in enumerate(("cat.png", "dog.png", "walls/1.png", "walls/2.png")):
-        (shown / name).write_bytes(png(seed, 50, 40))
+    folder = tmp_path / "shown"
+    (folder / "walls").mkdir(parents=True)
+    for seed, name in enumerate(FILES):
+        (folder / name).write_bytes(png(seed, 50, 40))
     entries = [
         {"label": "cat, kitty", "images": "cat.png"},
         {"label": "dog", "images": ["dog.png"], "weight": 0.25},
@@ -40,55 +37,52 @@ def label_file(tmp_path: Path) -> Path:
         {"label": "horse"},
         {"label": "old wall", "images": ["walls", "dog.png"], "weight": 1},
     ]
-    path = shown / "animals.yaml"
+    path = folder / "animals.yaml"
     path.write_text(json.dumps(entries), encoding="utf-8")  # which is YAML
     return path
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, Any]:
-    return {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+def by_hand(local: LoadedRelease, folder: Path) -> np.ndarray:
+    """The embeddings of the labels of `label_file`."""
 
+    def unit(vector: np.ndarray) -> np.ndarray:
+        return vector / np.linalg.norm(vector)
 
-def by_hand(local: LoadedRelease, templates: list[str], shown: Path) -> np.ndarray:
     texts = []
     for names in (["cat", "kitty"], *([name] for name in NAMES[1:])):
+        templates = local.release.templates
         prompts = [template.replace("{}", name) for name in names for template in templates]
         texts.append(unit(local.embed_texts(prompts).mean(0)))
-    files = ["cat.png", "dog.png", "walls/1.png", "walls/2.png"]
-    cat, dog, *walls = local.embed_pixels(
-        [local.pixels((shown / file).read_bytes()) for file in files]
-    )
-    return np.stack(
-        [
-            unit((texts[0] + cat) / 2),
-            unit(0.75 * texts[1] + 0.25 * dog),
-            *texts[2:4],
-            unit(walls[0] + walls[1] + dog),
-        ]
-    )
+    pixels = [local.pixels((folder / file).read_bytes()) for file in FILES]
+    cat, dog, *walls = local.embed_pixels(pixels)
+    rows = [
+        unit((texts[0] + cat) / 2),
+        unit(0.75 * texts[1] + 0.25 * dog),
+        *texts[2:4],
+        unit(walls[0] + walls[1] + dog),
+    ]
+    return np.stack(rows)
 
 
 @pytest.mark.parametrize("alphas", [[0.7], "dynamic"])
 def test_a_release_has_labels_by_example(
-    quick: None, adapter_path: Path, label_file: Path, folders: dict[str, Any], alphas: Any
+    export: Export, label_file: Path, tmp_path: Path, alphas: Any
 ) -> None:
-    settings = ExportSettings(**folders, label_sets={"animals": label_file})
-    (exported,) = export_release(adapter_path, alphas, settings)
+    (exported,) = export(alphas, label_sets={"animals": label_file})
     facts = exported.release.label_sets["animals"]
     assert (facts["labels"], facts["examples"]) == (5, 5)
-    repository = folders["model_repository"]
-    found = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
-    assert (found.examples is not None) == (alphas == "dynamic")
-    local = load_release(str(repository))
-    templates = exported.release.templates
-    expected = by_hand(local, templates, label_file.parent)
-    np.testing.assert_allclose(found.embeds, expected, atol=1e-5)
+    repository = tmp_path / "repository"
+    label_set = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
+    assert (label_set.examples is not None) == (alphas == "dynamic")
+    local = load_release(repository)
+    expected = by_hand(local, label_file.parent)
+    np.testing.assert_allclose(label_set.embeds, expected, atol=1e-5)
+    alpha = None
+    if alphas == "dynamic":
+        alpha = 0.2
+        local = local.at(alpha)
+        expected = by_hand(local, label_file.parent)
     with Model(repository) as model:
-        if alphas == "dynamic":
-            local = local.at(0.2)
-            expected = by_hand(local, templates, label_file.parent)
-        alpha = 0.2 if alphas == "dynamic" else None
         answer = model.classify(png(9), label_set="animals", alpha=alpha)
         for fitted in ({"unknown": 0.5}, {"calibrated": True}, {"multi_label": True}):
             with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
@@ -101,26 +95,15 @@ def test_a_release_has_labels_by_example(
 
 
 def test_validation_fits_scores_to_labels_by_text_alone(
-    quick: None,
-    adapter_path: Path,
-    many_photos: Path,
-    label_file: Path,
-    folders: dict[str, Any],
+    export: Export, many_photos: Path, label_file: Path, tmp_path: Path
 ) -> None:
-    data = f"imagefolder:{many_photos}"
-    sets = {"animals": label_file}
-    settings = ExportSettings(**folders, label_sets=sets, validation=data, max_drop=100)
-    (exported,) = export_release(adapter_path, [0.7], settings)
+    data: dict[str, Any] = {"validation": f"imagefolder:{many_photos}", "max_drop": 100}
+    (exported,) = export([0.7], label_sets={"animals": label_file}, **data)
+    (without,) = export([0.7], **data)
     assert exported.release.confidence is not None
-    known = {"labels", "templates", "digest", "examples"}
-    assert exported.release.label_sets["animals"].keys() == known
-    # The embeddings with examples in them are none of the texts'.
-    elsewhere = {name: folder.with_name(f"plain {name}") for name, folder in folders.items()}
-    plain = ExportSettings(**elsewhere, validation=data, max_drop=100)
-    (without,) = export_release(adapter_path, [0.7], plain)
     assert without.release.confidence == exported.release.confidence
     image = sorted(many_photos.rglob("*.png"))[0]
-    with Model(folders["model_repository"]) as model:
+    with Model(f"{tmp_path / 'repository'}@1") as model:
         with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
             model.classify(image, label_set="animals", calibrated=True)
         assert model.classify(image, NAMES, calibrated=True).labels
@@ -139,34 +122,34 @@ def test_validation_fits_scores_to_labels_by_text_alone(
         ("[{label: cat, images: text.png}]", r"text.png: 3 bytes are not an image"),
     ],
 )
-def test_files_that_are_none_are_refused_in_a_line(tmp_path: Path, text: str, message: str) -> None:
+def test_files_of_another_form_are_refused_in_a_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "broken.png").write_bytes(png(0, 60, 60)[:200])
-    (tmp_path / "text.png").write_bytes(b"text")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_bytes(b"txt")
     path = tmp_path / "labels.yml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(RAdapterError, match=message) as caught:
+    with pytest.raises(RAdapterError, match=message) as error:
         read_label_set(path, dynamic_alpha=False)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("dynamic", "most"), [(False, MAX_SHOWN), (True, 128)])
+@pytest.mark.parametrize(("dynamic", "most"), [(False, MAX_SHOWN), (True, MAX_EXAMPLES)])
 def test_as_many_images_as_are_allowed(tmp_path: Path, dynamic: bool, most: int) -> None:
     (tmp_path / "a.png").write_bytes(png(0, 4, 4))
-    for count in (most, most + 1):
-        path = tmp_path / f"{count}.yaml"
-        path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * count}]))
-    found = read_label_set(tmp_path / f"{most}.yaml", dynamic_alpha=dynamic)
-    assert len(found.images) == most
+    path = tmp_path / "labels.yaml"
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * most}]))
+    assert len(read_label_set(path, dynamic_alpha=dynamic).images) == most
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * (most + 1)}]))
     with pytest.raises(RAdapterError, match=f"has {most + 1} images; at most {most} are allowed"):
-        read_label_set(tmp_path / f"{most + 1}.yaml", dynamic_alpha=dynamic)
+        read_label_set(path, dynamic_alpha=dynamic)
 
 
 def test_a_comma_in_a_name_stays_one_name_in_every_file(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("salt\\, pepper, spices\ncat\n", encoding="utf-8")
-    written = [{"label": "salt\\, pepper,spices"}, "cat"]
-    (tmp_path / "labels.yaml").write_text(json.dumps(written), encoding="utf-8")
+    entries = [{"label": "salt\\, pepper,spices"}, "cat"]
+    (tmp_path / "labels.yaml").write_text(json.dumps(entries), encoding="utf-8")
     for name in ("labels.txt", "labels.yaml"):
         labels = read_label_set(tmp_path / name, dynamic_alpha=False).labels
         assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]

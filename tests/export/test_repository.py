@@ -12,13 +12,12 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export import repository as module
 from radapter_export.repository import Repository, config
-from radapter_serve.adapter import save_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER
-from tests.helpers.small_models import random_adapter, release
+from tests.export.conftest import Export, Exported
+from tests.helpers.small_models import release
 
 
 def parse(text: str) -> model_config_pb2.ModelConfig:
@@ -26,85 +25,59 @@ def parse(text: str) -> model_config_pb2.ModelConfig:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_config_parses_and_holds_the_releases(
-    exported: tuple[Path, list[ExportedRelease]], model: str
-) -> None:
-    folder, releases = exported
+def test_a_config_parses_and_holds_the_releases(exported: Exported, model: str) -> None:
+    folder, (first, second) = exported
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
     assert parsed.name == model
     assert parsed.backend == ("onnxruntime" if model.endswith("encoder") else "python")
     assert parsed.max_batch_size == (0 if model in ("retrieve", "segment") else 64)
     assert list(parsed.version_policy.specific.versions) == [1, 2]
-    values = {key: value.string_value for key, value in parsed.parameters.items()}
-    facts = {key: json.loads(value) for key, value in values.items() if key.startswith("release")}
-    assert facts == {
-        "release": releases[1].facts,
-        "release.1": releases[0].facts,
-        "release.2": releases[1].facts,
-    }
+    named = {key: value.string_value for key, value in parsed.parameters.items()}
+    facts = {key: json.loads(text) for key, text in named.items() if key.startswith("release")}
+    assert facts == {"release": second.facts, "release.1": first.facts, "release.2": second.facts}
 
 
-def test_encoder_configs_have_the_shapes_of_the_graphs(
-    exported: tuple[Path, list[ExportedRelease]],
-) -> None:
-    shapes = {}
-    for model in ("image_encoder", "patch_encoder", "text_encoder", "embed_image", "embed_text"):
-        parsed = parse(
-            (exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
-        )
-        source, *optional = parsed.input
-        (result,) = parsed.output
-        assert [(each.name, each.optional) for each in optional] == (
-            [("alpha", True)] if "embed_" in model else []
-        )
-        shapes[model] = (source.name, list(source.dims), result.name, list(result.dims))
-    assert shapes == {
+def test_encoder_configs_have_the_shapes_of_the_graphs(exported: Exported) -> None:
+    for model, expected in {
         "image_encoder": ("image", [32, 32, 3], "image_embeds", [32]),
         "patch_encoder": ("image", [32, 32, 3], "patch_embeds", [2, 2, 32]),
         "text_encoder": ("tokens", [-1], "text_embeds", [32]),
         "embed_image": ("image", [1], "image_embeds", [32]),
         "embed_text": ("text", [1], "text_embeds", [32]),
-    }
+    }.items():
+        path = exported[0] / "repository" / model / "config.pbtxt"
+        parsed = parse(path.read_text(encoding="utf-8"))
+        source, *optional = parsed.input
+        (result,) = parsed.output
+        assert (source.name, list(source.dims), result.name, list(result.dims)) == expected
+        alpha = [("alpha", True)] if "embed_" in model else []
+        assert [(tensor.name, tensor.optional) for tensor in optional] == alpha
 
 
-def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
+def test_a_template_is_filled_in_and_a_broken_one_refused(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
-    template.write_text(
-        'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }',
-        encoding="utf-8",
-    )
+    batching = "dynamic_batching { preferred_batch_size: [4, 8, 64] }"
+    template.write_text(f'name: "x" max_batch_size: 64 {batching}', encoding="utf-8")
     parsed = parse(config(template, "embed_text", [replace(release(3), max_batch_size=8)]))
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
-    assert parsed.max_batch_size == 8
-    assert parsed.name == "embed_text"
-
-
-def test_broken_template_is_said(tmp_path: Path) -> None:
-    template = tmp_path / "config.template.pbtxt"
+    assert (parsed.name, parsed.max_batch_size) == ("embed_text", 8)
     template.write_text("max_batch: 4", encoding="utf-8")
     with pytest.raises(RAdapterError, match="is not a Triton model config"):
         config(template, "classify", [release(1)])
 
 
-def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:
-    with (
-        Repository(tmp_path),
-        pytest.raises(RAdapterError, match="another radapter-export"),
-        Repository(tmp_path),
-    ):
-        pass
-
-
-def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) -> None:
-    with Repository(tmp_path / "a" / "b") as repository:
-        assert repository.next_version() == 1
-        assert (tmp_path / "a" / "b").is_dir()
+def test_two_exports_at_a_time_are_refused_and_an_empty_one_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with Repository(folder) as repository:
+        assert repository.next_version() == 1 and folder.is_dir()
+        with pytest.raises(RAdapterError, match="another radapter-export"), Repository(folder):
+            pass
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lost", ["image_encoder/config.template.pbtxt", "classify/model.py"])
 def test_an_installation_without_its_own_models_is_refused_before_a_graph_is_made(
-    lost: str, tiny_clip_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a checkout's `model_repository` was removed, with the releases in it."""
     parts = tmp_path / "parts" / "model_repository"
@@ -115,14 +88,11 @@ def test_an_installation_without_its_own_models_is_refused_before_a_graph_is_mad
     )
     Repository(tmp_path / "whole")
     (parts / lost).unlink()
-    adapter = tmp_path / "adapter.safetensors"
-    save_adapter(random_adapter(tiny_clip_dir), adapter)
-    settings = ExportSettings(model_repository=tmp_path / "new", merged=tmp_path / "merged")
-    with pytest.raises(RAdapterError) as refusal:
-        export_release(adapter, [0.5], settings)
-    assert f"{parts / lost} is missing" in str(refusal.value)
-    assert f"git checkout -- {parts}," in str(refusal.value)
-    assert not (tmp_path / "new").exists() and not (tmp_path / "merged").exists()
+    with pytest.raises(RAdapterError) as error:
+        export()
+    assert f"{parts / lost} is missing" in str(error.value)
+    assert f"git checkout -- {parts}," in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"parts"}
 
 
 def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
@@ -131,9 +101,7 @@ def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
     foreign.write_bytes(b"somebody's")
     (tmp_path / "image_encoder" / "config.pbtxt").write_text('backend: "onnxruntime"')
     with (
-        pytest.raises(
-            RAdapterError, match="image_encoder holds a model that radapter-export did not make"
-        ),
+        pytest.raises(RAdapterError, match="image_encoder holds a model that radapter-export did"),
         Repository(tmp_path),
     ):
         pass
@@ -148,9 +116,8 @@ def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
     version = repository.next_version()
     for model in models:
         repository.staged(model, version).mkdir()
-        (repository.staged(model) / "config.pbtxt").write_text(
-            f'parameters {{ key: "release" }} # {version}'
-        )
+        text = f'parameters {{ key: "release" }} # {version}'
+        (repository.staged(model) / "config.pbtxt").write_text(text)
     if killed:
         repository._held.close()
     else:
@@ -163,15 +130,13 @@ def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versio
     tmp_path: Path,
 ) -> None:
     without = [model for model in MODELS if model != PATCH_ENCODER]
-    configs = {"with": set(MODELS), "without": set(without)}
-    for number, (what, models) in enumerate(
-        [("with", MODELS), ("without", without), ("without", without)] * 2, 1
-    ):
+    for number, models in enumerate([MODELS, without, without] * 2, 1):
         before = {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")}
         assert put(tmp_path, models, killed=True) == number
         assert {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")} == before
         assert put(tmp_path, models) == number
-        assert {path.parent.name for path in tmp_path.glob("*/config.pbtxt")} == configs[what]
+        served = {path.parent.name for path in tmp_path.glob("*/config.pbtxt")}
+        assert served == set(models)
         assert not list(tmp_path.glob("*/.export-*"))
     assert {path.name for path in (tmp_path / PATCH_ENCODER).iterdir()} == {"1", "4"}
     assert {path.name for path in (tmp_path / "classify").iterdir()} == {"config.pbtxt", *"123456"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import SAMPLES, Agreement, Samples, Tolerance, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
 
 TURNS = (0.0, 0.3, 0.1)  # radians; of each batch's second row
 
@@ -18,9 +18,7 @@ def turned(angle: float) -> np.ndarray:
     return np.array([[1, 0], [np.cos(angle), np.sin(angle)]], np.float32)
 
 
-@pytest.mark.parametrize(
-    "order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)], ids=["middle", "first", "last"]
-)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     inputs = [np.array([[number]], np.int32) for number in order]
     samples = Samples(inputs, [turned(0.0)] * len(order))
@@ -28,19 +26,64 @@ def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     def encoder(tokens: np.ndarray) -> np.ndarray:
         return turned(TURNS[tokens.item()])
 
-    found = compare("a graph", encoder, samples, None)
-    assert found.max_error == pytest.approx(np.sin(0.3), abs=1e-6)
-    assert found.min_cosine == pytest.approx(np.cos(0.3), abs=1e-6)
+    agreement = compare("a graph", encoder, samples, None)
+    assert agreement.max_error == pytest.approx(np.sin(0.3), abs=1e-6)
+    assert agreement.min_cosine == pytest.approx(np.cos(0.3), abs=1e-6)
     with pytest.raises(RAdapterError, match="a graph differs from torch by up to 2.96e-01"):
         compare("a graph", encoder, samples, 0.2)
-    assert compare("a graph", encoder, samples, 0.3) == found
+    assert compare("a graph", encoder, samples, 0.3) == agreement
 
 
-def test_what_is_just_as_far_as_allowed_is_near_enough() -> None:
+def test_a_difference_as_large_as_the_bound_is_within_it() -> None:
     bounds = Tolerance(0.25, 0.5)
     assert Agreement(0.25, 0.5).within(bounds)
     assert not Agreement(0.3, 0.5).within(bounds)
     assert not Agreement(0.25, 0.4).within(bounds)
+
+
+def test_a_batch_that_fails_is_named_by_its_shape() -> None:
+    def encoder(values: np.ndarray) -> np.ndarray:
+        raise ValueError("wrong size")
+
+    samples = Samples([np.zeros((2, 16), np.uint8)], [turned(0.0)])
+    with pytest.raises(RAdapterError, match=r"a graph fails on a batch of shape \(2, 16\)"):
+        compare("a graph", encoder, samples, 1e-4)
+
+
+def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | None) -> Agreement:
+    samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
+    return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)
+
+
+def units(seed: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(4, 512))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_other_directions_never_pass_whatever_the_tolerance(precision: str) -> None:
+    zero = units(0)
+    zero[2] = 0
+    assert np.abs(units(0) - units(1)).max() < 0.3  # by components alone, they are near
+    for tolerance in (1e-4, 0.3, 1.0):
+        bounds = TOLERANCES[precision].widened(tolerance)
+        for embeds in (zero, units(1)):
+            with pytest.raises(RAdapterError, match=r"no --tolerance allows a cosine below 0\.9"):
+                agreement_of(embeds, units(0), bounds)
+
+
+def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> None:
+    own = TOLERANCES["fp32"]
+    assert own.widened(1e-4) == own
+    assert own.widened(1e-6).min_cosine == own.min_cosine
+    assert 1 - own.widened(1e-3).min_cosine == pytest.approx(100 * (1 - own.min_cosine))
+    assert own.widened(1.0).min_cosine == 0.9
+    for size in (3e-4, 3e-3, 1e-2):
+        near = units(0) + np.random.default_rng(2).normal(size=(4, 512)) * size
+        with pytest.raises(RAdapterError, match="if you accept this, give --tolerance") as error:
+            agreement_of(near, units(0), own)
+        advice = float(str(error.value).rpartition(" ")[2])
+        assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice
 
 
 @pytest.mark.parametrize(
@@ -48,17 +91,12 @@ def test_what_is_just_as_far_as_allowed_is_near_enough() -> None:
 )
 def test_samples_are_saved_and_loaded(alphas: tuple[np.ndarray, ...], tmp_path: Path) -> None:
     inputs = [np.array([[1, 2], [3, 4]], np.int32), np.array([[5, 6]], np.int32)]
-    references = [turned(0.3), turned(0.1)[:1]]
-    Samples(inputs, references, alphas).save(tmp_path)
-    kinds = ("input", "reference", "alpha") if alphas else ("input", "reference")
-    with np.load(tmp_path / SAMPLES) as file:
-        assert set(file.files) == {f"{kind}_{number}" for kind in kinds for number in (0, 1)}
-    found = Samples.load(tmp_path)
-    for own, wanted in (
-        (found.inputs, inputs),
-        (found.references, references),
-        (found.alphas, alphas),
-    ):
-        assert len(own) == len(wanted)
-        for one, other in zip(own, wanted, strict=True):
-            np.testing.assert_array_equal(one, other)
+    samples = Samples(inputs, [turned(0.3), turned(0.1)[:1]], alphas)
+    samples.save(tmp_path)
+    loaded = Samples.load(tmp_path)
+    for name in ("inputs", "references", "alphas"):
+        pairs = zip(getattr(loaded, name), getattr(samples, name), strict=True)
+        for batch, expected in pairs:
+            np.testing.assert_array_equal(batch, expected)
+    with pytest.raises(RAdapterError, match=r"samples.npz.*radapter-export"):
+        Samples.load(tmp_path / "none")
