@@ -21,7 +21,7 @@ from common import CLASS_NAMES, RESULTS, Process, Report, alternate, ratio, say
 
 from radapter_serve.adapter import attach
 from radapter_serve.clip.towers import encode_image, encode_text
-from radapter_serve.training.average import Average
+from radapter_serve.training import Average
 from radapter_serve.training.loss import distance_to_base, mpm_nce
 
 FULL = "full fine-tuning"

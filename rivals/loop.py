@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from radapter_serve.adapter import Metadata, base_digest, find_sites, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.prompts import templates_of
+from radapter_serve.clip.towers import encode_image
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
@@ -22,11 +23,11 @@ from radapter_serve.runs import ADAPTER
 from radapter_serve.threads import limit_threads
 from radapter_serve.training import Average, Recipe, Run, choose_form
 from radapter_serve.training.batches import Examples, endless
-from radapter_serve.training.loss import positives_of
+from radapter_serve.training.loss import distance_to_base, positives_of
 from radapter_serve.training.recipe import recipe_from
 from radapter_serve.training.setup import augmentation, choose_loss, start_accelerator
 from radapter_serve.training.start import run_folder
-from radapter_serve.training.step import TwoTower, distance_of_images, other_prompts
+from radapter_serve.training.step import TwoTower, at_base, other_prompts
 from radapter_serve.training.tasks import open_run
 from rivals.variants import Variant
 
@@ -95,7 +96,9 @@ def train(recipe: str | Recipe, variant: Variant, **fields: Any) -> Run:
 
                 loss = loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
                 if recipe.preserve:
-                    moved = distance_of_images(base, adapters, accelerator, pixels, images)
+                    with at_base(adapters, accelerator):
+                        base_images = encode_image(base.model, pixels)
+                    moved = distance_to_base(images, accelerator.gather(base_images))
                     loss = loss + recipe.preserve * moved
                 accelerator.backward(loss)
                 if recipe.grad_clip is not None and accelerator.sync_gradients:

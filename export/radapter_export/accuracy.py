@@ -36,36 +36,23 @@ MOST = 2000  # images at most: one is 0.05 points then
 class Accuracy:
     """A metric of the task in per cent, by torch with adapters attached and by the encoders of a
     release.
-
-    Attributes:
-        dataset: what they were evaluated on.
-        n: its images.
-        metric: such as `acc1`.
-        torch, release: its two values.
-        drop: points lost; negative where the release is better.
     """
 
     dataset: str
-    n: int
-    metric: str
+    n: int  # images
+    metric: str  # such as `acc1`
     torch: float
     release: float
-    drop: float
+    drop: float  # points lost; negative where the release is better
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The cost of a release on validation data, and what makes its scores calibrated.
-
-    Attributes:
-        accuracy: of the release and of torch.
-        confidence: None for other tasks than classification, and for too few images.
-        warnings: why it is None, where one might expect it.
-    """
+    """The cost of a release on validation data, and calibrated scores where there are any."""
 
     accuracy: Accuracy
-    confidence: Confidence | None = None
-    warnings: tuple[str, ...] = ()
+    confidence: Confidence | None = None  # of classification, by images enough
+    warnings: tuple[str, ...] = ()  # why there is none
 
     def added_to(self, release: Release) -> Release:
         """The release with these figures among its facts."""
@@ -78,12 +65,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Validation:
-    """Data that releases are evaluated on before they are put in place.
-
-    Attributes:
-        data: opened.
-        max_drop: points that a release may lose.
-    """
+    """Data that releases are evaluated on, and the points that one may lose."""
 
     data: EvaluationSet
     max_drop: float
@@ -97,10 +79,8 @@ class Validation:
         crop: MaskCrop,
         say: Callable[[str], None],
     ) -> Measured:
-        """Evaluate a release and its base, whose adapters are attached and set to `alpha`.
-
-        Raises:
-            RAdapterError: the release loses more than `max_drop`; an image can't be read.
+        """Evaluate a release and its base, whose adapters are attached and set to `alpha`; refuses
+        a release that loses more than `max_drop`.
         """
         entry = self.data.entry
         [release] = from_release(loaded)
@@ -171,11 +151,7 @@ def open_validation(
 
     `data` has the form of a recipe's `val_data`, or is "none", or "own" for the run's (its
     `val_data`, or the share that it held out). None takes the run's, where it can still be read and
-    the precision is not fp32. `dense` is the release's method of patch embeddings.
-
-    Raises:
-        RAdapterError: the data that was asked for can't be read; the images that training held out
-            are others now.
+    the precision is not fp32.
     """
     has_own = metadata.source.val_data or metadata.source.val_fraction
     if data == NONE or (data is None and (precision == "fp32" or not has_own)):

@@ -166,14 +166,9 @@ def take(name: str) -> Path | None:
     """The release of a repository on the hub as a model repository in the cache; None where there
     is no release.
 
-    `name` is `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit. The
-    release is fetched where the cache lacks it, its files are compared with their digests, and the
-    configs of its models are written. The result lies outside the snapshot, which may hold any file
-    of the hub.
-
-    Raises:
-        RAdapterError: the hub refuses or can't be reached and the cache lacks it, a file is not as
-            it was pushed, or the cache can't be written.
+    `name` is `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit. Files
+    are compared with their digests, and the configs of the models are written. The result lies
+    outside the snapshot, which may hold any file of the hub.
     """
     folder = _fetch(name)
     data = folder / RELEASE

@@ -26,19 +26,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The labels of a file, and the images that show some of them.
+    """The labels of a file, and the images that show some of them."""
 
-    Attributes:
-        labels: with their synonyms.
-        images: files of the images.
-        places: of each image, the index of its label.
-        weights: of each label, the share of its images beside its text, in [0, 1].
-    """
-
-    labels: list[str]
+    labels: list[str]  # with their synonyms
     images: tuple[Path, ...] = ()
-    places: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
+    places: tuple[int, ...] = ()  # of each image, the index of its label
+    weights: tuple[float, ...] = ()  # of each label, the share of its images, in [0, 1]
 
     def examples(self, preprocess: Preprocess) -> Examples:
         """The images as the encoder takes them: small PNGs, without the files' metadata."""
@@ -52,13 +45,8 @@ class LabelFile:
 
 
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
-    """Read a label file: a class a line, or YAML with images for some of them.
-
-    With `dynamic_alpha` servers embed the images again for each α, so fewer are allowed.
-
-    Raises:
-        RAdapterError: it can't be read or has another form; an image is missing or broken; too many
-            images.
+    """Read a label file: a class a line, or YAML with images for some of them. With `dynamic_alpha`
+    servers embed the images again for each α, so fewer are allowed.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):

@@ -61,32 +61,22 @@ def lower(graph: Graph, precision: str) -> Graph:
     model = graph.model.clone()
     nodes = list(model.graph)
     fp32_nodes = _fp32_nodes(nodes, low)
-    _lower_weights(model.graph, fp32_nodes, low)
-    for node in nodes:
-        for value in node.outputs:
-            if value.dtype == _FLOAT and node not in fp32_nodes:
-                value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
-    _insert_casts(model.graph, nodes, fp32_nodes, low)
-    return dataclasses.replace(graph, model=model)
 
-
-def _lower_weights(graph: ir.Graph, fp32_nodes: set[ir.Node], low: ir.DataType) -> None:
-    """Keep a weight in the low type wherever some node takes it so: tables and matrices, but no
-    norm's weight.
-    """
-    for value in graph.initializers.values():
+    # Keep a weight in the low type wherever some node takes it so: tables and matrices, but no
+    # norm's weight. Types are replaced, not changed: clones share them.
+    for value in model.graph.initializers.values():
         if value.dtype != _FLOAT or all(node in fp32_nodes for node in value.consumers()):
             continue
-        value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
+        value.type = ir.TensorType(low)
         if value.const_value is not None:
             lowered = value.const_value.numpy().astype(low.numpy())
             value.const_value = ir.tensor(lowered, name=value.name)
+    for node in nodes:
+        for value in node.outputs:
+            if value.dtype == _FLOAT and node not in fp32_nodes:
+                value.type = ir.TensorType(low)
 
-
-def _insert_casts(
-    graph: ir.Graph, nodes: list[ir.Node], fp32_nodes: set[ir.Node], low: ir.DataType
-) -> None:
-    """Cast what a node takes to the type that it computes in, each value once."""
+    # Cast what a node takes to the type that it computes in, each value once.
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in nodes:
         kind = _FLOAT if node in fp32_nodes else low
@@ -95,32 +85,33 @@ def _insert_casts(
                 continue
             if (value, kind) not in casts:
                 cast = ir.node("Cast", [value], {"to": kind})
-                made = cast.outputs[0]
-                made.name = f"{value.name}_{kind.short_name()}"
-                made.dtype = kind
-                made.shape = value.shape
-                graph.insert_before(node, cast)
-                casts[value, kind] = made
+                output = cast.outputs[0]
+                output.name = f"{value.name}_{kind.short_name()}"
+                output.dtype = kind
+                output.shape = value.shape
+                model.graph.insert_before(node, cast)
+                casts[value, kind] = output
             node.replace_input_with(place, casts[value, kind])
+    return dataclasses.replace(graph, model=model)
 
 
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
     """The nodes that compute in fp32: those that must, and then, until nothing changes, those
     between them.
     """
-    found = {
+    fp32_nodes = {
         node
         for node in nodes
         if node.op_type in _FP32_OPS
         or not any(True for _ in _floats(node))
         or any(value.is_graph_output() for value in node.outputs)
     }
-    undecided = [node for node in nodes if node.op_type not in _PRODUCTS and node not in found]
+    undecided = [node for node in nodes if node.op_type not in _PRODUCTS and node not in fp32_nodes]
     count = -1
-    while count < len(found):
-        count = len(found)
-        found |= {node for node in undecided if _belongs_to(node, found, low)}
-    return found
+    while count < len(fp32_nodes):
+        count = len(fp32_nodes)
+        fp32_nodes |= {node for node in undecided if _belongs_to(node, fp32_nodes, low)}
+    return fp32_nodes
 
 
 def _belongs_to(node: ir.Node, fp32_nodes: set[ir.Node], low: ir.DataType) -> bool:

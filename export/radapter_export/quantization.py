@@ -51,12 +51,7 @@ _TEXTS_A_BATCH = 64
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs by which the ranges of activations are found.
-
-    Attributes:
-        images: uint8 [B, S, S, 3] each, as served.
-        tokens: int32 [B, L] each.
-    """
+    """Inputs by which the ranges of activations are found, as the server gets them."""
 
     images: Batches
     tokens: Batches
@@ -112,6 +107,18 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
         yield items[start : start + size]
 
 
+class _Batches(CalibrationDataReader):  # type: ignore[misc]
+    """Gives calibration its batches one by one."""
+
+    def __init__(self, name: str, batches: Batches) -> None:
+        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter(
+            [{name: batch} for batch in batches]
+        )
+
+    def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
+        return next(self._feeds, None)
+
+
 def quantize(path: Path, calibration: Batches = ()) -> int:
     """Exchange an encoder in fp32 for one in int8; returns the bytes of all that was written.
 
@@ -130,15 +137,36 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         plain = Path(name, "plain.onnx")
         quantized = Path(name, "quantized", path.name)
         quantized.parent.mkdir()
-        _fold_constants(path, plain)
+
+        # Fold the transposing of weights, which would else hide that they are constants. ONNX
+        # Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10,
+        # it reads its result after deleting it.
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(plain)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if common["use_external_data_format"]:
+            key = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(key, f"{plain.name}.data")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(plain, load_external_data=False)
+        add_pre_process_metadata(model)  # else it warns that this was not done
+        onnx.save(model, plain)
+
         if calibration:
+            # The products of activations have no weights: queries by keys, and attention by values.
+            weights = {initializer.name for initializer in model.graph.initializer}
+            excluded = [
+                node.name
+                for node in model.graph.node
+                if node.op_type == "MatMul" and node.input[1] not in weights
+            ]
             quantize_static(
                 str(plain),
                 str(quantized),
-                _Reader(plain, calibration),
+                _Batches(model.graph.input[0].name, calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
-                nodes_to_exclude=_products_of_activations(plain),
+                nodes_to_exclude=excluded,
                 extra_options={
                     "ActivationSymmetric": True,
                     "OpTypesToExcludeOutputQuantization": ["MatMul"],
@@ -152,46 +180,3 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         for file in quantized.parent.iterdir():
             file.rename(path.parent / file.name)
     return size_of(path)
-
-
-def _fold_constants(path: Path, plain: Path) -> None:
-    """Fold the transposing of weights, which would else hide that they are constants.
-
-    ONNX Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10,
-    it reads its result after deleting it.
-    """
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(plain)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if size_of(path) > EXTERNAL_ABOVE:
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", f"{plain.name}.data"
-        )
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    model = onnx.load(plain, load_external_data=False)
-    add_pre_process_metadata(model)  # else it warns that this was not done
-    onnx.save(model, plain)
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Gives calibration its batches one by one."""
-
-    def __init__(self, path: Path, batches: Batches) -> None:
-        (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
-        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter(
-            [{name: batch} for batch in batches]
-        )
-
-    def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
-        return next(self._feeds, None)
-
-
-def _products_of_activations(path: Path) -> list[str]:
-    """Names of the products that have no weights: queries by keys, and attention by values."""
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {initializer.name for initializer in graph.initializer}
-    return [
-        node.name
-        for node in graph.node
-        if node.op_type == "MatMul" and node.input[1] not in weights
-    ]

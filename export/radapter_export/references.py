@@ -33,14 +33,9 @@ _WORDS = [
 
 
 class Inputs:
-    """Seeded inputs at each batch size.
-
-    Attributes:
-        images: uint8 [B, S, S, 3] each.
-        tokens: what the server sends, int32 [B, L] each, cropped to the longest text where the
-            tower allows it.
-        full_tokens: the same texts through open_clip's own tokenizer, int64 [B, context length]
-            each.
+    """Seeded inputs at each batch size: `images`, uint8 [B, S, S, 3]; `tokens` as the server sends
+    them, int32 [B, L], cropped to the longest text where the tower allows it; and `full_tokens`,
+    the same texts through open_clip's tokenizer, int64 [B, context length].
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:

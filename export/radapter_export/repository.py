@@ -38,15 +38,11 @@ def sources() -> Path:
 
 
 class Repository:
-    """A model repository while releases are added, which stand in temporary folders until `commit`.
+    """A model repository while releases are added, which lie in temporary folders until `commit`.
 
     A context manager: entering removes what a killed export left, leaving removes what was not
     committed. Refuses a folder that another export is writing or that holds somebody else's models,
-    and an installation without its own templates.
-
-    Args:
-        folder: the repository; made if there is none.
-        models: the models of the releases, in the order of `MODELS`; others are served no more.
+    and an installation without its templates. Models that are not in `models` are served no more.
     """
 
     def __init__(self, folder: str | Path, models: Sequence[str] = MODELS) -> None:

@@ -41,29 +41,15 @@ from radapter_serve.evaluation.alpha_choice import chosen
 
 @dataclass(frozen=True)
 class Source:
-    """What was learned, and what goes with it.
+    """What was learned, and what goes with it into the releases of one call."""
 
-    Attributes:
-        metadata: of the adapter; of a checkpoint or a LoRA, with nothing about training.
-        adapter: to be folded; None for a checkpoint or a LoRA.
-        adapters: digest and weight of each adapter in the average.
-        alpha: default re-scaling: the choice of `auto` for this adapter, else the recipe's; 1 for a
-            checkpoint or a LoRA.
-        curve: the figures of that choice, an α each; empty where there is none.
-        dynamic_alpha: whether α is an input of the encoders.
-        dense: method of patch embeddings; None without patch_encoder.
-        templates: prompt templates.
-        label_sets: labels, with their synonyms and examples, by the name of their label set.
-        exif_orientation: whether images are turned as their EXIF says.
-    """
-
-    metadata: Metadata
-    adapter: Adapter | None
-    adapters: list[dict[str, Any]]
-    alpha: float
-    curve: list[dict[str, float]]
+    metadata: Metadata  # of a checkpoint or a LoRA without anything about training
+    adapter: Adapter | None  # to be folded; None for a checkpoint or a LoRA
+    adapters: list[dict[str, Any]]  # digest and weight of each adapter in the average
+    alpha: float  # by default
+    curve: list[dict[str, float]]  # the figures of the choice of `auto`, an α each
     dynamic_alpha: bool
-    dense: str | None
+    dense: str | None  # method of patch embeddings; None without patch_encoder
     templates: list[str]
     label_sets: dict[str, LabelFile]
     exif_orientation: bool
@@ -94,12 +80,7 @@ class Source:
 def read_source(
     paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
 ) -> Source:
-    """Read adapters, templates and label files; `paths` are the adapters'.
-
-    Raises:
-        RAdapterError: one of them can't be read, the adapters can't be averaged, or there is not
-            one thing to export.
-    """
+    """Read adapters, templates and label files; refuses more or less than one thing to export."""
     # One thing to export.
     flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
     named = [flag for flag, value in flags.items() if value]

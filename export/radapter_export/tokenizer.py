@@ -25,13 +25,7 @@ _CLEAN = {
 
 @dataclass(frozen=True)
 class ServedTokenizer:
-    """A tokenizer as the server reads it.
-
-    Attributes:
-        path: of its `tokenizer.json`.
-        spec: the `tokenizer` entry of a release.
-        encode: texts to tokens.
-    """
+    """A tokenizer as the server reads it, and the `tokenizer` entry of its release."""
 
     path: Path
     spec: dict[str, Any]

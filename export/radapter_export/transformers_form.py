@@ -82,11 +82,7 @@ def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Ten
 def check_form(
     folder: Path, base: Base, samples: Mapping[str, Samples], bounds: Tolerance, form: Form
 ) -> Agreement:
-    """Load a folder as a user would, and compare it with torch's embeddings at its α.
-
-    Raises:
-        RAdapterError: its pixels, tokens or embeddings differ from open_clip's.
-    """
+    """Load a folder as a user would, and compare it with torch's embeddings at its α."""
     with quiet():
         check_processor(folder, base.preprocess, base.tokenizer)
         model = form.model_class.from_pretrained(folder, local_files_only=True).eval()

@@ -19,12 +19,8 @@ Form = Literal["weight", "activation"]
 
 
 class LinearAdapter(nn.Module):
-    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d]; no effect at
-    the start.
-
-    Args:
-        width: d, of the layer's output.
-        rank: r; None for full rank.
+    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d] for a layer of
+    width d; no effect at the start.
     """
 
     def __init__(self, width: int, rank: int | None) -> None:
@@ -40,7 +36,7 @@ class LinearAdapter(nn.Module):
 
     @property
     def factor(self) -> float | Tensor:
-        """On what the adapter adds."""
+        """Scale of the adapter's output, α × gate."""
         return self.alpha * self.gate
 
     def change(self, x: Tensor) -> Tensor:

@@ -64,7 +64,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_pickle(path):
+        with path.open("rb") as file:
+            is_pickle = zipfile.is_zipfile(path) or file.read(1) == b"\x80"  # of any version
+        if not is_pickle:
             raise RAdapterError(
                 f"could not read the checkpoint {path}: it is neither of torch.save nor of"
                 " safetensors"
@@ -81,12 +83,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise RAdapterError(f"{path} holds no state dict: weights by their names")
     return weights
-
-
-def _is_pickle(path: Path) -> bool:
-    """True for a file of `torch.save`, of any version."""
-    with path.open("rb") as file:
-        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def _named(found: Any) -> dict[str, Tensor]:

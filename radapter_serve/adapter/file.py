@@ -115,11 +115,7 @@ def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
 
 
 def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
-    """Refuse an adapter that was trained on another base.
-
-    Raises:
-        RAdapterError: names both digests.
-    """
+    """Refuse an adapter that was trained on another base; the error names both digests."""
     missing = [key for key in adapter.keys if f"{key}.weight" not in state_dict]
     found = f"no layer {missing[0]}" if missing else base_digest(state_dict, adapter.keys)
     if found != adapter.metadata.base_digest:
@@ -216,12 +212,8 @@ def _refusal(error: ValidationError, *place: str) -> RAdapterError:
 
 
 def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Refuse tensors of other names, types, shapes or values than the specification says.
-
-    Args:
-        adapter: its tensors and its rank.
-        state_dict: of the base, whose layers say how wide the adapters are; the adapters themselves
-            do if None.
+    """Refuse tensors of other names, types, shapes or values than the specification says. The
+    layers of a base's `state_dict` say how wide they are, or else the tensors themselves.
     """
     tensors = adapter.tensors
     rank = adapter.metadata.rank

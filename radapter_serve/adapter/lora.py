@@ -42,10 +42,6 @@ def load_lora(folder: str | Path, base: str | None = None, pretrained: str | Non
     """Load a LoRA and its base; the tuned weights are the base's with the LoRA merged.
 
     `base` is named as `load_base` takes it, or `NAME:TAG`; None for the one that the folder names.
-
-    Raises:
-        RAdapterError: the folder can't be read, it holds more than a plain LoRA, or it does not fit
-            the base.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,9 @@ def export(
         settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     began = time.perf_counter()
-    held = _alpha_of(settings.merged)
+    held = None  # the α of the merged checkpoint that this export replaces
+    with contextlib.suppress(RAdapterError):
+        held = Release.load(settings.merged).alpha
     done = start.export(
         adapter or None,
         alpha or None,
@@ -76,14 +79,6 @@ def export(
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     _show(done, settings, time.perf_counter() - began, held)
-
-
-def _alpha_of(merged: Path) -> float | None:
-    """The α of the merged checkpoint in a folder, which this export replaces."""
-    try:
-        return Release.load(merged).alpha
-    except RAdapterError:
-        return None
 
 
 def _show(done: Export, settings: ExportSettings, seconds: float, held: float | None) -> None:

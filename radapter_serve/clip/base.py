@@ -97,15 +97,26 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     if (folder := _folder(name)) is not None:
         check_folder(folder)
         if is_transformers(folder):
-            return _of_transformers(name, folder)
+            try:
+                with _quiet():
+                    clip, config, read_tokens = read(folder)
+            except Exception as error:  # the library raises many kinds on what it can't read
+                raise RAdapterError(
+                    f"could not load {name} in the form of transformers: {reason(error)}"
+                ) from error
+            preprocess = dict(clip.visual.preprocess_cfg)  # type: ignore[arg-type,union-attr]
+            return Base(name, None, clip.eval(), config, preprocess, read_tokens)
         pretrained = None
         source = f"{LOCAL}{folder}"
         config = _local_config(folder)
     else:
         if ":" in name or (found := open_clip.get_model_config(name)) is None:
+            names = open_clip.list_models()
+            stem = name.split("-")[0].lower()
+            similar = [other for other in names if other.lower().startswith(stem)] or names
             raise RAdapterError(
                 f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of"
-                f" {_similar(name)}"
+                f" {', '.join(similar[:20])}"
             )
         config = found
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -130,9 +141,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             tokenizer = open_clip.get_tokenizer(source)
     except RAdapterError:
         raise
-    except (
-        Exception
-    ) as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
+    except Exception as error:  # open_clip, the hub and torch raise many kinds
         raise RAdapterError(
             f"could not load {name} (pretrained {pretrained}): {reason(error)}"
         ) from error
@@ -177,9 +186,7 @@ def _folder(name: str) -> Path | None:
         return folder
     except RAdapterError:
         raise
-    except (
-        Exception
-    ) as error:  # the hub and the network raise many kinds, and all mean: no such model here
+    except Exception as error:  # the hub and the network raise many kinds
         raise RAdapterError(
             f"could not get {name} from the Hugging Face hub: {reason(error)}"
         ) from error
@@ -211,17 +218,6 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
             f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
             f" clip`, copy the folder here, and name it {LOCAL}clip in place of {name}"
         ) from error
-
-
-def _of_transformers(name: str, folder: Path) -> Base:
-    try:
-        with _quiet():
-            model, config, tokenizer = read(folder)
-    except Exception as error:  # the library raises many kinds on what it can't read
-        raise RAdapterError(
-            f"could not load {name} in the form of transformers: {reason(error)}"
-        ) from error
-    return Base(name, None, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)  # type: ignore[arg-type,union-attr]
 
 
 @contextlib.contextmanager
@@ -278,11 +274,3 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
             f" {name.removesuffix('-quickgelu')}"
         )
     return quick
-
-
-def _similar(name: str) -> str:
-    names = open_clip.list_models()
-    stem = name.split("-")[0].lower()
-    return ", ".join(
-        [other for other in names if other.lower().startswith(stem)][:20] or names[:20]
-    )

@@ -63,19 +63,12 @@ _POOL = {
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in both libraries.
+    """A tensor in both libraries, or several that share it along its first axis."""
 
-    Attributes:
-        ours: its name in open_clip's state dict; several names share it along its first axis.
-        theirs: the same in that of `transformers`.
-        transposed: whether theirs is.
-        shape: theirs, where it has more or fewer axes of length one; None if it is the same.
-    """
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
+    ours: tuple[str, ...]  # names in open_clip's state dict
+    theirs: tuple[str, ...]  # names in that of `transformers`
     transposed: bool = False
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None  # theirs, where it has other axes of length one
 
 
 @dataclass(frozen=True)

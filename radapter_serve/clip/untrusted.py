@@ -95,9 +95,7 @@ def _folder_of_config(name: str) -> Path:
 
     try:
         return Path(hf_hub_download(name, "config.json")).parent
-    except (
-        Exception
-    ) as error:  # the hub and the network raise many kinds, and all mean: no such model here
+    except Exception as error:  # the hub and the network raise many kinds
         where = f"the text tower {short(name)} from the Hugging Face hub"
         raise RAdapterError(f"could not get {where}: {reason(error)}") from error
 

@@ -145,16 +145,11 @@ def load_graphs(
     runtime: str | None = None,
     spin: bool = False,
 ) -> GraphEncoder:
-    """The graphs of a release in a model repository.
+    """The graphs of a release in a model repository: on GPU `device` of ONNX Runtime, or on the
+    CPU; with `threads`, or one a core; in `runtime`, or the one of their export.
 
-    Args:
-        repository: the model repository.
-        release: that it has.
-        device: number of a GPU for ONNX Runtime; None for the CPU.
-        threads: that compute a batch; None for one a core.
-        runtime: one of `RUNTIMES`; None for the one that they were exported for.
-        spin: whether threads of ONNX Runtime wait for work busily: a call is a fifth quicker, and
-            others who share the cores are slower.
+    With `spin` the threads of ONNX Runtime wait for work busily: a call is a fifth quicker, and
+    others who share the cores are slower.
     """
     runtime = runtime or release.runtime
     parameters = dict(RUNTIMES[runtime].parameters)

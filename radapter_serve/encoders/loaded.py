@@ -162,12 +162,8 @@ def load_release(
     runtime: str | None = None,
     spin: bool = False,
 ) -> LoadedRelease:
-    """A release of a model repository; the other arguments are those of `load_graphs`.
-
-    Args:
-        repository: the model repository; `DIR@N` names release N.
-        version: number of the release, where the repository names none; the newest if None.
-        indexes: folder of the indexes that `retrieve` searches.
+    """A release of a model repository: `DIR@N` or `version` names it, else it is the newest. The
+    other arguments are those of `load_graphs`.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)

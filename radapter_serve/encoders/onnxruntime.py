@@ -30,16 +30,12 @@ def load(
     device: int | None = None,
     optimization: int = 0,
 ) -> Graph:
-    """Load a graph, and refuse to run it elsewhere than on `device` (None: the CPU).
+    """Load a graph, and refuse to run it elsewhere than on GPU `device` (None: the CPU).
 
-    Args:
-        path: `model.onnx`.
-        parameters: as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
-            `inter_op_thread_count`, `execution_mode`, `enable_mem_arena`, `enable_mem_pattern` (off
-            unless it says 1) and `session.*`.
-        device: number of the GPU.
-        optimization: `level` of the graph optimization in a config.pbtxt: below 0 basic, 0 as ONNX
-            Runtime itself, above 0 all.
+    `parameters` are as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
+    `inter_op_thread_count`, `execution_mode`, `enable_mem_arena`, `enable_mem_pattern` (off unless
+    it says 1) and `session.*`; `optimization` is the `level` there: below 0 basic, 0 as ONNX
+    Runtime itself, above 0 all.
     """
     try:
         import onnxruntime

@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from radapter_serve.training.average import Average
     from radapter_serve.training.loss import gather_with_grad, mpm_nce, pairwise_sigmoid
     from radapter_serve.training.recipe import Recipe, Run, load_recipe
     from radapter_serve.training.setup import choose_form
     from radapter_serve.training.start import train
+    from radapter_serve.training.step import Average
 
 __all__ = [
     "Average",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Average": ".average",
+    "Average": ".step",
     "Recipe": ".recipe",
     "Run": ".recipe",
     "choose_form": ".setup",

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from radapter_serve.data.rows import BrokenImage, TrainingData
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.training.interruption import ignore_interruptions
+from radapter_serve.training.progress import ignore_interruptions
 
 Transform = Callable[[Image.Image], Tensor]
 NO_LABEL = -1  # in the place of labels that an image does not have
@@ -62,9 +62,8 @@ class Examples(Dataset[dict[str, Any]]):
         augmentation = draw.getrandbits(63)
         image, labels, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                augmentation
-            )  # `torch.manual_seed` writes a stack trace for each GPU
+            # `torch.manual_seed` writes a stack trace for each GPU.
+            torch.default_generator.manual_seed(augmentation)
             pixels = self.transform(image)
         return {
             "pixels": pixels,
@@ -145,9 +144,8 @@ def batches(
     shuffled = torch.randperm(len(examples), generator=generator)
     even = len(shuffled) // world * world  # equal shares, or processes would drift apart
     order = shuffled[:even][rank::world].tolist()
-    chunks = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)][
-        start:
-    ]
+    starts = range(0, len(order) - batch_size + 1, batch_size)
+    chunks = [order[i : i + batch_size] for i in starts[start:]]
     return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
 
 

@@ -25,7 +25,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.runs import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
-from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.loss import (
     distance_to_base,
     divergence_from_base,
@@ -33,7 +32,7 @@ from radapter_serve.training.loss import (
     pairwise_sigmoid,
     positives_of,
 )
-from radapter_serve.training.progress import Progress
+from radapter_serve.training.progress import Interruption, Progress
 from radapter_serve.training.recipe import Recipe, Run
 from radapter_serve.training.setup import Learner, build, start_tracker
 from radapter_serve.training.step import at_base, other_prompts, share, vocabulary

@@ -1,13 +1,19 @@
-"""What a run tells: a bar with images/s and time left, metrics.jsonl, and the tracker."""
+"""What a run reports, a bar with images/s and time left, metrics.jsonl and the tracker; and how
+Ctrl-C and SIGTERM stop it between steps.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -15,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from radapter_serve.runs import METRICS
+from radapter_serve.signals import handled
 
 
 class Progress:
@@ -88,8 +95,13 @@ class Progress:
         if len(self.first) < 2:
             self.first.append(seconds)
             if len(self.first) == 2 and step < self.steps:  # the first one also warms up
-                duration = in_words((self.steps - step) * min(self.first))
-                self.say(f"the first two steps say: the rest of training takes {duration}")
+                rest = (self.steps - step) * min(self.first)
+                duration = f"{rest / 3600:.1f} hours"
+                if rest < 90:
+                    duration = f"{rest:.0f} seconds"
+                elif rest < 5400:
+                    duration = f"{rest / 60:.0f} minutes"
+                self.say(f"the first two steps say: the rest of training takes about {duration}")
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
@@ -143,10 +155,50 @@ class Progress:
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
 
-def in_words(seconds: float) -> str:
-    """A duration for a person, such as `about 7 minutes`."""
-    if seconds < 90:
-        return f"about {seconds:.0f} seconds"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} minutes"
-    return f"about {seconds / 3600:.1f} hours"
+class Interruption:
+    """Within the block the first Ctrl-C or SIGTERM is only noted; a second one works as usual."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._signal = 0
+        self._handled = contextlib.ExitStack()
+
+    def __enter__(self) -> Interruption:
+        self._handled.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._handled.close()
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        """Whether any process got a signal; every process calls it, and gets the same answer."""
+        if accelerator.num_processes > 1:
+            number = torch.tensor(self._signal, device=accelerator.device)
+            self._signal = int(accelerator.gather(number).max())
+        return self._signal > 0
+
+    def end(self) -> None:
+        """End as the signal would have: by KeyboardInterrupt, or with the exit status of
+        SIGTERM.
+        """
+        raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._handled.close()
+        # A line that is just being printed can't be broken into.
+        with contextlib.suppress(RuntimeError):
+            self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")
+
+
+def ignore_interruptions(worker: int) -> None:
+    """For processes that read images: the terminal sends Ctrl-C to them, too, and the run still
+    needs them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

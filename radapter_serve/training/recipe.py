@@ -301,23 +301,14 @@ class Recipe(RunSource):
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe, with all that follows from the number of images and of processes.
+    """A recipe, with all that follows from the number of images and of processes."""
 
-    Attributes:
-        recipe: as the user wrote it, with a batch that the data can fill.
-        part: images a process and accumulated part.
-        steps: of the whole run.
-        warmup_steps: of them, those with a rising learning rate.
-        momentum: of the adapters' average.
-        notes: what a user may want to change, a line each.
-    """
-
-    recipe: Recipe
-    part: int
+    recipe: Recipe  # with a batch that the data can fill
+    part: int  # images a process and accumulated part
     steps: int
     warmup_steps: int
     momentum: float
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a user may want to change, a line each
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step, from 0: linear warm-up, then a cosine down to the least rate."""

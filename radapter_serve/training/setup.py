@@ -20,11 +20,10 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import logit_scale_and_bias
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
-from radapter_serve.training.step import TwoTower, flatten_projections
+from radapter_serve.training.step import Average, TwoTower, flatten_projections
 from radapter_serve.training.tasks import Data, RunData
 
 

@@ -77,6 +77,6 @@ def run_folder(recipe: Recipe) -> Path:
     # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
     if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
         raise RAdapterError(
-            f"{out} holds a run; go on with it by --resume {out}, or name another folder by --out"
+            f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
         )
     return out

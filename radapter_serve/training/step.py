@@ -1,5 +1,5 @@
-"""What a step computes: both towers, prompts of classes that a batch lacks, and the distance of its
-images from where the base has them.
+"""The parts of a training step: both towers, the average of the adapters (Eq. 8), prompts of
+classes that a batch lacks, and a look at the base.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import open_clip
@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Adapters
-from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
-from radapter_serve.training.loss import distance_to_base
 
 
 class TwoTower(nn.Module):
@@ -36,6 +34,61 @@ class TwoTower(nn.Module):
         """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
         with parametrize.cached():  # attention reads its weights more than once
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
+
+
+class Average:
+    """`W̃ ← m·W̃ + (1−m)·W` after every step, in fp32, from the adapters' start.
+
+    Args:
+        adapters: whose tensors are averaged.
+        momentum: m in [0, 1).
+        bias_correction: divide out the weight that the start still has, `1−m^t`. The paper has
+            none, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of what
+            was learned.
+    """
+
+    def __init__(
+        self, adapters: Adapters, momentum: float, *, bias_correction: bool = False
+    ) -> None:
+        self.adapters = adapters
+        self.momentum = momentum
+        self.bias_correction = bias_correction
+        self.steps = 0
+        self.tensors = {
+            name: p.detach().float().clone() for name, p in adapters.named_tensors().items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the adapters' present values; call it after every optimizer step."""
+        self.steps += 1
+        share = self.share()
+        for name, value in self.adapters.named_tensors().items():
+            self.tensors[name].lerp_(value.float(), share)
+
+    def share(self) -> float:
+        """The share of the newest values in the average, from 0 to 1."""
+        m = self.momentum
+        if self.bias_correction:  # the same as W̃/(1−m^t) of an average that starts at zero
+            m = m * (1 - m ** (self.steps - 1)) / (1 - m**self.steps)
+        return 1 - m
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the adapters hold the average and drop nothing."""
+        kept = {name: p.detach().clone() for name, p in self.adapters.named_tensors().items()}
+        self.adapters.stop_drop()
+        self.adapters.load_tensors(self.tensors)
+        try:
+            yield
+        finally:
+            self.adapters.load_tensors(kept)
+
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from a checkpoint."""
+        self.steps = steps
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)
 
 
 def flatten_projections(model: nn.Module) -> None:
@@ -91,17 +144,6 @@ def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
             yield
     finally:
         adapters.alpha = 1.0
-
-
-def distance_of_images(
-    base: Base, adapters: Adapters, accelerator: Accelerator, pixels: Tensor, image_embeds: Tensor
-) -> Tensor:
-    """`distance_to_base` of all processes' images, float [N, D], of which this one has the pixels
-    [B, 3, S, S].
-    """
-    with at_base(adapters, accelerator):
-        base_embeds = encode_image(base.model, pixels)
-    return distance_to_base(image_embeds, accelerator.gather(base_embeds))
 
 
 @functools.cache

@@ -31,21 +31,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of a run, checked as far as it can be without a model.
-
-    Attributes:
-        data, val: what to train with, and what to validate on: all of `val_data`, or `val_fraction`
-            of the data, or nothing.
-        images: that an epoch goes through, or captions; None for a stream.
-        broken: rows that `on_broken: skip` leaves out.
-        notes: what a user should know of the data, a line each.
-    """
+    """The data of a run, checked as far as it can be without a model."""
 
     data: Data
-    val: Data | None
-    images: int | None
-    broken: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    val: Data | None  # `val_data`, or the share that `val_fraction` holds out
+    images: int | None  # or captions, that an epoch goes through; None for a stream
+    broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
+    notes: tuple[str, ...] = ()  # what a user should know, a line each
 
     def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
         """The data with the templates of its recipe; images with masks by their segments, outside

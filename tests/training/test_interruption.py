@@ -1,4 +1,4 @@
-"""Runs that are told to end: by Ctrl-C, by SIGTERM; and going on from the run's folder alone."""
+"""Runs that are stopped, by Ctrl-C and by SIGTERM, and resumed from their folder alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,65 +27,48 @@ def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
     )
 
 
-@pytest.fixture
-def signal_after(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[[int, signal.Signals], None]]:
-    """Sends a signal to this process in the middle of a step; what a shell starts behind itself
-    ignores Ctrl-C.
-    """
-    update = Average.update
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def arm(step: int, number: signal.Signals) -> None:
-        def send(self: Average) -> None:
-            if self.steps == step - 1:
-                os.kill(os.getpid(), number)
-            update(self)
-
-        monkeypatch.setattr(Average, "update", send)
-
-    yield arm
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(
     ("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
+def test_a_run_that_is_stopped_is_resumed_from_its_folder_alone(
     recipe: Recipe,
     tmp_path: Path,
-    signal_after: Callable[[int, signal.Signals], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: signal.Signals,
     ending: type[BaseException],
 ) -> None:
     whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    before = signal.getsignal(number)
-    signal_after(5, number)
-    with pytest.raises(ending) as raised:
-        train(cut, progress=True)
-    assert ending is KeyboardInterrupt or raised.value.code == 143  # type: ignore[attr-defined]
-    assert signal.getsignal(number) is before
-    assert {path.name for path in cut.out.iterdir()} == {  # type: ignore[union-attr]
+    cut = tmp_path / "cut"
+    update = Average.update
+
+    def send(self: Average) -> None:
+        if self.steps == 4:  # in the middle of the fifth step
+            os.kill(os.getpid(), number)
+        update(self)
+
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(ending) as error:
+            patch.setattr(Average, "update", send)
+            train(dataclasses.replace(recipe, out=cut), progress=True)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ending is KeyboardInterrupt or error.value.code == 143  # type: ignore[attr-defined]
+    assert {path.name for path in cut.iterdir()} == {
         "checkpoint.pt",
         "metrics.jsonl",
         "recipe.yaml",
     }
-    assert len(rows(tmp_path / "cut")) == 5
-    printed = capsys.readouterr().out
-    assert (
-        "saved a checkpoint after step 5; continue with radapter-train --resume"
-        in printed.replace("\n", " ")
-    )
-    monkeypatch.undo()
-    assert main(["--resume", str(cut.out)]) == 0
-    resumed = load_adapter(cut.out)  # type: ignore[arg-type]
-    assert len([row for row in rows(tmp_path / "cut") if "loss" in row]) == 8
-    for name, value in whole.tensors.items():
-        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+    assert len(rows(cut)) == 5
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "saved a checkpoint after step 5; continue with radapter-train --resume" in printed
+    assert main(["--resume", str(cut)]) == 0
+    resumed = load_adapter(cut)
+    assert len([row for row in rows(cut) if "loss" in row]) == 8
+    torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
 
 
 def test_the_other_ways_to_name_the_run(
@@ -95,23 +77,21 @@ def test_the_other_ways_to_name_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked: list[Recipe] = []
+    recipes: list[Recipe] = []
     monkeypatch.setattr(
-        "radapter_serve.training.start.train", lambda recipe, **_: asked.append(recipe)
+        "radapter_serve.training.start.train", lambda recipe, **_: recipes.append(recipe)
     )
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    for arguments in (
-        ["--resume", "--out", str(run)],
-        [f"--resume={run}"],
-        ["--resume", str(run), "--workers", "1"],
+    for arguments, workers in (
+        (["--resume", "--out", str(run)], 0),
+        ([f"--resume={run}"], 0),
+        (["--resume", str(run), "--workers", "1"], 1),
     ):
         assert main(arguments) == 0
-        expected = dataclasses.replace(
-            recipe, out=run, resume=True, workers=int("--workers" in arguments)
-        )
-        assert asked.pop() == expected
+        expected = dataclasses.replace(recipe, out=run, resume=True, workers=workers)
+        assert recipes.pop() == expected
     assert main(["--resume", str(tmp_path / "none")]) == 2
     assert "no run to resume" in capsys.readouterr().err
     assert main(["--resume", "--data", "csv:t.csv"]) == 2
@@ -125,20 +105,15 @@ def test_a_signal_to_the_whole_group_with_workers(
 ) -> None:
     path = tmp_path / "recipe.yaml"
     out = tmp_path / "group"
-    path.write_text(
-        yaml.safe_dump({**recipe.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5})
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "radapter_serve.cli.train",
-        "--recipe",
-        str(path),
-        "--out",
-        str(out),
-    ]
+    fields = {**recipe.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5}
+    path.write_text(yaml.safe_dump(fields))
+    arguments = ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""`learning_rate: auto`: the rule by hand, short runs against runs that say the same, refusals."""
+"""`learning_rate: auto`: the rule by hand, short runs against runs of the same length, refusals."""
 
 from __future__ import annotations
 
@@ -21,32 +21,40 @@ from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand, step
 from tests.helpers.short_run import short_run
 
 
-def tried(rate: float, right: int, of: int = 100, first: int = 0) -> Tried:
-    """A short run that is right on `right` images, from the `first` on."""
-    number = np.arange(of)
+def tried(rate: float, right: int, first: int = 0) -> Tried:
+    """A short run that is right on `right` of 100 images, from the `first` on."""
+    number = np.arange(100)
     return Tried(rate, (number >= first) & (number < first + right), 0.5)
 
 
-def test_goes_from_the_best_towards_the_papers_rate_within_one_standard_error() -> None:
-    # 4 of 100 paired images differ, all one way: 0.04 against √(0.04·0.96/100) = 0.0196
-    assert nearest([tried(5e-4, 56), tried(1.5e-3, 60), tried(5e-3, 58)]).learning_rate == 1.5e-3
-    # 1 of 100: 0.01 against 0.00995, just outside; equal ones are inside
-    assert nearest([tried(5e-4, 59), tried(1.5e-3, 60)]).learning_rate == 1.5e-3
-    every = [tried(rate, 60) for rate in GRID]
-    assert nearest(every).learning_rate == 5e-4
-    # without the paper's own, those on either side are as near
-    beside = [one for one in every if one.learning_rate != 5e-4]
-    assert nearest(beside).learning_rate == 1.5e-4
-    higher = [one for one in beside if one.learning_rate > 5e-4]
-    assert nearest(higher).learning_rate == 1.5e-3
-    # on the way back from 5e-3, 1.5e-3 is outside, so neither 5e-4 nor what is past it is asked
-    other = tried(5e-4, 40, first=60)
-    ends = [tried(1.5e-4, 44), tried(5e-3, 45)]
-    assert nearest([*ends, other, tried(1.5e-3, 43)]).learning_rate == 5e-3
-    # now 1.5e-3 is the best, and 5e-3 is on its other side
-    assert nearest([*ends, other, tried(1.5e-3, 45)]).learning_rate == 5e-4
-    # 45 against 40 that are others: 0.05 against √(0.85 − 0.0025)/10 = 0.092
-    assert nearest([tried(5e-4, 40, first=60), tried(1.5e-2, 45)]).learning_rate == 5e-4
+EVERY = [tried(rate, 60) for rate in GRID]
+OTHERS = [run for run in EVERY if run.learning_rate != 5e-4]
+ENDS = [tried(1.5e-4, 44), tried(5e-3, 45), tried(5e-4, 40, first=60)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "chosen"),
+    [
+        # 4 of 100 paired images differ, all one way: 0.04 against √(0.04·0.96/100) = 0.0196
+        ([tried(5e-4, 56), tried(1.5e-3, 60), tried(5e-3, 58)], 1.5e-3),
+        # 1 of 100: 0.01 against 0.00995, just outside; equal ones are inside
+        ([tried(5e-4, 59), tried(1.5e-3, 60)], 1.5e-3),
+        (EVERY, 5e-4),
+        # without the paper's own, those on either side are as near
+        (OTHERS, 1.5e-4),
+        ([run for run in OTHERS if run.learning_rate > 5e-4], 1.5e-3),
+        # on the way back from 5e-3, 1.5e-3 is outside, so neither 5e-4 nor what is past it is asked
+        ([*ENDS, tried(1.5e-3, 43)], 5e-3),
+        # now 1.5e-3 is the best, and 5e-3 is on its other side
+        ([*ENDS, tried(1.5e-3, 45)], 5e-4),
+        # 45 against 40 that are others: 0.05 against √(0.85 − 0.0025)/10 = 0.092
+        ([tried(5e-4, 40, first=60), tried(1.5e-2, 45)], 5e-4),
+    ],
+)
+def test_goes_from_the_best_towards_the_papers_rate_within_one_standard_error(
+    runs: list[Tried], chosen: float
+) -> None:
+    assert nearest(runs).learning_rate == chosen
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
@@ -64,15 +72,10 @@ def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
 @pytest.fixture
 def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
     """24 images to learn from and to choose by."""
+    data = f"imagefolder:{images}"
+    fields: dict[str, Any] = {"templates": "simple", "alpha": 0.6, "preserve": 1.0}
     return short_run(
-        tiny_clip_dir,
-        tmp_path,
-        data=f"imagefolder:{images}",
-        val_data=f"imagefolder:{images}",
-        templates="simple",
-        alpha=0.6,
-        learning_rate="auto",
-        preserve=1.0,
+        tiny_clip_dir, tmp_path, data=data, val_data=data, learning_rate="auto", **fields
     )
 
 
@@ -83,12 +86,14 @@ def test_a_run_finds_its_rate_by_short_runs(
     run = train(recipe)
     assert capsys.readouterr().out == ""
     table = json.loads((run.folder / "rates.json").read_text())
-    assert table["chosen"] == run.recipe.learning_rate
     written = yaml.safe_load((run.folder / "recipe.yaml").read_text())
-    assert written["learning_rate"] == table["chosen"]
-    assert load_adapter(run).metadata.recipe["learning_rate"] == table["chosen"]
+    stored = load_adapter(run).metadata.recipe
+    for found in (run.recipe.learning_rate, written["learning_rate"], stored["learning_rate"]):
+        assert found == table["chosen"]
     rates = [row["learning_rate"] for row in table["tried"]]
     assert set(START) <= set(rates) and rates == sorted(rates) and len(rates) <= 4
+
+    # Each short run is a run of two steps, measured by hand.
     folders = sorted(path for path in images.iterdir() if path.is_dir())
     pairs = [
         Pair(Image.open(path).convert("RGB"), label, [])
@@ -96,40 +101,41 @@ def test_a_run_finds_its_rate_by_short_runs(
         for path in sorted(folder.iterdir())
     ]
     prompts = [[f"a photo of a {folder.name}."] for folder in folders]
-    base = ClipWithAdapters(recipe.architecture)
+
+    def answers(clip: ClipWithAdapters, alpha: float) -> Any:
+        with clip.at(alpha):
+            classes = torch.stack([clip.texts(texts)[0] for texts in prompts])
+            pixels = torch.stack([clip.transform(pair.image) for pair in pairs])
+            return (clip.images(pixels) @ classes.T).argmax(1).numpy()
+
+    of_base = answers(ClipWithAdapters(recipe.architecture), 0)
+    length: dict[str, Any] = {"steps": 2, "warmup_steps": 0, "momentum": 0.0}
     for number, row in enumerate(table["tried"]):
-        short = dataclasses.replace(
-            recipe,
-            learning_rate=row["learning_rate"],
-            steps=2,
-            warmup_steps=0,
-            momentum=0.0,
-            out=tmp_path / f"{number}",
-        )
-        clip = ClipWithAdapters(recipe.architecture, load_adapter(train(short)).tensors)
+        rate = row["learning_rate"]
+        out = tmp_path / f"{number}"
+        short = train(dataclasses.replace(recipe, learning_rate=rate, out=out, **length))
+        clip = ClipWithAdapters(recipe.architecture, load_adapter(short).tensors)
         accuracy = accuracy_by_hand(clip, 0.6, pairs, prompts)
         assert row["accuracy"] == pytest.approx(accuracy, abs=0.01)
         assert row["images"] == len(pairs)
-        kept = np.mean(answered(clip, 0.6, pairs, prompts) == answered(base, 0, pairs, prompts))
-        assert row["base_answers_kept"] == pytest.approx(100 * kept, abs=0.01)
+        kept = 100 * np.mean(answers(clip, 0.6) == of_base)
+        assert row["base_answers_kept"] == pytest.approx(kept, abs=0.01)
     same = dataclasses.replace(recipe, learning_rate=table["chosen"], out=tmp_path / "same")
     assert load_adapter(train(same)).digest == load_adapter(run).digest
 
 
-def answered(clip: ClipWithAdapters, alpha: float, pairs: Any, prompts: Any) -> Any:
-    with clip.at(alpha):
-        classes = torch.stack([clip.texts(texts)[0] for texts in prompts])
-        pixels = torch.stack([clip.transform(pair.image) for pair in pairs])
-        return (clip.images(pixels) @ classes.T).argmax(1).numpy()
-
-
-def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])  # all of it is its edge
+@pytest.fixture
+def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches among one rate."""
+    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])
     monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
+
+
+def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_run(
+    recipe: Recipe, one_rate: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A least rate above all that the search may choose.
-    recipe = dataclasses.replace(recipe, steps=4, seed=7, min_learning_rate=1.0)
+    recipe = dataclasses.replace(recipe, steps=4, save_every=1, min_learning_rate=1.0)
     with steps_taken() as steps:
         run = train(recipe, progress=True)
     assert run.recipe.min_learning_rate == run.recipe.learning_rate == GRID[3]
@@ -139,19 +145,21 @@ def test_says_what_it_tries_and_warns_where_the_best_is_at_the_edge(
     assert printed.startswith("choosing the learning rate by 1 to 1 short runs")
     assert printed.count("held-out images right at alpha 0.6") == len(table["tried"]) == 1
     assert f"chose learning rate {table['chosen']:.2g}" in printed
-    assert "at the edge of what was tried" in table["notes"][0]
-    for note in table["notes"]:
-        assert note in run.notes and note in printed
+    [note] = table["notes"]
+    assert "at the edge of what was tried" in note and note in run.notes and note in printed
+
+    run.adapter.unlink()
+    searched = (run.folder / "rates.json").stat().st_mtime_ns
+    again = train(recipe, resume=True)
+    assert again.recipe.learning_rate == GRID[3] and again.adapter.is_file()
+    assert (run.folder / "rates.json").stat().st_mtime_ns == searched
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"val_data": None}, "chooses by held-out images with labels; add --val-fraction 0.2"),
-        (
-            {"task": "retrieval"},
-            "chooses by held-out images with labels; give a number such as --l",
-        ),
+        ({"task": "retrieval"}, "chooses by held-out images with labels; give a number such as"),
         ({"val_data": None, "streaming": True, "steps": 1}, "with labels; add --val-data, or give"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; it should be .*auto"),
     ],
@@ -164,30 +172,12 @@ def test_refuses_what_gives_no_choice(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_keeps_the_rate_that_it_has_found(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_refuses_several_processes_and_is_a_flag(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[4:5])
-    monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
-    recipe = dataclasses.replace(recipe, save_every=1)
-    run = train(recipe)
-    run.adapter.unlink()
-    searched = (run.folder / "rates.json").stat().st_mtime_ns
-    again = train(recipe, resume=True)
-    assert again.recipe.learning_rate == run.recipe.learning_rate == 5e-4
-    assert again.adapter.is_file()
-    assert (run.folder / "rates.json").stat().st_mtime_ns == searched
-    with pytest.raises(RAdapterError, match="no run to resume in .*nowhere"):
-        train(dataclasses.replace(recipe, out=tmp_path / "nowhere"), resume=True)
-
-
-def test_refuses_several_processes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RAdapterError, match="searches in one process"):
-        train(recipe)
-
-
-def test_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--learning-rate", "auto", "--val-fraction", "0.2", "--data", "imagefolder:nowhere"]
     assert train_command(flags) == 2
     assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RAdapterError, match="searches in one process"):
+        train(recipe)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
-from radapter_serve.data import Labelled
+from radapter_serve.data.labelled import Labelled
 from radapter_serve.training import Average
 from radapter_serve.training.step import at_base, flatten_projections, other_prompts, share
 

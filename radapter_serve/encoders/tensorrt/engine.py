@@ -89,20 +89,12 @@ def build(
     timing_cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[bytes, Profile]:
-    """Build an engine for batches of 1 to `max_batch_size` rows.
+    """Build an engine for batches of 1 to `max_batch_size` rows, by the module `tensorrt` or
+    `tensorrt_rtx`; gives it, and smallest, usual and largest shape of each input.
 
-    Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        onnx: `model.onnx`.
-        options: how.
-        max_batch_size: rows of the largest batch.
-        max_length: tokens of the longest text, where the graph takes any length.
-        opt_length: tokens of the text that the engine is tuned for.
-        timing_cache: file of what TensorRT measured, read and written: the next build is faster.
-        progress: called with a short line as the build goes on; from TensorRT's own threads.
-
-    Returns:
-        The engine, and smallest, usual and largest shape of each input.
+    It takes texts of up to `max_length` tokens, and is tuned for `opt_length`. The file
+    `timing_cache` keeps what TensorRT measured, for the next build; `progress` is called with
+    lines from TensorRT's own threads.
     """
     log = _log(trt)
     log.clear()
@@ -111,15 +103,40 @@ def build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
-        raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {_errors(parser)}")
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        lines = [f"{of.node_operator()} {of.node_name()}: {of.desc()}".strip() for of in errors]
+        why = "; ".join(lines)
+        if "DynamicQuantizeLinear" in why:
+            why += (
+                "; int8 that is quantized as it runs is for CPUs only: export with --precision int8"
+                " --calibration DATA"
+            )
+        raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {why}")
     inputs = (network.get_input(number) for number in range(network.num_inputs))
     open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
     batches = (options.opt_batch_size, max_batch_size)
-    lengths = (opt_length, max_length)
-    profile = make_profile(open_shapes, batches, lengths)
-    config = _config(trt, builder, options, profile)
+    profile = make_profile(open_shapes, batches, (opt_length, max_length))
+
+    # How it is built.
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32; fp16 and bf16 are for speed
+    shapes = builder.create_optimization_profile()
+    for name, limits in profile.items():
+        shapes.set_shape(name, *limits)
+    config.add_optimization_profile(shapes)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if timing_cache is not None:
-        _use_timing_cache(config, timing_cache)
+        kept = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        for content in (kept, b""):  # the file may be of another GPU or version
+            cache = config.create_timing_cache(content)
+            if config.set_timing_cache(cache, ignore_mismatch=False):
+                break
+
     say = progress or (lambda line: None)
     config.progress_monitor = monitor = _monitor(trt, say)
     # In a thread of its own: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
@@ -133,26 +150,12 @@ def build(
         raise RAdapterError(f"TensorRT {trt.__version__} cannot build {onnx}: {log.summary()}")
     if timing_cache is not None:
         try:
-            _keep_timing_cache(config, timing_cache)
+            timing_cache.parent.mkdir(parents=True, exist_ok=True)
+            with staged(timing_cache) as file:
+                file.write_bytes(bytes(config.get_timing_cache().serialize()))
         except OSError as error:
             say(f"what TensorRT measured is not kept for the next build: {error}")
     return bytes(plan), profile
-
-
-def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32; fp16 and bf16 are for speed
-    shapes = builder.create_optimization_profile()
-    for name, limits in profile.items():
-        shapes.set_shape(name, *limits)
-    config.add_optimization_profile(shapes)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    return config
 
 
 def make_profile(
@@ -182,8 +185,27 @@ class Engine:
 
     def __init__(self, trt: Any, plan: bytes) -> None:
         self._trt = trt
-        self._engine = _deserialize(trt, plan)
-        self._context = _context(trt, self._engine)
+        log = _log(trt)
+        log.clear()
+        runtime = trt.Runtime(log)
+        # Version-compatible engines bring their own runtime; all are of our making.
+        runtime.engine_host_code_allowed = True
+        self._engine = runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise RAdapterError(
+                f"TensorRT {trt.__version__} does not load the engine: {log.summary()}"
+            )
+        if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
+            self._context = self._engine.create_execution_context()
+        else:
+            # The RTX edition makes kernels for a shape when it first meets it: before that run.
+            config = self._engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            self._context = self._engine.create_execution_context(config)
+        if self._context is None:
+            raise RAdapterError(
+                f"TensorRT {trt.__version__} does not run the engine: {log.summary()}"
+            )
         names = [
             self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)
         ]
@@ -208,9 +230,8 @@ class Engine:
                 addresses[name] = stream.upload(
                     array.astype(dtype, casting="same_kind", copy=False)
                 )
-            shape = self.shapes(
-                {name: array.shape for name, array in zip(self.inputs, inputs, strict=True)}
-            )[output]
+            pairs = zip(self.inputs, inputs, strict=True)
+            shape = self.shapes({name: array.shape for name, array in pairs})[output]
             dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(output)))
             addresses[output] = stream.allocate(int(np.prod(shape)) * dtype.itemsize)
             self.enqueue(addresses, stream.handle)
@@ -250,60 +271,6 @@ def load(path: Path, *, device: int | None = 0) -> Graph:
         engine.outputs,
         lambda feed, _: [engine(*(feed[name] for name in engine.inputs))],
     )
-
-
-def _deserialize(trt: Any, plan: bytes) -> Any:
-    log = _log(trt)
-    log.clear()
-    runtime = trt.Runtime(log)
-    # Version-compatible engines bring their own runtime; all are of our making.
-    runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise RAdapterError(f"TensorRT {trt.__version__} does not load the engine: {log.summary()}")
-    return engine
-
-
-def _context(trt: Any, engine: Any) -> Any:
-    log = _log(trt)
-    log.clear()
-    if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
-        context = engine.create_execution_context()
-    else:
-        # The RTX edition makes kernels for a shape when it first meets it: before that run.
-        config = engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
-        context = engine.create_execution_context(config)
-    if context is None:
-        raise RAdapterError(f"TensorRT {trt.__version__} does not run the engine: {log.summary()}")
-    return context
-
-
-def _use_timing_cache(config: Any, path: Path) -> None:
-    kept = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False):
-        config.set_timing_cache(
-            config.create_timing_cache(b""), ignore_mismatch=False
-        )  # of another GPU or version
-
-
-def _keep_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as file:
-        file.write_bytes(bytes(config.get_timing_cache().serialize()))
-
-
-def _errors(parser: Any) -> str:
-    errors = [parser.get_error(number) for number in range(parser.num_errors)]
-    text = "; ".join(
-        f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip() for error in errors
-    )
-    if "DynamicQuantizeLinear" in text:
-        text += (
-            "; int8 that is quantized as it runs is for CPUs only: export with --precision int8"
-            " --calibration DATA"
-        )
-    return text
 
 
 @functools.cache  # TensorRT keeps the first logger of a process and ignores all others

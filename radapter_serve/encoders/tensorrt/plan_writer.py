@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from radapter_serve.encoders.cuda import Gpu, find_gpu
-from radapter_serve.encoders.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
+from radapter_serve.encoders.cuda import find_gpu
+from radapter_serve.encoders.tensorrt.engine import Engine, Options, build, import_tensorrt
 from radapter_serve.encoders.tensorrt.plan import (
     EDITION,
     ONNX,
@@ -68,17 +67,9 @@ def build_engines(
     """Build the engine of every encoder and release that a repository serves, and let TensorRT
     serve them.
 
-    An engine is compared with torch before it is written. Configs change at the very end: a failure
-    before leaves the repository served as it was. Engines that fit stay.
-
-    Args:
-        repository: what radapter-export has filled.
-        options: how engines are built.
-        tolerance: largest difference from torch, per component of a unit-length embedding; the
-            release's own if None. The cosine's bound widens with it.
-        timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
-        force: build all, those that fit, too.
-        progress: called with a short line as the work goes on.
+    An engine is compared with torch, to `tolerance` or the release's own, before it is written.
+    Configs change at the very end: a failure before leaves the repository served as it was. Engines
+    that fit stay, unless `force` builds all.
     """
     _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
@@ -127,7 +118,15 @@ class PlanWriter:
         self._trt = import_tensorrt()
         self._options = options
         self._say = progress or (lambda line: None)
-        self._timing_cache = timing_cache or _timing_cache(self._trt, self._gpu)
+        if timing_cache is None:
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            gpu = re.sub(r"[^A-Za-z0-9]+", "-", self._gpu.name)
+            name = f"tensorrt-{self._trt.__version__}-{gpu}.timing"
+            with contextlib.suppress(OSError):  # a home that is read-only
+                folder = Path(cache) / "radapter-serve"
+                folder.mkdir(parents=True, exist_ok=True)
+                timing_cache = folder / name
+        self._timing_cache = timing_cache
 
     def write(
         self,
@@ -151,8 +150,15 @@ class PlanWriter:
             seconds = time.perf_counter() - start
             return Built(name, int(folder.name), how, size, sidecar.agreement, seconds)
 
-        if keep and (kept := self._fitting(folder)):
-            return built("kept", kept)
+        # One that fits this machine and the options.
+        if keep:
+            with contextlib.suppress(RAdapterError):
+                sidecar = Sidecar.load(folder)
+                problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
+                fits = (folder / PLAN).is_file() and not problem
+                if fits and sidecar.options == self._options:
+                    return built("kept", sidecar)
+
         self._say(f"building {label}")
         plan, profile = build(
             self._trt,
@@ -164,36 +170,21 @@ class PlanWriter:
             progress=lambda line: self._say(f"building {label}: {line}"),
         )
         agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), bounds)
-        return built("built", self._put(folder, plan, profile, agreement))
-
-    def _put(self, folder: Path, plan: bytes, profile: Profile, agreement: Agreement) -> Sidecar:
         (folder / SIDECAR).unlink(missing_ok=True)
         with staged(folder / PLAN) as path:
             path.write_bytes(plan)
-        gpu = self._gpu
-        version = str(self._trt.__version__)
-        onnx = digest(folder)
         sidecar = Sidecar(
-            EDITION,
-            version,
-            gpu.name,
-            gpu.compute_capability,
-            onnx,
-            profile,
-            self._options,
-            agreement,
+            edition=EDITION,
+            version=str(self._trt.__version__),
+            gpu=self._gpu.name,
+            compute_capability=self._gpu.compute_capability,
+            onnx=digest(folder),
+            profile=profile,
+            options=self._options,
+            agreement=agreement,
         )
         sidecar.save(folder)
-        return sidecar
-
-    def _fitting(self, folder: Path) -> Sidecar | None:
-        """The sidecar of an engine that fits this machine and the options, or None."""
-        with contextlib.suppress(RAdapterError):
-            sidecar = Sidecar.load(folder)
-            problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
-            if (folder / PLAN).is_file() and sidecar.options == self._options and not problem:
-                return sidecar
-        return None
+        return built("built", sidecar)
 
 
 def _encoders(repository: Path) -> list[ServedEncoder]:
@@ -206,12 +197,3 @@ def _encoders(repository: Path) -> list[ServedEncoder]:
             f"the model repository {repository} holds no encoder; make one with: radapter-export"
         )
     return encoders
-
-
-def _timing_cache(trt: Any, gpu: Gpu) -> Path | None:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radapter-serve"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that is read-only
-        return None
-    return folder / f"tensorrt-{trt.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}.timing"
