@@ -130,7 +130,6 @@ ROOMS = {
         ),
         ("radapter_serve/tasks",),
         tuple(f"radapter_serve/tasks/{name}.py" for name in ("triton", "responses", "retrieve")),
-        ("*Scores*best__mutmut_*3", "*_Plan*classes__mutmut_*7", "*__mutmut_13"),
     ),
     "release": Room(("tests/release",), ("radapter_serve/release",), sample=("*__mutmut_*3",)),
     "index": Room(
