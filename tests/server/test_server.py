@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,22 +256,33 @@ def pids(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("end", "timeout", "message", "starts"),
+    ("end", "message", "starts"),
     [
-        ("sleep 60", 1, "was not ready after 1 s: .*; allow more with --timeout", 1),
-        ("exit 1", 60, "did not start: it ended by itself with status 1: no memory; all its", 1),
-        ("kill -ABRT $$", 60, "did not start: it was killed by SIGABRT: no memory; all its", 2),
+        ("sleep 60", "was not ready after 60 s: no memory; .*; allow more with --timeout", 1),
+        ("exit 1", "did not start: it ended by itself with status 1: no memory; all its", 1),
+        ("kill -ABRT $$", "did not start: it was killed by SIGABRT: no memory; all its", 2),
     ],
 )
 def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
-    repository, tmp_path, monkeypatch, end, timeout, message, starts
+    repository, tmp_path, monkeypatch, end, message, starts
 ):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     line = 'E1124 15:45:35.510363 7432 main.cc:1] "no memory"'
-    installation = program(tmp_path, f"echo $$ >> {tmp_path}/pids\necho '{line}'\n{end}")
-    server = TritonServer(local(repository, timeout=timeout), installation=installation)
+    installation = program(tmp_path, f"echo '{line}'\necho $$ >> {tmp_path}/pids\n{end}")
+
+    class Clock:
+        """A minute passes once the program sleeps."""
+
+        def monotonic(self) -> float:
+            return 61.0 if "sleep" in end and (tmp_path / "pids").exists() else 0.0
+
+        def sleep(self, seconds: float, /) -> None:
+            time.sleep(0.01)
+
+    config = local(repository, timeout=60)
+    server = TritonServer(config, installation=installation, clock=Clock())
     with pytest.raises(RAdapterError, match=f"tritonserver {message}"):
         server.start()
     assert (server.pid, server.state) == (None, State.STOPPED)
