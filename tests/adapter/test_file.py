@@ -58,9 +58,9 @@ def test_digests_are_those_of_the_specification() -> None:
         "a.out_proj.bias": torch.tensor(bias, dtype=torch.bfloat16),
         "b.other": torch.ones(1),
     }
-    found = base_digest(state, ["a.out_proj"])
-    assert found == f"sha256:{expected.hexdigest()}"
-    assert found == "sha256:4dc07b71232baf0cf1fa0d162c403de4d1d309bad4eb55fded9f7c55463aa9a9"
+    digest = base_digest(state, ["a.out_proj"])
+    assert digest == f"sha256:{expected.hexdigest()}"
+    assert digest == "sha256:4dc07b71232baf0cf1fa0d162c403de4d1d309bad4eb55fded9f7c55463aa9a9"
     adapter = Adapter({"layer": torch.eye(2)}, Metadata("x", "sha256:0"))
     values = b"layer(2, 2)" + struct.pack("<4f", 1, 0, 0, 1)
     assert adapter.digest == f"sha256:{hashlib.sha256(values).hexdigest()}"
@@ -68,7 +68,7 @@ def test_digests_are_those_of_the_specification() -> None:
 
 def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Path:
     header = {name: json.dumps(value) for name, value in {**HEADER, **fields}.items()}
-    save_file(tensors or {"layer": torch.eye(4)}, path, metadata=header)
+    save_file({"layer": torch.eye(4)} if tensors is None else tensors, path, metadata=header)
     return path
 
 
@@ -79,18 +79,10 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def loads_or_is_refused_in_one_line(path: Path) -> None:
-    try:
-        assert isinstance(load_adapter(path), Adapter)
-    except RAdapterError as error:
-        assert str(path) in str(error) and len(str(error).splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("alpha", "0.5", "its 'alpha' is '0.5': "),
-        ("alpha", 1.5, "its 'alpha' is 1.5: "),
         ("alpha", math.nan, "its 'alpha' is nan: "),
         ("templates", [], "its 'templates' is []: "),
         ("templates", ["a photo"], "its 'templates.0' is 'a photo': "),
@@ -99,7 +91,6 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         ("architecture", None, "its 'architecture' is None: "),
         ("base_digest", 7, "its 'base_digest' is 7: "),
         ("rank", 0, "its 'rank' is 0: "),
-        ("rank", 1.5, "its 'rank' is 1.5: "),
         ("classes", "cat", "its 'classes' is 'cat': "),
         ("held_out", 7, "its 'held_out' is 7: "),
         ("format_version", "1", "its 'format_version' is '1': "),
@@ -110,93 +101,77 @@ def test_metadata_of_wrong_types_or_ranges_is_one_line(
 ) -> None:
     assert message in refused(write(tmp_path / "adapter.safetensors", **{field: value}))
     if field != "format_version":
-        values = {name: value for name, value in HEADER.items() if name != field}
+        metadata = Metadata(**{**HEADER, field: value})
         with pytest.raises(RAdapterError, match="its '"):
-            save_adapter(
-                Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})),
-                tmp_path / "saved",
-            )
+            save_adapter(Adapter({"layer": torch.eye(4)}, metadata), tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
 
 
-def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: Path) -> None:
+def test_a_missing_field_is_refused_and_an_unknown_one_ignored(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    save_file(
-        {"layer": torch.eye(4)},
-        path,
-        metadata={"rank": "null", "base_digest": '"x"', "format_version": "1"},
-    )
-    assert "architecture" in refused(path)
+    tensors = {"layer": torch.eye(4)}
     header = {name: json.dumps(value) for name, value in HEADER.items()}
-    save_file(
-        {"layer": torch.eye(4)},
-        path,
-        metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'},
-    )
+    save_file(tensors, path, metadata={key: header[key] for key in header if key != "architecture"})
+    assert "architecture" in refused(path)
+    write(path, format="pt", recipe={"classes": None, "x": [1]})
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
-    save_file({"layer": torch.eye(4)}, path, metadata={**header, "alpha": "half"})
+    save_file(tensors, path, metadata={**header, "alpha": "half"})
     assert "its alpha is no JSON" in refused(path)
+
+
+EYE = torch.eye(2)
 
 
 @pytest.mark.parametrize(
     ("tensors", "rank", "message"),
     [
-        ({"a": torch.full((2, 2), math.nan)}, None, "tensor 'a' holds values that are not finite"),
-        (
-            {"a": torch.eye(2).half()},
-            None,
-            "tensor 'a' is torch.float16 (2, 2), should be torch.float32 (2, 2)",
-        ),
-        (
-            {"a": torch.ones(2, 3)},
-            None,
-            "tensor 'a' is torch.float32 (2, 3), should be torch.float32 (2, 2)",
-        ),
-        (
-            {"a": torch.eye(2), "a.up": torch.ones(2, 1)},
-            None,
-            "tensor 'a.up' is torch.float32 (2, 1), should be left",
-        ),
-        (
-            {"a.up": torch.ones(2, 1)},
-            1,
-            "tensor 'a.down' is missing, should be torch.float32 (1, 2)",
-        ),
+        ({"a": EYE * math.nan}, None, "tensor 'a' holds values that are not finite"),
+        ({"a": EYE.half()}, None, "tensor 'a' is torch.float16 (2, 2), should be torch.float32"),
+        ({"a": torch.ones(2, 3)}, None, "(2, 3), should be torch.float32 (2, 2)"),
+        ({"a": EYE, "a.up": torch.ones(2, 1)}, None, "tensor 'a.up' is torch.float32 (2, 1), shou"),
+        ({"a.up": torch.ones(2, 1)}, 1, "tensor 'a.down' is missing, should be torch.float32"),
         ({}, None, "it has no tensors"),
     ],
 )
 def test_tensors_that_the_specification_does_not_allow(
     tmp_path: Path, tensors: dict[str, torch.Tensor], rank: int | None, message: str
 ) -> None:
-    header = {name: json.dumps(value) for name, value in {**HEADER, "rank": rank}.items()}
-    save_file(tensors, tmp_path / "adapter.safetensors", metadata=header)
-    assert message in refused(tmp_path / "adapter.safetensors")
+    assert message in refused(write(tmp_path / "adapter.safetensors", tensors, rank=rank))
     with pytest.raises(RAdapterError) as error:
         save_adapter(Adapter(tensors, Metadata("x", "y", rank=rank)), tmp_path / "saved")
     assert message in str(error.value)
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_values_that_are_not_finite_are_neither_attached_nor_folded(
-    tiny_clip_dir: str, alpha: float
-) -> None:
+def test_values_that_are_not_finite_are_neither_attached_nor_folded(tiny_clip_dir: str) -> None:
     model = load_base(tiny_clip_dir).model
     key = "visual.transformer.resblocks.0.mlp.c_proj"
     matrix = torch.zeros(64, 64)
     matrix[3, 5] = math.nan
     adapter = Adapter({key: matrix}, Metadata("x", base_digest(model.state_dict(), [key])))
-    for use in (
-        lambda: attach_adapter(model, adapter, alpha),
-        lambda: fold(model.state_dict(), adapter, alpha),
-    ):
+    for alpha in (0.0, 0.5):
         with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
-            use()
+            attach_adapter(model, adapter, alpha)
+        with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
+            fold(model.state_dict(), adapter, alpha)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "adapter.safetensors"
+
+
+def loads_or_is_refused_in_one_line(path: Path) -> None:
+    try:
+        assert isinstance(load_adapter(path), Adapter)
+    except RAdapterError as error:
+        assert str(path) in str(error) and len(str(error).splitlines()) == 1
+
+
+def write_header(path: Path, header: Any, size: int) -> None:
+    """Write a file by hand: a header of any JSON, and so many bytes of zeros."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
 
 
 @given(content=st.binary(max_size=300))
@@ -215,29 +190,16 @@ def test_any_json_in_the_metadata(place: Path, header: dict[str, Any]) -> None:
     header=st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20)),
     deep=st.sampled_from(FIELDS),
 )
+@settings(max_examples=40)
 def test_any_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
-    texts = {
-        **{name: json.dumps(value) for name, value in HEADER.items()},
-        **header,
-        deep: "[" * 100_000,
-    }
-    save_file({"layer": torch.eye(4)}, place, metadata=texts)
+    texts = {name: json.dumps(value) for name, value in HEADER.items()} | header
+    save_file({"layer": torch.eye(4)}, place, metadata={**texts, deep: "[" * 100_000})
     loads_or_is_refused_in_one_line(place)
 
 
 DTYPES = [
-    "F32",
-    "F64",
-    "F16",
-    "BF16",
-    "I64",
-    "U8",
-    "BOOL",
-    "F8_E4M3",
-    "F8_E8M0",
-    "F4",
-    "C64",
-    "F33",
+    *("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL"),
+    *("F8_E4M3", "F8_E8M0", "F4", "C64", "F33"),
 ]
 ENTRY = JSON | st.fixed_dictionaries(
     {
@@ -252,10 +214,9 @@ ENTRY = JSON | st.fixed_dictionaries(
     header=JSON | st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRY, max_size=4),
     size=st.integers(0, 64),
 )
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_as_the_header(place: Path, header: Any, size: int) -> None:
-    text = json.dumps(header).encode()
-    place.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    write_header(place, header, size)
     loads_or_is_refused_in_one_line(place)
 
 
@@ -264,6 +225,5 @@ def test_any_type_of_tensor(place: Path, dtype: str) -> None:
     for size in (2, 4, 8, 16, 32, 64):
         entry = {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, size]}
         metadata = {name: json.dumps(value) for name, value in HEADER.items()}
-        text = json.dumps({"__metadata__": metadata, "layer": entry}).encode()
-        place.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+        write_header(place, {"__metadata__": metadata, "layer": entry}, size)
         loads_or_is_refused_in_one_line(place)

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def test_a_checkpoint_is_no_program(architectures: str, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
 @pytest.fixture(scope="module")
 def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A folder as the library itself writes it, and its model."""
@@ -166,16 +175,9 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
     return folder, model
 
 
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-
-
 @torch.no_grad()
 def check_equal(base: Base, model: Any) -> None:
+    """The embeddings of a base are those of the library's model."""
     pixels = torch.randn(3, 3, 32, 32)
     tokens = base.tokenizer(["a cat", "dogs " * 90, ""])
     ours: Any = base.model
@@ -217,60 +219,58 @@ def test_a_base_on_the_hub(
     of_transformers: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, model = of_transformers
-    asked: list[str] = []
+    names: list[str] = []
 
     def fetch(name: str, *, revision: str | None, **_: object) -> str:
-        asked.append(f"{name} at {revision}")
+        names.append(f"{name} at {revision}")
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    base = load_base("hf-hub:someone/clip@v1")
-    assert (base.name, asked) == ("hf-hub:someone/clip@v1", ["someone/clip at v1"])
-    check_equal(base, model)
-
-
-def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str, **_: object) -> str:
         raise OSError("no route to host\nand more")
 
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    base = load_base("hf-hub:someone/clip@v1")
+    assert (base.name, names) == ("hf-hub:someone/clip@v1", ["someone/clip at v1"])
+    check_equal(base, model)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(
-        RAdapterError, match="^could not get hf-hub:someone/clip from .*: no route to host$"
-    ):
+    message = "^could not get hf-hub:someone/clip from .*: no route to host$"
+    with pytest.raises(RAdapterError, match=message):
         load_base("hf-hub:someone/clip")
+
+
+def swap_words(found: dict[str, Any]) -> None:
+    vocabulary = found["model"]["vocab"]
+    vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
+
+
+def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda found: found.get("image_processor", found).update(fields)
+
+
+OF_TEXTS = {**TOWER, "hidden_act": "gelu"}
+OTHER_TEXTS = "its text embeddings in transformers differ"
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "siglip"}, "its model_type is siglip; allowed: clip"),
-        (
-            "config.json",
-            {"text_config": {**TOWER, "hidden_act": "relu"}},
-            "its text embeddings in transformers differ",
-        ),
-        (
-            "config.json",
-            {"text_config": {**TOWER, "hidden_act": "gelu", "eos_token_id": 7}},
-            "its text embeddings in transformers differ",
-        ),
-        ("config.json", {"projection_dim": 16}, "could not load"),
-        (
-            "processor_config.json",
-            {"do_center_crop": False},
-            "its processor in transformers gives",
-        ),
-        ("processor_config.json", {"do_normalize": False}, "its processor in transformers differs"),
-        ("processor_config.json", {"rescale_factor": 1.0}, "its processor in transformers differs"),
+        ("config.json", changed(model_type="siglip"), "its model_type is siglip; allowed: clip"),
+        ("config.json", changed(text_config={**TOWER, "hidden_act": "relu"}), OTHER_TEXTS),
+        ("config.json", changed(text_config={**OF_TEXTS, "eos_token_id": 7}), OTHER_TEXTS),
+        ("config.json", changed(projection_dim=16), "could not load"),
+        ("processor_config.json", changed(do_center_crop=False), "its processor in transformers g"),
+        ("processor_config.json", changed(do_normalize=False), "its processor in transformers dif"),
+        ("processor_config.json", changed(rescale_factor=1.0), "its processor in transformers dif"),
+        ("tokenizer.json", swap_words, "its vocabulary is not CLIP's"),
         ("tokenizer.json", None, "could not load"),
         ("model.safetensors", None, "could not load"),
     ],
 )
-def test_what_open_clip_cannot_do_is_named(
+def test_a_model_that_open_clip_computes_otherwise_is_refused(
     of_transformers: tuple[Path, Any],
     tmp_path: Path,
     file: str,
-    change: dict[str, Any] | None,
+    change: Callable[[dict[str, Any]], None] | None,
     message: str,
 ) -> None:
     folder = tmp_path / "changed"
@@ -279,11 +279,11 @@ def test_what_open_clip_cannot_do_is_named(
         (folder / file).write_bytes(b"{")
     else:
         found = json.loads((folder / file).read_text(encoding="utf-8"))
-        found.get("image_processor", found).update(change)
+        change(found)
         (folder / file).write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(RAdapterError, match=message) as raised:
+    with pytest.raises(RAdapterError, match=message) as error:
         load_base(f"local-dir:{folder}")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_that_are_missing_are_never_random(
@@ -295,15 +295,4 @@ def test_weights_that_are_missing_are_never_random(
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RAdapterError, match="it has no weight visual_projection.weight"):
-        load_base(f"local-dir:{folder}")
-
-
-def test_another_vocabulary_is_refused(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
-    folder = tmp_path / "changed"
-    shutil.copytree(of_transformers[0], folder)
-    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = found["model"]["vocab"]
-    vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
-    (folder / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(RAdapterError, match="its vocabulary is not CLIP's"):
         load_base(f"local-dir:{folder}")

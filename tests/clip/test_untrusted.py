@@ -41,10 +41,17 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def edit_text(folder: Path, **fields: Any) -> None:
-    edit(
-        folder / "open_clip_config.json",
-        lambda found: found["model_cfg"]["text_cfg"].update(fields),
-    )
+    path = folder / "open_clip_config.json"
+    edit(path, lambda found: found["model_cfg"]["text_cfg"].update(fields))
+
+
+def field(file: str, **fields: Any) -> Change:
+    """Adds fields to a file."""
+
+    def change(folder: Path, line: str) -> None:
+        edit(folder / file, lambda found: found.update(fields))
+
+    return change
 
 
 def module_of(folder: Path, line: str) -> str:
@@ -69,25 +76,8 @@ def mapped_config(folder: Path, line: str) -> None:
     edit(folder / "config.json", lambda found: found.update(model_type="own", auto_map=auto_map))
 
 
-def versioned_config(folder: Path, line: str) -> None:
-    edit(
-        folder / "config.json", lambda found: found.update(configuration_files=["config.4.0.json"])
-    )
-
-
 def mapped_text_tower(folder: Path, line: str) -> None:
     mapped_config(folder / "text", line)
-
-
-def kernel_of_the_hub(folder: Path, line: str) -> None:
-    edit(
-        folder / "text" / "config.json",
-        lambda found: found.update(attn_implementation="someone/kernel"),
-    )
-
-
-def adapter_of_peft(folder: Path, line: str) -> None:
-    edit(folder / "adapter_config.json", lambda found: found.update(megatron_core="evil"))
 
 
 def other_keyword(folder: Path, line: str) -> None:
@@ -96,10 +86,8 @@ def other_keyword(folder: Path, line: str) -> None:
 
 def timm_of_a_folder(folder: Path, line: str) -> None:
     image = {"timm_model_name": f"local-dir:{folder}"}
-    edit(
-        folder / "open_clip_config.json",
-        lambda found: found["model_cfg"]["vision_cfg"].update(image),
-    )
+    path = folder / "open_clip_config.json"
+    edit(path, lambda found: found["model_cfg"]["vision_cfg"].update(image))
 
 
 def not_json(folder: Path, line: str) -> None:
@@ -120,21 +108,30 @@ def old_pickled_weights(folder: Path, line: str) -> None:
     (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Code(line)))
 
 
-HOSTILE = [
-    (trusted_tokenizer, "open_clip_config.json has trust_remote_code"),
-    (mapped_tokenizer, "tokenizer_config.json has auto_map"),
-    (mapped_config, "config.json has auto_map"),
-    (versioned_config, "config.json has configuration_files"),
-    (mapped_text_tower, "text/config.json has auto_map"),
-    (kernel_of_the_hub, "text/config.json has attn_implementation someone/kernel"),
-    (adapter_of_peft, "holds adapter_config.json, an adapter of peft"),
-    (other_keyword, "has tokenizer_kwargs.tokenizer_file.*allowed are clean"),
-    (timm_of_a_folder, "has timm_model_name local-dir:"),
-    (not_json, "tokenizer_config.json: it is no JSON"),
-    (no_table, "open_clip_config.json is missing or broken"),
-    (pickled_weights, "could not load"),
-    (old_pickled_weights, "could not load"),
-]
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "trusted tokenizer": (trusted_tokenizer, "open_clip_config.json has trust_remote_code"),
+    "mapped tokenizer": (mapped_tokenizer, "tokenizer_config.json has auto_map"),
+    "mapped config": (mapped_config, "config.json has auto_map"),
+    "config of a version": (
+        field("config.json", configuration_files=["config.4.0.json"]),
+        "config.json has configuration_files",
+    ),
+    "mapped text tower": (mapped_text_tower, "text/config.json has auto_map"),
+    "kernel of the hub": (
+        field("text/config.json", attn_implementation="someone/kernel"),
+        "text/config.json has attn_implementation someone/kernel",
+    ),
+    "adapter of peft": (
+        field("adapter_config.json", megatron_core="evil"),
+        "holds adapter_config.json, an adapter of peft",
+    ),
+    "other keyword": (other_keyword, "has tokenizer_kwargs.tokenizer_file.*allowed are clean"),
+    "timm of a folder": (timm_of_a_folder, "has timm_model_name local-dir:"),
+    "not JSON": (not_json, "tokenizer_config.json: it is no JSON"),
+    "no table": (no_table, "open_clip_config.json is missing or broken"),
+    "pickled weights": (pickled_weights, "could not load"),
+    "old pickled weights": (old_pickled_weights, "could not load"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +141,11 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE]
-)
+@pytest.mark.parametrize("kind", HOSTILE)
 def test_a_folder_that_would_run_code_is_refused(
-    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, message: str
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    change, message = HOSTILE[kind]
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to a library that asks whether it may
     base = tmp_path / "base"
     mark = tmp_path / "mark"
