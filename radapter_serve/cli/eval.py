@@ -55,8 +55,8 @@ def evaluate(
     Args:
         suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the
             package, such as pacs, imagenet or retrieval.
-        data: one data set in place of a suite, such as imagefolder:photos/test; it is opened as the
-            run opened its own, with its columns, and among its classes.
+        data: one data set in place of a suite, such as photos/test or csv:test.csv; it is
+            opened as the run opened its own, with its columns, and among its classes.
         model: what is evaluated.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if
             none is given. auto takes the smallest that can't be told from the best on validation

@@ -6,6 +6,7 @@ into one. So each field stands once, whoever names it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,14 @@ Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
 PartShare = Annotated[Real, Field(ge=0, lt=1)]  # of a whole, and not all of it
 Number = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+def with_reader(source: str) -> str:
+    """Name the reader of a bare folder, which is a folder of images; any other source stays."""
+    with contextlib.suppress(OSError):  # of a name that is too long
+        if source and ":" not in source and Path(source).is_dir():
+            return f"imagefolder:{source}"
+    return source
 
 
 class For:

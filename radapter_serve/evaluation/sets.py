@@ -19,7 +19,7 @@ from radapter_serve.data.masks import Masked, load_masked
 from radapter_serve.data.proposals import load_proposals
 from radapter_serve.data.rows import READERS
 from radapter_serve.data.runs import check_held_out, validation_data
-from radapter_serve.data.source import RunSource
+from radapter_serve.data.source import RunSource, with_reader
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import (
     ClassificationSet,
@@ -238,9 +238,10 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
 
 
 def as_trained(metadata: Metadata, data: str) -> Suite:
-    """Test data, such as `imagefolder:photos/test`, as a suite of one set, opened as a run opened
-    its validation data.
+    """Test data, such as `photos/test` or `csv:test.csv`, as a suite of one set, opened as a run
+    opened its validation data.
     """
+    data = with_reader(data)
     source = dataclasses.replace(metadata.source, val_data=data)
     return _as_trained(metadata, source, Entry(data, name=data))
 

@@ -258,8 +258,8 @@ def evaluate(
             run's own: the suite's sets with `split: validation`, else those of the run; see
             `Choice`.
         suite: a YAML file, or the name of a suite that comes with the package.
-        data: one data set in place of a suite, such as `imagefolder:photos/test`; it is opened as
-            the run opened its own, with its columns, and among its classes.
+        data: one data set in place of a suite, such as `photos/test` or `csv:test.csv`; it is
+            opened as the run opened its own, with its columns, and among its classes.
         progress: show on stderr what is going on; without it nothing is printed.
         fields: any field of `EvaluatedModel`, in place of a run (`checkpoint`, `model_repository`,
             `url`, ...), or of `EvaluationSettings` (`data_root`, `out`, `limit`, ...).

@@ -4,7 +4,6 @@ what a recipe comes to on its data, and the run that it gives.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import reprlib
@@ -26,6 +25,7 @@ from radapter_serve.data.source import (
     RunSource,
     Share,
     users,
+    with_reader,
 )
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
@@ -132,8 +132,8 @@ class Recipe(RunSource):
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        precision: no, fp16 or bf16 mixed precision. bf16 takes about half of the time on a GPU, or
-            a CPU with AVX512_BF16 or AMX.
+        precision: no, fp16 or bf16 mixed precision. bf16 takes a third to a half of the time on
+            a CPU with AMX or AVX512_BF16; no GPU was measured.
         workers: processes that read images, for each training process.
         threads: compute threads of each training process; none uses one per core. Fewer is faster
             if other programs share the cores.
@@ -183,11 +183,10 @@ class Recipe(RunSource):
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "val_data"):  # a bare folder is a folder of images
+        for name in ("data", "val_data"):
             value = getattr(self, name)
-            with contextlib.suppress(OSError):  # of a name that is too long
-                if value and isinstance(value, str) and ":" not in value and Path(value).is_dir():
-                    object.__setattr__(self, name, f"imagefolder:{value}")
+            if isinstance(value, str):
+                object.__setattr__(self, name, with_reader(value))
 
     def check(self) -> None:
         """Refuse values of the wrong kind or out of range, and those that do not go together."""

@@ -33,6 +33,7 @@ from radapter_serve.evaluation.models import (
 )
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.sets import as_trained
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
 from tests.evaluation.conftest import CLASSES
@@ -297,3 +298,11 @@ def test_the_nouns_are_every_third_of_imagenets_names() -> None:
     ):
         kept = nouns_beside(["something else", name])
         assert [noun for noun in names if noun not in kept] == left_out
+
+
+def test_a_bare_folder_of_test_data_is_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
+    metadata = load_adapter(run_folder).metadata
+    [entry] = as_trained(metadata, str(tmp_path)).entries
+    assert entry.data == f"imagefolder:{tmp_path}"
+    [entry] = as_trained(metadata, "csv:test.csv").entries
+    assert entry.data == "csv:test.csv"
