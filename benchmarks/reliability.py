@@ -28,10 +28,7 @@ SUITE = {
         "tests/server/test_releases_served.py",
     ],
     "Disks": ["tests/faults/test_disks.py"],
-    "Memory that processes share": [
-        "tests/faults/test_shared_memory.py",
-        "tests/server/test_instances.py",
-    ],
+    "Memory that processes share": ["tests/faults/test_shared_memory.py"],
     "Network and callers": ["tests/faults/test_network.py", "tests/gateway/test_gateway.py"],
     "Clocks and what is installed": ["tests/faults/test_clock.py", "tests/server/test_server.py"],
 }

@@ -46,9 +46,11 @@ def disk_errors(
     try:
         yield
     except refusals as error:
-        why = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, shutil.Error):
-            why = error.args[0][0][2]
+        why = str(error)
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+            why = error.args[0][0][2]  # of a whole folder, the first file's
+        elif isinstance(error, OSError) and error.strerror and error.filename:
+            why = f"{error.strerror} ({error.filename})"
         raise RAdapterError(
             f"cannot write into {folder}: {why}{'; ' if advice else ''}{advice}"
         ) from error

@@ -550,11 +550,9 @@ def _pinned(part: Part, version: int | None) -> Request:
 
 
 def _output(reply: Reply, name: str) -> Any:
-    """An output: an array, or from this process also a list of texts or bytes."""
     if name not in reply.outputs:
         raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
-    outputs = reply.outputs
-    return outputs.plain[name] if isinstance(outputs, Values) else outputs[name]
+    return reply.outputs[name]
 
 
 def _texts(reply: Reply, name: str) -> list[Any]:
@@ -563,10 +561,13 @@ def _texts(reply: Reply, name: str) -> list[Any]:
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
             return [decoded(entry) for entry in value]
-        return value.decode("utf-8", "replace")
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
-    output = _output(reply, name)
-    texts: list[Any] = output if isinstance(output, list) else decoded(output.tolist())
+    outputs = reply.outputs
+    if isinstance(outputs, Values) and isinstance(outputs.plain.get(name), list):
+        texts: list[Any] = decoded(outputs.plain[name])  # in this process no array is made
+    else:
+        texts = decoded(_output(reply, name).tolist())
     return texts
 
 

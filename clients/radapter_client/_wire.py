@@ -112,7 +112,8 @@ class Reply:
 
     Args:
         version: of the model that answered, which is the version of its release.
-        outputs: name to array, with the batch first where the model has one.
+        outputs: name to array, with the batch first where the model has one; `Values` makes the
+            arrays when they are asked for.
 
     Example: `Reply(1, {"text_embeds": np.ones((1, 512), np.float32)})`
     """

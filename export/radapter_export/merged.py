@@ -22,7 +22,7 @@ WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 FILES = (CONFIG, WEIGHTS, *TOKENIZER)
 WRITER = "radapter-export"
-DISK_ADVICE = "nothing half-written was left: free some space and run radapter-export again"
+DISK_ADVICE = "nothing half-written was left; make room for it, and run radapter-export again"
 
 
 def write_merged(

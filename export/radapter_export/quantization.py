@@ -151,19 +151,21 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         model = onnx.load(plain, load_external_data=False)
         add_pre_process_metadata(model)  # else it warns that this was not done
         onnx.save(model, plain)
+        # The products of activations have no weights: queries by keys, and attention by values.
+        weights = {initializer.name for initializer in model.graph.initializer}
+        excluded = [
+            node.name
+            for node in model.graph.node
+            if node.op_type == "MatMul" and node.input[1] not in weights
+        ]
+        input_name = model.graph.input[0].name
+        del model  # its weights are read again
 
         if calibration:
-            # The products of activations have no weights: queries by keys, and attention by values.
-            weights = {initializer.name for initializer in model.graph.initializer}
-            excluded = [
-                node.name
-                for node in model.graph.node
-                if node.op_type == "MatMul" and node.input[1] not in weights
-            ]
             quantize_static(
                 str(plain),
                 str(quantized),
-                _Batches(model.graph.input[0].name, calibration),
+                _Batches(input_name, calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
                 nodes_to_exclude=excluded,

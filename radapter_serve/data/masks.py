@@ -202,7 +202,8 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         categories = {row["id"]: row["name"] for row in content["categories"]}
         index, entries = number_classes(read_class_ids(classes) if classes else categories)
         listed = {row["id"]: row for row in content["images"]}
-        known = ", ".join(list(categories.values())[:8]) + (", ..." if len(categories) > 8 else "")
+        known = ", ".join(map(str, [*categories.values()][:8]))
+        known += ", ..." if len(categories) > 8 else ""
         annotations = content["annotations"]
         for row in annotations:
             if row["image_id"] not in listed:

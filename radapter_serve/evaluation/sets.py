@@ -218,6 +218,7 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     """
     source = metadata.source
     if data is not None:
+        data = with_reader(data)
         if source.data and _place(data) == _place(source.data):
             raise RAdapterError(
                 f"the validation data {data} is what the run was trained with, which tells nothing"

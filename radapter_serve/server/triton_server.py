@@ -332,13 +332,13 @@ class TritonServer(ReleaseServer):
         deadline = self._clock.monotonic() + config.timeout
         self._start_process(mode)
 
-        # Wait until all models are loaded. tritonserver 2.51 now and then dies at its start, with
+        # Wait until all models are loaded. tritonserver 2.51 now and then aborts at its start, with
         # lock_exception, and starts the next time: triton-inference-server/server#8882.
         again = False
         while not self.control.is_ready():
             assert self._process is not None
             code = self._process.poll()
-            if code is not None and code < 0 and not again:
+            if code == -signal.SIGABRT and not again:
                 print(
                     f"tritonserver died before it was ready: {how_it_ended(code)}; starting it"
                     " once again",

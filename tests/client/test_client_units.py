@@ -732,3 +732,19 @@ def test_results_show_themselves_in_a_line():
     assert repr(Classification(["a"], [0.25], 3)) == (
         "Classification(labels=['a'], scores=[0.25], release=3)"
     )
+
+
+@pytest.mark.parametrize("label", ["cat", b"cat", np.array([[b"cat"]], object)])
+def test_a_reply_of_plain_values_is_read_as_one_of_arrays(label: Any) -> None:
+    class Cats:
+        def send(self, request: Any, timeout: float) -> Any:
+            labels = label if isinstance(label, np.ndarray) else [[label]]
+            values = {"label": labels, "score": [[1.0]]}
+            return radapter_client.Reply(1, radapter_client.Values(values))
+
+        def close(self) -> None:
+            pass
+
+    with radapter_client.Client(transport=Cats(), release=1) as client:
+        answer = client.classify(np.zeros((8, 8, 3), np.uint8), ["cat", "dog"])
+    assert (answer.labels, answer.scores) == (["cat"], [1.0])

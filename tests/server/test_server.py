@@ -261,6 +261,8 @@ def pids(folder: Path) -> list[int]:
         ("sleep 60", "was not ready after 60 s: no memory; .*; allow more with --timeout", 1),
         ("exit 1", "did not start: it ended by itself with status 1: no memory; all its", 1),
         ("kill -ABRT $$", "did not start: it was killed by SIGABRT: no memory; all its", 2),
+        # As the kernel does where memory is short: another try would take it from others.
+        ("kill -KILL $$", "did not start: it was killed by SIGKILL: no memory; all its", 1),
     ],
 )
 def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
@@ -310,7 +312,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def test_a_server_that_a_signal_kills_before_it_is_ready_is_started_once_again(
+def test_a_server_that_aborts_before_it_is_ready_is_started_once_again(
     repository, tmp_path, capsys
 ):
     installation = program(tmp_path, ABORTS_ONCE, sys.executable)
