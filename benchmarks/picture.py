@@ -62,10 +62,11 @@ def draw(text: str, picture: Path) -> None:
         )
     for alpha, (own, others, *_) in adapter.items():
         if alpha:
-            axes.annotate(f"α = {alpha:g}", (own, others), (7, 7), textcoords="offset points")
+            place = (5, -15) if alpha == 0.5 else (7, 7)  # beside the line of fine-tuning
+            axes.annotate(f"α = {alpha:g}", (own, others), place, textcoords="offset points")
     axes.annotate("before", base[:2], (-8, -16), textcoords="offset points", ha="right")
-    for label, alpha, place in (("full fine-tuning", 1.0, (8, -16)), ("WiSE-FT", 0.5, (40, -4))):
-        axes.annotate(label, full[alpha][:2], place, textcoords="offset points", color="#c0392b")
+    for label, alpha, offset in (("full fine-tuning", 1.0, (8, -16)), ("WiSE-FT", 0.5, (40, -4))):
+        axes.annotate(label, full[alpha][:2], offset, textcoords="offset points", color="#c0392b")
     axes.set(
         xlabel="accuracy in the trained style, %",
         ylabel="mean of nine other styles, %",
