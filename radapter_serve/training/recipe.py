@@ -132,8 +132,8 @@ class Recipe(RunSource):
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        precision: no, fp16 or bf16 mixed precision. bf16 takes a third to a half of the time on
-            a CPU with AMX or AVX512_BF16; no GPU was measured.
+        precision: no, fp16 or bf16 mixed precision. bf16 takes some 0.6 of the time on a CPU with
+            AMX; no GPU was measured.
         workers: processes that read images, for each training process.
         threads: compute threads of each training process; none uses one per core. Fewer is faster
             if other programs share the cores.
