@@ -49,13 +49,15 @@ class Collector:
             for span in (_read_json(body) if body.startswith(b"{") else _read(body))
         ]
 
-    def wait_for(self, *names: str, seconds: float = 30) -> list[Span]:
-        """The spans, once there is one of each of these names."""
+    def wait_for(self, *names: str, trace: str, seconds: float = 30) -> list[Span]:
+        """The spans of a trace, once there is one of each of these names."""
         end = time.monotonic() + seconds
-        while set(names) - {span.name for span in self.spans}:
-            assert time.monotonic() < end, [span.name for span in self.spans]
+        while True:
+            spans = [span for span in self.spans if span.trace == trace]
+            if not set(names) - {span.name for span in spans}:
+                return spans
+            assert time.monotonic() < end, [span.name for span in spans]
             time.sleep(0.02)
-        return self.spans
 
 
 @contextlib.contextmanager
