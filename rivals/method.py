@@ -60,9 +60,12 @@ def at_rate(method: Method, factor: float) -> Method:
     1.
     """
     rate = method.settings.get("learning_rate")
-    if rate is None or factor == 1:
-        return method
-    return dataclasses.replace(method, settings={**method.settings, "learning_rate": rate * factor})
+    return method if rate is None or factor == 1 else with_rate(method, rate * factor)
+
+
+def with_rate(method: Method, rate: float) -> Method:
+    """The method with a learning rate in place of its own."""
+    return dataclasses.replace(method, settings={**method.settings, "learning_rate": rate})
 
 
 def learned(method: Method, run: Run) -> Learned:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import harmonic_mean, mean
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
 from rivals.maple import MaPLe
-from rivals.method import Method, learned
+from rivals.method import Method, learned, with_rate
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
 from rivals.run import Run
@@ -130,10 +130,6 @@ def methods() -> dict[str, Method]:
     closed: dict[str, Any] = {"negative_classes": 1000}
     words: dict[str, Any] = {"preserve_words": 3.0}
 
-    def at(name: str, rate: float) -> Method:
-        method = METHODS[name]
-        return replace(method, settings={**method.settings, "learning_rate": rate})
-
     return {
         "R-Adapter": r_adapter("imagenet"),
         "rank 4": r_adapter("imagenet", rank=4),
@@ -142,8 +138,8 @@ def methods() -> dict[str, Method]:
         "preserve, all classes": r_adapter("imagenet", **kept, **closed),
         "preserve, words": r_adapter("imagenet", **kept, **words),
         "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
-        "WiSE-FLYP": at("wise-flyp", 1e-3),
-        "LoRA": at("lora", 6e-4),
+        "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
+        "LoRA": with_rate(METHODS["lora"], 6e-4),
         "CoOp, no full stop": CoOp(words="{}"),
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],

@@ -30,7 +30,7 @@ from rivals.layout import corrected, lead_of, markdown
 from rivals.make import command_line, machine, publish, say
 from rivals.maple import MaPLe
 from rivals.mask_fill import MaskFill
-from rivals.method import Method
+from rivals.method import Method, with_rate
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
 from rivals.run import Run
@@ -81,22 +81,17 @@ def methods() -> dict[str, Method]:
     images, and what validation chose for the main table of the drawings.
     """
 
-    def at(name: str, rate: float) -> Method:
-        method = METHODS[name]
-        return replace(method, settings={**method.settings, "learning_rate": rate})
-
     few: dict[str, Any] = {"val_fraction": 0.0}
-    mask_fill = MaskFill(weight=0.75)
     return {
         ZERO_SHOT: METHODS["zero-shot"],
         "labels by example": LabelsByExample(),
         "CoOp, no full stop": CoOp(words="{}"),
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],
-        "LoRA, rank 2": at("lora", 6e-4),
-        "full fine-tuning": at("ft", 2.7e-4),
-        "WiSE-FT": at("wise-ft", 2.7e-4),
-        "Mask-Fill": replace(mask_fill, settings={**mask_fill.settings, "learning_rate": 9e-4}),
+        "LoRA, rank 2": with_rate(METHODS["lora"], 6e-4),
+        "full fine-tuning": with_rate(METHODS["ft"], 2.7e-4),
+        "WiSE-FT": with_rate(METHODS["wise-ft"], 2.7e-4),
+        "Mask-Fill": with_rate(MaskFill(weight=0.75), 9e-4),
         **{
             f"R-Adapter, rank {rank}": r_adapter("few-shot", rank=rank, **few) for rank in (1, 4, 8)
         },
