@@ -158,9 +158,9 @@ def add(
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import add, made_by
-    from radapter_serve.index.index import read_facts
+    from radapter_serve.index.index import current
 
-    plan = read_facts(out).plan
+    plan = current(out)[1].plan
     version = None
     if url:
         origin = {"url": url}
@@ -184,9 +184,9 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.index.index import place_of
+    from radapter_serve.index.index import current
 
-    generation, facts = place_of(out).current()
+    generation, facts = current(out)
     plan = facts.plan
     size = sum(path.stat().st_size for path in (out / generation).rglob("*") if path.is_file())
     rows = {
@@ -216,14 +216,14 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
+    from radapter_serve.index.build import verify
     from radapter_serve.index.facts import build_command
-    from radapter_serve.index.index import read_facts
-    from radapter_serve.index.verify import verify
+    from radapter_serve.index.index import current
 
     with _progress("reading") as progress:
         result = verify(out, progress=progress)
     update = f"radapter-index add --out {shlex.quote(str(out))}"
-    again = build_command(out, read_facts(out).plan)
+    again = build_command(out, current(out)[1].plan)
     for name, ids, hint in (
         ("file gone", result.missing, f"{update} --prune removes them"),
         ("file changed", result.changed, f"{update} embeds them again"),
@@ -238,50 +238,6 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     if result.ok:
         print(f"the index, at alpha {result.alpha:g}, and the files agree")
     return 0 if result.ok else 1
-
-
-def duplicates(
-    index: tyro.conf.Positional[Path],
-    threshold: float = 0.95,
-    out: Path = Path("duplicates.csv"),
-    picture: Path | None = None,
-) -> None:
-    """List groups of images that are nearly the same, such as copies in other sizes.
-
-    Every pair of images is compared: minutes for 100,000 images.
-
-    Args:
-        index: folder of the index.
-        threshold: cosine above 0 and up to 1, from which two images count as nearly the same.
-        out: .csv to write: group, id and the highest cosine with another image of the group.
-        picture: .png or .jpg to write: the groups' thumbnails, a row each, up to 100 groups.
-    """
-    from radapter_serve.index.duplicates import (
-        check_threshold,
-        check_thumbnails,
-        find_duplicates,
-        write_groups,
-        write_picture,
-    )
-    from radapter_serve.index.index import open_index
-
-    check_threshold(threshold)
-    for flag, path, endings in (("--out", out, [".csv"]), ("--picture", picture, [".png", ".jpg"])):
-        if path is not None and path.suffix not in endings:
-            raise RAdapterError(f"{flag} {path} does not end in {' or '.join(endings)}")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise RAdapterError(f"{flag} {path}: {path.parent} is no folder")
-    opened = open_index(index)
-    if picture is not None:
-        check_thumbnails(opened)
-    with _progress("comparing") as progress:
-        groups = find_duplicates(opened, threshold, progress)
-    write_groups(groups, out)
-    many = sum(len(group.ids) for group in groups)
-    print(f"{out}: {len(groups):,} groups of {many:,} images, of {len(opened):,}")
-    if picture is not None and groups:
-        write_picture(opened, groups, picture)
-        print(picture)
 
 
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
@@ -326,7 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "add": add,
         "info": info,
         "verify": verify,
-        "duplicates": duplicates,
         "publish": publish,
         "link": link,
     }

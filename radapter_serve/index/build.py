@@ -1,14 +1,18 @@
-"""Building an index, adding to it, and making one of embeddings that are there already."""
+"""Building an index, adding to it, making one of embeddings that are there already, and comparing
+one with the files that it was made of.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +20,16 @@ import pyarrow as pa
 from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import digest_of
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Progress, open_collection, read_rows
 from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan, build_command, mismatch
-from radapter_serve.index.folder import Folder, generations_of
-from radapter_serve.index.index import link_of
-from radapter_serve.index.table import THUMBNAIL, VECTOR, vector_column
-from radapter_serve.index.writer import Summary, writing
+from radapter_serve.index.folder import generations_of
+from radapter_serve.index.index import current, link_of, open_index
+from radapter_serve.index.table import THUMBNAIL, UNIT, VECTOR, vector_column, vectors_of
+from radapter_serve.index.writer import BATCH, Summary, read_broken, writing
 from radapter_serve.release.repository import releases_with_digest, split_repository
+from radapter_serve.threads import decoders
 
 _ROWS = 4096  # rows that are written at once
 
@@ -66,11 +72,13 @@ def build(
         origin=dict(loaded.origin),
     )
     cluster = None if ray is None else Cluster(ray, loaded)
-    schema = _schema(plan, collection.columns)
-    with writing(out, plan, loaded, schema, resume=resume) as writer:
-        summary = writer.write(collection, on_broken, progress, cluster)
+    with writing(out, plan, loaded, collection.columns, resume=resume) as writer:
+        summary = writer.write(collection, progress, cluster)
         there = {item.id for item in collection.items} - summary.broken.keys()
-        summary.removed = writer.delete(writer.known.keys() - there)
+        gone = writer.known.keys() - there
+        summary.removed = len(gone)
+        for id in gone:
+            del writer.known[id]
         if not writer.known:
             raise RAdapterError(
                 f"none of the {len(collection.items)} images of {collection.source} can be read"
@@ -96,8 +104,7 @@ def add(
     """
     out = out.absolute()
     _refuse_link(out)
-    _, facts = Folder(out).current()
-    plan = facts.plan
+    plan = current(out)[1].plan
     if plan.rows:
         raise RAdapterError(
             f"the index {out} was made of embeddings; build it again: {build_command(out, plan)}"
@@ -110,8 +117,8 @@ def add(
         repository, version = made_by(plan)
         if version is not None:
             place = f"{repository}@{version}"
-            own = ["radapter-index", "add", "--out", str(out), "--model-repository", place]
-            text += f"; or add to it by the release that made it: {shlex.join(own)}"
+            command = ["radapter-index", "add", "--out", str(out), "--model-repository", place]
+            text += f"; or add to it by the release that made it: {shlex.join(command)}"
         raise RAdapterError(text)
     loaded = loaded.turned(plan.exif_orientation)
     plan = dataclasses.replace(
@@ -119,13 +126,34 @@ def add(
     )
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
-    schema = _schema(plan, collection.columns)
-    with writing(out, plan, loaded, schema, extend=True) as writer:
-        writer.check_columns(collection)
-        summary = writer.write(collection, plan.on_broken, progress)
+    with writing(out, plan, loaded, collection.columns, extend=True) as writer:
+        # A table has the columns of the index, and values that fit them.
+        own = {
+            name: writer.schema.field(name).type
+            for name in writer.metadata
+            if name not in ("path", "digest")
+        }
+        again = f"build the index again: {build_command(out, plan)}"
+        if collection.columns and set(collection.columns) != set(own):
+            raise RAdapterError(
+                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
+                f" the index ({', '.join(sorted(own)) or 'none'}); {again}"
+            )
+        for name, kind in collection.columns.items():
+            try:
+                pa.array([item.row[name] for item in collection.items], own[name])
+            except (pa.ArrowException, OverflowError) as error:
+                raise RAdapterError(
+                    f"the table's column {name!r} is {kind} now, and {own[name]} in the index"
+                    f" ({error}); {again}"
+                ) from None
+
+        summary = writer.write(collection, progress)
         if prune:
             gone = {id for id in writer.known if not os.path.lexists(root / id)}
-            summary.removed = writer.delete(gone)
+            summary.removed = len(gone)
+            for id in gone:
+                del writer.known[id]
         writer.publish(summary)
     return summary
 
@@ -182,9 +210,9 @@ def build_from_embeddings(
         origin=dict(loaded.origin),
         rows=str(rows),
     )
-    schema = _schema(plan, {column.name: column.type for column in metadata.schema})
+    columns = {column.name: column.type for column in metadata.schema}
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches(schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         for start in range(0, len(array), _ROWS):
             part = np.array(array[start : start + _ROWS], np.float64)
             lengths = np.linalg.norm(part, axis=1, keepdims=True)
@@ -195,20 +223,79 @@ def build_from_embeddings(
                     " finite)"
                 )
             some = table.slice(start, len(part))
-            columns = {name: some[name] for name in metadata.column_names}
-            columns["path"] = some[image_column]
-            columns[VECTOR] = vector_column((part / lengths).astype(np.float32))
+            values = {name: some[name] for name in columns}
+            values["path"] = some[image_column]
+            values[VECTOR] = vector_column((part / lengths).astype(np.float32))
             for name in ("width", "height", "digest", THUMBNAIL):
-                columns[name] = pa.nulls(len(part))
-            whole = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+                values[name] = pa.nulls(len(part))
+            whole = pa.table({name: values[name] for name in schema.names}).cast(schema)
             yield from whole.combine_chunks().to_batches()
             if progress is not None:
                 progress(start + len(part), len(array))
 
-    with writing(out, plan, loaded, schema, resume=resume) as writer:
+    with writing(out, plan, loaded, columns, resume=resume) as writer:
         summary = Summary(count=len(array))
-        writer.publish(summary, batches())
+        writer.publish(summary, batches(writer.schema))
     return summary
+
+
+@dataclass
+class Verification:
+    """Differences between an index and its files, as ids of images."""
+
+    alpha: float  # that the images were embedded at
+    missing: list[str] = field(default_factory=list)  # files that are gone
+    changed: list[str] = field(default_factory=list)  # files that have other bytes now
+    new: list[str] = field(default_factory=list)  # files that the index does not have yet
+    damaged: list[str] = field(default_factory=list)  # embeddings without unit length
+
+    @property
+    def ok(self) -> bool:
+        """Whether index and files agree."""
+        return not (self.missing or self.changed or self.new or self.damaged)
+
+
+def verify(out: Path, *, progress: Progress | None = None) -> Verification:
+    """Compare an index with its digests and with the images: every file is read, and no image is
+    embedded. Of an index of embeddings, its own files are compared alone.
+    """
+    index = open_index(out, complete=True)
+    plan = index.facts.plan
+    root = Path(plan.root)
+    result = Verification(plan.release.alpha)
+    known: set[str] = set()
+
+    def digest(id: str) -> str | None:
+        with contextlib.suppress(OSError):
+            return digest_of(root / id)
+        return None
+
+    with ThreadPoolExecutor(decoders(8)) as pool:
+        for batch in index.rows(["path", "digest", "vector"], BATCH):
+            ids = batch["path"].to_pylist()
+            lengths = np.linalg.norm(vectors_of(batch["vector"]), axis=1)
+            result.damaged += [
+                id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < UNIT
+            ]
+            if not plan.rows:
+                digests = batch["digest"].to_pylist()
+                for id, before, now in zip(ids, digests, pool.map(digest, ids), strict=True):
+                    if now is None:
+                        result.missing.append(id)
+                    elif now != before:
+                        result.changed.append(id)
+            known.update(ids)
+            if progress is not None:
+                progress(len(known), len(index))
+
+    if not plan.rows:
+        known.update(read_broken(out))
+        with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
+            collection = open_collection(plan.source, image_column=plan.image_column, root=root)
+            result.new = [item.id for item in collection.items if item.id not in known]
+    for ids in (result.missing, result.changed, result.new, result.damaged):
+        ids.sort()
+    return result
 
 
 def made_by(plan: Plan) -> tuple[str, int | None]:
@@ -238,13 +325,3 @@ def _refuse_link(out: Path) -> None:
             f"{out} links to a published index, which is read-only; change the index that was"
             " published there, and publish it again with radapter-index publish"
         )
-
-
-def _schema(plan: Plan, columns: Mapping[str, Any]) -> pa.Schema:
-    return pa.schema(
-        [
-            *(("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())),
-            *(("digest", pa.string()), *columns.items(), (THUMBNAIL, pa.large_binary())),
-            (VECTOR, pa.list_(pa.float32(), plan.release.embed_dim)),
-        ]
-    )

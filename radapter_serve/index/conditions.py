@@ -5,8 +5,9 @@ A comparison with NULL is neither true nor false, as in SQL.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -71,29 +72,24 @@ def parse_condition(where: str) -> exp.Expr:
 def _check(condition: exp.Expr) -> None:
     """Refuse all nodes but those in the list of what is allowed."""
     parts = 0
-    for node, depth in _walk(condition):
+    waiting = [(condition, 0)]
+    while waiting:
+        node, depth = waiting.pop()
         if isinstance(node, exp.Func) and not isinstance(node, _NODES):
             names = ", ".join(function.sql_name().lower() for function in _FUNCTIONS)
             raise invalid(f"where calls {node.name or node.sql_name()}; functions: {names}")
         if not isinstance(node, _NODES) or (isinstance(node, exp.Column) and len(node.parts) > 1):
             raise invalid(f"where has a {type(node).__name__}; {ALLOWED}")
+        depth += isinstance(node, _NESTING)
         if depth > MAX_DEPTH:
             raise _too_deep()
         parts += not isinstance(node, (exp.Literal, exp.Identifier))
+        waiting += [(child, depth) for child in node.iter_expressions()]
     if parts > MAX_PARTS:
         raise invalid(
             f"where has {parts} operators and names; at most {MAX_PARTS} are allowed: write a list"
             " as path IN ('a.jpg', 'b.jpg')"
         )
-
-
-def _walk(condition: exp.Expr) -> Iterator[tuple[exp.Expr, int]]:
-    waiting = [(condition, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        depth += isinstance(node, _NESTING)
-        yield node, depth
-        waiting += [(child, depth) for child in node.iter_expressions()]
 
 
 def _too_deep() -> TaskError:
@@ -131,7 +127,7 @@ class Met:
 
 def evaluate(where: str, table: pa.Table) -> Met:
     """Find the rows of a table that meet a condition."""
-    condition = _Translator(table.schema).translate(parse_condition(where))
+    condition = _Translator(table.schema).term(parse_condition(where))
     if condition.kind != "truth":
         raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
     plan = Declaration.from_sequence(
@@ -166,12 +162,8 @@ _TYPES = {
     **{"date": pa.date32(), "time": pa.timestamp("us")},
 }
 _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    exp.EQ: lambda left, right: left == right,
-    exp.NEQ: lambda left, right: left != right,
-    exp.LT: lambda left, right: left < right,
-    exp.LTE: lambda left, right: left <= right,
-    exp.GT: lambda left, right: left > right,
-    exp.GTE: lambda left, right: left >= right,
+    **{exp.EQ: operator.eq, exp.NEQ: operator.ne},
+    **{exp.LT: operator.lt, exp.LTE: operator.le, exp.GT: operator.gt, exp.GTE: operator.ge},
 }
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     exp.Add: pc.add,
@@ -199,32 +191,15 @@ class _Translator:
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
 
-    def translate(self, condition: exp.Expr) -> _Term:
-        """Translate each operand before its operator, without recursion: a chain of operators may
-        be longer than Python's stack is deep.
+    def term(self, node: Any) -> _Term:
+        """Translate a node after its operands. A chain of `MAX_PARTS` operators is as many calls
+        deep, which Python allows.
         """
-        waiting: list[tuple[exp.Expr, int]] = [(condition, -1)]
-        terms: list[_Term] = []
-        while waiting:
-            node, count = waiting.pop()
-            if count < 0:
-                operands = []
-                if not isinstance(node, (exp.Column, exp.Literal)):
-                    operands = [
-                        child
-                        for child in node.iter_expressions()
-                        if not isinstance(child, exp.DataType)
-                    ]
-                waiting.append((node, len(operands)))
-                waiting += [(operand, -1) for operand in reversed(operands)]
-                continue
-            taken = terms[len(terms) - count :]
-            del terms[len(terms) - count :]
-            terms.append(self._term(node, taken))
-        return terms.pop()
-
-    def _term(self, node: Any, operands: list[_Term]) -> _Term:
-        """Translate a node by its translated operands."""
+        operands: list[_Term] = []
+        if not isinstance(node, (exp.Column, exp.Literal)):
+            for child in node.iter_expressions():
+                if not isinstance(child, exp.DataType):
+                    operands.append(self.term(child))
         match node:
             case exp.Column():
                 return self._column(node.name)
@@ -274,8 +249,12 @@ class _Translator:
                 return _coalesce(node, operands)
             case exp.Cast():
                 return _cast(node, operands[0])
-            case exp.Mod():
-                return _remainder(node, operands)
+            case exp.Mod():  # the remainder of a division, with the sign of the dividend
+                left, right, kind = _numbers(node, operands)
+                quotient = pc.divide(left, right)
+                if kind == "float":
+                    quotient = pc.trunc(quotient)
+                return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
         if type(node) in _COMPARISONS:
             return _Term(_compared(node, type(node), *operands), "truth")
         left, right, kind = _numbers(node, operands)
@@ -375,7 +354,9 @@ def _in(node: Any, values: _Term, options: list[_Term]) -> pc.Expression:
     known = [option for option in options if option.kind != "null"]
     alike = [_alike(node, values, option) for option in known]
     literals = [option.literal for _, option in alike]
-    if values.kind in ("integer", "text") and all(type(one) in (int, str) for one in literals):
+    if values.kind in ("integer", "text") and all(
+        type(literal) in (int, str) for literal in literals
+    ):
         # One look-up for a long list; `isin` takes NULL for a value like others.
         met = values.values.isin(pa.array(literals, _TYPES[values.kind]))
         met = pc.if_else(values.values.is_valid(), met, pa.scalar(None, pa.bool_()))
@@ -434,15 +415,6 @@ def _cast(node: exp.Cast, term: _Term) -> _Term:
     if kind == "integer" and term.kind in ("float", "narrow"):
         values = pc.trunc(values)
     return _Term(values.cast(_TYPES[kind], safe=kind != "date"), kind)
-
-
-def _remainder(node: Any, operands: list[_Term]) -> _Term:
-    """The remainder of a division, with the sign of the dividend."""
-    left, right, kind = _numbers(node, operands)
-    quotient = pc.divide(left, right)
-    if kind == "float":
-        quotient = pc.trunc(quotient)
-    return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
 
 
 def _numbers(node: Any, operands: list[_Term]) -> tuple[pc.Expression, pc.Expression, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,7 +34,7 @@ _EXACT = 2**53  # whole numbers up to here are floats, which Qdrant's ranges are
 
 
 def key_of(column: str) -> str:
-    """What Qdrant calls a column, which has quotes where it is not one plain word."""
+    """Qdrant's name of a column, in quotes unless it is one plain word."""
     return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
 
 
@@ -46,99 +46,68 @@ def kind_of(arrow: str) -> str | None:
 
 
 def to_filter(where: str, types: Mapping[str, str]) -> models.Filter:
-    """A filter that is met by the points that meet a condition.
+    """Translate a condition on columns of these Arrow types into a filter."""
+    return models.Filter(must=[_filter(parse_condition(where), types, True)])
 
-    NOT is moved inwards to the comparisons, each of which a missing value meets neither as it
-    stands nor negated: that is SQL's logic of three values.
+
+def _filter(node: Any, types: Mapping[str, str], positive: bool) -> Any:
+    """A filter that is met where a condition is true, or, if not `positive`, false.
+
+    NOT is moved inwards to the comparisons. A missing value meets neither a comparison nor its
+    negation: that is SQL's logic of three values.
     """
-    return models.Filter(must=[_Translation(types).of(parse_condition(where), True)])
-
-
-class _Translation:
-    def __init__(self, types: Mapping[str, str]) -> None:
-        self._types = types
-
-    def of(self, node: Any, positive: bool) -> Any:
-        """What holds where a condition is true, or, where not `positive`, is false."""
-        node = node.unnest()
-        if isinstance(node, exp.Not):
-            return self.of(node.this, not positive)
-        if isinstance(node, (exp.And, exp.Or)):
-            parts = [self.of(part, positive) for part in node.flatten()]
+    node = node.unnest()
+    match node:
+        case exp.Not():
+            return _filter(node.this, types, not positive)
+        case exp.And() | exp.Or():
+            parts = [_filter(part, types, positive) for part in node.flatten()]
             both = isinstance(node, exp.And) == positive
             return models.Filter(must=parts) if both else models.Filter(should=parts)
-        if isinstance(node, exp.Between):
+        case exp.Between():
             low = exp.GTE(this=node.this, expression=node.args["low"])
-            high = node.args["high"]
-            return self.of(
-                exp.And(this=low, expression=exp.LTE(this=node.this, expression=high)), positive
-            )
-        if isinstance(node, exp.Is) and isinstance(node.expression, exp.Null):
-            column, _ = self._column(node.this)
+            high = exp.LTE(this=node.this, expression=node.args["high"])
+            return _filter(exp.And(this=low, expression=high), types, positive)
+        case exp.Is(expression=exp.Null()):
+            column, _ = _column(node.this, types)
             missing: list[Any] = [_is_null(column)]
             return models.Filter(must=missing) if positive else models.Filter(must_not=missing)
-        if isinstance(node, exp.In) and node.expressions:
-            return self._equal(node.this, node.expressions, positive)
-        if isinstance(node, (exp.EQ, exp.NEQ)):
+        case exp.In() if node.expressions:
+            return _equal(node.this, node.expressions, types, positive)
+        case exp.EQ() | exp.NEQ():
             left, right = _column_first(node)
-            return self._equal(left, [right], isinstance(node, exp.EQ) == positive)
-        if type(node) in _BOUND:
-            return self._ordered(node, positive)
-        if isinstance(node, exp.Column):
-            return self._equal(node, [exp.true()], positive)
+            return _equal(left, [right], types, isinstance(node, exp.EQ) == positive)
+        case exp.Column():
+            return _equal(node, [exp.true()], types, positive)
+    if type(node) not in _BOUND:
         _refuse(node)
+    left, right = _column_first(node)
+    bound = _BOUND[type(node)]
+    if left is not node.this.unnest():
+        bound = _TURNED[bound]
+    column, kind = _column(left, types)
+    if kind not in ("number", "time"):
+        _refuse(node)
+    value = _value(right, column, kind, types)
+    return _range(column, kind, **{bound if positive else _OPPOSITE[bound]: value})
 
-    def _equal(self, left: Any, right: list[Any], positive: bool) -> models.Filter:
-        column, kind = self._column(left)
-        values = [self._value(one, column, kind) for one in right]
-        if kind == "text":
-            met: list[Any] = [
-                models.FieldCondition(key=key_of(column), match=models.MatchAny(any=values))
-            ]
-        elif kind == "truth":
-            met = [
-                models.FieldCondition(key=key_of(column), match=models.MatchValue(value=one))
-                for one in values
-            ]
-        else:
-            met = [_range(column, kind, gte=value, lte=value) for value in values]
-        return (
-            models.Filter(should=met)
-            if positive
-            else models.Filter(must_not=[*met, _is_null(column)])
-        )
 
-    def _ordered(self, node: Any, positive: bool) -> models.FieldCondition:
-        left, right = _column_first(node)
-        bound = _BOUND[type(node)] if left is node.this.unnest() else _TURNED[_BOUND[type(node)]]
-        column, kind = self._column(left)
-        if kind not in ("number", "time"):
-            _refuse(node)
-        value = self._value(right, column, kind)
-        return _range(column, kind, **{bound if positive else _OPPOSITE[bound]: value})
-
-    def _column(self, node: Any) -> tuple[str, str]:
-        node = node.unnest()
-        if not isinstance(node, exp.Column):
-            _refuse(node)
-        if node.name not in self._types:
-            raise invalid(f"where names {node.name!r:.80}; the columns: {', '.join(self._types)}")
-        kind = kind_of(self._types[node.name])
-        if kind is None:
-            raise invalid(
-                f"where names {node.name!r:.80}, which is {self._types[node.name]}; {ALLOWED}"
-            )
-        return node.name, kind
-
-    def _value(self, node: Any, column: str, kind: str) -> Any:
-        node = node.unnest()
-        value = _READ[kind](node)
-        if value is None:
-            raise invalid(
-                f"where compares {column!r:.80}, a {kind}, with {node.sql()!r:.100}; {ALLOWED}"
-            )
-        narrow: Any = {"float": np.float32, "halffloat": np.float16}.get(self._types[column])
-        return float(narrow(value)) if narrow else value
+def _equal(left: Any, right: list[Any], types: Mapping[str, str], positive: bool) -> models.Filter:
+    """A filter that is met where a column has one of some values, or none of them."""
+    column, kind = _column(left, types)
+    key = key_of(column)
+    values = [_value(node, column, kind, types) for node in right]
+    met: list[Any]
+    if kind == "text":
+        met = [models.FieldCondition(key=key, match=models.MatchAny(any=values))]
+    elif kind == "truth":
+        matches = [models.MatchValue(value=value) for value in values]
+        met = [models.FieldCondition(key=key, match=match) for match in matches]
+    else:
+        met = [_range(column, kind, gte=value, lte=value) for value in values]
+    if positive:
+        return models.Filter(should=met)
+    return models.Filter(must_not=[*met, _is_null(column)])
 
 
 def _column_first(node: Any) -> tuple[Any, Any]:
@@ -151,48 +120,63 @@ def _column_first(node: Any) -> tuple[Any, Any]:
     return left, right
 
 
-def _number(node: Any) -> float | None:
-    sign = 1
-    if isinstance(node, exp.Neg):
-        node = node.this.unnest()
-        sign = -1
-    if not isinstance(node, exp.Literal) or node.is_string:
-        return None
-    value = sign * float(node.this)
-    return value if math.isfinite(value) and abs(value) < _EXACT else None
+def _column(node: Any, types: Mapping[str, str]) -> tuple[str, str]:
+    """The name of a column, and its kind."""
+    node = node.unnest()
+    if not isinstance(node, exp.Column):
+        _refuse(node)
+    if node.name not in types:
+        raise invalid(f"where names {node.name!r:.80}; the columns: {', '.join(types)}")
+    kind = kind_of(types[node.name])
+    if kind is None:
+        raise invalid(f"where names {node.name!r:.80}, which is {types[node.name]}; {ALLOWED}")
+    return node.name, kind
 
 
-def _text(node: Any) -> str | None:
-    return node.this if isinstance(node, exp.Literal) and node.is_string else None
+def _value(node: Any, column: str, kind: str, types: Mapping[str, str]) -> Any:
+    """The value of a literal that a column of some kind is compared with."""
+    literal = node.unnest()
+    value: Any = None
+    if kind == "truth" and isinstance(literal, exp.Boolean):
+        value = bool(literal.this)
+    elif kind == "number":
+        sign = 1
+        if isinstance(literal, exp.Neg):
+            literal = literal.this.unnest()
+            sign = -1
+        if isinstance(literal, exp.Literal) and not literal.is_string:
+            number = sign * float(literal.this)
+            if math.isfinite(number) and abs(number) < _EXACT:
+                value = number
+    elif kind in ("text", "time"):
+        if (
+            kind == "time"
+            and isinstance(literal, exp.Cast)
+            and literal.is_type("date", "timestamp")
+        ):
+            literal = literal.this.unnest()
+        if isinstance(literal, exp.Literal) and literal.is_string:
+            value = literal.this if kind == "text" else _time(literal.this)
+    if value is None:
+        raise invalid(
+            f"where compares {column!r:.80}, a {kind}, with {node.unnest().sql()!r:.100}; {ALLOWED}"
+        )
+    narrow: Any = {"float": np.float32, "halffloat": np.float16}.get(types[column])
+    return float(narrow(value)) if narrow else value
 
 
-def _truth(node: Any) -> bool | None:
-    return bool(node.this) if isinstance(node, exp.Boolean) else None
-
-
-def _time(node: Any) -> datetime.datetime | None:
+def _time(text: str) -> datetime.datetime | None:
     """A date, or a time without a zone, which is in UTC, as everywhere in conditions."""
-    if isinstance(node, exp.Cast) and node.is_type("date", "timestamp"):
-        node = node.this.unnest()
-    text = _text(node)
     try:
-        value = datetime.datetime.fromisoformat(text or "")
+        value = datetime.datetime.fromisoformat(text)
     except ValueError:
         return None
     return None if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)
 
 
-_READ: dict[str, Callable[[Any], Any]] = {
-    "number": _number,
-    "text": _text,
-    "truth": _truth,
-    "time": _time,
-}
-
-
 def _range(column: str, kind: str, **bounds: Any) -> models.FieldCondition:
-    made = models.DatetimeRange(**bounds) if kind == "time" else models.Range(**bounds)
-    return models.FieldCondition(key=key_of(column), range=made)
+    span = models.DatetimeRange(**bounds) if kind == "time" else models.Range(**bounds)
+    return models.FieldCondition(key=key_of(column), range=span)
 
 
 def _is_null(column: str) -> models.IsNullCondition:

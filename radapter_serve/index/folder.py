@@ -31,62 +31,52 @@ GENERATION = "generation"
 CHECKED_AT_OPEN = 1 << 30
 
 
-class DamagedFileError(Exception):
-    """A file is not as it was written."""
-
-
-class Folder:
-    """The folder of an index."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def current(self) -> tuple[str, IndexFacts]:
-        """The name of the current generation, and its facts."""
-        path = self._folder / FACTS
-        where = shlex.quote(str(self._folder))
-        try:
-            generation = json.loads(path.read_bytes())[GENERATION]
-            if not is_generation(generation):
-                raise ValueError(f"it names the generation {generation!r:.40}")
-            path = self._folder / generation / FACTS
-            return generation, IndexFacts.from_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise RAdapterError(
-                f"no index at {self._folder}; make one: radapter-index build PHOTOS --out {where}"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            why = reason(error)
-        # The source may be legible where other facts are not.
-        source = "SOURCE"
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-        ):
-            facts = json.loads((self._folder / (pointed(self._folder) or "") / FACTS).read_bytes())
-            source = shlex.quote(facts.get("plan", facts)["source"])
+def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
+    """Read the name of the current generation of a folder, and its facts."""
+    path = folder / FACTS
+    where = shlex.quote(str(folder))
+    try:
+        generation = json.loads(path.read_bytes())[GENERATION]
+        if not is_generation(generation):
+            raise ValueError(f"it names the generation {generation!r:.40}")
+        path = folder / generation / FACTS
+        return generation, IndexFacts.from_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise RAdapterError(
-            f"{path} can't be read ({why}); build it again: radapter-index build {source} --out"
-            f" {where}"
-        )
+            f"no index at {folder}; make one: radapter-index build PHOTOS --out {where}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = reason(error)
+    # The source may be legible where other facts are not.
+    source = "SOURCE"
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+    ):
+        facts = json.loads((folder / (pointed(folder) or "") / FACTS).read_bytes())
+        source = shlex.quote(facts.get("plan", facts)["source"])
+    raise RAdapterError(
+        f"{path} can't be read ({why}); build it again: radapter-index build {source} --out {where}"
+    )
 
-    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
-        """Open a generation to search it; `complete` compares all files with their digests, however
-        large.
-        """
-        place = self._folder / generation
-        try:
-            check_files(place, facts.files, complete=complete)
-            return Table(as_text(self._folder.name), place, facts)
-        except (RAdapterError, DamagedFileError) as error:
-            raise RAdapterError(
-                f"the index {self._folder} can't be searched: {error}; build it again:"
-                f" {build_command(self._folder, facts.plan)}"
-            ) from None
+
+def open_generation(folder: Path, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
+    """Open a generation to search it; `complete` compares all files with their digests, however
+    large.
+    """
+    place = folder / generation
+    try:
+        check_files(place, facts.files, complete=complete)
+        return Table(as_text(folder.name), place, facts)
+    except RAdapterError as error:
+        raise RAdapterError(
+            f"the index {folder} can't be searched: {error}; build it again:"
+            f" {build_command(folder, facts.plan)}"
+        ) from None
 
 
 def check_files(folder: Path, files: Mapping[str, FileFacts], *, complete: bool) -> None:
     """Compare files with their sizes and digests; without `complete`, of a large folder only the
-    codes are read. Raises `DamagedFileError`.
+    codes are read.
     """
     every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
@@ -100,11 +90,10 @@ def check_files(folder: Path, files: Mapping[str, FileFacts], *, complete: bool)
         return False
 
     with ThreadPoolExecutor(len(files) or 1) as pool:
-        damaged = [
-            name for name, same in zip(files, pool.map(is_same, files), strict=True) if not same
-        ]
+        same = list(pool.map(is_same, files))
+    damaged = [name for name, is_whole in zip(files, same, strict=True) if not is_whole]
     if damaged:
-        raise DamagedFileError(
+        raise RAdapterError(
             f"{', '.join(damaged)} in {as_text(folder.name)} is not as it was written"
         )
 
@@ -137,15 +126,15 @@ def generations_of(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if is_generation(path.name)]
 
 
-def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
+def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
     """Make a finished folder the current generation, and return its new place. A reader meanwhile
     finds this one or the one before, which stays for the time `keep`.
     """
     generation = f"g-{secrets.token_hex(8)}"
-    write_text(made / FACTS, facts.to_json())
+    write_text(new / FACTS, facts.to_json())
     folder.mkdir(exist_ok=True)
     before = pointed(folder)
-    made.rename(folder / generation)
+    new.rename(folder / generation)
     write_text(folder / FACTS, json.dumps({GENERATION: generation}))
     if before is not None:
         with contextlib.suppress(OSError):

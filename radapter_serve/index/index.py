@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_text, staged
+from radapter_serve.files import as_text
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy
-from radapter_serve.index.folder import Folder
+from radapter_serve.index.folder import open_generation, read_pointer
 from radapter_serve.index.qdrant import Collection, Qdrant
 from radapter_serve.index.table import UNIT, Hit, Table
 from radapter_serve.release.release import Release
@@ -112,15 +112,22 @@ def open_index(folder: str | Path, *, complete: bool = False) -> Index:
     compares all its files with their digests, however large.
     """
     folder = Path(folder)
-    place = place_of(folder)
-    generation, facts = place.current()
-    return Index(folder, generation, facts, place.open(generation, facts, complete=complete))
+    store: Table | Collection
+    if url := link_of(folder):
+        generation, facts = Qdrant(url).current()
+        store = Collection(Qdrant(url), generation, facts)
+    else:
+        generation, facts = read_pointer(folder)
+        store = open_generation(folder, generation, facts, complete=complete)
+    return Index(folder, generation, facts, store)
 
 
-def read_facts(folder: Path) -> IndexFacts:
-    """The facts of an index, or of the published one that a folder links to."""
-    _, facts = place_of(folder).current()
-    return facts
+def current(folder: Path) -> tuple[str, IndexFacts]:
+    """The name of the current generation of a folder, or of the collection that it links to, and
+    the facts of the index.
+    """
+    url = link_of(folder)
+    return Qdrant(url).current() if url else read_pointer(folder)
 
 
 def releases_of(indexes: Path) -> dict[str, MadeBy]:
@@ -132,7 +139,7 @@ def releases_of(indexes: Path) -> dict[str, MadeBy]:
         name = as_text(path.parent.name)
         with contextlib.suppress(RAdapterError):  # a broken one is refused when it is asked for
             if name[0] != ".":
-                releases[name] = read_facts(path.parent).plan.release
+                releases[name] = current(path.parent)[1].plan.release
     return releases
 
 
@@ -143,23 +150,8 @@ def outdated(indexes: Path, release: Release) -> dict[str, bool]:
     return {name: not made.is_of(release) for name, made in releases_of(indexes).items()}
 
 
-def place_of(folder: Path) -> Folder | Qdrant:
-    """Where the index of a folder is."""
-    url = link_of(folder)
-    return Qdrant(url) if url else Folder(folder)
-
-
 def link_of(folder: Path) -> str:
-    """The address of the published index that a folder links to; empty where it links to
-    none.
-    """
+    """The address of the published index that a folder links to, or an empty text."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         return str(json.loads((folder / FACTS).read_bytes())[LINK])
     return ""
-
-
-def write_link(folder: Path, url: str) -> None:
-    """Make a folder link to a published index; the folder is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with staged(folder / FACTS) as temporary:
-        temporary.write_text(json.dumps({LINK: url}), encoding="utf-8")

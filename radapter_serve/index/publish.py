@@ -15,9 +15,10 @@ from typing import Any
 from qdrant_client import models
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.facts import FACTS
 from radapter_serve.index.filters import OWN, key_of, kind_of
-from radapter_serve.index.folder import GENERATION
-from radapter_serve.index.index import Index, link_of, open_index, read_facts, write_link
+from radapter_serve.index.folder import GENERATION, write_text
+from radapter_serve.index.index import LINK, Index, current, link_of, open_index
 from radapter_serve.index.qdrant import FACTS_KEY, Qdrant, is_collection_of, qdrant_errors
 from radapter_serve.index.table import THUMBNAIL, VECTOR, plain, vectors_of
 from radapter_serve.lock import lock
@@ -36,7 +37,7 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
         raise RAdapterError(
             f"{folder} links to a published index; publish the index that it was made of"
         )
-    read_facts(folder)  # locking would make the folder
+    current(folder)  # locking would make the folder
     with lock(folder, "radapter-index"), qdrant_errors(url):
         index = open_index(folder, complete=True)
         odd = next((name for name in index.facts.columns if '"' in name or "\\" in name), None)
@@ -132,4 +133,5 @@ def link(url: str, out: Path) -> None:
             f"{out} already exists and is not a link to a published index; give another folder with"
             " --out"
         )
-    write_link(out, url)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / FACTS, json.dumps({LINK: url}))

@@ -84,11 +84,6 @@ class Qdrant:
             ) from None
         return generation, facts
 
-    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Collection:
-        """Open a collection to search it; Qdrant itself looks after its files."""
-        check_installed("qdrant_client", "qdrant")
-        return Collection(self, generation, facts)
-
 
 class Collection:
     """A collection in a running Qdrant, by its name, which holds an index."""
@@ -114,8 +109,8 @@ class Collection:
         from radapter_serve.index.filters import OWN, to_filter
 
         types = OWN | self._facts.plan.column_types
-        own = {name: kind for name, kind in types.items() if name in self._facts.columns}
-        met = None if where is None else to_filter(where, own)
+        types = {name: kind for name, kind in types.items() if name in self._facts.columns}
+        met = None if where is None else to_filter(where, types)
         exact = self._facts.count <= EXACT
         payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
         with self._search_errors(), qdrant_errors(self._place.url):
@@ -156,14 +151,12 @@ class Collection:
 
     @contextlib.contextmanager
     def _search_errors(self) -> Iterator[None]:
-        """Turn the reason of a failed search into an answer for its caller, and a line in the
-        log.
-        """
+        """Reword the failure of a search for its caller, and log the reason."""
         try:
             yield
+        except TaskError:
+            raise
         except RAdapterError as error:
-            if isinstance(error, TaskError):
-                raise
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
             why = redact(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
             raise TaskError(
@@ -178,9 +171,7 @@ def is_collection_of(name: str, collection: str) -> bool:
 
 @contextlib.contextmanager
 def qdrant_errors(url: str) -> Iterator[None]:
-    """Turn a refusal or failure of Qdrant's into an error for people, which repeats none of its
-    answer.
-    """
+    """Reword a refusal or failure of Qdrant's, without a word of its answer."""
     try:
         yield
     except RAdapterError:

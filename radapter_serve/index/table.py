@@ -55,9 +55,12 @@ class Hit:
 class Table:
     """The mapped files of a generation, for any number of searches at once."""
 
-    def __init__(self, name: str, folder: Path, facts: IndexFacts) -> None:
+    def __init__(
+        self, name: str, folder: Path, facts: IndexFacts, *, with_codes: bool = True
+    ) -> None:
         self._name = name
-        self._facts = facts
+        self.folder = folder
+        self.facts = facts
         try:
             with (folder / ROWS).open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -77,7 +80,9 @@ class Table:
             )
         self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
         self._starts = np.cumsum([0, *(len(batch) for batch in self._table.to_batches())])
-        self._neighbours = Neighbours(folder, vectors) if facts.nearest else None
+        self._neighbours: Neighbours | None = None
+        if facts.nearest and with_codes:
+            self._neighbours = Neighbours(folder, vectors)
         room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (facts.count // 8 + (1 << 17))))
         self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
         # The parser and Arrow's functions load what they need at their first use.
@@ -113,14 +118,14 @@ class Table:
             order = sorted(range(len(ids)), key=lambda row: (keys[row], ids[row]))[:top_k]
             best = positions[order]
             columns = [
-                [plain(value) for value in self._values(name, best)] for name in self._facts.columns
+                [plain(value) for value in self._values(name, best)] for name in self.facts.columns
             ]
             images = self._values(THUMBNAIL, best) if thumbnails else [None] * len(order)
             return [
                 Hit(
                     ids[row],
                     float(scores[row]),
-                    dict(zip(self._facts.columns, values, strict=True)),
+                    dict(zip(self.facts.columns, values, strict=True)),
                     image or b"",
                 )
                 for row, values, image in zip(
@@ -143,7 +148,7 @@ class Table:
         the last.
         """
         if self._neighbours is not None:
-            effort = self._facts.nearest
+            effort = self.facts.nearest
             assert effort is not None
             if met is not None and met.count <= FEW:
                 rows = met.positions

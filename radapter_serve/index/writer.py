@@ -29,19 +29,12 @@ from radapter_serve.files import disk_errors, staged
 from radapter_serve.index import facts as known_facts
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import (
-    IndexFacts,
-    NearestFacts,
-    OnBroken,
-    Plan,
-    build_command,
-)
+from radapter_serve.index.facts import IndexFacts, Plan, build_command
 from radapter_serve.index.folder import (
-    DamagedFileError,
-    Folder,
     check_files,
     describe_files,
     install,
+    read_pointer,
     write_text,
 )
 from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
@@ -63,7 +56,7 @@ BROKEN = "broken.txt"
 KEEP = datetime.timedelta(hours=1)  # time that servers may read a replaced generation
 _PLAN = "building.json"  # in the folder of an unfinished build
 _ROWS = 4096  # rows that are copied at once
-_BASE = -1
+_BASE = -1  # the number of the current generation among the parts
 
 
 @dataclass
@@ -90,50 +83,18 @@ def read_broken(folder: Path) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class _Base:
-    """The current generation of an index, whose rows stay."""
-
-    folder: Path
-    facts: IndexFacts
-    table: Table
-
-    @classmethod
-    def open(cls, out: Path) -> _Base:
-        """Open the generation, and compare its rows and vectors with their digests."""
-        generation, facts = Folder(out).current()
-        folder = out / generation
-        try:
-            rows = {name: known for name, known in facts.files.items() if name != CODES}
-            check_files(folder, rows, complete=True)
-            table = Table(out.name, folder, dataclasses.replace(facts, nearest=None))
-        except (DamagedFileError, RAdapterError) as error:
-            again = f"{build_command(out, facts.plan)} --no-resume"
-            raise RAdapterError(
-                f"the index {out} can't be used: {error}; build it again: {again}"
-            ) from None
-        return cls(folder, facts, table)
-
-    def has_codes(self) -> bool:
-        """Whether the codes are as they were written, if there are any."""
-        codes = {name: known for name, known in self.facts.files.items() if name == CODES}
-        with contextlib.suppress(DamagedFileError):
-            check_files(self.folder, codes, complete=True)
-            return True
-        return False
-
-
 @contextlib.contextmanager
 def writing(
     out: Path,
     plan: Plan,
     loaded: LoadedRelease,
-    schema: pa.Schema,
+    columns: Mapping[str, Any],
     *,
     resume: bool = True,
     extend: bool = False,
 ) -> Iterator[Writer]:
-    """Write the next generation of an index; one writer at a time.
+    """Write the next generation of an index, with these Arrow types of its metadata; one writer at
+    a time.
 
     It begins with the rows of the current generation if that has the same plan, and with those that
     a stopped command embedded; `resume` False begins with nothing. What is embedded stays if the
@@ -143,10 +104,10 @@ def writing(
     with disk_errors(out), lock(folder, "radapter-index"):
         try:
             with disk_errors(out):
-                base = None
+                base: Table | None = None
                 if resume and not plan.rows:
                     try:
-                        base = _Base.open(out)
+                        base = _open_base(out)
                     except RAdapterError:
                         if extend:
                             raise
@@ -158,7 +119,7 @@ def writing(
                     for path in folder.iterdir():
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                     write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-                yield Writer(folder, plan, loaded, out, schema, base)
+                yield Writer(folder, plan, loaded, out, columns, base)
                 shutil.rmtree(folder)
         except BaseException as error:
             if not _parts(folder):
@@ -170,6 +131,20 @@ def writing(
             if isinstance(error, RAdapterError):
                 raise RAdapterError(f"{error}; {kept}") from error
             raise
+
+
+def _open_base(out: Path) -> Table:
+    """Open the current generation without its codes, after a comparison with its digests."""
+    generation, facts = read_pointer(out)
+    try:
+        rows = {name: known for name, known in facts.files.items() if name != CODES}
+        check_files(out / generation, rows, complete=True)
+        return Table(out.name, out / generation, facts, with_codes=False)
+    except RAdapterError as error:
+        again = f"{build_command(out, facts.plan)} --no-resume"
+        raise RAdapterError(
+            f"the index {out} can't be used: {error}; build it again: {again}"
+        ) from None
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -211,8 +186,8 @@ class Writer:
         plan: Plan,
         loaded: LoadedRelease,
         out: Path,
-        schema: pa.Schema,
-        base: _Base | None,
+        columns: Mapping[str, Any],
+        base: Table | None,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -221,50 +196,34 @@ class Writer:
         self._base = base
         self._parts = _parts(folder)
         self._vectors = lru_cache(8)(self._read_vectors)
-        if base is not None:
-            schema = base.table.schema.append(schema.field(VECTOR))
-        self._schema = schema
-        self._metadata = [
-            name for name in schema.names if name not in ("width", "height", THUMBNAIL, VECTOR)
-        ]
+        if base is None:
+            schema = pa.schema(
+                [
+                    *(("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())),
+                    *(("digest", pa.string()), *columns.items(), (THUMBNAIL, pa.large_binary())),
+                ]
+            )
+        else:
+            schema = base.schema
+        vector = pa.list_(pa.float32(), plan.release.embed_dim)
+        self.schema = schema.append(pa.field(VECTOR, vector))
+        own = ("width", "height", THUMBNAIL)
+        self.metadata = [name for name in schema.names if name not in own]
 
         # The rows that are there, by id; of two rows of one image the later counts.
         self.known: dict[str, _Row] = {}
         self._by_digest: dict[str, _Row] = {}
         if base is not None:
             start = 0
-            for batch in base.table.rows(self._metadata, _ROWS):
+            for batch in base.rows(self.metadata, _ROWS):
                 self._note(batch.to_pylist(), _BASE, start)
                 start += len(batch)
         for number in range(len(self._parts)):
-            self._note(self._read(number, self._metadata).to_pylist(), number, 0)
-
-    def check_columns(self, collection: Collection) -> None:
-        """Refuse a table whose columns, or whose values, don't fit those of the index."""
-        own = {
-            name: self._schema.field(name).type
-            for name in self._metadata
-            if name not in ("path", "digest")
-        }
-        again = f"build the index again: {build_command(self._out, self._plan)}"
-        if collection.columns and set(collection.columns) != set(own):
-            raise RAdapterError(
-                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
-                f" the index ({', '.join(sorted(own)) or 'none'}); {again}"
-            )
-        for name in collection.columns:
-            try:
-                pa.array([item.row[name] for item in collection.items], own[name])
-            except (pa.ArrowException, OverflowError) as error:
-                raise RAdapterError(
-                    f"the table's column {name!r} is {collection.columns[name]} now, and"
-                    f" {own[name]} in the index ({error}); {again}"
-                ) from None
+            self._note(self._read(number, self.metadata).to_pylist(), number, 0)
 
     def write(
         self,
         collection: Collection,
-        on_broken: OnBroken,
         progress: Progress | None,
         cluster: Cluster | None = None,
     ) -> Summary:
@@ -275,7 +234,7 @@ class Writer:
             items = collection.items[done : done + len(images)]
             fresh = []
             for item, image in zip(items, images, strict=True):
-                if image.error and on_broken == "refuse":
+                if image.error and self._plan.on_broken == "refuse":
                     raise RAdapterError(
                         f"{item.id!r} can't be indexed: {image.error}; repair it, or leave such"
                         " images out: --on-broken skip"
@@ -293,13 +252,6 @@ class Writer:
                 progress(done, len(collection.items))
         return summary
 
-    def delete(self, ids: Iterable[str]) -> int:
-        """Remove images; returns how many were there."""
-        there = self.known.keys() & set(ids)
-        for id in there:
-            del self.known[id]
-        return len(there)
-
     def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
         """Make all rows, those that are known if None, the current generation, and complete the
         summary.
@@ -309,14 +261,22 @@ class Writer:
             summary.count = len(self.known)
             summary.copies = len(self.known) - len(digests)
             rows = self._rows()
-        # The generation stays if it has these rows, and what a search needs.
         base = self._base
+        has_codes = False  # whether those of the base are as they were written, if there are any
+        if base is not None:
+            codes = {name: known for name, known in base.facts.files.items() if name == CODES}
+            with contextlib.suppress(RAdapterError):
+                check_files(base.folder, codes, complete=True)
+                has_codes = True
+        is_large = summary.count > EXACT
+
+        # The generation stays if it has these rows, and what a search needs.
         if (
             base is not None
             and not self._parts
             and summary.count == base.facts.count
-            and (base.facts.nearest is not None) == (summary.count > EXACT)
-            and base.has_codes()
+            and (base.facts.nearest is not None) == is_large
+            and has_codes
         ):
             summary.changed = False
             nearest = base.facts.nearest
@@ -325,12 +285,27 @@ class Writer:
             shutil.rmtree(place, ignore_errors=True)  # what a stopped command left there
             place.mkdir()
             write_table(place, rows, (summary.count, self._plan.release.embed_dim))
-            nearest = self._write_nearest(place) if summary.count > EXACT else None
+
+            # The codes; cells stay where the generation before had much the same vectors.
+            nearest = None
+            if is_large:
+                vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
+                before = base.facts.nearest if base and has_codes else None
+                cells_of = None
+                if base and before and len(vectors) <= 2 * before.trained_on:
+                    cells_of = (base.folder, before)
+                nearest = write_neighbours(place, vectors, cells_of)
+                texts = self._loaded.embed_texts(TEXTS)
+                nprobes, candidates, recall = tune(Neighbours(place, vectors), texts)
+                nearest = dataclasses.replace(
+                    nearest, nprobes=nprobes, candidates=candidates, recall=recall
+                )
+
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             facts = IndexFacts(
                 plan=self._plan,
                 count=summary.count,
-                columns=[n for n in self._schema.names if n not in (VECTOR, THUMBNAIL)],
+                columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
                 files=describe_files(place),
                 nearest=nearest,
                 created=base.facts.created if base else now,
@@ -341,19 +316,6 @@ class Writer:
         write_text(self._out / BROKEN, "".join(lines))
         summary.recall = nearest.recall if nearest else None
 
-    def _write_nearest(self, place: Path) -> NearestFacts:
-        """Write the codes; cells stay where the generation before had much the same vectors."""
-        vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
-        base = self._base
-        before = base.facts.nearest if base else None
-        cells_of = None
-        if base and before and len(vectors) <= 2 * before.trained_on and base.has_codes():
-            cells_of = (base.folder, before)
-        nearest = write_neighbours(place, vectors, cells_of)
-        texts = self._loaded.embed_texts(TEXTS)
-        nprobes, candidates, recall = tune(Neighbours(place, vectors), texts)
-        return dataclasses.replace(nearest, nprobes=nprobes, candidates=candidates, recall=recall)
-
     def _rows(self) -> Iterator[pa.RecordBatch]:
         """All rows that are known, in the order in which they were written."""
         kept: dict[int, list[int]] = {}
@@ -362,14 +324,14 @@ class Writer:
         if self._base is not None and _BASE in kept:
             rows = np.sort(kept.pop(_BASE))
             start = 0
-            for batch in self._base.table.rows(self._schema.names, _ROWS):
+            for batch in self._base.rows(self.schema.names, _ROWS):
                 first, last = np.searchsorted(rows, [start, start + len(batch)])
                 if first < last:
-                    yield batch.take(pa.array(rows[first:last] - start)).cast(self._schema)
+                    yield batch.take(pa.array(rows[first:last] - start)).cast(self.schema)
                 start += len(batch)
         for number in sorted(kept):
             part = self._read(number, None).take(pa.array(sorted(kept[number])))
-            yield from part.cast(self._schema).combine_chunks().to_batches()
+            yield from part.cast(self.schema).combine_chunks().to_batches()
 
     def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
         """Read files batch by batch, by threads of this process or by a cluster."""
@@ -419,10 +381,10 @@ class Writer:
 
         rows = [{**_row(item, image.digest), **image.details} for item, image in images]
         table = pa.Table.from_pylist(
-            rows, schema=self._schema.remove(self._schema.names.index(VECTOR))
+            rows, schema=self.schema.remove(self.schema.names.index(VECTOR))
         )
         vectors = np.stack([embeds[image.digest] for _, image in images])
-        table = table.append_column(VECTOR, vector_column(vectors)).cast(self._schema)
+        table = table.append_column(VECTOR, vector_column(vectors)).cast(self.schema)
         number = len(self._parts)
         path = self._folder / f"{number:06}.parquet"
         with staged(path) as temporary:
@@ -447,7 +409,7 @@ class Writer:
         """The vectors of a part, or of the base."""
         if part == _BASE:
             assert self._base is not None
-            return self._base.table.vectors
+            return self._base.vectors
         return vectors_of(self._read(part, [VECTOR])[VECTOR])
 
     def _note(self, rows: Iterable[Mapping[str, Any]], part: int, start: int) -> None:
@@ -457,7 +419,7 @@ class Writer:
             self._by_digest[row.digest] = row
 
     def _hash(self, row: Mapping[str, Any]) -> int:
-        return hash(repr([row.get(name) for name in self._metadata]))
+        return hash(repr([row.get(name) for name in self.metadata]))
 
 
 def _row(item: Item, digest: str) -> dict[str, Any]:

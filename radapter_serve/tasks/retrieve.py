@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
-    INDEX_MISMATCH,
     INDEX_REPLACED,
     NOT_CALIBRATED,
     Cancelled,
     TaskError,
     invalid,
-    redact,
 )
 from radapter_serve.contract.preprocess import ImageFile
-from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
 from radapter_serve.files import as_text
-from radapter_serve.index.facts import build_command, mismatch
-from radapter_serve.index.index import Index, link_of
-from radapter_serve.index.opened import OpenIndexes
+from radapter_serve.index.opened import Indexes
 from radapter_serve.release.confidence import HOW, fitted_at
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -146,54 +139,6 @@ class Retrieved:
     hits: Sequence[Hit]
     index_version: str
     thumbnails: bool
-
-
-class Indexes:
-    """The indexes of the folder of a release, each with the release that made it: this one, or one
-    of the `others` that are served.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedRelease,
-        others: Callable[[], Iterable[LoadedRelease]] = tuple,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._loaded = loaded
-        self._others = others
-        self._opened = OpenIndexes(loaded.indexes, clock)
-        self._opened.open_all()
-        self._logged: set[str] = set()  # generations for which the log has the command
-
-    def get(self, name: str) -> tuple[Index, LoadedRelease]:
-        """The index of a name as it is now, and the release that made it; raises a `TaskError`
-        where it can't be read, or its release is not served.
-        """
-        index = self._opened.get(name)
-        made_by = index.facts.plan.release
-        if made_by.is_of(self._loaded.release):
-            return index, self._loaded
-        for loaded in self._others():
-            if made_by.is_of(loaded.release):
-                return index, loaded
-        shown = as_text(index.folder.name)
-        release = self._loaded.release
-        why = mismatch(made_by, release)
-        if index.generation not in self._logged:
-            self._logged.add(index.generation)
-            if link := link_of(index.folder):
-                again = f"build the index that was published to {link} again, and publish that"
-            else:
-                command = build_command(
-                    index.folder.absolute(), index.facts.plan, release, self._loaded.origin
-                )
-                again = f"build it again: {command}"
-            print(f"the index {shown!r} {why}; {again}", file=sys.stderr)
-        raise TaskError(
-            INDEX_MISMATCH,
-            f"the index {shown!r} {redact(why)}; the server's log has the command that builds it"
-            " again",
-        )
 
 
 def retrieve(

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.index.index import Index
-from radapter_serve.tasks.retrieve import Indexes, Retrieved, RetrieveRequest, retrieve
+from radapter_serve.index.opened import Indexes
+from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
 from tests.helpers.small_models import release
 
 DIM = 16

@@ -25,10 +25,9 @@ from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import table, writer
-from radapter_serve.index.build import add, build
+from radapter_serve.index.build import add, build, verify
 from radapter_serve.index.facts import FACTS, MadeBy, Plan, build_command
 from radapter_serve.index.index import open_index, outdated
-from radapter_serve.index.verify import verify
 from radapter_serve.lock import lock
 from tests.helpers.indexes import generation, said, say, search_little, write_facts
 from tests.helpers.projection import DIM, SIZE, TEXTS, Projection

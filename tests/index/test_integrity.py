@@ -15,11 +15,10 @@ from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import folder, writer
-from radapter_serve.index.build import add, build, build_from_embeddings
+from radapter_serve.index.build import add, build, build_from_embeddings, verify
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES
 from radapter_serve.index.table import ROWS, VECTORS
-from radapter_serve.index.verify import verify
 from tests.helpers.indexes import generation, said, say
 from tests.helpers.projection import DIM
 from tests.index.test_index import FakeRelease, embeds_of, write

@@ -18,14 +18,12 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.build import add, build
-from radapter_serve.index.duplicates import find_duplicates
+from radapter_serve.index.build import add, build, verify
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.opened import POLL
 from radapter_serve.index.publish import link, publish
 from radapter_serve.index.qdrant import FACTS_KEY, KEYS, Qdrant
-from radapter_serve.index.verify import verify
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import retrieving
@@ -214,7 +212,7 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
     assert answers[0] == answers[1]
     assert 0 < len(answers[0][2]) < 8
     with pytest.raises(RAdapterError, match="can only be searched and shown; give the index that"):
-        find_duplicates(open_index(tmp_path / "indexes" / "photos"), 0.9)
+        list(open_index(tmp_path / "indexes" / "photos").rows(["path"], 10))
     for broken in ({"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}, 3):
         store.answer = lambda path, true, broken=broken: broken if "scroll" in path else true
         with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from radapter_serve.index import opened, writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
-from radapter_serve.index.opened import OpenIndexes
-from radapter_serve.tasks.retrieve import Indexes, Query, RetrieveRequest, retrieve
+from radapter_serve.index.opened import Indexes
+from radapter_serve.tasks.retrieve import Query, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
@@ -112,7 +111,7 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     data = generation(out) / "vectors.npy"
     data.rename(out / "aside")
     now = [0.0]
-    indexes = OpenIndexes(tmp_path / "indexes", lambda: now[0])
+    indexes = Indexes(projecting(tmp_path / "indexes"), clock=lambda: now[0])
     with pytest.raises(TaskError):
         indexes.get("photos")
     (out / "aside").rename(data)
@@ -120,7 +119,7 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     with pytest.raises(TaskError, match="can't be opened"):
         indexes.get("photos")
     now[0] = 11.0
-    assert len(indexes.get("photos")) == 4
+    assert len(indexes.get("photos")[0]) == 4
 
 
 def test_nothing_fails_while_an_index_of_many_images_is_replaced(
@@ -249,8 +248,7 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     monkeypatch.setattr(opened, "open_index", slow)
     for name in ("photos", "slow"):
         build(str(photos), tmp_path / "indexes" / name, projecting())
-    indexes = OpenIndexes(tmp_path / "indexes", time.monotonic)
-    indexes.open_all(seconds=0.1)
-    assert len(indexes.get("photos")) == 4
+    indexes = Indexes(projecting(tmp_path / "indexes"), opening=0.1)
+    assert len(indexes.get("photos")[0]) == 4
     answers.set()
-    assert len(indexes.get("slow")) == 4
+    assert len(indexes.get("slow")[0]) == 4
