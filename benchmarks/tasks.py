@@ -15,7 +15,7 @@ from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ra
 from numpy.typing import NDArray
 
 from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.encoders.labels import LabelCache, LabelStore
+from radapter_serve.encoders.labels import LabelCache
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.encoders.needs import CHUNK, complete
 from radapter_serve.tasks.dense import DenseSegmenter
@@ -100,7 +100,7 @@ def new_labels(
 
     def empty() -> None:
         # As a process finds it that has just begun.
-        loaded.label_cache = LabelCache("", LabelStore(folder / "labels.sqlite"))
+        loaded.label_cache = LabelCache("", folder / "labels.sqlite")
 
     latest: list[list[str]] = []
 

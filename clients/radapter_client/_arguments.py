@@ -1,4 +1,8 @@
-"""Arguments of the clients' methods, checked, as plain values by the names of a task's inputs."""
+"""Arguments of the clients' methods as plain values by the names of a task's inputs.
+
+What can't be sent is refused here, such as a number where a text belongs. Ranges, and what goes
+with what, are the server's to check.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from ._wire import Array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
-MAX_PARTS = 16  # of a search: texts, images and ids
 EXAMPLE_WEIGHT = 0.5  # of a label's examples beside its text
 CALIBRATED = "calibrated"  # the least score that the release was exported with
 
@@ -25,24 +28,18 @@ CALIBRATED = "calibrated"  # the least score that the release was exported with
 def label_values(
     labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What an image's pixels or the image itself are to be called."""
-    if labels is not None and label_set is not None:
-        raise bad_argument("give labels or a label_set, not both")
+    """The labels of an image or of its pixels."""
     values: dict[str, Any] = texts(label_set=label_set)
-    if label_set is None:
-        names = [] if labels is None else several_texts("labels", labels)
-        if not names:
-            raise InvalidRequest(
-                'no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels"
-            )
-        values["labels"] = names
-    if templates is not None:
-        values["templates"] = several_texts("templates", templates)
-        if not values["templates"]:
-            raise bad_argument(
-                'no templates: give some, such as "a photo of a {}.", or None for the'
-                " release's own"
-            )
+    lists = {"labels": labels, "templates": templates}
+    values |= {
+        name: several_texts(name, items) for name, items in lists.items() if items is not None
+    }
+    if not values.get("labels") and label_set is None:
+        raise InvalidRequest(
+            'no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels"
+        )
+    if [] in values.values():
+        raise bad_argument("an empty list of labels or templates; give some, or None")
     return values
 
 
@@ -76,15 +73,13 @@ def example_values(
             if name not in examples:
                 raise bad_argument(f"example_weight has {shown(name)}, which has no examples")
         weights = [weight.get(name, EXAMPLE_WEIGHT) for name in labels]
-        values["example_weight"] = [fraction("example_weight", value) for value in weights]
-    elif weight is not None:
-        values["example_weight"] = [fraction("example_weight", weight)]
+        values["example_weight"] = [number("example_weight", value) for value in weights]
     return values
 
 
-def fractions(**values: float | None) -> dict[str, float]:
-    """Those that are not None of numbers in [0, 1]."""
-    return {name: fraction(name, value) for name, value in values.items() if value is not None}
+def numbers(**values: float | None) -> dict[str, float]:
+    """Those that are not None of numbers."""
+    return {name: number(name, value) for name, value in values.items() if value is not None}
 
 
 def counts(least: int = 1, **values: int | None) -> dict[str, int]:
@@ -100,22 +95,38 @@ def texts(**values: str | None) -> dict[str, str]:
 def proposal_values(
     image: ImageLike, proposals: Any, scores: Any, weight: float | None
 ) -> dict[str, Any]:
-    """One image's proposals in the types that `segment` takes; empty where there are none."""
-    if proposals is None:
-        for name, value in (("proposal_scores", scores), ("proposal_weight", weight)):
-            if value is not None:
-                raise bad_argument(f"{name} without proposals")
-        return {}
-    values: dict[str, Any] = {"proposals": _masks(proposals, image_sizes(image))}
+    """One image's proposals in the types that `segment` takes: masks as uint8 [N, H, W], 255
+    inside.
+    """
+    values: dict[str, Any] = numbers(proposal_weight=weight)
     if scores is not None:
-        values["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
-        rows = len(values["proposals"])
-        if table.ndim != 2 or len(table) != rows:
-            raise bad_argument(
-                f"proposal_scores have the shape {list(table.shape)}; needed are [{rows}, C]: a row"
-                " for each proposal and a column for each of the C labels"
-            )
-    return values | fractions(proposal_weight=weight)
+        values["proposal_scores"] = _array("proposal_scores", scores).astype(np.float32)
+    if proposals is None:
+        return values
+    masks = _array("proposals", proposals)
+    allowed = "bool, uint8 from 0 to 255, or float from 0 to 1, [N, H, W]"
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise bad_argument(f"proposals of shape {list(masks.shape)}; allowed: {allowed}")
+    width, height = masks.shape[:0:-1]
+    sizes = image_sizes(image)
+    if sizes and (width, height) not in sizes:
+        known = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
+        raise bad_argument(
+            f"proposals of {width} x {height} pixels (width x height) for an image of {known}"
+        )
+    if masks.size > MAX_PROPOSALS:
+        raise bad_argument(
+            f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB;"
+            f" a request holds {MAX_PROPOSALS / 2**30:g}: send fewer"
+        )
+    if masks.dtype == np.bool_:
+        masks = masks.view(np.uint8) * np.uint8(255)
+    elif masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
+        masks = np.asarray(np.rint(masks * np.float32(255)), np.uint8)
+    elif masks.dtype != np.uint8:
+        span = f"from {masks.min():g} to {masks.max():g}"
+        raise bad_argument(f"proposals of {masks.dtype} {span}; allowed: {allowed}")
+    return {**values, "proposals": masks}
 
 
 def query_values(
@@ -124,7 +135,7 @@ def query_values(
     id: str | Sequence[str] | None,
     weights: Sequence[float] | None,
 ) -> tuple[dict[str, Any], list[ImageLike]]:
-    """What to search for: its texts, ids and weights, and the images that go with them."""
+    """The texts, ids and weights of a query, and its images."""
     parts = {
         name: several_texts(name, [value] if isinstance(value, str) else value)
         for name, value in (("text", text), ("id", id))
@@ -132,22 +143,13 @@ def query_values(
     }
     values: dict[str, Any] = {name: items for name, items in parts.items() if items}
     images = [] if image is None else several_images("image", image)
-    total = sum(map(len, values.values())) + len(images)
-    if not total:
+    if not values and not images:
         raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
-    if total > MAX_PARTS:
-        raise bad_argument(f"{total} texts, images and ids; at most {MAX_PARTS} are allowed")
     if weights is not None:
-        with np.errstate(over="ignore"):  # what is too large is refused below
-            factors = _array("weights", as_list("weights", weights)).astype(np.float32)
-        if factors.shape != (total,):
-            raise bad_argument(
-                f"weights has the shape {list(factors.shape)}; [{total}] is needed: one for each"
-                " text, image and id, in this order"
-            )
-        if not np.isfinite(factors).all():
-            raise bad_argument(f"weights are {list(weights)}; allowed are finite numbers")
-        values["weight"] = factors.tolist()
+        factors = [number("weights", weight) for weight in as_list("weights", weights)]
+        if not factors:
+            raise bad_argument("no weights; give one for each text, image and id, or None")
+        values["weight"] = factors
     return values, images
 
 
@@ -159,21 +161,17 @@ def result_values(
     offset: int | None,
     index_version: str | None,
 ) -> dict[str, Any]:
-    """Where to search, and what to give back."""
+    """The index to search, and the hits to give back."""
     values: dict[str, Any] = {"index": text("index", index), "top_k": count("top_k", top_k)}
     values |= texts(where=where, index_version=index_version)
     values |= counts(0, offset=offset)
     if isinstance(min_score, str) and min_score == CALIBRATED:
         return values | {"calibrated": True}
-    if min_score is not None:
-        number = isinstance(min_score, (int, float, np.number)) and not isinstance(min_score, bool)
-        if not number or not -1 <= float(min_score) <= 1:
-            raise bad_argument(
-                f"min_score is {shown(min_score)}; allowed are numbers from -1 to 1, and"
-                f" {CALIBRATED!r}"
-            )
-        values["min_score"] = float(np.float32(min_score))
-    return values
+    if isinstance(min_score, str):
+        raise bad_argument(
+            f"min_score is {shown(min_score)}; allowed are numbers from -1 to 1, and {CALIBRATED!r}"
+        )
+    return values | numbers(min_score=min_score)
 
 
 def for_each(name: str, value: Any, images: int | None) -> list[Any]:
@@ -191,38 +189,6 @@ def for_each(name: str, value: Any, images: int | None) -> list[Any]:
             " each, or None"
         )
     return items
-
-
-def _masks(proposals: Any, sizes: set[tuple[int, int]]) -> Array:
-    """Proposals as uint8 [N, H, W], 255 inside."""
-    masks = _array("proposals", proposals)
-    allowed = "bool, uint8 from 0 to 255, or float from 0 to 1, [N, H, W]"
-    if masks.ndim != 3 or 0 in masks.shape:
-        raise bad_argument(f"proposals of shape {list(masks.shape)}; allowed: {allowed}")
-    width, height = masks.shape[:0:-1]
-    if sizes and (width, height) not in sizes:
-        known = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
-        raise bad_argument(
-            f"proposals of {width} x {height} pixels (width x height) for an image of {known}"
-        )
-    if masks.size > MAX_PROPOSALS:
-        raise bad_argument(
-            f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB;"
-            f" a request holds {MAX_PROPOSALS / 2**30:g}: send fewer"
-        )
-    if masks.dtype == np.bool_:
-        return np.asarray(masks.view(np.uint8) * np.uint8(255))
-    if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
-        return np.asarray(np.rint(masks * np.float32(255)), np.uint8)
-    if masks.dtype != np.uint8:
-        span = f"from {masks.min():g} to {masks.max():g}"
-        raise bad_argument(f"proposals of {masks.dtype} {span}; allowed: {allowed}")
-    if masks.max() == 1:
-        raise bad_argument(
-            "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0"
-            " and 1"
-        )
-    return np.asarray(masks)
 
 
 def _array(name: str, value: Any) -> Array:
@@ -266,23 +232,20 @@ def text(name: str, value: str) -> str:
 def count(name: str, value: int, least: int = 1) -> int:
     """A whole number from `least`."""
     try:
-        number = operator.index(value)
+        whole = operator.index(value)
     except TypeError:
-        number = -1
-    if not least <= number < 2**31 or isinstance(value, bool):
+        whole = -1
+    if not least <= whole < 2**31 or isinstance(value, bool):
         raise bad_argument(f"{name} is {shown(value)}; allowed are whole numbers from {least}")
-    return number
+    return whole
 
 
-def fraction(name: str, value: float) -> float:
-    """A number from 0 to 1, as precise as it is sent."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.floating))
-        or not 0 <= value <= 1
-    ):
-        raise bad_argument(f"{name} is {shown(value)}; allowed are numbers from 0 to 1")
-    return float(np.float32(value))
+def number(name: str, value: float) -> float:
+    """A number, as precise as it is sent."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise bad_argument(f"{name} is {shown(value)}; allowed are numbers")
+    with np.errstate(over="ignore"):  # the server refuses infinity
+        return float(np.float32(value))
 
 
 def seconds(value: float) -> float:

@@ -110,24 +110,16 @@ def bad_image(why: str) -> InvalidImage:
     return InvalidImage(why, code="invalid_image")
 
 
-IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
-REQUEST_CODES = frozenset(
-    {
-        "index_mismatch",
-        "index_replaced",
-        "invalid_argument",
-        "no_labels",
-        "not_calibrated",
-        "not_found",
-        "unknown_index",
-        "unknown_label_set",
-    }
-)
-UNAVAILABLE_CODES = frozenset(
-    {"overloaded", "rate_limited", "restarting", "server_stopping", "server_unavailable"}
-)
-MODEL_CODES = frozenset({"no_patch_encoder"})
-
+# The exceptions for the codes that a server writes before its sentence.
+CODES: dict[str | None, type[RAdapterClientError]] = {
+    **dict.fromkeys(("image_too_large", "invalid_image"), InvalidImage),
+    **dict.fromkeys(("index_mismatch", "index_replaced", "invalid_argument"), InvalidRequest),
+    **dict.fromkeys(("no_labels", "not_calibrated", "not_found"), InvalidRequest),
+    **dict.fromkeys(("unknown_index", "unknown_label_set"), InvalidRequest),
+    **dict.fromkeys(("overloaded", "rate_limited", "restarting"), ServerUnavailable),
+    **dict.fromkeys(("server_stopping", "server_unavailable"), ServerUnavailable),
+    **{"no_patch_encoder": ModelNotFound, "timed_out": Timeout},
+}
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
     **dict.fromkeys(

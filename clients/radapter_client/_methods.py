@@ -19,8 +19,8 @@ from ._arguments import (
     counts,
     example_values,
     for_each,
-    fractions,
     label_values,
+    numbers,
     proposal_values,
     query_values,
     result_values,
@@ -164,20 +164,15 @@ class BaseClient(Generic[W]):
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         items = several_images("images", images)
-        if threshold is not None and not multi_label:
-            raise bad_argument(
-                "threshold without multi_label=True: softmax scores have no threshold"
-            )
-        if examples is not None and label_set is not None:
-            raise bad_argument("examples are for labels, not for a label_set")
-        if examples is None and example_weight is not None:
-            raise bad_argument("example_weight without examples")
         names = list(examples) if labels is None and examples else labels
         options = label_values(names, label_set, templates)
-        options |= fractions(alpha=alpha, threshold=threshold, unknown=unknown)
+        options |= numbers(alpha=alpha, threshold=threshold, unknown=unknown)
         options |= counts(top_k=5 if top_k is None and not multi_label else top_k)
         flags = {"multi_label": bool(multi_label), "calibrated": bool(calibrated)}
         options |= {name: True for name, wanted in flags.items() if wanted}
+        if not isinstance(example_weight, Mapping):
+            weight = numbers(example_weight=example_weight)
+            options |= {name: [value] for name, value in weight.items()}
         room = MAX_BYTES
         if examples is not None:
             options |= example_values(list(names or []), examples, example_weight, self._shrink_to)
@@ -197,11 +192,14 @@ class BaseClient(Generic[W]):
                 for run in runs
             ],
         )
-        return [
-            _classification(names, scores, reply.version)
-            for reply in replies
-            for names, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True)
-        ]
+        answers = []
+        for reply in replies:
+            rows_of_scores = _output(reply, "score")
+            for row, scores in zip(_texts(reply, "label"), rows_of_scores, strict=True):
+                best = [label for label in row if label]  # empty ones fill up a shorter row
+                answer = Classification(best, scores[: len(best)].tolist(), reply.version)
+                answers.append(answer)
+        return answers
 
     @call_each
     def segment(
@@ -252,7 +250,7 @@ class BaseClient(Generic[W]):
         items = several_images("images", images)
         length = None if is_one_image(images) else len(items)
         options = label_values(labels, label_set, templates)
-        options |= fractions(alpha=alpha, threshold=threshold)
+        options |= numbers(alpha=alpha, threshold=threshold)
         options |= counts(short_side=short_side, stride=stride) | counts(0, refine=refine)
         masks = for_each("proposals", proposals, length)
         scores = for_each("proposal_scores", proposal_scores, length)
@@ -486,7 +484,7 @@ class BaseClient(Generic[W]):
     def _embed(
         self, kind: str, items: list[Any], sizes: list[int], alpha: float | None
     ) -> Answer[Embeddings]:
-        options = fractions(alpha=alpha)
+        options = numbers(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
@@ -569,9 +567,3 @@ def _texts(reply: Reply, name: str) -> list[Any]:
     else:
         texts = decoded(_output(reply, name).tolist())
     return texts
-
-
-def _classification(names: list[str], scores: Embeddings, version: int) -> Classification:
-    """One image's labels; the empty ones at the end fill up a row that has fewer than others."""
-    labels = [label for label in names if label]
-    return Classification(labels, scores[: len(labels)].tolist(), version)

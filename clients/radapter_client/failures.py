@@ -6,18 +6,12 @@ import re
 from dataclasses import dataclass
 
 from ._exceptions import (
-    IMAGE_CODES,
+    CODES,
     KINDS,
-    MODEL_CODES,
-    REQUEST_CODES,
-    UNAVAILABLE_CODES,
-    InvalidImage,
-    InvalidRequest,
     ModelNotFound,
     RAdapterClientError,
     ServerError,
     ServerUnavailable,
-    Timeout,
     Unauthorized,
 )
 
@@ -61,19 +55,11 @@ def from_server(status: str, text: str) -> RAdapterClientError:
     failure = read_failure(text)
     code = failure.code
     text = failure.message
-    kind = KINDS.get(status, ServerError)
-    if code in IMAGE_CODES:
-        kind = InvalidImage
-    elif code in REQUEST_CODES:
-        kind = InvalidRequest
-    elif code in UNAVAILABLE_CODES:
-        kind = ServerUnavailable
-        if code not in ("overloaded", "rate_limited") and not failure.by_task:
+    kind = CODES.get(code) or KINDS.get(status, ServerError)
+    if code in CODES:
+        is_full = code in ("overloaded", "rate_limited")
+        if kind is ServerUnavailable and not is_full and not failure.by_task:
             text = f"the server is starting or stopping: {text}"
-    elif code == "timed_out":
-        kind = Timeout
-    elif code in MODEL_CODES:
-        kind = ModelNotFound
     elif kind is Unauthorized:
         text = (
             f"{text}; give the client api_key=KEY, or radapter-query the environment variable"

@@ -24,8 +24,7 @@ from radapter_serve.files import as_text, staged
 DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # of a label set
-# The store of embeddings.
-MAX_LABELS = 20_000
+MAX_LABELS = 20_000  # whose embeddings are kept
 _WAIT = 0.5  # seconds for another process that writes
 _KEYS = 500  # of a query; SQLite takes at least 999 values
 _TABLE = """CREATE TABLE IF NOT EXISTS labels
@@ -79,25 +78,20 @@ class LabelSet:
         with np.load(path, allow_pickle=False) as file:
             texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
-            return cls(embeds=embeds, **texts, examples=_examples(file, path))
-
-
-def _examples(file: Mapping[str, NDArray[Any]], path: str | Path) -> Examples | None:
-    if "examples" not in file:
-        return None
-    sizes = file["example_sizes"]
-    if sizes.size > MAX_EXAMPLES:
-        raise RAdapterError(
-            f"{path} has {sizes.size} examples; at most {MAX_EXAMPLES} are allowed; export it again"
-            " with radapter-export"
-        )
-    whole = file["examples"].tobytes()
-    ends = np.cumsum(sizes).tolist()
-    return Examples(
-        tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends])),
-        tuple(file["example_labels"].tolist()),
-        tuple(file["example_weights"].tolist()),
-    )
+            if "examples" not in file:
+                return cls(embeds=embeds, **texts)
+            sizes = file["example_sizes"]
+            if sizes.size > MAX_EXAMPLES:
+                raise RAdapterError(
+                    f"{path} has {sizes.size} examples; at most {MAX_EXAMPLES} are allowed; export"
+                    " it again with radapter-export"
+                )
+            whole = file["examples"].tobytes()
+            ends = np.cumsum(sizes).tolist()
+            images = tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends]))
+            labels = tuple(file["example_labels"].tolist())
+            weights = tuple(file["example_weights"].tolist())
+            return cls(embeds=embeds, **texts, examples=Examples(images, labels, weights))
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:
@@ -105,22 +99,35 @@ def load_label_sets(folder: Path) -> dict[str, LabelSet]:
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(folder.glob("*.npz"))}
 
 
-class LabelStore:
-    """Embeddings by key, in a file of SQLite that several processes share, or in memory (None).
+class LabelCache:
+    """Embeddings of labels and examples by key, and the label sets that requests brought.
 
-    It holds those of `max_labels` at most, and the oldest go first. It is a cache and no more:
-    where its file cannot be read or written, it is empty, and the log says why.
+    Embeddings are in a file of SQLite that several processes share, or in memory (`file` None):
+    those of `max_labels` at most, and the oldest go first. This is a cache and no more: where its
+    file can't be read or written, it is empty, and the log says why. `max_labels` also bounds how
+    many labels and templates the label sets have together. `release` is a part of every key.
     """
 
-    def __init__(self, file: Path | None = None, *, max_labels: int = MAX_LABELS) -> None:
+    def __init__(
+        self, release: str, file: Path | None = None, *, max_labels: int = MAX_LABELS
+    ) -> None:
+        self._release = release
         self._file = file
-        self.max_labels = max_labels
-        self._lock = threading.Lock()
+        self._max_labels = max_labels
+        self._file_lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._complained = False
+        self._lock = threading.Lock()
+        # Callers mostly send the same list again; this saves them the walk through it.
+        self._sets: OrderedDict[Any, LabelSet] = OrderedDict()
+        self._texts_in_sets = 0
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """The embeddings, float32 [D], of those keys that it has."""
+    def key(self, *parts: Any) -> bytes:
+        """The key of an embedding."""
+        return hashlib.sha256(repr((self._release, *parts)).encode()).digest()
+
+    def embeddings(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """The embeddings, float32 [D], that are kept of some keys."""
         embeds: dict[bytes, NDArray[np.float32]] = {}
 
         def read(connection: sqlite3.Connection) -> None:
@@ -134,7 +141,7 @@ class LabelStore:
         self._try(read)
         return embeds
 
-    def put(self, embeds: Mapping[bytes, NDArray[np.float32]]) -> None:
+    def keep(self, embeds: Mapping[bytes, NDArray[np.float32]]) -> None:
         """Keep embeddings, float32 [D] each, by key; all of them, or where that fails none."""
         rows = [(key, embed.tobytes()) for key, embed in embeds.items()]
 
@@ -143,53 +150,9 @@ class LabelStore:
                 connection.executemany(
                     "INSERT OR IGNORE INTO labels (key, embed) VALUES (?, ?)", rows
                 )
-                connection.execute(_OLD, (self.max_labels,))
+                connection.execute(_OLD, (self._max_labels,))
 
         self._try(write)
-
-    def _try(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        with self._lock:
-            try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                work(self._connection)
-            except sqlite3.Error as error:
-                if not self._complained:
-                    print(f"embeddings of labels are not kept: {error}", file=sys.stderr)
-                self._complained = True
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            ":memory:" if self._file is None else self._file,
-            timeout=_WAIT,
-            check_same_thread=False,
-        )
-        weakref.finalize(self, connection.close)
-        # Those who read and those who write do not wait for each other; a machine that fails may
-        # lose what is kept.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute(_TABLE)
-        return connection
-
-
-class LabelCache:
-    """Label sets that requests brought, and the embeddings of their labels and examples in a store
-    that releases share. Its `max_labels` also bounds how many labels and templates the lists that
-    are kept have together.
-    """
-
-    def __init__(self, release: str, store: LabelStore) -> None:
-        self.store = store
-        self._release = release
-        # Callers mostly send the same list again; this saves them the walk through it.
-        self._sets: OrderedDict[Any, LabelSet] = OrderedDict()
-        self._texts_in_sets = 0
-        self._lock = threading.Lock()
-
-    def key(self, *parts: Any) -> bytes:
-        """The key of an embedding in the store."""
-        return hashlib.sha256(repr((self._release, *parts)).encode()).digest()
 
     def get(self, key: Any) -> LabelSet | None:
         """The label set of a list of labels, if it was asked for before."""
@@ -205,9 +168,29 @@ class LabelCache:
                 return
             self._sets[key] = label_set
             self._texts_in_sets += _texts_of(label_set)
-            while len(self._sets) > 1 and self._texts_in_sets > self.store.max_labels:
+            while len(self._sets) > 1 and self._texts_in_sets > self._max_labels:
                 _, dropped = self._sets.popitem(last=False)
                 self._texts_in_sets -= _texts_of(dropped)
+
+    def _try(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Read from the file or write into it."""
+        with self._file_lock:
+            try:
+                if self._connection is None:
+                    file = ":memory:" if self._file is None else self._file
+                    connection = sqlite3.connect(file, timeout=_WAIT, check_same_thread=False)
+                    weakref.finalize(self, connection.close)
+                    # Those who read and those who write do not wait for each other; a machine that
+                    # fails may lose what is kept.
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.execute("PRAGMA synchronous = OFF")
+                    connection.execute(_TABLE)
+                    self._connection = connection
+                work(self._connection)
+            except sqlite3.Error as error:
+                if not self._complained:
+                    print(f"embeddings of labels are not kept: {error}", file=sys.stderr)
+                self._complained = True
 
 
 def _texts_of(label_set: LabelSet) -> int:

@@ -26,7 +26,7 @@ from radapter_serve.contract.preprocess import ImageFile, Preprocess, decode_pix
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder, load_graphs
-from radapter_serve.encoders.labels import LabelCache, LabelSet, LabelStore, load_label_sets
+from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.encoders.needs import Need, Part, Steps, Tokenize, encode
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
@@ -78,7 +78,7 @@ class LoadedRelease:
         """The embeddings of labels that requests brought."""
         shared = os.environ.get(LABELS)
         facts = json.dumps(self.release.to_dict(), sort_keys=True)
-        return LabelCache(facts, LabelStore(Path(shared)) if shared else LabelStore())
+        return LabelCache(facts, Path(shared) if shared else None)
 
     def request_alpha(self, alpha: float | None) -> float | None:
         """The encoder's α for a request, which may bring one; None where it is folded. Raises a

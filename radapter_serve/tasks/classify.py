@@ -230,7 +230,7 @@ def mix_examples(
         image: cache.key("example", alpha, digest)
         for image, digest in zip(examples.images, examples.digests, strict=True)
     }
-    kept = cache.store.get(list(keys.values()))
+    kept = cache.embeddings(list(keys.values()))
     embeds = {image: kept[key] for image, key in keys.items() if key in kept}
     for image in keys:
         if image in embeds:
@@ -240,7 +240,7 @@ def mix_examples(
         except TaskError as error:
             raise _of_example(error, examples, image) from None
         [embeds[image]] = yield from loaded.encoded("images", pixels, alpha, cancelled)
-        cache.store.put({keys[image]: embeds[image]})
+        cache.keep({keys[image]: embeds[image]})
 
     # The label's own, mixed.
     weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))

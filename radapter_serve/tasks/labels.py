@@ -110,7 +110,7 @@ def embed_labels(
     # Those that were embedded before.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
     keys = {label: cache.key((alpha, digest), label) for label in labels}
-    kept = cache.store.get(list(keys.values()))
+    kept = cache.embeddings(list(keys.values()))
     embeds = {label: kept[key] for label, key in keys.items() if key in kept}
     missing = deque(label for label in labels if label not in embeds)
 
@@ -123,7 +123,7 @@ def embed_labels(
             count += len(names[missing[0]]) * len(templates)
             part.append(missing.popleft())
         # Another process may have embedded the same labels since.
-        kept = cache.store.get([keys[label] for label in part])
+        kept = cache.embeddings([keys[label] for label in part])
         embeds |= {label: kept[keys[label]] for label in part if keys[label] in kept}
         new = [label for label in part if label not in embeds]
         if new:
@@ -132,7 +132,7 @@ def embed_labels(
             rows = loaded.tokenizer.encode(texts)
             encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
             means = dict(zip(new, means_of(prompts, texts, encoded), strict=True))
-            cache.store.put({keys[label]: mean for label, mean in means.items()})
+            cache.keep({keys[label]: mean for label, mean in means.items()})
             embeds |= means
         if progress is not None:
             progress(len(embeds))

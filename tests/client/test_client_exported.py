@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 from radapter_client import Client
@@ -21,7 +19,6 @@ from radapter_serve.server.triton_server import TritonServer
 pytestmark = pytest.mark.triton
 
 LABELS = ["cat, kitty", "a dog in the SNOW", "don't know", "猫"]
-ALPHAS = [0.3, 0.8]
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +50,6 @@ def pictures() -> list[Image.Image]:
     return [*modes, rgb.transpose(Image.Transpose.ROTATE_90), rgb.resize((20, 9))]
 
 
-def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
-    merged = sorted(
-        path.parent for path in exported_tiny_clip.glob("merged/**/open_clip_config.json")
-    )[-1]
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
-    tokenize = open_clip.get_tokenizer(f"local-dir:{merged}")
-    model.eval()
-    texts = ["a photo of a cat.", "word " * 200, "🦊 naïve"]
-    with torch.no_grad():
-        images = model.encode_image(
-            torch.stack([transform(image) for image in pictures()]), normalize=True
-        ).numpy()
-        words = model.encode_text(tokenize(texts), normalize=True).numpy()
-    assert client.release().alpha == ALPHAS[-1]
-    np.testing.assert_allclose(client.embed_images(pictures()), images, atol=1e-5)
-    np.testing.assert_allclose(client.embed_texts(texts), words, atol=1e-5)
-
-
 def test_photographs_are_turned(client: Client, tmp_path: Path):
     """A file, its bytes and Pillow's image of it are embedded as the upright image is, for each
     EXIF orientation.
@@ -94,25 +73,6 @@ def test_photographs_are_turned(client: Client, tmp_path: Path):
         assert (
             found.mask.shape == whole.shape[1:] and found.overlay(legend=False).size == turned.size
         )
-
-
-def test_classify(client: Client):
-    release = client.release()
-    named = client.classify(pictures(), label_set="four")
-    for one, other in zip(named, client.classify(pictures(), LABELS), strict=True):
-        assert sorted(one.labels) == sorted(["cat", "a dog in the SNOW", "don't know", "猫"])
-        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-3)
-        assert sum(one.scores) == pytest.approx(1, abs=1e-5)
-    # The same from the embeddings.
-    images = client.embed_images(pictures())
-    texts = [release.templates[0].format(name) for name in ("cat", "kitty", *LABELS[1:])]
-    words = client.embed_texts(texts)
-    labels = np.stack([words[:2].mean(0) / np.linalg.norm(words[:2].mean(0)), *words[2:]])
-    logits = release.logit_scale * images @ labels.T
-    scores = np.exp(logits - logits.max(1, keepdims=True))
-    scores /= scores.sum(1, keepdims=True)
-    for result, row in zip(named, scores, strict=True):
-        np.testing.assert_allclose(result.scores, np.sort(row)[::-1], rtol=1e-3)
 
 
 def test_segment_proposals(client: Client):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,17 +110,6 @@ def test_what_is_wrong_or_late_is_not_asked_again(kind: type, status: int) -> No
     with http_steps((status, {"error": "[any] no"})) as (url, seen):
         assert isinstance(embed(kind, url), radapter_client.RAdapterClientError)
     assert len(seen) == 1
-
-
-def test_a_wait_takes_from_the_time_of_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    error = radapter_client.ServerUnavailable("x")
-    error.retry_after = 4
-    tries = Tries(5, 10)
-    assert (tries.pause(error), tries.seconds) == (4, 6)
-    error.retry_after = 10
-    with pytest.raises(radapter_client.ServerUnavailable):
-        tries.pause(error)
 
 
 @pytest.mark.parametrize("wait", ["3600", "nonsense", "-5"])

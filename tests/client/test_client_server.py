@@ -111,12 +111,6 @@ def test_many_keep_their_order(client):
     )
 
 
-def test_none(client):
-    assert client.classify([], LABELS) == []
-    for embeds in (client.embed_images([]), client.embed_texts([])):
-        assert (embeds.dtype, embeds.shape) == (np.float32, (0, 4))
-
-
 def test_triton_lists_no_indexes(client):
     with pytest.raises(radapter_client.InvalidRequest, match="this server does not list") as caught:
         client.indexes()
@@ -321,19 +315,6 @@ def pixels(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def stripes(height: int, width: int, labels: int) -> np.ndarray:
-    return np.add.outer(np.arange(height), np.arange(width)) % labels
-
-
-def test_segment(client):
-    found = client.segment(pixels(20, 33), ["Straße", "car", "sky"])
-    assert (found.mask.dtype, found.release) == (np.uint16, 2)
-    assert found.labels == ["Straße", "car", "sky"]
-    assert np.array_equal(found.mask, stripes(20, 33, 3))
-    assert found.scores == [digest(labels=texts("Straße", "car", "sky")), 0, 0]
-    assert found.shares == pytest.approx([1 / 3] * 3)
-    assert found.background is None
-    assert found.overlay(legend=False).size == (33, 20)
 
 
 def test_segment_sends_every_option(client):
@@ -376,12 +357,6 @@ def test_segment_many(client):
     assert other.scores[0] == digest(
         labels=texts("a", "b"), proposals=np.full((1, 4, 2), 255, np.uint8)
     )
-
-
-def test_large_mask(client):
-    """5,000 x 4,000 pixels, 40 MB: no limit of either protocol stands in the way."""
-    found = client.segment(order(size=[5000, 4000]), ["a", "b", "c"])
-    assert np.array_equal(found.mask, stripes(4000, 5000, 3))
 
 
 def test_search(client, tmp_path: Path):

@@ -148,7 +148,6 @@ def test_the_newest_release_is_the_one_of_the_highest_number():
 @pytest.mark.parametrize(
     ("url", "whole"),
     [
-        ("grpc://localhost:8001", "grpc://localhost:8001"),
         ("grpc://localhost", "grpc://localhost:8001"),
         ("http://localhost/", "http://localhost:8000"),
         ("HTTPS://Example.org/triton/", "https://example.org:443/triton"),
@@ -179,7 +178,7 @@ def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, 
 @pytest.mark.parametrize(
     "url",
     [
-        *("localhost:8001", "", "ftp://localhost", "http://:8000", "grpc://localhost:99999"),
+        *("localhost:8001", "ftp://localhost", "http://:8000", "grpc://localhost:99999"),
         *("grpc://localhost/path", "http://me:secret@localhost", "http://localhost/?a=b"),
         *("http://[::1", "http://localhost\n", b"http://localhost"),
     ],
@@ -228,19 +227,12 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
         assert resized.convert("RGBA").tobytes() == wanted.convert("RGBA").tobytes()
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "I", "RGBa"])
-def test_mode_that_png_would_change_is_refused(mode: str):
-    image = Image.new("RGBA", (4, 4)).convert(mode) if mode == "RGBa" else Image.new(mode, (4, 4))
-    with pytest.raises(
-        radapter_client.InvalidImage, match=rf"mode {mode} .* allowed are RGB.*convert\('RGB'\)"
-    ):
-        sent(image)
-
-
-def test_pixels_beyond_the_palette_are_refused():
-    image = Image.new("P", (4, 4), 200)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    with pytest.raises(radapter_client.InvalidImage, match="beyond its palette"):
+@pytest.mark.parametrize("mode", ["CMYK", "F", "I", "P"])
+def test_an_image_that_png_would_change_is_refused(mode: str):
+    image = Image.new(mode, (4, 4), 200)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 255, 0, 0])  # without a colour of this number
+    with pytest.raises(radapter_client.InvalidImage, match=rf"mode {mode} .*convert\('RGB'\)"):
         sent(image)
 
 
@@ -267,7 +259,6 @@ def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: 
 @pytest.mark.parametrize(
     ("data", "size", "kind"),
     [
-        (photo(1600, 1200), (597, 448), "JPEG"),
         (photo(1200, 1600, turn=6), (448, 597), "JPEG"),
         (photo(900, 450), (896, 448), "JPEG"),
         (photo(1600, 1200, mode="L"), (597, 448), "JPEG"),
@@ -302,25 +293,9 @@ def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
     assert images == [data, data, photo(1600, 1200)]
 
 
-@pytest.mark.parametrize(("turn", "kind"), [*((turn, "JPEG") for turn in range(1, 9)), (6, "PNG")])
-def test_photos_that_are_made_small_stay_turned(turn: int, kind: str):
-    """Whoever turns what is sent as its EXIF says sees what the whole photo shows, made small."""
-    data = photo(800, 600, kind, "RGB" if kind == "JPEG" else "RGBA", turn)
-    recorder = Recorder()
-    with Client(transport=recorder, release=1, shrink_to=64) as client:
-        client.embed_images([data])
-    sent = recorder.inferences[0].inputs["image"][0, 0]
-    with Image.open(io.BytesIO(sent)) as small, Image.open(io.BytesIO(data)) as whole:
-        found = ImageOps.exif_transpose(small)
-        expected = ImageOps.exif_transpose(whole).resize(found.size, Image.Resampling.BICUBIC)
-        assert min(found.size) == 64
-        difference = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
-        assert np.abs(difference).mean() < 4
-
-
 def test_nothing_that_a_caller_hands_in_is_changed():
     """Neither images nor arrays, lists and dicts, by any call."""
-    whole = photo(4000, 3000, turn=6)
+    whole = photo(800, 600, turn=6)
     opened = Image.open(io.BytesIO(whole))
     untouched = Image.open(io.BytesIO(whole))
     palette = Image.fromarray(pixels(100, 140, 3)).quantize(200)
@@ -356,6 +331,7 @@ def test_nothing_that_a_caller_hands_in_is_changed():
         (Path("/"), "is a folder"),
         ("a\0b", "null byte"),
         (b"", "zero bytes"),
+        (Image.open(io.BytesIO(photo(64, 64, "PNG")[:2000])), "cannot read"),
         (np.zeros((4, 4, 3)), r"float64 \[4, 4, 3\].*allowed are uint8 \[H, W, 3\]"),
         *((np.zeros(shape, np.uint8), "uint8") for shape in ((3, 4, 4), (0, 4, 3))),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
@@ -366,17 +342,6 @@ def test_a_value_that_is_no_image(image, message: str):
     with pytest.raises(radapter_client.InvalidImage, match=message) as error:
         sent(image)
     assert error.value.code == "invalid_image"
-
-
-def test_broken_and_empty_files(tmp_path: Path):
-    (tmp_path / "empty.png").touch()
-    with pytest.raises(radapter_client.InvalidImage, match="empty file"):
-        sent(tmp_path / "empty.png")
-    file = io.BytesIO()
-    Image.fromarray(pixels(64, 64, 3)).save(file, "PNG")
-    half = Image.open(io.BytesIO(file.getvalue()[:2000]))
-    with pytest.raises(radapter_client.InvalidImage, match="cannot read"):
-        sent(half)
 
 
 def oriented(value: int) -> Image.Image:
@@ -392,7 +357,7 @@ def exif(value: int) -> Image.Exif:
     return found
 
 
-@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("value", [1, 5, 6])
 def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
     """A file, its bytes and Pillow's image of it are one image to the server, whatever its release
     does with EXIF.
@@ -410,14 +375,6 @@ def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
             assert ImageOps.exif_transpose(back).tobytes() == turned.tobytes()
     with Image.open(io.BytesIO(sent(turned))) as back:  # which is not turned again
         assert back.getexif().get(0x0112, 1) == 1 and back.tobytes() == turned.tobytes()
-
-
-@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x" * 9])
-def test_broken_exif_is_no_error(broken: bytes):
-    image = Image.fromarray(pixels(31, 45, 3))
-    image.info["exif"] = broken
-    with Image.open(io.BytesIO(sent(image))) as back:
-        assert back.tobytes() == image.tobytes()
 
 
 def test_one_image_or_several():
@@ -446,18 +403,16 @@ def options_of(request: Request) -> dict[str, Any]:
 def test_labels_are_scored_by_themselves_where_that_is_asked_for():
     recorder = Recorder()
     with Client(transport=recorder, release=1) as client:
-        client.classify(b"x", ["a", "b"])
         client.classify([b"x", b"y"], ["a", "b"], multi_label=True)
         options: dict[str, Any] = {"threshold": 0.25, "top_k": 3, "calibrated": True}
         client.classify(b"x", ["a", "b"], multi_label=True, **options)
         client.classify(b"x", ["a", "b"], calibrated=True)
     assert list(map(options_of, recorder.inferences)) == [
-        {"top_k": [[5]]},
         {"multi_label": [[True], [True]]},
         {"top_k": [[3]], "multi_label": [[True]], "threshold": [[0.25]], "calibrated": [[True]]},
         {"top_k": [[5]], "calibrated": [[True]]},
     ]
-    assert recorder.inferences[1].inputs["multi_label"].dtype == np.bool_
+    assert recorder.inferences[0].inputs["multi_label"].dtype == np.bool_
 
 
 def test_examples_are_sent_with_the_first_image_alone():
@@ -479,25 +434,12 @@ def test_examples_are_sent_with_the_first_image_alone():
     assert alone["example_weight"].tolist() == [[1.0]]
 
 
-def test_labels_that_fill_up_a_row_are_left_out():
-    class Filled(Recorder):
-        def _outputs(self, request):
-            labels = np.array([[b"a", b"b"], [b"a", b""], [b"", b""]], object)
-            return {"label": labels, "score": np.array([[0.9, 0.6], [0.7, 0], [0, 0]], np.float32)}
-
-    with Client(transport=Filled(), release=1) as client:
-        found = client.classify([b"x"] * 3, ["a", "b"], multi_label=True)
-    assert [one.labels for one in found] == [["a", "b"], ["a"], []]
-    assert [len(one.scores) for one in found] == [2, 1, 0]
-    assert [one.top for one in found] == ["a", "a", ""]
-
-
 # Batches
 
 MAX_BYTES = 32 * 2**20
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
 def test_batches(sizes: list[int], rows: int):
     """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must
@@ -515,6 +457,7 @@ def test_batches(sizes: list[int], rows: int):
         assert len(run) == rows or sum(map(len, [*run, following[0]])) > MAX_BYTES
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 80))
 def test_classify_keeps_requests_moderate(count: int, labels: int, templates: int):
     recorder = Recorder()
@@ -544,49 +487,33 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("method", "arguments", "word"),
     [
-        ("classify", {"labels": None}, "no labels"),
-        ("classify", {"labels": []}, "no labels"),
+        *(("classify", {"labels": labels}, "no labels") for labels in (None, [])),
         *(("classify", {"labels": labels}, "labels takes") for labels in ("a cat", [1])),
         ("classify", {"labels": ["\ud800"]}, "not Unicode"),
-        ("classify", {"label_set": "b"}, "not both"),
-        ("classify", {"templates": []}, "no templates"),
+        ("classify", {"templates": []}, "an empty list of labels or templates"),
         *(("classify", {"top_k": top_k}, "top_k is") for top_k in (0, 1.5, True)),
-        *(("classify", {"alpha": alpha}, "alpha is") for alpha in (1.5, NAN)),
+        ("classify", {"alpha": "high"}, "alpha is 'high'; allowed are numbers"),
         ("classify", {"timeout": 0}, "timeout is 0; allowed are seconds above 0"),
-        ("classify", {"threshold": 0.5}, "threshold without multi_label"),
-        ("classify", {"threshold": 1.5, "multi_label": True}, "threshold is 1.5"),
-        ("classify", {"unknown": 2}, "unknown is 2"),
         ("classify", {"examples": MUG}, "'mug', which is not among"),
-        ("classify", {"examples": MUG, "labels": None, "label_set": "all"}, "are for labels"),
         ("classify", {"examples": {}}, "no examples"),
         ("classify", {"examples": [b"x"]}, "examples is a value of type list"),
         ("classify", {"examples": {"a": ["/no/such.png"]}}, "an example of 'a': .*no/such.png"),
         ("classify", {"examples": {"a": bytes(17 * 2**20)}}, "examples of 17 MiB"),
-        ("classify", {"examples": {"a": b"x"}, "example_weight": NAN}, "example_weight is nan"),
         ("classify", {"examples": {"a": b"x"}, "example_weight": {"b": 1}}, "'b', which has no"),
-        ("classify", {"example_weight": 0.5}, "example_weight without examples"),
-        ("segment", {"labels": None}, "no labels"),
         ("segment", {"threshold": True}, "threshold is"),
         ("segment", {"stride": 2.5}, "stride is 2.5; allowed are whole numbers from 1"),
         ("segment", {"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
-        ("segment", {"proposal_scores": [[1.0]]}, "proposal_scores without"),
-        ("segment", {"proposals": MASK, "proposal_weight": -1}, "proposal_weight is"),
-        ("segment", {"proposals": MASK, "proposal_scores": [[1], [1]]}, r"needed are \[1, C\]"),
         ("segment", {"proposals": MASK[0]}, r"shape \[4, 5\]; allowed: bool, uint8 from 0 to 255"),
         ("segment", {"proposals": MASK[:0]}, r"shape \[0, 4, 5\]"),
         ("segment", {"proposals": MASK.transpose(0, 2, 1)}, "of 4 x 5 pixels .* of 5 x 4"),
         ("segment", {"proposals": MASK * 1}, "int64 from 1 to 1"),
         ("segment", {"proposals": MASK * np.nan}, "float64 from nan"),
-        ("segment", {"proposals": MASK.astype(np.uint8)}, r"send proposals.astype\(bool\)"),
         ("segment", {"proposals": [[[1], [1, 2]]]}, "no array of numbers"),
         ("segment", {"proposals": np.broadcast_to(MASK, (10**8, 4, 5))}, "are 1.9 GiB"),
         ("search", {"text": None}, "give a text to search for"),
-        ("search", {"text": ["a"] * 9, "image": [b"x"] * 9}, "18 texts.*at most 16"),
         *(("search", {name: 3}, f"{name} takes a list") for name in ("text", "id")),
-        ("search", {"weights": [1, 2]}, r"weights has the shape \[2\]; \[1\] is needed"),
-        ("search", {"weights": ["b"]}, "weights is no array of numbers"),
-        ("search", {"weights": [1e39]}, "weights are .*allowed are finite"),
-        *(("search", {"min_score": score}, "min_score is") for score in (1.01, True, "high")),
+        ("search", {"weights": ["b"]}, "weights is 'b'; allowed are numbers"),
+        *(("search", {"min_score": score}, "min_score is") for score in (True, "high")),
         ("search", {"index": None}, "index takes texts"),
         ("search", {"top_k": 2**31}, "top_k is"),
         ("search", {"image": "no.jpg"}, "cannot read the image no.jpg"),
@@ -610,35 +537,21 @@ def test_bad_arguments_are_refused_before_anything_is_sent(method, arguments, wo
     assert not recorder.inferences
 
 
-@pytest.mark.parametrize("name", ["batch_size", "concurrency", "release"])
-def test_bad_arguments_of_a_client(name: str):
-    options: dict[str, Any] = {name: 0}
-    with pytest.raises(radapter_client.InvalidRequest, match=f"{name} is 0"):
-        Client(**options)
-
-
-@pytest.mark.parametrize("kind", [bool, np.uint8, np.float16, np.float32, np.float64])
-def test_proposals_are_sent_as_0_to_255(kind, tmp_path: Path):
-    values = np.array([[[0, 1, 1, 0, 1]] * 4], kind)
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.float16, np.float64])
+def test_proposals_are_sent_as_0_to_255(kind: type, tmp_path: Path):
+    values: Any = np.array([[[0, 1, 1, 0, 1]] * 4], kind)
+    expected = [0, 255, 255, 0, 255]
     if kind == np.uint8:
         values *= 255
+    if kind == np.float64:
+        values[..., :] = 0.001, 0.003, 0.5, 0.9975, 0.999
+        expected = [0, 1, 128, 254, 255]  # of 0.255, 0.765, 127.5 (half to even), 254.36, 254.745
     Image.fromarray(PIXELS).save(tmp_path / "image.png")
     for image in (PIXELS, tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
         recorder = Recorder()
         Client(transport=recorder, release=1).segment(image, ["a"], proposals=values)
-        found = recorder.requests[0].inputs["proposals"]
-        assert found.dtype == np.uint8 and found.tolist() == [[[0, 255, 255, 0, 255]] * 4]
-        with pytest.raises(radapter_client.InvalidRequest, match="5 x 3 pixels"):
-            CLIENT.segment(image, ["a"], proposals=values[:, 1:])
-
-
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_proposals_between_0_and_1_are_rounded(kind: type):
-    values: Any = np.array([[[0.001, 0.003, 0.5, 0.9975, 0.999]] * 4], kind)
-    recorder = Recorder()
-    Client(transport=recorder, release=1).segment(PIXELS, ["a"], proposals=values)
-    # of 255: 0.255, 0.765, 127.5 (half to even), 254.36, 254.745
-    assert recorder.requests[0].inputs["proposals"].tolist() == [[[0, 1, 128, 254, 255]] * 4]
+        masks = recorder.requests[0].inputs["proposals"]
+        assert masks.dtype == np.uint8 and masks.tolist() == [[expected] * 4]
 
 
 def test_proposals_of_a_turned_image():
@@ -710,16 +623,6 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
         assert recorder.requests[-1].inputs["calibrated"].tolist() == [True]
 
 
-def test_one_image_or_text_has_one_embedding():
-    assert CLIENT.embed_texts("a text").shape == CLIENT.embed_texts(["a text"])[0].shape
-    image = np.zeros((4, 4, 3), np.uint8)
-    assert CLIENT.embed_images(image).shape == CLIENT.embed_images([image])[0].shape
-    assert CLIENT.encode_text("a").ndim == CLIENT.encode_image(image).ndim == 1
-    table = np.eye(3)
-    assert np.array_equal(CLIENT.similarity(table, table[:2]), table[:, :2])
-    assert CLIENT.similarity(table, table[1]).tolist() == [0, 1, 0]
-
-
 def test_results_show_themselves_in_a_line():
     names = [f"a label with a long name {number}" for number in range(1000)]
     for result in (
@@ -734,17 +637,19 @@ def test_results_show_themselves_in_a_line():
     )
 
 
-@pytest.mark.parametrize("label", ["cat", b"cat", np.array([[b"cat"]], object)])
-def test_a_reply_of_plain_values_is_read_as_one_of_arrays(label: Any) -> None:
-    class Cats:
+@pytest.mark.parametrize("rows", [[["a", "b"], ["a", ""], ["", ""]], [[b"a", b"b"], [b"a", b""]]])
+@pytest.mark.parametrize("plain", [False, True])
+def test_empty_labels_that_fill_up_a_row_are_left_out(rows: list[list[Any]], plain: bool) -> None:
+    """Of a reply of arrays, or one of plain values."""
+
+    class Filled(Recorder):
         def send(self, request: Any, timeout: float) -> Any:
-            labels = label if isinstance(label, np.ndarray) else [[label]]
-            values = {"label": labels, "score": [[1.0]]}
-            return radapter_client.Reply(1, radapter_client.Values(values))
+            labels = rows if plain else np.array(rows, object)
+            scores = np.array([[0.75, 0.5], [0.25, 0], [0, 0]], np.float32)[: len(rows)]
+            return Reply(1, radapter_client.Values({"label": labels, "score": scores}))
 
-        def close(self) -> None:
-            pass
-
-    with radapter_client.Client(transport=Cats(), release=1) as client:
-        answer = client.classify(np.zeros((8, 8, 3), np.uint8), ["cat", "dog"])
-    assert (answer.labels, answer.scores) == (["cat"], [1.0])
+    with Client(transport=Filled(), release=1) as client:
+        answers = client.classify([b"x"] * len(rows), ["a", "b"], multi_label=True)
+    assert [one.labels for one in answers] == [["a", "b"], ["a"], []][: len(rows)]
+    assert [one.scores for one in answers] == [[0.75, 0.5], [0.25], []][: len(rows)]
+    assert [one.top for one in answers] == ["a", "a", ""][: len(rows)]

@@ -83,11 +83,8 @@ UNKNOWN = "Request for unknown model: 'segment' "
         ),
         (BAD, "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
         (FAULT, "Model 'x' is not ready.", "ServerUnavailable", "restarting", "not ready"),
-        (AWAY, "not ready", "ServerUnavailable", None, "not ready"),
         (AWAY, "Exceeds maximum queue size", "ServerUnavailable", "overloaded", "queue"),
-        (FAULT, "Stub process 'x' is not healthy.", "ServerUnavailable", "restarting", "healthy"),
         (AWAY, "[restarting] soon", "ServerUnavailable", "restarting", "^soon$"),
-        (("CANCELLED", 503), "stopping", "ServerUnavailable", None, "stopping"),
         (("DEADLINE_EXCEEDED", 504), "late", "Timeout", None, "late|within"),
         (FAULT, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
         (FAULT, "", "ServerError", None, "answered"),
@@ -177,12 +174,10 @@ GOOD, LENGTH = binary(text_embeds=np.ones((1, 4), np.float32))
     ("body", "headers"),
     [
         (b"<html>hello</html>", {}),
-        (b"[]", {}),
         (b"null", {}),
         (GOOD, {}),
         (GOOD[:-1], LENGTH),
         (GOOD, {"Inference-Header-Content-Length": "9" * 9}),
-        (GOOD, {"Inference-Header-Content-Length": "x"}),
         (GOOD.replace(b"[1, 4]", b"[1, 9]"), LENGTH),
         (GOOD.replace(b"FP32", b"CATS"), LENGTH),
         (GOOD.replace(b'"FP32"', b'"BYTES"').replace(b": [1, 4]", b":[1, 4]"), LENGTH),
@@ -232,7 +227,7 @@ INNARDS = re.compile(r"\b_[A-Z]|\bat 0x")
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http", "https"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.invalid", "a" * 70 + ".com"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "a" * 70 + ".com"])
 def test_a_server_that_does_not_answer_is_named_by_host_and_port(
     protocol: str, host: str, kind: type
 ):
@@ -275,7 +270,6 @@ def test_odd_values_are_named_in_one_short_line(value: Any):
         lambda: client.classify(b"x", [value, number]),
         lambda: client.classify(b"x", ["a"], top_k=value),
         lambda: client.classify(b"x", ["a"], alpha=value),
-        lambda: client.classify(b"x", ["a"], label_set=value),
         lambda: client.search("a", index=value, top_k=0),
         lambda: client.search("a", index="i", min_score=value),
     ):
@@ -301,7 +295,7 @@ def test_a_grpc_url_where_a_server_answers_http_alone(
     assert (f'write Client("{url}"), or --url {url}' in str(found)) == (status == 200)
 
 
-@pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.3), ("grpc", 0.3), ("grpc", 1.2)])
+@pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.2), ("grpc", 0.2), ("grpc", 1.2)])
 def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, timeout: float):
     """gRPC itself gives up after a second, and remembers the first failure."""
     start = time.monotonic()
@@ -312,9 +306,12 @@ def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, 
 
 
 @pytest.mark.parametrize(
-    "start", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"]
+    ("start", "keep"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", b""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"Connection: close\r\n"),
+    ],
 )
-@pytest.mark.parametrize("keep", [b"", b"Connection: close\r\n"])
 def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, keep: bytes):
     """Whether its head is long or its body; no thread goes on for longer than the call."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -408,7 +405,7 @@ def test_hanging_up_is_no_timeout(protocol: str, kind: type):
     assert type(found) is radapter_client.ServerUnavailable
 
 
-@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("count", [1, 5])
 def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, count: int):
     client = Client(f"{protocol}://127.0.0.1:1", batch_size=1, release=1, timeout=0.3)
 

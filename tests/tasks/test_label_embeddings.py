@@ -16,7 +16,6 @@ from radapter_serve.encoders.labels import (
     Examples,
     LabelCache,
     LabelSet,
-    LabelStore,
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
@@ -37,7 +36,7 @@ def with_store(
 ) -> LoadedRelease:
     """The release with a store of its own."""
     loaded = local.changed()
-    loaded.label_cache = LabelCache(release, LabelStore(file, max_labels=max_labels))
+    loaded.label_cache = LabelCache(release, file, max_labels=max_labels)
     return loaded
 
 
@@ -111,7 +110,7 @@ def test_the_store_is_bounded_and_the_answers_are_still_right(local, tmp_path, s
         )
         for word in words
     ]
-    assert len(small.label_cache.store.get(keys)) == 5
+    assert len(small.label_cache.embeddings(keys)) == 5
 
 
 def test_what_one_process_embedded_the_others_need_not(local, tmp_path):
