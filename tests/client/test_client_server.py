@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import shutil
 import signal
 import threading
 import time
@@ -115,15 +114,6 @@ def test_triton_lists_no_indexes(client):
     with pytest.raises(radapter_client.InvalidRequest, match="this server does not list") as caught:
         client.indexes()
     assert caught.value.code is None
-
-
-def test_label_set_and_its_absence(client):
-    assert sorted(client.classify(b"x", label_set="letters").labels) == ["a", "b", "c"]
-    with pytest.raises(
-        radapter_client.InvalidRequest, match="no label set 'nope'; there are: letters"
-    ) as caught:
-        client.classify([b"x"] * 9, label_set="nope")
-    assert caught.value.code == "unknown_label_set"
 
 
 def test_release(client, kind, url: str):
@@ -315,8 +305,6 @@ def pixels(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
-
-
 def test_segment_sends_every_option(client):
     masks = np.zeros((2, 20, 33), bool)
     masks[0, 3:9] = masks[1, :, 4:] = True
@@ -374,21 +362,3 @@ def test_search(client, tmp_path: Path):
     assert [hit.thumbnail for hit in hits] == [b"JPEG 0", b"JPEG 1", None]
     known = {**options, "image": "an image", "rank": 0, "outputs": [*outputs, "thumbnail"]}
     assert hits[0].metadata == known
-
-
-def test_server_without_the_models(fake_repository: Path, tmp_path: Path):
-    """A server whose releases are older than the tasks says so; what it has still works."""
-    for name in ("embed_image", "embed_text", "classify"):
-        shutil.copytree(fake_repository / name, tmp_path / name)
-    with FakeServer(tmp_path) as server:
-        for url in server.urls.values():
-            with Client(url, timeout=20) as client:
-                assert not client.is_ready()
-                for model, call in (
-                    ("segment", lambda client: client.segment(b"x", ["a"])),
-                    ("retrieve", lambda client: client.search("x", index="photos")),
-                ):
-                    message = f"no model '{model}'.*radapter-export"
-                    with pytest.raises(radapter_client.ModelNotFound, match=message):
-                        call(client)
-                assert client.classify(b"x", ["a"]).top == "a"

@@ -64,16 +64,13 @@ KINDS: dict[str, Any] = {
     "JPEG, ink, turned": lambda side: photo(side, "JPEG", "CMYK", turned=True),
     "JPEG, progressive": lambda side: photo(side, "JPEG", progressive=True, subsampling=0),
     "JPEG, progressive, ink": lambda side: photo(side, "JPEG", "CMYK", progressive=True),
-    "JPEG, progressive, gray": lambda side: photo(side, "JPEG", "L", progressive=True),
     "PNG": lambda side: png_of(side, side, bits=8, colour=2),
     "PNG, alpha, turned": lambda side: photo(side, "PNG", "RGBA", turned=True, compress_level=1),
-    "PNG, 16 bits, gray": lambda side: png_of(side, side, bits=16),
     "PNG, 16 bits, alpha": lambda side: png_of(side, side, bits=16, colour=6),
     "PNG, palette": lambda side: photo(side, "PNG", "P"),
     "WebP": lambda side: photo(side, "WEBP", method=0),
     "WebP, turned": lambda side: photo(side, "WEBP", turned=True, method=0),
     "WebP, alpha": lambda side: photo(side, "WEBP", "RGBA", method=0),
-    "WebP, lossless": lambda side: photo(side, "WEBP", lossless=True, method=0, quality=0),
     "WebP, animated": animation,
 }
 

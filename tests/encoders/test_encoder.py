@@ -20,7 +20,6 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders import encoder as module
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.encoders.openvino import openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Release
@@ -108,16 +107,6 @@ def products(folder: Path, times: int) -> Path:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.parametrize(
-    ("parameters", "hint"),
-    [(None, "f32"), ({}, "f32"), ({"HINT_BF16": "NO"}, "f32"), ({"HINT_BF16": "YES"}, "bf16")],
-)
-def test_openvino_is_never_left_to_choose_the_precision(
-    parameters: dict[str, str] | None, hint: str
-) -> None:
-    assert openvino_properties(parameters)["INFERENCE_PRECISION_HINT"] == hint
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.served import Served
 from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_models import release
-from tests.helpers.small_release import SIZE, WIDTH, Local, png
+from tests.helpers.small_release import SIZE, Local, png
 
 
 def test_images_are_prepared_and_embedded(local: Local) -> None:
@@ -36,11 +36,6 @@ def test_images_are_prepared_and_embedded(local: Local) -> None:
     np.testing.assert_allclose(local.loaded.embed_patches(pixels), patches, atol=1e-6)
     with pytest.raises(TaskError, match="invalid_image"):
         local.loaded.pixels(b"nonsense")
-
-
-def test_no_texts_have_no_rows(local: Local) -> None:
-    assert local.loaded.embed_texts([]).shape == (0, WIDTH)
-    assert not local.calls
 
 
 def test_a_copy_turns_images_or_leaves_them(local: Local) -> None:

@@ -55,14 +55,6 @@ def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
         np.testing.assert_allclose(found, complete(task), atol=1e-6)
 
 
-def test_needs_of_another_release_are_encoded_apart(repository: Any) -> None:
-    one, two = Local(repository, 1), Local(repository, 2)
-    found = together([texts(one.loaded, "a cat"), texts(two.loaded, "a cat")])
-    assert len(one.calls) == len(two.calls) == 1
-    np.testing.assert_array_equal(found[0], complete(texts(one.loaded, "a cat")))
-    np.testing.assert_array_equal(found[1], complete(texts(two.loaded, "a cat")))
-
-
 @pytest.mark.parametrize(
     ("counts", "max_batch_size", "expected"),
     [

@@ -1,10 +1,9 @@
-"""`retrieve` in a real server: over gRPC and in plain JSON, with indexes that come and change while
-it runs.
+"""`retrieve` in a real server, with indexes that come and change while it runs. Its answers are those
+of the engine, as tests/engine/test_as_served.py shows.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
@@ -29,7 +27,7 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.asking import connect, post, tensors
+from tests.helpers.asking import connect, tensors
 from tests.helpers.indexes import generation, point_again, said, say
 from tests.helpers.small_release import png
 
@@ -52,9 +50,7 @@ def served(
         yield server, folder
 
 
-def ask(
-    server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metadata"), **inputs: Any
-) -> Any:
+def ask(server: TritonServer, outputs: tuple[str, ...] = ("id", "score"), **inputs: Any) -> Any:
     """The outputs of `retrieve` by name, over gRPC."""
     with connect(server) as client:
         wanted = [grpc.InferRequestedOutput(name) for name in outputs]
@@ -67,54 +63,32 @@ def refused(server: TritonServer, message: str, **inputs: Any) -> None:
         ask(server, **inputs)
 
 
-def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+def test_indexes_come_change_and_go_while_the_server_runs(
+    served: tuple[TritonServer, Path], exported_tiny_clip: Path
+) -> None:
     server, folder = served
     indexes = folder / "Büro" / "indexes"
     release = load_release(exported_tiny_clip / "model_repository")
-    refused(
-        server, r"\[unknown_index\] no index 'photos'; there are: none", text="a", index="photos"
-    )
-    for bad in ("../photos", "", ".", "a/b", ".photos.building"):
+    for bad in ("photos", "../photos", "", "a/b", ".photos.building"):
         refused(server, r"\[unknown_index\]", text="a cat", index=bad)
-
-    build(str(folder / "photos"), indexes / "photos", release)  # while the server runs
+    build(str(folder / "photos"), indexes / "photos", release)
     embeds = release.embed_pixels([release.pixels(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
     best = np.argsort(-(embeds @ query))[:4]
     hits = ask(server, text="a cat", index="photos", top_k=4)
     assert [id.decode() for id in hits["id"]] == [f"{number}é.png" for number in best]
     np.testing.assert_allclose(hits["score"], (embeds @ query)[best], atol=1e-5)
-    assert json.loads(hits["metadata"][0])["width"] == 50
-    image = png(3, 50, 40)
-    where = "path LIKE '%é.png'"
-    hits = ask(server, ("id", "thumbnail"), image=image, index="photos", top_k=1, where=where)
-    assert hits["id"][0].decode() == "3é.png"
-    assert Image.open(io.BytesIO(hits["thumbnail"][0])).format == "JPEG"
-    assert len(ask(server, image=image, index="photos")["id"]) == 6
-    assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
 
     # The server itself embeds.
+    image = png(3, 50, 40)
     out = str(indexes / "by-url")
     assert main(["build", str(folder / "photos"), "--out", out, "--url", server.grpc_url]) == 0
-    hits = ask(server, image=image, index="by-url", top_k=1)
+    hits = ask(server, image=image, index="by-url", top_k=1, where="path LIKE '%é.png'")
     assert hits["id"][0].decode() == "3é.png" and hits["score"][0] > 0.9999
 
     (folder / "photos" / "new.png").write_bytes(png(99, 50, 40))
     build(str(folder / "photos"), indexes / "photos", release)  # replaced
     assert ask(server, image=png(99, 50, 40), index="photos", top_k=1)["id"][0] == b"new.png"
-
-    body: Any = {
-        "inputs": [
-            {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]},
-            {"name": "index", "shape": [1], "datatype": "BYTES", "data": ["photos"]},
-            {"name": "top_k", "shape": [1], "datatype": "INT32", "data": [2]},
-        ],
-        "outputs": [{"name": "id"}, {"name": "score"}, {"name": "metadata"}],
-    }
-    status, answer = post(server, "models/retrieve/infer", body)
-    assert status == 200
-    values = {output["name"]: output["data"] for output in answer["outputs"]}
-    assert len(values["id"]) == 2 and json.loads(values["metadata"][0])["path"] == values["id"][0]
     shutil.rmtree(indexes / "photos")
     refused(server, r"\[unknown_index\]", text="a cat", index="photos")
 
@@ -133,10 +107,9 @@ def test_many_images_are_found_by_faiss(
     release = load_release(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
     build(str(tmp_path / "many"), out, release)
-    for number in (0, 100, 259):
+    for number in (0, 259):
         hits = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
         assert hits["id"][0].decode() == f"{number:03}.png" and hits["score"][0] > 0.9999
-    assert len(ask(server, text="a cat", index="many é", top_k=260)["id"]) == 260
     hits = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
     assert hits["id"][0].decode() > "100.png"
     (generation(out) / "codes.faiss").write_bytes(b"broken")
@@ -160,8 +133,6 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
         hits = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="far", top_k=1)
         assert hits["id"][0].decode() == "3é.png"
         assert hits["thumbnail"][0].startswith(b"\xff\xd8")
-        message = r"\[invalid_argument\].*an index in Qdrant takes"
-        refused(server, message, text="a cat", index="far", where="path LIKE '3%'")
     message = r"\[unknown_index\].*can't be searched in Qdrant"
     refused(server, message, text="a cat", index="far")
     shutil.rmtree(linked)
@@ -170,7 +141,7 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
 def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
     release = load_release(exported_tiny_clip / "model_repository")
-    for name in ("Büro", "猫", "plain"):
+    for name in ("Büro", "猫"):
         build(str(folder / "photos"), folder / "Büro" / "indexes" / name, release)
         hits = ask(server, image=png(3, 50, 40), index=name, top_k=1)
         assert hits["id"][0].decode() == "3é.png"
@@ -179,32 +150,19 @@ def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_cl
     assert str(folder) not in str(error.value)
 
 
-def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+def test_an_index_is_searched_by_its_release_alone(
+    served: tuple[TritonServer, Path], exported_tiny_clip: Path
+) -> None:
     server, folder = served
-    models = exported_tiny_clip / "model_repository"
-    indexes = folder / "Büro" / "indexes"
-    build(str(folder / "photos"), indexes / "good", load_release(models))
-    build(str(folder / "photos"), indexes / "other", load_release(f"{models}@1"))
+    out = folder / "Büro" / "indexes" / "other"
+    build(str(folder / "photos"), out, load_release(exported_tiny_clip / "model_repository", 1))
     assert len(ask(server, text="a", index="other")["id"])  # release 1 is served, too
-    facts = said(indexes / "other")
+    facts = said(out)
     facts["plan"]["release"]["digest"] = "sha256:0"
-    say(indexes / "other", facts)
-    point_again(indexes / "other")
+    say(out, facts)
+    point_again(out)
     message = r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command"
     refused(server, message, text="a", index="other")
-    asked: list[dict[str, Any]] = [
-        {"text": "a", "where": "nosuch = 1"},
-        {"text": "a", "top_k": 0},
-        {"text": "a", "top_k": 9999},
-        {},
-        {"text": " "},
-    ]
-    for inputs in asked:
-        refused(server, r"\[invalid_argument\]", index="good", **inputs)
-    refused(server, r"\[invalid_image\]", index="good", image=b"no image")
-    text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
-    status, answer = post(server, "models/retrieve/infer", {"inputs": [text]})
-    assert (status, answer["error"]) == (400, "[invalid_argument] the input index is missing")
 
 
 def test_the_printed_commands_serve_and_search(
@@ -226,10 +184,6 @@ def test_the_printed_commands_serve_and_search(
     http, grpc_port, metrics = free_ports()
     ports = f"--http-port {http} --grpc-port {grpc_port} --metrics-port {metrics}"
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-
-    def run(command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-
     with subprocess.Popen(
         f"exec {serve} {ports}", shell=True, stdout=subprocess.PIPE, text=True
     ) as server:
@@ -238,10 +192,9 @@ def test_the_printed_commands_serve_and_search(
             # Which it prints when it is ready.
             assert any(line.startswith("indexes") for line in server.stdout)
             command = f"{search} --json --url grpc://127.0.0.1:{grpc_port}"
-            hits = {json.loads(line)["id"] for line in run(command).stdout.splitlines()}
+            done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+            hits = {json.loads(line)["id"] for line in done.stdout.splitlines()}
             assert hits == {"0.png", "1.png", "2.png"}
-            done = run(command.replace("Büro", "nosuch"))
-            assert done.returncode == 2 and "there are: Büro" in done.stderr
         finally:
             server.terminate()
             server.communicate()

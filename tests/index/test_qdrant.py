@@ -88,7 +88,7 @@ def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path) ->
     release = put(store, str(photos), tmp_path)
     index = open_index(tmp_path / "indexes" / "photos")
     embeds = embeds_of(release, sorted(photos.iterdir()))
-    for query in (QUERY, embeds[3], -embeds[5]):
+    for query in (QUERY, -embeds[5]):
         hits = index.search(query, 5)
         assert store.asked[-1][2]["params"]["exact"] is True
         best = np.argsort(-(embeds @ query))[:5]
@@ -163,21 +163,19 @@ def test_other_conditions_are_refused(store: FakeQdrant, table: str, tmp_path: P
     index = open_index(tmp_path / "indexes" / "photos")
     for where, message in (
         *((where, "an index in Qdrant takes a column") for where in REFUSED),
-        *((f"year = {value}", "'year', a number, with") for value in ("'2000'", "NULL", "share")),
-        ("year > 9007199254740993", "'year', a number, with"),
+        *((f"year = {value}", "'year', a number, with") for value in ("'2000'", "NULL", 2**53 + 1)),
         ("path = 3", "'path', a text, with"),
         ("day > 'yesterday'", "'day', a time, with"),
         ("tags = 'a'", "'tags', which is list<"),
         *((f"{name} = 1", f"'{name}'; the columns: path") for name in ("nothing", "thumbnail")),
         ("year >", "cannot be read"),
-        ("sleep(9) = 1", "(?i)calls sleep"),
     ):
         with pytest.raises(TaskError, match=message) as error:
             index.search(QUERY, 3, where)
         assert error.value.code == INVALID_ARGUMENT and "\n" not in str(error.value)
 
 
-REFUSED = ("path LIKE 'a%'", "year + 1 > 2000", "lower(path) = 'a'", "path < 'b'", "1 = 1")
+REFUSED = ("path LIKE 'a%'", "year + 1 > 2000", "path < 'b'", "1 = 1")
 
 
 def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
@@ -207,10 +205,10 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
     assert 0 < len(answers[0][2]) < 8
     with pytest.raises(RAdapterError, match="can only be searched and shown; give the index that"):
         list(open_index(tmp_path / "indexes" / "photos").rows(["path"], 10))
-    for broken in ({"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}, 3):
-        store.answer = lambda path, true, broken=broken: broken if "scroll" in path else true
-        with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
-            open_index(tmp_path / "indexes" / "photos").embeddings(["3.png"])
+    broken = {"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}
+    store.answer = lambda path, true: broken if "scroll" in path else true
+    with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
+        open_index(tmp_path / "indexes" / "photos").embeddings(["3.png"])
 
 
 def test_a_server_goes_over_to_what_was_published_last(
@@ -271,39 +269,30 @@ def test_the_key_comes_from_the_environment(
     assert "secret" not in kept and "wrong" not in kept
 
 
-def _bent(**changes: Any) -> Any:
-    """A function that changes the first hit of an answer."""
-
-    def bend(path: str, result: Any) -> Any:
-        if path.endswith("/query"):
-            for name, value in changes.items():
-                if name in result["points"][0]:
-                    result["points"][0][name] = value
-                else:
-                    result["points"][0]["payload"][name] = value
-        return result
-
-    return bend
-
-
-def _always(data: bytes) -> Any:
-    return lambda path, result: data if path.endswith("/query") else result
-
-
-def test_answers_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hit", [b"", b'{"result": null}', {"score": "x"}, {"payload": None}, {"payload": {}}]
+)
+def test_answers_that_make_no_sense(
+    hit: Any, store: FakeQdrant, photos: Path, tmp_path: Path
+) -> None:
+    """Bytes are the whole answer; else the first hit is changed."""
     release = put(store, str(photos), tmp_path)
     retrieve = retrieving(release, tmp_path / "indexes", QUERY)
     request = RetrieveRequest("photos", Query(["a"]), top_k=8, thumbnails=True)
-    changes: list[dict[str, Any]] = [{"score": "x"}, {"payload": None}, {"payload": {}}]
-    for answer in (
-        *(_bent(**change) for change in changes),
-        *(_always(data) for data in (b"", b'{"result": null}')),
-    ):
-        store.answer = answer
-        with pytest.raises(TaskError, match="photos can't be searched in Qdrant: its ans") as error:
-            retrieve(request)
-        assert error.value.code == UNKNOWN_INDEX and store.url not in str(error.value)
-    store.answer = _bent(score=7.0)
+
+    def bent(path: str, result: Any) -> Any:
+        if not path.endswith("/query"):
+            return result
+        if isinstance(hit, bytes):
+            return hit
+        result["points"][0] |= hit
+        return result
+
+    store.answer = bent
+    with pytest.raises(TaskError, match="photos can't be searched in Qdrant: its ans") as error:
+        retrieve(request)
+    assert error.value.code == UNKNOWN_INDEX and store.url not in str(error.value)
+    hit = {"score": 7.0}
     with pytest.raises(TaskError, match="the server's log says why"):
         retrieve(request)
     store.answer = None
@@ -331,7 +320,7 @@ def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Pat
             RAdapterError, match="holds no index that can be read.*radapter-index publish"
         ):
             open_index(folder)
-    for text in ("", "[]", "3", "[" * 50_000, None):
+    for text in ("", "[]", "[" * 50_000, None):
         _answer_facts(store, text)
         with pytest.raises(RAdapterError, match="can't be used|no index that can be read"):
             open_index(folder)

@@ -65,18 +65,6 @@ def test_embed_texts(local: Local) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (["a", " "], r"^\[invalid_argument\] text 2 of 2 is empty"),
-        (["x" * 10_001], r"^\[invalid_argument\] a text of 10001 characters"),
-    ],
-)
-def test_bad_texts(values: list[str], message: str) -> None:
-    with pytest.raises(TaskError, match=message):
-        EmbedTextsRequest(values)
-
-
 def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
     local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,30 +159,6 @@ def test_what_is_refused_before_anything_is_encoded(
         complete(ask(local.loaded, [png(0)], **options))
     assert error.value.code == code and message in error.value.message
     assert not local.calls
-
-
-def test_tasks_side_by_side_have_the_answers_that_they_have_alone(local: Local) -> None:
-    def tasks() -> list[Steps[list[Ranking]]]:
-        loaded = local.loaded
-        return [
-            ask(loaded, [png(7)], ["cat", "dog"]),
-            ask(loaded, [b"nonsense"], ["cat", "dog"]),
-            ask(loaded, [png(7)], label_set="colours", top_k=2),
-            ask(loaded, [png(7)], ["cat"], templates=["one {}", "two {}"]),
-            ask(loaded, [png(7), png(8)], ["x", "y", "z"]),
-            ask(loaded, [png(7)], label_set="colors"),
-        ]
-
-    answers = together(tasks())
-    alone = [together([task])[0] for task in tasks()]
-    for found, expected in zip(answers, alone, strict=True):
-        if isinstance(expected, TaskError):
-            assert str(found) == str(expected)
-            continue
-        for one, other in zip(found, expected, strict=True):
-            assert one.labels == other.labels
-            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
-    assert [isinstance(one, TaskError) for one in answers] == [0, 1, 0, 0, 0, 1]
 
 
 def column(*rows: Any, kind: Any = object) -> np.ndarray:

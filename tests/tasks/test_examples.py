@@ -56,23 +56,17 @@ def check(local: Local, found: Sequence[Ranking], labels: np.ndarray) -> None:
         np.testing.assert_allclose(ranking.scores, own[best], rtol=1e-4)
 
 
-@pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
-def test_examples_are_mixed_with_texts_by_their_weight(local: Local, weight: float | None) -> None:
+@pytest.mark.parametrize("weights", [None, (0.0,), (0.3,), (0.25, 0.9, 1.0)])
+def test_examples_are_mixed_with_texts_by_their_weight(
+    local: Local, weights: tuple[float, ...] | None
+) -> None:
     shown = embeds(local, SHOWN)
-    w = 0.5 if weight is None else weight
+    first, _, third = np.broadcast_to(weights or (0.5,), 3)
     expected = texts_of(local)
-    expected[0] = unit((1 - w) * expected[0] + w * unit((shown[0] + shown[2]) / 2))
-    expected[2] = unit((1 - w) * expected[2] + w * shown[1])
-    weights = () if weight is None else ((weight,),)
-    check(local, ask(local.loaded, Examples(SHOWN, (0, 2, 0), *weights)), expected)
-
-
-def test_each_label_may_have_a_weight_of_its_own(local: Local) -> None:
-    shown = embeds(local, SHOWN)
-    expected = texts_of(local)
-    expected[0] = unit(0.75 * expected[0] + 0.25 * shown[0])
-    expected[2] = shown[1]
-    check(local, ask(local.loaded, Examples(SHOWN[:2], (0, 2), (0.25, 0.9, 1.0))), expected)
+    expected[0] = unit((1 - first) * expected[0] + first * unit((shown[0] + shown[2]) / 2))
+    expected[2] = unit((1 - third) * expected[2] + third * shown[1])
+    examples = Examples(SHOWN, (0, 2, 0), *([weights] if weights else []))
+    check(local, ask(local.loaded, examples), expected)
 
 
 def test_examples_are_embedded_once(local: Local) -> None:

@@ -163,15 +163,6 @@ def test_processes_of_a_server_share_a_file(repository, tmp_path, monkeypatch):
     assert at_another.label_cache is not second.loaded.label_cache
 
 
-def test_a_caller_who_gave_up_gets_no_more_batches(local):
-    asked = iter([False, False, True])
-    with pytest.raises(TaskError, match="cancelled"):
-        embed(
-            local.loaded, [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked)
-        )
-    assert len(local.calls) == 2
-
-
 def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     # 47 batches
     labels = [f"thing {n}, object {n}" for n in range(1500)]

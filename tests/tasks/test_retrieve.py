@@ -220,21 +220,6 @@ def test_an_index_is_searched_by_the_release_that_made_it(photos: Path, tmp_path
     assert indexes.get("photos")[1] is older
 
 
-def test_indexes_are_opened_before_the_first_search(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """All but one that is broken, which the log says at once; the others are searched."""
-    for name in ("photos", "broken"):
-        build(str(photos), tmp_path / "indexes" / name, projecting())
-    (generation(tmp_path / "indexes" / "broken") / "vectors.npy").unlink()
-    search = task(tmp_path / "indexes")
-    assert "the index" in capsys.readouterr().err
-    monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
-    assert len(search.ids(RetrieveRequest("photos", A))) == 4
-    with pytest.raises(TaskError, match="'broken' can't be opened"):
-        search(RetrieveRequest("broken", A))
-
-
 def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,3 +237,18 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     assert len(indexes.get("photos")[0]) == 4
     answers.set()
     assert len(indexes.get("slow")[0]) == 4
+
+
+def test_indexes_are_opened_before_the_first_search(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """All but one that is broken, which the log says at once; the others are searched."""
+    for name in ("photos", "broken"):
+        build(str(photos), tmp_path / "indexes" / name, projecting())
+    (generation(tmp_path / "indexes" / "broken") / "vectors.npy").unlink()
+    search = task(tmp_path / "indexes")
+    assert "the index" in capsys.readouterr().err
+    monkeypatch.setattr(opened, "open_index", lambda *_: pytest.fail("opened by a caller"))
+    assert len(search.ids(RetrieveRequest("photos", A))) == 4
+    with pytest.raises(TaskError, match="'broken' can't be opened"):
+        search(RetrieveRequest("broken", A))

@@ -121,7 +121,7 @@ def test_a_model_that_was_trained_with_a_sigmoid(
         check(found, scores, label_set.labels)
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}, {"top_k": 3}])
+@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}])
 @pytest.mark.parametrize("bias", [-1.0, None])
 def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(
     local: Local,
@@ -142,7 +142,7 @@ def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(
         assert list(ranking.labels) == [label_set.labels[place] for place in best]
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 40, 100])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 def test_of_equal_labels_the_first_comes_first(top_k: int | None) -> None:
     values = np.random.default_rng(0).integers(0, 4, 50).astype(np.float32) / 4
     names = tuple(map(str, range(50)))
@@ -197,7 +197,6 @@ WHY = "export one with radapter-export --validation DATA"
     ("facts", "options", "code", "message"),
     [
         ({"confidence": None}, {"multi_label": True}, NOT_CALIBRATED, WHY),
-        ({"confidence": None}, {"calibrated": True}, NOT_CALIBRATED, WHY),
         ({"confidence": None}, {"unknown": 0.5}, NOT_CALIBRATED, WHY),
         (
             {"confidence": {**CONFIDENCE, "temperature": None}},
@@ -213,8 +212,6 @@ WHY = "export one with radapter-export --validation DATA"
             INVALID_ARGUMENT,
             "threshold is -0.1; allowed: numbers from 0 to 1",
         ),
-        ({}, {"threshold": np.nan, "multi_label": True}, INVALID_ARGUMENT, "threshold is nan"),
-        ({}, {"unknown": 1.1}, INVALID_ARGUMENT, "unknown is 1.1"),
         ({}, {"unknown": np.nan}, INVALID_ARGUMENT, "unknown is nan"),
         ({}, {"unknown": 0.5, "multi_label": True}, INVALID_ARGUMENT, "does not go with multi_la"),
     ],

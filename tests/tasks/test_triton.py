@@ -38,10 +38,9 @@ from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
 from radapter_serve.clip.dense import encode_patches
-from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.endpoints import Endpoints, free_ports
@@ -49,7 +48,6 @@ from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.labels import Labels
-from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.asking import connect, post, tensor, tensors
 from tests.helpers.small_models import make_base, random_adapter
 from tests.helpers.small_release import Local, png
@@ -84,14 +82,6 @@ def asking(server: TritonServer) -> Iterator[Client]:
 
 
 # Answers
-
-
-def test_versions_differ_and_the_newest_is_the_default(server: TritonServer) -> None:
-    scores = []
-    for release in (1, 2, None):
-        with Client(server.grpc_url, release=release) as client:
-            scores.append(client.classify(png(0), label_set="colours").scores)
-    assert scores[0] != scores[1] == scores[2]
 
 
 def test_new_labels_are_embedded_once_for_all_processes(server, client, asking):
@@ -161,32 +151,6 @@ def test_no_text_waits_for_half_a_second(server, callers):
     for thread in threads:
         thread.join()
     assert len(seconds) == 400 and max(seconds) < 0.4
-
-
-def test_json_over_http_as_curl_sends_it(server, local):
-    image = png(3, 30, 20)
-    masks = np.zeros((1, 20, 30), np.uint8)
-    masks[:, 5:15, 5:15] = 255
-    names = ["a cat", "a dog"]
-    both = [sent("image", [1, 1], [image]), sent("labels", [1, 2], names)]
-    status, answer = post(server, "models/classify/infer", {"inputs": both})
-    label, score = (output["data"] for output in answer["outputs"])
-    [ranking] = complete(classify(local.loaded, ClassifyRequest([image], Labels(names))))
-    assert status == 200 and label == list(ranking.labels)
-    np.testing.assert_allclose(score, ranking.scores, rtol=1e-5)
-
-    both = [sent("image", [1], [image]), sent("labels", [2], names)]
-    threshold = sent("threshold", [1], [0.5], "FP32")
-    proposals = sent("proposals", [1, 20, 30], masks.ravel().tolist(), "UINT8")
-    fused: dict[str, Any] = {"threshold": 0.5, "proposals": masks}
-    for more, options in (([], {}), ([threshold, proposals], fused)):
-        status, answer = post(server, "models/segment/infer", {"inputs": both + more})
-        expected = complete(segment(local.loaded, SegmentRequest(image, Labels(names), **options)))
-        mask, label, score = answer["outputs"]
-        assert status == 200 and label["data"] == list(expected.labels)
-        found = np.array(mask["data"], np.uint16).reshape(mask["shape"])
-        assert (found != expected.mask).mean() < 1e-3  # rounding of other batches moves a tie
-        np.testing.assert_allclose(score["data"], expected.scores, atol=1e-3)
 
 
 def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, asking, local):
@@ -295,7 +259,7 @@ def test_a_dense_export_serves_what_torch_computes(dense_tiny_clip):
 
 
 def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
-    dynamic_tiny_clip: Path, exported_tiny_clip: Path, tmp_path: Path
+    dynamic_tiny_clip: Path, exported_tiny_clip: Path
 ) -> None:
     images = [png(number, 33, 33) for number in range(4)]
     texts = ["a cat", "two dogs"]
@@ -314,7 +278,7 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
         assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
 
     with (
-        running(dynamic_tiny_clip, indexes=tmp_path / "indexes") as server,
+        running(dynamic_tiny_clip) as server,
         Client(server.grpc_url, batch_size=3) as client,
     ):
         assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
@@ -330,19 +294,6 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
         jobs = [(image, alpha, labels) for image in images for alpha in fixed for labels in given]
         with ThreadPoolExecutor(8) as pool:  # many α at once
             list(pool.map(call, jobs * 2))
-
-        # An index is asked at its own α.
-        (tmp_path / "photos").mkdir()
-        for number, image in enumerate(images):
-            (tmp_path / "photos" / f"{number}.png").write_bytes(image)
-        release = served_release(server.grpc_url)
-        build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", release.at(0.8))
-        release.close()
-        one = fixed[0.8]
-        pixels = one.embed_pixels([one.pixels(image) for image in images])
-        expected = pixels @ one.embed_texts(["a cat"])[0]
-        for hit in client.search("a cat", index="photos"):
-            assert hit.score == pytest.approx(float(expected[int(hit.id[0])]), abs=1e-5)
 
 
 # The server
@@ -465,12 +416,6 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
         pids = [server.pid, *processes_of(server.pid)]
         assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
     assert not (tmp_path / "evil").exists()
-
-
-def test_a_large_body_with_its_content_type_is_answered(server):
-    for data, status in ((png(0) + bytes(6 << 20), 200), ("A" * (8 << 20), 400)):
-        inputs = [sent("image", [1, 1], [data])]
-        assert post(server, "models/embed_image/infer", {"inputs": inputs})[0] == status
 
 
 def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
