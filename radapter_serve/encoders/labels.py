@@ -76,10 +76,10 @@ class LabelSet:
     def load(cls, path: str | Path) -> LabelSet:
         """Read what `save` wrote; more examples than an export writes are refused."""
         with np.load(path, allow_pickle=False) as file:
-            texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
+            values: dict[str, Any] = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
             if "examples" not in file:
-                return cls(embeds=embeds, **texts)
+                return cls(embeds=embeds, **values)
             sizes = file["example_sizes"]
             if sizes.size > MAX_EXAMPLES:
                 raise RAdapterError(
@@ -91,7 +91,7 @@ class LabelSet:
             images = tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends]))
             labels = tuple(file["example_labels"].tolist())
             weights = tuple(file["example_weights"].tolist())
-            return cls(embeds=embeds, **texts, examples=Examples(images, labels, weights))
+            return cls(embeds=embeds, **values, examples=Examples(images, labels, weights))
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:

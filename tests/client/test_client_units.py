@@ -642,9 +642,12 @@ def test_results_show_themselves_in_a_line():
 def test_empty_labels_that_fill_up_a_row_are_left_out(rows: list[list[Any]], plain: bool) -> None:
     """Of a reply of arrays, or one of plain values."""
 
+    labels: Any = rows
+    if not plain:
+        labels = np.array(rows, object)
+
     class Filled(Recorder):
         def send(self, request: Any, timeout: float) -> Any:
-            labels = rows if plain else np.array(rows, object)
             scores = np.array([[0.75, 0.5], [0.25, 0], [0, 0]], np.float32)[: len(rows)]
             return Reply(1, radapter_client.Values({"label": labels, "score": scores}))
 

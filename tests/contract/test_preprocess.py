@@ -95,7 +95,8 @@ def test_decode_takes_bytes_base64_and_data_uri(kind):
     data = encoded(picture("RGB", 30, 20, 2), kind)
     lines = base64.encodebytes(data)
     for file in (data, lines, b"data:image/x;base64," + base64.b64encode(data)):
-        np.testing.assert_array_equal(decode(file), Image.open(io.BytesIO(data)))
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(np.asarray(decode(file)), expected)
 
 
 # What each value of EXIF's orientation says of the stored rows and columns (CIPA DC-008, tag 274).

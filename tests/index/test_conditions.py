@@ -28,8 +28,8 @@ def maybe(values: list[Any]) -> st.SearchStrategy[Any]:
     return st.none() | st.sampled_from(values)
 
 
-COLUMNS = TEXTS, TEXTS, WHOLE, WHOLE, PARTS, [True, False]
-ROWS = st.lists(st.tuples(*map(maybe, COLUMNS)), min_size=1, max_size=12)
+COLUMNS: list[list[Any]] = [TEXTS, TEXTS, WHOLE, WHOLE, PARTS, [True, False]]
+ROWS = st.lists(st.tuples(*(maybe(values) for values in COLUMNS)), min_size=1, max_size=12)
 
 
 def quoted(text: str) -> str:

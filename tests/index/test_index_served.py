@@ -1,5 +1,5 @@
-"""`retrieve` in a real server, with indexes that come and change while it runs. Its answers are those
-of the engine, as tests/engine/test_as_served.py shows.
+"""`retrieve` in a real server, with indexes that come and change while it runs. Its answers are
+those of the engine, as tests/engine/test_as_served.py shows.
 """
 
 from __future__ import annotations
