@@ -487,7 +487,8 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("method", "arguments", "word"),
     [
-        *(("classify", {"labels": labels}, "no labels") for labels in (None, [])),
+        ("classify", {"labels": None}, "no labels"),
+        ("classify", {"labels": []}, "no labels"),
         *(("classify", {"labels": labels}, "labels takes") for labels in ("a cat", [1])),
         ("classify", {"labels": ["\ud800"]}, "not Unicode"),
         ("classify", {"templates": []}, "an empty list of labels or templates"),
