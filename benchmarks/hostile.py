@@ -46,7 +46,7 @@ def main(
             hostile = case(seed, replay)
             outcome = harness.exchange(running.address, hostile)
             why = harness.trouble(hostile, outcome)
-            print(f"{hostile.kind}, promised: {hostile.promise}\n{hostile.raw[:2000]!r}")
+            print(f"{hostile.kind}, promised: {hostile.promise}\n{str(hostile.parts[0])[:2000]}")
             print(f"{outcome}\n{why or 'as promised'}")
             return 1 if why else 0
         what = (
@@ -73,7 +73,7 @@ def main(
             report.table(title, ["kind", "count", "result"], rows)
             same = "the same" if running.processes() == before else "NOT the same"
             report.note(
-                f"{found.count:,} requests in {time.monotonic() - start:.0f} s. Promises broken:"
+                f"{len(numbers):,} requests in {time.monotonic() - start:.0f} s. Promises broken:"
                 f" {len(found.failures)}. The good client compared {good.asked:,} answers byte by"
                 f" byte; {len(good.troubles)} differed. The processes are {same} as before."
             )

@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,15 @@ class NotServed(RAdapterError):
     """A task or a release that the engine does not have."""
 
 
-class _Served:
-    """A release, its tasks and the queues of its encoder; `others` are the other releases that are
+class ServedRelease:
+    """A release, its tasks and the queues of its encoder; `served` are all releases that are
     served, and `max_waiting` the requests of one task that are under way.
     """
 
     def __init__(
         self,
         loaded: LoadedRelease,
-        others: Callable[[], Sequence[LoadedRelease]],
+        served: Callable[[], Sequence[LoadedRelease]],
         max_waiting: int,
     ) -> None:
         self.loaded = loaded
@@ -62,7 +61,7 @@ class _Served:
         }
         self.places = {name: threading.Semaphore(max_waiting) for name in TASKS}
         self.turns = Turns(SEGMENTED, max_waiting)  # of segmentation
-        self._others = others
+        self._served = served
         self._locks = {name: threading.Lock() for name in TASKS}
         self._runs: dict[str, Run[Any, Any]] = {}
 
@@ -70,17 +69,11 @@ class _Served:
         """The steps of a task, which is made when it is first asked."""
         with self._locks[name]:
             if name not in self._runs:
-                self._runs[name] = TASKS[name].make(self.loaded, self._others)
+                self._runs[name] = TASKS[name].make(
+                    self.loaded,
+                    lambda: [other for other in self._served() if other is not self.loaded],
+                )
             return self._runs[name]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The releases that an engine serves, by number; replaced as a whole, so that a request sees
-    one of two states.
-    """
-
-    served: Mapping[int, _Served]
 
 
 class Engine:
@@ -103,7 +96,10 @@ class Engine:
         self._max_waiting = max_waiting
         # So few that others find a place.
         LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
-        self._state = Prepared({one.release.version: self._made(one) for one in releases})
+        # Replaced as a whole, so that a request sees one of two states.
+        self._served: Mapping[int, ServedRelease] = {
+            loaded.release.version: self._ready(loaded) for loaded in releases
+        }
 
     @classmethod
     def open(
@@ -136,38 +132,35 @@ class Engine:
         ]
         return cls(releases, max_waiting=max_waiting)
 
-    def prepare(self, releases: Sequence[LoadedRelease]) -> Prepared:
+    def prepare(self, releases: Sequence[LoadedRelease]) -> Mapping[int, ServedRelease]:
         """Prepare releases, next to those that are served, and probe each task of the new ones;
         raises `TaskError` if one fails.
         """
-        before = self._every()
-        ready: dict[int, _Served] = {}
+        prepared: dict[int, ServedRelease] = {}
+        known = {served.loaded: served for served in self._served.values()}
         for loaded in releases:
-            served = next((one for one in before if one.loaded is loaded), None)
-            if served is None:
-                served = self._made(loaded)
-                for name, inputs in PROBES.items():
-                    try:
-                        self._answer(served, name, inputs)
-                    except TaskError as error:
-                        # A refusal proves that the task works.
-                        if error.status != "INVALID_ARGUMENT":
-                            raise
-            ready[loaded.release.version] = served
-        return Prepared(ready)
+            prepared[loaded.release.version] = served = known.get(loaded) or self._ready(loaded)
+            for name, inputs in PROBES.items() if loaded not in known else ():
+                try:
+                    self._answer(served, name, inputs)
+                except TaskError as error:
+                    # A refusal proves that the task works.
+                    if error.status != "INVALID_ARGUMENT":
+                        raise
+        return prepared
 
-    def commit(self, prepared: Prepared) -> None:
+    def commit(self, prepared: Mapping[int, ServedRelease]) -> None:
         """Serve prepared releases from the next request on; requests under way end as they
         began.
         """
-        self._state = prepared
+        self._served = prepared
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
         try:
             if request.action == "infer":
                 with step("engine"):
-                    served = self._pick(self._state, request.model, request.version)
+                    served = self._pick(request.model, request.version)
                     return self._answer(
                         served,
                         request.model,
@@ -178,10 +171,12 @@ class Engine:
                     )
             if request.action == "config":
                 named = release_parameters(self.releases(request.model, request.version))
-                return {"parameters": {key: {"string_value": one} for key, one in named.items()}}
+                return {
+                    "parameters": {key: {"string_value": value} for key, value in named.items()}
+                }
             if request.action == "indexes":
                 return {"indexes": self.indexes()}
-            self._pick(self._state, request.model, request.version)
+            self._pick(request.model, request.version)
             return True  # it is ready
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
@@ -207,22 +202,22 @@ class Engine:
         unknown task or release.
         """
         with step("engine"):
-            served = self._pick(self._state, model, version)
+            served = self._pick(model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
         """The facts of the releases that are served, the newest last; raises `NotServed` for an
         unknown task or release.
         """
-        state = self._state
-        self._pick(state, model, version)
-        return [state.served[number].loaded.release for number in sorted(state.served)]
+        self._pick(model, version)
+        served = self._served
+        return [served[number].loaded.release for number in sorted(served)]
 
     def outdated_indexes(self) -> dict[str, bool]:
         """Whether another release than the newest made an index, by its name."""
         from radapter_serve.index.index import outdated  # here: its libraries load slowly
 
-        served = self._state.served
+        served = self._served
         if not served:
             return {}
         newest = served[max(served)].loaded
@@ -230,20 +225,20 @@ class Engine:
 
     def indexes(self) -> list[str]:
         """The names of the indexes that `retrieve` searches."""
-        served = self._state.served
+        served = self._served
         return index_names(served[max(served)].loaded.indexes) if served else []
 
     def versions(self) -> list[int]:
         """The releases that are served, the newest last."""
-        return sorted(self._state.served)
+        return sorted(self._served)
 
     def close(self) -> None:
         """Close the releases; later requests are refused."""
         self._closed = True
-        every = self._every()
-        self._state = Prepared({})
-        for served in every:
-            served.loaded.close()
+        releases = self._releases()
+        self._served = {}
+        for loaded in releases:
+            loaded.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -251,31 +246,29 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _made(self, loaded: LoadedRelease) -> _Served:
-        def others() -> list[LoadedRelease]:
-            return [one.loaded for one in self._every() if one.loaded is not loaded]
+    def _ready(self, loaded: LoadedRelease) -> ServedRelease:
+        return ServedRelease(loaded, self._releases, self._max_waiting)
 
-        return _Served(loaded, others, self._max_waiting)
+    def _releases(self) -> list[LoadedRelease]:
+        return [served.loaded for served in self._served.values()]
 
-    def _every(self) -> list[_Served]:
-        return list(self._state.served.values())
-
-    def _pick(self, state: Prepared, model: str, version: str) -> _Served:
+    def _pick(self, model: str, version: str) -> ServedRelease:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
         if model not in TASKS:
             raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
+        served = self._served
         number = int(version) if version.isdecimal() else 0
         if not version:
-            number = max(state.served, default=0)
-        if number not in state.served:
-            known = ", ".join(map(str, state.served))
+            number = max(served, default=0)
+        if number not in served:
+            known = ", ".join(map(str, served))
             raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
-        return state.served[number]
+        return served[number]
 
     def _answer(
         self,
-        served: _Served,
+        served: ServedRelease,
         model: str,
         inputs: Tensors,
         asked: Sequence[str] = (),
@@ -312,7 +305,7 @@ class Engine:
             with turn, step(model):
                 run = served.run(model)
                 encode = partial(self._encode, served)
-                answers = run_together([run(one, given_up) for one in requests], encode)
+                answers = run_together([run(request, given_up) for request in requests], encode)
         finally:
             served.places[model].release()
 
@@ -323,14 +316,14 @@ class Engine:
         outputs = {name: value for name, value in task.write(answers).plain.items() if wants(name)}
         return Reply(served.loaded.release.version, Values(outputs))
 
-    def _encode(self, asked: _Served, needs: Sequence[Need]) -> Sequence[Result]:
+    def _encode(self, asked: ServedRelease, needs: Sequence[Need]) -> Sequence[Result]:
         """Encode the needs of a request to a release with those of others; pixels are decoded in
         this thread.
         """
         first = needs[0]
         if first.part == "pixels":
             return encode_together(needs)
-        for served in (asked, *self._every()):
+        for served in (asked, *self._served.values()):
             if served.loaded is first.loaded:
                 return served.queues[first.part](needs)
         return encode_together(needs)  # of another release that is no longer served

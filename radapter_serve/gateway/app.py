@@ -40,7 +40,6 @@ from radapter_serve.gateway.middleware import (
     BrowserRule,
     DiscardBody,
     Errors,
-    HeaderLimit,
     Pieces,
     Record,
     RequestId,
@@ -99,7 +98,6 @@ class Gateway:
             Middleware(Pieces),
             Middleware(DiscardBody, timeouts.discard),
             Middleware(Errors),
-            Middleware(HeaderLimit),
         ]
         # and then those of its path.
         facts = [Middleware(Record, settings.log)] if settings.log != "off" else []
@@ -124,8 +122,6 @@ class Gateway:
             ("GET", [], self.ready, ["/health/ready", "/v2/health/ready"]),
             ("GET", facts, self.config, [f"{model}/config", f"{version}/config"]),
             ("GET", facts, self.model_ready, [f"{model}/ready", f"{version}/ready"]),
-            ("GET", facts, self.statistics, [f"{model}/stats", f"{version}/stats"]),
-            ("GET", facts, self.statistics, ["/v2/models/stats"]),
             ("GET", facts, self.indexes, ["/v2/models/retrieve/indexes"]),
             ("GET", facts, self.metadata, [model, version]),
             ("GET", facts, self.prometheus, ["/metrics"]),
@@ -175,14 +171,6 @@ class Gateway:
         text = self._metrics.text(self._outdated)
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    async def statistics(self, request: Request) -> Response:
-        raise Refused(
-            404,
-            NOT_FOUND,
-            "the statistics of models are not open here; GET /metrics counts requests and their"
-            " seconds",
-        )
-
     async def server(self, request: Request) -> Response:
         return JSONResponse(
             {
@@ -195,7 +183,7 @@ class Gateway:
     async def metadata(self, request: Request) -> Response:
         name, version = _named(request)
         model = await self._model(name, version)
-        return JSONResponse(model.metadata(await self._upstream.versions(name)))
+        return JSONResponse(model.metadata())
 
     async def config(self, request: Request) -> Response:
         """The configuration, always asked of the upstream: clients choose their release by it."""

@@ -28,26 +28,27 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from radapter_serve.gateway.errors import Refused, bad_request
-from radapter_serve.gateway.middleware import MAX_DISCARDED, MAX_HEADERS, headers_too_large
+from radapter_serve.gateway.errors import TOO_LARGE, Refused, bad_request
+from radapter_serve.gateway.middleware import MAX_DISCARDED
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+MAX_HEADERS = 32 * 1024  # bytes of the headers of a request, and of the trailers of its chunks
 TICK_SECONDS = 0.25  # between two looks for connections whose time is over
 WARN_SECONDS = 60.0  # between two warnings that an address has all its places
 _HEAD_END = b"\r\n\r\n"
-_NOT_HTTP = (
+_NO_REQUEST = bad_request(
     "these bytes are no request of HTTP/1.1; its lines end with CRLF, and a path has ASCII"
     " characters alone, all others as %XX"
 )
+_TOO_LARGE = Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 # A request may follow an empty line, which some callers send after the one before.
 _BEGINNING = re.compile(rb"(\r\n)?([A-Z]|\Z)|\r\Z")
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\n"
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_MAX_JOINED = 16 * 1024  # bytes of an answer up to which writes are joined
 _MIN_CHUNKED_PIECE = 512  # bytes of a chunked body that are parsed at once
 # Errors of callers are answered, not logged.
 _SILENT = logging.Logger("connections", logging.CRITICAL + 1)
@@ -235,9 +236,7 @@ class _Connection(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         """True if all that was answered is on its way."""
-        return self.transport is None or not (
-            self._joined.held or self.transport.get_write_buffer_size()
-        )
+        return self.transport is None or not self.transport.get_write_buffer_size()
 
     def wait_for_request(self) -> None:
         """Give the caller time for another request from now on."""
@@ -267,7 +266,6 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._joined: Any = _JoinedWrites(transport)
         self.wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -306,13 +304,14 @@ class _Connection(HttpToolsProtocol):
                     self.end()  # a caller by gRPC, who does not understand an answer
                     return
                 if not _BEGINNING.match(data, start):
-                    self._refuse(bad_request(_NOT_HTTP))
+                    self._refuse(_NO_REQUEST)
                     return
                 end = data.find(_HEAD_END, start) + len(_HEAD_END)
-                if end < len(_HEAD_END):
-                    if len(data) - start > MAX_HEADERS:
-                        self._refuse(headers_too_large())
-                        return
+                is_whole = end >= len(_HEAD_END)
+                if (end if is_whole else len(data)) - start > MAX_HEADERS:
+                    self._refuse(_TOO_LARGE)
+                    return
+                if not is_whole:
                     if start or not is_continued:
                         self.wait_for_request()
                     break
@@ -333,10 +332,10 @@ class _Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-                self._refuse(bad_request(_NOT_HTTP))
+                self._refuse(_NO_REQUEST)
                 return
             if self._between > MAX_HEADERS:  # of trailers, or of the extensions of a chunk
-                self._refuse(headers_too_large())
+                self._refuse(_TOO_LARGE)
                 return
             start = end
         self._left = data[start:]
@@ -355,7 +354,6 @@ class _Connection(HttpToolsProtocol):
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise ValueError("an unknown version of HTTP")
         super().on_headers_complete()
-        self.cycle.transport = self._joined
         self._in_body = True
         self._body_left = None
         self._between = 0
@@ -416,34 +414,6 @@ class _Connection(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.wait_for_request()
-
-
-class _JoinedWrites:
-    """A transport that joins the headers of an answer with its body, which uvicorn writes as two
-    packets; `held` is not written yet.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self.held = b""
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if not self.held:
-            self._loop.call_soon(self._write)
-        self.held += data
-        if len(self.held) > _MAX_JOINED:
-            self._write()
-
-    def close(self) -> None:
-        self._write()
-        self._transport.close()
-
-    def _write(self) -> None:
-        if self.held:
-            self._transport.write(self.held)
-            self.held = b""
 
 
 def network_of(host: str) -> str:

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
@@ -25,8 +23,6 @@ from radapter_serve.release.release import release_parameters
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import EngineServer
 
-T = TypeVar("T")
-
 
 class InProcess:
     """An `Upstream` that runs up to `max_concurrent` requests in threads, where each waits for its
@@ -36,8 +32,7 @@ class InProcess:
     def __init__(self, engine: Engine, max_concurrent: int) -> None:
         self._engine = engine
         self._requests = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
-        # Facts must not wait for requests; indexes may wait for a slow file system.
-        self._facts = ThreadPoolExecutor(1, thread_name_prefix="facts")
+        # Indexes may wait for a slow file system.
         self._indexes = ThreadPoolExecutor(1, thread_name_prefix="indexes")
 
     async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
@@ -56,21 +51,17 @@ class InProcess:
                 )
 
         try:
-            return await self._run(self._requests, infer, request.model)
+            with _refusing(request.model):
+                return await asyncio.get_running_loop().run_in_executor(self._requests, infer)
         finally:
             cancelled.set()
 
     async def config(self, model: str, version: str = "") -> Model:
-        releases = await self._run(
-            self._facts, partial(self._engine.releases, model, version), model
-        )
-        return Model.of(model, release_parameters(releases))
-
-    async def versions(self, model: str) -> list[str]:
-        return list(map(str, await self._run(self._facts, self._engine.versions, model)))
+        with _refusing(model):
+            return Model.of(model, release_parameters(self._engine.releases(model, version)))
 
     async def ready(self, model: str, version: str = "") -> bool:
-        return not version or version in await self.versions(model)
+        return not version or int(version) in self._engine.versions()
 
     async def outdated_indexes(self) -> Mapping[str, bool]:
         return await asyncio.get_running_loop().run_in_executor(
@@ -78,20 +69,22 @@ class InProcess:
         )
 
     async def close(self) -> None:
-        for threads in (self._requests, self._facts, self._indexes):
+        for threads in (self._requests, self._indexes):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T], model: str) -> T:
-        """Run work in a thread; the engine's errors become refusals."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(threads, work)
-        except TaskError as error:
-            refused = from_status(error.status, str(error))
-            if refused.status >= 500:
-                LOG.warning("%s: %s", model, error)
-            raise refused from None
-        except NotServed as error:
-            raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+
+@contextlib.contextmanager
+def _refusing(model: str) -> Iterator[None]:
+    """Turn errors of the engine into refusals."""
+    try:
+        yield
+    except TaskError as error:
+        refused = from_status(error.status, str(error))
+        if refused.status >= 500:
+            LOG.warning("%s: %s", model, error)
+        raise refused from None
+    except NotServed as error:
+        raise Refused(404, UNKNOWN_MODEL, str(error)) from None
 
 
 @contextlib.contextmanager

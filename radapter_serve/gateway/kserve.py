@@ -4,9 +4,6 @@ of the tasks. Names, types and shapes are those of `tasks/table.py`.
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import io
 import json
 import math
 import re
@@ -20,7 +17,6 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_client import Reply
@@ -37,7 +33,6 @@ MAX_JSON_LISTS = 2**16
 MAX_TEXTS = 2**17  # of an input
 IMAGES = {"image", "examples"}  # inputs of type BYTES that hold files
 FILES = {"thumbnail"}  # outputs of type BYTES that hold files
-_IMAGE_HEADER = 2**16  # bytes of an image that are searched for its size
 _PIECE = 2**18  # bytes of JSON that are searched at once
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
 
@@ -110,7 +105,7 @@ class Model:
             },
         }
 
-    def metadata(self, versions: list[str]) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The answer to `/v2/models/MODEL`, in KServe's form."""
         batch = [-1] if self.max_batch_size else []
 
@@ -120,7 +115,7 @@ class Model:
 
         return {
             "name": self.name,
-            "versions": versions,
+            "versions": list(map(str, sorted(self.facts()))),
             "platform": "python",
             "inputs": list(map(described, self.inputs.values())),
             "outputs": list(map(described, self.outputs.values())),
@@ -290,7 +285,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     if len(rest):
         raise bad_request(f"{len(rest)} bytes follow the last input")
 
-    outputs, binary = _outputs(header, model, inputs)
+    outputs, binary = _outputs(header, model)
     timeout = header.parameters.timeout
     seconds = None if timeout is None else timeout / 1e6
     objects = (array for array in inputs.values() if array.dtype == object)
@@ -393,12 +388,8 @@ def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]
     return array.reshape(shape)
 
 
-def _outputs(
-    header: _Header, model: Model, inputs: Mapping[str, NDArray[Any]]
-) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of the wanted outputs, and those of them in binary. Outputs that JSON can't hold are
-    refused here, before any work.
-    """
+def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names of the wanted outputs, and those of them in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
     names: list[str] = []
     binary = set()
@@ -423,9 +414,6 @@ def _outputs(
         # A request that names no outputs gets all but files.
         in_json -= FILES
         names = [name for name in model.outputs if name in in_json]
-    if "mask" in in_json:
-        for image in inputs["image"].ravel():
-            _check_fits_json("mask", _pixels(image[:_IMAGE_HEADER]))
     return tuple(names), frozenset(binary)
 
 
@@ -440,20 +428,6 @@ def _check_fits_json(output: str, count: int | None) -> None:
         raise bad_request(
             f"the output {output} has {count} values, too many for JSON; ask for it in binary"
         )
-
-
-def _pixels(head: bytes) -> int:
-    """Pixels of an image by the first bytes of its file or of its base64; 0 where unknown."""
-    if not head.startswith((b"\xff\xd8", b"\x89PNG")):
-        text = head.rpartition(b",")[2].translate(None, b" \t\r\n")
-        with contextlib.suppress(ValueError):
-            head = base64.b64decode(text[: len(text) // 4 * 4], validate=True)
-    try:
-        # Not WebP, of which Pillow would decode all to open it.
-        with Image.open(io.BytesIO(head), formats=("JPEG", "PNG")) as image:
-            return image.width * image.height
-    except Exception:  # Pillow raises anything; the task explains what is wrong with the file
-        return 0
 
 
 # Replies

@@ -28,7 +28,7 @@ from radapter_serve.encoders.steps import encoder_ms
 from radapter_serve.environment import otlp_endpoint
 from radapter_serve.extras import install_command
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused
+from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import Quota
 from radapter_serve.gateway.records import GONE, Entry, Metrics, milliseconds
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from radapter_serve.gateway.spans import Spans
 
 REQUEST_ID = "X-Request-Id"
-MAX_HEADERS = 32 * 1024  # bytes
 PIECE = 512 * 1024  # bytes of an answer that the caller has to take before the next are sent
 MAX_DISCARDED = 2**20  # bytes of the body of a refused request that are read
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
@@ -186,24 +185,6 @@ class Errors:
             del refused
         # If an answer has begun already, uvicorn takes no other and ends the connection.
         await answer(scope, receive, send)
-
-
-@dataclass(frozen=True)
-class HeaderLimit:
-    """Refuses a path and headers of more than `MAX_HEADERS` bytes, which uvicorn's buffer holds."""
-
-    app: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
-        size += sum(len(name) + len(value) for name, value in scope["headers"])
-        if size > MAX_HEADERS:
-            raise headers_too_large()
-        await self.app(scope, receive, send)
-
-
-def headers_too_large() -> Refused:
-    return Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,6 @@ class Triton:
         }
         return Model.of(model, releases)
 
-    async def versions(self, model: str) -> list[str]:
-        request = service_pb2.ModelMetadataRequest(name=model)
-        return list((await self._ask(self._stub.ModelMetadata, request)).versions)
-
     async def ready(self, model: str, version: str = "") -> bool:
         request = service_pb2.ModelReadyRequest(name=model, version=version)
         return bool((await self._ask(self._stub.ModelReady, request)).ready)

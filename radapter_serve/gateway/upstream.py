@@ -48,9 +48,6 @@ class Upstream(Protocol):
     async def config(self, model: str, version: str = "") -> Model:
         """Inputs, outputs and releases of a task."""
 
-    async def versions(self, model: str) -> list[str]:
-        """The versions of a task that are served."""
-
     async def ready(self, model: str, version: str = "") -> bool: ...
 
     async def outdated_indexes(self) -> Mapping[str, bool]:

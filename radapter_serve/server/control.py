@@ -1,6 +1,6 @@
 """Triton's interface for its owner: which models are there, load one, unload one.
 
-Whoever may use it can run code in the server, so it is closed to requests without the secret.
+It can load code into the server, so it is closed to requests without the secret.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +16,6 @@ from urllib.parse import quote
 from radapter_serve.errors import RAdapterError, reason
 
 SECRET_HEADER = "radapter-secret"
-
-# No proxy of the environment is asked for this machine.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class NoAnswer(RAdapterError):
@@ -47,7 +42,7 @@ class Control:
 
     def __init__(self, url: str, secret: str) -> None:
         self.url = url
-        self._secret = secret
+        self._headers = {"Content-Type": "application/json", SECRET_HEADER: secret}
 
     def index(self, *, ready: bool = False) -> list[dict[str, Any]]:
         """Versions of models, or those that are ready: name, version, state, reason."""
@@ -57,8 +52,8 @@ class Control:
     def serving(self) -> dict[str, list[int]]:
         """Versions of each model that answer requests."""
         models: dict[str, list[int]] = {}
-        for one in self.index(ready=True):
-            models.setdefault(one["name"], []).append(int(one["version"]))
+        for version in self.index(ready=True):
+            models.setdefault(version["name"], []).append(int(version["version"]))
         return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def load(self, model: str, *, timeout: float = 120.0) -> None:
@@ -67,14 +62,14 @@ class Control:
         """
         self._need(f"repository/models/{quote(model)}/load", {}, timeout=timeout)
 
-    def unload(self, model: str, *, timeout: float = 30.0) -> None:
+    def unload(self, model: str) -> None:
         """Let a model answer what it has begun, without waiting for that, and take no more."""
-        self._need(f"repository/models/{quote(model)}/unload", {}, timeout=timeout)
+        self._need(f"repository/models/{quote(model)}/unload", {}, timeout=30.0)
 
-    def is_ready(self, *, timeout: float = 5.0) -> bool:
+    def is_ready(self) -> bool:
         """Whether the server says that all its models are ready."""
         try:
-            return self.ask("health/ready", timeout=timeout).status == 200
+            return self.ask("health/ready", timeout=5.0).status == 200
         except NoAnswer:
             return False
 
@@ -88,28 +83,24 @@ class Control:
         """Post JSON to a path below /v2, or get it if `body` is None; raise `NoAnswer` if nothing
         comes within `timeout` seconds.
         """
+        address = self.url.removeprefix("http://")
+        method = "GET" if body is None else "POST"
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", SECRET_HEADER: self._secret}
-        url = f"{self.url}/v2/{path}".rstrip("/")
         try:
-            with _OPENER.open(
-                urllib.request.Request(url, data, headers), timeout=timeout
-            ) as response:
-                return Answer(response.status, _json(response.read()))
-        except urllib.error.HTTPError as error:
-            with error:
-                return Answer(error.code, _json(error.read()))
+            connection = http.client.HTTPConnection(address, timeout=timeout)
+            with contextlib.closing(connection):
+                connection.request(method, f"/v2/{path}".rstrip("/"), data, self._headers)
+                response = connection.getresponse()
+                text = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswer(f"{self.url}: no answer ({reason(error)})") from error
+        try:
+            return Answer(response.status, json.loads(text))
+        except ValueError:
+            return Answer(response.status, {})
 
     def _need(self, path: str, body: Mapping[str, Any], *, timeout: float = 10.0) -> Any:
         answer = self.ask(path, body, timeout=timeout)
         if answer.status != 200:
             raise RAdapterError(f"{self.url}: {answer.error or answer.status}")
         return answer.body
-
-
-def _json(body: bytes) -> Any:
-    with contextlib.suppress(ValueError):
-        return json.loads(body)
-    return {}

@@ -118,19 +118,6 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
     }
 
 
-def difference(one: Any, other: Any) -> str:
-    """Why versions of an encoder with these configs cannot be loaded side by side; empty if they
-    can.
-    """
-    for field in ("backend", "default_model_filename", "max_batch_size"):
-        if getattr(one, field) != getattr(other, field):
-            return f"its {field} is {getattr(other, field)!r} and not {getattr(one, field)!r}"
-    for kind in ("input", "output"):
-        if list(getattr(one, kind)) != list(getattr(other, kind)):
-            return f"its {kind}s have other shapes or types"
-    return ""
-
-
 def check_shared_memory(
     models: Mapping[str, ModelEntry], in_python: Collection[str], folder: Path = SHARED_MEMORY
 ) -> str | None:

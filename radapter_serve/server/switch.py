@@ -1,7 +1,5 @@
 """Puts releases in the place of others on a running server, so that no caller notices.
 
-A switch is a plan, made first and then carried out:
-
 1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call.
 2. Tasks: each loads its new version, and goes over to it in one step when it is ready. From here on
    the new release answers new calls; the old one answers the calls that it has begun.
@@ -15,13 +13,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import ENCODERS, MODELS
-from radapter_serve.server.models import ModelEntry, difference, parsed
+from radapter_serve.server.control import Control
+from radapter_serve.server.models import ModelEntry, parsed
 
 LOAD_TIMEOUT_SECONDS = 300.0
 DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer their calls; longer than the longest request
@@ -29,142 +27,102 @@ _POLL_SECONDS = 0.2
 
 
 class Server(Protocol):
-    """What a switch asks of a server."""
+    """What a switch asks of a `TritonServer`."""
 
-    control: Any  # of its tritonserver
+    control: Control
+    offered: dict[str, ModelEntry]
 
-    def put(self, name: str, model: ModelEntry | None) -> None:
-        """Change a model in the server's folder."""
+    def put(self, name: str, model: ModelEntry | None) -> None: ...
 
-    def refresh(self) -> None:
-        """Note what is loaded."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Models that change at once, from a first to a second state; None is not loaded.
-
-    Before that, the old versions of the tasks in `drain` must have answered their calls.
-    """
-
-    title: str
-    changes: Mapping[str, tuple[ModelEntry | None, ModelEntry | None]]
-    drain: frozenset[str] = frozenset()
+    def refresh(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Steps until the new releases answer, and steps that unload what is no longer needed."""
-
-    switch: tuple[Step, ...]
-    clean_up: tuple[Step, ...]
-
-    def roll_back(self, begun: int) -> list[Step]:
-        """Steps that undo the first `begun` ones of `switch`: tasks before their encoders."""
-        steps = []
-        drain: frozenset[str] = frozenset()
-        for step in reversed(self.switch[:begun]):
-            changes = {
-                name: (after, before)
-                for name, (before, after) in step.changes.items()
-                if before != after
-            }
-            steps.append(Step(f"undoing: {step.title}", changes, drain))
-            drain |= changes.keys() - set(ENCODERS)
-        return steps
-
-
-def check_side_by_side(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -> None:
+def check_side_by_side(old: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -> None:
     """Raise an error if an encoder of new releases cannot be loaded next to the served one."""
     for name in ENCODERS:
-        if name not in live or name not in new:
+        if name not in old or name not in new:
             continue
-        why = difference(parsed(live[name].config), parsed(new[name].config))
-        if why:
+        served = parsed(old[name].config)
+        wanted = parsed(new[name].config)
+        differences = [
+            f"its {field} is {getattr(served, field)!r} and not {getattr(wanted, field)!r}"
+            for field in ("backend", "default_model_filename", "max_batch_size")
+            if getattr(served, field) != getattr(wanted, field)
+        ]
+        differences += [
+            f"its {kind}s have other shapes or types"
+            for kind in ("input", "output")
+            if list(getattr(served, kind)) != list(getattr(wanted, kind))
+        ]
+        if differences:
             raise RAdapterError(
-                f"{name} cannot be loaded next to the one that is served: {why}; stop the server,"
-                " give this command again, and start the server"
+                f"{name} cannot be loaded next to the one that is served: {differences[0]}; stop"
+                " the server, give this command again, and start the server"
             )
 
 
-def plan_switch(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -> Plan:
-    """Plan the way from all models that are served to those of other releases."""
-    gone = [name for name in MODELS if name in live and name not in new]
-    switch = []
-    unload: list[tuple[str, ModelEntry, ModelEntry | None]] = [
-        (name, live[name], None) for name in gone if name in ENCODERS
-    ]
-    for name in (name for name in new if name in ENCODERS):
-        # Except for the versions as it is served: Triton keeps running those that it has.
-        both = new[name]
-        if name in live:
-            both = live[name].at({*live[name].versions, *new[name].versions})
-        switch.append(Step(f"loading {name}", {name: (live.get(name), both)}))
-        unload.append((name, both, both.at(new[name].versions)))
-
-    tasks = [name for name in new if name not in ENCODERS]
-    switch.append(
-        Step(f"loading {', '.join(tasks)}", {name: (live.get(name), new[name]) for name in tasks})
-    )
-    clean_up = []
-    gone_tasks = [name for name in gone if name not in ENCODERS]
-    if gone_tasks:
-        changes = {name: (live[name], None) for name in gone_tasks}
-        clean_up.append(Step(f"unloading {', '.join(gone_tasks)}", changes))
-    title = "waiting for the calls that the old tasks have begun"
-    clean_up.append(Step(title, {}, frozenset([*tasks, *gone_tasks])))
-    clean_up += [Step(f"unloading {name}", {name: (old, left)}) for name, old, left in unload]
-    return Plan(tuple(switch), tuple(clean_up))
-
-
-def carry_out(
-    plan: Plan, server: Server, say: Callable[[str], None], clock: Clock = SYSTEM
+def switch(
+    server: Server,
+    new: Mapping[str, ModelEntry],
+    say: Callable[[str], None],
+    clock: Clock = SYSTEM,
 ) -> None:
-    """Carry out a plan for what a running server serves now; `say` takes a line before each step.
+    """Serve the models of other releases in the place of those that a server offers; `say` takes a
+    line before each step.
 
     Raises `RAdapterError` if a model does not load; then all models are as they were.
     """
-    for number, step in enumerate(plan.switch, 1):
-        say(step.title)
+    old = dict(server.offered)
+    encoders = [name for name in new if name in ENCODERS]
+    tasks = [name for name in new if name not in ENCODERS]
+    gone = [name for name in MODELS if name in old and name not in new]
+    gone_tasks = [name for name in gone if name not in ENCODERS]
+
+    # Load the new encoders, one by one, and then all tasks. Except for its versions, an encoder
+    # keeps the config that it is served by: Triton goes on to run the versions that it has.
+    steps: list[dict[str, ModelEntry]] = []
+    for name in encoders:
+        both = new[name]
+        if name in old:
+            both = old[name].at({*old[name].versions, *new[name].versions})
+        steps.append({name: both})
+    steps.append({name: new[name] for name in tasks})
+    for number, models in enumerate(steps, 1):
+        say(f"loading {', '.join(models)}")
         try:
-            _apply(server, step, clock)
+            _load(server, models)
         except (RAdapterError, OSError) as error:
-            # A server that died is restarted from its folder, so every step is undone there,
-            # whatever Triton answers.
-            _apply_all(server, plan.roll_back(number), say, clock)
+            # Undo the steps. A server that died is restarted from its folder, so each of them is
+            # undone there, whatever Triton answers.
+            for step in reversed(steps[:number]):
+                say(f"undoing: loading {', '.join(step)}")
+                if step is not steps[-1]:
+                    _drain(server, tasks, clock)
+                before = {name: old.get(name) for name in step if old.get(name) != step[name]}
+                _try_to_load(server, before)
             raise RAdapterError(str(error)) from error
-    _apply_all(server, plan.clean_up, say, clock)
+
+    # Unload what is no longer needed.
+    if gone_tasks:
+        say(f"unloading {', '.join(gone_tasks)}")
+        _try_to_load(server, dict.fromkeys(gone_tasks))
+    say("waiting for the calls that the old tasks have begun")
+    _drain(server, [*tasks, *gone_tasks], clock)
+    left: dict[str, ModelEntry | None] = {name: None for name in gone if name in ENCODERS}
+    left |= {name: server.offered[name].at(new[name].versions) for name in encoders}
+    for name, model in left.items():
+        say(f"unloading {name}")
+        _try_to_load(server, {name: model})
 
 
-def _apply_all(
-    server: Server, steps: Collection[Step], say: Callable[[str], None], clock: Clock
-) -> None:
-    """Apply steps, each whether or not the one before failed."""
-    for step in steps:
-        say(step.title)
-        with contextlib.suppress(RAdapterError, OSError):
-            _apply(server, step, clock)
-    with contextlib.suppress(RAdapterError):
-        server.refresh()
-
-
-def _apply(server: Server, step: Step, clock: Clock) -> None:
-    # Wait for the calls of old versions; a server that died has none.
-    deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
-    with contextlib.suppress(RAdapterError):
-        while step.drain and clock.monotonic() < deadline:
-            versions = server.control.index()
-            unloading = {one["name"] for one in versions if one.get("state") == "UNLOADING"}
-            if not unloading & step.drain:
-                break
-            clock.sleep(_POLL_SECONDS)
-
+def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
+    """Load models at once; None unloads one."""
     # The folder first, so that a restart needs no more.
-    for name, (_, model) in step.changes.items():
+    for name, model in models.items():
         server.put(name, model)
 
     def load(name: str) -> None:
-        if step.changes[name][1] is None:
+        if models[name] is None:
             server.control.unload(name)
             return
         try:
@@ -172,9 +130,28 @@ def _apply(server: Server, step: Step, clock: Clock) -> None:
         except RAdapterError as error:
             raise RAdapterError(f"{name} does not load: {error}") from error
 
-    with ThreadPoolExecutor(len(step.changes) or 1) as pool:
-        loading = [pool.submit(load, name) for name in step.changes]
-    for change in loading:  # all were tried, whatever the first one raises
-        change.result()
-    # After each step: this removes the names of the memory of processes that are starting.
-    server.refresh()
+    with ThreadPoolExecutor(len(models) or 1) as pool:
+        loading = [pool.submit(load, name) for name in models]
+    try:
+        for change in loading:  # all were tried, whatever the first one raises
+            change.result()
+    finally:
+        # After each step: this removes the names of the memory of processes that are starting.
+        server.refresh()
+
+
+def _try_to_load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
+    with contextlib.suppress(RAdapterError, OSError):
+        _load(server, models)
+
+
+def _drain(server: Server, tasks: Collection[str], clock: Clock) -> None:
+    """Wait until the old versions of tasks have answered their calls."""
+    deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
+    with contextlib.suppress(RAdapterError):  # a server that died has no calls
+        while clock.monotonic() < deadline:
+            versions = server.control.index()
+            unloading = {one["name"] for one in versions if one.get("state") == "UNLOADING"}
+            if unloading.isdisjoint(tasks):
+                return
+            clock.sleep(_POLL_SECONDS)

@@ -56,7 +56,7 @@ from radapter_serve.server.processes import (
 )
 from radapter_serve.server.releases import ReleaseServer, Say, State, format_list, ignore
 from radapter_serve.server.runtime_choice import configure
-from radapter_serve.server.switch import carry_out, check_side_by_side, plan_switch
+from radapter_serve.server.switch import check_side_by_side, switch
 from radapter_serve.server.watch import SERVER, Failure, Watch
 from radapter_serve.signals import STOPPING, handled
 
@@ -104,7 +104,7 @@ class TritonServer(ReleaseServer):
         self.control = Control(config.endpoints.http_url, self._secret)
         self._installation = installation
         self._clock = clock
-        self._offered: dict[str, ModelEntry] = {}  # what the server's folder holds
+        self.offered: dict[str, ModelEntry] = {}  # what the server's folder holds
         self._version_compatible = False  # whether TensorRT engines may bring their runtime
         self._folder: Path | None = None
         self._stack = contextlib.ExitStack()  # removes the folder
@@ -158,12 +158,12 @@ class TritonServer(ReleaseServer):
             check(repository, served.releases, progress)
             if self._installation is None:
                 self._installation = find_tritonserver()
-            self._offered = self._plan(served.releases, progress, others=True)
-            self.warning = check_shared_memory(self._offered, self._installation.in_python)
+            self.offered = self._plan(served.releases, progress, others=True)
+            self.warning = check_shared_memory(self.offered, self._installation.in_python)
             progress(f"starting tritonserver for {repository}")
             self._folder = self._stack.enter_context(server_folder())
             with disk_errors(self._folder, DISK_ADVICE):
-                lay_out(self._folder, self._installation, repository, self._offered)
+                lay_out(self._folder, self._installation, repository, self.offered)
             self._run("wb")
         except BaseException:
             self.stop()
@@ -193,8 +193,8 @@ class TritonServer(ReleaseServer):
     def put(self, name: str, model: ModelEntry | None) -> None:
         """Change a model in the server's folder, to be loaded from there; None removes it."""
         put(self.folder, self.config.model_repository, name, model)
-        offered = {other: entry for other, entry in self._offered.items() if other != name}
-        self._offered = offered if model is None else {**offered, name: model}
+        offered = {other: entry for other, entry in self.offered.items() if other != name}
+        self.offered = offered if model is None else {**offered, name: model}
 
     def refresh(self) -> None:
         """Hide the memory of processes, and note what is loaded; to be called after models were
@@ -260,10 +260,10 @@ class TritonServer(ReleaseServer):
 
     def _take_over(self, wanted: Served, say: Say) -> None:
         models = self._plan(wanted.releases, say)
-        check_side_by_side(self._offered, models)
+        check_side_by_side(self.offered, models)
         self._try(wanted.releases, say)
         with self.lock:
-            carry_out(plan_switch(self._offered, models), self, say)
+            switch(self, models, say)
 
     def _plan(
         self, releases: Sequence[int], progress: Say, *, others: bool = False
@@ -359,7 +359,7 @@ class TritonServer(ReleaseServer):
         self._backlog = Backlog(
             self.metrics_url,
             self.folder / WAITING,
-            lambda: {name: processes_of(model) for name, model in self._offered.items()},
+            lambda: {name: processes_of(model) for name, model in self.offered.items()},
             max_waiting=config.max_waiting,
         )
         self.check()
@@ -373,7 +373,7 @@ class TritonServer(ReleaseServer):
             self._installation,
             config,
             self._secret,
-            self._offered,
+            self.offered,
             version_compatible=self._version_compatible,
         )
         with contextlib.ExitStack() as stack:

@@ -144,7 +144,7 @@ class Held:
 
 
 def until_waiting(engine: Engine, count: int) -> None:
-    [served] = engine._every()
+    [served] = engine._served.values()
     until(lambda: len(served.queues["images"]._waiting) >= count)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from radapter_serve.gateway.connections import network_of
-from radapter_serve.gateway.middleware import MAX_HEADERS
+from radapter_serve.gateway.connections import MAX_HEADERS, network_of
 from radapter_serve.gateway.settings import Timeouts
 from tests.gateway.test_gateway import BODY, HEAD
 from tests.helpers.fake_upstream import Served, serving, until
@@ -36,7 +35,7 @@ def answer(it: socket.socket) -> bytes:
         if not part:
             return head
         head += part
-    size = int(head.lower().partition(b"content-length:")[2].split()[0])
+    size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
     return head + it.recv(size, socket.MSG_WAITALL)
 
 

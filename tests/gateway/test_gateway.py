@@ -224,8 +224,8 @@ def test_a_body_that_does_not_come() -> None:
 
 @pytest.mark.parametrize(("size", "status"), [(32_768, 200), (32_769, 431)])
 def test_headers_are_counted_to_the_byte(served: Served, size: int, status: int) -> None:
-    named = len(b"/v2") + len(b"hostlocalhostx")
-    head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (size - named) + b"\r\n\r\n"
+    head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n\r\n"
+    head = head % (b"a" * (size - len(head) + 2))
     with served.connection(head) as it:
         assert heard(it).startswith(b"HTTP/1.1 %d" % status)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from radapter_client import Request
 from radapter_client._http import encode
@@ -23,7 +20,7 @@ from radapter_serve.gateway.errors import CODES, Refused
 from radapter_serve.gateway.kserve import IMAGES, MAX_JSON_VALUES, Inference, Model, read
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.tensors import NUMPY
-from tests.helpers.fake_upstream import config, packed
+from tests.helpers.fake_upstream import config
 
 MODELS = {name: config(name) for name in TASKS}
 
@@ -133,35 +130,6 @@ def test_thumbnails_in_json_are_refused_before_the_search() -> None:
     assert ask("retrieve", *SEARCH, outputs=named).binary == {"thumbnail"}
     everything = ask("retrieve", *SEARCH, parameters={"binary_data_output": True})
     assert everything.binary == {"id", "score", "metadata", "thumbnail", "index_version"}
-
-
-def picture(width: int, height: int, kind: str, **more: Any) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (width, height)).save(file, kind, **more)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("form", ["bytes", "base64", "lines", "url"])
-def test_a_mask_that_json_cannot_hold_is_refused_before_the_work(kind: str, form: str) -> None:
-    def asked(file: bytes, **more: Any) -> Inference:
-        if form == "bytes":
-            tail = packed([file])
-            image = tensor("image", "BYTES", [1], size=len(tail))
-            return ask("segment", image, LABELS, rest=tail, **more)
-        text = base64.encodebytes(file) if form == "lines" else base64.b64encode(file)
-        text = f"data:image/{kind.lower()};base64,".encode() + text if form == "url" else text
-        return ask("segment", tensor("image", "BYTES", [1], [text.decode()]), LABELS, **more)
-
-    # An EXIF that comes first, and pixels far beyond what is looked at.
-    wide = picture(1025, 1024, kind, exif=b"Exif\0\0" + bytes(2**15)) + bytes(2**17)
-    for more in ({}, {"outputs": [{"name": "label"}, {"name": "mask"}]}):
-        with pytest.raises(Refused, match="mask has 1049600 values, too many for JSON; ask for it"):
-            asked(wide, **more)
-    assert asked(wide, outputs=[{"name": "label"}, {"name": "score"}]).images == 1
-    assert asked(wide, parameters={"binary_data_output": True}).binary == {"mask", "label", "score"}
-    assert asked(picture(1024, 1024, kind)).images == 1
-    assert asked(wide[:20]).images == 1  # the task says what is wrong with it
 
 
 CLASSIFY = [

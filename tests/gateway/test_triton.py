@@ -84,9 +84,6 @@ class Recorder(Server):
         found.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "yes"
         return service_pb2.ModelConfigResponse(config=found)
 
-    async def ModelMetadata(self, request: Any, context: Any) -> service_pb2.ModelMetadataResponse:
-        return service_pb2.ModelMetadataResponse(name=request.name, versions=["1", "2"])
-
     async def ModelReady(self, request: Any, context: Any) -> service_pb2.ModelReadyResponse:
         return service_pb2.ModelReadyResponse(ready=(request.name, request.version) == ("a", "2"))
 
@@ -154,7 +151,6 @@ def test_what_nobody_follows_has_no_trace() -> None:
 def test_what_triton_says_of_a_model() -> None:
     model, _ = recorded(lambda triton: triton.config("embed_text", "2"))
     assert model == config("embed_text", release(1), release(2))
-    assert recorded(lambda triton: triton.versions("embed_text"))[0] == ["1", "2"]
     assert recorded(lambda triton: triton.ready("a", "2"))[0]
     assert not recorded(lambda triton: triton.ready("a"))[0]
 

@@ -101,9 +101,6 @@ class FakeUpstream:
             raise Refused(404, "unknown_model", f"{model} has no version {version}")
         return self.configs[model]
 
-    async def versions(self, model: str) -> list[str]:
-        return ["1"]
-
     async def ready(self, model: str, version: str = "") -> bool:
         return version in ("", "1")
 

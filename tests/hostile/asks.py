@@ -5,7 +5,6 @@ client asks.
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import struct
 from dataclasses import dataclass, field
@@ -39,9 +38,6 @@ class Ask:
     headers: Headers = field(default_factory=dict)
     path: str | None = None
 
-    def copy(self) -> Ask:
-        return copy.deepcopy(self)
-
     @property
     def body(self) -> bytes:
         return json.dumps(self.head).encode() + self.tail
@@ -68,19 +64,16 @@ def message(method: str, path: str, headers: Headers, body: bytes = b"") -> byte
     return head.encode("utf-8", "surrogateescape") + body
 
 
-def ask(
-    model: str, inputs: dict[str, Any], *, binary: bool = False, rows: bool | None = None
-) -> Ask:
+def ask(model: str, inputs: dict[str, Any], *, binary: bool = False) -> Ask:
     """A request for a task, with texts and images as lists and numbers as arrays."""
-    batched = model not in ("segment", "retrieve") if rows is None else rows
+    batch = [] if model in ("segment", "retrieve") else [1]
     tensors = []
     tail = b""
     for name, value in inputs.items():
         is_list = isinstance(value, list)
-        shape = [len(value)] if is_list else list(value.shape)
         tensor: dict[str, Any] = {
             "name": name,
-            "shape": [1, *shape] if batched else shape,
+            "shape": [*batch, *([len(value)] if is_list else value.shape)],
             "datatype": "BYTES" if is_list else _DATATYPES[value.dtype.kind],
         }
         if binary:
@@ -117,36 +110,28 @@ def number(value: float, kind: Any = np.float32) -> Any:
 
 def right(random: Random) -> Ask:
     """A right request of some task."""
-    kind = random.choice(["PNG", "PNG", "JPEG", "WEBP"])
+    kind = random.choice(["PNG", "JPEG", "WEBP"])
     image = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), kind)]
     labels = [f"label {place}" for place in range(random.randrange(1, 5))]
-    model = random.choice(["embed_image", "embed_text", "classify", "segment", "retrieve"])
-    inputs: dict[str, Any] = {"image": image}
-    if model == "embed_text":
-        inputs = {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}
-    elif model in ("classify", "segment"):
-        inputs |= random.choice([{"labels": labels}, {"label_set": [LABEL_SET]}])
-        options = {"top_k": number(1, np.int32)}
-        if model == "segment":
-            options = {
-                "threshold": number(0.5),
-                "refine": number(2, np.int32),
-                "short_side": number(24, np.int32),
-                "stride": number(8, np.int32),
-            }
-        inputs |= {name: value for name, value in options.items() if random.random() < 0.4}
-        if "labels" in inputs and random.random() < 0.3:
-            inputs["templates"] = ["a photo of a {}.", "the {}"]
-        if model == "segment" and random.random() < 0.3:
-            masks = np.full((2, 20, 20), 255, np.uint8)
-            masks[1, :10] = 0
-            inputs = {"image": [png(1, 20, 20)], "labels": ["a", "b"], "proposals": masks}
-    else:
-        if model == "retrieve":
-            inputs = random.choice([inputs, {"text": ["a cat"]}])
-            inputs |= {"index": [INDEX], "top_k": number(random.randrange(1, 5), np.int32)}
-            if random.random() < 0.5:
-                inputs |= {"min_score": number(-0.5), "where": ["width > 10 AND NOT (height = 3)"]}
+    choice: dict[str, Any] = random.choice([{"labels": labels}, {"label_set": [LABEL_SET]}])
+    small = {"refine": number(2, np.int32), "short_side": number(24, np.int32)}
+    masks = np.full((2, 20, 20), 255, np.uint8)
+    masks[1, :10] = 0
+    search = {"index": [INDEX], "top_k": number(2, np.int32)}
+    limits = {"min_score": number(-0.5), "where": ["width > 10 AND NOT (height = 3)"]}
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("embed_image", {"image": image}),
+        ("embed_text", {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}),
+        ("classify", {"image": image, **choice}),
+        ("classify", {"image": image, "labels": labels, "templates": ["a photo of a {}.", "{}"]}),
+        ("classify", {"image": image, **choice, "top_k": number(1, np.int32)}),
+        ("segment", {"image": image, **choice, "threshold": number(0.5)}),
+        ("segment", {"image": image, **choice, **small, "stride": number(8, np.int32)}),
+        ("segment", {"image": [png(1, 20, 20)], "labels": ["a", "b"], "proposals": masks}),
+        ("retrieve", {"image": image, **search}),
+        ("retrieve", {"text": ["a cat"], **search, **limits}),
+    ]
+    model, inputs = random.choice(requests)
     return ask(model, inputs, binary=random.random() < 0.5)
 
 

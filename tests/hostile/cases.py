@@ -8,7 +8,7 @@ import base64
 import gzip
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
@@ -30,102 +30,79 @@ EMBEDDINGS = "/v1/embeddings"
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile request on a connection: parts to send, with seconds to wait as numbers, how many
-    answers may come, and the seconds without one after which the caller ends its side.
+    """One hostile request on a connection: bytes, or what makes them where they are many, or parts
+    with seconds to wait in between; how many answers may come; and the seconds without one after
+    which the caller ends its side.
     """
 
     kind: str
-    parts: tuple[bytes | float, ...]
+    data: bytes | Callable[[], bytes] | Sequence[bytes | float]
     promise: str = REFUSED
     answers: int = 1
     hang_up: float | None = None
 
     @property
-    def raw(self) -> bytes:
-        return b"".join(part for part in self.parts if isinstance(part, bytes))
+    def parts(self) -> Sequence[bytes | float]:
+        if isinstance(self.data, bytes):
+            return [self.data]
+        return [self.data()] if callable(self.data) else self.data
 
 
 def case(seed: int, number: int) -> Case:
     """The hostile request of a number, always the same."""
     if number < len(by_hand()):
-        return by_hand()[number][1]()
+        return by_hand()[number]
     random = Random(f"{seed}/{number}")
     kind, raw, is_http = mutate.hostile(random)
-    return Case(kind, (raw,), BROKEN if is_http else CHECKED, hang_up=0.3 if is_http else None)
+    return Case(kind, raw, BROKEN if is_http else CHECKED, hang_up=0.3 if is_http else None)
 
 
 def of_kind(kind: str) -> list[int]:
     """Numbers of the requests made by hand whose kind begins so."""
-    return [place for place, (name, _) in enumerate(by_hand()) if name.startswith(kind)]
+    return [place for place, case in enumerate(by_hand()) if case.kind.startswith(kind)]
 
 
 @cache
-def by_hand() -> list[tuple[str, Callable[[], Case]]]:
-    """Kind and maker of each request made by hand; some are large."""
-    cases: list[tuple[str, Callable[[], Case]]] = []
+def by_hand() -> list[Case]:
+    """All requests made by hand."""
+    groups = (_http, _chunks, _bodies, _json, _doors, _tensors, _values, _images, _embeddings)
+    return [case for group in (*groups, _slow, _refused_bodies) for case in group()]
 
-    def add(
-        kind: str, data: bytes | Ask | Callable[[], bytes], promise: str = REFUSED, **options: Any
-    ) -> None:
-        def make() -> Case:
-            raw = (
-                data.raw() if isinstance(data, Ask) else data if isinstance(data, bytes) else data()
-            )
-            return Case(kind, (raw,), promise, **options)
 
-        cases.append((kind, make))
-
-    def add_parts(kind: str, *parts: bytes | float, **options: Any) -> None:
-        cases.append((kind, lambda: Case(kind, parts, **options)))
-
-    for group in (_http, _chunks, _bodies, _json, _doors, _tensors, _values, _images, _embeddings):
-        group(add)
-    _slow(add_parts)
-    _refused_bodies(add_parts)
-    return cases
+_HOST = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
+_GET = b"GET /v2 HTTP/1.1\r\n"
+_CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 
 def _headed(lines: bytes) -> bytes:
     return f"POST {INFER} HTTP/1.1\r\n".encode() + lines + b"Content-Type: application/json\r\n\r\n"
 
 
-_HOST = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
-_GET = b"GET /v2 HTTP/1.1\r\n"
-
-
-def _http(add: Callable[..., None]) -> None:
+def _http() -> Iterator[Case]:
     right = good()["embed_text"].raw()
     end = right.index(b"\r\n\r\n")
-    chunked = b"Transfer-Encoding: chunked\r\n"
     five = b"Content-Length: 5\r\n"
     smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\n" + _HOST + b"\r\n"
+    whole = _HOST + b"\r\n"
     raw: list[bytes] = [
         b"GET /v2\r\n\r\n",
         b"GET /v2 HTTP/0.9\r\n\r\n",
-        b"GET /v2 HTTP/3.0\r\n" + _HOST + b"\r\n",
+        b"GET /v2 HTTP/3.0\r\n" + whole,
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
         b"\x05\x01\x00",
-        b"HACK /v2 HTTP/1.1\r\n" + _HOST + b"\r\n",
-        b"get /v2 HTTP/1.1\r\n" + _HOST + b"\r\n",
-        b"GET  HTTP/1.1\r\n" + _HOST + b"\r\n",
-        b"GET / v2 HTTP/1.1\r\n" + _HOST + b"\r\n",
-        b"GET /v2\0 HTTP/1.1\r\n" + _HOST + b"\r\n",
-        b"GET /v2/\xff\xfe HTTP/1.1\r\n" + _HOST + b"\r\n",
+        *(line + b" HTTP/1.1\r\n" + whole for line in (b"HACK /v2", b"get /v2", b"GET ")),
+        *(b"GET /%s HTTP/1.1\r\n" % path + whole for path in (b" v2", b"v2\0", b"v2/\xff\xfe")),
         right[:end].replace(b"\r\n", b"\n") + b"\n\n" + right[end + 4 :],
         b"GET /v2 HTTP/1.1\rHost: x\r\r",
-        _GET + b"Host\r\n\r\n",
-        _GET + b": x\r\n" + _HOST + b"\r\n",
-        _GET + b"X: x\r\n y\r\n" + _HOST + b"\r\n",
-        _GET + b"Host : x\r\n\r\n",
-        _GET + b"Host: \0\r\n\r\n",
-        b"GET /" + b"a" * 10**6 + b" HTTP/1.1\r\n" + _HOST + b"\r\n",
-        _GET + b"X: " + b"a" * 10**6 + b"\r\n" + _HOST + b"\r\n",
-        _GET + b"X: y\r\n" * 100_000 + _HOST + b"\r\n",
+        *(_GET + line + b"\r\n\r\n" for line in (b"Host", b"Host : x", b"Host: \0")),
+        *(_GET + line + b"\r\n" + whole for line in (b": x", b"X: x\r\n y", b"X: " + b"a" * 10**6)),
+        b"GET /" + b"a" * 10**6 + b" HTTP/1.1\r\n" + whole,
+        _GET + b"X: y\r\n" * 100_000 + whole,
         b"\r\n" * 100_000,
         b" " * 10**6,
         _headed(b"Content-Length: 1\r\n" + _HOST + b"Content-Length: 300\r\n"),
-        _headed(five + chunked + _HOST) + smuggled,
+        _headed(five + _CHUNKED + _HOST) + smuggled,
         _headed(five + b"Transfer-Encoding: chunked, identity\r\n" + _HOST) + smuggled,
         _headed(five + b"Transfer-Encoding: xchunked\r\n" + _HOST) + smuggled,
         _headed(five + b"Transfer-Encoding : chunked\r\n" + _HOST) + smuggled,
@@ -144,59 +121,58 @@ def _http(add: Callable[..., None]) -> None:
         upgrade: Headers = {"Connection": "Upgrade", "Upgrade": name, "Sec-WebSocket-Key": "A" * 24}
         raw.append(message("GET", "/v2/hacked", upgrade))
     for data in raw:
-        add("HTTP", data, BROKEN, hang_up=1.0)
+        yield Case("HTTP", data, BROKEN, hang_up=1.0)
     for method in ("PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "GET"):
-        add("HTTP: methods", message(method, INFER, {}))
-    add("HTTP: Expect", message("POST", INFER, {"Expect": "200-maybe"}, b"x"))
-    add("HTTP: body longer than said", right + b"x" * 1000, BROKEN, answers=2, hang_up=1.0)
+        yield Case("HTTP: methods", message(method, INFER, {}))
+    yield Case("HTTP: Expect", message("POST", INFER, {"Expect": "200-maybe"}, b"x"))
+    yield Case("HTTP: body longer than said", right + b"x" * 1000, BROKEN, 2, 1.0)
     bad = message("POST", INFER, {}, b"{}")
-    add("HTTP: pipelining", bad * 50, answers=50)
-    add("HTTP: pipelining, then noise", bad * 3 + b"\0\1\r\n\r\n", BROKEN, answers=4, hang_up=1.0)
+    yield Case("HTTP: pipelining", bad * 50, answers=50)
+    yield Case("HTTP: pipelining, then noise", bad * 3 + b"\0\1\r\n\r\n", BROKEN, 4, 1.0)
 
 
-def _chunks(add: Callable[..., None]) -> None:
-    head = _headed(b"Transfer-Encoding: chunked\r\n" + _HOST)
+def _chunks() -> Iterator[Case]:
+    head = _headed(_CHUNKED + _HOST)
     body = good()["embed_text"].body
     sizes = (b"F" * 16, b"F" * 17, b"-1", b"xyz", b"", b" 5", b"5 ", b"0x5", b"5;" + b"a" * 10**5)
     bad = [head + size + b"\r\n" + body + b"\r\n0\r\n\r\n" for size in (*sizes, b"2")]
     bad.append(head + b"2\r\n{}\r\n")
     bad.append(head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n")
     for data in bad:
-        add("chunks", data, BROKEN, hang_up=1.0)
-    add("chunks: of one byte", head + b"1\r\n{\r\n" * 20_000 + b"0\r\n\r\n")
+        yield Case("chunks", data, BROKEN, hang_up=1.0)
+    yield Case("chunks: of one byte", head + b"1\r\n{\r\n" * 20_000 + b"0\r\n\r\n")
     part = b"100000\r\n" + bytes(MIB) + b"\r\n"
-    add("chunks: 200 MiB without end", lambda: head + part * 200)
-    part_of_names = b"100000;" + b"a" * MIB + b"\r\n" + bytes(MIB) + b"\r\n"
-    add("chunks: 70 MiB of extensions", lambda: head + part_of_names * 70, BROKEN)
+    yield Case("chunks: 200 MiB without end", lambda: head + part * 200)
+    named = b"100000;" + b"a" * MIB + b"\r\n" + bytes(MIB) + b"\r\n"
+    yield Case("chunks: 70 MiB of extensions", lambda: head + named * 70, BROKEN)
 
 
-def _bodies(add: Callable[..., None]) -> None:
-    body = good()["embed_text"].body
+def _bodies() -> Iterator[Case]:
+    request = good()["embed_text"]
+    body = request.body
+    post = partial(message, "POST", INFER)
     for name in ("gzip", "deflate", "br", "gzip, gzip"):
-        add("compressed bodies", message("POST", INFER, {"Content-Encoding": name}, body))
+        yield Case("compressed bodies", post({"Content-Encoding": name}, body))
     bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
-    add("gzip bomb", lambda: message("POST", INFER, {"Content-Encoding": "gzip"}, bomb()))
+    yield Case("gzip bomb", lambda: post({"Content-Encoding": "gzip"}, bomb()))
     form = "application/x-www-form-urlencoded"
     for kind in ("text/plain", form, "multipart/form-data", "application/xml", "a" * 9000):
-        add("content types", message("POST", INFER, {TYPE: kind}, body))
-    large: dict[str, Callable[[], bytes]] = {
-        "5 MiB as a form": lambda: message("POST", INFER, {TYPE: form}, b"x" * 5 * MIB),
-        "65 MiB of body": lambda: message("POST", INFER, {}, b"[" * 65 * MIB),
-        "60 MiB of spaces": lambda: message("POST", INFER, {}, b" " * 60 * MIB),
-        "60 MiB of one text": lambda: message(
-            "POST", INFER, {}, b'{"id":"' + b"a" * 60 * MIB + b'"}'
-        ),
-        "60 MiB of zeros": lambda: Ask(
-            "embed_text", good()["embed_text"].head, bytes(60 * MIB), binary=True
-        ).raw(),
-    }
-    for name, make in large.items():
-        add(f"large bodies: {name}", make)
-    add("empty bodies", message("POST", INFER, {}))
-    add("empty bodies", message("POST", INFER, {"Content-Length": None}))
+        yield Case("content types", post({TYPE: kind}, body))
+    zeros = Ask("embed_text", request.head, bytes(60 * MIB), binary=True)
+    large: list[Callable[[], bytes]] = [
+        lambda: post({TYPE: form}, b"x" * 5 * MIB),
+        lambda: post({}, b"[" * 65 * MIB),
+        lambda: post({}, b" " * 60 * MIB),
+        lambda: post({}, b'{"id":"' + b"a" * 60 * MIB + b'"}'),
+        zeros.raw,
+    ]
+    for make in large:
+        yield Case("large bodies", make)
+    yield Case("empty bodies", post({}))
+    yield Case("empty bodies", post({"Content-Length": None}))
 
 
-def _json(add: Callable[..., None]) -> None:
+def _json() -> Iterator[Case]:
     def data(text: bytes) -> bytes:
         return b'{"inputs":[{"name":"text","shape":[1,1],"datatype":"BYTES","data":' + text + b"}]}"
 
@@ -206,35 +182,25 @@ def _json(add: Callable[..., None]) -> None:
         b"[" * 100_000,
         b"[" * 100_000 + b"]" * 100_000,
         b'{"inputs":' * 100_000 + b"1" + b"}" * 100_000,
-        data(b"[" * 10_000 + b"1" + b"]" * 10_000),
         data(b"[" * 150 + b'"a"' + b"]" * 150),
         data(b"[" + b"9" * 100_000 + b"]"),
-        data(b"[1e999999999]"),
-        data(b"[NaN]"),
-        data(b"[-Infinity]"),
+        *map(data, (b"[1e999999999]", b"[NaN]", b"[-Infinity]", b'["\\ud800"]')),
+        data(b'["\xff\xfe\xc0\x80"]'),
         b'{"inputs":[],"inputs":' + json.dumps(inputs).encode() + b"}",
         b"{" + b",".join(b'"%d":0' % place for place in range(300_000)) + b"}",
         data(b"[" + b"0," * 2_000_000 + b"0]"),
         b"\xef\xbb\xbf" + body[:-1],
         body.decode().encode("utf-16"),
-        data(b'["\xff\xfe\xc0\x80"]'),
-        data(b'["\\ud800"]'),
         b"/* x */" + body,
-        b"{'inputs': []}",
-        b"1",
-        b"null",
-        b'"inputs"',
-        b"[]",
-        b"{}{}",
-        b'{"inputs":[]}',
+        *(b"{'inputs': []}", b"1", b"null", b'"inputs"', b"[]", b"{}{}", b'{"inputs":[]}'),
         json.dumps({"inputs": inputs * 1000}).encode(),
         b'{"' + b"k" * 100_000 + b'":1}',
     ]
     for text in texts:
-        add("JSON", message("POST", INFER, {}, text))
+        yield Case("JSON", message("POST", INFER, {}, text))
 
 
-def _doors(add: Callable[..., None]) -> None:
+def _doors() -> Iterator[Case]:
     closed = (
         "/v2/repository/index /v2/models/stats /v2/models/classify/stats /v2/logging"
         " /v2/models/classify/versions/1/stats /v2/trace/setting /v2/models/classify/trace/setting"
@@ -246,28 +212,19 @@ def _doors(add: Callable[..., None]) -> None:
         " /v1/chat/completions /v1/models/../../v2 /.env /favicon.ico /static/../../etc/passwd //"
     )
     for path in closed.split():
-        add("closed doors", message("GET", path, {}))
-        add("closed doors", message("POST", path, {}, b'{"key":"/radapter","offset":0}'))
+        yield Case("closed doors", message("GET", path, {}))
+        yield Case("closed doors", message("POST", path, {}, b'{"key":"/radapter","offset":0}'))
     pixels = np.zeros((16, 16, 3), np.uint8)
     for model, name in (("image_encoder", "image"), ("text_encoder", "tokens")):
-        add("closed doors: encoders", ask(model, {name: pixels}))
+        yield Case("closed doors: encoders", ask(model, {name: pixels}).raw())
         for tail in ("", "/config", "/ready"):
-            add("closed doors: encoders", message("GET", f"/v2/models/{model}{tail}", {}))
+            yield Case("closed doors: encoders", message("GET", f"/v2/models/{model}{tail}", {}))
     body = good()["embed_text"].body
-    secrets = (
-        None,
-        "",
-        "Bearer",
-        "Bearer x",
-        f"Basic {KEY}",
-        f"Bearer {KEY}x",
-        "Bearer é",
-        "a" * 9000,
-    )
-    for secret in secrets:
-        add("wrong keys", message("POST", INFER, {"Authorization": secret}, body))
-        add("wrong keys", message("GET", "/metrics", {"Authorization": secret}))
-    add("wrong keys", message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, body))
+    secrets = (None, "", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é")
+    for secret in (*secrets, "a" * 9000):
+        yield Case("wrong keys", message("POST", INFER, {"Authorization": secret}, body))
+        yield Case("wrong keys", message("GET", "/metrics", {"Authorization": secret}))
+    yield Case("wrong keys", message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, body))
 
     names = [
         "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))[:3000]
@@ -275,7 +232,7 @@ def _doors(add: Callable[..., None]) -> None:
     ]
     names += ["../classify", "classify%00", "CLASSIFY", "classify;x", "%ff%fe", "a" * 10_000, "猫"]
     for name in names:
-        add("names of models", message("POST", f"/v2/models/{name}/infer", {}, body))
+        yield Case("names of models", message("POST", f"/v2/models/{name}/infer", {}, body))
     versions = (
         "0",
         "-1",
@@ -292,53 +249,49 @@ def _doors(add: Callable[..., None]) -> None:
     )
     for version in versions:
         path = f"/v2/models/embed_text/versions/{version}"
-        add("versions", message("POST", f"{path}/infer", {}, body))
-        add("versions", message("GET", f"{path}/config", {}))
+        yield Case("versions", message("POST", f"{path}/infer", {}, body))
+        yield Case("versions", message("GET", f"{path}/config", {}))
 
 
-def _tensors(add: Callable[..., None]) -> None:
+def _tensors() -> Iterator[Case]:
     shapes: list[Any] = [[2**62, 2**62], [2**63, 1], [2**31] * 3, [-1, -1], [0], [], [[1]]]
     shapes += [[1] * 10_000, [2**30, 2**34], [65, 1], [1, 0], ["1", 1], [1.5, 1], [True, True], {}]
     shapes += [None, "1", [2**16, 2**15]]
     datatypes = ("INT32", "FP32", "BOOL", "FP64", "UINT8", "BF16", "JSON", "bytes", "", 7, None)
     values: list[Any] = [1, "a", [1], [None], [["a"]] * 3, [{}], [True], ["a", 1], [[]], {}]
+    parameters = ({"shared_memory_region": "x"}, {"x": 1}, {"binary_data_size": 0})
+    changes: list[dict[str, Any]] = [{"shape": shape} for shape in shapes]
+    changes += [{"datatype": datatype} for datatype in datatypes]
+    changes += [{"data": value, "parameters": {}} for value in values]
+    changes += [{"parameters": one} for one in parameters]
     tails = (b"", b"\0", struct.pack("<I", 2**32 - 1), struct.pack("<I", 2**31) + b"a", b"\xff" * 9)
-    for model, right in good().items():
-        first = right.head["inputs"][0]["name"]
-        changes: list[tuple[str, dict[str, Any]]] = [("shapes", {"shape": one}) for one in shapes]
-        changes += [("types", {"datatype": one}) for one in datatypes]
-        changes += [("types", {"data": one, "parameters": {}}) for one in values]
-        changes += [
-            ("shared memory", {"parameters": {"shared_memory_region": "x"}}),
-            ("shared memory", {"parameters": {"x": 1}}),
-            ("shared memory", {"parameters": {"binary_data_size": 0}}),
-        ]
-        for kind, change in changes:
-            broken = right.copy()
+    for model in good():
+        for change in changes:
+            broken = good()[model]
             broken.head["inputs"][0] |= change
-            add(f"tensors: {kind}", broken)
+            yield Case(f"tensors: {', '.join(change)}", broken.raw())
         for place in range(1 if model.startswith("embed") else 2):
-            missing = right.copy()
+            missing = good()[model]
             del missing.head["inputs"][place]
-            add("tensors: missing", missing)
+            yield Case("tensors: missing", missing.raw())
+        first = good()[model].head["inputs"][0]["name"]
         for tail in tails:
             broken = ask(model, {first: ["a"]}, binary=True)
             broken.tail = tail
             broken.head["inputs"][0]["parameters"]["binary_data_size"] = len(tail)
-            add("tensors: texts longer than they say", broken)
+            yield Case("tensors: texts longer than they say", broken.raw())
         for name in ("nothing", "", "../x", "alpha", "image_encoder"):
-            broken = right.copy()
+            broken = good()[model]
             broken.head["outputs"] = [{"name": name}]
-            add("tensors: unknown outputs", broken)
+            yield Case("tensors: unknown outputs", broken.raw())
 
 
-def _values(add: Callable[..., None]) -> None:
+def _values() -> Iterator[Case]:
     image: list[Any] = [png(1, 20, 20)]
     search: dict[str, Any] = {"text": ["a"], "index": [INDEX]}
     segment: dict[str, Any] = {"image": image, "labels": ["a"]}
     alone: dict[str, Any] = {**segment, "multi_label": np.array([True])}
     masks = np.full((1, 20, 20), 255, np.uint8)
-    scores = np.full((1, 1), np.nan, np.float32)
 
     # Numbers that are not finite, or out of range
     refused: list[tuple[str, dict[str, Any]]] = []
@@ -351,31 +304,22 @@ def _values(add: Callable[..., None]) -> None:
         for name in ("short_side", "stride"):
             refused.append(("segment", {**segment, name: number(size, np.int32)}))
         refused.append(("retrieve", {**search, "top_k": number(size, np.int32)}))
-    refused += [
-        ("segment", {**segment, "refine": number(-1, np.int32)}),
-        ("segment", {**segment, "refine": number(2**31 - 1, np.int32)}),
-        ("classify", {**segment, "top_k": number(0, np.int32)}),
-        ("retrieve", {**search, "offset": number(-1, np.int32)}),
-        ("retrieve", {**search, "offset": number(2**31 - 1, np.int32)}),
-        ("retrieve", {**search, "weight": number(np.nan)}),
-        ("retrieve", {**search, "weight": number(0)}),
-        ("retrieve", {**search, "weight": np.ones(2, np.float32)}),
-        ("retrieve", {**search, "index_version": ["\x00" * 1000]}),
-        ("retrieve", {**search, "id": ["' OR 1 = 1 --"]}),
-        ("retrieve", {**search, "id": ["a"] * 17}),
-        *(
-            ("classify", {**segment, "multi_label": np.ones(1, kind)})
-            for kind in (np.int32, np.uint8)
-        ),
-        *(
-            ("segment", {**segment, "proposals": wrong})
-            for wrong in (masks[:, :10], masks[:0], masks * 0, masks[:, :1, :1])
-        ),
-        *(
-            ("segment", {**segment, "proposals": masks, "proposal_scores": wrong})
-            for wrong in (np.zeros((2, 1), np.float32), scores, -np.ones((1, 1), np.float32))
-        ),
-    ]
+    refused.append(("classify", {**segment, "top_k": number(0, np.int32)}))
+    for size in (-1, 2**31 - 1):
+        refused.append(("segment", {**segment, "refine": number(size, np.int32)}))
+        refused.append(("retrieve", {**search, "offset": number(size, np.int32)}))
+    for weight in (number(np.nan), number(0), np.ones(2, np.float32)):
+        refused.append(("retrieve", {**search, "weight": weight}))
+    for kind in (np.int32, np.uint8):
+        refused.append(("classify", {**segment, "multi_label": np.ones(1, kind)}))
+    for wrong in (masks[:, :10], masks[:0], masks * 0, masks[:, :1, :1]):
+        refused.append(("segment", {**segment, "proposals": wrong}))
+    for scores in (np.zeros((2, 1)), np.full((1, 1), np.nan), -np.ones((1, 1))):
+        scored = {"proposals": masks, "proposal_scores": scores.astype(np.float32)}
+        refused.append(("segment", {**segment, **scored}))
+    refused.append(("retrieve", {**search, "index_version": ["\x00" * 1000]}))
+    refused.append(("retrieve", {**search, "id": ["' OR 1 = 1 --"]}))
+    refused.append(("retrieve", {**search, "id": ["a"] * 17}))
     for text in mutate.TEXTS:
         if text not in (INDEX, "colours"):
             refused.append(("retrieve", {"text": ["a"], "index": [text]}))
@@ -383,16 +327,16 @@ def _values(add: Callable[..., None]) -> None:
             refused.append(("segment", {"image": image, "label_set": [text]}))
     for model, inputs in refused:
         for binary in (True, False):
-            add(f"values: {model}", ask(model, inputs, binary=binary))
-    add("values: classify", ask("classify", {**alone, "calibrated": np.array([False])}), CHECKED)
-    add("values: classify", ask("classify", {**alone, "threshold": number(1)}), CHECKED)
+            yield Case(f"values: {model}", ask(model, inputs, binary=binary).raw())
+    for more in ({"calibrated": np.array([False])}, {"threshold": number(1)}):
+        yield Case("values: classify", ask("classify", {**alone, **more}).raw(), CHECKED)
 
     # Conditions
     deep = ("(" * 900 + "width>1" + ")" * 900, "NOT " * 400 + "width>1", "-" * 1900 + "1 > 0")
     long = ("width > 1" + " OR width > 1" * 160, "CASE" * 400, "a" * 2001, "a" * 10_000_000)
     for text in (*mutate.WHERE, *deep, *long):
         promise = REFUSED if len(text) > 2000 else CHECKED
-        add("conditions", ask("retrieve", {**search, "where": [text]}), promise)
+        yield Case("conditions", ask("retrieve", {**search, "where": [text]}).raw(), promise)
 
     # Requests whose answer would take very long
     many: list[Any] = [f"label {place}" for place in range(20_000)]
@@ -404,98 +348,111 @@ def _values(add: Callable[..., None]) -> None:
         {"image": wide, "labels": many[:4000], **options},
         {"image": wide, "labels": many[:900], **options},
     ):
-        add("much work", ask("segment", inputs, binary=True), CHECKED)
-    add("much work", ask("classify", {"image": image, "labels": many, "templates": ["{}", "a {}"]}))
-    add("much work", ask("classify", {"image": image, "labels": ["x" * 1001]}))
-    add("much work", ask("embed_text", {"text": ["x" * 10_001]}))
+        yield Case("much work", ask("segment", inputs, binary=True).raw(), CHECKED)
+    templates = {"image": image, "labels": many, "templates": ["{}", "a {}"]}
+    yield Case("much work", ask("classify", templates).raw())
+    yield Case("much work", ask("classify", {"image": image, "labels": ["x" * 1001]}).raw())
+    yield Case("much work", ask("embed_text", {"text": ["x" * 10_001]}).raw())
 
 
-def _images(add: Callable[..., None]) -> None:
+def _images() -> Iterator[Case]:
     extra: dict[str, Any] = {"retrieve": {"index": [INDEX]}, "embed_image": {}}
 
     def request(name: str, model: str) -> bytes:
         inputs = {"image": [images.made(name)], **extra.get(model, {"labels": ["a"]})}
         return ask(model, inputs, binary=True).raw()
 
+    def embeddings(name: str) -> bytes:
+        return _embed(["a", _url(images.made(name)), _url(png())])
+
     for group, promise in ((images.BAD, REFUSED), (images.ODD, CHECKED)):
         for name in group:
+            kind = f"images: {name.partition(':')[0]}"
             models = ["embed_image", "segment"]
             if "bomb" not in name and "large" not in name:
                 models += ["classify", "retrieve"]
             for model in models:
-                add(f"images: {name.partition(':')[0]}", partial(request, name, model), promise)
+                yield Case(kind, partial(request, name, model), promise)
+            yield Case(kind, partial(embeddings, name), promise)
 
 
-def _embeddings(add: Callable[..., None]) -> None:
-    def url(file: bytes, media: str = "image/png") -> str:
-        return f"data:{media};base64,{base64.b64encode(file).decode()}"
+def _url(file: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(file).decode()}"
 
-    def body(given: Any, **fields: Any) -> bytes:
-        content = {"model": "radapter", "input": given, **fields}
-        return message("POST", EMBEDDINGS, {}, json.dumps(content).encode())
 
-    inputs: list[Any] = [None, ["a", 1], [{"url": url(png())}], [["a"]], [True], [[1, 2]], []]
-    inputs += [
+def _embed(inputs: Any, **fields: Any) -> bytes:
+    content = {"model": "radapter", "input": inputs, **fields}
+    return message("POST", EMBEDDINGS, {}, json.dumps(content).encode())
+
+
+def _embeddings() -> Iterator[Case]:
+    image = _url(png())
+    inputs: list[Any] = [
+        None,
+        ["a", 1],
+        [{"url": image}],
+        [["a"]],
+        [True],
+        [[1, 2]],
+        [],
         ["a", " "],
-        url(b"no image"),
-        url(b"<script>", "text/html"),
-        url(b"<svg/>", "image/svg"),
     ]
-    inputs += [url(b"\x89PNG"), url(b"RIFF", "image/webp"), url(png()[:60]), url(png()) + "==="]
-    inputs += ["data:image/png;base64,@@@@", "data:image/png;base64,", url(base64.b64encode(png()))]
-    inputs += [[*([url(png())] * 70), url(png()[:60])], "x" * 10_001]
+    inputs += [_url(b"no image"), _url(b"<script>", "text/html"), _url(b"<svg/>", "image/svg")]
+    inputs += [_url(b"\x89PNG"), _url(b"RIFF", "image/webp"), _url(png()[:60]), image + "==="]
+    inputs += ["data:image/png;base64,@@@@", "data:image/png;base64,", _url(image.encode())]
+    inputs += [[*([image] * 70), _url(png()[:60])], "x" * 10_001]
     inputs += ["http://127.0.0.1:8002/metrics", "HTTP://0x7f000001/", "https://a\\@b"]
-    for given in inputs:
-        add("embeddings: inputs", body(given))
+    for value in inputs:
+        yield Case("embeddings: inputs", _embed(value))
     odd = ["file:///etc/passwd", "{{7*7}}", "a\0b", "\u202e", "data: x"]
-    for given in (odd, url(png(), "image/jpeg"), [f"text {place}" for place in range(2048)]):
-        add("embeddings: inputs", body(given), CHECKED)
-    fields: list[dict[str, Any]] = [{"model": name} for name in ("", "gpt", "radapter/../x", 1)]
-    fields += [
-        {"model": name} for name in ("radapter-" + "9" * 5000, "radapter-999", "radapter-\u0661")
-    ]
+    for value in (odd, _url(png(), "image/jpeg"), [f"text {place}" for place in range(2048)]):
+        yield Case("embeddings: inputs", _embed(value), CHECKED)
+    names = (
+        "",
+        "gpt",
+        "radapter/../x",
+        1,
+        "radapter-" + "9" * 5000,
+        "radapter-999",
+        "radapter-\u0661",
+    )
+    fields: list[dict[str, Any]] = [{"model": name} for name in names]
     fields += [{"dimensions": size} for size in (1, -(2**63), 10**400)]
     fields += [{"alpha": alpha} for alpha in (1.5, 0.123, float("nan"))]
     fields += [{"encoding_format": "base32"}, {"modality": "audio"}, {"user": "x" * 10_000}]
     fields += [{"messages": [], "stream": True}, {f"field {place}": 0 for place in range(1000)}]
     for more in fields:
-        add("embeddings: fields", body("a", **more))
+        yield Case("embeddings: fields", _embed("a", **more))
     head = b'{"model": "radapter", "input": '
     texts = [head + b"[" * 100_000, head + b"[" * 150 + b'"a"' + b"]" * 150 + b"}"]
     texts += [head + b"[NaN]}", head + b"[" + b"9" * 100_000 + b"]}", head + b'"\\ud800"}']
     texts += [head + b'"\xff\xfe"}', b"{}", b"null", b"{}{}"]
     for text in texts:
-        add("embeddings: JSON", message("POST", EMBEDDINGS, {}, text))
-    large: list[Callable[[], Any]] = [lambda: ["a"] * 100_000, lambda: [1] * 3_000_000]
-    large += [
-        lambda: f"data:image/png;base64,{'A' * 60 * MIB}",
-        lambda: "data:image/" + "a" * 60 * MIB,
+        yield Case("embeddings: JSON", message("POST", EMBEDDINGS, {}, text))
+    large: list[Callable[[], bytes]] = [
+        lambda: _embed(["a"] * 100_000),
+        lambda: _embed([1] * 3_000_000),
+        lambda: _embed(f"data:image/png;base64,{'A' * 60 * MIB}"),
+        lambda: _embed("data:image/" + "a" * 60 * MIB),
     ]
     for make in large:
-        add("embeddings: large", lambda make=make: body(make()))
-    for group, promise in ((images.BAD, REFUSED), (images.ODD, CHECKED)):
-        for name in group:
-            add(
-                "embeddings: images",
-                lambda name=name: body(["a", url(images.made(name)), url(png())]),
-                promise,
-            )
+        yield Case("embeddings: large", make)
 
 
-def _slow(add: Callable[..., None]) -> None:
+def _slow() -> Iterator[Case]:
     right = good()["embed_text"].raw()
     end = right.index(b"\r\n\r\n") + 4
     head = [part for byte in right[:90] for part in (bytes([byte]), 0.5)]
     body = [part for byte in right[end : end + 90] for part in (bytes([byte]), 0.4)]
-    add("slow: headers a byte at a time", *head, promise=BROKEN)
-    add("slow: nothing at all", 25.0, promise=BROKEN)
-    add("slow: half a line", right[:10], 25.0, promise=BROKEN)
-    add("slow: body a byte at a time", right[:end], *body)
-    add("slow: half a body", right[:-10], 25.0)
-    add("slow: no body", message("POST", INFER, {"Content-Length": str(MIB)}), 25.0)
+    yield Case("slow: headers a byte at a time", head, BROKEN)
+    yield Case("slow: nothing at all", [25.0], BROKEN)
+    yield Case("slow: half a line", [right[:10], 25.0], BROKEN)
+    yield Case("slow: body a byte at a time", [right[:end], *body])
+    yield Case("slow: half a body", [right[:-10], 25.0])
+    yield Case("slow: no body", [message("POST", INFER, {"Content-Length": str(MIB)}), 25.0])
 
 
-def _refused_bodies(add: Callable[..., None]) -> None:
+def _refused_bodies() -> Iterator[Case]:
     """Requests that are refused by their heads, whose bodies the gateway throws away."""
     size = 60_000
     end = b"0\r\n\r\n"
@@ -510,17 +467,18 @@ def _refused_bodies(add: Callable[..., None]) -> None:
         head = message("POST", path, sized)
         whole = head + bytes(size)
         short = message("POST", path, {**headers, "Content-Length": "5"})
-        chunked = message(
-            "POST", path, {**headers, "Content-Length": None, "Transfer-Encoding": "chunked"}
-        )
-        add("refused body: whole", whole)
-        add("refused body: two on one connection", whole + whole, answers=2)
-        add("refused body: in chunks", chunked + piece * 5 + end)
-        add("refused body: a byte at a time", head, *[b" ", 0.05] * 90)
-        add("refused body: half of it", whole[: -size // 2])
-        add("refused body: never comes", head)
-        add("refused body: no chunks", chunked)
-        add("refused body: Expect", message("POST", path, {**sized, "Expect": "100-continue"}))
+        transfer: Headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+        chunked = message("POST", path, {**headers, **transfer})
+        kind = "refused body"
+        yield Case(kind, whole)
+        yield Case(kind, whole + whole, answers=2)
+        yield Case(kind, chunked + piece * 5 + end)
+        trickle: list[bytes | float] = [b" ", 0.05]
+        yield Case(kind, [head, *trickle * 90])
+        yield Case(kind, whole[: -size // 2])
+        yield Case(kind, head)
+        yield Case(kind, chunked)
+        yield Case(kind, message("POST", path, {**sized, "Expect": "100-continue"}))
         for data in (
             chunked + piece * 50 + end,
             short + bytes(size),
@@ -530,4 +488,4 @@ def _refused_bodies(add: Callable[..., None]) -> None:
             chunked + b"1\r\n \r\n" * size + end,
             head + bytes(9),
         ):
-            add("refused body: broken", data, promise=BROKEN, hang_up=0.3)
+            yield Case(kind, data, BROKEN, hang_up=0.3)

@@ -12,15 +12,16 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import psutil
 
 from radapter_client._http import decode
 from radapter_serve.encoders.loaded import load_release
@@ -34,7 +35,7 @@ from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import TASKS, png, write_release
 from tests.hostile.asks import INDEX, KEY, good
-from tests.hostile.cases import BROKEN, REFUSED, Case, by_hand, case
+from tests.hostile.cases import BROKEN, REFUSED, Case, case
 
 LONG = 40.0  # seconds after which a request counts as hanging
 TIMEOUT = 20.0  # seconds that the gateway gives a request
@@ -65,15 +66,13 @@ class Outcome:
     rest: bytearray = field(default_factory=bytearray)  # an answer that is not complete
     how: str = "answered"
 
-    def take_answers(self, method: bytes) -> None:
+    def take_answers(self, is_head: bool) -> None:
         """Move complete answers from `rest` to `answers`."""
         while (end := self.rest.find(b"\r\n\r\n") + 4) >= 4:
             status, *lines = bytes(self.rest[: end - 4]).decode("latin-1").split("\r\n")
             headers = {name.lower(): value for name, _, value in (x.partition(": ") for x in lines)}
             number = int(status.split()[1])
-            size = int(headers.get("content-length", 0))
-            if method == b"HEAD" or number < 200:
-                size = 0
+            size = 0 if is_head or number < 200 else int(headers.get("content-length", 0))
             if len(self.rest) < end + size:
                 return
             if number >= 200:
@@ -81,17 +80,19 @@ class Outcome:
             del self.rest[: end + size]
 
 
-def exchange(address: tuple[str, int], case: Case, limit: float = LONG) -> Outcome:
+def exchange(address: tuple[str, int], case: Case) -> Outcome:
     """Send a case, and gather what comes back until it is complete, the connection ends, or the
     time is over.
     """
     outcome = Outcome()
-    deadline = time.monotonic() + limit
+    parts = case.parts
+    is_head = isinstance(parts[0], bytes) and parts[0].startswith(b"HEAD")
+    deadline = time.monotonic() + LONG
     is_over = threading.Event()
 
     def send() -> None:
         with contextlib.suppress(OSError):  # of a connection that the server ended
-            for part in case.parts:
+            for part in parts:
                 if isinstance(part, bytes):
                     connection.sendall(part)
                 elif is_over.wait(part):
@@ -100,10 +101,9 @@ def exchange(address: tuple[str, int], case: Case, limit: float = LONG) -> Outco
                 connection.shutdown(socket.SHUT_WR)
 
     try:
-        connection = socket.create_connection(address, timeout=limit)
+        connection = socket.create_connection(address, timeout=LONG)
     except ConnectionRefusedError:
-        outcome.how = "refused"
-        return outcome
+        return Outcome(how="refused")
     sender = threading.Thread(target=send)
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -111,7 +111,7 @@ def exchange(address: tuple[str, int], case: Case, limit: float = LONG) -> Outco
         try:
             while part := connection.recv(2**18):
                 outcome.rest += part
-                outcome.take_answers(case.raw[:5].strip())
+                outcome.take_answers(is_head)
                 if len(outcome.answers) >= case.answers:
                     # Answers that nobody asked for would follow at once.
                     deadline = time.monotonic() + (0.15 if case.promise == BROKEN else 0.01)
@@ -150,17 +150,28 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
         return "more than was asked for"
     if len(answers) < case.answers and case.promise != BROKEN:
         return f"{len(answers)} answers of {case.answers}"
-    return next((why for why in (_answer_trouble(case, one) for one in answers) if why), None)
+    for answer in answers:
+        if answer.status != 200:
+            why = _refusal_trouble(case, answer)
+        elif case.promise == REFUSED:
+            why = "answered as if it were right"
+        else:
+            why = wrong(answer)
+        if why is not None:
+            return why
+    return None
 
 
-def _answer_trouble(case: Case, answer: Answer) -> str | None:
-    if answer.status == 200:
-        return "answered as if it were right" if case.promise == REFUSED else wrong(answer)
-    late = answer.status == 504 and b'"timeout"' in case.raw  # as its caller wished
+def _refusal_trouble(case: Case, answer: Answer) -> str | None:
+    # A caller may wish for a deadline that is too short.
+    late = answer.status == 504 and b'"timeout"' in b"".join(
+        part for part in case.parts if isinstance(part, bytes)
+    )
     if not (400 <= answer.status < 500 or late) or answer.status == 429:
         return f"status {answer.status}: {answer.body[:200]!r}"
-    if not answer.body and case.raw.startswith(b"HEAD"):
-        return None
+    if not answer.body:
+        is_head = isinstance(case.data, bytes) and case.data.startswith(b"HEAD")
+        return None if is_head else "a refusal without a body"
     try:
         error = json.loads(answer.body)["error"]
         if isinstance(error, dict):  # OpenAI's form
@@ -184,30 +195,29 @@ def wrong(answer: Answer) -> str | None:
         head = json.loads(answer.body[:size])
         if "object" in head:
             rows = [one["embedding"] for one in head["data"] if "embedding" in one]
-            places = [one.get("index", place) for place, one in enumerate(head["data"])]
-            if places != list(range(len(places))):
+            if [one.get("index", place) for place, one in enumerate(head["data"])] != [
+                *range(len(head["data"]))
+            ]:
                 return "embeddings out of order"
-            return _output_trouble("image_embeds", rows) if rows else None
-        if "outputs" not in head:
+            outputs = {"image_embeds": np.array(rows)} if rows else {}
+        elif "outputs" in head:
+            outputs = dict(decode(answer.body, str(size)).outputs)
+            parameters = [output.get("parameters", {}) for output in head["outputs"]]
+            binary = sum(one.get("binary_data_size", 0) for one in parameters)
+            if size + binary != len(answer.body):
+                return "bytes behind the outputs"
+        else:
             return None if {"live", "ready", "name"} & set(head) else "an answer without outputs"
-        for name, values in decode(answer.body, str(size)).outputs.items():
-            if why := _output_trouble(name, values):
-                return why
-        for output in head["outputs"]:
-            size += output.get("parameters", {}).get("binary_data_size", 0)
-        return None if size == len(answer.body) else "bytes behind the outputs"
+        for name, values in outputs.items():
+            norms = np.linalg.norm(values, axis=-1) if name.endswith("_embeds") else 1
+            if not np.allclose(norms, 1, atol=1e-3):
+                return "an embedding that is not of unit length"
+            if name == "score" and np.any(np.abs(values) > 1.001):
+                return "a score that is none"
+            if name == "mask" and np.max(values, initial=0) >= 65_535:
+                return "a mask that points to no label"
     except (ValueError, KeyError, TypeError) as error:
         return f"an answer that cannot be read ({error!r})"
-
-
-def _output_trouble(name: str, values: Any) -> str | None:
-    if name.endswith("_embeds"):
-        is_unit = np.allclose(np.linalg.norm(values, axis=-1), 1, atol=1e-3)
-        return None if is_unit else "an embedding that is not of unit length"
-    if name == "score":
-        return None if np.all(np.abs(values) <= 1.001) else "a score that is none"
-    if name == "mask":
-        return None if np.max(values, initial=0) < 65_535 else "a mask that points to no label"
     return None
 
 
@@ -224,17 +234,11 @@ class World:
 
     def processes(self) -> set[int]:
         """All processes that answer."""
-        server = None if self.server is None else self.server.pid
-        waiting = [self.process.pid] + ([] if server is None else [server])
-        living = set()
-        while waiting:
-            folder = Path("/proc", str(waiting.pop()))
-            with contextlib.suppress(OSError):  # of a process that has ended
-                if "State:\tZ" not in (folder / "status").read_text():
-                    living.add(int(folder.name))
-                for file in folder.glob("task/*/children"):
-                    waiting += map(int, file.read_text().split())
-        return living
+        parents = [psutil.Process(self.process.pid)]
+        if self.server is not None:
+            parents.append(psutil.Process(self.server.pid))
+        every = [*parents, *(child for one in parents for child in one.children(recursive=True))]
+        return {one.pid for one in every if one.status() != psutil.STATUS_ZOMBIE}
 
 
 @contextlib.contextmanager
@@ -250,28 +254,26 @@ def world(folder: Path, engine: str) -> Iterator[World]:
     build(str(folder / "photos"), indexes / INDEX, load_release(folder / "models"))
     keys = folder / "keys"
     keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
-    port = free_ports()[0]
+    address = ("127.0.0.1", free_ports()[0])
     with contextlib.ExitStack() as stack:
         server = None
         if engine == "triton":
             config = ServerConfig(folder / "models", Endpoints.on_free_ports(), indexes=indexes)
             server = stack.enter_context(TritonServer(config))
             url = server.grpc_url.removeprefix("grpc://")
-            process = start(Settings(port=port, server=url, api_keys=keys, timeout=TIMEOUT))
+            process = start(Settings(port=address[1], server=url, api_keys=keys, timeout=TIMEOUT))
         else:
-            arguments = [folder / "models", indexes, keys, port, TIMEOUT]
+            arguments = [folder / "models", indexes, keys, address[1], TIMEOUT]
             command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, arguments)]
             process = Popen(command, cwd=Path(__file__).parents[2])
+
+        def is_ready() -> bool:
+            answers = good_answers(address).values()
+            return all(one and one.status == 200 and not wrong(one) for one in answers)
+
         try:
-            # The first search loads its libraries.
-            until(
-                lambda: all(
-                    answer is not None and answer.status == 200 and not wrong(answer)
-                    for answer in good_answers(("127.0.0.1", port)).values()
-                ),
-                120,
-            )
-            yield World(("127.0.0.1", port), process, server)
+            until(is_ready, 120)  # the first search loads its libraries
+            yield World(address, process, server)
         finally:
             process.terminate()
             process.wait(60)
@@ -279,12 +281,11 @@ def world(folder: Path, engine: str) -> Iterator[World]:
 
 def memory(pid: int) -> int:
     """MiB of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+    return int(psutil.Process(pid).memory_info().rss) // 2**20
 
 
 def open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return int(psutil.Process(pid).num_fds())
 
 
 C = TypeVar("C", bound="Caller")
@@ -313,7 +314,7 @@ class Caller:
 
 
 class Good(Caller):
-    """Asks every task the same, and compares the answers with the first."""
+    """Asks every task the same; its answers must be the first ones, during an attack and after."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -336,12 +337,9 @@ class Good(Caller):
 def good_answers(address: tuple[str, int]) -> dict[str, Answer | None]:
     """The answers to a right request of each task."""
     outcomes = {
-        task: exchange(address, Case("good", (request.raw(),))) for task, request in good().items()
+        task: exchange(address, Case("good", request.raw())) for task, request in good().items()
     }
     return {task: one.answers[0] if one.answers else None for task, one in outcomes.items()}
-
-
-# Campaigns
 
 
 @dataclass
@@ -350,17 +348,11 @@ class Report:
     again.
     """
 
-    results: dict[str, Counter[str]] = field(default_factory=dict)
+    results: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: list[str] = field(default_factory=list)
 
-    @property
-    def count(self) -> int:
-        return sum(map(Counter.total, self.results.values()))
 
-
-def attack(
-    address: tuple[str, int], seed: int, numbers: Sequence[int] | range, workers: int = 6
-) -> Report:
+def attack(address: tuple[str, int], seed: int, numbers: Sequence[int], workers: int = 6) -> Report:
     """Send the hostile requests of some numbers, several at once."""
     report = Report()
     lock = threading.Lock()
@@ -369,23 +361,17 @@ def attack(
         hostile = case(seed, number)
         outcome = exchange(address, hostile)
         why = trouble(hostile, outcome)
-        result = outcome.how
-        if outcome.answers and outcome.how != "hung":
-            result = str(outcome.answers[-1].status)
+        result = str(outcome.answers[-1].status) if outcome.how == "answered" else outcome.how
         with lock:
-            report.results.setdefault(hostile.kind.partition(":")[0], Counter())[result] += 1
-            if why:
-                report.failures.append(
-                    f"seed {seed}, number {number} ({hostile.kind}): {why}; {hostile.raw[:200]!r}"
-                )
+            report.results[hostile.kind.partition(":")[0]][result] += 1
+            if why is not None:
+                start = str(hostile.parts[0])[:200]
+                what = f"seed {seed}, number {number} ({hostile.kind}): {why}; {start}"
+                report.failures.append(what)
 
-    def is_slow(number: int) -> bool:
-        return number < len(by_hand()) and by_hand()[number][0].startswith("slow")
-
-    slow: Iterable[int] = [number for number in numbers if is_slow(number)]
     with ThreadPoolExecutor(6) as patient, ThreadPoolExecutor(workers) as pool:
-        futures = [patient.submit(send, number) for number in slow]
-        futures += [pool.submit(send, number) for number in numbers if not is_slow(number)]
+        slow = {number for number in numbers if case(seed, number).kind.startswith("slow")}
+        futures = [(patient if number in slow else pool).submit(send, number) for number in numbers]
         for future in futures:
             future.result()
     return report
