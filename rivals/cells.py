@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
-from radapter_serve.evaluation.run import Overlap
+from radapter_serve.evaluation.run import warn_of_overlap
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
@@ -122,12 +122,7 @@ class Cells:
 
     def warnings(self) -> list[str]:
         """A line for each test set that has images in common with the sets that chose."""
-        overlap = Overlap()
-        for data in self._sets.get("validation", []):
-            overlap.chosen_by(data)
-        for data in self._sets.get("test", []):
-            overlap.tested(data)
-        return overlap.warnings
+        return warn_of_overlap(self._sets.get("validation", []), self._sets.get("test", []))
 
     def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
         sets = self._open(split)

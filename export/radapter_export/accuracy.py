@@ -16,14 +16,10 @@ from radapter_serve.data.runs import OtherImages
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
-from radapter_serve.evaluation.image_sets import (
-    ClassificationSet,
-    EvaluationSet,
-    SeveralLabelsSet,
-)
+from radapter_serve.evaluation.image_sets import Answers, ClassificationSet, EvaluationSet
 from radapter_serve.evaluation.metrics import check_finite
 from radapter_serve.evaluation.models import Candidate, Change, from_release, in_torch
-from radapter_serve.evaluation.run import Scored, evaluate_scored
+from radapter_serve.evaluation.run import evaluate_answers
 from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.confidence import Confidence
@@ -93,14 +89,15 @@ class Validation:
                 for line, embed in zip(label_set.lines, embeds, strict=True):
                     release.known[label_set.templates, line] = embed
 
-        def score(name: str, model: Candidate) -> tuple[Scored, float]:
+        def score(name: str, model: Candidate) -> tuple[Answers, float]:
             say(f"{entry.data}: embedding its texts by {name}")
-            [scored] = evaluate_scored(
+            [(row, answers)] = evaluate_answers(
                 [model],
                 self.data,
+                keep=["scores"],
                 progress=lambda done, n: say(f"{entry.data}: {done} of {n} images by {name}"),
             )
-            return scored, round(100 * scored.row.metrics[scored.row.metric], 3)
+            return answers, round(100 * row.metrics[row.metric], 3)
 
         # The base stays on its device: adapters behind activations would not move with it.
         [attached] = in_torch(
@@ -112,7 +109,7 @@ class Validation:
             device=str(next(base.model.parameters()).device),
         )
         _, by_torch = score("torch", attached)
-        scored, by_release = score("release", release)
+        answers, by_release = score("release", release)
         drop = round(by_torch - by_release, 3)
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
@@ -126,9 +123,9 @@ class Validation:
 
         # Calibrated scores, where the data has classes that `classify` would choose from.
         data = self.data
-        if not isinstance(data, ClassificationSet) or scored.cosines is None:
+        if not isinstance(data, ClassificationSet):
             return Measured(accuracy)
-        if isinstance(data, SeveralLabelsSet):
+        if data.several:
             line = (
                 f"{entry.data} has several labels an image, by which scores are not calibrated: the"
                 " release has no calibrated scores"
@@ -137,7 +134,7 @@ class Validation:
         facts = loaded.release
         try:
             confidence = fit_confidence(
-                scored.cosines, data.labels, facts.logit_scale, facts.logit_bias, entry.data
+                answers["scores"], data.labels, facts.logit_scale, facts.logit_bias, entry.data
             )
         except RAdapterError as error:
             return Measured(accuracy, warnings=(str(error),))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import start
 from radapter_serve.evaluation.rows import prompts
 
@@ -43,7 +39,6 @@ def evaluate(
     model: tyro.conf.OmitArgPrefixes[start.EvaluatedModel] = MODEL,
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto")] = (),
     settings: tyro.conf.OmitArgPrefixes[start.EvaluationSettings] = SETTINGS,
-    doubtful: int | None = None,
 ) -> None:
     """Evaluate a run at any alpha, a merged checkpoint, a release, or a live server on the data
     sets of a suite.
@@ -64,33 +59,8 @@ def evaluate(
             those of the run. Of a release or a server: one whose requests may bring
             it (radapter-export --alpha dynamic).
         settings: how.
-        doubtful: in place of an evaluation: list so many training images of the run whose label
-            both the base and the run doubt, to look for wrong labels; writes OUT/doubtful.csv and
-            OUT/doubtful.png.
     """
     screen = Console()
-    if doubtful is not None:
-        given = {"suite": suite, "data": data, "alpha": alpha}
-        if names := [name for name, value in given.items() if value]:
-            raise RAdapterError(
-                f"doubtful and {', '.join(names)} don't go together: it looks at the training"
-                " images of a run"
-            )
-        fields = {
-            field.name: getattr(kind, field.name)
-            for kind in (model, settings)
-            for field in dataclasses.fields(kind)
-            if getattr(kind, field.name) != field.default
-        }
-        doubts, files = start.doubtful(count=doubtful, progress=True, **fields)
-        table = Table(title="Labels in doubt, the most doubtful first")
-        for column in ("image", "label", "the base says", "the run says"):
-            table.add_column(column, overflow="fold")
-        for doubt in doubts:
-            table.add_row(*map(escape, (doubt.image, doubt.label, doubt.base_says, doubt.run_says)))
-        screen.print(table)
-        _print(screen, *(f"wrote {file}" for file in files))
-        return
     result = start.evaluate_model(model, settings, alpha, suite, data, progress=True)
     choice = result.choice
     if choice is not None:

@@ -17,9 +17,9 @@ from PIL import Image
 from radapter_serve.data.rows import (
     BrokenImage,
     ImageColumn,
+    check_share,
     image_source,
     open_rows,
-    share_of,
     value_at,
 )
 from radapter_serve.errors import RAdapterError
@@ -93,11 +93,7 @@ class Captioned(ImageColumn):
         with their image.
         """
         images = random.Random(seed).sample(list(self.images), len(self.images))
-        count = share_of(len(images), fraction)
-        if not count:
-            raise RAdapterError(
-                f"val_fraction is {fraction} but there is one image; name validation data"
-            )
+        count = check_share(len(images), fraction)
         kept = dataclasses.replace(self, images=images[count:])
         return kept, dataclasses.replace(self, images=images[:count])
 

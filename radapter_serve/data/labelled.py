@@ -51,10 +51,6 @@ class Labelled(ImageColumn, LabelledImages):
         self._index |= {synonyms[0]: i for i, synonyms in enumerate(names) if synonyms}
         self._index |= {line: i for i, line in enumerate(self.own)}
 
-    def label(self, row: dict[str, Any]) -> int:
-        """The number of a row's class, of several the first."""
-        return self.labels_of(row)[0]
-
     def labels_of(self, row: dict[str, Any]) -> tuple[int, ...]:
         """The numbers of all classes of a row, in its own order, each once."""
         numbers = self._numbers(row[self.label_column])
@@ -66,27 +62,25 @@ class Labelled(ImageColumn, LabelledImages):
         return numbers
 
     def _numbers(self, value: Any) -> tuple[int, ...]:
-        if not self.several:
-            return (self._number(value),)
-        labels = split_labels(value, self.label_separator)
-        return tuple(dict.fromkeys(self._number(label) for label in labels))
-
-    def _number(self, value: Any) -> int:
-        index = None
-        try:
-            if isinstance(value, str):
-                index = self._index.get(value)
-            elif not isinstance(value, bool) and value == int(value):
-                index = self._by_number.get(int(value))
-        except (TypeError, ValueError, OverflowError):
-            pass
-        if index is None:
-            raise RAdapterError(
-                f"label {value!r} is none of the {len(self.classes)} classes"
-                f" ({', '.join(self.own[:5])}, ...); name every class of {self.label_column!r} in"
-                " the file given with --classes"
-            )
-        return index
+        """The numbers of the classes in a value of the label column."""
+        numbers: dict[int, None] = {}
+        for label in split_labels(value, self.label_separator) if self.several else [value]:
+            number = None
+            try:
+                if isinstance(label, str):
+                    number = self._index.get(label)
+                elif not isinstance(label, bool) and label == int(label):
+                    number = self._by_number.get(int(label))
+            except (TypeError, ValueError, OverflowError):
+                pass
+            if number is None:
+                raise RAdapterError(
+                    f"label {label!r} is none of the {len(self.classes)} classes"
+                    f" ({', '.join(self.own[:5])}, ...); name every class of"
+                    f" {self.label_column!r} in the file given with --classes"
+                )
+            numbers[number] = None
+        return tuple(numbers)
 
     def label_sets(self) -> list[tuple[int, ...]]:
         """The numbers of all classes of each row; not of a stream."""
@@ -182,16 +176,10 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
     return [value]
 
 
-def split_classes(count: int, split: str) -> range:
-    """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is
-    rounded up.
-    """
-    middle = (count + 1) // 2
-    return {"all": range(count), "base": range(middle), "novel": range(middle, count)}[split]
-
-
 def class_split(data: Labelled, split: str) -> Labelled:
-    """The images of the base or of the novel classes, and these classes alone."""
+    """The images of the base or of the novel classes, and these classes alone, as CoOp cuts them:
+    the first half is rounded up.
+    """
     if split == "all":
         return data
     if data.several:
@@ -202,9 +190,11 @@ def class_split(data: Labelled, split: str) -> Labelled:
         raise RAdapterError(
             f"class_split {split} needs all labels at once; it does not go with a stream"
         )
-    chosen = split_classes(len(data.classes), split)
+    count = len(data.classes)
+    middle = (count + 1) // 2
+    chosen = range(middle) if split == "base" else range(middle, count)
     if not chosen:
-        raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
+        raise RAdapterError(f"class_split {split} of {count} class leaves none")
     return data.of_classes(chosen, [data.classes[number] for number in chosen])
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from radapter_serve.contract.image_files import SUFFIXES
 from radapter_serve.contract.preprocess import orientation_of, oriented
 from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
-from radapter_serve.data.rows import BrokenImage, share_of
+from radapter_serve.data.rows import BrokenImage, check_share
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.extras import install_command
 
@@ -66,8 +66,21 @@ class MaskedImage(ABC):
         """Class and area in pixels of each of `segments`, in their order."""
         return [(label, int(mask.sum())) for label, mask in self.segments()]
 
+    def _read(self, path: Path, modes: Sequence[str], kind: str) -> NDArray[np.int32]:
+        """Read the PNG of a mask, turned as its image is, int32 [H, W] or [H, W, 3]."""
+        try:
+            mask = Image.open(path, formats=("PNG",))
+            mask.load()
+        except Exception as error:  # Pillow raises anything on broken files
+            raise RAdapterError(
+                f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file"
+            ) from None
+        if mask.mode not in modes:
+            raise RAdapterError(f"the mask {path} is a picture in {mask.mode}; {kind}")
+        return np.asarray(self._fit(mask, f"the mask {path}")).astype(np.int32)
+
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
-        """Turn a mask as its image is turned, unless it stands upright already."""
+        """Turn a mask as its image is turned, unless it is upright already."""
         try:
             with Image.open(self.path) as image:
                 orientation = orientation_of(image) if self.exif_orientation else 1
@@ -99,16 +112,12 @@ class Masked:
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
         """The data without a share of the images, drawn by the seed, and that share."""
         order = np.random.default_rng(seed).permutation(len(self.images))
-        count = share_of(len(order), fraction)
-        if not count:
-            raise RAdapterError(
-                f"val_fraction is {fraction} but there is one image; name validation data"
-            )
+        count = check_share(len(order), fraction)
         kept, held = (
-            [self.images[index] for index in sorted(part)]
+            replace(self, images=[self.images[index] for index in sorted(part)])
             for part in (order[count:], order[:count])
         )
-        return replace(self, images=kept), replace(self, images=held)
+        return kept, held
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +128,13 @@ class LabelMap(MaskedImage):
     table: NDArray[np.int32]  # class of each id, or IGNORE; the last entry is for all higher ids
 
     def mask(self) -> NDArray[np.int32]:
-        image = open_mask(self.mask_path)
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise RAdapterError(
-                f"the mask {self.mask_path} is a picture in {image.mode}; a label map is a PNG,"
-                " gray, palette or 16 bit, whose value is the class id (for COCO's panoptic masks,"
-                " which are coloured, use coco:FILE.json)"
-            )
-        image = self._fit(image, f"the mask {self.mask_path}")
-        return self.table.take(np.asarray(image).astype(np.int32), mode="clip")
+        ids = self._read(
+            self.mask_path,
+            ("1", "L", "P", "I", "I;16"),
+            "a label map is a PNG, gray, palette or 16 bit, whose value is the class id (for COCO's"
+            " panoptic masks, which are coloured, use coco:FILE.json)",
+        )
+        return self.table.take(ids, mode="clip")
 
     def segments(self) -> list[ClassMask]:
         mask = self.mask()
@@ -140,18 +147,6 @@ class LabelMap(MaskedImage):
 def _areas(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
     counts = np.bincount(mask.ravel() - IGNORE)[-IGNORE:]  # a tenth of the time of np.unique
     return [(int(label), int(counts[label])) for label in np.flatnonzero(counts)]
-
-
-def open_mask(path: Path) -> Image.Image:
-    """Decode the PNG of a mask."""
-    try:
-        image = Image.open(path, formats=("PNG",))
-        image.load()
-    except Exception as error:  # Pillow raises anything on broken files
-        raise RAdapterError(
-            f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file"
-        ) from None
-    return image
 
 
 def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
@@ -291,14 +286,13 @@ class Panoptic(MaskedImage):
     listed_areas: list[int | None]  # of each id, where the file says it
 
     def segments(self) -> list[ClassMask]:
-        image = open_mask(self.mask_path)
-        if image.mode != "RGB":
-            raise RAdapterError(
-                f"the mask {self.mask_path} is a picture in {image.mode}; a panoptic mask is a PNG"
-                " in RGB, whose colour, R + 256 G + 65536 B, is the id of the segment"
-            )
-        image = self._fit(image, f"the mask {self.mask_path}")
-        ids = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+        colours = self._read(
+            self.mask_path,
+            ("RGB",),
+            "a panoptic mask is a PNG in RGB, whose colour, R + 256 G + 65536 B, is the id of the"
+            " segment",
+        )
+        ids = colours @ np.array([1, 256, 65536], np.int32)
         segments = [(label, ids == id_) for id_, label in self.labels.items()]
         areas = [int(inside.sum()) for _, inside in segments]
         if sum(areas) + int((ids == 0).sum()) != ids.size or 0 in areas:

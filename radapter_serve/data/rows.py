@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -42,23 +42,6 @@ class BrokenImage(RAdapterError):
     """An image that is missing or can't be decoded."""
 
 
-class TrainingData(Protocol):
-    """All that training needs of data, whatever the task."""
-
-    @property
-    def rows(self) -> Any:
-        """A sequence, a Hugging Face data set, or its stream."""
-
-    def pair(
-        self, row: Any, draw: random.Random
-    ) -> tuple[Image.Image, int | tuple[int, ...], str | list[str]]:
-        """Image, label and text of a row; `draw` decides what is left to chance.
-
-        Pairs with equal labels are positives of each other. Several texts, equally many for every
-        row, share one encoding of the image. Of several labels the first is that of the text.
-        """
-
-
 class LabelledImages(ABC):
     """Images whose labels are classes, as training and validation go through them."""
 
@@ -71,12 +54,12 @@ class LabelledImages(ABC):
         """The image of a row; raises BrokenImage."""
 
     @abstractmethod
+    def labels_of(self, row: Any) -> tuple[int, ...]:
+        """The numbers of all classes of a row, in its own order, each once."""
+
     def label(self, row: Any) -> int:
         """The number of a row's class, of several the first."""
-
-    def labels_of(self, row: Any) -> tuple[int, ...]:
-        """The numbers of all classes of a row."""
-        return (self.label(row),)
+        return self.labels_of(row)[0]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int | tuple[int, ...], str]:
         """The image, the number of its class, and a prompt with the class's first name.
@@ -86,10 +69,11 @@ class LabelledImages(ABC):
         labels = self.labels_of(row)
         image = self.image(row)
         label = labels[0]
-        if len(labels) > 1:
-            label = draw.choice(labels)
-            labels = (label, *(other for other in labels if other != label))
-        return image, labels if len(labels) > 1 else label, self.prompt(label, draw)
+        if len(labels) == 1:
+            return image, label, self.prompt(label, draw)
+        label = draw.choice(labels)
+        others = [other for other in labels if other != label]
+        return image, (label, *others), self.prompt(label, draw)
 
     def prompt(self, label: int, draw: random.Random) -> str:
         """A prompt with the first name of a class, by a template that is drawn."""
@@ -111,16 +95,14 @@ class ImageColumn:
     def data(self, row: dict[str, Any]) -> bytes:
         """The bytes of a row's image file."""
         value = row.get(self.image_column)
+        if value is None:
+            raise BrokenImage(f"a row has no image in the column {self.image_column!r}")
+        source = image_source(value)
+        if isinstance(source, bytes):
+            return source
+        folder = Path() if isinstance(value, dict) else self.folder
         try:
-            if isinstance(value, dict):
-                return (
-                    bytes(value["bytes"])
-                    if value.get("bytes") is not None
-                    else Path(value["path"]).read_bytes()
-                )
-            if value is None:
-                raise BrokenImage(f"a row has no image in the column {self.image_column!r}")
-            return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
+            return (folder / source).read_bytes()
         except OSError as error:
             raise BrokenImage(
                 f"image {self.name(row)} can't be read: {error.strerror or error}"
@@ -168,8 +150,14 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             " foreign code; name the file itself"
         )
     folder = Path(path).parent if reader in READERS else Path()
-    if reader == "imagefolder":
-        folder = _image_folder(Path(path), split, spec)
+    if reader == "imagefolder":  # the class folders lie in DIR/SPLIT where it has some, else in DIR
+        folder = Path(path)
+        part = folder / split
+        divided = part.is_dir() and bool(sub_folders(part))
+        if not folder.is_dir() or (at and split != "train" and not divided):
+            missing = part if folder.is_dir() else folder
+            raise RAdapterError(f"no folder {missing} for {spec}: one sub-folder a class")
+        folder = part if divided else folder
         if not any((folder / name).is_file() for name in _METADATA):
             return _rows_of_classes(folder, spec, columns, streaming)
 
@@ -299,9 +287,8 @@ def _file_of(path: str) -> tuple[int, int] | str:
         status = os.stat(path)  # noqa: PTH116 - a path object for each of a million images is dear
     except OSError:
         return path  # a link to nowhere is an image, which is reported as missing
-    return (
-        (status.st_dev, status.st_ino) if status.st_ino else path
-    )  # some file systems number none
+    # Some file systems number no files.
+    return (status.st_dev, status.st_ino) if status.st_ino else path
 
 
 def image_source(value: Any) -> bytes | str:
@@ -316,6 +303,13 @@ def share_of(count: int, fraction: float) -> int:
     return min(count - 1, max(1, round(fraction * count))) if count else 0
 
 
+def check_share(count: int, fraction: float) -> int:
+    """`share_of` of all images of a data set; refuses to hold out none."""
+    if share := share_of(count, fraction):
+        return share
+    raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
+
+
 def value_at(row: Mapping[str, Any], column: str) -> Any:
     """A row's value in a column, or in a field of a column: `json.caption`; None where the row has
     none.
@@ -325,17 +319,6 @@ def value_at(row: Mapping[str, Any], column: str) -> Any:
     outer, _, inner = column.partition(".")
     nested = row.get(outer)
     return nested.get(inner) if isinstance(nested, Mapping) else None
-
-
-def _image_folder(path: Path, split: str, spec: str) -> Path:
-    """The folder of class folders: DIR/SPLIT where it has some, else DIR."""
-    folder = path / split if path.joinpath(split).is_dir() and sub_folders(path / split) else path
-    if not folder.is_dir() or (folder == path and "@" in spec and split != "train"):
-        raise RAdapterError(
-            f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a"
-            " class"
-        )
-    return folder
 
 
 def sub_folders(path: Path) -> set[str]:

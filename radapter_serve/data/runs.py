@@ -1,5 +1,5 @@
-"""The data of a run, opened as its recipe says, so that training and later evaluation see the same
-validation data; and the digest by which an adapter file knows the images that were held out.
+"""Data as its source says: that of a run, opened so that training and later evaluation see the
+same validation data; and the digest by which an adapter file knows the images that were held out.
 """
 
 from __future__ import annotations
@@ -17,15 +17,71 @@ from radapter_serve.data.labelled import Labelled, class_split, load_labelled
 from radapter_serve.data.masks import Masked, load_masked
 from radapter_serve.data.rows import image_source
 from radapter_serve.data.segments import SegmentCrops
-from radapter_serve.data.source import RunSource
+from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
 
 Images = Labelled | Captioned | Masked
 
 
+def open_source(
+    source: DataSource,
+    *,
+    captions_per_image: int = 1,
+    streaming: bool = False,
+    every_class: bool = False,
+    broken: list[str] | None = None,
+) -> Images:
+    """Open data as its task reads it; the arguments are those of `load_captioned` and
+    `load_labelled`.
+    """
+    if source.task == "segmentation":
+        return load_masked(
+            source.data,
+            classes=source.classes,
+            images=source.images,
+            exif_orientation=source.exif_orientation,
+        )
+    data: Labelled | Captioned
+    if source.task == "retrieval":
+        data = load_captioned(
+            source.data,
+            image_column=source.image_column,
+            caption_column=source.caption_column,
+            captions_per_image=captions_per_image,
+            images=source.images,
+            streaming=streaming,
+            broken=broken,
+        )
+    else:
+        data = load_labelled(
+            source.data,
+            image_column=source.image_column,
+            label_column=source.label_column,
+            label_separator=source.label_separator,
+            classes=source.classes,
+            images=source.images,
+            streaming=streaming,
+            every_class=every_class,
+        )
+    data.exif_orientation = source.exif_orientation
+    return data
+
+
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
-    """Open the data that a run trains with, and the data that it is validated on."""
-    data = _open(source, source.data, broken, training=True)
+    """Open the data that a run trains with, and the data that it is validated on. `broken` gets
+    lines about rows that are skipped, if the source says so.
+    """
+    data = open_source(
+        source,
+        captions_per_image=source.captions_per_image,
+        streaming=source.streaming and not source.val_fraction,
+        every_class=True,
+        broken=broken if source.on_broken == "skip" else None,
+    )
+    if isinstance(data, Labelled):
+        if source.classes is None:
+            refuse_wordnet_ids(data.own)
+        data = class_split(data, source.class_split)
     held = None
     if source.val_data:
         classes = None if isinstance(data, Captioned) else data.classes
@@ -48,7 +104,12 @@ def validation_data(
     None takes the data's own classes.
     """
     if source.val_data:
-        val: Images | None = _open(source, source.val_data, broken)
+        skipped = broken if source.on_broken == "skip" else None
+        val: Images | None = open_source(
+            dataclasses.replace(source, data=source.val_data), broken=skipped
+        )
+        if isinstance(val, Labelled) and source.classes is None:
+            refuse_wordnet_ids(val.own)
     else:
         val = run_data(source, broken)[1]
     if isinstance(val, Labelled) and classes is not None:
@@ -65,47 +126,6 @@ def validation_data(
                     f" {len(entries)}); name one class file for both, with --classes FILE"
                 )
     return val
-
-
-def _open(
-    source: RunSource, spec: str, broken: list[str] | None, *, training: bool = False
-) -> Images:
-    if source.task == "segmentation":
-        return load_masked(
-            spec,
-            classes=source.classes,
-            images=source.images,
-            exif_orientation=source.exif_orientation,
-        )
-    streaming = training and source.streaming and not source.val_fraction
-    data: Labelled | Captioned
-    if source.task == "retrieval":
-        data = load_captioned(
-            spec,
-            image_column=source.image_column,
-            caption_column=source.caption_column,
-            captions_per_image=source.captions_per_image if training else 1,
-            images=source.images,
-            streaming=streaming,
-            broken=broken if source.on_broken == "skip" else None,
-        )
-    else:
-        data = load_labelled(
-            spec,
-            image_column=source.image_column,
-            label_column=source.label_column,
-            label_separator=source.label_separator,
-            classes=source.classes,
-            images=source.images,
-            streaming=streaming,
-            every_class=training,
-        )
-        if source.classes is None:
-            refuse_wordnet_ids(data.own)
-        if training:
-            data = class_split(data, source.class_split)
-    data.exif_orientation = source.exif_orientation
-    return data
 
 
 class OtherImages(RAdapterError):

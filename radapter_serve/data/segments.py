@@ -34,9 +34,9 @@ class SegmentCrops(LabelledImages):
         default=None, init=False, repr=False
     )
 
-    def label(self, row: Any) -> int:
+    def labels_of(self, row: Any) -> tuple[int, ...]:
         """The number of a segment's class."""
-        return int(row[2])
+        return (int(row[2]),)
 
     def image(self, row: Any) -> Image.Image:
         """The crop of a segment."""

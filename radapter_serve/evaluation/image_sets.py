@@ -7,7 +7,7 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from PIL import Image as Pictures
 
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode, oriented
-from radapter_serve.contract.probabilities import indistinguishable
+from radapter_serve.contract.probabilities import class_probabilities, indistinguishable
 from radapter_serve.data.rows import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.intervals import (
@@ -53,16 +53,8 @@ NOUN_TEMPLATES = ("a photo of a {}.",)
 _NOUN_STEP = 3  # every third of ImageNet's 1,000 names: 333 nouns
 _WORD = re.compile(r"[^\W_]+")
 _READERS = 8  # files that are read at once
+Answers = dict[str, NDArray[Any]]  # by name; a row an image, or a batch
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answers for some images of a set."""
-
-    values: tuple[Any, ...]  # by which the set measures
-    scores: Floats | None = None  # cosines of whole images with each class, [N, C]
-    nearest: NDArray[np.int64] | None = None  # the best noun of each image
 
 
 @dataclass(frozen=True)
@@ -85,24 +77,57 @@ class EvaluationSet(ABC):
         """
         return ()
 
-    @property
-    @abstractmethod
+    @cached_property
     def contents(self) -> list[str]:
         """A digest of each image, and of its masks where it has some."""
 
-    @property
-    @abstractmethod
+        def digest_of_image(image: Any) -> str:
+            sha = hashlib.sha256()
+            for part in self.parts(image):
+                if not isinstance(part, bytes):
+                    part = f"{part.dtype}{part.shape}".encode() + part.tobytes()
+                sha.update(part)
+            return sha.hexdigest()
+
+        try:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:
+                return list(pool.map(digest_of_image, self.images))
+        except RAdapterError as error:
+            raise RAdapterError(f"data set {self.entry.name!r}: {error}") from error
+
+    @cached_property
     def set_digest(self) -> str:
         """A digest of everything that the figures depend on."""
+        return digest(*self.truth, self.contents)
+
+    def parts(self, image: Any) -> Iterable[bytes | NDArray[Any]]:
+        """The data of an image, as files and arrays."""
+        yield image.data()
 
     @property
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Fields of a row that say more about the set."""
+    def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The names of the set, and which of them are right for its images."""
 
-    def setup(self, model: Candidate) -> dict[str, Any]:
-        """Fields of a row that say how a model is evaluated on the set."""
-        return {}
+    @abstractmethod
+    def fields(self, model: Candidate) -> dict[str, Any]:
+        """Fields of a row about the set, and how a model is evaluated on it."""
+
+    @abstractmethod
+    def prepare(self, model: Candidate, number: int) -> Any:
+        """Read and decode an image; thread-safe."""
+
+    @abstractmethod
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
+    ) -> Answers:
+        """A model's answers for the prepared images from number `start` on. Sets with classes of
+        whole images `keep` on request the best of `nouns` and the `scores`, cosines [N, C].
+        """
+
+    @abstractmethod
+    def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
+        """The measured fields of a row, from the answers for all images in order."""
 
     def row(self, model: Candidate) -> Row:
         """The row of a model on the set, before anything is measured; raises `NoSuchWay` where the
@@ -110,9 +135,8 @@ class EvaluationSet(ABC):
         """
         entry = self.entry
         return Row(
-            **vars(model.facts),
-            **self.facts,
-            **self.setup(model),
+            **model.facts,
+            **self.fields(model),
             n=len(self),
             set_digest=self.set_digest,
             dataset=entry.name,
@@ -128,22 +152,6 @@ class EvaluationSet(ABC):
             metrics={},
             runtime=0.0,
         )
-
-    @abstractmethod
-    def prepare(self, model: Candidate, number: int) -> Any:
-        """Read and decode an image; thread-safe."""
-
-    @abstractmethod
-    def answer(
-        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
-    ) -> Answer:
-        """A model's answers for the prepared images from number `start` on; `ask_nouns` takes the
-        best of `nouns` as well.
-        """
-
-    @abstractmethod
-    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The measured fields of a row, from the answers for all images in order."""
 
 
 @dataclass(frozen=True)
@@ -186,13 +194,6 @@ class _ImageSet(EvaluationSet):
 
     images: Sequence[Image]
 
-    @cached_property
-    def contents(self) -> list[str]:
-        return contents(
-            self.entry.name,
-            [lambda image=image: [image.data()] for image in self.images],  # type: ignore[misc]
-        )
-
     def prepare(self, model: Candidate, number: int) -> Any:
         turns = model.loaded.preprocess.exif_orientation
         return model.prepare(as_seen(self.images[number](), self.entry.exif_orientation, turns))
@@ -200,27 +201,24 @@ class _ImageSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class ClassificationSet(_ImageSet):
-    """Labelled images."""
+    """Images with one label, or with several of which one at least is right."""
 
-    labels: NDArray[Any]  # integer [N]
+    labels: NDArray[Any]  # integer [N]; of several labels bool [N, C]
     classes: list[str]  # synonyms after commas
     templates: list[str] | None  # of prompts; None takes the model's own
 
     task = "zeroshot_classification"
 
-    @cached_property
-    def set_digest(self) -> str:
-        return digest(self.classes, self._truth, self.contents)
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.labels.ndim == 2
 
     @property
-    def facts(self) -> dict[str, Any]:
-        split = self.entry.class_split
-        return {"classes": len(self.classes), "class_split": None if split == "all" else split}
-
-    @property
-    def _truth(self) -> list[Any]:
-        labels: list[Any] = self.labels.tolist()
-        return labels
+    def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        if self.several:
+            return self.classes, [np.flatnonzero(of).tolist() for of in self.labels]
+        return self.classes, self.labels.tolist()
 
     @cached_property
     def nouns(self) -> list[str]:
@@ -232,31 +230,42 @@ class ClassificationSet(_ImageSet):
         """The prompt templates for a model."""
         return self.templates or model.loaded.release.templates
 
-    def setup(self, model: Candidate) -> dict[str, Any]:
-        return {"templates": tuple(self.prompts(model))}
+    def fields(self, model: Candidate) -> dict[str, Any]:
+        split = self.entry.class_split
+        return {
+            "classes": len(self.classes),
+            "class_split": None if split == "all" else split,
+            "templates": tuple(self.prompts(model)),
+        }
 
     def answer(
-        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
-    ) -> Answer:
+        self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
+    ) -> Answers:
         embeds = check_finite(model.embed_images(items))
-        scores = embeds @ model.embed_classes(self.classes, self.prompts(model)).T
-        nearest = None
-        if ask_nouns:
+        scores = check_finite(embeds @ model.embed_classes(self.classes, self.prompts(model)).T)
+        answers: Answers = {}
+        if "nouns" in keep:
             nouns = model.embed_classes(self.nouns, NOUN_TEMPLATES)
-            nearest = (embeds @ nouns.T).argmax(axis=1)
-        return Answer(self._values(model, start, scores), scores, nearest)
-
-    def _values(self, model: Candidate, start: int, scores: Floats) -> tuple[Any, ...]:
-        """The rank of the label, the best class, and the sums of the calibration error."""
+            answers["nouns"] = (embeds @ nouns.T).argmax(axis=1)
+        if "scores" in keep or self.several:
+            answers["scores"] = scores
+        if self.several:
+            return answers
         ranks = true_ranks(scores, self.labels[start : start + len(scores)])
         best = scores.argmax(axis=1)
-        probabilities = model.probabilities(scores)
+        release = model.loaded.release
+        probabilities = class_probabilities(scores, release.logit_scale, release.logit_bias)
         confidences = np.take_along_axis(probabilities, best[:, None], axis=1)[:, 0]
-        return ranks, best, calibration_sums(confidences, ranks < 1)
+        sums = calibration_sums(confidences, ranks < 1)
+        return {**answers, "ranks": ranks, "best": best, "calibration": sums[None]}
 
-    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
-        ranks, best = (np.concatenate([of.values[place] for of in answers]) for place in (0, 1))
-        sums = sum(of.values[2] for of in answers)
+    def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
+        embeds = model.embed_classes(self.classes, self.prompts(model))
+        alike = indistinguishable(first_names(self.classes), embeds) or None
+        if self.several:
+            return {**self._measure_several(answers["scores"]), "indistinguishable": alike}
+        ranks = answers["ranks"]
+        sums: Any = sum(answers["calibration"])  # batch by batch
         count = len(self.classes)
         metrics = classification_metrics(ranks, self.labels, count)
         metrics["ece"] = calibration_error(sums)
@@ -265,36 +274,27 @@ class ClassificationSet(_ImageSet):
             name: wilson(metrics[name], len(ranks)) for name in ("acc1", "acc5") if name in metrics
         }
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[n > 0], n[n > 0])
+        confusions = None
+        if count <= MOST_CONFUSED:
+            confusions = confusion(self.labels, answers["best"], count).tolist()
         k = {"acc1": 1, "acc5": 5}.get(self.entry.metric)
-        few = count <= MOST_CONFUSED
+        bins = zip(
+            sums[0].astype(int).tolist(),
+            _rounded(shares(sums[1], sums[0])),
+            _rounded(shares(sums[2], sums[0])),
+            strict=True,
+        )
         return {
             "metrics": metrics,
             "intervals": intervals,
-            "calibration": by_bin(sums),
-            "per_class": by_class(self.classes, n, shares(hits, n)),
-            "confusion": confusion(self.labels, best, count).tolist() if few else None,
-            "indistinguishable": self._alike(model),
+            "calibration": [Bin(*of) for of in bins],
+            "per_class": by_class(self.classes, n, recall=shares(hits, n)),
+            "confusion": confusions,
+            "indistinguishable": alike,
             "right": packed(ranks < k) if k else None,
         }
 
-    def _alike(self, model: Candidate) -> list[tuple[str, str]] | None:
-        embeds = model.embed_classes(self.classes, self.prompts(model))
-        return indistinguishable(first_names(self.classes), embeds) or None
-
-
-@dataclass(frozen=True)
-class SeveralLabelsSet(ClassificationSet):
-    """Images of which each may have several labels, bool [N, C], one True at least in every row."""
-
-    @property
-    def _truth(self) -> list[Any]:
-        return [np.flatnonzero(of).tolist() for of in self.labels]
-
-    def _values(self, model: Candidate, start: int, scores: Floats) -> tuple[Any, ...]:
-        return (check_finite(scores),)
-
-    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
-        scores = np.concatenate([of.values[0] for of in answers])
+    def _measure_several(self, scores: Floats) -> dict[str, Any]:
         precisions = average_precisions(scores, self.labels)
         best = np.take_along_axis(self.labels, scores.argmax(axis=1)[:, None], axis=1)
         metrics = {SEVERAL_METRIC: float(np.nanmean(precisions)), "acc1": float(best.mean())}
@@ -302,13 +302,8 @@ class SeveralLabelsSet(ClassificationSet):
         if (interval := precision_interval(scores, self.labels)) is not None:
             intervals[SEVERAL_METRIC] = interval
         n = self.labels.sum(axis=0)
-        unknown = np.full(len(n), np.nan)
-        return {
-            "metrics": metrics,
-            "intervals": intervals,
-            "per_class": by_class(self.classes, n, unknown, average_precision=precisions),
-            "indistinguishable": self._alike(model),
-        }
+        figures = by_class(self.classes, n, average_precision=precisions)
+        return {"metrics": metrics, "intervals": intervals, "per_class": figures}
 
 
 @dataclass(frozen=True)
@@ -320,18 +315,9 @@ class RetrievalSet(_ImageSet):
 
     task = "zeroshot_retrieval"
 
-    @cached_property
-    def set_digest(self) -> str:
-        return digest(self.captions, self.image_of.tolist(), self.contents)
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        different = len(set(self.groups.tolist()))
-        few = different < len(self.captions)
-        return {
-            "captions": len(self.captions),
-            "different_captions": different if few else None,
-        }
+    @property
+    def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        return self.captions, self.image_of.tolist()
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
@@ -340,13 +326,21 @@ class RetrievalSet(_ImageSet):
         """
         return caption_groups(self.captions)
 
-    def answer(
-        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
-    ) -> Answer:
-        return Answer((model.embed_images(items),))
+    def fields(self, model: Candidate) -> dict[str, Any]:
+        count = len(self.captions)
+        different = len(set(self.groups.tolist()))
+        return {
+            "captions": count,
+            "different_captions": different if different < count else None,
+        }
 
-    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
-        images = np.concatenate([of.values[0] for of in answers])
+    def answer(
+        self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
+    ) -> Answers:
+        return {"images": model.embed_images(items)}
+
+    def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
+        images = answers["images"]
         texts = model.loaded.embed_texts(self.captions)
         ranks = retrieval_ranks(images, texts, self.image_of, self.groups)
         metrics = recalls_of(ranks)
@@ -387,7 +381,8 @@ def first_names(classes: Sequence[str]) -> list[str]:
 def by_class(
     classes: Sequence[str],
     n: NDArray[Any],
-    recall: NDArray[np.float64],
+    *,
+    recall: NDArray[np.float64] | None = None,
     iou: NDArray[np.float64] | None = None,
     average_precision: NDArray[np.float64] | None = None,
 ) -> list[ClassFigures]:
@@ -398,13 +393,6 @@ def by_class(
     ]
     names = first_names(classes)
     return [ClassFigures(*of) for of in zip(names, n.tolist(), *columns, strict=True)]
-
-
-def by_bin(sums: NDArray[np.float64]) -> list[Bin]:
-    """`calibration` of a row, from `calibration_sums`."""
-    confidence = _rounded(shares(sums[1], sums[0]))
-    accuracy = _rounded(shares(sums[2], sums[0]))
-    return [Bin(int(n), confidence[i], accuracy[i]) for i, n in enumerate(sums[0].tolist())]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:
@@ -438,26 +426,6 @@ def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
-
-
-def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
-    """Digests of images and their masks, each read once by its function of `parts`; `name` is the
-    data set's, for errors.
-    """
-
-    def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:
-        sha = hashlib.sha256()
-        for part in read():
-            if not isinstance(part, bytes):
-                part = f"{part.dtype}{part.shape}".encode() + part.tobytes()
-            sha.update(part)
-        return sha.hexdigest()
-
-    try:
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:
-            return list(pool.map(of, parts))
-    except RAdapterError as error:
-        raise RAdapterError(f"data set {name!r}: {error}") from error
 
 
 def digest(*parts: Sequence[Any]) -> str:

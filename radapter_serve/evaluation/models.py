@@ -32,11 +32,10 @@ from radapter_serve.contract.alpha import Alpha, check_alpha
 from radapter_serve.contract.labels import mean_embeddings
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import decode
-from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, served_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
-from radapter_serve.evaluation.rows import ModelFacts, model_name
+from radapter_serve.evaluation.rows import model_name
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
 from radapter_serve.hub import LOCAL
@@ -73,7 +72,7 @@ class Candidate:
 
     source: str  # `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release` or `server`
     alpha: float | None  # None where it is unknown
-    facts: ModelFacts
+    facts: Mapping[str, Any]  # fields of `Row` about the model
     loaded: LoadedRelease  # at this α
     # Embeddings of classes, float32 [D], by templates and class.
     known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
@@ -82,11 +81,6 @@ class Candidate:
     def name(self) -> str:
         """The model's name in messages."""
         return model_name(self.source, self.alpha)
-
-    @property
-    def crop(self) -> MaskCrop:
-        """How the masks of proposals are shown."""
-        return MaskCrop.from_dict(self.loaded.release.crop)
 
     def prepare(self, data: bytes) -> Any:
         """Decode an image file for `embed_images`, the same for every α; a server decodes it
@@ -117,11 +111,6 @@ class Candidate:
             embeds = check_finite(mean_embeddings(self.loaded.embed_texts, new, templates))
             self.known.update({(key, line): of for line, of in zip(new, embeds, strict=True)})
         return np.stack([self.known[key, line] for line in classes])
-
-    def probabilities(self, cosines: Floats) -> Floats:
-        """The probability of each label, float32 [N, C], from cosines of images with labels."""
-        release = self.loaded.release
-        return class_probabilities(cosines, release.logit_scale, release.logit_bias)
 
     def way(self, dense: str | None) -> str:
         """The dense method to use where `dense` is asked for; None asks for the model's own. Raises
@@ -214,7 +203,7 @@ class Change:
 
     source: str
     deltas: Mapping[str, Tensor]
-    facts: ModelFacts = field(default_factory=ModelFacts)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Weights:
@@ -359,9 +348,9 @@ def in_torch(
     candidates = []
     for change in changes:
         encoder = TorchEncoder(base, weights, change, precision)
-        facts = replace(change.facts, precision=precision)
-        if facts.release is None:  # a release has a name
-            facts = replace(facts, model=base.name, pretrained=base.pretrained)
+        facts = {**change.facts, "precision": precision}
+        if "release" not in facts:  # which has a name
+            facts |= {"model": base.name, "pretrained": base.pretrained}
         for alpha in alphas:
             scale, bias = weights.logits(change, alpha or 0.0)
             point = replace(
@@ -397,13 +386,12 @@ def from_adapter(
         check_alpha(alpha)
     weights = clip.model.state_dict()
     check_base(weights, adapter)
-    base_digest = metadata.base_digest
     deltas = {}
     for key in adapter.keys:
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    facts = ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest)
+    facts = {"base_digest": metadata.base_digest, "adapter_digest": adapter.digest}
     changes = [Change("adapter", deltas, facts)]
     if finetuned is not None:
         file = Path(finetuned)
@@ -415,7 +403,7 @@ def from_adapter(
             )
         start = {name: tensor.cpu() for name, tensor in weights.items()}
         tuned = check_weights(str(file), read_weights(file), start)
-        facts = ModelFacts(base_digest=base_digest, weights_digest=digest_of(file))
+        facts = {"base_digest": metadata.base_digest, "weights_digest": digest_of(file)}
         changes.append(Change("wise-ft", _differences(start, tuned), facts))
     source = metadata.source
     return in_torch(
@@ -445,7 +433,7 @@ def from_line(
     for alpha in alphas:
         line.check(alpha)
     deltas = {} if line.base is None else _differences(line.base, line.tuned)
-    facts = ModelFacts(base_digest=line.base_digest, weights_digest=line.digest)
+    facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
     change = Change(line.made_of["kind"], deltas, facts)
     return in_torch(tuned.base, [change], alphas, precision=precision, device=device)
 
@@ -459,8 +447,8 @@ def from_merged(
     release = Release.load(folder) if (folder / FILE).exists() else None
     files = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
     weights = next((file for file in files if file.suffix in (".safetensors", ".bin", ".pt")), None)
-    facts = release_facts(release) if release else ModelFacts()
-    facts = replace(facts, weights_digest=digest_of(weights) if weights else None)
+    facts = release_facts(release) if release else {}
+    facts["weights_digest"] = digest_of(weights) if weights else None
     return in_torch(
         base,
         [Change("merged", {}, facts)],
@@ -479,7 +467,7 @@ def from_release(
     """A loaded release at several α, its own if none."""
     facts = release_facts(loaded.release)
     if loaded.release.quantization:  # of int8: ranges from running, or from which images
-        facts = replace(facts, quantization=loaded.release.quantization)
+        facts["quantization"] = loaded.release.quantization
     points = [loaded.at(alpha) for alpha in alphas or (loaded.release.alpha,)]
     return [Candidate(source, point.release.alpha, facts, point) for point in points]
 
@@ -489,15 +477,15 @@ def from_server(url: str, alphas: Sequence[float] = ()) -> list[Candidate]:
     return from_release(served_release(url), alphas, "server")
 
 
-def release_facts(release: Release) -> ModelFacts:
+def release_facts(release: Release) -> dict[str, Any]:
     """What a row says of a release."""
-    return ModelFacts(
-        model=release.architecture,
-        base_digest=release.base_digest,
-        adapter_digest=release.adapter_digest,
-        precision=release.precision,
-        release=release.version,
-    )
+    return {
+        "model": release.architecture,
+        "base_digest": release.base_digest,
+        "adapter_digest": release.adapter_digest,
+        "precision": release.precision,
+        "release": release.version,
+    }
 
 
 def _differences(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:

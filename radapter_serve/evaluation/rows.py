@@ -42,20 +42,6 @@ _NOT_MEASURED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """The part of a row that is about the model; see `Row`."""
-
-    model: str | None = None
-    pretrained: str | None = None
-    precision: str | None = None
-    base_digest: str | None = None
-    adapter_digest: str | None = None
-    release: int | None = None
-    weights_digest: str | None = None
-    quantization: Mapping[str, object] | None = None
-
-
 @dataclass(frozen=True)
 class ClassFigures:
     """Figures of one class, in [0, 1]; None if it has no images."""
@@ -84,7 +70,7 @@ class Bin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(ModelFacts):
+class Row:
     """One model on one data set, and what was measured: CLIP_benchmark's schema and more.
 
     Attributes:
@@ -127,6 +113,14 @@ class Row(ModelFacts):
         version: of this package.
     """
 
+    model: str | None = None
+    pretrained: str | None = None
+    precision: str | None = None
+    base_digest: str | None = None
+    adapter_digest: str | None = None
+    release: int | None = None
+    weights_digest: str | None = None
+    quantization: Mapping[str, object] | None = None
     dataset: str
     task: str
     language: str = "en"
@@ -255,8 +249,8 @@ class Results:
 
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
         self.path = Path(folder) / FILE
-        self.rows: list[Row] = []
         self.measured = 0  # rows that were added
+        self._rows: dict[str, Row] = {}  # by their identity
         for place in (Path(folder), *Path(folder).parents):
             if place.exists() and not place.is_dir():
                 raise RAdapterError(
@@ -267,24 +261,29 @@ class Results:
         lines = self.path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                self.rows.append(Row.from_json(line))
+                row = Row.from_json(line)
             except ValueError as error:
                 raise RAdapterError(
                     f"{self.path}, line {number} is not a row of results: {error}; move the file"
                     " away"
                 ) from error
+            self._rows[row.identity] = row
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, the newest last."""
+        return list(self._rows.values())
 
     def find(self, row: Row) -> Row | None:
         """The row of the same model, data set and settings."""
-        identity = row.identity
-        return next((other for other in self.rows if other.identity == identity), None)
+        return self._rows.get(row.identity)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows, in place of those of the same identity, and write the file."""
-        new = list(rows)
-        identities = {row.identity for row in new}
-        self.rows = [row for row in self.rows if row.identity not in identities] + new
-        self.measured += len(new)
+        for row in rows:
+            self._rows.pop(row.identity, None)
+            self._rows[row.identity] = row
+            self.measured += 1
         lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from radapter_serve import __version__
 from radapter_serve.adapter import load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
-from radapter_serve.evaluation.image_sets import Answer, EvaluationSet
+from radapter_serve.evaluation.image_sets import Answers, EvaluationSet
 from radapter_serve.evaluation.intervals import wilson
-from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.models import Candidate, NoSuchWay
 from radapter_serve.evaluation.rows import KEPT, Results, Row, harmonic_means
 from radapter_serve.evaluation.sets import open_set, own_validation
@@ -28,39 +27,28 @@ from radapter_serve.evaluation.suite import Suite
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A row, and the cosines of each image with each class that it was measured by, float32 [N, C];
-    None where the data set has no classes of whole images.
-    """
-
-    row: Row
-    cosines: Floats | None
-
-
 def evaluate(models: Sequence[Candidate], data: EvaluationSet, **options: Any) -> list[Row]:
-    """`evaluate_scored` that keeps the rows alone."""
-    scored = evaluate_scored(models, data, keep_scores=False, **options)
-    return [of.row for of in scored]
+    """The rows of `evaluate_answers`."""
+    return [row for row, _ in evaluate_answers(models, data, **options)]
 
 
-def evaluate_scored(
+def evaluate_answers(
     models: Sequence[Candidate],
     data: EvaluationSet,
     *,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
-    kept: bool = False,
-    keep_scores: bool = True,
-) -> list[Scored]:
+    keep: Sequence[str] = (),
+) -> list[tuple[Row, Answers]]:
     """Evaluate models that prepare images alike on one data set; each image is read and decoded
     once.
 
-    `progress` gets the images done and their number. `kept` measures what is kept of the base,
-    where alpha 0 is among the models; see `Row`. Scores take 4 bytes for each model, image and
-    class.
+    `progress` gets the images done and their number. To `keep` "nouns" measures what is kept of the
+    base, which is the first model of alpha 0; see `Row`. To keep "scores" takes 4 bytes for each
+    model, image and class.
     """
     seconds = [0.0] * len(models)
+    parts: list[list[Answers]] = [[] for _ in models]
 
     @contextmanager
     def turn(number: int) -> Iterator[None]:
@@ -74,41 +62,35 @@ def evaluate_scored(
         seconds[number] += time.perf_counter() - start
 
     # Each batch of images goes to every model.
-    base = next((place for place, of in enumerate(models) if of.alpha == 0.0), None)
-    ask_nouns = kept and base is not None and bool(data.nouns)
-    answers: list[list[Answer]] = [[] for _ in models]
     done = 0
     for items in _batches(models[0], data, min(batch_size, data.most or batch_size)):
         for number, model in enumerate(models):
             with turn(number):
-                answer = data.answer(model, done, items, ask_nouns=ask_nouns)
-            if not keep_scores:
-                answer = replace(answer, scores=None)
-            answers[number].append(answer)
+                parts[number].append(data.answer(model, done, items, keep))
         done += len(items)
         if progress:
             progress(done, len(data))
 
-    def nearest(number: int) -> Any:
-        return np.concatenate([of.nearest for of in answers[number] if of.nearest is not None])
-
     # A row for each model.
-    scored = []
+    answers = [
+        {name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts
+    ]
+    rows = []
     for number, model in enumerate(models):
         with turn(number):
             measured = data.measure(model, answers[number])
         row = replace(data.row(model), **measured, runtime=round(seconds[number], 3))
-        if ask_nouns and base is not None:
-            same = nearest(number) == nearest(base)
+        if "nouns" in keep:
+            base = next(place for place, of in enumerate(models) if of.alpha == 0.0)
+            same = answers[number]["nouns"] == answers[base]["nouns"]
             share = float(same.mean())
             row = replace(
                 row,
                 metrics={**row.metrics, KEPT: share},
                 intervals={**(row.intervals or {}), KEPT: wilson(share, len(same))},
             )
-        scores = [of.scores for of in answers[number] if of.scores is not None]
-        scored.append(Scored(row, np.concatenate(scores) if scores else None))
-    return scored
+        rows.append(row)
+    return list(zip(rows, answers, strict=True))
 
 
 def _batches(model: Candidate, data: EvaluationSet, batch_size: int) -> Iterator[list[Any]]:
@@ -169,22 +151,21 @@ def evaluate_suite(
             continue
         opened(data)
         # The share that is kept of the base is measured together with alpha 0.
-        keeps = bool(data.nouns) and any(model.alpha == 0.0 for model in models)
-        rows_before = [results.find(case) for case in cases]
-        missing = [row is None or (keeps and KEPT not in row.metrics) for row in rows_before]
-        if any(missing):
-            wanted = [
-                model
-                for model, lacks in zip(models, missing, strict=True)
-                if lacks or (keeps and model.alpha == 0.0)
-            ]
+        keep = ["nouns"] if data.nouns and any(model.alpha == 0.0 for model in models) else []
+        missing = []
+        for model, case in zip(models, cases, strict=True):
+            row = results.find(case)
+            if row is None or (keep and KEPT not in row.metrics):
+                missing.append(model)
+        if missing:
+            wanted = [m for m in models if m in missing or (keep and m.alpha == 0.0)]
             by = f"{len(wanted)} model{'s' if len(wanted) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {by}")
             new = evaluate(
                 wanted,
                 data,
                 batch_size=batch_size,
-                kept=keeps,
+                keep=keep,
                 progress=lambda done, n, name=entry.name, by=by: say(  # type: ignore[misc]
                     f"{name}: {done} of {n} images by {by}"
                 ),
@@ -219,25 +200,20 @@ def choose_alpha(
     return choice, save_choice(choice, adapter)
 
 
-class Overlap:
-    """Compares the images of test sets with those of validation sets, by the digests of their
-    files: the figures of what the same images chose are too high.
+def warn_of_overlap(
+    choosing: Iterable[EvaluationSet], testing: Iterable[EvaluationSet]
+) -> list[str]:
+    """A line for each test set that has images, by the digests of their files, in common with
+    the validation sets: the figures of what these chose are too high.
     """
-
-    def __init__(self) -> None:
-        self._set_of: dict[str, str] = {}
-        self.warnings: list[str] = []  # a line for each test set that has some in common
-
-    def chosen_by(self, data: EvaluationSet) -> None:
-        """Take a set that something is chosen by."""
-        self._set_of |= dict.fromkeys(data.contents, data.entry.name)
-
-    def tested(self, data: EvaluationSet) -> None:
-        """Take a test set."""
-        sets = [self._set_of[digest] for digest in data.contents if digest in self._set_of]
+    set_of = {digest: data.entry.name for data in choosing for digest in data.contents}
+    warnings = []
+    for data in testing:
+        sets = [set_of[digest] for digest in data.contents if digest in set_of]
         if sets:
-            self.warnings.append(
+            warnings.append(
                 f"{data.entry.name}: warning: {len(sets)} of its {len(data)} images are validation"
                 f" images of {', '.join(sorted(set(sets)))} too; the figures of what they chose"
                 " are too high"
             )
+    return warnings

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import ProposalFiles
@@ -17,11 +18,10 @@ from radapter_serve.encoders.loaded import ServerEncoder
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import (
     MOST_CONFUSED,
-    Answer,
+    Answers,
     EvaluationSet,
     as_seen,
     by_class,
-    contents,
     digest,
     first_names,
 )
@@ -72,27 +72,19 @@ class SegmentationSet(EvaluationSet):
                 f" the classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
 
-    @cached_property
-    def set_digest(self) -> str:
-        return digest(self.classes, [image.name for image in self.images], self.contents)
+    @property
+    def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        return self.classes, [image.name for image in self.images]
 
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        return {"classes": len(self.classes), "classes_digest": digest(self.classes)}
-
-    @cached_property
-    def contents(self) -> list[str]:
-        def read(image: MaskedImage) -> Iterator[bytes | NDArray[Any]]:
-            yield image.data()
-            yield image.mask()
-            if self.proposals is not None:
-                yield self.proposals.raw(image.name)
-            elif self.entry.dense == PROPOSALS:
-                for label, mask in image.segments():
-                    yield str(label).encode()
-                    yield mask
-
-        return contents(self.entry.name, [partial(read, image) for image in self.images])
+    def parts(self, image: MaskedImage) -> Iterator[bytes | NDArray[Any]]:
+        yield image.data()
+        yield image.mask()
+        if self.proposals is not None:
+            yield self.proposals.raw(image.name)
+        elif self.entry.dense == PROPOSALS:
+            for label, mask in image.segments():
+                yield str(label).encode()
+                yield mask
 
     @cached_property
     def background(self) -> int | None:
@@ -117,12 +109,16 @@ class SegmentationSet(EvaluationSet):
         templates = list(self.templates or model.loaded.release.templates)
         return SegmentQuery(labels, templates, dense, options)
 
-    def setup(self, model: Candidate) -> dict[str, Any]:
+    def fields(self, model: Candidate) -> dict[str, Any]:
         query = self.query(model)
         options = query.options
-        crop = model.crop if query.dense == PROPOSALS else None
+        crop = None
+        if query.dense == PROPOSALS:
+            crop = MaskCrop.from_dict(model.loaded.release.crop)
         scored = self.proposals is not None and self.proposals.scored
         return {
+            "classes": len(self.classes),
+            "classes_digest": digest(self.classes),
             "dense": query.dense,
             "size": model.loaded.preprocess.size[0],
             "short_side": options.short_side,
@@ -155,8 +151,8 @@ class SegmentationSet(EvaluationSet):
         return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
     def answer(
-        self, model: Candidate, start: int, items: Sequence[Any], *, ask_nouns: bool = False
-    ) -> Answer:
+        self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
+    ) -> Answers:
         query = self.query(model)
         # The class of each index of an answer. Without a background class, an answer of no label is
         # wrong everywhere.
@@ -181,14 +177,11 @@ class SegmentationSet(EvaluationSet):
             counts = confusion(item.truth[known], classes[labels[known]], count)
             total += counts
             sums.append(np.stack(pixel_sums(counts)))
-        return Answer((total, sums))
+        return {"total": total[None], "sums": np.stack(sums)}
 
-    def measure(self, model: Candidate, answers: Sequence[Answer]) -> dict[str, Any]:
-        total = np.sum([of.values[0] for of in answers], axis=0)
-        sums = [of_image for of in answers for of_image in of.values[1]]
+    def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
+        total = answers["total"].sum(axis=0)
         right, true, answered = pixel_sums(total)
-        ious = class_ious(right, true, answered)
-        few = len(self.classes) <= MOST_CONFUSED
         alike: list[tuple[str, str]] = []
         if not isinstance(model.loaded.encoder, ServerEncoder):  # which embeds labels itself
             query = self.query(model)
@@ -196,8 +189,13 @@ class SegmentationSet(EvaluationSet):
             alike = indistinguishable(first_names(query.labels), embeds)
         return {
             "metrics": segmentation_metrics(total),
-            "intervals": segmentation_intervals(np.stack(sums, 1)),
-            "per_class": by_class(self.classes, true, shares(right, true), ious),
-            "confusion": total.tolist() if few else None,
+            "intervals": segmentation_intervals(answers["sums"].swapaxes(0, 1)),
+            "per_class": by_class(
+                self.classes,
+                true,
+                recall=shares(right, true),
+                iou=class_ious(right, true, answered),
+            ),
+            "confusion": total.tolist() if len(self.classes) <= MOST_CONFUSED else None,
             "indistinguishable": alike or None,
         }

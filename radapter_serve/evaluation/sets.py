@@ -12,25 +12,23 @@ import numpy as np
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data.captions import Captioned, load_captioned
+from radapter_serve.data.captions import Captioned
 from radapter_serve.data.classes import IMAGENET, imagenet_classes, refuse_wordnet_ids
-from radapter_serve.data.labelled import Labelled, class_split, load_labelled
-from radapter_serve.data.masks import Masked, load_masked
+from radapter_serve.data.labelled import Labelled, class_split
 from radapter_serve.data.proposals import load_proposals
 from radapter_serve.data.rows import READERS
-from radapter_serve.data.runs import check_held_out, validation_data
-from radapter_serve.data.source import RunSource, with_reader
+from radapter_serve.data.runs import Images, check_held_out, open_source, validation_data
+from radapter_serve.data.source import with_reader
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import (
     ClassificationSet,
     EvaluationSet,
     Image,
     RetrievalSet,
-    SeveralLabelsSet,
     drawn,
 )
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, AsTrained, Entry, Suite
+from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Suite
 from radapter_serve.files import read_yaml
 
 _READERS = (*READERS, "masks", "coco")
@@ -40,69 +38,71 @@ def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
     """Open one data set of a suite: at most `limit` images, drawn by the seed; None takes all."""
-    own = suite.as_trained
-    if own is not None:
-        data = validation_data(own.source, own.classes, broken=[])
+    run = suite.run
+    mapping = None
+    data: Images | None
+    if run is not None:
+        data = validation_data(run.source, run.classes, broken=[])
         assert data is not None  # as own_validation has seen
-        if own.held_out is not None and not own.source.val_data:
-            check_held_out(data, own.held_out, own.source.data)
-        if isinstance(data, Masked):
-            return _segmentation_set(suite, entry, data, limit, seed)
-        if isinstance(data, Captioned):
-            return retrieval_set(entry, data, limit, seed)
-        return classification_set(entry, data, limit=limit, seed=seed)
-
-    spec = below(suite.data_root, entry.data)
-    images = suite.data_root / entry.images if entry.images else None
-    classes = entry.classes
-    if classes and str(classes) != IMAGENET:  # next to the suite, else below the data root
-        in_suite = suite.folder / classes
-        classes = in_suite if in_suite.exists() else suite.data_root / classes
-    try:
-        if entry.task == "retrieval":
-            captioned = load_captioned(
-                spec,
-                image_column=entry.image_column,
-                caption_column=entry.caption_column,
-                images=images,
+        if run.held_out is not None and not run.source.val_data:
+            check_held_out(data, run.held_out, run.source.data)
+    else:
+        classes = entry.classes
+        try:
+            if entry.task == "classification" and str(classes) == IMAGENET:
+                mapping = imagenet_classes()
+            elif classes is not None:  # next to the suite, else below the data root
+                in_suite = suite.folder / classes
+                classes = in_suite if in_suite.exists() else suite.data_root / classes
+                if entry.task == "classification" and classes.suffix in (".yaml", ".yml"):
+                    mapping = _mapping(classes)
+            reader, colon, path = entry.data.partition(":")
+            below = colon and reader in _READERS
+            source = dataclasses.replace(
+                entry,
+                data=f"{reader}:{suite.data_root / path}" if below else entry.data,
+                images=suite.data_root / entry.images if entry.images else None,
+                classes=classes if mapping is None else None,
             )
-            return retrieval_set(entry, captioned, limit, seed)
-        if entry.task == "segmentation":
-            masked = load_masked(
-                spec, classes=classes, images=images, exif_orientation=entry.exif_orientation
-            )
-            return _segmentation_set(suite, entry, masked, limit, seed)
-        mapping = None
-        if classes and str(classes) == IMAGENET:
-            mapping = imagenet_classes()
-        elif classes and classes.suffix in (".yaml", ".yml"):
-            mapping = _mapping(classes)
-        labelled = load_labelled(
-            spec,
-            image_column=entry.image_column,
-            label_column=entry.label_column,
-            label_separator=entry.label_separator,
-            classes=classes if mapping is None else None,
-            images=images,
-            every_class=entry.class_split != "all",  # the halves are of all classes
-        )
-        if classes is None:
-            refuse_wordnet_ids(labelled.own)
-        labelled = class_split(labelled, entry.class_split)
-    except RAdapterError as error:
-        raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+            # The halves are of all classes.
+            data = open_source(source, every_class=entry.class_split != "all")
+            if isinstance(data, Labelled):
+                if classes is None:
+                    refuse_wordnet_ids(data.own)
+                data = class_split(data, entry.class_split)
+        except RAdapterError as error:
+            raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+    if isinstance(data, Captioned):
+        return _retrieval_set(entry, data, limit, seed)
     templates = _templates(suite, entry.templates)
-    return classification_set(entry, labelled, templates, mapping=mapping, limit=limit, seed=seed)
+    if isinstance(data, Labelled):
+        return _classification_set(entry, data, templates, mapping, limit, seed)
+
+    # Images with masks.
+    images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
+    proposals = None
+    if entry.proposals is not None:
+        labels = len(data.classes) - (entry.background is not None)
+        names = [image.name for image in images]
+        try:
+            proposals = load_proposals(suite.data_root / entry.proposals, names, labels)
+        except RAdapterError as error:
+            raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+        if entry.proposal_weight is not None and not proposals.scored:
+            raise RAdapterError(
+                f"data set {entry.name!r}: proposal_weight is {entry.proposal_weight} but"
+                f" {entry.proposals} has no scores to weigh"
+            )
+    return SegmentationSet(entry, images, data.classes, templates, proposals)
 
 
-def classification_set(
+def _classification_set(
     entry: Entry,
     data: Labelled,
-    templates: list[str] | None = None,
-    *,
-    mapping: Mapping[str, str] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+    templates: list[str] | None,
+    mapping: Mapping[str, str] | None,
+    limit: int | None,
+    seed: int,
 ) -> ClassificationSet:
     """A set of labelled images from an open data set; `mapping` from the data's class names to
     those for prompts leaves other classes out.
@@ -142,52 +142,23 @@ def classification_set(
             f" has images of {', '.join(present[:5])}"
         )
     chosen = chosen[drawn(len(chosen), limit, seed)]
-    data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
-    labels = [labels[index] for index in chosen]
-    if not data.several:
-        single = np.array([of[0] for of in labels], np.int64)
-        return ClassificationSet(entry, images, single, list(classes), templates)
-    truth = np.zeros((len(labels), len(classes)), bool)
-    for row, of in zip(truth, labels, strict=True):
-        row[of] = True
-    return SeveralLabelsSet(entry, images, truth, list(classes), templates)
+    if data.several:
+        truth = np.zeros((len(chosen), len(classes)), bool)
+        for row, index in zip(truth, chosen, strict=True):
+            row[labels[index]] = True
+    else:
+        truth = np.array([labels[index][0] for index in chosen], np.int64)
+    return ClassificationSet(entry, images, truth, list(classes), templates)
 
 
-def retrieval_set(
-    entry: Entry, data: Captioned, limit: int | None = None, seed: int = 0
-) -> RetrievalSet:
+def _retrieval_set(entry: Entry, data: Captioned, limit: int | None, seed: int) -> RetrievalSet:
     """A set of images with captions from an open data set."""
-    data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
     image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
     images = [Image(data, data.table, image.row, entry.border) for image in chosen]
     return RetrievalSet(entry, images, [text for texts in captions for text in texts], image_of)
-
-
-def _segmentation_set(
-    suite: Suite, entry: Entry, data: Masked, limit: int | None, seed: int
-) -> SegmentationSet:
-    images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
-    proposals = None
-    if entry.proposals is not None:
-        labels = len(data.classes) - (entry.background is not None)
-        names = [image.name for image in images]
-        proposals = load_proposals(suite.data_root / entry.proposals, names, labels)
-        if entry.proposal_weight is not None and not proposals.scored:
-            raise RAdapterError(
-                f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to"
-                " weigh"
-            )
-    templates = _templates(suite, entry.templates)
-    return SegmentationSet(entry, images, data.classes, templates, proposals)
-
-
-def below(root: Path, spec: str) -> str:
-    """The data that a suite names, its path below the data root."""
-    reader, colon, path = spec.partition(":")
-    return f"{reader}:{root / path}" if colon and reader in _READERS else spec
 
 
 def _mapping(path: Path) -> dict[str, str]:
@@ -217,17 +188,16 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     data of the same columns, which the run must not have been trained with.
     """
     source = metadata.source
+    place = source.val_data
     if data is not None:
-        data = with_reader(data)
+        place = data = with_reader(data)
         if source.data and _place(data) == _place(source.data):
             raise RAdapterError(
                 f"the validation data {data} is what the run was trained with, which tells nothing"
                 " of other images; name others, or none, or own for those that the run was"
                 " validated with"
             )
-        source = dataclasses.replace(source, val_data=data)
-    place = source.val_data
-    if not place and source.val_fraction and source.data:
+    elif not place and source.val_fraction and source.data:
         place = f"{source.val_fraction} of {source.data}"
     if not place:
         raise RAdapterError(
@@ -235,19 +205,19 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
             " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
             " validation`"
         )
-    return _as_trained(metadata, source, Entry(place, name="validation", split="validation"))
+    return as_trained(metadata, data, Entry(place, name="validation", split="validation"))
 
 
-def as_trained(metadata: Metadata, data: str) -> Suite:
-    """Test data, such as `photos/test` or `csv:test.csv`, as a suite of one set, opened as a run
-    opened its validation data.
+def as_trained(metadata: Metadata, data: str | None, entry: Entry | None = None) -> Suite:
+    """Data, such as `photos/test` or `csv:test.csv`, as a suite of one set, opened as a run opened
+    its validation data; None is that data itself. The entry is of test data unless it is given.
     """
-    data = with_reader(data)
-    source = dataclasses.replace(metadata.source, val_data=data)
-    return _as_trained(metadata, source, Entry(data, name=data))
-
-
-def _as_trained(metadata: Metadata, source: RunSource, entry: Entry) -> Suite:
+    if data is not None:
+        data = with_reader(data)
+        metadata = dataclasses.replace(metadata, recipe={**metadata.recipe, "val_data": data})
+        entry = entry or Entry(data, name=data)
+    assert entry is not None
+    source = metadata.source
     dense = None
     if source.task == "segmentation":
         dense = PROPOSALS if source.dense == "none" else source.dense
@@ -259,8 +229,7 @@ def _as_trained(metadata: Metadata, source: RunSource, entry: Entry) -> Suite:
         exif_orientation=source.exif_orientation,
         dense=dense,
     )
-    own = AsTrained(source, metadata.classes, metadata.held_out)
-    return Suite(entry.name, (entry,), as_trained=own)
+    return Suite(entry.name, (entry,), run=metadata)
 
 
 def _place(source: str) -> tuple[str, Path, str]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,7 @@ from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
-    from radapter_serve.evaluation.doubtful import Doubtful
+    from radapter_serve.evaluation.image_sets import EvaluationSet
     from radapter_serve.evaluation.models import Candidate
     from radapter_serve.evaluation.suite import Suite
 
@@ -270,9 +270,22 @@ def evaluate(
     Raises:
         RAdapterError: the model, the data or a value is invalid.
     """
-    model, settings = _objects(adapter, fields)
-    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
-    return evaluate_model(model, settings, values, suite, data, progress=progress)
+    # The fields of each of the two objects.
+    kinds: tuple[Any, Any] = (EvaluatedModel, EvaluationSettings)
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    if unknown := sorted(set(fields).difference(*names)):
+        allowed = ", ".join(sorted(set().union(*names)))
+        raise RAdapterError(f"there is no argument {unknown[0]!r}; allowed are {allowed}")
+    values = {
+        name: str(Path(value)) if isinstance(value, PathLike) and name != "out" else value
+        for name, value in {"adapter": adapter, **fields}.items()
+    }
+    model, settings = (
+        kind(**{name: value for name, value in values.items() if name in of})
+        for kind, of in zip(kinds, names, strict=True)
+    )
+    alphas = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    return evaluate_model(model, settings, alphas, suite, data, progress=progress)
 
 
 def evaluate_model(
@@ -304,11 +317,12 @@ def evaluate_model(
 
     from radapter_serve.adapter import load_adapter
     from radapter_serve.evaluation.plots import draw, draw_choice
-    from radapter_serve.evaluation.run import Overlap, choose_alpha, evaluate_suite
+    from radapter_serve.evaluation.run import choose_alpha, evaluate_suite, warn_of_overlap
     from radapter_serve.evaluation.sets import open_set
 
-    overlap = Overlap()
     skipped: list[str] = []
+    choosing: list[EvaluationSet] = []
+    testing: list[EvaluationSet] = []
     rows: list[Row] = []
     choice: Choice | None = None
     files = [results.path]
@@ -324,7 +338,7 @@ def evaluate_model(
             tested = models
             if auto:
                 choice, file = choose_alpha(
-                    models, path, tests, results, opened=overlap.chosen_by, **how
+                    models, path, tests, results, opened=choosing.append, **how
                 )
                 files.append(file)
                 chosen = (0.0, choice.alpha, choice.best)
@@ -332,17 +346,17 @@ def evaluate_model(
             elif tests:  # α was chosen earlier, and perhaps by these
                 for entry in tests.of_split("validation"):
                     with contextlib.suppress(RAdapterError):  # they need not be here
-                        overlap.chosen_by(open_set(tests, entry, **draws))
+                        choosing.append(open_set(tests, entry, **draws))
             # The model, on test data.
             if tests:
-                skip = skipped.append
                 rows = evaluate_suite(
-                    tested, tests, results, skip=skip, opened=overlap.tested, **how
+                    tested, tests, results, skip=skipped.append, opened=testing.append, **how
                 )
         finally:
             models[0].close()
         if tests and not rows and skipped:
             raise all_of(skipped, f"the data of {tests.name}")
+        overlaps = warn_of_overlap(choosing, testing)
         if tests and rows:
             # After auto there are only a few α on test data: they must not replace a whole curve.
             files += draw(rows, folder, tests.name, curve_too=not auto)
@@ -353,74 +367,9 @@ def evaluate_model(
         rows=tuple(rows),
         choice=choice,
         suite=tests,
-        notes=(*notes, *skipped, *overlap.warnings, *warnings(rows)),
+        notes=(*notes, *skipped, *overlaps, *warnings(rows)),
         files=tuple(files),
         measured=results.measured,
-    )
-
-
-@one_line("train")
-def doubtful(
-    adapter: Place | None = None,
-    count: int = 50,
-    *,
-    progress: bool = False,
-    **fields: Any,
-) -> tuple[list[Doubtful], list[Path]]:
-    """Find the training images of a run whose label both the base and the run doubt, as
-    `radapter-eval --doubtful` does; it writes `doubtful.csv` and `doubtful.png`.
-
-    Args:
-        adapter: a run of labelled images, its folder or adapter file; the newest run in ./runs if
-            none is given.
-        count: images at most, 1 or more.
-        progress: show how far it is.
-        fields: as of `evaluate`: `base`, `pretrained`, `precision`, `device`, `batch_size`,
-            `threads`; and `out`, the folder for the files, results/RUN/training if none is given.
-
-    Returns:
-        The images, the most doubtful first, and the files.
-
-    Raises:
-        RAdapterError: a value is invalid, the run has no images with one label each, or they can't
-            be read.
-    """
-    model, settings = _objects(adapter, fields)
-    unused = ("finetuned", "data_root", "resume", "limit", "seed")
-    if names := [*model.instead, *(name for name in unused if fields.get(name))]:
-        raise RAdapterError(
-            f"doubtful and {', '.join(names)} don't go together: it looks at the training images of"
-            " a run"
-        )
-    if count < 1:
-        raise RAdapterError(f"doubtful is {count}; allowed: 1 image or more")
-    limit_threads(settings.threads)
-    path = Path(model.adapter) if model.adapter else newest_run()
-    from radapter_serve.evaluation.doubtful import find_doubtful  # torch takes seconds to load
-
-    out = settings.folder(model.name(path), "training")
-    with status(Console(stderr=True), show=progress) as say:
-        return find_doubtful(path, model.load, count, out, settings.batch_size, say)
-
-
-def _objects(
-    adapter: Place | None, fields: Mapping[str, Any]
-) -> tuple[EvaluatedModel, EvaluationSettings]:
-    """The two objects of a call, from its keywords."""
-    kinds = (EvaluatedModel, EvaluationSettings)
-    model, settings = ({field.name for field in dataclasses.fields(kind)} for kind in kinds)
-    allowed = model | settings
-    if unknown := sorted(set(fields) - allowed):
-        raise RAdapterError(
-            f"there is no argument {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}"
-        )
-    values: dict[str, Any] = {
-        name: str(Path(value)) if isinstance(value, PathLike) and name != "out" else value
-        for name, value in {"adapter": adapter, **fields}.items()
-    }
-    return (
-        EvaluatedModel(**{name: value for name, value in values.items() if name in model}),
-        EvaluationSettings(**{name: value for name, value in values.items() if name in settings}),
     )
 
 

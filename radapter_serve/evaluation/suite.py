@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.data.source import Count, DataSource, For, RunSource, users
+from radapter_serve.data.source import Count, DataSource, For, users
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.tasks.masks import SegmentOptions
+
+if TYPE_CHECKING:
+    from radapter_serve.adapter import Metadata
 
 PROPOSALS = "proposals"  # in place of a dense method: masks are given, and their crops classified
 SEVERAL_METRIC = "mean_average_precision"
@@ -148,17 +151,6 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
 
 
 @dataclass(frozen=True)
-class AsTrained:
-    """How a run opened its validation data: its source, its classes in their order (None where its
-    task has no classes), and the digest of the images that it held out, if any.
-    """
-
-    source: RunSource
-    classes: Sequence[str] | None
-    held_out: str | None
-
-
-@dataclass(frozen=True)
 class Suite:
     """Data sets to evaluate models on."""
 
@@ -166,7 +158,7 @@ class Suite:
     entries: tuple[Entry, ...]
     folder: Path = Path()  # of the suite file, where its class and template files are
     data_root: Path = Path()  # where relative paths of data start
-    as_trained: AsTrained | None = None  # of data that is opened as a run opened its own
+    run: Metadata | None = None  # of the run that opened its validation data as this is opened
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""

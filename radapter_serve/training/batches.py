@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from radapter_serve.data.rows import BrokenImage, TrainingData
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.rows import BrokenImage, LabelledImages
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.progress import ignore_interruptions
 
@@ -32,7 +33,7 @@ class Examples(Dataset[dict[str, Any]]):
     take the next one.
     """
 
-    data: TrainingData
+    data: LabelledImages | Captioned
     transform: Transform
     seed: int
     epoch: int = 0

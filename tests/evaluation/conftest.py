@@ -16,7 +16,6 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.models import Candidate
-from radapter_serve.evaluation.rows import ModelFacts
 from tests.helpers.own_cache import own_cache as own_cache
 from tests.helpers.small_models import release
 
@@ -112,4 +111,4 @@ def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
     preprocess = {"size": [size, size], "interpolation": "bilinear"}
     fields = {"templates": ["{}"], "preprocess": preprocess, **facts}
     loaded = LoadedRelease(release(3, **fields), fake, fake)  # type: ignore[arg-type]
-    return Candidate("oracle", None, ModelFacts(), loaded)
+    return Candidate("oracle", None, {}, loaded)

@@ -36,7 +36,6 @@ from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.run import Scored
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from tests.export.conftest import CLASSES, GRAPHS, Export, Exported
 from tests.helpers.a_row import a_row
@@ -391,8 +390,8 @@ def test_a_release_that_loses_points_is_refused(
         measure(accuracy.drop - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr(
-        "radapter_export.accuracy.evaluate_scored",
-        lambda *_, **__: [Scored(a_row(share=next(metrics)), None)],
+        "radapter_export.accuracy.evaluate_answers",
+        lambda *_, **__: [(a_row(share=next(metrics)), {"scores": np.zeros((1, 2))})],
     )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         measure(100)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import normalised
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.image_sets import EvaluationSet
@@ -59,7 +60,10 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
         )
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
         (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
-        found = own.probabilities(system.logits(PIXELS).numpy())
+        release = own.loaded.release
+        found = class_probabilities(
+            system.logits(PIXELS).numpy(), release.logit_scale, release.logit_bias
+        )
         torch.testing.assert_close(torch.from_numpy(found), system.logits(PIXELS).softmax(dim=1))
     with pytest.raises(RAdapterError, match="has not learned the class 'pink'"):
         system.embed_classes(["red", "pink"], ["a {}"])

@@ -8,8 +8,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
@@ -19,7 +17,6 @@ from radapter_serve.data.labelled import (
     class_split,
     few_shot,
     load_labelled,
-    split_classes,
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
@@ -57,14 +54,6 @@ def test_shots_of_each_class_by_the_seed(labelled: Labelled, tmp_path: Path) -> 
     assert all(draws.count(draw) == 1 for draw in draws)
     data = open_run(Recipe(data=f"csv:{tmp_path}/t.csv", shots=2, seed=3), images=False).data
     assert isinstance(data, Labelled) and drawn(data) == draws[2]
-
-
-@given(st.integers(1, 50))
-def test_halves_of_the_classes(count: int) -> None:
-    base = split_classes(count, "base")
-    novel = split_classes(count, "novel")
-    assert [*base, *novel] == [*split_classes(count, "all")] == list(range(count))
-    assert len(base) - len(novel) in (0, 1)
 
 
 @pytest.mark.parametrize("numbers", [False, True])
