@@ -45,31 +45,23 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_underscores_of_folders_are_spaces_in_prompts(tmp_path: Path) -> None:
-    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"))
-    assert prompts(data) == {"fire_truck": "a photo of a fire truck.", "car": "a photo of a car."}
-    assert data.classes == ["car", "fire truck"] and data.own == ["car", "fire_truck"]
-
-
 @pytest.mark.parametrize(
-    "lines",
+    ("lines", "truck", "car"),
     [
-        ["fire_truck: fire engine, truck", "car: automobile"],
-        ["car: automobile", "fire_truck: fire engine, truck"],
-        ["automobile, car", "fire engine, Fire truck"],
-        ["fire engine, fire-truck", "car: automobile"],
+        (None, "fire truck", "car"),
+        (["fire_truck: fire engine, truck", "car: automobile"], "fire engine", "automobile"),
+        (["car: automobile", "fire_truck: fire engine, truck"], "fire engine", "automobile"),
+        (["automobile, car", "fire engine, Fire truck"], "fire engine", "automobile"),
+        (["fire engine, fire-truck", "car: automobile"], "fire engine", "automobile"),
     ],
 )
 def test_lines_of_a_class_file_find_their_folders_in_any_order(
-    tmp_path: Path, lines: list[str]
+    tmp_path: Path, lines: list[str] | None, truck: str, car: str
 ) -> None:
-    data = load_labelled(
-        folders(tmp_path / "d", "fire_truck", "car"), classes=write(tmp_path / "c.txt", *lines)
-    )
-    assert prompts(data) == {
-        "fire_truck": "a photo of a fire engine.",
-        "car": "a photo of a automobile.",
-    }
+    classes = None if lines is None else write(tmp_path / "c.txt", *lines)
+    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"), classes=classes)
+    assert data.own == ["car", "fire_truck"]
+    assert prompts(data) == {"fire_truck": f"a photo of a {truck}.", "car": f"a photo of a {car}."}
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from radapter_serve.data.source import DataSource, RunSource, users
-from radapter_serve.evaluation.suite import Entry
+from radapter_serve.data.source import RunSource
 from radapter_serve.training.recipe import GROUPS, Recipe
 
 
 def test_each_field_of_a_recipe_is_in_one_group() -> None:
     grouped = [name for _, fields in GROUPS.values() for name in fields]
     assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(Recipe))
-
-
-def test_the_tasks_that_use_a_field_stand_beside_it() -> None:
-    assert users(DataSource)["image_column"] == ("classification", "retrieval")
-    assert users(Recipe)["negative_classes"] == ("classification", "segmentation")
-    assert users(Entry)["max_captions"] == ("retrieval",)
-    assert users(DataSource).items() < users(RunSource).items() < users(Recipe).items()
 
 
 def test_an_adapter_files_recipe_is_read_into_one() -> None:

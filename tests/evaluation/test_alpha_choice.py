@@ -14,7 +14,7 @@ import scipy.stats
 from radapter_serve.adapter import Metadata
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, load_choice, save_choice
-from radapter_serve.evaluation.rows import Row, packed, table
+from radapter_serve.evaluation.rows import Row, packed
 from radapter_serve.evaluation.sets import own_validation
 from tests.helpers.a_row import a_row
 
@@ -169,21 +169,6 @@ def test_what_is_kept_is_noted_and_chooses_nothing() -> None:
     assert cells["score"] == cells["a"] == ["20.00", "40.00", "100.00", "0.00"]
     assert cells["behind the best"][0] == "80.00 ± 26.13"
     assert cells[""] == ["", "", "auto, best", "the run's own"]
-
-
-def test_tables_and_choices_take_the_mean_of_the_means_of_each_shift() -> None:
-    shifts = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}
-    shares = {0.25: (0.5, 0.8, 0.1, 0.3, 0.8), 0.75: (0.9, 0.3, 0.2, 0.2, 0.35)}
-    rows = [
-        a_row(name, value, shift=shifts[name], alpha=alpha)
-        for alpha, values in shares.items()
-        for name, value in zip(shifts, values, strict=True)
-    ]
-    columns = {" ".join(str(of.header).split()): list(of.cells) for of in table(rows, "t").columns}
-    assert columns["mean of 2 id"] == ["65.00", "60.00"]
-    assert columns["mean of 3 ood"] == ["40.00", "25.00"]
-    choice = choose(rows, 1.0)
-    assert [point["score"] for point in choice.curve] == pytest.approx([0.525, 0.425])
 
 
 @pytest.mark.parametrize(

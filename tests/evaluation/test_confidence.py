@@ -45,14 +45,6 @@ def least(loss: Callable[[torch.Tensor], torch.Tensor], start: list[float]) -> n
     return point.detach().numpy()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
-def test_the_temperature_that_made_the_labels_is_found(
-    logits: np.ndarray, temperature: float
-) -> None:
-    found = fit_temperature(logits, drawn(logits, temperature))
-    assert found == pytest.approx(temperature, rel=0.08)
-
-
 def test_the_temperature_is_the_best_for_whether_the_best_label_is_right(
     logits: np.ndarray,
 ) -> None:

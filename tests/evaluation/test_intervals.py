@@ -46,7 +46,7 @@ def test_a_mean_over_classes_of_one_image_each_is_a_share(hits: int, n: int) -> 
 
 
 @pytest.mark.parametrize("skill", ["equal", "any", "high"])
-@pytest.mark.parametrize(("classes", "images"), [(5, 2), (100, 1), (100, 2), (20, 8), (50, None)])
+@pytest.mark.parametrize(("classes", "images"), [(5, 2), (100, 1), (50, None)])
 def test_a_mean_over_classes_is_covered_as_often_as_is_said(
     classes: int, images: int | None, skill: str
 ) -> None:
@@ -85,14 +85,6 @@ def test_images_are_drawn_for_segmentation() -> None:
     same = segmentation_intervals(np.repeat(sums[:, :1], 9, axis=1))
     assert all(high - low == pytest.approx(0) for low, high in same.values())
     assert segmentation_intervals(sums[:, :1]) == {}
-
-
-def test_a_paired_difference_by_hand() -> None:
-    first = np.array([True, True, False, True])
-    second = np.array([False, True, False, False])
-    lead, half = paired_difference([first], [second])  # differences 1, 0, 0, 1: variance 1/3
-    assert (lead, half) == pytest.approx((0.5, 1.96 * np.sqrt(1 / 3 / 4)), abs=1e-4)
-    assert paired_difference([first, second], [first, second]) == (0, 0)
 
 
 def test_a_paired_difference_over_sets_is_a_bootstrap_of_images_within_each() -> None:

@@ -163,9 +163,3 @@ def test_bad_entries(folder: Path, fields: str, message: str) -> None:
         suite = suite_of(folder, fields)
         open_set(suite, suite.entries[0])
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_error_names_the_image(folder: Path) -> None:
-    rewrite(folder, lambda masks, scores: {"masks": masks[:, 1:], "scores": scores})
-    with pytest.raises(RAdapterError, match=r"data set 's0', a.png: .* have 8 x 5 pixels"):
-        rows_of(suite_of(folder, "proposals: found"))

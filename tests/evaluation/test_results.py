@@ -10,19 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.image_sets import as_seen
 from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.rows import (
     Bin,
     ClassFigures,
     Results,
     Row,
-    harmonic_means,
     packed,
     table,
 )
@@ -72,24 +69,6 @@ def test_a_row_has_what_each_image_adds_to_its_metric() -> None:
     found = a_row(n=3, captions=6, right=[1, 3, 0]).per_image
     assert found is not None and found.tolist() == [0.5, 1.5, 0] and found.mean() == 4 / 6
     assert a_row().per_image is None
-
-
-def test_base_and_novel_classes_of_one_model_are_joined() -> None:
-    rows = [
-        a_row("base", 0.5, classes=3),
-        a_row("other"),
-        a_row("novel", 0.75),
-        a_row("base", 0.9, alpha=1.0),
-    ]
-    (mean,) = harmonic_means(rows, [("base", "novel")])
-    assert mean == a_row(
-        "base and novel",
-        metric="harmonic_mean",
-        n=40,
-        runtime=3.0,
-        set_digest="sha256:base sha256:novel",
-        metrics={"base": 0.5, "novel": 0.75, "harmonic_mean": pytest.approx(0.6)},
-    )
 
 
 SEGMENTED: dict[str, Any] = {
@@ -161,21 +140,6 @@ def test_a_line_that_is_no_row_is_refused(change: Any, message: str, tmp_path: P
     with pytest.raises(RAdapterError) as error:
         Results(tmp_path)
     assert f"results.jsonl, line 2 is not a row of results: {message}" in str(error.value)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
-@pytest.mark.parametrize("turn", [True, False])
-def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
-    image = Image.linear_gradient("L").resize((30, 20)).convert(mode)
-    image.getexif()[0x0112] = 6  # a quarter turn
-    image.save(out := io.BytesIO(), "JPEG", exif=image.getexif())
-    data = out.getvalue()
-    assert as_seen(data, turn, turn) is data
-    seen = Image.open(io.BytesIO(as_seen(data, turn, not turn)))
-    expected = Image.open(io.BytesIO(data)).convert("L" if mode == "L" else "RGB")
-    assert seen.format == "PNG" and not seen.getexif()
-    pixels = np.asarray(expected)
-    np.testing.assert_array_equal(np.asarray(seen), np.rot90(pixels, -1) if turn else pixels)
 
 
 @pytest.mark.parametrize("show", [True, False])

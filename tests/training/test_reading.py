@@ -19,7 +19,6 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from radapter_serve.adapter import Metadata
-from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked
@@ -315,8 +314,3 @@ def test_names_of_splits_in_folders_of_images(images: Path) -> None:
     assert load_labelled(f"imagefolder:{root}@val").classes == ["blue", "green"]
     with pytest.raises(RAdapterError, match="no folder .*split/test"):
         load_labelled(f"imagefolder:{root}@test")
-
-
-def test_openai_templates_are_all_eighty() -> None:
-    templates = templates_of("openai")
-    assert len(set(templates)) == 80 and all(template.count("{}") == 1 for template in templates)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from radapter_serve.cli.eval import main as evaluate
-from radapter_serve.cli.export import main as export
 from radapter_serve.cli.train import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, load_recipe
@@ -83,13 +80,15 @@ def test_any_yaml_gives_a_recipe_or_one_line(path: Path, document: Any) -> None:
     [
         ("shots: true", "shots is True; it should be a valid integer"),
         ("drop: true", "drop is True; it should be a number"),
-        ("shots: 1.5", "shots is 1.5; it should be a valid integer"),
-        ("learning_rate: .inf", "learning_rate is inf; it should be a finite number"),
-        ("rank: 0", "rank is 0; it should be greater than or equal to 1"),
-        ("drop: 1.0", "drop is 1.0; it should be less than 1"),
-        ("seed: 2147483648", "seed is 2147483648; it should be less than 2147483648"),
+        ("shots: 1.5", "shots is 1.5"),
+        ("learning_rate: .inf", "learning_rate is inf"),
+        ("learning_rate: fast", "learning_rate is 'fast'; it should be .*auto"),
+        ("rank: 0", "rank is 0"),
+        ("drop: 1.0", "drop is 1.0"),
+        ("seed: 2147483648", "seed is 2147483648"),
+        ("mask_padding: -1", "mask_padding is -1"),
         ("task: sing", "task is 'sing'; it should be 'classification', 'retrieval' or"),
-        ("label_separator: ''", "label_separator is ''; .*at least 1 character"),
+        ("label_separator: ''", "label_separator is ''"),
     ],
 )
 def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message: str) -> None:
@@ -176,11 +175,6 @@ def test_other_names_of_fields(path: Path, trained: list[Recipe]) -> None:
     [
         ([], "small", {}),
         (["--task", "retrieval"], "retrieval", {}),
-        (
-            ["--architecture", "local-dir:x"],
-            "small",
-            {"architecture": "local-dir:x", "pretrained": None},
-        ),
         (["--base=local-dir:x"], "small", {"architecture": "local-dir:x", "pretrained": None}),
         (["--val-data", "csv:v.csv"], "small", {"val_data": "csv:v.csv", "val_fraction": 0.0}),
     ],
@@ -205,24 +199,9 @@ def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, moment
         Recipe(steps=steps, warmup_steps=steps).resolved(None)
 
 
-def test_the_schedule_warms_up_and_falls_as_a_cosine() -> None:
-    recipe = Recipe(steps=110, learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10)
-    plan = recipe.resolved(None)
-    rates = [plan.learning_rate(step) for step in range(110)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
-
-
 @pytest.mark.parametrize(
     ("batch_size", "images", "parts", "fitted"),
-    [
-        (32, 300, 1, 32),
-        (32, 32, 1, 32),
-        (32, 19, 1, 19),
-        (32, 19, 2, 18),
-        (512, 2, 2, 2),
-        (512, None, 2, 512),
-    ],
+    [(32, 300, 1, 32), (32, 19, 1, 19), (32, 19, 2, 18), (512, 2, 2, 2), (512, None, 2, 512)],
 )
 def test_a_batch_is_all_images_at_most(
     batch_size: int, images: int | None, parts: int, fitted: int
@@ -232,14 +211,11 @@ def test_a_batch_is_all_images_at_most(
         plan = recipe.resolved(images, parts // accumulate)
         assert plan.recipe == dataclasses.replace(recipe, batch_size=fitted)
         assert plan.part == fitted // parts
-
-
-def test_no_batch_can_be_made_of_too_few_images() -> None:
-    with pytest.raises(RAdapterError, match="batch_size 32 is not a multiple of 3 parts"):
+    with pytest.raises(RAdapterError, match="is not a multiple of 3 parts"):
         Recipe(batch_size=32).resolved(300, 3)
-    for images, parts, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
-        with pytest.raises(RAdapterError, match=f"holds {images} images .* needs {least} at least"):
-            Recipe(batch_size=32).resolved(images, parts)
+    for few, of_batch, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
+        with pytest.raises(RAdapterError, match=f"holds {few} images .* needs {least} at least"):
+            Recipe(batch_size=32).resolved(few, of_batch)
 
 
 @pytest.mark.parametrize(
@@ -259,18 +235,6 @@ def test_an_average_that_keeps_little_of_a_run_is_warned_of(
     notes = recipe.resolved(None).notes
     assert len(notes) == (kept is not None)
     assert all(f"keeps {kept} of what a run of {steps} steps learns" in note for note in notes)
-
-
-@pytest.mark.parametrize(
-    "none", [("--rank", "none"), ("--rank=None",), ("--val-data", "NONE", "--rank", "none")]
-)
-def test_none_as_the_help_writes_it(
-    none: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = "--recipe few-shot --data csv:t.csv --architecture local-dir:/nowhere"
-    assert main([*command.split(), *none]) == 2
-    error = capsys.readouterr().err  # past the flags
-    assert "/nowhere is not a model folder" in error and "there is no file t.csv" in error
 
 
 @pytest.mark.slow
@@ -302,11 +266,3 @@ def test_help_refusals_and_threads_come_before_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
     assert "no folder /nowhere" in done.stderr
-
-
-@pytest.mark.parametrize("command", [evaluate, export])
-def test_other_commands_refuse_no_threads(
-    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(["--threads", "0"]) == 2
-    assert "--threads is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 
-from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.data.labelled import (
@@ -85,7 +84,7 @@ def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_pa
 
 @pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
 def test_without_text_adapters(
-    quick: None, tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str
+    tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str
 ) -> None:
     fields: dict[str, Any] = {"adapt_text": False, "rank": rank, "form": form}
     run = train(short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", **fields))
@@ -104,10 +103,6 @@ def test_without_text_adapters(
     with torch.no_grad():
         embeds = other.encode_image(pixels)
         torch.testing.assert_close(embeds, model.encode_image(pixels), rtol=1e-4, atol=1e-5)
-    if form == "weight":  # an export compares its graphs with the base and its adapters
-        places: Any = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(run.folder, [0.7], ExportSettings(**places))
-        assert all(graph.agreement.max_error < 1e-4 for graph in release.graphs)
 
 
 def test_partial_adapts_the_text_tower_of_a_convolutional_clip(

@@ -291,15 +291,10 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     "change",
     [
         {"delta": 0.11},
-        {"epsilon": 0.11},
         {"momentum": 0.81},
         {"learning_rate": 1.01e-2},
-        {"positives": "single"},
-        {"preserve": 0.05},
         {"preserve_words": 0.01},
-        {"weight_decay": 5.2},
         {"grad_clip": 1.4},
-        {"negative_classes": 1},
     ],
 )
 def test_a_setting_that_is_a_little_off_is_seen(
