@@ -51,7 +51,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     | st.text().map(str.encode)
     | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1").map(str.encode)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @example(content=b"\xff\xfe alpha")
 @example(content=b"a: 2001-99-99")
 @example(content=b"[" * 1500)
@@ -62,7 +62,7 @@ def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None
     read(path, content)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     document=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), VALUES, max_size=6)
     | VALUES

@@ -124,7 +124,8 @@ def accuracy(recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float) -> fl
     hits = []
     for number in range(IMAGES):
         try:
-            image = Image.open(scenes / "images" / f"{number}.png").convert("RGB")
+            with Image.open(scenes / "images" / f"{number}.png") as file:
+                image = file.convert("RGB")
         except OSError:  # it is broken
             continue
         ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png"))
