@@ -57,7 +57,7 @@ def base_form(base: Base) -> Form:
             write_processor(Path(folder), base)
             check_processor(Path(folder), base.preprocess, base.tokenizer)
             model = form.model_class(form.config_class(**form.config))
-            model.load_state_dict(to_transformers(state_dict, form.weights))
+            model.load_state_dict(to_transformers(state_dict, form))
             check_outputs(model.eval(), base.model, base.tokenizer)
     except Exception as error:  # the library raises many kinds on what it can't compute
         raise RAdapterError(f"{base.name} has no form in transformers: {reason(error)}") from error
@@ -70,7 +70,7 @@ def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Ten
     """
     with quiet():
         with staged(folder / WEIGHTS) as path:
-            tensors = to_transformers(state_dict, form.weights)
+            tensors = to_transformers(state_dict, form)
             save_file(tensors, path, metadata={"format": "pt"})
         config = form.config_class(**form.config)
         config.architectures = [form.model_class.__name__]

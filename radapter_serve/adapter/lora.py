@@ -63,7 +63,7 @@ def load_lora(folder: str | Path, base: str | None = None, pretrained: str | Non
     weights = weights_of(start)
 
     # The merge, layer by layer in the names of transformers: W + scale·B·A, as peft computes it.
-    theirs = to_transformers(weights, form.weights)
+    theirs = to_transformers(weights, form)
     for name, (up, down, scale) in layers.items():
         weight = theirs.get(f"{name}.weight")
         if weight is None:
@@ -75,7 +75,7 @@ def load_lora(folder: str | Path, base: str | None = None, pretrained: str | Non
                 f" the layer's weight {list(weight.shape)}"
             )
         theirs[f"{name}.weight"] = weight + up @ down * scale
-    merged = to_open_clip(theirs, form.weights)
+    merged = to_open_clip(theirs, form)
     shaped = {name: tensor.reshape(weights[name].shape) for name, tensor in merged.items()}
     made_of = {
         "kind": "lora",

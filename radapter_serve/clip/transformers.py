@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,54 +34,88 @@ from radapter_serve.errors import RAdapterError, check_installed, reason, short
 #: what open_clip's tokenizer and that of `transformers` call the same tokens
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 _CLASSES = {"clip": ("CLIPConfig", "CLIPModel"), "siglip": ("SiglipConfig", "SiglipModel")}
-_KINDS = ("weight", "bias")
 # Of 255, that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow.
 _LEVELS = 3
 _MAX_ERROR = 1e-4  # of a component of the unit-length embeddings
 _TEXTS = ["a photo of a cat.", "Don't  KNOW: it's 12345 l'été ÉÈ 猫 😀!!", "", "many words " * 60]
 
-# The names of a block's layers in open_clip's towers, in timm's, and in the pooling of SigLIP's.
+# Names of tensors, and below them names of layers, whose weight and bias are called so in both.
+_TEXT = {"positional_embedding": "text_model.embeddings.position_embedding.weight"}
+_TEXT_LAYERS = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+}
+_POOL = "visual.trunk.attn_pool"
+_TENSORS = {
+    "clip": {
+        **_TEXT,
+        "logit_scale": "logit_scale",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.proj": "visual_projection.weight",
+        "text_projection": "text_projection.weight",
+        "text_projection.weight": "text_projection.weight",  # of a linear layer
+    },
+    "siglip": {
+        **_TEXT,
+        "logit_scale": "logit_scale",
+        "logit_bias": "logit_bias",
+        "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
+        f"{_POOL}.latent": "vision_model.head.probe",
+        # Queries have a layer by themselves in timm, and share one with keys and values there.
+        f"{_POOL}.q.weight": "vision_model.head.attention.in_proj_weight",
+        f"{_POOL}.q.bias": "vision_model.head.attention.in_proj_bias",
+        f"{_POOL}.kv.weight": "vision_model.head.attention.in_proj_weight",
+        f"{_POOL}.kv.bias": "vision_model.head.attention.in_proj_bias",
+    },
+}
+_LAYERS = {
+    "clip": {
+        **_TEXT_LAYERS,
+        "visual.conv1": "vision_model.embeddings.patch_embedding",
+        "visual.ln_pre": "vision_model.pre_layrnorm",  # its name has this slip
+        "visual.ln_post": "vision_model.post_layernorm",
+    },
+    "siglip": {
+        **_TEXT_LAYERS,
+        "text_projection": "text_model.head",
+        "visual.trunk.patch_embed.proj": "vision_model.embeddings.patch_embedding",
+        "visual.trunk.norm": "vision_model.post_layernorm",
+        f"{_POOL}.norm": "vision_model.head.layernorm",
+        f"{_POOL}.proj": "vision_model.head.attention.out_proj",
+        f"{_POOL}.mlp.fc1": "vision_model.head.mlp.fc1",
+        f"{_POOL}.mlp.fc2": "vision_model.head.mlp.fc2",
+    },
+}
+# A tensor of a block: of open_clip's towers, or of timm's image tower.
+_IN_A_BLOCK = re.compile(
+    r"(visual\.)?(?:transformer\.resblocks|trunk\.blocks)\.(\d+)\.(.+)[._](weight|bias)"
+)
 _BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
-}
-_TIMM_BLOCK = {
+    # as timm calls them
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
     "attn.proj": "self_attn.out_proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_POOL = {
-    "norm": "layernorm",
-    "proj": "attention.out_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor in both libraries, or several that share it along its first axis."""
-
-    ours: tuple[str, ...]  # names in open_clip's state dict
-    theirs: tuple[str, ...]  # names in that of `transformers`
-    transposed: bool = False
-    shape: tuple[int, ...] | None = None  # theirs, where it has other axes of length one
+_TRANSPOSED = ("visual.proj", "text_projection")
 
 
 @dataclass(frozen=True)
 class Form:
     """A model as `transformers` has it: `clip` or `siglip`, the fields of its configuration, and
-    its weights.
+    what the library calls each weight of open_clip's, several names where it splits one.
     """
 
     kind: str
     config: dict[str, Any]
-    weights: list[Weight]
+    names: dict[str, tuple[str, ...]]
 
     @property
     def config_class(self) -> Any:
@@ -103,58 +139,38 @@ def form_of(name: str, model: Any, tokenizer: Any) -> Form:
     """
     trunk = getattr(model.visual, "trunk", None)
     is_siglip = isinstance(model.visual, TimmModel) and hasattr(trunk, "attn_pool")
+    kind = "siglip" if is_siglip else "clip"
     try:
-        form = _siglip_form(model, tokenizer) if is_siglip else _clip_form(model, tokenizer)
-        mapped = {name for weight in form.weights for name in weight.ours}
-        if extra := sorted(set(model.state_dict()) ^ mapped):
-            raise AttributeError(f"{extra[0]} is a weight of one of the two alone")
-    except Exception as error:  # modules of other families lack what the map asks for
-        kind = _CLASSES["siglip" if is_siglip else "clip"][1]
+        config = (_siglip_config if is_siglip else _clip_config)(model, tokenizer)
+        names = {weight: _names_of(weight, kind) for weight in model.state_dict()}
+        layers = [f"{layer}.weight" for layer in _LAYERS[kind].values()]
+        needed = {*_TENSORS[kind].values(), *layers}
+        if lacking := sorted(needed - {name for theirs in names.values() for name in theirs}):
+            raise AttributeError(f"{lacking[0]} is a weight of one of the two alone")
+    except Exception as error:  # modules of other families lack what is asked for
         raise RAdapterError(
-            f"{name} has no form in transformers: it is not built as a {kind} ({reason(error)})"
+            f"{name} has no form in transformers: it is not built as a {_CLASSES[kind][1]}"
+            f" ({reason(error)})"
         ) from error
-    return form
+    return Form(kind, config, names)
 
 
-def _pairs(ours: str, theirs: str, layers: Mapping[str, str] | None = None) -> list[Weight]:
-    """Weight and bias of one layer, or of each of a block's layers."""
-    if layers is not None:
-        names = [(f"{ours}.{one}", f"{theirs}.{other}") for one, other in layers.items()]
-        return [weight for pair in names for weight in _pairs(*pair)]
-    return [Weight((f"{ours}.{kind}",), (f"{theirs}.{kind}",)) for kind in _KINDS]
-
-
-def _projections(ours: str, theirs: str) -> list[Weight]:
-    """Queries, keys and values, which are one tensor in open_clip and timm; `ours` has a place for
-    weight or bias.
-    """
-    return [
-        Weight((ours.format(kind),), tuple(f"{theirs}.{part}_proj.{kind}" for part in "qkv"))
-        for kind in _KINDS
-    ]
-
-
-def _blocks(ours: str, theirs: str, count: int) -> list[Weight]:
-    """The weights of the blocks of one of open_clip's towers."""
-    weights = []
-    for number in range(count):
-        block = f"{ours}.resblocks.{number}"
-        layer = f"{theirs}.encoder.layers.{number}"
-        weights += _projections(f"{block}.attn.in_proj_{{}}", f"{layer}.self_attn")
-        weights += _pairs(block, layer, _BLOCK)
-    return weights
-
-
-def _text_weights(text: Any, prefix: str) -> list[Weight]:
-    """The weights of one of open_clip's text towers, but for its projection."""
-    theirs = "text_model"
-    embeddings = f"{theirs}.embeddings"
-    return [
-        Weight((f"{prefix}positional_embedding",), (f"{embeddings}.position_embedding.weight",)),
-        Weight((f"{prefix}token_embedding.weight",), (f"{embeddings}.token_embedding.weight",)),
-        *_pairs(f"{prefix}ln_final", f"{theirs}.final_layer_norm"),
-        *_blocks(f"{prefix}transformer", theirs, len(text.transformer.resblocks)),
-    ]
+def _names_of(name: str, kind: str) -> tuple[str, ...]:
+    """What `transformers` calls a weight of open_clip's."""
+    inner = name.removeprefix("text.")
+    if inner in _TENSORS[kind]:
+        return (_TENSORS[kind][inner],)
+    layer, _, part = inner.rpartition(".")
+    if layer in _LAYERS[kind]:
+        return (f"{_LAYERS[kind][layer]}.{part}",)
+    if match := _IN_A_BLOCK.fullmatch(inner):
+        is_image, number, layer, part = match.groups()
+        block = f"{'vision' if is_image else 'text'}_model.encoder.layers.{number}"
+        if layer in ("attn.in_proj", "attn.qkv"):  # queries, keys and values
+            return tuple(f"{block}.self_attn.{letter}_proj.{part}" for letter in "qkv")
+        if layer in _BLOCK:
+            return (f"{block}.{_BLOCK[layer]}.{part}",)
+    raise AttributeError(f"{name} is a weight of one of the two alone")
 
 
 def _tower_config(tower: Any, norm: Any) -> dict[str, Any]:
@@ -178,11 +194,11 @@ def _activation(layer: nn.Module) -> str:
     raise AttributeError(f"its activation is {type(layer).__name__}")
 
 
-def _clip_form(model: Any, tokenizer: Any) -> Form:
+def _clip_config(model: Any, tokenizer: Any) -> dict[str, Any]:
     visual = model.visual
     text = text_tower(model)
     width = int(visual.proj.shape[1])
-    config = {
+    return {
         "projection_dim": width,
         "logit_scale_init_value": float(model.logit_scale.detach()),
         "vision_config": {
@@ -201,32 +217,14 @@ def _clip_form(model: Any, tokenizer: Any) -> Form:
             "pad_token_id": tokenizer.eot_token_id,
         },
     }
-    prefix = "" if text is model else "text."
-    is_linear = isinstance(text.text_projection, nn.Linear)
-    projection = f"{prefix}text_projection{'.weight' if is_linear else ''}"
-    image = "vision_model"
-    embeddings = f"{image}.embeddings"
-    weights = [
-        Weight(("logit_scale",), ("logit_scale",), shape=()),
-        Weight(("visual.class_embedding",), (f"{embeddings}.class_embedding",)),
-        Weight(("visual.positional_embedding",), (f"{embeddings}.position_embedding.weight",)),
-        Weight(("visual.conv1.weight",), (f"{embeddings}.patch_embedding.weight",)),
-        *_pairs("visual.ln_pre", f"{image}.pre_layrnorm"),  # its name has this slip
-        *_pairs("visual.ln_post", f"{image}.post_layernorm"),
-        Weight(("visual.proj",), ("visual_projection.weight",), transposed=True),
-        *_blocks("visual.transformer", image, len(visual.transformer.resblocks)),
-        *_text_weights(text, prefix),
-        Weight((projection,), ("text_projection.weight",), transposed=not is_linear),
-    ]
-    return Form("clip", config, weights)
 
 
-def _siglip_form(model: Any, tokenizer: Any) -> Form:
+def _siglip_config(model: Any, tokenizer: Any) -> dict[str, Any]:
     trunk = model.visual.trunk
     text = text_tower(model)
     block = trunk.blocks[0]
     special = tokenizer.tokenizer
-    config = {
+    return {
         "vision_config": {
             "hidden_size": trunk.embed_dim,
             "intermediate_size": block.mlp.fc1.out_features,
@@ -247,73 +245,43 @@ def _siglip_form(model: Any, tokenizer: Any) -> Form:
             "pad_token_id": special.pad_token_id,
         },
     }
-    ours = "visual.trunk"
-    theirs = "vision_model"
-    pool = f"{ours}.attn_pool"
-    head = f"{theirs}.head"
-    places = tuple(trunk.pos_embed.shape[1:])
-    position = f"{theirs}.embeddings.position_embedding.weight"
-    weights = [
-        Weight(("logit_scale",), ("logit_scale",), shape=(1,)),
-        Weight(("logit_bias",), ("logit_bias",), shape=(1,)),
-        Weight((f"{ours}.pos_embed",), (position,), shape=places),
-        *_pairs(f"{ours}.patch_embed.proj", f"{theirs}.embeddings.patch_embedding"),
-        *_pairs(f"{ours}.norm", f"{theirs}.post_layernorm"),
-        Weight((f"{pool}.latent",), (f"{head}.probe",)),
-        *_pairs(pool, head, _POOL),
-        *_text_weights(text, "text."),
-        *_pairs("text.text_projection", "text_model.head"),
-    ]
-    # The pooling's queries have a layer by themselves in timm, and share one with keys and values
-    # there.
-    for kind in _KINDS:
-        names = (f"{pool}.q.{kind}", f"{pool}.kv.{kind}")
-        weights.append(Weight(names, (f"{head}.attention.in_proj_{kind}",)))
-    for number in range(len(trunk.blocks)):
-        layer = f"{theirs}.encoder.layers.{number}"
-        weights += _projections(f"{ours}.blocks.{number}.attn.qkv.{{}}", f"{layer}.self_attn")
-        weights += _pairs(f"{ours}.blocks.{number}", layer, _TIMM_BLOCK)
-    return Form("siglip", config, weights)
 
 
-def to_transformers(
-    state_dict: Mapping[str, Tensor], weights: Iterable[Weight]
-) -> dict[str, Tensor]:
+def to_transformers(state_dict: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
     """A state dict by the names of `transformers`, fp32."""
-    theirs: dict[str, Tensor] = {}
-    for weight in weights:
-        tensor = _joined([state_dict[name] for name in weight.ours])
-        if weight.shape is not None:
-            tensor = tensor.reshape(weight.shape)
-        if weight.transposed:
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, theirs in form.names.items():
+        tensor = state_dict[name].detach().float()
+        if name.startswith("logit_"):  # one number, in a list for SigLIP
+            tensor = tensor.reshape(() if form.kind == "clip" else 1)
+        if name.endswith("pos_embed"):
+            tensor = tensor.squeeze(0)
+        if name.removeprefix("text.") in _TRANSPOSED:
             tensor = tensor.t()
-        parts = tensor.chunk(len(weight.theirs)) if len(weight.theirs) > 1 else [tensor]
-        for name, part in zip(weight.theirs, parts, strict=True):
-            theirs[name] = part.contiguous()
-    return theirs
+        pieces = tensor.chunk(len(theirs)) if len(theirs) > 1 else [tensor]
+        for their_name, piece in zip(theirs, pieces, strict=True):
+            parts[their_name].append(piece.contiguous())
+    return {
+        name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in parts.items()
+    }
 
 
-def to_open_clip(tensors: Mapping[str, Tensor], weights: Iterable[Weight]) -> dict[str, Tensor]:
+def to_open_clip(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
     """A state dict of a `CLIPModel` by the names of open_clip, fp32; refuses missing and unknown
     weights.
     """
+    needed = [name for theirs in form.names.values() for name in theirs]
+    if missing := [name for name in needed if name not in tensors]:
+        raise RAdapterError(f"it has no weight {missing[0]}")
+    if unknown := set(tensors) - set(needed):
+        raise RAdapterError(f"it has the weight {min(unknown)}, which a CLIP has not")
     ours = {}
-    rest = set(tensors)
-    for weight in weights:
-        if missing := [name for name in weight.theirs if name not in tensors]:
-            raise RAdapterError(f"it has no weight {missing[0]}")
-        rest -= set(weight.theirs)
-        tensor = _joined([tensors[name] for name in weight.theirs])
-        (name,) = weight.ours
-        ours[name] = tensor.t().contiguous() if weight.transposed else tensor
-    if rest:
-        raise RAdapterError(f"it has the weight {min(rest)}, which a CLIP has not")
+    for name, theirs in form.names.items():
+        pieces = [tensors[their_name].detach().float() for their_name in theirs]
+        tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        transposed = name.removeprefix("text.") in _TRANSPOSED
+        ours[name] = tensor.t().contiguous() if transposed else tensor
     return ours
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    floats = [part.detach().float() for part in parts]
-    return torch.cat(floats) if len(floats) > 1 else floats[0]
 
 
 @torch.no_grad()
@@ -423,8 +391,8 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
             raise RAdapterError(f"it has no weight {missing[0]}")
         model = open_clip.CLIP(**config)
         tokenizer = SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
-        form = _clip_form(model, tokenizer)
-        model.load_state_dict(to_open_clip(theirs.state_dict(), form.weights))
+        form = form_of(folder.name, model, tokenizer)
+        model.load_state_dict(to_open_clip(theirs.state_dict(), form))
 
         # Vocabulary and preprocessing.
         names = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}

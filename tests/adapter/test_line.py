@@ -199,7 +199,7 @@ def clip_folder(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transformers") / "clip"
     form = form_of(tiny)
     model = transformers.CLIPModel(transformers.CLIPConfig(**form.config))
-    model.load_state_dict(to_transformers(tiny.model.state_dict(), form.weights))
+    model.load_state_dict(to_transformers(tiny.model.state_dict(), form))
     model.save_pretrained(folder)
     return folder
 
@@ -245,9 +245,9 @@ def test_a_lora_is_merged_as_peft_merges_it(
     found = load_lora(tmp_path / "lora", tiny_clip_dir)
     merged = model.merge_and_unload()
     theirs = merged.state_dict()
-    ours = to_transformers(found.line.at(1), form_of(tiny).weights)
-    start = to_transformers(tiny.model.state_dict(), form_of(tiny).weights)
-    half = to_transformers(found.line.at(0.5), form_of(tiny).weights)
+    ours = to_transformers(found.line.at(1), form_of(tiny))
+    start = to_transformers(tiny.model.state_dict(), form_of(tiny))
+    half = to_transformers(found.line.at(0.5), form_of(tiny))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)

@@ -177,7 +177,7 @@ def test_a_release_that_takes_any_alpha_has_the_form_at_its_default(
     (form,) = release.forms
     assert form.name == "transformers" and form.agreement.max_error < 1e-5
     base = load_base(tiny_clip_dir)
-    expected = to_transformers(fold(base.model.state_dict(), adapter, 0.5), base_form(base).weights)
+    expected = to_transformers(fold(base.model.state_dict(), adapter, 0.5), base_form(base))
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-6)
 
@@ -239,7 +239,7 @@ def test_a_text_tower_by_itself_and_another_epsilon_have_the_form(tmp_path: Path
     state = {name.removeprefix("text."): value for name, value in apart.model.state_dict().items()}
     whole.model.load_state_dict(state)
     weights, expected = (
-        to_transformers(base.model.state_dict(), base_form(base).weights) for base in (apart, whole)
+        to_transformers(base.model.state_dict(), base_form(base)) for base in (apart, whole)
     )
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
     image = {**VIT.image, "norm_kwargs": {"eps": 1e-3}}
