@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -95,3 +97,19 @@ def one_line(extra: str | None = None) -> Iterator[None]:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise RAdapterError(f"{place}{error.strerror or reason(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what other libraries warn of and log, short of errors, within the block."""
+    disabled = logging.root.manager.disable
+    handler = logging.NullHandler()  # without one, `logging.warning` adds one for the terminal
+    logging.root.addHandler(handler)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)

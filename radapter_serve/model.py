@@ -125,8 +125,8 @@ def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[.
     from radapter_serve.clip.base import load_base, split_name
 
     if is_folder and not is_run:
-        told = Release.load(path) if (path / FILE).is_file() else None
-        return partial(load_in_torch, load_base(f"local-dir:{name}", pretrained), told=told)
+        exported = Release.load(path) if (path / FILE).is_file() else None
+        return partial(load_in_torch, load_base(f"local-dir:{name}", pretrained), exported=exported)
     if not is_run:
         return partial(load_in_torch, load_base(*split_name(name, pretrained)))
     adapter = load_adapter(path)

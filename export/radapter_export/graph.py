@@ -8,10 +8,7 @@ number of folds.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +30,7 @@ from radapter_export.towers import (
 )
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, quiet, reason
 
 # The first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32.
 OPSET = 22
@@ -141,7 +138,7 @@ def _export(
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
     try:
         # `optimize=False`: its passes look at values, which a skeleton does not have.
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 skeleton(tower).eval(),
                 tuple(values for values, _ in inputs.values()),
@@ -173,7 +170,7 @@ def _export(
     for value in weights:
         value.const_value = None
     graph.inputs.extend(weights)
-    with _quiet():
+    with quiet():
         onnxscript.optimizer.optimize_ir(model)
     del graph.inputs[count:]
 
@@ -195,21 +192,3 @@ def _export(
         for value in node.outputs:
             value.metadata_props.clear()
     return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's warnings about itself."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -6,19 +6,15 @@ and the code of its models are made anew where it arrives, so nothing of the hub
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
-from radapter_serve.errors import RAdapterError, check_installed, reason
+from radapter_serve.errors import RAdapterError, check_installed, quiet, reason
 from radapter_serve.files import digest_of
 from radapter_serve.hub import (
     CARD,
@@ -31,12 +27,9 @@ from radapter_serve.hub import (
     unreachable,
 )
 from radapter_serve.release.agreement import SAMPLES
-from radapter_serve.release.integrity import SUMS, load_sums, written_sums
+from radapter_serve.release.integrity import SUMS, differences, load_sums, shown, written_sums
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import ENCODERS, MODELS, PATCH_ENCODER, TENSORRT, releases_of
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 # folders of a repository on the hub
 RELEASE = "release"
@@ -52,67 +45,13 @@ _ALLOWED = re.compile(
 _MAX_VERSION = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Hub:
-    """A repository of the hub that a release is sent to; `name` is `ORGANISATION/NAME`."""
+def prepare_push(name: str, alphas: int, runtime: str) -> str:
+    """Make sure that a repository is there and may be written, before anything is exported; a new
+    one is private. Returns its whole name: without an organisation it is one of the own account.
+    """
+    from huggingface_hub import HfApi, get_token
 
-    name: str
-    api: HfApi
-
-    @classmethod
-    def open(cls, name: str) -> Hub:
-        """Make sure that the repository is there and may be written; a new one is private.
-
-        `name` without an organisation is one of the own account. Refuses where there is no token,
-        no such name, or a hub that refuses.
-        """
-        from huggingface_hub import HfApi, get_token
-
-        repository, revision = split_revision(name)
-        if revision is not None:
-            raise RAdapterError(
-                f"--push {name} names a revision, and a push makes a new one; leave out @{revision}"
-            )
-        if get_token() is None:
-            raise RAdapterError(
-                f"--push {name} needs a token of the Hugging Face hub that may write; run: hf auth"
-                " login"
-            )
-        api = HfApi()
-        with _refusals(f"could not push to {repository}", "nothing was exported"):
-            return cls(api.create_repo(repository, private=True, exist_ok=True).repo_id, api)
-
-    def push(self, files: Mapping[str, Path | bytes], release: Release, where: str) -> str:
-        """Send files, by their names in the repository, in one commit; returns the name with it.
-
-        What an earlier release left in `release/` or `transformers/` goes with the same commit.
-        `where` says in an error where the export is.
-        """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        with _refusals(
-            f"could not push to {self.name}",
-            f"nothing of it was sent, and the export is complete in {where}",
-        ):
-            stale = [
-                name
-                for name in self.api.list_repo_files(self.name)
-                if name.startswith((f"{RELEASE}/", f"{TRANSFORMERS}/")) and name not in files
-            ]
-            commit = self.api.create_commit(
-                self.name,
-                [
-                    *(CommitOperationAdd(name, file) for name, file in files.items()),
-                    *(CommitOperationDelete(name) for name in stale),
-                ],
-                commit_message=f"{release.architecture} at alpha {release.alpha:g}, by"
-                " radapter-export",
-            )
-        return f"{HUB}{self.name}@{commit.oid}"
-
-
-def check_push(name: str, alphas: int, runtime: str) -> None:
-    """Refuse several releases, and one that runs on one kind of GPU alone."""
+    repository, revision = split_revision(name)
     if alphas > 1:
         raise RAdapterError(
             f"--push {name} sends one release, and --alpha names {alphas}; export and push each"
@@ -123,6 +62,46 @@ def check_push(name: str, alphas: int, runtime: str) -> None:
             f"--push {name} sends graphs, and an engine of TensorRT is for one kind of GPU; leave"
             " out --format and --runtime, and run radapter-build-engine where it is served"
         )
+    if revision is not None:
+        raise RAdapterError(
+            f"--push {name} names a revision, and a push makes a new one; leave out @{revision}"
+        )
+    if get_token() is None:
+        raise RAdapterError(
+            f"--push {name} needs a token of the Hugging Face hub that may write; run: hf auth"
+            " login"
+        )
+    try:
+        return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
+    except Exception as error:  # the hub and the network raise many kinds
+        raise RAdapterError(
+            f"could not push to {repository}: {refused(error)} (nothing was exported)"
+        ) from error
+
+
+def push(name: str, files: Mapping[str, Path | bytes], release: Release, where: str) -> str:
+    """Send files, by their names in the repository, in one commit; returns the name with it.
+
+    What an earlier release left in `release/` or `transformers/` goes with the same commit. `where`
+    says in an error where the export is.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    try:
+        changes: list[CommitOperationAdd | CommitOperationDelete] = []
+        for file in api.list_repo_files(name):
+            if file.startswith((f"{RELEASE}/", f"{TRANSFORMERS}/")) and file not in files:
+                changes.append(CommitOperationDelete(file))
+        changes += [CommitOperationAdd(file, content) for file, content in files.items()]
+        message = f"{release.architecture} at alpha {release.alpha:g}, by radapter-export"
+        commit = api.create_commit(name, changes, commit_message=message)
+    except Exception as error:  # the hub and the network raise many kinds
+        raise RAdapterError(
+            f"could not push to {name}: {refused(error)} (nothing of it was sent, and the export is"
+            f" complete in {where})"
+        ) from error
+    return f"{HUB}{name}@{commit.oid}"
 
 
 def files_of(
@@ -214,25 +193,6 @@ def take(name: str) -> Path | None:
     return target
 
 
-def taken(name: str) -> Path:
-    """As `take`, but refuses a repository without a release."""
-    folder = take(name)
-    if folder is None:
-        raise RAdapterError(
-            f"{name} holds no release; export one from it with radapter-export --checkpoint"
-            f" {name}, or push one with radapter-export --push"
-        )
-    return folder
-
-
-@contextlib.contextmanager
-def _refusals(what: str, so: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the hub and the network raise many kinds
-        raise RAdapterError(f"{what}: {refused(error)} ({so})") from error
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and 0 < value <= _MAX_VERSION
 
@@ -243,12 +203,9 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     repository, revision = split_revision(name)
-    # It warns where a repository holds another kind of model, which is no mistake.
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with from_hub_or_cache():
+        # It warns where a repository holds another kind of model, which is no mistake.
+        with quiet(), from_hub_or_cache():
             return Path(
                 snapshot_download(repository, revision=revision, allow_patterns=[f"{RELEASE}/*"])
             )
@@ -261,37 +218,30 @@ def _fetch(name: str) -> Path:
         raise RAdapterError(
             f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
         ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _verified(name: str, data: Path) -> dict[str, str]:
     """The digests of a release that came from the hub; refuses files that differ from them."""
     files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
     sums: dict[str, str] = {}
-    problems = []
+    problems = {}
     if files.pop(SUMS, None) is None:
-        problems.append(f"{SUMS}, the list of its digests, is missing")
+        problems[f"{SUMS}, the list of its digests,"] = "is missing"
     else:
         sums = load_sums(data / SUMS)
-        sums.pop(SUMS, None)
+        problems = differences(files, sums)
         graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
-        for file in sorted({*sums, *files, FILE, TOKENIZER, *graphs}):
+        for file in {TOKENIZER, *graphs} - files.keys():
+            problems[file] = "is missing"
+        for file in {*sums, *files}:
             if not _ALLOWED.fullmatch(file):
-                problems.append(f"{file} is no part of a release")
-            elif file not in files:
-                problems.append(f"{file} is missing")
-            elif file not in sums:
-                problems.append(f"{file} has no digest")
-            elif digest_of(files[file]) != sums[file]:
-                problems.append(f"{file} differs")
+                problems[file] = "is no part of a release"
     if problems:
         repository, _ = split_revision(name)
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise RAdapterError(
-            f"{name} is not as it was pushed: {'; '.join(problems[:5])}{more}; fetch it again with:"
-            f' hf download {repository} --include "{RELEASE}/*" --force-download, or push it again'
-            " with radapter-export"
+            f"{name} is not as it was pushed: {shown(problems)}; fetch it again with: hf download"
+            f' {repository} --include "{RELEASE}/*" --force-download, or push it again with'
+            " radapter-export"
         )
     return sums
 

@@ -67,18 +67,19 @@ def load_in_torch(
     base: Base,
     adapter: Adapter | None = None,
     *,
-    told: Release | None = None,
+    exported: Release | None = None,
     alpha: float | None = None,
     dense: str | None = None,
     device: str | None = None,
     indexes: Path = Path("indexes"),
 ) -> LoadedRelease:
-    """A base, or a base with an adapter folded into it, in torch.
+    """A base, or a base with an adapter folded into it, in torch; the base's model gets the folded
+    weights.
 
-    The base's model gets the folded weights. `told` is the `release.json` beside a merged
-    checkpoint. `alpha` is the adapter's own if None; `dense`, the method of patch embeddings, that
-    of the run or of `told`; `device` a GPU where there is one. Refuses an adapter of another base,
-    an α outside [0, 1], and a device that is not there.
+    `exported` holds the facts of a merged checkpoint. `alpha` is the adapter's own if None;
+    `dense`, the method of patch embeddings, that of the run or of `exported`; `device` a GPU where
+    there is one. Refuses an adapter of another base, an α outside [0, 1], and a device that is not
+    there.
     """
     if adapter is None and alpha not in (None, 0.0):
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
@@ -108,11 +109,11 @@ def load_in_torch(
         if dense is None and metadata.source.dense != "none":
             dense = metadata.source.dense
     facts["crop"] = crop.to_dict()
-    if told is not None:
+    if exported is not None:
         names = ("alpha", "base_digest", "adapter_digest", "adapters", "templates", "crop")
-        facts = {name: getattr(told, name) for name in (*names, "confidence")}
-        exif_orientation = told.preprocess.get("exif_orientation", True)
-        dense = dense if dense is not None else (told.dense or {}).get("way")
+        facts = {name: getattr(exported, name) for name in (*names, "confidence")}
+        exif_orientation = exported.preprocess.get("exif_orientation", True)
+        dense = dense if dense is not None else (exported.dense or {}).get("way")
 
     # The encoder, the tokenizer and the facts.
     device_of_model = to_device(base.model, device)

@@ -6,9 +6,10 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
 
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.image_files import list_images
@@ -19,7 +20,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml
 
 MAX_SHOWN = 2000  # examples of a label set
-_FORM = "each entry is a label, or has label, images and weight"
+_FORM = (
+    "each entry is a label, or has label, images and weight; labels such as no and 2024 need quotes"
+)
 
 T = TypeVar("T")
 
@@ -44,6 +47,15 @@ class LabelFile:
         return Examples(tuple(shown), self.places, self.weights)
 
 
+class _Entry(BaseModel, extra="forbid", strict=True):
+    """An entry of a YAML file."""
+
+    label: str
+    images: str | list[str] = []
+    # The share of the images beside the text: 0 is the text alone, 1 the images alone.
+    weight: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_WEIGHT
+
+
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     """Read a label file: a class a line, or YAML with images for some of them. With `dynamic_alpha`
     servers embed the images again for each α, so fewer are allowed.
@@ -58,29 +70,31 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     weights: list[float] = []
     images: list[Path] = []
     places: list[int] = []
-    for number, entry in enumerate(document):
+    for number, value in enumerate(document):
         where = f"{path}, entry {number + 1}"
-        fields = entry if isinstance(entry, dict) else {"label": entry}
-        if unknown := [key for key in fields if key not in ("label", "images", "weight")]:
-            raise RAdapterError(f"{where}: {unknown[0]!r:.80} is unknown; {_FORM}")
-        label = fields.get("label")
-        if not isinstance(label, str):  # such as 2024 and no, which YAML makes numbers and truth of
+        try:
+            entry = _Entry.model_validate(value if isinstance(value, dict) else {"label": value})
+        except ValidationError as error:
+            first = error.errors()[0]
             raise RAdapterError(
-                f"{where}: the label is {label!r:.80}, not text; write it in quotes"
+                f"{where}: {first['loc'][0]!r:.80} is {first['input']!r:.80}: {first['msg']};"
+                f" {_FORM}"
+            ) from None
+        if not (names := split_label(entry.label)):
+            raise RAdapterError(f"{where}: {entry.label!r} names no class")
+        files = []
+        for name in [entry.images] if isinstance(entry.images, str) else entry.images:
+            file = path.parent / name
+            inside = (
+                [Path(image) for image in list_images(file).images] if file.is_dir() else [file]
             )
-        if not (names := split_label(label)):
-            raise RAdapterError(f"{where}: {label!r} names no class")
-        files = _files(fields.get("images", []), path.parent, where)
-        weight = fields.get("weight", DEFAULT_WEIGHT)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-            raise RAdapterError(
-                f"{where}: weight is {weight!r:.80}; allowed: numbers from 0 (the text alone) to 1"
-                " (the images alone)"
-            )
-        if "weight" in fields and not files:
+            if not inside:
+                raise RAdapterError(f"{where}: {file} holds no image")
+            files += inside
+        if "weight" in entry.model_fields_set and not files:
             raise RAdapterError(f"{where}: weight is for images, and there are none")
         labels.append(join_label(names))
-        weights.append(float(weight))
+        weights.append(entry.weight)
         images += files
         places += [number] * len(files)
     if not images:
@@ -92,21 +106,6 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     for file in images:
         _read_image(file, f"{path}: {file}", verify)
     return LabelFile(labels, tuple(images), tuple(places), tuple(weights))
-
-
-def _files(value: Any, folder: Path, where: str) -> list[Path]:
-    """The image files of an entry, with those of the folders that it names."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RAdapterError(f"{where}: images is {value!r:.80}; allowed: files and folders")
-    files: list[Path] = []
-    for name in names:
-        path = folder / name
-        inside = [Path(file) for file in list_images(path).images] if path.is_dir() else [path]
-        if not inside:
-            raise RAdapterError(f"{where}: {path} holds no image")
-        files += inside
-    return files
 
 
 def _read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:

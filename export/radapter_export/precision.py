@@ -15,9 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from radapter_export.graph import Graph
-from radapter_serve.errors import RAdapterError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
@@ -33,24 +31,6 @@ _PASSTHROUGH_OPS = {
     *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad"),
     *("Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
-
-
-def check_precision(precision: str, calibration: str | None, runtime: str) -> None:
-    """Refuse a precision that can't be exported, or could not be run."""
-    if precision not in PRECISIONS:
-        raise RAdapterError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
-    if calibration is not None and precision != "int8":
-        raise RAdapterError(
-            f"--calibration is for --precision int8 alone, and the precision is {precision}"
-        )
-    if precision == "bf16" and runtime == "onnxruntime":
-        raise RAdapterError(
-            "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16"
-        )
-    if precision == "int8" and calibration is None and runtime == "tensorrt":
-        raise RAdapterError(
-            "TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images"
-        )
 
 
 def lower(graph: Graph, precision: str) -> Graph:

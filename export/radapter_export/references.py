@@ -18,8 +18,8 @@ from torch import nn
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.clip.towers import encode_image, normalised
-from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER
 
 BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
@@ -60,49 +60,47 @@ class Inputs:
         return self.tokens if graph == "text_encoder" else self.images
 
 
-def mixed_alphas(default: float) -> list[Alpha]:
-    """α of each row of each batch where it is an input, float32 [B, 1]: the default and others."""
-    values = itertools.cycle((default, 0.0, 1.0, 0.25))
-    return [np.array([[next(values)] for _ in range(batch)], np.float32) for batch in BATCHES]
-
-
-def references_at(
+def samples_at(
     base: Base,
     set_alpha: Callable[[float], None],
-    alphas: Sequence[npt.NDArray[Any]],
     inputs: Inputs,
+    alpha: float,
     dense: str | None = None,
-) -> dict[str, list[Array]]:
-    """torch's embeddings of each row of `inputs` at the row's α, float32 [B, 1] a batch.
+    *,
+    mixed: bool = False,
+) -> dict[str, Samples]:
+    """Inputs of each graph, and torch's embeddings of them at one α; where α is an input of the
+    graphs, `mixed`, each row has the default or another one.
 
     The whole of `inputs` is embedded once for each α, which `set_alpha` puts into the base's model.
     `dense` is the method for patches, if any.
     """
+    values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
+    alphas: list[npt.NDArray[Any]] = [
+        np.array([[next(values)] for _ in range(batch)], np.float32 if mixed else np.float64)
+        for batch in BATCHES
+    ]
     embeds = {}
-    for alpha in {float(value) for batch in alphas for value in batch.ravel()}:
-        set_alpha(alpha)
-        embeds[alpha] = references(base, inputs, dense)
-    graphs = [graph for graph in ENCODERS if dense is not None or graph != PATCH_ENCODER]
-    return {
-        graph: [
-            np.stack(
-                [
-                    embeds[float(alpha)][graph][number][row]
-                    for row, alpha in enumerate(batch.ravel())
-                ]
-            )
-            for number, batch in enumerate(alphas)
+    for number in {float(value) for batch in alphas for value in batch.ravel()}:
+        set_alpha(number)
+        embeds[number] = references(base, inputs, dense)
+    samples = {}
+    for graph in ENCODERS:
+        if graph == PATCH_ENCODER and dense is None:
+            continue
+        rows = [
+            [embeds[float(value)][graph][batch][row] for row, value in enumerate(of.ravel())]
+            for batch, of in enumerate(alphas)
         ]
-        for graph in graphs
-    }
+        stacked = [np.stack(batch) for batch in rows]
+        samples[graph] = Samples(inputs.of(graph), stacked, alphas if mixed else ())
+    return samples
 
 
 @torch.inference_mode()
 def references(base: Base, inputs: Inputs, dense: str | None = None) -> dict[str, list[Array]]:
-    """torch's embeddings of inputs, from open_clip's own towers with adapters attached.
-
-    Of each graph float32 [B, D] a batch; [B, g, g, D] for `patch_encoder`, which has none where no
-    method is named.
+    """torch's embeddings of inputs, from open_clip's own towers with adapters attached: of each
+    graph float32 [B, D] a batch, [B, g, g, D] for `patch_encoder`.
     """
     model: Any = base.model
     images = []

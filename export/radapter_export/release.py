@@ -8,19 +8,18 @@ import importlib.metadata
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnxruntime
 from safetensors import SafetensorError
 
-from radapter_export.accuracy import Accuracy, Validation, open_validation
+from radapter_export.accuracy import Accuracy, measure, open_validation
 from radapter_export.card import card_of
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_export.hub import Hub, check_push, files_of
+from radapter_export.hub import files_of, prepare_push, push
 from radapter_export.in_torch import base_facts
 from radapter_export.merged import (
     DISK_ADVICE,
@@ -29,9 +28,9 @@ from radapter_export.merged import (
     check_replaceable,
     save_open_clip,
 )
-from radapter_export.precision import TYPES, check_precision, lower
+from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import Calibration, calibrate, quantize
-from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
+from radapter_export.references import BATCHES, Inputs, samples_at
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Fold, Source, put_reference, read_source
@@ -53,9 +52,10 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
 from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.files import digest_of, disk_errors, staged_folder
 from radapter_serve.hub import CARD
-from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.tasks.classify import mix_examples
@@ -138,7 +138,7 @@ class _Job:
     form: Form | None
     tokenizer: ServedTokenizer
     calibration: Calibration | None
-    validation: Validation | None
+    validation: EvaluationSet | None
     engines: PlanWriter | None
     repository: Repository
     merged: Path
@@ -181,10 +181,30 @@ def export_release(
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     source = read_source(paths, settings, dynamic_alpha=alphas == "dynamic")
     numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
-    _check_arguments(numbers, source, settings)
-    engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # asks for a GPU
+    if not numbers:
+        raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
+    for alpha in numbers:
+        check_alpha(alpha)
+    if len({f"{alpha:g}" for alpha in numbers}) < len(numbers):
+        shown = " ".join(f"{alpha:g}" for alpha in numbers)
+        raise RAdapterError(f"an alpha is given twice: {shown}")
+    if source.dynamic_alpha and settings.calibration is not None:
+        raise RAdapterError(
+            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
+            " them out"
+        )
+    if settings.precision == "bf16" and settings.served_by == "onnxruntime":
+        raise RAdapterError(
+            "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16"
+        )
+    if settings.precision == "int8" and not settings.calibration and settings.served_by == TENSORRT:
+        raise RAdapterError(
+            "TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images"
+        )
+    if settings.transformers is not None:
+        check_installed("transformers", "huggingface")
     validation = open_validation(
-        source.metadata, settings.validation, source.dense, settings.precision, settings.max_drop
+        source.metadata, settings.validation, source.dense, settings.precision
     )
     images = None
     if settings.calibration is not None:
@@ -192,7 +212,8 @@ def export_release(
     hub = None
     if settings.push is not None:
         say("asking the Hugging Face hub")
-        hub = Hub.open(settings.push)
+        hub = prepare_push(settings.push, len(numbers), settings.served_by)
+    engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # asks for a GPU
 
     # Fold: the base, and what α scales.
     say("loading the base")
@@ -268,53 +289,20 @@ def export_release(
         return releases
 
     # Push: the one release, once it is complete here.
-    say(f"pushing to {hub.name}")
+    say(f"pushing to {hub}")
     [exported] = releases
-    card = _card(job, exported.release, "open_clip", hub.name) if settings.card else None
+    release = exported.release
+    card = None
+    if settings.card:
+        has_form = settings.transformers is not None
+        card = card_of(
+            release, source.metadata, source.curve, "open_clip", hub, transformers=has_form
+        )
     files = files_of(
-        settings.model_repository,
-        exported.release,
-        settings.merged,
-        settings.transformers,
-        card,
+        settings.model_repository, release, settings.merged, settings.transformers, card
     )
     where = f"{settings.model_repository} and {settings.merged}"
-    return [replace(exported, pushed=hub.push(files, exported.release, where))]
-
-
-def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSettings) -> None:
-    """Refuse arguments that do not go together, before anything large is loaded."""
-    if not alphas:
-        raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
-    for alpha in alphas:
-        check_alpha(alpha)
-    if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
-        shown = " ".join(f"{alpha:g}" for alpha in alphas)
-        raise RAdapterError(f"an alpha is given twice: {shown}")
-    if settings.served_by not in RUNTIMES:
-        raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
-    if settings.push is not None:
-        check_push(settings.push, len(alphas), settings.served_by)
-    if settings.transformers is not None:
-        check_installed("transformers", "huggingface")
-        merged = settings.merged.absolute()
-        transformers = settings.transformers.absolute()
-        if merged == transformers or merged in transformers.parents:
-            raise RAdapterError(
-                f"--transformers {transformers} is the folder of --merged, or inside it; give each"
-                " another folder"
-            )
-        if transformers in merged.parents:
-            raise RAdapterError(
-                f"--merged {merged} is inside the folder of --transformers; give each another"
-                " folder"
-            )
-    check_precision(settings.precision, settings.calibration, settings.served_by)
-    if source.dynamic_alpha and settings.calibration is not None:
-        raise RAdapterError(
-            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
-            " them out"
-        )
+    return [replace(exported, pushed=push(hub, files, release, where))]
 
 
 def _write_release(job: _Job, version: int, alpha: float, name: str) -> ExportedRelease:
@@ -339,19 +327,12 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
     # What the graphs must give: torch's embeddings of seeded inputs, nothing folded.
     say(f"torch's embeddings at alpha {alpha:g}{' and others' if dynamic else ''}, nothing folded")
     inputs = Inputs(base, job.tokenizer.encode, base.image_size)
-    one_alpha = [np.full((batch, 1), alpha) for batch in BATCHES]
-    alphas = mixed_alphas(alpha) if dynamic else one_alpha
-    samples = {
-        graph: Samples(inputs.of(graph), references, alphas if dynamic else ())
-        for graph, references in references_at(
-            base, job.set_alpha, alphas, inputs, source.dense
-        ).items()
-    }
+    samples = samples_at(base, job.set_alpha, inputs, alpha, source.dense, mixed=dynamic)
 
     # Graphs: weights in, then as the server runs them, against those embeddings.
     for model in repository.models:
         repository.staged(model, version).mkdir()
-    weights: Mapping[str, Any] = folded
+    weights = folded
     if dynamic:
         assert isinstance(job.change, Fold)
         weights = {**job.change.weights, **job.change.adapter.tensors}
@@ -391,8 +372,7 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
         folder.mkdir(exist_ok=True)
         size = save_form(folder, base, job.form, folded)
         if dynamic:  # the samples above are at several α
-            references = references_at(base, job.set_alpha, one_alpha, inputs, None)
-            samples = {graph: Samples(inputs.of(graph), references[graph]) for graph in references}
+            samples = samples_at(base, job.set_alpha, inputs, alpha)
         bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
         agreement = check_form(folder, base, samples, bounds, job.form)
         forms.append(Exported("transformers", size, agreement, time.perf_counter() - start))
@@ -404,8 +384,6 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
         if job.calibration is not None:
             quantization = {"kind": "static", **job.calibration.facts()}
     tools = [*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else [])]
-    facts = base_facts(base, folded, source.dense, exif_orientation=source.exif_orientation)
-    crop = source.crop(base.preprocess["mean"])
     release = Release(
         version=version,
         alpha=alpha,
@@ -418,7 +396,7 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
         quantization=quantization,
         runtime=settings.served_by,
         tokenizer=job.tokenizer.spec,
-        crop=crop.to_dict(),
+        crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
         templates=source.templates,
         max_batch_size=settings.max_batch_size,
         tools={
@@ -431,26 +409,27 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
             "tolerance": settings.bounds.max_error,
             "min_cosine": settings.bounds.min_cosine,
         },
-        **facts,
+        **base_facts(base, folded, source.dense, exif_orientation=source.exif_orientation),
     )
 
     # Label sets by these encoders, and what the release costs on validation data.
     loaded = LoadedRelease(release, GraphEncoder(encoders), job.tokenizer.encode)
-    label_sets, warnings = _embed_label_sets(job, loaded)
-    label_facts = _save_label_sets(job, label_sets, version)
-    release = replace(release, label_sets=label_facts)
+    label_sets, facts, warnings = _write_label_sets(job, loaded)
+    release = replace(release, label_sets=facts)
     accuracy = None
     if job.validation is not None:
         job.set_alpha(alpha)
-        loaded = LoadedRelease(
-            release,
-            loaded.encoder,
-            job.tokenizer.encode,
-            read_label_sets=lambda _: label_sets,
+        with_labels = LoadedRelease(
+            release, loaded.encoder, job.tokenizer.encode, read_label_sets=lambda _: label_sets
         )
-        measured = job.validation(base, alpha, loaded, source.templates, crop, say)
-        release = measured.added_to(release)
+        measured = measure(job.validation, settings.max_drop, base, with_labels, say)
         accuracy = measured.accuracy
+        confidence = measured.confidence
+        release = replace(
+            release,
+            accuracy=asdict(accuracy),
+            confidence=None if confidence is None else asdict(confidence),
+        )
         warnings += measured.warnings
     loaded.close()
     if release.logit_bias is not None and release.confidence is None:
@@ -468,27 +447,35 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
     for library, folder in libraries.items():
         release.save(folder)
         if settings.card:
-            (folder / CARD).write_text(_card(job, release, library), encoding="utf-8")
+            card = card_of(release, source.metadata, source.curve, library)
+            (folder / CARD).write_text(card, encoding="utf-8")
     return ExportedRelease(
         release, graphs, settings.merged.absolute() / name, accuracy, warnings, forms
     )
 
 
-def _embed_label_sets(job: _Job, loaded: LoadedRelease) -> tuple[dict[str, LabelSet], list[str]]:
-    """The label sets with embeddings by a release's encoders, and warnings about equal labels."""
-    label_sets = {}
-    warnings = []
+def _write_label_sets(
+    job: _Job, loaded: LoadedRelease
+) -> tuple[dict[str, LabelSet], dict[str, dict[str, Any]], list[str]]:
+    """Embed the label sets by a release's encoders, and write them for each task that uses them;
+    returns them, the facts of each, and warnings about labels that are alike.
+    """
+    version = loaded.release.version
+    templates = job.source.templates
     alpha = loaded.request_alpha(None)
+    first, *others = (job.repository.staged(model, version) / "label_sets" for model in LABELLED)
+    first.mkdir()
+    label_sets = {}
+    facts: dict[str, dict[str, Any]] = {}
+    warnings = []
     for name, file in job.source.label_sets.items():
 
         def done(count: int, name: str = name, total: int = len(file.labels)) -> None:
             job.say(f"embedding label set {name}: {count} of {total} labels")
 
         done(0)
-        templates = job.source.templates
-        label_set = complete(
-            embed_labels(loaded, file.labels, templates, alpha=alpha, progress=done)
-        )
+        steps = embed_labels(loaded, file.labels, templates, alpha=alpha, progress=done)
+        label_set = complete(steps)
         if file.images:
             job.say(f"embedding the {len(file.images)} examples of label set {name}")
             examples = file.examples(loaded.preprocess)
@@ -500,6 +487,15 @@ def _embed_label_sets(job: _Job, loaded: LoadedRelease) -> tuple[dict[str, Label
             kept = examples if loaded.release.dynamic_alpha else None
             label_set = replace(label_set, examples=kept)
         label_sets[name] = label_set
+        path = first / f"{name}.npz"
+        label_set.save(path)
+        facts[name] = {
+            "labels": len(label_set.labels),
+            "templates": templates,
+            "digest": digest_of(path),
+        }
+        if file.images:
+            facts[name]["examples"] = len(file.images)
         if pairs := indistinguishable(label_set.labels, label_set.embeds):
             shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
@@ -508,33 +504,6 @@ def _embed_label_sets(job: _Job, loaded: LoadedRelease) -> tuple[dict[str, Label
                 f" {SAME}), so that an image scores them alike: {shown}{more}; name them by other"
                 " words"
             )
-    return label_sets, warnings
-
-
-def _save_label_sets(
-    job: _Job, label_sets: Mapping[str, LabelSet], version: int
-) -> dict[str, dict[str, Any]]:
-    """Write label sets for each task that uses them; returns the facts of each."""
-    first, *others = (job.repository.staged(model, version) / "label_sets" for model in LABELLED)
-    first.mkdir()
-    facts: dict[str, dict[str, Any]] = {}
-    for name, label_set in label_sets.items():
-        path = first / f"{name}.npz"
-        label_set.save(path)
-        facts[name] = {
-            "labels": len(label_set.labels),
-            "templates": job.source.templates,
-            "digest": digest_of(path),
-        }
-        if count := len(job.source.label_sets[name].images):
-            facts[name]["examples"] = count
     for folder in others:
         shutil.copytree(first, folder)
-    return facts
-
-
-def _card(job: _Job, release: Release, library: str, hub: str | None = None) -> str:
-    """The model card of a release."""
-    transformers = job.transformers is not None
-    metadata = job.source.metadata
-    return card_of(release, metadata, job.source.curve, library, hub, transformers=transformers)
+    return label_sets, facts, warnings

@@ -13,6 +13,7 @@ import tyro
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
+from radapter_serve.release.repository import RUNTIMES
 
 CLASSES = "classes"  # the label set of the run's own classes
 # validation data: none at all, or the run's
@@ -95,6 +96,10 @@ class ExportSettings:
     exif_orientation: bool = True
 
     def __post_init__(self) -> None:
+        for name, allowed in (("precision", TOLERANCES), ("runtime", RUNTIMES)):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise RAdapterError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if self.tolerance is not None and not 0 < self.tolerance <= 1:
             raise RAdapterError(
                 f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4"
@@ -106,6 +111,19 @@ class ExportSettings:
         if self.max_batch_size < 1:
             raise RAdapterError(
                 f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual"
+            )
+        if self.transformers is not None:
+            merged = self.merged.absolute()
+            form = self.transformers.absolute()
+            if merged == form or merged in form.parents or form in merged.parents:
+                raise RAdapterError(
+                    f"--merged {merged} and --transformers {form} are one folder, or one is inside"
+                    " the other; give each another folder"
+                )
+        if self.calibration is not None and self.precision != "int8":
+            raise RAdapterError(
+                "--calibration is for --precision int8 alone, and the precision is"
+                f" {self.precision}"
             )
 
     @property

@@ -171,9 +171,16 @@ def serve(
         in_process and gateway.tls_certificate is not None,
     )
     if model_repository.as_posix().startswith(HUB):
-        from radapter_export.hub import taken
+        from radapter_export.hub import take
 
-        model_repository = taken(model_repository.as_posix())
+        name = model_repository.as_posix()
+        folder = take(name)
+        if folder is None:
+            raise RAdapterError(
+                f"{name} holds no release; export one from it with radapter-export --checkpoint"
+                f" {name}, or push one with radapter-export --push"
+            )
+        model_repository = folder
     config = ServerConfig(
         model_repository,
         endpoints,

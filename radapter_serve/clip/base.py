@@ -7,9 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, quiet, reason
 from radapter_serve.hub import (
     HUB,
     LOCAL,
@@ -98,7 +96,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         check_folder(folder)
         if is_transformers(folder):
             try:
-                with _quiet():
+                with quiet():
                     clip, config, read_tokens = read(folder)
             except Exception as error:  # the library raises many kinds on what it can't read
                 raise RAdapterError(
@@ -133,7 +131,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False)
         )
     try:
-        with _quiet(), _source(name, pretrained):
+        with quiet(), _source(name, pretrained):
             with _NoRandomWeights():
                 model = open_clip.create_model(
                     source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
@@ -218,20 +216,6 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
             f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
             f" clip`, copy the folder here, and name it {LOCAL}clip in place of {name}"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep open_clip's warnings off the terminal, which it logs to the root logger."""
-    root = logging.getLogger()
-    handler = logging.NullHandler()
-    root.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.removeHandler(handler)
 
 
 def _local_config(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 
+from radapter_serve import errors
 from radapter_serve.clip.towers import encode_image, text_tower
 from radapter_serve.errors import RAdapterError, check_installed, reason, short
 
@@ -458,19 +458,14 @@ def _open_clip_config(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """`transformers` logs, warns its own callers, and draws a bar for the weights that it loads."""
-    from transformers.utils import logging as library
+    """Hide what `transformers` logs and warns of, and the bar for the weights that it loads."""
+    from transformers.utils import logging
 
-    logging: Any = library  # whose functions have no types
-    verbosity = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    is_shown = logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with errors.quiet():
             yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+        if is_shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

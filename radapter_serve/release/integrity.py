@@ -20,7 +20,7 @@ SUMS = "SHA256SUMS"
 _WORKERS = 4  # the disk, more than the processor, sets the pace of more
 _LINE = re.compile(rb"([0-9a-f]{64})  (.+)")
 _SHOWN = 5  # problems in a message
-_ENGINE = "model.plan"  # the start of the names of what radapter-build-engine adds later
+_ENGINE = "model.plan"  # in the names of what radapter-build-engine adds later
 
 
 def sums_of(repository: Path, version: int) -> Path:
@@ -30,10 +30,8 @@ def sums_of(repository: Path, version: int) -> Path:
 
 def write_sums(repository: Path, version: int) -> None:
     """Write the digests of all files of a release."""
-    _save(
-        sums_of(repository, version),
-        {name: digest_of(path) for name, path in _files(repository, version).items()},
-    )
+    files = _files(repository, version)
+    _save(sums_of(repository, version), {name: digest_of(path) for name, path in files.items()})
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
@@ -52,38 +50,61 @@ def verify(
 ) -> None:
     """Compare all files of a release with their digests; names those that differ."""
     path = sums_of(repository, version)
-    if not path.exists():
-        raise _broken(
-            repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"]
+    if path.exists():
+        start = f"checking the files of release {version}"
+        problems = differences(
+            _files(repository, version),
+            load_sums(path),
+            lambda percent: progress(f"{start}: {percent} %"),
         )
-    sums = load_sums(path)
-    found = _files(repository, version)
-    problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
-    problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
-    sizes = {name: file.stat().st_size for name, file in found.items()}
-    total = sum(sizes.values())
+    else:
+        problems = {f"classify/{version}/{SUMS}, the list of its digests,": "is missing"}
+    if problems:
+        mend = "copy the release here again"
+        if all(_ENGINE in name for name in problems):
+            mend = f"build it again with radapter-build-engine {repository}"
+        raise RAdapterError(
+            f"release {version} in {repository} is not as it was exported: {shown(problems)};"
+            f" {mend}, or export it again with radapter-export"
+        )
+
+
+def differences(
+    files: Mapping[str, Path],
+    sums: Mapping[str, str],
+    progress: Callable[[int], None] = lambda percent: None,
+) -> dict[str, str]:
+    """What is wrong with files by their names, compared with their digests; empty if nothing is.
+    `progress` gets the per cent of the bytes that are read.
+    """
+    problems = dict.fromkeys(sums.keys() - files.keys(), "is missing")
+    problems |= dict.fromkeys(files.keys() - sums.keys(), "does not belong to it")
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    total = max(sum(sizes.values()), 1)
     done = 0
-    told = -1
+    last = -1
     with ThreadPoolExecutor(_WORKERS) as pool:
         # The large files first, so that no worker is left with one at the end.
-        order = sorted(sums.keys() & found.keys(), key=lambda name: -sizes[name])
-        running = {pool.submit(_digest, found[name]): name for name in order}
+        order = sorted(sums.keys() & files.keys(), key=lambda name: -sizes[name])
+        running = {pool.submit(digest_of, files[name]): name for name in order}
         for future in as_completed(running):
             name = running[future]
             done += sizes[name]
-            if (percent := 100 * done // max(total, 1)) > told:
-                told = percent
-                progress(f"checking the files of release {version}: {percent} %")
-            if (digest := future.result()) != sums[name]:
-                problems[name] = (
-                    "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
-                )
-    if problems:
-        raise _broken(
-            repository,
-            version,
-            [f"{as_text(name)} {why}" for name, why in sorted(problems.items())],
-        )
+            if (percent := 100 * done // total) > last:
+                last = percent
+                progress(percent)
+            if isinstance(future.exception(), OSError):
+                problems[name] = "cannot be read"
+            elif future.result() != sums[name]:
+                problems[name] = "differs" if sizes[name] else "is empty"
+    return problems
+
+
+def shown(problems: Mapping[str, str]) -> str:
+    """The first problems of files, and how many more there are."""
+    lines = [f"{as_text(name)} {problem}" for name, problem in sorted(problems.items())]
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 def _files(repository: Path, version: int) -> dict[str, Path]:
@@ -93,23 +114,11 @@ def _files(repository: Path, version: int) -> dict[str, Path]:
         folder = repository / model / str(version)
         for path in sorted(folder.rglob("*")):
             inside = path.relative_to(folder).parts
-            if path.is_file() and not any(
-                part == "__pycache__" or part.startswith(".") for part in inside
-            ):
+            is_left = any(part == "__pycache__" or part.startswith(".") for part in inside)
+            if path.is_file() and not is_left:
                 found[str(PurePosixPath(model, str(version), *inside))] = path
-    found.pop(_name(sums_of(repository, version), repository), None)
+    found.pop(f"classify/{version}/{SUMS}", None)
     return found
-
-
-def _name(path: Path, repository: Path) -> str:
-    return path.relative_to(repository).as_posix()
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        return digest_of(path)
-    except OSError:
-        return None
 
 
 def written_sums(sums: Mapping[str, str]) -> bytes:
@@ -131,26 +140,11 @@ def load_sums(path: Path) -> dict[str, str]:
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
-        found = _LINE.fullmatch(line)
-        if not found or line is rest:  # whose end is cut off
+        match = _LINE.fullmatch(line)
+        if match is None or line is rest:  # whose end is cut off
             raise RAdapterError(
                 f"{path}, line {number}, is no digest with the name of a file; copy the release"
                 " here again, or export it again with radapter-export"
             )
-        sums[os.fsdecode(found[2])] = f"sha256:{found[1].decode()}"
+        sums[os.fsdecode(match[2])] = f"sha256:{match[1].decode()}"
     return sums
-
-
-def _broken(repository: Path, version: int, problems: list[str]) -> RAdapterError:
-    shown = "; ".join(problems[:_SHOWN])
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    engines = all(_ENGINE in problem for problem in problems)
-    mend = (
-        f"build it again with radapter-build-engine {repository}"
-        if engines
-        else "copy the release here again"
-    )
-    return RAdapterError(
-        f"release {version} in {repository} is not as it was exported: {shown}{more}; {mend}, or"
-        " export it again with radapter-export"
-    )

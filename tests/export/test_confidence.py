@@ -68,9 +68,9 @@ def test_too_few_images_give_a_warning(export: Export, photos: Path) -> None:
 def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: Path) -> None:
     metadata = load_adapter(adapter_path).metadata
     metadata = Metadata(**{**vars(metadata), "recipe": {"val_data": f"imagefolder:{photos}"}})
-    assert open_validation(metadata, None, None, "fp32", 0.5) is None
-    validation = open_validation(metadata, "own", None, "fp32", 0.5)
-    assert validation is not None and len(validation.data) == 30
+    assert open_validation(metadata, None, None, "fp32") is None
+    validation = open_validation(metadata, "own", None, "fp32")
+    assert validation is not None and len(validation) == 30
 
 
 @pytest.mark.slow

@@ -133,10 +133,10 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     assert f"error: {DATA[task]} has changed since training" in capfd.readouterr().err
     with pytest.raises(RAdapterError, match="has changed since training.*--validation DATA or no"):
         export_release("run", None, ExportSettings(precision="fp16"))
-    assert open_validation(metadata, "none", None, "fp16", 0.5) is None
-    assert open_validation(metadata, None, None, "fp32", 0.5) is None
+    assert open_validation(metadata, "none", None, "fp16") is None
+    assert open_validation(metadata, None, None, "fp32") is None
     with pytest.raises(RAdapterError, match="is what the run was trained with"):
-        open_validation(metadata, DATA[task], None, "fp16", 0.5)
+        open_validation(metadata, DATA[task], None, "fp16")
 
 
 def test_a_run_is_not_resumed_with_another_share(

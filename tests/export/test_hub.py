@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from radapter_export.hub import BUILT, Hub, files_of, take
+from radapter_export.hub import BUILT, files_of, prepare_push, push, take
 from radapter_export.merged import CONFIG, WEIGHTS
 from radapter_serve import Model, RAdapterError
 from radapter_serve.cli.export import main as export_command
@@ -41,7 +41,7 @@ def send(folder: Path, version: int, merged: Path, card: str | None = "a card") 
     """Push a release that is exported already."""
     release = Release.load(folder / "model_repository" / "classify" / str(version))
     files = files_of(folder / "model_repository", release, merged, None, card)
-    return Hub.open(NAME).push(files, release, "here")
+    return push(prepare_push(NAME, 1, "onnxruntime"), files, release, "here")
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_names_that_cannot_be_served(
 BROKEN = {
     "release/image_encoder/model.onnx": (b"no graph", "image_encoder/model.onnx differs"),
     "release/text_encoder/model.onnx": (None, "text_encoder/model.onnx is missing"),
-    "release/tokenizer.json": (b"", "tokenizer.json differs"),
+    "release/tokenizer.json": (b"", "tokenizer.json is empty"),
     "release/SHA256SUMS": (None, "SHA256SUMS, the list of its digests, is missing"),
     "release/classify/model.py": (b"raise SystemExit", "classify/model.py is no part of a release"),
     "release/image_encoder/config.pbtxt": (b"backend: 'x'", "config.pbtxt is no part of a release"),

@@ -22,7 +22,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from radapter_export import ExportSettings
-from radapter_export.accuracy import Accuracy, Validation, open_validation
+from radapter_export.accuracy import measure, open_validation
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
 from radapter_export.quantization import calibrate, calibration_images, quantize
@@ -30,7 +30,6 @@ from radapter_export.source import read_source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph
@@ -372,26 +371,23 @@ def test_a_release_that_loses_points_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     base = load_base(tiny_clip_dir)
     adapter = load_adapter(adapter_path)
-    opened = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
-    assert opened is not None
+    data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32")
+    assert data is not None
     attach_adapter(base.model, adapter, 1.0)
-    crop = MaskCrop.filled_with(base.preprocess["mean"])
     loaded = load_release(exported[0] / "repository")
     lines: list[str] = []
 
-    def measure(max_drop: float) -> Accuracy:
-        validation = Validation(opened.data, max_drop)
-        templates = adapter.metadata.templates
-        return validation(base, 1.0, loaded, templates, crop, lines.append).accuracy
+    def drop(max_drop: float) -> float:
+        return measure(data, max_drop, base, loaded, lines.append).accuracy.drop
 
-    accuracy = measure(100)
+    points = drop(100)
     assert any("30 of 30 images by release" in line for line in lines)
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
-        measure(accuracy.drop - 0.01)
+        drop(points - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr(
         "radapter_export.accuracy.evaluate_answers",
         lambda *_, **__: [(a_row(share=next(metrics)), {"scores": np.zeros((1, 2))})],
     )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
-        measure(100)
+        drop(100)

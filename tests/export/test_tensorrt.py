@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_export.precision import PRECISIONS, TYPES, lower
+from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -23,6 +23,7 @@ from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install -e '.[integrations]'")
 pytestmark = pytest.mark.integration
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges
 LIMITS: dict[str, Any] = {"max_batch_size": 64, "max_length": 77}
 
