@@ -21,7 +21,7 @@ from ._wire import Array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
-EXAMPLE_WEIGHT = 0.5  # of a label's examples beside its text
+EXAMPLE_WEIGHT = 0.5  # of a label's examples; the rest is its text's
 CALIBRATED = "calibrated"  # the least score that the release was exported with
 
 
@@ -49,7 +49,7 @@ def example_values(
     weight: float | Mapping[str, float] | None,
     shrink_to: int | None,
 ) -> dict[str, Any]:
-    """Images that show some of the labels, and their weight beside texts."""
+    """Images that show some of the labels, and their weight."""
     if not isinstance(examples, Mapping):
         raise bad_argument(
             f'examples is {shown(examples)}; give images by label, such as {{"a mug": ["mug.jpg"]}}'

@@ -30,8 +30,8 @@ class Client(BaseClient[Transport]):
         release: version of the release that every call is to use; None for the newest. A call of
             several requests gets all its answers from one release; two calls may not, unless the
             release is given here.
-        timeout: seconds that one request may take, with all its tries, where a call brings no
-            time-out of its own.
+        timeout: seconds that one request may take, with all its tries, unless a call brings
+            another time-out.
         retries: how often a request is tried again where no server answers, the connection breaks,
             or the server has too much to do; after a growing wait, or that which the server asks
             for. A time-out is not tried again.

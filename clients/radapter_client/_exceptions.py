@@ -25,7 +25,7 @@ class RAdapterClientError(Exception):
             server's sentence, or None.
 
     Attributes:
-        request_id: by which the gateway's log names the request; None where none was told.
+        request_id: by which the gateway's log names the request; None without a gateway.
 
     Example: `except RAdapterClientError as error: print(error, error.code, error.request_id)`
     """

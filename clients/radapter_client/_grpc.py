@@ -67,7 +67,7 @@ class _Grpc:
         self._options = {"url": url.address, "ssl": url.secure, "channel_args": CHANNEL}
 
     def _call(self, client: Any, request: Request, timeout: float) -> Any:
-        """What the client's method returns: an answer, or a coroutine of one."""
+        """Call the client's method, which returns an answer, or a coroutine of one."""
         if request.action not in METHODS:
             raise InvalidRequest(f"gRPC has no call for {request.action}")
         arguments: dict[str, Any] = {

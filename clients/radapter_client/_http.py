@@ -126,14 +126,21 @@ def target(request: Request) -> str:
 def answer(
     request: Request, status: int, body: bytes, headers: Mapping[str, str], where: str
 ) -> Any:
-    """What `Transport.send` returns of an answer in HTTP; `where` names the server in messages."""
+    """The answer in HTTP as `Transport.send` returns it; `where` names the server in messages."""
     if request.action == "ready" and status in (200, 400, 404):
         return status == 200
     if status != 200:
-        failed = from_server(str(status), _message(body))
+        text = body.decode("utf-8", "replace")
+        try:
+            message = str(json.loads(text)["error"])
+        except (ValueError, KeyError, TypeError):
+            message = text[:200]
+        failed = from_server(str(status), message)
         failed.request_id = headers.get("X-Request-Id")
-        if isinstance(failed, ServerUnavailable):
-            failed.retry_after = _retry_after(headers.get("Retry-After"))
+        wait = headers.get("Retry-After")
+        if isinstance(failed, ServerUnavailable) and wait:
+            with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+                failed.retry_after = max(0.0, urllib3.Retry().parse_retry_after(wait))
         raise failed
     try:
         if request.action != "infer":
@@ -197,7 +204,7 @@ def decode(body: bytes, length: str | None) -> Reply:
 
 
 def _reason(error: urllib3.exceptions.HTTPError) -> str:
-    """What went wrong, without urllib3's name of the connection."""
+    """The reason of an error, without urllib3's name of the connection."""
     inner = [argument for argument in error.args if isinstance(argument, Exception)]
     cause = error.__cause__ or (inner[-1] if inner else error)
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -205,21 +212,6 @@ def _reason(error: urllib3.exceptions.HTTPError) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
     return str(cause)
-
-
-def _retry_after(header: str | None) -> float:
-    try:
-        return max(0.0, urllib3.Retry().parse_retry_after(header)) if header else 0.0
-    except urllib3.exceptions.InvalidHeader:
-        return 0.0
-
-
-def _message(body: bytes) -> str:
-    text = body.decode("utf-8", "replace")
-    try:
-        return str(json.loads(text)["error"])
-    except (ValueError, KeyError, TypeError):
-        return text[:200]
 
 
 class _UntilDeadline(io.RawIOBase):

@@ -467,8 +467,9 @@ class BaseClient(Generic[W]):
         if free:
             version = (yield from self._served(task))[-1].version
         while True:
+            number = "" if version is None else str(version)
             try:
-                return (yield [partial(_pinned, part, version) for part in parts])
+                return (yield [partial(_pinned, part, number) for part in parts])
             except (ModelNotFound, ServerUnavailable):
                 before = version
                 if free:
@@ -542,9 +543,8 @@ def _batch(
     return Request("infer", task, inputs=Rows(options | {name: values}, name))
 
 
-def _pinned(part: Part, version: int | None) -> Request:
-    request = part()
-    return request if version is None else replace(request, version=str(version))
+def _pinned(part: Part, version: str) -> Request:
+    return replace(part(), version=version)
 
 
 def _output(reply: Reply, name: str) -> Any:

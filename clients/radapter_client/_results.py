@@ -1,4 +1,4 @@
-"""What the client's methods return."""
+"""The results of the client's methods."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Hit(_OneLine):
 
 
 class Hits(list[Hit]):
-    """What a search found, best first: a list of `Hit`.
+    """The hits of a search, best first: a list of `Hit`.
 
     Attributes:
         index_version: of the index that was searched, for the pages that follow; None where the
@@ -186,7 +186,7 @@ class Hits(list[Hit]):
 
 @dataclass(frozen=True, repr=False)
 class Release(_OneLine):
-    """What one served version is made of.
+    """The facts of one served version.
 
     Args:
         version: integer that all models of the release share.

@@ -123,7 +123,7 @@ class Reply:
 
 
 class Transport(Protocol):
-    """What `Client` sends its requests through; give it one of your own to test code without a
+    """The way from `Client` to a server; write one yourself to test code without a
     server.
 
     `send` is called from several threads, and raises nothing but `RAdapterClientError`.
@@ -152,7 +152,7 @@ class Transport(Protocol):
 
 
 class AsyncTransport(Protocol):
-    """What `AsyncClient` sends its requests through: `Transport`, to be awaited, in one event loop.
+    """The way from `AsyncClient` to a server: `Transport`, to be awaited, in one event loop.
 
     Example: `Cats` from the example of `Transport` with `async def send` and `async def close`.
     """

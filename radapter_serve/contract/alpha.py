@@ -25,22 +25,22 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-def request_alpha(given: float | None, own: float, *, dynamic: bool) -> float | None:
+def request_alpha(alpha: float | None, release_alpha: float, *, dynamic: bool) -> float | None:
     """The α that the encoders get for a request; None where it is folded into them.
 
-    A request may bring its own, `given`, where the encoders take one (`dynamic`); `own` is the
-    release's. Raises a `TaskError` where it is not in [0, 1], or not the one that was folded.
+    A request may bring an α where the encoders take one (`dynamic`). Raises a `TaskError` where it
+    is not in [0, 1], or not the one that was folded.
     """
-    alpha = float(np.float32(own if given is None else given))
+    used = float(np.float32(release_alpha if alpha is None else alpha))
     try:
-        check_alpha(alpha)
+        check_alpha(used)
     except RAdapterError as error:
         raise invalid(str(error)) from None
     if dynamic:
-        return alpha
-    if alpha != np.float32(own):
+        return used
+    if used != np.float32(release_alpha):
         raise invalid(
-            f"alpha is {alpha:g}, but this release was exported at alpha {own:g};"
+            f"alpha is {used:g}, but this release was exported at alpha {release_alpha:g};"
             " radapter-export --alpha dynamic makes one that takes any"
         )
     return None

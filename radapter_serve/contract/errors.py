@@ -73,8 +73,8 @@ def invalid(message: str) -> TaskError:
 
 
 def task_error(error: Exception) -> TaskError:
-    """What a caller learns of an error: all of a `TaskError`; of a fault of the program no more
-    than that there was one, which goes to the log.
+    """The error as a caller learns of it. A `TaskError` stays; a fault of the program goes
+    to the log, and its caller learns no more than that there was one.
     """
     if not isinstance(error, TaskError):
         traceback.print_exception(error, file=sys.stderr)
@@ -92,7 +92,7 @@ def check_cancelled(cancelled: Cancelled | None) -> None:
 
 
 def redact(message: str) -> str:
-    """What callers may read of an error's message: its first line, without paths and names of
-    shared memory.
+    """Cut an error's message for callers to its first line, without paths and names of shared
+    memory.
     """
     return _PRIVATE.sub("...", message.strip().partition("\n")[0])

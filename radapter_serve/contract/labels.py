@@ -108,7 +108,7 @@ def means_of(
     embeddings of all texts, each once, [N, D].
     """
     rows = {text: row for row, text in enumerate(texts)}
-    means = np.stack([embeds[[rows[text] for text in own]].mean(axis=0) for own in prompts])
+    means = np.stack([embeds[[rows[text] for text in each]].mean(axis=0) for each in prompts])
     lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     return np.asarray(means / lengths, np.float32)
 

@@ -40,7 +40,7 @@ def spellings(name: str) -> list[str]:
 
 def known_as(name: str, names: Container[str]) -> str | None:
     """How a name is spelled among names; None where it is none of them."""
-    return next((one for one in spellings(name) if one in names), None)
+    return next((spelling for spelling in spellings(name) if spelling in names), None)
 
 
 def there_are(names: Iterable[str], how: str) -> str:

@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
 MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
-# Bytes that decoding an image takes at most, beside its file; and those above which one image at a
+# Bytes that decoding an image takes at most, without its file; and those above which one image at a
 # time is decoded in this process.
 MAX_MEMORY = 512_000_000
 LARGE_MEMORY = 128_000_000
@@ -166,7 +166,10 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
     if isinstance(data, ImageFile):
         return data
     if not data.startswith(_MAGIC):
-        data = _from_base64(data)
+        has_head = data.startswith(b"data:") and b"," in data
+        text = data.split(b",", 1)[1] if has_head else data
+        with contextlib.suppress(binascii.Error):
+            data = base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
     if len(data) > MAX_BYTES:
         raise TaskError(
             IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
@@ -175,7 +178,11 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
         try:
             image = _open(data)
         except UnidentifiedImageError:
-            raise TaskError(INVALID_IMAGE, _no_image(data), ADVICE) from None
+            what = f"{len(data)} bytes are not an image" if data else "the file is empty"
+            for start, magic, kind in _OTHERS:
+                if data[start:].startswith(magic):
+                    what = f"{kind} files are not read"
+            raise TaskError(INVALID_IMAGE, what, ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(
                 IMAGE_TOO_LARGE, f"{error}; at most {MAX_PIXELS} pixels are allowed"
@@ -187,12 +194,26 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
                 IMAGE_TOO_LARGE,
                 f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
             )
-        pixel_bytes = _pixel_bytes(image, data)
+        pixels = width * height
+        pixel_bytes = WEBP_PIXEL_BYTES if image.format == "WEBP" else PIXEL_BYTES
+        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
+            # If its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
+            scan = next(
+                (place for marker, place in _markers(data) if marker == _SCAN[1]), len(data)
+            )
+            colours = data[scan + 2] if scan + 2 < len(data) else 0
+            if image.info.get("progressive") or colours < image.layers:
+                pixel_bytes = max(PIXEL_BYTES, 4 + 2 * image.layers)
+            max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
+            if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
+                raise TaskError(
+                    IMAGE_TOO_LARGE,
+                    f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are"
+                    " allowed",
+                )
         kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
         _check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
-        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
-            _check_scans(data, width * height)
-    return ImageFile(data, width, height, width * height * pixel_bytes)
+    return ImageFile(data, width, height, pixels * pixel_bytes)
 
 
 def read_headers(images: Sequence[bytes | ImageFile]) -> list[ImageFile]:
@@ -277,18 +298,6 @@ def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
 def _open(data: bytes) -> Image.Image:
     """The image of a file, of which only the header has been read."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def _pixel_bytes(image: Image.Image, data: bytes) -> int:
-    """The bytes of a pixel that decoding takes at most."""
-    if image.format == "WEBP":
-        return WEBP_PIXEL_BYTES
-    if not isinstance(image, JpegImageFile):
-        return PIXEL_BYTES
-    # Where its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
-    if not image.info.get("progressive") and _colours_of_first_scan(data) >= image.layers:
-        return PIXEL_BYTES
-    return max(PIXEL_BYTES, 4 + 2 * image.layers)
 
 
 def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
@@ -435,56 +444,20 @@ def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
         )
 
 
-def _check_scans(data: bytes, pixels: int) -> None:
-    max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
-    if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
-        raise TaskError(
-            IMAGE_TOO_LARGE,
-            f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are allowed",
-        )
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG file, each with the position behind it; what belongs to a marker, such
+    as a preview in metadata, is passed over.
+    """
+    position = 2
+    while match := _MARKER.search(data, position):
+        position = match.end()
+        yield match[0][1], position
+        position += int.from_bytes(data[position : position + 2], "big")
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of a JPEG file, without those of the previews in its metadata and of what follows
-    its end.
-    """
-    position = 2
-    scans = 0
-    while found := _MARKER.search(data, position):
-        marker = found[0][1]
-        position = found.end()
-        if marker == _END:
-            break
-        position += int.from_bytes(data[position : position + 2], "big")
-        scans += marker == _SCAN[1]
-    return scans
-
-
-def _colours_of_first_scan(data: bytes) -> int:
-    """How many colours the first scan of a JPEG file has; 0 where it has no scan."""
-    position = 2
-    while found := _MARKER.search(data, position):
-        position = found.end()
-        if found[0] == _SCAN:
-            return data[position + 2] if position + 2 < len(data) else 0
-        position += int.from_bytes(data[position : position + 2], "big")
-    return 0
-
-
-def _from_base64(data: bytes) -> bytes:
-    """What `data` holds as base64 text, or `data` itself if it is none."""
-    text = data.split(b",", 1)[1] if data.startswith(b"data:") and b"," in data else data
-    try:
-        return base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
-    except binascii.Error:
-        return data
-
-
-def _no_image(data: bytes) -> str:
-    """What bytes are that are none of the formats that are read."""
-    if not data:
-        return "the file is empty"
-    for start, magic, kind in _OTHERS:
-        if data[start:].startswith(magic):
-            return f"{kind} files are not read"
-    return f"{len(data)} bytes are not an image"
+    """The scans of a JPEG file up to its end."""
+    markers = itertools.takewhile(
+        lambda marker: marker != _END, (each for each, _ in _markers(data))
+    )
+    return sum(marker == _SCAN[1] for marker in markers)

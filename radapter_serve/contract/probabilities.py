@@ -1,6 +1,4 @@
-"""What cosines of images with labels say: the probability of each label, and which labels can't be
-told apart.
-"""
+"""Probabilities of labels from their cosines with images, and labels that are too much alike."""
 
 from __future__ import annotations
 

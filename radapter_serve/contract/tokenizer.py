@@ -107,19 +107,16 @@ class _ClipRows:
         self._cached_ids = lru_cache(_CACHED_WORDS)(word_ids)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._row(text) for text in texts]
-
-    def _row(self, text: str) -> list[int]:
-        row = [self._start]
-        for word in self._words(text):
-            row.extend(
-                self._cached_ids(word) if len(word) <= _CACHED_LENGTH else self._word_ids(word)
-            )
-            if len(row) >= self._context_length:
-                break
-        row = row[: self._context_length - 1]
-        row.append(self._end)
-        return row
+        rows = []
+        for text in texts:
+            row = [self._start]
+            for word in self._words(text):
+                word_ids = self._cached_ids if len(word) <= _CACHED_LENGTH else self._word_ids
+                row.extend(word_ids(word))
+                if len(row) >= self._context_length:
+                    break
+            rows.append([*row[: self._context_length - 1], self._end])
+        return rows
 
 
 class _HuggingFaceRows:
@@ -156,21 +153,13 @@ def _basic(text: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
-def _whitespace(text: str) -> str:
-    return " ".join(_basic(text).split())
-
-
-def _lower(text: str) -> str:
-    return _whitespace(text).lower()
-
-
 def _canonicalize(text: str) -> str:
     text = _basic(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     return " ".join(text.lower().split())
 
 
 _CLEAN: dict[str, Callable[[str], str]] = {
-    "lower": _lower,
-    "whitespace": _whitespace,
+    "lower": lambda text: " ".join(_basic(text).split()).lower(),
+    "whitespace": lambda text: " ".join(_basic(text).split()),
     "canonicalize": _canonicalize,
 }

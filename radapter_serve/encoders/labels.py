@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, staged
 
-DEFAULT_WEIGHT = 0.5  # of a label's examples beside its text
+DEFAULT_WEIGHT = 0.5  # of a label's examples; the rest is its text's
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # of a label set
 MAX_LABELS = 20_000  # whose embeddings are kept
@@ -38,7 +38,7 @@ class Examples:
 
     images: tuple[bytes, ...]
     labels: tuple[int, ...]  # of each example, the place of its label in the list
-    # Of the examples of a label beside its text, in [0, 1]: one for all labels, or one for each.
+    # Of the examples of a label, in [0, 1]: one for all labels, or one for each.
     weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
 
     @cached_property

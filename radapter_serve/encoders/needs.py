@@ -1,4 +1,4 @@
-"""What a task needs encoded, and how the needs of several tasks are encoded together.
+"""Rows that tasks need encoded, and how those of several tasks are encoded together.
 
 A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So it
 reads from top to bottom, knows nothing of other requests, and whoever serves it encodes its rows
@@ -53,7 +53,7 @@ class Tokenize(Protocol):
 
 
 class Encodes(Protocol):
-    """What of a `LoadedRelease` encodes rows."""
+    """The part of a `LoadedRelease` that encodes rows."""
 
     release: Release
     encoder: Encoder
@@ -90,8 +90,25 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     touches its neighbours; but not where the encoder can't answer anybody now.
     """
     loaded = needs[0].loaded
+    results: list[Result] = []
     if needs[0].part == "pixels":
-        return _decode_together(loaded, needs)
+        # Begin to decode the images of all needs before the first is waited for.
+        waits: list[Callable[[], Rows] | None] = []
+        for need in needs:
+            try:
+                waits.append(loaded.decoder.start(need.rows, need.cancelled))
+            except MemoryError:
+                waits.append(None)
+        for wait in waits:
+            if wait is None:
+                why = "the server has not enough memory for the images; send fewer"
+                results.append(TaskError(IMAGE_TOO_LARGE, why))
+                continue
+            try:
+                results.append(wait())
+            except Exception as error:
+                results.append(task_error(error))
+        return results
     try:
         embeds = encode(loaded, needs)
     except Exception as error:
@@ -108,69 +125,38 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
 
 def encode(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
     """Embeddings of the rows of all needs, which are of one encoder, in their order."""
+    size = loaded.release.max_batch_size
+    alphas: NDArray[np.float32] | None = None
+    parts = []
     if needs[0].part == "tokens":
-        return _encode_tokens(loaded, needs)
-    return _encode_pixels(loaded, needs)
+        # Each text once at each α, with others of about its length.
+        asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
+        unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
+        for start in range(0, len(unique), size):
+            if start and len(needs) == 1:
+                check_cancelled(needs[0].cancelled)
+            batch = unique[start : start + size]
+            tokens = loaded.tokenizer.batch([row for row, _ in batch])
+            if batch[0][1] is not None:
+                alphas = np.array([[alpha] for _, alpha in batch], np.float32)
+            parts.append(loaded.encoder.tokens(tokens, alphas))
+        places = {text: place for place, text in enumerate(unique)}
+        return np.concatenate(parts)[[places[text] for text in asked]]
 
-
-def _decode_together(loaded: Encodes, needs: Sequence[Need]) -> list[Result]:
-    waits: list[Callable[[], Rows] | None] = []
-    for need in needs:
-        try:
-            waits.append(loaded.decoder.start(need.rows, need.cancelled))
-        except MemoryError:
-            waits.append(None)
-    results: list[Result] = []
-    for wait in waits:
-        if wait is None:
-            why = "the server has not enough memory for the images; send fewer"
-            results.append(TaskError(IMAGE_TOO_LARGE, why))
-            continue
-        try:
-            results.append(wait())
-        except Exception as error:
-            results.append(task_error(error))
-    return results
-
-
-def _encode_pixels(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
-    encoder = loaded.encoder
-    encode = encoder.images if needs[0].part == "images" else encoder.patches
+    # Images in as few calls as there can be, of about as many rows.
+    encoder = loaded.encoder.images if needs[0].part == "images" else loaded.encoder.patches
     rows = [np.asarray(need.rows) for need in needs]
     pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
     if not len(pixels):
         return np.zeros((0, loaded.release.embed_dim), np.float32)
-    alphas: NDArray[np.float32] | None = None
     if needs[0].alpha is not None:
         each = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
         alphas = np.concatenate(each)
-    # As few calls as there can be, of about as many rows.
-    count = math.ceil(len(pixels) / min(CHUNK, loaded.release.max_batch_size))
+    count = math.ceil(len(pixels) / min(CHUNK, size))
     edges = [len(pixels) * number // count for number in range(count + 1)]
-    parts = []
     for start, end in itertools.pairwise(edges):
-        parts.append(encode(pixels[start:end], None if alphas is None else alphas[start:end]))
+        parts.append(encoder(pixels[start:end], None if alphas is None else alphas[start:end]))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _encode_tokens(loaded: Encodes, needs: Sequence[Need]) -> NDArray[np.float32]:
-    # Each text once at each α, with others of about its length.
-    asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
-    unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
-    size = loaded.release.max_batch_size
-    parts = []
-    for start in range(0, len(unique), size):
-        if start and len(needs) == 1:
-            check_cancelled(needs[0].cancelled)
-        batch = unique[start : start + size]
-        tokens = loaded.tokenizer.batch([row for row, _ in batch])
-        alphas = None
-        if batch[0][1] is not None:
-            alphas = np.array([[alpha] for _, alpha in batch], np.float32)
-        parts.append(loaded.encoder.tokens(tokens, alphas))
-    embeds = np.concatenate(parts)
-    places = {text: place for place, text in enumerate(unique)}
-    return embeds[[places[text] for text in asked]]
 
 
 def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:

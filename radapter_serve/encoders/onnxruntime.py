@@ -42,7 +42,25 @@ def load(
     except ImportError as error:
         raise not_installed("ONNX Runtime", "server", error) from error
     onnxruntime.disable_telemetry_events()  # a graph tells nobody but its callers
-    options = _options(parameters or {}, optimization)
+    values = parameters or {}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(values.get("intra_op_thread_count", 0))
+    options.inter_op_num_threads = int(values.get("inter_op_thread_count", 0))
+    if values.get("execution_mode") == "1":
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+    if values.get("enable_mem_arena") == "0":
+        options.enable_cpu_mem_arena = False
+    # A pattern takes another block for each shape on top of what the runs before took; batches have
+    # many shapes, and are no faster by it.
+    options.enable_mem_pattern = values.get("enable_mem_pattern") == "1"
+    if optimization < 0:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if optimization > 0:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    for key, value in values.items():
+        if key.startswith("session."):
+            options.add_session_config_entry(key, value)
     providers: list[Any] = [CPU] if device is None else [cuda_provider(device), CPU]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -61,9 +79,17 @@ def load(
     shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(feed: Mapping[str, NDArray[Any]], names: Sequence[str]) -> Sequence[NDArray[Any]]:
-        large = options.enable_cpu_mem_arena and device is None and _is_large(feed)
+        # A large run needs more memory between its layers than a usual one, which ONNX Runtime
+        # would keep for good.
+        is_large = False
+        if options.enable_cpu_mem_arena and device is None:
+            for array in feed.values():
+                if array.ndim > 2:
+                    is_large |= array.shape[0] > LARGE_ROWS
+                else:
+                    is_large |= array.dtype.kind == "i" and array.size > LARGE_TOKENS
         outputs: Sequence[NDArray[Any]] = session.run(
-            list(names), dict(feed), shrinking if large else None
+            list(names), dict(feed), shrinking if is_large else None
         )
         return outputs
 
@@ -71,18 +97,6 @@ def load(
         [tensor.name for tensor in session.get_inputs()],
         [tensor.name for tensor in session.get_outputs()],
         run,
-    )
-
-
-def _is_large(feed: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether a run needs more memory between its layers than a usual one, which ONNX Runtime would
-    keep for good.
-    """
-    return any(
-        values.shape[0] > LARGE_ROWS
-        if values.ndim > 2
-        else values.dtype.kind == "i" and values.size > LARGE_TOKENS
-        for values in feed.values()
     )
 
 
@@ -101,27 +115,3 @@ def _load_cuda() -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when it falls back
         onnxruntime.preload_dlls()
-
-
-def _options(parameters: Mapping[str, str], optimization: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
-    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 0))
-    if parameters.get("execution_mode") == "1":
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    if parameters.get("enable_mem_arena") == "0":
-        options.enable_cpu_mem_arena = False
-    # A pattern takes a block of its own for each shape, beside what the runs before took; batches
-    # have many shapes, and are no faster by it.
-    options.enable_mem_pattern = parameters.get("enable_mem_pattern") == "1"
-    if optimization < 0:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if optimization > 0:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    for key, value in parameters.items():
-        if key.startswith("session."):
-            options.add_session_config_entry(key, value)
-    return options

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from radapter_serve.contract.errors import (
     INTERNAL_ERROR,
     OVERLOADED,
-    Cancelled,
     TaskError,
     check_cancelled,
 )
@@ -74,9 +73,13 @@ class Queue:
             else:
                 raise TaskError(OVERLOADED, "too many requests wait; ask again later")
         try:
-            if not caller.batch:
-                self._wait(caller, needs[0].cancelled)
+            # Wait for results, or for a batch to encode.
+            while not caller.batch and not caller.wake.wait(POLL_SECONDS):
+                check_cancelled(needs[0].cancelled)
         finally:
+            with self._lock:
+                if caller in self._waiting:
+                    self._waiting.remove(caller)
             # Also where this thread is interrupted: others wait for what it is to encode.
             if caller.batch:
                 self._lead(caller.batch)
@@ -84,16 +87,6 @@ class Queue:
         if caller.results is None:
             raise TaskError(INTERNAL_ERROR, "the batch of this request was given up")
         return caller.results
-
-    def _wait(self, caller: _Caller, cancelled: Cancelled | None) -> None:
-        """Wait until the caller has its results, or a batch to encode."""
-        try:
-            while not caller.wake.wait(POLL_SECONDS):
-                check_cancelled(cancelled)
-        finally:
-            with self._lock:
-                if caller in self._waiting:
-                    self._waiting.remove(caller)
 
     def _lead(self, batch: list[_Caller]) -> None:
         """Encode a batch, and hand over to the first who waits."""
@@ -108,20 +101,17 @@ class Queue:
                 results = results[len(caller.needs) :]
         finally:
             with self._lock:
-                following = self._take()
+                # The next batch of those who wait.
+                following: list[_Caller] = []
+                rows = 0
+                while self._waiting:
+                    rows += self._waiting[0].rows
+                    if following and rows > self._max_rows:
+                        break
+                    following.append(self._waiting.popleft())
                 self._is_busy = bool(following)
                 if following:
                     following[0].batch = following
                     following[0].wake.set()
             for caller in batch:
                 caller.wake.set()
-
-    def _take(self) -> list[_Caller]:
-        """The next batch of those who wait."""
-        batch: list[_Caller] = []
-        rows = 0
-        while self._waiting and (not batch or rows + self._waiting[0].rows <= self._max_rows):
-            caller = self._waiting.popleft()
-            rows += caller.rows
-            batch.append(caller)
-        return batch

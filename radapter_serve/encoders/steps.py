@@ -1,4 +1,4 @@
-"""What a request spent its time on in this process: steps, with the steps inside them."""
+"""The steps of the work on a request in this process, with the steps inside them."""
 
 from __future__ import annotations
 

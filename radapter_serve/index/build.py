@@ -74,8 +74,8 @@ def build(
     cluster = None if ray is None else Cluster(ray, loaded)
     with writing(out, plan, loaded, collection.columns, resume=resume) as writer:
         summary = writer.write(collection, progress, cluster)
-        there = {item.id for item in collection.items} - summary.broken.keys()
-        gone = writer.known.keys() - there
+        readable = {item.id for item in collection.items} - summary.broken.keys()
+        gone = writer.known.keys() - readable
         summary.removed = len(gone)
         for id in gone:
             del writer.known[id]
@@ -128,23 +128,23 @@ def add(
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
     with writing(out, plan, loaded, collection.columns, extend=True) as writer:
         # A table has the columns of the index, and values that fit them.
-        own = {
+        kinds = {
             name: writer.schema.field(name).type
             for name in writer.metadata
             if name not in ("path", "digest")
         }
         again = f"build the index again: {build_command(out, plan)}"
-        if collection.columns and set(collection.columns) != set(own):
+        if collection.columns and set(collection.columns) != set(kinds):
             raise RAdapterError(
                 f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
-                f" the index ({', '.join(sorted(own)) or 'none'}); {again}"
+                f" the index ({', '.join(sorted(kinds)) or 'none'}); {again}"
             )
         for name, kind in collection.columns.items():
             try:
-                pa.array([item.row[name] for item in collection.items], own[name])
+                pa.array([item.row[name] for item in collection.items], kinds[name])
             except (pa.ArrowException, OverflowError) as error:
                 raise RAdapterError(
-                    f"the table's column {name!r} is {kind} now, and {own[name]} in the index"
+                    f"the table's column {name!r} is {kind} now, and {kinds[name]} in the index"
                     f" ({error}); {again}"
                 ) from None
 
@@ -305,8 +305,8 @@ def made_by(plan: Plan) -> tuple[str, int | None]:
     repository, _ = split_repository(plan.origin.get("model_repository", ""))
     if not repository:
         return "", None
-    found = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
-    return repository, max(found, default=None)
+    versions = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
+    return repository, max(versions, default=None)
 
 
 def _check_place(out: Path) -> None:

@@ -6,22 +6,20 @@ this process.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.collection import Read, read
 
-_DETAILS = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
-_AHEAD = 2  # batches that wait for a worker
+_AHEAD = 2  # batches at each worker, one of which waits
 
 
 class Cluster:
@@ -33,7 +31,6 @@ class Cluster:
         self._loaded = loaded
         check_installed("ray", "ray")
         import ray
-        import ray.data
 
         try:
             if not ray.is_initialized():
@@ -45,72 +42,52 @@ class Cluster:
                 " --head"
             ) from None
         self._gpus = int(resources.get("GPU", 0))
-        self._workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core reads
+        self._workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core writes
 
     def read(
         self,
         items: Sequence[tuple[str, Path, str]],
-        batch: int,
+        size: int,
         thumbnails: int,
         exif_orientation: bool,
     ) -> Iterator[list[Read]]:
-        """Read and embed files in their order, batch by batch, from the id, the file, and the
+        """Read and embed files in their order, in batches of `size`, from the id, the file, and the
         digest of the bytes that the index has; the work of a dead worker is repeated.
         """
-        import ray.data
+        import ray
 
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        table = pa.table(
-            {
-                "id": pa.array([os.fsencode(id) for id, _, _ in items], pa.binary()),
-                "file": pa.array([os.fsencode(file) for _, file, _ in items], pa.binary()),
-                "before": [before for _, _, before in items],
-            }
-        )
-        parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
         release = self._loaded.release
-        embedded = ray.data.from_arrow(parts).map_batches(
-            _Worker,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=self._workers, max_tasks_in_flight_per_actor=_AHEAD
-            ),
-            fn_constructor_kwargs={
-                "origin": dict(self._loaded.origin),
-                "alpha": release.alpha if release.dynamic_alpha else None,
-                "digest": release.digest,
-                "thumbnails": thumbnails,
-                "exif_orientation": exif_orientation,
-            },
+        alpha = release.alpha if release.dynamic_alpha else None
+        make: Any = ray.remote(
             num_cpus=0 if self._gpus else 1,
-            num_gpus=1 if self._gpus else None,
+            num_gpus=1 if self._gpus else 0,
             max_restarts=-1,
             max_task_retries=-1,
-        )
+        )(_Worker)
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        workers = [
+            make.remote(
+                dict(self._loaded.origin), alpha, release.digest, thumbnails, exif_orientation
+            )
+            for _ in range(min(self._workers, len(batches)))
+        ]
+        waiting: deque[Any] = deque()
         try:
-            answer: Any
-            for answer in embedded.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=_AHEAD
-            ):
-                yield [
-                    Read(
-                        row["digest"],
-                        details={name: row[name] for name in _DETAILS if row[name] is not None},
-                        kept=row["kept"],
-                        error=row["error"].decode("utf-8", "surrogateescape"),
-                        vector=row["vector"] and np.asarray(row["vector"], np.float32),
-                    )
-                    for row in answer.to_pylist()
-                ]
+            for number, batch in enumerate(batches):
+                if len(waiting) == _AHEAD * len(workers):
+                    yield ray.get(waiting.popleft())
+                waiting.append(workers[number % len(workers)].read.remote(batch))
+            while waiting:
+                yield ray.get(waiting.popleft())
         except ray.exceptions.RayError as error:
             # The worker's own error in one line, without the traceback that Ray adds.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             last = lines[-1] if lines else type(error).__name__
             why = last.rpartition("RAdapterError: ")[2][:300]
             raise RAdapterError(f"the cluster can't embed: {why}") from None
+        finally:
+            for worker in workers:
+                ray.kill(worker)
 
 
 class _Worker:
@@ -136,17 +113,9 @@ class _Worker:
         self._loaded = loaded.turned(exif_orientation)
         self._thumbnails = thumbnails
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        images = [
-            read(
-                os.fsdecode(row["id"]),
-                Path(os.fsdecode(row["file"])),
-                row["before"],
-                self._loaded,
-                self._thumbnails,
-            )
-            for row in batch.to_pylist()
-        ]
+    def read(self, items: Sequence[tuple[str, Path, str]]) -> list[Read]:
+        """Read files, and embed those that the index does not have."""
+        images = [read(*item, self._loaded, self._thumbnails) for item in items]
         fresh = {
             image.digest: image.prepared for image in images if not (image.error or image.kept)
         }
@@ -154,18 +123,7 @@ class _Worker:
         if fresh:
             vectors = self._loaded.embed_pixels(list(fresh.values()))
             embeds = dict(zip(fresh, vectors, strict=True))
-        details = {
-            name: pa.array([image.details.get(name) for image in images], kind)
-            for name, kind in _DETAILS.items()
-        }
-        return pa.table(
-            {
-                "digest": [image.digest for image in images],
-                "kept": [image.kept for image in images],
-                "error": [image.error.encode("utf-8", "surrogateescape") for image in images],
-                **details,
-                "vector": pa.array(
-                    [embeds.get(image.digest) for image in images], pa.list_(pa.float32())
-                ),
-            }
-        )
+        return [
+            dataclasses.replace(image, prepared=None, vector=embeds.get(image.digest))
+            for image in images
+        ]

@@ -235,22 +235,22 @@ def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, 
     vectors = neighbours.vectors
     chosen = np.random.default_rng(0).choice(len(vectors), _QUERIES, replace=False)
     asked = np.concatenate([vectors[np.sort(chosen)], texts])
-    own = np.repeat([1, 0], [_QUERIES, len(texts)])  # an image's first hit is itself
+    itself = np.repeat([1, 0], [_QUERIES, len(texts)])  # an image's first hit is the image
 
     # The cosine of the tenth nearest of each query, by comparing all vectors.
     nearest = np.zeros((len(asked), 0), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         scores = asked @ vectors[start : start + _BLOCK].T
         nearest = -np.sort(-np.concatenate([nearest, scores], axis=1), axis=1)[:, : TOP_K + 1]
-    tenth = np.where(own == 1, nearest[:, TOP_K], nearest[:, TOP_K - 1]) - _ROUNDING
+    tenth = np.where(itself == 1, nearest[:, TOP_K], nearest[:, TOP_K - 1]) - _ROUNDING
 
     for nprobes, candidates in EFFORTS:
         hits = np.zeros(len(asked))
         for row, vector in enumerate(asked):
-            _, scores = neighbours.nearest(vector, TOP_K + int(own[row]), nprobes, candidates)
-            best = scores[own[row] : own[row] + TOP_K]
+            _, scores = neighbours.nearest(vector, TOP_K + int(itself[row]), nprobes, candidates)
+            best = scores[itself[row] : itself[row] + TOP_K]
             hits[row] = (best >= tenth[row]).sum() / TOP_K
-        recall = min(float(hits[own == kind].mean()) for kind in (0, 1))
+        recall = min(float(hits[itself == kind].mean()) for kind in (0, 1))
         if recall >= RECALL:
             break
     return nprobes, candidates, recall

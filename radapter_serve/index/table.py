@@ -137,10 +137,10 @@ class Table:
         """Get the embeddings, float32 [D], of those of these images that the index has."""
         with self._search_errors():
             paths = self._table["path"]
-            found = np.flatnonzero(pc.is_in(paths, pa.array(ids, paths.type)).to_numpy())
+            rows = np.flatnonzero(pc.is_in(paths, pa.array(ids, paths.type)).to_numpy())
             return {
                 id: np.array(self.vectors[row])
-                for id, row in zip(self._values("path", found), found, strict=True)
+                for id, row in zip(self._values("path", rows), rows, strict=True)
             }
 
     def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
@@ -155,10 +155,10 @@ class Table:
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
             count = len(self.vectors) if met is None else met.count
             wanted = min(top_k, count)
-            found, _ = self._neighbours.nearest(
+            positions, _ = self._neighbours.nearest(
                 embedding, wanted, effort.nprobes, effort.candidates, met
             )
-            return found
+            return positions
         if met is None:
             return np.flatnonzero(near_best(self.vectors @ embedding, top_k))
         rows = met.positions

@@ -114,7 +114,20 @@ def writing(
                 if base is not None and base.facts.plan.differences(plan):
                     base = None
                 if resume and _parts(folder):
-                    _check_stopped(folder, out, plan)
+                    try:
+                        text = (folder / _PLAN).read_text(encoding="utf-8")
+                        stopped = known_facts.read(Plan, json.loads(text))
+                    except (OSError, ValueError):
+                        raise RAdapterError(
+                            f"the stopped build of {out} can't be resumed; discard it with"
+                            " --no-resume"
+                        ) from None
+                    if other := stopped.differences(plan):
+                        raise RAdapterError(
+                            f"a build of {out} was stopped that had another {', '.join(other)};"
+                            f" finish it: {build_command(out, stopped)}, or discard it with"
+                            " --no-resume"
+                        )
                 else:
                     for path in folder.iterdir():
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -149,21 +162,6 @@ def _open_base(out: Path) -> Table:
 
 def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
-
-
-def _check_stopped(folder: Path, out: Path, plan: Plan) -> None:
-    """Refuse to go on with what was stopped if it makes another index."""
-    try:
-        stopped = known_facts.read(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise RAdapterError(
-            f"the stopped build of {out} can't be resumed; discard it with --no-resume"
-        ) from None
-    if other := stopped.differences(plan):
-        raise RAdapterError(
-            f"a build of {out} was stopped that had another {', '.join(other)}; finish it:"
-            f" {build_command(out, stopped)}, or discard it with --no-resume"
-        )
 
 
 class _Row(NamedTuple):
@@ -207,8 +205,8 @@ class Writer:
             schema = base.schema
         vector = pa.list_(pa.float32(), plan.release.embed_dim)
         self.schema = schema.append(pa.field(VECTOR, vector))
-        own = ("width", "height", THUMBNAIL)
-        self.metadata = [name for name in schema.names if name not in own]
+        details = ("width", "height", THUMBNAIL)  # that follow from the file
+        self.metadata = [name for name in schema.names if name not in details]
 
         # The rows that are there, by id; of two rows of one image the later counts.
         self.known: dict[str, _Row] = {}

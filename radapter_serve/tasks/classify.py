@@ -59,7 +59,9 @@ class ClassifyRequest:
             if value is not None and not 0 <= value <= 1:
                 raise invalid(f"{name} is {value:g}; allowed: numbers from 0 to 1")
         if self.threshold is not None and not self.multi_label:
-            raise invalid("threshold leaves out labels that stand alone; send multi_label too")
+            raise invalid(
+                "threshold leaves out labels that are scored by themselves; send multi_label too"
+            )
         if self.unknown is not None and self.multi_label:
             raise invalid("unknown does not go with multi_label, whose threshold says the same")
         examples = self.examples

@@ -148,7 +148,7 @@ class DenseSegmenter:
         return tally.result()
 
     def _shortest(self, short_side: int) -> Preprocess:
-        """What makes the working image."""
+        """The preprocessing whose resize makes the working image."""
         return replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
 
     def _cosines(

@@ -1,4 +1,4 @@
-"""What both ways to segment share: how an image is segmented, and a mask with a score a label."""
+"""Options of both ways to segment, and their result: a mask with a score a label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each task is asked to see that it works; it needs none of the tasks."""
+"""A request for each task, to see that it works; no task is imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _texts(*values: bytes, rows: bool = True) -> NDArray[np.object_]:
 
 
 _IMAGE = _small_image()
-# No index has this name: that `retrieve` says so is its answer.
+# No index has this name, and `retrieve` says so.
 _SEARCH = {"index": _texts(b"/", rows=False), "text": _texts(b"a", rows=False)}
 
 # The smallest request that goes through a task's encoders, so that no caller's first request has to

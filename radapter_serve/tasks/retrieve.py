@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from radapter_serve.contract.preprocess import ImageFile
 from radapter_serve.encoders.needs import Steps
 from radapter_serve.files import as_text
 from radapter_serve.index.opened import Indexes
+from radapter_serve.index.table import Hit
 from radapter_serve.release.confidence import HOW, fitted_at
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -121,18 +121,6 @@ class RetrieveRequest:
 
 
 @dataclass(frozen=True)
-class Hit:
-    """An image that was found: its id, its cosine, its metadata as JSON, and its thumbnail as JPEG,
-    empty where there is none or it was not asked for.
-    """
-
-    id: str
-    score: float
-    metadata: str
-    thumbnail: bytes
-
-
-@dataclass(frozen=True)
 class Retrieved:
     """The images that a search found, best first, with thumbnails if they were asked for."""
 
@@ -179,8 +167,4 @@ def retrieve(
         offset=request.offset,
         min_score=min_score,
     )
-    described = [
-        Hit(hit.id, hit.score, json.dumps(hit.metadata, ensure_ascii=False), hit.thumbnail)
-        for hit in hits
-    ]
-    return Retrieved(described, index.generation, request.thumbnails)
+    return Retrieved(hits, index.generation, request.thumbnails)

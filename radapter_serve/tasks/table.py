@@ -8,6 +8,7 @@ and the tables of docs/http-api.md follow from this table.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -295,7 +296,7 @@ def _write_hits(answers: Sequence[Retrieved]) -> Values:
     outputs: dict[str, Any] = {
         "id": [hit.id for hit in answer.hits],
         "score": np.array([hit.score for hit in answer.hits], np.float32),
-        "metadata": [hit.metadata for hit in answer.hits],
+        "metadata": [json.dumps(hit.metadata, ensure_ascii=False) for hit in answer.hits],
         "index_version": [answer.index_version],
     }
     if answer.thumbnails:

@@ -74,8 +74,8 @@ def upsampled(
     across = _bands(columns, BAND)
     step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
     for vertical, above, down in _bands(rows, min(step, BAND)):
-        for horizontal, beside, along in across:
-            part = values[above, :, beside]
+        for horizontal, patches, along in across:
+            part = values[above, :, patches]
             part = down @ part.reshape(len(part), -1)
             part = part.reshape(len(down), count, -1).transpose(1, 0, 2)
             block = part.reshape(-1, part.shape[2]) @ along.T

@@ -21,11 +21,10 @@ from radapter_serve.encoders.tensorrt.engine import (
     Options,
     build,
     import_tensorrt,
-    make_profile,
 )
 from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
-from tests.helpers.small_release import image_encoder, text_encoder
+from tests.helpers.small_release import image_encoder
 
 LIMITS: dict[str, Any] = {"max_batch_size": 8, "max_length": 77}
 
@@ -130,44 +129,6 @@ def test_an_engine_gives_what_the_graph_gives(driver: Driver, trt: Any, graph: P
         assert embeds.dtype == np.float32
         np.testing.assert_array_equal(embeds, run(graph, images(batch)))
     assert not driver.memory and not driver.contexts
-
-
-def test_shapes_and_types_that_an_engine_does_not_take_are_refused(
-    trt: Any, graph: Path, tmp_path: Path
-) -> None:
-    engine = Engine(trt, build(trt, graph, Options(), **LIMITS)[0])
-    with pytest.raises(
-        RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, "
-    ):
-        engine(images(2)[:, :8, :8])
-    with pytest.raises(TypeError, match="Cannot cast"):
-        engine(images(1).astype(np.float32))
-    onnx.save(text_encoder(np.random.default_rng(0)), tmp_path / "text.onnx")
-    plan, profile = build(trt, tmp_path / "text.onnx", Options(), **LIMITS)
-    assert profile == {"tokens": ((1, 1), (8, 16), (8, 77))}
-    tokens = np.array([[5, 7, 9]], np.int32)
-    np.testing.assert_array_equal(Engine(trt, plan)(tokens), run(tmp_path / "text.onnx", tokens))
-
-
-def test_profiles_of_every_kind_of_input() -> None:
-    shapes = {"image": (-1, 224, 224, 3), "tokens": (-1, -1), "alpha": (-1, 1)}
-    assert make_profile(shapes, (8, 64), (16, 77)) == {
-        "image": ((1, 224, 224, 3), (8, 224, 224, 3), (64, 224, 224, 3)),
-        "tokens": ((1, 1), (8, 16), (64, 77)),
-        "alpha": ((1, 1), (8, 1), (64, 1)),
-    }
-    assert make_profile({"tokens": (-1, 64)}, (8, 4), (16, 64)) == {
-        "tokens": ((1, 64), (4, 64), (4, 64))
-    }
-
-
-def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
-    plain = facts(build(trt, graph, Options(), **LIMITS)[0])
-    assert (plain["flags"], plain["level"], plain["pools"]) == ([], "NONE", {})
-    options = Options(workspace=2, version_compatible=True, hardware_compatible=True)
-    full = facts(build(trt, graph, options, **LIMITS)[0])
-    assert full["flags"] == ["VERSION_COMPATIBLE"]
-    assert (full["level"], full["pools"]) == ("AMPERE_PLUS", {"WORKSPACE": 2 << 30})
 
 
 def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(

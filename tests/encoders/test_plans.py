@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -247,29 +246,6 @@ def test_without_a_gpu_nothing_is_touched(
         check_plan(built / "image_encoder" / "1")
     install(monkeypatch, Driver(), version=None)
     with pytest.raises(RAdapterError, match="TensorRT is not installed"):
-        build_engines(mine)
-
-
-def test_no_repository_no_encoder_and_a_config_that_is_none(
-    trt: Any, mine: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "empty").mkdir()
-    for command in (build_engines, check_engines):
-        with pytest.raises(
-            RAdapterError, match="none does not exist; make it with: radapter-export"
-        ):
-            command(tmp_path / "none")
-        with pytest.raises(RAdapterError, match="holds no encoder"):
-            command(tmp_path / "empty")
-    handle = os.open(mine, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(
-        RAdapterError, match=r"another radapter-export or radapter-build-engine is writing"
-    ):
-        build_engines(mine)
-    os.close(handle)
-    (mine / "image_encoder" / "config.pbtxt").write_text("name: {")
-    with pytest.raises(RAdapterError, match="is not a Triton model config"):
         build_engines(mine)
 
 

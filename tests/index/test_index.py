@@ -316,22 +316,6 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(generation(out)) == {FACTS, "rows.arrow", "vectors.npy"}
 
 
-def test_a_stopped_build_of_a_table_goes_on_with_its_types(
-    photos: Path, out: Path, release: FakeRelease
-) -> None:
-    days = pa.array([*range(8), None], pa.timestamp("s"))
-    rows = pa.table({"image": [*DEEP, "z.png"], "day": days, "n": range(9)})
-    parquet.write_table(rows, photos / "t.parquet")
-    (photos / "z.png").write_bytes(b"broken")
-    with pytest.raises(RAdapterError, match="are kept"):
-        build(f"parquet:{photos / 't.parquet'}", out, release)
-    write(photos / "z.png", 5)
-    summary = build(f"parquet:{photos / 't.parquet'}", out, again := FakeRelease())
-    assert (summary.count, summary.kept, again.embedded) == (9, 8, 1)
-    hits = open_index(out).search(ANY, 10, "day >= timestamp '1970-01-01 00:00:06' OR day IS NULL")
-    assert {hit.metadata["n"] for hit in hits} == {6, 7, 8}
-
-
 @pytest.mark.parametrize("what", ["release", "columns", "size of thumbnails", "folder"])
 def test_a_stopped_build_with_other_arguments_is_not_discarded_unasked(
     what: str, photos: Path, tmp_path: Path, out: Path, release: FakeRelease

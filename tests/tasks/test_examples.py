@@ -107,19 +107,11 @@ def test_rows_have_examples_of_their_own_or_those_of_the_row_before(local: Local
     ]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"examples": column([png(0)])},
-        {"example_labels": column([0], kind=np.int32)},
-        {"example_weight": column([0.5], kind=np.float32)},
-    ],
-)
-def test_examples_labels_and_weights_belong_together(
-    local: Local, given: dict[str, np.ndarray]
-) -> None:
-    with pytest.raises(TaskError, match=r"\[invalid_argument\] .* belong together"):
-        read(local, image=column([png(0)]), labels=column([b"a"]), **given)
+def test_examples_labels_and_weights_belong_together(local: Local) -> None:
+    for name, kind in (("examples", object), ("example_labels", int), ("example_weight", float)):
+        alone = {name: column([png(0) if kind is object else 0], kind=kind)}
+        with pytest.raises(TaskError, match=r"\[invalid_argument\] .* belong together"):
+            read(local, image=column([png(0)]), labels=column([b"a"]), **alone)
 
 
 def test_what_cancels_out_is_refused(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +134,7 @@ MANY = tuple(png(seed, 4, 4) for seed in range(MAX_EXAMPLES + 1))
         (Examples((), ()), "no examples"),
         (Examples(SHOWN, (0, 1)), "3 examples and 2 example_labels"),
         (Examples(SHOWN[:1], (3,)), "example_labels has 3; there are labels 0 to 2"),
-        (Examples(SHOWN[:1], (-1,)), "example_labels has -1"),
         (Examples(SHOWN[:1], (0,), (np.nan,)), "example_weight is nan; numbers from 0"),
-        (Examples(SHOWN[:1], (0,), (0.5, 1.5, 0.1)), "example_weight is 1.5"),
         (Examples(SHOWN[:1], (0,), (0.5, 0.1)), "example_weight has 2 numbers for 3 labels"),
         (Examples(SHOWN[:1], (0,), ()), "example_weight is empty"),
         (Examples((SHOWN[0], b"nonsense"), (0, 1)), "example 2 of 2: 6 bytes are not an image"),

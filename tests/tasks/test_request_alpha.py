@@ -22,7 +22,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
-from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
@@ -160,24 +159,6 @@ def test_examples_at_too_many_alphas_are_refused(turned: Turned, way: str) -> No
     with pytest.raises(TaskError, match=message):
         read(alphas)
     read(alphas[1:])
-
-
-def test_classify_takes_images_and_labels_at_the_alpha_of_the_request(turned: Turned) -> None:
-    loaded = turned.loaded
-    for alpha in (0.0, 1.0):
-        texts = complete(embed_labels(loaded, NAMES, ["a {}"], alpha=alpha))
-        image = complete(embed_images(loaded, EmbedImagesRequest([png(0)], alpha)))[0]
-        shares = np.exp(10 * texts.embeds @ image)
-        for labels in (Labels(label_set="colours"), Labels(NAMES, templates=["a {}"])):
-            [found] = complete(classify(loaded, ClassifyRequest([png(0)], labels, alpha=alpha)))
-            assert found.labels[0] == texts.labels[shares.argmax()]
-            np.testing.assert_allclose(
-                found.scores, np.sort(shares / shares.sum())[::-1], rtol=1e-5
-            )
-    # At its own: as it was exported.
-    turned.calls.clear()
-    complete(classify(loaded, ClassifyRequest([png(0)], Labels(label_set="colours"))))
-    assert turned.calls == [[pytest.approx(0.3)]]
 
 
 def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:

@@ -4,7 +4,6 @@ computed when.
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert [hit.id for hit in hits] == [f"{number}.png" for number in best]
     assert [hit.thumbnail for hit in hits] == [b"", b""]
     np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-6)
-    assert [json.loads(hit.metadata)["path"] for hit in hits] == [hit.id for hit in hits]
+    assert [hit.metadata["path"] for hit in hits] == [hit.id for hit in hits]
     image = (photos / "2.png").read_bytes()
     hits = search(RetrieveRequest("photos", Query(images=[image]), thumbnails=True)).hits
     assert hits[0].id == "2.png" and len(hits) == 4

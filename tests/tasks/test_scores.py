@@ -1,4 +1,4 @@
-"""Scores of labels: calibrated, and of labels that stand alone, against the formulas."""
+"""Scores of labels: calibrated, and of each label by itself, against the formulas."""
 
 from __future__ import annotations
 
@@ -193,25 +193,19 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
 WHY = "export one with radapter-export --validation DATA"
 
 
+UNFITTED: dict[str, Any] = {"confidence": None}
+COLD: dict[str, Any] = {"confidence": {**CONFIDENCE, "temperature": None}}
+
+
 @pytest.mark.parametrize(
     ("facts", "options", "code", "message"),
     [
-        ({"confidence": None}, {"multi_label": True}, NOT_CALIBRATED, WHY),
-        ({"confidence": None}, {"unknown": 0.5}, NOT_CALIBRATED, WHY),
-        (
-            {"confidence": {**CONFIDENCE, "temperature": None}},
-            {"calibrated": True},
-            NOT_CALIBRATED,
-            "this release has no temperature",
-        ),
-        ({"logit_bias": -3.0, "confidence": None}, {"calibrated": True}, NOT_CALIBRATED, WHY),
-        ({}, {"threshold": 0.5}, INVALID_ARGUMENT, "threshold leaves out labels that stand alone"),
-        (
-            {},
-            {"threshold": -0.1, "multi_label": True},
-            INVALID_ARGUMENT,
-            "threshold is -0.1; allowed: numbers from 0 to 1",
-        ),
+        (UNFITTED, {"multi_label": True}, NOT_CALIBRATED, WHY),
+        (UNFITTED, {"unknown": 0.5}, NOT_CALIBRATED, WHY),
+        ({**UNFITTED, "logit_bias": -3.0}, {"calibrated": True}, NOT_CALIBRATED, WHY),
+        (COLD, {"calibrated": True}, NOT_CALIBRATED, "this release has no temperature"),
+        ({}, {"threshold": 0.5}, INVALID_ARGUMENT, "threshold leaves out labels"),
+        ({}, {"threshold": -0.1, "multi_label": True}, INVALID_ARGUMENT, "threshold is -0.1; allo"),
         ({}, {"unknown": np.nan}, INVALID_ARGUMENT, "unknown is nan"),
         ({}, {"unknown": 0.5, "multi_label": True}, INVALID_ARGUMENT, "does not go with multi_la"),
     ],

@@ -18,11 +18,8 @@ from radapter_serve.contract.errors import (
     NOT_CALIBRATED,
     TaskError,
 )
-from radapter_serve.contract.preprocess import read_headers
-from radapter_serve.encoders.needs import complete
 from radapter_serve.index.build import build
 from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest
-from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.projection import TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
 
@@ -218,36 +215,3 @@ def test_refusals(world: World, query: Query, options: dict[str, Any], why: str)
         world.find(query, **options)
     assert caught.value.code == INVALID_ARGUMENT
     assert "\n" not in str(caught.value)
-
-
-def test_a_request_is_read_from_its_arrays(world: World) -> None:
-    image = world.files[5].read_bytes()
-    inputs = {
-        "index": np.array([b"photos"], object),
-        "text": np.array([b"1", b"2"], object),
-        "image": np.array([image], object),
-        "id": np.array([b"03.png", b"04.png"], object),
-        "weight": np.array([1, -0.5, 0.25, 2, 0], np.float32),
-        "top_k": np.array([7], np.int32),
-        "where": np.array(["path != 'ü'".encode()], object),
-        "offset": np.array([2], np.int32),
-        "min_score": np.array([-0.5], np.float32),
-    }
-    task = TASKS["retrieve"]
-    task.check("retrieve", forms(inputs), 64)
-    [request] = task.read(projecting(), inputs, lambda name: name == "thumbnail")
-    query = Query(("1", "2"), read_headers([image]), ("03.png", "04.png"), [1, -0.5, 0.25, 2, 0])
-    options: dict[str, Any] = {"top_k": 7, "where": "path != 'ü'", "offset": 2, "min_score": -0.5}
-    assert request == RetrieveRequest("photos", query, thumbnails=True, **options)
-    run = task.make(projecting(world.folder), lambda: [])
-    answer = complete(run(request, None))
-    outputs = task.write([answer])
-    assert [id.decode() for id in outputs["id"]] == world.find(query, **options)[0]
-    assert outputs["thumbnail"][0].startswith(b"\xff\xd8")
-    assert outputs["index_version"].tolist() == [world.search.index("photos").generation.encode()]
-    [other] = task.read(projecting(), inputs, lambda name: False)
-    assert "thumbnail" not in task.write([complete(run(other, None))])
-    for name in ("index", "id", "where"):
-        with pytest.raises(TaskError, match=r"\[invalid_argument\] a text is not UTF-8"):
-            wrong = {**inputs, name: np.array([b"\xff"], object)}
-            task.read(projecting(), wrong, lambda name: False)

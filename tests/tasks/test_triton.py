@@ -31,13 +31,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
-from radapter_serve.clip.dense import encode_patches
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
@@ -234,28 +232,6 @@ def test_served_equals_open_clip(exported, request):
             best = np.argsort(-row)
             assert list(found.labels) == [LABELS[index] for index in best]
             np.testing.assert_allclose(found.scores, row[best], rtol=1e-3)
-
-
-@torch.no_grad()
-def test_a_dense_export_serves_what_torch_computes(dense_tiny_clip):
-    """One window over a square image."""
-    name = f"local-dir:{dense_tiny_clip / 'merged'}"
-    model, _, transform = open_clip.create_model_and_transforms(name)
-    model.eval()
-    image = png(0, 40, 40)
-    texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in LABELS])
-    patches = encode_patches(model, transform(Image.open(io.BytesIO(image)))[None], "naclip")
-    cosines = (patches @ model.encode_text(texts, normalize=True).T).permute(0, 3, 1, 2)
-    for side in (32, 40):  # of the window, and of the image
-        cosines = interpolate(cosines, (side, side), mode="bilinear", align_corners=False)
-    probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
-    with running(dense_tiny_clip / "model_repository") as server, Client(server.grpc_url) as client:
-        found = client.segment(image, LABELS, short_side=32)
-    assert list(found.labels) == LABELS and (found.mask != expected.numpy()).mean() < 0.01
-    for index in range(len(LABELS)):
-        values = probabilities[expected == index]
-        mean = values.mean().item() if len(values) else 0
-        assert found.scores[index] == pytest.approx(mean, abs=1e-3)
 
 
 def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(

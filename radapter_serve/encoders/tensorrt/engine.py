@@ -139,7 +139,7 @@ def build(
 
     say = progress or (lambda line: None)
     config.progress_monitor = monitor = _monitor(trt, say)
-    # In a thread of its own: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
+    # In another thread: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
     with ThreadPoolExecutor(1) as pool:
         try:
             plan = pool.submit(builder.build_serialized_network, network, config).result()

@@ -1,5 +1,4 @@
-"""What lies beside a TensorRT engine: `model.plan.json`, which says what `model.plan` was built
-from, with and for.
+"""`model.plan.json`, a file next to a TensorRT engine with the facts of how `model.plan` was built.
 
 An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar tells of a
 mismatch before a server starts. It is written last, so an engine without it is not finished.
@@ -27,7 +26,7 @@ EDITION = "tensorrt"
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a plan was built from, with and for: `model.plan.json`."""
+    """The facts of how a plan was built: `model.plan.json`."""
 
     edition: str  # "tensorrt", or "tensorrt_rtx", whose engines Triton cannot load
     version: str  # of TensorRT, such as "11.2.1"
@@ -39,7 +38,7 @@ class Sidecar:
     agreement: Agreement  # with torch, measured where it was built
 
     def save(self, folder: Path) -> None:
-        """Write it beside the plan."""
+        """Write it next to the plan."""
         with staged(folder / SIDECAR) as path:
             path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
@@ -101,7 +100,7 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
             f"this GPU ({gpu.name}) has {gpu.compute_capability}"
         )
     if sidecar.onnx != digest(folder):
-        return f"was built from another {ONNX} than lies beside it"
+        return f"was built from another {ONNX} than lies next to it"
     return None
 
 
@@ -129,7 +128,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def digest(folder: Path) -> str:
-    """`sha256:` of a version's graph and of the weights beside it."""
+    """`sha256:` of a version's graph and its weights."""
     weights = folder / f"{ONNX}.data"
     return digest_of(folder / ONNX, *([weights] if weights.exists() else []))
 

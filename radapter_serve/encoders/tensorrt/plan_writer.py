@@ -1,4 +1,4 @@
-"""TensorRT engines for a model repository: `model.plan` beside the `model.onnx` of each encoder and
+"""TensorRT engines for a model repository: a `model.plan` for the `model.onnx` of each encoder and
 release.
 """
 
@@ -138,7 +138,7 @@ class PlanWriter:
         bounds: Tolerance,
         keep: bool = False,
     ) -> Built:
-        """Write an engine beside `model.onnx` and `samples.npz` in the folder of one version, once
+        """Write an engine next to `model.onnx` and `samples.npz` in the folder of one version, once
         its difference from torch is within `bounds`; the sidecar comes last. With `keep`, one that
         fits stays.
         """
