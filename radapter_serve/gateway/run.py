@@ -24,7 +24,7 @@ from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.server.processes import STOPPED, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
-from radapter_serve.signals import STOPPING
+from radapter_serve.signals import STOPPING, handled
 
 PULSE_SECONDS = 1.0  # between two signs of life of a gateway
 MAX_SILENCE_SECONDS = 30.0  # after which a gateway without signs of life counts as hanging
@@ -67,46 +67,39 @@ class GatewayServer:
         """Serve until `stop`, or in the main thread until SIGTERM, SIGHUP or SIGINT, which raises
         `KeyboardInterrupt`.
         """
-        runner: Callable[..., int | None] = asyncio.run
+        received: list[int] = []
+
+        def on_signal(number: int, _: object) -> None:
+            received.append(number)
+            if self.began.is_set():
+                self.stop()
+
+        runner: Callable[..., None] = asyncio.run
         with contextlib.suppress(ImportError):  # Windows
             import uvloop
 
             runner = uvloop.run
-        if runner(self._run()) == signal.SIGINT:
+        with handled(on_signal, signal.SIGINT, *STOPPING):
+            runner(self._run(received))
+        if signal.SIGINT in received[:1]:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Take no new connections, and let running requests end; works from any thread."""
         self._loop.call_soon_threadsafe(self._stopping.set)
 
-    async def _run(self) -> int | None:
+    async def _run(self, received: list[int]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        received: list[int] = []
-
-        def on_signal(number: int, _: object = None) -> None:
-            received.append(number)
-            self.stop()
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, *STOPPING):
-                if signal.getsignal(number) == signal.SIG_IGN:
-                    continue
-                try:
-                    self._loop.add_signal_handler(number, on_signal, number)
-                except NotImplementedError:  # Windows
-                    before[number] = signal.signal(number, on_signal)
         self.began.set()
+        if received:
+            self._stopping.set()
         beating = asyncio.ensure_future(self._beat())
         try:
             async with self._gateway.opened():
                 await self._connections.serve(self._stopping)
         finally:
             beating.cancel()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return received[0] if received else None
 
     async def _beat(self) -> None:
         while self._pulse is not None:

@@ -1,30 +1,57 @@
-"""A task as a `TritonPythonModel` of Triton; importable only inside one of its processes."""
+"""A task as a `TritonPythonModel` of Triton, which asks the encoders of the same server; importable
+only inside one of its processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import TaskError, task_error
+from radapter_client.failures import read_failure
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import (
+    ENCODER_FAILED,
+    OVERLOADED,
+    RESTARTING,
+    SERVER_STOPPING,
+    TaskError,
+    redact,
+    task_error,
+)
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps, run_together
 from radapter_serve.environment import INDEXES
+from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, forms
 from radapter_serve.triton import surplus
-from radapter_serve.triton.encoder import TritonEncoder
-from radapter_serve.triton.responses import answer, given_up
+from radapter_serve.triton.responses import answer, given_up, trace_of_request
+
+LOOK_SECONDS = 10.0  # from one look at the indexes to the next
+CLOSE_SECONDS = 10.0  # that a look on a slow disk may still take
+# Message to a caller if another model cannot answer now.
+_RETRYABLE = {
+    SERVER_STOPPING: "the server is stopping; ask again when it is back",
+    RESTARTING: "{} is being started again; ask again in a few seconds",
+    OVERLOADED: (
+        "{} has more to do than it can take on; ask again in a moment, with fewer requests at once"
+    ),
+}
 
 
 class TritonPythonModel:
@@ -52,14 +79,14 @@ class TritonPythonModel:
             return [others[version] for version in served if version in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases)
-        self._metric = None
+        self._metric: IndexMetric | None = None
         if self.task == "retrieve" and is_newest(args):
             # Here: the index's libraries are for the processes of this task alone.
             from radapter_serve.index.index import outdated
-            from radapter_serve.triton.index_metric import IndexMetric
 
-            look = partial(outdated, self.loaded.indexes, self.loaded.release)
-            self._metric = IndexMetric.start(look)
+            with contextlib.suppress(pb.TritonModelException):  # the server has no metrics
+                look = partial(outdated, self.loaded.indexes, self.loaded.release)
+                self._metric = IndexMetric(look)
 
     def finalize(self) -> None:
         """Close the metric; Triton calls this before it takes the model away."""
@@ -133,3 +160,85 @@ def is_newest(args: dict[str, str]) -> bool:
     versions = policy.get("specific", {}).get("versions", [])
     this = int(args["model_version"])
     return this == max(map(int, versions), default=this)
+
+
+class TritonEncoder:
+    """The encoders of one release, asked by another model of the same server."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._call("image_encoder", "image", pixels, alpha, "image_embeds")
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._call("patch_encoder", "image", pixels, alpha, "patch_embeds")
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
+
+    def close(self) -> None:
+        """Nothing to close: the server holds the encoders."""
+
+    def _call(
+        self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str
+    ) -> NDArray[np.float32]:
+        inputs = [pb.Tensor(source, array)]
+        if alpha is not None:
+            inputs.append(pb.Tensor("alpha", alpha))
+        response = pb.InferenceRequest(
+            model_name=model,
+            model_version=self._version,
+            inputs=inputs,
+            requested_output_names=[target],
+            preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+            **trace_of_request(),
+        ).exec()
+        if not response.has_error():
+            return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
+
+        message = response.error().message()
+        failure = read_failure(message)
+        if failure.code is None:
+            print(f"{model} version {self._version} failed: {message}", file=sys.stderr)
+            raise TaskError(
+                ENCODER_FAILED, f"{model} version {self._version} failed: {redact(message)}"
+            )
+        if failure.by_task:
+            raise TaskError(failure.code, failure.message)
+        raise TaskError(failure.code, _RETRYABLE[failure.code].format(model))
+
+
+class IndexMetric:
+    """A thread that looks now and then whether another release made the indexes, by their names,
+    for a metric that all processes of `retrieve` share.
+    """
+
+    def __init__(self, look: Callable[[], Mapping[str, bool]]) -> None:
+        self._look = look
+        self._family = pb.MetricFamily(
+            name=OUTDATED, description=OUTDATED_MEANS, kind=pb.MetricFamily.GAUGE
+        )
+        self._metrics: dict[str, Any] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="indexes", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+        self._thread.join(CLOSE_SECONDS)
+        self._metrics.clear()  # before their family, as Triton wants it
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # of a disk or a mount: the last look holds
+                outdated = self._look()
+                for name in set(self._metrics) - set(outdated):
+                    self._metrics.pop(name).set(0)  # a killed process would hold it for ever
+                for name, is_outdated in outdated.items():
+                    if name not in self._metrics:
+                        self._metrics[name] = self._family.Metric(labels={"index": name})
+                    self._metrics[name].set(int(is_outdated))
+            if self._closed.wait(LOOK_SECONDS):
+                return

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,7 @@ import pytest
 import urllib3
 
 from radapter_client import Client
-from radapter_serve.server.supervisor import Supervisor
-from tests.faults.conftest import RunningGateway, RunningProcess, outcome, until
-from tests.helpers.fake_server import FakeServer
+from tests.faults.conftest import RunningProcess, outcome, until
 
 pytestmark = pytest.mark.triton
 
@@ -116,39 +113,3 @@ def running_requests(front: RunningProcess) -> float:
     metrics = urllib3.request("GET", f"{front.url}/metrics").data
     [count] = re.findall(rb"^radapter_gateway_running (\S+)", metrics, re.MULTILINE)
     return float(count)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["grpc", "http", "gateway"])
-def test_a_server_that_starts_again_under_clients_with_retries(
-    running: FakeServer, gateway: RunningGateway, way: str
-) -> None:
-    """Clients that try again see no failure while tritonserver is killed under their calls and
-    started again.
-    """
-    url = {**running.urls, "gateway": gateway.url}[way]
-    said: list[str] = []
-    supervisor = Supervisor(running, said.append)
-    found: list[str] = []
-    end = threading.Event()
-
-    def ask() -> None:
-        with Client(url, retries=40, timeout=120) as client:
-            while not end.is_set():
-                found.append(outcome(partial(client.classify, b'{"sleep": 0.2}', ["a"])))
-
-    callers = [threading.Thread(target=ask) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    time.sleep(1)
-    running.signal(signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while not any("is back" in line for line in said):
-        assert time.monotonic() < deadline, said
-        supervisor.step()
-        time.sleep(0.1)
-    time.sleep(2)
-    end.set()
-    for caller in callers:
-        caller.join(120)
-    assert set(found) == {"an answer"}

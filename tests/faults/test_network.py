@@ -4,9 +4,6 @@ connections open.
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +12,7 @@ from functools import partial
 import pytest
 
 from radapter_client import Client
-from tests.faults.conftest import RunningGateway, RunningProcess, outcome
+from tests.faults.conftest import RunningGateway, outcome
 from tests.helpers.bad_network import BadNetwork, bad_network
 from tests.helpers.fake_server import FakeServer
 
@@ -82,53 +79,3 @@ def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) ->
                 assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
         finally:
             gateway.end()
-
-
-HALF = (
-    b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: x\r\nContent-Type:"
-    b" application/json\r\nContent-Length: 99\r\n"
-)
-
-
-@contextlib.contextmanager
-def held_open(port: int) -> Iterator[None]:
-    """1,000 connections that say nothing, 100 with half of the headers and 100 with half of a
-    body.
-    """
-    need_files(1_500)
-    with contextlib.ExitStack() as stack:
-        for number in range(1_200):
-            one = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
-            if number >= 1_000:
-                with contextlib.suppress(ConnectionError):  # a gateway may refuse so many
-                    one.sendall(HALF + (b"\r\n{" if number % 2 else b""))
-        yield
-
-
-def test_a_thousand_idle_and_two_hundred_half_open_connections(front: RunningProcess) -> None:
-    """1,000 silent connections and 200 with half a request do not keep a good call from its
-    answer.
-    """
-    with held_open(front.port), Client(front.url, timeout=20, retries=0) as client:
-        for _ in range(20):
-            assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-
-
-@pytest.mark.slow
-def test_more_silent_connections_than_a_gateway_takes(running: FakeServer) -> None:
-    """Above --max-connections a new caller gets the place of one that says nothing."""
-    gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"), max_connections=512)
-    try:
-        with held_open(gateway.port), Client(gateway.url, timeout=50, retries=0) as client:
-            assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-    finally:
-        gateway.end()
-
-
-def need_files(count: int) -> None:
-    """Let this process open so many files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < count:
-        pytest.skip(f"this process may open {hard} files at most, and the test needs {count}")
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import socket
 import time
@@ -173,12 +172,11 @@ def test_indexes_are_listed_where_their_folder_is_known(tmp_path: Path) -> None:
     [
         *("/v2/repository/index", "/v2/systemsharedmemory/status", "/v2/logging", "//v2", "/"),
         *("/v2/models/stats", "/v2/models/classify/stats", "/v2/models/classify/trace/setting"),
-        *("/v2/repository/models/classify/unload", "/v2/cudasharedmemory/unregister", "/v2/"),
-        *("/v2/models/classify/infer/x", "/v2/models/image_encoder/infer", "/v2/trace/setting"),
+        *("/v2/models/classify/infer/x", "/v2/models/image_encoder/infer", "/v2/"),
         *("/v2/models/image_encoder", "/v2/models/%2e%2e%2fclassify/config"),
         *(
             f"/v2/models/classify/versions/{version}/config"
-            for version in ("0", "x", "-1", "1e3", "9" * 30, "7")
+            for version in ("0", "x", "9" * 30, "7")
         ),
     ],
 )
@@ -193,12 +191,15 @@ def test_headers_that_are_refused(served: Served) -> None:
     for headers, status, code in (
         ({"Content_Encoding": "gzip"}, 415, "unsupported_type"),
         ({"Content_Encoding": "identity, br"}, 415, "unsupported_type"),
-        ({"Content_Type": "application/x-www-form-urlencoded"}, 415, "unsupported_type"),
         ({"Content_Type": "text/plain; charset=utf-8"}, 415, "unsupported_type"),
         ({"Inference_Header_Content_Length": "99999"}, 400, "invalid_argument"),
     ):
         assert served.refusal(INFER, TEXT, **headers) == (status, code)
     assert served.ask(INFER, TEXT, Content_Type="application/json; charset=utf-8")[0] == 200
+    head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n\r\n"
+    for size, begin in ((32_768, b"HTTP/1.1 200"), (32_769, b"HTTP/1.1 431")):
+        with served.connection(head % (b"a" * (size - len(head) + 2))) as it:
+            assert heard(it).startswith(begin)
 
 
 def test_bodies_that_are_too_large() -> None:
@@ -220,14 +221,6 @@ def test_a_body_that_does_not_come() -> None:
         assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
         with contextlib.suppress(ConnectionResetError):
             assert it.recv(100) == b""
-
-
-@pytest.mark.parametrize(("size", "status"), [(32_768, 200), (32_769, 431)])
-def test_headers_are_counted_to_the_byte(served: Served, size: int, status: int) -> None:
-    head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n\r\n"
-    head = head % (b"a" * (size - len(head) + 2))
-    with served.connection(head) as it:
-        assert heard(it).startswith(b"HTTP/1.1 %d" % status)
 
 
 def test_a_fault_of_the_gateway_is_one_line_without_a_trace(
@@ -301,32 +294,25 @@ def big_answer(served: Served) -> bytes:
     return HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-def test_an_answer_that_is_read_slowly() -> None:
-    patience = 0.25
-    with (
-        serving(timeouts=Timeouts(piece=patience)) as served,
-        served.connection(big_answer(served)) as it,
-    ):
-        size = 0
-        end = time.monotonic() + 4 * patience
+def read_slowly(it: socket.socket, seconds: float) -> int:
+    """Bytes of an answer of which 64 KiB are read at a time for so many seconds."""
+    size = 0
+    end = time.monotonic() + seconds
+    with contextlib.suppress(ConnectionResetError):
         while size <= 2**25 and (part := it.recv(2**16 if time.monotonic() < end else 2**20)):
             size += len(part)
             time.sleep(0.002 if time.monotonic() < end else 0)
-    assert size > 2**25
+    return size
 
 
-def test_an_answer_that_nobody_reads() -> None:
-    with (
-        serving(timeouts=Timeouts(piece=0.1)) as served,
-        served.connection(big_answer(served)) as it,
-    ):
-        until(lambda: served.upstream.asked)
-        until(lambda: not served.connections.open)
-        size = 0
-        with contextlib.suppress(ConnectionResetError):
-            while part := it.recv(2**20):
-                size += len(part)
-        assert 0 < size < 2**25
+def test_an_answer_that_is_read_slowly_or_by_nobody() -> None:
+    with serving(timeouts=Timeouts(piece=0.25)) as served:
+        with served.connection(big_answer(served)) as it:
+            assert read_slowly(it, 1.0) > 2**25
+        with served.connection(big_answer(served)) as it:
+            until(lambda: len(served.upstream.asked) == 2)
+            until(lambda: not served.connections.open)
+            assert 0 < read_slowly(it, 0) < 2**25
 
 
 # Pages of other sites
@@ -383,16 +369,6 @@ def test_the_rule_for_browsers_holds_for_all_paths_and_not_for_keys(
         assert everybody.ask("/v2", Host="models.example.org")[0] == 200
         assert everybody.ask(INFER, TEXT, Origin="http://other.example")[0] == 403
         assert not everybody.upstream.asked
-
-
-def test_the_page_of_another_site_is_not_cut_off_while_it_sends(served: Served) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", served.port)
-    for _ in range(20):
-        connection.request("POST", INFER, bytes(300_000), {"Origin": "https://elsewhere"})
-        answer = connection.getresponse()
-        answer.read()
-        assert (answer.status, answer.getheader("Connection")) == (403, None)
-    connection.close()
 
 
 # Health and metrics

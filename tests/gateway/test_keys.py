@@ -81,15 +81,14 @@ def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
     ("limits", "why"),
     [
         ("at_once=0", "at_once=0 is invalid; write at_once=4"),
-        *((limit, "is invalid") for limit in ("at_once=1.5", "requests_per_second=0")),
-        *((limit, "is invalid") for limit in ("requests_per_second=nan", "until=tomorrow")),
+        *((limit, "is invalid") for limit in ("at_once=1.5", "requests_per_second=nan")),
         *((limit, "is invalid") for limit in ("images_per_minute=inf", "until=2027-02-30")),
         ("colour=red", "colour is not a limit, or comes twice; there are requests_per_second, at_"),
         ("at_once=1 at_once=2", "comes twice"),
-        *((limit, "each line is `name: SHA-256 in hex`") for limit in ("at_once", "at_once =1")),
+        ("at_once =1", "each line is `name: SHA-256 in hex`"),
     ],
 )
-def test_a_line_that_is_none_is_named(limits: str, why: str, tmp_path: Path) -> None:
+def test_a_wrong_line_is_named(limits: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# keys\n{line('ann', 'a')}{line('bob', 'b', limits)}")
     with pytest.raises(RAdapterError, match=f"keys, line 3: .*{re.escape(why)}"):
@@ -222,23 +221,21 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
     with (
         Client(served.url, api_key="s", retries=0) as slow,
         Client(served.url, api_key="x", retries=0) as free,
+        Client(served.url, api_key="f", retries=0) as few,
+        ThreadPoolExecutor(3) as threads,
     ):
         slow.embed_texts(["a"])
         with pytest.raises(ServerUnavailable, match="slow may send 0.5 requests a sec") as refused:
             slow.embed_texts(["a"])
         assert (refused.value.code, refused.value.retry_after) == ("rate_limited", 2)
-        assert slow.release().version == 1  # what computes nothing is not counted
+        assert slow.release().version == 1  # no inference
         for _ in range(20):
             free.embed_texts(["a"])
-
-
-def test_a_key_has_so_many_requests_at_once(served: Served) -> None:
-    served.hold()
-    with Client(served.url, api_key="f", retries=0) as few, ThreadPoolExecutor(3) as threads:
-        asked = [threads.submit(few.embed_texts, ["a"]) for _ in range(3)]
-        until(lambda: any(one.done() for one in asked))
+        served.hold()
+        calls = [threads.submit(few.embed_texts, ["a"]) for _ in range(3)]
+        until(lambda: any(call.done() for call in calls))
         served.let_go()
-        errors = [str(error) for one in asked if (error := one.exception())]
+        errors = [str(error) for call in calls if (error := call.exception())]
     assert len(errors) == 1 and "few may send 2 requests at once" in errors[0]
 
 
@@ -287,34 +284,27 @@ def test_a_caller_who_is_refused_while_he_sends_reads_why(
     connection.close()
 
 
-def refused_at_once(served: Served, headers: str) -> tuple[int, str | None]:
-    """Status and connection of the answer to a POST whose body never comes."""
-    with served.connection(HEAD + f"{headers}\r\n\r\n".encode()) as connection:
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        return answer.status, answer.getheader("Connection")
-
-
 @pytest.mark.parametrize(
-    "headers", [f"Content-Length: {2**20 + 1}", "Content-Length: 9\r\nExpect: 100-continue"]
+    ("headers", "waits"),
+    [
+        (f"Content-Length: {2**20 + 1}", False),
+        ("Content-Length: 9\r\nExpect: 100-continue", False),
+        ("Content-Length: 9", True),
+        ("Transfer-Encoding: chunked", True),
+    ],
 )
-def test_a_refusal_that_does_not_wait_for_the_body(served: Served, headers: str) -> None:
-    start = time.monotonic()
-    assert refused_at_once(served, headers) == (401, "close")
-    assert time.monotonic() - start < 0.9
-
-
-def test_a_refusal_waits_for_a_body_that_does_not_come(
-    keys: Path, capsys: pytest.CaptureFixture[str]
+def test_a_refusal_of_a_body_that_does_not_come(
+    keys: Path, capsys: pytest.CaptureFixture[str], headers: str, waits: bool
 ) -> None:
-    """The time of the request is without that wait."""
-    with serving(api_keys=keys, log="json", timeouts=Timeouts(discard=0.3)) as served:
-        for headers in ("Content-Length: 9", "Transfer-Encoding: chunked"):
-            start = time.monotonic()
-            assert refused_at_once(served, headers) == (401, "close")
-            assert time.monotonic() - start >= 0.3
-    for said in capsys.readouterr().err.splitlines():
-        assert json.loads(said)["ms"] < 250
+    """It waits for a short one; the time of the request is without that wait."""
+    with serving(api_keys=keys, log="json", timeouts=Timeouts(discard=0.5)) as served:
+        start = time.monotonic()
+        with served.connection(HEAD + f"{headers}\r\n\r\n".encode()) as connection:
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+        assert (answer.status, answer.getheader("Connection")) == (401, "close")
+        assert (time.monotonic() - start >= 0.5) == waits
+    assert json.loads(capsys.readouterr().err)["ms"] < 400
 
 
 # One request, followed
@@ -330,14 +320,11 @@ def test_an_id_comes_back_with_every_answer(served: Served) -> None:
     for path in (INFER, "/v2", "/no/such/path", "/health/live", "/v1/models/x"):
         body = TEXT if path == INFER else None
         assert answered_id(served, path, "0af7651916cd43dd-8448", body) == "0af7651916cd43dd-8448"
-        made = {answered_id(served, path, None, body) for _ in range(3)}
-        assert len(made) == 3 and all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
-
-
-@pytest.mark.parametrize("bad", ["", "a b", "a" * 129, 'x"}', "ü", "a,b", "a\tb"])
-def test_an_id_that_could_forge_a_line_is_replaced(served: Served, bad: str) -> None:
-    sent = bad.encode().decode("latin-1")
-    assert re.fullmatch("[0-9a-f]{32}", answered_id(served, "/v2", sent))
+        new = {answered_id(served, path, None, body) for _ in range(3)}
+        assert len(new) == 3 and all(re.fullmatch("[0-9a-f]{32}", one) for one in new)
+    for forged in ("", "a b", "a" * 129, 'x"}', "ü", "a,b", "a\tb"):
+        sent = forged.encode().decode("latin-1")
+        assert re.fullmatch("[0-9a-f]{32}", answered_id(served, "/v2", sent))
 
 
 def test_triton_and_the_clients_exceptions_have_the_id(served: Served) -> None:
@@ -378,11 +365,10 @@ def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]
 def test_a_line_a_request_in_words(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(api_keys=keys, log="line") as served:
         answered_id(served, INFER, "my-id", TEXT)
-    [said] = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"2\S+ my-id free embed_text 200 ok release 1, \d+ bytes in, \d+ out, [\d.]+ ms"
-        r" \(queue [\d.]+, model [\d.]+\)",
-        said,
+        r" \(queue [\d.]+, model [\d.]+\)\n",
+        capsys.readouterr().err,
     )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -73,23 +72,6 @@ def test_requests_are_answered_together_and_alone(load, repository, backend):
 
 def parameters(**values):
     return {name: {"string_value": value} for name, value in values.items()}
-
-
-def test_onnxruntime_heeds_the_parameters_of_the_official_backend(load, repository, monkeypatch):
-    import onnxruntime
-
-    seen = []
-    real = onnxruntime.InferenceSession
-
-    def session(*arguments: Any, **keywords: Any) -> Any:
-        seen.append(real(*arguments, **keywords))
-        return seen[-1]
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    load("onnxruntime").initialize(
-        arguments(repository, parameters=parameters(intra_op_thread_count="1"))
-    )
-    assert seen[0].get_session_options().intra_op_num_threads == 1
 
 
 @pytest.mark.parametrize(("hint", "precision"), [({}, "f32"), ({"HINT_BF16": "YES"}, "bf16")])

@@ -191,15 +191,6 @@ def test_instances_of_tasks():
     assert model.with_instances(None) == model
 
 
-def test_folders_stay_what_they_are_where_the_current_folder_is_another(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = ServerConfig(Path("repository"), indexes=Path("indexes"))
-    assert (config.model_repository, config.indexes) == (
-        tmp_path / "repository",
-        tmp_path / "indexes",
-    )
-
-
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
     dead, alive, new, other = (
         tmp_path / f"{name}{os.getpid()}"
