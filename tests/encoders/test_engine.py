@@ -24,7 +24,7 @@ from radapter_serve.encoders.tensorrt.engine import (
 )
 from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
-from tests.helpers.small_release import image_encoder
+from tests.helpers.small_release import encoder
 
 LIMITS: dict[str, Any] = {"max_batch_size": 8, "max_length": 77}
 
@@ -41,7 +41,7 @@ def trt(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    onnx.save(image_encoder(np.random.default_rng(0)), tmp_path / "model.onnx")
+    onnx.save(encoder("image_encoder", np.random.default_rng(0)), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 
@@ -165,7 +165,7 @@ def test_progress_is_told_and_ctrl_c_ends_the_build(
 def test_graphs_that_tensorrt_cannot_read_are_explained(trt: Any, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match=r"TensorRT 11.4.0.106 cannot read .*none.onnx: "):
         build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
-    model = image_encoder(np.random.default_rng(0))
+    model = encoder("image_encoder", np.random.default_rng(0))
     quantize = onnx.helper.make_node(
         "DynamicQuantizeLinear", ["floats"], ["a", "b", "c"], name="quantize_7"
     )

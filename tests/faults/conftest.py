@@ -6,37 +6,28 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 import urllib3
 
-from radapter_client import RAdapterClientError
+from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.served import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
+from tests.helpers.fake_upstream import until
 from tests.helpers.served import repository
 from tests.helpers.shared import shared
 from tests.helpers.small_release import seal, write_release
 
-__all__ = ["repository"]
-
-
-def until(found: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait until something is so, and fail if it is not within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+__all__ = ["repository", "until"]
 
 
 def outcome(call: Callable[[], Any]) -> str:
@@ -48,42 +39,37 @@ def outcome(call: Callable[[], Any]) -> str:
     return "an answer"
 
 
-class RunningProcess(ABC):
-    """What answers over HTTP in a process of its own that can be killed, frozen and started again
-    at the same port.
+def ask(client: Client, image: bytes = b"x", **options: Any) -> str:
+    """The outcome of `classify` with an image, which may be an order of fake_model.py."""
+    return outcome(lambda: client.classify(image, ["a"], **options))
 
-    Attributes:
-        elsewhere: URLs of other ways in that must not notice what becomes of this one.
+
+class RunningProcess:
+    """A process that answers over HTTP, and can be killed, frozen and started again at its port:
+    what `launch` starts. `elsewhere` has URLs of other ways in, which notice nothing of that.
     """
 
-    elsewhere: Sequence[str] = ()
-
-    def __init__(self, port: int) -> None:
+    def __init__(
+        self, port: int, launch: Callable[[], Popen[bytes]], elsewhere: Sequence[str] = ()
+    ) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
+        self.elsewhere = elsewhere
+        self._launch = launch
         self.start()
-
-    @abstractmethod
-    def launch(self) -> subprocess.Popen[bytes]:
-        """Start the process."""
 
     def start(self) -> None:
         """Start it, and wait until it is alive."""
-        self._process = self.launch()
-        until(self._alive, 60)
+        self._process = self._launch()
 
-    def _alive(self) -> bool:
-        assert self._process.poll() is None
-        with contextlib.suppress(urllib3.exceptions.HTTPError):
-            return (
-                urllib3.request("GET", f"{self.url}/health/live", retries=False, timeout=5).status
-                == 200
-            )
-        return False
+        def is_alive() -> bool:
+            assert self._process.poll() is None
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                path = f"{self.url}/health/live"
+                return urllib3.request("GET", path, retries=False, timeout=5).status == 200
+            return False
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        until(is_alive, 60)
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -94,32 +80,13 @@ class RunningProcess(ABC):
         self._process.wait()
 
 
-class RunningGateway(RunningProcess):
+@contextlib.contextmanager
+def running_gateway(server: str) -> Iterator[RunningProcess]:
     """A gateway in front of a Triton with the stand-in models."""
-
-    def __init__(self, server: str, **options: Any) -> None:
-        self._settings = Settings(port=free_ports()[0], server=server, **options)
-        self.elsewhere = [f"grpc://{server}"]
-        super().__init__(self._settings.port)
-
-    def launch(self) -> subprocess.Popen[bytes]:
-        return start(self._settings)
-
-
-class RunningEngine(RunningProcess):
-    """An engine with the gateway's app in front of it, whose `classify` obeys as the stand-in
-    models do.
-    """
-
-    def __init__(self, repository: Path, *extra: str) -> None:
-        self._repository = repository
-        self._extra = extra
-        super().__init__(free_ports()[0])
-
-    def launch(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.helpers.engine_process", str(self._repository)]
-        command += [str(self._repository / "indexes"), "-", str(self.port), "60", *self._extra]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    settings = Settings(port=free_ports()[0], server=server)
+    process = RunningProcess(settings.port, lambda: start(settings), [f"grpc://{server}"])
+    yield process
+    process.end()
 
 
 @pytest.fixture(scope="session")
@@ -135,10 +102,9 @@ def running(stand_ins: Path) -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def gateway(running: FakeServer) -> Iterator[RunningGateway]:
-    gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"))
-    yield gateway
-    gateway.end()
+def gateway(running: FakeServer) -> Iterator[RunningProcess]:
+    with running_gateway(running.grpc_url.removeprefix("grpc://")) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="session")
@@ -155,10 +121,16 @@ def models(common: Path) -> Path:
 
 
 @pytest.fixture
-def engine(models: Path) -> Iterator[RunningEngine]:
-    engine = RunningEngine(models, "orders")
-    yield engine
-    engine.end()
+def engine(models: Path) -> Iterator[RunningProcess]:
+    """An engine with the gateway's app in front of it, whose `classify` obeys as the stand-in
+    models do.
+    """
+    port = free_ports()[0]
+    arguments = [models, models / "indexes", "-", port, 60, "orders"]
+    command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, arguments)]
+    process = RunningProcess(port, lambda: Popen(command, cwd=Path(__file__).parents[2]))
+    yield process
+    process.end()
 
 
 @pytest.fixture(params=["gateway", "engine"])

@@ -11,14 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 import urllib3
 
 from radapter_client import Client
-from tests.faults.conftest import RunningProcess, outcome, until
+from tests.faults.conftest import RunningProcess, ask, until
 
 pytestmark = pytest.mark.triton
 
@@ -30,13 +29,13 @@ def test_a_killed_gateway(front: RunningProcess) -> None:
     gateway is back.
     """
     with Client(front.url, retries=0) as client, ThreadPoolExecutor(4) as threads:
-        calls = [threads.submit(outcome, partial(client.classify, SLOW, ["a"])) for _ in range(4)]
+        calls = [threads.submit(ask, client, SLOW) for _ in range(4)]
         time.sleep(0.7)
         front.end()
         assert {call.result(10) for call in calls} == {"ServerUnavailable None"}
-        assert outcome(partial(client.classify, b"x", ["a"])) == "ServerUnavailable None"
+        assert ask(client) == "ServerUnavailable None"
         front.start()
-        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+        assert ask(client) == "an answer"
 
 
 def test_a_gateway_that_starts_again_under_a_client_with_retries(front: RunningProcess) -> None:
@@ -44,10 +43,7 @@ def test_a_gateway_that_starts_again_under_a_client_with_retries(front: RunningP
     calls and starts.
     """
     with Client(front.url, retries=20, timeout=60) as client, ThreadPoolExecutor(4) as threads:
-        calls = [
-            threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"]))
-            for _ in range(4)
-        ]
+        calls = [threads.submit(ask, client, b'{"sleep": 1}') for _ in range(4)]
         time.sleep(0.5)
         front.end()
         front.start()
@@ -60,13 +56,13 @@ def test_a_frozen_gateway(front: RunningProcess) -> None:
     """
     with Client(front.url) as client, contextlib.ExitStack() as stack:
         others = [stack.enter_context(Client(url)) for url in front.elsewhere]
-        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+        assert ask(client) == "an answer"
         front.signal(signal.SIGSTOP)
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)) == "Timeout None"
+        assert ask(client, timeout=1.0) == "Timeout None"
         for other in others:
-            assert outcome(partial(other.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+            assert ask(other, timeout=10.0) == "an answer"
         front.signal(signal.SIGCONT)
-        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+        assert ask(client) == "an answer"
 
 
 def test_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
@@ -77,7 +73,7 @@ def test_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
     with Client(front.url) as client:
         with caller(front, {"watch": str(left)}) as asking:
             asking.kill()
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        assert ask(client, timeout=10.0) == "an answer"
         until(left.exists, 15)
         until(lambda: left.read_text() == "cancelled", 1)
 
@@ -89,7 +85,7 @@ def test_a_frozen_client(front: RunningProcess) -> None:
     with Client(front.url) as client, caller(front, {"sleep": 1}) as asking:
         asking.send_signal(signal.SIGSTOP)
         until(lambda: running_requests(front) == 0, 10)
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        assert ask(client, timeout=10.0) == "an answer"
         asking.send_signal(signal.SIGCONT)
         assert asking.wait(10) == 0
 

@@ -1,81 +1,115 @@
-"""What callers see of a network that is slow, silent or cut, and of others who only hold
-connections open.
-"""
+"""What callers see of a network that is slow, silent or cut."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
 from radapter_client import Client
-from tests.faults.conftest import RunningGateway, outcome
-from tests.helpers.bad_network import BadNetwork, bad_network
+from tests.faults.conftest import ask, running_gateway
 from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 
-WAYS = ["grpc", "http", "gateway", "engine"]
+
+class BadNetwork:
+    """Passes bytes between callers and a server, as badly as a test says."""
+
+    def __init__(self, port: int) -> None:
+        self.delay = 0.0  # seconds that each piece of bytes waits
+        self.silent = False  # bytes are swallowed, while all connections stay open
+        self._server_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def url(self, url: str) -> str:
+        """The same URL, through this network."""
+        return urlunsplit(urlsplit(url)._replace(netloc=f"127.0.0.1:{self.port}"))
+
+    def cut(self) -> None:
+        """Break every connection in the middle of what it carries, but take new ones."""
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._sockets.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._sockets += [caller, server]
+                for pair in ((caller, server), (server, caller)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                time.sleep(self.delay)
+                if not self.silent:
+                    target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        source.close()
 
 
-@pytest.fixture(params=WAYS)
-def network(
-    request: pytest.FixtureRequest,
-) -> Iterator[tuple[str, BadNetwork]]:
-    """A URL of each way in, through a network that can be bad."""
-    if request.param in ("gateway", "engine"):
-        url = request.getfixturevalue(request.param).url
-    else:
-        url = request.getfixturevalue("running").urls[request.param]
-    with bad_network(int(url.rpartition(":")[2])) as network:
-        yield network.url(url), network
-
-
-def test_a_network_that_is_slow_silent_and_cut(network: tuple[str, BadNetwork]) -> None:
+@pytest.mark.parametrize("way", ["grpc", "http", "gateway", "engine"])
+def test_a_network_that_is_slow_silent_and_cut(way: str, request: pytest.FixtureRequest) -> None:
     """Slow: answers. Silent: Timeout in the caller's own time. Cut in mid-call: asked again. Then
     as before.
     """
-    url, net = network
-    with Client(url) as client:
-        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-        net.delay = 0.3
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
-        net.delay = 0.0
-        net.silent = True
+    if way in ("gateway", "engine"):
+        url = request.getfixturevalue(way).url
+    else:
+        url = request.getfixturevalue("running").urls[way]
+    with (
+        contextlib.closing(BadNetwork(int(url.rpartition(":")[2]))) as network,
+        Client(network.url(url)) as client,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        assert ask(client) == "an answer"
+        network.delay = 0.3
+        assert ask(client, timeout=30.0) == "an answer"
+        network.delay = 0.0
+        network.silent = True
         began = time.monotonic()
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)) == "Timeout None"
+        assert ask(client, timeout=1.0) == "Timeout None"
         assert time.monotonic() - began < 10
-        net.silent = False
-        net.cut()
-        assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
-        with ThreadPoolExecutor(1) as threads:
-            call = threads.submit(
-                outcome, partial(client.classify, b'{"sleep": 1}', ["a"], timeout=30.0)
-            )
-            time.sleep(0.5)
-            net.cut()
-            assert call.result(40) == "an answer"
+        network.silent = False
+        network.cut()
+        assert ask(client, timeout=30.0) == "an answer"
+        call = threads.submit(ask, client, b'{"sleep": 1}', timeout=30.0)
+        time.sleep(0.5)
+        network.cut()
+        assert call.result(40) == "an answer"
 
 
 def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) -> None:
     """A gateway that hears nothing of Triton answers with a time-out in time, and works when Triton
     is heard again.
     """
-    address = running.grpc_url.removeprefix("grpc://")
-    with bad_network(int(address.rpartition(":")[2])) as net:
-        gateway = RunningGateway(f"127.0.0.1:{net.port}")
-        try:
-            with Client(gateway.url) as client:
-                assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-                net.silent = True
-                assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)).startswith(
-                    "Timeout"
-                )
-                net.silent = False
-                net.cut()
-                assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
-        finally:
-            gateway.end()
+    port = int(running.grpc_url.rpartition(":")[2])
+    with (
+        contextlib.closing(BadNetwork(port)) as network,
+        running_gateway(f"127.0.0.1:{network.port}") as gateway,
+        Client(gateway.url) as client,
+    ):
+        assert ask(client) == "an answer"
+        network.silent = True
+        assert ask(client, timeout=1.0).startswith("Timeout")
+        network.silent = False
+        network.cut()
+        assert ask(client, timeout=30.0) == "an answer"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import socket
 import time
@@ -19,11 +18,12 @@ import numpy as np
 import pytest
 import trustme
 import urllib3
-from PIL import Image
 
 from radapter_client import AsyncClient, Client, ServerUnavailable
+from radapter_serve.gateway.keys import new_key
 from tests.helpers.fake_server import FakeServer
 from tests.helpers.gateway import gateway
+from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 
@@ -34,25 +34,20 @@ def url(fake_server: FakeServer) -> Iterator[str]:
         yield url
 
 
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.radial_gradient("L").resize((7, 5)).save(file, "PNG")
-    return file.getvalue()
-
-
+PNG = png(1, 7, 5)
 PROPOSALS = np.arange(2 * 5 * 7, dtype=np.uint8).reshape(2, 5, 7)
 SCORES = np.full((2, 2), 0.1, np.float32)
 
 
 def calls(client: Any) -> list[Any]:
-    images = [b"one", png(), b"three"]
+    images = [b"one", PNG, b"three"]
     return [
         partial(client.classify, images, ["a", "ü", "c"]),
         partial(client.embed_images, images),
         partial(client.embed_texts, ["a", "ü"]),
         partial(client.search, "ü", index="photos", top_k=3, thumbnails=True),
-        partial(client.segment, [png(), png()], ["a", "b"], threshold=0.5),
-        partial(client.segment, png(), ["a", "ü"], proposals=PROPOSALS, proposal_scores=SCORES),
+        partial(client.segment, [PNG, PNG], ["a", "b"], threshold=0.5),
+        partial(client.segment, PNG, ["a", "ü"], proposals=PROPOSALS, proposal_scores=SCORES),
         client.release,
         client.releases,
         client.is_ready,
@@ -127,7 +122,7 @@ def test_errors_of_a_task_keep_their_codes(url: str) -> None:
 def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
     import openai  # here: it takes long to load
 
-    data = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    data = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
     texts = [f"text {number}" for number in range(70)]  # more than a batch
     with (
         Client(fake_server.grpc_url) as direct,
@@ -135,7 +130,7 @@ def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, 
     ):
         found = client.embeddings.create(model="radapter", input=[*texts, data, "ü"])
         expected = np.concatenate(
-            [direct.embed_texts(texts), direct.embed_images([png()]), direct.embed_texts(["ü"])]
+            [direct.embed_texts(texts), direct.embed_images([PNG]), direct.embed_texts(["ü"])]
         )
         embeds = np.array([one.embedding for one in found.data], np.float32)
         assert found.model == "radapter-2" and embeds.tolist() == expected.tolist()
@@ -153,8 +148,6 @@ def test_over_tls_with_a_key(
     certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     keys = tmp_path / "keys"
-    from radapter_serve.gateway.keys import new_key
-
     key = new_key(keys, "ann")
     options = {
         "tls_certificate": tmp_path / "chain.pem",

@@ -49,16 +49,17 @@ def traced(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[tuple[Se
 def test_a_span_of_each_request_in_the_trace_of_its_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    private = {"inputs": [{**TEXT["inputs"][0], "data": ["a private text"]}]}
     key = new_key(tmp_path / "keys", "the-name-of-a-key")
     with traced(monkeypatch, api_keys=tmp_path / "keys") as (served, collector):
         known = {"Authorization": f"Bearer {key}", "traceparent": f"00-{TRACE}-{CALLER}-01"}
-        assert served.ask(INFER, TEXT, **known, X_Request_Id="my-id")[0] == 200
-        assert served.ask("/v2/models/no/infer", TEXT, **known)[0] == 404
+        assert served.ask(INFER, private, **known, X_Request_Id="my-id")[0] == 200
+        assert served.ask("/v2/models/no/infer", private, **known)[0] == 404
         # A caller without a key has no span.
-        assert served.ask(INFER, TEXT, traceparent=known["traceparent"])[0] == 401
-        assert served.ask(INFER, TEXT, **{**known, "Authorization": "Bearer other"})[0] == 401
+        assert served.ask(INFER, private, traceparent=known["traceparent"])[0] == 401
+        assert served.ask(INFER, private, **{**known, "Authorization": "Bearer other"})[0] == 401
         served.upstream.error = Refused(503, "server_unavailable", "gone")
-        assert served.ask(INFER, TEXT, **known)[0] == 503
+        assert served.ask(INFER, private, **known)[0] == 503
         told = served.upstream.entries[-2:]
         served.ask("/v2", **known)
     spans = collector.spans
@@ -77,7 +78,7 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
     parents = [one.traceparent for one in told if one is not None]
     assert parents == [f"00-{TRACE}-{span.id}-01" for span in (spans[0], spans[2])]
     sent = b"".join(collector.bodies)
-    for secret in (b"abc", key.encode(), b"the-name-of-a-key", b"Bearer"):
+    for secret in (b"private", key.encode(), b"the-name-of-a-key", b"Bearer"):
         assert secret not in sent
 
 

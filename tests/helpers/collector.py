@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.helpers.stand_ins import http_server
@@ -43,11 +44,7 @@ class Collector:
     @property
     def spans(self) -> list[Span]:
         """All spans until now."""
-        return [
-            span
-            for body in self.bodies
-            for span in (_read_json(body) if body.startswith(b"{") else _read(body))
-        ]
+        return [span for body in self.bodies for span in _read(body)]
 
     def wait_for(self, *names: str, trace: str, seconds: float = 30) -> list[Span]:
         """The spans of a trace, once there is one of each of these names."""
@@ -69,43 +66,34 @@ def collecting() -> Iterator[Collector]:
 
 
 def _read(body: bytes) -> Iterator[Span]:
-    message = ExportTraceServiceRequest.FromString(body)
+    message = ExportTraceServiceRequest()
+    is_json = body.startswith(b"{")
+    if is_json:
+        json_format.Parse(body, message, ignore_unknown_fields=True)
+    else:
+        message.ParseFromString(body)
+
+    def digits(number: bytes) -> str:
+        # JSON has the digits themselves, which protobuf took for base64.
+        return base64.b64encode(number).decode() if is_json else number.hex()
+
     for resource in message.resource_spans:
         service = _attributes(resource.resource.attributes).get("service.name", "")
-        for scope in resource.scope_spans:
-            for span in scope.spans:
-                yield Span(
-                    service,
-                    span.name,
-                    span.trace_id.hex(),
-                    span.span_id.hex(),
-                    span.parent_span_id.hex(),
-                    span.start_time_unix_nano,
-                    span.end_time_unix_nano,
-                    _attributes(span.attributes),
-                )
+        for span in (span for scope in resource.scope_spans for span in scope.spans):
+            yield Span(
+                service,
+                span.name,
+                digits(span.trace_id),
+                digits(span.span_id),
+                digits(span.parent_span_id),
+                span.start_time_unix_nano,
+                span.end_time_unix_nano,
+                _attributes(span.attributes),
+            )
 
 
-def _read_json(body: bytes) -> Iterator[Span]:
-    for resource in json.loads(body)["resourceSpans"]:
-        service = _json_attributes(resource["resource"]["attributes"])["service.name"]
-        for scope in resource["scopeSpans"]:
-            for span in scope["spans"]:
-                yield Span(
-                    service,
-                    span["name"],
-                    span["traceId"],
-                    span["spanId"],
-                    span.get("parentSpanId", ""),
-                    int(span["startTimeUnixNano"]),
-                    int(span["endTimeUnixNano"]),
-                    _json_attributes(span.get("attributes", [])),
-                )
-
-
-def _json_attributes(given: Any) -> dict[str, Any]:
-    return {one["key"]: next(iter(one["value"].values()), "") for one in given}
-
-
-def _attributes(given: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in given}
+def _attributes(pairs: Any) -> dict[str, Any]:
+    return {
+        pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value")
+        for pair in pairs
+    }

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 from google.protobuf import text_format
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
@@ -53,83 +54,43 @@ CONFIDENCE = {
 LABELS = ["red", "green", "blue, azure", "a striped thing"]
 
 
-def unit_length(source: str, target: str) -> list[onnx.NodeProto]:
-    return [
-        helper.make_node("ReduceL2", [source, "last"], ["norm"], keepdims=1),
-        helper.make_node("Div", [source, "norm"], [target]),
-    ]
+# The encoders as ONNX writes them in text; `last` and the weights are constants.
+_UNIT = "norm = ReduceL2<keepdims=1>(sum, last) result = Div(sum, norm)"
+ENCODERS = {
+    "image_encoder": """(uint8[batch,16,16,3] image) => (float[batch,8] result) {
+        floats = Cast<to=1>(image) centred = Sub(floats, middle)
+        flat = Flatten(centred) sum = MatMul(flat, weight)""",
+    "patch_encoder": """(uint8[batch,16,16,3] image) => (float[batch,4,4,8] result) {
+        floats = Cast<to=1>(image) centred = Sub(floats, middle) pieces = Reshape(centred, cut)
+        patches = Transpose<perm=[0, 1, 3, 2, 4, 5]>(pieces)
+        flat = Reshape(patches, rows) sum = MatMul(flat, weight)""",
+    # Padding, token 0, adds nothing: cropping to the longest text is exact.
+    "text_encoder": """(int32[batch,length] tokens) => (float[batch,8] result) {
+        vectors = Gather(table, tokens) sum = ReduceSum<keepdims=0>(vectors, one)""",
+}
 
 
-def graph(
-    name: str,
-    nodes: list,
-    inputs: list,
-    output: str,
-    weights: dict[str, np.ndarray],
-    shape: tuple[int, ...] = (),
-) -> onnx.ModelProto:
-    constants = [numpy_helper.from_array(array, key) for key, array in weights.items()]
-    constants.append(numpy_helper.from_array(np.array([-1]), "last"))
-    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", *shape, WIDTH])]
-    opset = [helper.make_opsetid("", 18)]
-    model = helper.make_model(
-        helper.make_graph(nodes, name, inputs, outputs, constants), opset_imports=opset
+def encoder(name: str, random: np.random.Generator) -> onnx.ModelProto:
+    patch = SIZE // GRID
+    weights: dict[str, np.ndarray] = {"last": np.array([-1])}
+    if name == "text_encoder":
+        table = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
+        table[0] = 0
+        weights |= {"table": table, "one": np.array([1])}
+    else:
+        rows = SIZE * SIZE * 3 if name == "image_encoder" else patch * patch * 3
+        weights["middle"] = np.array(120, np.float32)
+        weights["weight"] = random.normal(size=(rows, WIDTH)).astype(np.float32)
+    if name == "patch_encoder":
+        weights["cut"] = np.array([0, GRID, patch, GRID, patch, 3])
+        weights["rows"] = np.array([0, GRID, GRID, patch * patch * 3])
+    graph = f"{ENCODERS[name]} {_UNIT} }}".replace("result", name.replace("encoder", "embeds"))
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> graph {graph}')
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, key) for key, array in weights.items()
     )
-    model.ir_version = 10
     onnx.checker.check_model(model)
     return model
-
-
-def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
-    weight = random.normal(size=(SIZE * SIZE * 3, WIDTH)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["floats", "middle"], ["centred"]),
-        helper.make_node("Flatten", ["centred"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weight"], ["sum"]),
-        *unit_length("sum", "image_embeds"),
-    ]
-    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
-    return graph(
-        "image",
-        nodes,
-        inputs,
-        "image_embeds",
-        {"weight": weight, "middle": np.array(120, np.float32)},
-    )
-
-
-def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
-    patch = SIZE // GRID
-    nodes = [
-        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["floats", "middle"], ["centred"]),
-        helper.make_node("Reshape", ["centred", "cut"], ["pieces"]),
-        helper.make_node("Transpose", ["pieces"], ["patches"], perm=[0, 1, 3, 2, 4, 5]),
-        helper.make_node("Reshape", ["patches", "rows"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weight"], ["sum"]),
-        *unit_length("sum", "patch_embeds"),
-    ]
-    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
-    weights = {
-        "middle": np.array(120, np.float32),
-        "cut": np.array([0, GRID, patch, GRID, patch, 3]),
-        "rows": np.array([0, GRID, GRID, patch * patch * 3]),
-        "weight": random.normal(size=(patch * patch * 3, WIDTH)).astype(np.float32),
-    }
-    return graph("patches", nodes, inputs, "patch_embeds", weights, (GRID, GRID))
-
-
-def text_encoder(random: np.random.Generator) -> onnx.ModelProto:
-    table = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
-    table[0] = 0  # padding adds nothing: cropping to the longest text is exact
-    nodes = [
-        helper.make_node("Gather", ["table", "tokens"], ["vectors"]),
-        helper.make_node("ReduceSum", ["vectors", "length"], ["sum"], keepdims=0),
-        *unit_length("sum", "text_embeds"),
-    ]
-    inputs = [helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])]
-    return graph("text", nodes, inputs, "text_embeds", {"table": table, "length": np.array([1])})
 
 
 def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> Samples:
@@ -189,9 +150,8 @@ def write_release(
         "tools": {},
         "created": "",
     }
-    encoders = {"image_encoder": image_encoder(random), "text_encoder": text_encoder(random)}
-    if dense:
-        encoders["patch_encoder"] = patch_encoder(random)
+    names = ["image_encoder", "text_encoder", *(["patch_encoder"] if dense else [])]
+    encoders = {name: encoder(name, random) for name in names}
     for name, model in encoders.items():
         folder = repository / name / str(version)
         folder.mkdir(parents=True)

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
+from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import gateway
 from tests.helpers.indexes import outdated_at
 from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
@@ -208,13 +209,6 @@ def test_the_command_speaks_with_the_server(
     assert served.models["classify"] == [1]
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.usefixtures("untried")
 def test_an_index_is_searched_while_its_release_is_served(
     served: TritonServer, folder: Path
@@ -228,13 +222,13 @@ def test_an_index_is_searched_while_its_release_is_served(
         assert client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
-        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 1)
+        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 1, 60)
         build(str(folder / "photos"), index, load_release(f"{repository}@2"))
         after = client.search("a cat", index=INDEX)
         assert [hit.score for hit in after] != [hit.score for hit in before]
         served.load([2])
         assert client.search("a cat", index=INDEX) == after
-        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 0)
+        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 0, 60)
         served.load([1])
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)

@@ -9,11 +9,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -32,6 +32,7 @@ from radapter_serve.server.supervisor import (
 )
 from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
 from tests.helpers.fake_clock import FakeClock
+from tests.helpers.fake_upstream import until
 from tests.helpers.stand_ins import http_server
 
 # Starts two processes whose first argument is that of a model, and waits. It keeps them, for a
@@ -59,13 +60,16 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def until(get: Callable[[], Any]) -> Any:
-    """The value of `get`, once it is true."""
-    deadline = time.monotonic() + 20
-    while not (value := get()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return value
+def first_of(watch: Watch) -> list[Failure]:
+    """The first failures that a watch reports."""
+    deaths: list[Failure] = []
+
+    def has_died() -> bool:
+        deaths.extend(watch.poll())
+        return bool(deaths)
+
+    until(has_died)
+    return deaths
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_a_death_is_reported_once_with_its_reason(parent, name, number, why):
     until(lambda: len(watch.models()) == 2 and watch.poll() == [])
     pids = {model: pid for pid, model in watch.models().items()} | {SERVER: parent.pid}
     os.kill(pids[name], number)
-    [failure] = until(watch.poll)
+    [failure] = first_of(watch)
     assert failure.name == name and re.search(why, failure.why)
     if name != SERVER:
         assert failure.version == {"classify": 1, "segment": 12}[name]
@@ -97,7 +101,7 @@ def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
     monkeypatch.setattr(watch_module, "killed_for_memory", lambda: next(kills))
     watch = Watch(parent)
     parent.kill()
-    [failure] = until(watch.poll)
+    [failure] = first_of(watch)
     assert str(failure) == "tritonserver died: the kernel killed it, because memory ran out"
 
 
@@ -130,54 +134,32 @@ class Server:
             raise self.restart_error
 
 
-class Silent:
-    """A probe that names the models of a test as silent."""
-
-    def __init__(self, *silent: str) -> None:
-        self.silent = list(silent)
-
-    def step(self, _: object) -> list[str]:
-        return self.silent
-
-    def forget(self) -> None:
-        self.silent = []
-
-
-class Sidecar:
-    """A program that is supervised together with the server; each look gives the next of `whys`."""
-
-    name = GATEWAY
-    starts = 0
-
-    def __init__(self, *whys: str | None) -> None:
-        self.whys = list(whys)
-
-    def died(self) -> str | None:
-        return self.whys.pop(0) if self.whys else None
-
-    def start(self) -> None:
-        self.starts += 1
-
-
 class Scene:
-    """A supervisor with stand-ins; a look finds the next of `polls` dead."""
+    """A supervisor of a stand-in; a look finds the next of `polls` dead, a probe those in
+    `silent`, and a gateway is dead for the next of `whys`.
+    """
 
     def __init__(
         self,
         *polls: list[Failure],
         fails: int = 0,
         silent: Sequence[str] = (),
-        sidecars: Sequence[Sidecar] = (),
+        whys: Sequence[str | None] = (),
     ) -> None:
         self.server = Server(*polls, fails=fails)
         self.clock = FakeClock()
         self.lines: list[str] = []
+        reasons = list(whys)
+        self.gateway = Mock(died=lambda: reasons.pop(0) if reasons else None)
+        self.gateway.name = GATEWAY
+        probe = Mock(step=Mock(return_value=list(silent)))
+        probe.forget = probe.step.return_value.clear
         self.supervisor = Supervisor(
             self.server,  # type: ignore[arg-type]
             self.lines.append,
-            sidecars,
+            [self.gateway] if whys else [],
             clock=self.clock,
-            probe=Silent(*silent),  # type: ignore[arg-type]
+            probe=probe,
         )
 
     def steps(self, count: int = 1) -> Scene:
@@ -238,18 +220,16 @@ def test_a_server_that_dies_before_it_is_ready_is_given_up():
 
 
 def test_a_sidecar_is_given_up_if_it_dies_at_once_each_time_and_never_if_it_ran_for_a_while():
-    sidecar = Sidecar(None, *["why"] * MAX_FAILURES)
-    scene = Scene(sidecars=[sidecar]).steps(MAX_FAILURES)
-    assert (sidecar.starts, scene.server.done) == (MAX_FAILURES - 1, [])
+    scene = Scene(whys=[None, *["why"] * MAX_FAILURES]).steps(MAX_FAILURES)
+    assert (scene.gateway.start.call_count, scene.server.done) == (MAX_FAILURES - 1, [])
     with pytest.raises(RAdapterError, match=f"{GATEWAY} died: why; it has not become ready"):
         scene.steps()
 
-    sidecar = Sidecar(*["why"] * 20)
-    scene = Scene(sidecars=[sidecar])
+    scene = Scene(whys=["why"] * 20)
     for _ in range(20):
         scene.clock.sleep(STEADY_SECONDS)
         scene.steps()
-    assert sidecar.starts == 20
+    assert scene.gateway.start.call_count == 20
 
 
 class Asked:
@@ -281,17 +261,13 @@ class AtOnce(Executor):
         return answer
 
 
-def silent_models(control: Asked, busy: float = 0.0) -> list[list[str]]:
+def silent_models(control: Any, busy: float = 0.0) -> list[list[str]]:
     """The result of five steps of a probe, TIMEOUT_SECONDS apart, in which `busy` seconds of
     processor time are used: it asks in steps 2 and 4, and judges after each.
     """
     clock = FakeClock()
-    asking = Probe(
-        control,  # type: ignore[arg-type]
-        lambda _: round(clock.now / TIMEOUT_SECONDS) * busy,
-        clock=clock,
-        threads=AtOnce(),  # type: ignore[arg-type]
-    )
+    used = lambda _: round(clock.now / TIMEOUT_SECONDS) * busy  # noqa: E731
+    asking = Probe(control, used, clock=clock, threads=AtOnce())
     silent = []
     for _ in range(5):
         clock.sleep(TIMEOUT_SECONDS)
@@ -302,30 +278,28 @@ def silent_models(control: Asked, busy: float = 0.0) -> list[list[str]]:
 NOTHING: list[list[str]] = [[]] * 5
 
 
-@pytest.mark.parametrize("answer", [FINE, REFUSED, BROKEN, Answer(503, {"error": "queue"})])
-def test_a_task_that_gives_any_answer_is_alive(answer):
-    control = Asked(health=FINE, classify=answer, segment=REFUSED)
-    assert silent_models(control) == NOTHING
-    assert set(control.asked) == {"health/live", "models/classify/infer", "models/segment/infer"}
-
-
-def test_a_task_is_silent_after_two_requests_unless_it_works():
+def test_a_task_is_silent_after_two_requests_unless_it_answers_or_works():
+    for answer in (FINE, REFUSED, BROKEN, Answer(503, {"error": "queue"})):
+        control = Asked(health=FINE, classify=answer, segment=REFUSED)
+        assert silent_models(control) == NOTHING
+        paths = {"health/live", "models/classify/infer", "models/segment/infer"}
+        assert set(control.asked) == paths
     assert silent_models(Asked(health=FINE, segment=FINE)) == [*NOTHING[:4], ["classify"]]
     assert silent_models(Asked(), busy=2 * probe.BUSY_SECONDS) == NOTHING
     assert silent_models(Asked(), busy=probe.BUSY_SECONDS / 2)[-1] == [SERVER]
 
 
 def test_before_it_is_ready_every_version_of_every_task_is_asked():
-    control = Asked(classify=FINE, segment=REFUSED)
-    models = {"classify": [1, 2], "image_encoder": [2], "segment": [2]}
-    warm_up(control, models, 5)  # type: ignore[arg-type]
+    control: Any = Asked(classify=FINE, segment=REFUSED)
+    warm_up(control, {"classify": [1, 2], "image_encoder": [2], "segment": [2]}, 5)
     assert control.asked == [
         f"models/{name}/infer"
         for name in ("classify/versions/1", "classify/versions/2", "segment/versions/2")
     ]
+    broken: Any
     for broken, message in ((Asked(classify=BROKEN), "fails: why"), (Asked(), "answer within 5 s")):
         with pytest.raises(RAdapterError, match=f"classify version 1 .*{message}"):
-            warm_up(broken, models, 5)  # type: ignore[arg-type]
+            warm_up(broken, {"classify": [1]}, 5)
 
 
 def test_control_sends_the_secret_and_reads_the_index():

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from radapter_client import Client, RAdapterClientError
+from radapter_client import Client
 from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
+from tests.faults.conftest import ask, outcome
 from tests.helpers.fake_server import FakeServer, write_repository
 
 pytestmark = pytest.mark.triton
@@ -77,17 +78,9 @@ class Watched:
         self.until(lambda: any(line.startswith(f"{name} is back") for line in self.lines))
 
 
-def outcome(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except RAdapterClientError as error:
-        return f"{type(error).__name__} {error.code}"
-    return "an answer"
-
-
 def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> list[Future[str]]:
     """Calls over each protocol that are under way."""
-    calls = [threads.submit(outcome, partial(client.classify, image, ["a"])) for client in clients]
+    calls = [threads.submit(ask, client, image) for client in clients]
     time.sleep(0.7)
     return calls
 
@@ -110,7 +103,7 @@ def test_a_killed_or_frozen_process_of_a_model_is_back_and_its_callers_may_ask_a
     assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
     assert f"classify version 2 died: {why}; starting it again" in watched.lines[0]
     for client in clients:
-        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+        assert ask(client) == "an answer"
     assert len(server.pids("classify")) == 2
     watched.lines.clear()
     for pid in server.pids("classify"):  # before anybody has looked at them
@@ -131,7 +124,7 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(
     assert any(re.match(why, line) for line in watched.lines)
     for client in clients:
         deadline = time.monotonic() + 10
-        while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
+        while ask(client) != "an answer":
             assert time.monotonic() < deadline
 
 
