@@ -1,13 +1,15 @@
-"""`python -m rivals.shots`: what methods gain from a few images of each class."""
+"""`python -m rivals.shots`: what methods gain from a few images."""
 
 from __future__ import annotations
 
+import csv
 import datetime
 import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.data.labelled import Labelled
+from radapter_serve.errors import RAdapterError
 from rivals.cells import Cells, Judged
 from rivals.coop import CoOp
 from rivals.flags import Flags, check_seeds
@@ -34,6 +37,7 @@ from rivals.method import Method, with_rate
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
 from rivals.run import Run
+from rivals.small import table_of
 from rivals.system import Cost, Learned, System
 from rivals.tables import figures, images_of
 
@@ -125,46 +129,91 @@ class Result:
         )
 
 
+def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Path) -> str:
+    """Draw a table of so many images from a table, both as `data` takes them.
+
+    Classes have as many images each as can be, or sizes that fall evenly, class by class, to a
+    tenth of the first one's; the seed draws which class is large, among those that have enough.
+    """
+    reader, _, place = data.partition(":")
+    if reader != "csv":
+        raise RAdapterError(f"--images needs a benchmark whose data is csv:TABLE; this has {data}")
+    by_class: dict[str, list[Path]] = {}
+    with Path(place).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            by_class.setdefault(row["label"], []).append(Path(place).parent / row["image"])
+    shares = np.geomspace(1, 0.1, len(by_class)) if unequal else np.ones(len(by_class))
+    sizes = np.diff(np.rint(np.cumsum(shares) / shares.sum() * images), prepend=0).astype(int)
+    largest_first = sorted((len(paths) for paths in by_class.values()), reverse=True)
+    for size, most in zip(sorted(sizes, reverse=True), largest_first, strict=True):
+        if size > most:
+            raise RAdapterError(f"{images} images need {size} of a class; it has {most}")
+
+    chance = random.Random(seed)
+    classes = sorted(by_class)
+    while True:
+        chance.shuffle(classes)
+        if all(size <= len(by_class[name]) for name, size in zip(classes, sizes, strict=True)):
+            break
+    drawn = {
+        name: chance.sample(by_class[name], size) for name, size in zip(classes, sizes, strict=True)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return table_of(drawn, folder)
+
+
 def shots(
     flags: tyro.conf.OmitArgPrefixes[Flags],
     shots: tuple[int, ...] = (1, 2, 4, 8, 16),
+    images: tuple[int, ...] = (),
+    unequal: bool = False,
     seeds: tuple[int, ...] = (0, 1, 2),
     only: tuple[str, ...] = (),
 ) -> None:
-    """Learn from a few images of each class and judge on the test sets; print it, write Markdown
-    and a picture.
+    """Learn from a few images and judge on the test sets; print it, write Markdown and a picture.
 
     Args:
         flags: of all methods.
         shots: images of each class, drawn by the seed; more of them hold the fewer.
+        images: images in all, in place of shots.
+        unequal: of --images, the largest class has ten times as many as the smallest.
         seeds: each method learns once for each.
         only: rows to make; all if none is given.
     """
     check_seeds(seeds)
+    if unequal and not images:
+        raise RAdapterError("--unequal divides a number of images; give it by --images")
     benchmark = flags.benchmark()
     known = {name: of for name, of in methods().items() if not only or name in (*only, ZERO_SHOT)}
+    numbers = images or shots
+    unit = "images" if images else "a class"
+    kind = "unequal" if unequal else "equal"
 
     # Each method from each number of images; without training the images change nothing.
-    results: dict[tuple[str, int], Result] = {}
-    for number in shots:
-        given = {**benchmark.given, "shots": number, "batch_size": 2}
-        size = Run({**given, "seed": seeds[0]}, flags.out).size
+    judged: dict[tuple[str, int], list[list[Judged]]] = {}
+    for number, seed in product(numbers, seeds):
+        given = {**benchmark.given, "batch_size": 2}
+        if images:
+            folder = flags.out / "drawn" / f"{number}-{kind}-{seed}"
+            data = str(given["data"])
+            given["data"] = drawn_table(data, number, unequal=unequal, seed=seed, folder=folder)
+        else:
+            given["shots"] = number
+        size = Run({**given, "seed": seed}, flags.out).size
         given["batch_size"] = min(benchmark.given.get("batch_size", size), size)
-        few = replace(benchmark, given=given)
-        cells = Cells(few, flags.out, "shots", flags.limit, say)
+        cells = Cells(replace(benchmark, given=given), flags.out, "shots", flags.limit, say)
         for name, method in known.items():
-            if name == ZERO_SHOT and number != shots[0]:
-                results[name, number] = results[name, shots[0]]
-                continue
-            own = (seeds[0],) * len(seeds) if name == ZERO_SHOT else seeds
-            alphas = [1.0 if method.alpha is None else method.alpha]
-            results[name, number] = Result.of(
-                [cells.cell(f"{name}, {number} shots", method, seed, alphas).rows for seed in own]
-            )
+            if name == ZERO_SHOT and (number, seed) != (numbers[0], seeds[0]):
+                rows = judged[name, numbers[0]][0]
+            else:
+                alphas = [1.0 if method.alpha is None else method.alpha]
+                rows = cells.cell(f"{name}, {number} {unit}", method, seed, alphas).rows
+            judged.setdefault((name, number), []).append(rows)
+    results = {place: Result.of(rows) for place, rows in judged.items()}
 
     # Two tables: the style that was learned, and the mean of the others.
-    heads = list(results[ZERO_SHOT, shots[0]].values[0])[:2]
-    places = [(head, name, number) for head, name, number in product(heads, known, shots)]
+    heads = list(results[ZERO_SHOT, numbers[0]].values[0])[:2]
+    places = [(head, name, number) for head, name, number in product(heads, known, numbers)]
     leads = corrected(
         {
             (head, name, number): results[name, number].lead(results[ZERO_SHOT, number], head)
@@ -177,26 +226,26 @@ def shots(
         lines = []
         for name in known:
             line = [name]
-            for number in shots:
+            for number in numbers:
                 middle = mean(of[head] for of in results[name, number].values)
                 lead = leads.get((head, name, number))
                 line.append(f"{middle:.1f}" if lead is None else f"{middle:.1f} ({lead})")
             lines.append(line)
-        tables.append(markdown([head, *(f"{number} a class" for number in shots)], lines))
+        tables.append(markdown([head, *(f"{number} {unit}" for number in numbers)], lines))
 
     # A line a method over the shots.
     picture = flags.out / "shots.png"
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):
         for name in known:
-            middles = [mean(of[head] for of in results[name, one].values) for one in shots]
+            middles = [mean(of[head] for of in results[name, number].values) for number in numbers]
             style = {"color": "grey", "linestyle": "--"} if name == ZERO_SHOT else {"marker": "o"}
             width = 2.5 if "small" in name else 1.2
-            panel.plot(shots, middles, label=name, linewidth=width, **style)
+            panel.plot(numbers, middles, label=name, linewidth=width, **style)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.set_xticks(shots)
-        panel.set_xlabel("images of each class")
+        panel.set_xticks(numbers)
+        panel.set_xlabel("images" if images else "images of each class")
         panel.set_ylabel("accuracy in %")
         panel.set_title(head, fontsize=10)
         panel.grid(alpha=0.3)
@@ -208,7 +257,7 @@ def shots(
     shown = {key: value for key, value in benchmark.given.items() if key in LIKE}
     publish(
         [
-            "# A few images of each class",
+            "# A few images" if images else "# A few images of each class",
             f"`{command_line('rivals.shots')}`, {datetime.date.today()}, {machine()}.\n"
             f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}; all methods learn"
             f" with {', '.join(f'{key} {value}' for key, value in shown.items())}. Accuracies in"

@@ -4,6 +4,8 @@ benchmark.
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from radapter_serve.errors import RAdapterError
 from rivals import shots
 from rivals.run import Run
-from rivals.shots import LabelsByExample
+from rivals.shots import LabelsByExample, drawn_table
 from tests.rivals.test_table import benchmark_file as benchmark_file
 from tests.rivals.test_table import here as here
 
@@ -40,6 +43,31 @@ def test_a_label_by_example_is_the_mean_of_its_text_and_its_images(
             texts = model.encode_text(tokenizer([f"a photo of a {name}."]), normalize=True)
         expected = F.normalize(shown + texts[0], dim=0)
         np.testing.assert_allclose(mixed.numpy(), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("unequal", "sizes"), [(False, [10, 10, 10]), (True, [21, 7, 2])])
+def test_drawn_images_are_as_many_as_asked_for(
+    tmp_path: Path, unequal: bool, sizes: list[int]
+) -> None:
+    table = tmp_path / "all.csv"
+    rows = [f"{label}/{number}.png,{label}" for label in "abc" for number in range(25)]
+    table.write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+
+    def draw(seed: int, images: int = 30) -> list[dict[str, str]]:
+        data = drawn_table(
+            f"csv:{table}", images, unequal=unequal, seed=seed, folder=tmp_path / "drawn"
+        )
+        with Path(data.removeprefix("csv:")).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    drawn = draw(0)
+    assert drawn == draw(0) != draw(1)
+    assert len({row["image"] for row in drawn}) == 30
+    counts = Counter(row["label"] for row in drawn)
+    assert sorted(counts.values(), reverse=True) == sizes
+    assert all(Path(row["image"]).parent == tmp_path / row["label"] for row in drawn)
+    with pytest.raises(RAdapterError, match="of a class"):
+        draw(0, 80)
 
 
 @pytest.mark.slow
