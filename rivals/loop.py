@@ -55,7 +55,7 @@ def train(recipe: str | Recipe, variant: Variant, **fields: Any) -> Run:
     form = recipe.form
     if form == "auto":
         form = choose_form(base.model, recipe.rank, plan.part, **where)
-    if variant.dropout:
+    if variant.needs_outputs:
         form = "activation"
     adapters = variant.attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
     optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)

@@ -15,6 +15,7 @@ from rivals.adaptformer import AdaptFormer
 from rivals.cells import Judged
 from rivals.clipood import CLIPood
 from rivals.coop import CoOp
+from rivals.lora import LoRA
 from rivals.maple import MaPLe
 from rivals.mask_fill import MaskFill
 from rivals.method import Method
@@ -49,6 +50,20 @@ class Table:
 def few_shot(rank: int | None) -> Method:
     """R-Adapter as it learns from 16 images a class."""
     return r_adapter("few-shot", rank=rank)
+
+
+def by_task(recipe: str, alpha: float) -> dict[str, Method]:
+    """R-Adapter on a task that is not classification, and with one of its parts changed."""
+    rows: dict[str, dict[str, Any]] = {
+        "R-Adapter": {},
+        "R-Adapter, no dropping": {"drop": 0.0},
+        "R-Adapter, dropping by token": {"drop": 0.0, "variant": Variant(token_drop=0.2)},
+        "R-Adapter, δ = 0": {"delta": 0.0},
+        "R-Adapter, one positive": {"positives": "single"},
+        "R-Adapter, rank 4": {"rank": 4},
+        "R-Adapter, preserve": {"drop": 0.0, "preserve": 10.0},
+    }
+    return {name: r_adapter(recipe, alpha, **changes) for name, changes in rows.items()}
 
 
 def ablations() -> dict[str, Method]:
@@ -196,7 +211,8 @@ TABLES = {
             "Zero-shot": METHODS["zero-shot"],
             "FLYP": METHODS["flyp"],
             "WiSE-FLYP": METHODS["wise-flyp"],
-            "R-Adapter": r_adapter("retrieval", 0.8),
+            "LoRA": LoRA(loss="infonce"),
+            **by_task("retrieval", 0.8),
         },
         {"task": "retrieval"},
     ),
@@ -205,7 +221,7 @@ TABLES = {
         {
             "Zero-shot": METHODS["zero-shot"],
             "Mask-adapted CLIP (OVSeg)": METHODS["mask-adapted"],
-            "R-Adapter": r_adapter("segmentation", 0.4),
+            **by_task("segmentation", 0.4),
         },
         {"task": "segmentation"},
     ),

@@ -1,4 +1,4 @@
-"""The two regularizers that Table 5 compares with adapter dropping: dropout and drop path."""
+"""Regularizers to compare with adapter dropping: dropout, drop path, and dropping by token."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ class Variant:
             [0, 1).
         drop_path: probability that a residual branch of an adapted block is left out for an image
             or a text in training (DP of Table 5), in [0, 1).
+        token_drop: probability that an adapter is dropped at a token position of all images or
+            texts of a batch, as the authors' code does, in [0, 1).
     """
 
     dropout: float = 0.0
     drop_path: float = 0.0
+    token_drop: float = 0.0
+
+    @property
+    def needs_outputs(self) -> bool:
+        """True if adapters must compute outputs, which the weight form does not."""
+        return bool(self.dropout or self.token_drop)
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe without the outputs of adapters that dropout needs."""
-        if self.dropout and recipe.form == "weight":
+        """Refuse a recipe without the outputs of adapters that this variant needs."""
+        if self.needs_outputs and recipe.form == "weight":
             raise RAdapterError(
                 "dropout needs the outputs of adapters; allowed with it: form activation or auto"
             )
 
     def attach(self, model: nn.Module, rank: int | None, **how: Any) -> Adapters:
         """Attach adapters with this variant, as `radapter_serve.adapter.attach` does."""
-        make = functools.partial(DropoutAdapter, dropout=self.dropout)
+        make = functools.partial(DropoutAdapter, dropout=self.dropout, token_drop=self.token_drop)
         adapters = attach(model, rank, make=make, **how)
         if self.drop_path:
             add_drop_path(adapters, self.drop_path)
@@ -49,15 +57,20 @@ OWN = Variant()  # the method's own training
 
 
 class DropoutAdapter(LinearAdapter):
-    """An adapter with dropout of its output in training."""
+    """An adapter with dropout of its output in training, by number or by token position."""
 
-    def __init__(self, width: int, rank: int | None, dropout: float) -> None:
+    def __init__(self, width: int, rank: int | None, dropout: float, token_drop: float) -> None:
         super().__init__(width, rank)
         self.dropout = dropout
+        self.token_drop = token_drop
 
     def change(self, x: Tensor) -> Tensor:
-        """Compute the adapter's output for activations."""
-        return nn.functional.dropout(super().change(x), self.dropout, self.training)
+        """Compute the adapter's output for activations [N, L, d]."""
+        output = nn.functional.dropout(super().change(x), self.dropout, self.training)
+        if self.training and self.token_drop:
+            keep = torch.rand(x.shape[-2], 1, device=x.device) >= self.token_drop
+            output = output * keep / (1 - self.token_drop)
+        return output
 
 
 def add_drop_path(adapters: Adapters, p: float) -> None:

@@ -68,6 +68,22 @@ def test_dropout_leaves_out_values_of_what_an_adapter_adds_and_acts_in_training_
 
 
 @torch.no_grad()
+def test_dropping_by_token_leaves_an_adapter_out_at_the_same_positions_of_a_batch(
+    model: nn.Module,
+) -> None:
+    x = torch.randn(5, 400, adapted_inputs(model))
+    plain = linear_output(adapters := attach(model), x)
+    adapters.remove()
+    adapters = ablated(model, token_drop=P)
+    trained = linear_output(adapters, x) - plain
+    adapters.stop_drop()
+    added = linear_output(adapters, x) - plain
+    kept = trained.abs().sum((0, 2)) > 1e-3
+    assert kept.float().mean().item() == pytest.approx(1 - P, abs=0.07)
+    torch.testing.assert_close(trained, kept[:, None] * added / (1 - P), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("form", ["activation", "weight"])
 def test_drop_path_leaves_out_whole_branches_of_single_images(model: nn.Module, form: str) -> None:
     x = torch.randn(2000, 3, adapted_inputs(model))
@@ -103,5 +119,6 @@ def test_without_a_change_training_is_the_methods_own(recipe: Recipe, tmp_path: 
 
 
 def test_dropout_needs_the_outputs_of_adapters() -> None:
-    with pytest.raises(RAdapterError, match="allowed with it: form activation or auto"):
-        Variant(dropout=0.1).check(Recipe(form="weight"))
+    for variant in (Variant(dropout=0.1), Variant(token_drop=0.1)):
+        with pytest.raises(RAdapterError, match="allowed with it: form activation or auto"):
+            variant.check(Recipe(form="weight"))
