@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -32,12 +33,20 @@ class Meter:
     def cost(self, parameters: int) -> Cost:
         """The cost so far of learning so many parameters."""
         gpu = self.device.type == "cuda"
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if gpu
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
         return Cost(parameters, time.perf_counter() - self._started, memory)
+
+
+def peak_memory() -> int:
+    """The largest memory of this process so far, in bytes.
+
+    Linux counts it anew for a program that a process starts; `ru_maxrss` begins with the parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:

@@ -20,7 +20,7 @@ from rich.progress import track
 from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo.data import CLASSES, FINE_TUNED, drawings_of, made_whole, place_of, render
 
-Split = Literal["train", "test"]
+Split = Literal["train", "val", "test"]
 
 # A scene is a square of 2 x 2 cells, each with a drawing or none.
 CELL = 80
@@ -72,7 +72,7 @@ def prepare_scenes(
         missing, "Composing the scenes", disable=quiet or not missing
     ):
         with made_whole(place, "scenes") as part:
-            _write(part, compose(split, style, count, seed), seed)
+            write_scenes(part, compose(split, style, count, seed), seed)
 
     # List the test scenes with the captions that name the classes.
     classes = folder / "classes.txt"
@@ -125,18 +125,20 @@ def compose(
 ) -> Iterator[Scene]:
     """Compose scenes of two to four drawings, each of another class.
 
-    The same seed shows the same classes at the same places in every style. `sides` are the pixels
-    of a drawing, from and below; `draw_svg` renders an SVG document as RGBA.
+    The same seed shows the same classes at the same places in every style; only `val` lacks
+    drawings of some classes. `sides` are the pixels of a drawing, from and below; `draw_svg`
+    renders an SVG document as RGBA.
     """
     classes = scene_classes()
     draw = random.Random(seed)
-    by_class = drawings_of("train" if split == "train" else place_of(style))
+    by_class = drawings_of(place_of(style) if split == "test" else split)
+    drawn_classes = [line for line in classes if split_label(line)[0] in by_class]
     corners = [(x * CELL, y * CELL) for x in range(CELLS) for y in range(CELLS)]
     for _ in range(count):
         image = Image.new("RGB", (CELLS * CELL, CELLS * CELL), draw.choice(PAPERS))
         mask = np.full((image.height, image.width), len(classes), np.uint8)
         chosen = draw.sample(corners, draw.randint(2, len(corners)))
-        shown = draw.sample(classes, len(chosen))
+        shown = draw.sample(drawn_classes, len(chosen))
         for (left, top), line in zip(chosen, shown, strict=True):
             side = draw.randrange(*sides)
             x = left + draw.randint(0, CELL - side)
@@ -168,7 +170,8 @@ def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
     ]
 
 
-def _write(folder: Path, scenes: Iterator[Scene], seed: int) -> None:
+def write_scenes(folder: Path, scenes: Iterator[Scene], seed: int) -> None:
+    """Write scenes as `images/`, `masks/` and `captions.csv`; the seed draws the captions."""
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:

@@ -20,6 +20,7 @@ from benchmarks.drawings import build, near, pairs, ship
 from benchmarks.drawings.iconify import drawings, read_name, render, sources
 from benchmarks.drawings.names import SYNONYMS, Classes, core, load_meanings
 from benchmarks.drawings.roles import Roles, load_roles
+from benchmarks.drawings.unseen import write_emoji
 from radapter_serve.demo import data
 
 SHAPES = {
@@ -403,3 +404,18 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(
 
 def test_core_is_what_is_drawn():
     assert core("camera off circle") == "camera" and core("check") == "check"
+
+
+def test_emoji_in_3d_belong_to_the_classes_of_their_unicode_names(tmp_path: Path) -> None:
+    assets = tmp_path / "package" / "assets"
+    assets.mkdir(parents=True)
+    names = ("1f511", "2708-fe0f", "1f1e9-1f1ea", "1f600")  # key, airplane, a flag, a face
+    for name in names:
+        Image.new("RGBA", (120, 120), (255, 0, 0, 128)).save(assets / f"{name}.webp")
+    out = tmp_path / "out"
+    assert write_emoji(tmp_path / "package", out, Classes()) == 2
+    images = {path.relative_to(out).as_posix(): path for path in out.rglob("*.png")}
+    assert set(images) == {"key/1f511.png", "airplane/2708.png"}
+    with Image.open(images["key/1f511.png"]) as image:
+        assert image.size == (96, 96)
+        assert image.getpixel((48, 48)) == pytest.approx((255, 127, 127), abs=3)  # on white paper

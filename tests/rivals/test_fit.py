@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from open_clip.loss import ClipLoss
@@ -15,7 +19,7 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import evaluation_batches
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from rivals.fit import fit
+from rivals.fit import fit, peak_memory
 from rivals.flyp import Flyp
 from rivals.judge import judge
 from rivals.method import learned
@@ -112,3 +116,17 @@ def test_judge_counts_what_the_system_finds(
         assert row.metrics["acc1"] == pytest.approx(
             (scores.argmax(dim=1) == labels).float().mean().item()
         )
+
+
+def peak_of_a_program() -> int:
+    return peak_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts memory for each program")
+def test_the_peak_memory_of_a_program_leaves_out_that_of_the_one_that_started_it() -> None:
+    block = np.ones(3 * 2**30, np.uint8)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        peak = pool.submit(peak_of_a_program).result()
+    assert peak < block.nbytes <= peak_memory()
