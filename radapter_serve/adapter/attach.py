@@ -54,11 +54,15 @@ class LinearAdapter(nn.Module):
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias
         [d].
         """
+        if self.alpha == 0:
+            return value
         change = self.full @ value if self.rank is None else self.up @ (self.down @ value)
         return value + self.factor * change
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
+        if self.alpha == 0:
+            return x
         return x + self.factor * self.change(x)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Metadata, save_adapter
 from radapter_serve.clip.prompts import templates_of
@@ -177,12 +176,20 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         present = labels.unique().tolist()
         others = other_prompts(data, present, recipe.negative_classes, draw)
 
-    # Embed the images and texts, and a share of the prompts; gather those of all processes.
+    # Draw words, of which the base's answers are to be kept.
+    base = learner.base
+    words: list[str] = []
+    if recipe.preserve_words:
+        seen = learner.examples.data
+        known = vocabulary(tuple(seen.classes) if isinstance(seen, LabelledImages) else ())
+        words = [known[place] for place in torch.randperm(len(known))[:WORDS].tolist()]
+
+    # Embed the images and texts, a share of the prompts, and the words; gather all but the words.
     prompts = share([*others.values()], accelerator.process_index, accelerator.num_processes)
-    tokens = learner.base.tokenizer([*batch["texts"], *prompts]).to(device)
+    tokens = base.tokenizer([*batch["texts"], *prompts, *words]).to(device)
     pixels = batch["pixels"].to(device, non_blocking=True)
     images, texts = learner.towers(pixels, tokens)
-    texts, negatives = texts.split([len(batch["texts"]), len(prompts)])
+    texts, negatives, own_words = texts.split([len(batch["texts"]), len(prompts), len(words)])
     images = gather_with_grad(images)
     texts = gather_with_grad(texts)
 
@@ -198,22 +205,14 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         positive = F.pad(positive, (0, len(others)))
 
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
-    # Keep the images, and what they say to some words, near to where the base has them.
+    # Keep the images, and what they say to the words, near to where the base has them.
     if recipe.preserve or recipe.preserve_words:
-        base = learner.base
         with at_base(learner.adapters, accelerator):
             base_images = accelerator.gather(encode_image(base.model, pixels))
         loss = loss + recipe.preserve * distance_to_base(images, base_images)
     if recipe.preserve_words:
-        seen = learner.examples.data
-        classes = seen.classes if isinstance(seen, LabelledImages) else ()
-        words = vocabulary(tuple(classes))
-        drawn = torch.randperm(len(words))[:WORDS].tolist()
-        tokens = base.tokenizer([words[place] for place in drawn]).to(device)
         with at_base(learner.adapters, accelerator):
-            base_words = encode_text(base.model, tokens)
-        with accelerator.autocast(), parametrize.cached():
-            own_words = encode_text(base.model, tokens)
+            base_words = encode_text(base.model, tokens[-len(words) :])
         scale, _ = logit_scale_and_bias(base.model.state_dict())
         divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
         loss = loss + recipe.preserve_words * divergence
