@@ -33,7 +33,6 @@ from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import check_labels, split_label
-from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
@@ -53,10 +52,6 @@ class Source:
     templates: list[str]
     label_sets: dict[str, LabelFile]
     exif_orientation: bool
-
-    def crop(self, mean: Sequence[float]) -> MaskCrop:
-        """How masks are shown to the image encoder, as in training; `mean` is the base's."""
-        return self.metadata.source.mask_crop(mean)
 
     def load(self, settings: ExportSettings) -> tuple[Base, Fold | Line]:
         """Load the base, and what α scales; refuses those that do not fit."""

@@ -36,12 +36,28 @@ def load_checkpoint(
     """
     check_base_is_named(checkpoint, base, pretrained)
     name = model_name(checkpoint)
-    if name is None:
+    path = Path(checkpoint)
+    made_of: dict[str, Any] = {
+        "kind": "checkpoint",
+        "name": path.name,
+        "base": f"{base}:{pretrained}" if base and pretrained else base,
+    }
+    if name is None:  # a file of weights
         assert base is not None  # as was just seen
-        return _of_file(Path(checkpoint), base, pretrained)
+        architecture, tag = split_name(base, pretrained)
+        found = read_weights(path)
+        made_of["digest"] = digest_of(path)
+        if tag is None and not architecture.startswith((LOCAL, HUB)):
+            model = load_base(architecture, checkpoint)
+            weights = check_weights(checkpoint, found, model.model.state_dict())
+            return Tuned(model, Line(None, weights, made_of))
+        start = load_base(architecture, tag)
+        start_weights = weights_of(start)
+        weights = check_weights(checkpoint, found, start_weights)
+        return Tuned(start, Line(start_weights, weights, made_of))
     tuned = load_base(*split_name(name))
     weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
-    made_of = _made_of(Path(checkpoint).name, tensors_digest(weights), base, pretrained)
+    made_of["digest"] = tensors_digest(weights)
     if base is None:
         return Tuned(tuned, Line(None, weights, made_of))
     start = load_base(*split_name(base, pretrained))
@@ -79,44 +95,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
-    weights = _named(found)
-    if not weights:
-        raise RAdapterError(f"{path} holds no state dict: weights by their names")
-    return weights
-
-
-def _named(found: Any) -> dict[str, Tensor]:
-    """Weights by their names in the model itself; empty for anything else."""
-    if not isinstance(found, Mapping):
-        return {}
-    weights = {}
-    for name, value in found.items():
+    # The weights by their names in the model itself.
+    weights: dict[str, Tensor] = {}
+    for name, value in found.items() if isinstance(found, Mapping) else ():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            return {}
+            weights = {}
+            break
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         weights[name] = value
+    if not weights:
+        raise RAdapterError(f"{path} holds no state dict: weights by their names")
     return weights
-
-
-def _of_file(path: Path, base: str, pretrained: str | None) -> Tuned:
-    name, tag = split_name(base, pretrained)
-    found = read_weights(path)
-    made_of = _made_of(path.name, digest_of(path), base, pretrained)
-    if tag is None and not name.startswith((LOCAL, HUB)):  # an architecture alone
-        model = load_base(name, str(path))
-        weights = check_weights(str(path), found, model.model.state_dict())
-        return Tuned(model, Line(None, weights, made_of))
-    start = load_base(name, tag)
-    start_weights = weights_of(start)
-    return Tuned(
-        start, Line(start_weights, check_weights(str(path), found, start_weights), made_of)
-    )
-
-
-def _made_of(name: str, digest: str, base: str | None, pretrained: str | None) -> dict[str, Any]:
-    whole = f"{base}:{pretrained}" if base and pretrained else base
-    return {"kind": "checkpoint", "name": name, "base": whole, "digest": digest}
 
 
 def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:

@@ -219,16 +219,14 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
     rank = adapter.metadata.rank
     shapes: dict[str, tuple[int, int]] = {}
     for key in adapter.keys:
-        names = [key] if rank is None else [f"{key}.up", f"{key}.down"]
-        wide = tensors.get(names[0]) if state_dict is None else state_dict[f"{key}.weight"]
+        first = key if rank is None else f"{key}.up"
+        wide = tensors.get(first) if state_dict is None else state_dict[f"{key}.weight"]
         width = 0 if wide is None or not wide.ndim else len(wide)
-        shapes |= dict(
-            zip(
-                names,
-                [(width, width)] if rank is None else [(width, rank), (rank, width)],
-                strict=True,
-            )
-        )
+        if rank is None:
+            shapes[key] = (width, width)
+        else:
+            shapes[f"{key}.up"] = (width, rank)
+            shapes[f"{key}.down"] = (rank, width)
     if not shapes:
         raise RAdapterError("the adapter is damaged: it has no tensors")
     for name in sorted({*shapes, *tensors}):

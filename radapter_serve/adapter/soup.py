@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from radapter_serve.adapter.file import Adapter, Metadata
+from radapter_serve.adapter.file import Adapter
 from radapter_serve.errors import RAdapterError
 
 
@@ -32,7 +32,14 @@ def average_adapters(
     """
     if not adapters:
         raise RAdapterError("no adapters to average; give at least one")
-    weights = _checked([1 / len(adapters)] * len(adapters) if weights is None else weights)
+    if weights is None:
+        weights = [1 / len(adapters)] * len(adapters)
+    sums_up = math.isclose(sum(weights), 1, abs_tol=1e-6)
+    if not sums_up or not all(weight >= 0 for weight in weights):
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        raise RAdapterError(
+            f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5"
+        )
     if len(weights) != len(adapters):
         raise RAdapterError(
             f"{len(weights)} weights for {len(adapters)} adapters; give one for each"
@@ -42,8 +49,16 @@ def average_adapters(
         _check_same_base(first, other, number)
     if not others:
         return first
+
+    # The sum of the ranks, or full rank where a layer is no larger.
+    ranks = [adapter.metadata.rank for adapter in adapters]
+    rank = None if None in ranks else sum(rank or 0 for rank in ranks)
+    narrowest = min(
+        len(first.tensors[key if key in first.tensors else f"{key}.up"]) for key in first.keys
+    )
+    if rank is not None and rank >= narrowest:
+        rank = None
     weighted = list(zip(weights, adapters, strict=True))
-    rank = _rank_of_sum(adapters)
     tensors = {}
     for key in first.keys:
         if rank is None:
@@ -54,55 +69,31 @@ def average_adapters(
             ups = [weight * layer["up"].float() for weight, layer in layers]
             tensors[f"{key}.up"] = torch.cat(ups, dim=1)
             tensors[f"{key}.down"] = torch.cat([layer["down"].float() for _, layer in layers])
-    return Adapter(tensors, _metadata(adapters, rank))
 
-
-def _checked(weights: Sequence[float]) -> list[float]:
-    sums_up = math.isclose(sum(weights), 1, abs_tol=1e-6)
-    if not sums_up or not all(weight >= 0 for weight in weights):
-        shown = " ".join(f"{weight:g}" for weight in weights)
-        raise RAdapterError(
-            f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5"
-        )
-    return list(weights)
-
-
-def _rank_of_sum(adapters: Sequence[Adapter]) -> int | None:
-    """The sum of the ranks; None, which is full rank, where a layer is no larger."""
-    ranks = [adapter.metadata.rank for adapter in adapters]
-    if None in ranks:
-        return None
-    rank = sum(rank or 0 for rank in ranks)
-    tensors = adapters[0].tensors.items()
-    narrowest = min(len(tensor) for name, tensor in tensors if not name.endswith(".down"))
-    return rank if rank < narrowest else None
-
-
-def _metadata(adapters: Sequence[Adapter], rank: int | None) -> Metadata:
-    """Those of the first, without what holds for it alone."""
-    metadata = dataclasses.replace(adapters[0].metadata, rank=rank, metrics={})
-    if all(other.metadata.held_out == metadata.held_out for other in adapters):
-        return metadata
-    # What one held out, another learned.
-    recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
-    return dataclasses.replace(metadata, held_out=None, recipe=recipe)
+    # The first adapter's metadata, without its run-specific fields.
+    metadata = dataclasses.replace(first.metadata, rank=rank, metrics={})
+    if any(other.metadata.held_out != metadata.held_out for other in others):
+        # What one held out, another learned.
+        recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
+        metadata = dataclasses.replace(metadata, held_out=None, recipe=recipe)
+    return Adapter(tensors, metadata)
 
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:
     # A digest covers the adapted layers alone: with other layers, one base could not be told from
     # two.
-    one = first.metadata
-    two = other.metadata
+    meta = first.metadata
+    theirs = other.metadata
     differing = sorted(set(first.keys) ^ set(other.keys))
-    if differing and one.architecture == two.architecture:
+    if differing and meta.architecture == theirs.architecture:
         has, lacks = (1, number) if differing[0] in first.keys else (number, 1)
         raise RAdapterError(
             f"adapter {has} adapts {differing[0]} and adapter {lacks} does not; only adapters of"
             " the same layers can be averaged (were both trained with the same --adapt-text?)"
         )
-    if one.base_digest != two.base_digest:
+    if meta.base_digest != theirs.base_digest:
         raise RAdapterError(
-            f"adapter 1 was trained on {one.base_digest} ({one.architecture}, pretrained"
-            f" {one.pretrained}), adapter {number} on {two.base_digest} ({two.architecture},"
-            f" pretrained {two.pretrained}); only adapters of one base can be averaged"
+            f"adapter 1 was trained on {meta.base_digest} ({meta.architecture}, pretrained"
+            f" {meta.pretrained}), adapter {number} on {theirs.base_digest} ({theirs.architecture},"
+            f" pretrained {theirs.pretrained}); only adapters of one base can be averaged"
         )

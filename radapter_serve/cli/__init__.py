@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from radapter_client import RAdapterClientError
 from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, one_line
 
@@ -106,14 +107,15 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
         os.environ.pop("FORCE_COLOR", None)
     try:
         with one_line(EXTRAS.get(prog)):
-            return call() or 0
-    except RAdapterError as error:
-        message = str(error)
+            status = call() or 0
+            sys.stdout.flush()
+            return status
+    except (RAdapterError, RAdapterClientError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130
-    print(f"{prog}: error: {message}", file=sys.stderr)
-    return 2

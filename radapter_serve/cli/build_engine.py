@@ -15,7 +15,7 @@ from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.encoders.tensorrt.engine import Options
-from radapter_serve.encoders.tensorrt.plan_writer import Built, build_engines, check_engines
+from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
 from radapter_serve.errors import RAdapterError
 
 PROG = "radapter-build-engine"
@@ -67,21 +67,16 @@ def build_engine(
             force=force,
             progress=status.update,
         )
-    show(built)
-    print(f"Next:   radapter-serve {shlex.quote(str(model_repository))}")
-
-
-def show(built: Sequence[Built]) -> None:
-    """Print what was built."""
     table = Table(title="TensorRT engines", title_justify="left")
     for column in ("release", "graph", "engine", "MB", "max error", "min cosine", "seconds"):
         table.add_column(column, justify="left" if column in ("graph", "engine") else "right")
-    for one in built:
-        error = one.agreement.max_error
-        cosine = one.agreement.min_cosine
-        figures = f"{one.size / 1e6:.1f}", f"{error:.1e}", f"{cosine:.7f}", f"{one.seconds:.1f}"
-        table.add_row(str(one.version), one.model, one.how, *figures)
+    for plan in built:
+        error = plan.agreement.max_error
+        cosine = plan.agreement.min_cosine
+        figures = f"{plan.size / 1e6:.1f}", f"{error:.1e}", f"{cosine:.7f}", f"{plan.seconds:.1f}"
+        table.add_row(str(plan.version), plan.model, plan.how, *figures)
     Console().print(table)
+    print(f"Next:   radapter-serve {shlex.quote(str(model_repository))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

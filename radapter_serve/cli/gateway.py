@@ -10,19 +10,13 @@ from rich.console import Console
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway import keys
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.signals import STOPPING, handled
 
 PROG = "radapter-gateway"
 FIRST = (
-    "host",
-    "port",
-    "server",
-    "api_keys",
-    "no_api_keys",
-    "tls_certificate",
-    "tls_key",
+    *("host", "port", "server", "api_keys", "no_api_keys", "tls_certificate", "tls_key"),
     "new_key",
 )
 
@@ -40,7 +34,15 @@ def gateway(
             nothing is started.
     """
     if new_key is not None:
-        make_key(settings, new_key)
+        if settings.api_keys is None:
+            raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
+        key = keys.new_key(settings.api_keys, new_key)
+        print(key)
+        print(
+            f"Keep it: {settings.api_keys} has only its digest. Give it to those who may ask:\n"
+            f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}",
+            file=sys.stderr,
+        )
         return
     from radapter_serve.gateway.run import serve
 
@@ -53,22 +55,6 @@ def gateway(
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
     with handled(lambda *_: sys.exit(0), *STOPPING):
         serve(settings, lambda url: print(f"gateway  {url}\nCtrl-C stops it.", flush=True))
-
-
-def make_key(settings: Settings, name: str) -> None:
-    """Print a new key, and where it works."""
-    if settings.api_keys is None:
-        raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
-    key = new_key(settings.api_keys, name)
-    print(key)
-    print(
-        f"Keep it: {settings.api_keys} has only its digest. Give it to those who may ask:",
-        file=sys.stderr,
-    )
-    print(
-        f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}",
-        file=sys.stderr,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

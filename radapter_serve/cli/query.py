@@ -27,10 +27,11 @@ from rich.table import Column, Table
 from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from radapter_client import Client, InvalidImage, RAdapterClientError, list_images
-from radapter_serve import __version__
+from radapter_client import Client, InvalidImage, list_images
+from radapter_serve.cli import guard
 from radapter_serve.contract.image_files import is_image_file
-from radapter_serve.errors import RAdapterError, one_line
+from radapter_serve.contract.labels import read_label_file
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 
 PROG = "radapter-query"
@@ -112,15 +113,7 @@ class Labels:
             raise RAdapterError("give one of --labels, --labels-file and --label-set")
         labels: Sequence[str] = self.labels
         if self.labels_file is not None:
-            try:
-                text = self.labels_file.read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or error
-                raise RAdapterError(f"cannot read {self.labels_file}: {why}") from error
-            lines = [line.strip() for line in text.splitlines()]
-            labels = [line for line in lines if line and not line.startswith("#")]
-            if not labels:
-                raise RAdapterError(f"{self.labels_file} is empty: it needs a label a line")
+            labels = read_label_file(self.labels_file)
         return {
             "labels": labels or None,
             "label_set": self.label_set,
@@ -246,8 +239,8 @@ def segment(
             ) from error
     files = ImageFiles(images)
     arguments = labels.arguments() | vars(pixels)
-    pictures = Pictures("--save", save, files, ".png", ".jpg")
-    masks = Pictures("--save-mask", save_mask, files, ".png")
+    files.check_pictures("--save", save, ".png", ".jpg")
+    files.check_pictures("--save-mask", save_mask, ".png")
     if save is not None and save == save_mask:
         raise RAdapterError(f"--save and --save-mask are both {save}; give them names of their own")
     with server.client() as client:
@@ -256,11 +249,11 @@ def segment(
             ask = files.answers(lambda paths: client.segment(paths, **arguments), 8)
             for image, answer in ask:
                 if save is not None:
-                    pictures.write(image, answer.overlay(font=font))
+                    files.save_picture(save, image, answer.overlay(font=font))
                 if save_mask is not None:
                     wide = len(answer.labels) > 256
                     mask = answer.mask if wide else answer.mask.astype(np.uint8)
-                    masks.write(image, Image.fromarray(mask))
+                    files.save_picture(save_mask, image, Image.fromarray(mask))
                 shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
                 rows = [
                     {"image": image, "label": label, "share": share, "score": score}
@@ -407,10 +400,9 @@ def embed_text(
 
 def _save_embeds(out: Path, embeds: npt.NDArray[np.float32], server: Server) -> None:
     write_whole(out, lambda file: np.save(file, embeds))
-    shape = {"file": str(out), "shape": embeds.shape}
-    print(
-        to_json(shape) if server.json else f"{out}: float32 [{embeds.shape[0]}, {embeds.shape[1]}]"
-    )
+    rows, width = embeds.shape
+    facts = to_json({"file": str(out), "shape": [rows, width]})
+    print(facts if server.json else f"{out}: float32 [{rows}, {width}]")
 
 
 def release(server: OmitArgPrefixes[Server]) -> None:
@@ -423,9 +415,7 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     if server.json:
         print(to_json({"release": used.facts, "served": [release.version for release in served]}))
         return
-    templates = "none"
-    if used.templates:
-        templates = used.templates[0]
+    templates = used.templates[0] if used.templates else "none"
     if len(used.templates) > 1:
         templates = f"{len(used.templates)}, such as {templates!r}"
     facts = {
@@ -480,66 +470,50 @@ class ImageFiles:
         """Whether it is one file that was named as such."""
         return len(self.paths) == 1 and not self._in_folders
 
-    def answers(self, ask: Callable[[list[str]], list[T]], at_once: int) -> Iterator[tuple[str, T]]:
+    def answers(self, ask: Callable[[list[str]], list[T]], size: int) -> Iterator[tuple[str, T]]:
         """Each image with its answer; an image of a folder that cannot be read is left out, with a
         note.
         """
-        runs = [self.paths[start : start + at_once] for start in range(0, len(self.paths), at_once)]
-        quiet = len(runs) == 1 or not sys.stderr.isatty()
+        batches = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
+        quiet = len(batches) == 1 or not sys.stderr.isatty()
         console = Console(stderr=True)
-        for run in track(runs, "asking", console=console, transient=True, disable=quiet):
+        for batch in track(batches, "asking", console=console, transient=True, disable=quiet):
             try:
-                yield from zip(run, ask(run), strict=True)
+                answers = ask(batch)
+            except InvalidImage:
+                pass
+            else:
+                yield from zip(batch, answers, strict=True)
                 continue
-            except InvalidImage as error:
-                if len(run) == 1:
-                    self._leave_out(run[0], error)
-                    continue
-            for path in run:  # one by one, to see which
+            for path in batch:  # one by one, to see which
                 try:
                     [answer] = ask([path])
                 except InvalidImage as error:
-                    self._leave_out(path, error)
+                    reason = str(error) if path in str(error) else f"{path}: {error}"
+                    if path not in self._in_folders:
+                        raise InvalidImage(reason, code=error.code) from error
+                    self.left_out = True
+                    note(f"left out: {reason}")
                 else:
                     yield path, answer
 
-    def _leave_out(self, path: str, error: InvalidImage) -> None:
-        """Note that an image of a folder cannot be read; one that was named is an error."""
-        why = str(error) if path in str(error) else f"{path}: {error}"
-        if path not in self._in_folders:
-            raise InvalidImage(why, code=error.code) from error
-        self.left_out = True
-        note(f"left out: {why}")
-
-
-class Pictures:
-    """A picture for each image: a file for one image, a folder for several.
-
-    Args:
-        flag: that names the file or the folder.
-        path: its value; None where no pictures are wanted.
-        images: what the pictures are of.
-        suffixes: endings that a file may have.
-    """
-
-    def __init__(self, flag: str, path: Path | None, images: ImageFiles, *suffixes: str) -> None:
-        self._path = path
-        self._images = images
+    def check_pictures(self, flag: str, path: Path | None, *suffixes: str) -> None:
+        """Refuse a path that the pictures of these images can't go to: a file for one image, a
+        folder for several.
+        """
         if path is None:
             return
-        if images.is_single:
+        if self.is_single:
             check_output(flag, path, *suffixes)
         elif path.suffix.lower() in suffixes or path.is_file():
             raise RAdapterError(
                 f"{flag} {path}: of several images, give a folder for their pictures"
             )
 
-    def write(self, image: str, picture: Image.Image) -> None:
+    def save_picture(self, path: Path, image: str, picture: Image.Image) -> None:
         """Write the picture of an image, below the folder as the image is below all of them."""
-        assert self._path is not None
-        path = self._path
-        if not self._images.is_single:
-            folders = [Path(name).absolute().parent for name in self._images.paths]
+        if not self.is_single:
+            folders = [Path(name).absolute().parent for name in self.paths]
             place = Path(image).absolute().relative_to(os.path.commonpath(folders))
             path = path / f"{place}.png"
             try:
@@ -652,12 +626,7 @@ def note(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after
-    Ctrl-C.
-    """
-    if "--version" in (sys.argv[1:] if argv is None else argv):
-        print(PROG, __version__)
-        return 0
+    """Entry point of `radapter-query`; its status is 1 where images were left out."""
     commands = (classify, segment, search, embed_image, embed_text, release)
     named = {command.__name__.replace("_", "-"): command for command in commands}
     description = (
@@ -665,22 +634,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    try:
-        with one_line():
-            status = tyro.extras.subcommand_cli_from_dict(
-                named, prog=PROG, description=description, args=argv
-            )
-            sys.stdout.flush()
-    except (RAdapterError, RAdapterClientError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        # For the interpreter's last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return status or 0
+    return guard(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            named, prog=PROG, description=description, args=argv
+        ),
+        argv,
+        prog=PROG,
+    )
 
 
 if __name__ == "__main__":

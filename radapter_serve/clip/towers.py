@@ -28,7 +28,11 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """
     unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
     if is_causal(model):
-        features = causal_text_features(model, unique[:, : _longest(model, unique)])
+        # Up to the last token that a row is pooled at; 0 pads but is a token too ("!").
+        text = text_tower(model)
+        ends = unique if pool_type(text) == "argmax" else unique.eq(_eos_id(text)).int()
+        length = int(ends.argmax(dim=1).max()) + 1 if len(unique) else unique.shape[1]
+        features = causal_text_features(model, unique[:, :length])
     else:
         features = model.encode_text(unique)
     return F.normalize(features.float(), dim=-1)[inverse]
@@ -93,13 +97,6 @@ def text_tower(model: nn.Module) -> Any:
 def pool_type(text: Any) -> str:
     """How the text tower pools: `argmax`, `eos`, `last`, `first`."""
     return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "none"))
-
-
-def _longest(model: nn.Module, tokens: Tensor) -> int:
-    """The tokens up to the last one that a row is pooled at; 0 pads but is a token too ("!")."""
-    text = text_tower(model)
-    ends = tokens if pool_type(text) == "argmax" else tokens.eq(_eos_id(text)).int()
-    return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]
 
 
 def _eos_id(text: Any) -> Any:

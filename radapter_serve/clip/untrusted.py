@@ -17,22 +17,14 @@ from radapter_serve.errors import RAdapterError, reason, short
 # What open_clip's own configurations give to a tokenizer. It hands any other field on to
 # `transformers`.
 _TOKENIZER_FIELDS = (
-    "clean",
-    "strip_sep_token",
-    "language",
-    "additional_special_tokens",
-    "reduction_mask",
+    *("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask"),
 )
 _ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation")
 # Fields by which `transformers` imports code, reads another file in place of this one, or fetches a
 # kernel.
 _CODE_FIELDS = (
-    "auto_map",
-    "trust_remote_code",
-    "configuration_files",
-    "custom_generate",
-    "quantization_config",
-    "use_kernels",
+    *("auto_map", "trust_remote_code", "configuration_files", "custom_generate"),
+    *("quantization_config", "use_kernels"),
 )
 _TIMM_NAME = re.compile(r"[\w.]+")
 
@@ -43,29 +35,22 @@ def check_folder(folder: Path) -> None:
     """
     _check_configs(folder)
     path = folder / "open_clip_config.json"
-    if path.is_file():
-        _check_open_clip(path)
-
-
-def _check_open_clip(path: Path) -> None:
-    config = _read(path)
+    config = _read(path) if path.is_file() else None
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         return  # no configuration of open_clip's; whoever reads it says so
-    image, text, more = (
+    image, text, multimodal = (
         _table(model, name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")
     )
     for field in _table(text, "tokenizer_kwargs"):
         if field not in _TOKENIZER_FIELDS:
-            raise _refused(
-                path, f"tokenizer_kwargs.{field}", f"allowed are {', '.join(_TOKENIZER_FIELDS)}"
-            )
+            allowed = f"allowed are {', '.join(_TOKENIZER_FIELDS)}"
+            raise _refused(path, f"tokenizer_kwargs.{field}", allowed)
     name = image.get("timm_model_name")
     if name is not None and not _TIMM_NAME.fullmatch(str(name)):
-        raise _refused(
-            path, f"timm_model_name {short(name)}", "allowed is the name of one of timm's models"
-        )
-    for tower in (text, more):
+        allowed = "allowed is the name of one of timm's models"
+        raise _refused(path, f"timm_model_name {short(name)}", allowed)
+    for tower in (text, multimodal):
         if tower.get("hf_model_name"):
             _check_configs(_folder_of_config(str(tower["hf_model_name"])))
 
@@ -79,12 +64,12 @@ def _check_configs(folder: Path) -> None:
         )
     for path in sorted(folder.glob("*config*.json")):
         for field, value in _fields(_read(path)):
-            if field in _CODE_FIELDS:
-                raise _refused(path, field, "a base may not bring code of its own")
+            what = field
             if field in _ATTENTION and "/" in json.dumps(value):
-                raise _refused(
-                    path, f"{field} {short(value)}", "a base may not bring code of its own"
-                )
+                what = f"{field} {short(value)}"
+            elif field not in _CODE_FIELDS:
+                continue
+            raise _refused(path, what, "a base may not bring code")
 
 
 def _folder_of_config(name: str) -> Path:

@@ -107,7 +107,11 @@ class Samples:
         """Read `samples.npz` of a folder."""
         try:
             with np.load(folder / SAMPLES) as file:
-                return cls(*(_numbered(file, kind) for kind in ("input", "reference", "alpha")))
+                fields = []
+                for kind in ("input", "reference", "alpha"):
+                    count = sum(name.startswith(f"{kind}_") for name in file.files)
+                    fields.append([file[f"{kind}_{number}"] for number in range(count)])
+            return cls(*fields)
         except (OSError, ValueError, KeyError) as error:
             raise RAdapterError(
                 f"{folder / SAMPLES}: {error}; export the release again with radapter-export"
@@ -162,10 +166,3 @@ def compare(
             f" closest --precision; {advice}"
         )
     return agreement
-
-
-def _numbered(file: Any, kind: str) -> list[NDArray[Any]]:
-    return [
-        file[f"{kind}_{number}"]
-        for number in range(sum(name.startswith(f"{kind}_") for name in file.files))
-    ]

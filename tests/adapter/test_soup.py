@@ -62,19 +62,6 @@ def test_the_fold_of_the_average_is_the_average_of_the_folds(
     )
 
 
-def test_one_adapter_is_itself_and_metadata_are_the_firsts() -> None:
-    first = make(0, None, task="retrieval", alpha=0.8, templates=["{}"])
-    second = make(1, None, task="segmentation")
-    assert average_adapters([first]).digest == first.digest
-    assert average_adapters([first, second], [1, 0]).digest == first.digest
-    average = average_adapters([first, second])
-    assert (average.metadata.task, average.metadata.alpha, average.metadata.templates) == (
-        "retrieval",
-        0.8,
-        ["{}"],
-    )
-
-
 def test_a_soup_says_what_was_held_out_where_all_held_out_the_same() -> None:
     recipe = {"seed": 1, "val_fraction": 0.2}
     one = make(0, None, held_out="sha256:1", recipe=recipe)

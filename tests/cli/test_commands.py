@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import radapter_serve
 from radapter_serve.cli import (
     build_engine,
     demo,
@@ -94,12 +93,6 @@ def test_help_of_training_lists_the_recipe_and_has_its_defaults(
         assert batch and int(batch[1]) == load_recipe("small").batch_size
     fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Recipe)}
     assert fields <= set(re.findall(r"--[a-z-]+", text))
-
-
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert COMMANDS[name](["--version"]) == 0
-    assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"
 
 
 def test_a_demo_without_the_playground_says_so_at_once(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 
-from radapter_export.graph import Graph
 from radapter_export.references import Array, Inputs
 from radapter_export.references import references as references_of
-from radapter_serve.adapter import attach_adapter, fold, load_adapter
+from radapter_serve.adapter import attach_adapter, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import EncoderGraph
@@ -90,16 +87,3 @@ def test_one_changed_weight_is_refused(
         encoder = EncoderGraph(tmp_path / "model.onnx")
         with pytest.raises(RAdapterError, match=message):
             compare(name, encoder, Samples(inputs.of(name), references[name]), 1e-4)
-
-
-def test_the_graph_of_the_base_is_that_of_alpha_0(
-    tiny_base: Base, graphs: dict[str, Graph], inputs: Inputs, adapter_path: Path, tmp_path: Path
-) -> None:
-    weights = tiny_base.model.state_dict()
-    folded = fold(weights, load_adapter(adapter_path), 0.0)
-    assert all(torch.equal(value, weights[key]) for key, value in folded.items())
-    graphs["image_encoder"].save(folded, tmp_path / "model.onnx")
-    references = references_of(tiny_base, inputs)["image_encoder"]
-    encoder = EncoderGraph(tmp_path / "model.onnx")
-    compare("image_encoder", encoder, Samples(inputs.images, references), 2e-6)
-    assert logging.getLogger("torch.onnx").level == logging.NOTSET

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from PIL import Image
 from radapter_export.accuracy import open_validation
 from radapter_export.release import UNFITTED
 from radapter_serve.adapter import Metadata, load_adapter
-from radapter_serve.cli import export as command
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.model import Model
@@ -108,18 +106,3 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     pairs = zip(paths, answers, strict=True)
     assert np.mean([path.parent.name in answer.labels for path, answer in pairs]) > 0.6
     assert np.mean([len(answer.labels) for answer in answers]) < 1.2
-
-
-@pytest.mark.parametrize(
-    ("facts", "words"),
-    [
-        ({"temperature": 1.5, "ece_after": 0.01}, "by temperature 1.500: ECE 20.00 % before, 1.00"),
-        ({"temperature": 1.5, "ece_after": 0.21}, "after (worse, so do not ask for calibrated)"),
-        ({"temperature": None, "ece_after": None}, "no temperature can be fitted: every image was"),
-    ],
-)
-def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> None:
-    least = {"min_score": 0.25, "false_answers": 0.4}
-    line = command._calibrated({"ece_before": 0.2, "label_ece": 0.02, **least, **facts})
-    assert words in line
-    assert "--min-score calibrated (0.250) keeps 95% of the images, and answers 40% of" in line

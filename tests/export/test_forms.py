@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from radapter_export import ExportSettings, export_release
 from radapter_export.transformers_form import base_form, write_processor
 from radapter_serve.adapter import base_digest, fold, load_adapter, save_adapter
-from radapter_serve.cli.export import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.transformers import Form, check_processor, to_transformers
 from radapter_serve.errors import RAdapterError
@@ -312,25 +311,6 @@ def test_folders_that_would_be_lost_and_a_missing_library_are_refused(
     with pytest.raises(RAdapterError, match=r"transformers is not installed; .*\[huggingface\]"):
         export(transformers=form)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "thesis"}
-
-
-@pytest.mark.slow
-def test_the_command_writes_the_form_and_replaces_it(
-    clip: Path,
-    quick: None,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["--adapter", str(clip / "adapter.safetensors"), "--transformers", "hf", "--alpha"]
-    assert main([*command, "0.5"]) == 0
-    out, err = capfd.readouterr()
-    assert err == "" and "Transformers: hf\n" in out
-    assert main([*command, "0.2"]) == 0
-    facts = json.loads((tmp_path / "hf" / "release.json").read_text(encoding="utf-8"))
-    assert facts["alpha"] == 0.2
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "model_repository"}
 
 
 @pytest.mark.slow

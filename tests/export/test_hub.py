@@ -14,11 +14,9 @@ import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 from radapter_export.hub import BUILT, files_of, prepare_push, push, take
-from radapter_export.merged import CONFIG, WEIGHTS
 from radapter_serve import Model, RAdapterError
 from radapter_serve.cli.export import main as export_command
 from radapter_serve.cli.serve import main as serve
-from radapter_serve.clip.base import load_base
 from radapter_serve.hub import unreachable
 from radapter_serve.release.config import check, read_config
 from radapter_serve.release.release import Release
@@ -129,18 +127,6 @@ def test_the_next_push_takes_the_place_of_the_last(
     with Model(f"hf-hub:{NAME}") as new, Model(pushed) as old:
         assert (new.release().alpha, old.release().alpha) == (0.8, 0.5)
     assert newer != pushed
-
-
-def test_open_clip_and_radapter_take_the_weights_of_a_push(
-    pushed: str, hub: FakeHub, dense_tiny_clip: Path
-) -> None:
-    assert load_base(pushed).name == pushed
-    with Model(dense_tiny_clip / "merged") as merged, Model(pushed, dense="naclip") as model:
-        expected = merged.embed_images([png(1)])
-        np.testing.assert_array_equal(model.embed_images([png(1)]), expected)
-    fetched = [path for _, path in hub.asked if "/resolve/" in path]
-    assert not [path for path in fetched if "/release/" in path]  # torch needs none of it
-    assert {WEIGHTS, CONFIG} <= {path.rpartition("/")[2] for path in fetched}
 
 
 @pytest.mark.slow

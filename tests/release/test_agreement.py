@@ -34,22 +34,6 @@ def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     assert compare("a graph", encoder, samples, 0.3) == agreement
 
 
-def test_a_difference_as_large_as_the_bound_is_within_it() -> None:
-    bounds = Tolerance(0.25, 0.5)
-    assert Agreement(0.25, 0.5).within(bounds)
-    assert not Agreement(0.3, 0.5).within(bounds)
-    assert not Agreement(0.25, 0.4).within(bounds)
-
-
-def test_a_batch_that_fails_is_named_by_its_shape() -> None:
-    def encoder(values: np.ndarray) -> np.ndarray:
-        raise ValueError("wrong size")
-
-    samples = Samples([np.zeros((2, 16), np.uint8)], [turned(0.0)])
-    with pytest.raises(RAdapterError, match=r"a graph fails on a batch of shape \(2, 16\)"):
-        compare("a graph", encoder, samples, 1e-4)
-
-
 def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | None) -> Agreement:
     samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
     return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)

@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import configure
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import CONFIG, newest_export, versions_of
+from radapter_serve.release.repository import CONFIG, newest_export
 from radapter_serve.release.served import FILE, Served
 from tests.helpers.small_models import release
 
@@ -53,11 +53,6 @@ def test_the_newest_export_is_what_the_config_asks_for(
     (repository / "classify" / CONFIG).write_text(policy)
     assert newest_export(repository) == expected
     assert Served.load(repository) == Served(tuple(expected))
-
-
-def test_versions_of_a_model_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert versions_of(tmp_path / "none") == versions_of(tmp_path / "file") == []
 
 
 def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
