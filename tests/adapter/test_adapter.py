@@ -194,18 +194,6 @@ def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
         torch.testing.assert_close(mixed[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_fold_by_hand() -> None:
-    state = {
-        "a.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
-        "a.bias": torch.tensor([1.0, -1.0]),
-    }
-    f = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    adapter = Adapter({"a": f}, Metadata(architecture="x", base_digest=base_digest(state, ["a"])))
-    folded = fold(state, adapter, 0.5)
-    assert folded["a.weight"].tolist() == [[3.0, 4.5, 6.0], [5.0, 7.0, 9.0]]
-    assert folded["a.bias"].tolist() == [0.5, 0.0]
-
-
 def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
     half: dict[str, Tensor] = {}
     wide: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import radapter_serve
 from radapter_serve.cli import (
     build_engine,
     demo,
@@ -25,10 +26,9 @@ from radapter_serve.cli import (
 )
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
-from radapter_serve.extras import install_command
 from radapter_serve.training.recipe import Recipe, load_recipe
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "build-engine": build_engine.main,
     "demo": demo.main,
     "eval": cli_eval.main,
@@ -43,7 +43,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main: Callable[[list[str]], int] = COMMANDS[name]
+    main = COMMANDS[name]
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"
     with pytest.raises(SystemExit) as exit_status:
         main(["--help"])
     assert not exit_status.value.code
@@ -93,16 +95,6 @@ def test_help_of_training_lists_the_recipe_and_has_its_defaults(
         assert batch and int(batch[1]) == load_recipe("small").batch_size
     fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Recipe)}
     assert fields <= set(re.findall(r"--[a-z-]+", text))
-
-
-def test_a_demo_without_the_playground_says_so_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for module in ("gradio", "radapter_serve.demo.run"):  # the demo itself is not even loaded
-        monkeypatch.setitem(sys.modules, module, None)
-    assert demo.main(["--open"]) == 2
-    install = install_command("demo,playground")
-    assert capsys.readouterr().err == f"radapter-demo: error: gradio is not installed; {install}\n"
 
 
 def test_nothing_is_drawn_where_no_terminal_is(

@@ -15,10 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.cli.eval import evaluate, main
-from radapter_serve.cli.export import main as export
+from radapter_serve.cli.eval import main
 from radapter_serve.evaluation.alpha_choice import load_choice
-from radapter_serve.evaluation.start import EvaluatedModel, EvaluationSettings
 from tests.evaluation.conftest import picture
 from tests.helpers.own_cache import own_cache as own_cache
 
@@ -150,26 +148,6 @@ def test_a_choice_and_a_sweep_share_a_folder_in_any_order(here: Path, undrawn: N
 
 
 @pytest.mark.parametrize(
-    ("model", "tests", "expected"),
-    [
-        (EvaluatedModel(), "validation", "results/photos/validation"),
-        (EvaluatedModel(merged="merged/"), "pacs", "results/merged/pacs"),
-        (
-            EvaluatedModel(model_repository="/models/repository@3"),
-            "My own/suite",
-            "results/repository@3/My_own_suite",
-        ),
-        (EvaluatedModel(url="grpc://host:8001"), "pacs", "results/host_8001/pacs"),
-    ],
-)
-def test_results_have_a_folder_for_each_model_and_suite(
-    model: EvaluatedModel, tests: str, expected: str
-) -> None:
-    folder = EvaluationSettings().folder(model.name(Path("runs/photos")), tests)
-    assert folder == Path(expected)
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, "),
@@ -221,14 +199,6 @@ def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made
     assert main(command) == 0
     *_, third, fourth = rows(here / "results")
     assert (fourth["border"], fourth["set_digest"]) == (9, third["set_digest"])
-
-
-def test_a_terminal_shows_how_far_it_is(
-    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as if stderr were a terminal
-    evaluate(suite="suite.yaml", settings=EvaluationSettings(data_root="data"), alpha=("0.5",))
-    assert "shifted: 12 of 12 images by 1 model" in capfd.readouterr().err
 
 
 def test_labels_that_are_alike_are_named(
@@ -323,21 +293,6 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
         assert main([*COMMON, "--alpha", alpha, "--out", alpha]) == 0
         warning = "plain: warning: 2 of its 14 images are validation images of held-out too; "
         assert warning in capfd.readouterr().err
-
-
-def test_export_auto_without_a_choice_or_with_another_adapters(
-    here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert export(["--alpha", "auto"]) == 2
-    assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
-    fields = {"alpha": 0.3, "best": 0.3, "own_alpha": 0.5, "rule": "", "curve": [], "sets": {}}
-    for content, message in (
-        (json.dumps({**fields, "adapter_digest": "sha256:0"}), "was chosen for another adapter"),
-        ("{", "choose again"),
-    ):
-        (here / "runs" / "tiny" / "alpha.json").write_text(content, encoding="utf-8")
-        assert export(["--alpha", "auto"]) == 2
-        assert message in capfd.readouterr().err
 
 
 def test_merged_and_release_by_flag(here: Path, undrawn: None, exported_tiny_clip: Path) -> None:

@@ -24,6 +24,7 @@ from tests.helpers.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = "--steps 3 --batch-size 8 --val-fraction 0.2 --workers 0 --tracker none"
 RUN_HERE = ("radapter-train", "radapter-eval", "radapter-export")  # the others need a server
 
 

@@ -57,19 +57,8 @@ def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
     """Train a run and choose its alpha; gives the command that is printed at the end."""
     photos = "imagefolder:my photos"
     data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
-    short = [
-        "--steps",
-        "4",
-        "--batch-size",
-        "8",
-        "--warmup-steps",
-        "1",
-        "--workers",
-        "0",
-        "--tracker",
-        "none",
-    ]
-    assert train.main(["--architecture", tiny_clip_dir, *data, *short]) == 0
+    short = "--steps 4 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
+    assert train.main(["--architecture", tiny_clip_dir, *data, *short.split()]) == 0
     (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
     run([*command, "--device", "cpu"])
     command, *other = printed(capfd.readouterr().out)

@@ -282,18 +282,6 @@ def test_help_and_usage_errors(
         assert "http://localhost:8000" in said.out and "RADAPTER_SERVER" in said.out
 
 
-def test_templates_are_summed_up(monkeypatch, capsys: pytest.CaptureFixture[str]):
-    templates = [f"photo {index} of a {{}}." for index in range(80)]
-    recorder = Recorder(templates=templates, preprocess={"exif_orientation": False})
-    monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder))
-    assert main(["release"]) == 0
-    shown = capsys.readouterr().out
-    assert "80, such as 'photo 0 of a {}.'" in shown and "is ignored" in shown
-    assert "photo 1 of" not in shown
-    assert main(["release", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["release"]["templates"] == templates
-
-
 def test_examples_are_a_folder_of_folders(tmp_path: Path, monkeypatch, capsys):
     for name in ("mug/1.png", "mug/2.png", "cup/1.png", ".hidden/1.png"):
         path = tmp_path / "shown" / name

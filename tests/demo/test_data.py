@@ -89,15 +89,6 @@ def test_drawings_are_on_white_paper_and_silhouettes_on_black(some: data.DemoDat
         assert np.median(corners) == ground
 
 
-def test_paper_is_what_pillow_pastes(some: data.DemoData) -> None:
-    svg = data.drawings_of("train")["apple"][0]
-    drawn = data.render(svg, data.SIDE)
-    white = Image.new("RGB", drawn.size, "white")
-    white.paste(drawn, mask=drawn.getchannel("A"))
-    ours = np.asarray(data.on_paper(np.asarray(drawn.convert("RGBa"))), int)
-    np.testing.assert_allclose(ours, np.asarray(white, int), atol=1)
-
-
 def test_a_finished_folder_is_taken_as_it_is(some: data.DemoData) -> None:
     image = next(some.train.glob("*/*.png"))
     changed = image.stat().st_mtime_ns

@@ -199,9 +199,7 @@ def test_a_family_without_the_form_is_refused_before_a_graph_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter.safetensors"}
 
 
-@pytest.mark.parametrize(
-    "family", sorted(set(FAMILIES) - {"vit", "vit-quickgelu", "siglip", "siglip2", "coca"})
-)
+@pytest.mark.parametrize("family", ["roberta", "resnet", "mobileclip-b", "vit-layer-scale"])
 def test_other_families_have_no_form(family: str, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="has no form in transformers: "):
         base_form(load_base(make_base(family, tmp_path)))

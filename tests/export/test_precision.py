@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,15 +311,6 @@ def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path) -> None:
     numbers = np.concatenate(batches)[:, 0, 0, 0].astype(int)
     assert (len(numbers), numbers[0]) == (128, 0)
     assert set(np.diff([*numbers, 200])) == {1, 2}
-
-
-def test_digests_tell_releases_of_other_precision_apart(exported: Exported) -> None:
-    fp32 = exported[1][0].release
-    kinds: list[dict[str, Any]] = [{"kind": "dynamic"}]
-    kinds += [{"kind": "static", "digest": digest} for digest in "ab"]
-    int8 = [replace(fp32, precision="int8", quantization=kind) for kind in kinds]
-    dynamic = replace(int8[0], dynamic_alpha=True)
-    assert len({release.digest for release in (fp32, *int8, dynamic)}) == 5
 
 
 @pytest.fixture
