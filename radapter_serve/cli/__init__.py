@@ -5,6 +5,7 @@ What they share is here; what they do lives in the rooms.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import operator
@@ -114,7 +115,8 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        with contextlib.suppress(OSError):  # for the last flush, of a stdout that is a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)

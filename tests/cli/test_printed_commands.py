@@ -89,7 +89,9 @@ def serving(command: list[str]) -> Iterator[str]:
             assert server.stdout is not None
             said = ""
             while "Ctrl-C stops the server" not in said:
-                said += server.stdout.readline()
+                line = server.stdout.readline()
+                assert line, f"the server ended: {said}"
+                said += line
             (tried,) = [words for words in printed(said) if words[0] == "radapter-query"]
             assert query.main(tried[1:]) == 0
             yield f"grpc://localhost:{grpc}"
