@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import norm, sem, t
 
-from radapter_serve.evaluation.intervals import paired_difference
+from radapter_serve.evaluation.metrics import paired_difference
 from rivals.system import Cost
 
 K = TypeVar("K")

@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import random
 import re
@@ -26,7 +27,6 @@ from radapter_serve.contract.image_files import (
 )
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
-from radapter_serve.data.splits import open_splits
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.hub import from_hub_or_cache, how_to_bring, unreachable
 
@@ -36,6 +36,9 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
+
+
+_Splits = dict[str, list[dict[str, Any]]]
 
 
 class BrokenImage(RAdapterError):
@@ -165,7 +168,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     # can't be read.
     try:
         if reader in SPLIT_FILES:
-            table = open_splits(reader, Path(path), split if at else None)
+            table = _open_splits(reader, Path(path), split if at else None)
             table = table.to_iterable_dataset() if streaming else table
         else:
             table = _load(place, split, folder, streaming)
@@ -225,6 +228,79 @@ def _load(place: str, split: str, folder: Path, streaming: bool) -> Any:
             f" reached ({unreachable()}); if it is a folder of yours, write imagefolder:{place}; if"
             f" it is on the hub, {how_to_bring(place, 'dataset')}"
         ) from error
+
+
+def _open_splits(kind: str, path: Path, names: str | None) -> Any:
+    """Open one split, or several as one, of the files that CoOp and Karpathy published."""
+    try:
+        content = json.loads(path.read_bytes())
+        splits, features = (_coop if kind == "coop" else _karpathy)(content)
+    except OSError as error:
+        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = "CoOp's" if kind == "coop" else "Karpathy's"
+        raise RAdapterError(
+            f"could not read {path} as a file of {what} splits: {type(error).__name__}:"
+            f" {reason(error)}"
+        ) from None
+    wanted = list(dict.fromkeys((names or "").split("+")))
+    missing = [name for name in wanted if not splits.get(name)]
+    if missing:
+        has = ", ".join(sorted(name for name, rows in splits.items() if rows)) or "no images at all"
+        lacks = f"has no images of the split {missing[0]!r}" if missing[0] else "needs a split"
+        raise RAdapterError(
+            f"{path} {lacks}; it has {has}; name one as in {kind}:FILE@test, or several as in"
+            " @train+val"
+        )
+    return datasets.Dataset.from_list([row for name in wanted for row in splits[name]], features)
+
+
+def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
+    """`{"train": [[path, number, name], ...], "val": ..., "test": ...}`; all splits number the
+    classes alike.
+    """
+    splits: _Splits = {}
+    classes: dict[int, str] = {}
+    for split, rows in content.items():
+        splits[split] = []
+        for path, number, name in rows:
+            _check(
+                isinstance(path, str) and type(number) is int and isinstance(name, str),
+                [path, number, name],
+            )
+            if classes.setdefault(number, name) != name:
+                raise ValueError(f"the class {number} is both {classes[number]!r} and {name!r}")
+            splits[split].append({"image": path, "label": number})
+    names = [classes[number] for number in sorted(classes)]
+    if sorted(classes) != list(range(len(classes))) or len(set(names)) < len(names):
+        raise ValueError("the classes must be numbered from 0 on, each with a name of its own")
+    return splits, datasets.Features(
+        {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+
+
+def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
+    """`{"images": [{"filename", perhaps "filepath", "split", "sentences": [{"raw"}, ...]},
+    ...]}`.
+    """
+    splits: _Splits = {}
+    for image in content["images"]:
+        folder = image.get("filepath", "")
+        name = image["filename"]
+        captions = [of["raw"] for of in image["sentences"]]
+        _check(
+            all(isinstance(text, str) for text in (folder, name, image["split"], *captions)), image
+        )
+        splits.setdefault(image["split"], []).append(
+            {"image": str(Path(folder, name)), "caption": captions}
+        )
+    text = datasets.Value("string")
+    return splits, datasets.Features({"image": text, "caption": datasets.List(text)})
+
+
+def _check(fits: bool, row: Any) -> None:
+    if not fits:
+        raise TypeError(f"unexpected types in {str(row)[:80]}")
 
 
 def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], streaming: bool) -> Rows:

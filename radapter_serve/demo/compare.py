@@ -22,7 +22,7 @@ from radapter_serve.data.labelled import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
 from radapter_serve.evaluation.classification import evaluation_batches, zero_shot_classifier
 from radapter_serve.evaluation.image_sets import drawn
-from radapter_serve.evaluation.intervals import paired_difference
+from radapter_serve.evaluation.metrics import paired_difference
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"

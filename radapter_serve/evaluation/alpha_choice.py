@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +10,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.intervals import paired_difference
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.evaluation.metrics import paired_difference
 from radapter_serve.evaluation.rows import KEPT, Row, by_shift
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import staged
+from radapter_serve.typed import checker
 
 FILE = "alpha.json"
 RULE = (
@@ -220,11 +220,8 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
     its path.
     """
     path = _path(adapter)
-    try:
-        with staged(path) as temporary:
-            temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
-    except OSError as error:
-        raise RAdapterError(f"could not write {path}: {error.strerror}") from error
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
     return path
 
 
@@ -232,22 +229,15 @@ def load_choice(adapter: str | Path) -> Choice:
     """Read the choice beside an adapter file or in the folder of a run."""
     path = _path(adapter)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in dataclasses.fields(Choice)}
-        if set(values) != names:
-            raise ValueError(
-                f"it has {', '.join(sorted(values))}, and should have {', '.join(sorted(names))}"
-            )
-        sets = {name: ValidationSet(**of) for name, of in values["sets"].items()}
-        return Choice(**{**values, "sets": sets})
+        return checker(Choice).validate_json(path.read_bytes())
     except FileNotFoundError:
         raise RAdapterError(
             f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter"
             f" {path.parent} --alpha auto"
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise RAdapterError(
-            f"could not read {path}: {error}; choose again: radapter-eval --alpha auto"
+            f"could not read {path}: {reason(error)}; choose again: radapter-eval --alpha auto"
         ) from error
 
 

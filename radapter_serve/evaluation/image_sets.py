@@ -23,14 +23,9 @@ from radapter_serve.contract.preprocess import decode, oriented
 from radapter_serve.contract.probabilities import class_probabilities, indistinguishable
 from radapter_serve.data.rows import ImageColumn
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.intervals import (
-    Interval,
-    mean_recall_interval,
-    precision_interval,
-    wilson,
-)
 from radapter_serve.evaluation.metrics import (
     Floats,
+    Interval,
     average_precisions,
     calibration_error,
     calibration_sums,
@@ -38,10 +33,13 @@ from radapter_serve.evaluation.metrics import (
     check_finite,
     classification_metrics,
     confusion,
+    mean_recall_interval,
+    precision_interval,
     recalls_of,
     retrieval_ranks,
     shares,
     true_ranks,
+    wilson,
 )
 from radapter_serve.evaluation.models import Candidate
 from radapter_serve.evaluation.rows import Bin, ClassFigures, Row, packed
@@ -113,9 +111,10 @@ class EvaluationSet(ABC):
     def fields(self, model: Candidate) -> dict[str, Any]:
         """Fields of a row about the set, and how a model is evaluated on it."""
 
-    @abstractmethod
     def prepare(self, model: Candidate, number: int) -> Any:
         """Read and decode an image; thread-safe."""
+        turns = model.loaded.preprocess.exif_orientation
+        return model.prepare(as_seen(self.images[number](), self.entry.exif_orientation, turns))
 
     @abstractmethod
     def answer(
@@ -189,18 +188,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class _ImageSet(EvaluationSet):
-    """Images that are embedded as a whole."""
-
-    images: Sequence[Image]
-
-    def prepare(self, model: Candidate, number: int) -> Any:
-        turns = model.loaded.preprocess.exif_orientation
-        return model.prepare(as_seen(self.images[number](), self.entry.exif_orientation, turns))
-
-
-@dataclass(frozen=True)
-class ClassificationSet(_ImageSet):
+class ClassificationSet(EvaluationSet):
     """Images with one label, or with several of which one at least is right."""
 
     labels: NDArray[Any]  # integer [N]; of several labels bool [N, C]
@@ -307,7 +295,7 @@ class ClassificationSet(_ImageSet):
 
 
 @dataclass(frozen=True)
-class RetrievalSet(_ImageSet):
+class RetrievalSet(EvaluationSet):
     """Images and their captions."""
 
     captions: list[str]  # of all images

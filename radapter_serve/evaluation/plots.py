@@ -26,6 +26,7 @@ from radapter_serve.evaluation.suite import PROPOSALS
 Points = Sequence[Mapping[str, float]]
 # Of what is at several α, the first has the curve.
 _SOURCES = ("adapter", "checkpoint", "lora", "release", "server")
+_ALL = (*_SOURCES, "wise-ft")
 
 
 def draw_choice(choice: Choice, folder: Path) -> Path:
@@ -64,14 +65,12 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         bars.setdefault(name, {})[row.dataset] = own_metric(row)
     plot_bars(bars, pictures[0], title=title, unit=unit)
 
-    # A curve for each way of segmentation.
+    # A curve for each way of segmentation, of the first source at several α.
     ways: dict[str, list[Row]] = {}
     for row in rows if curve_too else ():
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
     for way, of_way in ways.items():
-        lines = {
-            source: curve([row for row in of_way if row.source == source]) for source in _SOURCES
-        }
+        lines = {source: curve([row for row in of_way if row.source == source]) for source in _ALL}
         source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
         if source is None:
             continue
@@ -81,14 +80,13 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
             share = mean_kept(row for row in of_way if (row.source, row.alpha) == (source, alpha))
             if share is not None:
                 kept[alpha] = share
-        wise_ft = curve([row for row in of_way if row.source == "wise-ft"])
         path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
         plot_alpha_curve(
             lines[source],
             *by_shift({row.dataset: row for row in of_way}),
             path,
             title=title,
-            beside={"WiSE-FT": wise_ft} if wise_ft else None,
+            beside={"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None,
             unit=unit,
             kept=kept,
         )
@@ -266,14 +264,12 @@ def plot_confusion(row: Row, path: str | Path) -> None:
                 color="white" if share > 0.5 else "black",
             )
     axes.set_xticks(range(counts.shape[1]), [*names, "none"][: counts.shape[1]], rotation=90)
-    kind = "recall" if row.dense is None else "iou"
-    own = [of.recall if row.dense is None else of.iou for of in row.per_class]
-    labels = [f"{of.name}, n {of.n}" for of in row.per_class]
-    figures = [f", {kind} {100 * value:.1f} %" if value is not None else "" for value in own]
-    axes.set_yticks(
-        range(len(names)),
-        [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)],
-    )
+    labels = []
+    for of in row.per_class:
+        kind, value = ("recall", of.recall) if row.dense is None else ("iou", of.iou)
+        figure_of = "" if value is None else f", {kind} {100 * value:.1f} %"
+        labels.append(f"{of.name}, n {of.n}{figure_of}")
+    axes.set_yticks(range(len(names)), labels)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")

@@ -16,7 +16,7 @@ from rich.table import Table
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME
 from radapter_serve.errors import RAdapterError, short
-from radapter_serve.evaluation.intervals import Interval
+from radapter_serve.evaluation.metrics import Interval
 from radapter_serve.files import staged
 from radapter_serve.typed import checker
 
@@ -285,12 +285,9 @@ class Results:
             self._rows[row.identity] = row
             self.measured += 1
         lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with staged(self.path) as part:
-                part.write_text(lines, encoding="utf-8")
-        except OSError as error:
-            raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with staged(self.path) as part:
+            part.write_text(lines, encoding="utf-8")
 
 
 def own_metric(row: Any) -> float:
@@ -462,16 +459,18 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     """A line for each list of labels that models can't tell apart, with the data sets and the
     models.
     """
-    lists: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
+    of_pairs: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:
         if row.indistinguishable:
-            sets, models = lists.setdefault(tuple(row.indistinguishable), ({}, {}))
-            sets[row.dataset] = None
-            models[model_name(row.source, row.alpha)] = None
-    return [
-        f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
-        + ", ".join(f"{first!r} and {second!r}" for first, second in pairs[:5])
-        + (f" and {len(pairs) - 5} pairs more" if len(pairs) > 5 else "")
-        + f" (cosine of the texts above {SAME}): their scores are ties, and the first label wins"
-        for pairs, (sets, models) in lists.items()
-    ]
+            of_pairs.setdefault(tuple(row.indistinguishable), []).append(row)
+    lines = []
+    for pairs, of in of_pairs.items():
+        sets = ", ".join(dict.fromkeys(row.dataset for row in of))
+        models = ", ".join(dict.fromkeys(model_name(row.source, row.alpha) for row in of))
+        shown = ", ".join(f"{first!r} and {second!r}" for first, second in pairs[:5])
+        more = f" and {len(pairs) - 5} pairs more" if len(pairs) > 5 else ""
+        lines.append(
+            f"{sets}: warning: {models} can't tell apart {shown}{more} (cosine of the texts above"
+            f" {SAME}): their scores are ties, and the first label wins"
+        )
+    return lines

@@ -18,7 +18,7 @@ from radapter_serve.adapter import load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.image_sets import Answers, EvaluationSet
-from radapter_serve.evaluation.intervals import wilson
+from radapter_serve.evaluation.metrics import wilson
 from radapter_serve.evaluation.models import Candidate, NoSuchWay
 from radapter_serve.evaluation.rows import KEPT, Results, Row, harmonic_means
 from radapter_serve.evaluation.sets import open_set, own_validation

@@ -25,11 +25,11 @@ from radapter_serve.evaluation.image_sets import (
     digest,
     first_names,
 )
-from radapter_serve.evaluation.intervals import segmentation_intervals
 from radapter_serve.evaluation.metrics import (
     class_ious,
     confusion,
     pixel_sums,
+    segmentation_intervals,
     segmentation_metrics,
     shares,
 )

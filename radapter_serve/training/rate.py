@@ -23,7 +23,7 @@ from radapter_serve.files import staged
 from radapter_serve.runs import RATES
 from radapter_serve.training.loop import fit
 from radapter_serve.training.recipe import Recipe
-from radapter_serve.training.tasks import RunData
+from radapter_serve.training.start import RunData
 from radapter_serve.training.validation import answers
 
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
@@ -137,12 +137,9 @@ def search_rate(
         ],
         "notes": notes,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with staged(out / RATES) as temporary:
-            temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
-    except OSError as error:
-        raise RAdapterError(f"could not write {out / RATES}: {error.strerror}") from error
+    out.mkdir(parents=True, exist_ok=True)
+    with staged(out / RATES) as temporary:
+        temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
     say(f"chose learning rate {chosen:.2g}; {out / RATES} has the table")
     least = min(recipe.min_learning_rate, chosen)
     return dataclasses.replace(recipe, learning_rate=chosen, min_learning_rate=least), notes

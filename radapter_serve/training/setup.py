@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
+from radapter_serve.training.start import Data, RunData
 from radapter_serve.training.step import Average, TwoTower, flatten_projections
-from radapter_serve.training.tasks import Data, RunData
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,14 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
 def choose_loss(base: Base, recipe: Recipe) -> partial[Tensor]:
     """The loss by softmax, or by sigmoids where the base's scores are made so."""
     scale, bias = logit_scale_and_bias(base.model.state_dict())
-    loss_fn: Callable[..., Tensor] = mpm_nce
-    if bias is not None:
-        loss_fn = partial(pairwise_sigmoid, logit_bias=bias)
-    return partial(loss_fn, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
+    numbers: dict[str, Any] = {
+        "logit_scale": scale,
+        "delta": recipe.delta,
+        "epsilon": recipe.epsilon,
+    }
+    if bias is None:
+        return partial(mpm_nce, **numbers)
+    return partial(pairwise_sigmoid, logit_bias=bias, **numbers)
 
 
 def choose_form(

@@ -4,7 +4,6 @@ shares.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
 import shutil
@@ -30,7 +29,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.hub import unreachable
 from radapter_serve.index.collection import open_collection
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.start import open_run
 from tests.helpers.own_cache import own_cache as own_cache
 
 OTHERS = ("GIF", "BMP", "TIFF")
@@ -228,12 +227,3 @@ def test_weights_that_are_not_there_say_how_to_bring_them(
     assert f"name it local-dir:clip in place of {name}" in str(caught.value)
     assert "\n" not in str(caught.value) and "(no route to host)" in str(caught.value)
     assert not constants.HF_HUB_OFFLINE  # as it was
-
-
-def test_one_image_is_no_batch_and_one_class(photos: Path) -> None:
-    for file in sorted(photos.rglob("[0-9]*.jpg"))[1:]:
-        file.unlink()
-    table = photos.parent / "t.csv"
-    table.write_text(f"image,label\n{photos}/cat/0.jpg,cat\n")
-    found = problems(dataclasses.replace(Recipe(), data=f"csv:{table}"))
-    assert "the one class 'cat'" in found and "holds 1 images to train with" in found

@@ -110,12 +110,6 @@ def test_a_label_map_with_an_orientation_of_its_own(orientation: int, tmp_path: 
         check(load_masked(spec).images[0], MASK, UPRIGHT)
 
 
-def test_a_label_map_of_another_size_is_refused(tmp_path: Path) -> None:
-    spec = masked(tmp_path, MASK[:, :5], 6)
-    with pytest.raises(RAdapterError, match=r"5 x 6 pixels but the image .* has 6 x 9"):
-        load_masked(spec).images[0].mask()
-
-
 # A mask that is upright is known by its size.
 @pytest.mark.parametrize(
     ("orientation", "upright"),

@@ -196,13 +196,11 @@ def test_the_choice_is_kept_beside_the_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trained", "other", "same"),
     [
-        ("imagefolder:photos", "imagefolder:./photos/", True),
         ("imagefolder:photos", "imagefolder:{here}/photos@train", True),
         ("imagefolder:photos", "imagefolder:link", True),
         ("imagefolder:photos", "imagefolder:photos@validation", False),
         ("csv:photos", "imagefolder:photos", False),
         ("a/hub", "a/hub", True),
-        ("a/hub", "a/hub@test", False),
     ],
 )
 def test_validation_data_that_is_the_training_data_is_refused(

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.evaluation.intervals import (
+from radapter_serve.evaluation.metrics import (
+    average_precisions,
     mean_recall_interval,
     paired_difference,
     precision_interval,
     segmentation_intervals,
     wilson,
 )
-from radapter_serve.evaluation.metrics import average_precisions
 
 
 @pytest.mark.parametrize(

@@ -179,16 +179,6 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
 
 
-def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> None:
-    for kind, mode, colour in (("images", "RGB", 0), ("masks", "L", 1)):  # grass alone
-        (tmp_path / "data" / kind).mkdir(parents=True)
-        Image.new(mode, (40, 40), colour).save(tmp_path / "data" / kind / "0.png")
-    shutil.copy(masked / "data" / "classes.txt", tmp_path / "data")
-    suite = suite_of(tmp_path, "- {name: a, dense: proposals, background: grass}")
-    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
-    assert row.metrics["pixel_accuracy"] == 1 and row.intervals == {}
-
-
 def test_dense_labels_and_proposals_are_never_averaged(
     masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -15,7 +14,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from radapter_serve.data.classes import read_class_ids
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.models import from_adapter
@@ -28,7 +26,6 @@ from tests.evaluation.conftest import CLASSES
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "recipes" / "suites"
 DATA = ROOT.parent / "shared" / "data"
-CLASS_COUNTS = {"ade150": 150, "pascal-context-59": 59, "pascal-voc-20": 20, "coco-objects": 130}
 
 
 def suite_of(text: str, folder: Path) -> Suite:
@@ -72,16 +69,6 @@ def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path)
         assert rows[0].captions == 15
     if name == "coco200":
         assert {row.classes for row in rows} == {129, 77}
-
-
-def test_names_of_the_segmentation_sets() -> None:
-    for name, count in CLASS_COUNTS.items():
-        assert len(read_class_ids(SUITES / "classes" / f"{name}.yaml")) == count
-    # The converter ranks ids of an alphabetic list: VOC's 2008_000002, which shows a television,
-    # has 55 and 58.
-    context = read_class_ids(SUITES / "classes" / "pascal-context-59.yaml")
-    assert list(context.values()) == sorted(context.values())
-    assert context[55] == "tv monitor" and context[58] == "window"
 
 
 def test_base_and_novel_classes_have_a_harmonic_mean(
@@ -157,23 +144,6 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     with Image.open(tmp_path / "cropped.png") as image:
         assert image.size == (4, 2)
         assert image.getpixel((0, 0)) == (1, 0, 0)
-
-
-def test_captions_of_an_image_stand_together(world: Path) -> None:
-    suite = load_suite(world / "suite.yaml", world)
-    data = open_set(suite, next(entry for entry in suite.entries if entry.task == "retrieval"))
-    assert isinstance(data, RetrievalSet)
-    with (world / "captions.csv").open(encoding="utf-8") as file:
-        expected = {(row["image"], row["caption"]) for row in csv.DictReader(file)}
-    names = [image.name for image in data.images]
-    assert {
-        (names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)
-    } == expected
-    assert len(names) == len(set(names)) == 12
-    few = open_set(suite, data.entry, limit=5, seed=1)
-    assert isinstance(few, RetrievalSet)
-    assert len(few.images) == 5 and set(few.image_of) == set(range(5))
-    assert few.set_digest != data.set_digest
 
 
 def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:

@@ -91,30 +91,6 @@ def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
     return list(batches(examples, size, **common))
 
 
-def test_an_epoch_has_every_caption_once(folder: Path) -> None:
-    (batch,) = loaded(load_captioned(f"csv:{folder}/rows.csv"), 6)
-    brightness = [int(pixels[0, 0, 0]) // 60 for pixels in batch["pixels"]]
-    pairs = sorted(zip(brightness, batch["texts"], strict=True))
-    assert pairs == sorted((n, text) for n, texts in BY_BRIGHTNESS.items() for text in texts)
-    # Each image has one label, and no two have the same.
-    labels = set(zip(brightness, batch["labels"].tolist(), strict=True))
-    assert len(labels) == len({label for _, label in labels}) == 3
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_several_captions_share_one_image(folder: Path, workers: int) -> None:
-    data = load_captioned(f"csv:{folder}/rows.csv", captions_per_image=2)
-    (batch,) = loaded(data, 3, workers=workers)
-    assert batch["pixels"].shape == (3, 3, 8, 8)
-    assert (len(batch["labels"]), len(batch["texts"])) == (3, 6)
-    for index, pixels in enumerate(batch["pixels"]):
-        texts = set(batch["texts"][2 * index : 2 * index + 2])
-        captions = BY_BRIGHTNESS[int(pixels[0, 0, 0]) // 60]
-        assert texts <= set(captions) and len(texts) == min(2, len(captions))
-    assert loaded(data, 3)[0]["texts"] == batch["texts"]
-    assert any(loaded(data, 3, epoch=epoch)[0]["texts"] != batch["texts"] for epoch in range(1, 4))
-
-
 def test_a_stream_of_lists_gives_several_captions(folder: Path) -> None:
     options: dict[str, Any] = {"captions_per_image": 2, "streaming": True}
     (batch,) = loaded(load_captioned(f"json:{folder}/lists.json", **options), 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import random
 import re
 import shutil
 import tarfile
@@ -19,14 +18,13 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from radapter_serve.adapter import Metadata
-from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
-from radapter_serve.training.tasks import open_data
+from radapter_serve.training.start import open_data
 
 
 def pixels(data: Any) -> dict[bytes, str]:
@@ -212,17 +210,6 @@ def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
         csv.write_bytes(content)
         with pytest.raises(RAdapterError, match=message):
             load_labelled(f"csv:{csv}")
-
-
-def test_sixteen_bits_of_gray_keep_their_upper_eight(tmp_path: Path) -> None:
-    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    for name in ("a", "b"):
-        Image.fromarray(values).save(tmp_path / f"{name}.png")
-    data = load_labelled(table(tmp_path, ["a.png", "b.png"], ["x", "y"]))
-    image, _, _ = data.pair(data.rows[0], random.Random(0))
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 1], values // 256)
-    served = decode_pixels((tmp_path / "a.png").read_bytes(), Preprocess((64, 64)))
-    np.testing.assert_array_equal(served[..., 1], values // 256)
 
 
 def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:

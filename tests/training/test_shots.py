@@ -19,8 +19,8 @@ from radapter_serve.data.labelled import (
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
-from radapter_serve.training.tasks import open_run
-from tests.helpers.short_run import rows, short_run
+from radapter_serve.training.start import open_run
+from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
 
 
@@ -70,16 +70,6 @@ def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: boo
         assert drawn(data) == {name: everything[name] for name in names}
         assert drawn(few_shot(data, 1, 1)).keys() == set(names)
     assert class_split(labelled, "all") is labelled
-
-
-def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
-    data = f"imagefolder:{images}"
-    few: dict[str, Any] = {"batch_size": 2, "shots": 2, "class_split": "base", "warmup_steps": 0}
-    recipe = short_run(
-        tiny_clip_dir, tmp_path, data=data, val_data=data, steps=None, epochs=1, **few
-    )
-    steps = [row for row in rows(train(recipe).folder) if "loss" in row]
-    assert len(steps) == 2  # two classes, two images each
 
 
 @pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])

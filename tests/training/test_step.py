@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.training import Average
-from radapter_serve.training.step import at_base, flatten_projections, other_prompts, share
+from radapter_serve.training.step import flatten_projections, other_prompts, share
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -52,18 +50,6 @@ def test_the_average_is_its_closed_form(
     with average.applied():
         torch.testing.assert_close(parameter.detach(), average.tensors[name])
     assert torch.equal(parameter.detach(), kept)
-
-
-def test_after_a_look_at_the_base_the_adapters_count_in_full(tiny_clip_dir: str) -> None:
-    adapters = attach(load_base(tiny_clip_dir).model)
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test's precision
-    accelerator = Accelerator(cpu=True)
-    with at_base(adapters, accelerator):
-        assert adapters.alpha == 0.0 and not torch.is_grad_enabled()
-    assert adapters.alpha == 1.0
-    with pytest.raises(KeyboardInterrupt), at_base(adapters, accelerator):
-        raise KeyboardInterrupt
-    assert adapters.alpha == 1.0
 
 
 def test_absent_classes_have_a_prompt_but_those_of_a_name_in_the_batch() -> None:
