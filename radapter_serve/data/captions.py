@@ -62,8 +62,8 @@ class Captioned(ImageColumn):
         return [(number, (caption,)) for number, captions in numbered for caption in captions]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
-        """The image, its number, and captions drawn of its own; where there are too few, some come
-        again.
+        """The image, its number, and some of its captions, drawn; where there are too few, some
+        come again.
         """
         count = self.captions_per_image
         if isinstance(row, tuple):

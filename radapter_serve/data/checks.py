@@ -103,9 +103,9 @@ def equal_names(data: Labelled | Masked) -> list[str]:
     """Classes whose names CLIP reads as the same, which differ in case, spaces and underscores
     alone.
     """
-    own = data.own if isinstance(data, Labelled) else data.classes
+    names = data.own if isinstance(data, Labelled) else data.classes
     same: dict[str, list[str]] = {}
-    for name, line in zip(own, data.classes, strict=True):
+    for name, line in zip(names, data.classes, strict=True):
         plain = " ".join(split_label(line)[0].casefold().replace("_", " ").split())
         same.setdefault(plain, []).append(name)
-    return [" and ".join(map(repr, names)) for names in same.values() if len(names) > 1]
+    return [" and ".join(map(repr, equal)) for equal in same.values() if len(equal) > 1]

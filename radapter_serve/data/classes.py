@@ -36,9 +36,7 @@ def imagenet_classes() -> dict[str, str]:
 
 
 def refuse_wordnet_ids(names: Sequence[str]) -> None:
-    """Refuse names that are all WordNet ids: a prompt with "n01440764" in it says nothing to
-    CLIP.
-    """
+    """Refuse names that are all WordNet ids: CLIP can't read a prompt with "n01440764" in it."""
     if names and all(_WORDNET_ID.fullmatch(name) for name in names):
         raise RAdapterError(
             f"the classes are named by WordNet ids ({', '.join(names[:3])}, ...), which CLIP can't"
@@ -48,7 +46,7 @@ def refuse_wordnet_ids(names: Sequence[str]) -> None:
 
 
 def prompt_names(
-    own: Sequence[str] | None,
+    keys: Sequence[str] | None,
     classes: Path | None,
     spec: str,
     *,
@@ -56,124 +54,118 @@ def prompt_names(
     every_class: bool = True,
     whole: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """The data's own name of each class, in the order of its labels, and its name for prompts with
-    synonyms after commas.
+    """The key of each class, which the data calls it by, in the order of its labels, and its name
+    for prompts with synonyms after commas.
 
-    `classes` is a class file, `imagenet`, or None for the data's `own` names, in which underscores
-    become spaces. A line of the file is `own name: name for prompts` or a name alone. Where labels
-    are names (`by_name`) rather than numbers of `own`, the file has the classes and their order.
-    `whole` names are those of folders, in which a comma parts no synonyms. `every_class` refuses
+    `classes` is a class file, `imagenet`, or None for the data's `keys`, in which underscores
+    become spaces. A line of the file is `key: name for prompts` or a name alone. Where labels
+    are names (`by_name`) rather than numbers of `keys`, the file has the classes and their order.
+    `whole` keys are names of folders, in which a comma parts no synonyms. `every_class` refuses
     lines of the file that are no class of the data; else these classes are listed last.
     """
     if classes is None:
-        if own is None:
+        if keys is None:
             raise RAdapterError(
                 f"{spec} does not name its classes; give a file with one class a line: --classes"
                 " FILE"
             )
-        shown = [name.replace("_", " ") for name in own]
+        names = [key.replace("_", " ") for key in keys]
         if whole:
-            shown = [join_label([name]) for name in shown]
+            names = [join_label([name]) for name in names]
     elif str(classes) == IMAGENET:
-        own, shown = _of_imagenet(own, spec)
-    elif own is None or by_name:
-        lines = _read(classes, own or ())
-        own = [key or line for key, line in lines]
-        shown = [line for _, line in lines]
-        numbers = [str(index) for index in range(len(own))]
-        if all(name.isdecimal() for name in own) and own != numbers:
+        keys, names = _of_imagenet(keys, spec)
+    elif keys is None or by_name:
+        lines = _read(classes, keys or ())
+        keys = [key or line for key, line in lines]
+        names = [line for _, line in lines]
+        numbers = [str(index) for index in range(len(keys))]
+        if all(key.isdecimal() for key in keys) and keys != numbers:
             raise RAdapterError(
                 f"the class file {classes} must number its lines from 0 on, in order"
             )
     else:
-        lines = _read(classes, own)
-        folders = set(own) if whole else set()
-        own, shown = _matched(own, lines, classes, spec, every_class)
-        shown = [  # a line that is a folder's name and no more parts no synonyms
-            join_label([line]) if line == name and name in folders else line
-            for name, line in zip(own, shown, strict=True)
+        folders = set(keys) if whole else set()
+        keys, names = _matched(keys, _read(classes, keys), classes, spec, every_class)
+        names = [  # a line that is a folder's name and no more parts no synonyms
+            join_label([line]) if line == key and key in folders else line
+            for key, line in zip(keys, names, strict=True)
         ]
-    nameless = next(
-        (name for name, line in zip(own, shown, strict=True) if not split_label(line)), None
-    )
-    if nameless is not None:
-        raise RAdapterError(
-            f"the class {nameless!r} of {spec} has no name for a prompt; rename it, or see"
-            " --classes"
-        )
-    return list(own), shown
+    for key, line in zip(keys, names, strict=True):
+        if not split_label(line):
+            raise RAdapterError(
+                f"the class {key!r} of {spec} has no name for a prompt; rename it, or see --classes"
+            )
+    return list(keys), names
 
 
-def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], list[str]]:
+def _of_imagenet(keys: Sequence[str] | None, spec: str) -> tuple[Sequence[str], list[str]]:
     from timm.data.imagenet_info import ImageNetInfo
 
     known = imagenet_classes()
     ids = list(known)[:1000]
-    if own is None:
+    if keys is None:
         return ids, [known[id_] for id_ in ids]
     # WordNet's names of the 1,000 classes in their order; some data spell a few of them otherwise.
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
-    same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(own, words, strict=False)]
-    if len(own) == len(words) and sum(map(bool, same)) >= 900:
-        return own, [known[id_] for id_ in ids]
-    unknown = [name for name in own if name not in known]
+    same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(keys, words, strict=False)]
+    if len(keys) == len(words) and sum(map(bool, same)) >= 900:
+        return keys, [known[id_] for id_ in ids]
+    unknown = [key for key in keys if key not in known]
     if unknown:
         raise RAdapterError(
-            f"{spec} has the class {unknown[0]!r} ({len(unknown)} such of {len(own)}), which is no"
+            f"{spec} has the class {unknown[0]!r} ({len(unknown)} such of {len(keys)}), which is no"
             f" class of ImageNet; --classes {IMAGENET} knows WordNet ids such as n01440764 and the"
             " numbers 0 to 999; for other data give a class file, or --classes none"
         )
-    return own, [known[name] for name in own]
+    return keys, [known[key] for key in keys]
 
 
-def _read(path: Path, own: Sequence[str]) -> list[tuple[str | None, str]]:
+def _read(path: Path, keys: Sequence[str]) -> list[tuple[str | None, str]]:
     """The lines of a class file: the key before a colon, unless it is a part of a name, and the
     name.
     """
     lines: list[tuple[str | None, str]] = []
     for line in read_label_file(path):
         key, colon, name = line.partition(": ")
-        plain = (
-            not colon
-            or not split_label(name)
-            or line in own
-            or not set(split_label(line)).isdisjoint(own)
-        )
-        lines.append((None, line) if plain else (key.strip(), name.strip()))
+        plain = not colon or not split_label(name) or line in keys
+        if plain or not set(split_label(line)).isdisjoint(keys):
+            lines.append((None, line))
+        else:
+            lines.append((key.strip(), name.strip()))
     return lines
 
 
 def _matched(
-    own: Sequence[str],
+    keys: Sequence[str],
     lines: Sequence[tuple[str | None, str]],
     path: Path,
     spec: str,
     every_class: bool,
 ) -> tuple[list[str], list[str]]:
-    """The own names and the line of each, in whatever order the file has them; last the lines that
-    are left.
+    """The keys and the line of each, in whatever order the file has them; last the lines that are
+    left.
     """
+
+    def plain(name: str) -> str:
+        return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
     # A whole line goes before a first name, and that before a synonym.
     index: dict[str, int] = {}
     for kind in (split_label, lambda line: split_label(line)[:1], lambda line: [line]):
         for number, (key, line) in enumerate(lines):
-            index |= {_plain(name): number for name in ([key] if key else kind(line))}
+            index |= {plain(name): number for name in ([key] if key else kind(line))}
     index |= {key: number for number, (key, _) in enumerate(lines) if key}
-    numbers = [index.get(name, index.get(_plain(name), -1)) for name in own]
-    without = [name for name, number in zip(own, numbers, strict=True) if number < 0]
+    numbers = [index.get(key, index.get(plain(key), -1)) for key in keys]
+    without = [key for key, number in zip(keys, numbers, strict=True) if number < 0]
     rest = [number for number in range(len(lines)) if number not in numbers]
     unused = [lines[number][0] or lines[number][1] for number in rest]
     if without or (unused and every_class) or len(set(numbers)) < len(numbers):
         raise RAdapterError(
-            f"the class file {path} does not match the {len(own)} classes of {spec}: without a"
+            f"the class file {path} does not match the {len(keys)} classes of {spec}: without a"
             f" line: {some(without)}; without a class: {some(unused)}; write one line for each"
-            f" class, such as '{(without or list(own))[0]}: name for prompts'"
+            f" class, such as '{(without or list(keys))[0]}: name for prompts'"
         )
-    return [*own, *unused], [lines[number][1] for number in (*numbers, *rest)]
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return [*keys, *unused], [lines[number][1] for number in (*numbers, *rest)]
 
 
 def some(names: Sequence[str]) -> str:
@@ -185,33 +177,27 @@ def some(names: Sequence[str]) -> str:
 def read_class_ids(path: Path) -> dict[int, str]:
     """Read a class file: one class a line, from id 0, or JSON or YAML that maps id to name."""
     if path.suffix not in (".json", ".yaml", ".yml"):
-        numbered = dict(enumerate(read_label_file(path)))
+        names = dict(enumerate(read_label_file(path)))
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
-        if blank is not None:
-            raise RAdapterError(
-                f"{path}, line {blank} is blank: fill it (an id without a class is `unlabeled`), or"
-                " remove it"
-            )
-        return numbered
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise RAdapterError(
+                    f"{path}, line {number} is blank: fill it (an id without a class is"
+                    " `unlabeled`), or remove it"
+                )
+        return names
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RAdapterError(f"cannot read the classes {path}: {reason(error)}") from None
-    wrong = RAdapterError(
-        f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
-    )
+    wrong = f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
     if not isinstance(values, dict) or not values:
-        raise wrong
-    names: dict[int, str] = {}
+        raise RAdapterError(wrong)
     for id_, name in values.items():
         if not str(id_).isdecimal() or not isinstance(name, str) or not split_label(name):
             raise RAdapterError(f"{wrong}; it has {id_!r}: {name!r}")
-        names[int(id_)] = name
-    return names
+    return {int(id_): name for id_, name in values.items()}
 
 
 def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
@@ -232,7 +218,7 @@ def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]
 
 
 def find_class_file(folder: Path) -> Path:
-    """The class file in a folder or beside it."""
+    """The class file in a folder, or in the one around it."""
     if not folder.is_dir():
         raise RAdapterError(f"no folder {folder}; it should hold images/, masks/ and a class file")
     for parent in (folder, folder.parent):

@@ -264,10 +264,8 @@ def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
     for split, rows in content.items():
         splits[split] = []
         for path, number, name in rows:
-            _check(
-                isinstance(path, str) and type(number) is int and isinstance(name, str),
-                [path, number, name],
-            )
+            if [type(value) for value in (path, number, name)] != [str, int, str]:
+                raise TypeError(f"unexpected types in {str([path, number, name])[:80]}")
             if classes.setdefault(number, name) != name:
                 raise ValueError(f"the class {number} is both {classes[number]!r} and {name!r}")
             splits[split].append({"image": path, "label": number})
@@ -288,19 +286,13 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
         folder = image.get("filepath", "")
         name = image["filename"]
         captions = [of["raw"] for of in image["sentences"]]
-        _check(
-            all(isinstance(text, str) for text in (folder, name, image["split"], *captions)), image
-        )
+        if not all(isinstance(text, str) for text in (folder, name, image["split"], *captions)):
+            raise TypeError(f"unexpected types in {str(image)[:80]}")
         splits.setdefault(image["split"], []).append(
             {"image": str(Path(folder, name)), "caption": captions}
         )
     text = datasets.Value("string")
     return splits, datasets.Features({"image": text, "caption": datasets.List(text)})
-
-
-def _check(fits: bool, row: Any) -> None:
-    if not fits:
-        raise TypeError(f"unexpected types in {str(row)[:80]}")
 
 
 def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], streaming: bool) -> Rows:
@@ -334,7 +326,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     paths = sorted(
         (str(file.absolute()), number) for number, name in enumerate(names) for file in filled[name]
     )
-    # A file that stands in several class folders, by a link, is one image of several classes.
+    # A file that lies in several class folders, by a link, is one image of several classes.
     images: dict[tuple[int, int] | str, tuple[str, set[int]]] = {}
     for path, number in paths:
         images.setdefault(_file_of(path), (path, set()))[1].add(number)

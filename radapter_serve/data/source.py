@@ -1,7 +1,7 @@
 """Where images come from and how they are read.
 
 A recipe and an entry of a suite are data sources themselves, and an adapter file's recipe is read
-into one. So each field stands once, whoever names it.
+into one, so each field is declared once.
 """
 
 from __future__ import annotations

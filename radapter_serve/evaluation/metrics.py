@@ -48,9 +48,9 @@ def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
     `truth` integer [N].
     """
     check_finite(scores)
-    own = np.take_along_axis(scores, truth[:, None], axis=1)
+    right = np.take_along_axis(scores, truth[:, None], axis=1)
     earlier = np.arange(scores.shape[1]) < truth[:, None]
-    return np.asarray(((scores > own) | ((scores == own) & earlier)).sum(axis=1), np.int64)
+    return np.asarray(((scores > right) | ((scores == right) & earlier)).sum(axis=1), np.int64)
 
 
 def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> dict[str, float]:
@@ -78,9 +78,9 @@ def average_precisions(
     """
     counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     classes = []
-    for own, right in zip(scores.T, truth.T, strict=True):
-        order = np.argsort(-own, kind="stable")
-        ends = np.flatnonzero(np.append(np.diff(own[order]) != 0, True))
+    for column, right in zip(scores.T, truth.T, strict=True):
+        order = np.argsort(-column, kind="stable")
+        ends = np.flatnonzero(np.append(np.diff(column[order]) != 0, True))
         weighted = counted[..., order]
         hits = np.cumsum(weighted * right[order], axis=-1)[..., ends]
         ranks = np.cumsum(weighted, axis=-1)[..., ends]
@@ -168,14 +168,14 @@ def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
     return np.split(values[np.argsort(keys, kind="stable")], np.cumsum(np.bincount(keys))[:-1])
 
 
-def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> Ranks:
-    """The rank of the best among the own items of each query; its others rank lower."""
+def _best_ranks(queries: Floats, items: Floats, matches: Sequence[NDArray[Any]]) -> Ranks:
+    """The rank of the best among the true matches of each query."""
     parts = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ items.T
         best = [
-            mine[row[mine].argmax()]
-            for row, mine in zip(scores, own[start : start + _BLOCK], strict=True)
+            numbers[row[numbers].argmax()]
+            for row, numbers in zip(scores, matches[start : start + _BLOCK], strict=True)
         ]
         parts.append(true_ranks(scores, np.array(best)))
     return np.concatenate(parts)

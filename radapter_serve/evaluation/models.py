@@ -113,14 +113,14 @@ class Candidate:
         return np.stack([self.known[key, line] for line in classes])
 
     def way(self, dense: str | None) -> str:
-        """The dense method to use where `dense` is asked for; None asks for the model's own. Raises
+        """The dense method to use where `dense` is asked for, None for the model's default; raises
         `NoSuchWay` where the model lacks it.
         """
         release = self.loaded.release
-        own = (release.dense or {}).get("way")
+        default = (release.dense or {}).get("way")
         encoder = self.loaded.encoder
         if isinstance(encoder, TorchEncoder):
-            way = dense or own
+            way = dense or default
             if way is None:
                 raise NoSuchWay(
                     "this model has no dense method of its own (dense: none); give the set one, as"
@@ -129,9 +129,9 @@ class Candidate:
             if way != PROPOSALS:
                 check_dense(encoder.model, way)
             return str(way)
-        if dense == PROPOSALS or (own and dense in (None, own)):
-            return dense or str(own)
-        has = f"has dense {own}" if own else "has no patch_encoder"
+        if dense == PROPOSALS or (default and dense in (None, default)):
+            return dense or str(default)
+        has = f"has dense {default}" if default else "has no patch_encoder"
         raise NoSuchWay(
             f"release {release.version} {has}; export one with radapter-export --dense"
             f" {dense or 'naclip'}"
@@ -211,37 +211,35 @@ class Weights:
 
     def __init__(self, model: torch.nn.Module, changes: Sequence[Change]) -> None:
         self._tensors = model.state_dict()
-        keys = sorted({key for change in changes for key in change.deltas})
-        self._own = {key: self._tensors[key].clone() for key in keys}
-        self._now: tuple[Change, float] | None = None
+        keys = {key for change in changes for key in change.deltas}
+        self._base = {key: self._tensors[key].clone() for key in keys}
+        self._point: tuple[Change, float] | None = None
+
+    def at(self, key: str, change: Change, alpha: float) -> Tensor:
+        """`W + α·delta` of one tensor."""
+        base = self._base.get(key, self._tensors[key])
+        delta = change.deltas.get(key)
+        return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
 
     @torch.no_grad()
     def set(self, change: Change, alpha: float) -> None:
-        """Set the weights to `W + α·delta`."""
-        if self._now is not None and self._now[0] is change and self._now[1] == alpha:
-            return
-        for key, own in self._own.items():
-            delta = change.deltas.get(key)
-            value = own if delta is None else torch.add(own.float(), delta, alpha=alpha)
-            self._tensors[key].copy_(value)
-        self._now = (change, alpha)
-
-    def logits(self, change: Change, alpha: float) -> tuple[float, float | None]:
-        """Logit scale and bias at one α."""
-        point: dict[str, Tensor] = {}
-        for key in ("logit_scale", "logit_bias"):
-            if key in self._tensors:
-                own = self._own.get(key, self._tensors[key])
-                delta = change.deltas.get(key)
-                point[key] = own if delta is None else torch.add(own.float(), delta, alpha=alpha)
-        return logit_scale_and_bias(point)
+        """Set the weights to a point."""
+        if self._point != (change, alpha):
+            for key in self._base:
+                self._tensors[key].copy_(self.at(key, change, alpha))
+            self._point = (change, alpha)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the model its own weights back."""
-        for key, own in self._own.items():
-            self._tensors[key].copy_(own)
-        self._now = None
+        """Set the weights back to the base."""
+        for key, base in self._base.items():
+            self._tensors[key].copy_(base)
+        self._point = None
+
+    def logits(self, change: Change, alpha: float) -> tuple[float, float | None]:
+        """Logit scale and bias at a point."""
+        keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
+        return logit_scale_and_bias({key: self.at(key, change, alpha) for key in keys})
 
 
 class TorchEncoder:
@@ -278,7 +276,7 @@ class TorchEncoder:
         return np.asarray(embeds.float().cpu().numpy())
 
     def close(self) -> None:
-        """Give the model its own weights back."""
+        """Set the weights back to the base."""
         self._weights.restore()
 
 

@@ -44,52 +44,23 @@ def _templates(value: Any) -> Any:
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Entry(DataSource):
     """One data set of a suite: a data source, whose paths are below the data root, and how a model
-    is evaluated on it.
-
-    Attributes:
-        name: in rows, tables and pictures.
-        shift: `id`, as the training data, or `ood`, shifted.
-        split: `test`, or `validation`, which `--alpha auto` chooses by.
-        metric: of tables, pictures and the choice of α; every row has all metrics of the task.
-            Images with several labels always have `mean_average_precision`, and others never.
-        classes: classification: a label file in the order of the labels; a YAML mapping from the
-            data's own class names to names for prompts, which leaves out classes that it lacks; or
-            `imagenet`, that mapping from WordNet ids or numbers to CLIP's names; None takes the
-            data's own names. Segmentation: the class file of the masks, as in `load_masked`. A file
-            is looked for beside the suite, then below the data root.
-        class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all.
-            Of a data set that has both, the harmonic mean of the two is reported, too.
-        templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the
-            suite; None takes the model's own.
-        border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
-        max_captions: retrieval: at most the first so many captions of an image.
-        dense: segmentation: the method from patches to embeddings; `proposals` gives the model
-            masks instead and classifies their crops; None takes the model's own method.
-        proposals: segmentation with `dense: proposals`: masks of a proposal network, as in
-            `load_proposals`, below the data root; None takes the true masks, the upper bound of
-            what proposals can reach.
-        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with
-            scores; None is 0.7.
-        short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
-        background: segmentation with a threshold: the class of pixels where every other class is
-            below the threshold; it has no prompt. Without such a class these pixels are wrong.
-        language: of the texts.
+    is evaluated on it. docs/suites.md says what the fields are.
     """
 
     name: str
     shift: Literal["id", "ood"] = "id"
     split: Literal["test", "validation"] = "test"
-    metric: str = ""
-    templates: Annotated[Any, BeforeValidator(_templates)] = None
+    metric: str = ""  # the task's first
+    templates: Annotated[Any, BeforeValidator(_templates)] = None  # the model's
     border: Annotated[int, Field(ge=0), For("classification", "retrieval")] = 0
     max_captions: Annotated[Count | None, For("retrieval")] = None
-    dense: Annotated[str | None, _PIXELS] = None
+    dense: Annotated[str | None, _PIXELS] = None  # the model's
     short_side: Annotated[int | None, _PIXELS] = None
     stride: Annotated[int | None, _PIXELS] = None
     refine: Annotated[int, _PIXELS] = 0
     threshold: Annotated[float | None, _PIXELS] = None
     background: Annotated[str | None, _PIXELS] = None
-    proposals: Annotated[str | None, _PIXELS] = None
+    proposals: Annotated[str | None, _PIXELS] = None  # the true masks
     proposal_weight: Annotated[float | None, _PIXELS] = None
     language: str = "en"
 

@@ -138,6 +138,6 @@ def divergence_from_base(
     """The mean over images of the Kullback-Leibler divergence of their probabilities of some words
     from those in the base; images are float [N, D], words [W, D], of unit length.
     """
-    of_base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
-    own = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)
-    return F.kl_div(own, of_base, reduction="batchmean", log_target=True)
+    base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
+    tuned = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)
+    return F.kl_div(tuned, base, reduction="batchmean", log_target=True)

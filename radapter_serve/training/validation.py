@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Adapters
@@ -27,6 +26,8 @@ from radapter_serve.evaluation.classification import (
 from radapter_serve.evaluation.metrics import caption_groups, recalls_of, retrieval_ranks
 from radapter_serve.training.recipe import Recipe
 
+_Part = tuple[NDArray[Any], NDArray[Any]]
+
 
 def validate(
     base: Base,
@@ -40,20 +41,20 @@ def validate(
     """
     alphas = sorted({recipe.alpha, 1.0})
     if isinstance(val, Captioned):
-        found = _retrieval(base, adapters, val, alphas, _share(recipe, accelerator))
+        measured = _recalls(base, adapters, val, alphas, recipe, accelerator)
     else:
         _, right = answers(base, adapters, val, alphas, recipe, accelerator)
-        found = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
+        measured = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     adapters.alpha = 1.0
     return {
         f"{name}@alpha={alpha:g}": round(value, 4)
-        for alpha, metrics in zip(alphas, found, strict=True)
+        for alpha, metrics in zip(alphas, measured, strict=True)
         for name, value in metrics.items()
     }
 
 
-def _share(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """This process's share of the images, and what broken ones do."""
+def _part(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """How `evaluation_batches` gives this process its part of the images."""
     return {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
@@ -86,72 +87,82 @@ def answers(
     def read(row: Any) -> tuple[Image.Image, NDArray[np.bool_]]:
         return val.image(row), np.isin(np.arange(len(val.classes)), val.labels_of(row))
 
-    found: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
-    for pixels, labels in evaluation_batches(base, val.rows, read, **_share(recipe, accelerator)):
-        own = []
+    batches: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
+    for pixels, labels in evaluation_batches(base, val.rows, read, **_part(recipe, accelerator)):
+        best = []
         for alpha, classifier in zip(alphas, classifiers, strict=True):
             adapters.alpha = alpha
             with parametrize.cached():
-                own.append(best_classes(base.model, classifier, pixels).numpy())
-        answered = np.stack(own)
-        right = np.asarray(labels)[np.arange(len(labels)), answered]
-        found.append((answered, right))
-    of_all = gather_object(found)
-    if not of_all:
+                best.append(best_classes(base.model, classifier, pixels).numpy())
+        classes = np.stack(best)
+        batches.append((classes, np.asarray(labels)[np.arange(len(labels)), classes]))
+    batches = gather_object(batches)
+    if not batches:
         return np.zeros((len(alphas), 0), np.int64), np.zeros((len(alphas), 0), bool)
-    answered, right = (np.concatenate(parts, axis=1) for parts in zip(*of_all, strict=True))
-    return answered, right
+    classes, right = (np.concatenate(parts, axis=1) for parts in zip(*batches, strict=True))
+    return classes, right
 
 
 @torch.no_grad()
-def _retrieval(
-    base: Base, adapters: Adapters, val: Captioned, alphas: list[float], share: dict[str, Any]
+def _recalls(
+    base: Base,
+    adapters: Adapters,
+    val: Captioned,
+    alphas: Sequence[float],
+    recipe: Recipe,
+    accelerator: Accelerator,
 ) -> list[dict[str, float]]:
     """Recall at 1 for each α, over all images and captions; a broken image takes its captions
     along.
     """
     device = next(base.model.parameters()).device
-
-    def at_each_alpha(encode: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> list[Tensor]:
-        embeds = []
-        for alpha in alphas:
-            adapters.alpha = alpha
-            embeds.append(encode(base.model, inputs.to(device)).cpu())
-        return embeds
-
     texts = [
         (caption, number) for number, image in enumerate(val.images) for caption in image.captions
     ]
-    # pairs of numbers and, for each α, embeddings
-    images = []
-    captions = []
+
+    # Embed this process's part at each α: pairs of numbers and embeddings [A, N, D].
+    image_parts = []
+    text_parts = []
     for pixels, numbers in evaluation_batches(
         base,
         range(len(val.images)),
         lambda number: (val.image(val.table[val.images[number].row]), number),
-        **share,
+        **_part(recipe, accelerator),
     ):
-        images.append((numbers.numpy(), at_each_alpha(encode_image, pixels)))
-    if mine := range(share["rank"], len(texts), share["world"]):
-        tokens = base.tokenizer([texts[index][0] for index in mine])
-        captions.append((np.array(mine), at_each_alpha(encode_texts, tokens)))
-    images = gather_object(images)
-    captions = gather_object(captions)
-    if not images:
+        embeds = []
+        for alpha in alphas:
+            adapters.alpha = alpha
+            embeds.append(encode_image(base.model, pixels.to(device)).cpu().numpy())
+        image_parts.append((numbers.numpy(), np.stack(embeds)))
+    if mine := range(accelerator.process_index, len(texts), accelerator.num_processes):
+        tokens = base.tokenizer([texts[index][0] for index in mine]).to(device)
+        embeds = []
+        for alpha in alphas:
+            adapters.alpha = alpha
+            embeds.append(encode_texts(base.model, tokens).cpu().numpy())
+        text_parts.append((np.array(mine), np.stack(embeds)))
+    image_parts = gather_object(image_parts)
+    text_parts = gather_object(text_parts)
+    if not image_parts:
         return [{} for _ in alphas]
-    read = np.concatenate([numbers for numbers, _ in images])
+
+    # Put those of all processes in their order, without the captions of broken images.
+    images_read, image_embeds = _joined(image_parts)
+    _, text_embeds = _joined(text_parts)
     place = np.full(len(val.images), -1)
-    place[np.sort(read)] = np.arange(len(read))
-    told = np.concatenate([numbers for numbers, _ in captions])
+    place[images_read] = np.arange(len(images_read))
     image_of = place[[number for _, number in texts]]
     kept = image_of >= 0
-    groups = caption_groups(
-        [caption for (caption, _), here in zip(texts, kept, strict=True) if here]
-    )
-    results = []
-    for index in range(len(alphas)):
-        image_embeds = np.concatenate([embeds[index] for _, embeds in images])[np.argsort(read)]
-        text_embeds = np.concatenate([embeds[index] for _, embeds in captions])[np.argsort(told)]
-        ranks = retrieval_ranks(image_embeds, text_embeds[kept], image_of[kept], groups)
-        results.append(recalls_of(ranks, (1,)))
-    return results
+    groups = caption_groups([texts[index][0] for index in np.flatnonzero(kept)])
+    recalls = []
+    for images, captions in zip(image_embeds, text_embeds, strict=True):
+        ranks = retrieval_ranks(images, captions[kept], image_of[kept], groups)
+        recalls.append(recalls_of(ranks, (1,)))
+    return recalls
+
+
+def _joined(parts: Sequence[_Part]) -> _Part:
+    """Numbers [N] in their order, and embeddings [A, N, D] in the same."""
+    numbers = np.concatenate([of for of, _ in parts])
+    order = np.argsort(numbers)
+    return numbers[order], np.concatenate([embeds for _, embeds in parts], axis=1)[:, order]

@@ -151,8 +151,6 @@ def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ("dense: naclip, proposals: found", "proposals is 'found', which needs dense: proposals"),
-        ("proposal_weight: 0.5", "proposal_weight is 0.5, which needs proposals with scores"),
         ("proposals: found, proposal_weight: 2", "proposal_weight is 2.0; allowed: 0 to 1"),
         ("proposals: none", "data set 's0': no proposals"),
         ("proposals: found, background: cow", r"float [4, 2], a column for each class"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,41 @@ def test_a_run_has_notes_can_be_resumed_and_shows_progress_in_a_terminal(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "arguments", "message"),
     [
-        ({}, "no training data; name it with --data"),
-        ({"recipe": "tiny"}, "there is no recipe tiny; allowed: a file, or one of base-to-novel"),
-        ({"recipe": 5}, "the recipe is 5; allowed: "),
-        ({"colour": "red"}, "the recipe has unknown fields colour; allowed: data, "),
-        ({"data": Path("photos")}, "data is PosixPath('photos'); it should be a valid string"),
-        ({"data": "imagefolder:none"}, "none"),
+        (train, {}, "no training data; name it with --data"),
+        (
+            train,
+            {"recipe": "tiny"},
+            "there is no recipe tiny; allowed: a file, or one",
+        ),
+        (train, {"recipe": 5}, "the recipe is 5; allowed: "),
+        (train, {"colour": "red"}, "the recipe has unknown fields colour; allowed: data, "),
+        (
+            train,
+            {"data": Path("photos")},
+            "data is PosixPath('photos'); it should be",
+        ),
+        (train, {"data": "imagefolder:none"}, "none"),
+        (evaluate, {"suite": "pacs", "data": "imagefolder:x"}, "are both given; leave one out"),
+        (evaluate, {"suite": "pacs"}, "no run with an adapter in "),
+        (evaluate, {"suite": "pacs", "alpha": [0.5, None]}, "alpha is None; allowed: "),
+        (
+            evaluate,
+            {"suite": "pacs", "merged": "a", "url": "grpc://b"},
+            "merged, url don't go",
+        ),
+        (evaluate, {"suite": "pacs", "batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
+        (evaluate, {"suite": "pacs", "threads": 0}, "threads is 0; allowed: 1 or more"),
+        (
+            evaluate,
+            {"suite": "pacs", "release": "r"},
+            "no argument 'release'; allowed are",
+        ),
     ],
 )
-def test_what_training_refuses(
+def test_refusals_are_one_line_and_leave_nothing(
+    call: Callable[..., object],
     arguments: dict[str, Any],
     message: str,
     tmp_path: Path,
@@ -110,7 +135,7 @@ def test_what_training_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RAdapterError) as error:
-        train(**arguments)
+        call(**arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
 
@@ -166,25 +191,3 @@ def test_auto_chooses_and_says_so(run: Run) -> None:
     assert Path("runs/python/alpha.json") in evaluation.files
     # The share that training held out: a quarter of eight images of each of three classes.
     assert [images.n for images in choice.sets.values()] == [6]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"suite": "pacs", "data": "imagefolder:x"}, "are both given; leave one out"),
-        ({"suite": "pacs"}, "no run with an adapter in "),
-        ({"suite": "pacs", "alpha": [0.5, None]}, "alpha is None; allowed: "),
-        ({"suite": "pacs", "merged": "a", "url": "grpc://b"}, "merged, url don't go together"),
-        ({"suite": "pacs", "batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
-        ({"suite": "pacs", "threads": 0}, "threads is 0; allowed: 1 or more"),
-        ({"suite": "pacs", "release": "r"}, "there is no argument 'release'; allowed are adapter"),
-    ],
-)
-def test_what_evaluation_refuses(
-    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RAdapterError) as error:
-        evaluate(**arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert not any(tmp_path.iterdir())
