@@ -116,12 +116,11 @@ def test_a_signal_to_the_whole_group_with_workers(
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        time.sleep(1)
         os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == status and "Traceback" not in errors, errors
