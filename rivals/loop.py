@@ -26,8 +26,9 @@ from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.loss import distance_to_base, positives_of
 from radapter_serve.training.recipe import recipe_from
 from radapter_serve.training.setup import augmentation, choose_loss, start_accelerator
-from radapter_serve.training.start import open_run, run_folder
+from radapter_serve.training.start import run_folder
 from radapter_serve.training.step import TwoTower, at_base, other_prompts
+from radapter_serve.training.tasks import open_run
 from rivals.variants import Variant
 
 

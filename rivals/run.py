@@ -15,7 +15,7 @@ from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import Data, open_data
+from radapter_serve.training.tasks import Data, open_data
 
 
 class Run:

@@ -48,7 +48,7 @@ from radapter_serve.index.build import build
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.start import open_data
+from radapter_serve.training.tasks import open_data
 
 INDEX = "scenes"
 # Name, images and, by α, the metrics in per cent of each data set.

@@ -34,8 +34,8 @@ from radapter_serve.training.loss import (
 from radapter_serve.training.progress import Interruption, Progress
 from radapter_serve.training.recipe import Recipe, Run
 from radapter_serve.training.setup import Learner, build, start_tracker
-from radapter_serve.training.start import RunData
 from radapter_serve.training.step import at_base, other_prompts, share, vocabulary
+from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import validate
 
 WORDS = 64  # of the vocabulary, for each step

@@ -23,7 +23,7 @@ from radapter_serve.files import staged
 from radapter_serve.runs import RATES
 from radapter_serve.training.loop import fit
 from radapter_serve.training.recipe import Recipe
-from radapter_serve.training.start import RunData
+from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import answers
 
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)

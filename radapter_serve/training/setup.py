@@ -22,8 +22,8 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
-from radapter_serve.training.start import Data, RunData
 from radapter_serve.training.step import Average, TwoTower, flatten_projections
+from radapter_serve.training.tasks import Data, RunData
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,19 @@
-"""Training from a recipe: its data is opened and checked before torch is loaded and a model is
-fetched.
-"""
+"""Training from a recipe: the data is checked before torch is loaded and a model is fetched."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from radapter_serve.contract.image_files import SUFFIXES, count_kinds
-from radapter_serve.contract.labels import read_templates
-from radapter_serve.data.captions import Captioned
-from radapter_serve.data.checks import broken_images, equal_names
-from radapter_serve.data.classes import IMAGENET
-from radapter_serve.data.labelled import Labelled, few_shot, split_labels
-from radapter_serve.data.masks import Masked
-from radapter_serve.data.runs import run_data, validation_data
-from radapter_serve.data.segments import SegmentCrops, list_segments
-from radapter_serve.errors import RAdapterError, all_of, listed, one_line
-from radapter_serve.hub import LOCAL
+from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.runs import ADAPTER, CHECKPOINT
 from radapter_serve.threads import limit_threads
 from radapter_serve.training.recipe import Recipe, Run, recipe_from
-
-if TYPE_CHECKING:
-    from radapter_serve.clip.base import Base
-
-Data = Labelled | Captioned | SegmentCrops
-T = TypeVar("T")
+from radapter_serve.training.tasks import open_run
 
 
 @one_line("train")
@@ -100,142 +80,3 @@ def run_folder(recipe: Recipe) -> Path:
             f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
         )
     return out
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The data of a run, checked as far as it can be without a model."""
-
-    data: Data
-    val: Data | None  # `val_data`, or the share that `val_fraction` holds out
-    images: int | None  # or captions, that an epoch goes through; None for a stream
-    broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
-    notes: tuple[str, ...] = ()  # what a user should know, a line each
-
-    def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-        """The data with the templates of its recipe; images with masks by their segments, outside
-        of which is the mean that the base subtracts.
-        """
-        from radapter_serve.clip.prompts import templates_of
-
-        def prepared(data: Data) -> Data:
-            if isinstance(data, Captioned):
-                return data
-            templates = templates_of(recipe.templates)
-            if isinstance(data, Labelled):
-                return dataclasses.replace(data, templates=templates)
-            crop = recipe.mask_crop(base.preprocess["mean"])
-            return dataclasses.replace(data, crop=crop, templates=templates)
-
-        return prepared(self.data), None if self.val is None else prepared(self.val)
-
-
-def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
-    """Open the data of a recipe as its task reads it, and name all that is wrong with it in one
-    error; `images` looks at the images themselves, too.
-    """
-    problems: list[str] = []
-    notes: list[str] = []
-    broken: list[str] = []
-
-    def tried(call: Callable[[], T]) -> T | None:
-        try:
-            return call()
-        except RAdapterError as error:
-            problems.append(str(error))
-            return None
-
-    # Look for the files and folders that the recipe names.
-    source = recipe
-    model = recipe.architecture.removeprefix(LOCAL)
-    if recipe.architecture.startswith(LOCAL) and not Path(model).is_dir():
-        problems.append(f"{model} is not a model folder; see --architecture")
-    if recipe.images is not None and not recipe.images.is_dir():
-        problems.append(f"there is no folder {recipe.images}; see --images")
-        source = dataclasses.replace(source, images=None)
-        images = False
-    classes = recipe.classes
-    if classes is not None and str(classes) != IMAGENET and not classes.is_file():
-        problems.append(f"there is no class file {classes}; see --classes")
-        source = dataclasses.replace(source, classes=None)
-    if recipe.templates != "openai":
-        tried(lambda: read_templates(recipe.templates))
-
-    # Open the data.
-    pair = tried(lambda: run_data(dataclasses.replace(source, val_data=None), broken))
-    data, val = pair or (None, None)
-    if recipe.val_data:
-        names = None if data is None or isinstance(data, Captioned) else data.classes
-        val = tried(lambda: validation_data(source, names, broken))
-
-    # Check its classes and labels.
-    if isinstance(data, Labelled | Masked):
-        if len(data.classes) < 2:
-            problems.append(
-                f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes"
-                " apart, so it needs two"
-            )
-        same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
-        if same:
-            problems.append(
-                f"CLIP reads these classes of {recipe.data} as one, because their names differ in"
-                " case, spaces and underscores alone; merge them, or name them apart with"
-                f" --classes FILE:{listed(same)}"
-            )
-    if isinstance(data, Labelled):
-        if data.left_out:
-            notes.append(
-                f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
-            )
-        parted = [name for name in data.own if len(split_labels(name, ";")) > 1]
-        if data.several and not recipe.streaming:
-            count = sum(len(labels) > 1 for labels in data.label_sets())
-            notes.append(f"note: {count:,} of {len(data.rows):,} images have several labels")
-        elif parted and not (data.several or recipe.streaming):
-            notes.append(
-                f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as"
-                f" {parted[0]!r}; --label-separator ';' would read them as several labels"
-            )
-        if recipe.shots is not None:
-            data = few_shot(data, recipe.shots, recipe.seed)
-
-    # Look at the images, in one of several processes.
-    if images and os.environ.get("RANK", "0") == "0":
-        for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
-            names = [] if part is None else broken_images(part, progress=progress)
-            if part is None or not names:
-                continue
-            count = len(part.rows if isinstance(part, Labelled) else part.images)
-            few = f"{len(names):,} of {count:,} images of {spec} can't be read"
-            leave_out = "or leave such images out with --on-broken skip"
-            if recipe.on_broken == "skip" and len(names) < count:
-                notes.append(f"note: {few}, and are left out")
-            elif recipe.on_broken == "skip":
-                problems.append(
-                    f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"
-                )
-            elif len(names) == 1:
-                problems.append(f"{names[0]}; mend it, {leave_out}")
-            else:
-                problems.append(f"{few}; mend them, {leave_out}:{listed(names)}")
-
-    # List the segments of images with masks.
-    def segmented(part: Labelled | Captioned | Masked | None) -> Data | None:
-        if not isinstance(part, Masked):
-            return part
-        skipped = broken if recipe.on_broken == "skip" else None
-        return tried(lambda: list_segments(part, recipe.mask_min_area, skipped, progress=progress))
-
-    opened = segmented(data)
-    opened_val = segmented(val)
-    length = None if opened is None or recipe.streaming else len(opened.rows)
-    if length is not None:
-        tried(lambda: recipe.resolved(length, int(os.environ.get("WORLD_SIZE", "1"))))
-    if problems or opened is None:
-        raise all_of(list(dict.fromkeys(problems)), "the data of this run")
-    return RunData(opened, opened_val, length, tuple(broken), tuple(notes))
-
-
-def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-    """Open the data of a recipe without a look at the images, ready for a base."""
-    return open_run(recipe, images=False).ready(recipe, base)

@@ -29,7 +29,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.hub import unreachable
 from radapter_serve.index.collection import open_collection
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import open_run
+from radapter_serve.training.tasks import open_run
 from tests.helpers.own_cache import own_cache as own_cache
 
 OTHERS = ("GIF", "BMP", "TIFF")

@@ -14,7 +14,7 @@ from radapter_serve.data.classes import prompt_names
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import open_data
+from radapter_serve.training.tasks import open_data
 
 # from the list of ImageNet's classes: id, number
 MISSILE = "n03773504"

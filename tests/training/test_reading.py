@@ -24,7 +24,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
-from radapter_serve.training.start import open_data
+from radapter_serve.training.tasks import open_data
 
 
 def pixels(data: Any) -> dict[bytes, str]:

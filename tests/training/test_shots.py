@@ -19,7 +19,7 @@ from radapter_serve.data.labelled import (
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
-from radapter_serve.training.start import open_run
+from radapter_serve.training.tasks import open_run
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
 

@@ -24,7 +24,7 @@ from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.training import Recipe, Run, train
 from radapter_serve.training.loop import fit
-from radapter_serve.training.start import open_run
+from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import validate
 from tests.helpers.by_hand import (
     ClipWithAdapters,
