@@ -133,23 +133,6 @@ def test_release(client, kind, url: str):
             absent.embed_texts(["x"])
 
 
-@pytest.mark.parametrize(
-    ("what", "error", "code", "message"),
-    [
-        ({"error": "[invalid_image] no image"}, "InvalidImage", "invalid_image", "no image"),
-        ({"error": "[image_too_large] 9 GP"}, "InvalidImage", "image_too_large", "9 GP"),
-        ({"error": "plain"}, "InvalidRequest", None, "plain"),
-        ({"bug": True}, "ServerError", None, "a bug in the model$"),
-    ],
-)
-def test_errors_are_the_same_over_every_way(client, what, error: str, code, message: str):
-    for images in (order(**what), [b"x"] * 10 + [order(**what)] + [b"x"] * 10):
-        with pytest.raises(getattr(radapter_client, error), match=message) as caught:
-            client.classify(images, LABELS)
-        assert (type(caught.value).__name__, caught.value.code) == (error, code)
-    assert client.classify(b"x", LABELS).release == 2  # and the client still works
-
-
 def test_timeout(client, kind, url: str):
     start = time.monotonic()
     with pytest.raises(radapter_client.Timeout, match=f"{url} within 0.2 s"):

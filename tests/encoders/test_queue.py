@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
@@ -215,6 +215,7 @@ def test_all_who_are_encoded_together_have_the_steps_of_their_batch() -> None:
     assert [one.name for one in found[1]] == ["batch of 2"] and found[1] == found[2]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(1, 8))
 def test_everybody_gets_an_answer_of_their_own(rows: list[int], max_rows: int) -> None:
     sizes: list[int] = []

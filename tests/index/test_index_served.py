@@ -28,7 +28,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensors
-from tests.helpers.indexes import generation, point_again, said, say
+from tests.helpers.indexes import generation, point_again
 from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
@@ -136,33 +136,6 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
     message = r"\[unknown_index\].*can't be searched in Qdrant"
     refused(server, message, text="a cat", index="far")
     shutil.rmtree(linked)
-
-
-def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
-    server, folder = served
-    release = load_release(exported_tiny_clip / "model_repository")
-    for name in ("Büro", "猫"):
-        build(str(folder / "photos"), folder / "Büro" / "indexes" / name, release)
-        hits = ask(server, image=png(3, 50, 40), index=name, top_k=1)
-        assert hits["id"][0].decode() == "3é.png"
-    with pytest.raises(InferenceServerException, match="there are: Büro, .*猫$") as error:
-        ask(server, text="a cat", index="Küche")
-    assert str(folder) not in str(error.value)
-
-
-def test_an_index_is_searched_by_its_release_alone(
-    served: tuple[TritonServer, Path], exported_tiny_clip: Path
-) -> None:
-    server, folder = served
-    out = folder / "Büro" / "indexes" / "other"
-    build(str(folder / "photos"), out, load_release(exported_tiny_clip / "model_repository", 1))
-    assert len(ask(server, text="a", index="other")["id"])  # release 1 is served, too
-    facts = said(out)
-    facts["plan"]["release"]["digest"] = "sha256:0"
-    say(out, facts)
-    point_again(out)
-    message = r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command"
-    refused(server, message, text="a", index="other")
 
 
 def test_the_printed_commands_serve_and_search(

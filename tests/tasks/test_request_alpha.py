@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from radapter_serve.contract.alpha import request_alpha
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.needs import Steps, complete
-from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
@@ -26,7 +23,7 @@ from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
-from tests.helpers.projection import Searching
+from tests.helpers.projection import Searching, projecting
 from tests.helpers.small_release import Local, png, together
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
@@ -177,58 +174,28 @@ def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
         complete(segment(turned.loaded, SegmentRequest(png(3), Labels(["a"]), alpha=3.0)))
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(6):
-        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(
-            folder / f"{number}.png"
-        )
-    return folder
+def test_an_index_belongs_to_one_alpha(tmp_path: Path) -> None:
+    indexes = tmp_path / "indexes"
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(png(number))
+    dynamic = projecting(indexes, dynamic_alpha=True, alpha=0.5)
+    alphas: list[np.ndarray] = []
+    tokens = dynamic.encoder.tokens
 
+    def note(values: np.ndarray, alpha: Any = None) -> np.ndarray:
+        alphas.append(alpha)
+        return tokens(values)
 
-def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
-    dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
-) -> None:
-    release = load_release(dynamic_tiny_clip)
-    pixels = [release.pixels(path.read_bytes()) for path in sorted(photos.iterdir())]
-    for version, alpha in ((1, 0.3), (2, 0.8)):
-        fixed = load_release(exported_tiny_clip / "model_repository", version)
-        other = release.at(alpha)
-        np.testing.assert_allclose(
-            other.embed_pixels(pixels), fixed.embed_pixels(pixels), atol=3e-6
-        )
-        np.testing.assert_allclose(
-            other.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6
-        )
-        assert other.release.digest == fixed.release.digest
-        assert fixed.at(alpha).release == fixed.release
-        with pytest.raises(RAdapterError, match="--alpha dynamic"):
-            fixed.at(0.5)
-
-
-def test_an_index_belongs_to_one_alpha(
-    dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "indexes" / "photos"
-    dynamic = load_release(dynamic_tiny_clip, indexes=tmp_path / "indexes")
-    build(str(photos), out, dynamic.at(0.8))
-    assert open_index(out).facts.plan.release.alpha == 0.8
-    assert add(out, dynamic).kept == 6  # whose own α is 0.5
-
-    def find(release: LoadedRelease) -> Any:
-        return Searching.of(release)(RetrieveRequest("photos", Query(["a cat"]))).hits
-
-    found = find(dynamic)
-    other, fixed = (
-        load_release(exported_tiny_clip / "model_repository", version, indexes=tmp_path / "indexes")
-        for version in (1, 2)
-    )
-    pixels = [fixed.pixels((photos / hit.id).read_bytes()) for hit in found]
-    scores = fixed.embed_pixels(pixels) @ fixed.embed_texts(["a cat"])[0]
-    np.testing.assert_allclose([hit.score for hit in found], scores, atol=1e-5)
+    dynamic.encoder.tokens = note  # type: ignore[method-assign,assignment]
+    build(str(photos), indexes / "photos", dynamic.at(0.8))
+    assert open_index(indexes / "photos").facts.plan.release.alpha == 0.8
+    assert add(indexes / "photos", dynamic).kept == 4  # whose own α is 0.5
+    request = RetrieveRequest("photos", Query(["1"]))
+    ids = Searching.of(dynamic).ids(request)
+    np.testing.assert_array_equal(alphas, [np.full((1, 1), 0.8, np.float32)])
     # A release with that alpha folded in can search it, too; one with another can't.
-    assert [hit.id for hit in find(fixed)] == [hit.id for hit in found]
+    assert Searching.of(projecting(indexes, alpha=0.8)).ids(request) == ids
     with pytest.raises(TaskError, match=r"index_mismatch.*at alpha 0.8.*this is .* at alpha 0.3"):
-        find(other)
+        Searching.of(projecting(indexes, alpha=0.3))(request)
