@@ -13,7 +13,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,6 +58,24 @@ def silent() -> Iterator[socket.socket]:
 
 def url_of(listener: socket.socket, scheme: str = "http", host: str = "127.0.0.1") -> str:
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def serving(serve: Callable[[socket.socket], None], scheme: str = "http") -> Iterator[str]:
+    """A server on this machine that does so with each connection, one after the other; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the end
+                while True:
+                    with listener.accept()[0] as caller, contextlib.suppress(OSError):
+                        serve(caller)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield url_of(listener, scheme, "localhost")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 BAD = ("INVALID_ARGUMENT", 400)
@@ -243,17 +261,12 @@ def test_a_server_that_does_not_answer_is_named_by_host_and_port(
 def test_a_certificate_that_is_not_trusted_is_said_to_be_so():
     settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(settings)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve() -> None:
-            with listener.accept()[0] as caller, contextlib.suppress(OSError):
-                settings.wrap_socket(caller, server_side=True)
+    def serve(caller: socket.socket) -> None:
+        settings.wrap_socket(caller, server_side=True)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        url = f"https://localhost:{listener.getsockname()[1]}"
+    with serving(serve, "https") as url:
         found = attempt(Client, url, embed, retries=0)
-        thread.join()
     assert type(found) is radapter_client.ServerUnavailable
     assert f"{url}: its certificate is not trusted: " in str(found)
     assert not INNARDS.search(str(found)) and "_ssl" not in str(found)
@@ -314,22 +327,17 @@ def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, 
 )
 def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, keep: bytes):
     """Whether its head is long or its body; no thread goes on for longer than the call."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def drip() -> None:
-            with listener.accept()[0] as caller, contextlib.suppress(OSError):
-                caller.sendall(start.replace(b"OK\r\n", b"OK\r\n" + keep))
-                for _ in range(200):
-                    time.sleep(0.02)
-                    caller.sendall(b"x")
+    def drip(caller: socket.socket) -> None:
+        caller.sendall(start.replace(b"OK\r\n", b"OK\r\n" + keep))
+        for _ in range(200):
+            time.sleep(0.02)
+            caller.sendall(b"x")
 
-        thread = threading.Thread(target=drip)
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with serving(drip) as url:
         begin = time.monotonic()
         found = attempt(kind, url, embed, timeout=0.3)
         assert type(found) is radapter_client.Timeout and time.monotonic() - begin < 2
-        thread.join()
 
 
 def test_a_slow_handshake_takes_from_the_time_of_the_answer(
@@ -342,28 +350,17 @@ def test_a_slow_handshake_takes_from_the_time_of_the_answer(
     body, headers = binary(text_embeds=np.ones((1, 4), np.float32))
     head = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body)]
     head += [f"{name}: {value}".encode() for name, value in headers.items()]
-    with (
-        authority.cert_pem.tempfile() as trusted,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-    ):
 
-        def serve() -> None:
-            accepted = listener.accept()[0]
+    def serve(accepted: socket.socket) -> None:
+        time.sleep(0.3)
+        with settings.wrap_socket(accepted, server_side=True) as caller:
+            caller.recv(65536)
             time.sleep(0.3)
-            with (
-                contextlib.suppress(OSError),
-                settings.wrap_socket(accepted, server_side=True) as caller,
-            ):
-                caller.recv(65536)
-                time.sleep(0.3)
-                caller.sendall(b"\r\n".join([*head, b"", body]))
+            caller.sendall(b"\r\n".join([*head, b"", body]))
 
+    with authority.cert_pem.tempfile() as trusted, serving(serve, "https") as url:
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
-        thread = threading.Thread(target=serve)
-        thread.start()
-        url = f"https://localhost:{listener.getsockname()[1]}"
         found = attempt(kind, url, embed, timeout=0.5, retries=0)
-        thread.join()
     assert type(found) is radapter_client.Timeout
 
 
@@ -371,9 +368,7 @@ def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         async def main() -> None:
-            async with AsyncClient(
-                f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5
-            ) as client:
+            async with AsyncClient(url_of(listener), timeout=0.5) as client:
                 call = asyncio.ensure_future(client.embed_texts(["x"]))
                 with (await asyncio.to_thread(listener.accept))[0] as caller:
                     call.cancel()
@@ -387,21 +382,8 @@ def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
 
 
 def test_hanging_up_is_no_timeout(protocol: str, kind: type):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
-
-        def hang_up() -> None:
-            try:
-                while True:
-                    listener.accept()[0].close()
-            except OSError:
-                pass
-
-        thread = threading.Thread(target=hang_up)
-        thread.start()
+    with serving(socket.socket.close, protocol) as url:
         found = attempt(kind, url, embed, timeout=5)
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
     assert type(found) is radapter_client.ServerUnavailable
 
 

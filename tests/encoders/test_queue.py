@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
 from radapter_serve.encoders import queue
-from radapter_serve.encoders.needs import Need, Result
+from radapter_serve.encoders.needs import Need
 from radapter_serve.encoders.queue import Queue
 from radapter_serve.encoders.steps import Step, collected, step
 
@@ -46,39 +47,32 @@ class Held:
 
 
 class Callers:
-    """Threads that ask, each once the one before waits; what they got, or the error."""
+    """Threads that ask, each once the one before waits, and their results or errors."""
 
     def __init__(self, asked: Queue) -> None:
         self.asked = asked
-        self.found: dict[int, Any] = {}
-        self._threads: list[threading.Thread] = []
+        self.futures: dict[int, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(8)
 
     def ask(self, *numbers: int, cancelled: Cancelled | None = None) -> None:
         for number in numbers:
             before = len(self.asked._waiting)
-            thread = threading.Thread(target=self._ask, args=(number, cancelled))
-            thread.start()
-            self._threads.append(thread)
+            self._submit(number, cancelled)
             until(partial(has_waiting, self.asked, before + 1))
 
     def first(self, number: int, begun: threading.Semaphore) -> None:
         """Ask where nobody waits, until the encoder has begun."""
-        thread = threading.Thread(target=self._ask, args=(number, None))
-        thread.start()
-        self._threads.append(thread)
+        self._submit(number, None)
         assert begun.acquire(timeout=WAIT)
 
     def join(self) -> dict[int, Any]:
-        for thread in self._threads:
-            thread.join(WAIT)
-            assert not thread.is_alive()
-        return self.found
+        return {
+            number: future.exception(WAIT) or future.result()[0]
+            for number, future in self.futures.items()
+        }
 
-    def _ask(self, number: int, cancelled: Cancelled | None) -> None:
-        try:
-            [self.found[number]] = self.asked([need(number, cancelled=cancelled)])
-        except BaseException as error:
-            self.found[number] = error
+    def _submit(self, number: int, cancelled: Cancelled | None) -> None:
+        self.futures[number] = self._pool.submit(self.asked, [need(number, cancelled=cancelled)])
 
 
 def until(there: Callable[[], bool]) -> None:
@@ -150,7 +144,7 @@ def test_who_gives_up_with_a_batch_in_hand_encodes_it_for_the_others(
     def leaves() -> bool:
         asked.release()
         # While this caller is asked, the first one ends, and hands the batch over to it.
-        until(lambda: 0 in callers.found)
+        until(callers.futures[0].done)
         return True
 
     callers.ask(1, cancelled=leaves)
@@ -195,24 +189,21 @@ def test_all_who_are_encoded_together_have_the_steps_of_their_batch() -> None:
             return held(needs)
 
     asked = Queue(encode, max_rows=2)
-    found: dict[int, list[Step]] = {}
 
-    def ask(number: int) -> None:
+    def ask(number: int) -> list[Step]:
         with collected() as steps:
             asked([need(number)])
-        found[number] = steps
+        return steps
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-    for waiting, thread in enumerate(threads):
-        thread.start()
-        if not waiting:
-            assert held.begun.acquire(timeout=WAIT)
-        until(partial(has_waiting, asked, waiting))
-    held.gate.set()
-    for thread in threads:
-        thread.join(WAIT)
-    assert [one.name for one in found[0]] == ["batch of 1"]
-    assert [one.name for one in found[1]] == ["batch of 2"] and found[1] == found[2]
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, 0)
+        assert held.begun.acquire(timeout=WAIT)
+        others = [pool.submit(ask, number) for number in (1, 2)]
+        until(partial(has_waiting, asked, 2))
+        held.gate.set()
+    assert [one.name for one in first.result()] == ["batch of 1"]
+    assert [one.name for one in others[0].result()] == ["batch of 2"]
+    assert others[0].result() == others[1].result()
 
 
 @settings(max_examples=30, deadline=None)
@@ -228,15 +219,8 @@ def test_everybody_gets_an_answer_of_their_own(rows: list[int], max_rows: int) -
         return doubled(needs)
 
     asked = Queue(encode, max_rows=max_rows)
-    found: dict[int, Result] = {}
-
-    def one(number: int, size: int) -> None:
-        [found[number]] = asked([need(*[number] * size)])
-
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(rows)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT)
-    assert found == {number: [2 * number] * size for number, size in enumerate(rows)}
+    with ThreadPoolExecutor(len(rows)) as pool:
+        needs = [[need(*[number] * size)] for number, size in enumerate(rows)]
+        results: list[Any] = list(pool.map(asked, needs))
+    assert results == [[[2 * number] * size] for number, size in enumerate(rows)]
     assert max(sizes) <= max_rows
