@@ -5,8 +5,6 @@ real parser.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from radapter_serve.encoders.tensorrt.engine import (
     Engine,
     Options,
     build,
-    import_tensorrt,
 )
 from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
@@ -74,38 +71,6 @@ def test_the_gpu_is_named_and_its_absence_is_explained(monkeypatch: pytest.Monke
             find_gpu()
 
 
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (None, "TensorRT is not installed for Python; run: pip install tensorrt"),
-        (
-            "libnvonnxparser.so.11: cannot open shared object file",
-            "does not load: libnvonnxparser.so.11: cannot",
-        ),
-    ],
-)
-def test_a_missing_tensorrt_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str | None, message: str
-) -> None:
-    install(monkeypatch, Driver(), version=None)
-    if broken:
-        monkeypatch.delitem(sys.modules, "tensorrt")
-        (tmp_path / "tensorrt.py").write_text(f"raise ImportError({broken!r})")
-        monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RAdapterError, match=message):
-        import_tensorrt()
-
-
-def test_memory_comes_back_as_it_went_and_is_freed(driver: Driver, trt: Any) -> None:
-    array = np.arange(24, dtype=np.int32).reshape(2, 3, 4)[:, ::-1]
-    with Stream() as stream:
-        address = stream.upload(array)
-        assert driver.memory and driver.contexts == driver.streams == 1
-        np.testing.assert_array_equal(stream.download(address, array.shape, array.dtype), array)
-    assert not driver.memory
-    assert driver.contexts == driver.streams == 0
-
-
 def test_a_full_gpu_is_one_line_and_leaves_nothing(driver: Driver, trt: Any) -> None:
     driver.budget = 100
     with (
@@ -143,23 +108,6 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(
     assert kept(install(monkeypatch, Driver(name="NVIDIA L4"))) == ""
     assert cache.read_bytes() == b"measured on NVIDIA L4"
     assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
-
-
-def test_progress_is_told_and_ctrl_c_ends_the_build(
-    trt: Any, graph: Path, ctrl_c: Callable[[], None]
-) -> None:
-    lines: list[str] = []
-    build(trt, graph, Options(), **LIMITS, progress=lines.append)
-    assert lines == ["Building engine 1/2", "Building engine 2/2"]
-
-    def interrupt(line: str) -> None:
-        lines.append(line)
-        ctrl_c()
-
-    lines.clear()
-    with pytest.raises(KeyboardInterrupt):
-        build(trt, graph, Options(), **LIMITS, progress=interrupt)
-    assert lines == ["Building engine 1/2"]
 
 
 def test_graphs_that_tensorrt_cannot_read_are_explained(trt: Any, tmp_path: Path) -> None:

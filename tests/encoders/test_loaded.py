@@ -15,10 +15,9 @@ from radapter_client import RAdapterClientError
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import loaded as module
-from radapter_serve.encoders.loaded import load_release, release_at, served_release
+from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.served import Served
 from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, Local, png
@@ -82,21 +81,6 @@ def test_the_release_of_a_repository(repository: Path, tmp_path: Path) -> None:
         loaded.close()
     with pytest.raises(RAdapterError, match="no release 7 in"):
         load_release(repository, 7)
-
-
-def test_of_an_origin_the_release_that_is_served(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(module, "load_release", lambda *given: asked.append(given))
-    monkeypatch.setattr(module, "served_release", asked.append)
-    place = str(repository)
-    monkeypatch.setattr(Served, "load", lambda folder: Served((1,)))
-    release_at({"model_repository": place})
-    release_at({"model_repository": place}, 2)
-    release_at({"model_repository": f"{place}@2"})
-    release_at({"url": "http://localhost:8000"})
-    assert asked == [(place, 1), (place, 2), (f"{place}@2", None), "http://localhost:8000"]
 
 
 class Client:
