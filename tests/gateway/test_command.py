@@ -38,7 +38,6 @@ from tests.helpers.fake_upstream import until
     ("options", "message"),
     [
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in, and there are no keys; make one"),
-        ({"host": "::"}, "--host :: lets others in"),
         ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
         ({"port": 70000}, "--port is 70000"),
         ({"max_body": 0}, "--max-body is 0"),
@@ -82,18 +81,6 @@ def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    "content", [b"ann", b"ann: 00", b"ann: " + b"g" * 64, b"\xff", (b"a: " + b"0" * 64 + b"\n") * 2]
-)
-def test_a_file_of_keys_that_is_none(
-    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "keys"
-    file.write_bytes(content)
-    assert gateway.main(["--api-keys", str(file), "--port", "0"]) == 2
-    assert str(file) in capsys.readouterr().err
-
-
 def test_certificates_and_ports_that_do_not_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +93,8 @@ def test_certificates_and_ports_that_do_not_work(
         assert "give two PEM files that belong together" in capsys.readouterr().err
     assert gateway.main(["--host", "192.0.2.1", "--no-api-keys"]) == 2
     assert "cannot listen on 192.0.2.1 port 8080" in capsys.readouterr().err
+    assert gateway.main(["--api-keys", str(file), "--port", "0"]) == 2  # it holds nonsense
+    assert str(file) in capsys.readouterr().err
 
 
 def lives(url: str) -> bool:

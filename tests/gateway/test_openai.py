@@ -229,12 +229,11 @@ def test_numbers_that_json_cannot_hold(served: Served) -> None:
 # The rules of the gateway hold here too
 
 
-def test_bodies_keys_places_and_metrics() -> None:
+def test_limits_and_metrics() -> None:
     with (
-        serving(max_body=0.01, max_concurrent=1, max_queue=0, timeout=0.3) as served,
+        serving(max_concurrent=1, max_queue=0, timeout=0.3) as served,
         ThreadPoolExecutor(1) as pool,
     ):
-        assert refusal(served, input="x" * 11_000)[:2] == (413, "too_large")
         served.hold()
         first = pool.submit(ask, served, input="a")
         until(lambda: served.upstream.asked)
@@ -258,20 +257,11 @@ def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None
         error = answer["error"]
         assert (found, error["code"]) == (status, "not_found")
         assert error["type"] == "invalid_request_error" and "/v1/embeddings" in error["message"]
-
-
-@pytest.mark.parametrize("host", [b"[", b"a/v1/", b"x:y:z", b"\xff"])
-def test_the_form_of_errors_is_that_of_the_path_whatever_the_host_is_called(
-    served: Served, host: bytes
-) -> None:
-    for path, form in (
-        (b"/v1/none", b'{"error":{"message":"without'),
-        (b"/v2/none", b'{"error":"[unauthorized] '),
-    ):
-        head = b"GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)
-        with served.connection(head) as it:
-            answer = heard(it)
-        assert answer.startswith(b"HTTP/1.1 403") and form in answer
+    # The form is that of the path, whatever the host is called.
+    head = b"GET /v1/none HTTP/1.1\r\nHost: a/v2/\r\nConnection: close\r\n\r\n"
+    with served.connection(head) as it:
+        answer = heard(it)
+    assert answer.startswith(b"HTTP/1.1 403") and b'{"error":{"message":"without' in answer
 
 
 def test_a_fault_of_the_gateway_tells_nothing(served: Served) -> None:

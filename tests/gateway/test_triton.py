@@ -139,13 +139,8 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
     ]
     assert recorder.metadata["traceparent"] == "00-trace-01"
     assert 20 < recorder.seconds <= 30
-
-
-def test_what_nobody_follows_has_no_trace() -> None:
     _, recorder = recorded(lambda triton: triton.infer(ASKED, 10))
     assert not recorder.message.id and "traceparent" not in recorder.metadata
-    _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, Entry("own")))
-    assert recorder.message.id == "own" and "traceparent" not in recorder.metadata
 
 
 def test_what_triton_says_of_a_model() -> None:

@@ -10,12 +10,10 @@ import re
 import numpy as np
 import pytest
 
-from radapter_serve.encoders.tensorrt.engine import Options, build
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.installation import OUR_BACKENDS
 from tests.helpers import fake_triton
-from tests.helpers.fake_tensorrt import Driver, install
 from tests.helpers.fake_triton import Request
 
 
@@ -70,30 +68,6 @@ def test_requests_are_answered_together_and_alone(load, repository, backend):
         model.finalize()
 
 
-def parameters(**values):
-    return {name: {"string_value": value} for name, value in values.items()}
-
-
-@pytest.mark.parametrize(("hint", "precision"), [({}, "f32"), ({"HINT_BF16": "YES"}, "bf16")])
-def test_openvino_heeds_the_parameters_of_the_official_backend(
-    load, repository, monkeypatch, hint, precision
-):
-    import openvino
-
-    seen = {}
-    real = openvino.Core.compile_model
-    monkeypatch.setattr(
-        openvino.Core,
-        "compile_model",
-        lambda core, path, device, how: seen.update(how) or real(core, path, device, how),
-    )
-    given = parameters(
-        INFERENCE_NUM_THREADS="1", NUM_STREAMS="1", PERFORMANCE_HINT="LATENCY", **hint
-    )
-    load("openvino").initialize(arguments(repository, parameters=given))
-    assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == ("1", precision)
-
-
 @pytest.mark.parametrize(
     ("backend", "tokens"),
     [
@@ -135,24 +109,3 @@ def test_numpy_2_is_refused(load, repository, monkeypatch, backend):
     monkeypatch.setattr(np, "__version__", "2.0.1")
     with pytest.raises(RuntimeError, match=r"numpy 2\.0\.1 is installed"):
         load(backend).initialize(arguments(repository))
-
-
-def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
-    driver = Driver()
-    trt = install(monkeypatch, driver)
-    folder = tmp_path / "image_encoder" / "1"
-    folder.mkdir(parents=True)
-    graph = repository / "image_encoder" / "1" / "model.onnx"
-    folder.joinpath("model.plan").write_bytes(
-        build(trt, graph, Options(), max_batch_size=64, max_length=77)[0]
-    )
-    samples = Samples.load(graph.parent)
-    model = load("tensorrt")
-    model.initialize(arguments(tmp_path, kind="GPU", default_model_filename="model.plan"))
-    answers = model.execute([Request(image=values) for values in samples.inputs])
-    for embeds, reference in zip(embeds_of(answers), samples.references, strict=True):
-        np.testing.assert_allclose(embeds, reference, atol=1e-6)
-    model.finalize()  # which leaves the GPU as it was
-    assert (driver.contexts, driver.streams, dict(driver.memory)) == (0, 0, {})
-    with pytest.raises(RAdapterError, match="instance on the CPU: .*KIND_GPU"):
-        load("tensorrt").initialize(arguments(tmp_path, default_model_filename="model.plan"))

@@ -38,42 +38,24 @@ CLOSED = {
 SPELLINGS = 100
 
 
+# Spellings of a path: each part below /v2, and all of it as `{path}`
+PATTERNS = (
+    *("/v2/{path}", "/v2/{path}/", "/v2/{path}//", "//v2/{path}", "//{path}", "/v2//{path}"),
+    *("/v2/{path}?", "/v2/{path}?a=b", "/v2/{path}#a", "/v2/{path};a=b", "/v2/{path}%00"),
+    *("/v2/{path}%20", "/v2/{path}.", "/v2/{path}/.", "/v2/{path}/x/..", "/v2/./{path}"),
+    *("/v2/x/../{path}", "/v2/models/classify/../../{path}", "/v2/health/ready/../../{path}"),
+    *("/v2%2f{path}", "\\v2\\{path}", "/v1/../v2/{path}", "http://localhost/v2/{path}"),
+    "http://other.invalid/v2/{path}",
+)
+SLASHES = ("//", "%2f", "%2F", "%252f", "/./")
+
+
 def paths_of(path: str, random: random.Random) -> Iterator[str]:
     """Ways to write a path, without an end."""
-    plain = f"/v2/{path}"
-    yield from (
-        plain,
-        f"{plain}/",
-        f"{plain}//",
-        f"/{plain}",
-        f"//{path}",
-        plain.upper(),
-        plain.title(),
-        f"{plain}?",
-        f"{plain}?a=b",
-        f"{plain}#a",
-        f"{plain};a=b",
-        f"{plain}%00",
-        f"{plain}%20",
-        f"{plain}.",
-        f"{plain}/.",
-        f"{plain}/x/..",
-        f"/v2/./{path}",
-        f"/v2/x/../{path}",
-        f"/v2/models/classify/../../{path}",
-        f"/v2/health/ready/../../{path}",
-        f"/v2//{path}",
-        f"/v2%2f{path}",
-        f"\\v2\\{path}",
-        f"/v1/../v2/{path}",
-        f"http://localhost{plain}",
-        f"http://other.invalid{plain}",
-        f"/v2/{path.replace('/', '//')}",
-        f"/v2/{path.replace('/', '%2f')}",
-        f"/v2/{path.replace('/', '%2F')}",
-        f"/v2/{path.replace('/', '%252f')}",
-        f"/v2/{path.replace('/', '/./')}",
-    )
+    yield from (pattern.format(path=path) for pattern in PATTERNS)
+    yield from (f"/v2/{path.replace('/', slash)}" for slash in SLASHES)
+    yield f"/v2/{path}".upper()
+    yield f"/v2/{path}".title()
     while True:
         letters = [
             random.choice((letter, f"%{ord(letter):02x}", f"%{ord(letter):02X}", letter.upper()))
