@@ -172,7 +172,7 @@ def _parse(path: Path, text: str) -> dict[str, Key]:
 
 
 def _state(path: Path) -> object:
-    """What changes with a file."""
+    """Facts that change with a file."""
     try:
         status = path.stat()
     except OSError:

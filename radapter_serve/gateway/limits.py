@@ -115,7 +115,7 @@ class TokenBucket:
 
 
 class Quota:
-    """What is left of the limits of a key."""
+    """Counts the requests and images of a key towards its limits."""
 
     def __init__(self, key: Key, now: Callable[[], float] = time.monotonic) -> None:
         self.key = key

@@ -87,7 +87,7 @@ def read(text: bytes, max_inputs: int) -> EmbeddingsRequest:
         for value in values
     ):
         raise bad_request(
-            "input holds tokens, and a release has a tokenizer of its own; send texts. LangChain"
+            "input holds tokens, and a release has another tokenizer; send texts. LangChain"
             " sends texts with OpenAIEmbeddings(check_embedding_ctx_length=False)",
             "input",
         )
@@ -191,7 +191,7 @@ def refusal(error: Refused) -> dict[str, Any]:
 
 
 class OpenAI:
-    """What the gateway answers below /v1; `model(task, version, fresh=0)` asks for the latest
+    """Answers below /v1; `model(task, version, fresh=0)` asks for the latest
     configuration of a task.
     """
 

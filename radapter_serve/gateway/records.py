@@ -22,7 +22,7 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # 
 
 @dataclass
 class Entry:
-    """What became of one request."""
+    """The record of one request."""
 
     id: str  # `X-Request-Id` of the caller, or a new one
     key: str | None = None  # name of the caller's key

@@ -69,7 +69,7 @@ class AdminSocket:
 
     def _serve(self, caller: socketserver.StreamRequestHandler) -> None:
         def say(**line: Any) -> None:
-            # What a caller asked for goes on when he has left.
+            # A change goes on when its caller has left.
             with contextlib.suppress(OSError):
                 caller.wfile.write(json.dumps(line).encode() + b"\n")
 

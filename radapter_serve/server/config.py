@@ -19,7 +19,7 @@ MAX_WAITING = 128
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a `TritonServer` is started with. Messages name the flags of radapter-serve.
+    """The settings of a `TritonServer`. Messages name the flags of radapter-serve.
 
     Args:
         model_repository: folder that radapter-export has filled.

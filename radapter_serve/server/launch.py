@@ -1,5 +1,5 @@
-"""What tritonserver is started with: a folder, a command line and an environment; and which line
-of its log says why it failed.
+"""The folder, the command line and the environment of a tritonserver, and the line of its log that
+says why it failed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def command_line(
         f"--model-repository={folder / MODELS}",
         f"--backend-directory={folder / 'backends'}",
         *config.endpoints.flags(),
-        # Whoever has the secret can load models, and with them code.
+        # The secret lets its owner load models, and with them code.
         "--model-control-mode=explicit",
         f"--http-restricted-api={_RESTRICTED}:{SECRET_HEADER}={secret}",
         f"--grpc-restricted-protocol={_RESTRICTED}:{SECRET_HEADER}={secret}",

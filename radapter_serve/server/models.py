@@ -1,6 +1,4 @@
-"""What a server is to load: its models with their versions and configs, for some releases of a
-repository.
-"""
+"""The models that a server loads for some releases of a repository: their versions and configs."""
 
 from __future__ import annotations
 

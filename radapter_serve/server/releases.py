@@ -23,7 +23,7 @@ def ignore(line: str) -> None:
 
 
 class State(Enum):
-    """What a server does."""
+    """The state of a server."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -65,7 +65,7 @@ class ReleaseServer(ABC):
         return self._change(previous(self.served), say)
 
     def describe(self) -> dict[str, Any]:
-        """What is served and where, for `radapter-release`."""
+        """The releases and the address of the server, for `radapter-release`."""
         endpoints = self.config.endpoints
         return {
             "repository": str(self.config.model_repository),
@@ -124,7 +124,7 @@ def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
 
 
 def previous(served: Served) -> Served:
-    """What a rollback serves."""
+    """The releases that a rollback serves."""
     if not served.before:
         raise RAdapterError(
             "no release was served before this one; name one: radapter-release load N"

@@ -52,8 +52,8 @@ class _History:
 class Supervisor:
     """Starts again what died or no longer answers, with pauses that grow where it dies often.
 
-    What becomes ready is started again for ever; what does not in `MAX_FAILURES` starts in a row is
-    given up. `say` takes one line for each death and each return.
+    A program that becomes ready is started again for ever; one that does not in `MAX_FAILURES`
+    starts in a row is given up. `say` takes one line for each death and each return.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.2
 
 
 class Server(Protocol):
-    """What a switch asks of a `TritonServer`."""
+    """The part of a `TritonServer` that a switch needs."""
 
     control: Control
     offered: dict[str, ModelEntry]

@@ -206,7 +206,7 @@ class TritonServer(ReleaseServer):
         self.models = self.control.serving()
 
     def failures(self) -> list[Failure]:
-        """What has died since the last call; to be called now and then, because Triton does not
+        """The deaths since the last call; to be called now and then, because Triton does not
         look by itself.
         """
         if self._process is None or self._watch is None:

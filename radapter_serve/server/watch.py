@@ -8,13 +8,13 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.server.processes import STOPPED, how_it_ended
 
 SERVER = "tritonserver"
@@ -49,9 +49,8 @@ class Watch:
     present processes are not reported.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], clock: Clock = SYSTEM) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        self._clock = clock
         self._models: dict[int, tuple[str, int]] = {}  # name and version by process number
         self._suspects: set[int] = set()
         self._reported: set[int] = set()
@@ -64,14 +63,14 @@ class Watch:
         """
         kills = killed_for_memory()
         if kills > self._kills:
-            self._starved = self._clock.monotonic()
+            self._starved = time.monotonic()
         self._kills = kills
-        starved = self._clock.monotonic() - self._starved < _SAME_TIME
+        starved = time.monotonic() - self._starved < _SAME_TIME
         if (code := self._process.poll()) is not None:
             why = how_it_ended(code, short_of_memory=starved)
             return [Failure(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
 
-        # What is dead or stopped in this look and was so in the last one.
+        # Processes that are dead or stopped in this look and were so in the last one.
         states = self._states()
         bad = {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
         suspects = {pid for pid, state in states.items() if state in bad} - self._reported

@@ -51,7 +51,7 @@ class GraphModel:
             )
         surplus.of_this_process.open(args["model_name"])
 
-        # What the config says.
+        # Read the config.
         config = json.loads(args["model_config"])
         parameters = {
             key: value["string_value"] for key, value in config.get("parameters", {}).items()

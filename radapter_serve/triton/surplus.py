@@ -52,7 +52,7 @@ of_this_process = Surplus()
 
 def write(file: Path, number: int, surplus: int) -> None:
     """Let each process of a model reject `surplus` requests; `number` tells this time from one
-    with the same surplus. No file stands for 0.
+    with the same surplus. No file means 0.
     """
     if not surplus:
         with contextlib.suppress(FileNotFoundError):

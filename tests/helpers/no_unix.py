@@ -4,12 +4,10 @@ are Unix's own.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
 import sys
-from typing import Any
 
 import psutil  # noqa: F401 - before `resource` goes: on Linux psutil needs it, on Windows not
 
@@ -20,12 +18,6 @@ del signal.SIGHUP
 del os.O_NONBLOCK
 shutil._use_fd_functions = False  # type: ignore[attr-defined]  # which need that flag from 3.13 on
 
-
-def _no_signals(*_: Any) -> None:
-    raise NotImplementedError
-
-
-asyncio.SelectorEventLoop.add_signal_handler = _no_signals  # type: ignore[assignment]
 
 from radapter_serve.cli.release import main as release  # noqa: E402
 from radapter_serve.cli.serve import main as serve  # noqa: E402

@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from radapter_serve.encoders.encoder import load_graph
+from radapter_serve.encoders.openvino import openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.installation import OUR_BACKENDS
@@ -109,3 +114,17 @@ def test_numpy_2_is_refused(load, repository, monkeypatch, backend):
     monkeypatch.setattr(np, "__version__", "2.0.1")
     with pytest.raises(RuntimeError, match=r"numpy 2\.0\.1 is installed"):
         load(backend).initialize(arguments(repository))
+
+
+def test_runtimes_heed_the_parameters_of_the_official_backends(repository, monkeypatch):
+    properties = openvino_properties({"INFERENCE_NUM_THREADS": "1", "NUM_STREAMS": "1"})
+    assert properties["INFERENCE_NUM_THREADS"] == "1"
+    assert properties["INFERENCE_PRECISION_HINT"] == "f32"  # also on a processor with bf16
+    assert openvino_properties({"HINT_BF16": "YES"})["INFERENCE_PRECISION_HINT"] == "bf16"
+    session = Mock()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    graph = repository / "image_encoder" / "1" / "model.onnx"
+    with contextlib.suppress(Exception):  # of a session that is none
+        load_graph(graph, "onnxruntime", {"intra_op_thread_count": "1"})
+    [options] = [one for one in session.call_args.args if hasattr(one, "intra_op_num_threads")]
+    assert options.intra_op_num_threads == 1
