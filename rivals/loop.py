@@ -25,7 +25,12 @@ from radapter_serve.training import Average, Recipe, Run, choose_form
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.loss import distance_to_base, positives_of
 from radapter_serve.training.recipe import recipe_from
-from radapter_serve.training.setup import augmentation, choose_loss, start_accelerator
+from radapter_serve.training.setup import (
+    augmentation,
+    choose_loss,
+    start_accelerator,
+    with_precision,
+)
 from radapter_serve.training.start import run_folder
 from radapter_serve.training.step import TwoTower, at_base, other_prompts
 from radapter_serve.training.tasks import open_run
@@ -38,6 +43,7 @@ def train(recipe: str | Recipe, variant: Variant, **fields: Any) -> Run:
     recipe.check()
     variant.check(recipe)
     limit_threads(recipe.threads)
+    recipe = with_precision(recipe)
     out = run_folder(recipe)
     opened = open_run(recipe, progress=False)
     accelerator = start_accelerator(recipe, out)

@@ -28,6 +28,7 @@ OF_THE_DATA = (
     "classes",
     "shots",
     "seed",
+    "precision",
 )  # what a run brings, whatever learns
 
 

@@ -47,7 +47,8 @@ CANDIDATES = {
         "preserve": 10.0,
         "negative_classes": 1000,
     },
-    "small": {},
+    "small, fp32": {"precision": "no"},
+    "small, bf16": {"precision": "bf16"},
 }
 LIMIT = 1000  # images of a test set
 CLASSES = 40  # of the drawings

@@ -263,6 +263,7 @@ def _summary(learner: Learner, out: Path, step: int) -> str:
     return (
         f"{learner.adapters.summary(learner.base.model)}, {rank}, in {learner.form} form;"
         f" {plan.steps} steps of {recipe.batch_size} images"
+        + ("" if recipe.precision == "no" else f" in {recipe.precision}")
         + (f" in {processes} processes" if processes > 1 else "")
         + ("; pairwise sigmoid loss, as the base is scored" if sigmoid else "")
     )

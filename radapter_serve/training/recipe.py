@@ -132,8 +132,9 @@ class Recipe(RunSource):
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        precision: no, fp16 or bf16 mixed precision. bf16 takes some 0.6 of the time on a CPU with
-            AMX; no GPU was measured.
+        precision: no, fp16 or bf16 mixed precision; auto takes bf16 where a GPU, AMX or AVX512_BF16
+            computes with it, and no elsewhere. On a CPU with AMX bf16 takes some 0.6 of the time;
+            no GPU was measured.
         workers: processes that read images, for each training process.
         threads: compute threads of each training process; none uses one per core. Fewer is faster
             if other programs share the cores.
@@ -173,7 +174,7 @@ class Recipe(RunSource):
     grad_clip: Positive | None = 1.0
     crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     workers: Number = 2
     threads: Count | None = None
     validate_every: Count | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     """Resolve the recipe and build all that it names; nothing is written."""
     # The order matters: the number of processes says what the recipe comes to, which is refused
     # before a model is fetched.
+    recipe = with_precision(recipe)
     accelerator = start_accelerator(recipe, out)
     plan = recipe.resolved(opened.images, accelerator.num_processes)
     recipe = plan.recipe
@@ -147,6 +149,17 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
     rgb = transforms.Lambda(lambda image: image.convert("RGB"))
     composed: Transform = transforms.Compose([crop, *flip, rgb, transforms.ToTensor(), normalize])
     return composed
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with the precision of this machine in place of `auto`."""
+    if recipe.precision != "auto":
+        return recipe
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return dataclasses.replace(recipe, precision="bf16" if fast else "no")
 
 
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:

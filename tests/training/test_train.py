@@ -103,6 +103,21 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
         assert F.cosine_similarity(value.flatten(), plain[name].flatten(), dim=0) > 0.9
 
 
+@pytest.mark.parametrize(
+    ("amx", "avx512", "precision"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no")]
+)
+def test_auto_takes_bf16_where_the_processor_computes_with_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    run = train(dataclasses.replace(recipe, precision="auto", steps=3))
+    assert run.recipe.precision == precision
+    text = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["precision"] == precision  # which --resume goes on with
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("negative_classes", [0, 3])
 def test_two_processes_train_to_the_same_adapter_as_one(
