@@ -142,7 +142,7 @@ def load_captioned(
             key = image_identity(image)
             first.setdefault(key, number)
             captions_of.setdefault(key, []).extend(captions)
-    data.images = [CaptionedImage(first[key], tuple(of)) for key, of in captions_of.items()]
+    data.images = [CaptionedImage(first[key], tuple(texts)) for key, texts in captions_of.items()]
     most = max((len(image.captions) for image in data.images), default=0)
     if not most:
         raise RAdapterError(f"{spec} holds no images with captions")

@@ -285,7 +285,7 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
     for image in content["images"]:
         folder = image.get("filepath", "")
         name = image["filename"]
-        captions = [of["raw"] for of in image["sentences"]]
+        captions = [sentence["raw"] for sentence in image["sentences"]]
         if not all(isinstance(text, str) for text in (folder, name, image["split"], *captions)):
             raise TypeError(f"unexpected types in {str(image)[:80]}")
         splits.setdefault(image["split"], []).append(
@@ -335,7 +335,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     if any(len(labels) > 1 for _, labels in images.values()):
         rows = [(path, sorted(labels)) for path, labels in images.values()]
         label = datasets.List(label)
-    columns_of = {"image": [path for path, _ in rows], "label": [of for _, of in rows]}
+    columns_of = {"image": [path for path, _ in rows], "label": [number for _, number in rows]}
     features = datasets.Features({"image": datasets.Value("string"), "label": label})
     try:
         table = datasets.Dataset.from_dict(columns_of, features)

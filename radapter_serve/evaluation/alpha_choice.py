@@ -73,7 +73,7 @@ class Choice:
     @property
     def kept(self) -> float | None:
         """How much of the base the chosen α keeps, in [0, 1]; None where that is not known."""
-        return next((of.get(KEPT) for of in self.curve if of["alpha"] == self.alpha), None)
+        return next((point.get(KEPT) for point in self.curve if point["alpha"] == self.alpha), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Choice:
             )
         kept = self.kept
         if kept is not None and kept < MUCH_KEPT:
-            enough = [of["alpha"] for of in self.curve if of.get(KEPT, 0.0) >= MUCH_KEPT]
+            enough = [point["alpha"] for point in self.curve if point.get(KEPT, 0.0) >= MUCH_KEPT]
             smaller = max((alpha for alpha in enough if alpha < self.alpha), default=0.0)
             instead = f"alpha {smaller:g} keeps more" if smaller else "a smaller alpha keeps more"
             lines.append(
@@ -133,7 +133,7 @@ class Choice:
             if has_kept:
                 cells.append(f"{100 * point[KEPT]:.1f}" if KEPT in point else "")
             cells += [f"{100 * point[name]:.2f}" for name in self.sets]
-            cells.append(", ".join(name for name, of in marks.items() if of == alpha))
+            cells.append(", ".join(name for name, mark in marks.items() if mark == alpha))
             out.add_row(*cells, style="bold" if alpha == self.alpha else None)
         return out
 
@@ -164,8 +164,8 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         assert row.alpha is not None
         models.setdefault(row.alpha, {})[row.dataset] = row
     scores = {
-        alpha: sum(weights[name] * row.metrics[row.metric] for name, row in of.items())
-        for alpha, of in sorted(models.items())
+        alpha: sum(weights[name] * row.metrics[row.metric] for name, row in of_set.items())
+        for alpha, of_set in sorted(models.items())
     }
     # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
     best = max(scores, key=lambda alpha: (round(scores[alpha], _DIGITS), -alpha))

@@ -30,15 +30,13 @@ def zero_shot_classifier(
     tokenizer: Tokenizer,
     classes: Sequence[str],
     templates: Sequence[str],
-    *,
-    batch_size: int = 256,
 ) -> Tensor:
     """Unit-length text embeddings of classes, float32 [C, D] on the model's device: the mean over a
     class's names, synonyms after commas, and all templates.
     """
 
     def embed(texts: list[str]) -> NDArray[np.float32]:
-        return np.asarray(encode_texts(model, tokenizer(texts), batch_size).cpu())
+        return np.asarray(encode_texts(model, tokenizer(texts)).cpu())
 
     embeds = mean_embeddings(embed, classes, templates)
     return torch.from_numpy(embeds).to(next(model.parameters()).device)

@@ -205,7 +205,7 @@ class ClassificationSet(EvaluationSet):
     @property
     def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
         if self.several:
-            return self.classes, [np.flatnonzero(of).tolist() for of in self.labels]
+            return self.classes, [np.flatnonzero(row).tolist() for row in self.labels]
         return self.classes, self.labels.tolist()
 
     @cached_property
@@ -257,7 +257,8 @@ class ClassificationSet(EvaluationSet):
         count = len(self.classes)
         metrics = classification_metrics(ranks, self.labels, count)
         metrics["ece"] = calibration_error(sums)
-        n, hits = (np.bincount(of, minlength=count) for of in (self.labels, self.labels[ranks < 1]))
+        n = np.bincount(self.labels, minlength=count)
+        hits = np.bincount(self.labels[ranks < 1], minlength=count)
         intervals: dict[str, Interval] = {
             name: wilson(metrics[name], len(ranks)) for name in ("acc1", "acc5") if name in metrics
         }
@@ -275,7 +276,7 @@ class ClassificationSet(EvaluationSet):
         return {
             "metrics": metrics,
             "intervals": intervals,
-            "calibration": [Bin(*of) for of in bins],
+            "calibration": [Bin(*figures) for figures in bins],
             "per_class": by_class(self.classes, n, recall=shares(hits, n)),
             "confusion": confusions,
             "indistinguishable": alike,
@@ -354,10 +355,12 @@ def nouns_beside(names: Iterable[str]) -> list[str]:
         # A space before and after each, so that a word matches as a whole alone.
         return f" {' '.join(_WORD.findall(name.casefold()))} "
 
-    classes = [of for of in map(words, names) if of.strip()]
+    classes = [name for name in map(words, names) if name.strip()]
     nouns = {name: words(name) for name in open_clip.IMAGENET_CLASSNAMES[::_NOUN_STEP]}
     return [
-        name for name, noun in nouns.items() if not any(noun in of or of in noun for of in classes)
+        name
+        for name, noun in nouns.items()
+        if not any(noun in label or label in noun for label in classes)
     ]
 
 
@@ -380,7 +383,7 @@ def by_class(
         for values in (recall, iou, average_precision)
     ]
     names = first_names(classes)
-    return [ClassFigures(*of) for of in zip(names, n.tolist(), *columns, strict=True)]
+    return [ClassFigures(*row) for row in zip(names, n.tolist(), *columns, strict=True)]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:

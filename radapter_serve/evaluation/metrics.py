@@ -98,7 +98,8 @@ def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np
     Bin k holds confidences above k/15 and up to (k + 1)/15, and the first bin 0 too.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
-    return np.stack([np.bincount(bins, of, BINS) for of in (np.ones(len(bins)), confidences, hits)])
+    weights = (np.ones(len(bins)), confidences, hits)
+    return np.stack([np.bincount(bins, weight, BINS) for weight in weights])
 
 
 def calibration_error(sums: NDArray[np.float64]) -> float:
@@ -129,9 +130,9 @@ def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> 
     among the best k.
     """
     return {
-        f"{way}_retrieval_recall@{k}": float((of < k).mean())
+        f"{way}_retrieval_recall@{k}": float((values < k).mean())
         for k in recalls
-        for way, of in ranks.items()
+        for way, values in ranks.items()
     }
 
 
@@ -153,9 +154,9 @@ def retrieval_ranks(
     groups = np.arange(len(texts)) if groups is None else groups
     texts_of_group = _members(groups, np.arange(len(texts)))
     images_of_group = _members(groups, image_of)
-    groups_of_image = [np.unique(of) for of in _members(image_of, groups)]
+    groups_of_image = [np.unique(members) for members in _members(image_of, groups)]
     texts_of_image = [
-        np.concatenate([texts_of_group[group] for group in of]) for of in groups_of_image
+        np.concatenate([texts_of_group[group] for group in numbers]) for numbers in groups_of_image
     ]
     return {
         "image": _best_ranks(texts, images, [images_of_group[group] for group in groups]),
@@ -303,8 +304,9 @@ def paired_difference(
     differences = [
         np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)
     ]
-    variance = sum(float(of.var(ddof=1)) / len(of) for of in differences) / len(differences) ** 2
-    return float(np.mean([of.mean() for of in differences])), _Z * sqrt(variance)
+    variances = [float(values.var(ddof=1)) / len(values) for values in differences]
+    variance = sum(variances) / len(differences) ** 2
+    return float(np.mean([values.mean() for values in differences])), _Z * sqrt(variance)
 
 
 def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:

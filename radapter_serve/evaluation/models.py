@@ -109,7 +109,7 @@ class Candidate:
         new = [line for line in dict.fromkeys(classes) if (key, line) not in self.known]
         if new:
             embeds = check_finite(mean_embeddings(self.loaded.embed_texts, new, templates))
-            self.known.update({(key, line): of for line, of in zip(new, embeds, strict=True)})
+            self.known.update({(key, line): embed for line, embed in zip(new, embeds, strict=True)})
         return np.stack([self.known[key, line] for line in classes])
 
     def way(self, dense: str | None) -> str:
@@ -319,8 +319,8 @@ def in_torch(
     """
     where = to_device(base.model, device)
     changes = [
-        replace(of, deltas={key: delta.to(where) for key, delta in of.deltas.items()})
-        for of in changes
+        replace(change, deltas={key: delta.to(where) for key, delta in change.deltas.items()})
+        for change in changes
     ]
     weights = Weights(base.model, changes)
     moves = any(change.deltas for change in changes)

@@ -35,7 +35,7 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
     """
     path = folder / "validation.png"
     points = [
-        {name: of if name == "alpha" else 100 * of for name, of in point.items()}
+        {name: value if name == "alpha" else 100 * value for name, value in point.items()}
         for point in choice.curve
     ]
     plot_alpha_curve(
@@ -43,7 +43,7 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         *by_shift(choice.sets),
         path,
         title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
-        unit=common_unit(of.metric for of in choice.sets.values()),
+        unit=common_unit(data.metric for data in choice.sets.values()),
         kept={point["alpha"]: point[KEPT] for point in points if KEPT in point},
         choice=choice,
     )
@@ -218,7 +218,7 @@ def plot_bars(
     """Draw a group of bars for each data set, one bar a model; `values` has per cent by model and
     data set.
     """
-    sets = list(dict.fromkeys(name for of in values.values() for name in of))
+    sets = list(dict.fromkeys(name for figures in values.values() for name in figures))
     figure = Figure(
         figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2),
         dpi=150,
@@ -226,9 +226,9 @@ def plot_bars(
     )
     axes = figure.subplots()
     width = 0.8 / max(1, len(values))
-    for number, (model, of) in enumerate(values.items()):
+    for number, (model, figures) in enumerate(values.items()):
         places = [index + (number - (len(values) - 1) / 2) * width for index in range(len(sets))]
-        axes.bar(places, [of.get(name, 0.0) for name in sets], width, label=model)
+        axes.bar(places, [figures.get(name, 0.0) for name in sets], width, label=model)
     axes.set_xticks(range(len(sets)), sets, rotation=30 if len(sets) > 4 else 0)
     axes.set_ylabel(unit)
     axes.grid(axis="y", alpha=0.3)
@@ -246,7 +246,7 @@ def plot_confusion(row: Row, path: str | Path) -> None:
     if not counts[:, -1].any():
         counts = counts[:, :-1]  # no answer is "none of them"
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [of.name for of in row.per_class]
+    names = [figures.name for figures in row.per_class]
     side = 2.5 + 0.3 * len(names)
     figure = Figure(figsize=(side + 1.5, side), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -265,10 +265,10 @@ def plot_confusion(row: Row, path: str | Path) -> None:
             )
     axes.set_xticks(range(counts.shape[1]), [*names, "none"][: counts.shape[1]], rotation=90)
     labels = []
-    for of in row.per_class:
-        kind, value = ("recall", of.recall) if row.dense is None else ("iou", of.iou)
-        figure_of = "" if value is None else f", {kind} {100 * value:.1f} %"
-        labels.append(f"{of.name}, n {of.n}{figure_of}")
+    for figures in row.per_class:
+        kind, value = ("recall", figures.recall) if row.dense is None else ("iou", figures.iou)
+        shown = "" if value is None else f", {kind} {100 * value:.1f} %"
+        labels.append(f"{figures.name}, n {figures.n}{shown}")
     axes.set_yticks(range(len(names)), labels)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
@@ -281,15 +281,15 @@ def plot_calibration(row: Row, path: str | Path) -> None:
     diagonal the model is as sure as it is right.
     """
     assert row.calibration is not None
-    bins = [of for of in row.calibration if of.n]
+    bins = [bin_ for bin_ in row.calibration if bin_.n]
     figure = Figure(figsize=(4.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], "--", color="tab:gray")
-    most = max(of.n for of in bins)
+    most = max(bin_.n for bin_ in bins)
     axes.scatter(
-        [100 * (of.confidence or 0.0) for of in bins],
-        [100 * (of.accuracy or 0.0) for of in bins],
-        [10 + 90 * of.n / most for of in bins],
+        [100 * (bin_.confidence or 0.0) for bin_ in bins],
+        [100 * (bin_.accuracy or 0.0) for bin_ in bins],
+        [10 + 90 * bin_.n / most for bin_ in bins],
     )
     axes.set_xlabel("mean confidence of a bin, %; larger dots are more images")
     axes.set_ylabel("accuracy, %")

@@ -178,7 +178,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a line of `results.jsonl` has them."""
         values = {"dataset": self.dataset, **vars(self)}
-        nulls = {name for key, of in _NULLS.items() if values[key] is not None for name in of}
+        nulls = {name for key, names in _NULLS.items() if values[key] is not None for name in names}
         if not self.border:
             del values["border"]
         if self.exif_orientation:
@@ -188,7 +188,7 @@ class Row:
         if self.templates is not None:
             values["templates"] = list(self.templates)
         if self.calibration is not None:
-            values["calibration"] = [asdict(of) for of in self.calibration]
+            values["calibration"] = [asdict(bin_) for bin_ in self.calibration]
         if self.per_class is not None:
             kind = "recall"
             if self.metric == "mean_average_precision":
@@ -196,10 +196,10 @@ class Row:
             elif self.dense is not None:
                 kind = "iou"
             values["per_class"] = [
-                {"class": of.name, "n": of.n, "recall": of.recall, kind: getattr(of, kind)}
-                for of in self.per_class
+                {"class": row.name, "n": row.n, "recall": row.recall, kind: getattr(row, kind)}
+                for row in self.per_class
             ]
-        return {name: of for name, of in values.items() if of is not None or name in nulls}
+        return {name: value for name, value in values.items() if value is not None or name in nulls}
 
     @classmethod
     def from_json(cls, line: str) -> Row:
@@ -303,8 +303,8 @@ def mean_kept(rows: Iterable[Row]) -> float | None:
 
 def by_shift(sets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Names of the data sets in distribution, and of those whose `shift` is `ood`."""
-    ids, ood = ([name for name, of in sets.items() if of.shift == shift] for shift in ("id", "ood"))
-    return ids, ood
+    ids = [name for name, data in sets.items() if data.shift == "id"]
+    return ids, [name for name, data in sets.items() if data.shift == "ood"]
 
 
 def model_name(source: str, alpha: float | None, joint: str = " at alpha ") -> str:
@@ -464,9 +464,9 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         if row.indistinguishable:
             of_pairs.setdefault(tuple(row.indistinguishable), []).append(row)
     lines = []
-    for pairs, of in of_pairs.items():
-        sets = ", ".join(dict.fromkeys(row.dataset for row in of))
-        models = ", ".join(dict.fromkeys(model_name(row.source, row.alpha) for row in of))
+    for pairs, alike in of_pairs.items():
+        sets = ", ".join(dict.fromkeys(row.dataset for row in alike))
+        models = ", ".join(dict.fromkeys(model_name(row.source, row.alpha) for row in alike))
         shown = ", ".join(f"{first!r} and {second!r}" for first, second in pairs[:5])
         more = f" and {len(pairs) - 5} pairs more" if len(pairs) > 5 else ""
         lines.append(

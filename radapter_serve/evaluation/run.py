@@ -73,7 +73,8 @@ def evaluate_answers(
 
     # A row for each model.
     answers = [
-        {name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts
+        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in parts
     ]
     rows = []
     for number, model in enumerate(models):
@@ -81,7 +82,7 @@ def evaluate_answers(
             measured = data.measure(model, answers[number])
         row = replace(data.row(model), **measured, runtime=round(seconds[number], 3))
         if "nouns" in keep:
-            base = next(place for place, of in enumerate(models) if of.alpha == 0.0)
+            base = next(place for place, other in enumerate(models) if other.alpha == 0.0)
             same = answers[number]["nouns"] == answers[base]["nouns"]
             share = float(same.mean())
             row = replace(

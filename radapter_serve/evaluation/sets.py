@@ -133,10 +133,10 @@ def _classification_set(
 
     # Images that have one of these classes.
     sets = data.label_sets()
-    labels = [[number_of[label] for label in of if label in number_of] for of in sets]
-    chosen = np.flatnonzero([bool(of) for of in labels])
+    labels = [[number_of[label] for label in row if label in number_of] for row in sets]
+    chosen = np.flatnonzero([bool(row) for row in labels])
     if not len(chosen):
-        present = sorted({data.own[label] for of in sets for label in of})
+        present = sorted({data.own[label] for row in sets for label in row})
         raise RAdapterError(
             f"data set {entry.name!r}: no image has one of the classes {', '.join(classes[:5])}; it"
             f" has images of {', '.join(present[:5])}"

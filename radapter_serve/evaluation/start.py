@@ -281,8 +281,8 @@ def evaluate(
         for name, value in {"adapter": adapter, **fields}.items()
     }
     model, settings = (
-        kind(**{name: value for name, value in values.items() if name in of})
-        for kind, of in zip(kinds, names, strict=True)
+        kind(**{name: value for name, value in values.items() if name in known})
+        for kind, known in zip(kinds, names, strict=True)
     )
     alphas = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
     return evaluate_model(model, settings, alphas, suite, data, progress=progress)
@@ -342,7 +342,7 @@ def evaluate_model(
                 )
                 files.append(file)
                 chosen = (0.0, choice.alpha, choice.best)
-                tested = [of for of in models if of.alpha in chosen]
+                tested = [candidate for candidate in models if candidate.alpha in chosen]
             elif tests:  # α was chosen earlier, and perhaps by these
                 for entry in tests.of_split("validation"):
                     with contextlib.suppress(RAdapterError):  # they need not be here
