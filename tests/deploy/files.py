@@ -17,15 +17,9 @@ RULES = DEPLOY / "prometheus-rules.yaml"
 CHART = DEPLOY / "kubernetes" / "chart"
 
 
-def documents(path: Path) -> list[Any]:
-    """The documents of a YAML file."""
-    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-
-
 def document(path: Path) -> Any:
     """The one document of a YAML file."""
-    (one,) = documents(path)
-    return one
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def rendered(values: dict[str, Any]) -> dict[tuple[str, str], Any]:
@@ -64,13 +58,6 @@ def command(stage: str) -> list[str]:
     """What an image runs."""
     (words,) = instructions(stage, "CMD")
     return [str(word) for word in json.loads(words)]
-
-
-def healthcheck(stage: str) -> str:
-    """What an image calls to learn whether it is well: a URL."""
-    (line,) = instructions(stage, "HEALTHCHECK")
-    (url,) = re.findall(r"http://[^']+", line)
-    return str(url)
 
 
 def expressions() -> Iterator[tuple[str, str]]:

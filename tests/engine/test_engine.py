@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +83,6 @@ def test_answers_are_those_of_the_tasks(repository: Path) -> None:
             assert segmented.release == 2
     finally:
         shutil.rmtree(folder)
-
-
-def test_callers_of_several_threads_get_what_they_asked_for(engine: Engine) -> None:
-    client = Client(transport=engine)
-    words = [f"word {number}" for number in range(40)]
-    with ThreadPoolExecutor(len(words)) as threads:
-        rows = list(threads.map(lambda word: client.embed_texts([word])[0], words))
-    np.testing.assert_allclose(np.stack(rows), client.embed_texts(words), atol=1e-6)
 
 
 def test_refusals(engine: Engine) -> None:

@@ -239,36 +239,6 @@ def test_silent_connections(over: str, first: bytes, request: pytest.FixtureRequ
         resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
-def test_trickled_headers(over_http: Attacked) -> None:
-    with unharmed(over_http), over_http.connect() as it:
-        start = time.monotonic()
-        with contextlib.suppress(OSError):
-            it.sendall(b"GET /v2 HTTP/1.1\r\n")
-            while time.monotonic() - start < 10 * PATIENCE:
-                it.sendall(b"X: y\r\n")
-                time.sleep(PATIENCE / 10)
-        assert time.monotonic() - start < 5 * PATIENCE
-
-
-@pytest.mark.slow
-def test_trickled_bodies(over_http: Attacked) -> None:
-    """Each has the time of a whole request."""
-
-    def attack() -> None:
-        with over_http.connect() as it:
-            it.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
-            start = time.monotonic()
-            with contextlib.suppress(OSError):
-                while time.monotonic() - start < 3 * PATIENCE:
-                    it.sendall(b" ")
-                    time.sleep(PATIENCE / 10)
-            answer = rest(it)
-            assert answer.startswith(b"HTTP/1.1 408") and b"[timed_out]" in answer
-
-    with unharmed(over_http):
-        together(20, attack)
-
-
 @pytest.mark.slow
 def test_answers_that_nobody_reads(over_http: Attacked) -> None:
     """20 of 16 MiB: they are given up, and their memory comes back."""
