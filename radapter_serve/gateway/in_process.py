@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
@@ -96,14 +97,6 @@ def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer
         contextlib.closing(listen(settings, "--http-")) as listener,
         EngineServer(config) as server,
     ):
-        gateway = GatewayServer(
-            settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
-        )
-        thread = threading.Thread(target=gateway.run, name="gateway")
-        thread.start()
-        try:
-            gateway.began.wait(60)
+        upstream = partial(InProcess, server.engine, settings.max_concurrent)
+        with GatewayServer(settings, listener, upstream).in_thread():
             yield server
-        finally:
-            gateway.stop()
-            thread.join()

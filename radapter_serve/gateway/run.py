@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 from radapter_serve.clock import SYSTEM, Clock
@@ -87,6 +87,18 @@ class GatewayServer:
     def stop(self) -> None:
         """Take no new connections, and let running requests end; works from any thread."""
         self._loop.call_soon_threadsafe(self._stopping.set)
+
+    @contextlib.contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """Serve in a thread until the end of the block."""
+        thread = threading.Thread(target=self.run, name="gateway")
+        thread.start()
+        try:
+            self.began.wait(60)
+            yield
+        finally:
+            self.stop()
+            thread.join()
 
     async def _run(self, received: list[int]) -> None:
         self._loop = asyncio.get_running_loop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +15,6 @@ from radapter_serve.server.triton_server import TritonServer
 def gateway(server: TritonServer, **options: Any) -> Iterator[str]:
     """A gateway before a server; its URL."""
     settings = Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), **options)
-    with run.listen(settings) as listener:
-        port = listener.getsockname()[1]
-        running = run.GatewayServer(settings, listener)
-        thread = threading.Thread(target=running.run)
-        thread.start()
-        try:
-            scheme = "https" if settings.tls_certificate else "http"
-            yield f"{scheme}://localhost:{port}"
-        finally:
-            running.stop()
-            thread.join(30)
+    scheme = "https" if settings.tls_certificate else "http"
+    with run.listen(settings) as listener, run.GatewayServer(settings, listener).in_thread():
+        yield f"{scheme}://localhost:{listener.getsockname()[1]}"
