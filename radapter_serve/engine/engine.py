@@ -159,16 +159,14 @@ class Engine:
         """The reply to a request of the client's; see `Transport`."""
         try:
             if request.action == "infer":
-                with step("engine"):
-                    served = self._pick(request.model, request.version)
-                    return self._answer(
-                        served,
-                        request.model,
-                        request.inputs,
-                        request.outputs,
-                        time.monotonic() + timeout,
-                        values=request.values,
-                    )
+                return self.infer(
+                    request.model,
+                    request.version,
+                    request.inputs,
+                    request.outputs,
+                    deadline=time.monotonic() + timeout,
+                    values=request.values,
+                )
             if request.action == "config":
                 named = release_parameters(self.releases(request.model, request.version))
                 return {
@@ -194,16 +192,17 @@ class Engine:
         *,
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
+        values: Mapping[str, Any] | None = None,
     ) -> Reply:
         """The answer of a task by a release, the newest if `version` is empty, with the named
-        outputs, or all.
+        outputs, or all; to tensors, or to the plain `values` that they were to be made of.
 
         `deadline` is in seconds of `time.monotonic`. Raises `TaskError`, or `NotServed` for an
         unknown task or release.
         """
         with step("engine"):
             served = self._pick(model, version)
-            return self._answer(served, model, inputs, outputs, deadline, cancelled)
+            return self._answer(served, model, inputs, outputs, deadline, cancelled, values)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
         """The facts of the releases that are served, the newest last; raises `NotServed` for an
@@ -274,10 +273,8 @@ class Engine:
         asked: Sequence[str] = (),
         deadline: float | None = None,
         cancelled: Cancelled = lambda: False,
-        *,
         values: Mapping[str, Any] | None = None,
     ) -> Reply:
-        """The answer to tensors, or to the plain values that they were to be made of."""
         task = TASKS[model]
         end = time.monotonic() + self._max_seconds
         until = end if deadline is None else min(end, deadline)

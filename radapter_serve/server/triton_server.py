@@ -24,19 +24,12 @@ from radapter_serve.files import disk_errors
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import check, encoders_of
 from radapter_serve.release.served import Served
+from radapter_serve.server import launch, processes
 from radapter_serve.server.backlog import Backlog
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
-from radapter_serve.server.launch import (
-    WAITING,
-    command_line,
-    lay_out,
-    put,
-    reason,
-    server_environment,
-)
 from radapter_serve.server.models import (
     ModelEntry,
     check_shared_memory,
@@ -46,14 +39,6 @@ from radapter_serve.server.models import (
     processes_of,
 )
 from radapter_serve.server.probe import warm_up
-from radapter_serve.server.processes import (
-    DISK_ADVICE,
-    end,
-    hide_argument,
-    hide_shared_memory,
-    how_it_ended,
-    server_folder,
-)
 from radapter_serve.server.releases import ReleaseServer, Say, State, format_list, ignore
 from radapter_serve.server.runtime_choice import configure
 from radapter_serve.server.switch import check_side_by_side, switch
@@ -161,9 +146,9 @@ class TritonServer(ReleaseServer):
             self.offered = self._plan(served.releases, progress, others=True)
             self.warning = check_shared_memory(self.offered, self._installation.in_python)
             progress(f"starting tritonserver for {repository}")
-            self._folder = self._stack.enter_context(server_folder())
-            with disk_errors(self._folder, DISK_ADVICE):
-                lay_out(self._folder, self._installation, repository, self.offered)
+            self._folder = self._stack.enter_context(processes.server_folder())
+            with disk_errors(self._folder, processes.DISK_ADVICE):
+                launch.lay_out(self._folder, self._installation, repository, self.offered)
             self._run("wb")
         except BaseException:
             self.stop()
@@ -192,7 +177,7 @@ class TritonServer(ReleaseServer):
 
     def put(self, name: str, model: ModelEntry | None) -> None:
         """Change a model in the server's folder, to be loaded from there; None removes it."""
-        put(self.folder, self.config.model_repository, name, model)
+        launch.put(self.folder, self.config.model_repository, name, model)
         offered = {other: entry for other, entry in self.offered.items() if other != name}
         self.offered = offered if model is None else {**offered, name: model}
 
@@ -200,7 +185,7 @@ class TritonServer(ReleaseServer):
         """Hide the memory of processes, and note what is loaded; to be called after models were
         loaded.
         """
-        hide_shared_memory(self.folder)
+        processes.hide_shared_memory(self.folder)
         if self._watch is not None:
             self._watch.models()  # so that a process that dies before the next look is known
         self.models = self.control.serving()
@@ -334,8 +319,8 @@ class TritonServer(ReleaseServer):
             code = self._process.poll()
             if code == -signal.SIGABRT and not again:
                 print(
-                    f"tritonserver died before it was ready: {how_it_ended(code)}; starting it"
-                    " once again",
+                    f"tritonserver died before it was ready: {processes.how_it_ended(code)};"
+                    " starting it once again",
                     file=sys.stderr,
                 )
                 self._end_process(grace_seconds=0)
@@ -343,7 +328,7 @@ class TritonServer(ReleaseServer):
                 again = True
             elif code is not None:
                 raise RAdapterError(
-                    f"tritonserver did not start: {how_it_ended(code)}: {self._reason()}"
+                    f"tritonserver did not start: {processes.how_it_ended(code)}: {self._reason()}"
                 )
             if self._clock.monotonic() > deadline:
                 raise RAdapterError(
@@ -353,12 +338,12 @@ class TritonServer(ReleaseServer):
             self._clock.sleep(_READY_POLL_SECONDS)
 
         assert self._process is not None
-        hide_argument(self._process.pid, self._secret)
+        processes.hide_argument(self._process.pid, self._secret)
         self.refresh()
         warm_up(self.control, self.models, max(1.0, deadline - self._clock.monotonic()))
         self._backlog = Backlog(
             self.metrics_url,
-            self.folder / WAITING,
+            self.folder / launch.WAITING,
             lambda: {name: processes_of(model) for name, model in self.offered.items()},
             max_waiting=config.max_waiting,
         )
@@ -368,7 +353,7 @@ class TritonServer(ReleaseServer):
         assert self._installation is not None
         config = self.config
         folder = self.folder
-        command = command_line(
+        command = launch.command_line(
             folder,
             self._installation,
             config,
@@ -387,7 +372,7 @@ class TritonServer(ReleaseServer):
                     ) from None
             self._process = subprocess.Popen(
                 command,
-                env=server_environment(folder, self._installation, config),
+                env=launch.server_environment(folder, self._installation, config),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
@@ -400,12 +385,12 @@ class TritonServer(ReleaseServer):
 
     def _end_process(self, *, grace_seconds: float) -> None:
         if self._process is not None:
-            end(self._process, grace_seconds)
+            processes.end(self._process, grace_seconds)
         if self._backlog is not None:
             self._backlog.stop()
         self._process = self._watch = self._backlog = None
         if self._folder is not None:
-            hide_shared_memory(self._folder)
+            processes.hide_shared_memory(self._folder)
 
     @property
     def _log(self) -> Path:
@@ -417,7 +402,7 @@ class TritonServer(ReleaseServer):
             return "its messages above say why"
         where = self.config.log or "radapter-serve --verbose"
         log = self._log.read_text(encoding="utf-8", errors="replace")
-        return f"{reason(log)}; all its messages: {where}"
+        return f"{launch.reason(log)}; all its messages: {where}"
 
 
 def _encode(
