@@ -19,7 +19,8 @@ from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.collection import Read, read
 
-_AHEAD = 2  # batches at each worker, one of which waits
+_AHEAD = 2  # batches at a worker, one of which waits
+_BATCHES = 8  # at most, for each worker, those included that are done before an earlier one is
 
 
 class Cluster:
@@ -64,21 +65,33 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=-1,
         )(_Worker)
-        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        todo = deque(items[start : start + size] for start in range(0, len(items), size))
         workers = [
             make.remote(
                 dict(self._loaded.origin), alpha, release.digest, thumbnails, exif_orientation
             )
-            for _ in range(min(self._workers, len(batches)))
+            for _ in range(min(self._workers, len(todo)))
         ]
-        waiting: deque[Any] = deque()
+        loads = [0] * len(workers)  # batches of each worker
+        waiting: dict[Any, int] = {}  # batches in the order of the files, each with its worker
+        finished: set[Any] = set()
         try:
-            for number, batch in enumerate(batches):
-                if len(waiting) == _AHEAD * len(workers):
-                    yield ray.get(waiting.popleft())
-                waiting.append(workers[number % len(workers)].read.remote(batch))
-            while waiting:
-                yield ray.get(waiting.popleft())
+            while todo or waiting:
+                # The next batch goes to the worker with the least to do.
+                while todo and len(waiting) < _BATCHES * len(workers):
+                    number = loads.index(min(loads))
+                    if loads[number] == _AHEAD:
+                        break
+                    waiting[workers[number].read.remote(todo.popleft())] = number
+                    loads[number] += 1
+                # Any may be done next; they are given in their order.
+                [batch], _ = ray.wait([batch for batch in waiting if batch not in finished])
+                finished.add(batch)
+                loads[waiting[batch]] -= 1
+                while waiting and (first := next(iter(waiting))) in finished:
+                    del waiting[first]
+                    finished.remove(first)
+                    yield ray.get(first)
         except ray.exceptions.RayError as error:
             # The worker's own error in one line, without the traceback that Ray adds.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
