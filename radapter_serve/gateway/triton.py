@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import grpc
 import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor
 
 from radapter_client import Reply
 from radapter_serve.gateway.errors import from_status
@@ -81,14 +81,7 @@ class Triton:
         outputs = {}
         for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
             if output.datatype == "BYTES":
-                items = []
-                offset = 0
-                while offset < len(values):
-                    (length,) = struct.unpack_from("<I", values, offset)
-                    offset += 4 + length
-                    items.append(values[offset - length : offset])
-                array = np.empty(len(items), object)
-                array[:] = items
+                array = deserialize_bytes_tensor(values)
             else:
                 array = np.frombuffer(values, NUMPY[output.datatype])
             outputs[output.name] = array.reshape(output.shape)
