@@ -65,9 +65,9 @@ def export(
         settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     began = time.perf_counter()
-    held = None  # the α of the merged checkpoint that this export replaces
+    replaced = None  # the α of the merged checkpoint that this export replaces
     with contextlib.suppress(RAdapterError):
-        held = Release.load(settings.merged).alpha
+        replaced = Release.load(settings.merged).alpha
     done = start.export(
         adapter or None,
         alpha or None,
@@ -78,36 +78,29 @@ def export(
     )
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    _show(done, settings, time.perf_counter() - began, held)
-
-
-def _show(done: Export, settings: ExportSettings, seconds: float, held: float | None) -> None:
-    """Print what was exported, and how to go on; the merged folder had one of alpha `held`."""
     out = Console()
-    out.print(_agreement(done, settings, seconds))
-    for line in (*_measured(done.releases, settings), *_written(done.releases, settings, held)):
+    out.print(_agreement(done, settings, time.perf_counter() - began))
+    for line in (*_measured(done.releases, settings), *_written(done, settings, replaced)):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _agreement(done: Export, settings: ExportSettings, seconds: float) -> Table:
     """A row for each graph, with its agreement with torch."""
-    releases = done.releases
-    names = ", ".join(done.made_of)
-    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
-    table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
+    count = f"{len(done.releases)} release{'s' if len(done.releases) > 1 else ''}"
+    title = f"{', '.join(done.made_of)}: {count} in {settings.precision}, {seconds:.0f} s"
+    table = Table(title=title)
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
-    for release in releases:
+    for release in done.releases:
         for graph in [*release.graphs, *release.forms]:
-            agreement = graph.agreement
             table.add_row(
                 str(release.version),
                 f"{release.alpha:g}{' (dynamic)' if release.release.dynamic_alpha else ''}",
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
-                f"{agreement.max_error:.1e}",
-                f"{1 - agreement.min_cosine:.1e}",
+                f"{graph.agreement.max_error:.1e}",
+                f"{1 - graph.agreement.min_cosine:.1e}",
                 f"{graph.seconds:.1f}",
             )
     return table
@@ -117,44 +110,41 @@ def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> 
     """A line for each measurement of a release, and one where there should have been some."""
     from radapter_serve.evaluation.rows import metric_name
 
-    for written in releases:
-        release = written.release
-        name = f"Release {written.version}"
-        if found := written.accuracy:
+    for release in releases:
+        name = f"Release {release.version}"
+        if accuracy := release.accuracy:
             yield (
-                f"{name}: {metric_name(found.metric)} on {found.n} images of {found.dataset}:"
-                f" {found.release:.2f} %, torch {found.torch:.2f} %"
+                f"{name}: {metric_name(accuracy.metric)} on {accuracy.n} images of"
+                f" {accuracy.dataset}: {accuracy.release:.2f} %, torch {accuracy.torch:.2f} %"
             )
-        if release.confidence:
-            yield f"{name}: {_calibrated(release.confidence)}"
-    changed = settings.precision != "fp32"
-    if changed and settings.validation is None and not releases[-1].accuracy:
+        if confidence := release.release.confidence:
+            yield f"{name}: {_calibrated(confidence)}"
+    if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
         yield (
             "No task accuracy was measured: the run has no validation data here; give some with"
             " --validation DATA"
         )
 
 
-def _written(
-    releases: Sequence[ExportedRelease], settings: ExportSettings, held: float | None
-) -> Iterator[str]:
+def _written(done: Export, settings: ExportSettings, replaced: float | None) -> Iterator[str]:
     """Where everything is, and the commands to go on with."""
-    merged = ", ".join(str(release.merged) for release in releases)
-    is_other = held is not None and held != releases[-1].alpha
-    yield f"Merged: {merged}{f', in place of the one at alpha {held:g}' if is_other else ''}"
-    if settings.transformers is not None:
-        yield f"Transformers: {settings.transformers}"
-    for release in releases:
+    merged = ", ".join(str(release.merged) for release in done.releases)
+    if replaced is not None and replaced != done.alpha:
+        merged += f", in place of the one at alpha {replaced:g}"
+    yield f"Merged: {merged}"
+    if done.transformers is not None:
+        yield f"Transformers: {done.transformers}"
+    for release in done.releases:
         if release.pushed is not None:
             yield f"Pushed: {release.pushed}"
-    folder = settings.model_repository
+    folder = done.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     yield f"Next:   radapter-serve{repository}"
     if (folder / SERVED).exists():  # its starts serve what was chosen
-        numbers = " ".join(str(release.version) for release in releases)
+        numbers = " ".join(str(release.version) for release in done.releases)
         where = f" --model-repository{repository}" if repository else ""
         yield f"        radapter-release load {numbers}{where}"
-    if sets := sorted(releases[-1].release.label_sets):
+    if sets := sorted(done.releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         yield f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}"
 
@@ -172,9 +162,9 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
             f"scores are calibrated; {before}; no temperature can be fitted: {NO_TEMPERATURE};"
             f" {labels}"
         )
-    way = (
-        "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
-    )
+    way = "a sigmoid"
+    if fitted["temperature"] is not None:
+        way = f"temperature {fitted['temperature']:.3f}"
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""
     return (

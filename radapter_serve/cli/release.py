@@ -41,7 +41,7 @@ def list_(
         url: or its URL, http://localhost:PORT.
     """
     versions = require_known(model_repository, releases_of(model_repository))
-    served, where = _state(model_repository, _port(url, http_port))
+    _, served, state = _state(model_repository, _port(url, http_port))
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
@@ -53,9 +53,14 @@ def list_(
             continue
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
         facts = release.architecture, release.precision, release.created
-        table.add_row(str(version), alpha, *map(escape, facts), escape(_how(version, served)))
+        how = "before" if version in served.before else ""
+        if version in served.releases:
+            is_default = len(served.releases) > 1 and version == max(served.releases)
+            how = "yes, by default" if is_default else "yes"
+        table.add_row(str(version), alpha, *map(escape, facts), how)
     Console().print(table)
-    print(where)
+    nobody = "no server runs here; this is what its next start serves"
+    print(f"served at {state['url']}" if state else nobody)
 
 
 def load(
@@ -140,21 +145,24 @@ def _port(url: str | None, http_port: int | None) -> int | None:
     return port
 
 
+def _state(repository: Path, http_port: int | None) -> tuple[Path | None, Served, dict[str, Any]]:
+    """The server of a repository, if one runs, what is served, and what the server says."""
+    server = find_server(repository, http_port)
+    if server is None:
+        return None, Served.load(repository), {}
+    state = ask(server, {"do": "state"})
+    return server, Served(tuple(state["releases"]), tuple(state["before"])), state
+
+
 def _do(
     request: dict[str, Any],
     repository: Path,
     http_port: int | None,
     offline: Callable[[Served], Served],
 ) -> None:
-    server = find_server(repository, http_port)
-    indexes = Path("indexes")
-    if server is None:
-        served = Served.load(repository)
-    else:
-        state = ask(server, {"do": "state"})
-        served = _served(state)
-        indexes = Path(state["indexes"])
+    server, served, state = _state(repository, http_port)
     wanted = offline(served)
+    indexes = Path(state.get("indexes", "indexes"))
     for note in lacking(repository, served.releases, wanted.releases, indexes):
         print(f"note: {note}")
     with Console(stderr=True).status("asking the server") as status:
@@ -212,25 +220,6 @@ def lacking(
                     f" again by release {new}"
                 )
     return notes
-
-
-def _state(repository: Path, http_port: int | None) -> tuple[Served, str]:
-    """What is served, and by whom, in a line."""
-    if (server := find_server(repository, http_port)) is not None:
-        state: dict[str, Any] = ask(server, {"do": "state"})
-        return _served(state), f"served at {state['url']}"
-    return Served.load(repository), "no server runs here; this is what its next start serves"
-
-
-def _served(state: dict[str, Any]) -> Served:
-    return Served(tuple(state["releases"]), tuple(state["before"]))
-
-
-def _how(version: int, served: Served) -> str:
-    if version in served.releases:
-        is_default = len(served.releases) > 1 and version == max(served.releases)
-        return "yes, by default" if is_default else "yes"
-    return "before" if version in served.before else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

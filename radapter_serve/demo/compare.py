@@ -88,12 +88,12 @@ class Comparison:
         for name, hits in self.systems.items():
             row: dict[str, Any] = {"system": name}
             for group, styles in groups.items():
-                lead, half = paired_difference([ours[s] for s in styles], [hits[s] for s in styles])
+                pair = _compared(hits, ours, styles)
                 row[group] = {
-                    "n": sum(len(hits[s]) for s in styles),
-                    "accuracy": 100 * float(np.mean([hits[s].mean() for s in styles])),
-                    "lead": 100 * lead,
-                    "interval": 100 * half,
+                    "n": pair["n"],
+                    "accuracy": pair["before"],
+                    "lead": pair["gain"],
+                    "interval": pair["interval"],
                 }
             rows.append(row)
         return rows
@@ -129,26 +129,27 @@ def lead_in_words(lead: float, interval: float) -> str:
 
 
 def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
-    """Accuracy in per cent before and after for each style, and the gain with the half-width of its
-    interval of 95 % over images; the last row is the mean of the shifts.
+    """Accuracy before and after for each style, and the gain; the last row is the mean of the
+    shifts.
     """
     shifts = [style for style in before if style != FINE_TUNED]
     groups = {style: [style] for style in before}
     groups[f"mean of the other {len(shifts)}"] = shifts
-    rows = []
-    for name, styles in groups.items():
-        gain, half = paired_difference([after[s] for s in styles], [before[s] for s in styles])
-        rows.append(
-            {
-                "style": name,
-                "n": sum(len(before[s]) for s in styles),
-                "before": 100 * float(np.mean([before[s].mean() for s in styles])),
-                "after": 100 * float(np.mean([after[s].mean() for s in styles])),
-                "gain": 100 * gain,
-                "interval": 100 * half,
-            }
-        )
-    return rows
+    return [{"style": name, **_compared(before, after, of)} for name, of in groups.items()]
+
+
+def _compared(before: Hits, after: Hits, styles: Sequence[str]) -> dict[str, Any]:
+    """The mean accuracy of styles in per cent before and after, and the gain with the half-width of
+    its interval of 95 % over images.
+    """
+    gain, half = paired_difference([after[s] for s in styles], [before[s] for s in styles])
+    return {
+        "n": sum(len(before[s]) for s in styles),
+        "before": 100 * float(np.mean([before[s].mean() for s in styles])),
+        "after": 100 * float(np.mean([after[s].mean() for s in styles])),
+        "gain": 100 * gain,
+        "interval": 100 * half,
+    }
 
 
 def gain_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
@@ -200,9 +201,8 @@ def right(
         if alpha == 0.0 and zero_shot:  # which all lines start at
             hits[method][alpha] = zero_shot[0]
             continue
-
-        # Set the model to (1−α)·start + α·end, and make its classifier.
         with torch.inference_mode():
+            # Set the model to (1−α)·start + α·end, and make its classifier.
             for name, value in model.state_dict().items():
                 value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
             if line.classifiers is None:
@@ -212,10 +212,12 @@ def right(
                 first, last = line.classifiers
                 weights = torch.lerp(first[0], last[0], alpha)
                 bias = torch.lerp(first[1], last[1], alpha)
-            hits[method][alpha] = {
-                style: _right(model, pixels, labels, weights, bias)
-                for style, (pixels, labels) in images.items()
-            }
+
+            hits[method][alpha] = {}
+            for style, (pixels, labels) in images.items():
+                parts = torch.split(pixels, _BATCH)
+                scores = torch.cat([encode_image(model, part) @ weights.T + bias for part in parts])
+                hits[method][alpha][style] = np.asarray(scores.argmax(dim=1) == labels)
     return hits
 
 
@@ -230,10 +232,3 @@ def _read(
     numbers = {split_label(line)[0]: number for number, line in enumerate(classes)}
     number_of = torch.tensor([numbers[name] for name in data.own])
     return torch.cat(pixels), number_of[torch.cat(labels)]
-
-
-def _right(
-    model: Any, pixels: Tensor, labels: Tensor, weights: Tensor, bias: Tensor
-) -> NDArray[np.bool_]:
-    scores = [encode_image(model, part) @ weights.T + bias for part in torch.split(pixels, _BATCH)]
-    return np.asarray(torch.cat(scores).argmax(dim=1) == labels)

@@ -165,13 +165,14 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
         short_side=SHORT_SIDE,
         **masks,
     )
+    accuracy = "Accuracy in %, zero-shot classification"
+    of_scenes = {
+        "data": f"masks:{scenes.train}",
+        "classes": scenes.classes,
+        "templates": str(data.templates),
+    }
     return [
-        Lesson(
-            "classification",
-            fields_of(data),
-            ("acc1",),
-            "Accuracy in %, zero-shot classification",
-        ),
+        Lesson("classification", fields_of(data), ("acc1",), accuracy),
         Lesson(
             "retrieval",
             {"data": f"csv:{scenes.train / 'captions.csv'}"},
@@ -181,11 +182,7 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
         ),
         Lesson(
             "segmentation",
-            {
-                "data": f"masks:{scenes.train}",
-                "classes": scenes.classes,
-                "templates": str(data.templates),
-            },
+            of_scenes,
             ("miou",),
             "mIoU in %, true masks as proposals, and dense by naclip",
             proposals,
@@ -209,8 +206,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     model.requires_grad_(False).visual.requires_grad_(True)
     learning = [*model.visual.parameters(), *head.parameters()]
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
-    ends = [_copy(model.state_dict())]
-    heads = [_copy(head.state_dict())]
+    start = _copy(model.state_dict())
+    first = _copy(head.state_dict())
     examples = Examples(data, augmentation(base, recipe), recipe.seed)
     source = endless(examples, recipe.batch_size, workers=recipe.workers)
     plan = recipe.resolved(None)
@@ -226,10 +223,9 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    ends.append(_copy(model.state_dict()))
-    heads.append(_copy(head.state_dict()))
-    first, last = ((state["weight"], state["bias"]) for state in heads)
-    return Ends(ends[0], ends[1], (first, last))
+    last = head.state_dict()
+    classifiers = (first["weight"], first["bias"]), (last["weight"], last["bias"])
+    return Ends(start, model.state_dict(), classifiers)
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
