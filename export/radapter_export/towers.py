@@ -117,13 +117,7 @@ class Attention(nn.Module):
         self.num_heads = original.num_heads
         # Three weights instead of one where keys have another width (`kdim`); the others are None.
         self._separate = original.in_proj_weight is None
-        for name in (
-            "in_proj_weight",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-            "in_proj_bias",
-        ):
+        for name in [*(f"{part}_proj_weight" for part in ("in", "q", "k", "v")), "in_proj_bias"]:
             self.register_parameter(name, getattr(original, name))
         self.out_proj = original.out_proj
 

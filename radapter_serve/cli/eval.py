@@ -13,20 +13,8 @@ from radapter_serve.evaluation import start
 from radapter_serve.evaluation.rows import prompts
 
 FIRST = (
-    "suite",
-    "data",
-    "alpha",
-    "data_root",
-    "out",
-    "limit",
-    "adapter",
-    "checkpoint",
-    "lora",
-    "base",
-    "merged",
-    "model_repository",
-    "url",
-    "device",
+    *("suite", "data", "alpha", "data_root", "out", "limit", "adapter", "checkpoint", "lora"),
+    *("base", "merged", "model_repository", "url", "device"),
 )
 MODEL = start.EvaluatedModel()
 SETTINGS = start.EvaluationSettings()

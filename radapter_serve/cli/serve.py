@@ -31,17 +31,8 @@ if TYPE_CHECKING:
 PROG = "radapter-serve"
 # Options that --help shows.
 FIRST = (
-    "engine",
-    "model_repository",
-    "host",
-    "http_port",
-    "grpc_port",
-    "indexes",
-    "runtime",
-    "instances",
-    "trust_network",
-    "gateway_port",
-    "api_keys",
+    *("engine", "model_repository", "host", "http_port", "grpc_port", "indexes", "runtime"),
+    *("instances", "trust_network", "gateway_port", "api_keys"),
 )
 
 

@@ -15,7 +15,15 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
-from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, RUNTIMES, versions_of
+from radapter_serve.release.repository import (
+    CONFIG,
+    ENCODERS,
+    MODELS,
+    PATCH_ENCODER,
+    RUNTIMES,
+    TENSORRT,
+    versions_of,
+)
 
 _BF16 = "HINT_BF16"  # of openvino, "YES" or not there
 
@@ -55,10 +63,7 @@ class ServedEncoder:
         wanted = self.config.version_policy.specific.versions or found
         if served := [version for version in found if version in wanted]:
             return served
-        names = ", ".join(map(str, wanted)) or "none at all"
-        raise RAdapterError(
-            f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export"
-        )
+        raise _lacking(self.folder, wanted)
 
     @property
     def instances(self) -> int:
@@ -69,12 +74,9 @@ class ServedEncoder:
         """The file that a runtime loads; refuses where it is missing."""
         path = self.folder / str(version) / RUNTIMES[runtime].file
         if not path.exists():
-            plan = RUNTIMES[runtime].file == "model.plan"
-            make = (
-                f"build it here with: radapter-build-engine {self.folder.parent}"
-                if plan
-                else "run: radapter-export"
-            )
+            make = "run: radapter-export"
+            if runtime == TENSORRT:
+                make = f"build it here with: radapter-build-engine {self.folder.parent}"
             raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
         return path
 
@@ -144,33 +146,32 @@ def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEn
     """The encoders that radapter-export wrote into a model repository, for these releases; as the
     configs say if there are none.
     """
-    found = []
-    for model in ENCODERS if releases else ():
+    encoders = []
+    if not releases:
+        for path in sorted(repository.glob(f"*/{CONFIG}")):
+            config = read_config(path)
+            if config.backend in RUNTIMES and "release" in config.parameters:
+                facts = json.loads(config.parameters["release"].string_value)
+                encoders.append(ServedEncoder(path.parent, config, Release.from_dict(facts)))
+        return encoders
+    for model in ENCODERS:
         folder = repository / model
         versions = [version for version in versions_of(folder) if version in releases]
-        if (
-            not versions and (folder / CONFIG).exists() and model != "patch_encoder"
-        ):  # which a release may go without
-            names = ", ".join(map(str, releases))
-            raise RAdapterError(
-                f"{folder} lacks the releases that are to be served ({names}); run: radapter-export"
-            )
         if versions:
             config = config_of(repository, model, versions[-1])
             config.version_policy.specific.versions[:] = versions
-            found.append(
-                ServedEncoder(
-                    folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))
-                )
-            )
-    if releases:
-        return found
-    for path in sorted(repository.glob(f"*/{CONFIG}")):
-        config = read_config(path)
-        if config.backend in RUNTIMES and "release" in config.parameters:
-            facts = json.loads(config.parameters["release"].string_value)
-            found.append(ServedEncoder(path.parent, config, Release.from_dict(facts)))
-    return found
+            release = Release.load(repository / MODELS[-1] / str(versions[-1]))
+            encoders.append(ServedEncoder(folder, config, release))
+        elif model != PATCH_ENCODER and (folder / CONFIG).exists():
+            raise _lacking(folder, releases)
+    return encoders
+
+
+def _lacking(folder: Path, releases: Iterable[int]) -> RAdapterError:
+    names = ", ".join(map(str, releases)) or "none at all"
+    return RAdapterError(
+        f"{folder} lacks the releases that are to be served ({names}); run: radapter-export"
+    )
 
 
 def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
@@ -244,44 +245,47 @@ def check_configs(repository: Path, version: int) -> None:
     """
     release = Release.load(repository / "classify" / str(version))
     models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
-    upper = {model: repository / model / CONFIG for model in models}
-    configs = {model: read_config(path) for model, path in upper.items() if path.exists()}
-    naming = {model for model, config in configs.items() if version in named_releases(config)}
-    own = {
-        model: path
-        for model in models
-        if (path := repository / model / str(version) / CONFIG).exists()
-    }
-    if naming and (others := [model for model in models if model not in naming]):
-        why = ", ".join(
-            f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others
-        )
-        raise RAdapterError(
-            f"the configs in {repository} are of several releases: config.pbtxt names release"
-            f" {version} in {', '.join(sorted(naming))}, but not in {why}; copy all of them again,"
-            " or export again with radapter-export"
-        )
-    if not naming and (missing := [model for model in models if model not in own]):
+    configs: dict[str, Any] = {}
+    exported: dict[str, Any] = {}
+    for model in models:
+        for path, found in (
+            (repository / model / CONFIG, configs),
+            (repository / model / str(version) / CONFIG, exported),
+        ):
+            if path.exists():
+                found[model] = read_config(path)
+    names = {model: named_releases(config) for model, config in configs.items()}
+    naming = [model for model in models if version in names.get(model, ())]
+    if not naming and (missing := [model for model in models if model not in exported]):
         raise RAdapterError(
             f"release {version} in {repository} cannot be served any more: it has no config of"
             f" {', '.join(missing)}; export it again with radapter-export"
         )
+    if naming and len(naming) < len(models):
+        others = []
+        for model in models:
+            if model not in configs:
+                others.append(f"{model} (missing)")
+            elif model not in naming:
+                numbers = ", ".join(map(str, sorted(names[model]))) or "none"
+                others.append(f"{model} (of release {numbers})")
+        raise RAdapterError(
+            f"the configs in {repository} are of several releases: config.pbtxt names release"
+            f" {version} in {', '.join(sorted(naming))}, but not in {', '.join(others)}; copy"
+            " all of them again, or export again with radapter-export"
+        )
     for model in sorted(naming):
-        if named_releases(configs[model])[version] != release:
+        path = repository / model / CONFIG
+        if names[model][version] != release:
             raise RAdapterError(
-                f"{upper[model]} is of another release {version} than"
-                f" {repository}/classify/{version}; copy all files of one repository, or export"
+                f"{path} is of another release {version} than {repository}/classify/{version}; copy"
+                " all files of one repository, or export again with radapter-export"
+            )
+        if model in exported and (wrong := _difference(exported[model], configs[model])):
+            raise RAdapterError(
+                f"{path}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or export"
                 " again with radapter-export"
             )
-        if model in own and (wrong := _difference(read_config(own[model]), configs[model])):
-            raise RAdapterError(
-                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or"
-                " export again with radapter-export"
-            )
-
-
-def _names(config: Any) -> str:
-    return f"of release {', '.join(map(str, sorted(named_releases(config)))) or 'none'}"
 
 
 def _difference(exported: Any, config: Any) -> str:
@@ -289,14 +293,15 @@ def _difference(exported: Any, config: Any) -> str:
     if config.name != exported.name:
         return f"it is the config of {config.name or 'no model'}"
     for kind in ("input", "output"):
-        ours = _tensors(exported, kind)
-        theirs = _tensors(config, kind)
+        ours, theirs = (
+            {
+                # The batch is Triton's, or the tensor's own.
+                tensor.name: (tensor.data_type, [-1] * bool(of.max_batch_size) + [*tensor.dims])
+                for tensor in getattr(of, kind)
+            }
+            for of in (exported, config)
+        )
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 return f"the {kind} {name} is not the one that was exported"
     return ""
-
-
-def _tensors(config: Any, kind: str) -> Mapping[str, Any]:
-    batch = [-1] if config.max_batch_size else []  # of Triton's, or of the tensor's own
-    return {one.name: (one.data_type, [*batch, *one.dims]) for one in getattr(config, kind)}

@@ -18,12 +18,8 @@ from radapter_serve.files import digest_of, staged
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
-_OPTIONAL = (
-    "made_of",
-    "quantization",
-    "accuracy",
-    "confidence",
-)  # left out of the file where they are None
+# left out of the file where they are None
+_OPTIONAL = ("made_of", "quantization", "accuracy", "confidence")
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
@@ -124,12 +120,11 @@ class Release:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them: the release's own, so not to be changed."""
-        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in _OPTIONAL or value is not None
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in _OPTIONAL:
+            if values[name] is None:
+                del values[name]
+        return values
 
     @property
     def sets_by_example(self) -> dict[str, Any]:
@@ -141,13 +136,13 @@ class Release:
         """Read the result of `to_dict`; unknown names are ignored, so that older software reads
         newer releases.
         """
-        fields = dataclasses.fields(cls)
-        if missing := sorted({one.name for one in fields} - {*_OPTIONAL, *facts}):
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := sorted({*names} - {*_OPTIONAL, *facts}):
             raise RAdapterError(
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
-        return cls(**{one.name: facts[one.name] for one in fields if one.name in facts})
+        return cls(**{name: facts[name] for name in names if name in facts})
 
     def save(self, folder: Path) -> None:
         """Write `release.json` into a folder, whole or not at all."""
@@ -172,7 +167,7 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
     the newest without one.
     """
     parameters: dict[str, str] = {}
-    for release in sorted(releases, key=lambda one: one.version):
+    for release in sorted(releases, key=lambda release: release.version):
         text = json.dumps(release.to_dict())
         parameters[f"release.{release.version}"] = text
         parameters["release"] = text

@@ -39,9 +39,8 @@ class Runtime:
 
 
 TENSORRT = "tensorrt"
-CUDA_OPTIONS = {
-    "use_tf32": "0"
-}  # TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit
+# TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit.
+CUDA_OPTIONS = {"use_tf32": "0"}
 SPINNING = "session.intra_op.allow_spinning"  # of ONNX Runtime, which spins if it is left out
 RUNTIMES = {
     "onnxruntime": Runtime(
