@@ -5,7 +5,6 @@ no torch.
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,9 +79,4 @@ def build_engine(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-build-engine`."""
     return run(build_engine, argv, prog=PROG)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

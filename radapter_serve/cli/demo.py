@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import tyro
@@ -51,9 +50,4 @@ def demo(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-demo`."""
     return run(demo, argv, prog="radapter-demo")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -80,9 +80,4 @@ def _print(console: Console, *lines: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; see `evaluate`."""
     return run(evaluate, argv, prog="radapter-eval", first=FIRST)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

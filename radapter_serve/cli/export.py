@@ -188,9 +188,4 @@ def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; see `export`."""
     return run(export, argv, prog="radapter-export", first=FIRST)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -58,7 +58,6 @@ def gateway(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-gateway`."""
     return run(gateway, argv, prog=PROG, first=FIRST)
 
 

@@ -276,7 +276,6 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-index`."""
     commands: dict[str, Any] = {
         "build": build,
         "add": add,
@@ -369,7 +368,3 @@ def _show(summary: Any, out: Path) -> None:
         print(f"{len(summary.broken):,} images can't be read, see {broken}")
     if summary.recall is not None:
         print(f"approximate search, recall@10 {summary.recall:.3f}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,9 +38,4 @@ def playground(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-playground`."""
     return run(playground, argv, prog="radapter-playground")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

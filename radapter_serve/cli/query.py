@@ -626,7 +626,6 @@ def note(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-query`; its status is 1 where images were left out."""
     commands = (classify, segment, search, embed_image, embed_text, release)
     named = {command.__name__.replace("_", "-"): command for command in commands}
     description = (
@@ -641,7 +640,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog=PROG,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

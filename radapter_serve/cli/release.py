@@ -4,7 +4,6 @@ serves.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -223,14 +222,9 @@ def lacking(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-release`."""
     commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
     return guard(
         lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG),
         argv,
         prog=PROG,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -327,7 +327,6 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `radapter-serve`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Other commands name the repository by a flag, and so may a user here.
     arguments = [

@@ -28,71 +28,39 @@ _DECIDING = (
 
 @dataclass(frozen=True)
 class Release:
-    """The facts of one release.
+    """The facts of one release."""
 
-    Args:
-        version: its number in the model repository, which all models share.
-        alpha: the re-scaling that was folded, or the default where requests may bring their own; in
-            [0, 1].
-        architecture: of the base: an open_clip name, or `local-dir:PATH`.
-        base_digest: of the base's adapted tensors.
-        adapter_digest: of the adapter, or of the average of several; of the tuned weights where
-            `made_of` says that they are a checkpoint or a LoRA.
-        preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std,
-            exif_orientation.
-        tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
-        embed_dim: width of the embeddings.
-        logit_scale: factor on the cosines.
-        templates: prompt templates.
-        agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds
-            tolerance, min_cosine.
-        logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
-        dynamic_alpha: whether the encoders take α as an input.
-        adapters: digest and weight of each adapter that was averaged.
-        made_of: kind (`checkpoint` or `lora`), name, base and digest of what was tuned elsewhere;
-            None of adapters.
-        precision: of the encoders.
-        quantization: of int8: kind, and what the ranges were found by; None for other precisions.
-        runtime: what runs the encoders.
-        dense: way and grid of `patch_encoder`; None where there is none.
-        crop: how masks are shown to the image encoder: padding, square, fill.
-        label_sets: of each its number of labels, templates and digest, by name; of one with labels
-            by example also the number of examples.
-        max_batch_size: rows of a batch.
-        tools: versions of what made it, by name.
-        created: time in UTC, ISO 8601.
-        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
-        confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not
-            fitted.
-        format: version of this format.
-    """
-
-    version: int
-    alpha: float
-    architecture: str
-    base_digest: str
-    adapter_digest: str
+    version: int  # its number in the model repository, which all models share
+    alpha: float  # that was folded, or the default where requests may bring their own
+    architecture: str  # of the base: an open_clip name, `local-dir:PATH` or `hf-hub:NAME`
+    base_digest: str  # of the base's adapted tensors
+    adapter_digest: str  # of the adapter, or of the tuned weights where there is `made_of`
+    # size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation
     preprocess: dict[str, Any]
+    # kind, digest, context_length, dynamic_length, start, end, pad, clean
     tokenizer: dict[str, Any]
     embed_dim: int
-    logit_scale: float
+    logit_scale: float  # factor on the cosines
     templates: list[str]
+    # with torch: of each encoder max_error and min_cosine; batches, tolerance, min_cosine
     agreement: dict[str, Any]
-    logit_bias: float | None = None
-    dynamic_alpha: bool = False
-    adapters: list[dict[str, Any]] = field(default_factory=list)
+    logit_bias: float | None = None  # of a sigmoid loss
+    dynamic_alpha: bool = False  # whether the encoders take α as an input
+    adapters: list[dict[str, Any]] = field(default_factory=list)  # digest and weight of each
+    # kind (`checkpoint` or `lora`), name, base and digest of what was tuned elsewhere
     made_of: dict[str, Any] | None = None
     precision: str = "fp32"
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None  # of int8: kind, and what the ranges were found by
     runtime: str = "onnxruntime"
-    dense: dict[str, Any] | None = None
-    crop: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, Any] | None = None  # way and grid of `patch_encoder`
+    crop: dict[str, Any] = field(default_factory=dict)  # of masks: padding, square, fill
+    # of each: labels, templates, digest, and the number of examples where there are some
     label_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_batch_size: int = 64
-    tools: dict[str, str] = field(default_factory=dict)
-    created: str = ""
-    accuracy: dict[str, Any] | None = None
-    confidence: dict[str, Any] | None = None
+    tools: dict[str, str] = field(default_factory=dict)  # versions of what made it
+    created: str = ""  # in UTC, ISO 8601
+    accuracy: dict[str, Any] | None = None  # on validation data, by torch and by the encoders
+    confidence: dict[str, Any] | None = None  # the fields of `Confidence`
     format: int = FORMAT
 
     @property
