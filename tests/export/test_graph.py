@@ -165,6 +165,7 @@ def test_models_without_one_embedding_of_a_square_image_are_refused(tiny_base: B
         check(dataclasses.replace(tiny_base, preprocess={**tiny_base.preprocess, "size": (32, 48)}))
 
 
+@pytest.mark.slow
 def test_a_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Base) -> None:
     class Undecided(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:

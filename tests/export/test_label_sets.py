@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from radapter_client import InvalidRequest
-from radapter_export.label_sets import MAX_SHOWN, read_label_set
+from radapter_export.label_sets import read_label_set
 from radapter_serve.contract.labels import split_label
-from radapter_serve.encoders.labels import MAX_EXAMPLES, LabelSet
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.model import Model
@@ -135,14 +135,17 @@ def test_files_of_another_form_are_refused_in_a_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("dynamic", "most"), [(False, MAX_SHOWN), (True, MAX_EXAMPLES)])
-def test_as_many_images_as_are_allowed(tmp_path: Path, dynamic: bool, most: int) -> None:
+@pytest.mark.parametrize(("dynamic", "most"), [(False, "MAX_SHOWN"), (True, "MAX_EXAMPLES")])
+def test_as_many_images_as_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamic: bool, most: str
+) -> None:
+    monkeypatch.setattr(f"radapter_export.label_sets.{most}", 3)
     (tmp_path / "a.png").write_bytes(png(0, 4, 4))
     path = tmp_path / "labels.yaml"
-    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * most}]))
-    assert len(read_label_set(path, dynamic_alpha=dynamic).images) == most
-    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * (most + 1)}]))
-    with pytest.raises(RAdapterError, match=f"has {most + 1} images; at most {most} are allowed"):
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 3}]))
+    assert len(read_label_set(path, dynamic_alpha=dynamic).images) == 3
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 4}]))
+    with pytest.raises(RAdapterError, match="has 4 images; at most 3 are allowed"):
         read_label_set(path, dynamic_alpha=dynamic)
 
 
