@@ -18,6 +18,9 @@ from radapter_serve.evaluation.rows import Row, packed
 from radapter_serve.evaluation.sets import own_validation
 from tests.helpers.a_row import a_row
 
+UNSHIFTED = "No validation set is shifted"
+AS_GOOD = "alpha 0, the base as it was, can't be told from the best"
+
 
 def images(right: Any, alpha: float, name: str = "a", shift: str = "id", **metrics: float) -> Row:
     """A row of images, of which these are right, bool [N] or a text of 0 and 1."""
@@ -71,52 +74,35 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
     ("right", "own_alpha", "alpha", "best", "note"),
     [
         # Of ten images 0.2 has the best one's but one, 0.3 three less.
-        (
-            {0.0: "0000000011", 0.2: "0111111111", 0.3: "1111111000", 0.5: "1" * 10},
-            0.5,
-            0.2,
-            0.5,
-            "No validation set is shifted",
-        ),
+        ("0:0000000011 .2:0111111111 .3:1111111000 .5:1111111111", 0.5, 0.2, 0.5, UNSHIFTED),
         # At most the run's own.
         (
-            {0.0: "0000000011", 0.4: "0000001111", 0.8: "0111111111", 1.0: "1" * 10},
+            "0:0000000011 .4:0000001111 .8:0111111111 1:1111111111",
             0.4,
             0.4,
             1.0,
-            "alpha 1 is better on these images than the run's own alpha 0.4",
+            "alpha 1 is better",
         ),
         # Of equal scores the smallest is the best.
-        (
-            {0.0: "0000000011", 0.4: "1111111110", 0.5: "0111111111", 1.0: "0111111110"},
-            0.5,
-            0.4,
-            0.4,
-            "No validation set is shifted",
-        ),
+        ("0:0000000011 .4:1111111110 .5:0111111111 1:0111111110", 0.5, 0.4, 0.4, UNSHIFTED),
         # Training did not help, as far as ten images tell.
         (
-            {0.0: "0011111111", 0.3: "0111111111", 0.5: "0111111110", 1.0: "1111111110"},
+            "0:0011111111 .3:0111111111 .5:0111111110 1:1111111110",
             0.5,
             0.5,
             0.3,
-            "alpha 0, the base as it was, can't be told from the best: these images are too few",
+            f"{AS_GOOD}: these",
         ),
         # Training did harm.
-        (
-            {0.0: "1" * 10, 0.2: "0111111111", 0.5: "0000000111", 1.0: "0" * 10},
-            0.5,
-            0.2,
-            0.0,
-            "alpha 0, the base as it was, can't be told from the best, and the run's own alpha",
-        ),
-        ({0.0: "1" * 10, 0.2: "0000000111", 0.5: "0000000111"}, 0.5, 0.0, 0.0, "alpha 0,"),
+        ("0:1111111111 .2:0111111111 .5:0000000111 1:0000000000", 0.5, 0.2, 0.0, f"{AS_GOOD},"),
+        ("0:1111111111 .2:0000000111 .5:0000000111", 0.5, 0.0, 0.0, AS_GOOD),
     ],
-)  # fmt: skip
+)
 def test_auto_is_the_smallest_alpha_that_can_not_be_told_from_the_best(
-    right: dict[float, str], own_alpha: float, alpha: float, best: float, note: str
+    right: str, own_alpha: float, alpha: float, best: float, note: str
 ) -> None:
-    choice = choice_of(right, own_alpha)
+    points = dict(point.split(":") for point in right.split())
+    choice = choice_of({float(point): hits for point, hits in points.items()}, own_alpha)
     assert (choice.alpha, choice.best, choice.own_alpha) == (alpha, best, own_alpha)
     assert choice.notes[0].startswith(note)
 
