@@ -86,7 +86,8 @@ class GatewayServer:
 
     def stop(self) -> None:
         """Take no new connections, and let running requests end; works from any thread."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:

@@ -292,7 +292,7 @@ def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() 
         served.hold()
         busy.sendall(EMBED)
         until(lambda: served.upstream.asked)
-        served.stop(wait=False)
+        served.stop()
         assert kept.recv(1) == b""
         with pytest.raises(ConnectionError):
             until(lambda: served.connection().__enter__().close())

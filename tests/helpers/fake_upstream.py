@@ -11,7 +11,6 @@ import re
 import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ import urllib3
 
 from radapter_client import Reply
 from radapter_serve.gateway import run
-from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.kserve import Inference, Model
 from radapter_serve.gateway.records import Entry
@@ -115,22 +113,21 @@ class FakeUpstream:
 
 
 class Served:
-    """A gateway that runs, in front of `upstream`; `stop` waits until it has ended."""
+    """A gateway that runs, in front of `upstream`; `stop` ends it."""
 
     def __init__(
         self,
-        url: str,
+        port: int,
+        server: run.GatewayServer,
         upstream: FakeUpstream,
         loop: asyncio.AbstractEventLoop,
-        stop: Callable[..., None],
-        connections: Connections,
     ) -> None:
-        self.url = url
-        self.connections = connections
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.upstream = upstream
-        self.stop = stop
+        self.connections = server._connections
+        self.stop = server.stop
         self._loop = loop
-        self.port = int(url.rpartition(":")[2])
 
     def hold(self) -> None:
         """Keep all answers back."""
@@ -188,34 +185,17 @@ def serving(
     `upstream`.
     """
     settings = Settings(port=0, **options)
-    made: list[Any] = []
-    begun = threading.Event()
+    connected: list[tuple[FakeUpstream, asyncio.AbstractEventLoop]] = []
 
     def connect() -> FakeUpstream:
-        made.append((upstream(), asyncio.get_running_loop()))
-        begun.set()
-        return made[0][0]
+        connected.append((upstream(), asyncio.get_running_loop()))
+        return connected[0][0]
 
     with run.listen(settings, timeouts=timeouts) as listener:
-        port = listener.getsockname()[1]
-        running = run.GatewayServer(settings, listener, connect, timeouts=timeouts)
-        thread = threading.Thread(target=running.run)
-        thread.start()
-        assert begun.wait(10)
-
-        def stop(*, wait: bool = True) -> None:
-            running.stop()
-            if wait:
-                thread.join(30)
-
-        stand_in, loop = made[0]
-        url = f"http://127.0.0.1:{port}"
-        served = Served(url, stand_in, loop, stop, running._connections)
-        try:
-            yield served
-        finally:
-            if thread.is_alive():
-                stop()
+        server = run.GatewayServer(settings, listener, connect, timeouts=timeouts)
+        with server.in_thread():
+            until(lambda: connected)
+            yield Served(listener.getsockname()[1], server, *connected[0])
 
 
 class BigAnswers(FakeUpstream):

@@ -228,7 +228,8 @@ def program(folder: Path, code: str, interpreter: str = "/bin/sh") -> Installati
 
 def pids(folder: Path) -> list[int]:
     """Numbers of the processes of fake servers, which note them in the file `pids`."""
-    return list(map(int, (folder / "pids").read_text().split()))
+    file = folder / "pids"
+    return list(map(int, file.read_text().split())) if file.exists() else []
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
         """A minute passes once the program sleeps."""
 
         def monotonic(self) -> float:
-            return 61.0 if "sleep" in end and (tmp_path / "pids").exists() else 0.0
+            return 61.0 if "sleep" in end and pids(tmp_path) else 0.0
 
         def sleep(self, seconds: float, /) -> None:
             time.sleep(0.01)
