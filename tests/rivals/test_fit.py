@@ -125,7 +125,7 @@ def peak_of_a_program() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts memory for each program")
 def test_the_peak_memory_of_a_program_leaves_out_that_of_the_one_that_started_it() -> None:
-    block = np.ones(3 * 2**30, np.uint8)
+    block = np.ones(2**31, np.uint8)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         peak = pool.submit(peak_of_a_program).result()
