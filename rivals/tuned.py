@@ -36,14 +36,16 @@ class Tuned(System):
 
     def __init__(self, run: Run, loss: Loss = "classes", template: str | None = None) -> None:
         super().__init__(run.base)
-        if not isinstance(run.data, LabelledImages):
-            raise RAdapterError("this rival learns from images with labels (task: classification)")
         self.loss = loss
-        self.template = template or run.data.templates[0]
         self.extra = (
             nn.ModuleList()
         )  # what a method adds; it drops out while it learns, and only then
-        self.register_buffer("prompts", self.tokens(run.data.classes), persistent=False)
+        self.template = template or ""
+        if isinstance(run.data, LabelledImages):
+            self.template = template or run.data.templates[0]
+            self.register_buffer("prompts", self.tokens(run.data.classes), persistent=False)
+        elif loss == "classes":
+            raise RAdapterError("this rival learns from images with labels (task: classification)")
         self.prompts: Tensor
 
     def tokens(self, classes: Iterable[str]) -> Tensor:

@@ -109,7 +109,7 @@ def test_table_4_takes_the_output_of_a_proposal_network(
     assert list(rows) == ["method", *TABLES["4"].rows]
     theirs = {name: float(cells[4]) for name, cells in rows.items() if name != "method"}
     assert set(theirs.values()) == {100.0}
-    assert sorted(here) == ["FineTuneLikePretrain", "RAdapter", "ZeroShot"]
+    assert set(here) == {"FineTuneLikePretrain", "RAdapter", "ZeroShot"}
 
 
 def test_mask_adapted_clip_squashes_segments() -> None:
