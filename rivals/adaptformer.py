@@ -18,19 +18,12 @@ from torch.optim import SGD, Optimizer
 from rivals.blocks import blocks_of, drop_path, width_of
 from rivals.method import Method, paper
 from rivals.run import Run
-from rivals.system import System
-from rivals.tuned import Loss, Tuned
+from rivals.system import Loss, System, Tuned
 
 
 class Parallel(nn.Module):
-    """Adds `s·U·relu(D·x + a) + s·b` to a block's feed-forward branch; x is what that branch's norm
-    takes.
-
-    Args:
-        block: whose branch it is.
-        hidden: width of the bottleneck.
-        scale: s.
-        dropout: probability of dropping a number after the ReLU.
+    """Adds `s·U·relu(D·x + a) + s·b` to a block's feed-forward branch, where x is the input of the
+    branch's norm.
     """
 
     def __init__(self, block: Any, hidden: int, scale: float, dropout: float) -> None:
@@ -48,7 +41,7 @@ class Parallel(nn.Module):
         block.ls_2.register_forward_hook(self._add)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, L, d] to what is added, [B, L, d]."""
+        """Compute the change of tokens [B, L, d]."""
         change: Tensor = self.up(self.dropout(self.down(x).relu()))
         return change * self.scale
 
@@ -63,7 +56,7 @@ class Parallel(nn.Module):
 
 
 class Paralleled(Tuned):
-    """A CLIP with a `Parallel` in every block; the arguments are those of `AdaptFormer`."""
+    """A CLIP with a `Parallel` in every block; arguments as of `AdaptFormer`."""
 
     def __init__(
         self,
@@ -76,7 +69,7 @@ class Paralleled(Tuned):
         rate: float,
     ) -> None:
         super().__init__(run, loss)
-        # drop-path first: it drops the pretrained branch, and not what an adapter adds to it
+        # Drop-path first: it drops the pretrained branch, not the change that an adapter adds.
         dropping = drop_path(self.model, towers, rate)
         blocks = [block for tower in towers for block in blocks_of(self.model, tower)]
         self.extra.extend(
@@ -86,18 +79,12 @@ class Paralleled(Tuned):
 
 @dataclass(frozen=True)
 class AdaptFormer(Method):
-    """AdaptFormer by the settings of its code, but for the batch norm before the head, which CLIP
-    has none of.
+    """AdaptFormer by the settings of its code, without a batch norm before the head, which CLIP
+    lacks.
 
-    Its learning rate is that of 512 images a step, and proportional to their number.
-
-    Attributes:
-        loss: see `Tuned`.
-        towers: that have adapters.
-        hidden: width of the bottleneck.
-        scale: s.
-        dropout: after the ReLU (DO).
-        drop_path: in the pretrained layers (DP).
+    The learning rate is for 512 images a step, and proportional to their number. `hidden` is the
+    width of the bottleneck, `scale` is s; dropout (DO) is after the ReLU, drop-path (DP) in the
+    pretrained layers.
     """
 
     settings: Mapping[str, Any] = paper(

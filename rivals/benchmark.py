@@ -1,4 +1,4 @@
-"""A benchmark: data that every method learns from, and a suite to choose and to judge by, in one
+"""Benchmarks: the data that every method learns from, and a suite to choose and to judge by, in a
 YAML file.
 """
 
@@ -14,7 +14,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Entry, Suite, load_suite
+from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.files import read_yaml
 from radapter_serve.hub import LOCAL
 from radapter_serve.training.recipe import recipe_of
@@ -22,32 +22,20 @@ from radapter_serve.training.recipe import recipe_of
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a table is made on.
-
-    Attributes:
-        name: of the suite.
-        given: fields of `Recipe` that hold for every method, the data and the base among them.
-        suite: its sets with `split: validation` choose, the others judge.
+    """A suite, whose sets with `split: validation` choose and the others judge, and the fields of
+    `Recipe` for every method, the data and the base among them.
     """
 
     name: str
-    given: Mapping[str, Any]
+    fields: Mapping[str, Any]
     suite: Suite
 
-    def filled(self, given: Mapping[str, Any]) -> Benchmark:
-        """The benchmark with further fields of `Recipe`, where it has none of its own."""
-        return dataclasses.replace(self, given={**given, **self.given})
+    def filled(self, fields: Mapping[str, Any]) -> Benchmark:
+        """Add fields of `Recipe` that the benchmark lacks."""
+        return dataclasses.replace(self, fields={**fields, **self.fields})
 
     def sets(self, split: str, limit: int | None = None) -> list[EvaluationSet]:
-        """The sets of a split.
-
-        Args:
-            split: `test` or `validation`.
-            limit: images of a set at most.
-
-        Raises:
-            RAdapterError: there is none, or it can't be read.
-        """
+        """Open the sets of a split, `test` or `validation`, with `limit` images at most."""
         entries = self.suite.of_split(split)
         if not entries:
             raise RAdapterError(
@@ -55,33 +43,13 @@ class Benchmark:
             )
         return [open_set(self.suite, entry, limit=limit) for entry in entries]
 
-    def own_validation(self) -> Entry:
-        """The set that chooses and is like the images that the methods learn from.
-
-        Raises:
-            RAdapterError: there is none, or there are several.
-        """
-        found = [one for one in self.suite.of_split("validation") if one.shift == "id"]
-        if len(found) != 1:
-            raise RAdapterError(
-                f"the suite {self.name} has {len(found)} sets with split: validation and shift: id;"
-                " this needs one"
-            )
-        return found[0]
-
 
 def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     """Read a benchmark file.
 
-    Args:
-        path: YAML with `suite`, a suite file; `train`, fields of a recipe, `data` and what is not
-            left to the methods' own papers; and `data_root`, the folder that the paths of data
-            start from, which like both files is relative to this one. Without `architecture` the
-            base is that of the demo.
-        data_root: that folder, in place of the file's own.
-
-    Raises:
-        RAdapterError: no such file, or something is missing or unknown.
+    It has `suite`, a suite file; `train`, fields of a recipe: `data` and what is not left to the
+    methods' papers; and `data_root`, the folder of the data's paths, which the argument overrides.
+    Paths are relative to the file. Without `architecture` the base is that of the demo.
     """
     document = read_yaml(path, "the benchmark")
     parts = {"suite": str, "train": dict, "data_root": str}
@@ -96,17 +64,15 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
             )
     root = (data_root or path.parent / document.get("data_root", ".")).absolute()
     recipe = recipe_of(document["train"], f"train of the benchmark {path}")
-    given = {name: getattr(recipe, name) for name in document["train"]}
-    reader, colon, place = str(given.get("data", "")).partition(":")
+    fields = {name: getattr(recipe, name) for name in document["train"]}
+    reader, colon, place = str(fields.get("data", "")).partition(":")
     if colon:
-        given["data"] = f"{reader}:{root / place}"
+        fields["data"] = f"{reader}:{root / place}"
+    # Classes and templates may be names of the package's lists; types are those of `Recipe`.
     for name in ("images", "classes", "templates"):
-        if given.get(name) and (
-            name == "images" or (root / given[name]).is_file()
-        ):  # the others may be names
-            given[name] = type(given[name])(
-                root / given[name]
-            )  # a path, or a text that may be a name
-    given.setdefault("architecture", f"{LOCAL}{BASE}")
+        value = fields.get(name)
+        if value and (name == "images" or (root / value).is_file()):
+            fields[name] = type(value)(root / value)
+    fields.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)
-    return Benchmark(suite.name, given, suite)
+    return Benchmark(suite.name, fields, suite)

@@ -1,6 +1,4 @@
-"""The blocks of open_clip's own towers, which the methods that change what passes through them hook
-into.
-"""
+"""The blocks of open_clip's transformers, into which methods hook."""
 
 from __future__ import annotations
 
@@ -16,14 +14,8 @@ from radapter_serve.errors import RAdapterError
 
 
 def blocks_of(model: nn.Module, tower: str) -> list[Any]:
-    """The residual blocks of a tower, from the first to the last.
-
-    Args:
-        model: an open_clip model.
-        tower: `image` or `text`.
-
-    Raises:
-        RAdapterError: the tower is not open_clip's own transformer; of texts, not a causal one.
+    """List the residual blocks of a tower, `image` or `text`, of open_clip's own kind; those of
+    texts must be causal.
     """
     holder = text_tower(model) if tower == "text" else getattr(model, "visual", None)
     blocks = list(getattr(getattr(holder, "transformer", None), "resblocks", []))
@@ -37,22 +29,15 @@ def blocks_of(model: nn.Module, tower: str) -> list[Any]:
 
 
 def width_of(block: Any) -> int:
-    """How many numbers a token has between blocks."""
+    """Return the width of a token between blocks."""
     return int(block.mlp.c_fc.in_features)
 
 
 def drop_path(model: nn.Module, towers: Iterable[str], rate: float) -> list[nn.Module]:
-    """Stochastic depth in the pretrained layers: training drops an input's attention or
-    feed-forward branch at random.
+    """Drop an input's attention or feed-forward branches at random (stochastic depth), with a
+    probability that rises from 0 at the first block to `rate` at the last.
 
-    Args:
-        model: an open_clip model.
-        towers: of `image` and `text`.
-        rate: how often the branches of the last block are dropped, in [0, 1); it rises from 0 at
-            the first block.
-
-    Returns:
-        Modules that drop while they are in training mode.
+    Returns modules that drop while they are in training mode.
     """
     layers: list[nn.Module] = []
     for tower in towers if rate else ():

@@ -1,4 +1,4 @@
-"""Cells of a table: one method and one seed, learned and judged once, and kept."""
+"""Cells of a table: a method and a seed, learned and judged once, and kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 @dataclass(frozen=True)
 class Judged:
-    """What a cell keeps of a row of results."""
+    """The part of a row of results that a cell keeps."""
 
     dataset: str
     task: str
@@ -49,24 +49,17 @@ class Judged:
 
     @classmethod
     def of(cls, row: Row) -> Judged:
-        """The part of a row that is kept."""
         return cls(**{field.name: getattr(row, field.name) for field in dataclasses.fields(cls)})
 
     @property
     def per_image(self) -> NDArray[np.float64] | None:
-        """What each image adds to the metric, [n]; None where nobody kept it."""
+        """Each image's part of the metric, [n]; None in older files."""
         return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one method and one seed gave.
-
-    Attributes:
-        method: with what validation has chosen for it.
-        cost: of learning.
-        rows: of results, of every set at every α that was asked for.
-    """
+    """A method as validation has chosen it, its cost, and its rows of every set at every α."""
 
     method: Method
     cost: Cost
@@ -75,14 +68,10 @@ class Cell:
 
 @dataclass
 class Cells:
-    """All cells of one benchmark; those that are done are read from the folder.
+    """All cells of a benchmark, kept in a folder.
 
-    Attributes:
-        benchmark: from `load_benchmark`.
-        folder: of the cells of all tables, and of what was learned.
-        table: whose cells these are; new ones go to `TABLE.jsonl`, one a line.
-        limit: images of a set at most.
-        say: told what is done next.
+    Cells of all tables are read from there; new ones are added to `TABLE.jsonl`, one a line. A set
+    has `limit` images at most, and `say` gets messages of progress.
     """
 
     benchmark: Benchmark
@@ -96,20 +85,14 @@ class Cells:
     def cell(
         self, name: str, method: Method, seed: int, alphas: Sequence[float], split: str = "test"
     ) -> Cell:
-        """Learn and judge, or read what was found before, for whichever table.
-
-        Args:
-            name: of the method, for messages and files.
-            method: learns by its own settings, where the benchmark has none.
-            seed: of the draws of training.
-            alphas: points on the line from the start to the end to judge at.
-            split: which sets judge.
+        """Learn a method and judge it at points of its line by the sets of a split, or read the
+        cell of any table; `name` is for messages and files.
         """
         run = self._run(seed)
         digest = self._digest(run, method, alphas, split)
-        found = self._kept.get(digest)
-        if found is not None:
-            return found.cell(method)
+        line = self._kept.get(digest)
+        if line is not None:
+            return Cell(method, Cost(**line.cost), line.rows)
         if not kept(method, run).exists():
             self.say(f"{name}, seed {seed}: learning")
             _apart(method, run)
@@ -117,11 +100,16 @@ class Cells:
         system = learned(method, run)
         judged = judge(system, run.of(method.settings), self._open(split), alphas)
         cell = Cell(method, system.cost, [Judged.of(row) for row in judged])
-        self._keep(Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows))
+
+        line = Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows)
+        self._kept[digest] = line
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.table}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line.text() + "\n")
         return cell
 
     def warnings(self) -> list[str]:
-        """A line for each test set that has images in common with the sets that chose."""
+        """List the test sets that have images in common with the sets that chose, a line each."""
         return warn_of_overlap(self._sets.get("validation", []), self._sets.get("test", []))
 
     def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
@@ -135,15 +123,10 @@ class Cells:
         lines = (line for path in sorted(self.folder.glob("*.jsonl")) for line in read_lines(path))
         return {line.digest: line for line in lines}
 
-    def _keep(self, line: Line) -> None:
-        self._kept[line.digest] = line
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.table}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line.text() + "\n")
-
     def _run(self, seed: int) -> Run:
         if seed not in self._runs:
-            self._runs[seed] = Run({**self.benchmark.given, "seed": seed}, self.folder / "learned")
+            fields = {**self.benchmark.fields, "seed": seed}
+            self._runs[seed] = Run(fields, self.folder / "learned")
         return self._runs[seed]
 
     def _open(self, split: str) -> list[EvaluationSet]:
@@ -154,16 +137,8 @@ class Cells:
 
 @dataclass(frozen=True)
 class Line:
-    """A cell as a file keeps it.
-
-    Attributes:
-        digest: of all that it depends on.
-        name: of the method in its table.
-        seed: of the draws of training.
-        split: which sets judged.
-        method: in words.
-        cost: the fields of `Cost`.
-        rows: of results.
+    """A cell in a file: a digest of all that it depends on, the method's name in its table and its
+    `repr`, the seed of training, and the split that judged.
     """
 
     digest: str
@@ -175,21 +150,13 @@ class Line:
     rows: list[Judged]
 
     def text(self) -> str:
-        """One line of JSON."""
+        """Write the cell as a line of JSON."""
         values = {**vars(self), "rows": [vars(row) for row in self.rows]}
         return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
-    def cell(self, method: Method) -> Cell:
-        """The cell, of a method with what validation has chosen for it."""
-        return Cell(method, Cost(**self.cost), self.rows)
-
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The cells that a file keeps.
-
-    Raises:
-        RAdapterError: a line is damaged; names it.
-    """
+    """Read the cells of a file."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(text)
@@ -204,22 +171,17 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def _spelled(entry: Entry) -> dict[str, Any]:
-    """What an entry of a suite says; what it leaves out is left out, so that a new field changes no
-    digest.
-    """
+    """List an entry's fields without defaults, so that a new field changes no digest."""
     return {
-        one.name: moved(getattr(entry, one.name))
-        for one in dataclasses.fields(entry)
-        if getattr(entry, one.name) != one.default
+        field.name: moved(getattr(entry, field.name))
+        for field in dataclasses.fields(entry)
+        if getattr(entry, field.name) != field.default
     }
 
 
 def score(rows: Sequence[Judged]) -> float:
-    """What a choice goes by: the mean of two means, over the sets in distribution and over the
-    shifted ones, rounded.
-
-    Args:
-        rows: one of each validation set.
+    """Compute the score of a choice from a row of each validation set: the mean of two means, over
+    the sets in distribution and over the shifted ones, rounded.
     """
     values = {row.dataset: own_metric(row) for row in rows}
     groups = [names for names in by_shift({row.dataset: row for row in rows}) if names]
@@ -227,15 +189,15 @@ def score(rows: Sequence[Judged]) -> float:
 
 
 def _apart(method: Method, run: Run) -> None:
-    """Learn in a fresh process, whose peak memory is its own."""
+    """Learn in a fresh process, so that the peak memory is that of learning alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            pool.submit(_learn, method, run.given, run.folder).result()
+            pool.submit(_learn, method, run.fields, run.folder).result()
         except RAdapterError as error:
             raise RAdapterError(f"{type(method).__name__}: {error}") from error
 
 
-def _learn(method: Method, given: Mapping[str, Any], folder: Path) -> None:
-    limit_threads(given.get("threads"))
-    learned(method, Run(given, folder))
+def _learn(method: Method, fields: Mapping[str, Any], folder: Path) -> None:
+    limit_threads(fields.get("threads"))
+    learned(method, Run(fields, folder))

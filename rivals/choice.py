@@ -1,6 +1,4 @@
-"""What validation chooses for a method: its rate, its own settings and its α, by the mean of
-the seeds that it is given.
-"""
+"""The choice of a method's rate, settings and α by validation, over several seeds."""
 
 from __future__ import annotations
 
@@ -19,31 +17,21 @@ WIDENINGS = 3  # of the grid of rates
 
 @dataclass(frozen=True)
 class Tried:
-    """A method as it was tried.
-
-    Attributes:
-        method: with the rate, the settings and the α of this trial.
-        scores: what validation gave, in %, one for each seed.
-    """
+    """A method with the rate, settings and α of a trial, and its validation score in %, by seed."""
 
     method: Method
     scores: tuple[float, ...]
 
     @property
     def rate(self) -> float:
-        """Its learning rate."""
         return float(self.method.settings.get("learning_rate", 0.0))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What validation has chosen.
+    """The chosen method, and all trials in their order, each at its best α.
 
-    Attributes:
-        method: with the chosen rate, settings and α.
-        tried: all trials, each at its best α, in the order in which they were made.
-        at_edge: whether the chosen rate is the lowest or the highest that was tried, though the
-            grid was widened.
+    `at_edge` is set if the rate is the lowest or highest that was tried, although the grid grew.
     """
 
     method: Method
@@ -61,25 +49,20 @@ def choose(
 ) -> Choice:
     """Let the validation sets choose among rates, settings and α.
 
-    Trials that can't be told from the best take part, too, and the lowest rate of them is taken: a
-    lower rate keeps more of the base. The grid of rates grows until the best and that one are
-    inside.
+    Of the trials that do not differ significantly from the best, the lowest rate is taken: a lower
+    rate keeps more of the base. The grid of rates grows until the best and that one are inside.
 
     Args:
         cells: of the benchmark.
         name: of the method in its table.
-        methods: of one row: the same method with other settings; one where there is nothing to
-            choose but its rate.
-        seeds: each trial learns once for each.
-        factors: of the learning rate, to start from; one factor is taken as it is.
-        alphas: to choose from, where the method has an α; the method's own if none is given.
-
-    Raises:
-        RAdapterError: the benchmark sets the rate for every method.
+        methods: a method with each of the settings to choose from.
+        seeds: of training; a score is the mean over them.
+        factors: of the learning rate, to start from; a single factor is not chosen, but taken.
+        alphas: to choose from, if the method has an α; without them it keeps its own.
     """
     first = methods[0]
     rates = sorted(set(factors)) if "learning_rate" in first.settings else [1.0]
-    if set(rates) != {1.0} and "learning_rate" in cells.benchmark.given:
+    if set(rates) != {1.0} and "learning_rate" in cells.benchmark.fields:
         raise RAdapterError(
             "the benchmark sets learning_rate for every method; take it out, or leave out --rates"
         )
@@ -88,36 +71,35 @@ def choose(
         return Choice(at_rate(first, rates[0]))
     tried: list[Tried] = []
 
-    def trials(factor: float) -> None:
+    def add_trials(factor: float) -> None:
         for method in methods:
             tried.append(_tried(cells, name, at_rate(method, factor), seeds, alphas))
 
     for factor in rates:
-        trials(factor)
+        add_trials(factor)
     low = rates[0]
     high = rates[-1]
     step = (high / low) ** (1 / max(1, len(rates) - 1))
     for _ in range(WIDENINGS if len(rates) > 1 else 0):
-        # The best is inside, and so is the lowest that can't be told from it.
-        if _best(tried).rate == max(one.rate for one in tried):
+        if _best(tried).rate == max(trial.rate for trial in tried):
             high = high * step
-            trials(high)
-        elif _lowest(tried).rate == min(one.rate for one in tried):
+            add_trials(high)
+        elif _lowest(tried).rate == min(trial.rate for trial in tried):
             low = low / step
-            trials(low)
+            add_trials(low)
         else:
             break
     chosen = _lowest(tried)
-    edges = (min(one.rate for one in tried), max(one.rate for one in tried))
-    at_edge = len(rates) > 1 and bool({_best(tried).rate, chosen.rate} & {*edges})
+    edges = {min(trial.rate for trial in tried), max(trial.rate for trial in tried)}
+    at_edge = len(rates) > 1 and bool({_best(tried).rate, chosen.rate} & edges)
     return Choice(chosen.method, tuple(tried), at_edge)
 
 
-def differing(methods: Sequence[Method], one: Method) -> str:
-    """The settings of one method in which the methods differ, but for the rate and α, in words."""
+def differing(methods: Sequence[Method], method: Method) -> str:
+    """Name the settings of a method in which the methods differ, without the rate and α."""
 
     def facts(method: Method) -> dict[str, object]:
-        own = {
+        values = {
             field.name: getattr(method, field.name)
             for field in dataclasses.fields(method)
             if field.name not in ("settings", "alpha")
@@ -125,10 +107,10 @@ def differing(methods: Sequence[Method], one: Method) -> str:
         settings = {
             name: value for name, value in method.settings.items() if name != "learning_rate"
         }
-        return {**own, **settings}
+        return {**values, **settings}
 
-    mine = facts(one)
-    others = [facts(method) for method in methods]
+    mine = facts(method)
+    others = [facts(other) for other in methods]
     names = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
     return ", ".join(f"{name} {mine[name]}" for name in names) or "-"
 
@@ -136,37 +118,34 @@ def differing(methods: Sequence[Method], one: Method) -> str:
 def _tried(
     cells: Cells, name: str, method: Method, seeds: Sequence[int], alphas: Sequence[float]
 ) -> Tried:
-    """A trial at the α that validation likes best; of equals the smallest."""
-    asked = [1.0] if method.alpha is None else sorted(alphas) or [method.alpha]
-    of_seeds = [cells.cell(name, method, seed, asked, "validation").rows for seed in seeds]
-    found = {
+    """Try a method at its best α; of equals the smallest."""
+    points = [1.0] if method.alpha is None else sorted(alphas) or [method.alpha]
+    of_seeds = [cells.cell(name, method, seed, points, "validation").rows for seed in seeds]
+    scores = {
         alpha: tuple(score([row for row in rows if row.alpha == alpha]) for rows in of_seeds)
-        for alpha in asked
+        for alpha in points
     }
-    alpha = max(asked, key=lambda one: (round(mean(found[one]), 6), -one))
+    best = max(points, key=lambda alpha: (round(mean(scores[alpha]), 6), -alpha))
     if method.alpha is not None:
-        method = dataclasses.replace(method, alpha=alpha)
-    return Tried(method, found[alpha])
+        method = dataclasses.replace(method, alpha=best)
+    return Tried(method, scores[best])
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
-    """The highest mean; of equals the lowest rate."""
-    return max(tried, key=lambda one: (round(mean(one.scores), 6), -one.rate))
+    """Find the highest mean; of equals the lowest rate."""
+    return max(tried, key=lambda trial: (round(mean(trial.scores), 6), -trial.rate))
 
 
 def _lowest(tried: Sequence[Tried]) -> Tried:
-    """The lowest rate that can't be told from the best; of equal rates the better one."""
+    """Find the lowest rate among the best and its equals; of equal rates the better trial."""
     best = _best(tried)
-    equals = [one for one in tried if not _worse(one, best)]
-    return min(equals, key=lambda one: (one.rate, -mean(one.scores)))
+    equals = [trial for trial in tried if not _worse(trial, best)]
+    return min(equals, key=lambda trial: (trial.rate, -mean(trial.scores)))
 
 
-def _worse(one: Tried, best: Tried) -> bool:
-    """Whether the mean of the paired differences of the seeds is more than its standard error below
-    zero; without several seeds, whether it is below.
-    """
-    leads = [a - b for a, b in zip(best.scores, one.scores, strict=True)]
-    count = len(leads)
-    if count < 2:
+def _worse(trial: Tried, best: Tried) -> bool:
+    """Compare by the paired differences of the seeds: worse means by more than a standard error."""
+    leads = [a - b for a, b in zip(best.scores, trial.scores, strict=True)]
+    if len(leads) < 2:
         return mean(leads) > 0
-    return bool(mean(leads) > stdev(leads) / count**0.5)
+    return bool(mean(leads) > stdev(leads) / len(leads) ** 0.5)

@@ -17,22 +17,15 @@ from torch import Tensor
 from radapter_serve.clip.towers import encode_texts
 from rivals.method import Method, paper
 from rivals.run import Run
-from rivals.system import Batch, System
-from rivals.tuned import Tuned
+from rivals.system import Batch, System, Tuned
 
 
 class Margins(Tuned):
     """Metric softmax against the frozen texts t: `cos(f, t_j) + λ·(1 − cos(t_y, t_j))` for an image
     of class y.
 
-    At the end the image tower has the mean of its weights at all steps t = 0..T, each weighed by
-    the density of Beta(β, β) at (t + 1/2) / (T + 1): the pretrained weights and the last ones weigh
-    most.
-
-    Args:
-        run: see `Tuned`.
-        margin: λ.
-        beta: β, above 0.
+    At the end the image tower has the mean of its weights at all steps t = 0..T, weighed by the
+    density of Beta(β, β) at (t + 1/2) / (T + 1), so that the first and the last weigh most.
     """
 
     def __init__(self, run: Run, margin: float, beta: float) -> None:
@@ -67,19 +60,14 @@ class Margins(Tuned):
                 parameter.copy_(average)
 
     def _density(self, step: int, steps: int) -> float:
-        """Of Beta(β, β), but for its constant."""
+        """Compute the density of Beta(β, β) without its constant."""
         place = (step + 0.5) / (steps + 1)
         return float((place * (1 - place)) ** (self.beta - 1))
 
 
 @dataclass(frozen=True)
 class CLIPood(Method):
-    """CLIPood, as its command for 16-shot ImageNet has it.
-
-    Attributes:
-        margin: λ of the margin.
-        beta: β of the moving average; the paper has 0.5 for shifts of domain.
-    """
+    """CLIPood by its command for 16-shot ImageNet; for shifts of domain the paper has β = 0.5."""
 
     settings: Mapping[str, Any] = paper(
         batch_size=36,

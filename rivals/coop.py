@@ -1,30 +1,159 @@
-"""CoOp: learn the context of the prompts, one for all classes, and nothing else.
+"""CoOp and CoCoOp: learn vectors in place of the first words of all prompts.
 
-Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022. For 16-shot ImageNet its code
-takes 16 vectors drawn at random, or 4 that start as "a photo of a", and the class at the end.
+Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022: one context for all classes.
+For 16-shot ImageNet its code takes 16 vectors drawn at random, or 4 that start as "a photo of a",
+and the class at the end.
+
+Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022: a small network
+shifts the context for each image. Its code learns from one image a step; `Recipe` takes two at
+least, so here it learns from two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rivals.context import SETTINGS, Prompted, PromptLearning
-from rivals.method import paper
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import encode_image, encode_text, text_tower
+from radapter_serve.errors import RAdapterError
+from rivals.blocks import blocks_of
+from rivals.method import Method, paper
 from rivals.run import Run
-from rivals.system import System
+from rivals.system import System, Tuned
+
+# MaPLe has them, too; the rest are defaults of the library that all three are written with.
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 0.002,
+    "min_learning_rate": 0.0,
+    "weight_decay": 5e-4,
+    "grad_clip": None,
+    "crop_scale": 0.08,
+    "flip": True,
+}
+
+
+class Context(nn.Module):
+    """Vectors that replace the tokens after a text's start token; they start as the embeddings of
+    words, or at random.
+    """
+
+    def __init__(self, base: Base, words: str | None, length: int) -> None:
+        super().__init__()
+        blocks_of(base.model, "text")  # refuses other towers
+        embedding = text_tower(base.model).token_embedding
+        tokens = base.tokenizer([words or " ".join(["X"] * length)])[0]
+        if int(tokens.argmax()) < 1 + length:  # the end token has the highest number
+            raise RAdapterError(
+                f"a context of {length} vectors needs as many tokens, and {words!r} has fewer"
+            )
+        if len(tokens) < length + 4:
+            raise RAdapterError(
+                f"texts of {len(tokens)} tokens have no room for a context of {length} and a class"
+            )
+        vectors = torch.empty(
+            length, embedding.weight.shape[1], device=embedding.weight.device
+        ).normal_(std=0.02)
+        if words:
+            vectors = embedding.weight[tokens[1 : 1 + length]].detach().clone()
+        self.vectors = nn.Parameter(vectors)
+        self.shift: Tensor | None = None  # [d], added to each vector
+        embedding.register_forward_hook(self._put)
+
+    def _put(self, module: nn.Module, args: Any, embeds: Tensor) -> Tensor:
+        vectors = self.vectors if self.shift is None else self.vectors + self.shift
+        return replaced(embeds, 1, vectors)
+
+
+def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
+    """Replace the part of sequences [N, L, d] from `start` on by vectors [n, d]."""
+    length = len(vectors)
+    return torch.cat(
+        [x[:, :start], vectors.to(x.dtype).expand(len(x), -1, -1), x[:, start + length :]], dim=1
+    )
+
+
+class Prompted(Tuned):
+    """A CLIP whose prompts are a learned context, the class, and a full stop.
+
+    The context has `length` vectors, which start as `words` of as many tokens or more, or at
+    random. If the words have `{}` for the class, those after it replace the full stop.
+    """
+
+    def __init__(self, run: Run, words: str | None, length: int) -> None:
+        template = words if words and "{}" in words else f"{words or ''}{{}}."
+        before, _, behind = template.partition("{}")
+        before = before.strip()
+        super().__init__(run, template=f"{before or ' '.join(['X'] * length)} {{}}{behind}")
+        self.context = Context(run.base, before or None, length)
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed classes by the learned context, whatever the templates."""
+        return super().embed_classes(classes, [self.template])
+
+
+class Conditional(Prompted):
+    """Context `v + π(f)` for an image's embedding f; π is linear, ReLU, linear, a sixteenth as wide
+    as f between them.
+
+    Images differ in their class weights, so the embedding of an image is its scores of the classes
+    that were embedded last, and that of a class is a row of the identity.
+    """
+
+    def __init__(self, run: Run, words: str | None, length: int) -> None:
+        super().__init__(run, words, length)
+        width = self.context.vectors.shape[1]
+        features = self.model.visual.output_dim
+        inner = features // 16
+        self.net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, width))
+        self.asked = self.prompts
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        return self.scale * self._cosines(pixels, self.prompts)
+
+    def _cosines(self, pixels: Tensor, prompts: Tensor) -> Tensor:
+        images = encode_image(self.model, pixels)
+        rows = []
+        for image, shift in zip(images, self.net(images), strict=True):
+            self.context.shift = shift
+            rows.append(encode_text(self.model, prompts) @ image)
+        self.context.shift = None
+        return torch.stack(rows)
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        self.asked = self.tokens(classes).to(self.device)
+        return torch.eye(len(classes), device=self.device)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return self._cosines(pixels, self.asked)
+
+
+@dataclass(frozen=True)
+class PromptLearning(Method):
+    """The optimizer of CoOp, CoCoOp and MaPLe: SGD.
+
+    Their code holds the rate at 1e-5 for the first epoch; here it rises for a fifth of the run, and
+    500 steps at most.
+    """
+
+    def optimizer(self, system: System, run: Run) -> Optimizer:
+        recipe = run.recipe
+        return SGD(
+            system.learning(),
+            lr=recipe.peak_rate,
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
+        )
 
 
 @dataclass(frozen=True)
 class CoOp(PromptLearning):
-    """Context optimization.
-
-    Attributes:
-        length: vectors of the context.
-        words: that the context starts as, of `length` tokens or more; None draws it at random. See
-            `Prompted`.
-    """
+    """Context optimization; fields as of `Prompted`."""
 
     settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=32, epochs=50)
     length: int = 16
@@ -32,3 +161,15 @@ class CoOp(PromptLearning):
 
     def start(self, run: Run) -> System:
         return Prompted(run, self.words, self.length)
+
+
+@dataclass(frozen=True)
+class CoCoOp(PromptLearning):
+    """Conditional context optimization; fields as of `Prompted`."""
+
+    settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=2, epochs=10)
+    length: int = 4
+    words: str | None = "a photo of a"
+
+    def start(self, run: Run) -> System:
+        return Conditional(run, self.words, self.length)

@@ -1,4 +1,4 @@
-"""The one loop that every rival is trained by."""
+"""The training loop of every rival."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from rivals.system import Cost, Learned, System
 
 
 class Meter:
-    """Seconds from its making on, and bytes at most: of the GPU where there is one, else of this
-    process.
-    """
+    """Measures seconds since its construction, and peak memory."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,16 +29,16 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
 
     def cost(self, parameters: int) -> Cost:
-        """The cost so far of learning so many parameters."""
+        """Return the cost so far, with the number of parameters that learn."""
         gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
         return Cost(parameters, time.perf_counter() - self._started, memory)
 
 
 def peak_memory() -> int:
-    """The largest memory of this process so far, in bytes.
+    """Return the peak memory of this process in bytes.
 
-    Linux counts it anew for a program that a process starts; `ru_maxrss` begins with the parent's.
+    `ru_maxrss` starts with the peak of the parent; VmHWM of Linux does not.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -50,17 +48,8 @@ def peak_memory() -> int:
 
 
 def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
-    """Train what learns of a system.
-
-    Args:
-        system: where it starts; it is changed.
-        optimizer: of its learning parameters; a group's rate is the schedule's, times `share` where
-            the group has one.
-        run: the recipe says how long, how fast, and what the images look like.
-
-    Raises:
-        RAdapterError: there are fewer images than a batch takes, an image can't be read, or the
-            loss is not finite.
+    """Train a system by the run's recipe; the rate of a group of the optimizer is the schedule's,
+    times the group's `share` if it has one.
     """
     recipe = run.recipe
     count = len(run.data.rows)

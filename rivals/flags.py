@@ -1,6 +1,4 @@
-"""Flags that the commands share: what all methods learn from and how, and where what is done is
-kept.
-"""
+"""Flags that the commands share."""
 
 from __future__ import annotations
 
@@ -21,15 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """What holds for every method.
+    """Settings of every method.
 
     Args:
         data: benchmark file, such as one of rivals/benchmarks; rivals/README.md says how to write
             one.
-        data_root: folder that the benchmark's data is in; its own if none is given.
-        out: folder of what is made, and of all that it is made from: what is done is not done
-            again.
-        architecture: base; the benchmark's if none is given.
+        data_root: folder of the benchmark's data; by default the one that it names.
+        out: folder of the results and of finished runs, which are not repeated.
+        architecture: base; by default the benchmark's.
         pretrained: open_clip tag or checkpoint of the base.
         epochs: passes over the data, for every method.
         steps: optimizer steps, for every method, in place of epochs.
@@ -37,7 +34,7 @@ class Flags:
         precision: bf16 computes products in bfloat16 while a method learns, which is faster where
             the machine has it.
         limit: images of a set at most, drawn by a fixed seed.
-        threads: threads to compute with; one a core if none is given.
+        threads: threads to compute with; by default one a core.
     """
 
     data: Path
@@ -53,15 +50,13 @@ class Flags:
     threads: int | None = None
 
     def benchmark(self) -> Benchmark:
-        """The benchmark, whose methods all have the values that are given here; computing is
-        limited to the threads.
-        """
+        """Load the benchmark, override its fields by flags, and limit the threads."""
         if self.limit is not None and self.limit < 1:
             raise RAdapterError(f"--limit is {self.limit}; allowed: 1 image or more")
         limit_threads(self.threads)
         from rivals.benchmark import load_benchmark  # torch takes seconds to load
 
-        found = load_benchmark(self.data, self.data_root)
+        benchmark = load_benchmark(self.data, self.data_root)
         names = (
             "architecture",
             "pretrained",
@@ -71,14 +66,12 @@ class Flags:
             "precision",
             "threads",
         )
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(found, given={**found.given, **given})
+        flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(benchmark, fields={**benchmark.fields, **flags})
 
 
 def check_seeds(seeds: Sequence[int], flag: str = "--seeds") -> None:
-    """Refuse no seed, and one that is named twice, whose spread would be none; `flag` is what the
-    message calls them.
-    """
+    """Refuse an empty list of seeds, and a seed that is named twice."""
     if not seeds or len(set(seeds)) < len(seeds):
         shown = " ".join(map(str, seeds)) or "empty"
         raise RAdapterError(f"{flag} is {shown}; allowed: one or more, each named once")

@@ -1,4 +1,4 @@
-"""FLYP: fine-tune both towers like CLIP was pretrained, by the contrast of images with prompts of
+"""FLYP: fine-tune both towers as CLIP was pretrained, by the contrast of images with prompts of
 their classes.
 
 Goyal et al., Finetune like you pretrain: Improved finetuning of zero-shot vision models, CVPR 2023.
@@ -36,11 +36,7 @@ class Flyp(System):
 
 @dataclass(frozen=True)
 class FineTuneLikePretrain(Method):
-    """FLYP; with α it is WiSE-FLYP.
-
-    Attributes:
-        text: whether the text tower learns, too, and the logit scale with it.
-    """
+    """FLYP; with α it is WiSE-FLYP. Without `text` the image tower alone learns."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",
@@ -61,8 +57,8 @@ class FineTuneLikePretrain(Method):
 
 
 # Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: crops of
-# masks and their names, under a text tower that stands still; without the second stage, whose
-# prompts take the place of what is masked.
+# masks and their names, under a frozen text tower; without the second stage, whose learned prompts
+# replace masked patches.
 MASK_ADAPTED = FineTuneLikePretrain(
     settings={
         "templates": "simple",

@@ -16,12 +16,7 @@ from radapter_serve.contract.alpha import Alpha
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import (
-    Candidate,
-    Change,
-    NoSuchWay,
-    in_torch,
-)
+from radapter_serve.evaluation.models import Candidate, Change, NoSuchWay, in_torch
 from radapter_serve.evaluation.rows import Row
 from radapter_serve.evaluation.run import evaluate
 from rivals.run import Run
@@ -31,45 +26,24 @@ from rivals.system import Learned
 def judge(
     learned: Learned, run: Run, sets: Sequence[EvaluationSet], alphas: Sequence[float] = (1.0,)
 ) -> list[Row]:
-    """Evaluate a system: a plain CLIP as `radapter-eval` does, any other by the embeddings that it
-    gives itself.
-
-    Args:
-        learned: from `rivals.method.learned`.
-        run: of its method, whose base nothing has started from.
-        sets: from `radapter_serve.evaluation.sets.open_set`.
-        alphas: points on the line from the start, 0, to the end, 1.
-
-    Returns:
-        Rows as of `radapter_serve.evaluation.run.evaluate`, a set after the other, for each α.
+    """Evaluate a system at points of its line: a plain CLIP as `radapter-eval` does, any other by
+    its own embeddings. No system may have started from the run's base.
     """
-    models = models_of(learned, run, alphas) or systems_of(learned, run.base, alphas)
+    weights = learned.at(1.0).clip()
+    if weights is None:
+        models = systems_of(learned, run.base, alphas)
+    else:
+        start = run.base.model.state_dict()
+        changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
+        changes = {key: change for key, change in changes.items() if change.any()}
+        line = Change(type(learned.system).__name__, changes)
+        crop = run.recipe.mask_crop(run.base.preprocess["mean"])
+        models = in_torch(run.base, [line], alphas, crop=crop)
     return [row for data in sets for row in evaluate(models, data)]
 
 
-def models_of(learned: Learned, run: Run, alphas: Sequence[float]) -> list[Candidate] | None:
-    """Points on the line of a system that is a plain CLIP, as `radapter-eval` embeds by it; None
-    where it is none.
-
-    Args:
-        learned, run, alphas: as of `judge`.
-    """
-    base = run.base
-    weights = learned.at(1.0).clip()
-    if weights is None:
-        return None
-    start = base.model.state_dict()
-    changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
-    line = Change(
-        type(learned.system).__name__,
-        {key: change for key, change in changes.items() if change.any()},
-    )
-    crop = run.recipe.mask_crop(base.preprocess["mean"])
-    return in_torch(base, [line], alphas, crop=crop)
-
-
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[Candidate]:
-    """A system at points of its line, with the preprocessing of a base."""
+    """List a system at points of its line, with the preprocessing of a base."""
     encoder = SystemEncoder(learned, base)
     models: list[Candidate] = []
     for model in in_torch(base, [Change(type(learned.system).__name__, {})], alphas):
@@ -84,9 +58,7 @@ def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[Ca
 
 
 class SystemModel(Candidate):
-    """A system at a point of its line: it embeds classes all at once, for two of one name may
-    differ.
-    """
+    """A system at a point of its line, which embeds classes all at once: two may have one name."""
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
         encoder = self.loaded.encoder
@@ -100,7 +72,10 @@ class SystemModel(Candidate):
 
 
 class SystemEncoder:
-    """`Encoder` and tokenizer of a system, whose α is the point on its line."""
+    """The encoder and the tokenizer of a system, whose α is the point on its line.
+
+    Its tokens are the texts themselves, as the system has the tokenizer.
+    """
 
     def __init__(self, learned: Learned, base: Base) -> None:
         self._learned = learned
@@ -123,7 +98,7 @@ class SystemEncoder:
 
     @torch.inference_mode()
     def classes(self, alpha: float, classes: tuple[str, ...], templates: tuple[str, ...]) -> Floats:
-        """Embeddings of classes by the system at a point, float32 [C, D]."""
+        """Embed classes by the system at a point, float32 [C, D]."""
         key = (alpha, classes, templates)
         if key not in self._classes:
             embeds = self._learned.at(alpha).embed_classes(list(classes), templates)
@@ -131,15 +106,13 @@ class SystemEncoder:
         return self._classes[key]
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Texts as they are: the system has the tokenizer."""
         return [[text] for text in texts]
 
     def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
-        """The texts of rows."""
         return np.array([text for (text,) in rows], object)
 
     def close(self) -> None:
-        """The system goes with its last user."""
+        pass
 
 
 def _numpy(values: torch.Tensor) -> Floats:

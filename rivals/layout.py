@@ -1,4 +1,4 @@
-"""Tables as Markdown, and as pictures."""
+"""Figures and tables as Markdown, and pictures."""
 
 from __future__ import annotations
 
@@ -17,47 +17,40 @@ from radapter_serve.evaluation.metrics import paired_difference
 from rivals.system import Cost
 
 K = TypeVar("K")
+Images = list[NDArray[np.float64]]  # each image's part of a figure, by set
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """The mean of several seeds, ± the standard deviation where there are several."""
+    """Format the mean over seeds, ± the standard deviation if there are several."""
     middle = f"{mean(values):.{digits}f}"
     return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
 
 
 def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """A mean, ± the half of its 95 % interval where there are several values."""
+    """Format a mean, ± half of its 95 % interval if there are several values."""
     middle = f"{mean(values):{sign}.1f}"
     if len(values) < 2:
         return middle
     return f"{middle} ± {t.isf(0.025, len(values) - 1) * sem(values):.1f}"
 
 
-def paired_leads(found: Sequence[Sequence[float]], first: Sequence[Sequence[float]]) -> list[str]:
-    """What a row's figures lead those of another row by, paired over the seeds.
-
-    Args:
-        found: of each seed the figures.
-        first: the same of the other row.
-    """
-    pairs = [zip(own, other, strict=True) for own, other in zip(found, first, strict=True)]
+def paired_leads(row: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[str]:
+    """Format the leads of a row over another, paired over the seeds; both have figures by seed."""
+    pairs = [zip(figures, others, strict=True) for figures, others in zip(row, base, strict=True)]
     differences = [[a - b for a, b in pair] for pair in pairs]
     return [with_interval(column, "+") for column in zip(*differences, strict=True)]
 
 
 def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """A mean lead in points, the half of its 95 % interval, and its p, over images and seeds.
+    """Compute a mean lead in points, half of its 95 % interval, and p, over images and seeds.
 
     The variance over images is that of each image's mean over the seeds; that over seeds is of the
-    same images, so that the two add up. Few seeds have Student's t.
-
-    Args:
-        differences: of each independent set, float [seeds, images], as many seeds in each; sets
-            count alike.
+    same images, so that the two add up. Few seeds have Student's t. `differences` are float [seeds,
+    images] of independent sets, which count alike.
     """
-    each = [one.mean(axis=0) for one in differences]
-    lead, half = paired_difference(each, [np.zeros(len(of)) for of in each])
-    by_seed = np.mean([one.mean(axis=1) for one in differences], axis=0)
+    by_image = [values.mean(axis=0) for values in differences]
+    lead, half = paired_difference(by_image, [np.zeros(len(values)) for values in by_image])
+    by_seed = np.mean([values.mean(axis=1) for values in differences], axis=0)
     if len(by_seed) > 1:
         half = hypot(half, float(t.isf(0.025, len(by_seed) - 1) * sem(by_seed)))
     if not half:
@@ -65,8 +58,21 @@ def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, f
     return 100 * lead, 100 * half, float(2 * norm.sf(norm.isf(0.025) * abs(lead) / half))
 
 
+def lead_over(
+    images: Sequence[Mapping[str, Images]], base: Sequence[Mapping[str, Images]], head: str
+) -> tuple[float, float, float]:
+    """Compute the lead in a column over a base, both by seed; the values are those of `lead_of`."""
+    pairs = list(zip(images, base, strict=True))
+    return lead_of(
+        [
+            np.stack([of_seed[head][number] - of_base[head][number] for of_seed, of_base in pairs])
+            for number in range(len(pairs[0][0][head]))
+        ]
+    )
+
+
 def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several p survive Holm's correction (Scandinavian Journal of Statistics, 1979)."""
+    """Mark the p that survive Holm's correction (Scandinavian Journal of Statistics, 1979)."""
     order = sorted(range(len(values)), key=lambda place: values[place])
     survives = [False] * len(values)
     for rank, place in enumerate(order):
@@ -77,11 +83,7 @@ def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
-    """Leads of `lead_of` as a page shows them: bold where they survive Holm's correction over all.
-
-    Args:
-        leads: by whatever names their places.
-    """
+    """Format leads of `lead_of`, bold if they survive Holm's correction over all."""
     survivors = holm([p for _, _, p in leads.values()])
     shown = {}
     for (place, (lead, half, _)), survives in zip(leads.items(), survivors, strict=True):
@@ -91,15 +93,13 @@ def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
+    """Format a table, with the first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def cost_of(costs: Sequence[Cost]) -> list[str]:
-    """Parameters in millions, seconds (the median) and peak memory in GB; nothing of what did not
-    learn.
-    """
+    """Format the cells of `COST`, dashes for a method without learning; seconds are the median."""
     if not any(cost.parameters for cost in costs):
         return ["-", "-", "-"]
     memory = max(cost.memory for cost in costs) / 1e9
@@ -118,13 +118,8 @@ def dots(
     heads: tuple[str, str],
     path: Path,
 ) -> None:
-    """Draw methods down and two figures across: the mean over the seeds, a bar of their standard
+    """Draw two figures of each method, in per cent by seed: the mean, and a bar of the standard
     deviation.
-
-    Args:
-        points: by method, both figures of each seed, in per cent.
-        heads: what they are.
-        path: of the picture.
     """
     figure = Figure(figsize=(9, 1.2 + 0.27 * len(points)), dpi=150, layout="constrained")
     for panel, head, number in zip(figure.subplots(1, 2, sharey=True), heads, (0, 1), strict=True):

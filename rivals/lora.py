@@ -17,22 +17,14 @@ from torch import Tensor
 from rivals.blocks import blocks_of
 from rivals.method import Method, paper
 from rivals.run import Run
-from rivals.system import System
-from rivals.tuned import Loss, Tuned
+from rivals.system import Loss, System, Tuned
 
 
 class LowRank(Tuned):
-    """`W + (a/√r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all
-    three.
+    """`W + (a/√r)·B·A` for the weight [3d, d] of queries, keys and values, which share A.
 
-    peft's own layer for `nn.MultiheadAttention` adapts the output projection too, and counts its
-    change twice (0.21.2; huggingface/peft#3774), so the parameter itself is named here.
-
-    Args:
-        run: see `Tuned`.
-        loss: see `Tuned`.
-        rank: r.
-        scale: a.
+    peft's layer for `nn.MultiheadAttention` adapts the output projection too, and counts its change
+    twice (0.21.2; huggingface/peft#3774), so `target_parameters` names the parameter itself.
     """
 
     def __init__(self, run: Run, loss: Loss, rank: int, scale: int) -> None:
@@ -44,28 +36,23 @@ class LowRank(Tuned):
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
-            use_rslora=True,  # a/√r, as their code has it
+            use_rslora=True,  # a/√r, as in their code
             target_modules=[],
             target_parameters=["attn.in_proj_weight"],
         )
-        self._peft = [
-            get_peft_model(self.model, config)
-        ]  # in a list, for its modules are the model's own
+        # In a list, so that the model's modules are not registered a second time.
+        self._peft = [get_peft_model(self.model, config)]
 
     def clip(self) -> dict[str, Tensor]:
-        """The weights with every change merged, which is exact."""
+        """Merge every change into the weights, which is exact."""
         weights: dict[str, Tensor] = copy.deepcopy(self._peft[0]).merge_and_unload().state_dict()
         return weights
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """LoRA in both towers, without dropout, which peft has not for parameters.
-
-    Attributes:
-        loss: see `Tuned`.
-        rank: r.
-        scale: a, called alpha in LoRA's paper; the change is a/√r times the product of its factors.
+    """LoRA in both towers, without dropout, which peft lacks for parameters; `scale` is a, called
+    alpha in LoRA's paper.
     """
 
     settings: Mapping[str, Any] = paper(

@@ -1,4 +1,4 @@
-"""MaPLe: prompts in the first blocks of both towers, those of images made from those of texts.
+"""MaPLe: prompts in the first blocks of both towers; image prompts are maps of text prompts.
 
 Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rivals.blocks import blocks_of, width_of
-from rivals.context import SETTINGS, Prompted, PromptLearning, replaced
+from rivals.coop import SETTINGS, Prompted, PromptLearning, replaced
 from rivals.method import paper
 from rivals.run import Run
 from rivals.system import System
@@ -23,14 +23,9 @@ class Coupled(Prompted):
     """Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j`
     after the patches.
 
-    Each block's prompts stand where the last block's have gone through it; from block J on nothing
-    is put in.
-
-    Args:
-        run: see `Tuned`.
-        words: that P_0 starts as; the others are drawn at random.
-        length: prompts of a block.
-        depth: J, from 1 on; all blocks of the shallower tower where it has fewer.
+    They replace the outputs of the previous block's prompts; from block J on the outputs go on. P_0
+    starts as `words`, the others at random. J is `depth`, or the blocks of the shallower tower if
+    it has fewer.
     """
 
     def __init__(self, run: Run, words: str, length: int, depth: int) -> None:
@@ -51,11 +46,11 @@ class Coupled(Prompted):
             )
 
     def of_text(self, number: int) -> Tensor:
-        """Text prompts of a block, [n, d]."""
+        """Return the text prompts of a block, [n, d]."""
         return self.deep[number - 1] if number else self.context.vectors
 
     def of_image(self, number: int) -> Tensor:
-        """Image prompts of a block, [n, d of the image tower]."""
+        """Compute the image prompts of a block, [n, d of the image tower]."""
         prompts: Tensor = self.couple[number](self.of_text(number))
         return prompts
 
@@ -76,13 +71,8 @@ class Coupled(Prompted):
 
 @dataclass(frozen=True)
 class MaPLe(PromptLearning):
-    """Multi-modal prompts, as its code learns them for new classes; for new data sets it takes
-    depth 3 and 2 epochs.
-
-    Attributes:
-        length: prompts of a block.
-        depth: blocks that have prompts; all where a tower has fewer.
-        words: that the first text prompts start as, of `length` tokens or more; see `Prompted`.
+    """Multi-modal prompts as the authors' code learns them for new classes; for new data sets it
+    takes depth 3 and 2 epochs. Fields as of `Coupled`.
     """
 
     settings: Mapping[str, Any] = paper(

@@ -2,8 +2,8 @@
 by another image.
 
 Xiao et al., Masked images are counterfactual samples for robust fine-tuning, CVPR 2023: object
-masks, single fill. What belongs to the object is told by the relevance maps of Chefer, Gur and
-Wolf, Generic attention-model explainability, ICCV 2021.
+masks, single fill. The relevance maps of Chefer, Gur and Wolf, Generic attention-model
+explainability, ICCV 2021, find the object.
 """
 
 from __future__ import annotations
@@ -27,13 +27,10 @@ from rivals.system import Batch, System
 
 
 class Masked(Classifier):
-    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: f gives features, f₀ those of the pretrained tower, x̃
-    are masked images.
+    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: features f, those of the pretrained tower f₀, masked
+    images x̃.
 
-    Args:
-        run: as of `Classifier`.
-        threshold: share of an image's highest relevance above which a patch belongs to the object.
-        weight: of the distillation.
+    A patch belongs to the object if it has more than `threshold` of the image's highest relevance.
     """
 
     def __init__(self, run: Run, threshold: float, weight: float) -> None:
@@ -54,24 +51,18 @@ class Masked(Classifier):
         return super().forward(batch) + self.weight * F.mse_loss(self.model.visual(masked), wanted)
 
     def object_patches(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Which patches belong to the object, bool [B, g, g]."""
+        """Mark the patches of the object, bool [B, g, g]."""
         relevance = self.relevance(pixels, labels)
         highest = relevance.amax(dim=(1, 2), keepdim=True)
         return relevance > self.threshold * highest
 
     def filled(self, pixels: Tensor, patches: Tensor, others: Tensor) -> Tensor:
-        """Images whose patches in the mask are those of other images, at the same place.
-
-        Args:
-            pixels: [B, 3, S, S].
-            patches: bool [B, g, g].
-            others: numbers of the images that fill, [B].
-        """
+        """Replace the marked patches [B, g, g] of images by those of the images `others` [B]."""
         mask = F.interpolate(patches[:, None].float(), size=pixels.shape[2:], mode="nearest").bool()
         return torch.where(mask, pixels[others], pixels)
 
     def relevance(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """How much each patch matters for the score of the label, float [B, g, g], 0 or more.
+        """Compute each patch's relevance for the score of the label, float [B, g, g], 0 or more.
 
         Through the blocks `R ← R + E[(A ∘ ∂score/∂A)⁺]·R` from the identity, E the mean over heads;
         the class token's row of R.
@@ -91,9 +82,7 @@ class Masked(Classifier):
 
 @contextmanager
 def _seen(visual: Any) -> Iterator[list[Tensor]]:
-    """Within the block, the attention [B, heads, L, L] of each of the tower's blocks as it is
-    computed.
-    """
+    """Collect the attention [B, heads, L, L] of each block of the tower as it is computed."""
     maps: list[Tensor] = []
     layers = [block.attn for block in visual.transformer.resblocks]
     for layer in layers:
@@ -108,7 +97,7 @@ def _seen(visual: Any) -> Iterator[list[Tensor]]:
 def _attend(
     layer: Any, maps: list[Tensor], x: Tensor, *_: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """What `nn.MultiheadAttention` computes, with its map of weights kept."""
+    """Compute as `nn.MultiheadAttention` does, and keep the map of weights."""
     batch, length, width = x.shape
     parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
     q, k, v = (part.reshape(batch, length, layer.num_heads, -1).transpose(1, 2) for part in parts)

@@ -1,4 +1,4 @@
-"""A method: hyper-parameters, and how a system starts and learns by them."""
+"""Methods: hyper-parameters, and how a system starts and learns by them."""
 
 from __future__ import annotations
 
@@ -21,89 +21,74 @@ from rivals.system import Cost, Learned, System
 
 
 def paper(**values: Any) -> Any:
-    """The default of `settings`: fields of `Recipe` as the method's own paper, or its code, sets
-    them.
-    """
+    """Set the default of `settings`: fields of `Recipe` by the method's paper or its code."""
     return field(default_factory=lambda: values)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One of the systems of the paper's tables; further fields are what its own paper sets beside
-    the recipe.
+    """A system of the paper's tables.
 
-    Attributes:
-        settings: fields of `Recipe`, by name.
-        alpha: where on the line between start and end its weights are taken; None takes the end.
+    `settings` are fields of `Recipe`, and `alpha` is the place of the weights on the line between
+    start and end, None the end. Subclasses add their paper's other hyper-parameters.
     """
 
     settings: Mapping[str, Any] = paper()
     alpha: float | None = None
 
     def start(self, run: Run) -> System:
-        """The system before its first step, which says what learns, on the run's own base."""
+        """Build the system on the run's base, with the parameters that learn unfrozen."""
         raise NotImplementedError
 
     def optimizer(self, system: System, run: Run) -> Optimizer:
-        """The optimizer of what learns."""
+        """Build the optimizer of the parameters that learn."""
         recipe = run.recipe
         return AdamW(system.learning(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
 
     def learn(self, run: Run) -> Learned:
-        """The system after its last step; `run` has this method's settings."""
+        """Train a system; `run` has this method's settings."""
         system = self.start(run)
         return fit(system, self.optimizer(system, run), run)
 
 
 def at_rate(method: Method, factor: float) -> Method:
-    """The method with its learning rate times a factor; itself where it has none, or the factor is
-    1.
-    """
+    """Multiply a method's learning rate, if it has one, by a factor."""
     rate = method.settings.get("learning_rate")
     return method if rate is None or factor == 1 else with_rate(method, rate * factor)
 
 
 def with_rate(method: Method, rate: float) -> Method:
-    """The method with a learning rate in place of its own."""
+    """Replace a method's learning rate."""
     return dataclasses.replace(method, settings={**method.settings, "learning_rate": rate})
 
 
 def learned(method: Method, run: Run) -> Learned:
-    """What a method learns from a run; what was learned before is read from the run's folder.
-
-    Args:
-        method: learns, by its own settings.
-        run: of any method.
-
-    Returns:
-        With the tensors that learning has changed, which `Learned.at` needs.
-    """
+    """Train a method on the data of a run, or read the system that the run's folder keeps."""
     path = kept(method, run)
     run = run.of(method.settings)
     if path.exists():
         with safe_open(path, "pt") as file:
             end = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            found = Learned(method.start(run).eval(), Cost(**json.loads(file.metadata()["cost"])))
-        start = found.system.state_dict()
-        found.start = {name: start[name].clone() for name in end}
-        found.end = end
-        found.at(1.0)
-        return found
+            result = Learned(method.start(run).eval(), Cost(**json.loads(file.metadata()["cost"])))
+        start = result.system.state_dict()
+        result.start = {name: start[name].clone() for name in end}
+        result.end = end
+        result.at(1.0)
+        return result
     start = method.start(run).state_dict()
-    found = method.learn(run.of(method.settings))
-    end = {name: value.detach().cpu().clone() for name, value in found.system.state_dict().items()}
+    result = method.learn(run.of(method.settings))
+    end = {name: value.detach().cpu().clone() for name, value in result.system.state_dict().items()}
     changed = [name for name, value in end.items() if not torch.equal(value, start[name])]
-    found.start, found.end = ({name: of[name] for name in changed} for of in (start, end))
+    result.start = {name: start[name] for name in changed}
+    result.end = {name: end[name] for name in changed}
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as temporary:
-        tensors = {name: value.contiguous() for name, value in found.end.items()}
-        save_file(tensors, temporary, {"cost": json.dumps(dataclasses.asdict(found.cost))})
-    return found
+        tensors = {name: value.contiguous() for name, value in result.end.items()}
+        save_file(tensors, temporary, {"cost": json.dumps(dataclasses.asdict(result.cost))})
+    return result
 
 
 def kept(method: Method, run: Run) -> Path:
-    """The file in which what a method learns from a run is kept; a method's α makes no
-    difference.
-    """
+    """Name the file that keeps the learned system, for any α."""
     digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None))
     return run.folder / f"{type(method).__name__}-{run.recipe.seed}-{digest}.safetensors"

@@ -1,18 +1,16 @@
-"""All systems of the paper's tables, by the names that commands know them by."""
+"""All systems of the paper's tables, by their names in commands."""
 
 from __future__ import annotations
 
 from rivals.adaptformer import AdaptFormer
 from rivals.clipood import CLIPood
-from rivals.cocoop import CoCoOp
-from rivals.coop import CoOp
+from rivals.coop import CoCoOp, CoOp
 from rivals.flyp import MASK_ADAPTED, FineTuneLikePretrain
-from rivals.full import FullFineTuning
+from rivals.full import FullFineTuning, LinearProbe, ProbeThenFineTuning
 from rivals.lora import LoRA
 from rivals.maple import MaPLe
 from rivals.mask_fill import MaskFill
 from rivals.method import Method
-from rivals.probe import LinearProbe, ProbeThenFineTuning
 from rivals.radapter import ZeroShot, r_adapter
 from rivals.repadapter import RepAdapter
 from rivals.soup import UniformSoup
@@ -33,9 +31,8 @@ METHODS: dict[str, Method] = {
     "maple": MaPLe(),
     "clipood": CLIPood(),
     "repadapter": RepAdapter(),
-    "repadapter-t": RepAdapter(
-        towers=("text",), hidden=14
-    ),  # in texts only, and as many parameters as Table 2 prints
+    # In texts only, with as many parameters as Table 2 prints.
+    "repadapter-t": RepAdapter(towers=("text",), hidden=14),
     "adaptformer": AdaptFormer(),
     "lora": LoRA(),
     "r-adapter": r_adapter("imagenet"),

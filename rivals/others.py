@@ -1,11 +1,10 @@
-"""`python -m rivals.others`: what fine-tuning on half of the classes gains there, and what it does
-to the other half: their labels among themselves and among all, and searches for them.
+"""`python -m rivals.others`: fine-tuning on half of the classes, and its effect on both halves: on
+labels among themselves and among all, and on searches.
 """
 
 from __future__ import annotations
 
 import base64
-import datetime
 import json
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from radapter_serve.threads import limit_threads
 from rivals.coop import CoOp
 from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown
-from rivals.make import command_line, machine, publish, say
+from rivals.make import origin, publish, say
 from rivals.maple import MaPLe
 from rivals.method import Method, learned, with_rate
 from rivals.methods import METHODS
@@ -44,8 +43,7 @@ from rivals.small import table_of
 from rivals.system import System
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-BATCH = 64  # images a step, or all where there are fewer
-WORDS = 64  # of the vocabulary, drawn anew for each step
+BATCH = 64  # images a step, at most all
 KINDS = {
     "trained": "trained classes",
     "trained, all labels": "trained, among all labels",
@@ -60,10 +58,9 @@ class Collection:
     """Images of all classes, of which a split trains half.
 
     Attributes:
-        classes: label of each class, synonyms after commas.
-        templates: of prompts.
-        train: images to learn from, by the first name of their class.
-        tests: by style, the own one first, the images to judge by, by class.
+        classes: labels, synonyms after commas.
+        train: images by the first name of their class.
+        tests: images by style, the trained style first, and class.
         fields: of the recipe.
     """
 
@@ -75,25 +72,20 @@ class Collection:
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:
-        """The classes that are trained, by the name of the split: the first half, and the last."""
+        """The trained classes by split: the first half, and the last."""
         half = (len(self.classes) + 1) // 2
         return {"first half": self.classes[:half], "last half": self.classes[-half:]}
 
 
 def collection(name: str, data_root: Path) -> Collection:
-    """The collection of a name.
-
-    Args:
-        name: drawings, which are made below `data_root` where they are missing, or pacs.
-        data_root: folder of `drawings/`, or of `pacs/`.
-    """
+    """Open the collection drawings, which is drawn if it is missing, or pacs."""
     if name == "pacs":
         root = data_root / "pacs"
         styles = ("photo", "art_painting", "cartoon", "sketch")
-        found = {style: _by_class(root / style) for style in styles}
-        # Of every two photos of a class one is for the test.
-        photos = found["photo"]
-        tests = {**found, "photo": {label: paths[::2] for label, paths in photos.items()}}
+        images = {style: _by_class(root / style) for style in styles}
+        # Every second photo of a class is for the test.
+        photos = images["photo"]
+        tests = {**images, "photo": {label: paths[::2] for label, paths in photos.items()}}
         return Collection(
             classes=tuple(sorted(photos)),
             templates=("a photo of a {}.",),
@@ -119,17 +111,13 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-# What learns
-
-
 def methods() -> dict[str, Method]:
-    """The rows of the table, each at a rate that was fixed before: the paper's, that which `auto`
-    took on photos, and of rivals what validation chose for the main table of the drawings.
+    """List the rows at fixed rates: the paper's, that of `auto` on photos, and for rivals those
+    that validation chose for the main table of the drawings.
     """
     kept: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
     closed: dict[str, Any] = {"negative_classes": 1000}
     words: dict[str, Any] = {"preserve_words": 3.0}
-
     return {
         "R-Adapter": r_adapter("imagenet"),
         "rank 4": r_adapter("imagenet", rank=4),
@@ -146,20 +134,15 @@ def methods() -> dict[str, Method]:
     }
 
 
-# What is judged
-
-
 @dataclass(frozen=True)
 class Judged:
-    """What a model gives on one test set, in one kind of judgement.
+    """The values of a model on a test set, in a kind of `KINDS`.
 
     Attributes:
-        method, settings, split, seed, alpha: of the model; `settings` is the method in words.
-        style: of the test set.
-        kind: of KINDS.
-        n: images; of searches, texts.
-        values: of each image, whether it is right, a bit each; of searches, float16, the average
-            precision of each text. In base64.
+        settings: `repr` of the method.
+        n: images, or texts of searches.
+        values: in base64, a bit for each image that is right, or the average precision of each
+            text as float16.
     """
 
     method: str
@@ -174,7 +157,7 @@ class Judged:
 
     @property
     def each(self) -> NDArray[np.float64]:
-        """The value of each image or text, in [0, 1]."""
+        """The values of the images or texts, in [0, 1]."""
         if self.kind == "searches":
             return np.frombuffer(base64.b64decode(self.values), np.float16).astype(np.float64)
         return unpacked(self.values, self.n, None)
@@ -182,89 +165,81 @@ class Judged:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a test set, ready for the model: float32 [N, 3, S, S], and their classes."""
+    """The images of a test set, float32 [N, 3, S, S], and their classes."""
 
     pixels: Tensor
     labels: NDArray[np.int64]
 
 
 def judge(
-    system: System, of: Collection, split: str, tests: Mapping[str, Images]
+    system: System, images: Collection, split: str, tests: Mapping[str, Images]
 ) -> dict[tuple[str, str], NDArray[Any]]:
-    """The values of each kind and style: bool [N], or float16 of searches."""
-    trained = np.array([label in of.splits[split] for label in of.classes])
+    """Judge a system by kind and style: values are bool [N], or float16 of searches."""
+    trained = np.array([label in images.splits[split] for label in images.classes])
     with torch.inference_mode():
-        classes = system.embed_classes(of.classes, of.templates).float().cpu().numpy()
-    found: dict[tuple[str, str], NDArray[Any]] = {}
-    for style, images in tests.items():
+        classes = system.embed_classes(images.classes, images.templates).float().cpu().numpy()
+    values: dict[tuple[str, str], NDArray[Any]] = {}
+    for style, test in tests.items():
         with torch.inference_mode():
             parts = [
-                system.embed_images(some).float().cpu() for some in torch.split(images.pixels, 256)
+                system.embed_images(batch).float().cpu() for batch in torch.split(test.pixels, 256)
             ]
         scores = torch.cat(parts).numpy() @ classes.T
-        right_of_all = scores.argmax(axis=1) == images.labels
-        for name, own in (("trained", trained), ("others", ~trained)):
-            places = np.flatnonzero(own)
-            rows = np.flatnonzero(own[images.labels])
+        right_of_all = scores.argmax(axis=1) == test.labels
+        for name, half in (("trained", trained), ("others", ~trained)):
+            places = np.flatnonzero(half)
+            rows = np.flatnonzero(half[test.labels])
             best = places[scores[np.ix_(rows, places)].argmax(axis=1)]
-            found[name, style] = best == images.labels[rows]
-            found[f"{name}, all labels", style] = right_of_all[rows]
-        truth = images.labels[:, None] == np.flatnonzero(~trained)
+            values[name, style] = best == test.labels[rows]
+            values[f"{name}, all labels", style] = right_of_all[rows]
+        truth = test.labels[:, None] == np.flatnonzero(~trained)
         precisions = average_precisions(scores[:, ~trained], truth)
-        found["searches", style] = precisions[~np.isnan(precisions)].astype(np.float16)
-    return found
+        values["searches", style] = precisions[~np.isnan(precisions)].astype(np.float16)
+    return values
 
 
-def opened(of: Collection, base: Base) -> dict[str, Images]:
-    """The test sets, of the classes that the collection has."""
+def read_tests(images: Collection, base: Base) -> dict[str, Images]:
+    """Read the test sets, by style."""
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    names = [split_label(label)[0] for label in of.classes]
+    names = [split_label(label)[0] for label in images.classes]
     tests = {}
-    for style, images in of.tests.items():
-        pairs = [(path, names.index(name)) for name, paths in images.items() for path in paths]
+    for style, by_class in images.tests.items():
+        pairs = [(path, names.index(name)) for name, paths in by_class.items() for path in paths]
         pixels = [transform(decode(path.read_bytes())) for path, _ in pairs]
         tests[style] = Images(torch.stack(pixels), np.array([label for _, label in pairs]))
     return tests
 
 
-def measured(
-    of: Collection,
+def measure(
+    images: Collection,
     name: str,
     method: Method,
     split: str,
     seed: int,
     tests: Mapping[str, Images],
-    given: Mapping[str, Any],
+    fields: Mapping[str, Any],
     folder: Path,
 ) -> list[Judged]:
-    """Learn from the trained classes alone, and judge at every α.
-
-    Args:
-        of: the collection.
-        name: of the method.
-        method: that learns.
-        split: of the classes.
-        seed: of training.
-        tests: of `opened`.
-        given: further fields of the recipe.
-        folder: of what was learned before.
+    """Train a method on the split's classes, with further fields of the recipe, and judge it at
+    every α; `folder` keeps the learned systems.
     """
     with tempfile.TemporaryDirectory() as place:
         files = Path(place)
-        trained = of.splits[split]
+        trained = images.splits[split]
         (files / "classes.txt").write_text("\n".join(trained), encoding="utf-8")
-        (files / "templates.txt").write_text("\n".join(of.templates), encoding="utf-8")
-        images = {name: of.train[name] for name in (split_label(label)[0] for label in trained)}
+        (files / "templates.txt").write_text("\n".join(images.templates), encoding="utf-8")
+        names = [split_label(label)[0] for label in trained]
+        train = {name: images.train[name] for name in names}
         run = Run(
             {
                 "architecture": f"{LOCAL}{BASE}",
-                "data": table_of(images, files),
+                "data": table_of(train, files),
                 "classes": files / "classes.txt",
                 "templates": str(files / "templates.txt"),
                 "seed": seed,
-                "batch_size": min(BATCH, sum(map(len, images.values()))),
-                **of.fields,
-                **given,
+                "batch_size": min(BATCH, sum(map(len, train.values()))),
+                **images.fields,
+                **fields,
             },
             folder,
         )
@@ -273,7 +248,7 @@ def measured(
         # Only plain CLIPs have a line to their base.
         for alpha in ALPHAS if result.system.clip() is not None else ALPHAS[-1:]:
             system = result.at(alpha)
-            for (kind, style), values in judge(system, of, split, tests).items():
+            for (kind, style), values in judge(system, images, split, tests).items():
                 rows.append(
                     Judged(
                         *(name, repr(method), split, seed, alpha, style, kind, len(values)),
@@ -287,31 +262,24 @@ def _packed(values: NDArray[Any]) -> str:
     return packed(values) if values.dtype == bool else base64.b64encode(values.tobytes()).decode()
 
 
-# The table
-
-
 def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
-    """Methods at each α down; what they lead the base by, across.
-
-    Args:
-        rows: of all methods.
-        base: of the base.
-        own: the style that is trained.
+    """Make a table of the leads over the base, with a row a method and α; `own` is the trained
+    style.
     """
-    before = {(one.split, one.style, one.kind): one.each for one in base}
+    before = {(row.split, row.style, row.kind): row.each for row in base}
     grouped: dict[tuple[str, float], list[Judged]] = defaultdict(list)
-    for one in rows:
-        grouped[one.method, one.alpha].append(one)
+    for row in rows:
+        grouped[row.method, row.alpha].append(row)
     columns = [(kind, where) for kind in KINDS for where in ("own", "others")]
     figures = {}
-    for key, of in grouped.items():
+    for key, group in grouped.items():
         for kind, where in columns:
             sets: dict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
-            for one in of:
-                if one.kind == kind and (one.style == own) == (where == "own"):
-                    place = (one.split, one.style)
-                    sets[place].append(one.each - before[one.split, one.style, kind])
-            figures[key, kind, where] = lead_of([np.stack(each) for each in sets.values()])
+            for row in group:
+                if row.kind == kind and (row.style == own) == (where == "own"):
+                    place = (row.split, row.style)
+                    sets[place].append(row.each - before[row.split, row.style, kind])
+            figures[key, kind, where] = lead_of([np.stack(seeds) for seeds in sets.values()])
     shown = corrected(figures)
     head = ["method", "α"]
     head += [
@@ -320,9 +288,9 @@ def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
     level = ["base", "0"]
     for kind, where in columns:
         values = [
-            one.each.mean()
-            for one in base
-            if one.kind == kind and (one.style == own) == (where == "own")
+            row.each.mean()
+            for row in base
+            if row.kind == kind and (row.style == own) == (where == "own")
         ]
         level.append(f"{100 * float(np.mean(values)):.1f}")
     lines = [
@@ -333,14 +301,14 @@ def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
 
 
 def base_to_novel(rows: Sequence[Judged], own: str) -> str:
-    """Accuracies in the trained style of trained and of other classes, in %, and their harmonic
-    mean H, among themselves and among all labels; means over halves and seeds.
+    """Make a table of the accuracies in the trained style, of trained and of other classes in %,
+    and their harmonic mean H, among themselves and among all labels; means over halves and seeds.
     """
     accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for one in rows:
-        if one.style == own:
-            kinds = accuracies.setdefault((one.method, one.alpha), defaultdict(list))
-            kinds[one.kind].append(100 * float(one.each.mean()))
+    for row in rows:
+        if row.style == own:
+            kinds = accuracies.setdefault((row.method, row.alpha), defaultdict(list))
+            kinds[row.kind].append(100 * float(row.each.mean()))
     lines = []
     for (method, alpha), kinds in accuracies.items():
         line = [method, f"{alpha:g}"]
@@ -366,52 +334,53 @@ def others(
     """Train on one half of the classes and judge both, at every α; print it, write Markdown.
 
     Args:
-        set_name: what to learn from.
+        set_name: images to learn from.
         data_root: folder with drawings/ or pacs/.
-        out: folder of others.md, and of others.jsonl, whose finished runs are not made again.
+        out: folder of others.md, and of others.jsonl, whose finished runs are not repeated.
         seeds: each method learns once for each, on each half.
         steps: of a run.
-        only: rows to make; all if none is given.
-        threads: to compute with; one a core if none is given.
+        only: rows to make; by default all.
+        threads: to compute with; by default one a core.
     """
     check_seeds(seeds)
     limit_threads(threads)
-    of = collection(set_name, data_root)
+    images = collection(set_name, data_root)
     base = load_base(f"{LOCAL}{BASE}")
-    tests = opened(of, base)
+    tests = read_tests(images, base)
     system = System(base).eval()
-    own = next(iter(of.tests))
+    own = next(iter(images.tests))
     before = [
         Judged("base", "", split, 0, 0.0, style, kind, len(values), _packed(values))
-        for split in of.splits
-        for (kind, style), values in judge(system, of, split, tests).items()
+        for split in images.splits
+        for (kind, style), values in judge(system, images, split, tests).items()
     ]
     known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [Judged(*cell["run"], *row) for cell in map(json.loads, lines) for row in cell["rows"]]
-    given = {"steps": steps, "workers": 0, "threads": threads}
-    have = {(one.method, one.settings, one.split, one.seed) for one in rows}
+    fields = {"steps": steps, "workers": 0, "threads": threads}
+    kept = {(row.method, row.settings, row.split, row.seed) for row in rows}
     for seed in seeds:
-        for split in of.splits:
+        for split in images.splits:
             for name, method in known.items():
-                done = (name, repr(method), split, seed)
-                if done in have or (only and name not in only):
+                key = (name, repr(method), split, seed)
+                if key in kept or (only and name not in only):
                     continue
                 say(f"{name}, {split}, seed {seed}")
-                found = measured(of, name, method, split, seed, tests, given, out / "learned")
-                rows += found
-                cell = {"run": done, "rows": [astuple(one)[4:] for one in found]}
+                learned_in = out / "learned"
+                judged = measure(images, name, method, split, seed, tests, fields, learned_in)
+                rows += judged
+                cell = {"run": key, "rows": [astuple(row)[4:] for row in judged]}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell, separators=(",", ":")) + "\n")
     wanted = only or known
-    shown = [one for one in rows if one.method in wanted and one.seed in seeds]
+    shown = [row for row in rows if row.method in wanted and row.seed in seeds]
     parts = [
         "# What happens to the other classes",
-        f"`{command_line('rivals.others')}`, {datetime.date.today()}, {machine()}.\n"
-        f"The demo's base; {len(of.classes)} classes, of which one half is trained in its own style"
-        f" ({own}) and the other half is judged too, then the other way round; seeds"
+        f"{origin('rivals.others')}\n"
+        f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
+        f" style ({own}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
         " in %, the others what they lead it by, in points. Splits and styles count alike.",
         "± is the half of a 95 % interval over images and seeds. **Bold** survives"

@@ -1,5 +1,5 @@
-"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, choose by photos and
-sketches, judge on photos, art and cartoons.
+"""`python -m rivals.pacs`: a benchmark of PACS that trains on photos, chooses by photos and
+sketches, and judges on photos, art and cartoons.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import yaml
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 
-PICTURES = Path(
-    "images"
-)  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
+# A link to PACS: paths are relative, so that finished runs count wherever the data is.
+PICTURES = Path("images")
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
-CHOOSES = "sketch"  # of the shifted styles, the one with the most images: it tells most apart
-# Of every five photos of a class, the first is for the test, the second chooses, three are learned
-# from.
+CHOOSES = "sketch"  # the shifted style with the most images, so the smallest errors
+# The parts of every five photos of a class.
 PARTS = ("test", "validation", "train", "train", "train")
 
 
@@ -61,15 +59,15 @@ def pacs(root: Path, out: Path, /) -> None:
             if style != CHOOSES
         ),
     ]
-    own = {
-        "templates": "simple",
+    train = {
+        "data": "csv:train.csv",
+        "templates": "simple",  # as the suite
         "batch_size": 64,
         "epochs": 10,
         "crop_scale": 0.7,
         "flip": True,
         "workers": 0,
     }
-    train = {"data": "csv:train.csv", **own}  # with the prompts that the suite judges by
     documents = {
         "suite": {"name": "PACS", "templates": "simple", "sets": sets},
         "benchmark": {"suite": "suite.yaml", "train": train},
@@ -85,7 +83,7 @@ def pacs(root: Path, out: Path, /) -> None:
 
 
 def link(path: Path, to: Path) -> None:
-    """Make a link, in place of one that leads nowhere; or leave the one that is there."""
+    """Make a link unless it exists; replace a broken one."""
     if path.is_symlink() and path.resolve() == to:
         return
     try:

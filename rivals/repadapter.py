@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from rivals.blocks import blocks_of, drop_path, width_of
 from rivals.method import Method, paper
 from rivals.run import Run
-from rivals.system import System
-from rivals.tuned import Loss, Tuned
+from rivals.system import Loss, System, Tuned
 
 
 class LinearBottleneck(nn.Module):
-    """`h(x) = x + s·(U·(D·x + a) + b)`, with U in groups: each part of the output sees its own part
-    of the bottleneck.
-
-    Args:
-        width: of x.
-        hidden: of the bottleneck, a multiple of `groups`.
-        groups: parts of U.
-        scale: s.
-        dropout: probability of dropping a number of the bottleneck.
+    """`h(x) = x + s·(U·(D·x + a) + b)`, with U in groups: each part of the output sees one part of
+    the bottleneck.
     """
 
     def __init__(self, width: int, hidden: int, groups: int, scale: float, dropout: float) -> None:
@@ -44,35 +36,25 @@ class LinearBottleneck(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, L, d] to tokens [B, L, d]."""
+        """Transform tokens [B, L, d]."""
         change: Tensor = self.up(self.dropout(self.down(x)).transpose(1, 2)).transpose(1, 2)
         return x + self.scale * change
 
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The linear layer `W·h(x) + c` as one of x alone, for a weight [k, d] and a bias [k]."""
+        """Fold h into the linear layer that follows, of a weight [k, d] and a bias [k]."""
         change = F.conv1d(self.down.weight, self.up.weight, groups=self.up.groups)  # U·D, [d, d]
         constant = self.up(self.down.bias[:, None])[:, 0]  # U·a + b
         return weight + self.scale * (weight @ change), bias + self.scale * (weight @ constant)
 
 
 class Reparametrized(Tuned):
-    """A CLIP with a `LinearBottleneck` after each of the two norms of every block.
-
-    Args:
-        run: see `Tuned`.
-        loss: see `Tuned`.
-        towers: of `image` and `text`.
-        rate: of drop-path in the pretrained layers.
-        shape: the arguments of `LinearBottleneck` after the width.
-    """
+    """A CLIP with a `LinearBottleneck`, of arguments `shape`, after both norms of every block."""
 
     def __init__(
         self, run: Run, loss: Loss, towers: Sequence[str], rate: float, **shape: Any
     ) -> None:
         super().__init__(run, loss)
-        self.folds: list[
-            tuple[str, LinearBottleneck]
-        ] = []  # adapters, by where the layer that comes next is
+        self.folds: list[tuple[str, LinearBottleneck]] = []  # with the name of the next layer
         for tower in towers:
             prefix = (
                 "visual." if tower == "image" else "text." if hasattr(self.model, "text") else ""
@@ -90,7 +72,7 @@ class Reparametrized(Tuned):
 
     @torch.no_grad()
     def clip(self) -> dict[str, Tensor]:
-        """The weights with every adapter folded into the layer that comes next, which is exact."""
+        """Fold every adapter into the next layer, which is exact."""
         weights = dict(self.model.state_dict())
         for layer, adapter in self.folds:
             names = [f"{layer}weight", f"{layer}bias"]
@@ -102,16 +84,10 @@ class Reparametrized(Tuned):
 
 @dataclass(frozen=True)
 class RepAdapter(Method):
-    """RepAdapter by the settings of its code, but for MixUp and RandAugment.
+    """RepAdapter by the settings of its code, without MixUp and RandAugment.
 
-    Attributes:
-        loss: see `Tuned`.
-        towers: that have adapters.
-        hidden: width of the bottleneck.
-        groups: of its linear maps back.
-        scale: s; its code searches it from 0.1, 0.5, 1, 5 and 10 on validation data.
-        dropout: in the bottleneck (DO).
-        drop_path: in the pretrained layers (DP).
+    `scale` is s, which the code searches among 0.1, 0.5, 1, 5 and 10 on validation data; dropout
+    (DO) is in the bottleneck, drop-path (DP) in the pretrained layers.
     """
 
     settings: Mapping[str, Any] = paper(

@@ -1,4 +1,4 @@
-"""One run of a method: its recipe, and the base and the data that the recipe names."""
+"""A run of a method: its recipe, and the base and the data that the recipe names."""
 
 from __future__ import annotations
 
@@ -19,24 +19,22 @@ from radapter_serve.training.tasks import Data, open_data
 
 
 class Run:
-    """All that a method learns from.
+    """The base, the data and the recipe of a method.
 
     Args:
-        given: fields of `Recipe` that hold for every method: the base, the data, the seed, and
-            whatever else is not left to a method's own settings.
-        folder: where learned systems are kept, so that none is learned twice.
-        settings: fields of `Recipe` as the method's paper sets them; `given` has the last word.
+        fields: of `Recipe`, for every method: the base, the data, the seed, and what else is not
+            left to the methods' papers.
+        folder: keeps the learned systems.
+        settings: fields of `Recipe` by the method's paper; those for every method override them.
     """
 
     def __init__(
-        self, given: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None
+        self, fields: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None
     ) -> None:
-        self.given = dict(given)
+        self.fields = dict(fields)
         self.folder = folder
-        self.asked = {
-            **(settings or {}),
-            **given,
-        }  # a default of Recipe that changes is no other run
+        # Without defaults of Recipe, so that a new default changes no digest.
+        self.asked = {**(settings or {}), **fields}
         self.recipe = Recipe(**self.asked)
         self.recipe.check()
         if self.recipe.streaming or self.recipe.precision == "fp16":
@@ -45,20 +43,18 @@ class Run:
             )
 
     def of(self, settings: Mapping[str, Any]) -> Run:
-        """A run of the same data by another method's settings, its base fresh; a batch is all of
-        the data at most.
+        """Build a run of the same data by another method's settings, with a fresh base; a batch is
+        all of the data at most.
         """
         most = min(settings.get("batch_size", 0), self.size)
-        run = Run(self.given, self.folder, {**settings, "batch_size": most} if most else settings)
+        run = Run(self.fields, self.folder, {**settings, "batch_size": most} if most else settings)
         run.ground = self.ground
         run.size = self.size
         return run
 
     @cached_property
     def base(self) -> Base:
-        """The base, which belongs to the system that starts from it; what starts now draws by the
-        recipe's seed.
-        """
+        """The base, for one system, which changes it; loading it sets torch's seed."""
         base = load_base(self.recipe.architecture, self.recipe.pretrained)
         torch.manual_seed(self.recipe.seed)
         return base
@@ -70,28 +66,20 @@ class Run:
 
     @cached_property
     def size(self) -> int:
-        """The number of images, which no method's settings change."""
+        """The number of images, the same for all methods."""
         return len(self.data.rows)
 
     @cached_property
     def ground(self) -> str:
-        """A digest of the base's weights and of the names of the images, which no method's settings
-        change.
-        """
+        """A digest of the base's weights and the images' names, the same for all methods."""
         weights = self.base.model.state_dict()
         images = json.dumps([held_out_digest(self.data), self.size]).encode()
         return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
     def digest(self, *facts: object) -> str:
-        """Sixteen letters that differ where the facts, what is asked for, the base or the images
-        do.
-        """
-        without = (
-            "workers",
-            "threads",
-            "architecture",
-            "pretrained",
-        )  # the base's weights are in `ground`
+        """Compute sixteen letters from facts, the recipe's fields, the base and the images."""
+        # The weights of the base are in `ground`.
+        without = ("workers", "threads", "architecture", "pretrained")
         asked = {
             name: moved(str(value) if isinstance(value, Path) else value)
             for name, value in self.asked.items()
@@ -102,9 +90,7 @@ class Run:
 
 
 def moved(value: Any) -> Any:
-    """A setting, but of an absolute path what is there in place of the path: a file's digest, a
-    folder's name.
-    """
+    """Replace an absolute path in a setting by the file's digest or the folder's name."""
     reader, colon, place = str(value).rpartition(":")
     if not Path(place).is_absolute():
         return value

@@ -1,6 +1,4 @@
-"""`python -m rivals.save`: what a rival has learned, as a plain open_clip checkpoint, where it can
-be one.
-"""
+"""`python -m rivals.save`: save a rival that is a plain CLIP as an open_clip checkpoint."""
 
 from __future__ import annotations
 
@@ -27,20 +25,18 @@ def save(
     alpha: float | None = None,
     soup: int = 72,
 ) -> None:
-    """Learn a method, or take what was learned before, and write it as a folder that open_clip
-    loads.
+    """Write a method's model as a folder that open_clip loads; learn it if no table has.
 
     radapter-eval --merged evaluates it, and local-dir:FOLDER is a base for all other commands.
 
     Args:
-        name: of the method, as the table prints it.
+        name: of the method in the table.
         to: folder of the checkpoint.
-        flags: of rivals.table, whose systems are taken.
-        table: whose row it is: of Table 2 it learns from 16 images a class, of Table 3 from
-            captions.
+        flags: of rivals.table.
+        table: of the row; a row of Table 2 learns from 16 images a class, of Table 3 from captions.
         seed: of the draws of training.
-        rate: factor of the method's own learning rate; a table says which it chose.
-        alpha: where between start, 0, and end, 1; the method's own if none is given.
+        rate: factor of the method's own learning rate; the table names the chosen rate.
+        alpha: place between start, 0, and end, 1; by default the method's own.
         soup: models of the uniform soup.
     """
     check_alpha(0.0 if alpha is None else alpha)
@@ -55,9 +51,10 @@ def save(
     if name not in chosen.rows:
         raise RAdapterError(f"table {table} has no row {name!r}; allowed: {', '.join(chosen.rows)}")
     method = of_members(at_rate(chosen.rows[name], rate), soup)
-    source = Run({**benchmark.filled(chosen.given).given, "seed": seed}, flags.out / "learned")
-    own = 1.0 if method.alpha is None else method.alpha
-    weights = learned(method, source).at(own if alpha is None else alpha).clip()
+    source = Run({**benchmark.filled(chosen.fields).fields, "seed": seed}, flags.out / "learned")
+    if alpha is None:
+        alpha = 1.0 if method.alpha is None else method.alpha
+    weights = learned(method, source).at(alpha).clip()
     if weights is None:
         raise RAdapterError(
             f"{name} is no plain CLIP: it has parts that can't be folded, or a head in place of"

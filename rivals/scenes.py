@@ -1,4 +1,4 @@
-"""`python -m rivals.scenes`: the demo's scenes as two benchmarks, of retrieval and segmentation."""
+"""`python -m rivals.scenes`: benchmarks of retrieval and segmentation of the demo's scenes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ VALIDATION = "validation"
 def scenes(out: Path, /) -> None:
     """Compose the scenes, and write the files of both benchmarks.
 
-    Scenes in colour are for training; those of other drawings in colour choose, and those of a
-    third part of them, and of two other styles, judge.
+    Training, validation and test scenes are of different drawings in colour; two other styles are
+    for the test, too.
 
     Args:
         out: folder for the scenes, retrieval.yaml and segmentation.yaml.

@@ -1,9 +1,8 @@
-"""`python -m rivals.shots`: what methods gain from a few images."""
+"""`python -m rivals.shots`: methods on a few images."""
 
 from __future__ import annotations
 
 import csv
-import datetime
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
@@ -29,8 +27,8 @@ from radapter_serve.errors import RAdapterError
 from rivals.cells import Cells, Judged
 from rivals.coop import CoOp
 from rivals.flags import Flags, check_seeds
-from rivals.layout import corrected, lead_of, markdown
-from rivals.make import command_line, machine, publish, say
+from rivals.layout import Images, corrected, lead_over, markdown
+from rivals.make import origin, publish, say
 from rivals.maple import MaPLe
 from rivals.mask_fill import MaskFill
 from rivals.method import Method, with_rate
@@ -42,12 +40,13 @@ from rivals.system import Cost, Learned, System
 from rivals.tables import figures, images_of
 
 ZERO_SHOT = "zero-shot"
-PER_IMAGE = list[NDArray[np.float64]]  # what each image adds to a figure, of each set
+# Fields that a benchmark may set for all methods.
+SHARED = ("epochs", "steps", "batch_size", "crop_scale", "flip")
 
 
 class ByExample(System):
-    """A CLIP whose classes are the mean of the text and of the images that show them, both of unit
-    length, as `classify` mixes labels with examples.
+    """A CLIP whose class embeddings are means of text and training images, both of unit length, as
+    `classify` mixes labels with examples.
     """
 
     def __init__(self, run: Run) -> None:
@@ -65,7 +64,7 @@ class ByExample(System):
         self.shown: Tensor
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The embeddings of the training's classes, in their order."""
+        """Embed the classes of the training data, in their order."""
         texts = super().embed_classes(classes, templates)
         return F.normalize(texts + self.shown.to(texts), dim=-1)
 
@@ -81,10 +80,9 @@ class LabelsByExample(Method):
 
 
 def methods() -> dict[str, Method]:
-    """The rows, each at a rate that was fixed before: the recipe's own, the papers' for a few
-    images, and what validation chose for the main table of the drawings.
+    """List the rows at fixed rates: the recipe's, the papers' for a few images, or those that
+    validation chose for the main table of the drawings.
     """
-
     few: dict[str, Any] = {"val_fraction": 0.0}
     return {
         ZERO_SHOT: METHODS["zero-shot"],
@@ -106,34 +104,21 @@ def methods() -> dict[str, Method]:
 
 @dataclass(frozen=True)
 class Result:
-    """The accuracies in % of a method by a number of shots, of each seed by the heads of columns,
-    and what each image adds to them.
-    """
+    """By seed, the accuracies of a method in % by column, and each image's part of them."""
 
     values: Sequence[Mapping[str, float]]
-    images: Sequence[Mapping[str, PER_IMAGE]]
+    images: Sequence[Mapping[str, Images]]
 
-    @classmethod
-    def of(cls, seeds: Sequence[Sequence[Judged]]) -> Result:
-        """The result of the judged sets of each seed."""
-        return cls([figures(rows) for rows in seeds], [images_of(rows) for rows in seeds])
-
-    def lead(self, other: Result, head: str) -> tuple[float, float, float]:
-        """The lead over another result in a column, as `lead_of` has it."""
-        pairs = list(zip(self.images, other.images, strict=True))
-        return lead_of(
-            [
-                np.stack([own[head][place] - base[head][place] for own, base in pairs])
-                for place in range(len(pairs[0][0][head]))
-            ]
-        )
+    def mean(self, head: str) -> float:
+        """Average a column over the seeds."""
+        return mean(row[head] for row in self.values)
 
 
 def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Path) -> str:
-    """Draw a table of so many images from a table, both as `data` takes them.
+    """Draw a number of images from a table, both tables as `data` takes them.
 
-    Classes have as many images each as can be, or sizes that fall evenly, class by class, to a
-    tenth of the first one's; the seed draws which class is large, among those that have enough.
+    Classes have equal sizes, or sizes that fall evenly, class by class, to a tenth of the first.
+    The seed draws which of the classes that have enough images is large.
     """
     reader, _, place = data.partition(":")
     if reader != "csv":
@@ -144,8 +129,8 @@ def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Pat
             by_class.setdefault(row["label"], []).append(Path(place).parent / row["image"])
     shares = np.geomspace(1, 0.1, len(by_class)) if unequal else np.ones(len(by_class))
     sizes = np.diff(np.rint(np.cumsum(shares) / shares.sum() * images), prepend=0).astype(int)
-    largest_first = sorted((len(paths) for paths in by_class.values()), reverse=True)
-    for size, most in zip(sorted(sizes, reverse=True), largest_first, strict=True):
+    available = sorted((len(paths) for paths in by_class.values()), reverse=True)
+    for size, most in zip(sorted(sizes, reverse=True), available, strict=True):
         if size > most:
             raise RAdapterError(f"{images} images need {size} of a class; it has {most}")
 
@@ -174,34 +159,36 @@ def shots(
 
     Args:
         flags: of all methods.
-        shots: images of each class, drawn by the seed; more of them hold the fewer.
+        shots: images of each class, drawn by the seed; larger numbers contain the smaller ones.
         images: images in all, in place of shots.
-        unequal: of --images, the largest class has ten times as many as the smallest.
+        unequal: with --images, the largest class has ten times as many as the smallest.
         seeds: each method learns once for each.
-        only: rows to make; all if none is given.
+        only: rows to make; by default all.
     """
     check_seeds(seeds)
     if unequal and not images:
         raise RAdapterError("--unequal divides a number of images; give it by --images")
     benchmark = flags.benchmark()
-    known = {name: of for name, of in methods().items() if not only or name in (*only, ZERO_SHOT)}
+    known = {
+        name: method for name, method in methods().items() if not only or name in (*only, ZERO_SHOT)
+    }
     numbers = images or shots
     unit = "images" if images else "a class"
     kind = "unequal" if unequal else "equal"
 
-    # Each method from each number of images; without training the images change nothing.
+    # Judge each method from each number of images; zero-shot, which has no images, once.
     judged: dict[tuple[str, int], list[list[Judged]]] = {}
     for number, seed in product(numbers, seeds):
-        given = {**benchmark.given, "batch_size": 2}
+        fields = {**benchmark.fields, "batch_size": 2}
         if images:
             folder = flags.out / "drawn" / f"{number}-{kind}-{seed}"
-            data = str(given["data"])
-            given["data"] = drawn_table(data, number, unequal=unequal, seed=seed, folder=folder)
+            data = str(fields["data"])
+            fields["data"] = drawn_table(data, number, unequal=unequal, seed=seed, folder=folder)
         else:
-            given["shots"] = number
-        size = Run({**given, "seed": seed}, flags.out).size
-        given["batch_size"] = min(benchmark.given.get("batch_size", size), size)
-        cells = Cells(replace(benchmark, given=given), flags.out, "shots", flags.limit, say)
+            fields["shots"] = number
+        size = Run({**fields, "seed": seed}, flags.out).size
+        fields["batch_size"] = min(benchmark.fields.get("batch_size", size), size)
+        cells = Cells(replace(benchmark, fields=fields), flags.out, "shots", flags.limit, say)
         for name, method in known.items():
             if name == ZERO_SHOT and (number, seed) != (numbers[0], seeds[0]):
                 rows = judged[name, numbers[0]][0]
@@ -209,14 +196,19 @@ def shots(
                 alphas = [1.0 if method.alpha is None else method.alpha]
                 rows = cells.cell(f"{name}, {number} {unit}", method, seed, alphas).rows
             judged.setdefault((name, number), []).append(rows)
-    results = {place: Result.of(rows) for place, rows in judged.items()}
+    results = {
+        place: Result([figures(rows) for rows in seeds_of], [images_of(rows) for rows in seeds_of])
+        for place, seeds_of in judged.items()
+    }
 
-    # Two tables: the style that was learned, and the mean of the others.
+    # Make two tables: of the trained style, and of the mean of the others.
     heads = list(results[ZERO_SHOT, numbers[0]].values[0])[:2]
     places = [(head, name, number) for head, name, number in product(heads, known, numbers)]
     leads = corrected(
         {
-            (head, name, number): results[name, number].lead(results[ZERO_SHOT, number], head)
+            (head, name, number): lead_over(
+                results[name, number].images, results[ZERO_SHOT, number].images, head
+            )
             for head, name, number in places
             if name != ZERO_SHOT
         }
@@ -227,18 +219,18 @@ def shots(
         for name in known:
             line = [name]
             for number in numbers:
-                middle = mean(of[head] for of in results[name, number].values)
+                middle = results[name, number].mean(head)
                 lead = leads.get((head, name, number))
                 line.append(f"{middle:.1f}" if lead is None else f"{middle:.1f} ({lead})")
             lines.append(line)
         tables.append(markdown([head, *(f"{number} {unit}" for number in numbers)], lines))
 
-    # A line a method over the shots.
+    # Draw a line a method over the numbers.
     picture = flags.out / "shots.png"
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):
         for name in known:
-            middles = [mean(of[head] for of in results[name, number].values) for number in numbers]
+            middles = [results[name, number].mean(head) for number in numbers]
             style = {"color": "grey", "linestyle": "--"} if name == ZERO_SHOT else {"marker": "o"}
             width = 2.5 if "small" in name else 1.2
             panel.plot(numbers, middles, label=name, linewidth=width, **style)
@@ -254,11 +246,11 @@ def shots(
     figure.savefig(picture)
     say(f"wrote {picture}")
 
-    shown = {key: value for key, value in benchmark.given.items() if key in LIKE}
+    shown = {key: value for key, value in benchmark.fields.items() if key in SHARED}
     publish(
         [
             "# A few images" if images else "# A few images of each class",
-            f"`{command_line('rivals.shots')}`, {datetime.date.today()}, {machine()}.\n"
+            f"{origin('rivals.shots')}\n"
             f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}; all methods learn"
             f" with {', '.join(f'{key} {value}' for key, value in shown.items())}. Accuracies in"
             " %, the mean of the seeds, and in brackets the lead over zero-shot with its 95 %"
@@ -268,9 +260,6 @@ def shots(
         ],
         flags.out / "shots.md",
     )
-
-
-LIKE = ("epochs", "steps", "batch_size", "crop_scale", "flip")  # what a benchmark may give to all
 
 
 def main(argv: Sequence[str] | None = None) -> int:

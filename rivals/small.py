@@ -1,9 +1,8 @@
-"""`python -m rivals.small`: what the recipe `small` gains by its parts, on a few hundred images."""
+"""`python -m rivals.small`: the parts of the recipe `small`, on a few hundred images."""
 
 from __future__ import annotations
 
 import csv
-import datetime
 import itertools
 import json
 import random
@@ -27,7 +26,7 @@ from radapter_serve.evaluation.rows import own_metric
 from radapter_serve.files import staged
 from rivals.flags import check_seeds
 from rivals.layout import markdown, paired_leads, spread
-from rivals.make import command_line, machine, publish, say
+from rivals.make import origin, publish, say
 
 PAPER: dict[str, Any] = {
     "rank": 4,
@@ -56,15 +55,10 @@ CLASSES = 40  # of the drawings
 
 @dataclass(frozen=True)
 class Set:
-    """Images to learn from and to judge by, below the folder of all data.
+    """Training images by class, of which a run draws `shots` each, and a suite of test sets.
 
-    Attributes:
-        images: the training images, by class.
-        shots: images of a class that a run has, held-out ones included.
-        fields: of the recipe.
-        suite: file of the test sets.
-        root: folder that its paths start from.
-        style: the shifted style of the suite that may choose, and is no test.
+    `root` is the folder of the suite's paths, and `style` the shifted set of the suite that may
+    choose and is no test.
     """
 
     images: dict[str, list[Path]]
@@ -75,7 +69,7 @@ class Set:
     style: str
 
     def draw(self, seed: int, folder: Path) -> str:
-        """A table of the images that a run has, as `data` takes it."""
+        """Draw a table of the images of a run, as `data` takes it."""
         chance = random.Random(seed)
         drawn = {
             label: chance.sample(images, min(self.shots, len(images)))
@@ -85,23 +79,17 @@ class Set:
 
 
 def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
-    """A table of images by class, in a file of the folder, as `data` takes it."""
+    """Write images by class as a table in a folder; return it as `data` takes it."""
     path = folder / "images.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "label"])
-        table.writerows([image, label] for label, own in images.items() for image in own)
+        table.writerows([image, label] for label, paths in images.items() for image in paths)
     return f"csv:{path}"
 
 
 def set_of(name: str, root: Path, folder: Path) -> Set:
-    """The set of a name.
-
-    Args:
-        name: drawings or pacs.
-        root: folder of all data.
-        folder: empty, for the drawings with few classes.
-    """
+    """Open the set drawings or pacs; the drawings of a few classes are linked in `folder`."""
     images: dict[str, list[Path]] = {}
     if name == "pacs":
         pacs = root / "pacs"
@@ -125,7 +113,7 @@ def set_of(name: str, root: Path, folder: Path) -> Set:
 
 
 def few_classes(drawings: Path, copy: Path) -> None:
-    """Link the drawings of the classes that have the most of them to learn from."""
+    """Link the drawings of the classes with the most training images."""
     sizes = {place.name: len(list(place.iterdir())) for place in (drawings / "train").iterdir()}
     kept = sorted(sizes, key=lambda name: (-sizes[name], name))[:CLASSES]
     lines = (drawings / "classes.txt").read_text(encoding="utf-8").splitlines()
@@ -133,28 +121,24 @@ def few_classes(drawings: Path, copy: Path) -> None:
     copy.mkdir(parents=True)
     (copy / "classes.txt").write_text("\n".join(of_kept), encoding="utf-8")
     shutil.copy(drawings / "templates.txt", copy)
-    for place in [
-        *(drawings / one for one in ("train", "val", "test")),
-        *drawings.glob("shifts/*"),
-    ]:
-        own = copy / place.relative_to(drawings)
-        own.mkdir(parents=True)
+    parts = [drawings / name for name in ("train", "val", "test")]
+    for part in [*parts, *drawings.glob("shifts/*")]:
+        folder = copy / part.relative_to(drawings)
+        folder.mkdir(parents=True)
         for name in kept:
-            if (place / name).exists():
-                (own / name).symlink_to(place / name, target_is_directory=True)
+            if (part / name).exists():
+                (folder / name).symlink_to(part / name, target_is_directory=True)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one run gave, accuracies in %.
+class Outcome:
+    """The accuracies of a run in %.
 
     Attributes:
-        candidate, seed: of the run.
-        rate: by which it learned.
-        alpha: with the highest accuracy on its held-out images.
-        held_out, style: what may choose: the held-out images, and the style for validation.
-        own, shifts: what is tested: the set in distribution, and the mean of the other styles.
-        seconds: of training, the search for the rate included.
+        alpha: with the highest accuracy on the held-out images.
+        held_out, style: of the images that may choose, held out or of the style for validation.
+        own, shifts: of the tests, in distribution and the mean of the other styles.
+        seconds: of training, with the search for the rate.
     """
 
     candidate: str
@@ -169,37 +153,37 @@ class Found:
 
     @property
     def validation(self) -> float:
-        """The mean of what may choose."""
+        """The mean over the sets that may choose."""
         return (self.held_out + self.style) / 2
 
 
-def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Found:
-    """Train by the recipe, choose α by its held-out images, and test."""
+def measure(data: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Outcome:
+    """Train by the recipe, choose α by the held-out images, and test."""
     began = time.monotonic()
     run = train(
         "small",
         architecture=f"local-dir:{BASE}",
         pretrained=None,
-        data=of.draw(seed, folder),
+        data=data.draw(seed, folder),
         workers=0,
         threads=threads,
         tracker="none",
         save_every=None,
         seed=seed,
         out=folder / "run",
-        **of.fields,
+        **data.fields,
         **CANDIDATES[candidate],
     )
     seconds = time.monotonic() - began
     choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
     assert choice is not None
 
-    # The test sets, and the style for validation among them.
-    suite = yaml.safe_load(of.suite.read_text(encoding="utf-8"))
+    # Test on all sets but the validation set in distribution.
+    suite = yaml.safe_load(data.suite.read_text(encoding="utf-8"))
     suite["sets"] = [
         {key: value for key, value in entry.items() if key != "split"}
         for entry in suite["sets"]
-        if entry["name"] == of.style or entry.get("split") != "validation"
+        if entry["name"] == data.style or entry.get("split") != "validation"
     ]
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(suite), encoding="utf-8")
@@ -207,22 +191,21 @@ def measured(of: Set, candidate: str, seed: int, threads: int | None, folder: Pa
         run,
         [choice.best],
         suite=path,
-        data_root=of.root,
+        data_root=data.root,
         limit=LIMIT,
         out=folder / "tested",
         threads=threads,
     ).rows
     figures = {row.dataset: own_metric(row) for row in rows}
-    shifted = [row.dataset for row in rows if row.shift == "ood" and row.dataset != of.style]
-    return Found(
+    scores = {point["alpha"]: point["score"] for point in choice.curve}
+    shifted = [row.dataset for row in rows if row.shift == "ood" and row.dataset != data.style]
+    return Outcome(
         candidate,
         seed,
         rate=run.recipe.peak_rate,
         alpha=choice.best,
-        held_out=next(
-            100 * point["score"] for point in choice.curve if point["alpha"] == choice.best
-        ),
-        style=figures[of.style],
+        held_out=100 * scores[choice.best],
+        style=figures[data.style],
         own=next(figures[row.dataset] for row in rows if row.shift == "id"),
         shifts=mean(figures[name] for name in shifted),
         seconds=seconds,
@@ -235,19 +218,19 @@ HEAD = [
 ]
 
 
-def row_of(candidate: str, found: Sequence[Found], first: Sequence[Found]) -> list[str]:
-    """A candidate in the table, beside the first one."""
-    figures = [[(one.validation, one.own, one.shifts) for one in of] for of in (found, first)]
+def row_of(candidate: str, runs: Sequence[Outcome], first: Sequence[Outcome]) -> list[str]:
+    """Format the row of a candidate, with its leads over the first one."""
+    figures = [[(run.validation, run.own, run.shifts) for run in row] for row in (runs, first)]
     return [
         candidate,
-        ", ".join(f"{one.rate:.2g}" for one in found),
-        ", ".join(f"{one.alpha:g}" for one in found),
+        ", ".join(f"{run.rate:.2g}" for run in runs),
+        ", ".join(f"{run.alpha:g}" for run in runs),
         *(
-            spread([getattr(one, name) for one in found])
+            spread([getattr(run, name) for run in runs])
             for name in ("held_out", "style", "own", "shifts")
         ),
-        *(paired_leads(*figures) if found is not first else [""] * 3),
-        f"{median(one.seconds for one in found):.0f}",
+        *(paired_leads(*figures) if runs is not first else [""] * 3),
+        f"{median(run.seconds for run in runs):.0f}",
     ]
 
 
@@ -258,47 +241,47 @@ def small(
     seeds: tuple[int, ...] = (0, 1, 2),
     threads: int | None = None,
 ) -> None:
-    """Train by the recipe `small` with and without its parts, let each run's held-out images choose
-    the learning rate and α, and judge all on test sets; print it, write Markdown.
+    """Train by the recipe `small` with and without its parts, test, print it and write Markdown.
+
+    Each run's held-out images choose the learning rate and α.
 
     Args:
-        set_name: what to learn from.
+        set_name: images to learn from.
         data_root: folder with drawings/ and pacs/.
-        out: folder of small.md, and of the finished runs, which are not made again.
+        out: folder of small.md, and of the finished runs, which are not repeated.
         seeds: each candidate learns once for each.
-        threads: to compute with; one a core if none is given.
+        threads: to compute with; by default one a core.
     """
     check_seeds(seeds)
+    path = out / "small.json"  # the folder's *.jsonl are cells of tables
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = {(run["candidate"], run["seed"]): Outcome(**run) for run in kept}
     with tempfile.TemporaryDirectory() as folder:
-        of = set_of(set_name, data_root.resolve(), Path(folder))
-        # Runs that the file has are not made again.
-        path = out / "small.json"  # the folder's *.jsonl are cells of tables
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        done = {(run["candidate"], run["seed"]): Found(**run) for run in kept}
+        data = set_of(set_name, data_root.resolve(), Path(folder))
         for seed, candidate in itertools.product(seeds, CANDIDATES):
             if (candidate, seed) in done:
                 continue
             say(f"{candidate}, seed {seed}")
             with tempfile.TemporaryDirectory() as place:
-                done[candidate, seed] = measured(of, candidate, seed, threads, Path(place))
+                done[candidate, seed] = measure(data, candidate, seed, threads, Path(place))
             with staged(path) as temporary:
-                runs = [vars(found) for found in done.values()]
-                temporary.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    found = {candidate: [done[candidate, seed] for seed in seeds] for candidate in CANDIDATES}
-    first = next(iter(found.values()))
+                text = json.dumps([vars(run) for run in done.values()], indent=1)
+                temporary.write_text(text, encoding="utf-8")
+    rows = {candidate: [done[candidate, seed] for seed in seeds] for candidate in CANDIDATES}
+    first = next(iter(rows.values()))
     parts = [
         "# The recipe small, by its parts",
-        f"`{command_line('rivals.small')}`, {datetime.date.today()}, {machine()}.\n"
-        f"At most {of.shots} images of each of {len(of.images)} classes, a fifth of them held out;"
-        f" the demo's base, rank 4, but for the row small, which has the recipe's own fields."
-        f" Accuracy in %, mean ± standard deviation over the seeds, on"
+        f"{origin('rivals.small')}\n"
+        f"At most {data.shots} images of each of {len(data.images)} classes, a fifth of them held"
+        " out; the demo's base, rank 4, but for the row small, which has the recipe's own fields."
+        " Accuracy in %, mean ± standard deviation over the seeds, on"
         f" at most {LIMIT} images of a test set.\n"
-        f"The held-out images choose the rate of auto, and α. They and {of.style.partition(',')[0]}"
-        " choose between the rows, and are no test. A lead is over the first row, paired over the"
-        " seeds, ± its 95 % interval. preserve is 10, with drop 0; all classes is negative_classes"
-        " 1000.",
-        markdown(HEAD, [row_of(candidate, runs, first) for candidate, runs in found.items()]),
+        f"The held-out images choose the rate of auto, and α. They and"
+        f" {data.style.partition(',')[0]} choose between the rows, and are no test. A lead is over"
+        " the first row, paired over the seeds, ± its 95 % interval. preserve is 10, with drop 0;"
+        " all classes is negative_classes 1000.",
+        markdown(HEAD, [row_of(candidate, runs, first) for candidate, runs in rows.items()]),
     ]
     publish(parts, out / "small.md")
 

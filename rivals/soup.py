@@ -1,5 +1,4 @@
-"""Uniform soup: the mean of the weights of many models that were fine-tuned by different
-hyper-parameters.
+"""Uniform soup: the mean of the weights of many models, fine-tuned by different hyper-parameters.
 
 Wortsman et al., Model soups: averaging weights of multiple fine-tuned models improves accuracy
 without increasing inference time, ICML 2022. Their code's list of 72 models starts with the linear
@@ -20,21 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radapter_serve.errors import RAdapterError
-from rivals.full import Classifier, FullFineTuning
+from rivals.full import Classifier, FullFineTuning, ProbeThenFineTuning
 from rivals.method import Method, learned, paper
-from rivals.probe import ProbeThenFineTuning
 from rivals.run import Run
 from rivals.system import Batch, Cost, Learned, System
 
 
 class Mixed(Classifier):
-    """A classifier of mixed images and smoothed labels.
-
-    Args:
-        run: as of `Classifier`.
-        smoothing: of the labels, in [0, 1).
-        mixup: both parameters of the Beta distribution that says how much of each image is another
-            one; 0 mixes none.
+    """A classifier of mixed images and smoothed labels; `mixup` is both parameters of the Beta
+    distribution of the share of an image, 0 mixes none.
     """
 
     def __init__(self, run: Run, smoothing: float, mixup: float) -> None:
@@ -55,7 +48,7 @@ class Mixed(Classifier):
 
 @dataclass(frozen=True)
 class Ingredient(ProbeThenFineTuning):
-    """One model of the soup; the fields are those of `Mixed`."""
+    """A fine-tuned model of the soup, with the fields of `Mixed`."""
 
     smoothing: float = 0.0
     mixup: float = 0.0
@@ -68,11 +61,7 @@ class Ingredient(ProbeThenFineTuning):
 
 @dataclass(frozen=True)
 class UniformSoup(FullFineTuning):
-    """The mean of the probe and of `members - 1` models fine-tuned from it.
-
-    Attributes:
-        members: 2 or more.
-    """
+    """The mean of the probe and of `members - 1` models fine-tuned from it, 2 or more in all."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",
@@ -85,7 +74,7 @@ class UniformSoup(FullFineTuning):
     members: int = 72
 
     def recipes(self) -> list[Method]:
-        """The probe and its fine-tuned models; the first of more members are those of fewer."""
+        """List the probe and its fine-tuned models; a smaller soup has the first of them."""
         if self.members < 2:
             raise RAdapterError(f"a soup has {self.members} members; allowed: 2 or more")
         drawn = (self._ingredient(random.Random(number)) for number in range(1, self.members))
@@ -120,7 +109,7 @@ class UniformSoup(FullFineTuning):
 
 
 def of_members(method: Method, members: int) -> Method:
-    """A soup of so many models; any other method as it is."""
+    """Set the size of a soup; leave any other method as it is."""
     return (
         dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method
     )

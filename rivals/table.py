@@ -1,4 +1,4 @@
-"""`python -m rivals.table`: a table of the paper on a benchmark of one's own."""
+"""`python -m rivals.table`: a table of the paper on any benchmark."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def table(
         number: which table; all has every system.
         flags: of all methods.
         seeds: each method learns once for each.
-        validation_seeds: the seeds by whose mean validation chooses, some of --seeds; all if none
-            is given.
-        only: rows to make, by the names that the table prints; all if none is given.
+        validation_seeds: those of --seeds by whose mean validation chooses; by default all.
+        only: rows to make, by their names in the table; by default all.
         alpha: paper takes each method's own; validation chooses it for each method on the
             validation sets, from 0.25, 0.5, 0.75 and 1.
         rates: factors of each method's own learning rate, of which the validation sets choose one
-            for each method; the grid grows until the best is inside. One factor is taken as it is.
+            for each method; the grid grows until the best is inside. A single factor is applied
+            without a choice.
         soup: models of the uniform soup.
     """
     check_seeds(seeds)
@@ -54,7 +54,7 @@ def table(
     choices = Choices(
         seeds, validation_seeds, only, alpha == "validation", rates, soup, flags.limit
     )
-    print(make_table(number, benchmark, flags.out, choices))
+    make_table(number, benchmark, flags.out, choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

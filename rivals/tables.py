@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from radapter_serve.evaluation.rows import by_shift, metric_name, own_metric
 from rivals.adaptformer import AdaptFormer
 from rivals.cells import Judged
 from rivals.clipood import CLIPood
 from rivals.coop import CoOp
+from rivals.layout import Images
 from rivals.lora import LoRA
 from rivals.maple import MaPLe
 from rivals.mask_fill import MaskFill
@@ -30,30 +28,23 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        title: what it shows.
-        rows: methods by the names that the paper prints.
-        given: fields of a recipe that it is made with, where the benchmark has none.
-        curves: whether every α of the methods that have one is shown, as in Fig. 3.
-        others: of a row, the same method with other settings, among which validation chooses where
-            it chooses the rate.
-        starts: of a row, the factor of its paper's rate at which the grid of rates starts.
+        rows: methods by their names in the paper.
+        fields: of a recipe, for what the benchmark leaves open.
+        curves: show every α, as in Fig. 3.
+        others: by row, the method with other settings, for the choice together with the rate.
+        starts: by row, the first factor of its paper's rate in the grid of rates.
     """
 
     title: str
     rows: Mapping[str, Method]
-    given: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     curves: bool = False
     others: Mapping[str, Sequence[Method]] = field(default_factory=dict)
     starts: Mapping[str, float] = field(default_factory=dict)
 
 
-def few_shot(rank: int | None) -> Method:
-    """R-Adapter as it learns from 16 images a class."""
-    return r_adapter("few-shot", rank=rank)
-
-
 def by_task(recipe: str, alpha: float) -> dict[str, Method]:
-    """R-Adapter on a task that is not classification, and with one of its parts changed."""
+    """List R-Adapter for retrieval or segmentation, as it is and with one part changed."""
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
         "R-Adapter, no dropping": {"drop": 0.0},
@@ -67,10 +58,10 @@ def by_task(recipe: str, alpha: float) -> dict[str, Method]:
 
 
 def ablations() -> dict[str, Method]:
-    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are
-    ours.
+    """List the rows of Table 5, by the parts of the method that they have.
 
-    B1 and B2 have their own papers' optimizers and rates; the paper does not say which it took.
+    The paper does not say its dropout and drop-path, here 0.2, nor the optimizers and rates of B1
+    and B2, here those of their papers.
     """
     plain: dict[str, Any] = {
         "drop": 0.0,
@@ -107,8 +98,8 @@ def ablations() -> dict[str, Method]:
 
 
 def hyper_parameters() -> dict[str, Method]:
-    """R-Adapter with one choice changed; itself of full rank in both towers, δ = 0.05, p = 0.2, m
-    by the length.
+    """List R-Adapter with one choice changed; it has full rank in both towers, δ = 0.05, p = 0.2,
+    and m by the length.
     """
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
@@ -126,10 +117,10 @@ def hyper_parameters() -> dict[str, Method]:
 
 
 def causes() -> dict[str, Method]:
-    """Rivals with one setting changed that may keep them down on the project's own base.
+    """List rivals with a setting changed that may not fit the demo's base.
 
-    It has never read a full stop. Its features are longer than those of OpenAI's CLIP, so that a
-    squared distance between them weighs more.
+    The base was trained without full stops. Its features are longer than those of OpenAI's CLIP, so
+    that a squared distance between them weighs more.
     """
     return {
         "CoOp, no full stop": CoOp(words="{}"),
@@ -138,13 +129,13 @@ def causes() -> dict[str, Method]:
     }
 
 
-def main_rows() -> Table:
-    """The methods that lead, everything that is theirs to choose chosen by validation.
+def main_table() -> Table:
+    """Build the table of the leading methods, with all choices by validation.
 
     The grids of the rivals start above their papers' rates, which are for runs of some 25,000
     steps.
     """
-    own: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
+    preserve: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
     return Table(
         "The leading methods: rate, settings and α chosen by validation",
         {
@@ -157,11 +148,11 @@ def main_rows() -> Table:
             "Mask-Fill": METHODS["mask-fill"],
             "R-Adapter": METHODS["r-adapter"],
             "R-Adapter, no dropping": r_adapter("imagenet", drop=0.0),
-            "R-Adapter, preserve": r_adapter("imagenet", **own),
+            "R-Adapter, preserve": r_adapter("imagenet", **preserve),
             "R-Adapter, preserve, all classes": r_adapter(
                 "imagenet",
                 negative_classes=1000,  # as many as any benchmark has
-                **own,
+                **preserve,
             ),
         },
         others={"Mask-Fill": [MaskFill(weight=0.75)]},
@@ -177,7 +168,7 @@ def main_rows() -> Table:
 
 
 TABLES = {
-    "main": main_rows(),
+    "main": main_table(),
     "1": Table(
         "Table 1: fine-tuned on all images, and judged on shifts too",
         {
@@ -200,8 +191,8 @@ TABLES = {
             "CoCoOp": METHODS["cocoop"],
             "RepAdapter-T": METHODS["repadapter-t"],
             "CLIPood": METHODS["clipood"],
-            **{f"R-Adapter, rank {rank}": few_shot(rank) for rank in (1, 4, 8)},
-            "R-Adapter, full rank": few_shot(None),
+            **{f"R-Adapter, rank {rank}": r_adapter("few-shot", rank=rank) for rank in (1, 4, 8)},
+            "R-Adapter, full rank": r_adapter("few-shot", rank=None),
         },
         {"shots": 16},
     ),
@@ -246,9 +237,8 @@ TABLES = {
                 for name, method in METHODS.items()
                 if name not in ("lp", "mask-adapted", "r-adapter")
             },
-            "clipood": CLIPood(
-                beta=0.5
-            ),  # its paper's for shifts of domain; Table 2 has that for 16 images a class
+            # By its paper for shifts of domain; Table 2 has the β for 16 images a class.
+            "clipood": CLIPood(beta=0.5),
             **{f"r-adapter, rank {rank}": r_adapter("imagenet", rank=rank) for rank in (1, 4, 8)},
             "r-adapter": METHODS["r-adapter"],
         },
@@ -256,37 +246,36 @@ TABLES = {
 }
 
 
-def images_of(rows: Sequence[Judged]) -> dict[str, list[NDArray[np.float64]]]:
-    """What each image adds to the figures of a table's row, by the heads of their columns and, of a
-    mean, of each set; without the columns of which that was not kept.
+def images_of(rows: Sequence[Judged]) -> dict[str, Images]:
+    """Collect each image's part of the figures, by column, from a row of each set at one α.
 
-    Args:
-        rows: of each set at one α.
+    Columns whose cells have not kept it are missing; a mean has the images of each set.
     """
     kept = {row.dataset: row.per_image for row in rows}
-    found = {name: [of] for name, of in kept.items() if of is not None}
+    images = {name: [values] for name, values in kept.items() if values is not None}
     _, shifted = by_shift({row.dataset: row for row in rows})
-    if len(shifted) > 1 and all(name in found for name in shifted):
-        found[f"mean of {len(shifted)} shifts"] = [found[name][0] for name in shifted]
-    return found
+    if len(shifted) > 1 and all(name in images for name in shifted):
+        images[f"mean of {len(shifted)} shifts"] = [images[name][0] for name in shifted]
+    return images
 
 
 def figures(rows: Sequence[Judged]) -> dict[str, float]:
-    """The figures of a table's row, in per cent by the heads of their columns.
+    """Compute the figures of a table's row in %, by column, from a row of each set at one α.
 
-    Args:
-        rows: of each set at one α. Sets in distribution stand first; then the mean over the shifted
-            ones, where there are several, and each of these. Of retrieval all recalls are shown.
+    Sets in distribution come first, then the mean of several shifted sets, and each of these.
+    Retrieval has all recalls.
     """
     values: dict[str, float] = {}
-    of = {row.dataset: row for row in rows}
-    ids, shifted = by_shift(of)
+    by_name = {row.dataset: row for row in rows}
+    ids, shifted = by_shift(by_name)
     for name in (*ids, *shifted):
-        row = of[name]
-        if name == (shifted or [""])[0] and len(shifted) > 1 and row.task != "zeroshot_retrieval":
-            values[f"mean of {len(shifted)} shifts"] = mean(own_metric(of[one]) for one in shifted)
-        shown = row.metrics if row.task == "zeroshot_retrieval" else [row.metric]
-        for metric in shown:
-            head = name if len(shown) == 1 else f"{name}, {metric_name(metric)}"
+        row = by_name[name]
+        retrieval = row.task == "zeroshot_retrieval"
+        if name == (shifted or [""])[0] and len(shifted) > 1 and not retrieval:
+            head = f"mean of {len(shifted)} shifts"
+            values[head] = mean(own_metric(by_name[other]) for other in shifted)
+        metrics = row.metrics if retrieval else [row.metric]
+        for metric in metrics:
+            head = name if len(metrics) == 1 else f"{name}, {metric_name(metric)}"
             values[head] = 100 * row.metrics[metric]
     return values

@@ -119,7 +119,7 @@ def test_mask_adapted_clip_squashes_segments() -> None:
 def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> None:
     given = {
         name: value
-        for name, value in load_benchmark(benchmark_file).given.items()
+        for name, value in load_benchmark(benchmark_file).fields.items()
         if name != "batch_size"
     }
     run = Run({**given, "shots": 2}, tmp_path / "learned")

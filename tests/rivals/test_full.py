@@ -19,11 +19,10 @@ from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from rivals.full import Classifier, FullFineTuning
+from rivals.full import Classifier, FullFineTuning, ProbeThenFineTuning
 from rivals.judge import judge, systems_of
 from rivals.method import learned
 from rivals.methods import METHODS
-from rivals.probe import ProbeThenFineTuning
 from rivals.run import Run
 from rivals.soup import Mixed, UniformSoup
 from rivals.system import Cost, Learned

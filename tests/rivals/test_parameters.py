@@ -15,8 +15,7 @@ from torch import nn
 from radapter_serve.data.labelled import Labelled
 from rivals.adaptformer import AdaptFormer
 from rivals.clipood import CLIPood
-from rivals.cocoop import CoCoOp
-from rivals.coop import CoOp
+from rivals.coop import CoCoOp, CoOp
 from rivals.flyp import FineTuneLikePretrain
 from rivals.full import FullFineTuning
 from rivals.lora import LoRA

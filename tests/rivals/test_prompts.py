@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radapter_serve.errors import RAdapterError
-from rivals.cocoop import CoCoOp, Conditional
-from rivals.context import Prompted
-from rivals.coop import CoOp
+from rivals.coop import CoCoOp, Conditional, CoOp, Prompted
 from rivals.maple import Coupled, MaPLe
 from rivals.method import learned
 from rivals.run import Run

@@ -20,8 +20,8 @@ def test_both_benchmarks_of_scenes_open(tmp_path: Path, monkeypatch: pytest.Monk
     assert scenes.main([str(tmp_path)]) == 0
     for task in ("retrieval", "segmentation"):
         benchmark = load_benchmark(tmp_path / f"{task}.yaml")
-        recipe = Recipe(**{**benchmark.given, "batch_size": 2})
-        run = Run({**benchmark.given, "batch_size": 2}, tmp_path / "learned")
+        recipe = Recipe(**{**benchmark.fields, "batch_size": 2})
+        run = Run({**benchmark.fields, "batch_size": 2}, tmp_path / "learned")
         data, _ = open_data(recipe, run.base)
         assert len(data.rows) >= 3
         chosen, judged = (benchmark.sets(split) for split in ("validation", "test"))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from radapter_serve import Evaluation, evaluate
-from rivals.small import CANDIDATES, Found, main, row_of, set_of
+from rivals.small import CANDIDATES, Outcome, main, row_of, set_of
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_the_drawings_keep_the_classes_with_the_most_images(
 
 
 def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
-    def found(candidate: str, seed: int, own: float, held_out: float) -> Found:
-        return Found(candidate, seed, 5e-4, 0.5, held_out, 40.0, own, 30.0, 7.0)
+    def found(candidate: str, seed: int, own: float, held_out: float) -> Outcome:
+        return Outcome(candidate, seed, 5e-4, 0.5, held_out, 40.0, own, 30.0, 7.0)
 
     first = [found("a", 0, 50.0, 60.0), found("a", 1, 60.0, 70.0)]
     other = [found("b", 0, 51.0, 64.0), found("b", 1, 63.0, 78.0)]

@@ -508,7 +508,7 @@ def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
     place = yaml.safe_load(path.read_text())["train"]["data"].partition(":")[2].partition("@")[0]
     (tmp_path / place).mkdir(parents=True)
     benchmark = load_benchmark(path, tmp_path)
-    recipe = Recipe(**benchmark.given)
+    recipe = Recipe(**benchmark.fields)
     recipe.check()
     assert (
         recipe.classes is None or not Path(recipe.classes).is_dir()
@@ -604,7 +604,7 @@ def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
 
 
 def test_all_methods_see_the_same_crops_of_drawings():
-    given = load_benchmark(ROOT / "rivals" / "benchmarks" / "drawings.yaml").given
+    given = load_benchmark(ROOT / "rivals" / "benchmarks" / "drawings.yaml").fields
     own = TABLES["all"].rows["r-adapter"].settings
     assert (given["crop_scale"], given["flip"]) == (own["crop_scale"], own["flip"])
 
@@ -654,7 +654,7 @@ def test_what_is_learned_from_pacs_counts_wherever_it_lies(
         for _ in range(2):  # the second time the link is there
             assert pacs([str(root), str(root / "out")]) == 0
         given = {
-            **load_benchmark(root / "out" / "benchmark.yaml").given,
+            **load_benchmark(root / "out" / "benchmark.yaml").fields,
             "architecture": tiny_clip_dir,
         }
         digests.add(Run(given, tmp_path).digest())
@@ -713,14 +713,14 @@ def test_numbers_of_a_benchmark_are_those_that_yaml_writes_as_text(benchmark_fil
     benchmark_file.write_text(
         benchmark_file.read_text() + "  weight_decay: 1e-4\n  precision: no\n"
     )
-    given = load_benchmark(benchmark_file).given
+    given = load_benchmark(benchmark_file).fields
     assert (given["weight_decay"], given["precision"]) == (1e-4, "no")
 
 
 def test_files_that_a_benchmark_names_are_found_beside_it(benchmark_file: Path, tmp_path: Path):
     (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
     benchmark_file.write_text(benchmark_file.read_text() + "  classes: classes.txt\n")
-    given = load_benchmark(benchmark_file).given
+    given = load_benchmark(benchmark_file).fields
     assert given["classes"] == tmp_path / "classes.txt"  # a path, as Recipe has it
     assert given["templates"] == str(tmp_path / "templates.txt")  # a text, which may be a name
     data = Run(given, tmp_path).data

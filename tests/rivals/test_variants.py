@@ -19,8 +19,7 @@ from radapter_serve.adapter import (
 from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
-from rivals.loop import train
-from rivals.variants import Variant
+from rivals.variants import Variant, train
 from tests.helpers.by_hand import assert_same, train_by_hand
 from tests.training.test_wiring import labelled
 from tests.training.test_wiring import recipe as recipe
