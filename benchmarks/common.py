@@ -1,6 +1,4 @@
-"""What the benchmarks share: the machine in words, candidates that take turns, memory of a fresh
-process, the table.
-"""
+"""Shared code of the benchmarks: alternating rounds, fresh processes, inputs, and the report."""
 
 from __future__ import annotations
 
@@ -82,14 +80,9 @@ def say(line: str) -> None:
 def alternate(
     candidates: Mapping[str, Callable[[], float]], repeats: int, *, pause: float = 0.05
 ) -> dict[str, list[float]]:
-    """Let candidates take turns: one warm-up each, then rounds in which all run, each round begun
-    by another one.
+    """Run candidates in alternating rounds, after a warm-up each; each returns its seconds.
 
-    Args:
-        candidates: by name; each does its work once and returns what it took, in seconds.
-        repeats: rounds.
-        pause: seconds before each run, so that nobody pays for another one's threads, which spin
-            for a while.
+    A pause before each run lets the threads of the previous candidate stop spinning.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
@@ -104,9 +97,7 @@ def alternate(
 
 
 def clocked(function: Callable[[], object], at_least: float = 0.3) -> Callable[[], float]:
-    """A candidate that calls a function often enough to last `at_least` seconds, and returns the
-    mean of a call.
-    """
+    """Return a candidate that calls a function for `at_least` seconds; it returns the mean."""
     calls = 0
 
     def run() -> float:
@@ -125,21 +116,19 @@ def clocked(function: Callable[[], object], at_least: float = 0.3) -> Callable[[
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    """The median over the rounds of a candidate's time to the baseline's in the same round."""
+    """Compute the median over the rounds of the ratio of times within a round."""
     return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
 
 
 def with_spread(figures: Sequence[float]) -> str:
-    """The mean of several runs, ± the standard deviation where there is one."""
+    """Format the mean of several runs, ± the standard deviation unless it is 0."""
     mean = f"{statistics.mean(figures):.1f}"
     spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
     return f"{mean} ± {spread:.1f}" if spread else mean
 
 
 def memory(field: str = "VmHWM") -> int:
-    """Bytes of memory of this process: `VmHWM`, its peak so far, or `VmRSS`, now. Mapped files
-    count.
-    """
+    """Read the memory of this process in bytes, with mapped files: the peak, or now (`VmRSS`)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -147,9 +136,7 @@ def memory(field: str = "VmHWM") -> int:
 
 
 class Process:
-    """A fresh process (not forked: its peak memory is its own) in which functions of the script are
-    called.
-    """
+    """A spawned process for calls of the script's functions, with a separate peak of memory."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -157,11 +144,11 @@ class Process:
         self.start = self.call(memory, "VmRSS")
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What a function of a module's top level returns there."""
+        """Call a function of a module's top level in the process."""
         return self._pool.submit(function, *arguments).result()
 
     def peak(self) -> int:
-        """Bytes at most so far."""
+        """Read the peak memory in bytes."""
         return self.call(memory)
 
     def __enter__(self) -> Process:
@@ -172,11 +159,8 @@ class Process:
 
 
 def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
-    """Save a CLIP of an open_clip architecture, and a full-rank adapter for it, both with random
-    weights.
-
-    Returns:
-        The model's `local-dir:` name, the adapter's path, the size of the checkpoint in bytes.
+    """Save a CLIP and an adapter of full rank, of random weights; return the `local-dir:` name,
+    the adapter's path, and the size of the checkpoint in bytes.
     """
     torch.manual_seed(0)
     model = open_clip.create_model(architecture)
@@ -202,7 +186,7 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
 
 
 def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
-    """A smooth random image as JPEG, about as large as a photo of that size."""
+    """Make a smooth random JPEG, about as large as a photo."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()
@@ -211,9 +195,7 @@ def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
 
 
 def machine() -> str:
-    """Processor, its instructions for matrices, cores, memory, load, and the versions of what does
-    the work.
-    """
+    """Describe processor, matrix instructions, cores, memory, load, and versions of packages."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cpu = next(
         (line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line),
@@ -242,14 +224,10 @@ def _version(package: str) -> str | None:
 
 @dataclass
 class Report:
-    """What a script found; `write` prints it and leaves it as markdown in a folder.
+    """The results of a script; tables are printed, and `write` saves all as Markdown.
 
-    Args:
-        name: of the script, and of the file.
-        title: heading.
-        what: how it was measured, in a few sentences.
-        timed: whether the figures are times.
-        file: of the results; as the script if None.
+    `what` describes the measurement, `timed` adds a sentence on times; the file is called as the
+    script by default.
     """
 
     name: str
@@ -264,9 +242,7 @@ class Report:
         self._console = Console(width=120)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table, its first column to the left and the others to the right; in place of one of
-        the same title.
-        """
+        """Add a table, or replace that of the same title."""
         table = Table(title=title)
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left")

@@ -1,9 +1,7 @@
-"""The demo's figures over several seeds of fine-tuning, over α, in and out of distribution, for its
-three tasks.
+"""The demo's figures over α and several seeds of fine-tuning, in and out of distribution.
 
-python benchmarks/demo.py                                            # the tables python
-benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4       # a recipe's rate, by validation
-drawings alone
+python benchmarks/demo.py                                        # the tables
+python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4   # a rate, by validation drawings
 """
 
 from __future__ import annotations

@@ -34,11 +34,7 @@ time."""
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One task of one engine with so many callers.
-
-    Args:
-        measured: what came of it.
-    """
+    """A task of an engine with a number of callers."""
 
     engine: str
     task: str
@@ -46,7 +42,7 @@ class Cell:
     measured: Measured
 
     def cells(self) -> list[str]:
-        """A row of the table."""
+        """Format the row of the table."""
         p50, p99 = (1000 * value for value in self.measured.percentiles(50, 99))
         slowest = 1000 * max(self.measured.latencies)
         figures = (self.measured.throughput, p50, p99, slowest)
@@ -59,11 +55,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an engine takes.
-
-    Args:
-        start: seconds from its command to its first answer that all tasks work.
-        idle, loaded: bytes (PSS) of all its processes then, and at the end.
+    """The seconds of an engine's start until it is ready, and the bytes (PSS) of its processes then
+    and after the load.
     """
 
     start: float
@@ -72,7 +65,7 @@ class Footprint:
 
 
 def worst(found: Sequence[Cell], engine: str) -> str:
-    """Where an engine is furthest behind Triton."""
+    """Describe the least and the largest throughput against Triton's."""
     rates = {(one.engine, one.task, one.callers): one.measured.throughput for one in found}
     ratios = {
         (task, callers): rates[engine, task, callers] / rate
@@ -88,7 +81,7 @@ def worst(found: Sequence[Cell], engine: str) -> str:
 
 
 def slowest(found: Sequence[Cell]) -> str:
-    """Which answers take longest."""
+    """Describe the worst p99."""
     tails = {one: 1000 * one.measured.percentiles(99)[0] for one in found}
     last = max(found, key=lambda one: tails[one])
     return (
@@ -104,14 +97,7 @@ def served(
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, psutil.Process, float]]:
-    """A server as its command starts it: its URL, its process, and the seconds of its start.
-
-    Args:
-        engine: of `ENGINES`.
-        repository: to serve.
-        flags: further ones of the command.
-        environment: of the process; that of this one if None.
-    """
+    """Start a server by its command; yield its URL, its process, and the seconds of its start."""
     http, grpc, metrics = free_ports()
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository)]
     command += ["--engine", engine, "--http-port", str(http), *flags]
@@ -137,7 +123,7 @@ def served(
 
 
 def proportional(process: psutil.Process) -> int:
-    """Bytes of a process and all below it; what several share counts once (PSS)."""
+    """Sum the PSS of a process and its children, in bytes: shared memory counts once."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -148,7 +134,7 @@ def proportional(process: psutil.Process) -> int:
 async def ask(
     url: str, task: str, image: bytes, callers: int, seconds: float, warmup: float
 ) -> Measured:
-    """Callers who wait for their answer before they ask again."""
+    """Measure a closed loop of a task."""
     async with AsyncClient(url, batch_size=1, concurrency=callers, retries=0) as client:
         sends: dict[str, Send] = {
             "classify": lambda _: client.classify(image, label_set=LABEL_SET),

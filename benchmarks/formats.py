@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
-from common import RESULTS, Report, alternate, clocked, random_clip, ratio, say
+from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, random_clip, ratio, say
+from numpy.typing import NDArray
 from torch import Tensor
-from towers import IMAGE, SHORT, batch_of, torch_towers
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, text_graph
@@ -21,6 +25,7 @@ from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import causal_text_features
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
@@ -32,19 +37,47 @@ FORMATS = {
     "int8 dynamic": ("onnxruntime", "openvino"),
     "int8 static": ("onnxruntime", "openvino"),
 }
-GRAPHS = {IMAGE: "image_encoder", SHORT: "text_encoder"}
+IMAGES = "images"
+TEXTS = "short texts"
+GRAPHS = {IMAGES: "image_encoder", TEXTS: "text_encoder"}
+
+
+def torch_towers(base: Base) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return open_clip's towers with the preprocessing that the encoders do."""
+    model: Any = base.model
+    mean, std = (torch.tensor(base.preprocess[key]) for key in ("mean", "std"))
+
+    def images(image: Tensor) -> Tensor:
+        pixels = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
+        return F.normalize(model.encode_image(pixels), dim=-1)
+
+    def texts(tokens: Tensor) -> Tensor:
+        return F.normalize(causal_text_features(model, tokens), dim=-1)
+
+    return {IMAGES: images, TEXTS: texts}
+
+
+def batch_of(base: Base, case: str, size: int) -> NDArray[Any]:
+    """Make an encoder's input: uint8 [B, S, S, 3], or int32 [B, L] of prompts, cropped to the
+    longest.
+    """
+    if case == IMAGES:
+        visual: Any = base.model.visual
+        side = visual.image_size[0]
+        return np.random.default_rng(0).integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    tokens: Tensor = base.tokenizer([f"a photo of a {name}." for name in CLASS_NAMES[:size]])
+    tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+    return tokens.to(torch.int32).numpy()
 
 
 def write(
     graph: Graph, form: str, weights: dict[str, Tensor], base: Base, folder: Path
 ) -> tuple[Path, int]:
-    """An encoder's file, and its size in bytes; ranges of int8 are found by the very inputs that
-    are timed.
-    """
+    """Write an encoder, with ranges of int8 from the timed inputs; return its path and size."""
     path = folder / graph.name / form / "model.onnx"
     path.parent.mkdir(parents=True)
-    made = lower(graph, form) if form in TYPES else graph
-    size = made.save(weights, path)
+    lowered = lower(graph, form) if form in TYPES else graph
+    size = lowered.save(weights, path)
     if form.startswith("int8"):
         case = next(case for case, name in GRAPHS.items() if name == graph.name)
         size = quantize(path, [batch_of(base, case, 8)] if form.endswith("static") else ())
@@ -88,7 +121,7 @@ def main(
         weights = fold(base.model.state_dict(), load_adapter(adapter), 0.5)
         base.model.load_state_dict(weights)
         towers = torch_towers(base)
-        graphs = {IMAGE: image_graph(base), SHORT: text_graph(base)}
+        graphs = {IMAGES: image_graph(base), TEXTS: text_graph(base)}
         for case, graph in graphs.items():
             arrays = {size: batch_of(base, case, size) for size in batches}
             tensors = {size: torch.from_numpy(array) for size, array in arrays.items()}

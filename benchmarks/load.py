@@ -42,15 +42,7 @@ Each row was measured for {seconds:g} s, after {warmup:g} s that do not count.""
 
 @dataclass(frozen=True)
 class Row:
-    """One task of one server under one load.
-
-    Args:
-        task: one of `TASKS`.
-        url: of the server.
-        load: how requests followed each other.
-        measured: what came of it.
-        stages: where the time went, by the server's own statistics.
-    """
+    """A task of a server under a load, with the stages of the time by the server's statistics."""
 
     task: str
     url: str
@@ -65,11 +57,11 @@ class Row:
 
     @property
     def latency(self) -> list[float]:
-        """In ms, by `PERCENTILES`; NaN where nothing was answered."""
+        """Latencies in ms at `PERCENTILES`, NaN without answers."""
         return [1000 * value for value in self.measured.percentiles(*PERCENTILES)]
 
     def cells(self) -> list[str]:
-        """As a table has them."""
+        """Format the row of the table."""
         stages = [float(getattr(self.stages, stage)) for stage in STAGES]
         return [
             f"{self.task}, {self.protocol}, {self.load}",
@@ -80,7 +72,7 @@ class Row:
 
 
 def sender(client: AsyncClient, task: str, image: bytes) -> Send:
-    """What sends one request of a task; texts differ each time, as no two users write the same."""
+    """Return a function that sends a request of a task; texts differ each time."""
 
     async def send(number: int) -> object:
         if task == "classify":
@@ -99,13 +91,8 @@ def sender(client: AsyncClient, task: str, image: bytes) -> Send:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures a server, row after row.
-
-    Args:
-        image: a JPEG file.
-        seconds: of each row.
-        warmup: seconds of the same load before it, which do not count.
-        http_url: of the server, for its statistics.
+    """Measures rows of a server, whose statistics are at `http_url`, with a JPEG file; each has
+    seconds of warm-up first.
     """
 
     image: bytes
@@ -116,7 +103,7 @@ class Bench:
     def rows(
         self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]
     ) -> list[Row]:
-        """A row for each task, server and load, in this order."""
+        """Measure a row for each task, server and load, in this order."""
         found = []
         for task in tasks:
             for url in urls:
@@ -129,7 +116,7 @@ class Bench:
         at_once = load.callers if isinstance(load, Closed) else load.at_most
         async with AsyncClient(url, timeout=60, concurrency=at_once) as client:
             send = sender(client, task, self.image)
-            await send(0)  # what can't work at all fails here, with its own words
+            await send(0)  # shows errors of every request
             await measure(send, load, self.warmup)
             before = read_totals(self.http_url)
             measured = await measure(send, load, self.seconds)
@@ -140,7 +127,7 @@ class Bench:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A picture: latency against answers a second, by task, a line for each protocol and loop."""
+    """Draw latency against throughput, by task, with a line for each protocol and loop."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +178,7 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
 
 
 def worst(rows: Sequence[Row]) -> str:
-    """Which row has the longest tail for its median, and where the time of its requests goes."""
+    """Describe the worst p99, where its time goes, and the worst p99 for its median."""
     tail = PERCENTILES.index(99)
     middle = PERCENTILES.index(50)
     row = max(rows, key=lambda one: one.latency[tail] / one.latency[middle])
@@ -223,12 +210,7 @@ def overlapping_cells(row: Row) -> list[str]:
 
 
 def open_rates(closed: Sequence[Row], shares: Sequence[float]) -> Mapping[str, list[Open]]:
-    """For each task the loads of an open loop: shares of the best rate over gRPC in a closed one.
-
-    Args:
-        closed: rows of the closed loop.
-        shares: above 0.
-    """
+    """List the open loops of each task, at shares of its best rate over gRPC in a closed loop."""
     rates = {}
     for task in TASKS:
         over_grpc = [row for row in closed if (row.task, row.protocol) == (task, "grpc")]

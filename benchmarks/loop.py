@@ -29,9 +29,6 @@ class Closed:
 
     A slow server gets fewer requests, so that its latencies say nothing about users who do not wait
     for each other.
-
-    Args:
-        callers: at once, 1 and more.
     """
 
     callers: int
@@ -63,12 +60,8 @@ class Open:
 
 @dataclass
 class Measured:
-    """What a load came to.
-
-    Attributes:
-        latencies: seconds of each answered request.
-        errors: failed requests by kind.
-        seconds: from the first request to the last answer.
+    """The latencies of answered requests in seconds, the errors by kind, and the seconds from the
+    first request to the last answer.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -88,13 +81,7 @@ class Measured:
 
 
 async def measure(send: Send, load: Closed | Open, seconds: float) -> Measured:
-    """Send requests for so many seconds, wait for the answers, and say what came of it.
-
-    Args:
-        send: one request; what it raises of the client's errors is counted.
-        load: how requests follow each other.
-        seconds: above 0; no request starts after them.
-    """
+    """Send requests for some seconds, wait for the answers, and count the client's errors."""
     measured = Measured()
     numbers = itertools.count()
     start = time.perf_counter()

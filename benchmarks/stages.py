@@ -1,4 +1,4 @@
-"""Where the time of a request goes, from the clock here and Triton's own statistics."""
+"""The stages of a request's time, from the client's clock and Triton's statistics."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import json
 import urllib.request
 from dataclasses import dataclass
 
-# By model: requests answered, batches run, and nanoseconds that requests were in queue and compute.
+# By model: requests, batches, and nanoseconds of requests in queue and compute.
 Totals = dict[str, dict[str, float]]
 COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Mean times of one request, in milliseconds.
+    """Mean times of a request, in milliseconds.
 
     Args:
-        network: what is neither queue nor model: encoding, the way there and back, decoding.
-        queue: waiting in the server, for the task and for its encoder.
-        task: the task's own work: decoding, resizing or tokenizing, and the hand-over to the
-            encoder.
-        encoder: the encoder's work.
+        network: the rest of the client's time: encoding, the way there and back, decoding.
+        queue: waiting for the task and its encoder.
+        task: decoding, resizing or tokenizing, and the hand-over to the encoder.
     """
 
     network: float
@@ -32,17 +30,13 @@ class Stages:
     def between(
         cls, task: str, before: Totals, after: Totals, seconds: float, requests: int
     ) -> Stages:
-        """From the server's totals before and after `requests` requests of a task that took
-        `seconds` in all.
-        """
+        """Compare the server's totals before and after requests of a task, of `seconds` in all."""
 
         def more(model: str, kind: str) -> float:
             return after[model][kind] - before.get(model, {}).get(kind, 0)
 
         def mean(model: str, kind: str) -> float:
-            """Of a request of the task, in ms; of what the task calls, as much as one of its
-            batches waits for it.
-            """
+            """Return ms of a request of the task, or of a batch of it for a model that it calls."""
             per = more(task, "count" if model == task else "executions")
             return more(model, kind) / per / 1e6 if per else 0.0
 
@@ -51,18 +45,14 @@ class Stages:
         encoder = sum(mean(model, "compute") for model in called if model.endswith("_encoder"))
         waiting = sum(mean(model, "queue") for model in called)
         queue, work = (mean(task, kind) if task in after else 0.0 for kind in ("queue", "compute"))
-        # The task waits for what it calls, so their time is inside the task's.
+        # The task waits for the models that it calls, so its time includes theirs.
         own = max(0.0, work - encoder - waiting)
         network = max(0.0, total - queue - waiting - own - encoder)
         return cls(network, queue + waiting, own, encoder)
 
 
 def read_totals(url: str) -> Totals:
-    """What a server has done since its start, by model, over the model's versions.
-
-    Args:
-        url: of the server, such as http://127.0.0.1:8000.
-    """
+    """Read a server's totals since its start, by model, over the model's versions."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     totals: Totals = {}
     with opener.open(f"{url}/v2/models/stats") as response:
