@@ -43,7 +43,7 @@ from rivals.table import main
 from rivals.tables import TABLES, figures, images_of
 from tests.helpers.a_row import a_row
 
-ROOT = Path(__file__).parents[2]
+BENCHMARKS = Path(__file__).parents[2] / "rivals" / "benchmarks"
 SMALL = ["--only", "Zero-shot", "FT", "WiSE-FT"]
 
 
@@ -286,17 +286,6 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
     assert f"r-adapter at {3 * rate_of(METHODS['r-adapter']):.2g}" in text
 
 
-def test_of_alphas_that_are_as_good_the_smallest_is_taken(cells_of: Any):
-    """0.5 and 0.75 have the same mean over two seeds, and differ in each."""
-
-    def value(method: Any, seed: int, alpha: float) -> float:
-        return {0.5: 60.0 + seed, 0.75: 62.0 - seed}.get(alpha, 50.0)
-
-    asked = cells_of(value)
-    found = choose(asked.cells, "wise-ft", [METHODS["wise-ft"]], [0, 2], [1], CHOICES)
-    assert found.method.alpha == 0.5
-
-
 def test_an_interval_of_five_seeds_by_hand() -> None:
     # The standard deviation is √2.5, and Student's t for five seeds is 2.776: 2.776 √2.5 / √5.
     assert with_interval([1, 2, 3, 4, 5], "+") == "+3.0 ± 2.0"
@@ -502,7 +491,9 @@ def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_fil
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "rivals" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem
+    "path",
+    sorted(set(BENCHMARKS.glob("*.yaml")) - set(BENCHMARKS.glob("*-suite.yaml"))),
+    ids=lambda path: path.stem,
 )
 def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
     place = yaml.safe_load(path.read_text())["train"]["data"].partition(":")[2].partition("@")[0]
@@ -604,7 +595,7 @@ def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
 
 
 def test_all_methods_see_the_same_crops_of_drawings():
-    given = load_benchmark(ROOT / "rivals" / "benchmarks" / "drawings.yaml").fields
+    given = load_benchmark(BENCHMARKS / "drawings.yaml").fields
     own = TABLES["all"].rows["r-adapter"].settings
     assert (given["crop_scale"], given["flip"]) == (own["crop_scale"], own["flip"])
 
