@@ -492,7 +492,7 @@ def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_fil
 
 @pytest.mark.parametrize(
     "path",
-    sorted(set(BENCHMARKS.glob("*.yaml")) - set(BENCHMARKS.glob("*-suite.yaml"))),
+    sorted(BENCHMARKS.glob("*.yaml")),
     ids=lambda path: path.stem,
 )
 def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
