@@ -35,6 +35,7 @@ PAPER: dict[str, Any] = {
     "preserve": 0.0,
     "preserve_words": 0.0,
     "negative_classes": 0,
+    "precision": "no",
 }
 AUTO = {**PAPER, "learning_rate": "auto"}
 CANDIDATES = {
@@ -274,7 +275,7 @@ def small(
         "# The recipe small, by its parts",
         f"{origin('rivals.small')}\n"
         f"At most {data.shots} images of each of {len(data.images)} classes, a fifth of them held"
-        " out; the demo's base, rank 4, but for the row small, which has the recipe's own fields."
+        " out; the demo's base, rank 4, but for the rows small, which have the recipe's own fields."
         " Accuracy in %, mean ± standard deviation over the seeds, on"
         f" at most {LIMIT} images of a test set.\n"
         f"The held-out images choose the rate of auto, and α. They and"
