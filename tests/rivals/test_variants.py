@@ -50,17 +50,22 @@ def linear_output(adapters: Adapters, x: Tensor) -> Tensor:
     return found
 
 
+def additions(model: nn.Module, x: Tensor, **fields: Any) -> tuple[Tensor, Tensor]:
+    """What an ablated adapter adds to a layer's output in training, and after it."""
+    plain = linear_output(adapters := attach(model), x)
+    adapters.remove()
+    adapters = ablated(model, **fields)
+    trained = linear_output(adapters, x) - plain
+    adapters.stop_drop()
+    return trained, linear_output(adapters, x) - plain
+
+
 @torch.no_grad()
 def test_dropout_leaves_out_values_of_what_an_adapter_adds_and_acts_in_training_only(
     model: nn.Module,
 ) -> None:
     x = torch.randn(200, 5, adapted_inputs(model))
-    plain = linear_output(adapters := attach(model), x)
-    adapters.remove()
-    adapters = ablated(model, dropout=P)
-    trained = linear_output(adapters, x) - plain
-    adapters.stop_drop()
-    added = linear_output(adapters, x) - plain
+    trained, added = additions(model, x, dropout=P)
     kept = trained.abs() > 1e-5
     assert kept.float().mean().item() == pytest.approx(1 - P, abs=0.01)
     torch.testing.assert_close(trained, kept * added / (1 - P), rtol=0, atol=1e-4)
@@ -71,12 +76,7 @@ def test_dropping_by_token_leaves_an_adapter_out_at_the_same_positions_of_a_batc
     model: nn.Module,
 ) -> None:
     x = torch.randn(5, 400, adapted_inputs(model))
-    plain = linear_output(adapters := attach(model), x)
-    adapters.remove()
-    adapters = ablated(model, token_drop=P)
-    trained = linear_output(adapters, x) - plain
-    adapters.stop_drop()
-    added = linear_output(adapters, x) - plain
+    trained, added = additions(model, x, token_drop=P)
     kept = trained.abs().sum((0, 2)) > 1e-3
     assert kept.float().mean().item() == pytest.approx(1 - P, abs=0.07)
     torch.testing.assert_close(trained, kept[:, None] * added / (1 - P), rtol=0, atol=1e-4)
