@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rivals.adaptformer import AdaptFormer
+from rivals.clip_svd import CLIPSVD
 from rivals.clipood import CLIPood
 from rivals.coop import CoCoOp, CoOp
 from rivals.flyp import MASK_ADAPTED, FineTuneLikePretrain
@@ -35,5 +36,6 @@ METHODS: dict[str, Method] = {
     "repadapter-t": RepAdapter(towers=("text",), hidden=14),
     "adaptformer": AdaptFormer(),
     "lora": LoRA(),
+    "clip-svd": CLIPSVD(),
     "r-adapter": r_adapter("imagenet"),
 }

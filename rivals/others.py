@@ -131,6 +131,7 @@ def methods() -> dict[str, Method]:
         "CoOp, no full stop": CoOp(words="{}"),
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],
+        "CLIP-SVD": METHODS["clip-svd"],
     }
 
 

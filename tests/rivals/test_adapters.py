@@ -16,6 +16,7 @@ from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError
 from rivals.adaptformer import AdaptFormer, Parallel
 from rivals.blocks import blocks_of, drop_path
+from rivals.clip_svd import CLIPSVD
 from rivals.lora import LoRA
 from rivals.method import Method, learned
 from rivals.repadapter import LinearBottleneck, RepAdapter
@@ -24,7 +25,7 @@ from rivals.system import System
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 TEXTS = ["a photo of a green.", "a red."]
-ADAPTERS: list[Method] = [RepAdapter(), AdaptFormer(), LoRA()]
+ADAPTERS: list[Method] = [RepAdapter(), AdaptFormer(), LoRA(), CLIPSVD()]
 
 
 def started(method: Method, run: Run) -> System:
@@ -61,7 +62,8 @@ def test_starts_as_the_base_and_learns_beside_it(
     )
     changed = learned(method, run).end
     assert changed
-    assert all("extra." in name or "lora_" in name for name in changed), changed
+    added = ("extra.", "lora_", ".values")
+    assert all(any(part in name for part in added) for name in changed), changed
 
 
 @pytest.mark.parametrize(
@@ -70,8 +72,9 @@ def test_starts_as_the_base_and_learns_beside_it(
         RepAdapter(scale=0.5),
         RepAdapter(hidden=8, groups=4, towers=("text",)),
         LoRA(rank=3, scale=2),
+        CLIPSVD(),
     ],
-    ids=["repadapter", "repadapter of texts", "lora"],
+    ids=["repadapter", "repadapter of texts", "lora", "clip-svd"],
 )
 def test_folds_to_a_plain_clip_that_embeds_alike(
     method: Method, make_run: Callable[..., Run], tiny_clip_dir: str
@@ -91,12 +94,33 @@ def test_folds_to_a_plain_clip_that_embeds_alike(
         for name in base
         if not torch.equal(base[name], weights[name])
     }
-    further = (
-        {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"}
-        if isinstance(method, RepAdapter)
-        else set()
+    further: dict[type[Method], set[str]] = {
+        RepAdapter: {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"},
+        CLIPSVD: {"out_proj.weight", "c_fc.weight", "c_proj.weight"},
+    }
+    assert kinds == {"attn.in_proj_weight"} | further.get(type(method), set())
+
+
+def test_singular_values_by_their_equation(make_run: Callable[..., Run]):
+    run = make_run()
+    system = started(CLIPSVD(), run)
+    weights = system.clip()
+    base = run.of({}).base.model.state_dict()
+    assert weights is not None
+    name = "visual.transformer.resblocks.1."
+    state = system.state_dict()
+    spectra = state[f"model.{name}attn.parametrizations.in_proj_weight.0.values"]
+    for part, values in zip(range(3), spectra, strict=True):
+        left, _, right = torch.linalg.svd(base[f"{name}attn.in_proj_weight"].chunk(3)[part])
+        expected = left @ values.diag() @ right
+        torch.testing.assert_close(
+            weights[f"{name}attn.in_proj_weight"].chunk(3)[part], expected, rtol=0, atol=1e-5
+        )
+    [values] = state[f"model.{name}mlp.c_fc.parametrizations.weight.0.values"]
+    left, _, right = torch.linalg.svd(base[f"{name}mlp.c_fc.weight"], full_matrices=False)
+    torch.testing.assert_close(
+        weights[f"{name}mlp.c_fc.weight"], left @ values.diag() @ right, rtol=0, atol=1e-5
     )
-    assert kinds == {"attn.in_proj_weight"} | further
 
 
 def test_grouped_bottleneck_by_its_equation():

@@ -14,6 +14,7 @@ from torch import nn
 
 from radapter_serve.data.labelled import Labelled
 from rivals.adaptformer import AdaptFormer
+from rivals.clip_svd import CLIPSVD
 from rivals.clipood import CLIPood
 from rivals.coop import CoCoOp, CoOp
 from rivals.flyp import FineTuneLikePretrain
@@ -51,6 +52,7 @@ def run() -> Any:
         (RepAdapter(towers=("text",), hidden=14), 270_672),  # Table 2: .27 M
         (MaPLe(), 9 * 2 * 512 + 9 * (512 * 768 + 768)),  # 3.55 M, as MaPLe's own paper says
         (AdaptFormer(), 12 * (2 * 768 * 64 + 768 + 64) + 12 * (2 * 512 * 64 + 512 + 64)),
+        (CLIPSVD(), 12 * 6 * (768 + 512)),  # all matrices of each block
         (LoRA(rank=4), 12 * 4 * (768 + 3 * 768) + 12 * 4 * (512 + 3 * 512)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Method) else str(value),
