@@ -22,7 +22,7 @@ from radapter_serve.evaluation.models import Change, from_release, in_torch
 from radapter_serve.evaluation.run import evaluate_answers
 from radapter_serve.evaluation.sets import open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.release.confidence import Confidence
+from radapter_serve.release.release import Confidence
 
 MOST = 2000  # images at most: one is 0.05 points then
 

@@ -17,9 +17,8 @@ from radapter_export import start
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.confidence import KEPT, NO_TEMPERATURE
-from radapter_serve.release.release import Release
-from radapter_serve.release.served import FILE as SERVED
+from radapter_serve.release.release import KEPT, NO_TEMPERATURE, Release
+from radapter_serve.release.repository import SERVED
 
 if TYPE_CHECKING:
     from radapter_export import Export

@@ -20,8 +20,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import MODELS, releases_of
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import MODELS, Served, releases_of
 from radapter_serve.server.admin_socket import ask, find_server
 from radapter_serve.server.releases import format_list, previous, require_known
 

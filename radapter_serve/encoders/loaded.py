@@ -31,8 +31,7 @@ from radapter_serve.encoders.needs import Need, Part, Steps, Tokenize, encode
 from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import find_release, split_repository
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served, find_release, split_repository
 from radapter_serve.threads import decoders
 
 

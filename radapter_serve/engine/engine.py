@@ -29,8 +29,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
-from radapter_serve.release.repository import find_release, split_repository
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served, find_release, split_repository
 from radapter_serve.tasks.probes import PROBES
 from radapter_serve.tasks.table import TASKS, Run, Tensors, forms
 

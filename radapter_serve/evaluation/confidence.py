@@ -15,7 +15,7 @@ from scipy.special import expit
 from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, calibration_error, calibration_sums
-from radapter_serve.release.confidence import KEPT, Confidence
+from radapter_serve.release.release import KEPT, Confidence
 
 LEAST = 100  # images
 MAX_PAIRS = 4_000_000  # of an image and a label, by which is fitted

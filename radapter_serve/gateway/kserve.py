@@ -22,8 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError, redact
 from radapter_serve.gateway.errors import bad_request, escape
-from radapter_serve.release.tensors import DATATYPES, NUMPY, Tensor
-from radapter_serve.tasks.table import TASKS, outputs_of
+from radapter_serve.tasks.table import DATATYPES, NUMPY, TASKS, Tensor, outputs_of
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20

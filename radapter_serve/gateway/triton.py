@@ -18,8 +18,7 @@ from radapter_serve.gateway.errors import from_status
 from radapter_serve.gateway.kserve import Inference, Model, pack
 from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.upstream import LOG, SHORT_TIMEOUT
-from radapter_serve.release.tensors import NUMPY
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import NUMPY, TASKS
 
 RESOLVE_SECONDS = 30.0  # until a name is looked up again, which may have more servers
 MAX_DRAIN_SECONDS = 3600.0  # for requests under way with the servers of before

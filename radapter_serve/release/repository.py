@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.release.release import FILE, TASKS, Release
 
 PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
 MODELS = (*ENCODERS, *TASKS)  # in the order of writing
 CONFIG = "config.pbtxt"
+SERVED = "served.json"  # there from the first `radapter-release` on
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,48 @@ def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[in
             if release.digest == digest:
                 found.append(version)
     return found
+
+
+@dataclass(frozen=True)
+class Served:
+    """The served releases, of which the highest answers callers that name none, and those that
+    `rollback` goes back to.
+    """
+
+    releases: tuple[int, ...]
+    before: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, repository: Path) -> Served:
+        """Read `served.json`; the newest export where none was chosen yet."""
+        path = repository / SERVED
+        found = releases_of(repository)
+        if not path.exists():
+            return cls(tuple(newest_export(repository)))
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))
+            numbers = [sorted({int(one) for one in text[name]}) for name in ("releases", "before")]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RAdapterError(
+                f"could not read {path}: {error}; choose what is served: radapter-release load N"
+            ) from error
+        releases, before = numbers
+        if not releases or (lost := [one for one in releases if one not in found]):
+            named = ", ".join(map(str, lost)) if releases else "none"
+            raise RAdapterError(
+                f"{path} says that release {named} is served, and {repository} holds"
+                f" {', '.join(map(str, found)) or 'none'}; choose one of them: radapter-release"
+                " load N"
+            )
+        return cls(tuple(releases), tuple(one for one in before if one in found))
+
+    def next(self, releases: Sequence[int]) -> Served:
+        """The state once these releases have taken over."""
+        return Served(tuple(sorted(set(releases))), self.releases)
+
+    def save(self, repository: Path) -> None:
+        """Write `served.json`, for the next start."""
+        with staged(repository / SERVED) as path:
+            path.write_text(
+                json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8"
+            )

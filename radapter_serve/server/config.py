@@ -8,8 +8,7 @@ from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.repository import AUTO, RUNTIMES
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import AUTO, RUNTIMES, Served
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.threads import total
 

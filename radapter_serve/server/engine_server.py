@@ -12,8 +12,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.repository import RUNTIMES
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import RUNTIMES, Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.installation import OUR_BACKENDS, Installation
 from radapter_serve.server.models import models_of

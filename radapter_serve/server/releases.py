@@ -11,8 +11,7 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
-from radapter_serve.release.repository import releases_of
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served, releases_of
 from radapter_serve.server.config import ServerConfig
 
 Say = Callable[[str], None]

@@ -23,7 +23,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import check, encoders_of
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.server import launch, processes
 from radapter_serve.server.backlog import Backlog
 from radapter_serve.server.config import ServerConfig

@@ -22,7 +22,7 @@ from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
-from radapter_serve.release.confidence import HOW, NO_TEMPERATURE, Confidence, fitted_at
+from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence, fitted_at
 from radapter_serve.tasks.embed import checked_headers
 from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
 from radapter_serve.tasks.masks import finite

@@ -20,7 +20,7 @@ from radapter_serve.encoders.needs import Steps
 from radapter_serve.files import as_text
 from radapter_serve.index.opened import Indexes
 from radapter_serve.index.table import Hit
-from radapter_serve.release.confidence import HOW, fitted_at
+from radapter_serve.release.release import HOW, fitted_at
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,

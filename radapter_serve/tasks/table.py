@@ -25,7 +25,6 @@ from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps
 from radapter_serve.release.release import TASKS as NAMES
-from radapter_serve.release.tensors import DATATYPES, Tensor
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -46,10 +45,29 @@ Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
 MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
-
-
+NUMPY = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "INT32": np.int32,
+    "FP32": np.float32,
+    "BYTES": np.object_,
+}
+DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 # The steps to the answer of one request, of a task of one release.
 Run = Callable[[R, Cancelled | None], Steps[A]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output of a model: its datatype as KServe names it, its dims without the
+    batch, -1 for any number, and whether a request may leave it out.
+    """
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,

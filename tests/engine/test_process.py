@@ -31,7 +31,7 @@ from radapter_serve.cli.serve import main as serve
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports

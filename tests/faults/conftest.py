@@ -19,7 +19,7 @@ from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.fake_upstream import until

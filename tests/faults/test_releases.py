@@ -18,7 +18,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import ask, outcome, until
 from tests.helpers.small_disk import small_disk

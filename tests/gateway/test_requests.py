@@ -19,7 +19,7 @@ from radapter_client._http import encode
 from radapter_serve.gateway.errors import CODES, Refused
 from radapter_serve.gateway.kserve import IMAGES, MAX_JSON_VALUES, Inference, Model, read
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.tensors import NUMPY
+from radapter_serve.tasks.table import NUMPY
 from tests.helpers.fake_upstream import config
 
 MODELS = {name: config(name) for name in TASKS}

@@ -14,8 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import configure
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import CONFIG, newest_export
-from radapter_serve.release.served import FILE, Served
+from radapter_serve.release.repository import CONFIG, SERVED, Served, newest_export
 from tests.helpers.small_models import release
 
 ENCODER = """
@@ -60,7 +59,7 @@ def test_the_newest_export_is_what_the_config_asks_for(
 def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
     Served((1,), (2,)).next([10, 2]).save(repository)
     assert Served.load(repository) == Served((2, 10), (1,))
-    (repository / FILE).write_text(json.dumps({"releases": [10, 2, 2], "before": [7, 1]}))
+    (repository / SERVED).write_text(json.dumps({"releases": [10, 2, 2], "before": [7, 1]}))
     assert Served.load(repository) == Served((2, 10), (1,))
 
 
@@ -75,7 +74,7 @@ def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
 def test_a_choice_that_can_not_be_served_is_refused(
     repository: Path, text: str, message: str
 ) -> None:
-    (repository / FILE).write_text(text)
+    (repository / SERVED).write_text(text)
     with pytest.raises(RAdapterError, match=message):
         Served.load(repository)
 

@@ -18,8 +18,7 @@ from radapter_serve.cli.release import lacking, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import encoders_of, named_releases
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.repository import ENCODERS
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import ENCODERS, Served
 from radapter_serve.server import admin_socket
 from radapter_serve.server.admin_socket import MAX_CALLERS, AdminSocket, ask
 from radapter_serve.server.config import ServerConfig

@@ -24,7 +24,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.needs import complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
-from radapter_serve.release.served import Served
+from radapter_serve.release.repository import Served
 from radapter_serve.server.admin_socket import AdminSocket, find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
