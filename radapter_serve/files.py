@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders; digests; YAML."""
+"""Files: atomic writes, one writer of a folder at a time, digests, names, YAML."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.lock import lock
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+T = TypeVar("T")
+_checkers: dict[Any, TypeAdapter[Any]] = {}
+# AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
+_HERE = -100
+_EXCHANGE = 2
 
 
 @contextlib.contextmanager
@@ -81,12 +95,65 @@ def read_yaml(path: Path, what: str) -> Any:
         ) from None
 
 
+def checker(kind: type[T]) -> TypeAdapter[T]:
+    """Pydantic's checker of a dataclass; made once, as that takes longer than most checks."""
+    from pydantic import TypeAdapter  # which a client and a base installation have not
+
+    if kind not in _checkers:
+        _checkers[kind] = TypeAdapter(kind)
+    return _checkers[kind]
+
+
 def shipped(folder: str) -> dict[str, Path]:
     """The YAML files of a folder of the package, such as `recipes`, by their stems."""
     package = Path(__file__).parent
     # In a wheel it is in the package, in a checkout next to it.
     home = package if (package / folder).is_dir() else package.parent
     return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
+
+
+@contextlib.contextmanager
+def lock(folder: Path, writer: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep other writers out of a folder, which is made if it is missing.
+
+    `writer` names the commands that write such a folder, for the error. `wait` waits for another
+    writer instead of raising it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder, wait=wait))
+        except BlockingIOError:
+            raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
+        yield
+
+
+@contextlib.contextmanager
+def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, also against other users and containers; a killed program lets go
+    of it. Raises `BlockingIOError` if another program holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a file system without locks
+        else:
+            # Windows locks no folder, and renames none with an open file in it.
+            import filelock
+
+            name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+            held = filelock.FileLock(Path(tempfile.gettempdir()) / f"radapter-{name}.lock")
+            try:
+                stack.enter_context(held.acquire(blocking=wait))
+            except filelock.Timeout:
+                raise BlockingIOError from None
+        yield
 
 
 @contextlib.contextmanager
@@ -120,27 +187,23 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
                 remove(path)
             try:
                 yield temporary
-                _swap_in(temporary, folder, old)
+                # Swap it in for another folder, which goes by way of `old`.
+                remove(old)
+                if folder.exists():
+                    temporary.rename(old)  # a kill from here on leaves one folder at `temporary`
+                    if not exchange(old, folder):
+                        old.rename(temporary)
+                        folder.rename(old)
+                        temporary.rename(folder)
+                    remove(old)
+                else:
+                    temporary.rename(folder)
             finally:
                 remove(temporary)
     finally:
         for path in new_parents:
             with contextlib.suppress(OSError):  # it is not empty
                 path.rmdir()
-
-
-def _swap_in(temporary: Path, folder: Path, old: Path) -> None:
-    """Put a finished folder in the place of another one, which goes by way of `old`."""
-    remove(old)
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    temporary.rename(old)  # a kill from here on leaves no other folder at the temporary path
-    if not exchange(old, folder):
-        old.rename(temporary)
-        folder.rename(old)
-        temporary.rename(folder)
-    remove(old)
 
 
 def remove(folder: Path) -> None:
@@ -160,11 +223,6 @@ def exchange(one: Path, other: Path) -> bool:
     return rename is not None and not rename(
         _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
     )
-
-
-# AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
-_HERE = -100
-_EXCHANGE = 2
 
 
 # Triton's model processes read file names as ASCII, and no variable changes that (the interpreter

@@ -11,10 +11,9 @@ from radapter_client import Client
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.hub import HUB
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import releases_of, split_repository
-from radapter_serve.runs import ADAPTER
+from radapter_serve.sources import ADAPTER, HUB
 
 _FORMS = (
     "a model repository, a run or an adapter file, a folder with a checkpoint of open_clip or"

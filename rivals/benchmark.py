@@ -16,7 +16,7 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.files import read_yaml
-from radapter_serve.hub import LOCAL
+from radapter_serve.sources import LOCAL
 from radapter_serve.training.recipe import recipe_of
 
 

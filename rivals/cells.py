@@ -21,7 +21,7 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
 from radapter_serve.evaluation.run import warn_of_overlap
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.judge import judge
 from rivals.method import Method, kept, learned

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
 
 TableName = Literal["main", "1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]
 

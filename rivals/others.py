@@ -28,8 +28,8 @@ from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
 from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
-from radapter_serve.hub import LOCAL
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
+from radapter_serve.sources import LOCAL
 from rivals.coop import CoOp
 from rivals.flags import check_seeds
 from rivals.layout import corrected, lead_of, markdown

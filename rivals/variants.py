@@ -33,8 +33,8 @@ from radapter_serve.clip.towers import encode_image
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runs import ADAPTER
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
+from radapter_serve.sources import ADAPTER
 from radapter_serve.training import Average, Recipe, Run, choose_form
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.loss import distance_to_base, positives_of

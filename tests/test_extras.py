@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from radapter_serve.cli import EXTRAS, guard
-from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.extras import command, extra_of, install_command
+from radapter_serve.errors import RAdapterError, command, extra_of, install_command, one_line
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0" * 40
@@ -64,7 +63,7 @@ def test_only_one_place_says_how_to_install_this_package():
     name = re.compile(r"pip install[^\n]*radapter.serve|radapter-serve\[")
     for folder in ("radapter_serve", "export", "clients", "model_repository", "rivals"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path != ROOT / "radapter_serve" / "extras.py":
+            if path != ROOT / "radapter_serve" / "errors.py":
                 assert not name.search(path.read_text(encoding="utf-8")), path
 
 

@@ -19,7 +19,7 @@ PACKAGES = ("radapter_serve", "export/radapter_export", "clients/radapter_client
 # client and the export are rooms, too.
 FLOORS = [
     "radapter_client",
-    "clock errors extras files lock environment signals threads hub checkpoints runs typed",
+    "errors files process sources",
     "contract",
     "release",
     "encoders",

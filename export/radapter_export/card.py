@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.evaluation.rows import KEPT
-from radapter_serve.hub import HUB
 from radapter_serve.release.release import Release
+from radapter_serve.sources import HUB
 
 LIBRARIES = ("open_clip", "transformers")
 # Licences of weights that open_clip brings, by how their tags begin.

@@ -16,7 +16,11 @@ from pathlib import Path
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_serve.errors import RAdapterError, check_installed, quiet, reason
 from radapter_serve.files import digest_of
-from radapter_serve.hub import (
+from radapter_serve.release.agreement import SAMPLES
+from radapter_serve.release.integrity import SUMS, differences, load_sums, shown, written_sums
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.repository import ENCODERS, MODELS, PATCH_ENCODER, TENSORRT, releases_of
+from radapter_serve.sources import (
     CARD,
     HUB,
     from_hub_or_cache,
@@ -26,10 +30,6 @@ from radapter_serve.hub import (
     split_revision,
     unreachable,
 )
-from radapter_serve.release.agreement import SAMPLES
-from radapter_serve.release.integrity import SUMS, differences, load_sums, shown, written_sums
-from radapter_serve.release.release import FILE, Release
-from radapter_serve.release.repository import ENCODERS, MODELS, PATCH_ENCODER, TENSORRT, releases_of
 
 # folders of a repository on the hub
 RELEASE = "release"

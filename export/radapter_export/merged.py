@@ -14,8 +14,8 @@ from torch import Tensor
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors, staged, staged_folder
-from radapter_serve.hub import CARD
 from radapter_serve.release.release import FILE, Release
+from radapter_serve.sources import CARD
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

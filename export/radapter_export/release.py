@@ -54,10 +54,10 @@ from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.files import digest_of, disk_errors, staged_folder
-from radapter_serve.hub import CARD
 from radapter_serve.release.agreement import TOLERANCES, Agreement, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
+from radapter_serve.sources import CARD
 from radapter_serve.tasks.classify import mix_examples
 from radapter_serve.tasks.labels import embed_labels
 

@@ -14,8 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import remove
-from radapter_serve.lock import lock
+from radapter_serve.files import lock, remove
 from radapter_serve.release.config import configure, name_releases
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release

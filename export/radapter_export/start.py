@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from radapter_export.settings import ExportSettings
-from radapter_serve.checkpoints import check_base_is_named
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.progress import status
-from radapter_serve.runs import newest_run
-from radapter_serve.threads import limit_threads
-from radapter_serve.typed import checker
+from radapter_serve.files import checker
+from radapter_serve.process import limit_threads
+from radapter_serve.sources import check_base_is_named, newest_run
 
 if TYPE_CHECKING:
     from radapter_export.release import ExportedRelease

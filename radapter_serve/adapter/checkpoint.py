@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from radapter_serve.adapter.file import tensors_digest
 from radapter_serve.adapter.line import Line, Tuned, check_weights, weights_of
-from radapter_serve.checkpoints import check_base_is_named, model_name
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of
-from radapter_serve.hub import HUB, LOCAL
+from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
 

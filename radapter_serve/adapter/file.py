@@ -20,9 +20,8 @@ from torch import Tensor
 
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import staged
-from radapter_serve.runs import ADAPTER
-from radapter_serve.typed import checker
+from radapter_serve.files import checker, staged
+from radapter_serve.sources import ADAPTER
 
 FORMAT_VERSION = 1
 Text = Annotated[str, Field(min_length=1)]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from radapter_serve.adapter.file import tensors_digest
-from radapter_serve.checkpoints import needs_base
 from radapter_serve.clip.base import Base
 from radapter_serve.contract.alpha import check_alpha
 from radapter_serve.errors import RAdapterError
+from radapter_serve.sources import needs_base
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from radapter_serve.clip.base import load_base, split_name
 from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
 from radapter_serve.errors import RAdapterError, reason, short
 from radapter_serve.files import digest_of
-from radapter_serve.hub import HUB, LOCAL
+from radapter_serve.sources import HUB, LOCAL
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

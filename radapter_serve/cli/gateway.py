@@ -12,7 +12,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway import keys
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.signals import STOPPING, handled
+from radapter_serve.process import STOPPING, handled
 
 PROG = "radapter-gateway"
 FIRST = (

@@ -23,7 +23,7 @@ from rich.progress import (
 
 from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.signals import handled
+from radapter_serve.process import handled
 
 if TYPE_CHECKING:
     from radapter_serve.encoders.loaded import LoadedRelease

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from radapter_serve.cli import run
 from radapter_serve.playground.run import Settings, serving
-from radapter_serve.signals import STOPPING, handled
+from radapter_serve.process import STOPPING, handled
 
 
 def playground(

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.hub import HUB
+from radapter_serve.process import STOPPING, handled
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.config import MAX_WAITING, ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import find_tritonserver
-from radapter_serve.signals import STOPPING, handled
+from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
     from radapter_serve.gateway.run import Child

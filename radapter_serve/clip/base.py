@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from radapter_serve.clip.transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, quiet, reason
-from radapter_serve.hub import (
+from radapter_serve.sources import (
     HUB,
     LOCAL,
     from_hub_or_cache,

@@ -22,7 +22,7 @@ from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.masks import Masked
 from radapter_serve.data.rows import BrokenImage
-from radapter_serve.threads import decoders
+from radapter_serve.process import decoders
 
 MAX_DECODED = 10_000  # images of a data set, evenly spread
 _BLOCK = 1000  # paths that a thread looks at in one go

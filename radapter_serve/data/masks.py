@@ -19,8 +19,7 @@ from radapter_serve.contract.image_files import SUFFIXES
 from radapter_serve.contract.preprocess import orientation_of, oriented
 from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, check_share
-from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.extras import install_command
+from radapter_serve.errors import RAdapterError, install_command, reason
 
 IGNORE = -1
 MAX_ID = 65535  # of a label map, which has 16 bits at most

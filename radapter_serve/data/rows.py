@@ -28,7 +28,7 @@ from radapter_serve.contract.image_files import (
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.hub import from_hub_or_cache, how_to_bring, unreachable
+from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
 # Of an image folder whose table has more than labels.

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.extras import install_command
+from radapter_serve.errors import RAdapterError, install_command
 
 BASE = Path(__file__).parent / "base"
 DRAWINGS = Path(__file__).parent / "drawings"

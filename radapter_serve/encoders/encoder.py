@@ -18,10 +18,10 @@ from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
 from radapter_serve.encoders.graph import Graph
 from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import total
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, SPINNING, TENSORRT
-from radapter_serve.threads import total
 
 
 class Encoder(Protocol):

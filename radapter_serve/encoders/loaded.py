@@ -28,11 +28,10 @@ from radapter_serve.encoders.decoder import Decoder
 from radapter_serve.encoders.encoder import Encoder, load_graphs
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.encoders.needs import Need, Part, Steps, Tokenize, encode
-from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import LABELS, decoders
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import Served, find_release, split_repository
-from radapter_serve.threads import decoders
 
 
 class LoadedRelease:

@@ -14,8 +14,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.metrics import paired_difference
 from radapter_serve.evaluation.rows import KEPT, Row, by_shift
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.files import staged
-from radapter_serve.typed import checker
+from radapter_serve.files import checker, staged
 
 FILE = "alpha.json"
 RULE = (

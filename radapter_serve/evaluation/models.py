@@ -38,8 +38,8 @@ from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import model_name
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
-from radapter_serve.hub import LOCAL
 from radapter_serve.release.release import FILE, Release
+from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.masks import SegmentOptions, encode_windows
 from radapter_serve.tasks.proposals import ProposalSegmenter

@@ -17,8 +17,7 @@ from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.metrics import Interval
-from radapter_serve.files import staged
-from radapter_serve.typed import checker
+from radapter_serve.files import checker, staged
 
 FILE = "results.jsonl"
 KEPT = "kept"  # of metrics; see `Row`

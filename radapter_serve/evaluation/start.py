@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from radapter_serve.checkpoints import check_base_is_named
 from radapter_serve.errors import RAdapterError, all_of, one_line
 from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.rows import Results, Row, table, warnings
-from radapter_serve.runs import ADAPTER, newest_run
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
+from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice

@@ -25,8 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.encoders.steps import encoder_ms
-from radapter_serve.environment import otlp_endpoint
-from radapter_serve.extras import install_command
+from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
 from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
 from radapter_serve.gateway.keys import Keys
@@ -34,6 +33,7 @@ from radapter_serve.gateway.limits import Quota
 from radapter_serve.gateway.records import GONE, Entry, Metrics, milliseconds
 from radapter_serve.gateway.settings import Log
 from radapter_serve.gateway.upstream import LOG
+from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
 
 if TYPE_CHECKING:

@@ -15,16 +15,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
-from radapter_serve.clock import SYSTEM, Clock
-from radapter_serve.environment import PULSE
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
+from radapter_serve.process import PULSE, STOPPING, SYSTEM, Clock, handled
 from radapter_serve.server.processes import STOPPED, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
-from radapter_serve.signals import STOPPING, handled
 
 PULSE_SECONDS = 1.0  # between two signs of life of a gateway
 MAX_SILENCE_SECONDS = 30.0  # after which a gateway without signs of life counts as hanging

@@ -28,8 +28,8 @@ from radapter_serve.index.folder import generations_of
 from radapter_serve.index.index import current, link_of, open_index
 from radapter_serve.index.table import THUMBNAIL, UNIT, VECTOR, vector_column, vectors_of
 from radapter_serve.index.writer import BATCH, Summary, read_broken, writing
+from radapter_serve.process import decoders
 from radapter_serve.release.repository import releases_with_digest, split_repository
-from radapter_serve.threads import decoders
 
 _ROWS = 4096  # rows that are written at once
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
-from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.collection import Read, read
+from radapter_serve.process import THREADS
 
 _AHEAD = 2  # batches at a worker, one of which waits
 _BATCHES = 8  # at most, for each worker, those included that are done before an earlier one is

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_text
+from radapter_serve.files import as_text, checker
 from radapter_serve.release.release import Release
-from radapter_serve.typed import checker
 
 FORMAT = 6
 FACTS = "index.json"

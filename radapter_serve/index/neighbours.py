@@ -15,7 +15,7 @@ from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path
 from radapter_serve.index.conditions import Met
 from radapter_serve.index.facts import NearestFacts
-from radapter_serve.threads import total
+from radapter_serve.process import total
 
 CODES = "codes.faiss"
 Positions = NDArray[np.int64]

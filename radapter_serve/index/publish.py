@@ -15,13 +15,13 @@ from typing import Any
 from qdrant_client import models
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import lock
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.filters import OWN, key_of, kind_of
 from radapter_serve.index.folder import GENERATION, write_text
 from radapter_serve.index.index import LINK, Index, current, link_of, open_index
 from radapter_serve.index.qdrant import FACTS_KEY, Qdrant, is_collection_of, qdrant_errors
 from radapter_serve.index.table import THUMBNAIL, VECTOR, plain, vectors_of
-from radapter_serve.lock import lock
 
 _BATCH = 64  # points of a request, of which Qdrant takes 32 MB
 _TIMEOUT = 120  # seconds for a batch, and to begin an index of a column

@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import disk_errors, staged
+from radapter_serve.files import disk_errors, lock, staged
 from radapter_serve.index import facts as known_facts
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item, Progress, Read, read
@@ -48,8 +48,7 @@ from radapter_serve.index.table import (
     vectors_of,
     write_table,
 )
-from radapter_serve.lock import lock
-from radapter_serve.threads import decoders
+from radapter_serve.process import decoders
 
 BATCH = 256  # images that are embedded, then written; a killed build loses at most these
 BROKEN = "broken.txt"

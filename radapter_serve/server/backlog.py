@@ -13,7 +13,7 @@ from pathlib import Path
 
 import urllib3
 
-from radapter_serve.clock import SYSTEM
+from radapter_serve.process import SYSTEM
 from radapter_serve.server.config import MAX_WAITING
 from radapter_serve.triton.surplus import write
 

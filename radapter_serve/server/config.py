@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import total
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import AUTO, RUNTIMES, Served
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.threads import total
 
 MAX_INSTANCES = 64
 MAX_WAITING = 128

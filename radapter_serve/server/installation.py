@@ -12,8 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.extras import install_command
+from radapter_serve.errors import RAdapterError, install_command
 
 OUR_BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
 

@@ -11,15 +11,14 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from radapter_serve.environment import INDEXES, LABELS, LABELS_FILE, SURPLUS, otlp_endpoint
 from radapter_serve.files import staged
+from radapter_serve.process import INDEXES, LABELS, LABELS_FILE, SURPLUS, environment, otlp_endpoint
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.installation import Installation
 from radapter_serve.server.models import ModelEntry
 from radapter_serve.server.processes import ending_with_parent, shm_prefix
-from radapter_serve.threads import environment
 
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of what Triton may load, in a server's folder

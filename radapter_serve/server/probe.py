@@ -10,8 +10,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer
 from radapter_serve.server.watch import SERVER

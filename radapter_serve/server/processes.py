@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from radapter_serve.files import disk_errors
-from radapter_serve.lock import hold
+from radapter_serve.files import disk_errors, hold
 
 FOLDER_PREFIX = "radapter-serve-"
 DISK_ADVICE = "free some space, or set TMPDIR to another"

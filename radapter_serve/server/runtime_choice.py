@@ -16,7 +16,6 @@ from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.repository import AUTO, TENSORRT
 from radapter_serve.server.installation import Installation
-from radapter_serve.threads import threads_per_instance
 
 
 @dataclass
@@ -108,7 +107,10 @@ def _add(
     *,
     check: bool,
 ) -> None:
-    per_instance = threads_per_instance(threads, encoder.instances)
+    # An encoder's instances compute at once when many ask for it. Encoders are not set against each
+    # other: where only images are asked for, half of the cores would idle, and where texts are,
+    # too, so many threads cost no more than they do one encoder alone (benchmarks/README.md).
+    per_instance = max(1, threads // encoder.instances)
     files = [encoder.file(version, runtime) for version in encoder.versions]
     if runtime == TENSORRT:
         plans = [check_plan(file.parent) for file in files]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.server.control import NoAnswer
 from radapter_serve.server.probe import Probe
 from radapter_serve.server.watch import SERVER, Failure

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS, MODELS
 from radapter_serve.server.control import Control
 from radapter_serve.server.models import ModelEntry, parsed

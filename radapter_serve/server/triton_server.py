@@ -17,10 +17,10 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 from tritonclient.utils import np_to_triton_dtype
 
-from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.contract.alpha import Encode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
+from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import check, encoders_of
 from radapter_serve.release.repository import Served
@@ -43,7 +43,6 @@ from radapter_serve.server.releases import ReleaseServer, Say, State, format_lis
 from radapter_serve.server.runtime_choice import configure
 from radapter_serve.server.switch import check_side_by_side, switch
 from radapter_serve.server.watch import SERVER, Failure, Watch
-from radapter_serve.signals import STOPPING, handled
 
 _READY_POLL_SECONDS = 0.05
 

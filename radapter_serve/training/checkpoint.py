@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
-from radapter_serve.runs import CHECKPOINT
+from radapter_serve.sources import CHECKPOINT
 from radapter_serve.training.recipe import Recipe
 from radapter_serve.training.setup import Learner
 

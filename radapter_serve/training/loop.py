@@ -21,7 +21,7 @@ from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_an
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
-from radapter_serve.runs import ADAPTER, RECIPE
+from radapter_serve.sources import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.loss import (

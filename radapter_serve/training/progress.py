@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from radapter_serve.runs import METRICS
-from radapter_serve.signals import handled
+from radapter_serve.process import handled
+from radapter_serve.sources import METRICS
 
 
 class Progress:

@@ -20,7 +20,7 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
-from radapter_serve.runs import RATES
+from radapter_serve.sources import RATES
 from radapter_serve.training.loop import fit
 from radapter_serve.training.recipe import Recipe
 from radapter_serve.training.tasks import RunData

@@ -28,10 +28,8 @@ from radapter_serve.data.source import (
     with_reader,
 )
 from radapter_serve.errors import RAdapterError, short
-from radapter_serve.files import read_yaml, shipped
-from radapter_serve.hub import HUB, LOCAL
-from radapter_serve.runs import ADAPTER, RECIPE
-from radapter_serve.typed import checker
+from radapter_serve.files import checker, read_yaml, shipped
+from radapter_serve.sources import ADAPTER, HUB, LOCAL, RECIPE
 
 # The paper's, where they follow the length of the run.
 LONGEST_WARMUP = 500

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.runs import ADAPTER, CHECKPOINT
-from radapter_serve.threads import limit_threads
+from radapter_serve.process import limit_threads
+from radapter_serve.sources import ADAPTER, CHECKPOINT
 from radapter_serve.training.recipe import Recipe, Run, recipe_from
 from radapter_serve.training.tasks import open_run
 

@@ -19,7 +19,7 @@ from radapter_serve.data.masks import Masked
 from radapter_serve.data.runs import run_data, validation_data
 from radapter_serve.data.segments import SegmentCrops, list_segments
 from radapter_serve.errors import RAdapterError, all_of, listed
-from radapter_serve.hub import LOCAL
+from radapter_serve.sources import LOCAL
 from radapter_serve.training.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from radapter_serve.contract.errors import (
     task_error,
 )
 from radapter_serve.encoders.encoder import load_graph
-from radapter_serve.extras import install_command
+from radapter_serve.errors import install_command
 from radapter_serve.triton import surplus
 from radapter_serve.triton.responses import answer
 

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
-from radapter_serve.environment import otlp_endpoint
+from radapter_serve.process import otlp_endpoint
 from radapter_serve.triton import surplus
 
 MAX_SECONDS = 120.0  # of work on one request

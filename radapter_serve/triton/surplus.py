@@ -12,8 +12,8 @@ import contextlib
 import os
 from pathlib import Path
 
-from radapter_serve.environment import SURPLUS
 from radapter_serve.files import staged
+from radapter_serve.process import SURPLUS
 
 
 class Surplus:

@@ -33,8 +33,8 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import Steps, run_together
-from radapter_serve.environment import INDEXES
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
+from radapter_serve.process import INDEXES
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG

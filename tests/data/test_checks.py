@@ -26,8 +26,8 @@ from radapter_serve.contract.preprocess import FORMATS, decode, verify
 from radapter_serve.data.checks import broken_images
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.hub import unreachable
 from radapter_serve.index.collection import open_collection
+from radapter_serve.sources import unreachable
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
 from tests.helpers.own_cache import own_cache as own_cache

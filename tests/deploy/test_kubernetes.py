@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import radapter_serve
-from radapter_serve.environment import OTLP_ENDPOINTS
+from radapter_serve.process import OTLP_ENDPOINTS
 from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
 
 helm_errors = pytest.importorskip("helm_python.errors", reason="pip install -e '.[integrations]'")

@@ -17,11 +17,11 @@ from radapter_export.hub import BUILT, files_of, prepare_push, push, take
 from radapter_serve import Model, RAdapterError
 from radapter_serve.cli.export import main as export_command
 from radapter_serve.cli.serve import main as serve
-from radapter_serve.hub import unreachable
 from radapter_serve.release.config import check, read_config
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import CONFIG as MODEL_CONFIG
 from radapter_serve.release.repository import MODELS
+from radapter_serve.sources import unreachable
 from tests.export.conftest import Export
 from tests.helpers.fake_hub import FakeHub, fake_hub
 from tests.helpers.small_release import png

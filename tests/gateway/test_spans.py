@@ -16,13 +16,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from radapter_serve.encoders.steps import Step
-from radapter_serve.environment import OTLP_ENDPOINTS
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
+from radapter_serve.process import OTLP_ENDPOINTS
 from tests.helpers.collector import Collector, Span, collecting
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving
 from tests.helpers.small_release import png

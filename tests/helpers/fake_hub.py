@@ -157,7 +157,7 @@ def fake_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub, with a token and a cache of its own; the libraries of this process ask it."""
     from huggingface_hub import constants
 
-    from radapter_serve.hub import unreachable
+    from radapter_serve.sources import unreachable
 
     hub = FakeHub()
     patch.setattr(constants, "ENDPOINT", hub.url)

@@ -24,11 +24,11 @@ from pyarrow import parquet
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import lock
 from radapter_serve.index import table, writer
 from radapter_serve.index.build import add, build, verify
 from radapter_serve.index.facts import FACTS, build_command
 from radapter_serve.index.index import current, open_index, outdated
-from radapter_serve.lock import lock
 from tests.helpers.indexes import generation, said, say, search_little, write_facts
 from tests.helpers.projection import DIM, SIZE, TEXTS, Projection
 from tests.helpers.small_models import release as release_facts

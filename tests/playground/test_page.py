@@ -16,8 +16,7 @@ import urllib3
 
 from radapter_client import Client
 from radapter_serve.cli import playground
-from radapter_serve.errors import RAdapterError
-from radapter_serve.extras import install_command
+from radapter_serve.errors import RAdapterError, install_command
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.playground.run import Settings, serving

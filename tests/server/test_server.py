@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.lock import hold
+from radapter_serve.files import hold
 from radapter_serve.server import processes
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports

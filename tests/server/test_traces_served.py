@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from radapter_serve.environment import OTLP_ENDPOINTS
+from radapter_serve.process import OTLP_ENDPOINTS
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer

@@ -19,8 +19,8 @@ from radapter_serve.encoders.labels import (
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.needs import complete
-from radapter_serve.environment import LABELS
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import LABELS
 from radapter_serve.tasks.labels import embed_labels
 from tests.helpers.small_release import Local
 

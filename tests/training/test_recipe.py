@@ -247,7 +247,7 @@ def test_help_refusals_and_threads_come_before_torch() -> None:
         "assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules)\n"
         "assert main(['--data', 'imagefolder:/nowhere']) == 2\n"
         "assert not {'torch', 'open_clip'} & set(sys.modules)\n"
-        "from radapter_serve.threads import limit_threads, total\n"
+        "from radapter_serve.process import limit_threads, total\n"
         "limit_threads(1)\n"
         "assert 'torch' not in sys.modules and total() == 1\n"
         "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"

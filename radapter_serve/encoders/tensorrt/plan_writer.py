@@ -25,8 +25,7 @@ from radapter_serve.encoders.tensorrt.plan import (
     mismatch,
 )
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
-from radapter_serve.lock import lock
+from radapter_serve.files import lock, staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.integrity import renew_sums

@@ -1,13 +1,24 @@
-"""The Hugging Face hub: names, reachability, loading without retries, and its errors for people."""
+"""Sources of models, as far as they can be checked without torch: runs, checkpoints that were tuned
+elsewhere, the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from radapter_serve.errors import reason
+from radapter_serve.errors import RAdapterError, reason, short
+
+# The files of a run's folder.
+ADAPTER = "adapter.safetensors"
+RECIPE = "recipe.yaml"
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+RATES = "rates.json"
+RUNS = Path("runs")
 
 # in front of the name of a model
 LOCAL = "local-dir:"
@@ -20,6 +31,60 @@ _SAID = {
     403: "the hub does not allow that (403); log in with a token that may, by: hf auth login",
     404: "the hub has nothing of that name (404); look at it, and at the revision",
 }
+_FILES_OF_FOLDERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_ALLOWED = (
+    "allowed: a .pt or .safetensors file, a model's folder, hf-hub:NAME, or NAME:TAG such as"
+    " ViT-B-32:openai"
+)
+
+
+def newest_run() -> Path:
+    """The newest adapter file in ./runs; raises an `RAdapterError` where there is none."""
+    adapters = sorted(RUNS.glob(f"*/{ADAPTER}"), key=lambda path: path.stat().st_mtime)
+    if not adapters:
+        raise RAdapterError(
+            f"no run with an adapter in {RUNS.absolute()}; train one with radapter-train, or give"
+            " --adapter FILE"
+        )
+    return adapters[-1]
+
+
+def model_name(checkpoint: str) -> str | None:
+    """The name by which `load_base` loads a checkpoint as a whole; None for a file of weights."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        return f"{LOCAL}{path}"
+    if path.is_file():
+        whole = path.name in _FILES_OF_FOLDERS and (path.parent / "open_clip_config.json").is_file()
+        return f"{LOCAL}{path.parent}" if whole else None
+    if checkpoint.startswith((LOCAL, HUB)) or ":" in checkpoint:
+        return checkpoint
+    raise RAdapterError(f"there is no checkpoint {short(checkpoint)}; {_ALLOWED}")
+
+
+def check_base_is_named(
+    checkpoint: str, base: str | None, pretrained: str | None, alphas: Iterable[float] = ()
+) -> None:
+    """Refuse a checkpoint that needs a base, and has none: a file of weights, which does not say
+    its architecture, and any α below 1.
+    """
+    if model_name(checkpoint) is None and base is None:
+        raise RAdapterError(
+            f"{checkpoint} holds weights alone; name what was tuned with --base, such as --base"
+            " ViT-B-32:openai"
+        )
+    has_weights = base is not None and (pretrained or ":" in base)
+    for alpha in alphas:
+        if 0 <= alpha < 1 and not has_weights:
+            raise needs_base(alpha, Path(checkpoint).name)
+
+
+def needs_base(alpha: float, name: str) -> RAdapterError:
+    """The error for an α below 1 of a checkpoint without its base."""
+    return RAdapterError(
+        f"alpha is {alpha:g}, which needs the weights that {name} was tuned from; give them with"
+        " --base, such as --base ViT-B-32:openai, or take alpha 1"
+    )
 
 
 @functools.cache

@@ -6,8 +6,13 @@ import os
 
 import pytest
 
-from radapter_serve.environment import THREADS
-from radapter_serve.threads import cores, decoders, environment, threads_per_instance, total
+from radapter_serve.process import (
+    THREADS,
+    cores,
+    decoders,
+    environment,
+    total,
+)
 
 
 @pytest.fixture
@@ -84,10 +89,3 @@ def test_what_is_given_counts_in_the_processes_of_the_server(machine, monkeypatc
         monkeypatch.setenv(name, value)
     assert (total(), decoders(), decoders(8)) == (3, 3, 3)
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
-
-
-@pytest.mark.parametrize(
-    ("given", "instances", "each"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 1, 1), (2, 3, 1)]
-)
-def test_the_instances_of_an_encoder_share_its_threads(given, instances, each):
-    assert threads_per_instance(given, instances) == each
