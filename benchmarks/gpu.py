@@ -276,7 +276,7 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     """
     import onnxruntime as ort
 
-    from radapter_serve.encoders.onnxruntime import CUDA, cuda_provider
+    from radapter_serve.encoders.runtimes import CUDA, cuda_provider
 
     if towers.bench.device == "cpu":
         session = ort.InferenceSession(towers.graph(case), providers=["CPUExecutionProvider"])
@@ -311,8 +311,7 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for
     these very texts.
     """
-    from radapter_serve.encoders.cuda import find_gpu
-    from radapter_serve.encoders.tensorrt.engine import Engine, Options, build, import_tensorrt
+    from radapter_serve.encoders.tensorrt import Engine, Options, build, find_gpu, import_tensorrt
 
     find_gpu()
     try:

@@ -14,14 +14,12 @@ import tyro
 from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, picture, ratio
 from numpy.typing import NDArray
 
-from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.contract.images import decode
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders.labels import LabelCache
-from radapter_serve.encoders.loaded import LoadedRelease, release_at
-from radapter_serve.encoders.needs import CHUNK, complete
-from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.labels import embed_labels
-from radapter_serve.tasks.masks import encode_windows
+from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, complete, release_at
+from radapter_serve.tasks.dense import DenseSegmenter, encode_windows
+from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images, embed_labels
 
 WIDTH = 512
 SIZE = 224

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import normalised
-from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import Alpha
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats

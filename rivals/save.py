@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from radapter_serve.cli import run
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 from rivals.flags import Flags, TableName
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from radapter_export.settings import NONE, OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.runs import OtherImages
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError

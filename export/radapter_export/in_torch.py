@@ -26,14 +26,13 @@ from radapter_serve.clip.towers import (
     normalised,
     to_device,
 )
-from radapter_serve.contract.alpha import Alpha
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.errors import Alpha
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.embed import embed_labels
 
 
 def base_facts(

@@ -12,9 +12,9 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import list_images
+from radapter_serve.contract.images import MAX_BYTES, list_images, verify
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
-from radapter_serve.contract.preprocess import MAX_BYTES, Preprocess, decode_pixels, verify
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml

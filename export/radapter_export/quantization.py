@@ -31,7 +31,7 @@ from radapter_export.graph import EXTERNAL_ABOVE, size_of
 from radapter_export.references import Inputs
 from radapter_serve.clip.base import Base
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.images import spread
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer

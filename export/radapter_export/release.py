@@ -42,15 +42,13 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.clip.transformers import Form
-from radapter_serve.contract.alpha import check_alpha
-from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.probabilities import SAME, indistinguishable
+from radapter_serve.contract.errors import TaskError, check_alpha
+from radapter_serve.contract.labels import SAME, indistinguishable
 from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
-from radapter_serve.encoders.tensorrt.plan_writer import PlanWriter
+from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.plans import PlanWriter
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.files import digest_of, disk_errors, staged_folder
@@ -59,7 +57,7 @@ from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.sources import CARD
 from radapter_serve.tasks.classify import mix_examples
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.embed import embed_labels
 
 UNFITTED = (
     "this release of a SigLIP refuses multi_label: training does not update the sigmoid's scale and"

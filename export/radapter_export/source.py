@@ -30,10 +30,8 @@ from radapter_serve.adapter.line import Line
 from radapter_serve.adapter.lora import load_lora
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.contract.alpha import check_alpha
-from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.labels import check_labels, split_label
-from radapter_serve.contract.names import RULE, is_name
+from radapter_serve.contract.errors import TaskError, check_alpha
+from radapter_serve.contract.labels import RULE, check_labels, is_name, split_label
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from radapter_serve.adapter.file import Adapter, Metadata, check_base
 from radapter_serve.adapter.sites import Site, find_sites, left_out
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 
 Form = Literal["weight", "activation"]

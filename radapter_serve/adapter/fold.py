@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from radapter_serve.adapter.file import Adapter, check_base
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 
 

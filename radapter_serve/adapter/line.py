@@ -11,7 +11,7 @@ from torch import Tensor
 
 from radapter_serve.adapter.file import tensors_digest
 from radapter_serve.clip.base import Base
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.sources import needs_base
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.encoders.tensorrt.engine import Options
-from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
+from radapter_serve.encoders.plans import build_engines, check_engines
+from radapter_serve.encoders.tensorrt import Options
 from radapter_serve.errors import RAdapterError
 
 PROG = "radapter-build-engine"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from radapter_client import Hit
-from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.images import decode
 
 SIDE = 320  # px of the query's picture
 # The policy keeps the page to itself even if something in it were to ask for more.

@@ -356,7 +356,7 @@ def _show(summary: Any, out: Path) -> None:
     state = "" if summary.changed else "up to date, "
     print(f"{out}: {state}{summary.count:,} images" + (f" ({', '.join(parts)})" if parts else ""))
     if summary.left_out:
-        from radapter_serve.contract.image_files import SUFFIXES, count_kinds
+        from radapter_serve.contract.images import SUFFIXES, count_kinds
 
         count = sum(summary.left_out.values())
         print(

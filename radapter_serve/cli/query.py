@@ -29,7 +29,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 
 from radapter_client import Client, InvalidImage, list_images
 from radapter_serve.cli import guard
-from radapter_serve.contract.image_files import is_image_file
+from radapter_serve.contract.images import is_image_file
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged

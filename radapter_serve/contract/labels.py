@@ -1,19 +1,19 @@
-"""The text rules of labels: label files, synonyms, prompt templates and limits; and the mean over a
-label's prompts.
+"""Labels: names and files, synonyms, prompt templates and limits; the mean over a label's prompts;
+and probabilities of labels from cosines.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import NO_LABELS, TaskError, invalid
-from radapter_serve.contract.templates import BUILT_IN_TEMPLATES
 from radapter_serve.errors import RAdapterError
 
 # Of one request, checked before a prompt is built. A label set that is exported may have more
@@ -24,6 +24,104 @@ MAX_TEXT_LENGTH = 10_000
 MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
 MAX_PLACES = 4  # for the label in a template
 _COMMA = re.compile(r"(?<!\\),")
+# Of a name in UTF-8; a file system takes 255, and files that are being written have longer names.
+MAX_NAME_BYTES = 200
+RULE = (
+    "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at"
+    " the start"
+)
+_JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
+SAME = 0.9999  # cosine above which two labels give an image the same score, but for rounding
+_BLOCK = 1024  # rows of cosines in memory at once
+_THIS_IS = (
+    "a photo of a {} in the scene.",
+    "a photo of the {} in the scene.",
+    "a photo of one {} in the scene.",
+    "a photo of a {}.",
+    "a photo of my {}.",
+    "a photo of the {}.",
+    "a photo of one {}.",
+    "a photo of many {}.",
+    "a good photo of a {}.",
+    "a good photo of the {}.",
+    "a bad photo of a {}.",
+    "a bad photo of the {}.",
+    "a photo of a nice {}.",
+    "a photo of the nice {}.",
+    "a photo of a cool {}.",
+    "a photo of the cool {}.",
+    "a photo of a weird {}.",
+    "a photo of the weird {}.",
+    "a photo of a small {}.",
+    "a photo of the small {}.",
+    "a photo of a large {}.",
+    "a photo of the large {}.",
+    "a photo of a clean {}.",
+    "a photo of the clean {}.",
+    "a photo of a dirty {}.",
+    "a photo of the dirty {}.",
+    "a bright photo of a {}.",
+    "a bright photo of the {}.",
+    "a dark photo of a {}.",
+    "a dark photo of the {}.",
+    "a photo of a hard to see {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of a {}.",
+    "a low resolution photo of the {}.",
+    "a cropped photo of a {}.",
+    "a cropped photo of the {}.",
+    "a close-up photo of a {}.",
+    "a close-up photo of the {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a blurry photo of a {}.",
+    "a blurry photo of the {}.",
+    "a pixelated photo of a {}.",
+    "a pixelated photo of the {}.",
+    "a black and white photo of the {}.",
+    "a black and white photo of a {}.",
+    "a plastic {}.",
+    "the plastic {}.",
+    "a toy {}.",
+    "the toy {}.",
+    "a plushie {}.",
+    "the plushie {}.",
+    "a cartoon {}.",
+    "the cartoon {}.",
+    "an embroidered {}.",
+    "the embroidered {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+)
+_AS_THEY_ARE = (
+    "There is a {} in the scene.",
+    "There is the {} in the scene.",
+    "itap of a {}.",  # "I took a picture of"
+    "itap of my {}.",
+    "itap of the {}.",
+)
+# The 63 of ViLD (Gu et al., ICLR 2022) as its released code words them; where it has "a" or "an",
+# these have "a".
+VILD = [*_AS_THEY_ARE, *(f"This is {template}" for template in _THIS_IS)]
+# The 14 that OVSeg (Liang et al., CVPR 2023) takes, under the name `vild` in its code; not all end
+# in a full stop.
+OVSEG = [
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+]
+BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."], "vild": VILD, "ovseg": OVSEG}
 
 
 def read_label_file(path: str | Path) -> list[str]:
@@ -194,3 +292,89 @@ def _lines(path: str | Path, alternative: str = "") -> Iterable[tuple[int, str]]
     for number, line in enumerate(text.splitlines(), 1):
         if (line := line.strip()) and not line.startswith("#"):
             yield number, line
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be a name: up to 200 bytes, nothing that cannot be shown or that means
+    something in a path.
+    """
+    shown = "".join(sign for sign in text if sign not in _JOINERS)
+    return (
+        shown.isprintable()
+        and shown == shown.strip()
+        and "/" not in text
+        and text[:1] not in ("", ".", "-", *_JOINERS)
+        and len(text.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES
+    )
+
+
+def spellings(name: str) -> list[str]:
+    """A name as it is, and as other systems write the same letters: an é is one sign, or an e with
+    an accent.
+    """
+    return list(
+        dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
+    )
+
+
+def known_as(name: str, names: Container[str]) -> str | None:
+    """How a name is spelled among names; None where it is none of them."""
+    return next((spelling for spelling in spellings(name) if spelling in names), None)
+
+
+def there_are(names: Iterable[str], how: str) -> str:
+    """The end of a refusal of a name: the names that there are, or how one is made."""
+    return f"; there are: {', '.join(names) or f'none ({how})'}"
+
+
+def class_probabilities(
+    cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
+) -> NDArray[np.float32]:
+    """The probability of each label, float32 [..., C] in [0, 1], from the cosines of images or
+    patches with the labels: a softmax, or with the bias of a model that was trained with a sigmoid
+    loss (SigLIP) a sigmoid for each label alone.
+    """
+    logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
+    if logit_bias is not None:
+        return np.asarray(
+            1 / (1 + np.exp(-np.clip(logits + np.float32(logit_bias), -80, 80))), np.float32
+        )
+    logits -= logits.max(-1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(-1, keepdims=True)
+    return logits
+
+
+def best_class(
+    cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """The best label of each place and its probability, as `class_probabilities` has them, without
+    the probabilities of the others.
+    """
+    greatest = cosines.max(0)
+    winners = cosines == greatest
+    best = np.empty(len(greatest), np.intp)
+    # Of equal ones the first is written last. Near each other, few labels win anywhere.
+    for label in np.flatnonzero(winners.any(1))[::-1]:
+        np.copyto(best, label, where=winners[label])
+    if logit_bias is not None:
+        return best, class_probabilities(greatest, logit_scale, logit_bias)
+    cosines -= greatest
+    cosines *= np.float32(logit_scale)
+    np.exp(cosines, out=cosines)
+    return best, 1 / cosines.sum(0)
+
+
+def indistinguishable(
+    labels: Sequence[str], embeddings: NDArray[np.float32]
+) -> list[tuple[str, str]]:
+    """The labels that the text tower can't tell apart from an earlier one: every image scores both
+    alike.
+    """
+    pairs = []
+    for start in range(0, len(labels), _BLOCK):
+        alike = embeddings[start : start + _BLOCK] @ embeddings.T > SAME
+        for row, first in enumerate(alike.argmax(1), start):
+            if first < row and alike[row - start, first]:
+                pairs.append((labels[first], labels[row]))
+    return pairs

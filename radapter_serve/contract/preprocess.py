@@ -1,332 +1,39 @@
-"""From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes
-it, to the bit.
+"""From an image to the uint8 square that the image encoder takes: the whole image, as open_clip
+makes it, to the bit; one mask of it; and the images of requests, in a few threads.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import io
-import itertools
-import re
-import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageOps
 
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
-    OVERLOADED,
     Cancelled,
     TaskError,
-    check_cancelled,
+    invalid,
+)
+from radapter_serve.contract.images import (
+    ADVICE,
+    LARGE_PIXELS,
+    MAX_PIXELS,
+    ImageFile,
+    check_pixels,
+    decode,
+    read_header,
+    turn,
 )
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
-MAX_PIXELS = 64_000_000
-MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
-# Bytes that decoding an image takes at most, without its file; and those above which one image at a
-# time is decoded in this process.
-MAX_MEMORY = 512_000_000
-LARGE_MEMORY = 128_000_000
-# Bytes of a pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
-# measures them. Pillow decodes a WebP in three copies, and then makes its own.
-PIXEL_BYTES = 8
-WEBP_PIXEL_BYTES = 16
-LARGE_PIXELS = 16_000_000  # beyond which no thin image is blown up
-MAX_BYTES = 64 * 2**20  # of a file
-MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
-# A progressive JPEG is decoded anew for each of its scans, of which a small file can have
-# thousands. Cameras and libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are
-# allowed as it is larger.
-MAX_SCANS = 100
-POLL_SECONDS = 0.1  # after which those that wait for their turn ask for their callers again
-# markers of JPEG
-_SCAN = b"\xff\xda"
-_END = 0xD9
-# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder
-# that looks for a restart passes over the marker alone, so no length can hide a scan there.
-_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
-_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
-_OTHERS = (
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\x00", "TIFF"),
-    (0, b"MM\x00*", "TIFF"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIC"),
-)
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An encoded image of which only the header has been read."""
-
-    data: bytes = field(repr=False)
-    width: int  # in pixels, before it is turned
-    height: int
-    memory: int  # bytes that decoding takes at most, without the file
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it is decoded while no other large image is."""
-        return self.memory > LARGE_MEMORY
-
-
-class Turns:
-    """Lets a few threads at a time through, in the order in which they come; refuses more than
-    `max_waiting` that wait.
-    """
-
-    def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
-        self.max_waiting = max_waiting
-        self._places = places
-        self._lock = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
-
-    @contextlib.contextmanager
-    def __call__(self, cancelled: Cancelled | None = None) -> Iterator[None]:
-        """Wait for a turn, and have it until the block ends; too many that wait are refused."""
-        turn = threading.Event()
-        with self._lock:
-            if len(self._queue) >= self._places + self.max_waiting:
-                raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
-            self._queue.append(turn)
-            self._wake()
-        try:
-            while not turn.wait(POLL_SECONDS):
-                check_cancelled(cancelled)
-            check_cancelled(cancelled)
-            yield
-        finally:
-            with self._lock:
-                self._queue.remove(turn)
-                self._wake()
-
-    def _wake(self) -> None:
-        for turn in itertools.islice(self._queue, self._places):
-            turn.set()
-
-
-LARGE_IMAGES = Turns()  # of this process
-
-
-@contextlib.contextmanager
-def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
-    """The block in which an image may be decoded: a large one when those before it are done, a
-    small one at once.
-    """
-    check_cancelled(cancelled)
-    with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
-        yield
-
-
-def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1, upright, where its EXIF cannot be read."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises anything on broken EXIF, which viewers ignore too
-        return 1
-    return int(orientation) if orientation in range(2, 9) else 1  # type: ignore[arg-type]
-
-
-def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Turn an image by an EXIF orientation, its own if None; the same image where there is nothing
-    to turn. A turned one has no orientation, so that nothing turns it twice.
-    """
-    if orientation is not None:
-        image.getexif()[ExifTags.Base.Orientation] = orientation
-    if orientation_of(image) == 1:
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except (MemoryError, TaskError):
-        raise
-    except Exception:  # as of `orientation_of`
-        return image
-
-
-def read_header(data: bytes | ImageFile) -> ImageFile:
-    """Read the header of an image file, which may be base64 text, with or without a `data:` URI in
-    front; of one whose header has been read, return that.
-    """
-    if isinstance(data, ImageFile):
-        return data
-    if not data.startswith(_MAGIC):
-        has_head = data.startswith(b"data:") and b"," in data
-        text = data.split(b",", 1)[1] if has_head else data
-        with contextlib.suppress(binascii.Error):
-            data = base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
-    if len(data) > MAX_BYTES:
-        raise TaskError(
-            IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
-        )
-    with _broken():
-        try:
-            image = _open(data)
-        except UnidentifiedImageError:
-            what = f"{len(data)} bytes are not an image" if data else "the file is empty"
-            for start, magic, kind in _OTHERS:
-                if data[start:].startswith(magic):
-                    what = f"{kind} files are not read"
-            raise TaskError(INVALID_IMAGE, what, ADVICE) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TaskError(
-                IMAGE_TOO_LARGE, f"{error}; at most {MAX_PIXELS} pixels are allowed"
-            ) from None
-        width, height = image.size
-        _check_pixels(width, height, MAX_PIXELS, "the image")
-        if max(width, height) > MAX_SIDE:
-            raise TaskError(
-                IMAGE_TOO_LARGE,
-                f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
-            )
-        pixels = width * height
-        pixel_bytes = WEBP_PIXEL_BYTES if image.format == "WEBP" else PIXEL_BYTES
-        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
-            # If its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
-            scan = next(
-                (place for marker, place in _markers(data) if marker == _SCAN[1]), len(data)
-            )
-            colours = data[scan + 2] if scan + 2 < len(data) else 0
-            if image.info.get("progressive") or colours < image.layers:
-                pixel_bytes = max(PIXEL_BYTES, 4 + 2 * image.layers)
-            max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
-            if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
-                raise TaskError(
-                    IMAGE_TOO_LARGE,
-                    f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are"
-                    " allowed",
-                )
-        kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
-        _check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
-    return ImageFile(data, width, height, pixels * pixel_bytes)
-
-
-def read_headers(images: Sequence[bytes | ImageFile]) -> list[ImageFile]:
-    """Read the headers of all images of a request; errors say which image it is."""
-    files = []
-    for number, image in enumerate(images, 1):
-        try:
-            files.append(read_header(image))
-        except TaskError as error:
-            if len(images) == 1:
-                raise
-            where = f"image {number} of {len(images)}"
-            raise TaskError(error.code, f"{where}: {error.message}") from None
-    check_request(files)
-    return files
-
-
-def check_request(files: Sequence[ImageFile]) -> None:
-    """Raise a `TaskError` where the images of a request have too many pixels together."""
-    pixels = sum(file.width * file.height for file in files)
-    if pixels > MAX_REQUEST_PIXELS:
-        raise TaskError(
-            IMAGE_TOO_LARGE,
-            f"the {len(files)} images of the request have {pixels} pixels together; at most"
-            f" {MAX_REQUEST_PIXELS} are allowed, so send fewer or smaller ones at once",
-        )
-
-
-def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
-
-    Its mode is not converted, but of 16 bits of gray the upper 8 are kept. Without
-    `exif_orientation` the pixels stay as the file has them, as in open_clip.
-    """
-    return _loaded(_open(read_header(data).data), exif_orientation)
-
-
-def verify(data: bytes) -> None:
-    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of
-    their size. Thread-safe.
-    """
-    file = read_header(data)
-    image = _open(file.data)
-    image.draft(None, (1, 1))
-    with turn(file), _broken():
-        image.load()
-
-
-def decode_into(
-    data: bytes | ImageFile,
-    preprocess: Preprocess,
-    out: NDArray[np.uint8],
-    cancelled: Cancelled | None = None,
-) -> None:
-    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
-    in memory, and those who wait have turns.
-    """
-    try:
-        file = read_header(data)
-        preprocess.check(file.width, file.height)
-        with turn(file, cancelled):
-            image = _open(file.data)
-            image = _loaded(image, preprocess.exif_orientation)
-            preprocess(image, out=out)
-    except TaskError:
-        raise
-    except MemoryError:
-        raise TaskError(
-            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
-        ) from None
-    except Exception as error:
-        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error})", ADVICE) from None
-
-
-def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """`decode_into` a new array, uint8 [H, W, 3]."""
-    pixels = np.empty((*preprocess.size, 3), np.uint8)
-    decode_into(data, preprocess, pixels)
-    return pixels
-
-
-def _open(data: bytes) -> Image.Image:
-    """The image of a file, of which only the header has been read."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
-    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with
-    gray: it clips.
-    """
-    with _broken():
-        image.load()
-    image = oriented(image) if exif_orientation else image
-    return (
-        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode.startswith("I")
-        else image
-    )
-
-
-@contextlib.contextmanager
-def _broken() -> Iterator[None]:
-    try:
-        yield
-    except (TaskError, MemoryError):
-        raise
-    except Exception as error:
-        # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error. The
-        # frames of contextlib hold the error, and without this it would hold them, and the image.
-        error.__traceback__ = None
-        raise TaskError(
-            INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -367,10 +74,23 @@ class Preprocess:
         """
         height, width = self.size
         image = self.resize(image)
-        if self.resize_mode != "squash":
-            image = _center_crop(
-                image, height, width, self.fill_color if self.resize_mode == "longest" else 0
-            )
+
+        # Pad to the size, and crop to the middle, with torchvision's rounding.
+        fill = self.fill_color if self.resize_mode == "longest" else 0
+        down = max(0, height - image.height)
+        right = max(0, width - image.width)
+        if down or right:
+            bands = len(image.getbands())
+            palette = image.getpalette() if image.mode == "P" else None
+            border = (right // 2, down // 2, (right + 1) // 2, (down + 1) // 2)
+            image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
+            if palette is not None:
+                image.putpalette(palette)
+        if image.size != (width, height):
+            top = round((image.height - height) / 2)
+            left = round((image.width - width) / 2)
+            image = image.crop((left, top, left + width, top + height))
+
         pixels = np.asarray(image.convert("RGB"))
         if out is None:
             return pixels.copy()
@@ -412,52 +132,192 @@ class Preprocess:
             # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the
             # nearest that works.
             target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
-        _check_pixels(
-            *target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,"
-        )
+        check_pixels(*target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,")
         return target
 
 
-def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
-    """Crop to the middle, padded first where the image is smaller (torchvision's rounding)."""
-    down = max(0, height - image.height)
-    right = max(0, width - image.width)
-    if down or right:
-        bands = len(image.getbands())
-        palette = image.getpalette() if image.mode == "P" else None
-        border = (right // 2, down // 2, (right + 1) // 2, (down + 1) // 2)
-        image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
-        if palette is not None:
-            image.putpalette(palette)
-    top = round((image.height - height) / 2)
-    left = round((image.width - width) / 2)
-    if image.size == (width, height):
-        return image
-    return image.crop((left, top, left + width, top + height))
-
-
-def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
-    if width * height > limit:
+def decode_into(
+    data: bytes | ImageFile,
+    preprocess: Preprocess,
+    out: NDArray[np.uint8],
+    cancelled: Cancelled | None = None,
+) -> None:
+    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
+    in memory, and those who wait have turns.
+    """
+    try:
+        file = read_header(data)
+        preprocess.check(file.width, file.height)
+        with turn(file, cancelled):
+            preprocess(decode(file, exif_orientation=preprocess.exif_orientation), out=out)
+    except TaskError:
+        raise
+    except MemoryError:
         raise TaskError(
-            IMAGE_TOO_LARGE,
-            f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed",
+            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
+        ) from None
+    except Exception as error:
+        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error})", ADVICE) from None
+
+
+def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """`decode_into` a new array, uint8 [H, W, 3]."""
+    pixels = np.empty((*preprocess.size, 3), np.uint8)
+    decode_into(data, preprocess, pixels)
+    return pixels
+
+
+class Decoder:
+    """Images to the pixels that an encoder takes; small ones in threads, for Pillow lets go of
+    the interpreter while it works.
+    """
+
+    def __init__(self, preprocess: Preprocess, threads: int) -> None:
+        self._preprocess = preprocess
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def start(
+        self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
+    ) -> Callable[[], NDArray[np.uint8]]:
+        """Begin to decode the images of a request; the function that is returned waits for them,
+        and gives uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad image, which it
+        names where there are several, or of a caller who gave up.
+        """
+        pixels = np.empty((len(files), *self._preprocess.size, 3), np.uint8)
+
+        def fill(number: int) -> None:
+            decode_into(files[number], self._preprocess, pixels[number], cancelled)
+
+        # The threads take the small ones. A large one may wait for others, so this thread decodes
+        # it, and it keeps no thread from the images of other callers.
+        small = [number for number, file in enumerate(files) if not file.is_large]
+        results: dict[int, Future[None]] = {number: Future() for number in small}
+        waiting = deque(small)
+
+        def take() -> None:
+            with contextlib.suppress(IndexError):  # all are taken
+                number = waiting.popleft()
+                try:
+                    fill(number)
+                    results[number].set_result(None)
+                except BaseException as error:
+                    results[number].set_exception(error)
+            # After the images of other callers, so that all have turns.
+            if waiting:
+                self._submit(take)
+
+        def finish() -> NDArray[np.uint8]:
+            try:
+                for number in range(len(files)):
+                    try:
+                        if number in results:
+                            results[number].result()
+                        else:
+                            fill(number)
+                    except TaskError as error:
+                        if len(files) == 1:
+                            raise
+                        which = f"image {number + 1} of {len(files)}"
+                        raise TaskError(error.code, f"{which}: {error.message}") from None
+            finally:
+                waiting.clear()
+            return pixels
+
+        for _ in range(min(self._threads, len(small))):
+            self._submit(take)
+        return finish
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        try:
+            self._pool.submit(work)
+        except RuntimeError:  # the release is closed, and what is under way ends as it began
+            work()
+
+
+@dataclass(frozen=True)
+class MaskCrop:
+    """A segment alone: the image cropped to the mask's box, everything outside the mask filled
+    (OVSeg's masked crop).
+    """
+
+    padding: float = 0.0  # border around the box on each side, as a share of its longer side
+    # Make the box square about its centre, which keeps the aspect ratio; else it is squashed.
+    square: bool = True
+    # Outside the mask and beyond the image: the mean that the encoder subtracts, so that the
+    # filling is zero to it.
+    fill: tuple[int, int, int] = (123, 117, 104)
+
+    @classmethod
+    def filled_with(
+        cls, mean: Sequence[float], *, padding: float = 0.0, square: bool = True
+    ) -> MaskCrop:
+        """A crop that is filled with the mean that an encoder subtracts, RGB in [0, 1]."""
+        red, green, blue = (round(255 * value) for value in mean)
+        return cls(padding, square, (red, green, blue))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
+        """Read what `to_dict` gave; unknown keys are ignored."""
+        red, green, blue = values["fill"]
+        return cls(
+            float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue))
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a release holds them."""
+        return {**asdict(self), "fill": list(self.fill)}
 
-def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG file, each with the position behind it; what belongs to a marker, such
-    as a preview in metadata, is passed over.
-    """
-    position = 2
-    while match := _MARKER.search(data, position):
-        position = match.end()
-        yield match[0][1], position
-        position += int.from_bytes(data[position : position + 2], "big")
+    def side(self, longer: int) -> int:
+        """The side of the crop of a box, from the longer side of that, in pixels."""
+        return longer + 2 * round(self.padding * longer)
 
+    def box(self, mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+        """The first column and row of a mask, and those behind its last."""
+        rows = np.flatnonzero(mask.any(1))
+        columns = np.flatnonzero(mask.any(0))
+        if not len(rows):
+            raise invalid("a mask is empty; it needs at least one pixel")
+        left = int(columns[0])
+        right = int(columns[-1]) + 1
+        top = int(rows[0])
+        bottom = int(rows[-1]) + 1
+        side = self.side(max(right - left, bottom - top))
+        if side * side > MAX_PIXELS:  # of a long and thin image
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the square crop of a mask has {side} x {side} pixels; at most {MAX_PIXELS} fit",
+            )
+        return left, top, right, bottom
 
-def count_scans(data: bytes) -> int:
-    """The scans of a JPEG file up to its end."""
-    markers = itertools.takewhile(
-        lambda marker: marker != _END, (each for each, _ in _markers(data))
-    )
-    return sum(marker == _SCAN[1] for marker in markers)
+    def __call__(self, image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+        """Crop an image of any mode to a mask of its size, bool [H, W].
+
+        The crop is RGB and square: of the box's own pixels where `square`, else its shorter side is
+        stretched to the longer.
+        """
+        mask = np.asarray(mask, bool)
+        if mask.shape != (image.height, image.width):
+            raise invalid(
+                f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image"
+                f" of {image.width} x {image.height}; send it at the image's size"
+            )
+        left, top, right, bottom = self.box(mask)
+        longer = max(right - left, bottom - top)
+        border = (self.side(longer) - longer) // 2
+        width = right - left + 2 * border
+        height = bottom - top + 2 * border
+        side = self.side(longer)
+        if self.square:
+            width = height = side
+        inside = Image.fromarray(mask[top:bottom, left:right])
+        segment = image.crop((left, top, right, bottom)).convert("RGB")
+        crop = Image.new("RGB", (width, height), self.fill)
+        crop.paste(
+            segment, ((width - segment.width + 1) // 2, (height - segment.height + 1) // 2), inside
+        )
+        return crop if width == height else crop.resize((side, side), Image.Resampling.BICUBIC)

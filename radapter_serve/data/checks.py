@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.images import spread, verify
 from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import verify
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.masks import Masked

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.image_files import SUFFIXES
+from radapter_serve.contract.images import SUFFIXES
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.classes import prompt_names, some
 from radapter_serve.data.rows import ImageColumn, LabelledImages, open_rows, share_of, sub_folders

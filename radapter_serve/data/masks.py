@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.contract.image_files import SUFFIXES
-from radapter_serve.contract.preprocess import orientation_of, oriented
+from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, check_share
 from radapter_serve.errors import RAdapterError, install_command, reason

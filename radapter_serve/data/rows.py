@@ -19,14 +19,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from radapter_serve.contract.image_files import (
-    SUFFIXES,
-    count_kinds,
-    is_image_file,
-    list_images,
-)
+from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_image_file, list_images
 from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
 

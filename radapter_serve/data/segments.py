@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import ClassMask, Masked, MaskedImage
 from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
 from radapter_serve.errors import RAdapterError, listed

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from radapter_client import Client
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.ask import ask_labels, ask_masks, ask_search, served
 from radapter_serve.demo.compare import (

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
-from radapter_serve.contract.alpha import check_alpha
+from radapter_serve.contract.errors import check_alpha
 from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.ask import LABEL_SET, ask_labels, ask_masks, ask_search, served

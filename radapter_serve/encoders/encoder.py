@@ -1,27 +1,29 @@
-"""`Encoder`: what encodes images and texts of one release, wherever it runs; and its kind for
-exported graphs, by any of the runtimes.
+"""`Encoder`: what encodes images and texts of one release, wherever it runs; its kind for exported
+graphs, by any of the runtimes; and how long the steps of a request take.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.alpha import Alpha
-from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, redact
-from radapter_serve.encoders.graph import Graph
-from radapter_serve.encoders.steps import step
+from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
+from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import total
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, SPINNING, TENSORRT
+
+ENCODER = "_encoder"  # how the names of the steps end that are calls of an encoder
 
 
 class Encoder(Protocol):
@@ -121,7 +123,7 @@ class EncoderGraph:
         if name is not None and threads is not None:
             options[name] = str(threads)
         if runtime == TENSORRT:
-            from radapter_serve.encoders.tensorrt.plan import check_plan
+            from radapter_serve.encoders.plans import check_plan
 
             check_plan(path.parent)
             device = 0
@@ -170,31 +172,58 @@ def load_graphs(
     return GraphEncoder(graphs)
 
 
-def load_graph(
-    path: Path,
-    runtime: str,
-    parameters: Mapping[str, str],
-    *,
-    device: int | None = None,
-    optimization: int = 0,
-) -> Graph:
-    """A graph in a runtime, loaded as its config.pbtxt asks for it; `optimization` is for ONNX
-    Runtime alone.
+@dataclass(frozen=True)
+class Step:
+    """A part of the work on a request, with the steps inside it."""
+
+    name: str  # "engine", a task or an encoder
+    start: int  # in nanoseconds since 1970
+    end: int
+    parts: tuple[Step, ...] = ()
+
+
+_taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
+
+
+@contextlib.contextmanager
+def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
+    """Yields the steps that this thread takes in the block, as they end: `into` a list, or a new
+    one.
     """
-    if runtime == "openvino":
-        from radapter_serve.encoders import openvino
+    steps = [] if into is None else into
+    token = _taken.set(steps)
+    try:
+        yield steps
+    finally:
+        _taken.reset(token)
 
-        graph = openvino.load(path, parameters, device=device)
-    elif runtime == TENSORRT:
-        from radapter_serve.encoders.tensorrt import engine
 
-        graph = engine.load(path, device=device)
-    else:
-        from radapter_serve.encoders import onnxruntime
+def add_steps(steps: Iterable[Step]) -> None:
+    """Count steps that another thread took among those of this one, where these are collected."""
+    taken = _taken.get()
+    if taken is not None:
+        taken.extend(steps)
 
-        graph = onnxruntime.load(path, parameters, device=device, optimization=optimization)
-    # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
-    # weights. Other systems than Linux with glibc lack the function.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return graph
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Take a step of this thread, also where the block fails."""
+    start = time.time_ns()
+    began = time.monotonic_ns()  # the clock of the day may be set meanwhile
+    try:
+        with collected() as parts:
+            yield
+    finally:
+        end = start + time.monotonic_ns() - began
+        add_steps([Step(name, start, end, tuple(parts))])
+
+
+def encoder_ms(steps: Iterable[Step]) -> float:
+    """The milliseconds of these steps in which an encoder ran."""
+    total_ms = 0.0
+    for taken in steps:
+        if taken.name.endswith(ENCODER):
+            total_ms += (taken.end - taken.start) / 1e6
+        else:
+            total_ms += encoder_ms(taken.parts)
+    return total_ms

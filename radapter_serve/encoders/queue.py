@@ -13,9 +13,8 @@ from radapter_serve.contract.errors import (
     TaskError,
     check_cancelled,
 )
-from radapter_serve.encoders import steps
-from radapter_serve.encoders.needs import Need, Result
-from radapter_serve.encoders.steps import Step
+from radapter_serve.encoders.encoder import Step, add_steps, collected
+from radapter_serve.encoders.loaded import Need, Result
 
 MAX_WAITING = 128  # callers of one encoder
 POLL_SECONDS = 0.2  # after which a caller who waits is asked again whether it still does
@@ -83,17 +82,16 @@ class Queue:
             # Also where this thread is interrupted: others wait for what it is to encode.
             if caller.batch:
                 self._lead(caller.batch)
-        steps.add(caller.steps)
+        add_steps(caller.steps)
         if caller.results is None:
             raise TaskError(INTERNAL_ERROR, "the batch of this request was given up")
         return caller.results
 
     def _lead(self, batch: list[_Caller]) -> None:
         """Encode a batch, and hand over to the first who waits."""
-        taken: list[Step] = []
         needs = [need for caller in batch for need in caller.needs]
         try:
-            with steps.collected(taken):
+            with collected() as taken:
                 results = list(self._encode(needs))
             for caller in batch:
                 caller.steps = taken

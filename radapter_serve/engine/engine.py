@@ -20,18 +20,23 @@ from radapter_serve.contract.errors import (
     Cancelled,
     TaskError,
 )
-from radapter_serve.contract.preprocess import LARGE_IMAGES, Turns
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.needs import Need, Result, encode_together, run_together
+from radapter_serve.contract.images import LARGE_IMAGES, Turns
+from radapter_serve.encoders.encoder import step
+from radapter_serve.encoders.loaded import (
+    LoadedRelease,
+    Need,
+    Result,
+    encode_together,
+    load_release,
+    run_together,
+)
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
-from radapter_serve.encoders.steps import step
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import Served, find_release, split_repository
-from radapter_serve.tasks.probes import PROBES
-from radapter_serve.tasks.table import TASKS, Run, Tensors, forms
+from radapter_serve.tasks.table import PROBES, TASKS, Run, Tensors, forms
 
 SEGMENTED = 2  # images at once, each of which may hold half a gigabyte of cosines
 TEXTS = 256  # texts of a batch, unless one caller has more

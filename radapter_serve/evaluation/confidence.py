@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit
 
-from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, calibration_error, calibration_sums
 from radapter_serve.release.release import KEPT, Confidence

@@ -18,9 +18,8 @@ import open_clip
 from numpy.typing import NDArray
 from PIL import Image as Pictures
 
-from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import decode, oriented
-from radapter_serve.contract.probabilities import class_probabilities, indistinguishable
+from radapter_serve.contract.images import decode, oriented
+from radapter_serve.contract.labels import class_probabilities, indistinguishable, split_label
 from radapter_serve.data.rows import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import (

@@ -28,10 +28,10 @@ from radapter_serve.clip.towers import (
     normalised,
     to_device,
 )
-from radapter_serve.contract.alpha import Alpha, check_alpha
+from radapter_serve.contract.errors import Alpha, check_alpha
+from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import mean_embeddings
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, served_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
@@ -40,9 +40,8 @@ from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import LOCAL
-from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.masks import SegmentOptions, encode_windows
-from radapter_serve.tasks.proposals import ProposalSegmenter
+from radapter_serve.tasks.dense import DenseSegmenter, SegmentOptions, encode_windows
+from radapter_serve.tasks.segment import ProposalSegmenter
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TEMPLATES = ["a photo of a {}."]  # of models that name none

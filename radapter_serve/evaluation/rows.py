@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.probabilities import SAME
+from radapter_serve.contract.labels import SAME
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.metrics import Interval
 from radapter_serve.files import checker, staged

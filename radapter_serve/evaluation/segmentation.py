@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.probabilities import indistinguishable
+from radapter_serve.contract.labels import indistinguishable
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import ProposalFiles
 from radapter_serve.encoders.loaded import ServerEncoder
@@ -35,8 +35,8 @@ from radapter_serve.evaluation.metrics import (
 )
 from radapter_serve.evaluation.models import Candidate, SegmentQuery
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.tasks.masks import SegmentOptions
-from radapter_serve.tasks.proposals import BINARY
+from radapter_serve.tasks.dense import SegmentOptions
+from radapter_serve.tasks.segment import BINARY
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.data.source import Count, DataSource, For, users
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
-from radapter_serve.tasks.masks import SegmentOptions
+from radapter_serve.tasks.dense import SegmentOptions
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Metadata

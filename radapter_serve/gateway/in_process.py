@@ -12,7 +12,7 @@ from functools import partial
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.steps import collected
+from radapter_serve.encoders.encoder import collected
 from radapter_serve.engine.engine import Engine, NotServed
 from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_status
 from radapter_serve.gateway.kserve import Inference, Model

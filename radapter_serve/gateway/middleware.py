@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radapter_serve.contract.errors import INTERNAL_ERROR
-from radapter_serve.encoders.steps import encoder_ms
+from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
 from radapter_serve.gateway.errors import UNAUTHORIZED, Refused

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from radapter_serve.encoders.steps import Step
+from radapter_serve.encoders.encoder import Step
 from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.settings import Log
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS

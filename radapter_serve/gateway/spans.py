@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from radapter_serve.encoders.steps import Step
+from radapter_serve.encoders.encoder import Step
 from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.upstream import LOG
 from radapter_serve.process import otlp_endpoint

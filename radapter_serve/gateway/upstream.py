@@ -20,7 +20,7 @@ from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Ref
 from radapter_serve.gateway.kserve import Inference, Model
 from radapter_serve.gateway.records import Entry
 from radapter_serve.release.release import TASKS
-from radapter_serve.tasks.probes import PROBES
+from radapter_serve.tasks.table import PROBES
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT_TIMEOUT = 10.0  # seconds for a request that needs no encoder

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from radapter_serve.contract.names import RULE, is_name
+from radapter_serve.contract.labels import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of

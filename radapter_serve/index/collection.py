@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import SUFFIXES, count_kinds, list_images
-from radapter_serve.contract.preprocess import oriented
+from radapter_serve.contract.images import SUFFIXES, count_kinds, list_images, oriented
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.contract.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, redact
-from radapter_serve.contract.names import is_name, spellings, there_are
+from radapter_serve.contract.labels import is_name, spellings, there_are
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text

@@ -14,7 +14,7 @@ from PIL import Image
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.errors import redact
-from radapter_serve.contract.preprocess import oriented
+from radapter_serve.contract.images import oriented
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented

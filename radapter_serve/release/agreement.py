@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.alpha import Alpha, Encode
+from radapter_serve.contract.errors import Alpha, Encode
 from radapter_serve.errors import RAdapterError
 
 SAMPLES = "samples.npz"

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve.contract.alpha import request_alpha
-from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError
+from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 

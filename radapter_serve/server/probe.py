@@ -15,7 +15,7 @@ from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer
 from radapter_serve.server.watch import SERVER
-from radapter_serve.tasks.probes import GLANCES, PROBES, Tensors
+from radapter_serve.tasks.table import GLANCES, PROBES, Tensors
 
 INTERVAL_SECONDS = 5.0  # from an answer to the next request
 TIMEOUT_SECONDS = 10.0  # to wait for an answer

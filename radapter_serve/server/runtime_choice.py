@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tritonclient.grpc import model_config_pb2
 
-from radapter_serve.encoders.cuda import find_gpu
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.tensorrt.plan import check_plan
+from radapter_serve.encoders.plans import check_plan
+from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import ServedEncoder, encoders_of

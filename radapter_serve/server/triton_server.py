@@ -17,7 +17,7 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 from tritonclient.utils import np_to_triton_dtype
 
-from radapter_serve.contract.alpha import Encode
+from radapter_serve.contract.errors import Encode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled

@@ -16,16 +16,18 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
-from radapter_serve.contract.names import known_as
-from radapter_serve.contract.preprocess import ImageFile, read_header
-from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.contract.images import ImageFile, read_header
+from radapter_serve.contract.labels import class_probabilities, known_as
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Steps
 from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence, fitted_at
-from radapter_serve.tasks.embed import checked_headers
-from radapter_serve.tasks.labels import Labels, check_labels, embed_label_set
-from radapter_serve.tasks.masks import finite
+from radapter_serve.tasks.embed import (
+    Labels,
+    check_labels,
+    checked_headers,
+    embed_label_set,
+    finite,
+)
 
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5

@@ -1,32 +1,30 @@
 """Dense segmentation: windows over an image, the cosines of their patches with labels, and from
-these to pixels.
+these to pixels; with the options and the result that segmentation by proposals has in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.contract.errors import Cancelled, check_cancelled, invalid
+from radapter_serve.contract.errors import Cancelled, Encode, check_cancelled, invalid
+from radapter_serve.contract.labels import best_class
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.contract.probabilities import best_class
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.tasks.masks import (
-    USUAL,
-    MaskTally,
-    ScoredMask,
-    SegmentOptions,
-    Windows,
-    check_label_embeddings,
-    finite,
-)
-from radapter_serve.tasks.windows import Axis, upsampled, window_starts
+from radapter_serve.tasks.embed import finite
 
+S = TypeVar("S")
+# Yields images for an encoder, uint8 [B, S, S, 3], and is sent what it makes of them.
+Windows: TypeAlias = Generator[NDArray[np.uint8], NDArray[np.float32], S]
+
+MAX_REFINE = 100
+MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
 # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
 PATCH_SCALE = 40.0
 MAX_WINDOWS = 500
@@ -34,6 +32,114 @@ MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
 # Pixels between a pixel and its neighbours; one 3 x 3 ring each. NACLIP's.
 DILATIONS = (8, 16)
 _RING = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+BLOCK = 2**22  # values worked on at once: bounds the memory
+_CACHED = 2**18  # values of which a block and its sums stay in a core's second cache
+BAND = 256  # pixels whose weights are computed at once
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How an image is segmented; raises a `TaskError` for a value out of its range."""
+
+    # Shorter side in pixels of the working image that windows go over. None: 1.5 windows (336 for
+    # 224, as SCLIP has it), so that each pixel is seen in two or more contexts, and small objects
+    # get more patches.
+    short_side: int | None = None
+    stride: int | None = None  # pixels from one window to the next; None: half a window
+    refine: int = 0  # steps of pixel-adaptive refinement of the cosines; 10 is usual
+    # Probability below which a pixel is background. None: only pixels that no proposal covers are.
+    threshold: float | None = None
+    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
+    proposal_weight: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, value in (("short_side", self.short_side), ("stride", self.stride)):
+            if value is not None and value < 1:
+                raise invalid(f"{name} is {value}; a number of pixels, 1 or more")
+        if not 0 <= self.refine <= MAX_REFINE:
+            raise invalid(f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
+        for name, share in (
+            ("threshold", self.threshold),
+            ("proposal_weight", self.proposal_weight),
+        ):
+            if share is not None and not 0 <= share <= 1:
+                raise invalid(f"{name} is {share}; allowed: 0 to 1")
+
+    def sizes(self, window: int) -> tuple[int, int]:
+        """`short_side` and `stride` in pixels, with their usual values where they are None.
+
+        Raises a `TaskError` for a working image smaller than a window of `window` pixels, or
+        windows that leave pixels out.
+        """
+        short_side = window + window // 2 if self.short_side is None else self.short_side
+        stride = max(1, window // 2) if self.stride is None else self.stride
+        if short_side < window:
+            raise invalid(f"short_side is {short_side}; at least {window}, the size of a window")
+        if stride > window:
+            raise invalid(f"stride is {stride}; 1 to {window}, the size of a window")
+        return short_side, stride
+
+
+USUAL = SegmentOptions()
+
+
+@dataclass
+class ScoredMask:
+    """The labels of an image's pixels, and a score a label: the mean probability over its pixels
+    (of background, one minus the best label's), 0 where there are none.
+    """
+
+    mask: NDArray[np.uint16]  # [H, W], the image as it was turned; C is background, if there is any
+    scores: NDArray[np.float32]  # [C], or [C + 1] with the background
+
+
+class MaskTally:
+    """A `ScoredMask` while it fills; pixels may be background, of index `labels`, if `background`
+    is set, and are where their probability is below a threshold.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None
+    ) -> None:
+        self._mask = np.empty(shape, np.uint16)
+        self._labels = labels
+        self._background = background
+        self._threshold = threshold
+        self._sums = np.zeros(labels + background)
+        self._pixels = np.zeros(len(self._sums), np.int64)
+
+    def put(self, where: Any, best: NDArray[np.intp], probabilities: NDArray[np.float32]) -> None:
+        """Label the pixels `where`; `best` may hold the background already."""
+        if self._threshold is not None:
+            best = np.where(probabilities < self._threshold, self._labels, best)
+        if self._background:
+            probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
+        self._mask[where] = best
+        self._sums += np.bincount(best.ravel(), probabilities.ravel(), len(self._sums))
+        self._pixels += np.bincount(best.ravel(), minlength=len(self._sums))
+
+    def result(self, shape: tuple[int, ...] | None = None) -> ScoredMask:
+        """The mask, in another shape if one is given, and its scores."""
+        scores = np.asarray(self._sums / np.maximum(self._pixels, 1), np.float32)
+        return ScoredMask(self._mask if shape is None else self._mask.reshape(shape), scores)
+
+
+def check_label_embeddings(embeds: NDArray[np.float32]) -> None:
+    """Raise a `TaskError` for no or too many labels, or embeddings that are not finite."""
+    if not 1 <= len(embeds) <= MAX_LABELS:
+        raise invalid(f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
+    finite(embeds)
+
+
+def encode_windows(windows: Windows[S], encode: Encode) -> S:
+    """Run a segmentation by an encoder alone, such as one in torch."""
+    try:
+        batch = next(windows)
+        while True:
+            batch = windows.send(encode(batch))
+    except StopIteration as done:
+        result: S = done.value
+        return result
 
 
 @dataclass(frozen=True)
@@ -244,3 +350,105 @@ def _weights(
     np.exp(logits, out=logits)
     logits /= logits.sum(0)
     return logits
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover every pixel of an axis; the last is shifted back to
+    end at the border.
+    """
+    return [*range(0, length - window, stride), length - window]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows (or columns) of an image as weighted sums of rows (or columns) of its windows' patches.
+
+    Everything between patches and pixels is linear and acts on each axis alone: patches are
+    upsampled to their window, overlapping windows averaged, and the working image resized to the
+    image's own size, both bilinearly as torch does with `align_corners=False`. So no map of the
+    working image is ever held.
+    """
+
+    pixels: int  # of the image itself
+    working: int  # pixels of the working image, which the windows cover
+    window: int  # pixels of a window
+    grid: int  # patches of a window
+    starts: tuple[int, ...]  # first working pixel of each window
+
+    def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
+        """For the image's own pixels first..last-1: which K of the patches (windows one after the
+        other) count, and their weights, float32 [last - first, K].
+        """
+        low, high, share = _between(np.arange(first, last), self.pixels, self.working)
+        share = share[:, None]
+        total = self._of_working(low) * (1 - share) + self._of_working(high) * share
+        used = np.flatnonzero(total.any(0))
+        which = slice(int(used[0]), int(used[-1]) + 1)
+        return which, np.ascontiguousarray(total[:, which], np.float32)
+
+    def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Weights [n, windows x grid] for pixels of the working image: the mean over the windows
+        that cover each.
+        """
+        total = np.zeros((len(positions), len(self.starts), self.grid))
+        within = positions[:, None] - np.array(self.starts)
+        position, window = np.nonzero((within >= 0) & (within < self.window))
+        low, high, share = _between(within[position, window], self.window, self.grid)
+        total[position, window, low] += 1 - share
+        total[position, window, high] += share
+        total /= total.sum((1, 2), keepdims=True)
+        return total.reshape(len(positions), -1)
+
+
+def upsampled(
+    values: NDArray[np.float32], rows: Axis, columns: Axis
+) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
+    """The values [k, C, l] of patches at the image's own pixels, block by block: where, and float32
+    [C, h, w].
+    """
+    count = values.shape[1]
+    across = _bands(columns, BAND)
+    step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
+    for vertical, above, down in _bands(rows, min(step, BAND)):
+        for horizontal, patches, along in across:
+            part = values[above, :, patches]
+            part = down @ part.reshape(len(part), -1)
+            part = part.reshape(len(down), count, -1).transpose(1, 0, 2)
+            block = part.reshape(-1, part.shape[2]) @ along.T
+            yield (vertical, horizontal), block.reshape(count, len(down), -1)
+
+
+@lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
+def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
+    """The image's own pixels in bands of at most `step`: which, which of the patches count, and
+    their `weights`.
+    """
+    bands = []
+    for first in range(0, axis.pixels, BAND):
+        which, weights = axis.weights(first, min(first + BAND, axis.pixels))
+        for start in range(0, len(weights), step):
+            band = weights[start : start + step]
+            used = np.flatnonzero(band.any(0))
+            begin = int(used[0])
+            end = int(used[-1]) + 1
+            kept = np.ascontiguousarray(band[:, begin:end])
+            kept.flags.writeable = False  # callers share it
+            bands.append(
+                (
+                    slice(first + start, first + start + len(band)),
+                    slice(which.start + begin, which.start + end),
+                    kept,
+                )
+            )
+    return tuple(bands)
+
+
+def _between(
+    positions: NDArray[np.intp], size: int, source: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """For pixels of an axis of `size`, resized from `source`: the two source pixels and the share
+    of the second.
+    """
+    at: NDArray[np.float64] = np.clip((positions + 0.5) * source / size - 0.5, 0, source - 1)
+    low = np.floor(at).astype(np.intp)
+    return low, np.minimum(low + 1, source - 1), at - low

@@ -1,18 +1,42 @@
-"""The tasks `embed_image` and `embed_text`: images or texts in, embeddings out."""
+"""The tasks `embed_image` and `embed_text`: images or texts in, embeddings out; and the labels of a
+request, a list that it brings or a label set of the release, with their embeddings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled, invalid
-from radapter_serve.contract.labels import check_length
-from radapter_serve.contract.preprocess import ImageFile, check_request, read_headers
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps
+from radapter_serve.contract.errors import (
+    ENCODER_FAILED,
+    NO_LABELS,
+    UNKNOWN_LABEL_SET,
+    Cancelled,
+    TaskError,
+    invalid,
+)
+from radapter_serve.contract.images import ImageFile, read_headers
+from radapter_serve.contract.labels import (
+    check_labels as check_names,
+)
+from radapter_serve.contract.labels import (
+    check_length,
+    check_prompts,
+    check_templates,
+    known_as,
+    means_of,
+    prompts_of,
+)
+from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import LoadedRelease, Steps
+
+_PROMPTS = 256  # after which the labels so far are kept, and other callers have a turn
 
 
 @dataclass(frozen=True)
@@ -68,8 +92,147 @@ def checked_headers(
     """The headers of a request's images, which are checked, with `others` of the same request,
     before one is decoded; raises the `TaskError` of the first bad one, or for too many pixels.
     """
-    files = read_headers(images)
+    files = read_headers(images, others)
     for file in files:
         loaded.preprocess.check(file.width, file.height)
-    check_request([*files, *others])
     return files
+
+
+def finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Embeddings as an encoder gave them; raises a `TaskError` where some are NaN or infinite."""
+    if not np.isfinite(embeds).all():
+        raise TaskError(
+            ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)"
+        )
+    return embeds
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a request: a list, or the name of a label set, and not both."""
+
+    names: Sequence[str] | None = None  # each perhaps with synonyms after commas
+    label_set: str | None = None
+    templates: Sequence[str] | None = None  # prompts of `names`; None: the release's
+
+    def __post_init__(self) -> None:
+        if self.label_set is not None and (self.names is not None or self.templates is not None):
+            raise invalid("give labels (with templates, if you like) or label_set, not both")
+
+
+def check_labels(
+    loaded: LoadedRelease, labels: Labels, alpha: float | None, *, by_example: bool = False
+) -> int:
+    """How many labels a request means; raises a `TaskError` for bad ones, or for a label set that
+    is unknown or has examples, which only `classify` takes (`by_example`).
+    """
+    if labels.label_set is not None:
+        name = _known_label_set(loaded, labels.label_set)
+        if name in loaded.release.sets_by_example and not by_example:
+            raise invalid(
+                f"the label set {name!r:.80} has labels by example, which are for classify; give"
+                " labels, or another label set"
+            )
+        return len(loaded.label_sets[name].labels)
+    if labels.names is None:
+        sets = _names_of_label_sets(loaded)
+        raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {sets}")
+    templates = loaded.release.templates if labels.templates is None else labels.templates
+    check_prompts([(labels.names, templates)])
+    if loaded.label_cache.get((tuple(labels.names), tuple(templates), alpha)) is None:
+        check_names(labels.names)
+        check_templates(templates)
+    return len(labels.names)
+
+
+def embed_label_set(
+    loaded: LoadedRelease, labels: Labels, alpha: float | None, cancelled: Cancelled | None
+) -> Steps[LabelSet]:
+    """The label set of a request that `check_labels` let through, with examples that are still to
+    be mixed in.
+    """
+    if labels.label_set is None:
+        names = labels.names or ()
+        templates = loaded.release.templates if labels.templates is None else labels.templates
+        return (yield from embed_labels(loaded, names, templates, alpha=alpha, cancelled=cancelled))
+    exported = loaded.label_sets[_known_label_set(loaded, labels.label_set)]
+    if alpha in (None, loaded.exported_alpha):
+        return replace(exported, examples=None)  # the export mixed them in
+    embedded = yield from embed_labels(
+        loaded, exported.lines, exported.templates, alpha=alpha, cancelled=cancelled
+    )
+    return replace(embedded, examples=exported.examples)
+
+
+def embed_labels(
+    loaded: LoadedRelease,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    *,
+    alpha: float | None = None,
+    cancelled: Cancelled | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Steps[LabelSet]:
+    """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
+    length again; each is computed once per α and templates, and kept.
+
+    `progress` is called now and then with the number of labels that are embedded. A `TaskError`
+    names what is wrong with labels or templates.
+    """
+    cache = loaded.label_cache
+    whole = (tuple(labels), tuple(templates), alpha)
+    label_set = cache.get(whole)
+    if label_set is not None:
+        return label_set
+    names = check_names(labels)
+    check_templates(templates)
+
+    # Those that were embedded before.
+    digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
+    keys = {label: cache.key((alpha, digest), label) for label in labels}
+    kept = cache.embeddings(list(keys.values()))
+    embeds = {label: kept[key] for label, key in keys.items() if key in kept}
+    missing = deque(label for label in labels if label not in embeds)
+
+    # The others in parts, which are kept one by one.
+    while missing:
+        # Labels that have at most so many prompts together, or one with more.
+        count = 0
+        part: list[str] = []
+        while missing and (not part or count < _PROMPTS):
+            count += len(names[missing[0]]) * len(templates)
+            part.append(missing.popleft())
+        # Another process may have embedded the same labels since.
+        kept = cache.embeddings([keys[label] for label in part])
+        embeds |= {label: kept[keys[label]] for label in part if keys[label] in kept}
+        new = [label for label in part if label not in embeds]
+        if new:
+            prompts = [prompts_of(names[label], templates) for label in new]
+            texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
+            rows = loaded.tokenizer.encode(texts)
+            encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
+            means = dict(zip(new, means_of(prompts, texts, encoded), strict=True))
+            cache.keep({keys[label]: mean for label, mean in means.items()})
+            embeds |= means
+        if progress is not None:
+            progress(len(embeds))
+    shown = tuple(names[label][0] for label in labels)
+    rows_of_all = np.stack([embeds[label] for label in labels])
+    label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
+    cache.put(whole, label_set)
+    return label_set
+
+
+def _known_label_set(loaded: LoadedRelease, name: str) -> str:
+    known = known_as(name, loaded.label_sets)
+    if known is None:
+        sets = _names_of_label_sets(loaded)
+        raise TaskError(
+            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {sets}"
+        )
+    return known
+
+
+def _names_of_label_sets(loaded: LoadedRelease) -> str:
+    names = ", ".join(sorted(loaded.label_sets))
+    return names or "none (radapter-export --label-set NAME=FILE makes one)"

@@ -15,8 +15,8 @@ from radapter_serve.contract.errors import (
     TaskError,
     invalid,
 )
-from radapter_serve.contract.preprocess import ImageFile
-from radapter_serve.encoders.needs import Steps
+from radapter_serve.contract.images import ImageFile
+from radapter_serve.encoders.loaded import Steps
 from radapter_serve.files import as_text
 from radapter_serve.index.opened import Indexes
 from radapter_serve.index.table import Hit

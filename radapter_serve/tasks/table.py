@@ -7,6 +7,7 @@ and the tables of docs/http-api.md follow from this table.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +16,23 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from radapter_client import Values
 from radapter_serve.contract.errors import Cancelled, invalid
-from radapter_serve.contract.labels import check_prompts
-from radapter_serve.contract.names import known_as
-from radapter_serve.contract.preprocess import read_headers
+from radapter_serve.contract.images import read_headers
+from radapter_serve.contract.labels import check_prompts, known_as
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Steps
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
+    Labels,
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
 if TYPE_CHECKING:
@@ -435,3 +435,25 @@ def outputs_of(task: str, embed_dim: int) -> dict[str, Tensor]:
         name: replace(tensor, dims=(embed_dim,)) if name.endswith("_embeds") else tensor
         for name, tensor in TASKS[task].outputs.items()
     }
+
+
+def _probes(image: bytes, text: bytes, **labels: NDArray[Any]) -> dict[str, Tensors]:
+    """A request for each task by an image and a text, alone or as the one row of a batch."""
+    images = np.array([image], object)
+    texts = np.array([text], object)
+    return {
+        "embed_image": {"image": images[None]},
+        "embed_text": {"text": texts[None]},
+        # No index has this name, and the task says so.
+        "retrieve": {"index": np.array([b"/"], object), "text": np.array([b"a"], object)},
+        "segment": {"image": images, **labels},
+        "classify": {"image": images[None], **{name: one[None] for name, one in labels.items()}},
+    }
+
+
+# The smallest request that goes through a task's encoders, so that no caller's first request has to
+# wait for them; and one that a task answers at once, and be it with a refusal.
+_file = io.BytesIO()
+Image.new("RGB", (8, 8), "grey").save(_file, "PNG")
+PROBES: Mapping[str, Tensors] = _probes(_file.getvalue(), b"a", labels=np.array([b"a"], object))
+GLANCES: Mapping[str, Tensors] = _probes(b"-", b" ")

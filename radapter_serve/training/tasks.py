@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from radapter_serve.contract.image_files import SUFFIXES, count_kinds
+from radapter_serve.contract.images import SUFFIXES, count_kinds
 from radapter_serve.contract.labels import read_templates
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.checks import broken_images, equal_names

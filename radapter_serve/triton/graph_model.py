@@ -24,7 +24,7 @@ from radapter_serve.contract.errors import (
     redact,
     task_error,
 )
-from radapter_serve.encoders.encoder import load_graph
+from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.errors import install_command
 from radapter_serve.triton import surplus
 from radapter_serve.triton.responses import answer

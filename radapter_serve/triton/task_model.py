@@ -19,20 +19,19 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_client.failures import read_failure
-from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     OVERLOADED,
     RESTARTING,
     SERVER_STOPPING,
+    Alpha,
     TaskError,
     redact,
     task_error,
 )
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps, run_together
+from radapter_serve.encoders.loaded import LoadedRelease, Steps, run_together
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.process import INDEXES
 from radapter_serve.release.config import read_config

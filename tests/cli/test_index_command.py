@@ -22,8 +22,7 @@ from PIL import Image
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import writer
 from radapter_serve.index.build import build

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 
 FILL = (123, 117, 104)
 

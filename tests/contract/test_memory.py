@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract import preprocess
+from radapter_serve.contract import images
 from tests.hostile.images import png_of
 
 pytestmark = [
@@ -78,8 +78,8 @@ KINDS: dict[str, Any] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_one_image_takes_no_more_than_is_said(name: str, tmp_path: Path) -> None:
     small = KINDS[name](64)
-    each = preprocess.read_header(small).memory // 64**2
-    most = min(preprocess.MAX_PIXELS, preprocess.MAX_MEMORY // each)
+    each = images.read_header(small).memory // 64**2
+    most = min(images.MAX_PIXELS, images.MAX_MEMORY // each)
     data = KINDS[name](math.isqrt(most))
     files = []
     for number, content in enumerate((small, data)):
@@ -89,5 +89,5 @@ def test_one_image_takes_no_more_than_is_said(name: str, tmp_path: Path) -> None
     taken = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     # Of a WebP Pillow has the file once more; rows and tables take some megabytes.
     copies = len(data) if name.startswith("WebP") else 0
-    assert taken < preprocess.MAX_MEMORY + copies + 24 * 2**20
-    assert taken > preprocess.MAX_MEMORY / 10  # it was decoded
+    assert taken < images.MAX_MEMORY + copies + 24 * 2**20
+    assert taken > images.MAX_MEMORY / 10  # it was decoded

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.contract.names import MAX_BYTES, is_name, spellings
+from radapter_serve.contract.labels import MAX_NAME_BYTES, is_name, spellings
 
 NAMES = ["photos", "Büro", "写真", "हिन्दी", "صور", "می\u200cخواهم", "🦊", "a.b-c_d", "_x", "1"]
 
@@ -16,7 +16,7 @@ NAMES = ["photos", "Büro", "写真", "हिन्दी", "صور", "می\u200
 @pytest.mark.parametrize("name", [*NAMES, "Ωμέγα 2", "👩‍🔬 photos", "é" * 100])
 def test_names(name: str) -> None:
     assert is_name(name)
-    assert all(is_name(one) for one in spellings(name) if len(one.encode()) <= MAX_BYTES)
+    assert all(is_name(one) for one in spellings(name) if len(one.encode()) <= MAX_NAME_BYTES)
 
 
 NO_NAMES = [*[".", "..", ".x", "-x", "a/b", "/", "../a"], "", " a", "a ", "a\n", "a\0b", "a" * 201]

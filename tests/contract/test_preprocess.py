@@ -18,17 +18,10 @@ from open_clip.transform import image_transform
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from radapter_serve.contract import preprocess as module
+from radapter_serve.contract import images as module
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.preprocess import (
-    Preprocess,
-    decode,
-    decode_into,
-    decode_pixels,
-    oriented,
-    read_header,
-    read_headers,
-)
+from radapter_serve.contract.images import decode, oriented, read_header, read_headers
+from radapter_serve.contract.preprocess import Preprocess, decode_into, decode_pixels
 from tests.helpers.small_release import png_header
 from tests.hostile import images
 

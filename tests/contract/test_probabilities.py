@@ -7,11 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.contract.probabilities import (
-    best_class,
-    class_probabilities,
-    indistinguishable,
-)
+from radapter_serve.contract.labels import best_class, class_probabilities, indistinguishable
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 200), st.none() | st.floats(-20, 20))

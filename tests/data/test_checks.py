@@ -20,9 +20,8 @@ from PIL import Image
 from radapter_client._images import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import SUFFIXES, list_images
+from radapter_serve.contract.images import FORMATS, SUFFIXES, decode, list_images, verify
 from radapter_serve.contract.labels import join_label, split_label
-from radapter_serve.contract.preprocess import FORMATS, decode, verify
 from radapter_serve.data.checks import broken_images
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.errors import RAdapterError

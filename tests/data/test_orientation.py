@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as runs
 
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import IGNORE, Masked, load_masked

@@ -143,13 +143,17 @@ def test_a_release_is_run_by_its_own_runtime(
     ]
 
 
-def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
+def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(
+    exported_tiny_clip: Path, tmp_path: Path
+) -> None:
     code = (
-        "import sys; from radapter_serve.encoders.openvino import import_openvino;"
-        " import_openvino();assert not [name for name, module in sys.modules.items() if"
-        " name.startswith('openvino_telemetry') and module]"
+        "import sys; from pathlib import Path; from radapter_serve.encoders.encoder import"
+        " EncoderGraph; EncoderGraph(Path(sys.argv[1]), 'openvino'); assert not [name for name,"
+        " module in sys.modules.items() if name.startswith('openvino_telemetry') and module]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path)})
+    path = exported_tiny_clip / "model_repository" / "image_encoder" / "2" / "model.onnx"
+    command = [sys.executable, "-c", code, str(path)]
+    subprocess.run(command, check=True, env={"HOME": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
 

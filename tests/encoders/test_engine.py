@@ -13,12 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from radapter_serve.encoders.cuda import Gpu, Stream, find_gpu
-from radapter_serve.encoders.tensorrt.engine import (
-    Engine,
-    Options,
-    build,
-)
+from radapter_serve.encoders.tensorrt import Engine, Gpu, Options, Stream, build, find_gpu
 from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
 from tests.helpers.small_release import encoder

@@ -15,10 +15,9 @@ from radapter_client import RAdapterClientError
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import loaded as module
-from radapter_serve.encoders.loaded import load_release, served_release
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import complete, load_release, served_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.embed import embed_labels
 from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, Local, png
 

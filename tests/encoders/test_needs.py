@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from radapter_serve.contract.errors import OVERLOADED, TaskError
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, Steps, complete, encode_together
+from radapter_serve.encoders.loaded import LoadedRelease, Need, Steps, complete, encode_together
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,

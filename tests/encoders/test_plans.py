@@ -16,10 +16,16 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.build_engine import main
-from radapter_serve.encoders.tensorrt import plan_writer
-from radapter_serve.encoders.tensorrt.engine import Options
-from radapter_serve.encoders.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
-from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
+from radapter_serve.encoders import plans as plan_writer
+from radapter_serve.encoders.plans import (
+    PLAN,
+    SIDECAR,
+    Sidecar,
+    build_engines,
+    check_engines,
+    check_plan,
+)
+from radapter_serve.encoders.tensorrt import Options
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import write_sums
 from tests.helpers.fake_tensorrt import Driver, install

@@ -21,10 +21,9 @@ from radapter_client import (
     Request,
     Timeout,
 )
-from radapter_serve.contract import preprocess
+from radapter_serve.contract import images as preprocess
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.loaded import load_release
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import Served
@@ -32,10 +31,10 @@ from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
+    Labels,
     embed_images,
     embed_texts,
 )
-from radapter_serve.tasks.labels import Labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import Local, png, seal

@@ -12,8 +12,8 @@ import pytest
 import urllib3
 
 from radapter_client import Client
+from radapter_serve.encoders.encoder import ENCODER, Step, collected, encoder_ms, step
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.encoders.steps import ENCODER, Step, collected, encoder_ms, step
 from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
 from tests.helpers.collector import Span, collecting

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.rows import (

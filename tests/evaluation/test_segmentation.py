@@ -20,8 +20,8 @@ from PIL import Image
 
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.contract.images import decode
+from radapter_serve.contract.preprocess import MaskCrop, Preprocess
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
@@ -38,8 +38,7 @@ from radapter_serve.evaluation.rows import Results, table
 from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
-from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.masks import encode_windows
+from radapter_serve.tasks.dense import DenseSegmenter, encode_windows
 from tests.evaluation.conftest import Fake, candidate
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]

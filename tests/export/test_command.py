@@ -12,7 +12,7 @@ import pytest
 
 import radapter_serve
 from radapter_serve.cli.export import main
-from radapter_serve.encoders.tensorrt.plan_writer import check_engines
+from radapter_serve.encoders.plans import check_engines
 from radapter_serve.errors import RAdapterError
 from tests.helpers.fake_tensorrt import Driver, install
 

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from radapter_serve.encoders.cuda import Stream, find_gpu
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.tensorrt.engine import Engine, Options, build
-from radapter_serve.encoders.tensorrt.plan import PLAN, check_plan
-from radapter_serve.encoders.tensorrt.plan_writer import build_engines, check_engines
+from radapter_serve.encoders.plans import PLAN, build_engines, check_engines, check_plan
+from radapter_serve.encoders.tensorrt import Engine, Options, Stream, build, find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 

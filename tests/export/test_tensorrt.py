@@ -17,7 +17,7 @@ from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.encoders.tensorrt.engine import Options, build
+from radapter_serve.encoders.tensorrt import Options, build
 from radapter_serve.errors import RAdapterError
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 

@@ -15,7 +15,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from radapter_serve.encoders.steps import Step
+from radapter_serve.encoders.encoder import Step
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key

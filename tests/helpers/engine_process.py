@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.contract.errors import Cancelled
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Steps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.run import GatewayServer, allow_files, listen
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
-from radapter_serve.tasks.labels import Labels
+from radapter_serve.tasks.embed import Labels
 from radapter_serve.tasks.table import TASKS, Task, Tensors, Wants
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.index.index import Index
 from radapter_serve.index.opened import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve

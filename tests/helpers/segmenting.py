@@ -6,12 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from radapter_serve.contract.alpha import Encode
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.tasks.dense import DenseSegmenter
-from radapter_serve.tasks.masks import ScoredMask, encode_windows
-from radapter_serve.tasks.proposals import ProposalSegmenter
+from radapter_serve.contract.errors import Encode
+from radapter_serve.contract.preprocess import MaskCrop, Preprocess
+from radapter_serve.tasks.dense import DenseSegmenter, ScoredMask, encode_windows
+from radapter_serve.tasks.segment import ProposalSegmenter
 
 
 class Segmenter:

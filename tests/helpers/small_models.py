@@ -244,7 +244,7 @@ def random_adapter(
 
 def release(version: int = 1, **changes: Any) -> Release:
     """Facts of a release that nothing stands behind."""
-    from radapter_serve.contract.mask_crop import MaskCrop
+    from radapter_serve.contract.preprocess import MaskCrop
     from radapter_serve.release.release import Release
 
     facts: dict[str, Any] = {

@@ -27,17 +27,16 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.repository import add_tensors
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete, run_together
+from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
 from radapter_serve.release.config import configure, named_releases, read_config
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.embed import embed_labels
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE = 16

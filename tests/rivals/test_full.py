@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import normalised
-from radapter_serve.contract.probabilities import class_probabilities
+from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.image_sets import EvaluationSet

@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from radapter_serve.encoders.encoder import load_graph
-from radapter_serve.encoders.openvino import openvino_properties
+from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.installation import OUR_BACKENDS

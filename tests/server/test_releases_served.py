@@ -19,9 +19,8 @@ import pytest
 
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
-from radapter_serve.contract.names import spellings
-from radapter_serve.encoders.loaded import load_release
-from radapter_serve.encoders.needs import complete
+from radapter_serve.contract.labels import spellings
+from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
@@ -31,7 +30,7 @@ from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
-from radapter_serve.tasks.labels import Labels, embed_labels
+from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import gateway

@@ -14,8 +14,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from radapter_serve.encoders.cuda import Gpu
-from radapter_serve.encoders.onnxruntime import _load_cuda
+from radapter_serve.encoders.runtimes import cuda_provider
+from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of
@@ -116,7 +116,7 @@ def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runti
 def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    _load_cuda.cache_clear()
+    cuda_provider.cache_clear()
     with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
         check_agreement(encoder(own), ORT, 1)
     on_cpu = encoder(own)

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract import preprocess as decoder
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.encoders import decoder
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Steps, complete
+from radapter_serve.encoders.loaded import LoadedRelease, Steps, complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
+    Labels,
     embed_images,
+    embed_labels,
     embed_texts,
 )
-from radapter_serve.tasks.labels import Labels, embed_labels
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png, together
 
@@ -68,7 +68,7 @@ def test_embed_texts(local: Local) -> None:
 def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
     local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 4600)
+    monkeypatch.setattr("radapter_serve.contract.images.MAX_REQUEST_PIXELS", 4600)
     monkeypatch.setattr("radapter_serve.contract.preprocess.LARGE_PIXELS", 1_000_000)
     monkeypatch.setattr(decoder, "decode_into", lambda *_: pytest.fail("decoded"))
     data = [png(seed) for seed in range(8)]  # 600 pixels each

@@ -11,11 +11,9 @@ import pytest
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify, mix_examples
-from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.labels import Labels, embed_labels
+from radapter_serve.tasks.embed import EmbedImagesRequest, Labels, embed_images, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import Local, png
@@ -153,7 +151,7 @@ def test_bad_examples_are_refused_before_anything_is_encoded(
 def test_pixels_of_examples_count_with_those_of_the_images(
     local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("radapter_serve.contract.preprocess.MAX_REQUEST_PIXELS", 6 * 600)
+    monkeypatch.setattr("radapter_serve.contract.images.MAX_REQUEST_PIXELS", 6 * 600)
     ask(local.loaded, Examples(SHOWN[:2], (0, 1)))
     with pytest.raises(TaskError, match=r"\[image_too_large\] the 7 images of the request have"):
         ask(local.loaded, Examples(SHOWN, (0, 1, 2)))

@@ -17,11 +17,10 @@ from radapter_serve.encoders.labels import (
     LabelCache,
     LabelSet,
 )
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import LABELS
-from radapter_serve.tasks.labels import embed_labels
+from radapter_serve.tasks.embed import embed_labels
 from tests.helpers.small_release import Local
 
 SIMPLE = ["a photo of a {}."]

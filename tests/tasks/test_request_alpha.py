@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.contract.alpha import request_alpha
-from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.errors import TaskError, request_alpha
 from radapter_serve.encoders.labels import Examples
-from radapter_serve.encoders.needs import Steps, complete
+from radapter_serve.encoders.loaded import Steps, complete
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
-from radapter_serve.tasks.labels import Labels, embed_labels
+from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS

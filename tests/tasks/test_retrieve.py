@@ -18,7 +18,7 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     TaskError,
 )
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import complete
 from radapter_serve.index import opened, writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names

@@ -10,11 +10,9 @@ import pytest
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, ScoreRule, classify
-from radapter_serve.tasks.embed import EmbedImagesRequest, embed_images
-from radapter_serve.tasks.labels import Labels, embed_labels
+from radapter_serve.tasks.embed import EmbedImagesRequest, Labels, embed_images, embed_labels
 from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import CONFIDENCE, Local, png
 

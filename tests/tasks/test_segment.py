@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess, decode
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.encoders.needs import Need, complete, encode_together
+from radapter_serve.contract.images import decode
+from radapter_serve.contract.preprocess import MaskCrop, Preprocess
+from radapter_serve.encoders.loaded import LoadedRelease, Need, complete, encode_together
 from radapter_serve.tasks import segment as module
-from radapter_serve.tasks.labels import Labels, embed_labels
-from radapter_serve.tasks.masks import SegmentOptions
+from radapter_serve.tasks.dense import SegmentOptions
+from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, together

@@ -16,11 +16,8 @@ from PIL import Image
 from torch.nn.functional import interpolate, pad
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.mask_crop import MaskCrop
-from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.tasks.dense import PATCH_SCALE, refine
-from radapter_serve.tasks.masks import SegmentOptions
-from radapter_serve.tasks.windows import window_starts
+from radapter_serve.contract.preprocess import MaskCrop, Preprocess
+from radapter_serve.tasks.dense import PATCH_SCALE, SegmentOptions, refine, window_starts
 from tests.helpers.segmenting import Segmenter
 
 SIZE = 32

@@ -35,15 +35,14 @@ from tritonclient.utils import InferenceServerException
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.needs import complete
+from radapter_serve.encoders.loaded import LoadedRelease, complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
-from radapter_serve.tasks.labels import Labels
+from radapter_serve.tasks.embed import Labels
 from tests.helpers.asking import connect, post, tensor, tensors
 from tests.helpers.small_models import make_base, random_adapter
 from tests.helpers.small_release import Local, png

@@ -16,7 +16,7 @@ from torchvision import transforms
 from radapter_serve.adapter import Adapter, Metadata, attach_adapter, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import Masked, load_masked
 from radapter_serve.data.rows import BrokenImage
 from radapter_serve.data.runs import run_data

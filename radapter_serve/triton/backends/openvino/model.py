@@ -1,7 +1,7 @@
 """Triton backend `openvino` in Python, for servers without the C++ backend of that name; same
 configs, same numbers.
 
-Of the C++ backend's parameters it knows those of `radapter_serve.encoders.openvino.load`.
+Of the C++ backend's parameters it knows those of `radapter_serve.encoders.runtimes.load_graph`.
 """
 
 from __future__ import annotations

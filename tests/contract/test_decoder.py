@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.contract import preprocess
+from radapter_serve.contract import images as files
+from radapter_serve.contract import preprocess as module
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.preprocess import Preprocess, decode_pixels, read_headers
-from radapter_serve.encoders import decoder as module
-from radapter_serve.encoders.decoder import Decoder
+from radapter_serve.contract.images import read_headers
+from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from tests.helpers.small_release import png
 
 PREPROCESS = Preprocess((16, 16))
@@ -60,14 +60,14 @@ def test_no_more_images_are_decoded_when_the_caller_has_left(
 ) -> None:
     decoded = []
     gone = threading.Event()
-    load = preprocess._loaded
+    load = files.decode
 
-    def note(*given: Any) -> Any:
-        decoded.append(given)
+    def note(file: Any, **how: Any) -> Any:
+        decoded.append(file)
         gone.set()
-        return load(*given)
+        return load(file, **how)
 
-    monkeypatch.setattr(preprocess, "_loaded", note)
+    monkeypatch.setattr(module, "decode", note)
     left = decoder.start(read_headers([png(seed) for seed in range(20)]), gone.is_set)
     stayed = decoder.start(read_headers([png(99)]), lambda: False)
     with pytest.raises(TaskError, match=r"\[cancelled\]"):
@@ -80,8 +80,8 @@ def test_threads_are_for_small_images_of_all_callers(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No thread waits for the turn of a large image, and those who wait have turns."""
-    monkeypatch.setattr(preprocess, "LARGE_MEMORY", 8 * 700)
-    monkeypatch.setattr(preprocess, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(files, "LARGE_MEMORY", 8 * 700)
+    monkeypatch.setattr(files, "POLL_SECONDS", 0.01)
     small = read_headers([png(seed) for seed in range(3)])
     large = read_headers([png(seed, 30, 30) for seed in range(6)])
     waits = threading.Event()
@@ -93,7 +93,7 @@ def test_threads_are_for_small_images_of_all_callers(
 
     thread = threading.Thread(target=lambda: found.append(decoder.start(large, stays)()))
     thread.daemon = True
-    with preprocess.turn(large[0]):
+    with files.turn(large[0]):
         thread.start()
         assert waits.wait(WAIT)
         assert in_time(decoder.start(small)).shape == (3, 16, 16, 3)
@@ -107,10 +107,11 @@ def test_images_of_several_callers_are_decoded_in_turns(
 ) -> None:
     many = [png(seed) for seed in range(12)]
     few = [png(100), png(101)]
+    expected = [pixels_of(many), pixels_of(few)]
     order: list[bytes] = []
     free = threading.Semaphore(0)
     began = threading.Semaphore(0)
-    decode_into = preprocess.decode_into
+    decode_into = module.decode_into
 
     def decode(file: Any, *others: Any) -> None:
         order.append(file.data)
@@ -123,8 +124,8 @@ def test_images_of_several_callers_are_decoded_in_turns(
     for _ in range(2):  # of the first caller both threads decode one
         assert began.acquire(timeout=WAIT)
     free.release(14)
-    for wait, images in zip(waits, (many, few), strict=True):
-        np.testing.assert_array_equal(wait(), pixels_of(images))
+    for wait, pixels in zip(waits, expected, strict=True):
+        np.testing.assert_array_equal(wait(), pixels)
     # Behind the two that were begun, and at most one more that its thread took on at once.
     assert {order.index(image) for image in few} <= {2, 3, 4}
     assert len(order) == 14

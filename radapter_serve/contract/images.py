@@ -1,0 +1,375 @@
+"""Image files: which they are, by name; and from their bytes to decoded images, within limits of
+memory, time and size.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import itertools
+import os
+import re
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from radapter_serve.contract.errors import (
+    IMAGE_TOO_LARGE,
+    INVALID_IMAGE,
+    OVERLOADED,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+)
+from radapter_serve.errors import RAdapterError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of files in these formats
+FORMATS = ("JPEG", "PNG", "WEBP")
+ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
+MAX_PIXELS = 64_000_000
+MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
+# Bytes that decoding an image takes at most, without its file; and those above which one image at a
+# time is decoded in this process.
+MAX_MEMORY = 512_000_000
+LARGE_MEMORY = 128_000_000
+# Bytes of a pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
+# measures them. Pillow decodes a WebP in three copies, and then makes its own.
+PIXEL_BYTES = 8
+WEBP_PIXEL_BYTES = 16
+LARGE_PIXELS = 16_000_000  # beyond which no thin image is blown up
+MAX_BYTES = 64 * 2**20  # of a file
+MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
+# A progressive JPEG is decoded anew for each of its scans, of which a small file can have
+# thousands. Cameras and libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are
+# allowed as it is larger.
+MAX_SCANS = 100
+POLL_SECONDS = 0.1  # after which those that wait for their turn ask for their callers again
+# markers of JPEG
+_SCAN = b"\xff\xda"
+_END = 0xD9
+# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder
+# that looks for a restart passes over the marker alone, so no length can hide a scan there.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_OTHERS = (
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\x00", "TIFF"),
+    (0, b"MM\x00*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An encoded image of which only the header has been read."""
+
+    data: bytes = field(repr=False)
+    width: int  # in pixels, before it is turned
+    height: int
+    memory: int  # bytes that decoding takes at most, without the file
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is decoded while no other large image is."""
+        return self.memory > LARGE_MEMORY
+
+
+class Turns:
+    """Lets a few threads at a time through, in the order in which they come; refuses more than
+    `max_waiting` that wait.
+    """
+
+    def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
+        self.max_waiting = max_waiting
+        self._places = places
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @contextlib.contextmanager
+    def __call__(self, cancelled: Cancelled | None = None) -> Iterator[None]:
+        """Wait for a turn, and have it until the block ends; too many that wait are refused."""
+        turn = threading.Event()
+        with self._lock:
+            if len(self._queue) >= self._places + self.max_waiting:
+                raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
+            self._queue.append(turn)
+            self._wake()
+        try:
+            while not turn.wait(POLL_SECONDS):
+                check_cancelled(cancelled)
+            check_cancelled(cancelled)
+            yield
+        finally:
+            with self._lock:
+                self._queue.remove(turn)
+                self._wake()
+
+    def _wake(self) -> None:
+        for turn in itertools.islice(self._queue, self._places):
+            turn.set()
+
+
+LARGE_IMAGES = Turns()  # of this process
+
+
+@contextlib.contextmanager
+def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
+    """The block in which an image may be decoded: a large one when those before it are done, a
+    small one at once.
+    """
+    check_cancelled(cancelled)
+    with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
+        yield
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1, upright, where its EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises anything on broken EXIF, which viewers ignore too
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1  # type: ignore[arg-type]
+
+
+def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
+    """Turn an image by an EXIF orientation, its own if None; the same image where there is nothing
+    to turn. A turned one has no orientation, so that nothing turns it twice.
+    """
+    if orientation is not None:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+    if orientation_of(image) == 1:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except (MemoryError, TaskError):
+        raise
+    except Exception:  # as of `orientation_of`
+        return image
+
+
+def read_header(data: bytes | ImageFile) -> ImageFile:
+    """Read the header of an image file, which may be base64 text, with or without a `data:` URI in
+    front; of one whose header has been read, return that.
+    """
+    if isinstance(data, ImageFile):
+        return data
+    if not data.startswith(_MAGIC):
+        has_head = data.startswith(b"data:") and b"," in data
+        text = data.split(b",", 1)[1] if has_head else data
+        with contextlib.suppress(binascii.Error):
+            data = base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
+    if len(data) > MAX_BYTES:
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
+        )
+    with _broken():
+        try:
+            image = _open(data)
+        except UnidentifiedImageError:
+            what = f"{len(data)} bytes are not an image" if data else "the file is empty"
+            for start, magic, kind in _OTHERS:
+                if data[start:].startswith(magic):
+                    what = f"{kind} files are not read"
+            raise TaskError(INVALID_IMAGE, what, ADVICE) from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TaskError(
+                IMAGE_TOO_LARGE, f"{error}; at most {MAX_PIXELS} pixels are allowed"
+            ) from None
+        width, height = image.size
+        check_pixels(width, height, MAX_PIXELS, "the image")
+        if max(width, height) > MAX_SIDE:
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
+            )
+        pixels = width * height
+        pixel_bytes = WEBP_PIXEL_BYTES if image.format == "WEBP" else PIXEL_BYTES
+        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
+            # If its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
+            scan = next(
+                (place for marker, place in _markers(data) if marker == _SCAN[1]), len(data)
+            )
+            colours = data[scan + 2] if scan + 2 < len(data) else 0
+            if image.info.get("progressive") or colours < image.layers:
+                pixel_bytes = max(PIXEL_BYTES, 4 + 2 * image.layers)
+            max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
+            if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
+                raise TaskError(
+                    IMAGE_TOO_LARGE,
+                    f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are"
+                    " allowed",
+                )
+        kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
+        check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
+    return ImageFile(data, width, height, pixels * pixel_bytes)
+
+
+def read_headers(
+    images: Sequence[bytes | ImageFile], others: Sequence[ImageFile] = ()
+) -> list[ImageFile]:
+    """Read the headers of all images of a request; errors say which image it is, or that they have
+    too many pixels together with `others` of the same request.
+    """
+    files = []
+    for number, image in enumerate(images, 1):
+        try:
+            files.append(read_header(image))
+        except TaskError as error:
+            if len(images) == 1:
+                raise
+            where = f"image {number} of {len(images)}"
+            raise TaskError(error.code, f"{where}: {error.message}") from None
+    together = [*files, *others]
+    pixels = sum(file.width * file.height for file in together)
+    if pixels > MAX_REQUEST_PIXELS:
+        raise TaskError(
+            IMAGE_TOO_LARGE,
+            f"the {len(together)} images of the request have {pixels} pixels together; at most"
+            f" {MAX_REQUEST_PIXELS} are allowed, so send fewer or smaller ones at once",
+        )
+    return files
+
+
+def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
+    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
+
+    Its mode is not converted, but of 16 bits of gray the upper 8 are kept. Without
+    `exif_orientation` the pixels stay as the file has them, as in open_clip.
+    """
+    image = _open(read_header(data).data)
+    with _broken():
+        image.load()
+    if exif_orientation:
+        image = oriented(image)
+    if image.mode.startswith("I"):  # Pillow takes the upper bits of colours, but clips gray
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def verify(data: bytes) -> None:
+    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of
+    their size. Thread-safe.
+    """
+    file = read_header(data)
+    image = _open(file.data)
+    image.draft(None, (1, 1))
+    with turn(file), _broken():
+        image.load()
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image of a file, of which only the header has been read."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextlib.contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except (TaskError, MemoryError):
+        raise
+    except Exception as error:
+        # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error. The
+        # frames of contextlib hold the error, and without this it would hold them, and the image.
+        error.__traceback__ = None
+        raise TaskError(
+            INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
+        ) from None
+
+
+def check_pixels(width: int, height: int, limit: int, what: str) -> None:
+    """Refuse an image of too many pixels; `what` names it."""
+    if width * height > limit:
+        raise TaskError(
+            IMAGE_TOO_LARGE,
+            f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed",
+        )
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG file, each with the position behind it; what belongs to a marker, such
+    as a preview in metadata, is passed over.
+    """
+    position = 2
+    while match := _MARKER.search(data, position):
+        position = match.end()
+        yield match[0][1], position
+        position += int.from_bytes(data[position : position + 2], "big")
+
+
+def count_scans(data: bytes) -> int:
+    """The scans of a JPEG file up to its end."""
+    markers = itertools.takewhile(
+        lambda marker: marker != _END, (each for each, _ in _markers(data))
+    )
+    return sum(marker == _SCAN[1] for marker in markers)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder."""
+
+    images: list[Path]  # folder by folder, in the order of their names
+    left_out: dict[str, int]  # number of files of other kinds, by the end of their names
+
+
+def is_image_file(name: str) -> bool:
+    """Whether a file's name ends as that of an image that is read."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def list_images(folder: Path) -> ImageFiles:
+    """List the images in a folder and in all folders in it; hidden ones are left out, links are
+    followed once.
+    """
+
+    def refuse(error: OSError) -> None:  # or its images would be missing in silence
+        raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    images = []
+    left_out: Counter[str] = Counter()
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # A link to a folder above would have no end.
+        entered = []
+        for name in sorted(folders):
+            real = os.path.realpath(Path(place, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                entered.append(name)
+        folders[:] = entered
+        for name in sorted(files):
+            file = Path(place, name)
+            if is_image_file(name) and not name.startswith("."):
+                images.append(file)
+            elif not name.startswith("."):
+                left_out[file.suffix.lower()] += 1
+    return ImageFiles(images, dict(left_out))
+
+
+def count_kinds(left_out: Mapping[str, int]) -> str:
+    """Files by kind in words, the most frequent first: "3 .gif, 1 .txt"."""
+    kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+    return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
+
+
+def spread(items: Sequence[T], max_count: int) -> list[T]:
+    """So many of them at most, evenly spread."""
+    count = min(len(items), max_count)
+    return [items[number * len(items) // count] for number in range(count)]
