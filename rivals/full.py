@@ -1,19 +1,14 @@
-"""Full fine-tuning (FT) of the image tower under a linear head that starts as the zero-shot
-classifier; WiSE-FT; linear probing (LP), where the head alone learns; LP-FT.
-
-Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, whose hyper-parameters these
-are: WiSE-FT averages the weights of both ends, the head included.
-
-Kumar et al., Fine-tuning can distort pretrained features and underperform out-of-distribution, ICLR
-2022: LP-FT is full fine-tuning that starts from the probe. The probe's hyper-parameters are those
-of WiSE-FT's code, which also starts it as the zero-shot classifier.
-"""
+"""Full fine-tuning under a linear head: FT, WiSE-FT, LP, LP-FT, uniform soup, Mask-Fill."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radapter_serve.clip.dense import check_dense
 from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
-from rivals.fit import fit
-from rivals.method import Method, learned, paper
-from rivals.run import Run
-from rivals.system import Batch, Learned, System, labelled_images
+from rivals.method import (
+    Batch,
+    Cost,
+    Learned,
+    Method,
+    Run,
+    System,
+    fit,
+    labelled_images,
+    learned,
+    paper,
+)
+
+# FT and WiSE-FT. Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, whose
+# hyper-parameters these are: WiSE-FT averages the weights of both ends, the head included.
+#
+# LP and LP-FT. Kumar et al., Fine-tuning can distort pretrained features and underperform
+# out-of-distribution, ICLR 2022: LP-FT is full fine-tuning that starts from the probe, where the
+# head alone learns. The probe's hyper-parameters are those of WiSE-FT's code, which also starts it
+# as the zero-shot classifier.
 
 
 class Classifier(System):
@@ -133,3 +145,198 @@ class ProbeThenFineTuning(FullFineTuning):
         second = fit(system, self.optimizer(system, run), run).cost
         cost = dataclasses.replace(probe.cost + second, parameters=second.parameters)
         return Learned(system, cost)
+
+
+# Uniform soup. Wortsman et al., Model soups: averaging weights of multiple fine-tuned models
+# improves accuracy without increasing inference time, ICML 2022. Their code's list of 72 models
+# starts with the linear probe that all others start from. Ours draws learning rate, weight decay,
+# smoothing, mixup and epochs in the ranges of that list, but no RandAugment.
+
+
+class Mixed(Classifier):
+    """A classifier of mixed images and smoothed labels; `mixup` is both parameters of the Beta
+    distribution of the share of an image, 0 mixes none.
+    """
+
+    def __init__(self, run: Run, smoothing: float, mixup: float) -> None:
+        super().__init__(run)
+        self.smoothing = smoothing
+        self.mixup = mixup
+
+    def forward(self, batch: Batch) -> Tensor:
+        pixels = batch["pixels"]
+        labels = F.one_hot(batch["labels"], len(self.classes)).float()
+        if self.mixup:
+            share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+            others = torch.randperm(len(pixels), device=pixels.device)
+            pixels = share * pixels + (1 - share) * pixels[others]
+            labels = share * labels + (1 - share) * labels[others]
+        return F.cross_entropy(self.logits(pixels), labels, label_smoothing=self.smoothing)
+
+
+@dataclass(frozen=True)
+class Ingredient(ProbeThenFineTuning):
+    """A fine-tuned model of the soup, with the fields of `Mixed`."""
+
+    smoothing: float = 0.0
+    mixup: float = 0.0
+
+    def start(self, run: Run) -> System:
+        system = Mixed(run, self.smoothing, self.mixup)
+        system.model.visual.requires_grad_(True)
+        return system
+
+
+@dataclass(frozen=True)
+class UniformSoup(FullFineTuning):
+    """The mean of the probe and of `members - 1` models fine-tuned from it, 2 or more in all."""
+
+    settings: Mapping[str, Any] = paper(
+        templates="openai",
+        batch_size=512,
+        learning_rate=1e-5,
+        min_learning_rate=0.0,
+        warmup_steps=None,
+        grad_clip=1.0,
+    )
+    members: int = 72
+
+    def recipes(self) -> list[Method]:
+        """List the probe and its fine-tuned models; a smaller soup has the first of them."""
+        if self.members < 2:
+            raise RAdapterError(f"a soup has {self.members} members; allowed: 2 or more")
+        drawn = (self._ingredient(random.Random(number)) for number in range(1, self.members))
+        return [ProbeThenFineTuning().probe, *drawn]
+
+    def _ingredient(self, draw: random.Random) -> Method:
+        settings = {
+            **self.settings,
+            "learning_rate": self.settings["learning_rate"] * 10 ** draw.uniform(-1, 1),
+            "weight_decay": 10 ** draw.uniform(-4.2, -0.2),
+            "epochs": draw.randint(4, 16),
+        }
+        smoothing = draw.choice((0.0, draw.uniform(0, 0.25)))
+        return Ingredient(
+            settings, smoothing=smoothing, mixup=draw.choice((0.0, draw.uniform(0, 0.9)))
+        )
+
+    def learn(self, run: Run) -> Learned:
+        system = self.start(run)
+        recipes = self.recipes()
+        mean = {name: value.clone() for name, value in system.state_dict().items()}
+        cost = Cost()
+        for recipe in recipes:
+            member = learned(recipe, run)
+            for name, end in member.end.items():
+                mean[name] += (end - member.start[name]) / len(recipes)
+            cost += dataclasses.replace(
+                member.cost, parameters=sum(p.numel() for p in system.learning())
+            )
+        system.load_state_dict(mean)
+        return Learned(system, cost)
+
+
+def of_members(method: Method, members: int) -> Method:
+    """Set the size of a soup; leave any other method as it is."""
+    return (
+        dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method
+    )
+
+
+# Mask-Fill keeps the pretrained features of images whose object is covered by another image. Xiao
+# et al., Masked images are counterfactual samples for robust fine-tuning, CVPR 2023: object masks,
+# single fill. The relevance maps of Chefer, Gur and Wolf, Generic attention-model explainability,
+# ICCV 2021, find the object.
+
+
+class Masked(Classifier):
+    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: features f, those of the pretrained tower f₀, masked
+    images x̃.
+
+    A patch belongs to the object if it has more than `threshold` of the image's highest relevance.
+    """
+
+    def __init__(self, run: Run, threshold: float, weight: float) -> None:
+        super().__init__(run)
+        check_dense(self.model, "maskclip")  # relevance is that of open_clip's own transformer
+        self.threshold = threshold
+        self.weight = weight
+        self.teacher: Any = copy.deepcopy(self.model.visual)
+
+    def forward(self, batch: Batch) -> Tensor:
+        pixels = batch["pixels"]
+        labels = batch["labels"]
+        masked = self.filled(
+            pixels, self.object_patches(pixels, labels), torch.randperm(len(pixels))
+        )
+        with torch.no_grad():
+            wanted = self.teacher(masked)
+        return super().forward(batch) + self.weight * F.mse_loss(self.model.visual(masked), wanted)
+
+    def object_patches(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Mark the patches of the object, bool [B, g, g]."""
+        relevance = self.relevance(pixels, labels)
+        highest = relevance.amax(dim=(1, 2), keepdim=True)
+        return relevance > self.threshold * highest
+
+    def filled(self, pixels: Tensor, patches: Tensor, others: Tensor) -> Tensor:
+        """Replace the marked patches [B, g, g] of images by those of the images `others` [B]."""
+        mask = F.interpolate(patches[:, None].float(), size=pixels.shape[2:], mode="nearest").bool()
+        return torch.where(mask, pixels[others], pixels)
+
+    def relevance(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Compute each patch's relevance for the score of the label, float [B, g, g], 0 or more.
+
+        Through the blocks `R ← R + E[(A ∘ ∂score/∂A)⁺]·R` from the identity, E the mean over heads;
+        the class token's row of R.
+        """
+        with torch.enable_grad(), _seen(self.model.visual) as maps:
+            score = self.logits(pixels).gather(1, labels[:, None]).sum()
+            slopes = torch.autograd.grad(score, maps)
+        length = maps[0].shape[-1]
+        relevance = torch.eye(length, device=pixels.device).repeat(len(pixels), 1, 1)
+        for attention, slope in zip(maps, slopes, strict=True):
+            relevance = (
+                relevance
+                + (attention.detach() * slope).clamp(min=0).mean(dim=1).float() @ relevance
+            )
+        return relevance[:, 0, 1:].reshape(-1, *self.model.visual.grid_size)
+
+
+@contextmanager
+def _seen(visual: Any) -> Iterator[list[Tensor]]:
+    """Collect the attention [B, heads, L, L] of each block of the tower as it is computed."""
+    maps: list[Tensor] = []
+    layers = [block.attn for block in visual.transformer.resblocks]
+    for layer in layers:
+        layer.forward = functools.partial(_attend, layer, maps)
+    try:
+        yield maps
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _attend(
+    layer: Any, maps: list[Tensor], x: Tensor, *_: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Compute as `nn.MultiheadAttention` does, and keep the map of weights."""
+    batch, length, width = x.shape
+    parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
+    q, k, v = (part.reshape(batch, length, layer.num_heads, -1).transpose(1, 2) for part in parts)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    maps.append(weights)
+    return layer.out_proj((weights @ v).transpose(1, 2).reshape(batch, length, width)), None
+
+
+@dataclass(frozen=True)
+class MaskFill(FullFineTuning):
+    """Full fine-tuning with the fields of `Masked`."""
+
+    threshold: float = 0.3
+    weight: float = 30.0
+
+    def start(self, run: Run) -> System:
+        system = Masked(run, self.threshold, self.weight)
+        system.model.visual.requires_grad_(True)
+        return system

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from math import hypot
 from pathlib import Path
@@ -9,12 +15,13 @@ from statistics import mean, median, stdev
 from typing import TypeVar
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import norm, sem, t
 
 from radapter_serve.evaluation.metrics import paired_difference
-from rivals.system import Cost
+from rivals.method import Cost
 
 K = TypeVar("K")
 Images = list[NDArray[np.float64]]  # each image's part of a figure, by set
@@ -144,3 +151,29 @@ def dots(
         panel.grid(axis="x", alpha=0.3)
     panel.invert_yaxis()
     figure.savefig(path)
+
+
+def origin(module: str) -> str:
+    """Describe the command of this process, the date, the machine and the versions."""
+    command = " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{len(os.sched_getaffinity(0))} CPU cores"
+    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"`{command}`, {datetime.date.today()}, {device}, {versions}."
+
+
+def publish(parts: Sequence[str], path: Path) -> None:
+    """Write the parts of a page of results as Markdown, and print it."""
+    text = "\n\n".join(parts) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
+    print(text)
+
+
+def say(line: str) -> None:
+    """Print a line of progress with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

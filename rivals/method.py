@@ -1,23 +1,337 @@
-"""Methods: hyper-parameters, and how a system starts and learns by them."""
+"""What every rival shares: a run's base and data, a system with its loss, the training loop, and
+the method, whose learned system is kept in a file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+import resource
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from radapter_serve.files import staged
-from rivals.fit import fit
-from rivals.run import Run
-from rivals.system import Cost, Learned, System
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import encode_image, encode_text, encode_texts
+from radapter_serve.contract.labels import split_label
+from radapter_serve.data.rows import LabelledImages
+from radapter_serve.data.runs import held_out_digest
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.files import digest_of, staged
+from radapter_serve.training import Recipe
+from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.loss import mpm_nce
+from radapter_serve.training.setup import augmentation
+from radapter_serve.training.tasks import Data, open_data
+
+
+class Run:
+    """The base, the data and the recipe of a method.
+
+    Args:
+        fields: of `Recipe`, for every method: the base, the data, the seed, and what else is not
+            left to the methods' papers.
+        folder: keeps the learned systems.
+        settings: fields of `Recipe` by the method's paper; those for every method override them.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.fields = dict(fields)
+        self.folder = folder
+        # Without defaults of Recipe, so that a new default changes no digest.
+        self.asked = {**(settings or {}), **fields}
+        self.recipe = Recipe(**self.asked)
+        self.recipe.check()
+        if self.recipe.streaming or self.recipe.precision == "fp16":
+            raise RAdapterError(
+                "rivals are trained without --streaming, and with precision no or bf16"
+            )
+
+    def of(self, settings: Mapping[str, Any]) -> Run:
+        """Build a run of the same data by another method's settings, with a fresh base; a batch is
+        all of the data at most.
+        """
+        most = min(settings.get("batch_size", 0), self.size)
+        run = Run(self.fields, self.folder, {**settings, "batch_size": most} if most else settings)
+        run.ground = self.ground
+        run.size = self.size
+        return run
+
+    @cached_property
+    def base(self) -> Base:
+        """The base, for one system, which changes it; loading it sets torch's seed."""
+        base = load_base(self.recipe.architecture, self.recipe.pretrained)
+        torch.manual_seed(self.recipe.seed)
+        return base
+
+    @cached_property
+    def data(self) -> Data:
+        """The training data."""
+        return open_data(self.recipe, self.base)[0]
+
+    @cached_property
+    def size(self) -> int:
+        """The number of images, the same for all methods."""
+        return len(self.data.rows)
+
+    @cached_property
+    def ground(self) -> str:
+        """A digest of the base's weights and the images' names, the same for all methods."""
+        weights = self.base.model.state_dict()
+        images = json.dumps([held_out_digest(self.data), self.size]).encode()
+        return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
+
+    def digest(self, *facts: object) -> str:
+        """Compute sixteen letters from facts, the recipe's fields, the base and the images."""
+        # The weights of the base are in `ground`.
+        without = ("workers", "threads", "architecture", "pretrained")
+        asked = {
+            name: moved(str(value) if isinstance(value, Path) else value)
+            for name, value in self.asked.items()
+            if name not in without
+        }
+        text = json.dumps([*map(repr, facts), asked, self.ground], sort_keys=True)
+        return digest_of(text.encode()).removeprefix("sha256:")[:16]
+
+
+def moved(value: Any) -> Any:
+    """Replace an absolute path in a setting by the file's digest or the folder's name."""
+    reader, colon, place = str(value).rpartition(":")
+    if not Path(place).is_absolute():
+        return value
+    path = Path(place)
+    return f"{reader}{colon}{digest_of(path.read_bytes()) if path.is_file() else path.name}"
+
+
+# Pixels [B, 3, S, S] and labels [B] on the system's device, and B texts or more.
+Batch = Mapping[str, Any]
+Loss = Literal["classes", "infonce"]
+
+
+class System(nn.Module):
+    """A plain CLIP, all of it frozen; `scale` is 1/τ.
+
+    Subclasses add parameters and modules, and unfreeze what learns.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.model: Any = base.model
+        self.tokenizer = base.tokenizer
+        self.model.requires_grad_(False)
+        self.scale = float(base.model.state_dict()["logit_scale"].exp())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def factor(self) -> float:
+        """The factor of the scores in the softmax that makes probabilities of them."""
+        return self.scale
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the loss of a batch, a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} does not learn from batches")
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Do nothing; called after each optimizer step, from 1 to `steps`."""
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Embed images [B, 3, S, S] as float32 [B, D]."""
+        return encode_image(self.model, pixels)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts as float32 [N, D] of unit length."""
+        return encode_texts(self.model, self.tokenizer(list(texts)))
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed classes, synonyms after commas, as float32 [C, D]; the product with an image's
+        embedding is its score.
+        """
+        return zero_shot_classifier(self.model, self.tokenizer, classes, templates)
+
+    def clip(self) -> dict[str, Tensor] | None:
+        """Return weights of a plain CLIP of the base's architecture that embeds alike, if any."""
+        added = [name for name in self.state_dict() if not name.startswith("model.")]
+        return None if added else self.model.state_dict()
+
+    def learning(self) -> list[nn.Parameter]:
+        """List the parameters that learn."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def labelled_images(run: Run) -> LabelledImages:
+    """Return the data of a run, which must have labels."""
+    if not isinstance(run.data, LabelledImages):
+        raise RAdapterError("this rival learns from images with labels (task: classification)")
+    return run.data
+
+
+class Tuned(System):
+    """A frozen CLIP with a few more parameters, in `extra` or anywhere else.
+
+    The loss `classes` is the cross-entropy over the cosines between an image and a prompt of each
+    class; `infonce` contrasts an image with the prompts of its batch, of which only its own is a
+    positive. The prompts have the first template of the data, or `template`.
+    """
+
+    def __init__(self, run: Run, loss: Loss = "classes", template: str | None = None) -> None:
+        super().__init__(run.base)
+        self.loss = loss
+        self.extra = nn.ModuleList()  # in training mode, where dropout acts, in `forward` alone
+        self.template = template or ""
+        if loss == "classes" or isinstance(run.data, LabelledImages):  # captions have no classes
+            data = labelled_images(run)
+            self.template = template or data.templates[0]
+            self.register_buffer("prompts", self.tokens(data.classes), persistent=False)
+        self.prompts: Tensor
+
+    def tokens(self, classes: Iterable[str]) -> Tensor:
+        """Tokenize prompts of the first names of classes: int64 [C, L]."""
+        return self.tokenizer(
+            [self.template.replace("{}", split_label(names)[0]) for names in classes]
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.extra.train()
+        if self.loss == "infonce":
+            texts = encode_text(self.model, self.tokenizer(batch["texts"]).to(self.device))
+            pairs = torch.arange(len(texts), device=self.device)
+            images = self.embed_images(batch["pixels"])
+            loss = mpm_nce(images, texts, pairs, logit_scale=self.scale, delta=0.0)
+        else:
+            loss = F.cross_entropy(self.scores(batch["pixels"]), batch["labels"])
+        self.extra.eval()
+        return loss
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """Compute logits of the run's classes, float32 [B, C]."""
+        return self.scale * self.embed_images(pixels) @ encode_text(self.model, self.prompts).T
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The number of parameters that learned, the seconds of all steps with the reading of images,
+    and the peak memory in bytes, of the GPU if there is one, else of the process.
+    """
+
+    parameters: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters,
+            self.seconds + other.seconds,
+            max(self.memory, other.memory),
+        )
+
+
+@dataclass
+class Learned:
+    """A system in eval mode after its last step, and the tensors that learning changed, before and
+    after.
+    """
+
+    system: System
+    cost: Cost
+    start: dict[str, Tensor] = field(default_factory=dict)
+    end: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def at(self, alpha: float) -> System:
+        """Set the system's weights to `(1−α)·start + α·end`."""
+        state = self.system.state_dict()
+        for name, end in self.end.items():
+            state[name].copy_(torch.lerp(self.start[name].float(), end.float(), alpha))
+        return self.system
+
+
+class Meter:
+    """Measures seconds since its construction, and peak memory."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def cost(self, parameters: int) -> Cost:
+        """Return the cost so far, with the number of parameters that learn."""
+        gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
+        return Cost(parameters, time.perf_counter() - self._started, memory)
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes.
+
+    `ru_maxrss` starts with the peak of the parent; VmHWM of Linux does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
+    """Train a system by the run's recipe; the rate of a group of the optimizer is the schedule's,
+    times the group's `share` if it has one.
+    """
+    recipe = run.recipe
+    count = len(run.data.rows)
+    if count < recipe.batch_size:
+        raise RAdapterError(
+            f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it"
+        )
+    plan = recipe.resolved(count)
+    meter = Meter()
+    device = meter.device
+    examples = Examples(
+        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+    )
+    source = endless(examples, plan.part, workers=recipe.workers)
+    system.to(device).eval()  # CLIP's towers drop nothing
+    learning = system.learning()
+    for step in track(range(plan.steps), "learning", console=Console(stderr=True), transient=True):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step) * group.get("share", 1.0)
+        for _ in range(recipe.accumulate):
+            _, batch = next(source)
+            for name in ("pixels", "labels"):
+                batch[name] = batch[name].to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = system(batch) / recipe.accumulate
+            loss.backward()
+            if not math.isfinite(loss.item()):
+                raise RAdapterError(
+                    f"the loss is {loss.item()} at step {step}; lower the learning rate"
+                )
+        if recipe.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        system.after_step(step + 1, plan.steps)
+    return Learned(system, meter.cost(sum(parameter.numel() for parameter in learning)))
 
 
 def paper(**values: Any) -> Any:

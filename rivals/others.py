@@ -23,24 +23,20 @@ from torch import Tensor
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
 from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
-from rivals.coop import CoOp
-from rivals.flags import check_seeds
-from rivals.layout import corrected, lead_of, markdown
-from rivals.make import origin, publish, say
-from rivals.maple import MaPLe
-from rivals.method import Method, learned, with_rate
-from rivals.methods import METHODS
+from rivals.benchmark import check_seeds
+from rivals.layout import corrected, lead_of, markdown, origin, publish, say
+from rivals.method import Method, Run, System, learned, with_rate
+from rivals.prompts import CoOp, MaPLe
 from rivals.radapter import r_adapter
-from rivals.run import Run
 from rivals.small import table_of
-from rivals.system import System
+from rivals.tables import METHODS
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step, at most all
@@ -128,10 +124,10 @@ def methods() -> dict[str, Method]:
         "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
         "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
         "LoRA": with_rate(METHODS["lora"], 6e-4),
+        "CLIP-SVD": METHODS["clip-svd"],
         "CoOp, no full stop": CoOp(words="{}"),
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],
-        "CLIP-SVD": METHODS["clip-svd"],
     }
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import tyro
 
+from radapter_export import write_merged
 from radapter_serve.cli import run
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
-from rivals.flags import Flags, TableName
+from rivals.benchmark import Flags, TableName
+from rivals.full import of_members
+from rivals.method import Run, at_rate, learned
+from rivals.tables import TABLES
 
 
 def save(
@@ -41,12 +45,6 @@ def save(
     """
     check_alpha(0.0 if alpha is None else alpha)
     benchmark = flags.benchmark()
-    from radapter_export import write_merged  # torch takes seconds to load
-    from rivals.method import at_rate, learned
-    from rivals.run import Run
-    from rivals.soup import of_members
-    from rivals.tables import TABLES
-
     chosen = TABLES[table]
     if name not in chosen.rows:
         raise RAdapterError(f"table {table} has no row {name!r}; allowed: {', '.join(chosen.rows)}")

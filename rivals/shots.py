@@ -24,20 +24,15 @@ from torch import Tensor
 from radapter_serve.cli import run as run_command
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
+from rivals.benchmark import Flags, check_seeds
 from rivals.cells import Cells, Judged
-from rivals.coop import CoOp
-from rivals.flags import Flags, check_seeds
-from rivals.layout import Images, corrected, lead_over, markdown
-from rivals.make import origin, publish, say
-from rivals.maple import MaPLe
-from rivals.mask_fill import MaskFill
-from rivals.method import Method, with_rate
-from rivals.methods import METHODS
+from rivals.full import MaskFill
+from rivals.layout import Images, corrected, lead_over, markdown, origin, publish, say
+from rivals.method import Cost, Learned, Method, Run, System, with_rate
+from rivals.prompts import CoOp, MaPLe
 from rivals.radapter import r_adapter
-from rivals.run import Run
 from rivals.small import table_of
-from rivals.system import Cost, Learned, System
-from rivals.tables import figures, images_of
+from rivals.tables import METHODS, figures, images_of
 
 ZERO_SHOT = "zero-shot"
 # Fields that a benchmark may set for all methods.

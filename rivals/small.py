@@ -24,9 +24,8 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.rows import own_metric
 from radapter_serve.files import staged
-from rivals.flags import check_seeds
-from rivals.layout import markdown, paired_leads, spread
-from rivals.make import origin, publish, say
+from rivals.benchmark import check_seeds
+from rivals.layout import markdown, origin, paired_leads, publish, say, spread
 
 PAPER: dict[str, Any] = {
     "rank": 4,

@@ -1,16 +1,384 @@
-"""`python -m rivals.table`: a table of the paper on any benchmark."""
+"""`python -m rivals.table`: a table of the paper on any benchmark. Validation chooses each method's
+rate, settings and α over several seeds; its cells become Markdown and a picture.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Literal
 
 import tyro
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from rivals.flags import Flags, TableName, check_seeds
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
+from radapter_serve.evaluation.rows import by_shift
+from rivals.benchmark import Benchmark, Flags, TableName, check_seeds
+from rivals.cells import ALPHAS, Cells, Judged, score
+from rivals.full import of_members
+from rivals.layout import (
+    COST,
+    Images,
+    corrected,
+    cost_of,
+    dots,
+    lead_over,
+    markdown,
+    origin,
+    publish,
+    say,
+    spread,
+    with_interval,
+)
+from rivals.method import Method, at_rate
+from rivals.tables import TABLES, figures, images_of
+
+CHOICES = (0.25, 0.5, 0.75, 1.0)  # of α: a curve over α is smooth, and each costs an evaluation
+WIDENINGS = 3  # of the grid of rates
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A method with the rate, settings and α of a trial, and its validation score in %, by seed."""
+
+    method: Method
+    scores: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        return float(self.method.settings.get("learning_rate", 0.0))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen method, and all trials in their order, each at its best α.
+
+    `at_edge` is set if the rate is the lowest or highest that was tried, although the grid grew.
+    """
+
+    method: Method
+    tried: tuple[Tried, ...] = ()
+    at_edge: bool = False
+
+
+def choose(
+    cells: Cells,
+    name: str,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    factors: Sequence[float],
+    alphas: Sequence[float] = (),
+) -> Choice:
+    """Let the validation sets choose among rates, settings and α.
+
+    Of the trials that do not differ significantly from the best, the lowest rate is taken: a lower
+    rate keeps more of the base. The grid of rates grows until the best and that one are inside.
+
+    Args:
+        cells: of the benchmark.
+        name: of the method in its table.
+        methods: a method with each of the settings to choose from.
+        seeds: of training; a score is the mean over them.
+        factors: of the learning rate, to start from; a single factor is not chosen, but taken.
+        alphas: to choose from, if the method has an α; without them it keeps its own.
+    """
+    first = methods[0]
+    rates = sorted(set(factors)) if "learning_rate" in first.settings else [1.0]
+    if set(rates) != {1.0} and "learning_rate" in cells.benchmark.fields:
+        raise RAdapterError(
+            "the benchmark sets learning_rate for every method; take it out, or leave out --rates"
+        )
+    choosing = bool(alphas) and first.alpha is not None
+    if len(methods) == len(rates) == 1 and not choosing:
+        return Choice(at_rate(first, rates[0]))
+    tried: list[Tried] = []
+
+    def add_trials(factor: float) -> None:
+        for method in methods:
+            tried.append(_tried(cells, name, at_rate(method, factor), seeds, alphas))
+
+    for factor in rates:
+        add_trials(factor)
+    low = rates[0]
+    high = rates[-1]
+    step = (high / low) ** (1 / max(1, len(rates) - 1))
+    for _ in range(WIDENINGS if len(rates) > 1 else 0):
+        if _best(tried).rate == max(trial.rate for trial in tried):
+            high = high * step
+            add_trials(high)
+        elif _lowest(tried).rate == min(trial.rate for trial in tried):
+            low = low / step
+            add_trials(low)
+        else:
+            break
+    chosen = _lowest(tried)
+    edges = {min(trial.rate for trial in tried), max(trial.rate for trial in tried)}
+    at_edge = len(rates) > 1 and bool({_best(tried).rate, chosen.rate} & edges)
+    return Choice(chosen.method, tuple(tried), at_edge)
+
+
+def differing(methods: Sequence[Method], method: Method) -> str:
+    """Name the settings of a method in which the methods differ, without the rate and α."""
+
+    def facts(method: Method) -> dict[str, object]:
+        values = {
+            field.name: getattr(method, field.name)
+            for field in dataclasses.fields(method)
+            if field.name not in ("settings", "alpha")
+        }
+        settings = {
+            name: value for name, value in method.settings.items() if name != "learning_rate"
+        }
+        return {**values, **settings}
+
+    mine = facts(method)
+    others = [facts(other) for other in methods]
+    names = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
+    return ", ".join(f"{name} {mine[name]}" for name in names) or "-"
+
+
+def _tried(
+    cells: Cells, name: str, method: Method, seeds: Sequence[int], alphas: Sequence[float]
+) -> Tried:
+    """Try a method at its best α; of equals the smallest."""
+    points = [1.0] if method.alpha is None else sorted(alphas) or [method.alpha]
+    of_seeds = [cells.cell(name, method, seed, points, "validation").rows for seed in seeds]
+    scores = {
+        alpha: tuple(score([row for row in rows if row.alpha == alpha]) for rows in of_seeds)
+        for alpha in points
+    }
+    best = max(points, key=lambda alpha: (round(mean(scores[alpha]), 6), -alpha))
+    if method.alpha is not None:
+        method = dataclasses.replace(method, alpha=best)
+    return Tried(method, scores[best])
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    """Find the highest mean; of equals the lowest rate."""
+    return max(tried, key=lambda trial: (round(mean(trial.scores), 6), -trial.rate))
+
+
+def _lowest(tried: Sequence[Tried]) -> Tried:
+    """Find the lowest rate among the best and its equals; of equal rates the better trial."""
+    best = _best(tried)
+    equals = [trial for trial in tried if not _worse(trial, best)]
+    return min(equals, key=lambda trial: (trial.rate, -mean(trial.scores)))
+
+
+def _worse(trial: Tried, best: Tried) -> bool:
+    """Compare by the paired differences of the seeds: worse means by more than a standard error."""
+    leads = [a - b for a, b in zip(best.scores, trial.scores, strict=True)]
+    if len(leads) < 2:
+        return mean(leads) > 0
+    return bool(mean(leads) > stdev(leads) / len(leads) ** 0.5)
+
+
+# The rows over which the leads of the others are shown.
+BASES = ("zero-shot", "r-adapter", "r-adapter, preserve", "r-adapter, preserve, all classes")
+
+Methods = Mapping[str, Method]  # by name in the table
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Flags of the command; `alpha` is set if validation chooses α."""
+
+    seeds: Sequence[int]
+    validation_seeds: Sequence[int] | None
+    alpha: bool
+    rates: Sequence[float]
+
+
+def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+    """Make a table with a row a method."""
+    lines = []
+    values: dict[str, list[dict[str, float]]] = {}
+    images: dict[str, list[dict[str, Images]]] = {}
+    ns = {}
+    for name, method in methods.items():
+        place = 1.0 if method.alpha is None else method.alpha
+        of_seeds = [cells.cell(name, method, seed, [place]) for seed in choices.seeds]
+        values[name] = [figures(cell.rows) for cell in of_seeds]
+        images[name] = [images_of(cell.rows) for cell in of_seeds]
+        ns = {row.dataset: row.n for row in of_seeds[-1].rows}
+        costs = cost_of([cell.cost for cell in of_seeds])
+        lines.append([name, *costs, _shown_alpha(method), *_spreads(values[name])])
+    heads = list(next(iter(values.values()))[0])
+    x = heads[0]
+    if len(heads) == 1:
+        means = {name: {x: mean(row[x] for row in rows)} for name, rows in values.items()}
+        plot_bars(means, picture)
+    else:
+        y = next((head for head in heads if head.startswith("mean of")), heads[-1])
+        points = {
+            name: ([row[x] for row in rows], [row[y] for row in rows])
+            for name, rows in values.items()
+        }
+        dots(points, (x, y), picture)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(values, images)
+
+
+def leads(
+    values: Mapping[str, Sequence[Mapping[str, float]]],
+    images: Mapping[str, Sequence[Mapping[str, Images]]],
+) -> str:
+    """Make a table of the leads over each row of `BASES`, if there are several seeds.
+
+    Args:
+        values: by method and seed, the figures in % by column.
+        images: by method and seed, each image's part of them, from `images_of`.
+    """
+    seeds = len(next(iter(values.values())))
+    if len(values) == 1 or seeds < 2:
+        return ""
+    bases = [name for name in values if name.lower() in BASES]
+    heads = list(next(iter(values.values()))[0])
+    # Columns whose cells all have the images; of the others, leads are over seeds alone.
+    paired = [
+        head for head in heads if all(head in row for rows in images.values() for row in rows)
+    ]
+    shown: dict[tuple[str, str, str], str] = {}
+    over_images: dict[tuple[str, str, str], tuple[float, float, float]] = {}
+    for base in bases:
+        for name in values:
+            for head in heads if name != base else ():
+                place = (base, name, head)
+                if head in paired:
+                    over_images[place] = lead_over(images[name], images[base], head)
+                else:
+                    pairs = zip(values[name], values[base], strict=True)
+                    shown[place] = with_interval([a[head] - b[head] for a, b in pairs], "+")
+    shown |= corrected(over_images)
+    parts = []
+    for base in bases:
+        lines = [
+            [name, *(shown[base, name, head] for head in heads)] for name in values if name != base
+        ]
+        parts += [
+            f"What each method leads {base} by, in points: the mean over the seeds of the paired"
+            " differences with its interval of 95 %.",
+            markdown(["method", *heads], lines),
+        ]
+    if paired:
+        rest = "" if len(paired) == len(heads) else ", and over seeds alone of the others'"
+        parts.append(
+            f"± is over images and seeds, of {', '.join(paired)}{rest}. **Bold** survives Holm's"
+            " correction over these tables."
+        )
+    return "".join(f"\n\n{part}" for part in parts)
+
+
+def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+    """Make a table with a row a method and α, for every α."""
+    lines: list[list[str]] = []
+    curves: dict[str, list[dict[str, float]]] = {}
+    sets: dict[str, Judged] = {}
+    for name, method in methods.items():
+        of_seeds = [cells.cell(name, method, seed, ALPHAS) for seed in choices.seeds]
+        sets = {row.dataset: row for row in of_seeds[0].rows}
+        curves[name] = []
+        for alpha in ALPHAS:
+            values = [
+                figures([row for row in cell.rows if row.alpha == alpha]) for cell in of_seeds
+            ]
+            lines.append([name, f"{alpha:g}", *_spreads(values)])
+            means = {head: mean(row[head] for row in values) for head in values[0]}
+            curves[name].append({"alpha": alpha, **means})
+    first, *others = curves
+    ids, shifted = by_shift(sets)
+    beside = {name: curves[name] for name in others}
+    plot_alpha_curve(
+        curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside
+    )
+    heads = list(curves[first][0])[1:]
+    ns = {name: row.n for name, row in sets.items()}
+    return markdown(["method", "α", *_counted(heads, ns)], lines)
+
+
+def _spreads(values: Sequence[Mapping[str, float]]) -> list[str]:
+    return [spread([row[head] for row in values]) for head in values[0]]
+
+
+def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
+    return [f"{head} (n {ns[head]})" if head in ns else head for head in heads]
+
+
+def _shown_alpha(method: Method) -> str:
+    return "-" if method.alpha is None else f"{method.alpha:g}"
+
+
+def _conditions(
+    benchmark: Benchmark, methods: Methods, choices: Choices, starts: Mapping[str, float]
+) -> str:
+    """Describe the command, the machine, and all choices."""
+    hidden = {"data", "images", "classes", "templates"}
+    if "steps" in benchmark.fields:
+        hidden.add("epochs")
+    values = {**benchmark.fields, "architecture": Path(benchmark.fields["architecture"]).name}
+    shown = ", ".join(f"{key} {value}" for key, value in values.items() if key not in hidden)
+    seeds = ", ".join(map(str, choices.seeds))
+    mean_of = "by the mean of all seeds"
+    if choices.validation_seeds:
+        mean_of = f"by the mean of seeds {', '.join(map(str, choices.validation_seeds))}"
+    parts = [
+        origin("rivals.table"),
+        f"Benchmark {benchmark.name}, seeds {seeds}: per cent, mean ± standard deviation over the"
+        " seeds.",
+        f"Every method learned with {shown}; the rest is its own paper's.",
+        f"Validation chose α, {mean_of}." if choices.alpha else "α is each paper's own.",
+    ]
+    if set(choices.rates) - {1}:
+        several = len(choices.rates) > 1
+        rates = [
+            f"{name} at {method.settings['learning_rate']:.2g}"
+            for name, method in methods.items()
+            if method.settings
+        ]
+        factors = ", ".join(f"{rate:g}" for rate in choices.rates)
+        further = [f"{name} {start:g}" for name, start in starts.items() if name in methods]
+        if further and several:
+            factors += f", and these times {', '.join(further)}"
+        chosen = f"Validation chose the learning rate, {mean_of}," if several else ""
+        chosen = chosen or "The learning rate is"
+        parts.append(f"{chosen} each paper's own times {factors}: {'; '.join(rates)}.")
+        if several:
+            validation = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
+            parts.append(
+                f"Validation is {validation}. Of what is within one standard error of the best the"
+                " lowest rate was taken, and a grid grew until both were inside."
+            )
+    return "\n".join(parts)
+
+
+def _trials(chosen: Mapping[str, Choice]) -> list[str]:
+    """Make a table of all trials, if there are any."""
+    lines = []
+    for name, choice in chosen.items():
+        methods = [trial.method for trial in choice.tried]
+        for trial in choice.tried:
+            marks = ["chosen"] if trial.method == choice.method else []
+            if marks and choice.at_edge:
+                marks.append("the best is at the edge of the grid")
+            lines.append(
+                [
+                    name,
+                    f"{trial.rate:.2g}",
+                    differing(methods, trial.method),
+                    _shown_alpha(trial.method),
+                    with_interval(trial.scores),
+                    ", ".join(marks),
+                ]
+            )
+    if not lines:
+        return []
+    head = ["method", "rate", "setting", "α", "validation, % ± 95 % interval", ""]
+    title = "What was tried: the score is the mean of the two means, in distribution and shifted."
+    return [title, markdown(head, lines)]
 
 
 def table(
@@ -48,13 +416,47 @@ def table(
                 f"--validation-seeds has {other[0]}, which --seeds has not; allowed: any of"
                 f" {' '.join(map(str, seeds))}"
             )
-    benchmark = flags.benchmark()
-    from rivals.make import Choices, make_table  # torch takes seconds to load
 
-    choices = Choices(
-        seeds, validation_seeds, only, alpha == "validation", rates, soup, flags.limit
-    )
-    make_table(number, benchmark, flags.out, choices)
+    # The choice of each row.
+    choices = Choices(seeds, validation_seeds, alpha == "validation", rates)
+    spec = TABLES[number]
+    if unknown := [name for name in only if name not in spec.rows]:
+        raise RAdapterError(
+            f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(spec.rows)}"
+        )
+    benchmark = flags.benchmark().filled(spec.fields)
+    cells = Cells(benchmark, flags.out, f"table-{number}", flags.limit, say)
+    chosen: dict[str, Choice] = {}
+    for name, row in spec.rows.items():
+        if only and name not in only:
+            continue
+        method = of_members(row, soup)
+        others = spec.others.get(name, ()) if len(rates) > 1 else ()
+        start = spec.starts.get(name, 1.0) if len(rates) > 1 else 1.0
+        grid = [start * rate for rate in rates]
+        chosen[name] = choose(
+            cells,
+            name,
+            [method, *others],
+            validation_seeds or seeds,
+            grid,
+            CHOICES if choices.alpha else (),
+        )
+
+    # The cells, their picture and their page.
+    methods = {name: choice.method for name, choice in chosen.items()}
+    flags.out.mkdir(parents=True, exist_ok=True)
+    picture = flags.out / f"table-{number}.png"
+    body = (_curves if spec.curves else _rows)(cells, methods, choices, picture)
+    say(f"wrote {picture}")
+    parts = [
+        f"# {spec.title}",
+        _conditions(benchmark, methods, choices, spec.starts),
+        *cells.warnings(),
+        body,
+        *_trials(chosen),
+    ]
+    publish(parts, picture.with_suffix(".md"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

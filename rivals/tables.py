@@ -1,4 +1,4 @@
-"""Which rows the paper's tables have, and which figures of a cell stand in them."""
+"""All systems by their names in commands, the rows of the paper's tables, and their figures."""
 
 from __future__ import annotations
 
@@ -8,19 +8,38 @@ from statistics import mean
 from typing import Any
 
 from radapter_serve.evaluation.rows import by_shift, metric_name, own_metric
-from rivals.adaptformer import AdaptFormer
+from rivals.adapters import CLIPSVD, AdaptFormer, LoRA, RepAdapter
 from rivals.cells import Judged
-from rivals.clipood import CLIPood
-from rivals.coop import CoOp
+from rivals.flyp import MASK_ADAPTED, CLIPood, FineTuneLikePretrain
+from rivals.full import FullFineTuning, LinearProbe, MaskFill, ProbeThenFineTuning, UniformSoup
 from rivals.layout import Images
-from rivals.lora import LoRA
-from rivals.maple import MaPLe
-from rivals.mask_fill import MaskFill
 from rivals.method import Method
-from rivals.methods import METHODS
-from rivals.radapter import r_adapter
-from rivals.repadapter import RepAdapter
-from rivals.variants import Variant
+from rivals.prompts import CoCoOp, CoOp, MaPLe
+from rivals.radapter import Variant, ZeroShot, r_adapter
+
+METHODS: dict[str, Method] = {
+    "zero-shot": ZeroShot(),
+    "ft": FullFineTuning(),
+    "lp": LinearProbe(),
+    "lp-ft": ProbeThenFineTuning(),
+    "wise-ft": FullFineTuning(alpha=0.5),
+    "soup": UniformSoup(),
+    "mask-fill": MaskFill(),
+    "flyp": FineTuneLikePretrain(),
+    "wise-flyp": FineTuneLikePretrain(alpha=0.5),
+    "mask-adapted": MASK_ADAPTED,
+    "coop": CoOp(),
+    "cocoop": CoCoOp(),
+    "maple": MaPLe(),
+    "clipood": CLIPood(),
+    "repadapter": RepAdapter(),
+    # In texts only, with as many parameters as Table 2 prints.
+    "repadapter-t": RepAdapter(towers=("text",), hidden=14),
+    "adaptformer": AdaptFormer(),
+    "lora": LoRA(),
+    "clip-svd": CLIPSVD(),
+    "r-adapter": r_adapter("imagenet"),
+}
 
 
 @dataclass(frozen=True)

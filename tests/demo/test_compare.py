@@ -29,10 +29,9 @@ from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.training import Recipe, train
+from rivals.cells import judge
 from rivals.full import FullFineTuning
-from rivals.judge import judge
-from rivals.method import learned
-from rivals.run import Run
+from rivals.method import Run, learned
 
 FIELDS: dict[str, Any] = {
     "architecture": f"local-dir:{data.BASE}",

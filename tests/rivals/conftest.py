@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
-from rivals.run import Run
+from rivals import cells as cells_module
+from rivals.method import Run, learned
 from tests.helpers.own_cache import own_cache as own_cache
 from tests.training.conftest import images as images
 
@@ -40,3 +42,41 @@ def sets(images: Path) -> list[EvaluationSet]:
     """The images that the run learns from, as a set to judge by."""
     entry = Entry(f"imagefolder:{images}", name="same", templates="simple")
     return [open_set(Suite("colours", (entry,)), entry)]
+
+
+@pytest.fixture
+def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
+    """Coloured images, one set of them each to choose by, in distribution and shifted."""
+    sets: list[dict[str, Any]] = [
+        {"name": "chosen by", "data": "imagefolder:images", "split": "validation"},
+        {"name": "same", "data": "imagefolder:images", "shift": "id"},
+        {"name": "other", "data": "imagefolder:images", "shift": "ood"},
+        {"name": "third", "data": "imagefolder:images", "shift": "ood"},
+    ]
+    suite = {"name": "colours", "templates": "simple", "sets": sets}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
+    train = {
+        "data": "imagefolder:images",
+        "batch_size": 4,
+        "steps": 2,
+        "workers": 0,
+        "architecture": tiny_clip_dir,
+    }
+    train["templates"] = "templates.txt"
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Methods learn in this process; their names."""
+    names: list[str] = []
+
+    def learn(method: Any, run: Run) -> None:
+        names.append(type(method).__name__)
+        learned(method, run)
+
+    monkeypatch.setattr(cells_module, "_apart", learn)
+    return names

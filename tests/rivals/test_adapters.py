@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError
-from rivals.adaptformer import AdaptFormer, Parallel
-from rivals.blocks import blocks_of, drop_path
-from rivals.clip_svd import CLIPSVD
-from rivals.lora import LoRA
-from rivals.method import Method, learned
-from rivals.repadapter import LinearBottleneck, RepAdapter
-from rivals.run import Run
-from rivals.system import System
+from rivals.adapters import (
+    CLIPSVD,
+    AdaptFormer,
+    LinearBottleneck,
+    LoRA,
+    Parallel,
+    RepAdapter,
+    blocks_of,
+    drop_path,
+)
+from rivals.method import Method, Run, System, learned
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 TEXTS = ["a photo of a green.", "a red."]

@@ -10,23 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from radapter_serve.cli.eval import main as radapter_eval
-from radapter_serve.clip.base import load_base
-from rivals import flyp
 from rivals.benchmark import load_benchmark
 from rivals.cells import read_lines
-from rivals.method import learned
-from rivals.methods import METHODS
-from rivals.run import Run
+from rivals.method import Run, learned
 from rivals.save import main as save
 from rivals.table import main
-from rivals.tables import TABLES
-from tests.rivals.test_table import benchmark_file as benchmark_file
-from tests.rivals.test_table import here as here
+from rivals.tables import METHODS, TABLES
 from tests.training.test_segmentation_training import scenes as scenes
 
 
@@ -112,10 +105,6 @@ def test_table_4_takes_the_output_of_a_proposal_network(
     assert set(here) == {"FineTuneLikePretrain", "RAdapter", "ZeroShot"}
 
 
-def test_mask_adapted_clip_squashes_segments() -> None:
-    assert flyp.MASK_ADAPTED.settings["mask_square"] is False
-
-
 def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> None:
     given = {
         name: value
@@ -174,18 +163,6 @@ def test_save_writes_what_the_table_has_judged(
     [line] = read_lines(tmp_path / "out" / f"table-{table}.jsonl")
     judged = line.rows
     assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in judged]
-
-
-def test_save_at_alpha_0_is_the_base(
-    benchmark_file: Path, tmp_path: Path, tiny_clip_dir: str
-) -> None:
-    to = tmp_path / "merged"
-    flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--alpha", "0"]
-    assert save(["wise-flyp", str(to), *flags]) == 0
-    base, saved = (
-        load_base(name).model.state_dict() for name in (tiny_clip_dir, f"local-dir:{to}")
-    )
-    assert all(torch.equal(base[name], saved[name]) for name in base)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Full fine-tuning and what is made of it: the probe before, the line between the ends, the soup of
-many.
+"""Fine-tuning of whole towers: the probe before, the line between the ends, the soup of many, Mask-
+Fill against torch's own attention, and CLIPood's margins and average.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,19 @@ from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from rivals.full import Classifier, FullFineTuning, ProbeThenFineTuning
-from rivals.judge import judge, systems_of
-from rivals.method import learned
-from rivals.methods import METHODS
-from rivals.run import Run
-from rivals.soup import Mixed, UniformSoup
-from rivals.system import Cost, Learned
+from rivals.cells import judge, systems_of
+from rivals.flyp import CLIPood, Margins
+from rivals.full import (
+    Classifier,
+    FullFineTuning,
+    Masked,
+    MaskFill,
+    Mixed,
+    ProbeThenFineTuning,
+    UniformSoup,
+)
+from rivals.method import Cost, Learned, Run, fit, learned
+from rivals.tables import METHODS
 
 PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -160,3 +167,144 @@ def test_mixed_images_have_mixed_and_smoothed_labels(
         found = system({"pixels": PIXELS, "labels": LABELS})
     targets = 0.8 * torch.eye(3)[LABELS] + 0.2 * torch.eye(3)[LABELS.flip(0)]
     torch.testing.assert_close(found, -((0.7 * targets + 0.1) * logs).sum(dim=1).mean())
+
+
+@pytest.fixture
+def system(make_run: Callable[..., Run]) -> Masked:
+    started = MaskFill().start(make_run())
+    assert isinstance(started, Masked)
+    return started
+
+
+def relevance_by_torch(system: Masked, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """By the maps that `nn.MultiheadAttention` itself computes on its slow way, which can give
+    them.
+    """
+    maps: list[torch.Tensor] = []
+
+    def softmax(scores: torch.Tensor, dim: int, real: Any = F.softmax) -> torch.Tensor:
+        maps.append(
+            real(scores, dim=dim).view(len(PIXELS), 2, 5, 5)
+        )  # two heads; 2 x 2 patches and the class token
+        return maps[-1].view(scores.shape)
+
+    monkeypatch.setattr(F, "softmax", softmax)
+    for block in system.model.visual.transformer.resblocks:
+
+        def attention(
+            q_x: Any,
+            k_x: Any = None,
+            v_x: Any = None,
+            attn_mask: Any = None,
+            layer: Any = block.attn,
+        ) -> Any:
+            return layer(q_x, q_x, q_x, need_weights=True)[0]
+
+        monkeypatch.setattr(block, "attention", attention)
+    score = sum(system.logits(PIXELS)[row, label] for row, label in enumerate(LABELS))
+    slopes = torch.autograd.grad(score, maps)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    rows = []
+    for image in range(len(PIXELS)):
+        relevance = torch.eye(5)
+        for weights, slope in zip(maps, slopes, strict=True):
+            product = torch.relu(weights[image] * slope[image]).mean(dim=0)
+            relevance = relevance + product @ relevance
+        rows.append(relevance[0, 1:].reshape(2, 2))
+    return torch.stack(rows).detach()
+
+
+def test_relevance_is_that_of_torchs_attention(system: Masked, monkeypatch: pytest.MonkeyPatch):
+    expected = relevance_by_torch(system, monkeypatch)
+    torch.testing.assert_close(system.relevance(PIXELS, LABELS).detach(), expected)
+    with torch.no_grad():  # the tower is as before
+        torch.testing.assert_close(system.logits(PIXELS), Classifier.logits(system, PIXELS))
+    assert all(
+        "forward" not in vars(block.attn) for block in system.model.visual.transformer.resblocks
+    )
+    patches = system.object_patches(PIXELS, LABELS)
+    assert torch.equal(patches, expected > 0.3 * expected.amax(dim=(1, 2), keepdim=True))
+    assert patches.any()
+
+
+def test_masked_patches_are_those_of_another_image(system: Masked):
+    patches = torch.zeros(4, 2, 2, dtype=torch.bool)
+    patches[0, 1, 0] = patches[2, 0, 1] = True  # row, column; a patch is 16 pixels wide
+    filled = system.filled(PIXELS, patches, torch.tensor([3, 0, 1, 2]))
+    expected = PIXELS.clone()
+    expected[0, :, 16:, :16] = PIXELS[3, :, 16:, :16]
+    expected[2, :, :16, 16:] = PIXELS[1, :, :16, 16:]
+    assert torch.equal(filled, expected)
+
+
+def test_loss_adds_the_distance_to_pretrained_features(
+    system: Masked, monkeypatch: pytest.MonkeyPatch
+):
+    with torch.no_grad():
+        for parameter in system.model.visual.parameters():
+            parameter.mul_(1.1)  # as if it had learned
+    order = torch.tensor([1, 2, 3, 0])
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: order)
+    masked = system.filled(PIXELS, system.object_patches(PIXELS, LABELS), order)
+    with torch.no_grad():
+        distance = (system.model.visual(masked) - system.teacher(masked)).square().mean()
+        expected = F.cross_entropy(system.logits(PIXELS), LABELS) + 30 * distance
+        torch.testing.assert_close(system({"pixels": PIXELS, "labels": LABELS}), expected)
+    assert distance > 0
+
+
+def beta_density(place: float, beta: float) -> float:
+    """Of Beta(β, β), from torch's own distribution."""
+    return math.exp(
+        torch.distributions.Beta(beta, beta).log_prob(torch.tensor(place, dtype=torch.float64))
+    )
+
+
+def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
+    system = CLIPood(margin=0.3).start(make_run())
+    pixels = torch.randn(4, 3, 32, 32)
+    labels = torch.tensor([2, 0, 1, 1])
+    with torch.no_grad():
+        loss = float(system({"pixels": pixels, "labels": labels, "texts": []}))
+        model = system.model
+        images = F.normalize(model.encode_image(pixels), dim=-1)
+        scale = model.logit_scale.exp()
+        texts = model.encode_text(
+            system.tokenizer([f"a photo of a {name}." for name in ("blue", "green", "red")])
+        )
+        texts = F.normalize(texts, dim=-1)
+    rows = []
+    for image, label in zip(images, labels.tolist(), strict=True):
+        others = [float(scale * (image @ text + 0.3 * (1 - texts[label] @ text))) for text in texts]
+        rows.append(math.log(sum(math.exp(other - others[label]) for other in others)))
+    assert loss == pytest.approx(sum(rows) / 4, abs=1e-3)
+
+
+def test_image_tower_ends_as_the_weighted_mean_of_its_steps(make_run: Callable[..., Run]):
+    run = make_run(steps=3, learning_rate=1e-2)
+    method = CLIPood(beta=0.3)
+    system = method.start(run)
+    assert isinstance(system, Margins)
+    seen = [[parameter.detach().clone() for parameter in system.learning()]]
+    after = system.after_step
+
+    def watch(step: int, steps: int) -> None:
+        seen.append([parameter.detach().clone() for parameter in system.learning()])
+        after(step, steps)
+
+    system.after_step = watch  # type: ignore[method-assign]
+    frozen = {
+        name: value.clone() for name, value in system.state_dict().items() if "visual." not in name
+    }
+    fit(system, method.optimizer(system, run), run)
+    weights = [beta_density((step + 0.5) / 4, 0.3) for step in range(4)]
+    assert weights[0] > weights[1] < weights[3]
+    for number, end in enumerate(system.learning()):
+        mean = sum(weight * of[number] for weight, of in zip(weights, seen, strict=True)) / sum(
+            weights
+        )
+        torch.testing.assert_close(end.detach(), mean, rtol=0, atol=1e-6)
+    assert all(torch.equal(system.state_dict()[name], value) for name, value in frozen.items())
+    weights_of_clip = system.clip()
+    assert weights_of_clip is not None
+    assert weights_of_clip.keys() == run.of({}).base.model.state_dict().keys()

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radapter_serve.errors import RAdapterError
-from rivals.coop import CoCoOp, Conditional, CoOp, Prompted
-from rivals.maple import Coupled, MaPLe
-from rivals.method import learned
-from rivals.run import Run
+from rivals.method import Run, learned
+from rivals.prompts import CoCoOp, Conditional, CoOp, Coupled, MaPLe, Prompted
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 

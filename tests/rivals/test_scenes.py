@@ -10,7 +10,7 @@ from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_data
 from rivals import scenes
 from rivals.benchmark import load_benchmark
-from rivals.run import Run
+from rivals.method import Run
 
 
 @pytest.mark.slow

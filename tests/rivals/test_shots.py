@@ -18,10 +18,8 @@ from PIL import Image
 
 from radapter_serve.errors import RAdapterError
 from rivals import shots
-from rivals.run import Run
+from rivals.method import Run
 from rivals.shots import LabelsByExample, drawn_table
-from tests.rivals.test_table import benchmark_file as benchmark_file
-from tests.rivals.test_table import here as here
 
 
 def test_a_label_by_example_is_the_mean_of_its_text_and_its_images(

@@ -23,66 +23,18 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
 from radapter_serve.training import Recipe
-from rivals import cells as cells_module
-from rivals.adaptformer import AdaptFormer
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, Judged, read_lines, score
-from rivals.choice import CHOICES, choose, differing
-from rivals.clipood import CLIPood
-from rivals.layout import cost_of, spread, with_interval
-from rivals.make import Choices, leads
-from rivals.method import at_rate, learned
-from rivals.methods import METHODS
+from rivals.layout import spread, with_interval
+from rivals.method import Cost, Run, at_rate
 from rivals.pacs import main as pacs
-from rivals.radapter import RAdapter, r_adapter
-from rivals.repadapter import RepAdapter
-from rivals.run import Run
-from rivals.soup import UniformSoup
-from rivals.system import Cost
-from rivals.table import main
-from rivals.tables import TABLES, figures, images_of
+from rivals.radapter import r_adapter
+from rivals.table import CHOICES, choose, differing, leads, main
+from rivals.tables import METHODS, figures, images_of
 from tests.helpers.a_row import a_row
 
 BENCHMARKS = Path(__file__).parents[2] / "rivals" / "benchmarks"
 SMALL = ["--only", "Zero-shot", "FT", "WiSE-FT"]
-
-
-@pytest.fixture
-def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
-    """Coloured images, one set of them each to choose by, in distribution and shifted."""
-    sets: list[dict[str, Any]] = [
-        {"name": "chosen by", "data": "imagefolder:images", "split": "validation"},
-        {"name": "same", "data": "imagefolder:images", "shift": "id"},
-        {"name": "other", "data": "imagefolder:images", "shift": "ood"},
-        {"name": "third", "data": "imagefolder:images", "shift": "ood"},
-    ]
-    suite = {"name": "colours", "templates": "simple", "sets": sets}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
-    train = {
-        "data": "imagefolder:images",
-        "batch_size": 4,
-        "steps": 2,
-        "workers": 0,
-        "architecture": tiny_clip_dir,
-    }
-    train["templates"] = "templates.txt"
-    path = tmp_path / "benchmark.yaml"
-    path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
-    return path
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Methods learn in this process; their names."""
-    names: list[str] = []
-
-    def learn(method: Any, run: Run) -> None:
-        names.append(type(method).__name__)
-        learned(method, run)
-
-    monkeypatch.setattr(cells_module, "_apart", learn)
-    return names
 
 
 @pytest.mark.slow
@@ -178,18 +130,6 @@ def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path:
     shown = [(row[0].strip("| "), row[1]) for row in rows if row[1][0].isdigit()]
     assert shown == [(name, f"{alpha:g}") for name in ("R-Adapter", "WiSE-FT") for alpha in ALPHAS]
     assert (tmp_path / "out" / "table-fig3.png").exists()
-
-
-@pytest.mark.slow
-def test_says_where_what_chose_is_judged_by(benchmark_file: Path, here: list[str], tmp_path: Path):
-    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "WiSE-FT"]
-    assert main(call) == 0
-    assert "warning" not in (tmp_path / "out" / "table-1.md").read_text()
-    assert main([*call, "--alpha", "validation"]) == 0
-    assert (
-        "third: warning: 24 of its 24 images are validation images of chosen by"
-        in (tmp_path / "out" / "table-1.md").read_text()
-    )
 
 
 @dataclass(frozen=True)
@@ -414,12 +354,6 @@ def test_leads_are_paired_over_images_where_these_are_kept() -> None:
     assert "over images and seeds, of own, and over seeds alone" in leads(found, without)
 
 
-def test_a_grid_starts_where_its_row_says() -> None:
-    assert set(TABLES["main"].starts) <= set(TABLES["main"].rows)
-    assert Choices(rates=(1.0, 3.0)).grid(10) == [10, 30]
-    assert Choices(rates=(7.0,)).grid(10) == [7]
-
-
 def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_path: Path):
     call = [
         "1",
@@ -464,13 +398,6 @@ def test_figures_of_each_task():
     assert found == {"f, image R@1": 25.0, "f, text R@10": 50.0}
 
 
-def test_spread_and_cost():
-    assert (spread([1.0, 2.0]), spread([1.25])) == ("1.5 ± 0.7", "1.2")
-    costs = [Cost(20_450_000, 10.0, 2_000_000_000), Cost(20_450_000, 20.0, 1_000_000_000)]
-    assert cost_of(costs) == ["20.45", "15", "2.00"]
-    assert cost_of([Cost()]) == ["-", "-", "-"]
-
-
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -506,107 +433,6 @@ def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
     )  # imagenet is a name, and a folder of the data
     assert recipe.data.partition(":")[2].startswith(str(tmp_path))
     assert {entry.task for entry in benchmark.suite.entries} == {recipe.task}
-
-
-def test_refuses_a_row_that_is_not_there(
-    benchmark_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
-    assert main(["5", "--data", str(benchmark_file), "--only", "E11", "--out", str(tmp_path)]) == 2
-    assert "table 5 has no row 'E11'; allowed: B1: AdaptFormer" in capsys.readouterr().err
-
-
-def test_a_row_of_hyper_parameters_changes_one():
-    """The paper's values of each are there; that of R-Adapter itself is its own row."""
-    own, *rows = TABLES["hyper"].rows.values()
-    changed: dict[str, set[Any]] = {}
-    for row in rows:
-        (field,) = [name for name, value in row.settings.items() if value != own.settings.get(name)]
-        changed.setdefault(field, {own.settings.get(field)}).add(row.settings[field])
-    assert changed == {
-        "rank": {4, 8, 16, 128, None},
-        "delta": {0.0, 0.02, 0.05, 0.1},
-        "positives": {None, "single"},
-        "drop": {0.0, 0.1, 0.2, 0.3, 0.5},
-        "momentum": {None, 0.0, 0.9, 0.99, 0.999, 0.9999},
-        "adapt_text": {None, False},
-    }
-
-
-def test_rows_of_table_5_have_the_parts_that_they_name():
-    """In the paper's order; R-Adapter as a whole is the last."""
-    rows = TABLES["5"].rows
-    assert [name.partition(":")[0] for name in rows] == [
-        "B1",
-        "B2",
-        *(f"E{number}" for number in range(11)),
-    ]
-    for name, row in rows.items():
-        parts = set(name.partition(": ")[2].split(", ")) - {"none"}
-        if isinstance(row, AdaptFormer | RepAdapter):
-            assert parts == {type(row).__name__, "DO"} | ({"DP"} if row.drop_path else set())
-            assert (row.loss, row.dropout) == ("infonce", 0.2)
-            continue
-        assert isinstance(row, RAdapter)
-        own = row.settings.get
-        assert parts == {
-            *(["DO"] if row.variant.dropout == 0.2 else []),
-            *(["DP"] if row.variant.drop_path == 0.2 else []),
-            *(["AD"] if own("drop") == 0.2 else []),
-            *(["AC"] if own("momentum") is None else []),
-            *(["RS"] if row.alpha == 0.5 else []),
-            *(["MPM"] if (own("positives"), own("delta")) == ("several", 0.05) else []),
-            *(["LS"] if own("epsilon") == 0.02 else []),
-        }
-        off = {
-            row.variant.dropout,
-            row.variant.drop_path,
-            own("drop"),
-            own("momentum"),
-            own("epsilon"),
-            own("delta"),
-        }
-        assert off <= {None, 0.0, 0.02, 0.05, 0.2}
-    combined = [
-        "AD",
-        "AC",
-        "AD, AC",
-        "AD, AC, RS",
-        "AD, AC, RS, LS",
-        "AD, AC, RS, MPM",
-        "AD, AC, RS, MPM, LS",
-    ]
-    assert {
-        f"E{number}: {parts}"
-        for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)
-    } <= set(rows)
-
-
-def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
-    """β is 0.1 for 16 images a class, and 0.5 where styles shift, as in the benchmarks of the table
-    of all systems.
-    """
-    few = TABLES["2"].rows["CLIPood"]
-    shifted = TABLES["all"].rows["clipood"]
-    assert isinstance(few, CLIPood) and isinstance(shifted, CLIPood)
-    assert (few.beta, shifted.beta) == (0.1, 0.5)
-    assert (
-        list(TABLES["all"].rows).index("clipood") == list(METHODS).index("clipood") - 2
-    )  # without lp, mask-adapted
-
-
-def test_all_methods_see_the_same_crops_of_drawings():
-    given = load_benchmark(BENCHMARKS / "drawings.yaml").fields
-    own = TABLES["all"].rows["r-adapter"].settings
-    assert (given["crop_scale"], given["flip"]) == (own["crop_scale"], own["flip"])
-
-
-def test_every_system_is_in_a_table():
-    shown = [method for table in TABLES.values() for method in table.rows.values()]
-    classes = {type(method) for method in METHODS.values()} - {
-        type(METHODS["lp"])
-    }  # a part of LP-FT
-    assert classes == {type(method) for method in shown}
-    assert any(isinstance(method, UniformSoup) and method.members == 72 for method in shown)
 
 
 def test_pacs_keeps_apart_what_learns_chooses_and_judges(images: Path, tmp_path: Path):

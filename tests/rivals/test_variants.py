@@ -19,7 +19,7 @@ from radapter_serve.adapter import (
 from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
-from rivals.variants import Variant, train
+from rivals.radapter import Variant, train_variant
 from tests.helpers.by_hand import assert_same, train_by_hand
 from tests.training.test_wiring import labelled
 from tests.training.test_wiring import recipe as recipe
@@ -113,7 +113,7 @@ def adapted_inputs(model: nn.Module) -> int:
 def test_without_a_change_training_is_the_methods_own(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data)
-    adapter = load_adapter(train(recipe, Variant()))
+    adapter = load_adapter(train_variant(recipe, Variant()))
     assert_same(adapter.tensors, train_by_hand(recipe, pairs))
 
 
