@@ -23,8 +23,8 @@ from torch import Tensor
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import decode
 from radapter_serve.demo.data import BASE, prepare
 from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
