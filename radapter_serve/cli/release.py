@@ -20,9 +20,14 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import MODELS, Served, releases_of
-from radapter_serve.server.admin_socket import ask, find_server
-from radapter_serve.server.releases import format_list, previous, require_known
+from radapter_serve.release.repository import (
+    MODELS,
+    Served,
+    format_list,
+    releases_of,
+    require_known,
+)
+from radapter_serve.server.releases import ask, find_server
 
 PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
@@ -102,7 +107,7 @@ def rollback(
         http_port: the port of the server, where several serve the repository.
         url: or its URL, http://localhost:PORT.
     """
-    _do({"do": "rollback"}, model_repository, _port(url, http_port), previous)
+    _do({"do": "rollback"}, model_repository, _port(url, http_port), Served.back)
 
 
 def verify(

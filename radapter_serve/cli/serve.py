@@ -18,10 +18,10 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import STOPPING, handled
 from radapter_serve.release.release import Release
-from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.config import MAX_WAITING, ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.installation import find_tritonserver
+from radapter_serve.server.launch import find_tritonserver
+from radapter_serve.server.releases import AdminSocket
 from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
                 AdminSocket(server.folder, server),
                 gateway or contextlib.nullcontext(),
             ):
-                Supervisor(server, _say, [gateway] if gateway else []).run()
+                Supervisor(server, _say, gateway).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:

@@ -21,8 +21,7 @@ from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.process import PULSE, STOPPING, SYSTEM, Clock, handled
-from radapter_serve.server.processes import STOPPED, ending_with_parent, how_it_ended
-from radapter_serve.server.watch import GATEWAY
+from radapter_serve.server.launch import STOPPED, ending_with_parent, how_it_ended
 
 PULSE_SECONDS = 1.0  # between two signs of life of a gateway
 MAX_SILENCE_SECONDS = 30.0  # after which a gateway without signs of life counts as hanging
@@ -183,8 +182,6 @@ class Child:
     """A gateway in a child process, which a `Supervisor` keeps up; its event loop gives signs of
     life through a pipe, which callers cannot block.
     """
-
-    name = GATEWAY
 
     def __init__(
         self,

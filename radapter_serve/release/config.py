@@ -217,7 +217,7 @@ def without_queue_policy(config: Any) -> None:
     """Take the limits of Triton's own queue out of a config, in place.
 
     A queue that has any is not looked at when a model becomes free: requests there wait for the
-    next one, or for half a second. `radapter_serve.server.backlog` has the limits instead.
+    next one, or for half a second. `radapter_serve.triton.backlog` has the limits instead.
     """
     if config.HasField("dynamic_batching"):
         config.dynamic_batching.ClearField("default_queue_policy")

@@ -114,15 +114,29 @@ def find_release(repository: str | Path) -> Path:
     release N, the newest otherwise.
     """
     path, number = split_repository(repository)
-    task = Path(path, MODELS[-1])
-    found = releases_of(Path(path))
-    if not found:
+    folder = Path(path)
+    [version] = require_known(folder, [int(number)] if number else releases_of(folder)[-1:])
+    return folder / MODELS[-1] / str(version)
+
+
+def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
+    """Sorted numbers of releases, all of which the repository holds."""
+    known = releases_of(repository)
+    if not known:
         raise RAdapterError(
-            f"no release in the model repository {path}; make one with radapter-export"
+            f"no release in the model repository {repository}; make one with: radapter-export"
         )
-    if number and int(number) not in found:
-        raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, found))}")
-    return task / str(int(number) if number else found[-1])
+    for version in releases:
+        if version not in known:
+            raise RAdapterError(
+                f"no release {version} in {repository}; it holds {format_list(known)}"
+            )
+    return sorted(set(releases))
+
+
+def format_list(versions: Sequence[int]) -> str:
+    """Numbers as text, such as "1, 2"."""
+    return ", ".join(map(str, versions)) or "none"
 
 
 def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
@@ -153,29 +167,36 @@ class Served:
     def load(cls, repository: Path) -> Served:
         """Read `served.json`; the newest export where none was chosen yet."""
         path = repository / SERVED
-        found = releases_of(repository)
         if not path.exists():
             return cls(tuple(newest_export(repository)))
         try:
             text = json.loads(path.read_text(encoding="utf-8"))
-            numbers = [sorted({int(one) for one in text[name]}) for name in ("releases", "before")]
+            releases = sorted({int(number) for number in text["releases"]})
+            before = sorted({int(number) for number in text["before"]})
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise RAdapterError(
                 f"could not read {path}: {error}; choose what is served: radapter-release load N"
             ) from error
-        releases, before = numbers
-        if not releases or (lost := [one for one in releases if one not in found]):
-            named = ", ".join(map(str, lost)) if releases else "none"
+        known = releases_of(repository)
+        missing = [version for version in releases if version not in known]
+        if missing or not releases:
             raise RAdapterError(
-                f"{path} says that release {named} is served, and {repository} holds"
-                f" {', '.join(map(str, found)) or 'none'}; choose one of them: radapter-release"
-                " load N"
+                f"{path} says that release {format_list(missing)} is served, and {repository} holds"
+                f" {format_list(known)}; choose one of them: radapter-release load N"
             )
-        return cls(tuple(releases), tuple(one for one in before if one in found))
+        return cls(tuple(releases), tuple(version for version in before if version in known))
 
     def next(self, releases: Sequence[int]) -> Served:
         """The state once these releases have taken over."""
         return Served(tuple(sorted(set(releases))), self.releases)
+
+    def back(self) -> Served:
+        """The state after a rollback."""
+        if not self.before:
+            raise RAdapterError(
+                "no release was served before this one; name one: radapter-release load N"
+            )
+        return self.next(self.before)
 
     def save(self, repository: Path) -> None:
         """Write `served.json`, for the next start."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 
 from radapter_serve.contract.errors import TaskError
@@ -12,17 +11,13 @@ from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.repository import RUNTIMES, Served
+from radapter_serve.release.repository import RUNTIMES, Served, format_list
 from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.installation import OUR_BACKENDS, Installation
-from radapter_serve.server.models import models_of
-from radapter_serve.server.processes import server_folder
-from radapter_serve.server.releases import ReleaseServer, Say, State, format_list, ignore
-from radapter_serve.server.runtime_choice import configure
+from radapter_serve.server.launch import server_folder
+from radapter_serve.server.models import check_repository, configure
+from radapter_serve.server.releases import ReleaseServer, Say, State
 
 MAX_REQUEST_SECONDS = 120.0  # of work on one request, as in Triton's processes
-# The engine can run all runtimes.
-_ENGINE = Installation(Path(sys.executable), {name: OUR_BACKENDS / name for name in RUNTIMES})
 
 
 class EngineServer(ReleaseServer):
@@ -37,10 +32,10 @@ class EngineServer(ReleaseServer):
         self._releases: dict[int, LoadedRelease] = {}
         self._stack = contextlib.ExitStack()
 
-    def start(self, progress: Say = ignore) -> EngineServer:
+    def start(self, progress: Say = lambda line: None) -> EngineServer:
         """Load the releases, and ask each of their tasks once."""
         repository = self.config.model_repository
-        models_of(repository)
+        check_repository(repository)
         served = self.config.wanted()
         for number in served.releases:
             verify(repository, number, progress)
@@ -69,7 +64,7 @@ class EngineServer(ReleaseServer):
                 releases[number] = self._releases[number]
                 continue
             configured = configure(
-                config.model_repository, [number], runtime, config.encoder_threads, _ENGINE, say
+                config.model_repository, [number], runtime, config.encoder_threads, RUNTIMES, say
             )
             runtime = configured.runtime  # the same for all releases
             say(f"loading release {number}")

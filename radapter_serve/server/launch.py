@@ -1,27 +1,44 @@
-"""The folder, the command line and the environment of a tritonserver, and the line of its log that
-says why it failed.
+"""tritonserver as a program: where it is installed, its folder, its command line and environment,
+and how it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes.util
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Collection, Mapping
+import sysconfig
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from radapter_serve.files import staged
+from radapter_serve.errors import RAdapterError, install_command
+from radapter_serve.files import disk_errors, hold, staged
 from radapter_serve.process import INDEXES, LABELS, LABELS_FILE, SURPLUS, environment, otlp_endpoint
-from radapter_serve.release.repository import CONFIG
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.control import SECRET_HEADER
-from radapter_serve.server.installation import Installation
-from radapter_serve.server.models import ModelEntry
-from radapter_serve.server.processes import ending_with_parent, shm_prefix
+from radapter_serve.release.repository import CONFIG, RUNTIMES
 
+if TYPE_CHECKING:
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.models import ModelEntry
+
+# The backends in Python that come with this package, by name.
+_BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
+OUR_BACKENDS = {name: _BACKENDS / name for name in RUNTIMES}
+FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of what Triton may load, in a server's folder
+GATEWAY = "radapter-gateway"
+SECRET_HEADER = "radapter-secret"
+STOPPED = "a signal had stopped it, so it was killed"
+DISK_ADVICE = "free some space, or set TMPDIR to another"
 # A caller could read or change the server's memory, files and log by these, so they ask for the
 # secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
@@ -33,16 +50,165 @@ _TRACING = (
     "count=-1",
     "opentelemetry,resource=service.name=radapter-triton",
 )
+_LAUNCHER = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can be started."""
+
+    binary: Path
+    backends: dict[str, Path]  # folders by name; ours where the server lacks one
+    caches: Path | None = None  # folder of response caches
+    libraries: tuple[Path, ...] = ()  # folders for LD_LIBRARY_PATH
+    stub: Path | None = None  # runs Python models, if it is not with the Python backend
+
+    @property
+    def in_python(self) -> list[str]:
+        """Backends whose models run in processes of their own."""
+        ours = [name for name, path in self.backends.items() if path == OUR_BACKENDS.get(name)]
+        return ["python", *ours]
+
+
+def find_tritonserver() -> Installation:
+    """Find `tritonserver` on PATH, else in nvidia-pytriton; raise an error if there is none that
+    works with this Python and numpy.
+    """
+    if (binary := shutil.which("tritonserver")) is not None:
+        return _on_path(Path(binary).resolve())
+
+    # The wheel's Python backend misreads tensors under numpy 2.
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) >= 2:
+        raise RAdapterError(
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy"
+            f" 2; {_advice()}"
+        )
+    if sys.version_info >= (3, 13):
+        raise RAdapterError(
+            f"this is {_python()}, for which there is no numpy below 2, as Triton needs;"
+            f" {_advice()}"
+        )
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise RAdapterError(
+            f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_advice()}"
+        )
+
+    package = Path(spec.submodule_search_locations[0]).absolute()
+    server = package / "tritonserver"
+    stubs = server / "python_backend_stubs" / _python().removeprefix("Python ")
+    stub = stubs / "triton_python_backend_stub"
+    if not (server / "bin" / "tritonserver").exists() or not stub.exists():
+        raise RAdapterError(
+            f"nvidia-pytriton at {package} brings no server for {_python()}; {_advice()}"
+        )
+
+    # Its stub is linked against the shared library of Python.
+    library = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
+    multiarch = libdir / (sysconfig.get_config_var("MULTIARCH") or "")
+    is_there = any((folder / f"lib{library}.so.1.0").exists() for folder in (libdir, multiarch))
+    if not is_there and ctypes.util.find_library(library) is None:
+        raise RAdapterError(
+            f"lib{library}.so.1.0 is missing, which Triton's Python backend needs; install the"
+            f" shared library of {_python()}"
+        )
+    return Installation(
+        server / "bin" / "tritonserver",
+        {"python": server / "backends" / "python", **OUR_BACKENDS},
+        server / "caches",
+        (package.parent / "nvidia_pytriton.libs", libdir),
+        stub,
+    )
+
+
+def _on_path(binary: Path) -> Installation:
+    folder = binary.parent.parent / "backends"
+    backends = {}
+    if folder.is_dir():
+        backends = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    if "python" not in backends:
+        raise RAdapterError(f"{binary} has no Python backend in {folder}; {_advice()}")
+    stub = backends["python"] / "triton_python_backend_stub"
+    built_for = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
+    if built_for and int(built_for[1]) != sys.version_info[1]:
+        needed = f"Python 3.{int(built_for[1])}"
+        raise RAdapterError(
+            f"the Python backend of {binary} is for {needed}, this is {_python()};"
+            f" install radapter-serve under {needed} and start again"
+        )
+    for name, ours in OUR_BACKENDS.items():
+        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
+            backends[name] = ours
+    return Installation(binary, backends)
+
+
+def _python() -> str:
+    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def _advice() -> str:
+    return (
+        f"with Python 3.10 to 3.12 on Linux, {install_command('triton')}; or use NVIDIA's Triton"
+        " container, or radapter-serve --engine process, which needs no Triton"
+    )
+
+
+@contextlib.contextmanager
+def server_folder() -> Iterator[Path]:
+    """A folder for a server that only its owner can read, locked while the server lives, and
+    removed at the end; the folders of killed servers, whose locks are gone, are removed first.
+    """
+    parent = Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        # A folder of another user can't be read; one that was just made is not locked yet.
+        with contextlib.suppress(OSError):
+            if (folder / MODELS).is_dir():
+                with hold(folder):
+                    _remove(folder)
+    with disk_errors(parent, DISK_ADVICE):
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    with contextlib.ExitStack() as stack:
+        with disk_errors(parent, DISK_ADVICE):
+            stack.enter_context(hold(folder))
+            stack.callback(_remove, folder)
+            (folder / MODELS).mkdir()  # a folder with this and without a lock is left over
+        yield folder
+
+
+def _remove(folder: Path) -> None:
+    hide_shared_memory(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def shm_prefix(folder: Path) -> str:
+    """Prefix of a server's shared-memory files."""
+    return folder.name.replace("-", "_") + "_"
+
+
+def hide_shared_memory(folder: Path) -> None:
+    """Unlink a server's files in /dev/shm: its processes keep them open, no other can open them."""
+    for file in Path("/dev/shm").glob(f"{shm_prefix(folder)}*"):
+        file.unlink(missing_ok=True)
 
 
 def lay_out(
     folder: Path, installation: Installation, repository: Path, models: Mapping[str, ModelEntry]
 ) -> None:
-    """Fill a server's folder with links to its backends and models, and with the configs for this
-    machine.
-    """
-    (folder / "backends").mkdir()
-    installation.assemble(folder / "backends")
+    """Fill a server's folder with its backends and models, and the configs for this machine."""
+    # Backends are links but for the Python backend, of which Triton insists on a copy.
+    backends = folder / "backends"
+    backends.mkdir()
+    for name, source in installation.backends.items():
+        if name == "python":
+            shutil.copytree(source, backends / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (backends / name).symlink_to(source)
+    if installation.stub is not None:
+        shutil.copy(installation.stub, backends / "python")
     (folder / WAITING).mkdir()
     for name, model in models.items():
         put(folder, repository, name, model)
@@ -86,9 +252,8 @@ def command_line(
     *,
     version_compatible: bool,
 ) -> list[str]:
-    """The program and its arguments, for a folder that `lay_out` filled.
-
-    `version_compatible` allows TensorRT engines to bring their runtime, which is code.
+    """The program and its arguments; `version_compatible` allows TensorRT engines to bring their
+    runtime, which is code.
     """
     arguments = [
         str(installation.binary),
@@ -139,6 +304,16 @@ def server_environment(
     return variables
 
 
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """Wrap a command so that, on Linux, it is killed when the thread that starts it ends.
+
+    SIGTERM would leave its ports taken for as long as a caller keeps a connection open.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+
+
 def reason(log: str) -> str:
     """The line of a server's log that says best why it failed: a model that did not load, else the
     last error.
@@ -154,3 +329,30 @@ def reason(log: str) -> str:
     if not best:
         return "it wrote nothing"
     return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')
+
+
+def how_it_ended(code: int, *, short_of_memory: bool = False) -> str:
+    """Describe an exit status, or minus the number of the signal that killed a process."""
+    if code == -signal.SIGKILL and short_of_memory:
+        return "the kernel killed it, because memory ran out"
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    return f"it ended by itself with status {code}"
+
+
+def hide_argument(pid: int, secret: str) -> None:
+    """Overwrite a secret in the command line of a child, which every user can read.
+
+    The secret stays there where the kernel does not let a parent do this.
+    """
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # Fields 48 and 49 of proc_pid_stat(5) are the bounds of the arguments; field 2, a name,
+        # may hold spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start = int(fields[45])
+        end = int(fields[46])
+        with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            memory.seek(start)
+            memory.write(arguments.replace(secret.encode(), b" " * len(secret)))

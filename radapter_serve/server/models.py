@@ -1,22 +1,41 @@
-"""The models that a server loads for some releases of a repository: their versions and configs."""
+"""The models that a server loads for some releases of a repository: their versions, their configs,
+and the runtime of the encoders, which is any that computes here what torch computed.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.plans import check_plan
+from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import config_of, name_releases, without_queue_policy
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.config import (
+    ServedEncoder,
+    config_of,
+    encoders_of,
+    name_releases,
+    without_queue_policy,
+)
 from radapter_serve.release.release import TASKS, Release
-from radapter_serve.release.repository import CONFIG, MODELS, releases_of, versions_of
+from radapter_serve.release.repository import (
+    AUTO,
+    CONFIG,
+    MODELS,
+    TENSORRT,
+    releases_of,
+    versions_of,
+)
 
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,22 +76,136 @@ def parsed(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
 
 
-def models_of(repository: Path) -> dict[str, list[int]]:
-    """Models of a repository and their versions; raise an error if it holds no release."""
+def check_repository(repository: Path) -> None:
+    """Check that a repository holds a release, or another model."""
     if not repository.is_dir():
         raise RAdapterError(
             f"the model repository {repository} does not exist; make it with: radapter-export"
         )
-    models = {
-        path.parent.name: versions
-        for path in sorted(repository.glob(f"*/{CONFIG}"))
-        if (versions := versions_of(path.parent))
-    }
-    if not models:
+    if not any(versions_of(path.parent) for path in repository.glob(f"*/{CONFIG}")):
         raise RAdapterError(
             f"the model repository {repository} holds no release; make one with: radapter-export"
         )
-    return models
+
+
+@dataclass
+class Configured:
+    """The encoders of a repository as this machine is to serve them."""
+
+    runtime: str | None  # of all of them; None if each has that of its export
+    configs: dict[str, str] = field(default_factory=dict)  # runtime and threads of each, by name
+    version_compatible: bool = False  # whether an engine brings its runtime, code to be allowed
+    checked: set[str] = field(default_factory=set)  # encoders that were compared with torch
+
+
+def configure(
+    repository: Path,
+    releases: Sequence[int],
+    runtime: str | None,
+    threads: int,
+    backends: Collection[str],
+    progress: Callable[[str], None],
+) -> Configured:
+    """Choose the runtime of each encoder, and check that it computes what torch computed.
+
+    Without `releases` the configs say which are served; without `runtime`, by what. `backends` are
+    those of the server, and the instances of an encoder share the `threads`.
+    """
+    encoders = encoders_of(repository, releases)
+    if runtime is not None and not encoders:
+        raise RAdapterError(
+            f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
+        )
+
+    def by(runtime: str | None, *, check: bool) -> Configured:
+        """The encoders by one runtime, or by those of their export; `check` compares them all."""
+        configured = Configured(runtime)
+        for encoder in encoders:
+            chosen = runtime or encoder.runtime
+            if chosen not in backends:
+                raise RAdapterError(
+                    f"this server has no backend {chosen}, which {encoder.name} asks for"
+                )
+            # An encoder's instances compute at once when many ask for it. Encoders are not set
+            # against each other: where only images are asked for, half of the cores would idle, and
+            # where texts are, too, so many threads cost no more than they do one encoder alone
+            # (benchmarks/README.md).
+            per_instance = max(1, threads // encoder.instances)
+            files = [encoder.file(version, chosen) for version in encoder.versions]
+            if chosen == TENSORRT:
+                plans = [check_plan(file.parent) for file in files]
+                configured.version_compatible |= any(
+                    plan.options.version_compatible for plan in plans
+                )
+            if check or chosen != encoder.runtime:
+                progress(f"checking {encoder.name} by {chosen}")
+                try:
+                    check_agreement(encoder, chosen, per_instance)
+                except RAdapterError as error:
+                    raise RAdapterError(
+                        f"{error}; leave --runtime out ({encoder.name} was exported for"
+                        f" {encoder.runtime}), or export for it: radapter-export --runtime {chosen}"
+                    ) from error
+                configured.checked.add(encoder.name)
+            configured.configs[encoder.name] = encoder.configured(chosen, per_instance)
+        return configured
+
+    if runtime != AUTO:
+        return by(runtime, check=False)
+
+    # The first that is there and agrees with torch, of those that are usually fastest
+    # (docs/export.md): on a CPU OpenVINO, but for int8 whose ranges are found at run time.
+    quantization = encoders[0].facts.quantization or {}
+    order = ["openvino", "onnxruntime"]
+    if _gpu() is not None:
+        order = [TENSORRT, "onnxruntime", "openvino"]
+    elif quantization.get("kind") == "dynamic":
+        order = ["onnxruntime", "openvino"]
+    reasons = []
+    for candidate in order:
+        try:
+            return by(candidate, check=True)
+        except RAdapterError as error:
+            reasons.append(str(error))
+    raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")
+
+
+def check_agreement(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> float:
+    """Largest 1 − cosine between a runtime's embeddings and torch's, over all samples of all
+    served versions; raises an error if it is more than was allowed at export.
+    """
+    # Where Triton will place ONNX Runtime: on a GPU if there is one, unless the config says
+    # KIND_CPU.
+    kinds = {group.kind for group in encoder.config.instance_group}
+    on_cpu = runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
+    device = None if runtime == "openvino" or on_cpu else _gpu()
+    distance = 0.0
+    for version in encoder.versions:
+        name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
+        graph = EncoderGraph(
+            encoder.file(version, runtime),
+            runtime,
+            precision=encoder.facts.precision,
+            threads=threads,
+            device=device,
+        )
+        agreement = compare(name, graph, Samples.load(encoder.folder / str(version)), None)
+        if not agreement.within(encoder.bounds):
+            raise RAdapterError(
+                f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
+                f"{1 - agreement.min_cosine:.1e}), and {encoder.bounds} is allowed"
+            )
+        distance = max(distance, 1 - agreement.min_cosine)
+    return distance
+
+
+def _gpu() -> int | None:
+    """The number of the GPU of this machine; None without one."""
+    try:
+        find_gpu()
+    except RAdapterError:
+        return None
+    return 0
 
 
 def plan_models(

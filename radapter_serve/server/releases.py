@@ -1,7 +1,20 @@
-"""A server whose releases can be changed while it runs, and back."""
+"""A server whose releases can be changed while it runs, and how `radapter-release` asks it to.
+
+It asks over TCP on this machine alone. The server's folder, which only its owner can read, has an
+empty file whose name says the port and the secret of each request: a full disk takes it, too. A
+request is a line of JSON, such as `{"do": "load", "releases": [2]}`; the answer is lines of
+`{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hmac
+import json
+import secrets
+import socket
+import socketserver
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,14 +24,15 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
-from radapter_serve.release.repository import Served, releases_of
+from radapter_serve.release.repository import Served, format_list, require_known
 from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.launch import FOLDER_PREFIX
 
+FILE = "release-{port}-{secret}"
+MAX_CALLERS = 8  # at once
+MAX_REQUEST_BYTES = 4096
+READ_TIMEOUT_SECONDS = 5.0  # to wait for a request
 Say = Callable[[str], None]
-
-
-def ignore(line: str) -> None:
-    """Takes the place of a progress display."""
 
 
 class State(Enum):
@@ -49,7 +63,7 @@ class ReleaseServer(ABC):
         not.
         """
 
-    def load(self, releases: Sequence[int], say: Say = ignore) -> str:
+    def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
         """Serve these releases in the place of the present ones.
 
         The highest answers callers who name none. `say` takes a short line before each step; the
@@ -59,9 +73,9 @@ class ReleaseServer(ABC):
         wanted = require_known(self.config.model_repository, releases)
         return self._change(self.served.next(wanted), say)
 
-    def rollback(self, say: Say = ignore) -> str:
+    def rollback(self, say: Say = lambda line: None) -> str:
         """Serve again what was served before, as `load` does."""
-        return self._change(previous(self.served), say)
+        return self._change(self.served.back(), say)
 
     def describe(self) -> dict[str, Any]:
         """The releases and the address of the server, for `radapter-release`."""
@@ -107,30 +121,116 @@ class ReleaseServer(ABC):
         return f"release {named} is served"
 
 
-def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
-    """Sorted numbers of releases, all of which the repository holds."""
-    known = releases_of(repository)
-    if not known:
-        raise RAdapterError(
-            f"no release in the model repository {repository}; make one with: radapter-export"
-        )
-    for version in releases:
-        if version not in known:
-            raise RAdapterError(
-                f"no release {version} in {repository}; it holds {format_list(known)}"
+class AdminSocket:
+    """Answers requests for a server while it is entered."""
+
+    def __init__(self, folder: Path, server: ReleaseServer) -> None:
+        self._folder = folder
+        self._server = server
+        self._secret = secrets.token_hex(32)
+        self._callers = threading.BoundedSemaphore(MAX_CALLERS)
+
+    def __enter__(self) -> AdminSocket:
+        admin = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = READ_TIMEOUT_SECONDS
+
+            def handle(self) -> None:
+                if admin._callers.acquire(blocking=False):
+                    try:
+                        admin._serve(self)
+                    finally:
+                        admin._callers.release()
+
+        # A thread for each caller, because tritonserver ends with the thread that started it.
+        self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._listener.daemon_threads = True
+        self._listener.block_on_close = False
+        port = self._listener.server_address[1]
+        (self._folder / FILE.format(port=port, secret=self._secret)).touch()
+        threading.Thread(
+            target=self._listener.serve_forever, args=(0.1,), name="admin socket", daemon=True
+        ).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown()
+        self._listener.server_close()
+
+    def _serve(self, caller: socketserver.StreamRequestHandler) -> None:
+        def say(**line: Any) -> None:
+            # A change goes on when its caller has left.
+            with contextlib.suppress(OSError):
+                caller.wfile.write(json.dumps(line).encode() + b"\n")
+
+        try:
+            request = json.loads(caller.rfile.readline(MAX_REQUEST_BYTES))
+            if not hmac.compare_digest(str(request["secret"]).encode(), self._secret.encode()):
+                raise ValueError("it has another secret")
+            if request["do"] == "load":
+                releases = [int(number) for number in request["releases"]]
+                say(done=self._server.load(releases, lambda line: say(say=line)))
+            elif request["do"] == "rollback":
+                say(done=self._server.rollback(lambda line: say(say=line)))
+            elif request["do"] == "state":
+                say(done=self._server.describe())
+            else:
+                raise ValueError(request["do"])
+        except RAdapterError as error:
+            say(error=str(error))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            say(
+                error=f"this server does not understand the request ({error}); use the"
+                " radapter-release of its version"
             )
-    return sorted(set(releases))
 
 
-def previous(served: Served) -> Served:
-    """The releases that a rollback serves."""
-    if not served.before:
+def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> Any:
+    """Ask the server of a folder; `say` takes the lines before the answer.
+
+    Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if none listens.
+    """
+    files = list(folder.glob(FILE.format(port="*", secret="*")))
+    if not files:
+        raise FileNotFoundError(folder)
+    _, port, secret = files[-1].name.split("-")
+    # A change of releases takes as long as it takes.
+    timeout = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
+    with socket.create_connection(("127.0.0.1", int(port)), timeout) as server:
+        server.sendall(json.dumps({**request, "secret": secret}).encode() + b"\n")
+        with server.makefile("rb") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "done" in answer:
+                    return answer["done"]
+                if "error" in answer:
+                    raise RAdapterError(answer["error"])
+                say(answer["say"])
+    raise RAdapterError(
+        "the server ended before it had answered; see what it serves now: radapter-release list"
+    )
+
+
+def find_server(repository: Path, http_port: int | None = None) -> Path | None:
+    """The folder of the running server of a model repository, None if there is none; `http_port`
+    chooses one of several.
+    """
+    servers = {}
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        # A folder may be another user's, or of a server that is gone.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RAdapterError):
+            state = ask(folder, {"do": "state"})
+            if state["repository"] == str(repository.resolve()):
+                servers[int(state["http_port"])] = folder
+    if http_port is not None and http_port not in servers:
+        ports = ", ".join(map(str, sorted(servers))) or "no port at all"
         raise RAdapterError(
-            "no release was served before this one; name one: radapter-release load N"
+            f"no server of {repository} listens on port {http_port} of this machine, but on {ports}"
         )
-    return served.next(served.before)
-
-
-def format_list(versions: Sequence[int]) -> str:
-    """Numbers as text, such as "1, 2"."""
-    return ", ".join(map(str, versions)) or "none"
+    if http_port is None and len(servers) > 1:
+        raise RAdapterError(
+            f"several servers serve {repository}; choose one: --http-port"
+            f" {' or '.join(map(str, sorted(servers)))}"
+        )
+    return next(iter(servers.values()), None) if http_port is None else servers[http_port]

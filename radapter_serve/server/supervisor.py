@@ -1,35 +1,115 @@
-"""Keeps a server up: starts again what died, gives up what never becomes ready."""
+"""Keeps a server up: starts again what died or fell silent, gives up what never becomes ready."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SYSTEM, Clock
-from radapter_serve.server.control import NoAnswer
-from radapter_serve.server.probe import Probe
+from radapter_serve.release.repository import ENCODERS
+from radapter_serve.server.control import Control, NoAnswer, in_json
+from radapter_serve.server.launch import GATEWAY
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Failure
+from radapter_serve.tasks.table import GLANCES
 
-if TYPE_CHECKING:
-    from radapter_serve.server.triton_server import TritonServer
-
+# Of a supervisor.
 INTERVAL_SECONDS = 1.0  # from one look to the next
 WINDOW_SECONDS = 60.0  # starts within this time lengthen the next pause
 MAX_PAUSE_SECONDS = 8.0
 MAX_FAILURES = 5  # starts in a row that made nothing ready
-STEADY_SECONDS = 10.0  # after which a sidecar that still runs counts as ready
+STEADY_SECONDS = 10.0  # after which a gateway that still runs counts as ready
+# Of a probe.
+PROBE_SECONDS = 5.0  # from an answer to the next request
+TIMEOUT_SECONDS = 10.0  # to wait for an answer
+MAX_UNANSWERED = 2  # requests in a row
+BUSY_SECONDS = 0.1  # processor time before the timeout that shows a model busy, not frozen
 
 
-class Sidecar(Protocol):
-    """Another program that is supervised together with a server."""
+@dataclass
+class _Asked:
+    """One model: when to ask next, the answer that is waited for, the processor time at its
+    request, and how many requests in a row got no answer.
+    """
 
-    @property
-    def name(self) -> str:
-        """Name for messages."""
+    due: float
+    answer: Future[bool] | None = None
+    used: float = 0.0
+    misses: int = 0
+
+
+class Probe:
+    """Finds what lives but does not answer, such as a process that waits for itself.
+
+    A loaded server may leave a request in its queue for long. So silence counts only while nothing
+    that could answer, the model or an encoder, computes: `cpu_seconds` gives the processor time of
+    models.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        cpu_seconds: Callable[[Collection[str]], float],
+        *,
+        clock: Clock = SYSTEM,
+        threads: Executor | None = None,  # they wait for the answers
+        interval: float = PROBE_SECONDS,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self._control = control
+        self._cpu_seconds = cpu_seconds
+        self._clock = clock
+        self._interval = interval
+        self._timeout = timeout
+        self._threads = threads or ThreadPoolExecutor(len(GLANCES) + 1, thread_name_prefix="probe")
+        self._asked: dict[str, _Asked] = {}
+
+    def step(self, models: Collection[str]) -> list[str]:
+        """Send the requests that are due, without waiting; return the models that no longer
+        answer, or `SERVER` alone if it is the server itself.
+        """
+        silent = [name for name in GLANCES if name in models and self._is_silent(name)]
+        return [SERVER] if self._is_silent(SERVER) else silent
+
+    def forget(self) -> None:
+        """Begin anew, after something was started again."""
+        self._asked.clear()
+
+    def _is_silent(self, name: str) -> bool:
+        now = self._clock.monotonic()
+        asked = self._asked.setdefault(name, _Asked(now + self._interval))
+        answering = [SERVER] if name == SERVER else [name, *ENCODERS]
+        if asked.answer is None:
+            if now >= asked.due:
+                asked.used = self._cpu_seconds(answering)
+                asked.answer = self._threads.submit(self._answers, name)
+        elif asked.answer.done():
+            is_alive = asked.answer.result()
+            if not is_alive:
+                is_alive = self._cpu_seconds(answering) - asked.used >= BUSY_SECONDS
+            asked.misses = 0 if is_alive else asked.misses + 1
+            asked.answer = None
+            asked.due = now + self._interval
+        return asked.misses >= MAX_UNANSWERED
+
+    def _answers(self, name: str) -> bool:
+        """Whether any answer comes: even a failure is one of a process that lives."""
+        path = "health/live" if name == SERVER else f"models/{name}/infer"
+        body = None if name == SERVER else {"inputs": in_json(GLANCES[name])}
+        try:
+            self._control.ask(path, body, timeout=self._timeout)
+        except NoAnswer:
+            return False
+        return True
+
+
+class Gateway(Protocol):
+    """A gateway in front of a server, which lives in the room above."""
 
     def died(self) -> str | None:
         """Why it no longer runs; None while it does."""
@@ -60,19 +140,18 @@ class Supervisor:
         self,
         server: TritonServer,
         say: Callable[[str], None],
-        sidecars: Sequence[Sidecar] = (),
+        gateway: Gateway | None = None,
         *,
         clock: Clock = SYSTEM,
         probe: Probe | None = None,
     ) -> None:
         self._server = server
         self._say = say
-        self._sidecars = {sidecar.name: sidecar for sidecar in sidecars}
+        self._gateway = gateway
         self._clock = clock
         self._probe = probe or Probe(server.control, server.cpu_seconds, clock=clock)
         self._histories: defaultdict[str, _History] = defaultdict(_History)
-        for name in self._sidecars:
-            self._histories[name].up_since = clock.monotonic()
+        self._histories[GATEWAY].up_since = clock.monotonic()
 
     def run(self) -> None:
         """Look after the server until an exception ends it, such as that of a signal."""
@@ -90,16 +169,15 @@ class Supervisor:
         if any(failure.name == SERVER for failure in failures):
             # A restart brings its models back, too.
             failures = [failure for failure in failures if failure.name == SERVER]
-        for name, sidecar in self._sidecars.items():
-            if (why := sidecar.died()) is not None:
-                failures.append(Failure(name, why))
+        if self._gateway is not None and (why := self._gateway.died()) is not None:
+            failures.append(Failure(GATEWAY, why))
         for failure in failures:
             self._start_again(failure)
 
     def _start_again(self, failure: Failure) -> None:
         name = failure.name
         history = self._histories[name]
-        if name in self._sidecars:
+        if name == GATEWAY:
             steady = self._clock.monotonic() - history.up_since >= STEADY_SECONDS
             history.failures = 0 if steady else history.failures + 1
         while True:
@@ -124,8 +202,8 @@ class Supervisor:
             try:
                 if name == SERVER:
                     self._server.restart()
-                elif name in self._sidecars:
-                    self._sidecars[name].start()
+                elif name == GATEWAY and self._gateway is not None:
+                    self._gateway.start()
                 else:
                     self._server.reload(name)
                 break
@@ -139,8 +217,8 @@ class Supervisor:
 
         history.up_since = self._clock.monotonic()
         for other, past in self._histories.items():
-            # With tritonserver all its models are ready; of a sidecar, time will tell.
-            if other not in self._sidecars and name in (SERVER, other):
+            # With tritonserver all its models are ready; of a gateway, time will tell.
+            if other != GATEWAY and name in (SERVER, other):
                 past.failures = 0
         self._probe.forget()
         self._say(f"{name} is back after {history.up_since - began:.1f} s")

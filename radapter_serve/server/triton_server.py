@@ -23,26 +23,24 @@ from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.config import check, encoders_of
-from radapter_serve.release.repository import Served
-from radapter_serve.server import launch, processes
-from radapter_serve.server.backlog import Backlog
+from radapter_serve.release.repository import Served, format_list
+from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.control import Control
+from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.installation import Installation, find_tritonserver
+from radapter_serve.server.launch import Installation, find_tritonserver
 from radapter_serve.server.models import (
     ModelEntry,
+    check_repository,
     check_shared_memory,
-    models_of,
+    configure,
     other_models,
     plan_models,
     processes_of,
 )
-from radapter_serve.server.probe import warm_up
-from radapter_serve.server.releases import ReleaseServer, Say, State, format_list, ignore
-from radapter_serve.server.runtime_choice import configure
-from radapter_serve.server.switch import check_side_by_side, switch
+from radapter_serve.server.releases import ReleaseServer, Say, State
 from radapter_serve.server.watch import SERVER, Failure, Watch
+from radapter_serve.triton.backlog import Backlog
 
 _READY_POLL_SECONDS = 0.05
 
@@ -127,7 +125,7 @@ class TritonServer(ReleaseServer):
             raise RAdapterError("the server does not run; start it with: radapter-serve")
         return self._folder
 
-    def start(self, progress: Say = ignore) -> TritonServer:
+    def start(self, progress: Say = lambda line: None) -> TritonServer:
         """Start the server and wait until all its tasks have answered once.
 
         Args:
@@ -136,7 +134,7 @@ class TritonServer(ReleaseServer):
         self.state = State.STARTING
         repository = self.config.model_repository
         try:
-            models_of(repository)
+            check_repository(repository)
             self.config.endpoints.check_ports()
             served = self.config.wanted()
             check(repository, served.releases, progress)
@@ -145,8 +143,8 @@ class TritonServer(ReleaseServer):
             self.offered = self._plan(served.releases, progress, others=True)
             self.warning = check_shared_memory(self.offered, self._installation.in_python)
             progress(f"starting tritonserver for {repository}")
-            self._folder = self._stack.enter_context(processes.server_folder())
-            with disk_errors(self._folder, processes.DISK_ADVICE):
+            self._folder = self._stack.enter_context(launch.server_folder())
+            with disk_errors(self._folder, launch.DISK_ADVICE):
                 launch.lay_out(self._folder, self._installation, repository, self.offered)
             self._run("wb")
         except BaseException:
@@ -184,7 +182,7 @@ class TritonServer(ReleaseServer):
         """Hide the memory of processes, and note what is loaded; to be called after models were
         loaded.
         """
-        processes.hide_shared_memory(self.folder)
+        launch.hide_shared_memory(self.folder)
         if self._watch is not None:
             self._watch.models()  # so that a process that dies before the next look is known
         self.models = self.control.serving()
@@ -260,7 +258,7 @@ class TritonServer(ReleaseServer):
             releases,
             self.runtime,
             self.config.encoder_threads,
-            self._installation,
+            self._installation.backends,
             progress,
         )
         known = self._version_compatible
@@ -318,7 +316,7 @@ class TritonServer(ReleaseServer):
             code = self._process.poll()
             if code == -signal.SIGABRT and not again:
                 print(
-                    f"tritonserver died before it was ready: {processes.how_it_ended(code)};"
+                    f"tritonserver died before it was ready: {launch.how_it_ended(code)};"
                     " starting it once again",
                     file=sys.stderr,
                 )
@@ -327,7 +325,7 @@ class TritonServer(ReleaseServer):
                 again = True
             elif code is not None:
                 raise RAdapterError(
-                    f"tritonserver did not start: {processes.how_it_ended(code)}: {self._reason()}"
+                    f"tritonserver did not start: {launch.how_it_ended(code)}: {self._reason()}"
                 )
             if self._clock.monotonic() > deadline:
                 raise RAdapterError(
@@ -337,14 +335,14 @@ class TritonServer(ReleaseServer):
             self._clock.sleep(_READY_POLL_SECONDS)
 
         assert self._process is not None
-        processes.hide_argument(self._process.pid, self._secret)
+        launch.hide_argument(self._process.pid, self._secret)
         self.refresh()
         warm_up(self.control, self.models, max(1.0, deadline - self._clock.monotonic()))
         self._backlog = Backlog(
             self.metrics_url,
             self.folder / launch.WAITING,
             lambda: {name: processes_of(model) for name, model in self.offered.items()},
-            max_waiting=config.max_waiting,
+            config.max_waiting,
         )
         self.check()
 
@@ -384,12 +382,19 @@ class TritonServer(ReleaseServer):
 
     def _end_process(self, *, grace_seconds: float) -> None:
         if self._process is not None:
-            processes.end(self._process, grace_seconds)
+            # The leader of its process group in order, then whatever is left of the group.
+            if grace_seconds > 0:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(grace_seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         if self._backlog is not None:
             self._backlog.stop()
         self._process = self._watch = self._backlog = None
         if self._folder is not None:
-            processes.hide_shared_memory(self._folder)
+            launch.hide_shared_memory(self._folder)
 
     @property
     def _log(self) -> Path:

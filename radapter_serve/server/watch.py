@@ -15,10 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from radapter_serve.server.processes import STOPPED, how_it_ended
+from radapter_serve.server.launch import GATEWAY, STOPPED, how_it_ended
 
 SERVER = "tritonserver"
-GATEWAY = "radapter-gateway"
 _SAME_TIME = 10.0  # seconds in which a death counts as one for want of memory
 _SEGMENTATION_FAULT = (
     "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "

@@ -26,7 +26,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.errors import install_command
-from radapter_serve.triton import surplus
+from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer
 
 Feed = dict[str, NDArray[Any]]
@@ -49,7 +49,7 @@ class GraphModel:
                 f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors"
                 f" under numpy 2; {install_command('triton')}"
             )
-        surplus.of_this_process.open(args["model_name"])
+        backlog.of_this_process.open(args["model_name"])
 
         # Read the config.
         config = json.loads(args["model_config"])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
 from radapter_serve.process import otlp_endpoint
-from radapter_serve.triton import surplus
+from radapter_serve.triton import backlog
 
 MAX_SECONDS = 120.0  # of work on one request
 HUNG = 300.0  # seconds of work on a batch that show a hang: encoders answer within a minute
@@ -58,7 +58,7 @@ def answer(
     that takes `HUNG` seconds ends this process with a traceback in the server's log, and
     `radapter-serve` starts it again: from outside nobody sees a hang if another instance answers.
     """
-    rejected = surplus.of_this_process.take(len(requests))
+    rejected = backlog.of_this_process.take(len(requests))
     rest = requests[rejected:]
     with contextlib.ExitStack() as stack:
         faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)

@@ -38,7 +38,7 @@ from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, forms
-from radapter_serve.triton import surplus
+from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer, given_up, trace_of_request
 
 LOOK_SECONDS = 10.0  # from one look at the indexes to the next
@@ -64,7 +64,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"])
         self.task = folder.name
-        surplus.of_this_process.open(self.task)
+        backlog.of_this_process.open(self.task)
         self.loaded = load_version(folder / args["model_version"])
         others: dict[int, LoadedRelease] = {}
 

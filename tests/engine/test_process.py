@@ -32,10 +32,10 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
-from radapter_serve.server.admin_socket import find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.engine_server import EngineServer
+from radapter_serve.server.releases import find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.indexes import outdated_at
 from tests.helpers.shared import shared

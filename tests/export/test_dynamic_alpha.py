@@ -34,7 +34,7 @@ from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.release.config import encoders_of
-from radapter_serve.server.runtime_choice import check_agreement
+from radapter_serve.server.models import check_agreement
 from tests.export.conftest import GRAPHS, Export, Exported
 from tests.helpers.graphs import graph_of
 

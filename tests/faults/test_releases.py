@@ -19,7 +19,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import Served
-from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
+from radapter_serve.server.launch import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import ask, outcome, until
 from tests.helpers.small_disk import small_disk
 from tests.helpers.small_release import png, seal

@@ -25,11 +25,11 @@ from radapter_serve.gateway.run import (
     Child,
 )
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server import probe, supervisor
+from radapter_serve.server import supervisor
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.launch import GATEWAY
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.server.watch import GATEWAY
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
 
@@ -119,7 +119,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     for name in ("start", "stop"):
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "failures", lambda _: [])
-    monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
+    monkeypatch.setattr(supervisor.Probe, "step", lambda *_: [])
     monkeypatch.setattr(Control, "version", lambda _: "2.51.0")
     monkeypatch.setattr(serve, "_show", lambda *_: None)
     monkeypatch.setattr(TritonServer, "folder", tmp_path)
@@ -127,7 +127,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
 
     def run(watched: supervisor.Supervisor) -> None:
         assert lives(url)
-        os.kill(watched._sidecars[GATEWAY]._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(watched._gateway._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
         def is_back() -> bool:
             watched.step()

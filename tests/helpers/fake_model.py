@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from PIL import Image
 
-from radapter_serve.triton.surplus import Surplus
+from radapter_serve.triton.backlog import Surplus
 
 DIM = 4
 

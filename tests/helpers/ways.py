@@ -11,10 +11,9 @@ from typing import Any
 
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.releases import ReleaseServer
+from radapter_serve.server.releases import AdminSocket, ReleaseServer
 from radapter_serve.server.triton_server import TritonServer
 
 

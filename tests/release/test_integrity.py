@@ -7,17 +7,27 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import check, check_configs, read_config
+from radapter_serve.release.config import (
+    ServedEncoder,
+    check,
+    check_configs,
+    configure,
+    encoders_of,
+    read_config,
+)
 from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
 from radapter_serve.release.repository import CONFIG, MODELS, newest_export, releases_of
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.models import parsed
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import seal
 
@@ -140,6 +150,59 @@ def test_owners_may_change_how_a_model_runs(sealed: Path) -> None:
     config.dynamic_batching.max_queue_delay_microseconds = 500
     path.write_text(text_format.MessageToString(config))
     check_configs(sealed, 2)
+
+
+def test_models_of_others_are_left_alone_and_a_broken_config_is_named(sealed: Path) -> None:
+    encoders = {encoder.name: encoder for encoder in encoders_of(sealed)}
+    assert set(encoders) == {"image_encoder", "patch_encoder", "text_encoder"}
+    assert encoders["image_encoder"].versions == [1, 2]
+    (sealed / "other").mkdir()
+    (sealed / "other" / CONFIG).write_text('backend: "onnxruntime" of_tomorrow: 1')
+    assert len(encoders_of(sealed)) == 3
+    (sealed / "other" / CONFIG).write_text("backend {")
+    with pytest.raises(RAdapterError, match=r"other/config\.pbtxt is not a Triton model config: "):
+        encoders_of(sealed)
+
+
+def parameters(config: Any) -> dict[str, str]:
+    return {
+        key: value.string_value
+        for key, value in config.parameters.items()
+        if not key.startswith("release")
+    }
+
+
+def test_configs_of_each_runtime_and_the_way_back(repository: Path) -> None:
+    [exported] = [one for one in encoders_of(repository) if one.name == "image_encoder"]
+    kinds = model_config_pb2.ModelInstanceGroup
+    openvino = parsed(exported.configured("openvino", 3))
+    assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
+    # Its official backend would pad each batch to max_batch_size rows.
+    assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
+    dims = list(openvino.input[0].dims), list(openvino.output[0].dims)
+    assert dims == ([-1, 16, 16, 3], [-1, 8])
+    assert openvino.instance_group[0].kind == kinds.KIND_CPU
+    threads = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    assert parameters(openvino) == threads
+    configure(openvino, "openvino", "bf16", 64)
+    assert parameters(openvino)["HINT_BF16"] == "YES"
+    configure(openvino, "openvino", "fp32", 64)
+    assert "HINT_BF16" not in openvino.parameters
+
+    plan = parsed(exported.configured("tensorrt", 3))
+    assert (plan.backend, plan.default_model_filename) == ("tensorrt", "model.plan")
+    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, kinds.KIND_GPU)
+    # Triton would put an instance on every GPU; the engine was built and checked on one.
+    assert list(plan.instance_group[0].gpus) == [0]
+
+    for other in (openvino, plan):
+        assert not other.optimization.execution_accelerators.gpu_execution_accelerator
+        encoder = ServedEncoder(exported.folder, other, exported.facts)
+        back = parsed(encoder.configured("onnxruntime", None))
+        assert back == exported.config
+    [cuda] = back.optimization.execution_accelerators.gpu_execution_accelerator
+    # fp32 is fp32, as it was checked
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
 
 
 def other_release(sealed: Path) -> None:

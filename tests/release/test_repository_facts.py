@@ -1,4 +1,4 @@
-"""What a repository serves, how its configs ask for a runtime, and the facts of a release."""
+"""What a repository serves, and the facts of a release."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.config import configure
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import CONFIG, SERVED, Served, newest_export
+from radapter_serve.release.repository import (
+    CONFIG,
+    SERVED,
+    Served,
+    find_release,
+    newest_export,
+    require_known,
+)
 from tests.helpers.small_models import release
-
-ENCODER = """
-name: "image_encoder" backend: "{backend}" max_batch_size: {most}
-input {{ name: "image" data_type: TYPE_UINT8 dims: [{dims}] }}
-output {{ name: "image_embeds" data_type: TYPE_FP32 dims: [{out}] }}
-instance_group {{ kind: KIND_AUTO }}
-"""
-BATCHED = {"most": 64, "dims": "8, 8, 3", "out": "4"}
-ALONE = {"most": 0, "dims": "-1, 8, 8, 3", "out": "-1, 4"}
 
 
 @pytest.fixture
@@ -59,6 +54,9 @@ def test_the_newest_export_is_what_the_config_asks_for(
 def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
     Served((1,), (2,)).next([10, 2]).save(repository)
     assert Served.load(repository) == Served((2, 10), (1,))
+    assert Served.load(repository).back() == Served((1,), (2, 10))
+    with pytest.raises(RAdapterError, match="no release was served before"):
+        Served((1,)).back()
     (repository / SERVED).write_text(json.dumps({"releases": [10, 2, 2], "before": [7, 1]}))
     assert Served.load(repository) == Served((2, 10), (1,))
 
@@ -69,6 +67,7 @@ def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
         ('{"releases": [], "before": []}', "release none is served, and .* holds 1, 2, 10"),
         ('{"releases": [1, 7, 8], "before": []}', "release 7, 8 is served, and"),
         ("[", "could not read"),
+        ('{"releases": ["x"], "before": []}', "could not read"),
     ],
 )
 def test_a_choice_that_can_not_be_served_is_refused(
@@ -79,42 +78,14 @@ def test_a_choice_that_can_not_be_served_is_refused(
         Served.load(repository)
 
 
-def config_of(**fields: object) -> model_config_pb2.ModelConfig:
-    return text_format.Parse(
-        ENCODER.format(**{"backend": "onnxruntime", **fields}), model_config_pb2.ModelConfig()
-    )
-
-
-def test_a_config_asks_for_each_runtime_and_back() -> None:
-    config = config_of(**BATCHED)
-    configure(config, "onnxruntime", "fp32", 64)
-    [cuda] = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
-    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (
-        64,
-        [8, 8, 3],
-        [4],
-    )
-    before = config.SerializeToString(deterministic=True)
-
-    config.dynamic_batching.SetInParent()
-    configure(config, "openvino", "bf16", 64)
-    given = {name: value.string_value for name, value in config.parameters.items()}
-    assert given == {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": "YES"}
-    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (
-        0,
-        [-1, 8, 8, 3],
-        [-1, 4],
-    )
-    assert config.backend == "openvino" and not config.HasField("dynamic_batching")
-    assert not config.optimization.execution_accelerators.gpu_execution_accelerator
-    configure(config, "openvino", "fp32", 64)
-    assert "HINT_BF16" not in config.parameters
-
-    configure(config, "onnxruntime", "fp32", 64)
-    assert config.HasField("dynamic_batching")
-    config.ClearField("dynamic_batching")
-    assert config.SerializeToString(deterministic=True) == before
+def test_a_release_is_found_by_its_number(repository: Path) -> None:
+    assert find_release(repository) == repository / "classify" / "10"
+    assert find_release(f"{repository}@2") == repository / "classify" / "2"
+    assert require_known(repository, [10, 1, 10]) == [1, 10]
+    with pytest.raises(RAdapterError, match="no release 3 in .*; it holds 1, 2, 10"):
+        find_release(f"{repository}@3")
+    with pytest.raises(RAdapterError, match="no release in the model repository"):
+        require_known(repository / "classify", [])
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

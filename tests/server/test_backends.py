@@ -16,7 +16,7 @@ import pytest
 from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
-from radapter_serve.server.installation import OUR_BACKENDS
+from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers import fake_triton
 from tests.helpers.fake_triton import Request
 
@@ -25,7 +25,7 @@ from tests.helpers.fake_triton import Request
 def load(monkeypatch):
     """Import a backend as Triton does, with a stand-in for Triton's module."""
     fake_triton.install(monkeypatch)
-    return lambda backend: fake_triton.load(OUR_BACKENDS / backend / "model.py")
+    return lambda backend: fake_triton.load(OUR_BACKENDS[backend] / "model.py")
 
 
 def embeds_of(responses):

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
-from radapter_serve.server.control import SECRET_HEADER
+from radapter_serve.server.launch import SECRET_HEADER
 from radapter_serve.server.triton_server import TritonServer
 
 MEMORY = {"key": "/any", "offset": 0, "byte_size": 8}

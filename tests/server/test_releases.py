@@ -1,6 +1,4 @@
-"""What a repository remembers of its releases, `radapter-release` without a server, and what a
-server loads.
-"""
+"""`radapter-release` without a server, what a server loads, and who may change its releases."""
 
 from __future__ import annotations
 
@@ -19,12 +17,18 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import encoders_of, named_releases
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS, Served
-from radapter_serve.server import admin_socket
-from radapter_serve.server.admin_socket import MAX_CALLERS, AdminSocket, ask
+from radapter_serve.server import releases
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import MODELS, put
-from radapter_serve.server.models import ModelEntry, models_of, parsed, plan_models
-from radapter_serve.server.releases import ReleaseServer, Say, State, previous
+from radapter_serve.server.models import ModelEntry, check_repository, parsed, plan_models
+from radapter_serve.server.releases import (
+    MAX_CALLERS,
+    AdminSocket,
+    ReleaseServer,
+    Say,
+    State,
+    ask,
+)
 from tests.helpers.indexes import write_facts
 from tests.helpers.small_release import seal
 
@@ -37,38 +41,13 @@ def sealed(repository: Path, tmp_path: Path) -> Path:
 
 
 def test_a_repository_without_a_release_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RAdapterError, match=r"does not exist; make it with: radapter-export"):
-        models_of(tmp_path / "none")
-    (tmp_path / "classify").mkdir()
-    (tmp_path / "classify" / "config.template.pbtxt").touch()
-    with pytest.raises(RAdapterError, match=r"holds no release"):
-        models_of(tmp_path)
-
-
-def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> None:
-    assert Served.load(sealed) == Served((1, 2))  # of one export
-    chosen = Served.load(sealed).next([1])
-    assert chosen == Served((1,), (1, 2))
-    chosen.save(sealed)
-    assert Served.load(sealed) == chosen
-    assert previous(chosen) == Served((1, 2), (1,))
-    with pytest.raises(RAdapterError, match="no release was served before"):
-        previous(Served((1,)))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "could not read"),
-        ('{"releases": ["x"], "before": []}', "could not read"),
-        ('{"releases": [], "before": []}', "says that release none is served"),
-        ('{"releases": [7], "before": []}', "says that release 7 is served, and .* holds 1, 2"),
-    ],
-)
-def test_a_broken_served_json_is_refused(sealed: Path, text: str, message: str) -> None:
-    (sealed / "served.json").write_text(text)
-    with pytest.raises(RAdapterError, match=message):
-        Served.load(sealed)
+    with pytest.raises(RAdapterError, match="does not exist; make it with: radapter-export"):
+        check_repository(tmp_path / "none")
+    (tmp_path / "classify" / "1").mkdir(parents=True)
+    with pytest.raises(RAdapterError, match="holds no release"):
+        check_repository(tmp_path)
+    (tmp_path / "classify" / "config.pbtxt").touch()
+    check_repository(tmp_path)
 
 
 def test_without_a_server_the_next_start_is_chosen(
@@ -153,7 +132,7 @@ class Server(ReleaseServer):
 
 @pytest.fixture
 def admin(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(admin_socket, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(releases, "READ_TIMEOUT_SECONDS", 0.5)
     server = Server(ServerConfig(sealed))
     server.served = Served((2,))
     server.state = State.READY

@@ -24,9 +24,9 @@ from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
-from radapter_serve.server.admin_socket import AdminSocket, find_server
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.releases import AdminSocket, find_server
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER

@@ -1,6 +1,4 @@
-"""What a config says of each runtime, and which runtime may serve: one that computes what torch
-computed.
-"""
+"""Which runtime may serve: one that computes what torch computed."""
 
 from __future__ import annotations
 
@@ -20,12 +18,13 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.server import runtime_choice as choice
+from radapter_serve.server import models
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.installation import Installation, our_backends
-from radapter_serve.server.runtime_choice import check_agreement
+from radapter_serve.server.models import check_agreement, parsed
 from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import connect, tensor
+from tests.helpers.small_release import Local, png
 
 
 def encoder(repository, name="image_encoder") -> ServedEncoder:
@@ -50,61 +49,7 @@ def sealed(repository):
     return repository
 
 
-def parameters(config) -> dict[str, str]:
-    return {
-        key: value.string_value
-        for key, value in config.parameters.items()
-        if not key.startswith("release")
-    }
-
-
 ORT = "onnxruntime"
-
-
-def parsed(text: str):
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
-def test_models_of_others_are_left_alone_and_a_broken_config_is_named(own):
-    [encoder] = encoders_of(own)
-    assert (encoder.name, encoder.versions, encoder.runtime) == ("image_encoder", [1, 2], ORT)
-    (own / "other").mkdir()
-    (own / "other" / "config.pbtxt").write_text('backend: "onnxruntime" of_tomorrow: 1')
-    assert len(encoders_of(own)) == 1
-    (own / "other" / "config.pbtxt").write_text("backend {")
-    with pytest.raises(RAdapterError, match=r"other/config\.pbtxt is not a Triton model config: "):
-        encoders_of(own)
-
-
-def test_configs_of_each_runtime_and_the_way_back(repository):
-    exported = encoder(repository)
-    kinds = model_config_pb2.ModelInstanceGroup
-    openvino = parsed(exported.configured("openvino", 3))
-    assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
-    # Its official backend would pad each batch to max_batch_size rows.
-    assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
-    dims = list(openvino.input[0].dims), list(openvino.output[0].dims)
-    assert dims == ([-1, 16, 16, 3], [-1, 8])
-    assert openvino.instance_group[0].kind == kinds.KIND_CPU
-    threads = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
-    assert parameters(openvino) == threads
-    facts = replace(exported.facts, precision="bf16")
-    bf16 = ServedEncoder(exported.folder, exported.config, facts)
-    assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
-
-    plan = parsed(exported.configured("tensorrt", 3))
-    assert (plan.backend, plan.default_model_filename) == ("tensorrt", "model.plan")
-    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, kinds.KIND_GPU)
-    # Triton would put an instance on every GPU; the engine was built and checked on one.
-    assert list(plan.instance_group[0].gpus) == [0]
-
-    for other in (openvino, plan):
-        assert not other.optimization.execution_accelerators.gpu_execution_accelerator
-        encoder_of = ServedEncoder(exported.folder, other, exported.facts)
-        back = parsed(encoder_of.configured(ORT, None))
-        assert back == exported.config
-    [cuda] = back.optimization.execution_accelerators.gpu_execution_accelerator
-    assert dict(cuda.parameters) == {"use_tf32": "0"}  # fp32 is fp32, as it was checked
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -114,7 +59,7 @@ def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runti
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
-    monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(models, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     cuda_provider.cache_clear()
     with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
@@ -183,24 +128,53 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
 
 
 def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
-    def chosen(backends):
-        installation = Installation(own, backends)
-        return choice.configure(own, [], "auto", 2, installation, lambda line: None)
+    def chosen(*backends):
+        return models.configure(own, [], "auto", 2, backends, lambda line: None)
 
-    backends = our_backends()
-    configured = chosen(backends)
+    configured = chosen(ORT, "openvino")
     assert (configured.runtime, configured.checked) == ("openvino", {"image_encoder"})
     assert parsed(configured.configs["image_encoder"]).backend == "openvino"
-    assert chosen({"onnxruntime": backends["onnxruntime"]}).runtime == "onnxruntime"
+    assert chosen(ORT).runtime == ORT
 
-    real = choice.check_agreement
+    real = models.check_agreement
 
     def only_onnxruntime(encoder, runtime, threads):
         if runtime != "onnxruntime":
             raise RAdapterError("no kernel")
         return real(encoder, runtime, threads)
 
-    monkeypatch.setattr(choice, "check_agreement", only_onnxruntime)
-    assert chosen(backends).runtime == "onnxruntime"
-    with pytest.raises(RAdapterError, match="no runtime can run all encoders: no kernel"):
-        chosen({"openvino": backends["openvino"]})
+    monkeypatch.setattr(models, "check_agreement", only_onnxruntime)
+    assert chosen(ORT, "openvino").runtime == ORT
+    with pytest.raises(RAdapterError, match="run all encoders: no kernel; .*; this server"):
+        chosen("openvino")
+
+
+@pytest.mark.triton
+def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
+    for name in (
+        "image_encoder",
+        "text_encoder",
+        "embed_image",
+    ):  # without `classify`, which has the releases
+        (tmp_path / name).symlink_to(repository / name)
+    server = TritonServer(
+        ServerConfig(tmp_path, Endpoints.on_free_ports(), runtime="openvino", threads=2)
+    )
+    with server, connect(server) as client:
+        for name in ("image_encoder", "text_encoder"):
+            config = client.get_model_config(name, as_json=True)["config"]
+            assert config["backend"] == "openvino"
+            assert config["parameters"]["INFERENCE_NUM_THREADS"] == {"string_value": "2"}
+        images = [png(0), png(1)]
+        tokens = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], np.int32)
+        for number in ("1", "2"):
+            local = Local(repository, int(number))
+            embeds = local.loaded.embed_pixels([local.loaded.pixels(one) for one in images])
+            found = client.infer(
+                "embed_image", [tensor("image", [[i] for i in images])], model_version=number
+            )
+            np.testing.assert_allclose(found.as_numpy("image_embeds"), embeds, atol=1e-6)
+            found = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
+            np.testing.assert_allclose(
+                found.as_numpy("text_embeds"), local.tokens(tokens), atol=1e-6
+            )

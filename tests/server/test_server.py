@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,16 +19,18 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import hold
-from radapter_serve.server import processes
 from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.installation import (
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.launch import (
     OUR_BACKENDS,
     Installation,
     find_tritonserver,
-    our_backends,
+    hide_argument,
+    lay_out,
+    reason,
+    server_folder,
+    shm_prefix,
 )
-from radapter_serve.server.launch import reason
 from radapter_serve.server.models import ModelEntry, check_shared_memory, parsed
 from radapter_serve.server.releases import State
 from radapter_serve.server.triton_server import TritonServer
@@ -39,16 +39,6 @@ from radapter_serve.server.triton_server import TritonServer
 def local(repository: Path, **settings: Any) -> ServerConfig:
     """The settings of a server that only this machine reaches."""
     return ServerConfig(repository, Endpoints.on_free_ports(), **settings)
-
-
-def test_a_port_in_use_is_named_with_its_flag(repository):
-    ports = free_ports()
-    message = f"port {ports[1]}: Address already in use; choose another with --grpc-port"
-    with (
-        socket.create_server(("127.0.0.1", ports[1])),
-        pytest.raises(RAdapterError, match=message),
-    ):
-        TritonServer(ServerConfig(repository, Endpoints("127.0.0.1", *ports))).start()
 
 
 @pytest.mark.parametrize(
@@ -125,14 +115,14 @@ def test_a_server_on_path_comes_first_and_keeps_its_backends(tmp_path, monkeypat
     # Ours takes the place of a backend that is missing.
     (backends / "onnxruntime" / "libtriton_onnxruntime.so").unlink()
     installation = find_tritonserver()
-    assert installation.backends["onnxruntime"] == OUR_BACKENDS / "onnxruntime"
+    assert installation.backends["onnxruntime"] == OUR_BACKENDS["onnxruntime"]
     assert (installation.backends["openvino"] / "model.py").exists()
-    assembled = tmp_path / "assembled"
-    assembled.mkdir()
-    installation.assemble(assembled)
-    assert (assembled / "tensorrt" / "libtriton_tensorrt.so").exists()
-    assert (assembled / "python" / "triton_python_backend_stub").exists()
-    assert not (assembled / "python").is_symlink()
+    folder = tmp_path / "server"
+    folder.mkdir()
+    lay_out(folder, installation, tmp_path, {})
+    assert (folder / "backends" / "tensorrt" / "libtriton_tensorrt.so").exists()
+    assert (folder / "backends" / "python" / "triton_python_backend_stub").exists()
+    assert not (folder / "backends" / "python").is_symlink()
 
     stub.write_bytes(b"..libpython3.7.so")
     with pytest.raises(RAdapterError, match=r"is for Python 3\.7, this is Python 3\."):
@@ -183,7 +173,8 @@ def test_instances_of_tasks():
     assert model.with_instances(None) == model
 
 
-def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
+def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead, alive, new, other = (
         tmp_path / f"{name}{os.getpid()}"
         for name in ("radapter-serve-d", "radapter-serve-a", "radapter-serve-n", "other-")
@@ -191,12 +182,12 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
     for folder in (dead, alive, other):
         (folder / "models").mkdir(parents=True)
     new.mkdir()
-    files = [Path("/dev/shm", processes.shm_prefix(folder) + "1") for folder in (dead, alive)]
+    files = [Path("/dev/shm", shm_prefix(folder) + "1") for folder in (dead, alive)]
     try:
         for file in files:
             file.touch()
-        with hold(alive):
-            processes.remove_leftovers(tmp_path)
+        with hold(alive), server_folder() as folder:
+            assert sorted(tmp_path.iterdir()) == sorted([alive, new, other, folder])
         assert sorted(tmp_path.iterdir()) == sorted([alive, new, other])
         assert [file.exists() for file in files] == [False, True]
     finally:
@@ -204,26 +195,12 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
             file.unlink(missing_ok=True)
 
 
-def test_a_full_disk_is_one_line(repository, tmp_path, monkeypatch):
-    class Full(Installation):
-        def assemble(self, folder: Path) -> None:
-            raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    server = TritonServer(local(repository), installation=Full(Path("/bin/false"), our_backends()))
-    with pytest.raises(
-        RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"
-    ):
-        server.start()
-    assert not list(tmp_path.iterdir())
-
-
 def program(folder: Path, code: str, interpreter: str = "/bin/sh") -> Installation:
     """A fake tritonserver, a script."""
     path = folder / "tritonserver"
     path.write_text(f"#!{interpreter}\n{code}\n")
     path.chmod(0o755)
-    return Installation(path, our_backends())
+    return Installation(path, OUR_BACKENDS)
 
 
 def pids(folder: Path) -> list[int]:
@@ -331,8 +308,8 @@ def test_a_secret_is_taken_out_of_the_command_line_of_a_child():
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        processes.hide_argument(child.pid, "s3cret")
+        hide_argument(child.pid, "s3cret")
         seen = Path(f"/proc/{child.pid}/cmdline").read_text().split("\0")
         assert seen[-3:] == ["--flag=      ", "last one", ""]
         assert child.communicate("")[0] == "--flag=s3cret\n"  # what it has read, it keeps
-    processes.hide_argument(child.pid, "s3cret")  # a process that is gone has none
+    hide_argument(child.pid, "s3cret")  # a process that is gone has none

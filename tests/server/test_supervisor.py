@@ -1,4 +1,4 @@
-"""What is done about processes that die or fall silent, with stand-ins for the server."""
+"""Processes that die or fall silent, and requests that are too many, with stand-ins for Triton."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import probe
 from radapter_serve.server import watch as watch_module
-from radapter_serve.server.control import Answer, Control, NoAnswer
-from radapter_serve.server.probe import TIMEOUT_SECONDS, Probe, warm_up
+from radapter_serve.server.control import Answer, Control, NoAnswer, warm_up
+from radapter_serve.server.launch import GATEWAY
 from radapter_serve.server.supervisor import (
+    BUSY_SECONDS,
     MAX_FAILURES,
     MAX_PAUSE_SECONDS,
     STEADY_SECONDS,
+    TIMEOUT_SECONDS,
     WINDOW_SECONDS,
+    Probe,
     Supervisor,
 )
-from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
+from radapter_serve.server.watch import SERVER, Failure, Watch
+from radapter_serve.triton.backlog import Backlog, Queue, Surplus
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
 from tests.helpers.stand_ins import http_server
@@ -151,13 +156,12 @@ class Scene:
         self.lines: list[str] = []
         reasons = list(whys)
         self.gateway = Mock(died=lambda: reasons.pop(0) if reasons else None)
-        self.gateway.name = GATEWAY
         probe = Mock(step=Mock(return_value=list(silent)))
         probe.forget = probe.step.return_value.clear
         self.supervisor = Supervisor(
             self.server,  # type: ignore[arg-type]
             self.lines.append,
-            [self.gateway] if whys else [],
+            self.gateway if whys else None,
             clock=self.clock,
             probe=probe,
         )
@@ -219,7 +223,7 @@ def test_a_server_that_dies_before_it_is_ready_is_given_up():
         scene.steps()
 
 
-def test_a_sidecar_is_given_up_if_it_dies_at_once_each_time_and_never_if_it_ran_for_a_while():
+def test_a_gateway_is_given_up_if_it_dies_at_once_each_time_and_never_if_it_ran_for_a_while():
     scene = Scene(whys=[None, *["why"] * MAX_FAILURES]).steps(MAX_FAILURES)
     assert (scene.gateway.start.call_count, scene.server.done) == (MAX_FAILURES - 1, [])
     with pytest.raises(RAdapterError, match=f"{GATEWAY} died: why; it has not become ready"):
@@ -285,8 +289,8 @@ def test_a_task_is_silent_after_two_requests_unless_it_answers_or_works():
         paths = {"health/live", "models/classify/infer", "models/segment/infer"}
         assert set(control.asked) == paths
     assert silent_models(Asked(health=FINE, segment=FINE)) == [*NOTHING[:4], ["classify"]]
-    assert silent_models(Asked(), busy=2 * probe.BUSY_SECONDS) == NOTHING
-    assert silent_models(Asked(), busy=probe.BUSY_SECONDS / 2)[-1] == [SERVER]
+    assert silent_models(Asked(), busy=2 * BUSY_SECONDS) == NOTHING
+    assert silent_models(Asked(), busy=BUSY_SECONDS / 2)[-1] == [SERVER]
 
 
 def test_before_it_is_ready_every_version_of_every_task_is_asked():
@@ -322,3 +326,69 @@ def test_control_sends_the_secret_and_reads_the_index():
         Control(url, "key").load("a")
     with pytest.raises(NoAnswer):
         Control("http://127.0.0.1:9", "key").load("a")
+
+
+@pytest.mark.parametrize(
+    ("looks", "surplus"),
+    [
+        # seconds, requests that wait, requests that were answered; more than 128 wait
+        (
+            [(0.0, 0, 0), (0.25, 128, 0), (0.5, 129, 0), (0.75, 500, 0), (1, 12, 0)],
+            [0, 0, 1, 372, 0],
+        ),
+        # some wait for more than 60 s: of the first five requests one was begun
+        ([(0, 5, 100), (30, 9, 101), (59.9, 9, 101), (60, 9, 101), (90, 5, 105)], [0, 0, 0, 4, 5]),
+        # an empty queue holds nothing old
+        ([(0, 3, 0), (1, 0, 3), (50, 3, 3), (70, 3, 3)], [0, 0, 0, 0]),
+        # another Triton counts anew
+        ([(0, 50, 1000), (30, 2, 0), (61, 2, 0)], [0, 0, 0]),
+    ],
+)
+def test_too_many_requests_and_old_ones_are_surplus(
+    looks: list[tuple[float, int, int]], surplus: list[int]
+) -> None:
+    queue = Queue(max_waiting=128, max_seconds=60)
+    assert [queue.surplus(*look) for look in looks] == surplus
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=30))
+def test_never_more_is_refused_than_waits(steps: list[tuple[int, int]]):
+    queue = Queue(max_waiting=20, max_seconds=5)
+    waiting = done = 0
+    for now, (came, answered) in enumerate(steps):
+        answered = min(answered, waiting + came)
+        waiting += came - answered
+        done += answered
+        assert max(0, waiting - 20) <= queue.surplus(now, waiting, done) <= waiting
+
+
+METRICS = """
+# TYPE nv_inference_pending_request_count gauge
+nv_inference_pending_request_count{{model="classify",version="1"}} 3
+nv_inference_pending_request_count{{model="classify",version="2"}} {waiting}
+nv_inference_request_success{{model="classify",version="2"}} 10
+nv_inference_request_failure{{model="classify",reason="REJECTED",version="2"}} 2
+nv_inference_count{{model="classify",version="2"}} 700
+nv_inference_request_success{{model="segment",version="2"}} 5
+nv_cpu_utilization 0.5
+"""
+
+
+def test_each_process_refuses_its_share_once(tmp_path: Path):
+    processes = {"classify": 2, "segment": 1}
+    # Its thread reads no metrics there.
+    backlog = Backlog("http://localhost:1/metrics", tmp_path, lambda: processes, 4)
+    first = Surplus(tmp_path / "classify")
+    second = Surplus(tmp_path / "classify")
+    segment = Surplus(tmp_path / "segment")
+    backlog.observe(METRICS.format(waiting=6), 0.0)
+    assert (first.take(2), first.take(10), first.take(10)) == (2, 1, 0)
+    assert (second.take(10), segment.take(10)) == (3, 0)
+    backlog.observe(METRICS.format(waiting=6), 0.25)  # as many again
+    assert first.take(10) == 3
+    backlog.observe(METRICS.format(waiting=1), 0.5)
+    assert second.take(10) == 0
+    assert list(tmp_path.iterdir()) == []
+    backlog.observe(METRICS.format(waiting=1), 61.0)  # each of the four has waited for too long
+    assert first.take(10) == 2
+    backlog.stop()

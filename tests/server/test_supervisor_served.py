@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 
 from radapter_client import Client
-from radapter_serve.server.probe import Probe
-from radapter_serve.server.supervisor import Supervisor
+from radapter_serve.server.supervisor import Probe, Supervisor
 from tests.faults.conftest import ask, outcome
 from tests.helpers.fake_server import FakeServer, write_repository
 

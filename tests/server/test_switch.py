@@ -9,9 +9,13 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS
-from radapter_serve.server.control import NoAnswer
+from radapter_serve.server.control import (
+    DRAIN_TIMEOUT_SECONDS,
+    NoAnswer,
+    check_side_by_side,
+    switch,
+)
 from radapter_serve.server.models import ModelEntry, parsed
-from radapter_serve.server.switch import DRAIN_TIMEOUT_SECONDS, check_side_by_side, switch
 from tests.helpers.fake_clock import FakeClock
 
 NEEDS = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.server.installation import OUR_BACKENDS
+from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
 from tests.helpers.needs_triton import needs_triton
 from tests.helpers.small_release import SOURCES, png, png_header
@@ -129,7 +129,7 @@ def test_a_task_without_a_tokenizer_of_its_own_is_loaded(model, repository, tmp_
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_tokens_that_no_text_has(repository, monkeypatch, backend):
     install(monkeypatch)
-    model = load(OUR_BACKENDS / backend / "model.py")
+    model = load(OUR_BACKENDS[backend] / "model.py")
     facts = {"release": {"string_value": '{"tokenizer": {"context_length": 77}}'}}
     model.initialize(arguments(repository, "text_encoder", parameters=facts))
 

@@ -39,7 +39,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.processes import shm_prefix
+from radapter_serve.server.launch import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import Labels

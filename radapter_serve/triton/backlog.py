@@ -1,0 +1,142 @@
+"""Limit of what waits for a model: the server counts by Triton's metrics how many requests are too
+many, and writes that into a file, by which the processes of the model reject them.
+
+Triton's own limits, `max_queue_size` and timeouts, are in no config: a queue with either is not
+looked at when a model becomes free, so what waits there waits for the next request, or for half a
+second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from radapter_serve.files import staged
+from radapter_serve.process import SURPLUS, SYSTEM
+
+INTERVAL_SECONDS = 0.25  # from one look to the next
+MAX_SECONDS = 60.0  # that a request may wait
+_LINE = re.compile(
+    r'^nv_inference_(pending_request_count|request_success|request_failure)\{(?:[^}]*,)?model="([^"]+)"[^}]*\}'
+    r" (\d+)",
+    re.MULTILINE,
+)
+
+
+class Surplus:
+    """Requests that this process must still reject, by a file that the server writes."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._last = b""
+        self._left = 0
+
+    def open(self, model: str) -> None:
+        """Read the file of this model from now on, if a server has set its folder."""
+        folder = os.environ.get(SURPLUS)
+        self._file = Path(folder, model) if folder else None
+
+    def take(self, count: int) -> int:
+        """How many of `count` waiting requests are to be rejected: the first, which have waited
+        longest.
+        """
+        if self._file is None:
+            return 0
+        try:
+            content = self._file.read_bytes()
+        except OSError:  # nothing to reject
+            content = b"0 0"
+        if content != self._last:
+            self._last = content
+            self._left = int(content.split()[1])
+        rejected = min(count, self._left)
+        self._left -= rejected
+        return rejected
+
+
+of_this_process = Surplus()
+
+
+@dataclass
+class Queue:
+    """The queue of one model: how many requests may wait, for how many seconds, and how many had
+    arrived at which times.
+    """
+
+    max_waiting: int
+    max_seconds: float = MAX_SECONDS
+    _arrived: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def surplus(self, now: float, waiting: int, done: int) -> int:
+        """Number of waiting requests that are too many, or have waited too long, at `now`."""
+        arrived = done + waiting
+        # An empty queue holds nothing old; a smaller count is that of another Triton.
+        if not waiting or (self._arrived and arrived < self._arrived[-1][1]):
+            self._arrived.clear()
+        self._arrived.append((now, arrived))
+        while len(self._arrived) > 1 and self._arrived[1][0] <= now - self.max_seconds:
+            self._arrived.popleft()
+        then, arrived_then = self._arrived[0]
+        overdue = arrived_then - done if then <= now - self.max_seconds else 0
+        return max(0, waiting - self.max_waiting, min(overdue, waiting))
+
+
+class Backlog:
+    """A thread of the server that reads Triton's metrics at `url`, and writes into `folder` how
+    many requests each process of a model is to reject; `processes` says how many a model has.
+    """
+
+    def __init__(
+        self, url: str, folder: Path, processes: Callable[[], Mapping[str, int]], max_waiting: int
+    ) -> None:
+        self._url = url
+        self._folder = folder
+        self._processes = processes
+        self._queues: dict[str, Queue] = defaultdict(lambda: Queue(max_waiting))
+        self._number = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="backlog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def observe(self, metrics: str, now: float) -> None:
+        """Write how many requests each model is to reject, by Triton's metrics at `now`."""
+        # Requests of each model in all its versions: how many wait, how many were answered since
+        # the server began.
+        waiting: dict[str, int] = defaultdict(int)
+        done: dict[str, int] = defaultdict(int)
+        for name, model, value in _LINE.findall(metrics):
+            counts = waiting if name == "pending_request_count" else done
+            counts[model] += int(value)
+
+        # No file means that nothing is to be rejected; the number tells this time from one with as
+        # many.
+        self._number += 1
+        for model, processes in self._processes().items():
+            surplus = self._queues[model].surplus(now, waiting[model], done[model])
+            each = -(-surplus // max(1, processes))
+            if each:
+                with staged(self._folder / model) as path:
+                    path.write_text(f"{self._number} {each}", encoding="ascii")
+            else:
+                (self._folder / model).unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        import urllib3  # here: the processes of models do without
+
+        with urllib3.PoolManager(timeout=2.0, retries=False) as pool:
+            while not self._ended.wait(INTERVAL_SECONDS):
+                # Triton may be away or busy, which the supervisor sees, and the folder may go.
+                with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
+                    text = pool.request("GET", self._url).data.decode("utf-8", "replace")
+                    self.observe(text, SYSTEM.monotonic())
