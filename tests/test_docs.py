@@ -49,7 +49,7 @@ def codes() -> set[str]:
         for path in (ROOT / "radapter_serve").rglob("*.py")
         if "class TaskError" in path.read_text("utf-8")
     )
-    homes = home, ROOT / "radapter_serve" / "gateway" / "errors.py"
+    homes = home, ROOT / "radapter_serve" / "gateway" / "upstream.py"
     text = "".join(path.read_text(encoding="utf-8") for path in homes)
     of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', text, re.MULTILINE)
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "clients").rglob("*.py"))

@@ -2,8 +2,11 @@
 without torch.
 """
 
+from ._arguments import ImageLike, list_images
 from ._client import AsyncClient, Client
-from ._exceptions import (
+from ._results import Classification, Hit, Hits, Release, Segmentation
+from ._wire import AsyncTransport, Reply, Request, Transport, Values
+from .failures import (
     InvalidImage,
     InvalidRequest,
     InvalidURL,
@@ -14,9 +17,6 @@ from ._exceptions import (
     Timeout,
     Unauthorized,
 )
-from ._images import ImageLike, list_images
-from ._results import Classification, Hit, Hits, Release, Segmentation
-from ._wire import AsyncTransport, Reply, Request, Transport, Values
 
 __all__ = [
     "AsyncClient",

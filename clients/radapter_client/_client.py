@@ -5,16 +5,126 @@ _methods.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from ._calls import Answer, Part, T
-from ._exceptions import RAdapterClientError, ServerUnavailable
-from ._methods import BaseClient
-from ._url import ServerURL
-from ._wire import AsyncTransport, Transport
+from ._arguments import check_key, count, seconds
+from ._methods import Answer, Methods, Part, T
+from ._wire import (
+    DEFAULT_URLS,
+    AsyncTransport,
+    Request,
+    ServerURL,
+    Transport,
+    find_server,
+    parse_url,
+)
+from .failures import RAdapterClientError, ServerUnavailable
+
+W = TypeVar("W")
+MIN_SIDE = 64  # of photos that are made small
+# seconds before the first repetition, and at most
+FIRST = 0.1
+MOST = 5.0
+
+
+class Tries:
+    """The tries of one request: `retries` repetitions at most, in so many `seconds` with the waits.
+
+    Every request only reads, so one that got no answer can be repeated. A time-out is not: the
+    server is slow, and the caller has waited long enough.
+    """
+
+    def __init__(self, retries: int, seconds: float) -> None:
+        self._left = retries
+        self._wait = FIRST
+        self._end = time.monotonic() + seconds
+        self.seconds = seconds  # for the next try
+
+    def pause(self, error: ServerUnavailable) -> float:
+        """Seconds to wait before the next try: longer each time, never less than the server asks
+        for. Raises `error` where no try or no time is left.
+        """
+        wait = max(self._wait * random.uniform(0.5, 1), error.retry_after)
+        self._wait = min(2 * self._wait, MOST)
+        self._left -= 1
+        self.seconds = self._end - time.monotonic() - wait
+        if self._left < 0 or self.seconds <= 0:
+            raise error
+        return wait
+
+
+class BaseClient(Methods, Generic[W]):
+    """Everything of the clients but the waiting."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        release: int | None = None,
+        timeout: float = 60.0,
+        retries: int = 2,
+        batch_size: int = 16,
+        concurrency: int = 4,
+        api_key: str | None = None,
+        transport: W | None = None,
+        progress: bool = False,
+        shrink_to: int | None = None,
+    ) -> None:
+        if url is None:
+            url = find_server() if transport is None else DEFAULT_URLS[0]
+        self._url = parse_url(url)
+        self._version = None if release is None else count("release", release)
+        self._timeout = seconds(timeout)
+        self._retries = count("retries", retries, 0)
+        self._batch_size = count("batch_size", batch_size)
+        self._concurrency = count("concurrency", concurrency)
+        self._progress = progress
+        self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
+        self._closed = False
+        if api_key is not None:
+            check_key(api_key, self._url)
+        self._transport: W = self._connect(self._url, api_key) if transport is None else transport
+        self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
+
+    def __repr__(self) -> str:
+        pinned = "" if self._version is None else f", release={self._version}"
+        return f"{type(self).__name__}({str(self._url)!r}{pinned})"
+
+    def _connect(self, url: ServerURL, api_key: str | None) -> W:
+        raise NotImplementedError
+
+    def _start(self, timeout: float | None) -> float:
+        """The time-out of a call that begins, in seconds."""
+        if self._closed:
+            raise RAdapterClientError("the client is closed; make a new one")
+        return self._timeout if timeout is None else seconds(timeout)
+
+    def _tries(self, request: Request, seconds: float) -> Tries:
+        """The tries of a request. Whether a server is ready is asked once, for "no server answers"
+        is an answer too.
+        """
+        return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
+
+    @contextlib.contextmanager
+    def _until_closed(self) -> Iterator[None]:
+        """Each protocol has its own way to fail in a call under way when its connection is
+        closed.
+        """
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            if self._closed:
+                raise RAdapterClientError(
+                    "the client was closed in the middle of a call"
+                ) from error
+            raise
+
 
 # The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s
 # each.

@@ -12,16 +12,15 @@ import tritonclient.grpc
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from ._exceptions import (
+from ._wire import PORTS, Reply, Request, ServerURL
+from .failures import (
     InvalidRequest,
     InvalidURL,
     RAdapterClientError,
     ServerUnavailable,
     Timeout,
+    from_server,
 )
-from ._url import PORTS, ServerURL
-from ._wire import Reply, Request
-from .failures import from_server
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),

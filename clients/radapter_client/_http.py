@@ -33,10 +33,8 @@ from tritonclient.utils import (
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.connection import create_connection
 
-from ._exceptions import ServerError, ServerUnavailable, Timeout
-from ._url import ServerURL
-from ._wire import Array, Reply, Request
-from .failures import from_server
+from ._wire import Array, Reply, Request, ServerURL
+from .failures import ServerError, ServerUnavailable, Timeout, from_server
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask

@@ -1,65 +1,83 @@
-"""The methods that both clients have, and what they ask and answer; how, is in _calls.py."""
+"""The methods that both clients have, what they ask and what they answer.
+
+A method is written once, and never waits: it is a generator that yields parts of work, each of
+which makes one request, is sent their replies, and returns the answer. `Client` runs it with
+threads, `AsyncClient` with tasks. `call` and `call_each` are the decorators for that; type checkers
+see the method of each client with its own arguments and result.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+import json
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from types import MethodType
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import numpy as np
 import numpy.typing as npt
 
 from ._arguments import (
-    check_key,
-    count,
+    ImageLike,
+    chunks,
     counts,
+    encode_image,
+    encode_small,
     example_values,
     for_each,
+    is_one_image,
     label_values,
     numbers,
+    orientation,
     proposal_values,
     query_values,
     result_values,
-    seconds,
     several_images,
     several_texts,
+    size_bound,
 )
-from ._calls import Answer, Part, Tries, call, call_each
-from ._exceptions import (
+from ._results import (
+    Classification,
+    Hit,
+    Hits,
+    Release,
+    Segmentation,
+    pick_release,
+    read_releases,
+)
+from ._wire import Reply, Request, Rows, Values
+from .failures import (
     InvalidRequest,
     ModelNotFound,
-    RAdapterClientError,
     ServerError,
     ServerUnavailable,
     Timeout,
     bad_argument,
 )
-from ._images import (
-    ImageLike,
-    chunks,
-    encode_image,
-    encode_small,
-    is_one_image,
-    orientation,
-    size_bound,
-)
-from ._results import (
-    Classification,
-    Hits,
-    Release,
-    Segmentation,
-    pick_release,
-    read_hits,
-    read_releases,
-)
-from ._url import DEFAULT_URLS, ServerURL, find_server, parse_url
-from ._wire import Reply, Request, Rows, Values
 
-W = TypeVar("W")
+P = ParamSpec("P")
+T = TypeVar("T")
+# By these, type checkers tell the clients apart, which are below this file.
+Waiting: TypeAlias = AbstractContextManager[Any]  # `Client`
+Awaiting: TypeAlias = AbstractAsyncContextManager[Any]  # `AsyncClient`
+Part: TypeAlias = Callable[[], Request]
+# What a method answers: `Client` returns T, `AsyncClient` returns an awaitable of T.
+Answer: TypeAlias = Generator[Sequence[Part], list[Any], T]
+
+
 Embeddings = npt.NDArray[np.float32]
 
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -68,45 +86,83 @@ MAX_BYTES = 32 * 2**20
 # Labels and templates are repeated for each row of a request; this many keep it small compared with
 # its images.
 MAX_STRINGS = 8192
-MIN_SIDE = 64  # of photos that are made small
 
 
-class BaseClient(Generic[W]):
-    """Everything of the clients but the waiting."""
+# How a method becomes one of each client
 
-    def __init__(
-        self,
-        url: str | None = None,
-        *,
-        release: int | None = None,
-        timeout: float = 60.0,
-        retries: int = 2,
-        batch_size: int = 16,
-        concurrency: int = 4,
-        api_key: str | None = None,
-        transport: W | None = None,
-        progress: bool = False,
-        shrink_to: int | None = None,
-    ) -> None:
-        if url is None:
-            url = find_server() if transport is None else DEFAULT_URLS[0]
-        self._url = parse_url(url)
-        self._version = None if release is None else count("release", release)
-        self._timeout = seconds(timeout)
-        self._retries = count("retries", retries, 0)
-        self._batch_size = count("batch_size", batch_size)
-        self._concurrency = count("concurrency", concurrency)
-        self._progress = progress
-        self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
-        self._closed = False
-        if api_key is not None:
-            check_key(api_key, self._url)
-        self._transport: W = self._connect(self._url, api_key) if transport is None else transport
-        self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
 
-    def __repr__(self) -> str:
-        pinned = "" if self._version is None else f", release={self._version}"
-        return f"{type(self).__name__}({str(self._url)!r}{pinned})"
+class call(Generic[P, T]):
+    """A method of both clients, with the keyword `timeout` for the client to keep to."""
+
+    def __init__(self, steps: Callable[Concatenate[Any, P], Answer[T]]) -> None:
+        self._steps: Callable[..., Answer[Any]] = steps
+        self.__doc__ = steps.__doc__
+
+    @overload
+    def __get__(self, client: None, kind: type) -> Callable[Concatenate[Any, P], Answer[T]]: ...
+    @overload
+    def __get__(self, client: Waiting, kind: type) -> Callable[P, T]: ...
+    @overload
+    def __get__(self, client: Awaiting, kind: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: Any, kind: type) -> Any:
+        if client is None:
+            return self._steps
+
+        @functools.wraps(MethodType(self._steps, client))
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return client._run(self._steps(client, *args, **kwargs), kwargs.get("timeout"))
+
+        return method
+
+
+class _Each(Protocol[P, T]):
+    @overload
+    def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
+
+
+class _AsyncEach(Protocol[P, T]):
+    @overload
+    async def __call__(  # type: ignore[overload-overlap]  # a path is also a sequence of texts
+        self, images: ImageLike, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
+
+
+class call_each(Generic[P, T]):
+    """A method of both clients that answers for one image, or with a list for a list of images;
+    what is decorated always answers with a list.
+    """
+
+    def __init__(self, steps: Callable[Concatenate[Any, Any, P], Answer[list[T]]]) -> None:
+        @functools.wraps(steps)
+        def one_or_list(client: Any, images: Any, *args: P.args, **kwargs: P.kwargs) -> Answer[Any]:
+            answers = yield from steps(client, images, *args, **kwargs)
+            return answers[0] if is_one_image(images) else answers
+
+        self._call = call(one_or_list)  # type: ignore[arg-type]
+        self.__doc__ = steps.__doc__
+
+    @overload
+    def __get__(self, client: Waiting, kind: type) -> _Each[P, T]: ...
+    @overload
+    def __get__(self, client: Awaiting, kind: type) -> _AsyncEach[P, T]: ...
+    def __get__(self, client: Any, kind: type) -> Any:
+        return self._call.__get__(client, kind)
+
+
+class Methods:
+    """The methods of both clients; these set what is declared here, and run them."""
+
+    _version: int | None
+    _batch_size: int
+    _shrink_to: int | None
 
     @call_each
     def classify(
@@ -168,8 +224,10 @@ class BaseClient(Generic[W]):
         options = label_values(names, label_set, templates)
         options |= numbers(alpha=alpha, threshold=threshold, unknown=unknown)
         options |= counts(top_k=5 if top_k is None and not multi_label else top_k)
-        flags = {"multi_label": bool(multi_label), "calibrated": bool(calibrated)}
-        options |= {name: True for name, wanted in flags.items() if wanted}
+        if multi_label:
+            options["multi_label"] = True
+        if calibrated:
+            options["calibrated"] = True
         if not isinstance(example_weight, Mapping):
             weight = numbers(example_weight=example_weight)
             options |= {name: [value] for name, value in weight.items()}
@@ -345,10 +403,16 @@ class BaseClient(Generic[W]):
             return Request("infer", "retrieve", inputs=Values(values), outputs=tuple(asked))
 
         [reply] = yield from self._infer("retrieve", [part])
-        pictures = _output(reply, "thumbnail") if thumbnails else None
-        hits = read_hits(
-            _texts(reply, "id"), _output(reply, "score"), _texts(reply, "metadata"), pictures
-        )
+        ids = _texts(reply, "id")
+        scores = _output(reply, "score").tolist()
+        metadata = _texts(reply, "metadata")
+        pictures = list(_output(reply, "thumbnail")) if thumbnails else [b""] * len(ids)
+        hits = Hits()
+        try:
+            for name, score, facts, file in zip(ids, scores, metadata, pictures, strict=True):
+                hits.append(Hit(name, score, json.loads(facts), bytes(file) or None))
+        except ValueError as error:
+            raise ServerError(f"the server's hits cannot be read: {error}") from error
         if paged:
             [hits.index_version] = _texts(reply, "index_version")
         return hits
@@ -497,35 +561,6 @@ class BaseClient(Generic[W]):
         )
         embeds: list[Embeddings] = [_output(reply, f"{kind}_embeds") for reply in replies]
         return np.concatenate(embeds).astype(np.float32, copy=False)
-
-    def _connect(self, url: ServerURL, api_key: str | None) -> W:
-        raise NotImplementedError
-
-    def _start(self, timeout: float | None) -> float:
-        """The time-out of a call that begins, in seconds."""
-        if self._closed:
-            raise RAdapterClientError("the client is closed; make a new one")
-        return self._timeout if timeout is None else seconds(timeout)
-
-    def _tries(self, request: Request, seconds: float) -> Tries:
-        """The tries of a request. Whether a server is ready is asked once, for "no server answers"
-        is an answer too.
-        """
-        return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
-
-    @contextlib.contextmanager
-    def _until_closed(self) -> Iterator[None]:
-        """Each protocol has its own way to fail in a call under way when its connection is
-        closed.
-        """
-        try:
-            yield
-        except (Exception, asyncio.CancelledError) as error:
-            if self._closed:
-                raise RAdapterClientError(
-                    "the client was closed in the middle of a call"
-                ) from error
-            raise
 
 
 def _batch(

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway import keys
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.process import STOPPING, handled
 
@@ -36,7 +35,9 @@ def gateway(
     if new_key is not None:
         if settings.api_keys is None:
             raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
-        key = keys.new_key(settings.api_keys, new_key)
+        from radapter_serve.gateway import access  # here: starting a gateway takes less
+
+        key = access.new_key(settings.api_keys, new_key)
         print(key)
         print(
             f"Keep it: {settings.api_keys} has only its digest. Give it to those who may ask:\n"

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from radapter_serve.cli import run
-from radapter_serve.playground.run import Settings, serving
+from radapter_serve.playground import Settings, serving
 from radapter_serve.process import STOPPING, handled
 
 

@@ -15,7 +15,7 @@ from radapter_serve.demo.data import FINE_TUNED, prepare
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
-from radapter_serve.playground.run import Settings, serving
+from radapter_serve.playground import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 
 

@@ -22,24 +22,20 @@ from starlette.routing import Route
 
 from radapter_client import Reply
 from radapter_serve import __version__
-from radapter_serve.contract.errors import TIMED_OUT
-from radapter_serve.gateway import kserve, openai
-from radapter_serve.gateway.errors import (
-    NOT_FOUND,
-    SERVER_UNAVAILABLE,
-    TOO_LARGE,
-    UNKNOWN_MODEL,
-    UNSUPPORTED_TYPE,
-    Refused,
-    bad_request,
-    escape,
+from radapter_serve.contract.errors import (
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    RESTARTING,
+    SERVER_STOPPING,
+    TIMED_OUT,
 )
-from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.limits import ConcurrencyLimit, MemoryBudget, Quota
+from radapter_serve.gateway import kserve, openai
+from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
 from radapter_serve.gateway.middleware import (
     BrowserRule,
     DiscardBody,
     Errors,
+    Metrics,
     Pieces,
     Record,
     RequestId,
@@ -47,16 +43,36 @@ from radapter_serve.gateway.middleware import (
     is_longer,
     open_spans,
 )
-from radapter_serve.gateway.records import Entry, Metrics
 from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
-from radapter_serve.gateway.upstream import Health, Upstream
+from radapter_serve.gateway.upstream import (
+    NOT_FOUND,
+    SERVER_UNAVAILABLE,
+    SHORT_TIMEOUT,
+    TOO_LARGE,
+    UNKNOWN_MODEL,
+    UNSUPPORTED_TYPE,
+    Entry,
+    Inference,
+    Model,
+    Refused,
+    Upstream,
+    bad_request,
+    escape,
+)
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
+from radapter_serve.tasks.table import PROBES
 
 # Larger bodies are parsed in threads: one for those up to `SMALL_BODY`, one for the others.
 SMALL_JSON = 2**16  # bytes
 SMALL_BODY = 2**22
-FRESH = 5.0  # seconds for which a model's configuration is remembered
+# Seconds for which a model's configuration is remembered, and an answer proves that a task works
+FRESH = 5.0
+# Codes of a task that does not work. Any other refusal proves that it does.
+_FAILED = {
+    *(ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING),
+    *(SERVER_UNAVAILABLE, TIMED_OUT, UNKNOWN_MODEL),
+}
 _TYPES = ("", "application/json", "application/octet-stream")
 T = TypeVar("T")
 
@@ -75,7 +91,7 @@ class Gateway:
         self._settings = settings
         self._connect = connect
         self._timeouts = timeouts
-        self._models: dict[tuple[str, str], tuple[float, kserve.Model]] = {}
+        self._models: dict[tuple[str, str], tuple[float, Model]] = {}
         self._outdated: Mapping[str, bool] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self._memory = MemoryBudget(int(settings.max_memory * MIB))
@@ -323,7 +339,7 @@ class Gateway:
             quota.images(count)
             self._metrics.count_images(quota.key.name, count)
 
-    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> kserve.Model:
+    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
         """A task by its configuration, which is remembered for `fresh` seconds."""
         now = time.monotonic()
         when, model = self._models.get((name, version), (now, None))
@@ -334,6 +350,45 @@ class Gateway:
             self._models = {key: one for key, one in known if now - one[0] < FRESH}
             self._models[name, version] = now, model
         return model
+
+
+class Health:
+    """Probes each task, unless it has answered a caller in the last `FRESH` seconds."""
+
+    def __init__(self, upstream: Upstream, now: Callable[[], float] = time.monotonic) -> None:
+        self._upstream = upstream
+        self._now = now
+        self._answered = dict.fromkeys(TASKS, -FRESH)
+        self._probing = asyncio.Lock()
+        self._failed: tuple[float, str | None] = -FRESH, None
+
+    def answered(self, task: str) -> None:
+        """Note that a task has just answered."""
+        self._answered[task] = self._now()
+
+    async def trouble(self) -> str | None:
+        """Why not all tasks work, or None; one answer for all who ask in the same seconds."""
+        async with self._probing:
+            when, why = self._failed
+            now = self._now()
+            if why is not None and now - when < FRESH:
+                return why
+            stale = [task for task, last in self._answered.items() if now - last >= FRESH]
+            troubles = await asyncio.gather(*map(self._probe, stale))
+            why = next((trouble for trouble in troubles if trouble), None)
+            self._failed = self._now(), why
+            return why
+
+    async def _probe(self, task: str) -> str | None:
+        try:
+            if not await self._upstream.ready(task):
+                return f"{task} is not ready"
+            await self._upstream.infer(Inference(task, "", dict(PROBES[task])), SHORT_TIMEOUT)
+        except Refused as error:
+            if error.code in _FAILED:
+                return f"{task} does not answer"
+        self.answered(task)
+        return None
 
 
 async def _closed(request: Request, error: Exception) -> NoReturn:

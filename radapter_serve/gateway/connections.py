@@ -28,10 +28,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from radapter_serve.gateway.errors import TOO_LARGE, Refused, bad_request
 from radapter_serve.gateway.middleware import MAX_DISCARDED
 from radapter_serve.gateway.settings import Settings, Timeouts
-from radapter_serve.gateway.upstream import LOG
+from radapter_serve.gateway.upstream import LOG, TOO_LARGE, Refused, bad_request
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

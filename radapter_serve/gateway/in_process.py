@@ -14,12 +14,17 @@ from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.encoder import collected
 from radapter_serve.engine.engine import Engine, NotServed
-from radapter_serve.gateway.errors import UNKNOWN_MODEL, Refused, from_status
-from radapter_serve.gateway.kserve import Inference, Model
-from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.run import GatewayServer, listen
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import LOG
+from radapter_serve.gateway.upstream import (
+    LOG,
+    UNKNOWN_MODEL,
+    Entry,
+    Inference,
+    Model,
+    Refused,
+    from_status,
+)
 from radapter_serve.release.release import release_parameters
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.engine_server import EngineServer

@@ -1,18 +1,13 @@
-"""KServe v2 over HTTP: bodies of requests to checked tensors, replies to bodies, and the metadata
-of the tasks. Names, types and shapes are those of `tasks/table.py`.
-"""
+"""KServe v2 over HTTP: bodies of requests to checked tensors, and replies to bodies."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import chain
-from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -20,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_client import Reply
-from radapter_serve.contract.errors import TaskError, redact
-from radapter_serve.gateway.errors import bad_request, escape
-from radapter_serve.tasks.table import DATATYPES, NUMPY, TASKS, Tensor, outputs_of
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.gateway.upstream import IMAGES, Inference, Model, bad_request, escape
+from radapter_serve.tasks.table import DATATYPES, NUMPY, TASKS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
@@ -30,95 +25,11 @@ MAX_JSON_VALUES = 2**20
 # 16 have as many.
 MAX_JSON_LISTS = 2**16
 MAX_TEXTS = 2**17  # of an input
-IMAGES = {"image", "examples"}  # inputs of type BYTES that hold files
 FILES = {"thumbnail"}  # outputs of type BYTES that hold files
 _PIECE = 2**18  # bytes of JSON that are searched at once
-_PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
 
 Name = Annotated[str, Field(max_length=64)]
 Body = TypeVar("Body", bound=BaseModel)
-
-
-# The metadata of a task
-
-
-@dataclass(frozen=True)
-class Model:
-    """A task as callers see it; `releases` has the facts of its releases by the names of their
-    parameters.
-    """
-
-    name: str
-    max_batch_size: int  # rows of a request; 0 where tensors have no batch dimension
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    releases: Mapping[str, dict[str, Any]]
-
-    @classmethod
-    def of(cls, task: str, releases: Mapping[str, str]) -> Model:
-        """A task with these releases, as JSON; the newest is named `release`, and paths of the
-        machine that made them are cut to their last name.
-        """
-
-        def without_paths(value: Any) -> Any:
-            if isinstance(value, dict):
-                # A slash in a template is no path.
-                return {
-                    key: item if key == "templates" else without_paths(item)
-                    for key, item in value.items()
-                }
-            if isinstance(value, list):
-                return [without_paths(item) for item in value]
-            if not isinstance(value, str):
-                return value
-            path = _PATH.fullmatch(value)
-            return redact(value) if path is None else path[1] + PurePosixPath(path[2]).name
-
-        public = {name: without_paths(json.loads(facts)) for name, facts in releases.items()}
-        newest = public.get("release", {})
-        rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
-        outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
-        return cls(task, rows, TASKS[task].inputs, outputs, public)
-
-    def facts(self) -> dict[int, dict[str, Any]]:
-        """The facts of the releases by their versions."""
-        return {int(facts["version"]): facts for facts in self.releases.values()}
-
-    def config(self) -> dict[str, Any]:
-        """The answer to `/config`, in Triton's form."""
-
-        def described(tensor: Tensor) -> dict[str, Any]:
-            kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-            return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.dims)}
-
-        return {
-            "name": self.name,
-            "max_batch_size": self.max_batch_size,
-            "input": [
-                {**described(tensor), "optional": tensor.optional}
-                for tensor in self.inputs.values()
-            ],
-            "output": [described(tensor) for tensor in self.outputs.values()],
-            "parameters": {
-                name: {"string_value": json.dumps(facts)} for name, facts in self.releases.items()
-            },
-        }
-
-    def metadata(self) -> dict[str, Any]:
-        """The answer to `/v2/models/MODEL`, in KServe's form."""
-        batch = [-1] if self.max_batch_size else []
-
-        def described(tensor: Tensor) -> dict[str, Any]:
-            shape = [*batch, *tensor.dims]
-            return {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
-
-        return {
-            "name": self.name,
-            "versions": list(map(str, sorted(self.facts()))),
-            "platform": "python",
-            "inputs": list(map(described, self.inputs.values())),
-            "outputs": list(map(described, self.outputs.values())),
-        }
 
 
 # JSON of callers
@@ -216,28 +127,6 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 
 
 # Requests
-
-
-@dataclass(frozen=True)
-class Inference:
-    """A checked request to a task. Arrays of type BYTES hold texts, as str or in UTF-8, and images
-    as bytes.
-    """
-
-    model: str
-    version: str  # empty for the newest
-    inputs: dict[str, NDArray[Any]]
-    outputs: tuple[str, ...] = ()  # names of the wanted outputs; all if empty
-    id: str = ""  # of the caller, which the answer repeats
-    binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
-    timeout: float | None = None  # seconds that the caller allows
-    size: int = 0  # bytes of the inputs
-
-    @property
-    def images(self) -> int:
-        """The number of images, without empty examples."""
-        arrays = (array for name, array in self.inputs.items() if name in IMAGES)
-        return sum(1 for array in arrays for value in array.ravel() if value)
 
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:

@@ -12,12 +12,13 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import anyio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -27,12 +28,10 @@ from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
-from radapter_serve.gateway.keys import Keys
-from radapter_serve.gateway.limits import Quota
-from radapter_serve.gateway.records import GONE, Entry, Metrics, milliseconds
+from radapter_serve.gateway.access import Keys, Quota
 from radapter_serve.gateway.settings import Log
-from radapter_serve.gateway.upstream import LOG
+from radapter_serve.gateway.upstream import CODES, GONE, LOG, OK, UNAUTHORIZED, Entry, Refused
+from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
 
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 REQUEST_ID = "X-Request-Id"
 PIECE = 512 * 1024  # bytes of an answer that the caller has to take before the next are sent
 MAX_DISCARDED = 2**20  # bytes of the body of a refused request that are read
+# Upper bounds of the histogram of a request's time, in seconds
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -227,6 +228,73 @@ class BrowserRule:
 # Middlewares of some paths
 
 
+class Metrics:
+    """The metrics of one gateway. Labels are tasks, codes and names of keys, never what a caller
+    sends.
+    """
+
+    def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
+        """Each gauge, `running`, `waiting` or `body_bytes`, is read when Prometheus asks."""
+        self._registry = registry = CollectorRegistry()
+        self._seconds = Histogram(
+            "radapter_gateway_request_seconds",
+            "From a request's headers to its answer",
+            ["task"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._requests = Counter(
+            "radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry
+        )
+        self._requests_of_key = Counter(
+            "radapter_gateway_key_requests",
+            "By the caller's key and outcome",
+            ["key", "code"],
+            registry=registry,
+        )
+        self._images_of_key = Counter(
+            "radapter_gateway_key_images",
+            "Images that were sent with a key",
+            ["key"],
+            registry=registry,
+        )
+        meanings = {
+            "running": "Requests that Triton works on",
+            "waiting": "Requests in the queue",
+            "body_bytes": "Bytes of bodies in memory",
+        }
+        for name, read in gauges.items():
+            gauge = Gauge(f"radapter_gateway_{name}", meanings[name], registry=registry)
+            gauge.set_function(read)
+        # For itself: in front of Triton, which has this metric, there is none.
+        self._indexes = CollectorRegistry()
+        self._outdated = Gauge(OUTDATED, OUTDATED_MEANS, ["index"], registry=self._indexes)
+
+    def count(self, entry: Entry, seconds: float) -> None:
+        """Count an inference by its task, code and key."""
+        code = entry.code if entry.code in CODES or entry.code in (OK, GONE) else "other"
+        self._requests.labels(entry.task or "none", code).inc()
+        if entry.task is not None:
+            self._seconds.labels(entry.task).observe(seconds)
+        if entry.key is not None:
+            self._requests_of_key.labels(entry.key, code).inc()
+
+    def count_images(self, key: str, count: int) -> None:
+        self._images_of_key.labels(key).inc(count)
+
+    def text(self, outdated: Mapping[str, bool]) -> bytes:
+        """All metrics in the format of Prometheus; `outdated` is that of
+        `Upstream.outdated_indexes`.
+        """
+        text = generate_latest(self._registry)
+        if not outdated:
+            return text
+        self._outdated.clear()
+        for index, is_outdated in outdated.items():
+            self._outdated.labels(index).set(is_outdated)
+        return text + generate_latest(self._indexes)
+
+
 @dataclass(frozen=True)
 class Record:
     """Records what became of a request when its answer begins: a line of the log, and of an
@@ -258,9 +326,9 @@ class Record:
                 self.metrics.count(entry, seconds)
             if self.log != "off":
                 entry.bytes_out = int(Headers(raw=answer["headers"])["Content-Length"])
-                entry.ms = milliseconds(seconds)
+                entry.ms = 1e3 * seconds
                 if entry.steps:
-                    entry.encoder_ms = round(encoder_ms(entry.steps), 3)
+                    entry.encoder_ms = encoder_ms(entry.steps)
                 entry.write(self.log)
             # A caller without a key must not reach the collector.
             if span is not None and entry.code != UNAUTHORIZED:

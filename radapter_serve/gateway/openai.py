@@ -23,17 +23,19 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.contract.labels import check_length
-from radapter_serve.gateway.errors import (
+from radapter_serve.gateway.access import ConcurrencyLimit
+from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Strict, from_json
+from radapter_serve.gateway.upstream import (
     SERVER_UNAVAILABLE,
     UNKNOWN_MODEL,
+    Entry,
+    Inference,
+    Model,
     Refused,
+    Upstream,
     bad_request,
     escape,
 )
-from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Inference, Model, Strict, from_json
-from radapter_serve.gateway.limits import ConcurrencyLimit
-from radapter_serve.gateway.records import Entry
-from radapter_serve.gateway.upstream import Upstream
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N

@@ -17,8 +17,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from radapter_serve.encoders.encoder import Step
-from radapter_serve.gateway.records import Entry
-from radapter_serve.gateway.upstream import LOG
+from radapter_serve.gateway.upstream import LOG, Entry
 from radapter_serve.process import otlp_endpoint
 
 _W3C = TraceContextTextMapPropagator()

@@ -14,10 +14,15 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
 
 from radapter_client import Reply
-from radapter_serve.gateway.errors import from_status
-from radapter_serve.gateway.kserve import Inference, Model, pack
-from radapter_serve.gateway.records import Entry
-from radapter_serve.gateway.upstream import LOG, SHORT_TIMEOUT
+from radapter_serve.gateway.kserve import pack
+from radapter_serve.gateway.upstream import (
+    LOG,
+    SHORT_TIMEOUT,
+    Entry,
+    Inference,
+    Model,
+    from_status,
+)
 from radapter_serve.tasks.table import NUMPY, TASKS
 
 RESOLVE_SECONDS = 30.0  # until a name is looked up again, which may have more servers

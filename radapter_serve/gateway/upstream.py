@@ -1,40 +1,280 @@
-"""`Upstream`: what the gateway asks, which is Triton or an engine in this process."""
+"""What passes between callers and the upstream, which is Triton or an engine in this process:
+requests, their records, what is known of the tasks, and refusals. The tasks' own codes are in
+`contract/errors.py`, names, types and shapes of tensors in `tasks/table.py`.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import json
 import logging
-import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from radapter_client import Reply
+from radapter_client.failures import read_failure
+from radapter_serve.contract import errors as tasks
 from radapter_serve.contract.errors import (
-    ENCODER_FAILED,
     INTERNAL_ERROR,
+    INVALID_ARGUMENT,
+    OVERLOADED,
     RESTARTING,
     SERVER_STOPPING,
     TIMED_OUT,
+    redact,
 )
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
-from radapter_serve.gateway.kserve import Inference, Model
-from radapter_serve.gateway.records import Entry
-from radapter_serve.release.release import TASKS
-from radapter_serve.tasks.table import PROBES
+from radapter_serve.encoders.encoder import Step
+from radapter_serve.errors import RAdapterError
+from radapter_serve.tasks.table import TASKS, Tensor, outputs_of
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT_TIMEOUT = 10.0  # seconds for a request that needs no encoder
-FRESH = 5.0  # seconds for which an answer proves that a task works
-# Codes of a task that does not work. Any other refusal proves that it does.
-_FAILED = {
-    ENCODER_FAILED,
-    INTERNAL_ERROR,
-    RESTARTING,
-    SERVER_STOPPING,
-    SERVER_UNAVAILABLE,
-    TIMED_OUT,
-    UNKNOWN_MODEL,
+
+# Refusals
+
+UNAUTHORIZED = "unauthorized"
+RATE_LIMITED = "rate_limited"
+NOT_FOUND = "not_found"
+UNKNOWN_MODEL = "unknown_model"
+TOO_LARGE = "too_large"
+UNSUPPORTED_TYPE = "unsupported_type"
+SERVER_UNAVAILABLE = "server_unavailable"
+
+# Every code that a caller can get: these, and the tasks' own.
+CODES = frozenset(
+    {UNAUTHORIZED, RATE_LIMITED, NOT_FOUND, UNKNOWN_MODEL}
+    | {TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
+    | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
+)
+
+# HTTP statuses of task codes that say more than the status of gRPC does.
+_STATUS_OF_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
+_STATUS_OF_GRPC = {
+    "INVALID_ARGUMENT": 400,
+    "OUT_OF_RANGE": 400,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 413,
+    "UNAVAILABLE": 503,
+    "CANCELLED": 503,
+    "DEADLINE_EXCEEDED": 504,
 }
+# Code and message of a failure that Triton reports without a code; None keeps Triton's own message.
+_WITHOUT_CODE: dict[int, tuple[str, str | None]] = {
+    404: (UNKNOWN_MODEL, None),
+    400: (INVALID_ARGUMENT, None),
+    413: (TOO_LARGE, None),
+    500: (INTERNAL_ERROR, "the server failed on this request; its log says why"),
+    503: (
+        SERVER_UNAVAILABLE,
+        "the model server starts, stops or does not answer; try again in a moment",
+    ),
+    504: (TIMED_OUT, "the request took longer than it may"),
+}
+# Messages of codes that no task raised itself.
+_RETRYABLE = {
+    OVERLOADED: "this model has more to do than it can take on; try again in a moment",
+    RESTARTING: "a part of the server starts again; try again in a moment",
+    SERVER_STOPPING: "the server is stopping; try again in a moment",
+}
+
+
+class Refused(RAdapterError):
+    """A request that gets no answer; `str()` is "[code] message"."""
+
+    def __init__(
+        self,
+        status: int,  # of HTTP
+        code: str,  # one of `CODES`, or another of a task
+        message: str,  # what is wrong, which value, what is allowed
+        param: str | None = None,  # the field of the request that is wrong
+        retry_after: int = 1,  # seconds until the same request may be answered
+    ) -> None:
+        super().__init__(f"[{code}] {message}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+def bad_request(message: str, param: str | None = None) -> Refused:
+    return Refused(400, INVALID_ARGUMENT, message, param)
+
+
+def from_status(status: str, text: str) -> Refused:
+    """Translate a failure of Triton or an engine, by its gRPC status and message: the code and the
+    first line, without paths.
+    """
+    number = _STATUS_OF_GRPC.get(status, 500)
+    failure = read_failure(text)
+    if failure.code is not None:
+        message = redact(failure.message) if failure.by_task else _RETRYABLE[failure.code]
+        return Refused(_STATUS_OF_CODE.get(failure.code, number), failure.code, message)
+    code, sentence = _WITHOUT_CODE[number]
+    return Refused(number, code, sentence or redact(failure.message))
+
+
+def escape(text: str) -> str:
+    """Quote a caller's text for a message: at most 60 characters, printable ASCII."""
+    quoted = repr(text if len(text) <= 60 else f"{text[:60]}...")
+    return quoted.encode("ascii", "backslashreplace").decode()
+
+
+# Requests, and what is known of the tasks
+
+IMAGES = {"image", "examples"}  # inputs of type BYTES that hold files
+_PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A checked request to a task. Arrays of type BYTES hold texts, as str or in UTF-8, and images
+    as bytes.
+    """
+
+    model: str
+    version: str  # empty for the newest
+    inputs: dict[str, NDArray[Any]]
+    outputs: tuple[str, ...] = ()  # names of the wanted outputs; all if empty
+    id: str = ""  # of the caller, which the answer repeats
+    binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
+    timeout: float | None = None  # seconds that the caller allows
+    size: int = 0  # bytes of the inputs
+
+    @property
+    def images(self) -> int:
+        """The number of images, without empty examples."""
+        arrays = (array for name, array in self.inputs.items() if name in IMAGES)
+        return sum(1 for array in arrays for value in array.ravel() if value)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A task as callers see it; `releases` has the facts of its releases by the names of their
+    parameters.
+    """
+
+    name: str
+    max_batch_size: int  # rows of a request; 0 where tensors have no batch dimension
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    releases: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, task: str, releases: Mapping[str, str]) -> Model:
+        """A task with these releases, as JSON; the newest is named `release`, and paths of the
+        machine that made them are cut to their last name.
+        """
+
+        def without_paths(value: Any) -> Any:
+            if isinstance(value, dict):
+                # A slash in a template is no path.
+                return {
+                    key: item if key == "templates" else without_paths(item)
+                    for key, item in value.items()
+                }
+            if isinstance(value, list):
+                return [without_paths(item) for item in value]
+            if not isinstance(value, str):
+                return value
+            path = _PATH.fullmatch(value)
+            return redact(value) if path is None else path[1] + PurePosixPath(path[2]).name
+
+        public = {name: without_paths(json.loads(facts)) for name, facts in releases.items()}
+        newest = public.get("release", {})
+        rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
+        outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
+        return cls(task, rows, TASKS[task].inputs, outputs, public)
+
+    def facts(self) -> dict[int, dict[str, Any]]:
+        """The facts of the releases by their versions."""
+        return {int(facts["version"]): facts for facts in self.releases.values()}
+
+    def config(self) -> dict[str, Any]:
+        """The answer to `/config`, in Triton's form."""
+
+        def described(tensor: Tensor) -> dict[str, Any]:
+            kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+            return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.dims)}
+
+        return {
+            "name": self.name,
+            "max_batch_size": self.max_batch_size,
+            "input": [
+                {**described(tensor), "optional": tensor.optional}
+                for tensor in self.inputs.values()
+            ],
+            "output": [described(tensor) for tensor in self.outputs.values()],
+            "parameters": {
+                name: {"string_value": json.dumps(facts)} for name, facts in self.releases.items()
+            },
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """The answer to `/v2/models/MODEL`, in KServe's form."""
+        batch = [-1] if self.max_batch_size else []
+
+        def described(tensor: Tensor) -> dict[str, Any]:
+            shape = [*batch, *tensor.dims]
+            return {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
+
+        return {
+            "name": self.name,
+            "versions": list(map(str, sorted(self.facts()))),
+            "platform": "python",
+            "inputs": list(map(described, self.inputs.values())),
+            "outputs": list(map(described, self.outputs.values())),
+        }
+
+
+OK = "ok"
+GONE = "caller_gone"
+
+
+@dataclass
+class Entry:
+    """The record of one request."""
+
+    id: str  # `X-Request-Id` of the caller, or a new one
+    key: str | None = None  # name of the caller's key
+    task: str | None = None  # or "embeddings"; None of requests other than inferences
+    release: str | None = None  # that answered
+    code: str = OK  # of the refusal, or GONE
+    status: int = 200
+    bytes_in: int = 0  # of the body
+    bytes_out: int = 0
+    ms: float = 0.0  # from the headers to the answer
+    queue_ms: float = 0.0  # of these, in the gateway's queue
+    model_ms: float = 0.0  # of these, in Triton or the engine
+    # Of these, in encoders that ran the batch of this request; None in front of Triton.
+    encoder_ms: float | None = None
+    traceparent: str | None = None  # for the server that computes; not in the log
+    steps: list[Step] = field(default_factory=list)  # of an engine; not in the log
+
+    def write(self, log: str) -> None:
+        """Print one line on stderr, in words, or with "json" as JSON."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        if log == "json":
+            facts: dict[str, Any] = {"time": now}
+            for name, value in vars(self).items():
+                if name not in ("traceparent", "steps"):
+                    facts[name] = round(value, 3) if isinstance(value, float) else value
+            line = json.dumps(facts)
+        else:
+            encoder = "" if self.encoder_ms is None else f", encoder {self.encoder_ms:.1f}"
+            line = (
+                f"{now} {self.id} {self.key or '-'} {self.task or '-'} {self.status} {self.code}"
+                f" release {self.release or '-'}, {self.bytes_in} bytes in, {self.bytes_out} out,"
+                f" {self.ms:.1f} ms (queue {self.queue_ms:.1f}, model {self.model_ms:.1f}"
+                f"{encoder})"
+            )
+        print(line, file=sys.stderr, flush=True)
 
 
 class Upstream(Protocol):
@@ -56,42 +296,3 @@ class Upstream(Protocol):
         """
 
     async def close(self) -> None: ...
-
-
-class Health:
-    """Probes each task, unless it has answered a caller in the last `FRESH` seconds."""
-
-    def __init__(self, upstream: Upstream, now: Callable[[], float] = time.monotonic) -> None:
-        self._upstream = upstream
-        self._now = now
-        self._answered = dict.fromkeys(TASKS, -FRESH)
-        self._probing = asyncio.Lock()
-        self._failed: tuple[float, str | None] = -FRESH, None
-
-    def answered(self, task: str) -> None:
-        """Note that a task has just answered."""
-        self._answered[task] = self._now()
-
-    async def trouble(self) -> str | None:
-        """Why not all tasks work, or None; one answer for all who ask in the same seconds."""
-        async with self._probing:
-            when, why = self._failed
-            now = self._now()
-            if why is not None and now - when < FRESH:
-                return why
-            stale = [task for task, last in self._answered.items() if now - last >= FRESH]
-            troubles = await asyncio.gather(*map(self._probe, stale))
-            why = next((trouble for trouble in troubles if trouble), None)
-            self._failed = self._now(), why
-            return why
-
-    async def _probe(self, task: str) -> str | None:
-        try:
-            if not await self._upstream.ready(task):
-                return f"{task} is not ready"
-            await self._upstream.infer(Inference(task, "", dict(PROBES[task])), SHORT_TIMEOUT)
-        except Refused as error:
-            if error.code in _FAILED:
-                return f"{task} does not answer"
-        self.answered(task)
-        return None

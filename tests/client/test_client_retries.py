@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 import radapter_client
 from radapter_client import Client
-from radapter_client._calls import Tries
+from radapter_client._client import Tries
 from radapter_serve.cli import query
 from tests.client.test_client_wire import attempt
 from tests.helpers.stand_ins import http_server

@@ -30,7 +30,7 @@ from radapter_client import (
     Reply,
     Request,
     Segmentation,
-    _url,
+    _wire,
 )
 from radapter_client._results import pick_release, read_releases
 from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
@@ -169,7 +169,7 @@ def test_without_a_url_http_is_asked_or_grpc_where_only_that_listens(kind: Any, 
             ((nobody, f"grpc://{address}"), f"grpc://{address}"),
             ((nobody, nobody), nobody),
         ):
-            monkeypatch.setattr(_url, "DEFAULT_URLS", urls)
+            monkeypatch.setattr(_wire, "DEFAULT_URLS", urls)
             assert repr(kind()) == f"{kind.__name__}({asked!r})"
     with pytest.raises(radapter_client.ServerUnavailable, match="no answer from .*radapter-serve"):
         Client(retries=0).release()

@@ -25,7 +25,7 @@ from PIL import Image
 
 import radapter_client
 from radapter_client import AsyncClient, Client
-from radapter_client._url import PORTS
+from radapter_client._wire import PORTS
 from tests.helpers.stand_ins import grpc_server, http_server
 
 

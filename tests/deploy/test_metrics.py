@@ -37,7 +37,8 @@ def asked_labels() -> Iterator[tuple[str, str]]:
 
 
 def test_metrics_of_the_gateway() -> None:
-    from radapter_serve.gateway.records import Entry, Metrics
+    from radapter_serve.gateway.middleware import Metrics
+    from radapter_serve.gateway.upstream import Entry
 
     gateway = Metrics({name: lambda: 0.0 for name in ("running", "waiting", "body_bytes")})
     gateway.count(Entry("1", key="ann", task="classify"), 0.1)
@@ -59,7 +60,7 @@ def test_prometheus_reads_every_question() -> None:
 
 
 def test_alerts_name_codes_that_there_are() -> None:
-    from radapter_serve.gateway.errors import CODES
+    from radapter_serve.gateway.upstream import CODES
 
     for group in document(RULES)["groups"]:
         for rule in group["rules"]:

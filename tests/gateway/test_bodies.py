@@ -15,9 +15,8 @@ import pytest
 
 from radapter_serve.gateway import kserve
 from radapter_serve.gateway.app import SMALL_BODY, SMALL_JSON
-from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.kserve import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
-from radapter_serve.gateway.upstream import LOG
+from radapter_serve.gateway.upstream import LOG, Inference, Refused
 from tests.helpers.fake_upstream import (
     INFER,
     TEXT,
@@ -126,7 +125,7 @@ class Reading:
         self._read = kserve.read
         monkeypatch.setattr(kserve, "read", self)
 
-    def __call__(self, body: bytes, *rest: Any) -> kserve.Inference:
+    def __call__(self, body: bytes, *rest: Any) -> Inference:
         self.threads.append(threading.current_thread().name)
         if b"xx" in body:
             assert self.go.wait(20)

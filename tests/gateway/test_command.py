@@ -18,7 +18,7 @@ import urllib3
 
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.keys import Keys
+from radapter_serve.gateway.access import Keys
 from radapter_serve.gateway.run import (
     MAX_SILENCE_SECONDS,
     MAX_START_SECONDS,

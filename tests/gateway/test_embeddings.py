@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.errors import CODES, Refused
 from radapter_serve.gateway.kserve import MAX_JSON_VALUES
 from radapter_serve.gateway.openai import EmbeddingsRequest, read, refusal
+from radapter_serve.gateway.upstream import CODES, Refused
 from tests.helpers.small_release import png
 
 MOST = 8

@@ -19,11 +19,11 @@ import pytest
 
 import radapter_client
 from radapter_client import Client
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.access import new_key
+from radapter_serve.gateway.app import FRESH, Health
 from radapter_serve.gateway.middleware import BrowserRule
 from radapter_serve.gateway.settings import Timeouts
-from radapter_serve.gateway.upstream import FRESH, Health
+from radapter_serve.gateway.upstream import Refused
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_server import release

@@ -20,7 +20,7 @@ import trustme
 import urllib3
 
 from radapter_client import AsyncClient, Client, ServerUnavailable
-from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.access import new_key
 from tests.helpers.fake_server import FakeServer
 from tests.helpers.gateway import gateway
 from tests.helpers.small_release import png

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 
 from radapter_client import Client, ServerUnavailable, Unauthorized
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.keys import Key, Keys, new_key
-from radapter_serve.gateway.limits import Quota, TokenBucket
+from radapter_serve.gateway.access import Key, Keys, Quota, TokenBucket, new_key
 from radapter_serve.gateway.settings import Timeouts
+from radapter_serve.gateway.upstream import Refused
 from tests.gateway.test_gateway import BODY, HEAD, heard
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving, until
@@ -97,12 +96,16 @@ def test_a_wrong_line_is_named(limits: str, why: str, tmp_path: Path) -> None:
 
 def test_a_key_works_until_its_last_day(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text(line("ann", "a", "until=2027-01-31") + line("bob", "b"))
-    assert Keys(path, lambda: date(2027, 1, 31)).check("Bearer a").name == "ann"
-    after = Keys(path, lambda: date(2027, 2, 1))
-    with pytest.raises(Refused, match="this key ended with 2027-01-31") as refused:
-        after.check("Bearer a")
-    assert (refused.value.status, after.check("Bearer b").name) == (401, "bob")
+    today = datetime.now(timezone.utc).date()
+    # Of the next day, for midnight may come before the check.
+    path.write_text(
+        line("ann", "a", f"until={today + timedelta(1)}") + line("bob", "b", "until=2026-01-31")
+    )
+    keys = Keys(path)
+    assert keys.check("Bearer a").name == "ann"
+    with pytest.raises(Refused, match="this key ended with 2026-01-31") as refused:
+        keys.check("Bearer b")
+    assert refused.value.status == 401
 
 
 def test_a_key_that_is_exchanged_in_place_no_longer_works(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from radapter_client import Reply
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.keys import new_key
-from radapter_serve.gateway.kserve import Inference
+from radapter_serve.gateway.access import new_key
+from radapter_serve.gateway.upstream import Inference, Refused
 from tests.gateway.test_gateway import heard
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, config, serving, until

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from radapter_client import Request
 from radapter_client._http import encode
-from radapter_serve.gateway.errors import CODES, Refused
-from radapter_serve.gateway.kserve import IMAGES, MAX_JSON_VALUES, Inference, Model, read
+from radapter_serve.gateway.kserve import MAX_JSON_VALUES, read
+from radapter_serve.gateway.upstream import CODES, IMAGES, Inference, Model, Refused
 from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.table import NUMPY
 from tests.helpers.fake_upstream import config

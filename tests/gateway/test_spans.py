@@ -17,11 +17,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from radapter_serve.encoders.encoder import Step
 from radapter_serve.gateway import middleware
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.keys import new_key
-from radapter_serve.gateway.records import Entry
+from radapter_serve.gateway.access import new_key
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
+from radapter_serve.gateway.upstream import Entry, Refused
 from radapter_serve.process import OTLP_ENDPOINTS
 from tests.helpers.collector import Collector, Span, collecting
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving

@@ -18,10 +18,8 @@ import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
-from radapter_serve.gateway.errors import Refused, from_status
-from radapter_serve.gateway.kserve import Inference
-from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.triton import RESOLVE_SECONDS, Triton
+from radapter_serve.gateway.upstream import Entry, Inference, Refused, from_status
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import config, packed

@@ -21,10 +21,8 @@ import urllib3
 
 from radapter_client import Reply
 from radapter_serve.gateway import run
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.kserve import Inference, Model
-from radapter_serve.gateway.records import Entry
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
+from radapter_serve.gateway.upstream import Entry, Inference, Model, Refused
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_server import release
 

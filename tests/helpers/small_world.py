@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.kserve import Inference
+from radapter_serve.gateway.upstream import Inference, Refused
 from radapter_serve.index.facts import FACTS
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import FakeUpstream, as_bytes, config

@@ -25,9 +25,9 @@ import psutil
 
 from radapter_client._http import decode
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.gateway.errors import CODES
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.upstream import CODES
 from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from radapter_serve.playground.run import Settings, serving
+from radapter_serve.playground import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.small_world import SmallWorld, png, write_indexes

@@ -17,9 +17,9 @@ import urllib3
 from radapter_client import Client
 from radapter_serve.cli import playground
 from radapter_serve.errors import RAdapterError, install_command
-from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.keys import new_key
-from radapter_serve.playground.run import Settings, serving
+from radapter_serve.gateway.access import new_key
+from radapter_serve.gateway.upstream import Refused
+from radapter_serve.playground import Settings, serving
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.fake_upstream import Served

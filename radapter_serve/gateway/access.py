@@ -1,26 +1,31 @@
-"""API keys: a file of names, SHA-256 digests and limits; the keys themselves are stored nowhere."""
+"""Who may ask, and how much: API keys with their limits, and the limits for all callers together.
+
+A file of keys has names, SHA-256 digests and limits; the keys themselves are stored nowhere.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
-import logging
+import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from radapter_serve.contract.errors import OVERLOADED
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
-from radapter_serve.gateway.errors import UNAUTHORIZED, Refused
+from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 
-LOG = logging.getLogger("radapter-gateway")
-PREFIX = "radapter-"
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -58,18 +63,13 @@ _LIMITS: dict[str, tuple[Callable[[str], object], str]] = {
 }
 
 
-def _today() -> date:
-    return datetime.now(timezone.utc).date()
-
-
 class Keys:
     """The keys of a file, which is read again when it changes. An unreadable file lets in nobody:
     a revoked key must never work again.
     """
 
-    def __init__(self, path: Path, today: Callable[[], date] = _today) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._today = today
         self._state = _state(path)
         self._keys = _parse(path, _text(path))
 
@@ -94,7 +94,7 @@ class Keys:
                 "send the header Authorization: Bearer KEY, with a key of this gateway",
             )
         until = keys[0].until
-        if until is not None and self._today() > until:
+        if until is not None and datetime.now(timezone.utc).date() > until:
             raise Refused(401, UNAUTHORIZED, f"this key ended with {until}; ask for another")
         return keys[0]
 
@@ -103,7 +103,7 @@ def new_key(path: Path, name: str) -> str:
     """Make a key, and append its digest to a new or an existing file."""
     if not _LINE.fullmatch(f"{name}: {'0' * 64}"):
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
-    key = PREFIX + secrets.token_urlsafe(32)
+    key = f"radapter-{secrets.token_urlsafe(32)}"
     try:
         before = _text(path) if path.exists() else ""
         if name in _parse(path, before):
@@ -178,3 +178,137 @@ def _state(path: Path) -> object:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class TokenBucket:
+    """Allows `limit` in a period of some seconds, any number if None; full at first."""
+
+    def __init__(self, limit: float | None, period: float, now: Callable[[], float]) -> None:
+        self._limit = limit
+        self._period = period
+        self._now = now
+        self._size = max(1.0, limit or 0.0)
+        self._left = self._size
+        self._updated = now()
+
+    def take(self, count: int = 1) -> float:
+        """Take so many and return 0; if there are too few, take none and return the seconds until
+        there are enough.
+        """
+        if self._limit is None:
+            return 0.0
+        now = self._now()
+        self._left += (now - self._updated) * self._limit / self._period
+        self._left = min(self._size, self._left)
+        self._updated = now
+        # A full bucket gives more than it holds, and has a debt afterwards.
+        lacking = min(count, self._size) - self._left
+        if lacking > 1e-9:  # above the error of rounding
+            return lacking * self._period / self._limit
+        self._left -= count
+        return 0.0
+
+
+class Quota:
+    """Counts the requests and images of a key towards its limits."""
+
+    def __init__(self, key: Key, now: Callable[[], float] = time.monotonic) -> None:
+        self.key = key
+        self._requests = TokenBucket(key.requests_per_second, 1.0, now)
+        self._images = TokenBucket(key.images_per_minute, 60.0, now)
+        self._running = 0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while it runs, or raise `Refused`."""
+        key = self.key
+        if key.at_once is not None and self._running >= key.at_once:
+            raise self._refused(f"{key.at_once} requests at once", 1)
+        if seconds := self._requests.take():
+            raise self._refused(f"{key.requests_per_second:g} requests a second", seconds)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    def images(self, count: int) -> None:
+        """Count the images of a request, or raise `Refused`."""
+        if seconds := self._images.take(count):
+            raise self._refused(f"{self.key.images_per_minute:g} images a minute", seconds)
+
+    def _refused(self, allowed: str, seconds: float) -> Refused:
+        after = max(1, math.ceil(seconds))
+        message = f"the key {self.key.name} may send {allowed}; try again in {after} s"
+        return Refused(429, RATE_LIMITED, message, retry_after=after)
+
+
+class ConcurrencyLimit:
+    """Limits the requests that run at once, and those that wait for a place."""
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._free = asyncio.Semaphore(max_running)
+        self.running = 0
+        self.waiting = 0
+
+    @contextlib.asynccontextmanager
+    async def slot(self, entry: Entry) -> AsyncIterator[None]:
+        """Hold a place, or raise `Refused`; the entry gets the milliseconds in the queue and in
+        the block.
+        """
+        asked = time.monotonic()
+        if self._free.locked() and self.waiting >= self._max_waiting:
+            raise Refused(
+                429,
+                OVERLOADED,
+                f"{self._max_running} requests run and {self._max_waiting} wait; try again in a"
+                " moment",
+            )
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+            entry.queue_ms = 1e3 * (time.monotonic() - asked)
+        began = time.monotonic()
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._free.release()
+            entry.model_ms = 1e3 * (time.monotonic() - began)
+
+
+class MemoryBudget:
+    """Limits the bytes of bodies that are held at once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that holds so many bytes more until the block ends, or raises `Refused`
+        where there is no room.
+        """
+        leased = 0
+
+        def acquire(size: int) -> None:
+            nonlocal leased
+            if self.held + size > self.max_bytes:
+                raise Refused(
+                    429,
+                    OVERLOADED,
+                    "the requests under way take all memory that is set apart for them; try again"
+                    " in a moment",
+                )
+            self.held += size
+            leased += size
+
+        try:
+            yield acquire
+        finally:
+            self.held -= leased
