@@ -30,7 +30,7 @@ from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
 from radapter_serve.gateway.access import Keys, Quota
 from radapter_serve.gateway.settings import Log
-from radapter_serve.gateway.upstream import CODES, GONE, LOG, OK, UNAUTHORIZED, Entry, Refused
+from radapter_serve.gateway.upstream import CODES, LOG, UNAUTHORIZED, Entry, Refused
 from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
@@ -156,7 +156,7 @@ class Errors:
             await self.app(scope, receive, send)
             return
         except ClientDisconnect:
-            entry.code = GONE
+            entry.code = "caller_gone"
             entry.status = 499
             answer = Response(status_code=499)
         except Exception as error:
@@ -272,7 +272,7 @@ class Metrics:
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""
-        code = entry.code if entry.code in CODES or entry.code in (OK, GONE) else "other"
+        code = entry.code if entry.code in (*CODES, "ok", "caller_gone") else "other"
         self._requests.labels(entry.task or "none", code).inc()
         if entry.task is not None:
             self._seconds.labels(entry.task).observe(seconds)

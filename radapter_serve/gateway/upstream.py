@@ -233,10 +233,6 @@ class Model:
         }
 
 
-OK = "ok"
-GONE = "caller_gone"
-
-
 @dataclass
 class Entry:
     """The record of one request."""
@@ -245,7 +241,7 @@ class Entry:
     key: str | None = None  # name of the caller's key
     task: str | None = None  # or "embeddings"; None of requests other than inferences
     release: str | None = None  # that answered
-    code: str = OK  # of the refusal, or GONE
+    code: str = "ok"  # or that of the refusal, or "caller_gone"
     status: int = 200
     bytes_in: int = 0  # of the body
     bytes_out: int = 0
