@@ -13,7 +13,7 @@ from typing import Any, Literal
 from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.files import read_yaml
 from radapter_serve.process import limit_threads

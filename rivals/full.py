@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radapter_serve.clip.dense import check_dense
+from radapter_serve.clip.towers import check_dense, linear_head, zero_shot_classifier
 from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
 from rivals.method import (
     Batch,
     Cost,

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_image, encode_text, encode_texts
+from radapter_serve.clip.towers import encode_image, encode_text, encode_texts, zero_shot_classifier
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.files import digest_of, staged
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, endless

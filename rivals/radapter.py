@@ -32,8 +32,7 @@ from radapter_serve.adapter import (
 )
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.clip.prompts import templates_of
-from radapter_serve.clip.towers import encode_image
+from radapter_serve.clip.towers import encode_image, templates_of
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
@@ -42,16 +41,17 @@ from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER
 from radapter_serve.training import Average, Recipe, choose_form
 from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.loop import at_base, other_prompts
 from radapter_serve.training.loss import distance_to_base, positives_of
 from radapter_serve.training.recipe import ready_recipes, recipe_from
 from radapter_serve.training.setup import (
+    TwoTower,
     augmentation,
     choose_loss,
     start_accelerator,
     with_precision,
 )
 from radapter_serve.training.start import run_folder
-from radapter_serve.training.step import TwoTower, at_base, other_prompts
 from radapter_serve.training.tasks import open_run
 from rivals.method import Cost, Learned, Meter, Method, Run, System
 

@@ -11,12 +11,14 @@ from typing import Any
 import yaml
 
 from radapter_serve.cli import run
-from radapter_serve.demo.data import FINE_TUNED, TEMPLATES, made_whole
-from radapter_serve.demo.scenes import (
+from radapter_serve.demo.data import (
+    FINE_TUNED,
     SCENE_SHIFTS,
+    TEMPLATES,
     TEST,
     TRAIN,
     compose,
+    made_whole,
     prepare_scenes,
     write_scenes,
 )

@@ -102,7 +102,7 @@ ROOMS = {
             ),
         ),
         ("radapter_serve/adapter", "radapter_serve/training", "radapter_serve/evaluation"),
-        ("radapter_serve/training/progress.py",),
+        ("radapter_serve/training/loop.py",),
         # Of those that decide the result of a training all or many, of every other function one.
         (
             "*learning_rate__mutmut_*",

@@ -15,12 +15,10 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.runs import OtherImages
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.confidence import fit_confidence
 from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
-from radapter_serve.evaluation.metrics import check_finite
+from radapter_serve.evaluation.metrics import check_finite, fit_confidence
 from radapter_serve.evaluation.models import Change, from_release, in_torch
-from radapter_serve.evaluation.run import evaluate_answers
-from radapter_serve.evaluation.sets import open_set, own_validation
+from radapter_serve.evaluation.run import evaluate_answers, open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.release import Confidence
 

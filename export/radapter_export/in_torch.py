@@ -17,9 +17,10 @@ from radapter_export.settings import CLASSES
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import check_dense, encode_patches
 from radapter_serve.clip.towers import (
+    check_dense,
     encode_image,
+    encode_patches,
     encode_text,
     is_causal,
     logit_scale_and_bias,

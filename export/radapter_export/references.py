@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import encode_patches
-from radapter_serve.clip.towers import encode_image, normalised
+from radapter_serve.clip.towers import encode_image, encode_patches, normalised
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER

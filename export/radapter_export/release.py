@@ -37,10 +37,9 @@ from radapter_export.source import Fold, Source, put_reference, read_source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_export.towers import check
 from radapter_export.transformers_form import FORM_FILES, base_form, check_form, save_form
-from radapter_serve.adapter.line import Line
+from radapter_serve.adapter.tuned import Line
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import check_dense
-from radapter_serve.clip.towers import is_causal
+from radapter_serve.clip.towers import check_dense, is_causal
 from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.errors import TaskError, check_alpha
 from radapter_serve.contract.labels import SAME, indistinguishable

@@ -24,12 +24,10 @@ from radapter_serve.adapter import (
     fold,
     load_adapter,
 )
-from radapter_serve.adapter.checkpoint import load_checkpoint
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.line import Line
-from radapter_serve.adapter.lora import load_lora
+from radapter_serve.adapter.tuned import Line, load_checkpoint, load_lora
 from radapter_serve.clip.base import Base, load_base, split_name
-from radapter_serve.clip.prompts import templates_of
+from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.errors import TaskError, check_alpha
 from radapter_serve.contract.labels import RULE, check_labels, is_name, split_label
 from radapter_serve.errors import RAdapterError

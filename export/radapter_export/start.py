@@ -13,7 +13,7 @@ from rich.console import Console
 
 from radapter_export.settings import ExportSettings
 from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.evaluation.progress import status
+from radapter_serve.evaluation.start import status
 from radapter_serve.files import checker
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import check_base_is_named, newest_run

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import check_dense, neighbourhood, patch_features
-from radapter_serve.clip.towers import causal_text_features, is_causal, pool_type, text_tower
+from radapter_serve.clip.towers import (
+    causal_text_features,
+    check_dense,
+    is_causal,
+    neighbourhood,
+    patch_features,
+    pool_type,
+    text_tower,
+)
 from radapter_serve.errors import RAdapterError
 
 # How the names of a copy's weights begin; the rest of a name is its key in the state dict.

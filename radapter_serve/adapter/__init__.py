@@ -5,11 +5,16 @@ alpha·X·W_adp`, applied after the linear layer `W, b`, equals the layer `W + a
 alpha·F·b`.
 """
 
-from radapter_serve.adapter.attach import Adapters, Form, attach, attach_adapter
-from radapter_serve.adapter.file import Adapter, Metadata, base_digest, load_adapter, save_adapter
-from radapter_serve.adapter.fold import fold
-from radapter_serve.adapter.sites import Site, find_sites
-from radapter_serve.adapter.soup import average_adapters
+from radapter_serve.adapter.attach import Adapters, Form, Site, attach, attach_adapter, find_sites
+from radapter_serve.adapter.file import (
+    Adapter,
+    Metadata,
+    average_adapters,
+    base_digest,
+    fold,
+    load_adapter,
+    save_adapter,
+)
 
 __all__ = [
     "Adapter",

@@ -44,7 +44,7 @@ def demo(
 
     run_demo(settings)
     if open:
-        from radapter_serve.demo.play import play
+        from radapter_serve.demo.run import play
 
         play(settings.out)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_image
+from radapter_serve.clip.towers import encode_image, zero_shot_classifier
 from radapter_serve.contract.labels import read_label_file, read_templates, split_label
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
-from radapter_serve.evaluation.classification import evaluation_batches, zero_shot_classifier
 from radapter_serve.evaluation.image_sets import drawn
 from radapter_serve.evaluation.metrics import paired_difference
+from radapter_serve.training.validation import evaluation_batches
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"

@@ -7,21 +7,25 @@ licences: `ATTRIBUTION.md`.
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import io
 import json
 import lzma
+import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
+from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.errors import RAdapterError, install_command
 
 BASE = Path(__file__).parent / "base"
@@ -44,6 +48,19 @@ FINE_TUNED = "colour"  # the style that the demo fine-tunes on
 SHIFTS = tuple(style for style in STYLES if style != FINE_TUNED)
 ON_BLACK = "silhouettes"
 SIDE = 96  # pixels
+Split = Literal["train", "val", "test"]
+# A scene is a square of 2 x 2 cells, each with a drawing or none.
+CELL = 80
+CELLS = 2
+SIDES = (60, 81)  # pixels of a drawing, from and below
+TRAIN = 600  # scenes
+TEST = 100  # scenes of each style
+CLASSES_SHOWN = 48  # the work of segmentation grows with them
+CAPTIONS = 2  # of each scene: the first by the names of the classes, the second by any synonyms
+SCENE_SHIFTS = ("filled", "emoji-noto")
+SHORT_SIDE = 96  # pixels, of dense segmentation: a drawing of a scene is then as large as a window
+PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
+KINDS = ("a drawing", "a picture", "an icon")
 
 
 @dataclass(frozen=True)
@@ -163,3 +180,151 @@ def style_of(name: str) -> str:
     style, _, rest = name.partition(", ")
     label = STYLES.get(style, style) + (f", {rest}" if rest else "")
     return label + (" (in distribution)" if name == FINE_TUNED else "")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Drawings side by side."""
+
+    image: Image.Image
+    mask: NDArray[np.uint8]  # the number of a pixel's class; the paper has the one after the last
+    shown: Sequence[str]  # the drawings' classes, synonyms after commas
+
+
+@dataclass(frozen=True)
+class SceneData:
+    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class
+    in the class file.
+    """
+
+    train: Path
+    test: dict[str, Path]  # by style: the same classes at the same places in all of them
+    classes: Path  # class file without the paper
+    gallery: Path  # CSV of all test scenes: image, style, caption
+
+
+def prepare_scenes(
+    folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0, quiet: bool = False
+) -> SceneData:
+    """Compose the demo's scenes, so many to train on and of each style to test on; each folder is
+    made whole or not at all, and those that are there already are taken as they are.
+    """
+    folder = Path(folder)
+    tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
+    wanted: list[tuple[Path, Split, str, int]] = [(folder / "train", "train", FINE_TUNED, train)]
+    wanted += [(place, "test", style, test) for style, place in tests.items()]
+    missing = [scenes for scenes in wanted if scenes[3] and not scenes[0].is_dir()]
+    for place, split, style, count in track(
+        missing, "Composing the scenes", disable=quiet or not missing
+    ):
+        with made_whole(place, "scenes") as part:
+            write_scenes(part, compose(split, style, count, seed), seed)
+
+    # List the test scenes with the captions that name the classes.
+    classes = folder / "classes.txt"
+    gallery = folder / "gallery.csv"
+    if missing or not gallery.is_file():
+        classes.write_text("\n".join(scene_classes()) + "\n", encoding="utf-8")
+        with gallery.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "style", "caption"])
+            for style, place in tests.items():
+                for image, caption in read_captions(place):
+                    table.writerow([f"{place.name}/{image}", style, caption])
+    return SceneData(folder / "train", tests, classes, gallery)
+
+
+def read_captions(place: Path) -> list[tuple[str, str]]:
+    """The images of a folder of scenes, each with its caption by the names of the classes."""
+    with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["image"], row["caption"]) for row in rows[::CAPTIONS]]
+
+
+@functools.cache
+def scene_classes() -> tuple[str, ...]:
+    """The classes of scenes, as lines with synonyms after commas: those that every style of scenes
+    has drawings of, with the most drawings to learn from.
+    """
+    train, *tests = (
+        drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS)))
+    )
+    drawn = [name for name in train if all(name in test for test in tests)]
+    most = sorted(drawn, key=lambda name: (-len(train[name]), name))[:CLASSES_SHOWN]
+    return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in most)
+
+
+@functools.cache
+def rendered(svg: str) -> Image.Image:
+    """Render a drawing at a cell's size, as RGBA, once."""
+    return render(svg, CELL)
+
+
+def compose(
+    split: Split,
+    style: str,
+    count: int,
+    seed: int,
+    *,
+    sides: tuple[int, int] = SIDES,
+    draw_svg: Callable[[str], Image.Image] = rendered,
+) -> Iterator[Scene]:
+    """Compose scenes of two to four drawings, each of another class.
+
+    The same seed shows the same classes at the same places in every style; only `val` lacks
+    drawings of some classes. `sides` are the pixels of a drawing, from and below; `draw_svg`
+    renders an SVG document as RGBA.
+    """
+    classes = scene_classes()
+    draw = random.Random(seed)
+    by_class = drawings_of(place_of(style) if split == "test" else split)
+    drawn_classes = [line for line in classes if split_label(line)[0] in by_class]
+    corners = [(x * CELL, y * CELL) for x in range(CELLS) for y in range(CELLS)]
+    for _ in range(count):
+        image = Image.new("RGB", (CELLS * CELL, CELLS * CELL), draw.choice(PAPERS))
+        mask = np.full((image.height, image.width), len(classes), np.uint8)
+        chosen = draw.sample(corners, draw.randint(2, len(corners)))
+        shown = draw.sample(drawn_classes, len(chosen))
+        for (left, top), line in zip(chosen, shown, strict=True):
+            side = draw.randrange(*sides)
+            x = left + draw.randint(0, CELL - side)
+            y = top + draw.randint(0, CELL - side)
+            svgs = by_class[split_label(line)[0]]
+            # `random` takes one draw in every style, however many drawings there are.
+            drawn = draw_svg(svgs[int(draw.random() * len(svgs))])
+            drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
+            image.paste(drawn, (x, y), drawn)
+            # The mask is where the drawing covers more than half of the paper.
+            inside = np.asarray(drawn.getchannel("A")) >= 128
+            mask[y : y + side, x : x + side][inside] = classes.index(line)
+        yield Scene(image, mask, shown)
+
+
+def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
+    """Two captions of a scene, each with all that is shown in any order: by the names of the
+    classes, and by any synonyms.
+    """
+
+    def sentence(words: list[str]) -> str:
+        draw.shuffle(words)
+        return f"{draw.choice(KINDS)} of {', '.join(words[:-1])} and {words[-1]}"
+
+    names = [split_label(line) for line in shown]
+    return [
+        sentence([name for name, *_ in names]),
+        sentence([draw.choice(synonyms) for synonyms in names]),
+    ]
+
+
+def write_scenes(folder: Path, scenes: Iterator[Scene], seed: int) -> None:
+    """Write scenes as `images/`, `masks/` and `captions.csv`; the seed draws the captions."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for index, scene in enumerate(scenes):
+            scene.image.save(folder / "images" / f"{index:03}.png")
+            Image.fromarray(scene.mask).save(folder / "masks" / f"{index:03}.png")
+            for caption in captions(scene.shown, random.Random(f"{seed}-{index}")):
+                table.writerow([f"images/{index:03}.png", caption])

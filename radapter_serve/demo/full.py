@@ -20,10 +20,9 @@ from torch.optim import AdamW
 
 from radapter_client import Client
 from radapter_serve.clip.base import load_base
-from radapter_serve.clip.towers import encode_image
+from radapter_serve.clip.towers import encode_image, linear_head, zero_shot_classifier
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.demo import DemoSettings
-from radapter_serve.demo.ask import ask_labels, ask_masks, ask_search, served
 from radapter_serve.demo.compare import (
     ALPHAS,
     OURS,
@@ -33,12 +32,30 @@ from radapter_serve.demo.compare import (
     line_of,
     right,
 )
-from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare, style_of
-from radapter_serve.demo.run import QUERIES, Log, export, fields_of, recipe_of
-from radapter_serve.demo.scenes import SHORT_SIDE, SceneData, prepare_scenes, read_captions
+from radapter_serve.demo.data import (
+    FINE_TUNED,
+    SHORT_SIDE,
+    STYLES,
+    DemoData,
+    SceneData,
+    prepare,
+    prepare_scenes,
+    read_captions,
+    style_of,
+)
+from radapter_serve.demo.run import (
+    QUERIES,
+    Log,
+    ask_labels,
+    ask_masks,
+    ask_search,
+    export,
+    fields_of,
+    recipe_of,
+    served,
+)
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.rows import Results

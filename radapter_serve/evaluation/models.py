@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
-from radapter_serve.adapter.checkpoint import read_weights
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.line import Tuned, check_weights
+from radapter_serve.adapter.tuned import Tuned, check_weights, read_weights
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.dense import check_dense, encode_patches
 from radapter_serve.clip.towers import (
+    check_dense,
     encode_image,
+    encode_patches,
     encode_text,
     logit_scale_and_bias,
     normalised,

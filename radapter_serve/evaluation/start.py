@@ -6,17 +6,19 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError, all_of, one_line
-from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.rows import Results, Row, table, warnings
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 GRID = tuple(round(0.1 * step, 1) for step in range(11))  # of auto
 Place = str | PathLike[str]
+Say = Callable[[str], None]
+INTERVAL = 10.0  # seconds between two plain lines
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,8 +173,7 @@ class EvaluatedModel:
 
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
         """Load it at these alphas; a run from its path."""
-        from radapter_serve.adapter.checkpoint import load_checkpoint
-        from radapter_serve.adapter.lora import load_lora
+        from radapter_serve.adapter.tuned import load_checkpoint, load_lora
         from radapter_serve.encoders.loaded import load_release
         from radapter_serve.evaluation import models
 
@@ -308,7 +311,7 @@ def evaluate_model(
         if data is not None:
             # torch takes seconds to load: not before what is refused without it.
             from radapter_serve.adapter import load_adapter
-            from radapter_serve.evaluation.sets import as_trained
+            from radapter_serve.evaluation.run import as_trained
 
             tests = as_trained(load_adapter(path).metadata, data)
     folder = settings.folder(model.name(path), tests.name if tests else "validation")
@@ -316,8 +319,12 @@ def evaluate_model(
 
     from radapter_serve.adapter import load_adapter
     from radapter_serve.evaluation.plots import draw, draw_choice
-    from radapter_serve.evaluation.run import choose_alpha, evaluate_suite, warn_of_overlap
-    from radapter_serve.evaluation.sets import open_set
+    from radapter_serve.evaluation.run import (
+        choose_alpha,
+        evaluate_suite,
+        open_set,
+        warn_of_overlap,
+    )
 
     skipped: list[str] = []
     choosing: list[EvaluationSet] = []
@@ -408,3 +415,29 @@ def _suite(suite: Place | None, data: str | None, data_root: Path, *, auto: bool
         "no test data; give a suite with --suite: a file, or one of"
         f" {', '.join(ready_suites())}; or one data set with --data"
     )
+
+
+@contextmanager
+def status(
+    console: Console, *, show: bool = True, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Say]:
+    """Yields a function that shows a line: on a terminal one line that changes, elsewhere a plain
+    line every ten seconds of the clock. `show` False shows nothing.
+    """
+    if not show:
+        yield lambda line: None
+        return
+    if console.is_terminal:
+        with console.status("starting") as shown:
+            yield lambda line: shown.update(escape(line))
+        return
+    printed = clock()
+
+    def say(line: str) -> None:
+        nonlocal printed
+        now = clock()
+        if now - printed >= INTERVAL:
+            printed = now
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    yield say

@@ -80,7 +80,7 @@ class Entry(DataSource):
                 f"proposal_weight is {self.proposal_weight}, which needs proposals with scores"
             )
         elif self.dense not in (None, PROPOSALS):
-            from radapter_serve.clip.dense import METHODS  # torch takes seconds to load
+            from radapter_serve.clip.towers import METHODS  # torch takes seconds to load
 
             if self.dense not in METHODS:
                 names = ", ".join((*METHODS, PROPOSALS))

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radapter_serve.training.loss import gather_with_grad, mpm_nce, pairwise_sigmoid
     from radapter_serve.training.recipe import Recipe, Run, load_recipe
-    from radapter_serve.training.setup import choose_form
+    from radapter_serve.training.setup import Average, choose_form
     from radapter_serve.training.start import train
-    from radapter_serve.training.step import Average
 
 __all__ = [
     "Average",

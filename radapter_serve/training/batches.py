@@ -5,6 +5,7 @@ processes.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.training.progress import ignore_interruptions
 
 Transform = Callable[[Image.Image], Tensor]
 NO_LABEL = -1  # in the place of labels that an image does not have
@@ -200,3 +200,11 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "broken": [name for item in items for name in item["broken"]],
         "row": items[-1]["row"],
     }
+
+
+def ignore_interruptions(worker: int) -> None:
+    """For processes that read images: the terminal sends Ctrl-C to them, too, and the run still
+    needs them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

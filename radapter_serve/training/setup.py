@@ -1,8 +1,12 @@
-"""What a run needs before its first step: processes, model, adapters, data, loss and tracker."""
+"""What a run needs before its first step (processes, model, adapters, data, loss and tracker), and
+the checkpoints from which a killed run goes on to the same result.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,20 +15,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, attach, base_digest, find_sites
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import logit_scale_and_bias
+from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import staged
+from radapter_serve.sources import CHECKPOINT
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
-from radapter_serve.training.step import Average, TwoTower, flatten_projections
 from radapter_serve.training.tasks import Data, RunData
+
+FREE = {
+    "workers",
+    "threads",
+    "tracker",
+    "save_every",
+    "validate_every",
+    "val_data",
+    "form",
+    "on_broken",
+}
 
 
 @dataclass(frozen=True)
@@ -198,3 +216,166 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
         )
     except Exception as error:  # each tracker raises its own kinds: not logged in, offline
         raise RAdapterError(f"tracker {recipe.tracker} does not start: {reason(error)}") from error
+
+
+class TwoTower(nn.Module):
+    """Both towers in one forward pass, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+        super().__init__()
+        self.model = model
+        self.adapters = adapters
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
+        with parametrize.cached():  # attention reads its weights more than once
+            return encode_image(self.model, pixels), encode_text(self.model, tokens)
+
+
+class Average:
+    """`W̃ ← m·W̃ + (1−m)·W` after every step, in fp32, from the adapters' start.
+
+    Args:
+        adapters: whose tensors are averaged.
+        momentum: m in [0, 1).
+        bias_correction: divide out the weight that the start still has, `1−m^t`. The paper has
+            none, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of what
+            was learned.
+    """
+
+    def __init__(
+        self, adapters: Adapters, momentum: float, *, bias_correction: bool = False
+    ) -> None:
+        self.adapters = adapters
+        self.momentum = momentum
+        self.bias_correction = bias_correction
+        self.steps = 0
+        self.tensors = {
+            name: p.detach().float().clone() for name, p in adapters.named_tensors().items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the adapters' present values; call it after every optimizer step."""
+        self.steps += 1
+        share = self.share()
+        for name, value in self.adapters.named_tensors().items():
+            self.tensors[name].lerp_(value.float(), share)
+
+    def share(self) -> float:
+        """The share of the newest values in the average, from 0 to 1."""
+        m = self.momentum
+        if self.bias_correction:  # the same as W̃/(1−m^t) of an average that starts at zero
+            m = m * (1 - m ** (self.steps - 1)) / (1 - m**self.steps)
+        return 1 - m
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the adapters hold the average and drop nothing."""
+        kept = {name: p.detach().clone() for name, p in self.adapters.named_tensors().items()}
+        self.adapters.stop_drop()
+        self.adapters.load_tensors(self.tensors)
+        try:
+            yield
+        finally:
+            self.adapters.load_tensors(kept)
+
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from a checkpoint."""
+        self.steps = steps
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)
+
+
+def flatten_projections(model: nn.Module) -> None:
+    """Make the in-projection of each `nn.MultiheadAttention` a product of two matrices.
+
+    With `batch_first`, torch transposes its input [N, L, D] into a view [L, N, D], which it then
+    multiplies as a batch of L matrices by L copies of the weight: in bf16 that took half of a step.
+    A contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
+    """
+
+    def contiguous(attention: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        query = args[0]
+        if query.dim() != 3 or any(other is not query for other in args[1:3]):
+            return None  # of cross-attention
+        rows = query.transpose(0, 1).contiguous().transpose(0, 1)
+        return (rows, rows, rows, *args[3:])
+
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention and module.batch_first:
+            module.register_forward_pre_hook(contiguous)
+
+
+def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
+    """Save the state after a step from the main process, whole or not at all; every process calls
+    it, each with the (epoch, batch or row) that comes next for it.
+    """
+    accelerator = learner.accelerator
+    positions = gather_object([position])
+    if not accelerator.is_main_process:
+        return
+    adapters = learner.adapters.named_tensors().items()
+    state = {
+        "recipe": _fixed(learner.plan.recipe),
+        "adapters": {name: value.detach().cpu() for name, value in adapters},
+        "average": {name: value.cpu() for name, value in learner.average.tensors.items()},
+        "average_steps": learner.average.steps,
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "step": step,
+        "positions": positions,
+        "held_out": learner.held_out,
+    }
+    try:
+        with staged(out / CHECKPOINT) as part:
+            torch.save(state, part)
+    except (OSError, RuntimeError) as error:
+        raise RAdapterError(
+            f"could not write {out / CHECKPOINT}: {error}; the last whole checkpoint is kept"
+        ) from error
+
+
+def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
+    """Restore what was saved; gives the step, and the (epoch, batch or row) that comes next for
+    this process. Refuses the checkpoint of another recipe, or of other held-out images.
+    """
+    path = out / CHECKPOINT
+    if not path.is_file():
+        raise RAdapterError(f"no checkpoint at {path}; leave --resume out to start a run")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        old = state["recipe"]
+    except Exception as error:  # a damaged file raises anything
+        raise RAdapterError(
+            f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again"
+        ) from error
+    recipe = learner.plan.recipe
+    changed = [
+        f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v
+    ]
+    if changed:
+        raise RAdapterError(
+            f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new"
+            " --out"
+        )
+    if state["held_out"] != learner.held_out:
+        raise RAdapterError(
+            f"{recipe.data} has changed since {path} was written: the share that val_fraction draws"
+            " now holds images that the run was trained with; bring back the files as they were,"
+            " or start again with a new --out"
+        )
+    accelerator = learner.accelerator
+    learner.adapters.load_tensors(state["adapters"])
+    learner.average.load(state["average"], state["average_steps"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"] and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    positions = state["positions"]
+    epoch, batch = positions[accelerator.process_index % len(positions)]
+    return int(state["step"]), (int(epoch), int(batch))
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {name: value for name, value in recipe.to_dict().items() if name not in FREE}

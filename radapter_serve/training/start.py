@@ -1,19 +1,42 @@
-"""Training from a recipe: the data is checked before torch is loaded and a model is fetched."""
+"""Training from a recipe: the data is checked before torch is loaded and a model is fetched, and
+the learning rate is searched where the recipe says `auto`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, one_line
+from radapter_serve.files import staged
 from radapter_serve.process import limit_threads
-from radapter_serve.sources import ADAPTER, CHECKPOINT
+from radapter_serve.sources import ADAPTER, CHECKPOINT, RATES
 from radapter_serve.training.recipe import Recipe, Run, recipe_from
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.tasks import RunData, open_run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from radapter_serve.adapter import Adapters
+    from radapter_serve.clip.base import Base
+
+GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+PAPER = 5e-4
+START = GRID[3:6]  # around the paper's
+SHARE = 4  # a short run has one of so many steps
+WIDENINGS = 1  # with the start, four short runs: as many steps as the run itself
 
 
 @one_line("train")
@@ -62,7 +85,7 @@ def train(
     from radapter_serve.training.loop import fit
 
     if chosen.learning_rate == "auto":
-        from radapter_serve.training.rate import search_rate
+        from radapter_serve.training.start import search_rate
 
         say = print if progress else lambda line: None
         chosen, notes = search_rate(chosen, opened, out, say)
@@ -80,3 +103,164 @@ def run_folder(recipe: Recipe) -> Path:
             f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
         )
     return out
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A short run: its peak rate, which held-out images it classifies rightly at the recipe's α
+    (bool [N]), and the share of the base's answers on them that it gives too.
+    """
+
+    learning_rate: float
+    right: NDArray[np.bool_]
+    kept: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share that is right."""
+        return float(self.right.mean())
+
+
+def search_rate(
+    recipe: Recipe, opened: RunData, out: Path, say: Callable[[str], None]
+) -> tuple[Recipe, list[str]]:
+    """Choose the learning rate of a run with `learning_rate: auto`, and write `rates.json` into its
+    folder; returns the recipe with the rate, and what its user should know, a line each.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RAdapterError(
+            "learning_rate auto searches in one process; start radapter-train by itself, stop it"
+            " once it has printed the rate, and start several processes with --learning-rate RATE"
+        )
+    # Warm-up and average follow the length of a short run.
+    steps = max(1, recipe.resolved(opened.images).steps // SHARE)
+    of_base: list[NDArray[np.int64]] = []  # what the base answers, once it was asked
+
+    from radapter_serve.training.loop import fit
+    from radapter_serve.training.validation import answers
+
+    def short_run(rate: float) -> Tried:
+        began = time.monotonic()
+        measured: list[Tried] = []
+
+        def measure(
+            base: Base, adapters: Adapters, val: Any, recipe: Recipe, accelerator: Accelerator
+        ) -> dict[str, float]:
+            alphas = [recipe.alpha] if of_base else [0.0, recipe.alpha]
+            answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
+            if not of_base:
+                of_base.append(answered[0])
+            measured.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))
+            adapters.alpha = 1.0
+            return {}
+
+        with tempfile.TemporaryDirectory() as folder:
+            short = dataclasses.replace(
+                recipe,
+                learning_rate=rate,
+                min_learning_rate=min(recipe.min_learning_rate, rate),
+                steps=steps,
+                warmup_steps=None,
+                momentum=None,
+                validate_every=None,
+                save_every=None,
+                tracker="none",
+            )
+            fit(short, opened, Path(folder), show=False, measure=measure)
+        run = measured[-1]
+        say(
+            f"learning rate {rate:.2g}: {100 * run.accuracy:.1f} % of {len(run.right)} held-out"
+            f" images right at alpha {recipe.alpha:g}, {100 * run.kept:.1f} % of the base's"
+            f" answers kept ({time.monotonic() - began:.0f} s)"
+        )
+        return run
+
+    most = len(START) + WIDENINGS
+    say(
+        f"choosing the learning rate by {len(START)} to {most} short runs, with"
+        f" {len(START) / SHARE:.2g} to {most / SHARE:.2g} times the steps of the run itself"
+    )
+    tried = [short_run(rate) for rate in START]
+    for _ in range(WIDENINGS):
+        beyond = wider(tried)
+        if beyond is None:
+            break
+        tried.append(short_run(beyond))
+    chosen = nearest(tried).learning_rate
+    notes = []
+    best = _best(tried).learning_rate
+    rates = [run.learning_rate for run in tried]
+    if best in (min(rates), max(rates)):
+        notes.append(
+            f"warning: the best learning rate, {best:.2g}, is at the edge of what was tried; see"
+            " whether the loss falls, or give a rate with --learning-rate"
+        )
+
+    # Write the table.
+    table = {
+        "chosen": chosen,
+        "rule": "from the best rate towards 5e-4, as long as each rate is within one standard error"
+        " of the best on held-out images",
+        "tried": [
+            {
+                "learning_rate": run.learning_rate,
+                "accuracy": round(100 * run.accuracy, 2),
+                "base_answers_kept": round(100 * run.kept, 2),
+                "images": len(run.right),
+            }
+            for run in sorted(tried, key=lambda run: run.learning_rate)
+        ],
+        "notes": notes,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with staged(out / RATES) as temporary:
+        temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    say(f"chose learning rate {chosen:.2g}; {out / RATES} has the table")
+    least = min(recipe.min_learning_rate, chosen)
+    return dataclasses.replace(recipe, learning_rate=chosen, min_learning_rate=least), notes
+
+
+def wider(tried: Sequence[Tried]) -> float | None:
+    """The rate of the grid to try next, beyond the edge where the best of the tried ones is; None
+    where it is inside.
+    """
+    best = _best(tried).learning_rate
+    place = GRID.index(best)
+    rates = [run.learning_rate for run in tried]
+    if best == max(rates) and best < GRID[-1]:
+        return GRID[place + 1]
+    if best == min(rates) and best > GRID[0]:
+        return GRID[place - 1]
+    return None
+
+
+def nearest(tried: Sequence[Tried]) -> Tried:
+    """From the best rate towards the paper's, as long as each is within one standard error of the
+    best.
+
+    The error is that of the paired difference over the held-out images (the one-standard-error
+    rule of Breiman et al., Classification and Regression Trees, 1984).
+    """
+    best = _best(tried)
+    low, high = sorted([best.learning_rate, PAPER])
+    way = [run for run in tried if low <= run.learning_rate <= high]
+    chosen = best
+    for run in sorted(way, key=_away, reverse=True):
+        differences = best.right.astype(np.float64) - run.right.astype(np.float64)
+        error = float(np.std(differences) / len(differences) ** 0.5)
+        if best.accuracy - run.accuracy > error:
+            break
+        chosen = run
+    return chosen
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    """The most accurate one; of equals the nearest to the paper's, of two as near the lower one,
+    which keeps more of the base.
+    """
+    return min(tried, key=lambda run: (-round(run.accuracy, 9), *_away(run)))
+
+
+def _away(run: Tried) -> tuple[int, float]:
+    """How far its rate is from the paper's in the grid; and the rate, which orders two as far."""
+    return abs(GRID.index(run.learning_rate) - GRID.index(PAPER)), run.learning_rate

@@ -43,7 +43,7 @@ class RunData:
         """The data with the templates of its recipe; images with masks by their segments, outside
         of which is the mean that the base subtracts.
         """
-        from radapter_serve.clip.prompts import templates_of
+        from radapter_serve.clip.towers import templates_of
 
         def prepared(data: Data) -> Data:
             if isinstance(data, Captioned):

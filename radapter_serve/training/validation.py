@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.clip.towers import encode_image, encode_texts, zero_shot_classifier
 from radapter_serve.data.captions import Captioned
-from radapter_serve.data.rows import LabelledImages
-from radapter_serve.evaluation.classification import (
-    best_classes,
-    evaluation_batches,
-    zero_shot_classifier,
+from radapter_serve.data.rows import BrokenImage, LabelledImages
+from radapter_serve.evaluation.metrics import (
+    caption_groups,
+    check_finite,
+    recalls_of,
+    retrieval_ranks,
 )
-from radapter_serve.evaluation.metrics import caption_groups, recalls_of, retrieval_ranks
 from radapter_serve.training.recipe import Recipe
 
 _Part = tuple[NDArray[Any], NDArray[Any]]
@@ -166,3 +168,47 @@ def _joined(parts: Sequence[_Part]) -> _Part:
     numbers = np.concatenate([of for of, _ in parts])
     order = np.argsort(numbers)
     return numbers[order], np.concatenate([embeds for _, embeds in parts], axis=1)[:, order]
+
+
+@torch.no_grad()
+def best_classes(model: nn.Module, classifier: Tensor, pixels: Tensor) -> Tensor:
+    """The class that fits each image of [B, 3, S, S] best, integer [B], on the CPU; embeddings that
+    are not finite are an error.
+    """
+    scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
+    check_finite(scores.cpu().numpy())
+    return scores.argmax(dim=1).cpu()
+
+
+def evaluation_batches(
+    base: Base,
+    rows: Sequence[Any],
+    read: Callable[[Any], tuple[Image.Image, int | NDArray[np.bool_]]],
+    batch_size: int = 64,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    broken: list[str] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of pixels, as open_clip's own transform makes them for a base, and labels of images.
+
+    `read` gives the image of a row and its label, or for every class whether it is one of the
+    labels. Each of `world` processes gets its share. Images that can't be read are left out and
+    named in `broken`; None raises BrokenImage.
+    """
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    mine = range(rank, len(rows), world)
+    for first in range(0, len(mine), batch_size):
+        pixels = []
+        labels = []
+        for index in mine[first : first + batch_size]:
+            try:
+                image, label = read(rows[index])
+                pixels.append(transform(image))
+                labels.append(label)
+            except BrokenImage as error:
+                if broken is None:
+                    raise
+                broken.append(str(error))
+        if pixels:
+            yield torch.stack(pixels), torch.from_numpy(np.array(labels))  # type: ignore[arg-type]

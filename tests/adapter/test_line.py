@@ -16,8 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radapter_serve.adapter.checkpoint import load_checkpoint
-from radapter_serve.adapter.lora import load_lora
+from radapter_serve.adapter.tuned import load_checkpoint, load_lora
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.transformers import Form, to_transformers
 from radapter_serve.clip.transformers import form_of as form_of_model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter, Metadata, attach, attach_adapter, base_digest, fold
-from radapter_serve.clip.dense import METHODS, encode_patches
+from radapter_serve.clip.towers import METHODS, encode_patches
 from radapter_serve.errors import RAdapterError
 
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16}

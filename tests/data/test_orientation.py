@@ -24,7 +24,7 @@ from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import IGNORE, Masked, load_masked
 from radapter_serve.data.segments import list_segments
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

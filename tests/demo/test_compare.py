@@ -132,7 +132,7 @@ def test_r_adapter_is_right_as_often_as_radapter_eval_says(
 def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
     given: dict[str, Any], comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
 ) -> None:
-    from radapter_serve.evaluation.sets import open_set
+    from radapter_serve.evaluation.run import open_set
 
     suite = suite_of(two_styles)
     method = FullFineTuning({"weight_decay": 0.0})

@@ -15,7 +15,7 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, load_choice, save_choice
 from radapter_serve.evaluation.rows import Row, packed
-from radapter_serve.evaluation.sets import own_validation
+from radapter_serve.evaluation.run import own_validation
 from tests.helpers.a_row import a_row
 
 UNSHIFTED = "No validation set is shifted"

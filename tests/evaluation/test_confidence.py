@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.confidence import fit_confidence, fit_sigmoid, fit_temperature
+from radapter_serve.evaluation.metrics import fit_confidence, fit_sigmoid, fit_temperature
 
 N = 4000
 CLASSES = 6

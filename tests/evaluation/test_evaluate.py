@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import zero_shot_classifier
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import best_classes, zero_shot_classifier
 from radapter_serve.evaluation.image_sets import nouns_beside
 from radapter_serve.evaluation.models import (
     Candidate,
@@ -32,10 +32,10 @@ from radapter_serve.evaluation.models import (
     from_server,
 )
 from radapter_serve.evaluation.rows import Results, Row
-from radapter_serve.evaluation.run import evaluate_suite
-from radapter_serve.evaluation.sets import as_trained
+from radapter_serve.evaluation.run import as_trained, evaluate_suite
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
+from radapter_serve.training.validation import best_classes
 from tests.evaluation.conftest import CLASSES
 
 ALPHAS = [0.0, 0.4, 1.0]

@@ -18,8 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.models import Candidate
 from radapter_serve.evaluation.rows import Row, table
-from radapter_serve.evaluation.run import evaluate
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import evaluate, open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from tests.evaluation.conftest import Fake, candidate
 

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.progress import status
 from radapter_serve.evaluation.rows import (
     Bin,
     ClassFigures,
@@ -23,6 +22,7 @@ from radapter_serve.evaluation.rows import (
     packed,
     table,
 )
+from radapter_serve.evaluation.start import status
 from tests.helpers.a_row import a_row
 from tests.helpers.fake_clock import FakeClock
 

@@ -35,8 +35,7 @@ from radapter_serve.evaluation.models import (
 )
 from radapter_serve.evaluation.plots import draw
 from radapter_serve.evaluation.rows import Results, table
-from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import DenseSegmenter, encode_windows
 from tests.evaluation.conftest import Fake, candidate
@@ -283,8 +282,7 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
 
     from radapter_serve.adapter import fold
     from radapter_serve.clip.base import load_base
-    from radapter_serve.clip.dense import encode_patches
-    from radapter_serve.evaluation.classification import zero_shot_classifier
+    from radapter_serve.clip.towers import encode_patches, zero_shot_classifier
 
     suite = suite_of(masked, SETS)
     found = masks_of(from_adapter(dense_run, [0.0, 0.6]), suite)["dense"]

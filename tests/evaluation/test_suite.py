@@ -18,8 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import ClassFigures, Results, table
-from radapter_serve.evaluation.run import evaluate_suite
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from tests.evaluation.conftest import CLASSES
 

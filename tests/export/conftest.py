@@ -14,7 +14,7 @@ from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.evaluation.confidence import LEAST
+from radapter_serve.evaluation.metrics import LEAST
 from tests.helpers.graphs import graph_of, quick_exports
 
 ALPHAS = (0.3, 0.8)

@@ -17,7 +17,7 @@ import torch
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
 from radapter_export.towers import Attention, check
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.dense import METHODS, encode_patches
+from radapter_serve.clip.towers import METHODS, encode_patches
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from tests.export.conftest import GRAPHS, Exported

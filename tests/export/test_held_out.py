@@ -27,7 +27,7 @@ from radapter_serve.data.runs import held_out_digest
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.models import TorchEncoder
-from radapter_serve.evaluation.sets import open_set, own_validation
+from radapter_serve.evaluation.run import open_set, own_validation
 from tests.helpers.own_cache import own_cache as own_cache
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}

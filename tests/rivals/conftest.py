@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from rivals import cells as cells_module
 from rivals.method import Run, learned

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from radapter_serve.clip.base import load_base
-from radapter_serve.clip.towers import normalised
+from radapter_serve.clip.towers import normalised, zero_shot_classifier
 from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from rivals.cells import judge, systems_of
 from rivals.flyp import CLIPood, Margins

@@ -22,8 +22,8 @@ from torch.optim import SGD
 
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import evaluation_batches
 from radapter_serve.evaluation.image_sets import EvaluationSet
+from radapter_serve.training.validation import evaluation_batches
 from rivals.adapters import CLIPSVD, AdaptFormer, LoRA, RepAdapter
 from rivals.cells import judge
 from rivals.flyp import CLIPood, FineTuneLikePretrain, Flyp

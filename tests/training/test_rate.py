@@ -16,7 +16,7 @@ from PIL import Image
 from radapter_serve import RAdapterError, load_adapter, train
 from radapter_serve.cli.train import main as train_command
 from radapter_serve.training import Recipe
-from radapter_serve.training.rate import GRID, START, Tried, nearest, wider
+from radapter_serve.training.start import GRID, START, Tried, nearest, wider
 from tests.helpers.by_hand import ClipWithAdapters, Pair, accuracy_by_hand, steps_taken
 from tests.helpers.short_run import short_run
 
@@ -127,8 +127,8 @@ def test_a_run_finds_its_rate_by_short_runs(
 @pytest.fixture
 def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches among one rate."""
-    monkeypatch.setattr("radapter_serve.training.rate.START", GRID[3:4])
-    monkeypatch.setattr("radapter_serve.training.rate.WIDENINGS", 0)
+    monkeypatch.setattr("radapter_serve.training.start.START", GRID[3:4])
+    monkeypatch.setattr("radapter_serve.training.start.WIDENINGS", 0)
 
 
 def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_run(

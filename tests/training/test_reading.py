@@ -21,7 +21,7 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.sets import open_set, own_validation
+from radapter_serve.evaluation.run import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
 from radapter_serve.training.tasks import open_data

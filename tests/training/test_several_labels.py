@@ -17,7 +17,7 @@ from radapter_serve import evaluate
 from radapter_serve.adapter import load_adapter
 from radapter_serve.data.labelled import Labelled, class_split, few_shot, load_labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.tasks import open_run

@@ -18,7 +18,8 @@ from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.training import Average
-from radapter_serve.training.step import flatten_projections, other_prompts, share
+from radapter_serve.training.loop import other_prompts, share
+from radapter_serve.training.setup import flatten_projections
 
 
 @pytest.mark.parametrize("rank", [None, 2])

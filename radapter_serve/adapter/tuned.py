@@ -1,0 +1,390 @@
+"""Models that were tuned elsewhere: a checkpoint or a LoRA, and the line of all models between it
+and its base, as in WiSE-FT.
+
+The folder of a LoRA is not trusted, so it is read here and not by peft, which imports a module that
+the configuration names, allocates the rank that it says, and matches its regular expressions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from radapter_serve.adapter.file import tensors_digest
+from radapter_serve.clip.base import Base, load_base, split_name
+from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
+from radapter_serve.contract.errors import check_alpha
+from radapter_serve.errors import RAdapterError, reason, short
+from radapter_serve.files import digest_of
+from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name, needs_base
+
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# Fields that change nothing of what is merged, or that are read below. Any other must be off.
+_KNOWN = (
+    *("peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"),
+    *("base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
+    "init_lora_weights",
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # which leave the base as it is
+_LAYER = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])\.weight")
+_PATTERN = re.compile(r"\^?[\w.]+")
+
+
+@dataclass(frozen=True)
+class Line:
+    """The weights `(1 − α)·base + α·tuned`.
+
+    Both are state dicts of the same names and shapes, fp32; a `base` that is not known is None, and
+    α must be 1. `made_of` is a release's entry: kind, name, base and digest.
+    """
+
+    base: Mapping[str, Tensor] | None
+    tuned: Mapping[str, Tensor]
+    made_of: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the tuned weights, over names and fp32 values."""
+        return tensors_digest(self.tuned)
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of the weights that the line starts from."""
+        return tensors_digest(self.tuned if self.base is None else self.base)
+
+    def check(self, alpha: float) -> None:
+        """Refuse an α outside of [0, 1], and one below 1 without a base."""
+        check_alpha(alpha)
+        if self.base is None and alpha != 1:
+            raise needs_base(alpha, self.made_of["name"])
+
+    @torch.no_grad()
+    def at(self, alpha: float) -> dict[str, Tensor]:
+        """The weights at one α in [0, 1], computed as WiSE-FT does, to the bit."""
+        self.check(alpha)
+        if self.base is None or alpha == 1:
+            return dict(self.tuned)
+        return {
+            name: (1 - alpha) * tensor + alpha * self.tuned[name]
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.base.items()
+        }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that was tuned elsewhere: its base, with the start of the line as weights, and the
+    line.
+    """
+
+    base: Base
+    line: Line
+
+
+def weights_of(base: Base) -> dict[str, Tensor]:
+    """A copy of a model's weights, which stays as it is when the model changes."""
+    return {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
+
+
+def check_weights(
+    name: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of a file in fp32, in the order of `like`, a state dict of the architecture.
+
+    Tensors there that are no floating-point numbers stay as they are. Refuses weights that are
+    missing, left over, of another shape or not finite; `name` is the file's.
+    """
+    needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
+    other = f"{name} is of another architecture than its base"
+    weights = dict(like)
+    for key, tensor in needed.items():
+        if key not in found:
+            raise RAdapterError(f"{other}: it has no weight {key}")
+        if found[key].shape != tensor.shape:
+            shapes = f"{list(found[key].shape)}, and {list(tensor.shape)} in the base"
+            raise RAdapterError(f"{other}: its weight {key} is {shapes}")
+        weights[key] = plain_values(found[key], f"{name} is damaged: its weight {key}")
+    unknown = sorted(
+        key for key, tensor in found.items() if key not in like and tensor.is_floating_point()
+    )
+    if unknown:
+        raise RAdapterError(f"{other}: it has the weight {unknown[0]}, which the base has not")
+    return weights
+
+
+def plain_values(tensor: Tensor, subject: str) -> Tensor:
+    """A tensor of a file in fp32; refuses anything but finite real numbers. `subject` begins the
+    error.
+    """
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not (plain and tensor.is_floating_point()):
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise RAdapterError(f"{subject} is {kind}; allowed are plain floating-point numbers")
+    values = tensor.detach().float()
+    if not values.isfinite().all():
+        raise RAdapterError(f"{subject} holds values that are not finite")
+    return values
+
+
+def load_checkpoint(
+    checkpoint: str, base: str | None = None, pretrained: str | None = None
+) -> Tuned:
+    """Load a tuned checkpoint and its base.
+
+    `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
+    `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, named as
+    `load_base` takes it or `NAME:TAG`, is what was tuned: a file of weights needs one for its
+    architecture, the others for an α below 1.
+    """
+    check_base_is_named(checkpoint, base, pretrained)
+    name = model_name(checkpoint)
+    path = Path(checkpoint)
+    made_of: dict[str, Any] = {
+        "kind": "checkpoint",
+        "name": path.name,
+        "base": f"{base}:{pretrained}" if base and pretrained else base,
+    }
+    if name is None:  # a file of weights
+        assert base is not None  # as was just seen
+        architecture, tag = split_name(base, pretrained)
+        found = read_weights(path)
+        made_of["digest"] = digest_of(path)
+        if tag is None and not architecture.startswith((LOCAL, HUB)):
+            model = load_base(architecture, checkpoint)
+            weights = check_weights(checkpoint, found, model.model.state_dict())
+            return Tuned(model, Line(None, weights, made_of))
+        start = load_base(architecture, tag)
+        start_weights = weights_of(start)
+        weights = check_weights(checkpoint, found, start_weights)
+        return Tuned(start, Line(start_weights, weights, made_of))
+    tuned = load_base(*split_name(name))
+    weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
+    made_of["digest"] = tensors_digest(weights)
+    if base is None:
+        return Tuned(tuned, Line(None, weights, made_of))
+    start = load_base(*split_name(base, pretrained))
+    _check_same(checkpoint, tuned, start)
+    check_weights(checkpoint, weights, start.model.state_dict())
+    start_weights = weights_of(start)
+    tuned.model.load_state_dict(start_weights)
+    return Tuned(tuned, Line(start_weights, weights, made_of))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights without running code: safetensors, or `torch.save` of a state dict or
+    of a training checkpoint that holds one as `state_dict`.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            with warnings.catch_warnings():  # of sparse tensors, which are refused below
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            is_pickle = zipfile.is_zipfile(path) or file.read(1) == b"\x80"  # of any version
+        if not is_pickle:
+            raise RAdapterError(
+                f"could not read the checkpoint {path}: it is neither of torch.save nor of"
+                " safetensors"
+            ) from error
+        raise RAdapterError(
+            f"{path} holds pickled objects beside its weights, and loading them could run foreign"
+            " code; save the state dict alone, by torch.save(model.state_dict(), 'tuned.pt')"
+        ) from error
+    except Exception as error:  # torch and safetensors raise many kinds on what they can't read
+        raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    # The weights by their names in the model itself.
+    weights: dict[str, Tensor] = {}
+    for name, value in found.items() if isinstance(found, Mapping) else ():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            weights = {}
+            break
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        weights[name] = value
+    if not weights:
+        raise RAdapterError(f"{path} holds no state dict: weights by their names")
+    return weights
+
+
+def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
+    """Refuse models that compute differently, whatever the shapes of their weights are."""
+    for one, other in zip(_structure(tuned.model), _structure(base.model), strict=False):
+        if one != other:
+            raise RAdapterError(
+                f"{checkpoint} is of another architecture than its base: it has {one}, and the base"
+                f" {other}"
+            )
+    for name in ("mean", "std"):
+        values = [[float(value) for value in of.preprocess[name]] for of in (tuned, base)]
+        if values[0] != values[1]:
+            raise RAdapterError(
+                f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
+                f" and {values[1]} in the base"
+            )
+
+
+def _structure(model: nn.Module) -> list[str]:
+    """The modules of a model in words: activations and heads show in no weight's shape."""
+    parts = []
+    for name, module in model.named_modules():
+        heads = getattr(module, "num_heads", None)
+        of = f" of {heads} heads" if isinstance(heads, int) else ""
+        parts.append(f"{name} {type(module).__name__}{of}")
+    return parts
+
+
+def load_lora(folder: str | Path, base: str | None = None, pretrained: str | None = None) -> Tuned:
+    """Load a LoRA and its base; the tuned weights are the base's with the LoRA merged.
+
+    `base` is named as `load_base` takes it, or `NAME:TAG`; None for the one that the folder names.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    layers = _read_layers(folder, config)
+
+    # The base.
+    if base is None:
+        name = str(config.get("base_model_name_or_path") or "")
+        if not name:
+            raise RAdapterError(
+                f"{folder} does not say what it was trained on; name it with --base, such as --base"
+                " hf-hub:openai/clip-vit-base-patch32"
+            )
+        base = f"{LOCAL}{name}" if Path(name).is_dir() else f"{HUB}{name}"
+    start = load_base(*split_name(base, pretrained))
+    form = form_of(base, start.model, start.tokenizer)
+    if form.kind != "clip":
+        raise RAdapterError(f"{base} is not a CLIPModel in transformers; --lora takes those alone")
+    weights = weights_of(start)
+
+    # The merge, layer by layer in the names of transformers: W + scale·B·A, as peft computes it.
+    theirs = to_transformers(weights, form)
+    for name, (up, down, scale) in layers.items():
+        weight = theirs.get(f"{name}.weight")
+        if weight is None:
+            raise RAdapterError(f"{folder} adapts the layer {name}, which {base} has not")
+        shape = [len(up), down.shape[1]]
+        if list(weight.shape) != shape:  # before a product that could fill the memory
+            raise RAdapterError(
+                f"{folder} is of another base than {base}: its change of {name} is {shape}, and"
+                f" the layer's weight {list(weight.shape)}"
+            )
+        theirs[f"{name}.weight"] = weight + up @ down * scale
+    merged = to_open_clip(theirs, form)
+    shaped = {name: tensor.reshape(weights[name].shape) for name, tensor in merged.items()}
+    made_of = {
+        "kind": "lora",
+        "name": folder.absolute().name,
+        "base": f"{base}:{pretrained}" if pretrained else base,
+        "digest": digest_of(folder / WEIGHTS),
+    }
+    tuned = check_weights(str(folder), {**weights, **shaped}, weights)
+    return Tuned(start, Line(weights, tuned, made_of))
+
+
+def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """lora_B [out, r] and lora_A [r, in] of each layer, fp32, and the factor of their product."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise RAdapterError(f"{folder} holds no {WEIGHTS}; save it with safe_serialization=True")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RAdapterError(f"could not read {path}: {reason(error)}") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            raise RAdapterError(
+                f"{path} has the tensor {short(name)}; allowed are lora_A and lora_B of linear"
+                " layers: merge it by peft's merge_and_unload, and export that with --checkpoint"
+            )
+        values = plain_values(tensor, f"{path} is damaged: {name}")
+        halves.setdefault(match[1], {})[match[2]] = values
+    if not halves:
+        raise RAdapterError(f"{path} holds no tensors")
+    layers = {}
+    for layer, half in halves.items():
+        down = half.get("A")
+        up = half.get("B")
+        if down is None or up is None or len(down) != up.shape[1]:
+            raise RAdapterError(f"{path} is damaged: lora_A and lora_B of {layer} do not fit")
+        rank = int(_value_of(layer, config.get("rank_pattern"), config.get("r")))
+        if rank != len(down):
+            raise RAdapterError(
+                f"{path} is damaged: {layer} has rank {len(down)}, and {rank} by {CONFIG}"
+            )
+        alpha = _value_of(layer, config.get("alpha_pattern"), config.get("lora_alpha"))
+        layers[layer] = (up, down, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return layers
+
+
+def _value_of(layer: str, patterns: Any, default: Any) -> float:
+    """The rank or alpha of a layer: that of the first pattern that is its name or the end of it."""
+    value = default
+    for pattern, own in (patterns or {}).items():
+        if not _PATTERN.fullmatch(pattern):
+            raise RAdapterError(
+                f"{CONFIG} has the pattern {short(pattern)}; allowed are names of layers"
+            )
+        if layer == pattern.removeprefix("^") or layer.endswith(f".{pattern}"):
+            value = own
+            break
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise RAdapterError(
+            f"{CONFIG} has the rank or alpha {short(value)}; allowed: numbers above 0"
+        )
+    return float(value)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a plain LoRA; refuses any other."""
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RAdapterError(
+            f"{path.parent} is no folder of peft: could not read {path.name}: {reason(error)}"
+        ) from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise RAdapterError(f"{path} is of the kind {short(kind)}; allowed: LORA")
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise RAdapterError(
+            f"{path} has init_lora_weights {short(start)}, which changes the base itself;"
+            " convert it by peft (path_initial_model_for_weight_conversion) first"
+        )
+    for name, value in config.items():
+        if value and name not in _KNOWN and (name, value) != ("bias", "none"):
+            raise RAdapterError(
+                f"{path} has {short(name)} {short(value)}, which is more than a plain LoRA; merge"
+                " it by peft's merge_and_unload, and export that with --checkpoint"
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise RAdapterError(f"{path} has {name} {short(config[name])}; allowed: a table")
+    return config
