@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from radapter_export.settings import CLASSES
@@ -18,16 +16,12 @@ from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import (
+    TorchEncoder,
     check_dense,
-    encode_image,
-    encode_patches,
-    encode_text,
     is_causal,
     logit_scale_and_bias,
-    normalised,
     to_device,
 )
-from radapter_serve.contract.errors import Alpha
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -116,7 +110,7 @@ def load_in_torch(
         dense = dense if dense is not None else (exported.dense or {}).get("way")
 
     # The encoder, the tokenizer and the facts.
-    device_of_model = to_device(base.model, device)
+    to_device(base.model, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         tokenizer = ServedTokenizer.write(
@@ -141,42 +135,9 @@ def load_in_torch(
 
     return LoadedRelease(
         release,
-        TorchEncoder(base, device_of_model, release),
+        TorchEncoder(base.model, release.preprocess, way=(release.dense or {}).get("way")),
         tokenizer.encode,
         read_label_sets=label_sets,
         indexes=indexes,
         origin={"model_repository": base.name},
     )
-
-
-class TorchEncoder:
-    """The encoders of a model in torch, on its device, for a release's preprocessing."""
-
-    def __init__(self, base: Base, device: torch.device, release: Release) -> None:
-        self._model = base.model
-        self._device = device
-        self._release = release
-
-    @torch.inference_mode()
-    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return _floats(encode_image(self._model, self._pixels(pixels)))
-
-    @torch.inference_mode()
-    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        method = (self._release.dense or {})["way"]
-        return _floats(encode_patches(self._model, self._pixels(pixels), method))
-
-    @torch.inference_mode()
-    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
-        return _floats(encode_text(self._model, rows))
-
-    def close(self) -> None:
-        """The model goes with its last user."""
-
-    def _pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
-        return normalised(pixels, self._release.preprocess, self._device)
-
-
-def _floats(values: Tensor) -> NDArray[np.float32]:
-    return np.asarray(values.float().cpu().numpy(), np.float32)

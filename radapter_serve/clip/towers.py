@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
+from radapter_serve.contract.alpha import Alpha
 from radapter_serve.contract.labels import mean_embeddings, read_templates
 from radapter_serve.errors import RAdapterError, reason
 
@@ -28,6 +29,8 @@ from radapter_serve.errors import RAdapterError, reason
 METHODS = ("maskclip", "naclip")
 STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
 Tokenizer = Callable[[list[str]], Tensor]
+Pixels = NDArray[np.uint8]
+Embeds = NDArray[np.float32]
 
 
 def encode_image(model: Any, pixels: Tensor) -> Tensor:
@@ -63,6 +66,44 @@ def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
         [encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)]
     )
     return embeds[torch.argsort(order).to(device)]
+
+
+class TorchEncoder:
+    """`Encoder` of a model in torch, on the device where it is; `way` is its dense method."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Mapping[str, Any],
+        autocast: torch.dtype | None = None,
+        way: str | None = None,
+    ) -> None:
+        self.model = model
+        self._preprocess = preprocess
+        self._device = next(model.parameters()).device
+        self._autocast = autocast
+        self._way = way
+
+    def images(self, pixels: Pixels, alpha: Alpha | None = None) -> Embeds:
+        return self.embed(encode_image, alpha, normalised(pixels, self._preprocess, self._device))
+
+    def patches(self, pixels: Pixels, alpha: Alpha | None = None, way: str | None = None) -> Embeds:
+        pixels_in = normalised(pixels, self._preprocess, self._device)
+        return self.embed(encode_patches, alpha, pixels_in, way or self._way)
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> Embeds:
+        rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
+        return self.embed(encode_text, alpha, rows)
+
+    @torch.inference_mode()
+    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Embeds:
+        """Call one of the functions above; the weights are at their α already."""
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            embeds = encode(self.model, *inputs)
+        return np.asarray(embeds.float().cpu().numpy())
+
+    def close(self) -> None:
+        """The model goes with its last user."""
 
 
 def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:

@@ -20,12 +20,9 @@ from radapter_serve.adapter.file import check_base
 from radapter_serve.adapter.tuned import Tuned, check_weights, read_weights
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import (
+    TorchEncoder,
     check_dense,
-    encode_image,
-    encode_patches,
-    encode_text,
     logit_scale_and_bias,
-    normalised,
     to_device,
 )
 from radapter_serve.contract.errors import Alpha, check_alpha
@@ -241,38 +238,18 @@ class Weights:
         return logit_scale_and_bias({key: self.at(key, change, alpha) for key in keys})
 
 
-class TorchEncoder:
-    """`Encoder` of a base in torch whose weights lie on a line; α None leaves them as they are."""
+class LineEncoder(TorchEncoder):
+    """Sets the weights to the α of each batch, on a line; None leaves them as they are."""
 
     def __init__(self, base: Base, weights: Weights, change: Change, precision: Precision) -> None:
-        self.model = base.model
-        self._preprocess = base.preprocess
+        super().__init__(base.model, base.preprocess, _AUTOCAST.get(precision))
         self._weights = weights
         self._change = change
-        self._device = next(base.model.parameters()).device
-        self._type = _AUTOCAST.get(precision)
 
-    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
-        pixels_in = normalised(pixels, self._preprocess, self._device)
-        return self._run(encode_image, alpha, pixels_in)
-
-    def patches(
-        self, pixels: NDArray[np.uint8], alpha: Alpha | None = None, way: str = "naclip"
-    ) -> Floats:
-        pixels_in = normalised(pixels, self._preprocess, self._device)
-        return self._run(encode_patches, alpha, pixels_in, way)
-
-    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> Floats:
-        rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
-        return self._run(encode_text, alpha, rows)
-
-    @torch.inference_mode()
-    def _run(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
+    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
         if alpha is not None:
             self._weights.set(self._change, float(alpha[0, 0]))
-        with torch.autocast(self._device.type, self._type, enabled=self._type is not None):
-            embeds = encode(self.model, *inputs)
-        return np.asarray(embeds.float().cpu().numpy())
+        return super().embed(encode, alpha, *inputs)
 
     def close(self) -> None:
         """Set the weights back to the base."""
@@ -344,7 +321,7 @@ def in_torch(
     tokens = _Tokens(base.tokenizer)
     candidates = []
     for change in changes:
-        encoder = TorchEncoder(base, weights, change, precision)
+        encoder = LineEncoder(base, weights, change, precision)
         facts = {**change.facts, "precision": precision}
         if "release" not in facts:  # which has a name
             facts |= {"model": base.name, "pretrained": base.pretrained}

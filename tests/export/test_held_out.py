@@ -26,7 +26,7 @@ from radapter_serve.data.rows import LabelledImages
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.models import TorchEncoder
+from radapter_serve.evaluation.models import LineEncoder
 from radapter_serve.evaluation.run import open_set, own_validation
 from tests.helpers.own_cache import own_cache as own_cache
 
@@ -92,7 +92,7 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
         return pair(self, row, draw)
 
     def record_texts(self: LoadedRelease, texts: Any) -> Any:
-        if not isinstance(self.encoder, TorchEncoder):
+        if not isinstance(self.encoder, LineEncoder):
             embedded.extend(texts)
         return embed_texts(self, texts)
 
