@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
-from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import Alpha
 from radapter_serve.contract.labels import mean_embeddings, read_templates
 from radapter_serve.errors import RAdapterError, reason
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.masks import load_masked
 from radapter_serve.demo import data
-from rivals.scenes import scenes
+from radapter_serve.demo import data as scenes
 
 FEW = 4
 
