@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Average": ".step",
+    "Average": ".setup",
     "Recipe": ".recipe",
     "Run": ".recipe",
     "choose_form": ".setup",
