@@ -187,6 +187,14 @@ def test_every_room_says_what_lives_there():
             assert len(text.splitlines()) >= 2, f"{room.name}/__init__.py says too little"
 
 
+def test_no_wait_reads_the_time_of_day():
+    """The clock jumps as a machine wakes up; the beginning of a span alone is a time of day."""
+    modules = {**sources("radapter_serve"), **sources("clients/radapter_client")}
+    del modules["radapter_serve.encoders.encoder"]
+    for name, path in modules.items():
+        assert not re.search(r"\btime\.time(_ns)?\(", path.read_text(encoding="utf-8")), name
+
+
 @pytest.mark.slow
 def test_torch_is_not_imported():
     inside_triton = set(sources("radapter_serve/triton")) - {"triton", "triton.backlog"}

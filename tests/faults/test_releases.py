@@ -92,8 +92,10 @@ def test_a_damaged_release_leaves_the_present_one(models: Path, tmp_path: Path, 
         assert release_at(running.url) == 1
 
 
-@each_way
-@pytest.mark.parametrize("damage", [cut, lose, scribble, no_graph])
+@pytest.mark.parametrize(
+    ("way", "damage"),
+    [pytest.param("triton", no_graph, marks=pytest.mark.triton), ("process", lose)],
+)
 def test_a_damaged_release_is_not_served(
     models: Path, tmp_path: Path, way: str, damage: Callable[[Path], None]
 ) -> None:

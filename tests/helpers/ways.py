@@ -30,7 +30,10 @@ class Running:
 def by_triton(repository: Path, indexes: Path, port: int | None = None) -> Iterator[Running]:
     http, grpc, metrics = free_ports()
     endpoints = Endpoints("127.0.0.1", port or http, grpc, metrics)
-    with TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server:
+    with (
+        TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server,
+        AdminSocket(server.folder, server),
+    ):
         yield Running(server.http_url, server, server.folder)
 
 

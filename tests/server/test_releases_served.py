@@ -1,9 +1,10 @@
-"""Releases on a real server: a switch under load, the way back, what is refused, indexes, and a
+"""Releases on a server, Triton or an engine: a switch under load, the way back, indexes, and a
 crash in the middle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -24,9 +25,7 @@ from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.releases import AdminSocket, find_server
+from radapter_serve.server.releases import find_server
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
@@ -36,9 +35,9 @@ from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import gateway
 from tests.helpers.indexes import outdated_at
 from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
+from tests.helpers.ways import WAYS, Running
 
-pytestmark = pytest.mark.triton
-
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
 LOADERS = 3  # over each way
 IMAGES = [png(number) for number in range(4)]
 LABEL_SET = "色 हिन्दी 🦊"
@@ -70,21 +69,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[TritonServer]:
-    server = TritonServer(
-        ServerConfig(folder / "repository", Endpoints.on_free_ports(), indexes=folder / "indexes")
-    )
-    with server, AdminSocket(server.folder, server):
-        yield server
+@pytest.fixture(scope="module", params=[TRITON, "process"])
+def running(request: pytest.FixtureRequest, folder: Path) -> Iterator[Running]:
+    with WAYS[request.param](folder / "repository", folder / "indexes") as running:
+        yield running
 
 
 @pytest.fixture
-def served(running: TritonServer) -> TritonServer:
+def served(running: Running) -> Running:
     """The server with release 1, whatever the test before has left."""
-    if running.served.releases != (1,):
-        running.load([1])
+    if running.server.served.releases != (1,):
+        running.server.load([1])
     return running
+
+
+def urls_of(served: Running) -> list[str]:
+    """Each way in."""
+    grpc = [served.server.grpc_url] if isinstance(served.server, TritonServer) else []
+    return [served.url, *grpc]
+
+
+def metrics_of(served: Running) -> str:
+    if isinstance(served.server, TritonServer):
+        return served.server.metrics_url
+    return f"{served.url}/metrics"
 
 
 @pytest.fixture
@@ -170,72 +178,76 @@ class Load:
         return answer.release
 
 
-def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path) -> None:
-    with gateway(served) as through:
-        ways = [served.grpc_url, served.http_url, through]
-        with Load(ways, folder / "repository") as load:
-            for target in (2, 1):
-                before = load.answers.copy()
-                served.load([target])
-                with Client(served.grpc_url) as client:
-                    assert client.release().version == target
-                    assert [release.version for release in client.releases()] == [target]
-                    assert client.classify(IMAGES[0], LABELS).release == target
-                awaited = [(way, kind, target) for way in ways for kind in KINDS]
-                deadline = time.monotonic() + 60
-                while not all(load.answers[answer] > before[answer] for answer in awaited):
-                    assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
-                    time.sleep(0.1)
+def test_a_switch_and_the_way_back_under_load(served: Running, folder: Path) -> None:
+    ways = urls_of(served)
+    with contextlib.ExitStack() as stack:
+        if isinstance(served.server, TritonServer):
+            ways.append(stack.enter_context(gateway(served.server)))
+        load = stack.enter_context(Load(ways, folder / "repository"))
+        for target in (2, 1):
+            before = load.answers.copy()
+            lines: list[str] = []
+            served.server.load([target], lines.append)
+            assert any("comparing image_encoder" in line for line in lines)
+            with Client(served.url) as client:
+                assert client.release().version == target
+                assert [release.version for release in client.releases()] == [target]
+                assert client.classify(IMAGES[0], LABELS).release == target
+            awaited = [(way, kind, target) for way in ways for kind in KINDS]
+            deadline = time.monotonic() + 60
+            while not all(load.answers[answer] > before[answer] for answer in awaited):
+                assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
+                time.sleep(0.1)
     assert not load.wrong, load.wrong[:5]
 
 
 @pytest.mark.usefixtures("untried")
 def test_the_command_speaks_with_the_server(
-    served: TritonServer, folder: Path, capsys: pytest.CaptureFixture[str]
+    served: Running, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = folder / "repository"
     where = ["--model-repository", str(repository)]
     assert find_server(folder) is None
+    assert find_server(repository) == served.folder
     assert main(["load", "2", *where]) == 0
     assert capsys.readouterr().out == "release 2 is served\n"
     assert Served.load(repository) == Served((2,), (1,))
-    assert main(["list", *where, "--http-port", str(served.config.endpoints.http_port)]) == 0
-    assert f"served at {served.http_url}" in capsys.readouterr().out
+    port = str(served.server.config.endpoints.http_port)
+    assert main(["list", *where, "--http-port", port]) == 0
+    assert f"served at {served.url}" in capsys.readouterr().out
     assert main(["rollback", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served\n"
     assert main(["load", "1", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served already\n"
-    assert served.models["classify"] == [1]
+    assert served.server.served.releases == (1,)
 
 
 @pytest.mark.usefixtures("untried")
-def test_an_index_is_searched_while_its_release_is_served(
-    served: TritonServer, folder: Path
-) -> None:
+def test_an_index_is_searched_while_its_release_is_served(served: Running, folder: Path) -> None:
     repository = folder / "repository"
     index = folder / "indexes" / INDEX
     build(str(folder / "photos"), index, load_release(f"{repository}@1"))
-    with Client(served.grpc_url) as client:
+    with Client(served.url) as client:
         before = client.search("a cat", index=INDEX)
-        served.load([1, 2])
+        served.server.load([1, 2])
         assert client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
-        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 1, 60)
+        until(lambda: outdated_at(metrics_of(served)).get(INDEX) == 1, 60)
         build(str(folder / "photos"), index, load_release(f"{repository}@2"))
         after = client.search("a cat", index=INDEX)
         assert [hit.score for hit in after] != [hit.score for hit in before]
-        served.load([2])
+        served.server.load([2])
         assert client.search("a cat", index=INDEX) == after
-        until(lambda: outdated_at(served.metrics_url).get(INDEX) == 0, 60)
-        served.load([1])
+        until(lambda: outdated_at(metrics_of(served)).get(INDEX) == 0, 60)
+        served.server.load([1])
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
     shutil.rmtree(index)
 
 
 @pytest.mark.usefixtures("untried")
-def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, folder: Path) -> None:
+def test_an_index_is_built_again_while_it_is_searched(served: Running, folder: Path) -> None:
     """Every search is answered, by the old index or by the new one."""
     release = load_release(f"{folder / 'repository'}@1")
     index = folder / "indexes" / INDEX
@@ -244,7 +256,7 @@ def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, fold
     build(str(folder / "photos"), index, release)
 
     def search() -> None:
-        with Client(served.grpc_url, retries=0) as client:
+        with Client(urls_of(served)[-1], retries=0) as client:
             while not over.is_set():
                 assert len(client.search("a cat", index=INDEX)) == len(IMAGES)
                 answered.release()
@@ -263,9 +275,9 @@ def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, fold
 
 
 @pytest.mark.usefixtures("untried")
-def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
+def test_names_may_have_any_letters(served: Running, folder: Path) -> None:
     build(str(folder / "photos"), folder / "indexes" / INDEX, load_release(folder / "repository@1"))
-    for url in (served.grpc_url, served.http_url):
+    for url in urls_of(served):
         with Client(url) as client:
             for name in spellings(LABEL_SET):
                 assert client.classify(IMAGES[0], label_set=name).labels
@@ -280,24 +292,28 @@ def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("running", [TRITON], indirect=True)
 def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
-    served: TritonServer,
+    served: Running,
 ) -> None:
+    server = served.server
+    assert isinstance(server, TritonServer)
+
     def kill(line: str) -> None:
         if line.startswith("loading embed_image"):
-            served.kill(SERVER)
+            server.kill(SERVER)
 
     with pytest.raises(RAdapterError, match="release 1 is served as before"):
-        served.load([2], kill)
+        server.load([2], kill)
     lines: list[str] = []
-    supervisor = Supervisor(served, lines.append)
+    supervisor = Supervisor(server, lines.append)
     deadline = time.monotonic() + 90
     while not (lines and "is back" in lines[-1]):
         assert time.monotonic() < deadline, lines
         supervisor.step()
         time.sleep(0.2)
-    assert set(map(tuple, served.models.values())) == {(1,)}
-    with Client(served.grpc_url) as client:
+    assert set(map(tuple, server.models.values())) == {(1,)}
+    with Client(served.url) as client:
         assert client.classify(IMAGES[0], LABELS).release == 1
-    served.load([2])  # and it can be done again
-    assert set(map(tuple, served.models.values())) == {(2,)}
+    server.load([2])  # and it can be done again
+    assert set(map(tuple, server.models.values())) == {(2,)}
