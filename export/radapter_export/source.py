@@ -29,7 +29,7 @@ from radapter_serve.adapter.tuned import Line, load_checkpoint, load_lora
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.errors import TaskError, check_alpha
-from radapter_serve.contract.labels import RULE, check_labels, is_name, split_label
+from radapter_serve.contract.labels import RULE, check_names, is_name, split_label
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
 
@@ -146,7 +146,7 @@ def _label_sets(
         label_sets[CLASSES] = LabelFile(list(lines.values()))
     for name, file in label_sets.items():
         try:
-            check_labels(file.labels)
+            check_names(file.labels)
         except TaskError as error:
             where = paths.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
             raise RAdapterError(f"{where}: {error.message}") from error

@@ -211,7 +211,7 @@ def means_of(
     return np.asarray(means / lengths, np.float32)
 
 
-def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
+def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
     """Each label's names; an empty, a repeated or too long a label is an error."""
     if not labels:
         raise TaskError(NO_LABELS, "no labels; give at least one")

@@ -87,7 +87,26 @@ def check_plan(folder: Path) -> Sidecar:
     if not (folder / PLAN).is_file():
         raise RAdapterError(f"{folder / PLAN} does not exist; {_again(folder)}")
     sidecar = Sidecar.load(folder)
-    if problem := mismatch(sidecar, folder, gpu, _served_version(sidecar)):
+
+    # The TensorRT that serves: of Python's package, or of the system, where Triton's container has
+    # no package.
+    try:
+        version = str(import_tensorrt().__version__)
+    except RAdapterError:
+        version = ""
+        built = _numbers(sidecar.version)[0]
+        for major in (built, built + 1, built - 1):
+            with contextlib.suppress(OSError):
+                library = ctypes.CDLL(f"libnvinfer.so.{major}")
+                number = int(library.getInferLibVersion())
+                numbers = [number // 10000, number // 100 % 100, number % 100]
+                with contextlib.suppress(AttributeError):  # older ones do not tell their build
+                    numbers.append(int(library.getInferLibBuildVersion()))
+                version = ".".join(map(str, numbers))
+                break
+        if not version:
+            raise
+    if problem := mismatch(sidecar, folder, gpu, version):
         raise RAdapterError(f"{folder / PLAN} {problem}; {_again(folder)}")
     return sidecar
 
@@ -117,25 +136,6 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     if sidecar.onnx != digest(folder):
         return f"was built from another {ONNX} than lies next to it"
     return None
-
-
-def _served_version(sidecar: Sidecar) -> str:
-    """The TensorRT that serves: of Python's package, or of the system, where Triton's container has
-    no package.
-    """
-    try:
-        return str(import_tensorrt().__version__)
-    except RAdapterError:
-        built = _numbers(sidecar.version)[0]
-        for major in (built, built + 1, built - 1):
-            with contextlib.suppress(OSError):
-                library = ctypes.CDLL(f"libnvinfer.so.{major}")
-                number = int(library.getInferLibVersion())
-                numbers = [number // 10000, number // 100 % 100, number % 100]
-                with contextlib.suppress(AttributeError):  # older ones do not tell their build
-                    numbers.append(int(library.getInferLibBuildVersion()))
-                return ".".join(map(str, numbers))
-        raise
 
 
 def _numbers(version: str) -> tuple[int, ...]:

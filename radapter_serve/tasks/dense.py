@@ -53,15 +53,14 @@ class SegmentOptions:
     proposal_weight: float = 0.7
 
     def __post_init__(self) -> None:
-        for name, value in (("short_side", self.short_side), ("stride", self.stride)):
-            if value is not None and value < 1:
-                raise invalid(f"{name} is {value}; a number of pixels, 1 or more")
+        for name in ("short_side", "stride"):
+            pixels = getattr(self, name)
+            if pixels is not None and pixels < 1:
+                raise invalid(f"{name} is {pixels}; a number of pixels, 1 or more")
         if not 0 <= self.refine <= MAX_REFINE:
             raise invalid(f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
-        for name, share in (
-            ("threshold", self.threshold),
-            ("proposal_weight", self.proposal_weight),
-        ):
+        for name in ("threshold", "proposal_weight"):
+            share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise invalid(f"{name} is {share}; allowed: 0 to 1")
 
@@ -321,7 +320,21 @@ def refine(
         for d in DILATIONS
         for y, x in _RING
     ]
-    weights = _weights(image, views, border)
+
+    # The weights, float32 [neighbours, h, w], of sum one at each pixel.
+    weights = np.zeros((len(views), height, width), np.float32)
+    for channel in np.moveaxis(image, 2, 0).astype(np.float32) / 255:
+        padded = np.pad(channel, border, mode="edge")
+        # Around a pixel: its neighbours, and the pixel itself once for each ring.
+        around = [padded[view] for view in views] + [channel] * len(DILATIONS)
+        mean = sum(around[1:], around[0]) / len(around)
+        deviation = np.sqrt(sum((values - mean) ** 2 for values in around) / (len(around) - 1))
+        for weight, view in zip(weights, views, strict=True):
+            weight -= np.abs(channel - padded[view]) / (1e-8 + 0.1 * deviation) / 3
+    weights -= weights.max(0)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(0)
+
     product = np.empty((height, width), np.float32)
     # One by one: a map, its weights and the product stay in the cache.
     for scores in maps:
@@ -331,25 +344,6 @@ def refine(
             for weight, view in zip(weights, views, strict=True):
                 scores += np.multiply(weight, padded[view], out=product)
         check()
-
-
-def _weights(
-    image: NDArray[np.uint8], views: list[tuple[slice, slice]], border: int
-) -> NDArray[np.float32]:
-    """float32 [neighbours, h, w], of sum one at each pixel."""
-    logits = np.zeros((len(views), *image.shape[:2]), np.float32)
-    for channel in np.moveaxis(image, 2, 0).astype(np.float32) / 255:
-        padded = np.pad(channel, border, mode="edge")
-        # Around a pixel: its neighbours, and the pixel itself once for each ring.
-        around = [padded[view] for view in views] + [channel] * len(DILATIONS)
-        mean = sum(around[1:], around[0]) / len(around)
-        deviation = np.sqrt(sum((values - mean) ** 2 for values in around) / (len(around) - 1))
-        for logit, view in zip(logits, views, strict=True):
-            logit -= np.abs(channel - padded[view]) / (1e-8 + 0.1 * deviation) / 3
-    logits -= logits.max(0)
-    np.exp(logits, out=logits)
-    logits /= logits.sum(0)
-    return logits
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

@@ -23,10 +23,8 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import ImageFile, read_headers
 from radapter_serve.contract.labels import (
-    check_labels as check_names,
-)
-from radapter_serve.contract.labels import (
     check_length,
+    check_names,
     check_prompts,
     check_templates,
     known_as,

@@ -5,9 +5,7 @@ to pixels.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,10 +124,21 @@ def segment(
             )
         options.sizes(window)  # raises what does not fit
     count = check_labels(loaded, request.labels, alpha)
-    with _image_errors():
+    if count > MAX_LABELS:
+        raise invalid(f"{count} labels; 1 to {MAX_LABELS} are allowed")
+    try:
         file = read_header(request.image)
         size = file.width, file.height
-        _check_work(size, count, options, window)
+        work: float = size[0] * size[1] * count
+        if options.refine:
+            working = options.sizes(window)[0] ** 2 * max(size) / min(size)
+            work += REFINED * working * options.refine * count
+        if work > MAX_WORK:
+            raise invalid(
+                f"{count} labels and {options.refine} steps of refinement for an image of"
+                f" {size[0]} x {size[1]} are {work / MAX_WORK:.1f} times the work that one"
+                " request may ask for; send a smaller image, fewer labels or fewer steps"
+            )
         if masks is None:
             dense.check_size(size, count, options)
         else:
@@ -159,39 +168,14 @@ def segment(
                 batch = windows.send(encoded)
         except StopIteration as done:
             scored: ScoredMask = done.value
-    extra = () if len(scored.scores) == len(label_set.labels) else (BACKGROUND,)
-    return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
-
-
-def _check_work(
-    size: tuple[int, int],
-    labels: int,
-    options: SegmentOptions,
-    window: int,
-) -> None:
-    if labels > MAX_LABELS:
-        raise invalid(f"{labels} labels; 1 to {MAX_LABELS} are allowed")
-    pixels = size[0] * size[1]
-    working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
-    work = (pixels + REFINED * working * options.refine) * labels
-    if work > MAX_WORK:
-        raise invalid(
-            f"{labels} labels and {options.refine} steps of refinement for an image of"
-            f" {size[0]} x {size[1]} are {work / MAX_WORK:.1f} times the work that one"
-            " request may ask for; send a smaller image, fewer labels or fewer steps"
-        )
-
-
-@contextlib.contextmanager
-def _image_errors() -> Iterator[None]:
-    try:
-        yield
     except MemoryError:
         raise TaskError(
             IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
         ) from None
     except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
         raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+    extra = () if len(scored.scores) == len(label_set.labels) else (BACKGROUND,)
+    return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
 
 
 @dataclass(frozen=True)
@@ -280,13 +264,22 @@ class ProposalSegmenter:
         self.check(masks, scores, [image.size], len(embeds))
         check = partial(check_cancelled, cancelled)
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
-        cosines = yield from self._cosines(
-            (self.crop(image, masks[index] > BINARY) for index in used), embeds, check
-        )
+
+        # The cosines and the class probabilities of each mask's crop.
+        parts = []
+        for start in range(0, len(used), self.max_batch_size):
+            check()
+            batch = used[start : start + self.max_batch_size]
+            crops = [self.preprocess(self.crop(image, masks[index] > BINARY)) for index in batch]
+            parts.append(finite((yield np.stack(crops))) @ embeds.T)
+        del image
+        cosines = np.concatenate(parts)
         classes = class_probabilities(cosines, self.logit_scale, self.logit_bias)
         if scores is not None:
             weight = options.proposal_weight
             classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
+
+        # The best label of each pixel by sums over its masks.
         flat = masks.reshape(len(masks), -1)
         tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
         step = max(1, BLOCK // max(len(masks), len(embeds)))
@@ -302,35 +295,14 @@ class ProposalSegmenter:
             sums = inside.T @ classes[present]
             total = inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
-            best = _best(sums, inside.T, cosines[present])
+            best = sums.argmax(1)
+            # Of equal labels, as a sigmoid ends at 1 in float32, the one with the greater cosines.
+            equal = sums == sums.max(1, keepdims=True)
+            unclear = equal.sum(1) > 1
+            if unclear.any():
+                ranks = inside.T[unclear] @ cosines[present]
+                best[unclear] = np.where(equal[unclear], ranks, -np.inf).argmax(1)
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
             best[total == 0] = len(embeds)
             tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
         return tally.result(masks.shape[1:])
-
-    def _cosines(
-        self, images: Iterator[Image.Image], embeds: NDArray[np.float32], check: Callable[[], None]
-    ) -> Windows[NDArray[np.float32]]:
-        """Cosines of images with the labels, float32 [N, C]."""
-        parts = []
-        while batch := [
-            self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)
-        ]:
-            check()
-            parts.append(finite((yield np.stack(batch))) @ embeds.T)
-        return np.concatenate(parts)
-
-
-def _best(
-    sums: NDArray[np.float32], inside: NDArray[np.float32], cosines: NDArray[np.float32]
-) -> NDArray[np.intp]:
-    """The best label of each pixel by its scores [P, C]; of equal ones, as a sigmoid ends at 1 in
-    float32, that with the greater cosines [N, C] of the masks that it is inside of, [P, N].
-    """
-    best: NDArray[np.intp] = sums.argmax(1)
-    equal = sums == sums.max(1, keepdims=True)
-    unclear = equal.sum(1) > 1
-    if unclear.any():
-        ranks = np.where(equal[unclear], inside[unclear] @ cosines, -np.inf)
-        best[unclear] = ranks.argmax(1)
-    return best
