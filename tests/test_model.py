@@ -63,20 +63,6 @@ def sources(exported: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
-def test_no_tensor_is_made_in_this_process(
-    exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def array(value: Any) -> np.ndarray:
-        assert isinstance(value, np.ndarray), f"a tensor of {value!r:.60}"
-        return value
-
-    monkeypatch.setattr("radapter_client._wire._array", array)
-    with Model(exported_tiny_clip / "model_repository") as model:
-        answer = model.classify(png(0, 60, 50), LABELS, templates=["a photo of a {}."])
-        assert sorted(answer.labels) == sorted(LABELS)
-        assert model.embed_texts(LABELS).shape == (3, model.release().embed_dim)
-
-
 @pytest.mark.parametrize("form", ["repository", "release", "adapter file", "run", "merged"])
 def test_every_form_answers_as_open_clip(exported_tiny_clip: Path, photos: Path, form: str) -> None:
     source, options = sources(exported_tiny_clip)[form]

@@ -41,7 +41,7 @@ def served(reference, tmp_path_factory):
     return Tokenizer.load(path, spec)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.text(max_size=120)
     | st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join)
@@ -56,18 +56,18 @@ def test_tokens_are_those_of_open_clip(reference, served, text):
     np.testing.assert_array_equal(served([text]), reference([text]).numpy())
 
 
-def test_a_thousand_random_strings(reference, served):
+def test_random_strings(reference, served):
     generator = random.Random(0)
     ranges = [(0x20, 0xD800), (0xE000, 0x10000), (0x1F300, 0x1FB00)]
     alphabet = [chr(c) for low, high in ranges for c in range(low, high)]
     latin = "etaoinshrdlucmfwypvbgkjqxz" * 3 + " ' ,.-0123456789ETAOIN"
-    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(500)]
-    texts += ["".join(generator.choices(latin, k=generator.randint(1, 200))) for _ in range(500)]
+    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(150)]
+    texts += ["".join(generator.choices(latin, k=generator.randint(1, 200))) for _ in range(150)]
     np.testing.assert_array_equal(served(texts), reference(texts).numpy())
 
 
 def test_every_word_of_the_vocabulary(reference, served):
-    words = [token.replace("</w>", "") for token in reference.encoder if token.isascii()][::7]
+    words = [token.replace("</w>", "") for token in reference.encoder if token.isascii()][::29]
     np.testing.assert_array_equal(served(words), reference(words).numpy())
 
 

@@ -32,28 +32,20 @@ GOOD: dict[str, dict[str, Any]] = {
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "embed_image": [
         ({"image": None}, "invalid_argument"),
-        ({"image": [[b"nonsense"]]}, "invalid_image"),
         ({"image": [[png_header(60_000, 60_000)]]}, "image_too_large"),
         ({"image": [[png(7)], [b"nonsense"]]}, "invalid_image"),
-        ({"alpha": np.array([[np.nan]], np.float32)}, "invalid_argument"),
     ],
     "embed_text": [
-        ({"text": None}, "invalid_argument"),
         *(({"text": [[text]]}, "invalid_argument") for text in (b" ", b"\xff", b"x" * 10_001)),
-        ({"alpha": np.array([[2]], np.float32)}, "invalid_argument"),
+        ({"alpha": np.array([[np.nan]], np.float32)}, "invalid_argument"),
     ],
     "classify": [
-        ({"image": None}, "invalid_argument"),
         ({"labels": None}, "no_labels"),
         ({"labels": np.empty((1, 0), object)}, "invalid_argument"),
-        ({"labels": [[b"cat", b"cat"]]}, "invalid_argument"),
         ({"labels": None, "label_set": [[b"colors"]]}, "unknown_label_set"),
-        ({"top_k": np.array([[0]], np.int32)}, "invalid_argument"),
     ],
     "segment": [
-        ({"labels": None}, "no_labels"),
         ({"image": [b"nonsense"]}, "invalid_image"),
-        ({"threshold": np.array([np.nan], np.float32)}, "invalid_argument"),
         ({"proposals": np.empty((0, 20, 30), np.uint8)}, "invalid_argument"),
     ],
 }

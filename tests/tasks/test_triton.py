@@ -4,7 +4,6 @@ all answers are those of the engine, tests/engine/test_as_served.py shows.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import io
@@ -15,13 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +40,12 @@ from radapter_serve.server.launch import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import Labels
-from tests.helpers.asking import connect, post, tensor, tensors
+from tests.helpers.asking import connect, tensor, tensors
 from tests.helpers.small_models import make_base, random_adapter
-from tests.helpers.small_release import Local, png
+from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 CATS = ["cat, kitty", "dog", "bird"]
-
-
-def sent(name: str, shape: list[int], data: list[Any], datatype: str = "BYTES") -> dict[str, Any]:
-    """An input in JSON; an image is base64."""
-    values = [base64.b64encode(one).decode() if isinstance(one, bytes) else one for one in data]
-    return {"name": name, "shape": shape, "datatype": datatype, "data": values}
-
-
-def check(local: Local, found: Any, image: bytes, labels: list[str]) -> None:
-    [ranking] = complete(classify(local.loaded, ClassifyRequest([image], Labels(labels))))
-    assert list(found.labels) == list(ranking.labels)
-    np.testing.assert_allclose(found.scores, ranking.scores, rtol=1e-4)
 
 
 @contextlib.contextmanager
@@ -128,58 +113,16 @@ def test_a_request_may_say_how_long_its_caller_waits(client):
         client.infer("embed_image", inputs, timeout=1)
 
 
-@pytest.mark.parametrize("callers", [2, 4])
-def test_no_text_waits_for_half_a_second(server, callers):
+def test_no_text_waits_for_half_a_second(asking):
     """A queue with a limit made Triton overlook a free encoder: one answer in twenty took 0.5 s."""
-    seconds: list[float] = []
 
-    def ask(caller: int) -> None:
-        with Client(server.grpc_url, retries=0) as client:
-            for number in range(400 // callers):
-                start = time.monotonic()
-                client.embed_texts([f"text {number} of caller {caller}"])
-                seconds.append(time.monotonic() - start)
+    def ask(number: int) -> float:
+        start = time.monotonic()
+        asking.embed_texts([f"text {number}"])
+        return time.monotonic() - start
 
-    threads = [threading.Thread(target=ask, args=(caller,)) for caller in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seconds) == 400 and max(seconds) < 0.4
-
-
-def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, asking, local):
-    both = [sent("image", [1, 1], [png(0)]), sent("labels", [1, 1], ["a"])]
-    half = sent("alpha", [1, 1], [0.5], "FP32")
-    one = [sent("image", [1], [png(0)]), sent("labels", [1], ["a"])]
-    tokens = partial(sent, "tokens", datatype="INT32")
-    refused: list[tuple[str, list[Any]]] = [
-        ("classify", [*both, sent("templates", [1, 0], [])]),
-        ("classify", [both[0], sent("labels", [1, 0], [])]),
-        ("classify", both[1:]),
-        ("classify", [sent("image", [0, 1], [])]),
-        ("classify", [sent("image", [1, 1], ["nonsense"]), both[1]]),
-        ("embed_image", [half]),
-        ("embed_text", [half]),
-        ("segment", one[1:]),
-        ("segment", [*one, sent("templates", [0], [])]),
-        *(("text_encoder", [tokens(shape, [])]) for shape in ([0, 0], [1, 0])),
-        *(("text_encoder", [tokens([1, 1], [token])]) for token in (10**6, -1)),
-    ]
-    labels = [[f"label {n}" for n in range(1 + index % 5)] for index in range(60)]
-    with ThreadPoolExecutor(16) as pool:
-        wrong = [
-            pool.submit(post, server, f"models/{model}/infer", {"inputs": inputs})
-            for model, inputs in refused * 4
-        ]
-        good = [pool.submit(asking.classify, png(n % 4), labels[n]) for n in range(60)]
-    for n, answered in enumerate(good):
-        check(local, answered.result(), png(n % 4), labels[n])
-    for answer in wrong:
-        status, said = answer.result()
-        assert status == 400 and not re.search(r"\n|\.py|/tmp", said["error"])
-    statistics = client.get_inference_statistics("image_encoder", "2").model_stats[0]
-    assert statistics.execution_count < statistics.inference_count  # some were encoded together
+    with ThreadPoolExecutor(4) as callers:
+        assert max(callers.map(ask, range(400))) < 0.4
 
 
 # Exports against torch
@@ -188,41 +131,30 @@ def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, as
 LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
 
 
-@pytest.fixture(scope="module")
-def exported_siglip(tmp_path_factory) -> Path:
-    """What a server has to do otherwise for a SigLIP: squashed images, texts of one length,
-    sigmoids with a bias.
-    """
-    folder = tmp_path_factory.mktemp("siglip")
-    name = make_base("siglip", folder / "base")
-    save_adapter(random_adapter(name), folder / "adapter.safetensors")
-    settings = ExportSettings(
-        model_repository=folder / "model_repository", merged=folder / "merged"
-    )
-    export_release(folder, [0.7], settings)
-    return folder
-
-
-@pytest.mark.parametrize("exported", ["exported_tiny_clip", "exported_siglip"])
 @torch.no_grad()
-def test_served_equals_open_clip(exported, request):
-    """By the merged checkpoint's transform, tokenizer and model."""
-    folder = request.getfixturevalue(exported)
-    newest = sorted(path.parent for path in folder.glob("merged/**/open_clip_config.json"))[-1]
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{newest}")
+def test_served_equals_open_clip(tmp_path: Path) -> None:
+    """By the merged checkpoint's transform, tokenizer and model: of a SigLIP, which has squashed
+    images, texts of one length, and sigmoids with a bias.
+    """
+    save_adapter(
+        random_adapter(make_base("siglip", tmp_path / "base")), tmp_path / "adapter.safetensors"
+    )
+    settings = ExportSettings(
+        model_repository=tmp_path / "model_repository", merged=tmp_path / "merged"
+    )
+    export_release(tmp_path, [0.7], settings)
+    [checkpoint] = {path.parent for path in tmp_path.glob("merged/**/open_clip_config.json")}
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")
     model.eval()
     images = [png(0, 50, 41), png(1, 33, 90, kind="JPEG"), png(2, 20, 20, kind="WEBP")]
     pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
     image_embeds = model.encode_image(pixels, normalize=True)
     prompts = [f"a photo of a {label}." for label in LABELS]
-    tokens = open_clip.get_tokenizer(f"local-dir:{newest}")(prompts)
+    tokens = open_clip.get_tokenizer(f"local-dir:{checkpoint}")(prompts)
     text_embeds = model.encode_text(tokens, normalize=True)
     logits = model.logit_scale.exp() * image_embeds @ text_embeds.T
-    if model.logit_bias is None:
-        scores = logits.softmax(-1).numpy()
-    else:
-        scores = (logits + model.logit_bias).sigmoid().numpy()
-    with running(folder / "model_repository") as server, Client(server.grpc_url) as client:
+    scores = (logits + model.logit_bias).sigmoid().numpy()
+    with running(tmp_path / "model_repository") as server, Client(server.grpc_url) as client:
         np.testing.assert_allclose(client.embed_images(images), image_embeds, atol=1e-5)
         np.testing.assert_allclose(client.embed_texts(prompts), text_embeds, atol=1e-5)
         for row, found in zip(scores, client.classify(images, LABELS), strict=True):
@@ -402,10 +334,8 @@ def test_it_listens_on_loopback_only(repository, tmp_path, host):
             assert client.embed_images([png(0)]).shape == (1, 8)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
-    if signal.getsignal(kind) == signal.SIG_IGN:
-        pytest.skip(f"{kind.name} is ignored here, and in what is started here")
     folder = one_release(repository, tmp_path / "[repository]")
     ports = free_ports()
     temporary = tmp_path / "tmp"

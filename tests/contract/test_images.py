@@ -1,0 +1,352 @@
+"""Image files: how they are decoded and turned, and what is refused before it is decoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+import tracemalloc
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+from radapter_serve.contract import images as module
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import decode, oriented, read_header, read_headers
+from radapter_serve.contract.preprocess import Preprocess, decode_into, decode_pixels
+from tests.helpers.small_release import png, png_header
+from tests.hostile import images
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_decode_takes_bytes_base64_and_data_uri(kind):
+    data = png(2, kind=kind)
+    lines = base64.encodebytes(data)
+    for file in (data, lines, b"data:image/x;base64," + base64.b64encode(data)):
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(np.asarray(decode(file)), expected)
+
+
+# What each value of EXIF's orientation says of the stored rows and columns (CIPA DC-008, tag 274).
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def with_orientation(orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = Image.open(io.BytesIO(png(4)))
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_no(
+    kind, orientation
+):
+    data = with_orientation(orientation, kind)
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    turned = decode(data)
+    np.testing.assert_array_equal(np.asarray(turned), TURNS[orientation](stored))
+    assert oriented(turned) is turned
+    np.testing.assert_array_equal(np.asarray(decode(data, exif_orientation=False)), stored)
+
+    for facts, pixels in (({}, TURNS[orientation](stored)), ({"exif_orientation": False}, stored)):
+        preprocess = Preprocess.from_dict({"size": 16, **facts})
+        expected = preprocess(Image.fromarray(np.ascontiguousarray(pixels)))
+        np.testing.assert_array_equal(decode_pixels(data, preprocess), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow tells of them
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(
+        [b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12"]
+    ),
+)
+def test_broken_exif_leaves_an_image_as_it_is(exif, head):
+    data = encoded(Image.new("RGB", (8, 8)), "JPEG", exif=head + exif)
+    assert decode(data).size == (8, 8)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert decode(data).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_and_broken_images_are_refused(kind):
+    data = png(3, 64, 64, kind)
+    for broken in (data[: len(data) // 2], data[:20], data[:40] + b"\0" * 40):
+        with pytest.raises(TaskError, match=r"^\[invalid_image\] "):
+            decode(broken)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=80),
+    st.sampled_from(
+        [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBPVP8 "]
+    ),
+)
+def test_any_bytes_give_an_image_or_one_clear_error(data, magic):
+    with pytest.raises(TaskError):
+        decode(magic + data)
+
+
+def test_of_16_bits_of_gray_the_upper_8_are_kept():
+    """As libpng cuts colours to 8 bits. Divided by 257, 65,534 would be 254."""
+    values = np.array(
+        [[0, 255, 256, 257, 511, 512, 32_767, 32_768, 65_279, 65_280, 65_534, 65_535]]
+    )
+    expected = [[0, 0, 1, 1, 1, 2, 127, 128, 254, 255, 255, 255]]
+    gray = encoded(Image.fromarray(values.astype(np.uint16)), "PNG")
+    np.testing.assert_array_equal(np.asarray(decode(gray)), expected)
+    # The same values as colours, of which Pillow keeps the upper 8 bits itself.
+    line = b"\0" + np.repeat(values, 3).astype(">u2").tobytes()
+    colours = images.png_of(12, 1, bits=16, colour=2, data=zlib.compress(line))
+    np.testing.assert_array_equal(np.asarray(decode(colours))[..., 0], expected)
+
+
+def test_other_formats_are_refused():
+    for kind in ("GIF", "BMP", "TIFF"):
+        with pytest.raises(TaskError, match=f"{kind} files are not read; send a JPEG, PNG or WebP"):
+            decode(png(0, 8, 8, kind))
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 2**31 - 1])
+def test_a_bomb_is_refused_from_its_header(side):
+    with pytest.raises(TaskError, match=r"^\[image_too_large\].* 64000000 "):
+        decode(png_header(side, side))
+
+
+def test_a_thin_image_is_refused_from_its_header():
+    with pytest.raises(TaskError, match=r"^\[image_too_large\] the image has 1 x 65536 pixels"):
+        decode(png_header(1, 65_536))
+    assert decode(images.png_of(1, 65_535)).size == (1, 65_535)
+    with pytest.raises(TaskError, match="image_too_large"):  # before it is blown up
+        Preprocess((224, 224))(Image.new("RGB", (1, 1_200)))
+
+
+def with_scans(count: int, width: int, height: int) -> bytes:
+    """A progressive JPEG whose last scan stands there again and again, up to so many scans."""
+    data = encoded(Image.new("RGB", (width, height)), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda")) : -2]
+    return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    assert decode(with_scans(100, 64, 64)).size == (64, 64)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* most 100 "):
+        decode(with_scans(101, 64, 64))
+    with pytest.raises(TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are"):
+        decode(with_scans(60, 8000, 4000))
+    # Behind a marker that a decoder passes over.
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 258 scans"):
+        decode(images.hidden_scans(1))
+
+
+def test_scans_of_previews_and_behind_the_end_are_none():
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    many = b"\xff\xda" * 500
+    preview = b"\xff\xe1" + (len(many) + 2).to_bytes(2, "big") + many
+    assert decode(data[:2] + preview + data[2:] + many).size == (64, 64)
+
+
+def test_a_file_that_is_too_long_is_refused():
+    data = encoded(Image.new("RGB", (64, 64)), "PNG").ljust(64 * 2**20, b"\0")
+    assert decode(data).size == (64, 64)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the image has 67108865 bytes"):
+        decode(data + b"\0")
+
+
+def test_the_images_of_a_request_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REQUEST_PIXELS", 3 * 1200)
+    images = [png(0, 40, 30, "JPEG"), png(0, 30, 40), png(0, 40, 30, "WEBP")]
+    assert [file.width for file in read_headers(images)] == [40, 30, 40]
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the 4 images .* have 3601 pixels"):
+        read_headers([*images, png(0, 1, 1)])
+    with pytest.raises(TaskError, match=r"^\[invalid_image\] image 2 of 2: 3 bytes are not an im"):
+        read_headers([images[0], b"abc"])
+
+
+class Asking:
+    """A caller, who can give up, and notes how often it is asked whether it has."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.asked = threading.Semaphore(0)
+
+    def __call__(self) -> bool:
+        self.asked.release()
+        return self.gone
+
+
+def test_large_images_take_turns_and_small_ones_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LARGE_MEMORY", 8 * 1200)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    small = png(0, 40, 30)
+    large = png(0, 40, 31)
+    assert not read_header(small).is_large
+    assert read_header(large).is_large
+    order: list[int] = []
+
+    class Noting(Preprocess):
+        def __call__(self, image: Image.Image, out: Any = None) -> Any:
+            order.append(threading.get_ident())
+            return super().__call__(image, out)
+
+    caught: list[TaskError] = []
+
+    def ask(caller: Asking) -> None:
+        try:
+            decode_into(large, Noting((8, 8)), np.empty((8, 8, 3), np.uint8), caller)
+        except TaskError as error:
+            caught.append(error)
+
+    callers = [Asking(), Asking(), Asking()]
+    threads = [threading.Thread(target=ask, args=[caller], daemon=True) for caller in callers]
+    with module.turn(read_header(large)):
+        # One after the other they wait, and are asked again and again whether they still do.
+        for caller, thread in zip(callers, threads, strict=True):
+            thread.start()
+            assert caller.asked.acquire(timeout=30)
+        decode_into(small, Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
+        assert order == []
+        callers[1].gone = True
+        threads[1].join(30)
+        assert [error.code for error in caught] == ["cancelled"]
+    for thread in threads:
+        thread.join(30)
+    assert order == [threads[0].ident, threads[2].ident] and len(caught) == 1
+    with module.turn(read_header(large)):
+        pass  # nobody is left who has it
+
+
+def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    turns = module.Turns(2, 2)
+    inside = threading.Semaphore(0)
+    gates = [threading.Event() for _ in range(4)]
+    order: list[int] = []
+
+    def take(number: int) -> None:
+        with turns():
+            order.append(number)
+            inside.release()
+            assert gates[number].wait(30)
+
+    threads = [threading.Thread(target=take, args=[number], daemon=True) for number in range(4)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while len(turns._queue) <= number:
+            time.sleep(0.001)
+    assert inside.acquire(timeout=30) and inside.acquire(timeout=30)
+    with pytest.raises(TaskError, match=r"^\[overloaded\] too many requests"), turns():
+        pass
+    assert sorted(order) == [0, 1]
+    for number, following in ((1, 2), (0, 3)):
+        gates[number].set()
+        assert inside.acquire(timeout=30)
+        assert order[-1] == following
+    for gate in gates:
+        gate.set()
+    for thread in threads:
+        thread.join(30)
+    with turns():
+        pass  # nobody is left who has it
+
+
+KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "PNG": (8, "RGB", {"kind": "PNG"}),
+    "JPEG": (8, "RGB", {"kind": "JPEG"}),
+    "progressive": (10, "RGB", {"kind": "JPEG", "progressive": True}),
+    "progressive, of ink": (12, "CMYK", {"kind": "JPEG", "progressive": True}),
+    "progressive, gray": (8, "L", {"kind": "JPEG", "progressive": True}),
+    "WebP": (16, "RGB", {"kind": "WEBP"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_takes_more_memory_to_decode_may_have_fewer_pixels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixel_bytes, mode, options = KINDS[name]
+    data = encoded(Image.new(mode, (40, 30)), **options)
+    assert read_header(data).memory == 1200 * pixel_bytes
+    monkeypatch.setattr(module, "MAX_MEMORY", 1200 * pixel_bytes)
+    assert decode(data).size == (40, 30)
+    monkeypatch.setattr(module, "MAX_MEMORY", 1200 * pixel_bytes - 1)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] .* 40 x 30 = 1200 pixels; at most"):
+        decode(data)
+
+
+def test_a_jpeg_whose_colours_come_one_after_the_other_is_as_a_progressive_one() -> None:
+    data = png(0, 64, 48, "JPEG")
+    # Say that the first scan has the first of the three colours alone.
+    scan = data.index(b"\xff\xda")
+    assert data[scan + 2 : scan + 5] == b"\0\x0c\x03"
+    one = data[:scan] + b"\xff\xda\0\x08\x01" + data[scan + 5 : scan + 7] + b"\0\x3f\0"
+    assert read_header(one + data[scan + 14 :]).memory == 64 * 48 * 10
+    assert read_header(data).memory == 64 * 48 * 8
+
+
+def test_a_photo_of_two_pictures_is_a_jpeg() -> None:
+    picture = Image.new("RGB", (64, 64))
+    data = encoded(picture, "MPO", save_all=True, append_images=[picture], progressive=True)
+    end = data.index(b"\xff\xd9")
+    last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda", 0, end)) : end]
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has \d+ scans"):
+        decode(data[:end] + 100 * last + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("x"), "invalid_image"), (MemoryError(), "image_too_large")]
+)
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_whatever_fails_is_the_image_s_error(monkeypatch, error, code, where):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(PngImageFile if where == "load" else Image.Image, where, fail)
+    with pytest.raises(TaskError) as caught:
+        decode_pixels(png(0), Preprocess((8, 8)))
+    assert caught.value.code == code
+
+
+def test_base64_takes_little_memory():
+    decode(png(0))  # Pillow loads its formats
+    tracemalloc.start()
+    with pytest.raises(TaskError):
+        decode(b"a " * 1_000_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6_000_000
