@@ -117,7 +117,6 @@ ROOMS = {
         tuple(
             f"tests/tasks/test_{name}.py"
             for name in (
-                "scores",
                 "classify",
                 "examples",
                 "label_embeddings",

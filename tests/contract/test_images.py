@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from radapter_serve.contract import images as module
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import decode, oriented, read_header, read_headers
-from radapter_serve.contract.preprocess import Preprocess, decode_into, decode_pixels
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from tests.helpers.small_release import png, png_header
 from tests.hostile import images
 
@@ -192,61 +192,6 @@ def test_the_images_of_a_request_have_a_limit_together(monkeypatch: pytest.Monke
         read_headers([*images, png(0, 1, 1)])
     with pytest.raises(TaskError, match=r"^\[invalid_image\] image 2 of 2: 3 bytes are not an im"):
         read_headers([images[0], b"abc"])
-
-
-class Asking:
-    """A caller, who can give up, and notes how often it is asked whether it has."""
-
-    def __init__(self) -> None:
-        self.gone = False
-        self.asked = threading.Semaphore(0)
-
-    def __call__(self) -> bool:
-        self.asked.release()
-        return self.gone
-
-
-def test_large_images_take_turns_and_small_ones_do_not_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "LARGE_MEMORY", 8 * 1200)
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
-    small = png(0, 40, 30)
-    large = png(0, 40, 31)
-    assert not read_header(small).is_large
-    assert read_header(large).is_large
-    order: list[int] = []
-
-    class Noting(Preprocess):
-        def __call__(self, image: Image.Image, out: Any = None) -> Any:
-            order.append(threading.get_ident())
-            return super().__call__(image, out)
-
-    caught: list[TaskError] = []
-
-    def ask(caller: Asking) -> None:
-        try:
-            decode_into(large, Noting((8, 8)), np.empty((8, 8, 3), np.uint8), caller)
-        except TaskError as error:
-            caught.append(error)
-
-    callers = [Asking(), Asking(), Asking()]
-    threads = [threading.Thread(target=ask, args=[caller], daemon=True) for caller in callers]
-    with module.turn(read_header(large)):
-        # One after the other they wait, and are asked again and again whether they still do.
-        for caller, thread in zip(callers, threads, strict=True):
-            thread.start()
-            assert caller.asked.acquire(timeout=30)
-        decode_into(small, Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
-        assert order == []
-        callers[1].gone = True
-        threads[1].join(30)
-        assert [error.code for error in caught] == ["cancelled"]
-    for thread in threads:
-        thread.join(30)
-    assert order == [threads[0].ident, threads[2].ident] and len(caught) == 1
-    with module.turn(read_header(large)):
-        pass  # nobody is left who has it
 
 
 def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(

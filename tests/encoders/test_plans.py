@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -25,10 +26,10 @@ from radapter_serve.encoders.plans import (
     check_engines,
     check_plan,
 )
-from radapter_serve.encoders.tensorrt import Options
+from radapter_serve.encoders.tensorrt import Options, find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import write_sums
-from tests.helpers.fake_tensorrt import Driver, install
+from tests.helpers.fake_tensorrt import install
 
 ENGINES = [
     ("image_encoder", 1),
@@ -62,8 +63,8 @@ def mine(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 @pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return install(monkeypatch, Driver())
+def trt(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
 
 
 def config(repository: Path, model: str) -> Any:
@@ -80,7 +81,7 @@ def how(mine: Path, options: Options = Options(), **arguments: Any) -> set[str]:
 
 
 def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
-    trt: Any, mine: Path
+    trt: None, mine: Path
 ) -> None:
     before = {model: config(mine, model) for model in ENCODERS}
     built = build_engines(mine)
@@ -117,7 +118,7 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
     assert cache.name == "tensorrt-11.4.0.106-NVIDIA-H100.timing"
 
 
-def test_engines_that_fit_stay(trt: Any, mine: Path) -> None:
+def test_engines_that_fit_stay(trt: None, mine: Path) -> None:
     assert how(mine) == {"built"}
     stamps = {path: path.stat().st_mtime_ns for path in mine.glob(f"*/*/{PLAN}")}
     assert how(mine) == {"kept"}
@@ -126,7 +127,7 @@ def test_engines_that_fit_stay(trt: Any, mine: Path) -> None:
     assert how(mine, Options(version_compatible=True), force=True) == {"built"}
 
 
-def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -> None:
+def test_an_engine_that_differs_from_torch_is_not_served(trt: None, mine: Path) -> None:
     samples = dict(np.load(mine / "text_encoder" / "2" / "samples.npz"))
     samples["reference_1"] = np.roll(samples["reference_1"], 1, axis=0)
     np.savez(mine / "text_encoder" / "2" / "samples.npz", **samples)
@@ -149,7 +150,7 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RAdapterError("cannot build")])
 def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
-    trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
+    trt: None, mine: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
 ) -> None:
     before = configs(mine)
     real = vars(plan_writer)["build"]
@@ -200,14 +201,14 @@ def built(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_encoders(repository, tmp_path_factory.mktemp("built") / "repository")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder.parent))
-        install(patch, Driver())
+        install(patch)
         build_engines(folder)
     return folder
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
 def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(
-    kind: str, built: Path, tmp_path: Path, trt: Any, capsys: pytest.CaptureFixture[str]
+    kind: str, built: Path, tmp_path: Path, trt: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = copy_encoders(built, tmp_path / "repository")
     folder = mine / "image_encoder" / "1"
@@ -221,7 +222,7 @@ def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(
     check_plan(mine / "image_encoder" / "2")
 
 
-def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_path: Path) -> None:
+def test_compatible_plans_fit_where_others_do_not(trt: None, built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built / "image_encoder", tmp_path / "r" / "image_encoder")) / "1"
     sidecar = Sidecar.load(folder)
     later = Options(version_compatible=True)
@@ -243,19 +244,19 @@ def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_pat
 def test_without_a_gpu_nothing_is_touched(
     mine: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, None, version=None)
+    install(monkeypatch, gpu=None)
     before = configs(mine)
-    with pytest.raises(RAdapterError, match="no GPU: .*--runtime onnxruntime"):
+    with pytest.raises(RAdapterError, match="no GPU"):
         build_engines(mine)
     assert configs(mine) == before
     with pytest.raises(RAdapterError, match="no GPU"):
         check_plan(built / "image_encoder" / "1")
-    install(monkeypatch, Driver(), version=None)
+    install(monkeypatch, version=None)
     with pytest.raises(RAdapterError, match="TensorRT is not installed"):
         build_engines(mine)
 
 
-def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(trt: None, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check", str(mine)]) == 0
     assert "nothing to check" in capsys.readouterr().out
     assert main([str(mine), "--timing-cache", str(mine.parent / "my.timing")]) == 0
@@ -271,3 +272,15 @@ def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -
     for flag, value in (("workspace", "inf"), ("tolerance", "nan")):
         assert main([str(mine), f"--{flag}", value]) == 2
         assert f"--{flag} is {value}; allowed: " in capsys.readouterr().err
+
+
+def test_a_machine_without_a_driver_is_told_what_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(
+        RAdapterError,
+        match=r"no GPU: .* no NVIDIA driver .*; .*--runtime onnxruntime",
+    ):
+        find_gpu()

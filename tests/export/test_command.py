@@ -14,7 +14,7 @@ import radapter_serve
 from radapter_serve.cli.export import main
 from radapter_serve.encoders.plans import check_engines
 from radapter_serve.errors import RAdapterError
-from tests.helpers.fake_tensorrt import Driver, install
+from tests.helpers.fake_tensorrt import install
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_function_returns_what_it_wrote_and_prints_nothing(
 def test_engines_are_built_with_the_release(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, Driver())
+    install(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(checkout / "cache"))
     how = ["--format", "tensorrt", "--precision", "fp16", "--max-batch-size", "4"]
     assert main(["--alpha", "0.3", *how]) == 0
@@ -90,7 +90,7 @@ def test_engines_are_built_with_the_release(
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, None)
+    install(monkeypatch, gpu=None)
     monkeypatch.setattr(
         "radapter_export.source.load_base", lambda *_: pytest.fail("the base was loaded")
     )

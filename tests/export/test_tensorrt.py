@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from torch import Tensor
 
@@ -80,6 +81,32 @@ def test_graphs_that_take_alpha_are_built(
 ) -> None:
     weights = {**tiny_base.model.state_dict(), **load_adapter(adapter_path).tensors}
     check(dynamic_graphs[name], weights, precision, tmp_path)
+
+
+def test_a_timing_cache_is_kept_and_one_of_another_version_replaced(
+    graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path
+) -> None:
+    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    cache = tmp_path / "caches" / "mine.timing"
+    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, timing_cache=cache)
+    kept = cache.read_bytes()
+    assert kept
+    cache.write_bytes(b"of another version")
+    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, timing_cache=cache)
+    assert len(cache.read_bytes()) == len(kept)
+    assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
+
+
+def test_graphs_that_tensorrt_cannot_read_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match=r"TensorRT \S+ cannot read .*none.onnx: "):
+        build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
+    floats = onnx.helper.make_tensor_value_info("floats", onnx.TensorProto.FLOAT, [-1, 4])
+    whole = onnx.helper.make_tensor_value_info("whole", onnx.TensorProto.UINT8, [-1, 4])
+    node = onnx.helper.make_node("DynamicQuantizeLinear", ["floats"], ["whole", "scale", "zero"])
+    graph = onnx.helper.make_graph([node], "quantized", [floats], [whole])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(RAdapterError, match=r"DynamicQuantizeLinear.*; .*--calibration DATA"):
+        build(trt, tmp_path / "model.onnx", Options(), **LIMITS)
 
 
 def test_ctrl_c_ends_a_build(

@@ -1,5 +1,5 @@
-"""`embed_image`, `embed_text` and `classify` in this process: scores against the formula, and what
-is refused.
+"""`embed_image`, `embed_text` and `classify` in this process: scores against formulas, and what is
+refused.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.contract import preprocess as decoder
-from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
 from radapter_serve.contract.preprocess import Preprocess
-from radapter_serve.encoders.loaded import LoadedRelease, Steps, complete
-from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
+from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.tasks.classify import ClassifyRequest, Ranking, ScoreRule, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
@@ -26,29 +26,61 @@ from radapter_serve.tasks.embed import (
     embed_texts,
 )
 from radapter_serve.tasks.table import TASKS, forms
-from tests.helpers.small_release import LABELS, SIZE, WIDTH, Local, png, together
+from tests.helpers.small_release import (
+    CONFIDENCE,
+    LABELS,
+    SIZE,
+    WIDTH,
+    Local,
+    png,
+    together,
+)
 
-
-def images(loaded: LoadedRelease, *data: bytes, **how: Any) -> Steps[Any]:
-    return embed_images(loaded, EmbedImagesRequest(data, **how))
+NAMES = ("cat", "dog", "bird, fowl", "fish", "a man", "tree", "house")
+TEMPLATES = ["a photo of a {}."]
+IMAGES = [png(seed) for seed in range(6)]
 
 
 def ask(
     loaded: LoadedRelease,
-    data: Sequence[bytes],
-    names: Sequence[str] | None = None,
-    *,
-    label_set: str | None = None,
-    templates: Sequence[str] | None = None,
+    images: Sequence[bytes] = IMAGES,
+    labels: Labels = Labels(NAMES),  # noqa: B008
     **options: Any,
-) -> Steps[list[Ranking]]:
-    labels = Labels(names, label_set, templates)
-    return classify(loaded, ClassifyRequest(data, labels, **options))
+) -> list[Ranking]:
+    return complete(classify(loaded, ClassifyRequest(images, labels, **options)))
+
+
+@pytest.fixture
+def label_set(local: Local) -> LabelSet:
+    return complete(embed_labels(local.loaded, NAMES, TEMPLATES))
+
+
+@pytest.fixture
+def cosines(local: Local, label_set: LabelSet) -> np.ndarray:
+    embeds = complete(embed_images(local.loaded, EmbedImagesRequest(IMAGES)))
+    return embeds.astype(np.float64) @ label_set.embeds.T
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+def check(found: Sequence[Ranking], scores: np.ndarray, names: Sequence[str]) -> None:
+    """Each row has as many of the best labels as it has."""
+    for ranking, own in zip(found, scores, strict=True):
+        best = np.argsort(-own)[: len(ranking.labels)]
+        assert list(ranking.labels) == [names[place] for place in best]
+        np.testing.assert_allclose(ranking.scores, own[best], rtol=1e-4)
 
 
 def test_embed_images(local: Local) -> None:
     data = [png(0), png(1), png(2, 90, 16), png(3, kind="JPEG")]
-    found = complete(images(local.loaded, *data))
+    found = complete(embed_images(local.loaded, EmbedImagesRequest(data)))
     assert found.shape == (4, WIDTH) and local.calls == [(4, SIZE, SIZE, 3)]
     for image, row in zip(data, found, strict=True):
         pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(image)))
@@ -70,7 +102,9 @@ def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
 ) -> None:
     monkeypatch.setattr("radapter_serve.contract.images.MAX_REQUEST_PIXELS", 4600)
     monkeypatch.setattr("radapter_serve.contract.preprocess.LARGE_PIXELS", 1_000_000)
-    monkeypatch.setattr(decoder, "decode_into", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(
+        "radapter_serve.contract.preprocess.decode_into", lambda *_: pytest.fail("decoded")
+    )
     data = [png(seed) for seed in range(8)]  # 600 pixels each
     # The last is 16 x 64,000 pixels when it is resized.
     for asked, message in (
@@ -78,80 +112,200 @@ def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
         ([data[0], b"nonsense"], "image 2 of 2: 6 bytes are not an image"),
         ([data[0], png(0, 4000, 1)], "image of 4000 x 1, resized,"),
     ):
-        for task in (images(local.loaded, *asked), ask(local.loaded, asked, ["a"])):
+        for task in (
+            embed_images(local.loaded, EmbedImagesRequest(asked)),
+            classify(local.loaded, ClassifyRequest(asked, Labels(["a"]))),
+        ):
             with pytest.raises(TaskError, match=message):
                 complete(task)
     assert not local.calls
 
 
-def by_hand(
-    loaded: LoadedRelease, image: bytes, names: Sequence[str], templates: Sequence[str]
-) -> tuple[list[str], np.ndarray]:
-    """The labels' first names, and the cosines."""
-    label_set = complete(embed_labels(loaded, names, templates))
-    embed = complete(images(loaded, image))[0].astype(np.float64)
-    return list(label_set.labels), label_set.embeds @ embed
-
-
-def check(found: Ranking, labels: Sequence[str], scores: np.ndarray, count: int) -> None:
-    best = np.argsort(-scores)[:count]
-    assert found.labels == [labels[place] for place in best]
-    np.testing.assert_allclose(found.scores, scores[best], rtol=1e-5)
-
-
-def test_classify_is_the_softmax_of_scaled_cosines(local: Local) -> None:
-    names = ["cat", "dog", "bird, fowl", "fish", "a man", "tree"]
-    labels, cosines = by_hand(local.loaded, png(5), names, ["a photo of a {}."])
-    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
-    cases: list[tuple[dict[str, Any], int]] = [({}, 5), ({"top_k": 100}, 6), ({"top_k": 2}, 2)]
-    for options, count in cases:
-        [found] = complete(ask(local.loaded, [png(5)], names, **options))
-        check(found, labels, scores, count)
-    labels, cosines = by_hand(local.loaded, png(5), names, ["one {}", "two {}"])
-    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
-    [found] = complete(ask(local.loaded, [png(5)], names, templates=["one {}", "two {}"]))
-    check(found, labels, scores, 5)
-
-
-def test_sigmoid_where_the_model_has_a_bias(local: Local) -> None:
-    loaded = local.changed(logit_bias=-3.0)
-    labels, cosines = by_hand(loaded, png(5), ["cat", "dog"], loaded.release.templates)
-    [found] = complete(ask(loaded, [png(5)], ["cat", "dog"]))
-    check(found, labels, 1 / (1 + np.exp(-(10 * cosines - 3))), 2)
-
-
-def test_a_label_set_of_the_release(local: Local) -> None:
-    labels, cosines = by_hand(local.loaded, png(5), LABELS, ["a {}"])
-    scores = np.exp(10 * cosines) / np.exp(10 * cosines).sum()
+def test_templates_of_the_request_and_a_label_set_of_the_release(local: Local) -> None:
+    embeds = complete(embed_images(local.loaded, EmbedImagesRequest(IMAGES))).astype(np.float64)
+    templates = ["one {}", "two {}"]
+    of_request = complete(embed_labels(local.loaded, NAMES, templates))
+    found = ask(local.loaded, labels=Labels(NAMES, templates=templates), top_k=100)
+    check(found, softmax(10 * embeds @ of_request.embeds.T), of_request.labels)
+    of_release = complete(embed_labels(local.loaded, LABELS, ["a {}"]))
     local.calls.clear()
-    [found, _] = complete(ask(local.loaded, [png(5), png(6)], label_set="colours"))
-    check(found, labels, scores, 4)
-    assert local.calls == [(2, SIZE, SIZE, 3)]  # its labels were embedded when it was made
+    found = ask(local.loaded, labels=Labels(label_set="colours"))
+    assert [len(one.labels) for one in found] == [4] * 6
+    check(found, softmax(10 * embeds @ of_release.embeds.T), of_release.labels)
+    assert local.calls == [(6, SIZE, SIZE, 3)]  # its labels were embedded when it was made
+
+
+def test_calibrated_scores_are_a_softmax_at_the_temperature(
+    local: Local, cosines: np.ndarray, label_set: LabelSet
+) -> None:
+    # Of the small release the scale is 10 and the temperature 2.
+    cases: list[tuple[dict[str, Any], float]] = [({}, 10.0), ({"calibrated": True}, 5.0)]
+    for options, scale in cases:
+        found = ask(local.loaded, top_k=7, **options)
+        assert [len(one.labels) for one in found] == [7] * 6
+        check(found, softmax(scale * cosines), label_set.labels)
+    assert [len(one.labels) for one in ask(local.loaded, calibrated=True)] == [5] * 6
+
+
+def test_labels_that_stand_alone(local: Local, cosines: np.ndarray, label_set: LabelSet) -> None:
+    scores = sigmoid(6.0 * cosines - 1.0)
+    found = ask(local.loaded, multi_label=True, threshold=0.0)
+    assert [len(one.labels) for one in found] == [7] * 6
+    check(found, scores, label_set.labels)
+    fewer = ask(local.loaded, multi_label=True, threshold=0.0, top_k=2)
+    assert [len(one.labels) for one in fewer] == [2] * 6
+    check(fewer, scores, label_set.labels)
+    # Each is scored as it would be if it were the only one.
+    [alone] = ask(local.loaded, IMAGES[:1], Labels(["cat"]), multi_label=True, threshold=0.0)
+    assert alone.scores[0] == pytest.approx(scores[0, 0], rel=1e-5)
+
+
+def test_labels_below_the_threshold_are_left_out(
+    local: Local, cosines: np.ndarray, label_set: LabelSet
+) -> None:
+    scores = sigmoid(6.0 * cosines - 1.0)
+    counts = (scores >= 0.5).sum(axis=1).tolist()
+    assert len(set(counts)) > 1
+    cases: list[dict[str, Any]] = [{}, {"threshold": 0.5}]
+    for options in cases:
+        found = ask(local.loaded, multi_label=True, **options)
+        assert [len(one.labels) for one in found] == counts
+        check(found, scores, label_set.labels)
+    none = ask(local.loaded, multi_label=True, threshold=1.0)
+    assert not any(one.labels for one in none)
+    # On the wire, a row has one label at least.
+    outputs = TASKS["classify"].write([none])
+    assert outputs["label"].tolist() == [[b""]] * 6 and outputs["score"].tolist() == [[0]] * 6
+
+
+def test_a_model_that_was_trained_with_a_sigmoid(
+    local: Local, cosines: np.ndarray, label_set: LabelSet
+) -> None:
+    own = sigmoid(10.0 * cosines - 3.0)
+    exact = sigmoid(6.0 * cosines - 1.0)
+    loaded = local.changed(logit_bias=-3.0, confidence={**CONFIDENCE, "temperature": None})
+    every = {"multi_label": True, "threshold": 0.0}
+    for options, scores in (
+        (every, exact),
+        ({**every, "calibrated": True}, exact),
+        ({"top_k": 7}, own),
+        ({"top_k": 7, "calibrated": True}, exact),
+    ):
+        found = ask(loaded, **options)
+        assert [len(one.labels) for one in found] == [7] * 6
+        check(found, scores, label_set.labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}])
+@pytest.mark.parametrize("bias", [-1.0, None])
+def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(
+    local: Local,
+    cosines: np.ndarray,
+    label_set: LabelSet,
+    bias: float | None,
+    options: dict[str, Any],
+) -> None:
+    """In float32 a sigmoid is 1 for all logits above 17, and a softmax is 0 for all that are far
+    below the best.
+    """
+    fitted = {**CONFIDENCE, "scale": 1000.0, "bias": 900.0, "temperature": 1.0}
+    loaded = local.changed(logit_scale=1000.0, confidence=fitted, logit_bias=bias)
+    found = ask(loaded, **options)
+    assert any((np.diff(one.scores) == 0).any() for one in found)
+    for own, ranking in zip(cosines, found, strict=True):
+        best = np.argsort(-own)[: len(ranking.labels)]
+        assert list(ranking.labels) == [label_set.labels[place] for place in best]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
+def test_of_equal_labels_the_first_comes_first(top_k: int | None) -> None:
+    values = np.random.default_rng(0).integers(0, 4, 50).astype(np.float32) / 4
+    names = tuple(map(str, range(50)))
+    found = ScoreRule(top_k, 10.0, None).ranking(values, LabelSet(names, values, names, ()))
+    expected = sorted(range(50), key=lambda place: -values[place])[:top_k]
+    assert [int(name) for name in found.labels] == expected
+    scores = softmax(10.0 * values[None].astype(np.float64))[0, expected]
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+
+
+def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarray) -> None:
+    best = sigmoid(6.0 * cosines - 1.0).max(1)
+    least = float(np.median(best))
+    is_unknown = best < np.float32(least)
+    assert is_unknown.any() and not is_unknown.all()
+    cases: list[dict[str, Any]] = [{}, {"calibrated": True}]
+    for options in cases:
+        plain = ask(local.loaded, **options)
+        found = ask(local.loaded, unknown=least, **options)
+        for row, one in enumerate(found):
+            if is_unknown[row]:
+                assert list(one.labels) == ["unknown"]
+                assert one.scores[0] == pytest.approx(1 - best[row], abs=1e-5)
+            else:
+                assert one.labels == plain[row].labels
+                np.testing.assert_array_equal(one.scores, plain[row].scores)
+
+
+@pytest.mark.parametrize("options", [{"multi_label": True}, {"calibrated": True}, {"unknown": 0.5}])
+def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
+    local: Local, options: dict[str, Any]
+) -> None:
+    """Also where another is as near as float32 has it."""
+    loaded = local.changed(alpha=0.3, dynamic_alpha=True)
+    own = np.float32(0.3)
+    for same in (None, 0.3, float(own)):
+        ask(loaded, IMAGES[:1], alpha=same, **options)
+    with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.25"):
+        ask(loaded.at(0.25), IMAGES[:1], **options)  # a copy at another α is not calibrated either
+    local.calls.clear()
+    for near in (*(float(np.nextafter(own, np.float32(end))) for end in (0, 1)), 0.25):
+        with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.") as error:
+            ask(loaded, IMAGES[:1], alpha=near, **options)
+        assert error.value.code == NOT_CALIBRATED
+    assert not local.calls
+
+
+WHY = "export one with radapter-export --validation DATA"
+
+
+UNFITTED: dict[str, Any] = {"confidence": None}
+COLD: dict[str, Any] = {"confidence": {**CONFIDENCE, "temperature": None}}
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("facts", "options", "code", "message"),
     [
-        ({}, "no_labels", "give labels, or a label_set of this release: colours"),
-        ({"names": ["a", " "]}, "invalid_argument", "label 2 of 2 is empty"),
-        ({"names": ["a", "a"]}, "invalid_argument", "label 2, 'a', is the same as label 1"),
-        ({"names": ["a" * 1001]}, "invalid_argument", "a label of 1001 characters"),
-        ({"names": ["a"], "templates": ["no place"]}, "invalid_argument", "has no {}"),
-        ({"names": ["a"], "label_set": "colours"}, "invalid_argument", "not both"),
-        ({"label_set": "colors"}, "unknown_label_set", "there are: colours"),
-        ({"label_set": "c" * 10_001}, "unknown_label_set", f"no label set '{'c' * 79} in this"),
-        ({"names": ["a"], "top_k": 0}, "invalid_argument", "top_k is 0; allowed: whole numbers"),
-        ({"names": ["a"], "alpha": float("nan")}, "invalid_argument", "alpha is nan"),
-        ({"names": list(map(str, range(20_001)))}, "invalid_argument", "20001 prompts"),
+        ({}, {"labels": Labels()}, "no_labels", "give labels, or a label_set of this release: col"),
+        ({}, {"labels": Labels(["a", " "])}, INVALID_ARGUMENT, "label 2 of 2 is empty"),
+        ({}, {"labels": Labels(["a", "a"])}, INVALID_ARGUMENT, "label 2, 'a', is the same as lab"),
+        ({}, {"labels": Labels(["a" * 1001])}, INVALID_ARGUMENT, "a label of 1001 characters"),
+        ({}, {"labels": Labels(["a"], templates=["none"])}, INVALID_ARGUMENT, "has no {}"),
+        ({}, {"labels": Labels(label_set="c" * 10_001)}, "unknown_label_set", "there are: colours"),
+        ({}, {"labels": Labels(list(map(str, range(20_001))))}, INVALID_ARGUMENT, "20001 prompts"),
+        ({}, {"top_k": 0}, INVALID_ARGUMENT, "top_k is 0; allowed: whole numbers"),
+        ({}, {"alpha": np.nan}, INVALID_ARGUMENT, "alpha is nan"),
+        (UNFITTED, {"multi_label": True}, NOT_CALIBRATED, WHY),
+        (UNFITTED, {"unknown": 0.5}, NOT_CALIBRATED, WHY),
+        ({**UNFITTED, "logit_bias": -3.0}, {"calibrated": True}, NOT_CALIBRATED, WHY),
+        (COLD, {"calibrated": True}, NOT_CALIBRATED, "this release has no temperature"),
+        ({}, {"threshold": 0.5}, INVALID_ARGUMENT, "threshold leaves out labels"),
+        ({}, {"threshold": -0.1, "multi_label": True}, INVALID_ARGUMENT, "threshold is -0.1; allo"),
+        ({}, {"unknown": np.nan}, INVALID_ARGUMENT, "unknown is nan"),
+        ({}, {"unknown": 0.5, "multi_label": True}, INVALID_ARGUMENT, "does not go with multi_la"),
     ],
 )
-def test_what_is_refused_before_anything_is_encoded(
-    local: Local, options: dict[str, Any], code: str, message: str
+def test_what_is_refused(
+    local: Local, facts: dict[str, Any], options: dict[str, Any], code: str, message: str
 ) -> None:
-    with pytest.raises(TaskError) as error:
-        complete(ask(local.loaded, [png(0)], **options))
-    assert error.value.code == code and message in error.value.message
+    with pytest.raises(TaskError) as caught:
+        ask(local.changed(**facts), **options)
+    assert caught.value.code == code and message in caught.value.message
     assert not local.calls
+
+
+def test_labels_are_a_list_or_a_label_set() -> None:
+    with pytest.raises(TaskError, match="not both"):
+        Labels(["a"], "colours")
 
 
 def column(*rows: Any, kind: Any = object) -> np.ndarray:
@@ -175,7 +329,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):
         names = [one.decode() for one in inputs["labels"][row]]
-        [alone] = complete(ask(local.loaded, [png(row)], names, top_k=count))
+        [alone] = ask(local.loaded, [png(row)], Labels(names), top_k=count)
         wide = [*alone.labels, *[""] * (3 - count)]
         assert [one.decode() for one in outputs["label"][row]] == wide
         np.testing.assert_allclose(outputs["score"][row, :count], alone.scores, rtol=1e-5)

@@ -19,7 +19,7 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.encoders.loaded import complete
-from radapter_serve.index import opened, writer
+from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import open_index
@@ -119,59 +119,6 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
         indexes.get("photos")
     now[0] = 11.0
     assert len(indexes.get("photos")[0]) == 4
-
-
-def test_nothing_fails_while_an_index_of_many_images_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By additions and as a whole, while two threads search: every answer is of one state or
-    another.
-    """
-    photos = tmp_path / "photos"
-    out = tmp_path / "indexes" / "photos"
-    monkeypatch.setattr(writer, "EXACT", 128)  # of more images, the nearest are searched by cells
-
-    def add_photos(count: int) -> None:
-        for number in range(count):
-            if not (photos / f"{number:06}.png").exists():
-                write(photos / f"{number:06}.png", number)
-
-    add_photos(300)
-    build(str(photos), out, projecting())
-    search = task(tmp_path / "indexes")
-    image = (photos / "000005.png").read_bytes()
-    over = threading.Event()
-    failed: list[str] = []
-    counts: list[int] = []
-
-    def ask() -> None:
-        request = RetrieveRequest("photos", Query(images=[image]), top_k=1000)
-        while not over.is_set():
-            try:
-                found = search.ids(request)
-                assert found[0] == "000005.png" and len(set(found)) == len(found)
-                counts.append(len(found))
-            except Exception as error:
-                failed.append(repr(error))
-            over.wait(0.01)
-
-    searching = [threading.Thread(target=ask) for _ in range(2)]
-    for one in searching:
-        one.start()
-    states = {300}
-    try:
-        for count in (310, 320):
-            add_photos(count)
-            states.add(count)
-            if count % 20:
-                add(out, projecting())
-            else:
-                build(str(photos), out, projecting(), resume=False)
-    finally:
-        over.set()
-        for one in searching:
-            one.join()
-    assert not failed and len(counts) > 10 and set(counts) <= states
 
 
 def test_refusals(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

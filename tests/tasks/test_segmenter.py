@@ -152,7 +152,7 @@ def test_dense_is_a_loop_over_windows_with_torch(size, labels, options):
     check(image(*size), embeds(labels), SegmentOptions(**options), **sizes)
 
 
-@pytest.mark.parametrize(("count", "bias"), [(2, None), (10, -3.0), (100, None)])
+@pytest.mark.parametrize(("count", "bias"), [(10, -3.0), (30, None)])
 def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
     picture = image(640, 480)
     labels = embeds(count)
@@ -172,41 +172,18 @@ def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
         assert found.scores[label] == pytest.approx(mean, abs=1e-4)
 
 
-def test_a_model_trained_with_a_sigmoid_is_scored_by_it_everywhere():
-    picture = image(90, 71)
-    labels = embeds(6)
-    maps, _ = reference(picture, labels, SIZE * 3 // 2, SIZE // 2)
-    full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
-    best, expected = (values.numpy() for values in (9 * full - 3).sigmoid().max(0))
-    found = segmenter(scale=9.0, bias=-3.0).dense(picture, labels, SegmentOptions(threshold=0.5))
-    same = found.mask == np.where(best < 0.5, 6, expected)
-    assert same.mean() > 0.999 and 0.05 < (found.mask == 6).mean() < 0.95
-    pixels = np.full((20, 20, 3), (0, 255, 0), np.uint8)
-    masks = np.full((1, 20, 20), 255, np.uint8)
-    logits = 3.0 * torch.from_numpy(colour_images(pixels[None]) @ colour_labels().T)[0] - 2.0
-    found = segmenter(scale=3.0, bias=-2.0).from_proposals(
-        Image.fromarray(pixels), colour_labels(), masks
-    )
-    assert (found.mask == int(logits.argmax())).all()
-    assert found.scores.max() == pytest.approx(float(logits.sigmoid().max()), abs=1e-5)
-
-
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_embeddings_that_are_not_finite_are_an_error(wrong):
-    def spoilt(encode):
-        def broken(pixels):
-            found = encode(pixels)
-            found[-1, ..., 0] = wrong
-            return found
+    def broken(pixels):
+        embeds = random_patches(pixels)
+        embeds[-1, ..., 0] = wrong
+        return embeds
 
-        return broken
-
+    made = segmenter(broken, lambda pixels: np.full((len(pixels), 3), wrong, np.float32))
     with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
-        segmenter(spoilt(random_patches)).dense(image(40, 30), embeds(3))
+        made.dense(image(40, 30), embeds(3))
     with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
-        segmenter(images=spoilt(colour_images)).from_proposals(
-            image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8)
-        )
+        made.from_proposals(image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8))
 
 
 @given(
@@ -346,21 +323,6 @@ def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
     expected[10:, :10] = 2
     np.testing.assert_array_equal(found.mask, expected)  # a mask of 0.4 is below the threshold
     assert found.scores[4] == pytest.approx(1 - 103 / 255, abs=1e-3)
-
-
-def test_pixels_that_no_mask_covers():
-    pixels = np.full((20, 20, 3), (0, 255, 0), np.uint8)
-    pixels[:5, :5] = (255, 0, 0)
-    masks = np.zeros((1, 20, 20), np.uint8)
-    masks[0, :5, :5] = 255
-    covered = masks[0] > 0
-    for threshold in (0.0, 0.3, None):
-        options = SegmentOptions(threshold=threshold)
-        found = segmenter().from_proposals(
-            Image.fromarray(pixels), colour_labels(), masks, options=options
-        )
-        np.testing.assert_array_equal(found.mask, np.where(covered, 0, 4))  # the background
-        assert len(found.scores) == 5 and found.scores[4] == pytest.approx(1)
 
 
 # what is refused
