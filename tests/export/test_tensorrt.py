@@ -83,20 +83,6 @@ def test_graphs_that_take_alpha_are_built(
     check(dynamic_graphs[name], weights, precision, tmp_path)
 
 
-def test_a_timing_cache_is_kept_and_one_of_another_version_replaced(
-    graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path
-) -> None:
-    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
-    cache = tmp_path / "caches" / "mine.timing"
-    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, timing_cache=cache)
-    kept = cache.read_bytes()
-    assert kept
-    cache.write_bytes(b"of another version")
-    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, timing_cache=cache)
-    assert len(cache.read_bytes()) == len(kept)
-    assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
-
-
 def test_graphs_that_tensorrt_cannot_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match=r"TensorRT \S+ cannot read .*none.onnx: "):
         build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
