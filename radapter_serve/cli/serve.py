@@ -189,7 +189,7 @@ def serve(
 
         keep_serving(TritonServer(config), gateway.child(endpoints, config.indexes))
         return
-    given = {
+    changed = {
         "--grpc-port": grpc_port != 8001,
         "--metrics-port": metrics_port != 8002,
         "--instances": instances != ("2",),
@@ -199,7 +199,7 @@ def serve(
         "--gateway-port": gateway.gateway_port is not None,
         "--gateway-host": gateway.gateway_host != GatewayFlags.gateway_host,
     }
-    if wrong := ", ".join(flag for flag, is_given in given.items() if is_given):
+    if wrong := ", ".join(flag for flag, is_changed in changed.items() if is_changed):
         raise RAdapterError(
             f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
             " leave it out"

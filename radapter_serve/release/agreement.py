@@ -21,9 +21,7 @@ from radapter_serve.contract.errors import Alpha, Encode
 from radapter_serve.errors import RAdapterError
 
 SAMPLES = "samples.npz"
-
-
-# no bound allows less: what points elsewhere is another embedding, however small its components
+# No bound allows less: what points elsewhere is another embedding, however small its components.
 LEAST_COSINE = 0.9
 
 
@@ -45,9 +43,8 @@ class Tolerance:
         return f"{self.max_error:.0e} (and {1 - self.min_cosine:.0e})"
 
 
-# : By precision: twice the worst that small random models of every family show, about ten times
-# ViT-B-32's. int8 keeps
-#: 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
+# By precision: twice the worst that small random models of every family show, about ten times
+# ViT-B-32's. int8 keeps 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.999999),
     "fp16": Tolerance(2e-3, 0.99999),
@@ -132,12 +129,12 @@ def compare(
     """
     max_error = 0.0
     least = 1.0
-    for given, reference in samples.batches():
+    for inputs, reference in samples.batches():
         try:
-            embeds = encoder(*given)
+            embeds = encoder(*inputs)
         except Exception as error:
             raise RAdapterError(
-                f"{name} fails on a batch of shape {given[0].shape}: {error}"
+                f"{name} fails on a batch of shape {inputs[0].shape}: {error}"
             ) from error
         if embeds.shape != reference.shape:
             raise RAdapterError(f"{name} gives {embeds.shape} where torch gives {reference.shape}")

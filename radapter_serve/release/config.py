@@ -59,9 +59,9 @@ class ServedEncoder:
     @property
     def versions(self) -> list[int]:
         """The served versions that are there, the newest last; refuses an encoder with none."""
-        found = versions_of(self.folder)
-        wanted = self.config.version_policy.specific.versions or found
-        if served := [version for version in found if version in wanted]:
+        versions = versions_of(self.folder)
+        wanted = self.config.version_policy.specific.versions or versions
+        if served := [version for version in versions if version in wanted]:
             return served
         raise _lacking(self.folder, wanted)
 
@@ -96,12 +96,15 @@ class ServedEncoder:
         return str(text_format.MessageToString(config))
 
 
+def parsed(text: str) -> Any:
+    """A `ModelConfig` from the text of a config.pbtxt, which may be for a newer server."""
+    return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+
+
 def read_config(path: Path) -> Any:
     """Parse a config.pbtxt as a `ModelConfig`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        # A server may be newer than what is known here.
-        return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+        return parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
 
@@ -113,12 +116,12 @@ def named_releases(config: Any) -> dict[int, Release]:
         key for key in texts if key == "release"
     ]
     try:
-        found = [Release.from_dict(json.loads(texts[key])) for key in keys]
+        releases = [Release.from_dict(json.loads(texts[key])) for key in keys]
     except (ValueError, TypeError, RecursionError) as error:
         raise RAdapterError(
             f"the config of {config.name} says of its release what is no JSON: {error}"
         ) from error
-    return {int(release.version): release for release in found}
+    return {int(release.version): release for release in releases}
 
 
 def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
@@ -136,10 +139,10 @@ def config_of(repository: Path, model: str, version: int) -> Any:
     release's.
     """
     upper = repository / model / CONFIG
-    own = repository / model / str(version) / CONFIG
-    if not own.exists() or (upper.exists() and version in named_releases(read_config(upper))):
+    lower = repository / model / str(version) / CONFIG
+    if not lower.exists() or (upper.exists() and version in named_releases(read_config(upper))):
         return read_config(upper)
-    return read_config(own)
+    return read_config(lower)
 
 
 def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
@@ -213,20 +216,6 @@ def _batch(config: Any, max_batch_size: int) -> None:
         config.dynamic_batching.SetInParent()
 
 
-def without_queue_policy(config: Any) -> None:
-    """Take the limits of Triton's own queue out of a config, in place.
-
-    A queue that has any is not looked at when a model becomes free: requests there wait for the
-    next one, or for half a second. `radapter_serve.triton.backlog` has the limits instead.
-    """
-    if config.HasField("dynamic_batching"):
-        config.dynamic_batching.ClearField("default_queue_policy")
-        config.dynamic_batching.ClearField("priority_queue_policy")
-        config.dynamic_batching.ClearField("priority_levels")
-    if not config.max_batch_size:
-        config.ClearField("dynamic_batching")
-
-
 def check(
     repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
 ) -> None:
@@ -248,12 +237,10 @@ def check_configs(repository: Path, version: int) -> None:
     configs: dict[str, Any] = {}
     exported: dict[str, Any] = {}
     for model in models:
-        for path, found in (
-            (repository / model / CONFIG, configs),
-            (repository / model / str(version) / CONFIG, exported),
-        ):
-            if path.exists():
-                found[model] = read_config(path)
+        if (path := repository / model / CONFIG).exists():
+            configs[model] = read_config(path)
+        if (path := repository / model / str(version) / CONFIG).exists():
+            exported[model] = read_config(path)
     names = {model: named_releases(config) for model, config in configs.items()}
     naming = [model for model in models if version in names.get(model, ())]
     if not naming and (missing := [model for model in models if model not in exported]):

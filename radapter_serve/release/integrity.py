@@ -109,16 +109,16 @@ def shown(problems: Mapping[str, str]) -> str:
 
 def _files(repository: Path, version: int) -> dict[str, Path]:
     """The files of a release by name, without its list of digests."""
-    found = {}
+    files = {}
     for model in MODELS:
         folder = repository / model / str(version)
         for path in sorted(folder.rglob("*")):
             inside = path.relative_to(folder).parts
             is_left = any(part == "__pycache__" or part.startswith(".") for part in inside)
             if path.is_file() and not is_left:
-                found[str(PurePosixPath(model, str(version), *inside))] = path
-    found.pop(f"classify/{version}/{SUMS}", None)
-    return found
+                files[str(PurePosixPath(model, str(version), *inside))] = path
+    files.pop(f"classify/{version}/{SUMS}", None)
+    return files
 
 
 def written_sums(sums: Mapping[str, str]) -> bytes:

@@ -86,18 +86,18 @@ def newest_export(repository: Path) -> list[int]:
     """The releases that the configs ask Triton to serve, those of the newest export; the newest
     last.
     """
-    found = releases_of(repository)
-    if not found or not (path := repository / MODELS[-1] / CONFIG).exists():
-        return found[-1:]
+    versions = releases_of(repository)
+    if not versions or not (path := repository / MODELS[-1] / CONFIG).exists():
+        return versions[-1:]
     text = path.read_text(encoding="utf-8", errors="replace")
     numbers = re.findall(r"\bversions\s*:\s*\[?([\d,\s]+)", text)
     wanted = {int(number) for part in numbers for number in re.findall(r"\d+", part)}
     if wanted:
-        return [version for version in found if version in wanted]
+        return [version for version in versions if version in wanted]
     if re.search(r"\bversion_policy\s*:?\s*\{\s*all\b", text):
-        return found
+        return versions
     latest = re.search(r"\bnum_versions\s*:\s*(\d+)", text)
-    return found[-max(1, int(latest[1]) if latest else 1) :]
+    return versions[-max(1, int(latest[1]) if latest else 1) :]
 
 
 def split_repository(repository: str | Path) -> tuple[str, str]:
@@ -143,15 +143,15 @@ def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[in
     """The releases of a model repository that embed as one with this digest does, the newest last;
     those that take any α are asked at this one.
     """
-    found = []
+    versions = []
     for version in releases_of(repository):
         with contextlib.suppress(RAdapterError):
             release = Release.load(repository / MODELS[-1] / str(version))
             if release.dynamic_alpha:
                 release = release.at(alpha)
             if release.digest == digest:
-                found.append(version)
-    return found
+                versions.append(version)
+    return versions
 
 
 @dataclass(frozen=True)

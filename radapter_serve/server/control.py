@@ -17,9 +17,10 @@ from urllib.parse import quote
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.process import SYSTEM, Clock
+from radapter_serve.release.config import parsed
 from radapter_serve.release.repository import ENCODERS, MODELS
 from radapter_serve.server.launch import SECRET_HEADER
-from radapter_serve.server.models import ModelEntry, parsed
+from radapter_serve.server.models import ModelEntry
 from radapter_serve.tasks.table import PROBES, Tensors
 
 LOAD_TIMEOUT_SECONDS = 300.0
@@ -279,8 +280,8 @@ def _drain(server: Server, tasks: Collection[str], clock: Clock) -> None:
     deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
     with contextlib.suppress(RAdapterError):  # a server that died has no calls
         while clock.monotonic() < deadline:
-            versions = server.control.index()
-            unloading = {one["name"] for one in versions if one.get("state") == "UNLOADING"}
+            index = server.control.index()
+            unloading = {entry["name"] for entry in index if entry.get("state") == "UNLOADING"}
             if unloading.isdisjoint(tasks):
                 return
             clock.sleep(_POLL_SECONDS)

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -25,7 +24,7 @@ from radapter_serve.release.config import (
     config_of,
     encoders_of,
     name_releases,
-    without_queue_policy,
+    parsed,
 )
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
@@ -69,11 +68,6 @@ def processes_of(model: ModelEntry) -> int:
     """Number of processes of a model whose backend has one for each instance of each version."""
     groups = parsed(model.config).instance_group
     return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
-
-
-def parsed(text: str) -> Any:
-    """A `ModelConfig` from the text of a config.pbtxt."""
-    return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
 
 
 def check_repository(repository: Path) -> None:
@@ -230,7 +224,13 @@ def plan_models(
             config = config_of(repository, model, versions[-1])
         named = versions if model in TASKS else ()
         name_releases(config, {version: facts[version] for version in named})
-        without_queue_policy(config)
+        # Triton's own limits of a queue go; `triton.backlog` says why, and has others.
+        if config.HasField("dynamic_batching"):
+            config.dynamic_batching.ClearField("default_queue_policy")
+            config.dynamic_batching.ClearField("priority_queue_policy")
+            config.dynamic_batching.ClearField("priority_levels")
+        if not config.max_batch_size:
+            config.ClearField("dynamic_batching")
         models[model] = ModelEntry((), text_format.MessageToString(config)).at(versions)
     return models
 

@@ -107,14 +107,16 @@ class TritonPythonModel:
             names = request.requested_output_names()
             try:
                 tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
-                inputs = {one.name(): one.as_numpy() for one in tensors if one is not None}
+                inputs = {
+                    tensor.name(): tensor.as_numpy() for tensor in tensors if tensor is not None
+                }
                 task.check(self.task, forms(inputs), self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
             except Exception as error:
                 errors[number] = task_error(error)
                 continue
             cancelled = given_up(request)
-            steps += [self._run(one, cancelled) for one in typed]
+            steps += [self._run(row, cancelled) for row in typed]
             owners += [number] * len(typed)
 
         # All of them together, and from their answers to tensors.

@@ -21,13 +21,13 @@ from radapter_serve.release.config import (
     check_configs,
     configure,
     encoders_of,
+    parsed,
     read_config,
 )
 from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
 from radapter_serve.release.repository import CONFIG, MODELS, newest_export, releases_of
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.models import parsed
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import seal
 

@@ -16,12 +16,12 @@ from radapter_serve.encoders.runtimes import cuda_provider
 from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.config import ServedEncoder, encoders_of
+from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.server import models
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.models import check_agreement, parsed
+from radapter_serve.server.models import check_agreement
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor
 from tests.helpers.small_release import Local, png

@@ -19,6 +19,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import hold
+from radapter_serve.release.config import parsed
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.launch import (
@@ -31,7 +32,7 @@ from radapter_serve.server.launch import (
     server_folder,
     shm_prefix,
 )
-from radapter_serve.server.models import ModelEntry, check_shared_memory, parsed
+from radapter_serve.server.models import ModelEntry, check_shared_memory
 from radapter_serve.server.releases import State
 from radapter_serve.server.triton_server import TritonServer
 

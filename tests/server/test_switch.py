@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import parsed
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import (
@@ -15,7 +16,7 @@ from radapter_serve.server.control import (
     check_side_by_side,
     switch,
 )
-from radapter_serve.server.models import ModelEntry, parsed
+from radapter_serve.server.models import ModelEntry
 from tests.helpers.fake_clock import FakeClock
 
 NEEDS = {
