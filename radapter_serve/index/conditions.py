@@ -1,21 +1,21 @@
 """Conditions on an index's columns: SQL that compares and nothing else, run by Arrow.
 
-A comparison with NULL is neither true nor false, as in SQL.
+A comparison with NULL is neither true nor false, as in SQL. Values of Python's reach Arrow as texts
+that it casts (`text_array`): pyarrow's own conversion loads pandas, some 30 MB in every server.
 """
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow.acero import Declaration, ProjectNodeOptions, TableSourceNodeOptions
 from sqlglot import TokenType, exp, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
@@ -52,6 +52,7 @@ def parse_condition(where: str) -> exp.Expr:
     if len(where) > MAX_LENGTH:
         raise invalid(f"where has {len(where)} characters; at most {MAX_LENGTH} are allowed")
     try:
+        where.encode()
         # Count brackets before the parser meets them.
         depth = 0
         for token in Sql().tokenize(where):
@@ -59,37 +60,35 @@ def parse_condition(where: str) -> exp.Expr:
             if depth > MAX_DEPTH:
                 raise _too_deep()
         condition = parse_one(where, read=Sql, into=exp.Condition)
-        _check(condition)
-        return condition
+
+        # Refuse all nodes but those in the list of what is allowed.
+        parts = 0
+        waiting = [(condition, 0)]
+        while waiting:
+            node, depth = waiting.pop()
+            if isinstance(node, exp.Func) and not isinstance(node, _NODES):
+                names = ", ".join(function.sql_name().lower() for function in _FUNCTIONS)
+                raise invalid(f"where calls {node.name or node.sql_name()}; functions: {names}")
+            nested = isinstance(node, exp.Column) and len(node.parts) > 1
+            if nested or not isinstance(node, _NODES):
+                raise invalid(f"where has a {type(node).__name__}; {ALLOWED}")
+            depth += isinstance(node, _NESTING)
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+            parts += not isinstance(node, (exp.Literal, exp.Identifier))
+            waiting += [(child, depth) for child in node.iter_expressions()]
     except TaskError:
         raise
     except RecursionError:
         raise _too_deep() from None
     except Exception:  # on nonsense the parser raises many kinds of errors
         raise invalid(f"where {where!r:.200} cannot be read; {ALLOWED}") from None
-
-
-def _check(condition: exp.Expr) -> None:
-    """Refuse all nodes but those in the list of what is allowed."""
-    parts = 0
-    waiting = [(condition, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        if isinstance(node, exp.Func) and not isinstance(node, _NODES):
-            names = ", ".join(function.sql_name().lower() for function in _FUNCTIONS)
-            raise invalid(f"where calls {node.name or node.sql_name()}; functions: {names}")
-        if not isinstance(node, _NODES) or (isinstance(node, exp.Column) and len(node.parts) > 1):
-            raise invalid(f"where has a {type(node).__name__}; {ALLOWED}")
-        depth += isinstance(node, _NESTING)
-        if depth > MAX_DEPTH:
-            raise _too_deep()
-        parts += not isinstance(node, (exp.Literal, exp.Identifier))
-        waiting += [(child, depth) for child in node.iter_expressions()]
     if parts > MAX_PARTS:
         raise invalid(
             f"where has {parts} operators and names; at most {MAX_PARTS} are allowed: write a list"
             " as path IN ('a.jpg', 'b.jpg')"
         )
+    return condition
 
 
 def _too_deep() -> TaskError:
@@ -125,36 +124,53 @@ class Met:
         return np.flatnonzero(self.marks)
 
 
+def text_array(texts: Sequence[str]) -> pa.StringArray:
+    """Texts as Arrow has them."""
+    data = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, data)], dtype=np.int32)
+    return pa.StringArray.from_buffers(
+        len(data), pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(data))
+    )
+
+
 def evaluate(where: str, table: pa.Table) -> Met:
     """Find the rows of a table that meet a condition."""
-    condition = _Translator(table.schema).term(parse_condition(where))
-    if condition.kind != "truth":
-        raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
-    plan = Declaration.from_sequence(
-        [
-            Declaration("table_source", TableSourceNodeOptions(table)),
-            Declaration("project", ProjectNodeOptions([condition.values], ["met"])),
-        ]
-    )
-    try:
-        met = plan.to_table(use_threads=False)["met"]
-    except pa.ArrowException as error:
-        why = f"where {where!r:.200} fails: {redact(str(error)):.200}"
-        raise invalid(f"{why}; the columns: {', '.join(table.column_names)}") from None
-    return Met(np.asarray(pc.fill_null(met, False).to_numpy(), np.bool_))
+    condition = parse_condition(where)
+    marks = np.zeros(len(table), np.uint8)
+    start = 0
+    for batch in table.to_batches(max_chunksize=_ROWS):
+        try:
+            term = _evaluate(condition, batch)
+            if term.kind != "truth":
+                raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
+            met = pc.coalesce(term.values, _FALSE).cast(pa.uint8())
+        except pa.ArrowException as error:
+            why = f"where {where!r:.200} fails: {redact(str(error)):.200}"
+            raise invalid(f"{why}; the columns: {', '.join(table.column_names)}") from None
+        if isinstance(met, pa.Scalar):  # a condition without a column
+            values: Any = met.as_py()
+        else:
+            values = np.frombuffer(met.buffers()[1], np.uint8, len(met), met.offset)
+        marks[start : start + len(batch)] = values
+        start += len(batch)
+    return Met(marks.view(np.bool_))
 
 
 @dataclass(frozen=True)
 class _Term:
-    """An Arrow expression and the kind of its values."""
+    """A part of a condition: its values in a batch, an Arrow array or a scalar, and their kind."""
 
-    values: pc.Expression
+    values: Any
     # "integer", "float", "narrow" (float32 or float16), "text", "date", "time", "truth", "null", or
     # an Arrow type that has no comparisons.
     kind: str
     literal: Any = None  # the value of a literal in the condition
 
 
+_ROWS = 1 << 16  # that are compared at once
+_NULL = pa.nulls(1)[0]
+_UNKNOWN = pa.nulls(1, pa.bool_())[0]
+_FALSE = text_array(["false"])[0].cast(pa.bool_())
 _NUMBERS = ("integer", "float", "narrow")
 _TYPES = {
     **dict.fromkeys(_NUMBERS, pa.float64()),
@@ -162,8 +178,9 @@ _TYPES = {
     **{"date": pa.date32(), "time": pa.timestamp("us")},
 }
 _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    **{exp.EQ: operator.eq, exp.NEQ: operator.ne},
-    **{exp.LT: operator.lt, exp.LTE: operator.le, exp.GT: operator.gt, exp.GTE: operator.ge},
+    **{exp.EQ: pc.equal, exp.NEQ: pc.not_equal},
+    **{exp.LT: pc.less, exp.LTE: pc.less_equal},
+    **{exp.GT: pc.greater, exp.GTE: pc.greater_equal},
 }
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     exp.Add: pc.add,
@@ -185,130 +202,132 @@ _TEXT_FUNCTIONS: dict[type, Callable[[Any], Any]] = {
 }
 
 
-class _Translator:
-    """Translates a parsed condition into an expression of Arrow's, on columns of a schema."""
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
-
-    def term(self, node: Any) -> _Term:
-        """Translate a node after its operands. A chain of `MAX_PARTS` operators is as many calls
-        deep, which Python allows.
-        """
-        operands: list[_Term] = []
-        if not isinstance(node, (exp.Column, exp.Literal)):
-            for child in node.iter_expressions():
-                if not isinstance(child, exp.DataType):
-                    operands.append(self.term(child))
-        match node:
-            case exp.Column():
-                return self._column(node.name)
-            case exp.Literal():
-                return _literal(node.this if node.is_string else _number(node.this))
-            case exp.Boolean():
-                return _literal(bool(node.this))
-            case exp.Null():
-                return _Term(pc.scalar(None), "null")
-            case exp.Paren():
-                return operands[0]
-            case exp.Neg():
-                (number,) = _check_kinds(node, operands, *_NUMBERS)
-                if number.literal is not None:
-                    return _literal(-number.literal)
-                return _Term(pc.negate(number.values), number.kind)
-            case exp.And():
-                left, right = _truths(node, operands)
-                return _Term(left & right, "truth")
-            case exp.Or():
-                left, right = _truths(node, operands)
-                return _Term(left | right, "truth")
-            case exp.Not():
-                (truth,) = _truths(node, operands)
-                return _Term(~truth, "truth")
-            case exp.Is():
-                return _is(node, operands)
-            case exp.Between():
-                values, low, high = operands
-                low_met = _compared(node, exp.GTE, values, low)
-                high_met = _compared(node, exp.LTE, values, high)
-                return _Term(low_met & high_met, "truth")
-            case exp.In():
-                return _Term(_in(node, operands[0], operands[1:]), "truth")
-            case exp.Like() | exp.ILike():
-                return _like(node, *operands)
-            case exp.Escape():
-                if operands[1].literal != "\\":  # the one that LIKE has anyway
-                    _refuse(node)
-                return operands[0]
-            case exp.Lower() | exp.Upper() | exp.Length():
-                (text,) = _check_kinds(node, operands, "text", "null")
-                kind = "integer" if isinstance(node, exp.Length) else "text"
-                values = text.values.cast(pa.string())
-                return _Term(_TEXT_FUNCTIONS[type(node)](values), kind)
-            case exp.Coalesce():
-                return _coalesce(node, operands)
-            case exp.Cast():
-                return _cast(node, operands[0])
-            case exp.Mod():  # the remainder of a division, with the sign of the dividend
-                left, right, kind = _numbers(node, operands)
-                quotient = pc.divide(left, right)
-                if kind == "float":
-                    quotient = pc.trunc(quotient)
-                return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
-        if type(node) in _COMPARISONS:
-            return _Term(_compared(node, type(node), *operands), "truth")
-        left, right, kind = _numbers(node, operands)
-        return _Term(_ARITHMETIC[type(node)](left, right), kind)
-
-    def _column(self, name: str) -> _Term:
-        """A column by its name, or by that in other letters where no other column has those, with
-        its values in the one type that its kind is computed in.
-        """
-        names = [other for other in self._schema.names if other.lower() == name.lower()]
-        if name not in names:
-            if len(names) != 1:
-                known = ", ".join(self._schema.names)
-                raise invalid(f"where names {name!r:.80}; the columns: {known}")
-            name = names[0]
-        arrow = self._schema.field(name).type
-        column = pc.field(name)
-        if pa.types.is_dictionary(arrow):
-            arrow = arrow.value_type
-            column = column.cast(arrow)
-        if pa.types.is_integer(arrow):
-            return _Term(column.cast(pa.int64()), "integer")
-        if pa.types.is_floating(arrow):
-            kind = "float" if arrow == pa.float64() else "narrow"
-            return _Term(column.cast(pa.float64()), kind)
-        if pa.types.is_decimal(arrow):
-            return _Term(column.cast(pa.float64()), "float")
-        if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
-            return _Term(column, "text")
-        if pa.types.is_boolean(arrow):
-            return _Term(column, "truth")
-        if pa.types.is_date(arrow):
-            return _Term(column.cast(pa.date32()), "date")
-        if pa.types.is_timestamp(arrow):
-            if arrow.tz:
-                column = column.cast(pa.timestamp(arrow.unit))  # in UTC
-            return _Term(column.cast(pa.timestamp("us"), safe=False), "time")
-        return _Term(column, str(arrow))
+def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
+    """Evaluate a parsed condition on a batch, each node after its operands. A chain of `MAX_PARTS`
+    operators is as many calls deep, which Python allows.
+    """
+    operands: list[_Term] = []
+    if not isinstance(node, (exp.Column, exp.Literal)):
+        for child in node.iter_expressions():
+            if not isinstance(child, exp.DataType):
+                operands.append(_evaluate(child, batch))
+    match node:
+        case exp.Column():
+            return _column(node.name, batch)
+        case exp.Literal(is_string=True):
+            return _literal(node.this)
+        case exp.Literal():
+            is_integer = re.fullmatch(r"[0-9]+", node.this) and int(node.this) < 1 << 63
+            return _literal(int(node.this) if is_integer else float(node.this))
+        case exp.Boolean():
+            return _literal(bool(node.this))
+        case exp.Null():
+            return _Term(_NULL, "null")
+        case exp.Paren():
+            return operands[0]
+        case exp.Neg():
+            (number,) = _check_kinds(node, operands, *_NUMBERS)
+            if number.literal is not None:
+                return _literal(-number.literal)
+            return _Term(pc.negate(number.values), number.kind)
+        case exp.And():
+            return _Term(pc.and_kleene(*_truths(node, operands)), "truth")
+        case exp.Or():
+            return _Term(pc.or_kleene(*_truths(node, operands)), "truth")
+        case exp.Not():
+            return _Term(pc.invert(*_truths(node, operands)), "truth")
+        case exp.Is(expression=exp.Null()):
+            return _Term(pc.is_null(operands[0].values), "truth")
+        case exp.Is(expression=exp.Boolean()):
+            return _Term(pc.coalesce(pc.equal(*_truths(node, operands)), _FALSE), "truth")
+        case exp.Between():
+            values, low, high = operands
+            low_met = _compared(node, exp.GTE, values, low)
+            high_met = _compared(node, exp.LTE, values, high)
+            return _Term(pc.and_kleene(low_met, high_met), "truth")
+        case exp.In():
+            return _Term(_in(node, operands[0], operands[1:]), "truth")
+        case exp.Like() | exp.ILike():
+            text, pattern = _check_kinds(node, operands, "text", "null")
+            if "null" in (text.kind, pattern.kind):
+                return _Term(_UNKNOWN, "truth")
+            if pattern.literal is None:
+                _refuse(node)
+            same = isinstance(node, exp.ILike)
+            met = pc.match_like(text.values, pattern.literal, ignore_case=same)
+            return _Term(pc.invert(met) if node.args.get("negate") else met, "truth")
+        case exp.Escape() if operands[1].literal == "\\":  # the one that LIKE has anyway
+            return operands[0]
+        case exp.Lower() | exp.Upper() | exp.Length():
+            (text,) = _check_kinds(node, operands, "text", "null")
+            kind = "integer" if isinstance(node, exp.Length) else "text"
+            return _Term(_TEXT_FUNCTIONS[type(node)](text.values.cast(pa.string())), kind)
+        case exp.Coalesce():
+            return _coalesce(node, operands)
+        case exp.Cast():
+            return _cast(node, operands[0])
+        case exp.Mod():  # the remainder of a division, with the sign of the dividend
+            left, right, kind = _numbers(node, operands)
+            quotient = pc.divide(left, right)
+            if kind == "float":
+                quotient = pc.trunc(quotient)
+            return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
+    if type(node) in _COMPARISONS:
+        return _Term(_compared(node, type(node), *operands), "truth")
+    if type(node) not in _ARITHMETIC:
+        _refuse(node)
+    left, right, kind = _numbers(node, operands)
+    return _Term(_ARITHMETIC[type(node)](left, right), kind)
 
 
-def _number(text: str) -> int | float:
-    if re.fullmatch(r"[0-9]+", text) and int(text) < 1 << 63:
-        return int(text)
-    return float(text)
+def _column(name: str, batch: pa.RecordBatch) -> _Term:
+    """A column by its name, or by that in other letters where no other column has those, with its
+    values in the one type that its kind is computed in.
+    """
+    names = [other for other in batch.schema.names if other.lower() == name.lower()]
+    if name not in names:
+        if len(names) != 1:
+            known = ", ".join(batch.schema.names)
+            raise invalid(f"where names {name!r:.80}; the columns: {known}")
+        name = names[0]
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    arrow = column.type
+    if pa.types.is_integer(arrow):
+        return _Term(column.cast(pa.int64()), "integer")
+    if pa.types.is_floating(arrow):
+        kind = "float" if arrow == pa.float64() else "narrow"
+        return _Term(column.cast(pa.float64()), kind)
+    if pa.types.is_decimal(arrow):
+        return _Term(column.cast(pa.float64()), "float")
+    if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
+        return _Term(column, "text")
+    if pa.types.is_boolean(arrow):
+        return _Term(column, "truth")
+    if pa.types.is_date(arrow):
+        return _Term(column.cast(pa.date32()), "date")
+    if pa.types.is_timestamp(arrow):
+        if arrow.tz:
+            column = column.cast(pa.timestamp(arrow.unit))  # in UTC
+        return _Term(column.cast(pa.timestamp("us"), safe=False), "time")
+    return _Term(column, str(arrow))
 
 
 def _literal(value: Any) -> _Term:
     kinds = {bool: "truth", int: "integer", float: "float", str: "text"}
-    return _Term(pc.scalar(value), kinds[type(value)], value)
+    kind = kinds[type(value)]
+    return _Term(_scalar(str(value), kind), kind, value)
 
 
-def _compared(node: Any, how: type, left: _Term, right: _Term) -> pc.Expression:
+@lru_cache(MAX_PARTS)  # every batch asks for it
+def _scalar(text: str, kind: str) -> pa.Scalar:
+    return text_array([text])[0].cast(_TYPES[kind])
+
+
+def _compared(node: Any, how: type, left: _Term, right: _Term) -> Any:
     if "null" in (left.kind, right.kind):
-        return pc.scalar(pa.scalar(None, pa.bool_()))
+        return _UNKNOWN
     left, right = _alike(node, left, right)
     return _COMPARISONS[how](left.values, right.values)
 
@@ -340,52 +359,31 @@ def _narrow(number: _Term) -> _Term:
 
 def _time(node: Any, term: _Term) -> _Term:
     """A date or time, or a literal text that is one, as a time."""
-    if term.kind != "text":
-        return _Term(term.values.cast(_TYPES["time"]), "time")
-    if term.literal is None:
+    if term.kind == "text" and term.literal is None:
         _refuse(node)
     try:
-        return _Term(pc.scalar(pa.scalar(term.literal).cast(_TYPES["time"])), "time")
+        return _Term(term.values.cast(_TYPES["time"]), "time")
     except pa.ArrowException:
+        if term.kind != "text":
+            raise
         raise invalid(f"where has {term.literal!r:.100}, which is not a date or time") from None
 
 
-def _in(node: Any, values: _Term, options: list[_Term]) -> pc.Expression:
+def _in(node: Any, values: _Term, options: list[_Term]) -> Any:
     known = [option for option in options if option.kind != "null"]
     alike = [_alike(node, values, option) for option in known]
     literals = [option.literal for _, option in alike]
-    if values.kind in ("integer", "text") and all(
-        type(literal) in (int, str) for literal in literals
-    ):
-        # One look-up for a long list; `isin` takes NULL for a value like others.
-        met = values.values.isin(pa.array(literals, _TYPES[values.kind]))
-        met = pc.if_else(values.values.is_valid(), met, pa.scalar(None, pa.bool_()))
+    if values.kind in ("integer", "text") and all(type(each) in (int, str) for each in literals):
+        # One look-up for a long list; `is_in` takes NULL for a value like others.
+        wanted = text_array([str(literal) for literal in literals]).cast(_TYPES[values.kind])
+        met = pc.is_in(values.values, value_set=wanted)
+        met = pc.if_else(pc.is_valid(values.values), met, _UNKNOWN)
     else:
-        met = pc.scalar(False)
+        met = _FALSE
         for left, option in alike:
-            met = met | (left.values == option.values)
+            met = pc.or_kleene(met, pc.equal(left.values, option.values))
     # A NULL among the options may be any value.
-    return met if len(known) == len(options) else met | pc.scalar(pa.scalar(None, pa.bool_()))
-
-
-def _is(node: exp.Is, operands: list[_Term]) -> _Term:
-    if isinstance(node.expression, exp.Null):
-        return _Term(operands[0].values.is_null(), "truth")
-    if not isinstance(node.expression, exp.Boolean):
-        _refuse(node)
-    truth, wanted = _truths(node, operands)
-    return _Term(pc.coalesce(truth == wanted, pc.scalar(False)), "truth")
-
-
-def _like(node: Any, text: _Term, pattern: _Term) -> _Term:
-    _check_kinds(node, [text, pattern], "text", "null")
-    if "null" in (text.kind, pattern.kind):
-        return _Term(pc.scalar(pa.scalar(None, pa.bool_())), "truth")
-    if pattern.literal is None:
-        _refuse(node)
-    same = isinstance(node, exp.ILike)
-    met = pc.match_like(text.values, pattern.literal, ignore_case=same)
-    return _Term(~met if node.args.get("negate") else met, "truth")
+    return met if len(known) == len(options) else pc.or_kleene(met, _UNKNOWN)
 
 
 def _coalesce(node: Any, operands: list[_Term]) -> _Term:
@@ -417,14 +415,14 @@ def _cast(node: exp.Cast, term: _Term) -> _Term:
     return _Term(values.cast(_TYPES[kind], safe=kind != "date"), kind)
 
 
-def _numbers(node: Any, operands: list[_Term]) -> tuple[pc.Expression, pc.Expression, str]:
+def _numbers(node: Any, operands: list[_Term]) -> tuple[Any, Any, str]:
     """Two numbers in one type, and their kind."""
     left, right = _check_kinds(node, operands, *_NUMBERS, "null")
     kind = "integer" if {left.kind, right.kind} <= {"integer", "null"} else "float"
     return left.values.cast(_TYPES[kind]), right.values.cast(_TYPES[kind]), kind
 
 
-def _truths(node: Any, operands: list[_Term]) -> list[pc.Expression]:
+def _truths(node: Any, operands: list[_Term]) -> list[Any]:
     terms = _check_kinds(node, operands, "truth", "null")
     return [term.values.cast(pa.bool_()) for term in terms]
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.index.conditions import Met, evaluate
+from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import IndexFacts
 from radapter_serve.index.neighbours import Neighbours, Positions, near_best
 
@@ -137,11 +137,8 @@ class Table:
         """Get the embeddings, float32 [D], of those of these images that the index has."""
         with self._search_errors():
             paths = self._table["path"]
-            rows = np.flatnonzero(pc.is_in(paths, pa.array(ids, paths.type)).to_numpy())
-            return {
-                id: np.array(self.vectors[row])
-                for id, row in zip(self._values("path", rows), rows, strict=True)
-            }
+            rows = pc.indices_nonzero(pc.is_in(paths, value_set=text_array(ids)))
+            return {paths[row.as_py()].as_py(): np.array(self.vectors[row.as_py()]) for row in rows}
 
     def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
         """Positions of the nearest images; more than `top_k` where rounding does not tell them from

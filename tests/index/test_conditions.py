@@ -242,7 +242,13 @@ def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
         *("a = current_date", "CASE WHEN a THEN b END = 1", "* = 1", "x = ANY(y)", "year >"),
         *("1=1; drop table images", "(select 1) = 1", "path = (SELECT path FROM images)"),
         *("read_csv('/etc/passwd') = 1", "length(repeat('a', 2000000000)) > 0"),
-        *("repeat ('a', 9) = 'a'", "`repeat`('a', 9) = 'a'", "path = 'open", "path = '\x00' \\"),
+        *(
+            "repeat ('a', 9) = 'a'",
+            "`repeat`('a', 9) = 'a'",
+            "path = 'open",
+            "path = '\x00' \\",
+            "a = '\ud800'",
+        ),
         *("(" * 900 + "a = 1" + ")" * 900, "NOT " * 450 + "a = 1", "a = 1 OR " * 200 + "a = 1"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,17 @@ def test_searches_are_numpys(
     (missing,) = index.search(query, 10, "share IS NULL")  # NaN is NULL
     assert missing.id == "photos/3.jpg" and missing.metadata["share"] is None
     assert verify(out).ok
+    # A server searches without pandas, which would cost it some 30 MB.
+    code = (
+        "import sys, numpy as np, radapter_serve.index.opened\n"
+        "from radapter_serve.index.index import open_index\n"
+        f"index = open_index({str(out)!r})\n"
+        "where = \"year < 3000 AND (path IN ('a') OR share > 0.1)\"\n"
+        f"assert len(index.search(np.ones({DIM}, np.float32) / 4, 5, where)) == 5\n"
+        "assert index.embeddings(['photos/3.jpg']) and 'pandas' not in sys.modules\n"
+    )
+    if dtype == "float32":
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_index_names_the_command_that_makes_it_again(
