@@ -28,10 +28,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
-from radapter_serve.index.folder import describe_files, install
+from radapter_serve.index.folder import (
+    EXACT,
+    VECTORS,
+    describe_files,
+    install,
+    vector_column,
+    write_table,
+)
 from radapter_serve.index.index import Index, open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
-from radapter_serve.index.table import EXACT, VECTORS, vector_column, write_table
 
 Array = NDArray[np.float32]
 QUERIES = 100

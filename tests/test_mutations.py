@@ -134,7 +134,6 @@ ROOMS = {
             for name in ("index", "neighbours", "integrity", "conditions")
         ),
         ("radapter_serve/index",),
-        ("radapter_serve/index/cluster.py",),
     ),
     "gateway": Room(
         tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "embeddings", "triton")),

@@ -129,7 +129,7 @@ def test_a_wheel_and_an_sdist_are_fit_for_an_index(tmp_path: Path) -> None:
         (("gateway",), "radapter_serve.gateway.app"),
         (("gateway", "otel"), "radapter_serve.gateway.spans"),
         (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
-        (("server", "qdrant"), "radapter_serve.index.publish"),
+        (("server", "qdrant"), "radapter_serve.index.build"),
     ],
 )
 def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules: str) -> None:

@@ -250,7 +250,7 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
         to: place in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
     check_installed("qdrant_client", "qdrant")
-    from radapter_serve.index.publish import publish
+    from radapter_serve.index.build import publish
 
     with _progress("publishing") as progress:
         published = publish(out, to, progress)
@@ -269,7 +269,7 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
         out: folder to make, such as indexes/photos.
     """
     check_installed("qdrant_client", "qdrant")
-    from radapter_serve.index.publish import link
+    from radapter_serve.index.build import link
 
     link(url, out)
     print(f"{out} links to {url}")

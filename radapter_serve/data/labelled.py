@@ -1,8 +1,11 @@
-"""Labelled images: each pair is an image and a prompt with its class's name."""
+"""Labelled images: each pair is an image and a prompt with its class's name: that of the data
+itself, of a class file, or CLIP's for ImageNet.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.images import SUFFIXES
-from radapter_serve.contract.labels import split_label
-from radapter_serve.data.classes import prompt_names, some
+from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.data.rows import ImageColumn, LabelledImages, open_rows, share_of, sub_folders
 from radapter_serve.errors import RAdapterError
+
+IMAGENET = "imagenet"
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass
@@ -303,3 +308,157 @@ def load_labelled(
                 " class file"
             )
     return data
+
+
+def imagenet_classes() -> dict[str, str]:
+    """CLIP's name of each class of ImageNet, by its WordNet id and by its number as text; two names
+    occur twice.
+    """
+    import open_clip
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = open_clip.IMAGENET_CLASSNAMES
+    ids = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
+    return {
+        **dict(zip(ids, names, strict=True)),
+        **{str(index): name for index, name in enumerate(names)},
+    }
+
+
+def refuse_wordnet_ids(names: Sequence[str]) -> None:
+    """Refuse names that are all WordNet ids: CLIP can't read a prompt with "n01440764" in it."""
+    if names and all(_WORDNET_ID.fullmatch(name) for name in names):
+        raise RAdapterError(
+            f"the classes are named by WordNet ids ({', '.join(names[:3])}, ...), which CLIP can't"
+            f" read; give CLIP's names for them with --classes {IMAGENET}, or a file with lines"
+            f" such as '{names[0]}: tench'"
+        )
+
+
+def prompt_names(
+    keys: Sequence[str] | None,
+    classes: Path | None,
+    spec: str,
+    *,
+    by_name: bool,
+    every_class: bool = True,
+    whole: bool = False,
+) -> tuple[list[str], list[str]]:
+    """The key of each class, which the data calls it by, in the order of its labels, and its name
+    for prompts with synonyms after commas.
+
+    `classes` is a class file, `imagenet`, or None for the data's `keys`, in which underscores
+    become spaces. A line of the file is `key: name for prompts` or a name alone. Where labels
+    are names (`by_name`) rather than numbers of `keys`, the file has the classes and their order.
+    `whole` keys are names of folders, in which a comma parts no synonyms. `every_class` refuses
+    lines of the file that are no class of the data; else these classes are listed last.
+    """
+    if classes is None:
+        if keys is None:
+            raise RAdapterError(
+                f"{spec} does not name its classes; give a file with one class a line: --classes"
+                " FILE"
+            )
+        names = [key.replace("_", " ") for key in keys]
+        if whole:
+            names = [join_label([name]) for name in names]
+    elif str(classes) == IMAGENET:
+        keys, names = _of_imagenet(keys, spec)
+    elif keys is None or by_name:
+        lines = _read(classes, keys or ())
+        keys = [key or line for key, line in lines]
+        names = [line for _, line in lines]
+        numbers = [str(index) for index in range(len(keys))]
+        if all(key.isdecimal() for key in keys) and keys != numbers:
+            raise RAdapterError(
+                f"the class file {classes} must number its lines from 0 on, in order"
+            )
+    else:
+        folders = set(keys) if whole else set()
+        keys, names = _matched(keys, _read(classes, keys), classes, spec, every_class)
+        names = [  # a line that is a folder's name and no more parts no synonyms
+            join_label([line]) if line == key and key in folders else line
+            for key, line in zip(keys, names, strict=True)
+        ]
+    for key, line in zip(keys, names, strict=True):
+        if not split_label(line):
+            raise RAdapterError(
+                f"the class {key!r} of {spec} has no name for a prompt; rename it, or see --classes"
+            )
+    return list(keys), names
+
+
+def _of_imagenet(keys: Sequence[str] | None, spec: str) -> tuple[Sequence[str], list[str]]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    known = imagenet_classes()
+    ids = list(known)[:1000]
+    if keys is None:
+        return ids, [known[id_] for id_ in ids]
+    # WordNet's names of the 1,000 classes in their order; some data spell a few of them otherwise.
+    words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
+    same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(keys, words, strict=False)]
+    if len(keys) == len(words) and sum(map(bool, same)) >= 900:
+        return keys, [known[id_] for id_ in ids]
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise RAdapterError(
+            f"{spec} has the class {unknown[0]!r} ({len(unknown)} such of {len(keys)}), which is no"
+            f" class of ImageNet; --classes {IMAGENET} knows WordNet ids such as n01440764 and the"
+            " numbers 0 to 999; for other data give a class file, or --classes none"
+        )
+    return keys, [known[key] for key in keys]
+
+
+def _read(path: Path, keys: Sequence[str]) -> list[tuple[str | None, str]]:
+    """The lines of a class file: the key before a colon, unless it is a part of a name, and the
+    name.
+    """
+    lines: list[tuple[str | None, str]] = []
+    for line in read_label_file(path):
+        key, colon, name = line.partition(": ")
+        plain = not colon or not split_label(name) or line in keys
+        if plain or not set(split_label(line)).isdisjoint(keys):
+            lines.append((None, line))
+        else:
+            lines.append((key.strip(), name.strip()))
+    return lines
+
+
+def _matched(
+    keys: Sequence[str],
+    lines: Sequence[tuple[str | None, str]],
+    path: Path,
+    spec: str,
+    every_class: bool,
+) -> tuple[list[str], list[str]]:
+    """The keys and the line of each, in whatever order the file has them; last the lines that are
+    left.
+    """
+
+    def plain(name: str) -> str:
+        return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+    # A whole line goes before a first name, and that before a synonym.
+    index: dict[str, int] = {}
+    for kind in (split_label, lambda line: split_label(line)[:1], lambda line: [line]):
+        for number, (key, line) in enumerate(lines):
+            index |= {plain(name): number for name in ([key] if key else kind(line))}
+    index |= {key: number for number, (key, _) in enumerate(lines) if key}
+    numbers = [index.get(key, index.get(plain(key), -1)) for key in keys]
+    without = [key for key, number in zip(keys, numbers, strict=True) if number < 0]
+    rest = [number for number in range(len(lines)) if number not in numbers]
+    unused = [lines[number][0] or lines[number][1] for number in rest]
+    if without or (unused and every_class) or len(set(numbers)) < len(numbers):
+        raise RAdapterError(
+            f"the class file {path} does not match the {len(keys)} classes of {spec}: without a"
+            f" line: {some(without)}; without a class: {some(unused)}; write one line for each"
+            f" class, such as '{(without or list(keys))[0]}: name for prompts'"
+        )
+    return [*keys, *unused], [lines[number][1] for number in (*numbers, *rest)]
+
+
+def some(names: Sequence[str]) -> str:
+    """Some names for a message, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more or "none"

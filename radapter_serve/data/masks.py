@@ -1,27 +1,35 @@
 """Images with masks: label maps in a folder, COCO's panoptic annotations, COCO's instance
-annotations.
+annotations; the class files that name their ids; and their segments, which training takes: each
+pair is the crop of a segment and a prompt with its class's name.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
-from radapter_serve.data.classes import find_class_file, number_classes, read_class_ids
-from radapter_serve.data.rows import BrokenImage, check_share
-from radapter_serve.errors import RAdapterError, install_command, reason
+from radapter_serve.contract.labels import join_label, read_label_file, split_label
+from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.data.rows import BrokenImage, LabelledImages, check_share, decode_named
+from radapter_serve.errors import RAdapterError, install_command, listed, reason
 
 IGNORE = -1
 MAX_ID = 65535  # of a label map, which has 16 bits at most
+_IGNORED_NAMES = ("unlabeled", "void", "ignore")
+_CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")
 
 ClassMask = tuple[int, NDArray[np.bool_]]
 
@@ -30,9 +38,13 @@ ClassMask = tuple[int, NDArray[np.bool_]]
 class MaskedImage(ABC):
     """An image with a mask."""
 
-    name: str  # in messages
     path: Path
     exif_orientation: bool = field(default=True, kw_only=True)  # turn image and mask by it
+
+    @property
+    def name(self) -> str:
+        """The name of the image file."""
+        return self.path.name
 
     def data(self) -> bytes:
         """The bytes of the image file."""
@@ -166,7 +178,7 @@ def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> 
             f"the image {missing[0]} has no mask {folder / 'masks' / missing[0].stem}.png "
             f"({len(missing)} of {len(paths)} images lack one); add it or take the image out"
         )
-    return Masked([LabelMap(path.name, path, masks[path.stem], table) for path in paths], entries)
+    return Masked([LabelMap(path, masks[path.stem], table) for path in paths], entries)
 
 
 def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
@@ -244,7 +256,7 @@ def _panoptic(
         }
         if any(label != IGNORE for label in labels.values()):
             areas = [segment.get("area") for segment in row["segments_info"]]
-            images.append(Panoptic(path.name, path, masks / row["file_name"], labels, areas))
+            images.append(Panoptic(path, masks / row["file_name"], labels, areas))
     paths = [masks / row["file_name"] for row in annotations]
     _check_files(paths, masks, "mask", "the masks of a panoptic FILE.json lie in the folder FILE")
     return images
@@ -271,7 +283,7 @@ def _instances(
         image = listed[id_]
         path = folder / image["file_name"]
         size = (image["width"], image["height"])
-        images.append(Instances(path.name, path, size, objects_of_image))
+        images.append(Instances(path, size, objects_of_image))
     return images
 
 
@@ -404,3 +416,142 @@ def load_masked(
         raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
     images_ = [replace(image, exif_orientation=exif_orientation) for image in masked.images]
     return Masked(images_, masked.classes)
+
+
+def read_class_ids(path: Path) -> dict[int, str]:
+    """Read a class file: one class a line, from id 0, or JSON or YAML that maps id to name."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        names = dict(enumerate(read_label_file(path)))
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise RAdapterError(
+                    f"{path}, line {number} is blank: fill it (an id without a class is"
+                    " `unlabeled`), or remove it"
+                )
+        return names
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RAdapterError(f"cannot read the classes {path}: {reason(error)}") from None
+    wrong = f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
+    if not isinstance(values, dict) or not values:
+        raise RAdapterError(wrong)
+    for id_, name in values.items():
+        if not str(id_).isdecimal() or not isinstance(name, str) or not split_label(name):
+            raise RAdapterError(f"{wrong}; it has {id_!r}: {name!r}")
+    return {int(id_): name for id_, name in values.items()}
+
+
+def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
+    """The number of each id's class, and the classes in the order of these numbers, synonyms after
+    commas.
+    """
+    entries: dict[str, str] = {}
+    index: dict[int, int] = {}
+    for id_, name in names.items():
+        first = split_label(name)[0]
+        if first.lower() in _IGNORED_NAMES:
+            continue
+        entries.setdefault(first, join_label(split_label(name)))
+        index[id_] = list(entries).index(first)
+    if not index:
+        raise RAdapterError("the classes name nothing but what is ignored; name one class or more")
+    return index, list(entries.values())
+
+
+def find_class_file(folder: Path) -> Path:
+    """The class file in a folder, or in the one around it."""
+    if not folder.is_dir():
+        raise RAdapterError(f"no folder {folder}; it should hold images/, masks/ and a class file")
+    for parent in (folder, folder.parent):
+        for name in _CLASS_FILES:
+            if (parent / name).is_file():
+                return parent / name
+    raise RAdapterError(
+        f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the"
+        " first is id 0), or name a file: --classes FILE, or `classes` in a suite"
+    )
+
+
+@dataclass
+class SegmentCrops(LabelledImages):
+    """Data for training and validation of which each row is one segment of an image."""
+
+    rows: NDArray[np.int32]  # [N, 3]: number of the image, of its segment, and of the class
+    images: Sequence[MaskedImage]
+    classes: list[str]
+    crop: MaskCrop = field(default_factory=MaskCrop)  # what the encoder sees of a segment
+    templates: Sequence[str] = ("a photo of a {}.",)
+    _last: tuple[int, Image.Image, list[ClassMask]] | None = field(
+        default=None, init=False, repr=False
+    )
+
+    def labels_of(self, row: Any) -> tuple[int, ...]:
+        """The number of a segment's class."""
+        return (int(row[2]),)
+
+    def image(self, row: Any) -> Image.Image:
+        """The crop of a segment."""
+        number = int(row[0])
+        segment = int(row[1])
+        # In their order, as in validation, each image is decoded once.
+        if self._last is None or self._last[0] != number:
+            masked = self.images[number]
+            image = decode_named(
+                masked.data(), masked.path, exif_orientation=masked.exif_orientation
+            )
+            self._last = number, image, masked.segments()
+        _, image, segments = self._last
+        return self.crop(image, segments[segment][1])
+
+
+def list_segments(
+    masked: Masked, min_area: int, broken: list[str] | None = None, *, progress: bool = True
+) -> SegmentCrops:
+    """List the segments of a data set; reads every mask once."""
+    rows: list[tuple[int, int, int]] = []
+    wrong: list[str] = []
+    largest = 0
+    progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one
+    console = Console(quiet=not progress)
+    if not console.is_terminal:
+        console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
+    bar = track(
+        masked.images,
+        "reading masks",
+        console=console,
+        transient=True,
+        disable=not (progress and console.is_terminal),
+    )
+    for number, image in enumerate(bar):
+        try:
+            areas = image.areas()
+        except RAdapterError as error:
+            left_out = wrong if broken is None or not isinstance(error, BrokenImage) else broken
+            left_out.append(str(error))
+            continue
+        rows += [
+            (number, segment, label)
+            for segment, (label, area) in enumerate(areas)
+            if area >= min_area
+        ]
+        largest = max([largest, *(area for _, area in areas)])
+    if len(wrong) == 1:
+        raise RAdapterError(wrong[0])
+    if wrong:
+        raise RAdapterError(
+            f"{len(wrong)} of {len(masked.images)} images can't be used with their"
+            f" masks:{listed(wrong)}"
+        )
+    if not rows and largest:
+        raise RAdapterError(
+            f"no segment has {min_area} pixels, the largest {largest}; lower --mask-min-area"
+        )
+    if not rows:
+        raise RAdapterError(
+            f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
+            f"({', '.join(masked.classes[:5])}, ...); check the ids in the class file"
+        )
+    return SegmentCrops(np.array(rows, np.int32), masked.images, masked.classes)

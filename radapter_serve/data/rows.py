@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -323,7 +324,12 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     # A file that lies in several class folders, by a link, is one image of several classes.
     images: dict[tuple[int, int] | str, tuple[str, set[int]]] = {}
     for path, number in paths:
-        images.setdefault(_file_of(path), (path, set()))[1].add(number)
+        key: tuple[int, int] | str = path  # of a link to nowhere, which is reported as missing
+        with contextlib.suppress(OSError):
+            status = os.stat(path)  # noqa: PTH116 - a path object for each of a million is dear
+            if status.st_ino:  # some file systems number no files
+                key = (status.st_dev, status.st_ino)
+        images.setdefault(key, (path, set()))[1].add(number)
     rows: list[tuple[str, Any]] = list(paths)
     label: Any = datasets.ClassLabel(names=names)
     if any(len(labels) > 1 for _, labels in images.values()):
@@ -341,16 +347,6 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     for files in listed.values():
         left_out.update(files.left_out)
     return Rows(table.to_iterable_dataset() if streaming else table, folder, True, left_out)
-
-
-def _file_of(path: str) -> tuple[int, int] | str:
-    """Equal for all names of one file, whether they are links of either kind."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - a path object for each of a million images is dear
-    except OSError:
-        return path  # a link to nowhere is an image, which is reported as missing
-    # Some file systems number no files.
-    return (status.st_dev, status.st_ino) if status.st_ino else path
 
 
 def image_source(value: Any) -> bytes | str:

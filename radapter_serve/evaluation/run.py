@@ -21,8 +21,13 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.captions import Captioned
-from radapter_serve.data.classes import IMAGENET, imagenet_classes, refuse_wordnet_ids
-from radapter_serve.data.labelled import Labelled, class_split
+from radapter_serve.data.labelled import (
+    IMAGENET,
+    Labelled,
+    class_split,
+    imagenet_classes,
+    refuse_wordnet_ids,
+)
 from radapter_serve.data.proposals import load_proposals
 from radapter_serve.data.rows import READERS
 from radapter_serve.data.runs import Images, check_held_out, open_source, validation_data

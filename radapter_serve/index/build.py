@@ -1,11 +1,14 @@
-"""Building an index, adding to it, making one of embeddings that are there already, and comparing
-one with the files that it was made of.
+"""What `radapter-index` does with an index: build it, of images or of embeddings that are there
+already, add to it, compare it with the files that it was made of, and publish it in Qdrant.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import shlex
 from collections import Counter
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,18 +24,38 @@ import pyarrow as pa
 from radapter_serve.contract.labels import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of
-from radapter_serve.index.cluster import Cluster
-from radapter_serve.index.collection import Progress, open_collection, read_rows
+from radapter_serve.files import digest_of, lock
+from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
 from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan, build_command, mismatch
-from radapter_serve.index.folder import generations_of
-from radapter_serve.index.index import current, link_of, open_index
-from radapter_serve.index.table import THUMBNAIL, UNIT, VECTOR, vector_column, vectors_of
-from radapter_serve.index.writer import BATCH, Summary, read_broken, writing
+from radapter_serve.index.folder import (
+    GENERATION,
+    THUMBNAIL,
+    UNIT,
+    VECTOR,
+    generations_of,
+    plain,
+    vector_column,
+    vectors_of,
+    write_text,
+)
+from radapter_serve.index.index import LINK, Index, current, link_of, open_index
+from radapter_serve.index.qdrant import (
+    FACTS_KEY,
+    OWN,
+    Qdrant,
+    is_collection_of,
+    key_of,
+    kind_of,
+    qdrant_errors,
+)
+from radapter_serve.index.writer import BATCH, BROKEN, Summary, writing
 from radapter_serve.process import decoders
 from radapter_serve.release.repository import releases_with_digest, split_repository
 
+SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}  # Qdrant's
 _ROWS = 4096  # rows that are written at once
+_POINTS = 64  # of a request, of which Qdrant takes 32 MB
+_TIMEOUT = 120  # seconds for such a request, and to begin an index of a column
 
 
 def build(
@@ -289,7 +313,9 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
                 progress(len(known), len(index))
 
     if not plan.rows:
-        known.update(read_broken(out))
+        with contextlib.suppress(OSError):
+            lines = (out / BROKEN).read_text(encoding="utf-8", errors="backslashreplace")
+            known.update(line.partition("\t")[0] for line in lines.splitlines())
         with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
             collection = open_collection(plan.source, image_column=plan.image_column, root=root)
             result.new = [item.id for item in collection.items if item.id not in known]
@@ -325,3 +351,114 @@ def _refuse_link(out: Path) -> None:
             f"{out} links to a published index, which is read-only; change the index that was"
             " published there, and publish it again with radapter-index publish"
         )
+
+
+def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
+    """Put an index into Qdrant, in place of the one there; readers see one or the other. Returns
+    False if it is there already.
+    """
+    from qdrant_client import models  # here: others need no client
+
+    place = Qdrant(url)
+    if link_of(folder):
+        raise RAdapterError(
+            f"{folder} links to a published index; publish the index that it was made of"
+        )
+    current(folder)  # locking would make the folder
+    with lock(folder, "radapter-index"), qdrant_errors(url):
+        index = open_index(folder, complete=True)
+        odd = next((name for name in index.facts.columns if '"' in name or "\\" in name), None)
+        if odd is not None:
+            raise RAdapterError(
+                f'the index {folder} has a column {odd!r}; Qdrant takes no " and \\ in a name'
+            )
+        client = place.client(_TIMEOUT)
+
+        # Find the current collection. The name may be of something else.
+        aliases = {alias.alias_name: alias for alias in client.get_aliases().aliases}
+        before = aliases[place.name].collection_name if place.name in aliases else None
+        if before is None:
+            foreign = client.collection_exists(place.name)
+        else:
+            foreign = not is_collection_of(place.name, before)
+        if foreign:
+            raise RAdapterError(
+                f"{url} is a collection that radapter-index did not make; give another name, or"
+                " delete it there"
+            )
+        fresh = f"{place.name}-{index.generation}"
+        if before == fresh and client.count(fresh, exact=True).count == len(index):
+            return False
+
+        # Fill a new collection.
+        if client.collection_exists(fresh):  # a stopped publication left it
+            client.delete_collection(fresh)
+        facts = dataclasses.replace(index.facts, nearest=None, files={})
+        client.create_collection(
+            fresh,
+            vectors_config=models.VectorParams(
+                size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
+            ),
+            on_disk_payload=True,
+            metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: fresh})},
+        )
+        for column, arrow in (OWN | facts.plan.column_types).items():
+            kind = kind_of(arrow)
+            if kind is not None:
+                schema: Any = SCHEMAS[kind]
+                client.create_payload_index(fresh, key_of(column), field_schema=schema, wait=True)
+        done = 0
+        for batch in points_of(index):
+            client.upsert(fresh, models.Batch(**batch), wait=True)
+            done += len(batch["ids"])
+            if progress is not None:
+                progress(done, len(index))
+        count = client.count(fresh, exact=True).count
+        if count != len(index):
+            raise RAdapterError(
+                f"{url} has {count:,} of {len(index):,} images after all were put there;"
+                " publish again"
+            )
+
+        # Switch the alias. Only the new collection and the one before it stay.
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=fresh, alias_name=place.name)
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=place.name))
+        client.update_collection_aliases([create] if before is None else [delete, create])
+        for collection in client.get_collections().collections:
+            name = collection.name
+            if is_collection_of(place.name, name) and name not in (before, fresh):
+                client.delete_collection(name)
+    return True
+
+
+def points_of(index: Index) -> Iterator[dict[str, Any]]:
+    """The rows of the table as Qdrant's points, with their numbers as ids, batch by batch."""
+    numbers = itertools.count()
+    columns = [*index.facts.columns, THUMBNAIL]
+    for batch in index.rows([*columns, VECTOR], _POINTS):
+        for start in range(0, len(batch), _POINTS):
+            part = batch.slice(start, _POINTS)
+            payloads = []
+            for row in part.select(columns).to_pylist():
+                thumbnail = base64.b64encode(row.pop(THUMBNAIL) or b"").decode()
+                payload = {name: plain(value) for name, value in row.items()}
+                payloads.append({**payload, THUMBNAIL: thumbnail})
+            yield {
+                "ids": list(itertools.islice(numbers, len(payloads))),
+                "vectors": vectors_of(part[VECTOR]).tolist(),
+                "payloads": payloads,
+            }
+
+
+def link(url: str, out: Path) -> None:
+    """Make a folder that links to a published index, for a server to serve."""
+    Qdrant(url).current()
+    if out.exists() and not link_of(out):
+        raise RAdapterError(
+            f"{out} already exists and is not a link to a published index; give another folder with"
+            " --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / FACTS, json.dumps({LINK: url}))

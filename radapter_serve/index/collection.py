@@ -1,13 +1,19 @@
 """The image files that an index is made of, those of a folder or those that a table names with
-their metadata, and how one is read, on this machine or on a worker of a cluster.
+their metadata, and how they are read: on this machine, or by the workers of a Ray cluster.
+
+Every worker needs this package, and sees the files and the model repository by the same paths as
+this process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +24,16 @@ from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import SUFFIXES, count_kinds, list_images, oriented
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.encoders.loaded import LoadedRelease, release_at
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import digest_of
+from radapter_serve.process import THREADS
 
 # The columns of every index; a table's own may not have these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
 Progress = Callable[[int, int], None]  # images done, of how many
+_AHEAD = 2  # batches at a worker, one of which waits
+_BATCHES = 8  # at most, for each worker, those included that are done before an earlier one is
 
 
 @dataclass(frozen=True)
@@ -166,17 +175,17 @@ class Read:
 
 
 def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
-    """Read a file, and prepare it if the digest of its bytes is not the one from before.
-    Thread-safe.
+    """Read a file, and prepare it, with an upright thumbnail of so many px, if the digest of its
+    bytes is not the one from before. Thread-safe.
     """
+    turned = loaded.preprocess.exif_orientation
     try:
         id.encode()
         data = file.read_bytes()
         digest = digest_of(data)
         if before == digest:
             return Read(digest, kept=True)
-        turned = loaded.preprocess.exif_orientation
-        return Read(digest, loaded.pixels(data), describe_image(data, thumbnails, turned))
+        pixels = loaded.pixels(data)
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")
     except OSError as error:
@@ -184,21 +193,136 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
     except TaskError as error:
         return Read(error=error.what)
 
-
-def describe_image(data: bytes, size: int, turned: bool) -> dict[str, Any]:
-    """Width and height of an image file as it was embedded, `turned` by its EXIF orientation or
-    not, and an upright thumbnail of `size` px.
-    """
+    # Width and height as it was embedded. It was decoded before; if this fails, an index does
+    # without.
     details: dict[str, Any] = {}
-    # The file was decoded before; if this fails, an index does without.
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         sideways = turned and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         details["width"], details["height"] = image.size[::-1] if sideways else image.size
-        if size:
-            image.draft("RGB", (size, size))
+        if thumbnails:
+            image.draft("RGB", (thumbnails, thumbnails))
             small = oriented(image).convert("RGB")
-            small.thumbnail((size, size))
+            small.thumbnail((thumbnails, thumbnails))
             out = io.BytesIO()
             small.save(out, "JPEG", quality=80)
             details["thumbnail"] = out.getvalue()
-    return details
+    return Read(digest, pixels, details)
+
+
+class Cluster:
+    """The Ray cluster at an address, such as `10.0.0.1:6379` or `auto`, whose workers embed with a
+    release.
+    """
+
+    def __init__(self, address: str, loaded: LoadedRelease) -> None:
+        self._loaded = loaded
+        check_installed("ray", "ray")
+        import ray
+
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise RAdapterError(
+                f"no Ray cluster at {address}: {reason(error):.200}; start one with: ray start"
+                " --head"
+            ) from None
+        self._gpus = int(resources.get("GPU", 0))
+        self._workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core writes
+
+    def read(
+        self,
+        items: Sequence[tuple[str, Path, str]],
+        size: int,
+        thumbnails: int,
+        exif_orientation: bool,
+    ) -> Iterator[list[Read]]:
+        """Read and embed files in their order, in batches of `size`, from the id, the file, and the
+        digest of the bytes that the index has; the work of a dead worker is repeated.
+        """
+        import ray
+
+        release = self._loaded.release
+        alpha = release.alpha if release.dynamic_alpha else None
+        make: Any = ray.remote(
+            num_cpus=0 if self._gpus else 1,
+            num_gpus=1 if self._gpus else 0,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )(_Worker)
+        todo = deque(items[start : start + size] for start in range(0, len(items), size))
+        workers = [
+            make.remote(
+                dict(self._loaded.origin), alpha, release.digest, thumbnails, exif_orientation
+            )
+            for _ in range(min(self._workers, len(todo)))
+        ]
+        loads = [0] * len(workers)  # batches of each worker
+        waiting: dict[Any, int] = {}  # batches in the order of the files, each with its worker
+        finished: set[Any] = set()
+        try:
+            while todo or waiting:
+                # The next batch goes to the worker with the least to do.
+                while todo and len(waiting) < _BATCHES * len(workers):
+                    number = loads.index(min(loads))
+                    if loads[number] == _AHEAD:
+                        break
+                    waiting[workers[number].read.remote(todo.popleft())] = number
+                    loads[number] += 1
+                # Any may be done next; they are given in their order.
+                [batch], _ = ray.wait([batch for batch in waiting if batch not in finished])
+                finished.add(batch)
+                loads[waiting[batch]] -= 1
+                while waiting and (first := next(iter(waiting))) in finished:
+                    del waiting[first]
+                    finished.remove(first)
+                    yield ray.get(first)
+        except ray.exceptions.RayError as error:
+            # The worker's own error in one line, without the traceback that Ray adds.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            last = lines[-1] if lines else type(error).__name__
+            why = last.rpartition("RAdapterError: ")[2][:300]
+            raise RAdapterError(f"the cluster can't embed: {why}") from None
+        finally:
+            for worker in workers:
+                ray.kill(worker)
+
+
+class _Worker:
+    """A worker: holds the release, and reads and embeds batches."""
+
+    def __init__(
+        self,
+        origin: Mapping[str, str],
+        alpha: float | None,
+        digest: str,
+        thumbnails: int,
+        exif_orientation: bool,
+    ) -> None:
+        os.environ.setdefault(THREADS, "1")  # a worker has one core
+        loaded = release_at(origin)
+        if alpha is not None:
+            loaded = loaded.at(alpha)
+        if loaded.release.digest != digest:
+            raise RAdapterError(
+                f"a worker found another release at {' '.join(origin.values())} than this"
+                " machine has"
+            )
+        self._loaded = loaded.turned(exif_orientation)
+        self._thumbnails = thumbnails
+
+    def read(self, items: Sequence[tuple[str, Path, str]]) -> list[Read]:
+        """Read files, and embed those that the index does not have."""
+        images = [read(*item, self._loaded, self._thumbnails) for item in items]
+        fresh = {
+            image.digest: image.prepared for image in images if not (image.error or image.kept)
+        }
+        embeds = {}
+        if fresh:
+            vectors = self._loaded.embed_pixels(list(fresh.values()))
+            embeds = dict(zip(fresh, vectors, strict=True))
+        return [
+            dataclasses.replace(image, prepared=None, vector=embeds.get(image.digest))
+            for image in images
+        ]

@@ -141,13 +141,13 @@ class IndexFacts:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             other = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"it has the format {other!r:.40} and this version reads {FORMAT}")
-        facts: IndexFacts = read(cls, values)
+        facts: IndexFacts = read_facts(cls, values)
         if facts.count < 0:
             raise ValueError(f"count: {facts.count} is less than 0")
         return facts
 
 
-def read(kind: Any, values: Any) -> Any:
+def read_facts(kind: Any, values: Any) -> Any:
     """A dataclass from JSON values; raise `ValueError` that names the first wrong one."""
     import pydantic  # a base installation, which lacks it, shows the help of its commands
 

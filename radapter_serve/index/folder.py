@@ -1,8 +1,10 @@
-"""An index in a folder: generations next to each other, and a pointer to the current one.
+"""An index in a folder: generations next to each other, and a pointer to the current one, whose
+files are mapped from the disk and searched.
 
-`index.json` names the generation, a folder `g-...` next to it, which holds an `index.json` with the
-facts and the files that a search maps. A generation never changes; to replace `index.json` is to
-replace the index.
+`index.json` names the generation, a folder `g-...` next to it. That has an `index.json` with the
+facts, `rows.arrow` (the columns and the thumbnails, an Arrow file), `vectors.npy` (float32 [N, D],
+unit length) and, of many images, the codes by which FAISS finds the nearest. Row n of one is row n
+of the others. A generation never changes; to replace `index.json` is to replace the index.
 """
 
 from __future__ import annotations
@@ -10,25 +12,48 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
+import mmap
 import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import as_text, digest_of, staged
+from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import FACTS, FileFacts, IndexFacts, build_command
-from radapter_serve.index.neighbours import CODES
-from radapter_serve.index.table import ROWS, VECTORS, Table
+from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
 # Bytes of a generation up to which all its files are compared each time it is opened: a second or
 # two. Of a larger one only the codes are, which FAISS reads without a check.
 CHECKED_AT_OPEN = 1 << 30
+ROWS = "rows.arrow"
+VECTORS = "vectors.npy"
+VECTOR = "vector"  # the column that `vectors.npy` holds
+THUMBNAIL = "thumbnail"
+EXACT = 20_000  # images up to which a search compares every vector; of more, FAISS names candidates
+# Images that meet a condition, up to which a search compares each; of more, FAISS names candidates.
+FEW = 4_096
+UNIT = 1e-3  # tolerance of a length, and of a cosine's bounds
+_CHUNK_ROWS = 1 << 16  # of a record batch: few and large ones are compared fastest
+_CHUNK_BYTES = 256 << 20  # that a record batch reaches at most, but for its last part
+_CONDITIONS = 64  # whose rows are remembered
+_CONDITIONS_BYTES = 32 << 20
 
 
 def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
@@ -59,17 +84,19 @@ def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
     )
 
 
-def open_generation(folder: Path, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
-    """Open a generation to search it; `complete` compares all files with their digests, however
-    large.
+def open_generation(folder: Path, *, complete: bool = False, with_codes: bool = True) -> Table:
+    """Open the current generation of a folder, `with_codes` to search it; `complete` compares all
+    its files with their digests, however large.
     """
+    generation, facts = read_pointer(folder)
     place = folder / generation
+    files = {name: known for name, known in facts.files.items() if with_codes or name != CODES}
     try:
-        check_files(place, facts.files, complete=complete)
-        return Table(as_text(folder.name), place, facts)
+        check_files(place, files, complete=complete)
+        return Table(place, facts, with_codes=with_codes)
     except RAdapterError as error:
         raise RAdapterError(
-            f"the index {folder} can't be searched: {error}; build it again:"
+            f"the index {folder} can't be used: {error}; build it again:"
             f" {build_command(folder, facts.plan)}"
         ) from None
 
@@ -162,3 +189,196 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     with staged(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image that a search found."""
+
+    id: str
+    score: float  # cosine, in [-1, 1]
+    metadata: dict[str, Any]  # all columns but embedding and thumbnail, ready for JSON
+    thumbnail: bytes = b""  # JPEG; empty if it was not asked for, or there is none
+
+
+class Table:
+    """The mapped files of a generation, for any number of searches at once."""
+
+    def __init__(self, folder: Path, facts: IndexFacts, *, with_codes: bool) -> None:
+        self.folder = folder
+        self.facts = facts
+        try:
+            with (folder / ROWS).open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
+            self._table.validate(full=True)
+            # numpy's class for mapped files makes each slice slow.
+            vectors = np.asarray(np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False))
+            self._columns = self._table.select(facts.columns)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
+        shape = (facts.count, facts.plan.release.embed_dim)
+        fits = vectors.shape == shape and vectors.dtype == np.float32
+        if not fits or len(self._table) != shape[0]:
+            raise RAdapterError(
+                f"{folder} does not hold the {shape[0]} images of width {shape[1]} that index.json"
+                " names"
+            )
+        self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
+        self._neighbours: Neighbours | None = None
+        if facts.nearest and with_codes:
+            self._neighbours = Neighbours(folder, vectors)
+        room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (facts.count // 8 + (1 << 17))))
+        self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
+        # The parser and Arrow's functions load what they need at their first use.
+        evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the columns and the thumbnails."""
+        return self._table.schema
+
+    def rows(self, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
+        """Read columns of all images, `vector` among them, in batches of at most so many rows."""
+        names = [name for name in columns if name != VECTOR]
+        start = 0
+        for part in self._table.select(names).to_batches(batch):
+            arrays = dict(zip(names, part.columns, strict=True))
+            if VECTOR in columns:
+                arrays[VECTOR] = vector_column(self.vectors[start : start + len(part)])
+            yield pa.record_batch([arrays[name] for name in columns], list(columns))
+            start += len(part)
+
+    def find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    ) -> list[Hit]:
+        """Find the nearest images, best first, equals in the order of their ids."""
+        met = None if where is None else self._met(where)
+        with self._search_errors():
+            positions = self._nearest(embedding, top_k, met)
+            # Sums that don't depend on a vector's place, so that equals score the same.
+            scores = (self.vectors[positions] * embedding).sum(axis=1)
+            paths = self._table["path"]
+            ids = [paths[position].as_py() for position in positions.tolist()]
+            keys = (-np.nan_to_num(scores, nan=np.inf)).tolist()  # NaN comes first, and is refused
+            order = sorted(range(len(ids)), key=lambda row: (keys[row], ids[row]))[:top_k]
+
+            columns = {name: self._table[name] for name in self.facts.columns}
+            images = self._table[THUMBNAIL]
+            hits = []
+            for row in order:
+                at = int(positions[row])
+                metadata = {name: plain(column[at].as_py()) for name, column in columns.items()}
+                image = images[at].as_py() if thumbnails else None
+                hits.append(Hit(ids[row], float(scores[row]), metadata, image or b""))
+            return hits
+
+    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Get the embeddings, float32 [D], of those of these images that the index has."""
+        with self._search_errors():
+            paths = self._table["path"]
+            rows = pc.indices_nonzero(pc.is_in(paths, value_set=text_array(ids))).to_pylist()
+            return {paths[row].as_py(): np.array(self.vectors[row]) for row in rows}
+
+    def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
+        """Positions of the nearest images; more than `top_k` where rounding does not tell them from
+        the last.
+        """
+        if self._neighbours is not None:
+            effort = self.facts.nearest
+            assert effort is not None
+            if met is not None and met.count <= FEW:
+                rows = met.positions
+                return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
+            count = len(self.vectors) if met is None else met.count
+            wanted = min(top_k, count)
+            positions, _ = self._neighbours.nearest(
+                embedding, wanted, effort.nprobes, effort.candidates, met
+            )
+            return positions
+        if met is None:
+            return np.flatnonzero(near_best(self.vectors @ embedding, top_k))
+        rows = met.positions
+        if len(rows) > len(self.vectors) // 8:  # to copy these takes longer than to compare all
+            scores = (self.vectors @ embedding)[rows]
+        else:
+            scores = self.vectors[rows] @ embedding
+        return rows[near_best(scores, top_k)]
+
+    @contextlib.contextmanager
+    def _search_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            name = as_text(self.folder.parent.name)
+            print(
+                f"the index {name} could not be searched: {error}; unless it was replaced"
+                " just now, see radapter-index verify",
+                file=sys.stderr,
+            )
+            raise TaskError(
+                UNKNOWN_INDEX,
+                f"the index {name} can't be searched: a file is damaged; the server's log says why",
+            ) from None
+
+
+def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:
+    """Write `rows.arrow` and `vectors.npy`; both may be larger than memory. `shape` is the number
+    of images, and D.
+    """
+    count = 0
+    waiting: list[pa.RecordBatch] = []
+    writer: pa.RecordBatchFileWriter | None = None
+    with (folder / ROWS).open("wb") as rows, (folder / VECTORS).open("wb") as vectors:
+        # Not through a mapping: a full disk would end the process.
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(vectors, header)  # type: ignore[no-untyped-call]
+
+        def flush() -> None:
+            assert writer is not None
+            writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
+            waiting.clear()
+
+        for batch in batches:
+            count += len(batch)
+            vectors.write(np.ascontiguousarray(vectors_of(batch[VECTOR])).tobytes())
+            part = batch.drop_columns([VECTOR])
+            place = part.schema.get_field_index(THUMBNAIL)
+            large = part.column(place).cast(pa.large_binary())
+            part = part.set_column(place, THUMBNAIL, large)
+            if writer is None:
+                writer = pa.ipc.new_file(rows, part.schema)
+            waiting.append(part)
+            size = sum(each.nbytes for each in waiting)
+            if sum(map(len, waiting)) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+                flush()
+        if writer is not None:
+            if waiting:
+                flush()
+            writer.close()
+    if count != shape[0]:
+        raise RAdapterError(f"the table has {count} images and should have {shape[0]}")
+
+
+def vector_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
+    """Vectors [N, D] as a column of Arrow's."""
+    flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def vectors_of(column: Any) -> NDArray[np.float32]:
+    """A column of Arrow's as vectors, float32 [N, D]."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, np.float32).reshape(len(array), -1)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -1,4 +1,5 @@
-"""Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers.
+"""Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers; and
+conditions in SQL as filters of Qdrant's: those that it answers exactly, and no others.
 
 The alias COLLECTION names the current collection, whose metadata hold the index's facts; to switch
 the alias is to replace the index. The key comes from the environment alone.
@@ -8,22 +9,25 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from sqlglot import exp
 
-from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, redact
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid, redact
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.index.conditions import parse_condition
 from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.folder import GENERATION
-from radapter_serve.index.table import EXACT, THUMBNAIL, Hit
+from radapter_serve.index.folder import EXACT, GENERATION, THUMBNAIL, Hit
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
@@ -32,6 +36,23 @@ _PORT = 6333
 _PLACE = re.compile(
     r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII
 )
+
+ALLOWED = (
+    "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"
+    " = <> IN), IS NULL, AND, OR, NOT and brackets"
+)
+# Columns that every index has, as Arrow types.
+OWN = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
+_KINDS = {  # Arrow types whose values Qdrant compares as SQL does
+    "number": r"u?int(8|16|32|64)|halffloat|float|double",
+    "text": r"(large_)?string",
+    "truth": r"bool",
+    "time": r"date32\[day\]|timestamp\[(s|ms|us)\]",
+}
+_BOUND = {exp.GT: "gt", exp.GTE: "gte", exp.LT: "lt", exp.LTE: "lte"}
+_OPPOSITE = {"gt": "lte", "gte": "lt", "lt": "gte", "lte": "gt"}
+_TURNED = {"gt": "lt", "gte": "lte", "lt": "gt", "lte": "gte"}  # 2020 < year is year > 2020
+_EXACT = 2**53  # whole numbers up to here are floats, which Qdrant's ranges are
 
 
 class Qdrant:
@@ -106,8 +127,6 @@ class Collection:
         """Find the nearest images, as `Table.find`, in any order."""
         from qdrant_client import models  # here: others need no client
 
-        from radapter_serve.index.filters import OWN, to_filter
-
         types = OWN | self._facts.plan.column_types
         types = {name: kind for name, kind in types.items() if name in self._facts.columns}
         met = None if where is None else to_filter(where, types)
@@ -134,7 +153,7 @@ class Collection:
         """Get the embeddings of those of these images that the index has, as `Table.embeddings`."""
         from qdrant_client import models
 
-        any_of = models.FieldCondition(key="path", match=models.MatchAny(any=ids))
+        any_of: Any = {"key": "path", "match": {"any": ids}}
         with self._search_errors(), qdrant_errors(self._place.url):
             points, _ = self._place.client().scroll(
                 self._name,
@@ -201,3 +220,147 @@ def _connected(url: str, key: str | None, timeout: int) -> Any:
     return QdrantClient(
         url=url, headers=headers, timeout=timeout, check_compatibility=False, trust_env=False
     )
+
+
+def key_of(column: str) -> str:
+    """Qdrant's name of a column, in quotes unless it is one plain word."""
+    return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
+
+
+def kind_of(arrow: str) -> str | None:
+    """How the values of a column are compared; None where Qdrant does so otherwise than SQL, or not
+    at all.
+    """
+    return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, arrow)), None)
+
+
+def to_filter(where: str, types: Mapping[str, str]) -> Any:
+    """Translate a condition on columns of these Arrow types into a filter of qdrant-client's."""
+    from qdrant_client import models
+
+    return models.Filter(**_filter(parse_condition(where), types, True))
+
+
+def _filter(node: Any, types: Mapping[str, str], positive: bool) -> dict[str, Any]:
+    """A filter, in JSON, that is met where a condition is true, or, if not `positive`, false.
+
+    NOT is moved inwards to the comparisons. A missing value meets neither a comparison nor its
+    negation: that is SQL's logic of three values.
+    """
+    node = node.unnest()
+    match node:
+        case exp.Not():
+            return _filter(node.this, types, not positive)
+        case exp.And() | exp.Or():
+            parts = [_filter(part, types, positive) for part in node.flatten()]
+            both = isinstance(node, exp.And) == positive
+            return {"must" if both else "should": parts}
+        case exp.Between():
+            low = exp.GTE(this=node.this, expression=node.args["low"])
+            high = exp.LTE(this=node.this, expression=node.args["high"])
+            return _filter(exp.And(this=low, expression=high), types, positive)
+        case exp.Is(expression=exp.Null()):
+            column, _ = _column(node.this, types)
+            return {"must" if positive else "must_not": [_is_null(column)]}
+        case exp.In() if node.expressions:
+            return _equal(node.this, node.expressions, types, positive)
+        case exp.EQ() | exp.NEQ():
+            left, right = _column_first(node)
+            return _equal(left, [right], types, isinstance(node, exp.EQ) == positive)
+        case exp.Column():
+            return _equal(node, [exp.true()], types, positive)
+    if type(node) not in _BOUND:
+        _refuse(node)
+    left, right = _column_first(node)
+    bound = _BOUND[type(node)]
+    if left is not node.this.unnest():
+        bound = _TURNED[bound]
+    column, kind = _column(left, types)
+    if kind not in ("number", "time"):
+        _refuse(node)
+    value = _value(right, column, kind, types)
+    span = {bound if positive else _OPPOSITE[bound]: value}
+    return {"must": [{"key": key_of(column), "range": span}]}
+
+
+def _equal(left: Any, right: list[Any], types: Mapping[str, str], positive: bool) -> dict[str, Any]:
+    """A filter that is met where a column has one of some values, or none of them."""
+    column, kind = _column(left, types)
+    key = key_of(column)
+    values = [_value(node, column, kind, types) for node in right]
+    met: list[Any]
+    if kind == "text":
+        met = [{"key": key, "match": {"any": values}}]
+    elif kind == "truth":
+        met = [{"key": key, "match": {"value": value}} for value in values]
+    else:
+        met = [{"key": key, "range": {"gte": value, "lte": value}} for value in values]
+    return {"should": met} if positive else {"must_not": [*met, _is_null(column)]}
+
+
+def _column_first(node: Any) -> tuple[Any, Any]:
+    left = node.this.unnest()
+    right = node.expression.unnest()
+    if not isinstance(left, exp.Column):
+        left, right = right, left
+    if not isinstance(left, exp.Column):
+        _refuse(node)
+    return left, right
+
+
+def _column(node: Any, types: Mapping[str, str]) -> tuple[str, str]:
+    """The name of a column, and its kind."""
+    node = node.unnest()
+    if not isinstance(node, exp.Column):
+        _refuse(node)
+    if node.name not in types:
+        raise invalid(f"where names {node.name!r:.80}; the columns: {', '.join(types)}")
+    kind = kind_of(types[node.name])
+    if kind is None:
+        raise invalid(f"where names {node.name!r:.80}, which is {types[node.name]}; {ALLOWED}")
+    return node.name, kind
+
+
+def _value(node: Any, column: str, kind: str, types: Mapping[str, str]) -> Any:
+    """The value of a literal that a column of some kind is compared with."""
+    literal = node.unnest()
+    value: Any = None
+    if kind == "truth" and isinstance(literal, exp.Boolean):
+        value = bool(literal.this)
+    elif kind == "number":
+        sign = 1
+        if isinstance(literal, exp.Neg):
+            literal = literal.this.unnest()
+            sign = -1
+        if isinstance(literal, exp.Literal) and not literal.is_string:
+            number = sign * float(literal.this)
+            if math.isfinite(number) and abs(number) < _EXACT:
+                value = number
+    elif kind in ("text", "time"):
+        if (
+            kind == "time"
+            and isinstance(literal, exp.Cast)
+            and literal.is_type("date", "timestamp")
+        ):
+            literal = literal.this.unnest()
+        if isinstance(literal, exp.Literal) and literal.is_string and kind == "text":
+            value = literal.this
+        elif isinstance(literal, exp.Literal) and literal.is_string:
+            with contextlib.suppress(ValueError):
+                time = datetime.datetime.fromisoformat(literal.this)
+                if not time.tzinfo:  # in UTC, as everywhere in conditions
+                    value = time.replace(tzinfo=datetime.timezone.utc)
+    if value is None:
+        raise invalid(
+            f"where compares {column!r:.80}, a {kind}, with {node.unnest().sql()!r:.100}; {ALLOWED}"
+        )
+    narrow: Any = {"float": np.float32, "halffloat": np.float16}.get(types[column])
+    return float(narrow(value)) if narrow else value
+
+
+def _is_null(column: str) -> dict[str, Any]:
+    return {"is_null": {"key": key_of(column)}}
+
+
+def _refuse(node: Any) -> NoReturn:
+    raise invalid(f"where has {node.sql()!r:.100}; {ALLOWED}")

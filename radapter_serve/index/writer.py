@@ -26,28 +26,24 @@ from pyarrow import parquet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import disk_errors, lock, staged
-from radapter_serve.index import facts as known_facts
-from radapter_serve.index.cluster import Cluster
-from radapter_serve.index.collection import Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import IndexFacts, Plan, build_command
+from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
+from radapter_serve.index.facts import IndexFacts, Plan, build_command, read_facts
 from radapter_serve.index.folder import (
-    check_files,
-    describe_files,
-    install,
-    read_pointer,
-    write_text,
-)
-from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
-from radapter_serve.index.table import (
     EXACT,
     THUMBNAIL,
     VECTOR,
     VECTORS,
     Table,
+    check_files,
+    describe_files,
+    install,
+    open_generation,
     vector_column,
     vectors_of,
     write_table,
+    write_text,
 )
+from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
 from radapter_serve.process import decoders
 
 BATCH = 256  # images that are embedded, then written; a killed build loses at most these
@@ -74,14 +70,6 @@ class Summary:
     recall: float | None = None  # recall@10; None where every vector is compared
 
 
-def read_broken(folder: Path) -> list[str]:
-    """The ids of the images that could not be read when the index was written."""
-    with contextlib.suppress(OSError):
-        text = (folder / BROKEN).read_text(encoding="utf-8", errors="backslashreplace")
-        return [line.partition("\t")[0] for line in text.splitlines()]
-    return []
-
-
 @contextlib.contextmanager
 def writing(
     out: Path,
@@ -106,7 +94,7 @@ def writing(
                 base: Table | None = None
                 if resume and not plan.rows:
                     try:
-                        base = _open_base(out)
+                        base = open_generation(out, complete=True, with_codes=False)
                     except RAdapterError:
                         if extend:
                             raise
@@ -115,7 +103,7 @@ def writing(
                 if resume and _parts(folder):
                     try:
                         text = (folder / _PLAN).read_text(encoding="utf-8")
-                        stopped = known_facts.read(Plan, json.loads(text))
+                        stopped = read_facts(Plan, json.loads(text))
                     except (OSError, ValueError):
                         raise RAdapterError(
                             f"the stopped build of {out} can't be resumed; discard it with"
@@ -143,20 +131,6 @@ def writing(
             if isinstance(error, RAdapterError):
                 raise RAdapterError(f"{error}; {kept}") from error
             raise
-
-
-def _open_base(out: Path) -> Table:
-    """Open the current generation without its codes, after a comparison with its digests."""
-    generation, facts = read_pointer(out)
-    try:
-        rows = {name: known for name, known in facts.files.items() if name != CODES}
-        check_files(out / generation, rows, complete=True)
-        return Table(out.name, out / generation, facts, with_codes=False)
-    except RAdapterError as error:
-        again = f"{build_command(out, facts.plan)} --no-resume"
-        raise RAdapterError(
-            f"the index {out} can't be used: {error}; build it again: {again}"
-        ) from None
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -302,7 +302,7 @@ def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
 def _make_retrieve(
     loaded: LoadedRelease, others: Callable[[], Sequence[LoadedRelease]]
 ) -> Run[RetrieveRequest, Retrieved]:
-    from radapter_serve.index.opened import Indexes
+    from radapter_serve.index.index import Indexes
     from radapter_serve.tasks.retrieve import retrieve
 
     indexes = Indexes(loaded, others)

@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from radapter_serve.contract.images import SUFFIXES, count_kinds
 from radapter_serve.contract.labels import read_templates
 from radapter_serve.data.captions import Captioned
-from radapter_serve.data.checks import broken_images, equal_names
-from radapter_serve.data.classes import IMAGENET
-from radapter_serve.data.labelled import Labelled, few_shot, split_labels
-from radapter_serve.data.masks import Masked
-from radapter_serve.data.runs import run_data, validation_data
-from radapter_serve.data.segments import SegmentCrops, list_segments
+from radapter_serve.data.labelled import IMAGENET, Labelled, few_shot, split_labels
+from radapter_serve.data.masks import Masked, SegmentCrops, list_segments
+from radapter_serve.data.runs import broken_images, equal_names, run_data, validation_data
 from radapter_serve.errors import RAdapterError, all_of, listed
 from radapter_serve.sources import LOCAL
 from radapter_serve.training.recipe import Recipe

@@ -26,8 +26,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import writer
 from radapter_serve.index.build import build
-from radapter_serve.index.index import open_index
-from radapter_serve.index.opened import Indexes
+from radapter_serve.index.index import Indexes, open_index
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.retrieve import Query, Retrieved, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation

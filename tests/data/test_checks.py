@@ -22,8 +22,8 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import FORMATS, SUFFIXES, decode, list_images, verify
 from radapter_serve.contract.labels import join_label, split_label
-from radapter_serve.data.checks import broken_images
 from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.runs import broken_images
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
 from radapter_serve.sources import unreachable

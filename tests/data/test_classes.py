@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from radapter_serve.data.classes import prompt_names
-from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.labelled import load_labelled, prompt_names
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_data

@@ -21,8 +21,7 @@ from pycocotools import mask as runs
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import load_labelled
-from radapter_serve.data.masks import IGNORE, Masked, load_masked
-from radapter_serve.data.segments import list_segments
+from radapter_serve.data.masks import IGNORE, Masked, list_segments, load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from radapter_serve.encoders.loaded import LoadedRelease, Need, complete
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
-from radapter_serve.index.opened import Indexes
+from radapter_serve.index.index import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
 
 

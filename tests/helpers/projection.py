@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.encoders.loaded import LoadedRelease, complete
-from radapter_serve.index.index import Index
-from radapter_serve.index.opened import Indexes
+from radapter_serve.index.index import Index, Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
 from tests.helpers.small_models import release
 

@@ -22,8 +22,8 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import writer
 from radapter_serve.index.build import build
+from radapter_serve.index.folder import vectors_of
 from radapter_serve.index.index import open_index
-from radapter_serve.index.table import vectors_of
 from tests.helpers.small_release import png
 
 pytestmark = [

@@ -67,7 +67,7 @@ def test_searches_are_numpys(
     assert verify(out).ok
     # A server searches without pandas, which would cost it some 30 MB.
     code = (
-        "import sys, numpy as np, radapter_serve.index.opened\n"
+        "import sys, numpy as np, radapter_serve.index.index\n"
         "from radapter_serve.index.index import open_index\n"
         f"index = open_index({str(out)!r})\n"
         "where = \"year < 3000 AND (path IN ('a') OR share > 0.1)\"\n"

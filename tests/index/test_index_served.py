@@ -22,8 +22,7 @@ from tritonclient.utils import InferenceServerException
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index import writer
-from radapter_serve.index.build import add, build
-from radapter_serve.index.publish import link, publish
+from radapter_serve.index.build import add, build, link, publish
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer

@@ -16,9 +16,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import folder, writer
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
+from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES
-from radapter_serve.index.table import ROWS, VECTORS
 from tests.helpers.indexes import generation, said, say
 from tests.helpers.projection import DIM
 from tests.index.test_index import FakeRelease, embeds_of, write

@@ -16,12 +16,12 @@ from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import neighbours, table, writer
+from radapter_serve.index import folder, neighbours, writer
 from radapter_serve.index.build import add, build, build_from_embeddings
 from radapter_serve.index.conditions import Met
+from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import Index, open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
-from radapter_serve.index.table import ROWS, VECTORS
 from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import Counting, FakeRelease
 
@@ -134,7 +134,7 @@ def test_images_and_texts_are_found_with_their_own_scores(built: Built) -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare each image that meets a condition if there are 200 or fewer."""
-    monkeypatch.setattr(table, "FEW", FEW)
+    monkeypatch.setattr(folder, "FEW", FEW)
 
 
 @pytest.mark.parametrize("where", [None, "path < '002000.jpg'", "path < '000150.jpg'"])
@@ -243,7 +243,7 @@ def test_a_file_that_does_not_fit_is_refused_whatever_the_digests_say(
     facts = said(out)
     facts["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
     say(out, facts)
-    with pytest.raises(RAdapterError, match="can't be searched.*radapter-index build") as error:
+    with pytest.raises(RAdapterError, match="can't be used.*radapter-index build") as error:
         open_index(out)
     assert "\n" not in str(error.value)
 

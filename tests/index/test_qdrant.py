@@ -18,11 +18,9 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.build import add, build, verify
+from radapter_serve.index.build import add, build, link, publish, verify
 from radapter_serve.index.facts import FACTS
-from radapter_serve.index.index import open_index
-from radapter_serve.index.opened import POLL
-from radapter_serve.index.publish import link, publish
+from radapter_serve.index.index import POLL, open_index
 from radapter_serve.index.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock

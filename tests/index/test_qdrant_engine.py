@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from radapter_serve.index.build import build
+from radapter_serve.index.folder import THUMBNAIL
 from radapter_serve.index.index import open_index
-from radapter_serve.index.table import THUMBNAIL
 from tests.helpers.projection import DIM
 from tests.index.test_index import FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
@@ -44,8 +44,8 @@ def _native(one: Any) -> Any:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_conditions_and_scores(table: str, tmp_path: Path, indexed: bool) -> None:
-    from radapter_serve.index.filters import OWN, key_of, kind_of, to_filter
-    from radapter_serve.index.publish import SCHEMAS, points_of
+    from radapter_serve.index.build import SCHEMAS, points_of
+    from radapter_serve.index.qdrant import OWN, key_of, kind_of, to_filter
 
     build(table, tmp_path / "index", FakeRelease())
     local = open_index(tmp_path / "index")

@@ -19,11 +19,10 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.encoders.loaded import complete
-from radapter_serve.index import opened
+from radapter_serve.index import index as opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
-from radapter_serve.index.index import open_index
-from radapter_serve.index.opened import Indexes
+from radapter_serve.index.index import Indexes, open_index
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting

@@ -17,10 +17,9 @@ from radapter_serve.adapter import Adapter, Metadata, attach_adapter, load_adapt
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, zero_shot_classifier
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.data.masks import Masked, load_masked
+from radapter_serve.data.masks import Masked, list_segments, load_masked
 from radapter_serve.data.rows import BrokenImage
 from radapter_serve.data.runs import run_data
-from radapter_serve.data.segments import list_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import SegmentationSet
 from radapter_serve.evaluation.run import open_set, own_validation
