@@ -21,8 +21,7 @@ from torch import Tensor
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, text_graph
-from radapter_export.precision import TYPES, lower
-from radapter_export.quantization import quantize
+from radapter_export.precision import TYPES, lower, quantize
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import causal_text_features

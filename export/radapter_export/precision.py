@@ -1,20 +1,49 @@
-"""Precision as types in the graph: products in 16 bits, and in fp32 what would overflow there.
+"""Precision of the graphs: 16 bits as types in the graph, and int8 by ONNX Runtime's own quantizer.
 
-The rules are those of `torch.autocast`: products and convolutions are computed in the low type;
-norms, softmax and sums in fp32; everything else in the widest of its inputs. They know operators,
-not architectures. Runtimes do what the graph
-says: TensorRT's networks are strongly typed, and the same file gives the same numbers everywhere.
+The rules for 16 bits are those of `torch.autocast`: products and convolutions are computed in the
+low type; norms, softmax and sums in fp32; everything else in the widest of its inputs. They know
+operators, not architectures. Runtimes do what the graph says: TensorRT's networks are strongly
+typed, and the same file gives the same numbers everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from radapter_export.graph import Graph
+from radapter_export.checks import Inputs
+from radapter_export.graph import EXTERNAL_ABOVE, Graph, size_of
+from radapter_serve.clip.base import Base
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import spread
+from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.data.rows import Images
+from radapter_serve.errors import RAdapterError
+
+if TYPE_CHECKING:
+    from radapter_export.source import Source
+
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
@@ -120,3 +149,149 @@ def _too_large(value: ir.Value, low: ir.DataType) -> bool:
     array = value.const_value.numpy()
     with np.errstate(over="ignore"):
         return bool((np.isfinite(array) & ~np.isfinite(array.astype(low.numpy()))).any())
+
+
+Batches = Sequence[NDArray[np.generic]]
+
+IMAGES = 128  # of the user's, evenly spread; more hardly move the ranges
+PROMPTS = 512  # likewise, of label sets
+_IMAGES_A_BATCH = 8
+_TEXTS_A_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs by which the ranges of activations are found, as the server gets them."""
+
+    images: Batches
+    tokens: Batches
+
+    def of(self, graph: str) -> Batches:
+        """The batches for a graph, by its name."""
+        return self.tokens if graph == "text_encoder" else self.images
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the ranges, for a release."""
+        digest = hashlib.sha256()
+        for batch in (*self.images, *self.tokens):
+            digest.update(np.ascontiguousarray(batch).data)
+        counts = {"images": sum(map(len, self.images)), "texts": sum(map(len, self.tokens))}
+        return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
+
+
+def calibrate(images: Images, base: Base, source: Source, tokenizer: Tokenizer) -> Calibration:
+    """Take some of the images, some prompts of the label sets, and texts that agreement is not
+    checked with; refuses a broken image.
+    """
+    turns = {"exif_orientation": source.exif_orientation}
+    preprocess = Preprocess.from_dict({**base.preprocess, **turns})
+    prompts = [
+        template.replace("{}", name)
+        for file in source.label_sets.values()
+        for label in file.labels
+        for name in split_label(label)
+        for template in source.templates
+    ]
+    texts = [tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)]
+    unseen = Inputs(base, tokenizer, base.image_size, seed=1)
+    return Calibration(calibration_images(images, preprocess), [*unseen.tokens, *texts])
+
+
+def calibration_images(images: Images, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
+    """Some of the images in batches, prepared as the server prepares them."""
+    pixels = []
+    for row in spread(images.rows, IMAGES):
+        try:
+            pixels.append(decode_pixels(images.data(row), preprocess))
+        except TaskError as error:
+            raise RAdapterError(
+                f"calibration image {images.name(row)} can't be read: {error.what}"
+            ) from error
+        except RAdapterError as error:
+            raise RAdapterError(f"calibration: {error}") from error
+    return [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+class _Batches(CalibrationDataReader):  # type: ignore[misc]
+    """Gives calibration its batches one by one."""
+
+    def __init__(self, name: str, batches: Batches) -> None:
+        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter(
+            [{name: batch} for batch in batches]
+        )
+
+    def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
+        return next(self._feeds, None)
+
+
+def quantize(path: Path, calibration: Batches = ()) -> int:
+    """Exchange an encoder in fp32 for one in int8, by ONNX Runtime's own quantizer; returns the
+    bytes of all that was written.
+
+    With inputs to calibrate by, the ranges of activations are constants of the graph (static, in
+    QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads too). Without any they are
+    found for each batch as it comes (dynamic, for CPUs only). Weights get 7 bits
+    (`reduce_range`): CPUs without VNNI add products of bytes in 16 bits and saturate there, so that
+    with 8 bits one file would give other numbers there, and worse ones than the lost bit costs.
+    """
+    common: dict[str, Any] = {
+        "op_types_to_quantize": ["MatMul"],
+        "per_channel": True,
+        "reduce_range": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": size_of(path) > EXTERNAL_ABOVE,
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        plain = Path(name, "plain.onnx")
+        quantized = Path(name, "quantized", path.name)
+        quantized.parent.mkdir()
+
+        # Fold the transposing of weights, which would else hide that they are constants. ONNX
+        # Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10,
+        # it reads its result after deleting it.
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(plain)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if common["use_external_data_format"]:
+            key = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(key, f"{plain.name}.data")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(plain, load_external_data=False)
+        add_pre_process_metadata(model)  # else it warns that this was not done
+        onnx.save(model, plain)
+        # The products of activations have no weights: queries by keys, and attention by values.
+        weights = {initializer.name for initializer in model.graph.initializer}
+        excluded = [
+            node.name
+            for node in model.graph.node
+            if node.op_type == "MatMul" and node.input[1] not in weights
+        ]
+        input_name = model.graph.input[0].name
+        del model  # its weights are read again
+
+        if calibration:
+            quantize_static(
+                str(plain),
+                str(quantized),
+                _Batches(input_name, calibration),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                nodes_to_exclude=excluded,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "OpTypesToExcludeOutputQuantization": ["MatMul"],
+                },
+                **common,
+            )
+        else:
+            quantize_dynamic(str(plain), str(quantized), **common)
+        for old in path.parent.glob(f"{path.name}*"):
+            old.unlink()
+        for file in quantized.parent.iterdir():
+            file.rename(path.parent / file.name)
+    return size_of(path)

@@ -16,27 +16,26 @@ from typing import Any, Literal
 import onnxruntime
 from safetensors import SafetensorError
 
-from radapter_export.accuracy import Accuracy, measure, open_validation
-from radapter_export.card import card_of
-from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_export.hub import files_of, prepare_push, push
-from radapter_export.in_torch import base_facts
-from radapter_export.merged import (
+from radapter_export.checks import BATCHES, Accuracy, Inputs, measure, open_validation, samples_at
+from radapter_export.forms import (
     DISK_ADVICE,
-    FILES,
+    FORM_FILES,
+    OPEN_CLIP_FILES,
     WRITER,
+    base_form,
+    check_form,
     check_replaceable,
+    save_form,
     save_open_clip,
 )
-from radapter_export.precision import TYPES, lower
-from radapter_export.quantization import Calibration, calibrate, quantize
-from radapter_export.references import BATCHES, Inputs, samples_at
+from radapter_export.graph import Graph, check, image_graph, patch_graph, text_graph
+from radapter_export.hub import card_of, files_of, prepare_push, push
+from radapter_export.in_torch import base_facts
+from radapter_export.precision import TYPES, Calibration, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
-from radapter_export.settings import ExportSettings
 from radapter_export.source import Fold, Source, put_reference, read_source
+from radapter_export.start import ExportSettings
 from radapter_export.tokenizer import ServedTokenizer
-from radapter_export.towers import check
-from radapter_export.transformers_form import FORM_FILES, base_form, check_form, save_form
 from radapter_serve.adapter.tuned import Line
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import check_dense, is_causal
@@ -220,7 +219,7 @@ def export_release(
         check_dense(base.model, source.dense)
     for alpha in numbers:
         change.check(alpha)
-    check_replaceable(settings.merged.absolute(), "--merged", FILES)
+    check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
     form = None
     if settings.transformers is not None:
         check_replaceable(settings.transformers.absolute(), "--transformers", FORM_FILES)
@@ -419,15 +418,12 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
         with_labels = LoadedRelease(
             release, loaded.encoder, job.tokenizer.encode, read_label_sets=lambda _: label_sets
         )
-        measured = measure(job.validation, settings.max_drop, base, with_labels, say)
-        accuracy = measured.accuracy
-        confidence = measured.confidence
-        release = replace(
-            release,
-            accuracy=asdict(accuracy),
-            confidence=None if confidence is None else asdict(confidence),
-        )
-        warnings += measured.warnings
+        accuracy, confidence = measure(job.validation, settings.max_drop, base, with_labels, say)
+        release = replace(release, accuracy=asdict(accuracy))
+        if isinstance(confidence, str):
+            warnings.append(confidence)
+        elif confidence is not None:
+            release = replace(release, confidence=asdict(confidence))
     loaded.close()
     if release.logit_bias is not None and release.confidence is None:
         warnings.append(UNFITTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from radapter_export import ExportSettings, export_release
@@ -22,7 +21,7 @@ from radapter_serve.clip.base import Base
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
-from tests.export.conftest import GRAPHS, Export, Exported
+from tests.export.conftest import GRAPHS, Exported
 from tests.helpers.graphs import quick_exports
 
 
@@ -140,28 +139,6 @@ def test_a_lora_becomes_a_release_on_the_base_that_it_names(
     torch.testing.assert_close(
         weights, dict(model.merge_and_unload().state_dict()), rtol=0, atol=1e-6
     )
-
-
-def test_a_folder_is_exported_as_it_is_in_int8_and_judged(
-    tuned: dict[str, Tensor], tiny_clip_dir: str, photos: Path, tmp_path: Path, export: Export
-) -> None:
-    folder = tmp_path / "tuned"
-    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
-    save_file(tuned, folder / "open_clip_model.safetensors")
-    (release,) = export(
-        None,
-        adapter=(),
-        checkpoint=str(folder),
-        precision="int8",
-        calibration=str(photos),
-        validation=f"imagefolder:{photos}",
-        max_drop=100.0,
-    )
-    assert release.alpha == 1 and release.release.quantization is not None
-    assert release.accuracy is not None and release.accuracy.n == 30
-    assert release.release.made_of is not None and release.release.made_of["base"] is None
-    merged = load_file(release.merged / "open_clip_model.safetensors")
-    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
 
 
 BASE = ("--base", "ViT-B-32:openai")

@@ -18,13 +18,11 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
-from radapter_export.graph import Graph, text_graph
-from radapter_export.quantization import quantize
-from radapter_export.towers import DynamicAlphaTower
+from radapter_export.graph import DynamicAlphaTower, Graph
+from radapter_export.precision import quantize
 from radapter_serve.adapter import (
     Adapter,
     Metadata,
-    base_digest,
     fold,
     load_adapter,
     save_adapter,
@@ -36,7 +34,6 @@ from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.server.models import check_agreement
 from tests.export.conftest import GRAPHS, Export, Exported
-from tests.helpers.graphs import graph_of
 
 ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
 TEXTS = ["a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y", "7"]
@@ -99,29 +96,6 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     if name == "patch_encoder":  # naclip leaves out the last block's feed-forward layer
         wanted.remove("visual.transformer.resblocks.1.mlp.c_proj")
     assert stored & set(adapter.tensors) == wanted
-
-
-@pytest.mark.slow
-def test_low_rank_and_a_text_tower_that_is_not_adapted(
-    graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, common: Path, tmp_path: Path
-) -> None:
-    base = tiny_base.model.state_dict()
-    generator = torch.Generator().manual_seed(5)
-    keys = [key for key in load_adapter(adapter_path).keys if key.startswith("visual.")]
-    tensors = {}
-    for key in keys:
-        tensors[f"{key}.up"] = torch.randn(64, 4, generator=generator) * 0.1
-        tensors[f"{key}.down"] = torch.randn(4, 64, generator=generator) * 0.1
-    adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
-    alpha = np.full((len(ALPHAS), 1), 0.25, np.float32)
-    # test_forms.py has the image tower's low rank
-    graph = graph_of(common, text_graph, tiny_base, adapter)
-    graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
-    graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
-    values = inputs_of(graph.name, tiny_base)
-    embeds = EncoderGraph(tmp_path / "dynamic.onnx")(values, alpha)
-    expected = EncoderGraph(tmp_path / "fixed.onnx")(values)
-    np.testing.assert_allclose(embeds, expected, atol=2e-6)
 
 
 @pytest.fixture(scope="module")

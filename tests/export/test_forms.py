@@ -1,4 +1,4 @@
-"""What an export writes for other libraries, opened by them as a user would, against open_clip."""
+"""The merged checkpoint and the form of transformers, opened by these libraries as a user would."""
 
 from __future__ import annotations
 
@@ -13,20 +13,75 @@ import open_clip
 import pytest
 import torch
 import transformers
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import load_file
 
-from radapter_export import ExportSettings, export_release
-from radapter_export.transformers_form import base_form, write_processor
+from radapter_export import ExportSettings, export_release, write_merged
+from radapter_export.forms import base_form, write_processor
 from radapter_serve.adapter import base_digest, fold, load_adapter, save_adapter
-from radapter_serve.clip.base import load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.transformers import Form, check_processor, to_transformers
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import Release
 from radapter_serve.training import train
-from tests.export.conftest import Export
+from tests.export.conftest import Export, Exported
 from tests.helpers.graphs import quick_exports
 from tests.helpers.short_run import short_run
-from tests.helpers.small_models import FAMILIES, make_base, random_adapter
+from tests.helpers.small_models import FAMILIES, make_base, random_adapter, release
+
+
+def test_open_clip_loads_it_equal_to_the_bit(
+    exported: Exported, tiny_base: Base, adapter_path: Path
+) -> None:
+    folder, releases = exported
+    assert {path.name for path in (folder / "merged").iterdir()} == {"alpha-0.3", "alpha-0.8"}
+    for written in releases:
+        weights = {"open_clip_config.json", "open_clip_model.safetensors"}
+        assert {path.name for path in (written.merged).iterdir()} == {
+            *weights,
+            "release.json",
+            "README.md",
+        }
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{written.merged}")
+        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), written.alpha)
+        torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+        assert any(isinstance(module, QuickGELU) for module in model.modules())
+        _, _, expected_preprocess = open_clip.create_model_and_transforms(tiny_base.name)
+        assert repr(preprocess) == repr(expected_preprocess)
+        facts = json.loads((written.merged / "release.json").read_text(encoding="utf-8"))
+        assert facts == written.facts
+        assert load_base(f"local-dir:{written.merged}").config == tiny_base.config
+
+
+def test_a_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):
+        write_merged(tmp_path, tiny_base, {}, release(1))
+    with pytest.raises(RAdapterError, match="is a file"):
+        write_merged(tmp_path / "thesis.tex", tiny_base, {}, release(1))
+    (tmp_path / "thesis.tex").rename(tmp_path / "README.md")
+    with pytest.raises(RAdapterError, match=r"README\.md.*--merged"):
+        write_merged(tmp_path, tiny_base, {}, release(1))
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "years of work"
+
+
+def test_a_full_disk_leaves_the_earlier_one(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tiny_base.model.state_dict()
+    write_merged(tmp_path / "merged", tiny_base, weights, release(1))
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("radapter_export.forms.save_file", full)
+    with pytest.raises(RAdapterError, match="No space left on device.*radapter-export again"):
+        write_merged(tmp_path / "merged", tiny_base, weights, release(2))
+    assert {path.name for path in (tmp_path).iterdir()} == {"merged"}
+    assert Release.load(tmp_path / "merged") == release(1)
+
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", "many words " * 60, ""]
 #: upright, wide and square ones, whose margins transformers and open_clip crop alike
@@ -199,12 +254,6 @@ def test_a_family_without_the_form_is_refused_before_a_graph_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter.safetensors"}
 
 
-@pytest.mark.parametrize("family", ["roberta", "resnet", "mobileclip-b", "vit-layer-scale"])
-def test_other_families_have_no_form(family: str, tmp_path: Path) -> None:
-    with pytest.raises(RAdapterError, match="has no form in transformers: "):
-        base_form(load_base(make_base(family, tmp_path)))
-
-
 VIT = FAMILIES["vit"]
 
 
@@ -263,7 +312,7 @@ def test_a_form_that_differs_from_torch_leaves_nothing(
     faults: dict[str, tuple[Any, str]] = {
         "radapter_export.release.base_form": (with_gelu, "text, differs from torch"),
         "radapter_serve.clip.transformers._TEXTS": (["“Quoted”"], "reads .* in another way"),
-        "radapter_export.transformers_form.save_file": (full_disk, "No space left on device"),
+        "radapter_export.forms.save_file": (full_disk, "No space left on device"),
     }
     for target, (value, message) in faults.items():
         with monkeypatch.context() as patch:

@@ -21,15 +21,13 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from radapter_export import ExportSettings
-from radapter_export.accuracy import measure, open_validation
+from radapter_export.checks import measure, open_validation
 from radapter_export.graph import Graph
-from radapter_export.precision import lower
-from radapter_export.quantization import calibrate, calibration_images, quantize
+from radapter_export.precision import calibrate, lower, quantize
 from radapter_export.source import read_source
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
@@ -303,16 +301,6 @@ def test_a_release_says_what_its_precision_costs(
         assert (quantization["images"], quantization["texts"]) == (30, 10)
 
 
-def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path) -> None:
-    for number in range(200):
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
-    images = open_images(str(tmp_path), "--calibration")
-    batches = calibration_images(images, Preprocess.from_dict({"size": 4}))
-    numbers = np.concatenate(batches)[:, 0, 0, 0].astype(int)
-    assert (len(numbers), numbers[0]) == (128, 0)
-    assert set(np.diff([*numbers, 200])) == {1, 2}
-
-
 @pytest.fixture
 def calibrated(
     tiny_base: Base, adapter_path: Path, photos: Path, tmp_path: Path
@@ -368,7 +356,7 @@ def test_a_release_that_loses_points_is_refused(
     lines: list[str] = []
 
     def drop(max_drop: float) -> float:
-        return measure(data, max_drop, base, loaded, lines.append).accuracy.drop
+        return measure(data, max_drop, base, loaded, lines.append)[0].drop
 
     points = drop(100)
     assert any("30 of 30 images by release" in line for line in lines)
@@ -376,7 +364,7 @@ def test_a_release_that_loses_points_is_refused(
         drop(points - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr(
-        "radapter_export.accuracy.evaluate_answers",
+        "radapter_export.checks.evaluate_answers",
         lambda *_, **__: [(a_row(share=next(metrics)), {"scores": np.zeros((1, 2))})],
     )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):

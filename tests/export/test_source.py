@@ -1,23 +1,31 @@
-"""What goes with an adapter into its releases: classes, the chosen α, the turning of photos; and
-what is warned of.
+"""What goes with an adapter into its releases: classes, label sets with examples, the chosen α, the
+turning of photos; and what is warned of.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import radapter_serve
+from radapter_client import InvalidRequest
+from radapter_export.source import read_label_set
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
+from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, save_choice
+from radapter_serve.model import Model
 from tests.export.conftest import Export
+from tests.helpers.small_release import png
 
 
 @pytest.fixture
@@ -135,3 +143,142 @@ def test_files_can_be_read_by_whom_the_umask_says(
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert {path.stat().st_mode for path in files} == {mode}
     assert (release.merged / "open_clip_model.safetensors") in files
+
+
+NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
+FILES = ("cat.png", "dog.png", "walls/1.png", "walls/2.png")
+
+
+@pytest.fixture
+def label_file(tmp_path: Path) -> Path:
+    """Three labels by text and images, one by images alone, one by its text."""
+    folder = tmp_path / "shown"
+    (folder / "walls").mkdir(parents=True)
+    for seed, name in enumerate(FILES):
+        (folder / name).write_bytes(png(seed, 50, 40))
+    entries = [
+        {"label": "cat, kitty", "images": "cat.png"},
+        {"label": "dog", "images": ["dog.png"], "weight": 0.25},
+        "guinea pig",
+        {"label": "horse"},
+        {"label": "old wall", "images": ["walls", "dog.png"], "weight": 1},
+    ]
+    path = folder / "animals.yaml"
+    path.write_text(json.dumps(entries), encoding="utf-8")  # which is YAML
+    return path
+
+
+def by_hand(local: LoadedRelease, folder: Path) -> np.ndarray:
+    """The embeddings of the labels of `label_file`."""
+
+    def unit(vector: np.ndarray) -> np.ndarray:
+        return vector / np.linalg.norm(vector)
+
+    texts = []
+    for names in (["cat", "kitty"], *([name] for name in NAMES[1:])):
+        templates = local.release.templates
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        texts.append(unit(local.embed_texts(prompts).mean(0)))
+    pixels = [local.pixels((folder / file).read_bytes()) for file in FILES]
+    cat, dog, *walls = local.embed_pixels(pixels)
+    rows = [
+        unit((texts[0] + cat) / 2),
+        unit(0.75 * texts[1] + 0.25 * dog),
+        *texts[2:4],
+        unit(walls[0] + walls[1] + dog),
+    ]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("alphas", [[0.7], "dynamic"])
+def test_a_release_has_labels_by_example(
+    export: Export, label_file: Path, tmp_path: Path, alphas: Any
+) -> None:
+    (exported,) = export(alphas, label_sets={"animals": label_file})
+    facts = exported.release.label_sets["animals"]
+    assert (facts["labels"], facts["examples"]) == (5, 5)
+    repository = tmp_path / "repository"
+    label_set = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
+    assert (label_set.examples is not None) == (alphas == "dynamic")
+    local = load_release(repository)
+    expected = by_hand(local, label_file.parent)
+    np.testing.assert_allclose(label_set.embeds, expected, atol=1e-5)
+    alpha = None
+    if alphas == "dynamic":
+        alpha = 0.2
+        local = local.at(alpha)
+        expected = by_hand(local, label_file.parent)
+    with Model(repository) as model:
+        answer = model.classify(png(9), label_set="animals", alpha=alpha)
+        for fitted in ({"unknown": 0.5}, {"calibrated": True}, {"multi_label": True}):
+            with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
+                model.classify(png(9), label_set="animals", **fitted)
+    [embed] = local.embed_pixels([local.pixels(png(9))])
+    scores = np.exp(exported.release.logit_scale * (expected @ embed))
+    scores /= scores.sum()
+    assert answer.labels == [NAMES[place] for place in np.argsort(-scores)]
+    np.testing.assert_allclose(answer.scores, -np.sort(-scores), rtol=1e-3)
+
+
+def test_validation_fits_scores_to_labels_by_text_alone(
+    export: Export, many_photos: Path, label_file: Path, tmp_path: Path
+) -> None:
+    data: dict[str, Any] = {"validation": f"imagefolder:{many_photos}", "max_drop": 100}
+    (exported,) = export([0.7], label_sets={"animals": label_file}, **data)
+    (without,) = export([0.7], **data)
+    assert exported.release.confidence is not None
+    assert without.release.confidence == exported.release.confidence
+    image = sorted(many_photos.rglob("*.png"))[0]
+    with Model(f"{tmp_path / 'repository'}@1") as model:
+        with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
+            model.classify(image, label_set="animals", calibrated=True)
+        assert model.classify(image, NAMES, calibrated=True).labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a list of labels; each entry is a label, or has label, images and weight"),
+        ("[cat, {label: dog, image: a.png}]", "entry 2: 'image' is 'a.png': Extra inputs"),
+        ("[no]", "entry 1: 'label' is False: .*labels such as no and 2024 need quotes"),
+        ("[{label: cat, images: 3}]", "entry 1: 'images' is 3: "),
+        ("[{label: cat, images: a.png, weight: .nan}]", "'weight' is nan: "),
+        ("[{label: cat, weight: 1}]", "entry 1: weight is for images, and there are none"),
+        ("[{label: cat, images: broken.png}]", r"broken.png: the image is broken or truncated"),
+        ("[{label: cat, images: text.png}]", r"text.png: 3 bytes are not an image"),
+    ],
+)
+def test_files_of_another_form_are_refused_in_a_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "broken.png").write_bytes(png(0, 60, 60)[:200])
+    (tmp_path / "text.png").write_bytes(b"txt")
+    path = tmp_path / "labels.yml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RAdapterError, match=message) as error:
+        read_label_set(path, dynamic_alpha=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("dynamic", "most"), [(False, "MAX_SHOWN"), (True, "MAX_EXAMPLES")])
+def test_as_many_images_as_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamic: bool, most: str
+) -> None:
+    monkeypatch.setattr(f"radapter_export.source.{most}", 3)
+    (tmp_path / "a.png").write_bytes(png(0, 4, 4))
+    path = tmp_path / "labels.yaml"
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 3}]))
+    assert len(read_label_set(path, dynamic_alpha=dynamic).images) == 3
+    path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 4}]))
+    with pytest.raises(RAdapterError, match="has 4 images; at most 3 are allowed"):
+        read_label_set(path, dynamic_alpha=dynamic)
+
+
+def test_a_comma_in_a_name_stays_one_name_in_every_file(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("salt\\, pepper, spices\ncat\n", encoding="utf-8")
+    entries = [{"label": "salt\\, pepper,spices"}, "cat"]
+    (tmp_path / "labels.yaml").write_text(json.dumps(entries), encoding="utf-8")
+    for name in ("labels.txt", "labels.yaml"):
+        labels = read_label_set(tmp_path / name, dynamic_alpha=False).labels
+        assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]

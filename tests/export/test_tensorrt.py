@@ -14,8 +14,7 @@ import pytest
 from torch import Tensor
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_export.precision import TYPES, lower
-from radapter_export.quantization import quantize
+from radapter_export.precision import TYPES, lower, quantize
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.encoders.tensorrt import Options, build

@@ -1,0 +1,241 @@
+"""What a release is checked against: torch's embeddings with adapters attached, and on validation
+data torch's score in the task's own metric.
+
+The references are not folded and go through open_clip's own code, so fold, export and runtime are
+tested together (`radapter_serve.release.agreement` compares).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from radapter_export.start import NONE, OWN
+from radapter_serve.adapter import Metadata
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import encode_image, encode_patches, normalised
+from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.data.runs import OtherImages
+from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
+from radapter_serve.evaluation.metrics import check_finite, fit_confidence
+from radapter_serve.evaluation.models import Change, from_release, in_torch
+from radapter_serve.evaluation.run import evaluate_answers, open_set, own_validation
+from radapter_serve.evaluation.suite import PROPOSALS
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.release import Confidence
+from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER
+
+BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
+
+Array = npt.NDArray[np.float32]
+
+_WORDS = [
+    *("a", "photo", "of", "red", "bicycle,", "leaning"),
+    *("against", "the", "old", "wall", "near", "1887"),
+]
+
+
+class Inputs:
+    """Seeded inputs at each batch size: `images`, uint8 [B, S, S, 3]; `tokens` as the server sends
+    them, int32 [B, L], cropped to the longest text where the tower allows it; and `full_tokens`,
+    the same texts through open_clip's tokenizer, int64 [B, context length].
+    """
+
+    def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.images = [
+            random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8) for batch in BATCHES
+        ]
+        self.tokens = []
+        self.full_tokens = []
+        for number, batch in enumerate(BATCHES):
+            # The first batch is one short text; each later one holds a text that is too long, in
+            # another row.
+            lengths = [int(n) for n in random.integers(1, 40, batch)]
+            if number:
+                lengths[number] = 200
+            texts = [" ".join(random.choice(_WORDS, length)) for length in lengths]
+            self.tokens.append(tokenizer(texts))
+            self.full_tokens.append(base.tokenizer(texts))
+
+    def of(self, graph: str) -> Sequence[npt.NDArray[np.generic]]:
+        """The batches for a graph, by its name."""
+        return self.tokens if graph == "text_encoder" else self.images
+
+
+def samples_at(
+    base: Base,
+    set_alpha: Callable[[float], None],
+    inputs: Inputs,
+    alpha: float,
+    dense: str | None = None,
+    *,
+    mixed: bool = False,
+) -> dict[str, Samples]:
+    """Inputs of each graph, and torch's embeddings of them at one α; where α is an input of the
+    graphs, `mixed`, each row has the default or another one.
+
+    The whole of `inputs` is embedded once for each α, which `set_alpha` puts into the base's model.
+    `dense` is the method for patches, if any.
+    """
+    values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
+    alphas: list[npt.NDArray[Any]] = [
+        np.array([[next(values)] for _ in range(batch)], np.float32 if mixed else np.float64)
+        for batch in BATCHES
+    ]
+    embeds = {}
+    for number in {float(value) for batch in alphas for value in batch.ravel()}:
+        set_alpha(number)
+        embeds[number] = references(base, inputs, dense)
+    samples = {}
+    for graph in ENCODERS:
+        if graph == PATCH_ENCODER and dense is None:
+            continue
+        rows = [
+            [embeds[float(value)][graph][batch][row] for row, value in enumerate(of.ravel())]
+            for batch, of in enumerate(alphas)
+        ]
+        stacked = [np.stack(batch) for batch in rows]
+        samples[graph] = Samples(inputs.of(graph), stacked, alphas if mixed else ())
+    return samples
+
+
+@torch.inference_mode()
+def references(base: Base, inputs: Inputs, dense: str | None = None) -> dict[str, list[Array]]:
+    """torch's embeddings of inputs, from open_clip's own towers with adapters attached: of each
+    graph float32 [B, D] a batch, [B, g, g, D] for `patch_encoder`.
+    """
+    model: Any = base.model
+    images = []
+    patches = []
+    texts = []
+    for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
+        pixels = normalised(image, base.preprocess, "cpu")
+        images.append(encode_image(model, pixels).numpy())
+        if dense is not None:
+            patches.append(encode_patches(model, pixels, dense).numpy())
+        # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
+        texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
+    return {"image_encoder": images, "patch_encoder": patches, "text_encoder": texts}
+
+
+MOST = 2000  # images at most: one is 0.05 points then
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric of the task in per cent, by torch with adapters attached and by the encoders of a
+    release.
+    """
+
+    dataset: str
+    n: int  # images
+    metric: str  # such as `acc1`
+    torch: float
+    release: float
+    drop: float  # points lost; negative where the release is better
+
+
+def measure(
+    data: EvaluationSet,
+    max_drop: float,
+    base: Base,
+    loaded: LoadedRelease,
+    say: Callable[[str], None],
+) -> tuple[Accuracy, Confidence | str | None]:
+    """Evaluate a release and its base, whose adapters are attached and set to the release's α;
+    refuses a release that loses more than `max_drop` points.
+
+    Returns calibrated scores too, or a warning why there are none; None where the data has no
+    classes.
+    """
+    entry = data.entry
+    facts = loaded.release
+    [release] = from_release(loaded)
+    # 80 templates of 1,000 labels take minutes, and label sets have them. With examples mixed in,
+    # they are other embeddings than the texts'.
+    for name, label_set in loaded.label_sets.items():
+        if name not in facts.sets_by_example:
+            embeds = check_finite(label_set.embeds)
+            for line, embed in zip(label_set.lines, embeds, strict=True):
+                release.known[label_set.templates, line] = embed
+    # The base stays on its device: adapters behind activations would not move with it.
+    [attached] = in_torch(
+        base,
+        [Change("adapter", {})],
+        [facts.alpha],
+        templates=facts.templates,
+        crop=MaskCrop.from_dict(facts.crop),
+        device=str(next(base.model.parameters()).device),
+    )
+    percents = []
+    for name, model in (("torch", attached), ("release", release)):
+        say(f"{entry.data}: embedding its texts by {name}")
+
+        def done(count: int, total: int, name: str = name) -> None:
+            say(f"{entry.data}: {count} of {total} images by {name}")
+
+        [(row, answers)] = evaluate_answers([model], data, keep=["scores"], progress=done)
+        percents.append(round(100 * row.metrics[row.metric], 3))
+    by_torch, by_release = percents
+    drop = round(by_torch - by_release, 3)
+    if not drop <= max_drop:  # NaN, too
+        raise RAdapterError(
+            f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(data)} images of"
+            f" {entry.data} ({by_torch:.2f} by torch, {by_release:.2f} by the release), and"
+            f" {max_drop:g} are allowed; nothing was written. Export with --precision fp32, or"
+            " allow more with --max-drop"
+        )
+    accuracy = Accuracy(entry.data, len(data), entry.metric, by_torch, by_release, drop)
+
+    # Calibrated scores, where the data has classes that `classify` would choose from.
+    if not isinstance(data, ClassificationSet):
+        return accuracy, None
+    if data.several:
+        return accuracy, (
+            f"{entry.data} has several labels an image, by which scores are not calibrated: the"
+            " release has no calibrated scores"
+        )
+    try:
+        return accuracy, fit_confidence(
+            answers["scores"], data.labels, facts.logit_scale, facts.logit_bias, entry.data
+        )
+    except RAdapterError as error:
+        return accuracy, str(error)
+
+
+def open_validation(
+    metadata: Metadata, data: str | None, dense: str | None, precision: str
+) -> EvaluationSet | None:
+    """Open the data that releases are to be evaluated on.
+
+    `data` has the form of a recipe's `val_data`, or is "none", or "own" for the run's (its
+    `val_data`, or the share that it held out). None takes the run's, where it can still be read and
+    the precision is not fp32.
+    """
+    has_own = metadata.source.val_data or metadata.source.val_fraction
+    if data == NONE or (data is None and (precision == "fp32" or not has_own)):
+        return None
+    suite = own_validation(metadata, None if data == OWN else data)
+    [entry] = suite.entries
+    if metadata.task == "segmentation":
+        entry = dataclasses.replace(entry, dense=dense or PROPOSALS)
+    try:
+        return open_set(suite, entry, limit=MOST)
+    except OtherImages:
+        raise
+    except RAdapterError:
+        if data is None:
+            return None
+        raise
