@@ -6,13 +6,14 @@ python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4   # a rate, by va
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import tyro
 from common import RESULTS, Report, say, with_spread
 
 from radapter_serve.demo import DemoSettings
@@ -23,34 +24,28 @@ from radapter_serve.demo.run import fields_of, recipe_of
 from radapter_serve.training import train
 
 
-def main() -> None:
-    """Run the demo once a seed and write the means; or choose a rate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the fine-tuning"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    parser.add_argument(
-        "--choose", choices=("classification", "full"), help="recipe to try learning rates of"
-    )
-    parser.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=[1e-4, 2e-4, 4e-4],
-        help="rates to try with --choose",
-    )
-    arguments = parser.parse_args()
+def main(
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = RESULTS,
+    choose: Literal["classification", "full"] | None = None,
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4),
+) -> None:
+    """Run the demo once a seed and write the means; or choose a rate.
+
+    Args:
+        seeds: of the fine-tuning.
+        out: folder of the table.
+        choose: recipe to try learning rates of.
+        rates: to try with --choose.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.choose:
-            choose(arguments.choose, arguments.rates, arguments.seeds, Path(folder))
+        if choose:
+            try_rates(choose, rates, seeds, Path(folder))
         else:
-            report(arguments.seeds, arguments.out, Path(folder))
+            report(seeds, out, Path(folder))
 
 
-def choose(name: str, rates: list[float], seeds: list[int], folder: Path) -> None:
+def try_rates(name: str, rates: Sequence[float], seeds: Sequence[int], folder: Path) -> None:
     """Print the accuracy on validation drawings, in %, over α for each learning rate."""
     data = prepare(folder / "data", styles=(FINE_TUNED,))
     validation = dataclasses.replace(data, test={FINE_TUNED: data.val})
@@ -72,7 +67,7 @@ def choose(name: str, rates: list[float], seeds: list[int], folder: Path) -> Non
         )
 
 
-def report(seeds: list[int], out: Path, folder: Path) -> None:
+def report(seeds: Sequence[int], out: Path, folder: Path) -> None:
     """Run the demo once a seed and write the mean of its α curves and of its comparison."""
     tables = Report(
         "demo",
@@ -140,4 +135,4 @@ def curves(tables: Report, title: str, of_seeds: list[list[Any]], number: int) -
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -76,25 +76,17 @@ class Flash(nn.Module):
 
 @dataclass
 class Bench:
-    """What all parts share.
+    """What all parts share."""
 
-    Args:
-        report: takes the tables.
-        device: cuda or cpu.
-        precision: of the towers.
-        repeats: rounds.
-        deadline: when all has to be done, by `time.monotonic`.
-        out: folder of the results, which are written after every table: a call may be cut off, a
-            library may crash.
-        peaks: measured operations a second of a matmul, by type.
-    """
-
-    report: Report
-    device: str
-    precision: str
-    repeats: int
-    deadline: float
+    report: Report  # takes the tables
+    device: str  # cuda or cpu
+    precision: str  # of the towers
+    repeats: int  # rounds
+    deadline: float  # when all has to be done, by `time.monotonic`
+    # folder of the results, which are written after every table: a call may be cut off, a library
+    # may crash
     out: Path
+    # measured operations a second of a matmul, by type
     peaks: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -200,13 +192,7 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
 
 
 class Towers:
-    """One folded CLIP: its towers in torch, and its graphs.
-
-    Args:
-        bench: what all share.
-        architecture: an open_clip name.
-        folder: for its files.
-    """
+    """One folded CLIP: its towers in torch, and its graphs."""
 
     def __init__(self, bench: Bench, architecture: str, folder: Path) -> None:
         self.bench = bench
@@ -344,13 +330,7 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
 
 
 class Inference:
-    """One tower at every batch, candidate by candidate, each beside torch eager in the same rounds.
-
-    Args:
-        towers: whose.
-        case: images or texts.
-        batches: sizes.
-    """
+    """One tower at every batch, by candidate, each beside torch eager in the same rounds."""
 
     def __init__(self, towers: Towers, case: str, batches: tuple[int, ...]) -> None:
         self.bench = towers.bench

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import tyro
 from common import RESULTS, Process, Report, picture, say
 from gateway import LABEL_SET, export
-from loop import PERCENTILES, Closed, Measured, Open, Send, measure
-from stages import Stages, read_totals
+from loop import PERCENTILES, Closed, Measured, Open, Send, Stages, measure, read_totals
 
 from radapter_client import AsyncClient
 from radapter_serve.encoders.loaded import load_release

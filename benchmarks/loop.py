@@ -1,12 +1,14 @@
-"""Requests under load: closed, where callers wait for their answers, and open, where requests come
-when they come.
+"""Requests under load, closed, where callers wait for their answers, and open, where requests come
+when they come; and the stages of a request's time by Triton's statistics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,16 +45,12 @@ class Open:
 
     Latency counts from the time at which a request was due, so that a server that falls behind
     can't hide it.
-
-    Args:
-        rate: requests a second, above 0.
-        at_most: requests under way at once; those above it are not sent, and count as errors.
-        seed: of the times.
     """
 
-    rate: float
+    rate: float  # requests a second, above 0
+    # requests under way at once; those above it are not sent, and count as errors
     at_most: int = 256
-    seed: int = 0
+    seed: int = 0  # of the times
 
     def __str__(self) -> str:
         return f"{self.rate:g}/s"
@@ -129,3 +127,61 @@ async def _one(send: Send, number: int, measured: Measured, due: float) -> None:
         await asyncio.sleep(0.01)
     else:
         measured.latencies.append(time.perf_counter() - due)
+
+
+# By model: requests, batches, and nanoseconds of requests, in all, in queue and in compute.
+Totals = dict[str, dict[str, float]]
+COMPUTE = ("compute_input", "compute_infer", "compute_output")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Mean times of a request, in milliseconds."""
+
+    network: float  # the rest of the client's time: encoding, the way there and back, decoding
+    queue: float  # waiting for the task and its encoder
+    task: float  # decoding, resizing or tokenizing, and the hand-over to the encoder
+    encoder: float
+
+    @classmethod
+    def between(
+        cls, task: str, before: Totals, after: Totals, seconds: float, requests: int
+    ) -> Stages:
+        """Compare the server's totals before and after requests of a task, of `seconds` in all."""
+
+        def more(model: str, kind: str) -> float:
+            return after[model][kind] - before.get(model, {}).get(kind, 0)
+
+        def mean(model: str, kind: str) -> float:
+            """Return ms of a request of the task, or of a batch of it for a model that it calls."""
+            per = more(task, "count" if model == task else "executions")
+            return more(model, kind) / per / 1e6 if per else 0.0
+
+        total = seconds / requests * 1e3
+        called = [model for model in after if model != task] if task in after else []
+        encoder = sum(mean(model, "compute") for model in called if model.endswith("_encoder"))
+        waiting = sum(mean(model, "queue") for model in called)
+        queue, work = (mean(task, kind) if task in after else 0.0 for kind in ("queue", "compute"))
+        # The task waits for the models that it calls, so its time includes theirs.
+        own = max(0.0, work - encoder - waiting)
+        network = max(0.0, total - queue - waiting - own - encoder)
+        return cls(network, queue + waiting, own, encoder)
+
+
+def read_totals(url: str) -> Totals:
+    """Read a server's totals since its start, by model, over the model's versions."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    totals: Totals = {}
+    with opener.open(f"{url}/v2/models/stats") as response:
+        models = json.load(response)["model_stats"]
+    for model in models:
+        counters = model["inference_stats"]
+        total = totals.setdefault(
+            model["name"], {"count": 0, "executions": 0, "all": 0, "queue": 0, "compute": 0}
+        )
+        total["count"] += counters["success"]["count"]
+        total["executions"] += model["execution_count"]
+        total["all"] += counters["success"]["ns"]
+        total["queue"] += counters["queue"]["ns"]
+        total["compute"] += sum(counters[kind]["ns"] for kind in COMPUTE)
+    return totals

@@ -65,12 +65,7 @@ def work(url: str) -> None:
 
 
 class Flood:
-    """Many requests of one kind at once, each on a connection of its own.
-
-    Args:
-        inputs: of the task `model`, as `ask` takes them.
-        count: requests.
-    """
+    """Many requests of one kind at once, each on a connection of its own."""
 
     def __init__(self, model: str, inputs: Mapping[str, list[Any]], count: int) -> None:
         self.model = model

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
 import os
 import statistics
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 from common import RESULTS, Report, picture, say
+from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -77,24 +76,6 @@ WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
         lambda table: pc.match_like(table["path"], "%777.jpg"),
     ),
 }
-
-
-def counters(server: Any) -> dict[str, dict[str, float]]:
-    """The server's statistics of each model since its start: requests, executions, seconds in all
-    and in compute.
-    """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{server.http_url}/v2/models/stats") as response:
-        models = json.load(response)["model_stats"]
-    return {
-        model["name"]: {
-            "requests": model["inference_stats"]["success"]["count"],
-            "executions": model["execution_count"],
-            "all": model["inference_stats"]["success"]["ns"] / 1e9,
-            "compute": model["inference_stats"]["compute_infer"]["ns"] / 1e9,
-        }
-        for model in models
-    }
 
 
 def export_base(folder: Path) -> Path:
@@ -383,18 +364,18 @@ def served(folder: Path, report: Report) -> None:
     with TritonServer(config) as server, Client(server.http_url) as client:
         for name, where in {"no condition": None, "a condition": "width > 1"}.items():
             times = []
-            before = counters(server)
+            before = read_totals(server.http_url)
             for _ in range(CALLS):
                 start = time.perf_counter()
                 client.search("a photo of a dog", index="photos", where=where)
                 times.append((time.perf_counter() - start) * 1e3)
-            after = counters(server)
+            after = read_totals(server.http_url)
             spent = {
                 model: (after[model]["all"] - before[model]["all"])
-                / (after[model]["requests"] - before[model]["requests"])
+                / (after[model]["count"] - before[model]["count"])
                 for model in ("retrieve", "embed_text")
             }
-            own = (spent["retrieve"] - spent["embed_text"]) * 1e3
+            own = (spent["retrieve"] - spent["embed_text"]) / 1e6
             middle = statistics.median(times)
             rows.append([name, *(f"{one:.2f}" for one in (times[0], times[9], middle, own))])
             say(" | ".join(rows[-1]))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tyro
 import urllib3
-from common import RESULTS, Report, say
+from common import RESULTS, Report, memory, say
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.encoders.loaded import load_release
@@ -117,9 +117,8 @@ def _ready(url: str) -> bool:
 
 
 def resident(pid: int | str, field: str = "VmRSS") -> float:
-    """MiB of memory of a process: `VmRSS`, now, or `VmHWM`, its peak."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
+    """MiB of memory of a process, now or at its peak (`VmHWM`)."""
+    return memory(field, pid) / MIB
 
 
 def shared(pid: int) -> float:
@@ -132,7 +131,7 @@ def shared(pid: int) -> float:
     return total / MIB
 
 
-def memory(parents: list[int]) -> dict[str, float]:
+def reading(parents: list[int]) -> dict[str, float]:
     """MiB of each process, and of /dev/shm, by what people call them."""
     found = pids(parents)
     sizes = {name: resident(pid) for name, pid in found.items()}
@@ -144,11 +143,7 @@ def memory(parents: list[int]) -> dict[str, float]:
 
 
 def pids(parents: list[int]) -> dict[str, int]:
-    """The numbers of all processes, by what people call them.
-
-    Args:
-        parents: radapter-serve and radapter-gateway.
-    """
+    """The numbers of all processes, by what people call them."""
     found = dict(zip(("radapter-serve", "radapter-gateway"), parents, strict=True))
     for server in _children(parents[0]):
         found["tritonserver"] = server
@@ -169,14 +164,7 @@ def _children(parent: int) -> list[int]:
 
 
 class Load:
-    """Callers that ask in turn, and compare each answer with the first one to the same request.
-
-    Args:
-        ways: URL of each way in.
-        requests: to send in all.
-        callers: at once.
-        seconds: after which no more is sent.
-    """
+    """Callers that ask in turn, and compare each answer with the first one to the same request."""
 
     def __init__(self, ways: dict[str, str], requests: int, callers: int, seconds: float) -> None:
         self.sent = itertools.count()
@@ -262,7 +250,7 @@ def main(
             for share in SHARES:
                 while load.share < share:
                     time.sleep(0.1)
-                readings.append(memory(parents))
+                readings.append(reading(parents))
                 say(
                     f"{share:.0%}: {load.done:,} requests, {load.rate:.0f} a second,"
                     f" {len(load.wrong)} wrong"

@@ -39,13 +39,6 @@ ADAPTERS: dict[str, tuple[Form, int | None]] = {
 class Step:
     """One candidate: a model with random weights, what is trained of it, its optimizer; a call is
     one step.
-
-    Args:
-        name: of the candidate.
-        architecture: an open_clip name.
-        batch: pairs in a step.
-        device: where.
-        dtype: that autocast computes in; float32 if None.
     """
 
     def __init__(

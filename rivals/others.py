@@ -51,20 +51,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Collection:
-    """Images of all classes, of which a split trains half.
+    """Images of all classes, of which a split trains half."""
 
-    Attributes:
-        classes: labels, synonyms after commas.
-        train: images by the first name of their class.
-        tests: images by style, the trained style first, and class.
-        fields: of the recipe.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # labels, synonyms after commas
     templates: tuple[str, ...]
-    train: Mapping[str, Sequence[Path]]
+    train: Mapping[str, Sequence[Path]]  # images by the first name of their class
+    # images by style, the trained style first, and class
     tests: Mapping[str, Mapping[str, Sequence[Path]]]
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any]  # of the recipe
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:
@@ -133,23 +127,18 @@ def methods() -> dict[str, Method]:
 
 @dataclass(frozen=True)
 class Judged:
-    """The values of a model on a test set, in a kind of `KINDS`.
-
-    Attributes:
-        settings: `repr` of the method.
-        n: images, or texts of searches.
-        values: in base64, a bit for each image that is right, or the average precision of each
-            text as float16.
-    """
+    """The values of a model on a test set, in a kind of `KINDS`."""
 
     method: str
-    settings: str
+    settings: str  # `repr` of the method
     split: str
     seed: int
     alpha: float
     style: str
     kind: str
-    n: int
+    n: int  # images, or texts of searches
+    # in base64, a bit for each image that is right, or the average precision of each text as
+    # float16
     values: str
 
     @property

@@ -44,21 +44,16 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper.
-
-    Attributes:
-        rows: methods by their names in the paper.
-        fields: of a recipe, for what the benchmark leaves open.
-        curves: show every α, as in Fig. 3.
-        others: by row, the method with other settings, for the choice together with the rate.
-        starts: by row, the first factor of its paper's rate in the grid of rates.
-    """
+    """A table of the paper."""
 
     title: str
-    rows: Mapping[str, Method]
+    rows: Mapping[str, Method]  # methods by their names in the paper
+    # of a recipe, for what the benchmark leaves open
     fields: Mapping[str, Any] = field(default_factory=dict)
-    curves: bool = False
+    curves: bool = False  # show every α, as in Fig. 3
+    # by row, the method with other settings, for the choice together with the rate
     others: Mapping[str, Sequence[Method]] = field(default_factory=dict)
+    # by row, the first factor of its paper's rate in the grid of rates
     starts: Mapping[str, float] = field(default_factory=dict)
 
 

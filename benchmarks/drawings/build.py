@@ -7,23 +7,34 @@ Whatever is nearly the same as a drawing that the base or fine-tuning is trained
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.drawings.credits import attribution
-from benchmarks.drawings.iconify import VERSION, Drawing, Source, drawings, render, sources
-from benchmarks.drawings.names import Classes, core
-from benchmarks.drawings.near import alike, clusters, signature
-from benchmarks.drawings.roles import Roles, Style, load_roles
+from benchmarks.drawings.iconify import (
+    VERSION,
+    Classes,
+    Drawing,
+    Roles,
+    Source,
+    Style,
+    alike,
+    attribution,
+    clusters,
+    core,
+    drawings,
+    load_roles,
+    render,
+    signature,
+    sources,
+)
 from radapter_serve.demo.data import made_whole, on_paper
 
 SIDE = 96
@@ -37,21 +48,13 @@ TEMPLATES = ("{}", "a drawing of {}", "an icon of {}", "a picture of {}")
 
 @dataclass
 class Sample:
-    """A drawing of a class, drawn.
+    """A drawing of a class, drawn."""
 
-    Attributes:
-        drawing: of which set, under which name.
-        class_name: what it shows.
-        pixels: premultiplied RGBA, uint8 [S, S, 4].
-        mark: what tells near-duplicates.
-        place: folder of the split; "" while it has none.
-    """
-
-    drawing: Drawing
-    class_name: str
-    pixels: NDArray[np.uint8]
-    mark: NDArray[np.float32] = field(init=False)
-    place: str = ""
+    drawing: Drawing  # of which set, under which name
+    class_name: str  # what it shows
+    pixels: NDArray[np.uint8]  # premultiplied RGBA, uint8 [S, S, 4]
+    mark: NDArray[np.float32] = field(init=False)  # what tells near-duplicates
+    place: str = ""  # folder of the split; "" while it has none
 
     def __post_init__(self) -> None:
         self.mark = signature(self.pixels)
@@ -67,13 +70,6 @@ def samples(
 ) -> dict[str, list[Sample]]:
     """What a style has of each class, in an order that depends on names alone; classes in their
     order.
-
-    Args:
-        package: unpacked.
-        style: its sets.
-        classes: the benchmark's.
-        variants: all drawings of a name in a set; else one in one colouring, and few with words
-            that change nothing.
     """
     found: dict[str, list[Sample]] = {name: [] for name in classes.names}
     for source, wanted in style.sets.items():
@@ -99,11 +95,6 @@ def samples(
 def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
     """Place the drawings of one class in the style to fine-tune on; what is nearly the same has one
     place.
-
-    Args:
-        own: of one class.
-        seen: marks [N, 400] of the drawings that the base is trained on: like those there is no
-            test.
     """
     together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
     fresh = []
@@ -127,11 +118,6 @@ def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
 def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]]) -> None:
     """Place up to MOST_A_CLASS drawings of one class, set by set in turn, none nearly the same as
     one seen or placed.
-
-    Args:
-        candidates: of one class and style.
-        place: folder of the style.
-        seen: marks of all that the base or fine-tuning sees, and of what is placed, which is added.
     """
     hands: dict[str, list[Sample]] = defaultdict(list)
     for sample in candidates:
@@ -229,37 +215,19 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lines(count: Iterable[tuple[str, int]]) -> str:
-    return "\n".join(f"{number:6,} {place}" for place, number in count)
+def main(package: Path, pairs: Path, out: Path) -> None:
+    """Draw the benchmark's image folders.
 
-
-def main() -> None:
-    """Read the flags and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
-    )
-    parser.add_argument(
-        "--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to make; it must not be there"
-    )
-    arguments = parser.parse_args()
-    if arguments.out.exists():
-        parser.error(f"{arguments.out} is there already; remove it, or name another folder")
-    print(
-        _lines(
-            sorted(
-                build(
-                    arguments.package, arguments.pairs, arguments.out, load_roles(), Classes()
-                ).items()
-            )
-        )
-    )
+    Args:
+        package: the unpacked npm package @iconify/json.
+        pairs: folder of benchmarks.drawings.pairs.
+        out: folder to make; it must not be there.
+    """
+    if out.exists():
+        raise SystemExit(f"{out} is there already; remove it, or name another folder")
+    for place, number in sorted(build(package, pairs, out, load_roles(), Classes()).items()):
+        print(f"{number:6,} {place}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

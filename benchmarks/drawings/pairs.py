@@ -10,7 +10,6 @@ licence.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import multiprocessing
 from collections import Counter, defaultdict
@@ -20,12 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from rich.progress import track
 
-from benchmarks.drawings.credits import attribution
-from benchmarks.drawings.iconify import SHARE_ALIKE, VERSION, Drawing, drawings, render, sources
-from benchmarks.drawings.names import Classes
-from benchmarks.drawings.roles import Roles, load_roles
+from benchmarks.drawings.iconify import (
+    SHARE_ALIKE,
+    VERSION,
+    Classes,
+    Drawing,
+    Roles,
+    attribution,
+    drawings,
+    load_roles,
+    render,
+    sources,
+)
 from radapter_serve.files import staged
 
 SIDE = 48
@@ -90,25 +98,18 @@ def write_pairs(
     return len(rows)
 
 
-def main() -> None:
-    """Read the flags and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
-    parser.add_argument(
-        "--side", type=int, default=SIDE, help="width and height of a drawing, in pixels"
-    )
-    parser.add_argument("--processes", type=int, default=2, help="that draw at the same time")
-    arguments = parser.parse_args()
-    count = write_pairs(
-        arguments.package, arguments.out, load_roles(), arguments.side, arguments.processes
-    )
-    print(f"{count} drawings in {arguments.out}")
+def main(package: Path, out: Path, side: int = SIDE, processes: int = 2) -> None:
+    """Draw the pairs.
+
+    Args:
+        package: the unpacked npm package @iconify/json.
+        out: folder of the two files.
+        side: width and height of a drawing, in pixels.
+        processes: that draw at the same time.
+    """
+    count = write_pairs(package, out, load_roles(), side, processes)
+    print(f"{count} drawings in {out}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

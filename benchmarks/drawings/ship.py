@@ -7,7 +7,6 @@ The same benchmark makes the same files, byte for byte. Sets that ask for the sa
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import lzma
@@ -15,8 +14,9 @@ import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.drawings.credits import attribution
-from benchmarks.drawings.iconify import SHARE_ALIKE, VERSION, drawings, sources
+import tyro
+
+from benchmarks.drawings.iconify import SHARE_ALIKE, VERSION, attribution, drawings, sources
 from radapter_serve.demo.data import CLASSES, DRAWINGS, TEMPLATES
 
 CREDITS = DRAWINGS.parent / "ATTRIBUTION.md"
@@ -36,17 +36,8 @@ table and from no other weights. It is offered under CC BY 4.0; whom to credit i
 def ship(
     package: Path, pairs: Path, benchmark: Path, folder: Path, credits_file: Path
 ) -> dict[str, str]:
-    """Write drawings, classes and templates, and whom to credit.
-
-    Args:
-        package: the unpacked npm package.
-        pairs: folder of `benchmarks.drawings.pairs`, which the base was trained on.
-        benchmark: folder of `benchmarks.drawings.build`.
-        folder: for the drawings; it is there.
-        credits_file: Markdown.
-
-    Returns:
-        SVG documents by their places, such as `train/airplane/icon-park--airplane.svg`.
+    """Write drawings, classes and templates into a folder, and whom to credit into a file of Markdown;
+    returns the SVG documents by their places, such as `train/airplane/icon-park--airplane.svg`.
     """
     places: dict[str, dict[str, str]] = defaultdict(dict)
     with (benchmark / "index.csv").open(encoding="utf-8", newline="") as file:
@@ -71,24 +62,16 @@ def ship(
     return found
 
 
-def main() -> None:
-    """Read the flags and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
-    )
-    parser.add_argument(
-        "--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs"
-    )
-    parser.add_argument(
-        "--benchmark", type=Path, required=True, help="folder of benchmarks.drawings.build"
-    )
-    arguments = parser.parse_args()
-    found = ship(arguments.package, arguments.pairs, arguments.benchmark, DRAWINGS, CREDITS)
-    print(f"{len(found)} drawings in {DRAWINGS}")
+def main(package: Path, pairs: Path, benchmark: Path) -> None:
+    """Write the part that the wheel carries.
+
+    Args:
+        package: the unpacked npm package @iconify/json.
+        pairs: folder of benchmarks.drawings.pairs.
+        benchmark: folder of benchmarks.drawings.build.
+    """
+    print(f"{len(ship(package, pairs, benchmark, DRAWINGS, CREDITS))} drawings in {DRAWINGS}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

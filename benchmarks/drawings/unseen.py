@@ -8,15 +8,15 @@ Emoji of one code point belong to a class by their Unicode names, as drawings do
 
 from __future__ import annotations
 
-import argparse
 import unicodedata
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from benchmarks.drawings.build import SIDE
-from benchmarks.drawings.names import Classes
+from benchmarks.drawings.iconify import Classes
 from radapter_serve.demo.data import made_whole, on_paper
 
 PRESENTATION = "-fe0f"  # of a file whose character is not an emoji by default
@@ -42,16 +42,15 @@ def write_emoji(package: Path, out: Path, classes: Classes) -> int:
     return count
 
 
-def main() -> None:
-    """Read the flags and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    arguments = parser.parse_args()
-    print(f"{write_emoji(arguments.package, arguments.out, Classes())} images")
+def main(package: Path, out: Path) -> None:
+    """Write the emoji.
+
+    Args:
+        package: the unpacked npm package.
+        out: folder to make.
+    """
+    print(f"{write_emoji(package, out, Classes())} images")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

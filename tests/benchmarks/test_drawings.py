@@ -16,10 +16,19 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks.drawings import build, near, pairs, ship
-from benchmarks.drawings.iconify import drawings, read_name, render, sources
-from benchmarks.drawings.names import SYNONYMS, Classes, core, load_meanings
-from benchmarks.drawings.roles import Roles, load_roles
+from benchmarks.drawings import build, iconify, pairs, ship
+from benchmarks.drawings.iconify import (
+    SYNONYMS,
+    Classes,
+    Roles,
+    core,
+    drawings,
+    load_meanings,
+    load_roles,
+    read_name,
+    render,
+    sources,
+)
 from benchmarks.drawings.unseen import write_emoji
 from radapter_serve.demo import data
 
@@ -263,19 +272,19 @@ def test_near_duplicates_are_found_whatever_their_size_and_place():
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">{body}</svg>', 48
         )
         assert drawn is not None
-        return near.signature(drawn)
+        return iconify.signature(drawn)
 
     marks = np.stack([mark(body) for body in SHAPES.values()])
     moved = np.stack(
         [mark(f'<g transform="translate(4 1) scale(.7)">{body}</g>') for body in SHAPES.values()]
     )
-    np.testing.assert_array_equal(near.alike(marks, moved), np.eye(len(SHAPES), dtype=bool))
+    np.testing.assert_array_equal(iconify.alike(marks, moved), np.eye(len(SHAPES), dtype=bool))
 
 
 def test_clusters_join_groups_and_what_is_alike():
     one, two, three = np.eye(3, dtype=np.float32)
     marks = np.stack([one, two, three, two, one])
-    assert near.clusters(marks, ["a", "b", "c", "a", "d"]) == [[0, 1, 3, 4], [2]]
+    assert iconify.clusters(marks, ["a", "b", "c", "a", "d"]) == [[0, 1, 3, 4], [2]]
 
 
 def test_pairs_are_of_nobody_that_is_tested(package, roles, tmp_path, monkeypatch):

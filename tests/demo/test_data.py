@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.drawings.iconify import LICENCES
-from benchmarks.drawings.roles import load_roles
+from benchmarks.drawings.iconify import LICENCES, load_roles
 from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError

@@ -134,15 +134,10 @@ def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path:
 
 @dataclass(frozen=True)
 class Asked:
-    """Cells whose validation scores a function gives; what was asked for.
+    """Cells whose validation scores a function gives; what was asked for."""
 
-    Attributes:
-        cells: of a benchmark.
-        splits: that a cell was asked for.
-    """
-
-    cells: Cells
-    splits: list[str]
+    cells: Cells  # of a benchmark
+    splits: list[str]  # that a cell was asked for
 
 
 @pytest.fixture
