@@ -185,6 +185,37 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
     return name, folder / "adapter.safetensors", path.stat().st_size
 
 
+LABEL_SET = "names"  # of the releases of these benchmarks
+
+
+def export(
+    architecture: str,
+    precision: str,
+    folder: Path,
+    labels: Sequence[str] = CLASS_NAMES,
+    dense: str = "none",
+    calibration: Path | None = None,
+    runtime: str = "onnxruntime",
+) -> None:
+    """Export a random CLIP with a label set."""
+    from radapter_export import ExportSettings, export_release  # only in the process that exports
+
+    _, adapter, _ = random_clip(architecture, folder)
+    names = folder / "names.txt"
+    names.write_text("\n".join(labels), encoding="utf-8")
+    settings = ExportSettings(
+        merged=folder / "merged",
+        model_repository=folder / "repository",
+        label_sets={LABEL_SET: names},
+        precision=precision,
+        dense=dense,
+        calibration=None if calibration is None else str(calibration),
+        runtime=runtime,
+        validation="none",  # random weights know no image
+    )
+    export_release(adapter, [0.5], settings)
+
+
 def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
     """Make a smooth random JPEG, about as large as a photo."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from common import RESULTS, Process, Report, picture, say
-from gateway import LABEL_SET, export
+from common import LABEL_SET, RESULTS, Process, Report, export, picture, say
 from loop import PERCENTILES, Closed, Measured, Open, Send, Stages, measure, read_totals
 
 from radapter_client import AsyncClient
