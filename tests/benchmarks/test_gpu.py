@@ -17,50 +17,28 @@ def table(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def smoke(flags: str, out: Path) -> str:
+    """Run the script on the CPU; returns its page."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke", *flags.split()]
+    subprocess.run([*command, "--out", str(out)], check=True, timeout=500)
+    return (out / "gpu-smoke.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "gpu.py"),
-        "--smoke",
-        "--minutes",
-        "0",
-        "--batches",
-        "1",
-    ]
-    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=200)
-    text = (tmp_path / "gpu-smoke.md").read_text(encoding="utf-8")
-    for what in (
+    text = smoke("--minutes 0 --batches 1", tmp_path)
+    for left_out in (
         "training smoke",
         "smoke, images, fp16: TensorRT",
         "smoke, texts, fp16: torch.compile",
     ):
-        assert f"Left out: {what}: TimeoutError: the time was up" in text
+        assert f"Left out: {left_out}: TimeoutError: the time was up" in text
 
 
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
-    arguments = [
-        "--batches",
-        "1",
-        "3",
-        "--compile-batches",
-        "3",
-        "--train-batch",
-        "4",
-        "--repeats",
-        "2",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "gpu.py"),
-        "--smoke",
-        *arguments,
-        "--out",
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, timeout=500)
-    text = (tmp_path / "gpu-smoke.md").read_text(encoding="utf-8")
+    flags = "--batches 1 3 --compile-batches 3 --train-batch 4 --repeats 2"
+    text = smoke(flags, tmp_path)
     assert [row[0] for row in table(text, "Matmul")] == [
         "fp32, 64 x 64",
         "fp16, 64 x 64",
