@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radapter_export.forms import write_merged
     from radapter_export.release import Exported, ExportedRelease, export_release
-    from radapter_export.start import Export, ExportSettings, export
+    from radapter_export.settings import ExportSettings
+    from radapter_export.start import Export, export
     from radapter_serve.release.agreement import Agreement
 
 __all__ = [
@@ -29,7 +30,8 @@ __all__ = [
 _MODULES = {
     "radapter_export.forms": ["write_merged"],
     "radapter_export.release": ["Exported", "ExportedRelease", "export_release"],
-    "radapter_export.start": ["Export", "ExportSettings", "export"],
+    "radapter_export.settings": ["ExportSettings"],
+    "radapter_export.start": ["Export", "export"],
     "radapter_serve.release.agreement": ["Agreement"],
 }
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from radapter_export.start import NONE, OWN
+from radapter_export.settings import NONE, OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_patches, normalised

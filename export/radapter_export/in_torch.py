@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radapter_export.start import CLASSES
+from radapter_export.settings import CLASSES
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base

@@ -33,8 +33,8 @@ from radapter_export.hub import card_of, files_of, prepare_push, push
 from radapter_export.in_torch import base_facts
 from radapter_export.precision import TYPES, Calibration, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
+from radapter_export.settings import ExportSettings
 from radapter_export.source import Fold, Source, put_reference, read_source
-from radapter_export.start import ExportSettings
 from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.adapter.tuned import Line
 from radapter_serve.clip.base import Base

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from radapter_export.start import CLASSES, OWN, ExportSettings
+from radapter_export.settings import CLASSES, OWN, ExportSettings
 from radapter_serve.adapter import (
     Adapter,
     Metadata,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_export import start
-from radapter_export.start import CLASSES, ExportSettings
+from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import KEPT, NO_TEMPERATURE, Release

@@ -1,0 +1,138 @@
+"""What a user may choose of an export: one object for Python and for the flags of
+`radapter-export`; no torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import TOLERANCES, Tolerance
+from radapter_serve.release.repository import RUNTIMES
+
+CLASSES = "classes"  # the label set of the run's own classes
+# validation data: none at all, or the run's
+NONE = "none"
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How adapters become releases.
+
+    Args:
+        checkpoint: a model that was tuned elsewhere, in place of an adapter: a .pt or .safetensors
+            file, a model's folder, hf-hub:NAME or NAME:TAG. Alpha 1 is the checkpoint as it is,
+            less is on the line from --base to it (WiSE-FT).
+        lora: folder of a LoRA of peft for a CLIPModel, in place of an adapter; alpha scales what it
+            adds.
+        weights: of the adapters in their average, one each, with sum 1; equal ones if none are
+            given.
+        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
+            local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
+        pretrained: open_clip tag or path of a checkpoint, where the base is named without; what the
+            adapter says if none is given.
+        model_repository: folder that radapter-serve serves; releases are added to it, and it is
+            made if there is none.
+        merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for
+            a folder of each.
+        transformers: folder for the merged weights as the library transformers opens them, with
+            processor and tokenizer, replaced if it holds such a model; with several alphas, for a
+            folder of each. Not written if none is given.
+        label_sets: files of classes by the name of their label set, whose embeddings become part of
+            the release: text, a class a line, or YAML, in which classes may have images. The run's
+            own classes become the label set `classes`, unless a file of that name is given.
+        templates: a file of prompt templates, a built-in set, or one template; the run's own if
+            none is given.
+        dense: how the patches of an image are embedded, for segmentation: naclip or maskclip; none
+            leaves patch_encoder out; the run's own if none is given.
+        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for
+            CPUs; with --calibration by fixed ranges, which TensorRT takes too.
+        calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
+        validation: data as of radapter-train --val-data, by which the encoders are compared with
+            torch in the task's own metric, and scores are calibrated; own for the run's own, which
+            is also taken if none is given and the precision is not fp32; none for none.
+        max_drop: points of that metric, in per cent, that the encoders may lose.
+        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none
+            is given.
+        tolerance: largest difference from torch allowed in a component of the unit-length
+            embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
+            widens with its square, down to 0.9.
+        max_batch_size: images or texts in one batch of the server.
+        push: ORGANISATION/NAME of a repository on the Hugging Face hub, to which the release, the
+            merged weights, those for transformers if asked for, and the card are sent; it is made,
+            private, if there is none. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take it
+            from there.
+        card: write a model card, README.md, beside the merged weights and those for transformers.
+        exif_orientation: the server turns images as their EXIF says, where training did so;
+            --no-exif-orientation leaves them as the files have them, as open_clip does.
+    """
+
+    checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
+    base: str | None = None
+    pretrained: str | None = None
+    model_repository: Path = Path("model_repository")
+    merged: Path = Path("merged")
+    transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
+    templates: str | Path | None = None
+    dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    max_drop: float = 0.5
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
+    tolerance: float | None = None
+    max_batch_size: int = 64
+    push: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    card: bool = True
+    exif_orientation: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", TOLERANCES), ("runtime", RUNTIMES)):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise RAdapterError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.tolerance is not None and not 0 < self.tolerance <= 1:
+            raise RAdapterError(
+                f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4"
+            )
+        if not 0 <= self.max_drop <= 100:
+            raise RAdapterError(
+                f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5"
+            )
+        if self.max_batch_size < 1:
+            raise RAdapterError(
+                f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual"
+            )
+        if self.transformers is not None:
+            merged = self.merged.absolute()
+            form = self.transformers.absolute()
+            if merged == form or merged in form.parents or form in merged.parents:
+                raise RAdapterError(
+                    f"--merged {merged} and --transformers {form} are one folder, or one is inside"
+                    " the other; give each another folder"
+                )
+        if self.calibration is not None and self.precision != "int8":
+            raise RAdapterError(
+                "--calibration is for --precision int8 alone, and the precision is"
+                f" {self.precision}"
+            )
+
+    @property
+    def served_by(self) -> str:
+        """The runtime of the releases."""
+        return self.runtime or "onnxruntime"
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch the encoders may be."""
+        own = TOLERANCES[self.precision]
+        return own if self.tolerance is None else own.widened(self.tolerance)
