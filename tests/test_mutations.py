@@ -136,7 +136,7 @@ ROOMS = {
         ("radapter_serve/index",),
     ),
     "gateway": Room(
-        tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "embeddings", "triton")),
+        tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "openai", "triton")),
         ("radapter_serve/gateway",),
         ("radapter_serve/gateway/run.py", "radapter_serve/gateway/in_process.py"),
     ),

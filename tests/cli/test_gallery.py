@@ -12,8 +12,8 @@ from PIL import Image
 
 from radapter_client import Hit
 from radapter_serve.cli.gallery import page
+from tests.hostile.images import jpeg
 
-VOID = {"meta", "img"}
 EVIL = [
     "<script>alert(1)</script>.jpg",
     '"><img src=x onerror=alert(1)>',
@@ -26,7 +26,7 @@ EVIL = [
 
 
 class Page(HTMLParser):
-    """Reads a page and fails where its elements do not close in order."""
+    """Reads a page, and fails where its elements do not close in order."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in ("meta", "img"):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -53,12 +53,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def jpeg(colour: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 6), colour).save(file, "JPEG")
-    return file.getvalue()
-
-
 def decoded(source: str | None) -> Image.Image:
     assert source is not None and source.startswith("data:image/jpeg;base64,")
     return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
@@ -66,7 +60,7 @@ def decoded(source: str | None) -> Image.Image:
 
 def test_page():
     about = {"path": "deep/a.jpg", "digest": "sha256:00", "author": "Zoë", "tags": ["a", "b"]}
-    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg("red")), Hit("b.jpg", -0.5, {}, None)]
+    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg(8, 6)), Hit("b.jpg", -0.5, {}, None)]
     found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
     text = "\n".join(found.text)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
@@ -111,7 +105,7 @@ def test_nothing_gets_out_of_its_place(evil: str):
 
 
 def test_page_needs_nothing_but_itself():
-    hit = Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))
+    hit = Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg())
     content = page([hit], "t", None, {})
     found = Page(content)
     assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}

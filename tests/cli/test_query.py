@@ -133,14 +133,6 @@ def test_folders(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == f"radapter-query: error: {folder / 'broken.png'}: no image\n"
 
 
-@pytest.mark.triton
-def test_server_of_the_environment(url: str, monkeypatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("RADAPTER_SERVER", url)
-    assert main(["release", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["served"] == [1, 2]
-    assert main(["release", "--url", "http://127.0.0.1:9"]) == 2
-
-
 def test_closed_pipe(tmp_path: Path):
     """As `radapter-query classify photos/ … | head -1` does it."""
     script = tmp_path / "ask.py"
@@ -181,15 +173,7 @@ def test_search(run, image: str, tmp_path: Path):
 
 
 @pytest.mark.triton
-def test_search_of_an_unknown_index(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    page = str(tmp_path / "page.html")
-    assert main(["search", "x", "--index", "none", "--save", page, "--url", url]) == 2
-    assert capsys.readouterr().err == "radapter-query: error: no index 'none'; there are: photos\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.triton
-def test_embed(run, image: str, tmp_path: Path):
+def test_embed_and_release(run, image: str, tmp_path: Path, url: str, monkeypatch, capsys):
     out = tmp_path / "out" / "embeds.npy"
     out.parent.mkdir()
     assert "float32 [2, 4]" in run("embed-image", image, image, "--out", str(out))
@@ -197,14 +181,14 @@ def test_embed(run, image: str, tmp_path: Path):
     said = run("embed-text", "a", "b", "c", "--out", str(out), "--json")
     assert json.loads(said)["shape"] == [3, 4] and np.load(out).shape == (3, 4)
     assert [path.name for path in out.parent.iterdir()] == ["embeds.npy"]
-
-
-@pytest.mark.triton
-def test_release(run):
     table = run("release")
     for word in ("ViT-B-32", "a photo of a {}.", "letters", "1 (α = 0.5), 2 (α = 1)"):
         assert word in table
     assert json.loads(run("release", "--release", "1", "--json"))["release"]["alpha"] == 0.5
+    monkeypatch.setenv("RADAPTER_SERVER", url)
+    assert main(["release", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["served"] == [1, 2]
+    assert main(["release", "--url", "http://127.0.0.1:9"]) == 2
 
 
 @pytest.mark.triton
@@ -213,12 +197,19 @@ def test_failed_query_leaves_the_old_file(
 ):
     out = tmp_path / "embeds.npy"
     out.write_bytes(b"old")
+    page = tmp_path / "page.html"
     broken = tmp_path / "broken.png"
     broken.write_text('{"error": "[invalid_image] not an image"}')
-    assert main(["embed-image", str(broken), "--out", str(out), "--url", url]) == 2
-    assert capsys.readouterr().err == "radapter-query: error: not an image\n"
-    assert out.read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 2
+    for arguments, message in (
+        (["embed-image", str(broken), "--out", str(out)], "not an image"),
+        (
+            ["search", "x", "--index", "none", "--save", str(page)],
+            "no index 'none'; there are: photos",
+        ),
+    ):
+        assert main([*arguments, "--url", url]) == 2
+        assert capsys.readouterr().err == f"radapter-query: error: {message}\n"
+    assert out.read_bytes() == b"old" and set(tmp_path.iterdir()) == {out, broken}
 
 
 A = ["no.png", "--labels", "a"]

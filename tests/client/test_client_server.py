@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import signal
 import threading
 import time
@@ -133,16 +134,6 @@ def test_release(client, kind, url: str):
             absent.embed_texts(["x"])
 
 
-def test_timeout(client, kind, url: str):
-    start = time.monotonic()
-    with pytest.raises(radapter_client.Timeout, match=f"{url} within 0.2 s"):
-        client.classify(order(sleep=1), LABELS, timeout=0.2)
-    with kind(url, timeout=0.2) as impatient, pytest.raises(radapter_client.Timeout):
-        impatient.embed_images([order(sleep=1)])
-    assert time.monotonic() - start < 10
-    client.embed_images([b"x"])
-
-
 def test_threads_share_a_client(url: str):
     with Client(url, batch_size=2, concurrency=3) as client, ThreadPoolExecutor(8) as threads:
 
@@ -229,9 +220,8 @@ def test_server_that_stops(fake_repository: Path):
             """What happens until the server is gone."""
             start = time.monotonic()
             seen: set[str] = set()
-            while time.monotonic() - start < 10 and not any(
-                "Failed to connect" in s or "refused" in s for s in seen
-            ):
+            gone = re.compile("Failed to connect|refused")
+            while time.monotonic() - start < 10 and not any(map(gone.search, seen)):
                 for call in (
                     lambda: client.embed_texts(["x"]),
                     lambda: client.embed_texts(["x"] * 40),
@@ -254,22 +244,6 @@ def test_server_that_stops(fake_repository: Path):
             for seen in threads.map(ask, clients):
                 assert seen and all(error.startswith("ServerUnavailable: ") for error in seen), seen
             held.join()
-
-
-def test_server_that_no_longer_answers(fake_repository: Path):
-    with FakeServer(fake_repository) as server:
-        try:
-            server.signal(signal.SIGSTOP)
-            for url in server.urls.values():
-                for kind in (Client, Awaited):
-                    with kind(url, timeout=0.3) as client:
-                        assert not client.is_ready()
-                        with pytest.raises(radapter_client.Timeout):
-                            client.embed_images(
-                                [b"x" * 10_000_000] * 4
-                            )  # more than the sockets hold
-        finally:
-            server.signal(signal.SIGCONT)
 
 
 def digest(**inputs: Any) -> float:
@@ -315,33 +289,3 @@ def test_segment_sends_every_option(client):
         proposal_scores=np.array([[0.5, 0.25, 0], [0, 1, 0]], np.float32),
         proposal_weight=np.array([1], np.float32),
     )
-
-
-def test_segment_many(client):
-    images = [order(sleep=max(0, 0.2 - index / 20), size=[index + 1, 4]) for index in range(7)]
-    found = client.segment(images, ["a", "b"])
-    assert [result.mask.shape for result in found] == [(4, index + 1) for index in range(7)]
-    assert client.segment([], ["a"]) == []
-    masks = [None, np.ones((1, 4, 2))]
-    one, other = client.segment(images[:2], ["a", "b"], proposals=masks)
-    assert one.scores[0] == digest(labels=texts("a", "b"))
-    assert other.scores[0] == digest(
-        labels=texts("a", "b"), proposals=np.full((1, 4, 2), 255, np.uint8)
-    )
-
-
-def test_search(client, tmp_path: Path):
-    hits = client.search("a red bicycle", index="photos", top_k=2)
-    assert [(hit.id, hit.score, hit.thumbnail) for hit in hits] == [
-        ("ordner/bild ü 0.jpg", 1.0, None),
-        ("ordner/bild ü 1.jpg", 0.75, None),
-    ]
-    outputs = ["id", "metadata", "score"]
-    known = {"index": "photos", "text": "a red bicycle", "rank": 1, "outputs": outputs}
-    assert hits[1].metadata == known
-    (tmp_path / "image.png").write_bytes(b"an image")
-    options = {"index": "photos", "where": "year > 2020"}
-    hits = client.search(image=tmp_path / "image.png", **options, thumbnails=True)
-    assert [hit.thumbnail for hit in hits] == [b"JPEG 0", b"JPEG 1", None]
-    known = {**options, "image": "an image", "rank": 0, "outputs": [*outputs, "thumbnail"]}
-    assert hits[0].metadata == known

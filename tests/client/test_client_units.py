@@ -63,25 +63,15 @@ def test_methods_have_their_own_signature_and_words(name: str):
     assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters
 
 
-class Cats:
-    """The example of Transport's docstring."""
-
-    def send(self, request: Request, timeout: float) -> Any:
-        rows = len(request.inputs["image"])
-        scores = np.ones((rows, 1), np.float32)
-        return Reply(1, {"label": np.full((rows, 1), b"cat", object), "score": scores})
-
-    def close(self) -> None:
-        pass
-
-
 def test_transport_of_the_user():
-    code = "".join(inspect.getsource(Cats.send).split())
-    assert code in "".join(str(radapter_client.Transport.__doc__).split())
-    with Client(transport=Cats(), release=1) as client:
-        assert client.classify(b"photo", ["cat", "dog"]).top == "cat"
-        answers = client.classify([b"photo"] * 40, ["cat", "dog"])
-        assert [answer.top for answer in answers] == ["cat"] * 40
+    """The example of Transport's docstring"""
+    lines = inspect.cleandoc(str(radapter_client.Transport.__doc__)).splitlines()
+    start = lines.index("    ```python") + 1
+    code = "\n".join(line[4:] for line in lines[start : lines.index("    ```")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radapter_client._methods.encode_image", lambda image: b"x")
+        patch.setattr("radapter_client._arguments.encode_image", lambda image: b"x")
+        exec(code, {**vars(radapter_client), "np": np, "Any": Any})
 
 
 def test_both_clients_ask_the_same_of_their_transport():
@@ -129,17 +119,13 @@ def test_grpc_clients_that_outlive_their_modules_end_in_silence():
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_the_newest_release_is_the_one_of_the_highest_number():
+def test_releases_are_in_the_order_of_their_numbers():
     parameters = {}
     for version in (2, 10, 9):  # in no order, and not in that of text either
-        text = described(version)["parameters"]["release"]["string_value"]
-        parameters[f"release.{version}"] = {"string_value": text}
+        parameters[f"release.{version}"] = described(version)["parameters"]["release"]
     found = read_releases({"parameters": parameters})
     assert [release.version for release in found] == [2, 9, 10]
     assert pick_release(found, None).version == 10
-    assert pick_release(found, 9).version == 9
-    with pytest.raises(radapter_client.ModelNotFound, match="release 3; it serves 2, 9, 10"):
-        pick_release(found, 3)
 
 
 # URLs
@@ -220,28 +206,12 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
     assert "icc_profile" not in back.info
     assert len(data) < 2 * len(image.tobytes()) + 2000
     # What preprocessing does: resize in the image's own mode, then convert.
-    if image.mode == "I;16":  # which older Pillows cannot resize
-        return
-    for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
-        resized, wanted = (x.resize((16, 16), resample) for x in (back, image))
+    if image.mode != "I;16":  # which older Pillows cannot resize
+        resized, wanted = (x.resize((16, 16), Image.Resampling.BICUBIC) for x in (back, image))
         assert resized.convert("RGBA").tobytes() == wanted.convert("RGBA").tobytes()
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "F", "I", "P"])
-def test_an_image_that_png_would_change_is_refused(mode: str):
-    image = Image.new(mode, (4, 4), 200)
-    if mode == "P":
-        image.putpalette([0, 0, 0, 255, 0, 0])  # without a colour of this number
-    with pytest.raises(radapter_client.InvalidImage, match=rf"mode {mode} .*convert\('RGB'\)"):
-        sent(image)
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 20), st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
-def test_array_arrives_to_the_bit(height: int, width: int, grey: bool, seed: int):
-    shape = (height, width) if grey else (height, width, 3)
-    array = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    for view in (array, array[::-1, ::-1]):
+    array = np.asarray(image)
+    if array.dtype == np.uint8 and image.mode in ("RGB", "L"):
+        view = array[::-1, ::-1]
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sent(view)))), view)
 
 
@@ -324,6 +294,10 @@ def test_nothing_that_a_caller_hands_in_is_changed():
     assert opened.tobytes() == untouched.tobytes()
 
 
+BEYOND = Image.new("P", (4, 4), 200)
+BEYOND.putpalette([0, 0, 0, 255, 0, 0])  # without a colour of this number
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -336,6 +310,9 @@ def test_nothing_that_a_caller_hands_in_is_changed():
         *((np.zeros(shape, np.uint8), "uint8") for shape in ((3, 4, 4), (0, 4, 3))),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         *((value, "allowed are a path") for value in (5, None)),
+        # PNG would change these.
+        *((Image.new(mode, (4, 4), 200), f"mode {mode} .*'RGB'") for mode in ("CMYK", "F", "I")),
+        (BEYOND, "pixels beyond its palette"),
     ],
 )
 def test_a_value_that_is_no_image(image, message: str):
@@ -457,7 +434,7 @@ def test_batches(sizes: list[int], rows: int):
         assert len(run) == rows or sum(map(len, [*run, following[0]])) > MAX_BYTES
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 80))
 def test_classify_keeps_requests_moderate(count: int, labels: int, templates: int):
     recorder = Recorder()
@@ -492,7 +469,7 @@ NAN = float("nan")
         *(("classify", {"labels": labels}, "labels takes") for labels in ("a cat", [1])),
         ("classify", {"labels": ["\ud800"]}, "not Unicode"),
         ("classify", {"templates": []}, "an empty list of labels or templates"),
-        *(("classify", {"top_k": top_k}, "top_k is") for top_k in (0, 1.5, True)),
+        *(("classify", {"top_k": top_k}, "top_k is") for top_k in (0, 1.5, True, 2**31)),
         ("classify", {"alpha": "high"}, "alpha is 'high'; allowed are numbers"),
         ("classify", {"timeout": 0}, "timeout is 0; allowed are seconds above 0"),
         ("classify", {"examples": MUG}, "'mug', which is not among"),
@@ -501,8 +478,6 @@ NAN = float("nan")
         ("classify", {"examples": {"a": ["/no/such.png"]}}, "an example of 'a': .*no/such.png"),
         ("classify", {"examples": {"a": bytes(17 * 2**20)}}, "examples of 17 MiB"),
         ("classify", {"examples": {"a": b"x"}, "example_weight": {"b": 1}}, "'b', which has no"),
-        ("segment", {"threshold": True}, "threshold is"),
-        ("segment", {"stride": 2.5}, "stride is 2.5; allowed are whole numbers from 1"),
         ("segment", {"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
         ("segment", {"proposals": MASK[0]}, r"shape \[4, 5\]; allowed: bool, uint8 from 0 to 255"),
         ("segment", {"proposals": MASK[:0]}, r"shape \[0, 4, 5\]"),
@@ -512,11 +487,8 @@ NAN = float("nan")
         ("segment", {"proposals": [[[1], [1, 2]]]}, "no array of numbers"),
         ("segment", {"proposals": np.broadcast_to(MASK, (10**8, 4, 5))}, "are 1.9 GiB"),
         ("search", {"text": None}, "give a text to search for"),
-        *(("search", {name: 3}, f"{name} takes a list") for name in ("text", "id")),
         ("search", {"weights": ["b"]}, "weights is 'b'; allowed are numbers"),
         *(("search", {"min_score": score}, "min_score is") for score in (True, "high")),
-        ("search", {"index": None}, "index takes texts"),
-        ("search", {"top_k": 2**31}, "top_k is"),
         ("search", {"image": "no.jpg"}, "cannot read the image no.jpg"),
         ("embed_images", {"images": 3}, "takes a list, not one int"),
     ],
@@ -627,14 +599,13 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
 def test_results_show_themselves_in_a_line():
     names = [f"a label with a long name {number}" for number in range(1000)]
     for result in (
-        Classification(names, [0.123456789] * 1000, 1),
         Segmentation(np.zeros((2, 2), np.uint16), names, [0.5] * 1000, 1),
         Hit("photos/" * 100, 0.5, dict.fromkeys(names, "value" * 100)),
         Hits(Hit(name, 0.25, {}) for name in names),
     ):
         assert len(repr(result)) < 250 and "\n" not in repr(result)
-    assert repr(Classification(["a"], [0.25], 3)) == (
-        "Classification(labels=['a'], scores=[0.25], release=3)"
+    assert repr(Classification(["a"], [0.123456789], 3)) == (
+        "Classification(labels=['a'], scores=[0.1235], release=3)"
     )
 
 
@@ -643,9 +614,7 @@ def test_results_show_themselves_in_a_line():
 def test_empty_labels_that_fill_up_a_row_are_left_out(rows: list[list[Any]], plain: bool) -> None:
     """Of a reply of arrays, or one of plain values."""
 
-    labels: Any = rows
-    if not plain:
-        labels = np.array(rows, object)
+    labels: Any = rows if plain else np.array(rows, object)
 
     class Filled(Recorder):
         def send(self, request: Any, timeout: float) -> Any:

@@ -22,10 +22,13 @@ import numpy as np
 import pytest
 import trustme
 from PIL import Image
+from tritonclient.grpc import service_pb2
 
 import radapter_client
 from radapter_client import AsyncClient, Client
+from radapter_client._client import Tries
 from radapter_client._wire import PORTS
+from radapter_serve.cli import query
 from tests.helpers.stand_ins import grpc_server, http_server
 
 
@@ -145,17 +148,23 @@ def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
 
 
 def test_inference_over_http(kind: type):
+    """In binary; a proxy or another server may answer in JSON."""
     body, headers = binary(
         label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32)
     )
-    with http_server(200, body, headers) as (url, seen):
-        found = attempt(
-            kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3
-        )
-    assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
+    outputs = [
+        {"name": "label", "datatype": "BYTES", "shape": [1, 2], "data": ["a\0", "ü"]},
+        {"name": "score", "datatype": "FP32", "shape": [1, 2], "data": [0.75, 0.25]},
+    ]
+    in_json = json.dumps({**ANSWER, "outputs": outputs}).encode()
+    for answer in ((body, headers), (in_json, {})):
+        with http_server(200, *answer) as (url, seen):
+            found = attempt(
+                kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3
+            )
+        assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
     [(method, path, sent, body, _)] = seen
     assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
-    assert sent["Content-Type"] == "application/octet-stream"
     length = int(sent["Inference-Header-Content-Length"])
     head = json.loads(body[:length])
     rest = body[length:]
@@ -172,17 +181,6 @@ def test_inference_over_http(kind: type):
         "top_k": ("INT32", [1, 1], struct.pack("<i", 5)),
         "image": ("BYTES", [1, 1], b"\5\0\0\0image"),
     }
-
-
-def test_answer_in_json(kind: type):
-    """A proxy or another server may answer without the binary extension."""
-    outputs = [
-        {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": ["ü"]},
-        {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [0.5]},
-    ]
-    with http_server(200, json.dumps({**ANSWER, "outputs": outputs}).encode()) as (url, _):
-        found = attempt(kind, url, lambda client: client.classify(b"x", ["ü"]))
-    assert (found.labels, found.scores) == (["ü"], [0.5])
 
 
 GOOD, LENGTH = binary(text_embeds=np.ones((1, 4), np.float32))
@@ -209,7 +207,9 @@ def test_answer_that_is_none(body: bytes, headers: dict[str, str]):
 
 
 def test_every_request_with_a_body_says_what_it_is(kind: type):
-    """curl's default type, with a body of 4 MiB and more, ends some servers."""
+    """curl's default type, with a body of 4 MiB and more, ends some servers. Connections are
+    kept.
+    """
     asked = [
         lambda client: client.is_ready(),
         lambda client: client.release(),
@@ -218,6 +218,11 @@ def test_every_request_with_a_body_says_what_it_is(kind: type):
         lambda client: client.search("x", index="i"),
         lambda client: client.segment(b"x", ["a"]),
     ]
+
+    async def awaited(client: AsyncClient) -> None:
+        for _ in range(5):
+            await embed(client)
+
     with http_server(400, b"{}") as (url, seen):
         for ask in asked:
             attempt(kind, url, ask, release=1)
@@ -225,16 +230,7 @@ def test_every_request_with_a_body_says_what_it_is(kind: type):
     for method, _, headers, body, _ in seen:
         assert headers["Content-Type"] == ("application/octet-stream" if method == "POST" else None)
         assert method == "POST" or not body
-
-
-def test_connections_are_kept(kind: type):
-    body, headers = binary(text_embeds=np.ones((1, 4), np.float32))
-
-    async def awaited(client: AsyncClient) -> None:
-        for _ in range(5):
-            await embed(client)
-
-    with http_server(200, body, headers) as (url, seen):
+    with http_server(200, GOOD, LENGTH) as (url, seen):
         ask = awaited if kind is AsyncClient else lambda client: [embed(client) for _ in range(5)]
         attempt(kind, url, ask)
     assert len(seen) == 5 and len({caller for *_, caller in seen}) == 1
@@ -424,3 +420,161 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
             with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
                 waiting.result()
     assert time.monotonic() - start < 5
+
+
+# What is asked again, and keys
+
+# Status and headers of an answer; None breaks the connection.
+Step = tuple[int, dict[str, str]] | None
+BUSY: Step = (429, {})
+STOPS: Step = (503, {"error": "[server_stopping] it stops"})
+EMBEDDING = {"name": "text_embeds", "datatype": "FP32", "shape": [1, 1], "data": [7]}
+
+
+@contextlib.contextmanager
+def http_steps(*steps: Step) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers by these steps, one a request, and well after the last; its URL, and
+    its requests.
+    """
+    first: list[tuple[int, bytes, dict[str, str]] | None] = []
+    for step in steps:
+        if step is not None:
+            error = {"error": step[1].get("error", "[overloaded] busy")}
+            first.append((step[0], json.dumps(error).encode(), step[1]))
+        else:
+            first.append(None)
+    good = json.dumps({**ANSWER, "outputs": [EMBEDDING]}).encode()
+    with http_server(200, good, first=first) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[Any]]]:
+    """The same over gRPC."""
+    left = list(steps)
+    seen: list[Any] = []
+
+    def infer(request: Any, context: grpc.ServicerContext) -> service_pb2.ModelInferResponse:
+        seen.append(dict(context.invocation_metadata()))
+        if left:
+            context.abort(*left.pop(0))
+        answer = service_pb2.ModelInferResponse(model_version="1")
+        answer.outputs.add(name="text_embeds", datatype="FP32", shape=[1, 1])
+        answer.raw_output_contents.append(np.float32(7).tobytes())
+        return answer
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        infer,
+        service_pb2.ModelInferRequest.FromString,
+        service_pb2.ModelInferResponse.SerializeToString,
+    )
+    service = grpc.method_handlers_generic_handler(
+        "inference.GRPCInferenceService", {"ModelInfer": handler}
+    )
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[service])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"grpc://127.0.0.1:{port}", seen
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "asked", "error"),
+    [
+        ([], {}, 1, None),
+        ([BUSY], {}, 2, None),
+        ([None, STOPS], {}, 3, None),
+        ([(502, {}), None], {}, 3, None),
+        *(([BUSY] * 3, {"retries": count}, count + 1, "ServerUnavailable") for count in (0, 1)),
+        # What is wrong or late is not asked again.
+        *(([(status, {"error": "[any] no"})], {}, 1, "InvalidRequest") for status in (400, 413)),
+        ([(401, {"error": "[any] no"})], {}, 1, "Unauthorized"),
+        ([(404, {"error": "[any] no"})], {}, 1, "ModelNotFound"),
+        *(([(status, {"error": "[any] no"})], {}, 1, "Timeout") for status in (408, 504)),
+        ([(500, {"error": "[any] no"})], {}, 1, "ServerError"),
+        # A wait beyond the time-out is not begun.
+        ([(429, {"Retry-After": "3600"})], {"timeout": 5}, 1, "ServerUnavailable"),
+        *(([(429, {"Retry-After": wait})], {"timeout": 5}, 2, None) for wait in ("none", "-5")),
+    ],
+)
+def test_what_is_asked_again_over_http(
+    kind: type, steps: list[Step], options: dict[str, Any], asked: int, error: str | None
+) -> None:
+    with http_steps(*steps) as (url, seen):
+        answer = attempt(kind, url, embed, **options)
+    assert len(seen) == asked
+    if error is None:
+        assert answer.tolist() == [[7]]
+    else:
+        assert type(answer).__name__ == error and steps[0] is not None
+        wait = steps[0][1].get("Retry-After", "0")
+        assert getattr(answer, "retry_after", 0.0) == float(wait)
+
+
+def test_over_grpc(kind: type) -> None:
+    away = grpc.StatusCode.UNAVAILABLE
+    with grpc_steps((away, "[server_stopping] x"), (away, "y")) as (url, seen):
+        assert attempt(kind, url, embed, api_key="secret").tolist() == [[7]]
+    assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
+    with grpc_steps((grpc.StatusCode.DEADLINE_EXCEEDED, "late")) as (url, seen):
+        assert type(attempt(kind, url, embed)) is radapter_client.Timeout
+    assert len(seen) == 1
+
+
+def test_waits_grow_and_end() -> None:
+    tries = Tries(50, 1000)
+    error = radapter_client.ServerUnavailable("x")
+    waits = []
+    assert tries.seconds == 1000
+    for _ in range(10):
+        waits.append(tries.pause(error))
+    for wait, most in zip(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5], strict=True):
+        assert most / 2 <= wait <= most
+    assert 994 < tries.seconds < 1000
+    with pytest.raises(radapter_client.ServerUnavailable):
+        Tries(50, 0.01).pause(error)
+
+
+def test_whether_it_is_ready_is_asked_once() -> None:
+    with http_steps(*[STOPS] * 20) as (url, seen):
+        with Client(url) as client:
+            assert not client.is_ready()
+        assert (
+            len(seen) <= 5
+        )  # of five tasks; what waits for a thread after the first failure is not sent
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\n", "ü", 5])
+def test_keys_that_are_none(key: Any) -> None:
+    with pytest.raises(radapter_client.InvalidRequest, match="api_key is no key") as caught:
+        Client(api_key=key)
+    assert not key or str(key) not in str(caught.value).split()
+
+
+def test_a_key_in_the_clear_is_warned_of() -> None:
+    for url in ("http://example.com", "grpc://192.0.2.1:8001"):
+        with pytest.warns(UserWarning, match=r"to \w+://.* in the clear; use (http|grpc)s:"):
+            Client(url, api_key="secret").close()
+    for url in ("http://[::1]:1", "grpc://127.0.0.1:1", "https://example.com"):
+        Client(url, api_key="secret").close()
+
+
+def test_the_command_takes_the_key_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RADAPTER_API_KEY", "secret")
+    call = ["embed-text", "x", "--out", str(tmp_path / "a.npy"), "--url"]
+    with http_steps() as (url, seen):
+        assert query.main([*call, url]) == 0
+    assert seen[0][2]["Authorization"] == "Bearer secret"
+    assert "note" not in capsys.readouterr().err
+    query.main([*call, "http://127.0.0.1.invalid:1"])
+    assert "note: the API key travels to http://127.0.0.1.inva" in capsys.readouterr().err
+    with http_steps((401, {"error": "[unauthorized] send a key"})) as (url, _):
+        assert query.main([*call, url]) == 2
+    assert "RADAPTER_API_KEY" in capsys.readouterr().err

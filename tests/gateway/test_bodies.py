@@ -15,7 +15,7 @@ import pytest
 
 from radapter_serve.gateway import kserve
 from radapter_serve.gateway.app import SMALL_BODY, SMALL_JSON
-from radapter_serve.gateway.kserve import MAX_JSON_LISTS, MAX_JSON_VALUES, json_memory
+from radapter_serve.gateway.kserve import MAX_JSON_LISTS, json_memory
 from radapter_serve.gateway.upstream import LOG, Inference, Refused
 from tests.helpers.fake_upstream import (
     INFER,
@@ -53,20 +53,6 @@ def test_json_of_too_many_lists_and_objects_is_refused_unread(
         kserve.from_json(kserve._Header, body, "send tensors in binary")
 
 
-def test_a_large_request_in_json_is_read() -> None:
-    """Nearly as many numbers as may be, nested as their shape is; and one text for each label."""
-    mask = [[[number % 256 for number in range(224)]] * 256] * 16
-    inputs = [
-        {**IMAGE, "shape": [1]},
-        {"name": "labels", "shape": [20_000], "datatype": "BYTES", "data": ["a: b"] * 20_000},
-        {"name": "proposals", "shape": [16, 256, 224], "datatype": "UINT8", "data": mask},
-    ]
-    body = json.dumps({"inputs": inputs}, separators=(",", ":")).encode()
-    request = kserve.read(body, None, config("segment"))
-    assert request.inputs["proposals"].tobytes() == bytes(range(224)) * 4096
-    assert 0.87 * MAX_JSON_VALUES < 4096 * 224
-
-
 def test_arrays_do_not_keep_the_body() -> None:
     def body() -> bytes:
         sizes = {"image": 4 + 4 * MIB, "alpha": 4, "labels": 6}
@@ -86,31 +72,26 @@ def test_arrays_do_not_keep_the_body() -> None:
     assert request.images == 1 and 4 * MIB < held < 5 * MIB
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
+@pytest.mark.parametrize(("name", "ascii_only"), [("labels", True), ("examples", False)])
+def test_the_memory_that_reading_takes_is_known_before(name: str, ascii_only: bool) -> None:
+    values: list[list[Any]] = [
         ["x" * MIB],
         ["x" * MIB + "\U0001f600"],
         ["\u732b" * 2**18] * 2,
-        ["ab\n"] * 2**17,
-        ["\U0001f600"] * 2**17,
+        ["\U0001f600"] * 2**15,
         [{"a": {"b": {"c": [[[]]]}}}] * 2**12,
-    ],
-)
-@pytest.mark.parametrize(("name", "ascii_only"), [("labels", True), ("examples", False)])
-def test_the_memory_that_reading_takes_is_known_before(
-    data: list[Any], name: str, ascii_only: bool
-) -> None:
-    tensor = {"name": name, "shape": [1, len(data)], "datatype": "BYTES", "data": data}
-    inputs = [tensor, {**IMAGE, "data": [1]}]
-    body = json.dumps({"inputs": inputs}, ensure_ascii=ascii_only).encode()
-    model = config("classify")
-    tracemalloc.start()
-    with pytest.raises(Refused, match=f"input (image|{name}) are not all texts"):
-        kserve.read(body, None, model)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < json_memory(body) < 10 * peak
+    ]
+    for data in values:
+        tensor = {"name": name, "shape": [1, len(data)], "datatype": "BYTES", "data": data}
+        inputs = [tensor, {**IMAGE, "data": [1]}]
+        body = json.dumps({"inputs": inputs}, ensure_ascii=ascii_only).encode()
+        model = config("classify")
+        tracemalloc.start()
+        with pytest.raises(Refused, match=f"input (image|{name}) are not all texts"):
+            kserve.read(body, None, model)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < json_memory(body) < 10 * peak
 
 
 # Turns
@@ -245,17 +226,13 @@ class Failing(FakeUpstream):
     """Fails in a frame that holds its own error, as most do that raise one with a name."""
 
     failure: Callable[[], Exception]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: list[weakref.ref[Marked]] = []
+    held: weakref.ref[Marked]
 
     async def infer(self, *_: Any) -> Any:
         held = Marked()
-        self.held.append(weakref.ref(held))
-        cause = ValueError("as it came")
+        self.held = weakref.ref(held)
         try:
-            raise cause
+            raise ValueError("as it came")
         except ValueError:
             error = self.failure()
             raise error from None
@@ -284,12 +261,11 @@ def test_a_failure_lets_go_of_what_was_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(LOG, "disabled", True)  # pytest keeps what is logged
-    with serving(Failing) as served:
-        upstream = served.upstream
-        assert isinstance(upstream, Failing)
-        upstream.failure = failure
+    upstream = Failing()
+    upstream.failure = failure
+    with serving(lambda: upstream) as served:
         assert served.ask(path, body)[0] >= 400
-        until(lambda: upstream.held[0]() is None)
+        until(lambda: upstream.held() is None)
 
 
 URL = "data:image/png;base64,"

@@ -98,28 +98,23 @@ def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with serving(max_connections=8) as served, contextlib.ExitStack() as stack:  # 2 of an address
+        other = stack.enter_context(served.connection(address="127.0.0.2"))
+        kept = [stack.enter_context(served.connection()) for _ in range(2)]
+        assert answers(other) and all(map(answers, kept))
+        # Its own connection that has waited longest ends.
+        assert answers(stack.enter_context(served.connection()))
+        assert [has_ended(it) for it in (other, *kept)] == [False, True, False]
         served.hold()
         for _ in range(2):
             stack.enter_context(served.connection()).sendall(EMBED)
         until(lambda: len(served.upstream.asked) == 2)
         for _ in range(3):
             assert has_ended(stack.enter_context(served.connection()))
-        other = stack.enter_context(served.connection(address="127.0.0.2"))
         assert answers(other)
         assert len(served.connections.open) == 3
         said = [line for line in caplog.messages if "127.0.0.1" in line]
         assert len(said) == 1 and "set --max-connections-per-address" in said[0]
         served.let_go()
-
-
-def test_an_address_at_its_limit_gives_up_its_own_kept_connections() -> None:
-    with serving(max_connections=8) as served, contextlib.ExitStack() as stack:
-        other = stack.enter_context(served.connection(address="127.0.0.2"))
-        assert answers(other)
-        mine = [stack.enter_context(served.connection()) for _ in range(2)]
-        assert all(map(answers, mine))
-        assert answers(stack.enter_context(served.connection()))
-        assert [has_ended(it) for it in (other, *mine)] == [False, True, False]
 
 
 def test_a_connection_that_ends_gives_its_place_back() -> None:
@@ -172,21 +167,17 @@ def test_headers_have_their_time_from_their_first_byte_on() -> None:
 
 
 def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
-    for request in (EMBED, CHUNKED + b"%x\r\n%s\r\n0\r\nX: y\r\n\r\n" % (len(BODY), BODY)):
+    chunks = CHUNKED + b"%x\r\n%s\r\n0\r\nX: y\r\n\r\n" % (len(BODY), BODY)
+    for request in (EMBED, chunks, b"\r\n" + ALIVE):  # some callers send an empty line before one
         with served.connection() as it:
             it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for number in range(len(request)):
                 it.sendall(request[number : number + 1])
             assert answer(it).startswith(b"HTTP/1.1 200")
             assert answers(it)
-
-
-def test_an_empty_line_before_a_request_is_passed_over(served: Served) -> None:
-    with served.connection() as it:
-        for part in (ALIVE + b"\r", b"\n" + ALIVE[:4], ALIVE[4:], b"\r\n" + ALIVE):
-            it.sendall(part)
-        for _ in range(3):
-            assert answer(it).startswith(b"HTTP/1.1 200")
+    # Our client knows a server of HTTP by this end of a call by gRPC.
+    with served.connection(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") as it:
+        assert it.recv(1) == b""
 
 
 def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
@@ -205,19 +196,22 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
     assert [one.model.encode() for one in served.upstream.asked] == names
 
 
-def test_what_comes_behind_chunks_at_once_ends_with_their_answer(served: Served) -> None:
-    with served.connection(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE) as it:
-        assert answer(it).startswith(b"HTTP/1.1 200")
-        assert it.recv(1) == b""
-
-
-def test_what_is_no_request_behind_one_does_not_cost_its_answer(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("request_", "ends"),
+    [
+        (EMBED + b"nonsense\r\n\r\n", [b"HTTP/1.1 400"]),
+        (CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE, []),
+    ],
+)
+def test_what_comes_behind_a_request_does_not_cost_its_answer(
+    served: Served, request_: bytes, ends: list[bytes]
+) -> None:
     served.hold()
-    with served.connection(EMBED + b"nonsense\r\n\r\n") as it:
+    with served.connection(request_) as it:
         until(lambda: served.upstream.asked)
         served.let_go()
-        assert answer(it).startswith(b"HTTP/1.1 200")
-        assert answer(it).startswith(b"HTTP/1.1 400")
+        for beginning in (b"HTTP/1.1 200", *ends):
+            assert answer(it).startswith(beginning)
         assert it.recv(1) == b""
 
 
@@ -243,12 +237,6 @@ def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
         assert it.recv(1) == b""
     until(lambda: not served.connections.open)
     assert not served.upstream.asked
-
-
-def test_a_caller_by_grpc_gets_the_end_alone(served: Served) -> None:
-    """By which our client knows it, and says which URL to write."""
-    with served.connection(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") as it:
-        assert it.recv(1) == b""
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ has left.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import socket
 import time
@@ -106,37 +105,6 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
             assert time.monotonic() < end, leave
             time.sleep(0.05)
         assert told.read_text() == "cancelled"
-
-
-def test_errors_of_a_task_keep_their_codes(url: str) -> None:
-    for order, status, code in (
-        ({"error": "[invalid_image] it is none"}, 400, "[invalid_image] it is none"),
-        ({"bug": True}, 500, "[internal_error] "),
-    ):
-        data = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [json.dumps(order)]}
-        path = f"{url}/v2/models/embed_image/infer"
-        answer = urllib3.request("POST", path, json={"inputs": [data]})
-        assert answer.status == status and answer.json()["error"].startswith(code)
-
-
-def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
-    import openai  # here: it takes long to load
-
-    data = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
-    texts = [f"text {number}" for number in range(70)]  # more than a batch
-    with (
-        Client(fake_server.grpc_url) as direct,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
-    ):
-        found = client.embeddings.create(model="radapter", input=[*texts, data, "ü"])
-        expected = np.concatenate(
-            [direct.embed_texts(texts), direct.embed_images([PNG]), direct.embed_texts(["ü"])]
-        )
-        embeds = np.array([one.embedding for one in found.data], np.float32)
-        assert found.model == "radapter-2" and embeds.tolist() == expected.tolist()
-        assert client.embeddings.create(model="radapter-1", input="a").model == "radapter-1"
-        with pytest.raises(openai.NotFoundError):
-            client.embeddings.create(model="radapter-3", input="a")
 
 
 def test_over_tls_with_a_key(

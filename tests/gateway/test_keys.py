@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_client import Client, ServerUnavailable, Unauthorized
+from radapter_client import Client, RAdapterClientError, ServerUnavailable, Unauthorized
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Key, Keys, Quota, TokenBucket, new_key
 from radapter_serve.gateway.settings import Timeouts
@@ -94,27 +94,20 @@ def test_a_wrong_line_is_named(limits: str, why: str, tmp_path: Path) -> None:
         Keys(path)
 
 
-def test_a_key_works_until_its_last_day(tmp_path: Path) -> None:
+def test_a_key_works_until_its_last_day_and_until_it_is_exchanged(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    today = datetime.now(timezone.utc).date()
-    # Of the next day, for midnight may come before the check.
-    path.write_text(
-        line("ann", "a", f"until={today + timedelta(1)}") + line("bob", "b", "until=2026-01-31")
-    )
+    tomorrow = datetime.now(timezone.utc).date() + timedelta(
+        1
+    )  # midnight may come before the check
+    path.write_text(line("ann", "old", f"until={tomorrow}") + line("bob", "b", "until=2026-01-31"))
     keys = Keys(path)
-    assert keys.check("Bearer a").name == "ann"
+    assert keys.check("Bearer old").name == "ann"
     with pytest.raises(Refused, match="this key ended with 2026-01-31") as refused:
         keys.check("Bearer b")
     assert refused.value.status == 401
-
-
-def test_a_key_that_is_exchanged_in_place_no_longer_works(tmp_path: Path) -> None:
-    """By one of equal length, so that file and size stay as they were."""
-    path = tmp_path / "keys"
-    path.write_text(line("ann", "old"))
-    keys = Keys(path)
+    # In place, and by one of equal length, so that file and size stay as they were
     before = path.stat()
-    path.write_text(line("ann", "new"))
+    path.write_text(path.read_text().replace(line("ann", "old")[:70], line("ann", "new")[:70]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     after = path.stat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
@@ -221,12 +214,11 @@ def served(keys: Path) -> Iterator[Served]:
 
 
 def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
-    with (
-        Client(served.url, api_key="s", retries=0) as slow,
-        Client(served.url, api_key="x", retries=0) as free,
-        Client(served.url, api_key="f", retries=0) as few,
-        ThreadPoolExecutor(3) as threads,
-    ):
+    with contextlib.ExitStack() as stack:
+        slow, free, few, photos = (
+            stack.enter_context(Client(served.url, api_key=key, retries=0, batch_size=1))
+            for key in "sxfp"
+        )
         slow.embed_texts(["a"])
         with pytest.raises(ServerUnavailable, match="slow may send 0.5 requests a sec") as refused:
             slow.embed_texts(["a"])
@@ -234,31 +226,25 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
         assert slow.release().version == 1  # no inference
         for _ in range(20):
             free.embed_texts(["a"])
-        served.hold()
-        calls = [threads.submit(few.embed_texts, ["a"]) for _ in range(3)]
-        until(lambda: any(call.done() for call in calls))
-        served.let_go()
-        errors = [str(error) for call in calls if (error := call.exception())]
-    assert len(errors) == 1 and "few may send 2 requests at once" in errors[0]
-
-
-def test_images_are_counted(served: Served) -> None:
-    with Client(served.url, api_key="p", retries=0, batch_size=1) as photos:
         photos.embed_images([b"\x01", b"\x02"])
         with pytest.raises(ServerUnavailable, match="photos may send 2 images a minute"):
             photos.classify(png(0), ["a"])
         photos.embed_texts(["texts are no images"])
-    with Client(served.url, api_key="x", retries=0) as free:
-        served.upstream.outputs = {
-            "label": np.array([[b"a"], [b"a"]], object),
-            "score": np.ones((2, 1), np.float32),
-        }
+        served.hold()
+        threads = stack.enter_context(ThreadPoolExecutor(3))
+        calls = [threads.submit(few.embed_texts, ["a"]) for _ in range(3)]
+        until(lambda: any(call.done() for call in calls))
+        served.let_go()
+        errors = [str(error) for call in calls if (error := call.exception())]
+        assert len(errors) == 1 and "few may send 2 requests at once" in errors[0]
         # Examples are sent with the first image alone.
-        free.classify([png(0), png(1)], examples={"a": [png(2), png(3)], "b": png(4)})
+        label = np.array([[b"a"]], object)
+        served.upstream.outputs = {"label": label, "score": np.ones((1, 1), np.float32)}
+        free.classify(png(0), examples={"a": [png(2), png(3)], "b": png(4)})
     text = served.metrics(Authorization="Bearer x")
     for metric in (
         'images_total{key="photos"} 2.0',
-        'images_total{key="free"} 5.0',
+        'images_total{key="free"} 4.0',
         'requests_total{code="rate_limited",key="photos"} 1.0',
         'requests_total{code="ok",key="photos"} 3.0',
     ):
@@ -313,44 +299,41 @@ def test_a_refusal_of_a_body_that_does_not_come(
 # One request, followed
 
 
-def answered_id(served: Served, path: str, request_id: str | None = None, body: Any = None) -> str:
-    """The id that an answer has."""
-    headers = {} if request_id is None else {"X_Request_Id": request_id}
-    return str(served.ask(path, body, Authorization="Bearer x", **headers)[2]["X-Request-Id"])
+def test_an_id_comes_back_with_every_answer_and_in_exceptions(served: Served) -> None:
+    def answered(path: str, body: Any = None, **headers: str) -> str:
+        return str(served.ask(path, body, Authorization="Bearer x", **headers)[2]["X-Request-Id"])
 
-
-def test_an_id_comes_back_with_every_answer(served: Served) -> None:
-    for path in (INFER, "/v2", "/no/such/path", "/health/live", "/v1/models/x"):
-        body = TEXT if path == INFER else None
-        assert answered_id(served, path, "0af7651916cd43dd-8448", body) == "0af7651916cd43dd-8448"
-        new = {answered_id(served, path, None, body) for _ in range(3)}
+    embeddings = {"model": "radapter", "input": ["a"]}
+    for path, body in ((INFER, TEXT), ("/v1/embeddings", embeddings), ("/v2", None), ("/no", None)):
+        assert answered(path, body, X_Request_Id="0af7651916cd43dd-8448") == "0af7651916cd43dd-8448"
+        new = {answered(path, body) for _ in range(3)}
         assert len(new) == 3 and all(re.fullmatch("[0-9a-f]{32}", one) for one in new)
     for forged in ("", "a b", "a" * 129, 'x"}', "ü", "a,b", "a\tb"):
         sent = forged.encode().decode("latin-1")
-        assert re.fullmatch("[0-9a-f]{32}", answered_id(served, "/v2", sent))
-
-
-def test_triton_and_the_clients_exceptions_have_the_id(served: Served) -> None:
-    embeddings = {"model": "radapter", "input": ["a"]}
-    for path, body in ((INFER, TEXT), ("/v1/embeddings", embeddings)):
-        assert answered_id(served, path, "my-id.1", body) == "my-id.1"
-        entry = served.upstream.entries[-1]
-        assert entry is not None and entry.id == "my-id.1"
+        assert re.fullmatch("[0-9a-f]{32}", answered("/v2", X_Request_Id=sent))
     served.upstream.error = Refused(400, "no_labels", "no labels")
-    with Client(served.url, api_key="x") as client, pytest.raises(Exception) as failed:
+    with Client(served.url, api_key="x") as client, pytest.raises(RAdapterClientError) as failed:
         client.embed_texts(["a"])
-    entry = served.upstream.entries[-1]
-    assert entry is not None and failed.value.request_id == entry.id  # type: ignore[attr-defined]
+    entry = served.upstream.entries[-1]  # Triton's
+    assert entry is not None and failed.value.request_id == entry.id
 
 
-def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(api_keys=keys, log="json") as served:
-        answered_id(served, INFER, "my-id", TEXT)
-        answered_id(served, "/health/live")
-        answered_id(served, "/v2/models/no/infer", None, TEXT)
+def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free = {"Authorization": "Bearer x"}
+    with serving(api_keys=keys, log="json", max_concurrent=1) as served:
+        served.ask(INFER, TEXT, X_Request_Id="my-id", **free)
+        served.ask("/health/live", **free)
+        served.ask("/v2/models/no/infer", TEXT, **free)
         served.ask("/v2", Authorization="Bearer wrong")
-        answered_id(served, "/v1/embeddings", None, {"model": "radapter", "input": ["abc"]})
-    said = capsys.readouterr().err
+        served.ask("/v1/embeddings", {"model": "radapter", "input": ["abc"]}, **free)
+        said = capsys.readouterr().err
+        # One runs, and the other waits in the queue.
+        served.hold()
+        with ThreadPoolExecutor(2) as threads:
+            for _ in range(2):
+                threads.submit(served.ask, INFER, TEXT, **free)
+            time.sleep(0.3)
+            served.let_go()
     lines = [json.loads(one) for one in said.splitlines()]
     assert "abc" not in said and "wrong" not in said and "Bearer" not in said
     assert [(one["key"], one["task"], one["status"], one["code"]) for one in lines] == [
@@ -363,31 +346,14 @@ def test_a_line_a_request_in_json(keys: Path, capsys: pytest.CaptureFixture[str]
     assert (first["id"], first["release"], lines[3]["release"]) == ("my-id", "1", "1")
     assert first["bytes_in"] == len(BODY) and first["bytes_out"] > 0
     assert 0 <= first["queue_ms"] + first["model_ms"] <= first["ms"]
-
-
-def test_a_line_a_request_in_words(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = [json.loads(one) for one in capsys.readouterr().err.splitlines()]
+    ran, waited = sorted(times, key=lambda one: float(one["queue_ms"]))
+    assert ran["model_ms"] > 200 > 100 > ran["queue_ms"]
+    assert waited["queue_ms"] > 200 > 100 > waited["model_ms"]
     with serving(api_keys=keys, log="line") as served:
-        answered_id(served, INFER, "my-id", TEXT)
+        served.ask(INFER, TEXT, X_Request_Id="my-id", **free)
     assert re.fullmatch(
         r"2\S+ my-id free embed_text 200 ok release 1, \d+ bytes in, \d+ out, [\d.]+ ms"
         r" \(queue [\d.]+, model [\d.]+\)\n",
         capsys.readouterr().err,
     )
-
-
-def test_time_in_the_queue_and_in_the_model_are_told_apart(
-    keys: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with (
-        serving(api_keys=keys, log="json", max_concurrent=1) as served,
-        ThreadPoolExecutor(2) as threads,
-    ):
-        served.hold()
-        asked = [threads.submit(answered_id, served, INFER, None, TEXT) for _ in range(2)]
-        time.sleep(0.3)
-        served.let_go()
-        assert all(one.result() for one in asked)
-    lines = [json.loads(one) for one in capsys.readouterr().err.splitlines()]
-    ran, waited = sorted(lines, key=lambda one: float(one["queue_ms"]))
-    assert ran["model_ms"] > 200 > 100 > ran["queue_ms"]
-    assert waited["queue_ms"] > 200 > 100 > waited["model_ms"]

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from radapter_client import Reply
+from radapter_serve.gateway import openai as gateway
 from radapter_serve.gateway.access import new_key
-from radapter_serve.gateway.upstream import Inference, Refused
+from radapter_serve.gateway.upstream import CODES, Inference, Refused
 from tests.gateway.test_gateway import heard
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, config, serving, until
@@ -57,7 +63,9 @@ def refusal(served: Served, **body: Any) -> tuple[int, str, str | None]:
 
 
 @pytest.mark.integration
-def test_the_client_of_openai(served: Served) -> None:
+def test_the_client_of_openai(served: Served, tmp_path: Path) -> None:
+    import openai
+
     with client_of(served) as client:
         # It asks for base64 by itself.
         found = client.embeddings.create(model="radapter", input=["abc", IMAGE, "ü"])
@@ -67,7 +75,6 @@ def test_the_client_of_openai(served: Served) -> None:
         assert (found.usage.prompt_tokens, found.usage.total_tokens) == (2, 2)
         one = client.embeddings.create(model="radapter-1", input="abc", encoding_format="float")
         assert one.data[0].embedding == [3, 97]
-        assert (one.object, one.data[0].object) == ("list", "embedding")
         assert served.upstream.asked[-1].version == "1"
         assert [model.id for model in client.models.list()] == ["radapter", "radapter-1"]
         model = client.models.retrieve("radapter-1")
@@ -75,31 +82,14 @@ def test_the_client_of_openai(served: Served) -> None:
         assert model.created == 1767225600  # 2026-01-01, as the stand-in's release says
         assert (model.model_extra or {})["embed_dim"] == 4
 
-
-@pytest.mark.integration
-def test_errors_become_the_exceptions_of_openai(served: Served) -> None:
-    import openai
-
-    with client_of(served) as client:
+        # Refusals become its exceptions.
         with pytest.raises(openai.NotFoundError, match="there are radapter, radapter-1") as caught:
             client.embeddings.create(model="text-embedding-3-small", input="a")
         assert (caught.value.code, caught.value.param) == ("unknown_model", "model")
-        with pytest.raises(openai.NotFoundError):
-            client.models.retrieve("radapter-7")
-        with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
-            client.embeddings.create(model="radapter", input=[[1, 2], [3]])
-        for status, kind in (
-            (429, openai.RateLimitError),
-            (503, openai.InternalServerError),
-        ):
+        for status, kind in ((429, openai.RateLimitError), (503, openai.InternalServerError)):
             served.upstream.error = Refused(status, "overloaded", "too much")
             with pytest.raises(kind):
                 client.embeddings.create(model="radapter", input="a")
-
-
-@pytest.mark.integration
-def test_the_client_of_openai_with_a_key_asynchronously(tmp_path: Path) -> None:
-    import openai
 
     key = new_key(tmp_path / "keys", "ann")
 
@@ -107,63 +97,45 @@ def test_the_client_of_openai_with_a_key_asynchronously(tmp_path: Path) -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key) as client:
             return (await client.embeddings.create(model="radapter", input="abc")).data[0].embedding
 
-    with serving(api_keys=tmp_path / "keys") as served:
-        assert asyncio.run(embed(served.url)) == [3, 97]
-        with client_of(served) as client, pytest.raises(openai.AuthenticationError):
+    with serving(api_keys=tmp_path / "keys") as with_keys:
+        assert asyncio.run(embed(with_keys.url)) == [3, 97]
+        with client_of(with_keys) as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_of_langchain_and_llama_index(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llama_index.core
     import openai
     from langchain_openai import OpenAIEmbeddings
+    from llama_index.embeddings.openai import OpenAIEmbedding
 
-    options: Any = {"model": "radapter", "base_url": f"{served.url}/v1", "api_key": "none"}
-    embeddings = OpenAIEmbeddings(check_embedding_ctx_length=False, chunk_size=2, **options)
-    assert embeddings.embed_documents(["abc", IMAGE, "ü"]) == [[3, 97], OF_IMAGE, [2, 195]]
-    assert embeddings.embed_query("abc") == [3, 97]
-    # By default it sends tokens of another model. Its vocabulary comes with LlamaIndex.
-    import llama_index.core
-
+    url = f"{served.url}/v1"
+    inputs = ["abc", IMAGE, "ü"]
+    options: Any = {"model": "radapter", "base_url": url, "api_key": "none"}
+    chain = OpenAIEmbeddings(check_embedding_ctx_length=False, chunk_size=2, **options)
+    assert chain.embed_documents(inputs) == [[3, 97], OF_IMAGE, [2, 195]]
+    llama = OpenAIEmbedding(
+        model_name="radapter", api_base=url, api_key="none", embed_batch_size=2, max_retries=0
+    )
+    assert llama.get_text_embedding_batch(inputs) == [[3, 97], OF_IMAGE, [2, 195]]
+    # By default LangChain sends tokens of another model. Its vocabulary comes with LlamaIndex.
     folder = Path(str(llama_index.core.__file__)).parent / "_static" / "tiktoken_cache"
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         OpenAIEmbeddings(**options).embed_query("abc")
 
 
-@pytest.mark.slow
-@pytest.mark.integration
-def test_the_client_of_llama_index(served: Served) -> None:
-    from llama_index.embeddings.openai import OpenAIEmbedding
-
-    embeddings = OpenAIEmbedding(
-        model_name="radapter",
-        api_base=f"{served.url}/v1",
-        api_key="none",
-        embed_batch_size=2,
-        max_retries=0,
-    )
-    assert embeddings.get_text_embedding_batch(["abc", IMAGE, "ü"]) == [[3, 97], OF_IMAGE, [2, 195]]
-    assert embeddings.get_query_embedding("abc") == [3, 97]
-
-
 # What is asked of Triton
 
 
-def test_extras_of_a_request(served: Served) -> None:
-    assert ask(served, input=["a", IMAGE, "b"], alpha=0.25, dimensions=4, user="ann")[0] == 200
-    texts, images = served.upstream.asked[-2:]
-    assert (texts.model, images.model) == ("embed_text", "embed_image")
-    assert texts.inputs["text"].tolist() == [[b"a"], [b"b"]]
-    assert images.inputs["image"].tolist() == [[PNG]]
-    assert texts.inputs["alpha"].tolist() == [[0.25], [0.25]]
-    assert texts.inputs["alpha"].dtype == np.float32
-    _, answer = ask(served, input=[IMAGE], modality="text")
-    assert answer["data"][0]["embedding"] == [len(IMAGE), ord("d")]
-    assert refusal(served, input="a", dimensions=3) == (400, "invalid_argument", "dimensions")
-    served.upstream.error = Refused(400, "invalid_argument", "alpha is 0.25, but this release ...")
-    assert refusal(served, input="a", alpha=0.25) == (400, "invalid_argument", "alpha")
+def test_numbers_that_json_cannot_hold(served: Served) -> None:
+    served.upstream.configs["embed_text"] = config("embed_text", release(1) | {"embed_dim": 2**20})
+    assert refusal(served, input=["a", "b"]) == (400, "invalid_argument", "encoding_format")
+    assert ask(served, input=["a", "b"], encoding_format="base64")[0] == 200
 
 
 def test_order_is_kept_over_several_batches() -> None:
@@ -180,7 +152,7 @@ def test_order_is_kept_over_several_batches() -> None:
 
 def test_one_release_makes_all_embeddings(served: Served) -> None:
     """The first batch says which; where another release takes over in between, all are made
-    anew.
+    anew. A release that is new is found at once.
     """
     answer = served.upstream.infer
     calls = []
@@ -199,9 +171,7 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     first = [("embed_text", ""), ("embed_image", "1")]
     assert calls == [*first, ("embed_text", ""), ("embed_image", "2")]
 
-
-def test_a_release_that_is_new_is_found(served: Served) -> None:
-    assert ask(served, input="a")[0] == 200
+    served.upstream.infer = answer  # type: ignore[method-assign]
     configs = {name: config(name, release(1), release(2)) for name in served.upstream.configs}
     served.upstream.configs = configs
     served.upstream.older = {(name, "2"): one for name, one in configs.items()}
@@ -210,19 +180,29 @@ def test_a_release_that_is_new_is_found(served: Served) -> None:
     assert names == ["radapter", "radapter-2", "radapter-1"]
 
 
-def test_an_image_that_a_task_refuses_is_named_by_its_place(served: Served) -> None:
+def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) -> None:
+    assert ask(served, input=["a", IMAGE, "b"], alpha=0.25, dimensions=4, user="ann")[0] == 200
+    texts, images = served.upstream.asked[-2:]
+    assert (texts.model, images.model) == ("embed_text", "embed_image")
+    assert texts.inputs["text"].tolist() == [[b"a"], [b"b"]]
+    assert images.inputs["image"].tolist() == [[PNG]]
+    assert texts.inputs["alpha"].tolist() == [[0.25], [0.25]]
+    assert texts.inputs["alpha"].dtype == np.float32
+    assert refusal(served, input="a", dimensions=3) == (400, "invalid_argument", "dimensions")
+    # Refusals of the tasks
+    served.upstream.error = Refused(400, "invalid_argument", "alpha is 0.25, but this release ...")
+    assert refusal(served, input="a", alpha=0.25) == (400, "invalid_argument", "alpha")
     served.upstream.error = Refused(400, "invalid_image", "image 2 of 2: the image is broken")
     error = ask(served, input=[IMAGE, IMAGE])[1]["error"]
     assert (error["param"], error["message"]) == ("input[1]", "input[1]: the image is broken")
     served.upstream.error = Refused(400, "image_too_large", "it has too many pixels")
     assert refusal(served, input=[IMAGE]) == (400, "image_too_large", "input[0]")
-
-
-def test_numbers_that_json_cannot_hold(served: Served) -> None:
-    served.upstream.configs["embed_text"] = config("embed_text", release(1) | {"embed_dim": 2**20})
-    assert refusal(served, input=["a", "b"]) == (400, "invalid_argument", "encoding_format")
-    assert ask(served, input=["a", "b"], encoding_format="base64")[0] == 200
-    assert ask(served, input=["a"])[0] == 200
+    # Faults
+    served.upstream.error = RuntimeError("a bug at /home/x")
+    assert refusal(served, input="a")[:2] == (500, "internal_error")
+    served.upstream.error = None
+    served.upstream.outputs = {"image_embeds": np.zeros((1, 2), np.float32)}
+    assert refusal(served, input="a")[:2] == (503, "server_unavailable")
 
 
 # The rules of the gateway hold here too
@@ -263,9 +243,127 @@ def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None
     assert answer.startswith(b"HTTP/1.1 403") and b'{"error":{"message":"without' in answer
 
 
-def test_a_fault_of_the_gateway_tells_nothing(served: Served) -> None:
-    served.upstream.error = RuntimeError("a bug at /home/x")
-    assert refusal(served, input="a")[:2] == (500, "internal_error")
-    served.upstream.error = None
-    served.upstream.outputs = {"image_embeds": np.zeros((1, 2), np.float32)}
-    assert refusal(served, input="a")[:2] == (503, "server_unavailable")
+# Bodies, without a server
+
+MOST = 8
+JPEG, WEBP = (png(1, 9, 7, kind) for kind in ("JPEG", "WEBP"))
+DATA = "data:image/png;base64,"
+PIXEL = IMAGE.removeprefix(DATA)
+
+
+def url(file: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(file).decode()}"
+
+
+def read_inputs(inputs: Any, **more: Any) -> gateway.EmbeddingsRequest:
+    return gateway.read(json.dumps({"model": "radapter", "input": inputs, **more}).encode(), MOST)
+
+
+def test_texts_and_images_find_their_places() -> None:
+    inputs = ["a cat", url(PNG), "ü\0", url(JPEG, "image/JPEG"), url(WEBP, "image/webp")]
+    request = read_inputs(inputs, alpha=1, user="ann")
+    assert request.texts == {0: b"a cat", 2: b"\xc3\xbc\0"}
+    assert request.images == {1: PNG, 3: JPEG, 4: WEBP}
+    assert (request.model, request.count, request.alpha) == ("radapter", 5, 1.0)
+    assert request.tokens == 2 + 1  # "a cat" has five characters
+    # A file counts, not what it is called.
+    assert read_inputs(url(JPEG, "image/png")).images == {0: JPEG}
+    assert read_inputs(["see http://a.example/b.png", "data: what we have"]).images == {}
+    texts = [url(PNG), "https://x.example"]
+    assert [*read_inputs(texts, modality="text").texts.values()] == list(map(str.encode, texts))
+    assert read_inputs(url(PNG), modality="image").images
+    with pytest.raises(Refused, match=r"input\[1\] is no image"):
+        read_inputs([url(PNG), "a cat"], modality="image")
+
+
+INPUTS: list[tuple[str, str, list[Any]]] = [
+    ("invalid_argument", "input", [None, [], {}, 7, [1, 2, 3], [[1, 2], [3]], ["a"] * 9]),
+    ("invalid_argument", "input[0]", [[[1.5]], [True], [{"image": "x"}], "", "x" * 10_001]),
+    ("invalid_argument", "input[1]", [["a", 1], ["a", None], ["a", ["b"]], ["a", "\n\t "]]),
+    ("invalid_argument", "input[0]", ["data:image/png;base64", f"data:image/png,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:,hello", f"data:image/gif;base64,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:text/html;base64,PHN2Zz4=", f"DATA:;base64,{PIXEL}"]),
+    ("invalid_argument", "input[0]", ["data:image/" + "x" * 10**6, "https://a.example/b.png"]),
+    ("invalid_image", "input[0]", [DATA, f"{DATA}!!!!", f"{DATA}{PIXEL[:-1]}", f"{DATA}üüüü"]),
+    ("invalid_image", "input[0]", [f"{DATA}{PIXEL[:8]}\n{PIXEL[8:]}", url(b"GIF89a")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "param", "value"),
+    [(code, param, value) for code, param, values in INPUTS for value in values],
+)
+def test_inputs_that_are_refused(code: str, param: str, value: Any) -> None:
+    with pytest.raises(Refused) as caught:
+        read_inputs(value)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
+    assert len(caught.value.message) < 400 and caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        *(("model", value) for value in (3, None, "x" * 201)),
+        *(("dimensions", value) for value in ("4", 4.5, True)),
+        *(("alpha", value) for value in (1.01, -0.1, "0.5", math.nan, math.inf, True)),
+        *(("encoding_format", "hex"), ("modality", "audio"), ("messages", []), ("x" * 5000, 1)),
+    ],
+)
+def test_fields_that_are_refused(param: str, value: Any) -> None:
+    with pytest.raises(Refused) as caught:
+        read_inputs("a", **{param: value})
+    assert caught.value.code == "invalid_argument"
+    assert param[:60] == str(caught.value.param)[:60].removesuffix("...")
+    assert len(json.dumps(gateway.refusal(caught.value))) < 500
+
+
+BASE64 = re.compile(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # RFC 4648, 4
+
+
+@example(text="AA==AAAA", piece=4)  # an end in the middle, and at the end of a piece
+@example(text="AAAA=", piece=4)  # Python's own decoder takes this padding
+@example(text="AAAA=", piece=8)
+@given(text=st.text("AB/+=\n!\u00fc", max_size=40), piece=st.sampled_from([4, 8, 64]))
+def test_base64_in_pieces_is_as_in_one(text: str, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway, "_PIECE", piece)
+        patch.setattr(gateway, "_MAGIC", (b"",))
+        if BASE64.fullmatch(text):
+            assert read_inputs(DATA + text).images == {0: base64.b64decode(text)}
+        else:
+            with pytest.raises(Refused, match="broken base64"):
+                read_inputs(DATA + text)
+
+
+strings = st.sampled_from(
+    [url(PNG), url(PNG)[:40], "data:image/png;base64,AAAA", "http://x", "a", ""]
+) | st.text(max_size=8)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | strings,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+optional = ("encoding_format", "dimensions", "user", "alpha", "modality", "other")
+bodies = st.fixed_dictionaries(
+    {"model": st.just("radapter") | values, "input": st.lists(strings, max_size=9) | values},
+    optional=dict.fromkeys(optional, values),
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(bodies | values, st.data())
+def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) -> None:
+    text = bytearray(json.dumps(body).encode())
+    if data.draw(st.booleans()):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        request = gateway.read(bytes(text), MOST)
+    except Refused as error:
+        assert error.status == 400 and error.code in CODES
+        assert re.fullmatch(r".{1,500}", error.message) and error.message.isprintable()
+        return
+    places = sorted([*request.texts, *request.images])
+    assert places == list(range(request.count)) and 1 <= request.count <= MOST
+    assert all(one.strip() for one in request.texts.values())

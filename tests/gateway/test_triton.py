@@ -5,10 +5,11 @@ to others after a while.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -28,41 +29,24 @@ ASKED = Inference("classify", "", {})
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers every inference with its own version."""
-
-    def __init__(self, version: int, seconds: float = 0.0) -> None:
-        self._version = version
-        self._seconds = seconds
-
-    async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
-        await asyncio.sleep(self._seconds)
-        return service_pb2.ModelInferResponse(model_version=str(self._version))
-
-
-async def listening(server: Server) -> tuple[grpc.aio.Server, str]:
-    running = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, running)
-    port = running.add_insecure_port("127.0.0.1:0")
-    await running.start()
-    return running, f"127.0.0.1:{port}"
-
-
-async def asked(triton: Triton) -> int:
-    return (await triton.infer(ASKED, 10)).version
-
-
-class Recorder(Server):
-    """Remembers what came last, and answers as a search does."""
+    """Answers as a search does, with its own version, and remembers what came last."""
 
     message: service_pb2.ModelInferRequest
     metadata: dict[str, str]
     seconds: float  # that the request may take
 
+    def __init__(self, version: int = 7, takes: float = 0.0) -> None:
+        self._version = version
+        self._takes = takes
+
     async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
         self.message = request
         self.metadata = dict(context.invocation_metadata())
         self.seconds = context.time_remaining()
-        answer = service_pb2.ModelInferResponse(model_name="retrieve", model_version="7")
+        if request.model_name.isupper():  # names a failure
+            await context.abort(grpc.StatusCode[request.model_name], "why\nand more")
+        await asyncio.sleep(self._takes)
+        answer = service_pb2.ModelInferResponse(model_version=str(self._version))
         tensors: list[tuple[str, str, list[int], bytes]] = [
             ("id", "BYTES", [2], packed(["ü".encode(), b""])),
             ("score", "FP32", [1, 2], struct.pack("<ff", 0.5, 0.25)),
@@ -86,17 +70,27 @@ class Recorder(Server):
         return service_pb2.ModelReadyResponse(ready=(request.name, request.version) == ("a", "2"))
 
 
-def recorded(ask: Callable[[Triton], Any]) -> tuple[Any, Recorder]:
-    """What a way to Triton gives, and who was asked."""
+@contextlib.asynccontextmanager
+async def listening(server: Server) -> AsyncIterator[str]:
+    running = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(server, running)
+    port = running.add_insecure_port("127.0.0.1:0")
+    await running.start()
+    yield f"127.0.0.1:{port}"
+    await running.stop(None)
 
-    async def main() -> tuple[Any, Recorder]:
-        recorder = Recorder(7)
-        server, address = await listening(recorder)
-        triton = Triton(address)
-        found = await ask(triton)
-        await triton.close()
-        await server.stop(None)
-        return found, recorder
+
+def recorded(ask: Callable[[Triton], Any]) -> tuple[Any, Server]:
+    """The answer to a call, and the server that was asked."""
+
+    async def main() -> tuple[Any, Server]:
+        server = Server()
+        async with listening(server) as address:
+            triton = Triton(address)
+            try:
+                return await ask(triton), server
+            finally:
+                await triton.close()
 
     return asyncio.run(main())
 
@@ -148,19 +142,20 @@ def test_what_triton_says_of_a_model() -> None:
     assert not recorded(lambda triton: triton.ready("a"))[0]
 
 
+async def asked(triton: Triton) -> int:
+    return (await triton.infer(ASKED, 10)).version
+
+
 def test_requests_are_spread_over_all_servers_of_a_name() -> None:
     async def main() -> Counter[int]:
-        first = await listening(Server(1))
-        second = await listening(Server(2))
-        triton = Triton(f"ipv4:{first[1]},{second[1]}")
-        names = Counter([await asked(triton) for _ in range(20)])
-        await triton.close()
-        await asyncio.gather(first[0].stop(None), second[0].stop(None))
-        return names
+        async with listening(Server(1)) as first, listening(Server(2)) as second:
+            triton = Triton(f"ipv4:{first},{second}")
+            versions = Counter([await asked(triton) for _ in range(20)])
+            await triton.close()
+            return versions
 
-    names = asyncio.run(main())
-    assert set(names) == {1, 2}
-    assert min(names.values()) > 5
+    versions = asyncio.run(main())
+    assert set(versions) == {1, 2} and min(versions.values()) > 5
 
 
 def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
@@ -174,45 +169,31 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
     )
 
     async def main() -> list[int]:
-        first = await listening(Server(1, seconds=0.5))
-        second = await listening(Server(2))
-        addresses.extend([first[1], second[1]])
-        clock = FakeClock()
-        triton = Triton("name:8001", clock.monotonic)
-        clock.now += RESOLVE_SECONDS - 0.01
-        slow = asyncio.ensure_future(asked(triton))
-        await asyncio.sleep(0.1)
-        clock.now += 0.01
-        late = await asked(triton)
-        names = [await slow, late, await asked(triton)]
-        await triton.close()
-        await asyncio.gather(first[0].stop(None), second[0].stop(None))
-        return names
+        async with listening(Server(1, takes=0.5)) as first, listening(Server(2)) as second:
+            addresses.extend([first, second])
+            clock = FakeClock()
+            triton = Triton("name:8001", clock.monotonic)
+            clock.now += RESOLVE_SECONDS - 0.01
+            slow = asyncio.ensure_future(asked(triton))
+            await asyncio.sleep(0.1)
+            clock.now += 0.01
+            late = await asked(triton)
+            versions = [await slow, late, await asked(triton)]
+            await triton.close()
+            return versions
 
     assert asyncio.run(main()) == [1, 2, 2]
 
 
-def test_a_failure_of_triton_is_logged_and_what_a_caller_did_wrong_is_not(
+def test_failures_of_triton_are_logged_and_those_of_callers_are_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Failing(Server):
-        async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
-            await context.abort(grpc.StatusCode[request.model_name], "why\nand more")
-            raise AssertionError
-
-    async def refused(status: str) -> int:
-        server, address = await listening(Failing(1))
-        triton = Triton(address)
+    for status, number in (("INTERNAL", 500), ("INVALID_ARGUMENT", 400)):
         with pytest.raises(Refused) as error:
-            await triton.infer(Inference(status, "", {}), 10)
-        await triton.close()
-        await server.stop(None)
-        return error.value.status
-
-    assert asyncio.run(refused("INTERNAL")) == 500
-    assert caplog.messages == ["Triton: INTERNAL: why"]
-    assert asyncio.run(refused("INVALID_ARGUMENT")) == 400
-    assert len(caplog.messages) == 1
+            recorded(lambda triton, name=status: triton.infer(Inference(name, "", {}), 10))  # type: ignore[misc]
+        assert error.value.status == number
+    said = [line for line in caplog.messages if "Triton" in line]
+    assert said == ["Triton: INTERNAL: why"]
 
 
 @pytest.mark.parametrize(

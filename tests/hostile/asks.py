@@ -1,5 +1,5 @@
-"""Right requests of every task, in JSON and in binary: the start of mutations, and what the good
-client asks.
+"""Right requests of every task, in JSON and in binary, which the good client asks, and mutations of
+them: of their structure, of their values, of their bytes and of HTTP.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.small_release import png
+from tests.hostile import images
 
 KEY = "radapter-hostile-suite"
 LABEL_SET = "colours"
@@ -145,3 +146,192 @@ def good() -> dict[str, Ask]:
         "segment": ask("segment", {"image": image, "label_set": [LABEL_SET]}, binary=True),
         "retrieve": ask("retrieve", {"text": ["a cat"], "index": [INDEX], "where": ["width > 10"]}),
     }
+
+
+# Mutations
+
+TEXTS = (
+    *("", " ", "\0", "a\0b", "../../etc/passwd", "..\\..\\windows", "/etc/passwd", "%2e%2e%2f"),
+    *("file:///etc/passwd", ".", "..", "~", "con", "a/b", "-rf", "$(id)", "`id`", "{}", "{}" * 5),
+    *("{0.__class__}", "%s%n", "{{7*7}}", "'; DROP TABLE x; --", "1=1", "<script>", "\r\nX: y"),
+    *("\u202e", "\ud800", "\ufeff", "\U0010ffff", "é", "猫" * 30, "a" * 1001, "b" * 10_001),
+    *("," * 500, "nan", "null", "photos", "colours", "image_encoder", "[overloaded] x"),
+)
+NUMBERS = (
+    *(0, -1, 1, 2, 3, 7, 64, 65, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32, 2**62),
+    *(2**63 - 1, 2**63, 2**64, -(2**31), -(2**63), 10**400, 0.5, -0.0, 1e-320, 1e38, 1e39, 1e308),
+    *(float("inf"), float("-inf"), float("nan")),
+)
+WHERE = (
+    *("width > 10 OR 1=1", "1/0", "width", "width > 'a'", "nothing = 1", "--", "/*", "\0"),
+    *("path IN (SELECT path FROM photos)", "width > 10; DELETE FROM x", "(" * 1000, "width >"),
+    *("NOT " * 500 + "width>1", " AND ".join(["width>1"] * 200), "path LIKE '" + "%a" * 400 + "'"),
+    *("sleep(10)", "read_csv('/etc/passwd')", "path = '\ud800'", "width > " + "9" * 500),
+    *("width BETWEEN 1 AND", "CAST(path AS INT) > 1", "x'00'", "1e999 > 1"),
+)
+_NAMES = (
+    *("image", "text", "labels", "label_set", "templates", "top_k", "index", "where", "alpha"),
+    *("threshold", "refine", "short_side", "stride", "proposals", "tokens", "nothing"),
+    *("label", "score", "mask", "thumbnail", "id", "image_embeds", "name", "shape", "data"),
+    *("parameters", "binary_data_size", "binary_data_output", "binary_data", "classification"),
+    *("shared_memory_region", "shared_memory_offset", "priority", "sequence_id", "timeout"),
+)
+_KINDS = (
+    "BYTES",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "FP16",
+    "FP32",
+    "BOOL",
+    "STRING",
+    "bytes",
+    "",
+)
+_SIZES = (0, -1, 1, 2, 65, 2**31, 2**32, 2**62, 2**63, -(2**63), 1.5, "1", None, True)
+_HEADERS = (TYPE, "Content-Encoding", "Host", "Authorization", "Expect", LENGTH)
+_VALUES = (
+    *(None, "", "gzip", "identity, gzip", "text/html", "multipart/form-data; boundary=x"),
+    *("0", "-1", "1", "9" * 20, "abc", "1.5", "0x10", "²", " 5 ", "a" * 5000),
+)
+
+
+def hostile(random: Random) -> tuple[str, bytes, bool]:
+    """Kind and bytes of a hostile request, and whether HTTP itself is broken."""
+    request = right(random)
+    way = random.randrange(100)
+    if way < 40:
+        for _ in range(random.choice([1, 1, 1, 2, 3])):
+            _change(request, random)
+        return "mutated structure", request.raw(), False
+    if way < 60:
+        _exchange_value(request, random)
+        return "hostile values", request.raw(), False
+    if way < 80:
+        return "mutated bytes of a body", request.raw(_damaged(request.body, random)), False
+    noise = random.randbytes(random.choice([1, 10, 100, 1000, 20_000]))
+    if way < 84:
+        return "random bytes as a body", Ask(request.model, request.head).raw(noise), False
+    if way < 86:
+        request.tail = noise
+        request.binary = True
+        return "random bytes as tensors", request.raw(), False
+    if way < 88:
+        return "random bytes as HTTP", noise, True
+    raw = request.raw()
+    end = raw.index(b"\r\n\r\n") + 4
+    if random.random() < 0.7:
+        return "mutated bytes of HTTP", _damaged(raw[:end], random) + raw[end:], True
+    return "mutated bytes of HTTP", _damaged(raw, random), True
+
+
+def _damaged(data: bytes, random: Random) -> bytes:
+    """Flip, take out, double or put in some bytes."""
+    changed = bytearray(data)
+    snippets = [b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80"]
+    for _ in range(random.choice([1, 1, 2, 5, 20])):
+        at = random.randrange(len(changed) + 1)
+        way = random.randrange(6)
+        if way < 2 and at < len(changed):
+            changed[at] ^= 1 << random.randrange(8)
+        elif way == 2:
+            del changed[at : at + random.choice([1, 2, 10, 100])]
+        elif way == 3:
+            changed[at:at] = changed[at : at + random.choice([1, 10, 100])]
+        elif way == 4:
+            changed[at:at] = random.choice(snippets)
+        elif random.random() < 0.3:
+            del changed[at:]
+    return bytes(changed)
+
+
+def _exchange_value(request: Ask, random: Random) -> None:
+    """Exchange the values of one tensor for hostile ones, packed as they should be."""
+    tensors = request.head["inputs"]
+    place = random.randrange(len(tensors))
+    tensor = tensors[place]
+    count = max(1, len(tensor.get("data", [1])))
+    if tensor["datatype"] != "BYTES":
+        values: list[Any] = [random.choice(NUMBERS) for _ in range(count)]
+    elif tensor["name"] == "image":
+        values = [images.made(random.choice(list(images.small())))]
+    else:
+        pool = WHERE if tensor["name"] == "where" else TEXTS
+        values = [random.choice(pool) for _ in range(count)]
+    if not request.binary:
+        tensor["data"] = [as_text(one) if isinstance(one, bytes) else one for one in values]
+        return
+    sizes = [one["parameters"]["binary_data_size"] for one in tensors]
+    start = sum(sizes[:place])
+    packed = random.randbytes(sizes[place])
+    if tensor["datatype"] == "BYTES":
+        packed = pack(values)
+        tensor["shape"] = [*tensor["shape"][:-1], len(values)]
+        tensor["parameters"]["binary_data_size"] = len(packed)
+    request.tail = request.tail[:start] + packed + request.tail[start + sizes[place] :]
+
+
+def _change(request: Ask, random: Random) -> None:
+    """Change the structure of a request, of which an earlier change may have left anything."""
+    way = random.randrange(16)
+    places = _places(request.head)
+    if way == 0:
+        request.headers[random.choice(_HEADERS)] = random.choice(_VALUES)
+    elif way == 1:
+        text = random.choice(["image_encoder", "text_encoder", "patch_encoder", *TEXTS])
+        name = "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "replace")[:2000])
+        versions = ("", "/versions/0", "/versions/-1", f"/versions/{2**63}", "/versions/1")
+        model = random.choice([request.model, name])
+        request.path = f"/v2/models/{model}{random.choice(versions)}/infer"
+    elif way == 2 and len(request.tail) > 4:
+        at = random.choice([0, random.randrange(len(request.tail) - 3)])
+        length = struct.pack("<I", random.choice([0, 1, 5, 2**16, 2**31, 2**32 - 1]))
+        request.tail = request.tail[:at] + length + request.tail[at + 4 :]
+    elif not places:
+        request.head = _odd(random)
+    elif way < 8:
+        # A field of a tensor, by a value of its kind
+        tree, key = random.choice(places)
+        dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
+        values = {
+            "name": random.choice(_NAMES),
+            "datatype": random.choice(_KINDS),
+            "shape": [random.choice(_SIZES) for _ in range(dims)],
+            "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
+            "binary_data_size": random.choice(_SIZES),
+        }
+        tree[key] = values.get(key, _odd(random))
+    elif way < 10:
+        tree, key = random.choice(places)
+        tree[key] = _odd(random)
+    elif way < 12:
+        tree, key = random.choice(places)
+        del tree[key]
+    else:
+        tree, key = random.choice(places)
+        if isinstance(tree, dict):
+            tree[random.choice([*_NAMES, "outputs", "", "x"])] = _odd(random)
+        else:
+            tree.insert(key, random.choice([tree[key], _odd(random)]))
+
+
+def _places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every value in JSON, as its parent and its key."""
+    keys: Any = ()
+    if isinstance(tree, dict):
+        keys = tree.keys()
+    elif isinstance(tree, list):
+        keys = range(len(tree))
+    places: list[tuple[Any, Any]] = []
+    for key in keys:
+        places += [(tree, key), *_places(tree[key])]
+    return places
+
+
+def _odd(random: Random) -> Any:
+    nested: Any = random.choice(NUMBERS)
+    for _ in range(random.choice([2, 5, 300])):
+        nested = [nested]
+    outputs = [{"name": random.choice(_NAMES), "parameters": {"binary_data": True}}]
+    odd: list[Any] = [None, True, False, {}, [], [[]], {"a": []}, nested, outputs]
+    return random.choice([random.choice(TEXTS), random.choice(NUMBERS), random.choice(odd)])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.small_release import png
-from tests.hostile import images, mutate
+from tests.hostile import asks, images
 from tests.hostile.asks import INDEX, KEY, TYPE, Ask, Headers, ask, good, message, number
 
 REFUSED = "refused"  # 4xx with a code
@@ -52,7 +52,7 @@ def case(seed: int, number: int) -> Case:
     if number < len(by_hand()):
         return by_hand()[number]
     random = Random(f"{seed}/{number}")
-    kind, raw, is_http = mutate.hostile(random)
+    kind, raw, is_http = asks.hostile(random)
     return Case(kind, raw, BROKEN if is_http else CHECKED, hang_up=0.3 if is_http else None)
 
 
@@ -211,26 +211,16 @@ def _doors() -> Iterator[Case]:
 
     names = [
         "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))[:3000]
-        for text in mutate.TEXTS
+        for text in asks.TEXTS
     ]
     names += ["../classify", "classify%00", "CLASSIFY", "classify;x", "%ff%fe", "a" * 10_000, "猫"]
     for name in names:
         yield Case("names of models", message("POST", f"/v2/models/{name}/infer", {}, body))
-    versions = (
-        "0",
-        "-1",
-        "01",
-        "3",
+    for version in (
         str(2**63),
         "1" * 500,
-        "1.0",
-        "x",
-        "%00",
-        "..",
-        "+1",
-        "\u0661",
-    )
-    for version in versions:
+        *["0", "-1", "01", "3", "1.0", "x", "%00", "..", "+1", "١"],
+    ):
         path = f"/v2/models/embed_text/versions/{version}"
         yield Case("versions", message("POST", f"{path}/infer", {}, body))
         yield Case("versions", message("GET", f"{path}/config", {}))
@@ -270,7 +260,7 @@ def _values() -> Iterator[Case]:
     refused.append(("retrieve", {**search, "index_version": ["\x00" * 1000]}))
     refused.append(("retrieve", {**search, "id": ["' OR 1 = 1 --"]}))
     refused.append(("retrieve", {**search, "id": ["a"] * 17}))
-    for text in mutate.TEXTS:
+    for text in asks.TEXTS:
         if text not in (INDEX, "colours"):
             refused.append(("retrieve", {"text": ["a"], "index": [text]}))
             refused.append(("classify", {"image": image, "label_set": [text]}))
@@ -284,7 +274,7 @@ def _values() -> Iterator[Case]:
     # Conditions
     deep = ("(" * 900 + "width>1" + ")" * 900, "NOT " * 400 + "width>1", "-" * 1900 + "1 > 0")
     long = ("width > 1" + " OR width > 1" * 160, "CASE" * 400, "a" * 2001, "a" * 10_000_000)
-    for text in (*mutate.WHERE, *deep, *long):
+    for text in (*asks.WHERE, *deep, *long):
         promise = REFUSED if len(text) > 2000 else CHECKED
         yield Case("conditions", ask("retrieve", {**search, "where": [text]}).raw(), promise)
 
@@ -339,13 +329,13 @@ def _embeddings() -> Iterator[Case]:
     image = _url(png())
     inputs: list[Any] = [
         None,
-        ["a", 1],
-        [{"url": image}],
-        [["a"]],
-        [True],
-        [[1, 2]],
         [],
+        ["a", 1],
         ["a", " "],
+        [["a"]],
+        [[1, 2]],
+        [True],
+        [{"url": image}],
     ]
     inputs += [_url(b"no image"), _url(b"<script>", "text/html"), _url(b"<svg/>", "image/svg")]
     inputs += [_url(b"\x89PNG"), _url(b"RIFF", "image/webp"), _url(png()[:60]), image + "==="]

@@ -19,7 +19,6 @@ from tests.hostile.harness import Answer, Good, Outcome, attack, memory, open_fi
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "50000"))
-JSON = {"content-type": "application/json"}
 
 
 def keep_promises(folder: Path, engine: str, count: int) -> None:
@@ -68,23 +67,25 @@ def test_refused_bodies_of_many_callers(tmp_path: Path) -> None:
 
 
 def test_a_number_is_always_the_same_request() -> None:
-    numbers = range(len(by_hand()), len(by_hand()) + 300)
+    numbers = range(len(by_hand()), len(by_hand()) + 60)
     first = [case(1, number) for number in numbers]
     assert first == [case(1, number) for number in numbers]
-    assert len({one.data for one in first}) > 250
+    assert len({one.data for one in first}) > 50
     assert first != [case(2, number) for number in numbers]
 
 
+def answer(status: int, content: Any, **headers: str) -> Answer:
+    head = {"content-type": "application/json", **headers}
+    return Answer(status, head, json.dumps(content).encode())
+
+
 def refusal(text: str, status: int = 400, **headers: str) -> Answer:
-    return Answer(status, {**JSON, **headers}, json.dumps({"error": text}).encode())
+    return answer(status, {"error": text}, **headers)
 
 
-def answered(*outputs: dict[str, Any]) -> Answer:
-    return Answer(200, JSON, json.dumps({"model_version": "1", "outputs": outputs}).encode())
-
-
-def fp32(name: str, shape: list[int], *data: float) -> dict[str, Any]:
-    return {"name": name, "datatype": "FP32", "shape": shape, "data": data}
+def answered(name: str, shape: list[int], *data: float) -> Answer:
+    output = {"name": name, "datatype": "FP32", "shape": shape, "data": data}
+    return answer(200, {"model_version": "1", "outputs": [output]})
 
 
 NO_REQUEST = refusal("[invalid_argument] no request of HTTP/1.1", connection="close")
@@ -97,14 +98,14 @@ NO_REQUEST = refusal("[invalid_argument] no request of HTTP/1.1", connection="cl
         (REFUSED, [refusal("[made_up] the input text is missing")], "without a code"),
         (REFUSED, [refusal("[invalid_argument] line 3 of app.py")], "says too much"),
         (REFUSED, [refusal("[internal_error] failed", 500)], "status 500"),
-        (REFUSED, [Answer(400, JSON, b"<html>")], "without JSON"),
+        (REFUSED, [answer(400, "<html>")], "without JSON"),
         (REFUSED, [], "closed without an answer"),
         (BROKEN, [], None),
-        (REFUSED, [answered()], "as if it were right"),
-        (CHECKED, [answered(fp32("score", [1], 0.5))], None),
-        (CHECKED, [answered(fp32("score", [1], 7))], "a score that is none"),
-        (CHECKED, [answered(fp32("score", [2], 0.5))], "cannot be read"),
-        (CHECKED, [answered(fp32("text_embeds", [1, 1], 2))], "unit length"),
+        (REFUSED, [answered("score", [1], 0.5)], "as if it were right"),
+        (CHECKED, [answered("score", [1], 0.5)], None),
+        (CHECKED, [answered("score", [1], 7)], "a score that is none"),
+        (CHECKED, [answered("score", [2], 0.5)], "cannot be read"),
+        (CHECKED, [answered("text_embeds", [1, 1], 2)], "unit length"),
         (BROKEN, [refusal("[no_labels] x"), NO_REQUEST], None),
         (CHECKED, [refusal("[no_labels] x"), NO_REQUEST], "more than was asked"),
     ],

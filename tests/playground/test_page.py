@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,6 @@ import pytest
 import urllib3
 
 from radapter_client import Client
-from radapter_serve.cli import playground
 from radapter_serve.errors import RAdapterError, install_command
 from radapter_serve.gateway.access import new_key
 from radapter_serve.gateway.upstream import Refused
@@ -24,6 +24,7 @@ from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.fake_upstream import Served
 from tests.helpers.small_world import SmallWorld, png, write_indexes
+from tests.helpers.use_playground import chromium, use
 
 pytestmark = [pytest.mark.slow]  # Gradio takes seconds to load
 
@@ -63,20 +64,16 @@ def given(served: Served) -> dict[str, np.ndarray]:
     return served.upstream.asked[-1].inputs
 
 
-@pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_classify_gives_the_scores_at_any_alpha(
-    served: Served, events: dict[str, Any], picture: str, alpha: float
+    served: Served, events: dict[str, Any], picture: str
 ) -> None:
-    scores, took = events["classify"](picture, "cat\n\n <dog> \n", "", alpha)
-    first = (1 + alpha) / (1.5 + alpha)  # of the stand-in
-    assert scores == pytest.approx({"cat": first, "<dog>": 1 - first})
-    assert took.endswith(" ms · release 1")
-    assert given(served)["image"].tolist() == [[png("red")]]  # the file as it is
-
-
-def test_classify_by_a_label_set(events: dict[str, Any], picture: str) -> None:
-    scores, _ = events["classify"](picture, "cat", "letters", 0)
-    assert list(scores) == ["a", "b", "c"]
+    for alpha in (0, 0.5, 1):
+        scores, took = events["classify"](picture, "cat\n\n <dog> \n", "", alpha)
+        first = (1 + alpha) / (1.5 + alpha)  # of the stand-in
+        assert scores == pytest.approx({"cat": first, "<dog>": 1 - first})
+        assert took.endswith(" ms · release 1")
+        assert given(served)["image"].tolist() == [[png("red")]]  # the file as it is
+    assert list(events["classify"](picture, "cat", "letters", 0)[0]) == ["a", "b", "c"]
 
 
 def test_search_by_text_by_picture_and_by_both(
@@ -118,38 +115,25 @@ def test_segment_draws_the_labels_on_a_picture_that_is_no_larger_than_the_page_s
     assert given(served)["threshold"].tolist() == [0.25]
 
 
-def test_the_page_begins_with_the_release_and_its_indexes(events: dict[str, Any]) -> None:
+def test_the_page_begins_with_the_release_and_its_indexes(
+    events: dict[str, Any], picture: str
+) -> None:
     facts, alpha, sets, indexes = events["begin"]()
     assert "release 1 · ViT-B-32 · int8 · any α" in facts
     assert (alpha["visible"], alpha["value"]) == (True, 0.5)
     assert sets["choices"] == ["", "letters"] and sets["value"] == "letters" and sets["visible"]
     assert indexes["choices"] == ["drawings", "photos"] and indexes["value"] == "drawings"
-
-
-def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: str) -> None:
+    # Without dynamic α there is no slider, and no α is sent.
     with (
         fake_upstream.serving(lambda: SmallWorld(dynamic_alpha=False)) as served,
         Client(served.url) as client,
     ):
-        events = handlers(client)
-        facts, alpha, _, indexes = events["begin"]()
+        fixed = handlers(client)
+        facts, alpha, _, indexes = fixed["begin"]()
         assert alpha["visible"] is False and "α = 0.5" in facts
         assert indexes["choices"] == [] and indexes["value"] == ""  # nobody said where they are
-        events["classify"](picture, "cat\ndog", "", 0.7)
+        fixed["classify"](picture, "cat\ndog", "", 0.7)
         assert "alpha" not in given(served)
-
-
-@pytest.mark.parametrize("name", ["classify", "segment", "search_picture", "search_both"])
-def test_without_a_picture_the_page_says_so(
-    served: Served, events: dict[str, Any], name: str
-) -> None:
-    asked = len(served.upstream.asked)
-    rest = {
-        "search_picture": ["photos", 3, 1, -1],
-        "search_both": ["a cat", "photos", 3, 1, -1],
-    }.get(name, ["cat", "", 0])
-    assert events[name](None, *rest) == (None, "Drop a picture on the left.")
-    assert len(served.upstream.asked) == asked
 
 
 def test_what_is_refused_is_said_in_words(
@@ -157,6 +141,11 @@ def test_what_is_refused_is_said_in_words(
 ) -> None:
     import gradio
 
+    asked = len(served.upstream.asked)
+    for name in ("classify", "segment"):
+        assert events[name](None, "cat", "", 0) == (None, "Drop a picture on the left.")
+    assert events["search_both"](None, "a", "photos", 3, 1, -1)[1] == "Drop a picture on the left."
+    assert len(served.upstream.asked) == asked
     with pytest.raises(gradio.Error, match="there are: drawings, photos"):
         events["search_text"]("a cat", "none", 3, 1, -1)
     broken = tmp_path / "broken.png"
@@ -242,16 +231,37 @@ EMPTY = Path(__file__).with_name("__init__.py")
         ({"user": "ann", "password_file": EMPTY}, "its first line is empty"),
     ],
 )
-def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
+def test_settings_that_are_refused(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RAdapterError) as caught:
         replace(Settings(), **options).check()
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert Settings(port=65535).check() == ("127.0.0.1", None)
-
-
-def test_without_gradio_the_command_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert playground.main([]) == 2
-    assert install_command("playground") in capsys.readouterr().err
+    with pytest.raises(RAdapterError, match=re.escape(install_command("playground"))):
+        Settings().check()
+
+
+# In a browser
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")  # of Gradio, in its own threads
+def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
+    picture = tmp_path / "red.png"
+    picture.write_bytes(png("red", (64, 48)))
+    port, *_ = free_ports()
+    asked = list[str]()
+    with (
+        fake_upstream.serving(SmallWorld, indexes=write_indexes(tmp_path / "indexes")) as served,
+        serving(Settings(served.url, port=port)) as url,
+        chromium() as browser,
+    ):
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        use(page, str(picture), str(picture), moves=True)
+    assert asked and all(one.startswith((url, "data:", "blob:")) for one in asked), asked
+    gc.collect()  # sockets that Gradio leaves open are this test's to hear of
