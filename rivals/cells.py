@@ -27,7 +27,6 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.models import Candidate, Change, NoSuchWay, in_torch
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
 from radapter_serve.evaluation.run import evaluate, warn_of_overlap
-from radapter_serve.evaluation.suite import Entry
 from radapter_serve.process import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.method import Cost, Learned, Method, Run, kept, learned, moved
@@ -160,11 +159,38 @@ class Judged:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method as validation has chosen it, its cost, and its rows of every set at every α."""
+    """A method judged once, as a file has it: a digest of all that it depends on, the method's name
+    in its table and its `repr`, the seed of training, the split that judged, the cost of learning,
+    and a row of every set at every α.
+    """
 
-    method: Method
+    digest: str
+    name: str
+    seed: int
+    split: str
+    method: str
     cost: Cost
     rows: list[Judged]
+
+    def text(self) -> str:
+        """Write the cell as a line of JSON."""
+        rows = [vars(row) for row in self.rows]
+        values = {**vars(self), "cost": vars(self.cost), "rows": rows}
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_cells(path: Path) -> Iterator[Cell]:
+    """Read the cells of a file."""
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(text)
+            rows = [Judged(**row) for row in values["rows"]]
+            yield Cell(**{**values, "cost": Cost(**values["cost"]), "rows": rows})
+        except (ValueError, TypeError, KeyError) as error:
+            raise RAdapterError(
+                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell"
+                " again"
+            ) from None
 
 
 @dataclass
@@ -189,40 +215,45 @@ class Cells:
         """Learn a method and judge it at points of its line by the sets of a split, or read the
         cell of any table; `name` is for messages and files.
         """
+        # The digest has all that the cell depends on, without fields of a set that have defaults,
+        # so that a new field changes no digest.
         run = self._run(seed)
-        digest = self._digest(run, method, alphas, split)
-        line = self._kept.get(digest)
-        if line is not None:
-            return Cell(method, Cost(**line.cost), line.rows)
+        sets = self._open(split)
+        entries = [
+            {
+                field.name: moved(getattr(data.entry, field.name))
+                for field in dataclasses.fields(data.entry)
+                if getattr(data.entry, field.name) != field.default
+            }
+            for data in sets
+        ]
+        facts = [[data.set_digest for data in sets], entries, list(alphas)]
+        of_method = run.of(method.settings)
+        digest = of_method.digest(dataclasses.replace(method, alpha=None), *facts)
+        if digest in self._kept:
+            return self._kept[digest]
+
         if not kept(method, run).exists():
             self.say(f"{name}, seed {seed}: learning")
             _apart(method, run)
         self.say(f"{name}, seed {seed}: judging")
         system = learned(method, run)
-        judged = judge(system, run.of(method.settings), self._open(split), alphas)
-        cell = Cell(method, system.cost, [Judged.of(row) for row in judged])
-
-        line = Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows)
-        self._kept[digest] = line
+        rows = [Judged.of(row) for row in judge(system, run.of(method.settings), sets, alphas)]
+        cell = Cell(digest, name, seed, split, repr(method), system.cost, rows)
+        self._kept[digest] = cell
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{self.table}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line.text() + "\n")
+            file.write(cell.text() + "\n")
         return cell
 
     def warnings(self) -> list[str]:
         """List the test sets that have images in common with the sets that chose, a line each."""
         return warn_of_overlap(self._sets.get("validation", []), self._sets.get("test", []))
 
-    def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
-        sets = self._open(split)
-        entries = [_spelled(data.entry) for data in sets]
-        facts = [[data.set_digest for data in sets], entries, list(alphas)]
-        return run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
-
     @cached_property
-    def _kept(self) -> dict[str, Line]:
-        lines = (line for path in sorted(self.folder.glob("*.jsonl")) for line in read_lines(path))
-        return {line.digest: line for line in lines}
+    def _kept(self) -> dict[str, Cell]:
+        cells = (cell for path in sorted(self.folder.glob("*.jsonl")) for cell in read_cells(path))
+        return {cell.digest: cell for cell in cells}
 
     def _run(self, seed: int) -> Run:
         if seed not in self._runs:
@@ -234,50 +265,6 @@ class Cells:
         if split not in self._sets:
             self._sets[split] = self.benchmark.sets(split, self.limit)
         return self._sets[split]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A cell in a file: a digest of all that it depends on, the method's name in its table and its
-    `repr`, the seed of training, and the split that judged.
-    """
-
-    digest: str
-    name: str
-    seed: int
-    split: str
-    method: str
-    cost: Mapping[str, Any]
-    rows: list[Judged]
-
-    def text(self) -> str:
-        """Write the cell as a line of JSON."""
-        values = {**vars(self), "rows": [vars(row) for row in self.rows]}
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """Read the cells of a file."""
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            values = json.loads(text)
-            line = Line(**{**values, "rows": [Judged(**row) for row in values["rows"]]})
-            Cost(**line.cost)
-        except (ValueError, TypeError, KeyError) as error:
-            raise RAdapterError(
-                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell"
-                " again"
-            ) from None
-        yield line
-
-
-def _spelled(entry: Entry) -> dict[str, Any]:
-    """List an entry's fields without defaults, so that a new field changes no digest."""
-    return {
-        field.name: moved(getattr(entry, field.name))
-        for field in dataclasses.fields(entry)
-        if getattr(entry, field.name) != field.default
-    }
 
 
 def score(rows: Sequence[Judged]) -> float:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from radapter_serve.cli.eval import main as radapter_eval
 from rivals.benchmark import load_benchmark
-from rivals.cells import read_lines
+from rivals.cells import read_cells
 from rivals.method import Run, learned
 from rivals.save import main as save
 from rivals.table import main
@@ -43,13 +43,10 @@ def rows_of(number: str, benchmark: Path, *flags: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["2", "5", "hyper", "why"])
+@pytest.mark.parametrize("number", ["2", "5"])
 def test_a_table_of_classification(benchmark_file: Path, here: list[str], number: str) -> None:
-    names = [
-        name for name in TABLES[number].rows if name != "rank 128"
-    ]  # the tiny model is not as wide
-    rows = rows_of(number, benchmark_file, "--only", *names)
-    assert list(rows) == ["method", *names]
+    rows = rows_of(number, benchmark_file)
+    assert list(rows) == ["method", *TABLES[number].rows]
     assert rows["method"][4:] == ["same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24)"]
     for name, cells in rows.items():
         assert name == "method" or all(0 <= float(cell) <= 100 for cell in cells[4:]), name
@@ -92,12 +89,8 @@ def test_table_4_takes_the_output_of_a_proposal_network(
         {"name": name, "proposal_weight": weight, **own}
         for name, weight in (("theirs", 0.0), ("both", 0.7))
     ]
-    train = {
-        "task": "segmentation",
-        "data": f"masks:{scenes}",
-        "architecture": tiny_clip_dir,
-        "mask_min_area": 1,
-    }
+    train = {"task": "segmentation", "data": f"masks:{scenes}", "mask_min_area": 1}
+    train["architecture"] = tiny_clip_dir
     rows = rows_of("4", write_benchmark(tmp_path, {"task": "segmentation", "sets": sets}, train))
     assert list(rows) == ["method", *TABLES["4"].rows]
     theirs = {name: float(cells[4]) for name, cells in rows.items() if name != "method"}
@@ -120,11 +113,7 @@ def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "name"),
-    [
-        ("all", "r-adapter"),
-        ("all", "lora"),
-        ("2", "R-Adapter, rank 4"),
-    ],
+    [("all", "lora"), ("2", "R-Adapter, rank 4")],
 )
 def test_save_writes_what_the_table_has_judged(
     table: str,
@@ -138,29 +127,12 @@ def test_save_writes_what_the_table_has_judged(
     assert main([table, *flags, "--only", name]) == 0
     assert save([name, str(tmp_path / "merged"), *flags, "--table", table]) == 0
     assert here == [type(TABLES[table].rows[name]).__name__]  # learned once
-    suite = str(tmp_path / "suite.yaml")
-    results = str(tmp_path / "results")
     capsys.readouterr()
-    assert (
-        radapter_eval(
-            [
-                "--merged",
-                str(tmp_path / "merged"),
-                "--suite",
-                suite,
-                "--data-root",
-                str(tmp_path),
-                "--out",
-                results,
-            ]
-        )
-        == 0
-    )
-    found = [
-        json.loads(line)
-        for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()
-    ]
-    [line] = read_lines(tmp_path / "out" / f"table-{table}.jsonl")
+    places = f"--merged {tmp_path}/merged --suite {tmp_path}/suite.yaml --data-root {tmp_path}"
+    assert radapter_eval([*places.split(), "--out", str(tmp_path / "results")]) == 0
+    results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in results]
+    [line] = read_cells(tmp_path / "out" / f"table-{table}.jsonl")
     judged = line.rows
     assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in judged]
 

@@ -24,7 +24,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
 from radapter_serve.training import Recipe
 from rivals.benchmark import load_benchmark
-from rivals.cells import ALPHAS, Cell, Cells, Judged, read_lines, score
+from rivals.cells import ALPHAS, Cell, Cells, Judged, read_cells, score
 from rivals.layout import spread, with_interval
 from rivals.method import Cost, Run, at_rate, with_rate
 from rivals.pacs import main as pacs
@@ -42,36 +42,21 @@ FT = with_rate(METHODS["ft"], 1e-5)
 def test_table_is_written_and_not_made_twice(
     benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    call = [
-        "1",
-        "--data",
-        str(benchmark_file),
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "0",
-        "1",
-        *SMALL,
-    ]
+    out = tmp_path / "out"
+    call = ["1", "--data", str(benchmark_file), "--out", str(out), "--seeds", "0", "1", *SMALL]
     assert main(call) == 0
-    assert (
-        sorted(here) == ["FullFineTuning"] * 2 + ["ZeroShot"] * 2
-    )  # WiSE-FT is another place of the line of FT
+    # WiSE-FT is another place of the line of FT.
+    assert sorted(here) == ["FullFineTuning"] * 2 + ["ZeroShot"] * 2
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     shown, _, ahead = text.partition("What each method leads Zero-shot")
     head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert head.split(" | ")[4:] == [
-        "α",
-        "same (n 24)",
-        "mean of 2 shifts",
-        "other (n 24)",
-        "third (n 24) |",
-    ]
+    sets = ["same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24) |"]
+    assert head.split(" | ")[4:] == ["α", *sets]
     assert [row.split(" | ")[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT"]
     assert [row.split(" | ")[4] for row in rows] == ["-", "-", "0.5"]
     assert (tmp_path / "out" / "table-1.png").stat().st_size > 1000
-    lines = list(read_lines(tmp_path / "out" / "table-1.jsonl"))
+    lines = list(read_cells(tmp_path / "out" / "table-1.jsonl"))
     assert [(line.name, line.seed) for line in lines] == [
         (name, seed) for name in ("Zero-shot", "FT", "WiSE-FT") for seed in (0, 1)
     ]
@@ -153,7 +138,7 @@ def cells_of(
         def cell(name: str, method: Any, seed: int, alphas: Any, split: str = "test") -> Cell:
             asked.splits.append(split)
             rows = [row("x", "id", value(method, seed, a) / 100, alpha=a) for a in alphas]
-            return Cell(method, Cost(), rows)
+            return Cell("", name, seed, split, repr(method), Cost(), rows)
 
         monkeypatch.setattr(asked.cells, "cell", cell)
         return asked
@@ -199,7 +184,8 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
         asked[split].add(seed)
         times = math.log(rate_of(method) / rate_of(METHODS["r-adapter"]), 3)
         value = 0.5 - 0.1 * abs(times) if seed < 2 else 0.5 - 0.3 * abs(times - 1)
-        return Cell(method, Cost(), [row("x", "id", value, alpha=a) for a in alphas])
+        rows = [row("x", "id", value, alpha=a) for a in alphas]
+        return Cell("", name, seed, split, repr(method), Cost(), rows)
 
     monkeypatch.setattr(Cells, "cell", cell)
     flags = "--only r-adapter --alpha validation --rates 1 3 --seeds 0 1 2 3 4"
@@ -342,18 +328,8 @@ def test_leads_are_paired_over_images_where_these_are_kept() -> None:
 
 
 def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_path: Path):
-    call = [
-        "1",
-        "--data",
-        str(benchmark_file),
-        "--out",
-        str(tmp_path / "out"),
-        "--rates",
-        "10",
-        "--only",
-        "FT",
-    ]
-    assert main(call) == 0
+    flags = ["--out", str(tmp_path / "out"), "--rates", "10", "--only", "FT"]
+    assert main(["1", "--data", str(benchmark_file), *flags]) == 0
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert "The learning rate is each paper's own times 10: FT at 0.0003." in text
     assert here == ["FullFineTuning"]  # and nothing was chosen
@@ -518,7 +494,7 @@ def test_a_cell_that_is_damaged_is_named(change: dict[str, Any] | None, tmp_path
     path = tmp_path / "table-1.jsonl"
     path.write_text(f"{whole}\n{damaged}")
     with pytest.raises(RAdapterError, match=f"line 2 of {path} is no cell .* remove it"):
-        list(read_lines(path))
+        list(read_cells(path))
 
 
 @pytest.mark.slow
