@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import re
 import shlex
@@ -30,8 +29,6 @@ from radapter_serve.index.index import Indexes, open_index
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.retrieve import Query, Retrieved, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
-
-# How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
 
 
 @pytest.fixture
@@ -254,26 +251,6 @@ def test_what_a_stopped_build_prints_works(
     assert [path.name for path in Path("indexes").iterdir()] == ["photos"]
     assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 0
     assert "up to date, 5 images (0 embedded, 5 there before)" in capsys.readouterr().out
-
-
-def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
-    pixels = np.random.default_rng(9).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    stored = Image.fromarray(pixels)
-    exif = Image.Exif()
-    exif[274] = 6
-    stored.save(place / "photos" / "turned.png", exif=exif)
-    release = load_release("model_repository")
-    upright = stored.transpose(Image.Transpose.ROTATE_270)
-    for flag, seen in (("--exif-orientation", upright), ("--no-exif-orientation", stored)):
-        assert main(["build", "photos", "--out", "indexes/photos", flag]) == 0
-        clean = io.BytesIO()
-        seen.save(clean, "PNG")
-        (embed,) = release.embed_pixels([release.pixels(clean.getvalue())])
-        (hit,) = open_index("indexes/photos").search(embed, 1, "path = 'turned.png'")
-        assert hit.score == pytest.approx(1, abs=1e-5)
-        assert (hit.metadata["width"], hit.metadata["height"]) == seen.size
-    assert main(["build", "photos", "--out", "indexes/photos"]) == 0  # the default
-    assert open_index("indexes/photos").facts.plan.exif_orientation
 
 
 def test_a_stopped_build_is_put_in_order_by_sigterm(

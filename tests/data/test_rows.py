@@ -1,9 +1,10 @@
-"""Splits that others published, from files made by hand: CoOp's of labelled images, Karpathy's of
-captions.
+"""Rows of images: from the splits that others published, made by hand (CoOp's of labelled images,
+Karpathy's of captions); images without labels; and the source that an adapter file names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import class_split, few_shot, load_labelled
+from radapter_serve.data.rows import open_images
 from radapter_serve.data.runs import run_data
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
+from radapter_serve.training.recipe import GROUPS, Recipe
 
 NAMES = ["Annual Crop_Land", "Forest", "River", "Sea or Lake"]
 NUMBERS = {"train": [2, 0, 1], "val": [1, 3], "test": [3, 2, 2]}
@@ -131,3 +135,69 @@ def test_files_of_classes_that_can_not_be_used(change: Any, message: str, tmp_pa
     with pytest.raises(RAdapterError) as error:
         load_labelled(f"coop:{file}@test", every_class=False)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three images, one of them in a folder inside, and a text."""
+    folder = tmp_path / "photos"
+    (folder / "b").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "c.png", "b/d.png")):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "few.csv").write_text("image,year\na.png,1999\nb/d.png,2001\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("{}", ["a.png", "c.png", "b/d.png"]),
+        ("imagefolder:{}", ["a.png", "c.png", "b/d.png"]),
+        ("csv:{}/few.csv", ["a.png", "b/d.png"]),
+    ],
+)
+def test_images_are_found(photos: Path, source: str, names: list[str]) -> None:
+    images = open_images(source.format(photos), "--calibration")
+    found = [images.data(row) for row in images.rows]
+    assert found == [(photos / name).read_bytes() for name in names]
+    assert Path(photos, images.name(images.rows[0])) == photos / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{}/none", "is no folder; give --calibration a folder of images"),
+        ("{}/empty", "holds no image; allowed are .jpg"),
+        ("csv:{}/other.csv", "has no column 'image'; its columns: path; see --calibration"),
+    ],
+)
+def test_what_holds_no_images_is_refused(photos: Path, source: str, message: str) -> None:
+    (photos / "empty").mkdir()
+    (photos / "other.csv").write_text("path\na.png\n")
+    with pytest.raises(RAdapterError, match=message):
+        open_images(source.format(photos), "--calibration")
+
+
+def test_each_field_of_a_recipe_is_in_one_group() -> None:
+    grouped = [name for _, fields in GROUPS.values() for name in fields]
+    assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(Recipe))
+
+
+def test_an_adapter_files_recipe_is_read_into_one() -> None:
+    fields: dict[str, Any] = {"images": Path("photos"), "val_fraction": 0.2, "seed": 3}
+    recipe = Recipe(data="csv:t.csv", task="retrieval", **fields)
+    source = RunSource.from_json(recipe.to_dict(), "retrieval")
+    assert source == RunSource("csv:t.csv", "retrieval", **fields)
+    # What a later version adds is ignored, and what an earlier one lacked has its default.
+    assert RunSource.from_json({"colour": "red"}, "segmentation") == RunSource(task="segmentation")
+    assert RunSource.from_json({"task": "retrieval"}, "segmentation").task == "segmentation"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"data": 3}, {"val_fraction": 1}, {"seed": True}, {"streaming": "yes"}, {"images": 3}],
+)
+def test_values_of_the_wrong_kind_are_refused(value: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(value))):
+        RunSource.from_json(value, "classification")
