@@ -37,7 +37,7 @@ class Labelled(ImageColumn, LabelledImages):
     templates: Sequence[str] = ("a photo of a {}.",)
     # What the data itself calls the classes, such as the names of their folders; `classes` if
     # empty.
-    own: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     # The number of each class in the data, where labels are numbers; None for a class without one.
     numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
@@ -47,17 +47,17 @@ class Labelled(ImageColumn, LabelledImages):
 
     def __post_init__(self) -> None:
         self._sets: list[tuple[int, ...]] | None = None
-        self.own = self.own or self.classes
+        self.keys = self.keys or self.classes
         self.numbers = self.numbers or range(len(self.classes))
         self._by_number = {number: i for i, number in enumerate(self.numbers)}
         # A whole line goes before a first name, and that before a synonym.
-        names = [split_label(line) for line in self.own]
+        names = [split_label(line) for line in self.keys]
         self._index = {name: i for i, synonyms in enumerate(names) for name in synonyms}
         self._index |= {synonyms[0]: i for i, synonyms in enumerate(names) if synonyms}
-        self._index |= {line: i for i, line in enumerate(self.own)}
+        self._index |= {line: i for i, line in enumerate(self.keys)}
 
     def labels_of(self, row: dict[str, Any]) -> tuple[int, ...]:
-        """The numbers of all classes of a row, in its own order, each once."""
+        """The numbers of all classes of a row, in their order, each once."""
         numbers = self._numbers(row[self.label_column])
         if not numbers:
             raise RAdapterError(
@@ -81,7 +81,7 @@ class Labelled(ImageColumn, LabelledImages):
             if number is None:
                 raise RAdapterError(
                     f"label {label!r} is none of the {len(self.classes)} classes"
-                    f" ({', '.join(self.own[:5])}, ...); name every class of"
+                    f" ({', '.join(self.keys[:5])}, ...); name every class of"
                     f" {self.label_column!r} in the file given with --classes"
                 )
             numbers[number] = None
@@ -137,11 +137,11 @@ class Labelled(ImageColumn, LabelledImages):
         """The same images with `classes` first, in their order, and the data's other classes after
         them; `alone` leaves the images of the others out.
         """
-        own: dict[str, list[int]] = {}
+        numbers: dict[str, list[int]] = {}
         for index, line in enumerate(self.classes):
-            own.setdefault(line, []).append(index)
-        order = [own[line].pop(0) if own.get(line) else None for line in classes]
-        rest = [] if alone else sorted(index for indices in own.values() for index in indices)
+            numbers.setdefault(line, []).append(index)
+        order = [numbers[line].pop(0) if numbers.get(line) else None for line in classes]
+        rest = [] if alone else sorted(index for indices in numbers.values() for index in indices)
         return self.of_classes(
             [*order, *rest], [*classes, *(self.classes[index] for index in rest)]
         )
@@ -160,8 +160,8 @@ class Labelled(ImageColumn, LabelledImages):
             self,
             rows=rows,
             classes=list(classes),
-            own=[
-                line if index is None else self.own[index]
+            keys=[
+                line if index is None else self.keys[index]
                 for index, line in zip(order, classes, strict=True)
             ],
             numbers=[None if index is None else self.numbers[index] for index in order],
@@ -262,26 +262,26 @@ def load_labelled(
     if lists:
         feature = feature.feature
     several = lists or label_separator is not None
-    own = getattr(feature, "names", None)
-    by_name = own is None
+    keys = getattr(feature, "names", None)
+    by_name = keys is None
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
         values = rows[label_column]
         if several:
             values = (label for value in values for label in split_labels(value, label_separator))
-        own = sorted({value for value in values if value is not None})
-    if opened.class_folders and own is not None:
-        empty = sorted(sub_folders(opened.folder) - set(own))
+        keys = sorted({value for value in values if value is not None})
+    if opened.class_folders and keys is not None:
+        empty = sorted(sub_folders(opened.folder) - set(keys))
         if empty and every_class:
             raise RAdapterError(
                 f"{len(empty)} class folders of {spec} hold no image:"
                 f" {some([repr(name) for name in empty])}; add some or remove the folders; images"
                 f" are {', '.join(SUFFIXES)}"
             )
-        own = [*own, *empty]
+        keys = [*keys, *empty]
 
     # Names for prompts.
-    own, names = prompt_names(
-        own, classes, spec, by_name=by_name, every_class=every_class, whole=opened.class_folders
+    keys, names = prompt_names(
+        keys, classes, spec, by_name=by_name, every_class=every_class, whole=opened.class_folders
     )
     data = Labelled(
         rows,
@@ -289,7 +289,7 @@ def load_labelled(
         image_column,
         label_column,
         images or opened.folder,
-        own=own,
+        keys=keys,
         left_out=opened.left_out,
         label_separator=label_separator,
         several=several,

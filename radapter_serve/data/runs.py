@@ -96,7 +96,7 @@ def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images
     )
     if isinstance(data, Labelled):
         if source.classes is None:
-            refuse_wordnet_ids(data.own)
+            refuse_wordnet_ids(data.keys)
         data = class_split(data, source.class_split)
     held = None
     if source.val_data:
@@ -125,7 +125,7 @@ def validation_data(
             dataclasses.replace(source, data=source.val_data), broken=skipped
         )
         if isinstance(val, Labelled) and source.classes is None:
-            refuse_wordnet_ids(val.own)
+            refuse_wordnet_ids(val.keys)
     else:
         val = run_data(source, broken)[1]
     if isinstance(val, Labelled) and classes is not None:
@@ -219,7 +219,7 @@ def equal_names(data: Labelled | Masked) -> list[str]:
     """Classes whose names CLIP reads as the same, which differ in case, spaces and underscores
     alone.
     """
-    names = data.own if isinstance(data, Labelled) else data.classes
+    names = data.keys if isinstance(data, Labelled) else data.classes
     same: dict[str, list[str]] = {}
     for name, line in zip(names, data.classes, strict=True):
         plain = " ".join(split_label(line)[0].casefold().replace("_", " ").split())

@@ -230,5 +230,5 @@ def _read(
     batches = evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row)))
     pixels, labels = zip(*batches, strict=True)
     numbers = {split_label(line)[0]: number for number, line in enumerate(classes)}
-    number_of = torch.tensor([numbers[name] for name in data.own])
+    number_of = torch.tensor([numbers[name] for name in data.keys])
     return torch.cat(pixels), number_of[torch.cat(labels)]

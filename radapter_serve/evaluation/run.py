@@ -280,7 +280,7 @@ def open_set(
             data = open_source(source, every_class=entry.class_split != "all")
             if isinstance(data, Labelled):
                 if classes is None:
-                    refuse_wordnet_ids(data.own)
+                    refuse_wordnet_ids(data.keys)
                 data = class_split(data, entry.class_split)
         except RAdapterError as error:
             raise RAdapterError(f"data set {entry.name!r}: {error}") from error
@@ -332,13 +332,13 @@ def _classification_set(
     numbers = range(len(data.classes))
     classes = data.classes
     if mapping is not None:
-        kept = [index for index in numbers if data.own[index] in mapping]
+        kept = [index for index in numbers if data.keys[index] in mapping]
         if not kept:
             raise RAdapterError(
                 f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
-                f" classes: {', '.join(data.own[:5])}, ..."
+                f" classes: {', '.join(data.keys[:5])}, ..."
             )
-        classes = [mapping[data.own[index]] for index in kept]
+        classes = [mapping[data.keys[index]] for index in kept]
         number_of = {index: number for number, index in enumerate(kept)}
     else:
         number_of = {index: index for index in numbers}
@@ -348,7 +348,7 @@ def _classification_set(
     labels = [[number_of[label] for label in row if label in number_of] for row in sets]
     chosen = np.flatnonzero([bool(row) for row in labels])
     if not len(chosen):
-        present = sorted({data.own[label] for row in sets for label in row})
+        present = sorted({data.keys[label] for row in sets for label in row})
         raise RAdapterError(
             f"data set {entry.name!r}: no image has one of the classes {', '.join(classes[:5])}; it"
             f" has images of {', '.join(present[:5])}"

@@ -111,7 +111,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             notes.append(
                 f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
             )
-        parted = [name for name in data.own if len(split_labels(name, ";")) > 1]
+        parted = [name for name in data.keys if len(split_labels(name, ";")) > 1]
         if data.several and not recipe.streaming:
             count = sum(len(labels) > 1 for labels in data.label_sets())
             notes.append(f"note: {count:,} of {len(data.rows):,} images have several labels")

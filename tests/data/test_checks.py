@@ -69,7 +69,7 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
     ours = load_labelled(f"imagefolder:{photos}")
     assert [row["image"] for row in ours.rows] == [row["image"]["path"] for row in theirs]
     assert ours.labels().tolist() == list(theirs["label"])
-    assert ours.own == theirs.features["label"].names
+    assert ours.keys == theirs.features["label"].names
     assert ours.classes == ["cat", "dog", "fire truck"]
 
 

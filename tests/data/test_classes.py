@@ -59,7 +59,7 @@ def test_lines_of_a_class_file_find_their_folders_in_any_order(
 ) -> None:
     classes = None if lines is None else write(tmp_path / "c.txt", *lines)
     data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"), classes=classes)
-    assert data.own == ["car", "fire_truck"]
+    assert data.keys == ["car", "fire_truck"]
     assert prompts(data) == {"fire_truck": f"a photo of a {truck}.", "car": f"a photo of a {car}."}
 
 
