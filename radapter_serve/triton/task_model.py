@@ -78,8 +78,12 @@ class TritonPythonModel:
             return [others[version] for version in served if version in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases)
+        # Callers who name no release get the newest, whose indexes count.
         self._metric: IndexMetric | None = None
-        if self.task == "retrieve" and is_newest(args):
+        policy = json.loads(args["model_config"]).get("version_policy", {})
+        versions = policy.get("specific", {}).get("versions", [])
+        version = int(args["model_version"])
+        if self.task == "retrieve" and version == max(map(int, versions), default=version):
             # Here: the index's libraries are for the processes of this task alone.
             from radapter_serve.index.index import outdated
 
@@ -153,14 +157,6 @@ def load_version(folder: Path) -> LoadedRelease:
         indexes=Path(os.environ.get(INDEXES, "indexes")),
         origin={"model_repository": f"{repository}@{release.version}"},
     )
-
-
-def is_newest(args: dict[str, str]) -> bool:
-    """Whether callers who name no release get this one, by the arguments of `initialize`."""
-    policy = json.loads(args["model_config"]).get("version_policy", {})
-    versions = policy.get("specific", {}).get("versions", [])
-    this = int(args["model_version"])
-    return this == max(map(int, versions), default=this)
 
 
 class TritonEncoder:

@@ -16,7 +16,7 @@ from radapter_serve.index.build import build
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.small_release import png
+from tests.helpers.small_release import photos_in, png
 
 pytestmark = pytest.mark.triton
 
@@ -110,11 +110,8 @@ def both(
     repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Client, Client]]:
     folder = tmp_path_factory.mktemp("both")
-    (folder / "photos").mkdir()
-    for number in range(8):
-        (folder / "photos" / f"{number}.png").write_bytes(png(number))
     indexes = folder / "indexes"
-    build(str(folder / "photos"), indexes / "photos", load_release(repository))
+    build(photos_in(folder / "photos", 8), indexes / "photos", load_release(repository))
     config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
     with (
         TritonServer(config) as server,

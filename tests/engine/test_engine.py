@@ -273,11 +273,12 @@ class Waiting:
         return self.gone
 
 
-def test_large_images_keep_no_small_ones_waiting(
-    engine: Engine, large: preprocess.ImageFile
+def test_large_images_are_few_and_keep_no_small_ones_waiting(
+    engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More than batches of a task may run at once.
     tasks = [*["embed_image"] * 7, *["classify"] * 7, "segment"]
+    monkeypatch.setattr(preprocess.LARGE_IMAGES, "max_waiting", len(tasks))
     callers = [Waiting() for _ in tasks]
     found: list[dict[str, np.ndarray]] = []
     expected = {task: asked(engine, task, LARGE) for task in set(tasks)}
@@ -300,28 +301,12 @@ def test_large_images_keep_no_small_ones_waiting(
                 assert caller.asked.acquire(timeout=60)
         for task in set(tasks):
             assert asked(engine, task, SMALL, deadline=time.monotonic() + 60)
+        with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
+            asked(engine, "classify", LARGE, deadline=time.monotonic() + 60)
         assert not found
     for thread in threads:
         thread.join(60)
     assert len(found) == len(tasks)
-
-
-def test_of_large_images_few_are_under_way(
-    engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preprocess, "LARGE_IMAGES", preprocess.Turns(max_waiting=1))
-    caller = Waiting()
-    how = {"cancelled": caller}
-    waits = threading.Thread(target=asked, args=[engine, "embed_image", LARGE], kwargs=how)
-    with preprocess.turn(large):
-        waits.start()
-        for _ in range(3):  # before it decodes, before it waits and while it does
-            assert caller.asked.acquire(timeout=60)
-        for task in ("embed_image", "classify"):
-            with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
-                asked(engine, task, LARGE, deadline=time.monotonic() + 60)
-    waits.join(60)
-    assert asked(engine, "classify", LARGE)
 
 
 @pytest.mark.parametrize("task", ["embed_image", "classify", "segment"])

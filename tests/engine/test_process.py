@@ -34,7 +34,7 @@ from radapter_serve.server.engine_server import EngineServer
 from radapter_serve.server.releases import find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.shared import shared
-from tests.helpers.small_release import png
+from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
 
 
@@ -54,18 +54,9 @@ def copy(two_releases: Path, tmp_path: Path) -> Path:
     return shutil.copytree(two_releases, tmp_path / "models")
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Four images."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(4):
-        (folder / f"{number}.png").write_bytes(png(number))
-    return folder
-
-
-def test_answers_are_those_of_the_engine(two_releases: Path, photos: Path, tmp_path: Path) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", load_release(two_releases, 2))
+def test_answers_are_those_of_the_engine(two_releases: Path, tmp_path: Path) -> None:
+    photos = photos_in(tmp_path / "photos")
+    build(photos, tmp_path / "indexes" / "photos", load_release(two_releases, 2))
     with (
         in_process(two_releases, tmp_path / "indexes") as one,
         Client(one.url) as client,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from radapter_serve.encoders.encoder import ENCODER, Step, collected, encoder_ms
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
-from tests.helpers.collector import Span, collecting
-from tests.helpers.small_release import png
+from tests.helpers.collector import check_inside, collecting, of_name
+from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -48,25 +47,14 @@ def test_the_milliseconds_of_encoders() -> None:
     assert encoder_ms([Step("engine", 0, 10_000_000, (task,)), text]) == 4.5
 
 
-def of_name(spans: Sequence[Span], name: str) -> Span:
-    [span] = [one for one in spans if one.name == name]
-    return span
-
-
-def check_inside(span: Span, parent: Span) -> None:
-    assert (span.parent, span.trace) == (parent.id, parent.trace)
-    assert parent.start <= span.start <= span.end <= parent.end
-
-
 def test_one_request_followed(
     repository: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "1.png").write_bytes(png(1))
-    build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", load_release(repository, 2))
+    photos = photos_in(tmp_path / "photos", 1)
+    build(photos, tmp_path / "indexes" / "photos", load_release(repository, 2))
     capsys.readouterr()
     image = base64.b64encode(png(3)).decode()
     body = json.dumps(

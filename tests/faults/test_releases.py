@@ -22,7 +22,7 @@ from radapter_serve.release.repository import Served
 from radapter_serve.server.launch import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import ask, outcome, until
 from tests.helpers.small_disk import small_disk
-from tests.helpers.small_release import png, seal
+from tests.helpers.small_release import photos_in, png, seal
 from tests.helpers.ways import WAYS
 
 each_way = pytest.mark.parametrize(
@@ -193,11 +193,8 @@ def test_an_index_that_breaks(models: Path, tmp_path: Path, way: str) -> None:
     """A search in it fails by its code, in one line; other tasks go on, and a new index is
     searched.
     """
-    (tmp_path / "photos").mkdir()
-    for number in range(4):
-        (tmp_path / "photos" / f"{number}.png").write_bytes(png(number))
     index = tmp_path / "indexes" / "photos"
-    build(str(tmp_path / "photos"), index, load_release(f"{models}@2"))
+    build(photos_in(tmp_path / "photos"), index, load_release(f"{models}@2"))
     whole = shutil.copytree(index, tmp_path / "whole")
     with WAYS[way](models, tmp_path / "indexes") as running, Client(running.url) as client:
 

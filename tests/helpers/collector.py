@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,18 @@ class Span:
     start: int
     end: int
     attributes: dict[str, Any]
+
+
+def of_name(spans: Sequence[Span], name: str) -> Span:
+    """The one span of this name."""
+    [span] = [span for span in spans if span.name == name]
+    return span
+
+
+def check_inside(span: Span, parent: Span) -> None:
+    """Check that a span is in another, by its ids and its times."""
+    assert (span.parent, span.trace) == (parent.id, parent.trace)
+    assert parent.start <= span.start <= span.end <= parent.end
 
 
 class Collector:

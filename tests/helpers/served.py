@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,16 @@ def repository(common: Path) -> Path:
         write_release(folder, 2, seed=2)
 
     return shared(common, "release", make)
+
+
+@pytest.fixture
+def sealed(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the two releases, with digests, that a test may change."""
+    from tests.helpers.small_release import seal
+
+    copy = shutil.copytree(repository, tmp_path / "repository")
+    seal(copy, 1, 2)
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -265,6 +265,14 @@ def together(tasks: Any, *encode: Any) -> list[Any]:
     return run_together(tasks, *encode)
 
 
+def photos_in(folder: Path, count: int = 4) -> str:
+    """Write images into a new folder, 0.png and so on; returns its path, as `build` takes it."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(png(number))
+    return str(folder)
+
+
 def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

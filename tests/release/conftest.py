@@ -1,5 +1,5 @@
 """Fixtures with a small release, which the rooms of serving share."""
 
-from tests.helpers.served import client, local, repository, server
+from tests.helpers.served import client, local, repository, sealed, server
 
-__all__ = ["client", "local", "repository", "server"]
+__all__ = ["client", "local", "repository", "sealed", "server"]

@@ -29,15 +29,6 @@ from radapter_serve.release.repository import CONFIG, MODELS, newest_export, rel
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.small_release import seal
-
-
-@pytest.fixture
-def sealed(repository: Path, tmp_path: Path) -> Path:
-    """A copy of the two small releases, with digests."""
-    shutil.copytree(repository, tmp_path / "repository")
-    seal(tmp_path / "repository", 1, 2)
-    return tmp_path / "repository"
 
 
 def files(repository: Path, version: int) -> list[str]:

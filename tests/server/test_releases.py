@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -30,14 +29,6 @@ from radapter_serve.server.releases import (
     ask,
 )
 from tests.helpers.indexes import write_facts
-from tests.helpers.small_release import seal
-
-
-@pytest.fixture
-def sealed(repository: Path, tmp_path: Path) -> Path:
-    shutil.copytree(repository, tmp_path / "repository")
-    seal(tmp_path / "repository", 1, 2)
-    return tmp_path / "repository"
 
 
 def test_a_repository_without_a_release_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,15 @@ from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import gateway
 from tests.helpers.indexes import outdated_at
-from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
+from tests.helpers.small_release import (
+    LABELS,
+    TASKS,
+    Local,
+    photos_in,
+    png,
+    seal,
+    write_release,
+)
 from tests.helpers.ways import WAYS, Running
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
@@ -63,9 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
     seal(folder / "repository", 1, 2)
     Served((1,)).save(folder / "repository")
-    (folder / "photos").mkdir()
-    for number, data in enumerate(IMAGES):
-        (folder / "photos" / f"{number}.png").write_bytes(data)
+    photos_in(folder / "photos", len(IMAGES))
     return folder
 
 
@@ -264,7 +270,7 @@ def test_an_index_is_built_again_while_it_is_searched(served: Running, folder: P
     with ThreadPoolExecutor(3) as pool:
         searching = [pool.submit(search) for _ in range(3)]
         try:
-            for _ in range(30):
+            for _ in range(10):
                 assert answered.acquire(timeout=30)
                 build(str(folder / "photos"), index, release, resume=False)
         finally:

@@ -15,7 +15,7 @@ from radapter_serve.process import OTLP_ENDPOINTS
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.collector import Span, collecting
+from tests.helpers.collector import Span, collecting, of_name
 from tests.helpers.gateway import gateway
 from tests.helpers.needs_triton import needs_triton
 from tests.helpers.small_release import png
@@ -54,18 +54,14 @@ def test_one_request_followed_through_triton(
             names = ("POST /v2/models/{model}/infer", "InferRequest", "classify", "compute")
             spans = collector.wait_for(*names, "image_encoder", trace=TRACE)
 
-    def of_name(name: str) -> Span:
-        [span] = [one for one in spans if one.name == name]
-        return span
-
     def check_inside(name: str, parent: Span) -> Span:
-        span = of_name(name)
-        assert span.parent == parent.id
+        span = of_name(spans, name)
         # Triton ends a span after the answer is sent, which its reader may have ended by then.
+        assert span.parent == parent.id
         assert parent.start <= span.start <= min(span.end, parent.end)
         return span
 
-    whole = of_name("POST /v2/models/{model}/infer")
+    whole = of_name(spans, "POST /v2/models/{model}/infer")
     assert whole.parent == CALLER and whole.attributes["radapter.code"] == "ok"
     triton = check_inside("InferRequest", whole)
     task = check_inside("classify", triton)
