@@ -58,7 +58,7 @@ class Collector:
         """All spans until now."""
         return [span for body in self.bodies for span in _read(body)]
 
-    def wait_for(self, *names: str, trace: str, seconds: float = 30) -> list[Span]:
+    def wait_for(self, *names: str, trace: str, seconds: float = 90) -> list[Span]:
         """The spans of a trace, once there is one of each of these names."""
         end = time.monotonic() + seconds
         while True:
