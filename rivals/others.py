@@ -118,7 +118,7 @@ def methods() -> dict[str, Method]:
         "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
         "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
         "LoRA": with_rate(METHODS["lora"], 6e-4),
-        "CLIP-SVD": METHODS["clip-svd"],
+        "CLIP-SVD": with_rate(METHODS["clip-svd"], 3e-3),
         "CoOp, no full stop": CoOp(words="{}"),
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],

@@ -86,7 +86,7 @@ def methods() -> dict[str, Method]:
         "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "CLIPood": METHODS["clipood"],
         "LoRA, rank 2": with_rate(METHODS["lora"], 6e-4),
-        "CLIP-SVD": METHODS["clip-svd"],
+        "CLIP-SVD": with_rate(METHODS["clip-svd"], 3e-3),
         "full fine-tuning": with_rate(METHODS["ft"], 2.7e-4),
         "WiSE-FT": with_rate(METHODS["wise-ft"], 2.7e-4),
         "Mask-Fill": with_rate(MaskFill(weight=0.75), 9e-4),
