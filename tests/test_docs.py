@@ -31,7 +31,7 @@ from radapter_serve import cli
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.gateway import app as gateway
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.training.loop import Interruption
+from radapter_serve.training.progress import Interruption
 from radapter_serve.training.recipe import Recipe, load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
 

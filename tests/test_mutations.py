@@ -89,20 +89,14 @@ ROOMS = {
     "training": Room(
         (
             "tests/adapter",
-            *(f"tests/training/test_{name}.py" for name in ("recipe", "loss", "step", "wiring")),
+            *(f"tests/training/test_{name}.py" for name in ("recipe", "loss", "wiring")),
             *(
                 f"tests/evaluation/test_{name}.py"
-                for name in (
-                    "metrics",
-                    "alpha_choice",
-                    "intervals",
-                    "plots",
-                    "results",
-                )
+                for name in ("metrics", "alpha_choice", "results")
             ),
         ),
         ("radapter_serve/adapter", "radapter_serve/training", "radapter_serve/evaluation"),
-        ("radapter_serve/training/loop.py",),
+        ("radapter_serve/training/progress.py",),
         # Of those that decide the result of a training all or many, of every other function one.
         (
             "*learning_rate__mutmut_*",

@@ -17,6 +17,8 @@ from radapter_serve.adapter.file import Adapter, Metadata, check_base
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 
+Form = Literal["weight", "activation"]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -40,7 +42,7 @@ class _Place:
     """An adapted layer inside a block, by names: itself, the module whose output is its own, a norm
     that may come next.
 
-    Whatever is linear may stand between a layer and the residual that it is added to: an adapter
+    Anything linear may come between a layer and the residual that it is added to: an adapter
     directly behind its layer folds exactly, and the LayerScale (`ls_1`, `gamma_1`) that comes after
     it sees the same. A norm may not: the adapter would no longer be the last linear map before the
     residual, as in the paper. A norm of the sum (BERT) may.
@@ -87,7 +89,7 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
         partial: leave out what cannot be adapted, as `left_out` says, rather than refuse.
 
     Raises:
-        RAdapterError: a tower has no known sites, or a norm stands between a site and its residual;
+        RAdapterError: a tower has no known sites, or a norm is between a site and its residual;
             if `partial`, no site is left.
     """
     sites, reasons = _search(model, text)
@@ -108,8 +110,23 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
     for tower, holders in list(TOWERS.items())[: 1 + text]:
         count = len(sites) + len(reasons)
         for name, block in model.named_modules():
-            if name.split(".")[0] in holders:
-                _search_block(name, block, sites, reasons)
+            if name.split(".")[0] not in holders:
+                continue
+            for place in PLACES.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
+                modules = dict(block.named_modules())
+                key = f"{name}.{place.layer}"
+                layer = modules.get(place.layer)
+                norm = modules.get(place.norm) if place.norm else None
+                if not isinstance(layer, nn.Linear):
+                    kind = "missing" if layer is None else type(layer).__name__
+                    reasons.append(f"{key} must be a linear layer but is {kind}")
+                elif norm is not None and not isinstance(norm, nn.Identity):
+                    reasons.append(
+                        f"{name}.{place.norm} ({type(norm).__name__}) stands between {key} and the"
+                        " residual that it is added to"
+                    )
+                else:
+                    sites.append(Site(key, layer, modules[place.output] if place.output else layer))
         if len(sites) + len(reasons) == count:
             holder = next((getattr(model, name) for name in holders if hasattr(model, name)), None)
             reasons.append(
@@ -118,28 +135,6 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
                 " transformers, BERT, RoBERTa, mT5 and M2M"
             )
     return sites, reasons
-
-
-def _search_block(name: str, block: nn.Module, sites: list[Site], reasons: list[str]) -> None:
-    for place in PLACES.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
-        modules = dict(block.named_modules())
-        key = f"{name}.{place.layer}"
-        layer = modules.get(place.layer)
-        norm = modules.get(place.norm) if place.norm else None
-        if not isinstance(layer, nn.Linear):
-            found = "missing" if layer is None else type(layer).__name__
-            reasons.append(f"{key} must be a linear layer but is {found}")
-        elif norm is not None and not isinstance(norm, nn.Identity):
-            kind = type(norm).__name__
-            reasons.append(
-                f"{name}.{place.norm} ({kind}) stands between {key} and the residual that it is"
-                " added to"
-            )
-        else:
-            sites.append(Site(key, layer, modules[place.output] if place.output else layer))
-
-
-Form = Literal["weight", "activation"]
 
 
 class LinearAdapter(nn.Module):

@@ -120,12 +120,12 @@ def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
 def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
     """Refuse an adapter that was trained on another base; the error names both digests."""
     missing = [key for key in adapter.keys if f"{key}.weight" not in state_dict]
-    found = f"no layer {missing[0]}" if missing else base_digest(state_dict, adapter.keys)
-    if found != adapter.metadata.base_digest:
+    digest = f"no layer {missing[0]}" if missing else base_digest(state_dict, adapter.keys)
+    if digest != adapter.metadata.base_digest:
         meta = adapter.metadata
         raise RAdapterError(
             f"the adapter belongs to another base: it was trained on {meta.base_digest} "
-            f"({meta.architecture}, pretrained {meta.pretrained}), this model has {found}; "
+            f"({meta.architecture}, pretrained {meta.pretrained}), this model has {digest}; "
             "load that base (--base, --pretrained) or train a new adapter with radapter-train"
         )
     _check_tensors(adapter, state_dict)
@@ -236,10 +236,10 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
         tensor = tensors.get(name)
         shape = shapes.get(name)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            kind = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             wanted = f"torch.float32 {shape}" if shape else f"left out at rank {rank}"
             raise RAdapterError(
-                f"the adapter is damaged: tensor {name!r} is {found}, should be {wanted}"
+                f"the adapter is damaged: tensor {name!r} is {kind}, should be {wanted}"
             )
         if not tensor.isfinite().all():
             raise RAdapterError(
@@ -363,8 +363,7 @@ def average_adapters(
 
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:
-    # A digest covers the adapted layers alone: with other layers, one base could not be told from
-    # two.
+    # A digest covers the adapted layers alone: of other layers, one base looks like two.
     meta = first.metadata
     theirs = other.metadata
     differing = sorted(set(first.keys) ^ set(other.keys))

@@ -105,7 +105,7 @@ def weights_of(base: Base) -> dict[str, Tensor]:
 
 
 def check_weights(
-    name: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor]
+    name: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The weights of a file in fp32, in the order of `like`, a state dict of the architecture.
 
@@ -116,14 +116,14 @@ def check_weights(
     other = f"{name} is of another architecture than its base"
     weights = dict(like)
     for key, tensor in needed.items():
-        if key not in found:
+        if key not in state:
             raise RAdapterError(f"{other}: it has no weight {key}")
-        if found[key].shape != tensor.shape:
-            shapes = f"{list(found[key].shape)}, and {list(tensor.shape)} in the base"
+        if state[key].shape != tensor.shape:
+            shapes = f"{list(state[key].shape)}, and {list(tensor.shape)} in the base"
             raise RAdapterError(f"{other}: its weight {key} is {shapes}")
-        weights[key] = plain_values(found[key], f"{name} is damaged: its weight {key}")
+        weights[key] = plain_values(state[key], f"{name} is damaged: its weight {key}")
     unknown = sorted(
-        key for key, tensor in found.items() if key not in like and tensor.is_floating_point()
+        key for key, tensor in state.items() if key not in like and tensor.is_floating_point()
     )
     if unknown:
         raise RAdapterError(f"{other}: it has the weight {unknown[0]}, which the base has not")
@@ -165,15 +165,15 @@ def load_checkpoint(
     if name is None:  # a file of weights
         assert base is not None  # as was just seen
         architecture, tag = split_name(base, pretrained)
-        found = read_weights(path)
+        state = read_weights(path)
         made_of["digest"] = digest_of(path)
         if tag is None and not architecture.startswith((LOCAL, HUB)):
             model = load_base(architecture, checkpoint)
-            weights = check_weights(checkpoint, found, model.model.state_dict())
+            weights = check_weights(checkpoint, state, model.model.state_dict())
             return Tuned(model, Line(None, weights, made_of))
         start = load_base(architecture, tag)
         start_weights = weights_of(start)
-        weights = check_weights(checkpoint, found, start_weights)
+        weights = check_weights(checkpoint, state, start_weights)
         return Tuned(start, Line(start_weights, weights, made_of))
     tuned = load_base(*split_name(name))
     weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
@@ -194,11 +194,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_file(path)
+            content: Any = load_file(path)
         else:
             with warnings.catch_warnings():  # of sparse tensors, which are refused below
                 warnings.simplefilter("ignore")
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             is_pickle = zipfile.is_zipfile(path) or file.read(1) == b"\x80"  # of any version
@@ -213,11 +213,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch and safetensors raise many kinds on what they can't read
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
     # The weights by their names in the model itself.
     weights: dict[str, Tensor] = {}
-    for name, value in found.items() if isinstance(found, Mapping) else ():
+    for name, value in content.items() if isinstance(content, Mapping) else ():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             weights = {}
             break
@@ -231,11 +231,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
     """Refuse models that compute differently, whatever the shapes of their weights are."""
-    for one, other in zip(_structure(tuned.model), _structure(base.model), strict=False):
-        if one != other:
+    for ours, theirs in zip(_structure(tuned.model), _structure(base.model), strict=False):
+        if ours != theirs:
             raise RAdapterError(
-                f"{checkpoint} is of another architecture than its base: it has {one}, and the base"
-                f" {other}"
+                f"{checkpoint} is of another architecture than its base: it has {ours}, and the"
+                f" base {theirs}"
             )
     for name in ("mean", "std"):
         values = [[float(value) for value in of.preprocess[name]] for of in (tuned, base)]

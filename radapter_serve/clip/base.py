@@ -121,7 +121,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         source = f"{LOCAL}{folder}"
         config = _local_config(folder)
     else:
-        if ":" in name or (found := open_clip.get_model_config(name)) is None:
+        if ":" in name or (architecture := open_clip.get_model_config(name)) is None:
             names = open_clip.list_models()
             stem = name.split("-")[0].lower()
             similar = [other for other in names if other.lower().startswith(stem)] or names
@@ -129,7 +129,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
                 f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of"
                 f" {', '.join(similar[:20])}"
             )
-        config = found
+        config = architecture
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
             raise RAdapterError(
@@ -282,7 +282,7 @@ def check_folder(folder: Path) -> None:
     config = _read(path) if path.is_file() else None
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict):
-        return  # no configuration of open_clip's; whoever reads it says so
+        return  # no configuration of open_clip's; its reader says so
     image, text, multimodal = (
         _table(model, name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")
     )
@@ -340,17 +340,17 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     """All fields of a configuration with their values, at any depth."""
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            yield from found.items()
-            waiting.extend(found.values())
-        elif isinstance(found, list):
-            waiting.extend(found)
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
 
 
 def _table(of: dict[str, Any], name: str) -> dict[str, Any]:
-    found = of.get(name)
-    return found if isinstance(found, dict) else {}
+    table = of.get(name)
+    return table if isinstance(table, dict) else {}
 
 
 def _refused(path: Path, what: str, allowed: str) -> RAdapterError:

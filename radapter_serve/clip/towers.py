@@ -272,7 +272,7 @@ def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = block(x)
-    # A call of the module, not of its weights: an adapter may stand in a hook on it.
+    # A call of the module, not of its weights: an adapter may be a hook on it.
     attention = copy.copy(last.attn)
     attention.forward = functools.partial(_attend, last.attn, near)
     attended = last.ls_1(attention(last.ln_1(x))[0])

@@ -295,11 +295,11 @@ def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     tokens = tokenizer(_TEXTS)
     unit = nn.functional.normalize
-    for kind, expected, found in (
+    for kind, expected, output in (
         ("image", encode_image(ours, pixels), theirs.get_image_features(pixel_values=pixels)),
         ("text", unit(ours.encode_text(tokens).float()), theirs.get_text_features(tokens)),
     ):
-        apart = (unit(features(found).float()) - expected).abs().max()
+        apart = (unit(features(output).float()) - expected).abs().max()
         if not apart <= _MAX_ERROR:
             raise RAdapterError(
                 f"its {kind} embeddings in transformers differ by {apart:.1e} from open_clip's"
@@ -336,13 +336,13 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
         image = Image.fromarray(random.integers(0, 256, shape, np.uint8))
         image = image.resize(target, Image.Resampling.BICUBIC)
         expected = transform(image).numpy()
-        found = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
-        if found.shape != expected.shape:
+        values = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
+        if values.shape != expected.shape:
             raise RAdapterError(
-                f"its processor in transformers gives {found.shape}, and open_clip's"
+                f"its processor in transformers gives {values.shape}, and open_clip's"
                 f" {expected.shape}"
             )
-        apart = np.abs((found - expected) * levels).max()
+        apart = np.abs((values - expected) * levels).max()
         if not apart <= _LEVELS:
             raise RAdapterError(
                 f"its processor in transformers differs by {apart:.1f} of 255 levels from"

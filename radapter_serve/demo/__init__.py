@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a demo is asked for.
+    """Settings of a demo.
 
     Attributes:
         out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model

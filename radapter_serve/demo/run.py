@@ -121,7 +121,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 class Log:
-    """What a demo prints, with the seconds since its start."""
+    """Lines that a demo prints, with the seconds since its start."""
 
     def __init__(self) -> None:
         self.console = Console()

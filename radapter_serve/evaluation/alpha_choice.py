@@ -1,4 +1,4 @@
-"""Choosing α on validation data, and the file that keeps the choice beside the adapter."""
+"""Choosing α on validation data, and the file that keeps the choice next to the adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MUCH_KEPT = 0.9  # of the base's answers; a choice that keeps less has a note
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What a choice says about a validation set: as of a row."""
+    """A validation set of a choice: fields of its rows."""
 
     shift: str
     metric: str
@@ -76,7 +76,7 @@ class Choice:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user of this α should know, a line each."""
+        """Notes for a user of this α, a line each."""
         equal = [point["alpha"] for point in self.curve if _as_good(point)]
         lines = []
         if 0.0 in equal and self.alpha == self.own_alpha:
@@ -215,7 +215,7 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
-    """Write `alpha.json` beside an adapter file or into the folder of a run, in one piece; returns
+    """Write `alpha.json` next to an adapter file or into the folder of a run, in one piece; returns
     its path.
     """
     path = _path(adapter)
@@ -225,7 +225,7 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 
 def load_choice(adapter: str | Path) -> Choice:
-    """Read the choice beside an adapter file or in the folder of a run."""
+    """Read the choice next to an adapter file or in the folder of a run."""
     path = _path(adapter)
     try:
         return checker(Choice).validate_json(path.read_bytes())

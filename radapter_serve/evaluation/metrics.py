@@ -367,8 +367,8 @@ def fit_confidence(
         if logit_bias is not None:
             after[half] = pairs[half, best[half]]
         elif temperature is not None:
-            own = fit_temperature(cosines[other] * logit_scale, truth[other]) or temperature
-            after[half] = class_probabilities(cosines[half], logit_scale / own)[
+            fitted = fit_temperature(cosines[other] * logit_scale, truth[other]) or temperature
+            after[half] = class_probabilities(cosines[half], logit_scale / fitted)[
                 np.arange(half.sum()), best[half]
             ]
 

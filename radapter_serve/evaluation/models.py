@@ -452,7 +452,7 @@ def from_server(url: str, alphas: Sequence[float] = ()) -> list[Candidate]:
 
 
 def release_facts(release: Release) -> dict[str, Any]:
-    """What a row says of a release."""
+    """Fields of a row about a release."""
     return {
         "model": release.architecture,
         "base_digest": release.base_digest,

@@ -212,7 +212,7 @@ def choose_alpha(
     results: Results,
     **options: Any,
 ) -> tuple[Choice, Path]:
-    """Choose α on validation data, and write the choice beside the adapter; returns both.
+    """Choose α on validation data, and write the choice next to the adapter; returns both.
 
     The models are an adapter at every α that may be chosen, its own among them. The data are the
     suite's validation sets, else those that the run was trained with. `options` are those of
@@ -284,9 +284,22 @@ def open_set(
                 data = class_split(data, entry.class_split)
         except RAdapterError as error:
             raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+
+    # Images with captions.
     if isinstance(data, Captioned):
-        return _retrieval_set(entry, data, limit, seed)
-    templates = _templates(suite, entry.templates)
+        chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
+        captions = [image.captions[: entry.max_captions] for image in chosen]
+        image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
+        of_rows = [Image(data, data.table, image.row, entry.border) for image in chosen]
+        return RetrievalSet(
+            entry, of_rows, [text for texts in captions for text in texts], image_of
+        )
+
+    # Images with labels.
+    templates = None
+    if entry.templates is not None:
+        place = suite.folder / entry.templates if isinstance(entry.templates, str) else None
+        templates = templates_of(str(place) if place and place.is_file() else entry.templates)
     if isinstance(data, Labelled):
         return _classification_set(entry, data, templates, mapping, limit, seed)
 
@@ -364,15 +377,6 @@ def _classification_set(
     return ClassificationSet(entry, images, truth, list(classes), templates)
 
 
-def _retrieval_set(entry: Entry, data: Captioned, limit: int | None, seed: int) -> RetrievalSet:
-    """A set of images with captions from an open data set."""
-    chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
-    captions = [image.captions[: entry.max_captions] for image in chosen]
-    image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
-    images = [Image(data, data.table, image.row, entry.border) for image in chosen]
-    return RetrievalSet(entry, images, [text for texts in captions for text in texts], image_of)
-
-
 def _mapping(path: Path) -> dict[str, str]:
     """From the data's own class names to names for prompts."""
     mapping = read_yaml(path, "the classes")
@@ -384,15 +388,7 @@ def _mapping(path: Path) -> dict[str, str]:
         raise RAdapterError(
             f"the classes {path} must map the data's class names to names for prompts"
         )
-    return {str(own): str(name) for own, name in mapping.items()}
-
-
-def _templates(suite: Suite, source: Any) -> list[str] | None:
-    if source is None:
-        return None
-    if isinstance(source, str) and (suite.folder / source).is_file():
-        source = str(suite.folder / source)
-    return templates_of(source)
+    return {str(folder): str(name) for folder, name in mapping.items()}
 
 
 def own_validation(metadata: Metadata, data: str | None = None) -> Suite:

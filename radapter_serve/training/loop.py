@@ -1,21 +1,15 @@
-"""The training loop, on accelerate, with one process or many, on CPU or GPU, in any precision; and
-what it reports.
-"""
+"""The training loop, on accelerate: one process or many, CPU or GPU, any precision."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
 import random
 import shlex
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import open_clip
@@ -23,10 +17,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -36,8 +26,7 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
-from radapter_serve.process import handled
-from radapter_serve.sources import ADAPTER, METRICS, RECIPE
+from radapter_serve.sources import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
 from radapter_serve.training.loss import (
     distance_to_base,
@@ -46,6 +35,7 @@ from radapter_serve.training.loss import (
     pairwise_sigmoid,
     positives_of,
 )
+from radapter_serve.training.progress import Interruption, Progress
 from radapter_serve.training.recipe import Recipe, Run
 from radapter_serve.training.setup import (
     Learner,
@@ -268,7 +258,7 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
 
 
 def _summary(learner: Learner, out: Path, step: int) -> str:
-    """What a run is about to do, in one line."""
+    """One line about the run that begins."""
     plan = learner.plan
     recipe = plan.recipe
     if step >= plan.steps:
@@ -316,7 +306,7 @@ def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
     """
     adapters.alpha = 0.0
     try:
-        # A cache of its own: the weights that training caches have the adapters in them.
+        # Another cache: the weights that training caches have the adapters in them.
         with torch.no_grad(), accelerator.autocast(), parametrize.cached():
             yield
     finally:
@@ -332,165 +322,3 @@ def vocabulary(classes: tuple[str, ...]) -> tuple[str, ...]:
         for word in dict.fromkeys(open_clip.IMAGENET_CLASSNAMES)
         if not any(f" {name} " in f" {word.casefold()} " for name in names)
     )
-
-
-class Progress:
-    """Reports from the main process: on the console unless `show` is False, to the trackers of the
-    accelerator, and to `metrics.jsonl` in the folder `out`, from which it removes what a resumed
-    run reported after its `done` steps. `notes` are lines for the user that the end brings.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        out: Path,
-        steps: int,
-        batch_size: int,
-        done: int = 0,
-        *,
-        show: bool = True,
-    ) -> None:
-        self.accelerator = accelerator
-        self.out = out
-        self.steps = steps
-        self.batch_size = batch_size
-        self.notes: list[str] = []
-        self.speed = 0.0
-        self.first: list[float] = []  # seconds of the first two steps
-        self.printed = time.monotonic()
-        self.broken_images: set[str] = set()
-        self.console = Console(quiet=not (show and accelerator.is_main_process))
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.1f} images/s"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Bar(
-            *columns,
-            console=self.console,
-            disable=not (show and self.console.is_terminal),
-            transient=True,
-        )
-        self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
-        self.path = out / METRICS
-        if accelerator.is_main_process and self.path.exists():
-            rows = [
-                line
-                for line in self.path.read_text(encoding="utf-8").splitlines()
-                if line.endswith("}")
-            ]
-            kept = [row for row in rows if json.loads(row)["step"] <= done]
-            self.path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-    def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
-        """Report an optimizer step."""
-        if len(self.first) < 2:
-            self.first.append(seconds)
-            if len(self.first) == 2 and step < self.steps:  # the first one also warms up
-                rest = (self.steps - step) * min(self.first)
-                duration = f"{rest / 3600:.1f} hours"
-                if rest < 90:
-                    duration = f"{rest:.0f} seconds"
-                elif rest < 5400:
-                    duration = f"{rest / 60:.0f} minutes"
-                self.say(f"the first two steps say: the rest of training takes about {duration}")
-        speed = self.batch_size / seconds
-        self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
-        self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
-        self._write(
-            {
-                "step": step,
-                "loss": loss,
-                "learning_rate": rate,
-                "images_per_second": round(speed, 2),
-            }
-        )
-        late = time.monotonic() - self.printed > 10
-        if not self.console.is_terminal and (step == 1 or late or step == self.steps):
-            self.printed = time.monotonic()
-            left = (self.steps - step) * self.batch_size / self.speed
-            self.say(
-                f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s  {left:.0f}"
-                " s left"
-            )
-
-    def metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Report a validation."""
-        self._write({"step": step, **metrics})
-        self.say(
-            f"validation at step {step}: "
-            + ", ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items())
-        )
-
-    def broken(self, names: list[str]) -> None:
-        """Remember images that could not be read."""
-        self.broken_images.update(names)
-
-    def end(self) -> None:
-        """Name the images of all processes that could not be read, in broken.txt; every process
-        calls it.
-        """
-        names = sorted(set(gather_object(sorted(self.broken_images))))
-        if names and self.accelerator.is_main_process:
-            path = self.out / "broken.txt"
-            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            self.notes.append(
-                f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names"
-                " them"
-            )
-            self.say(self.notes[-1])
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-
-class Interruption:
-    """Within the block the first Ctrl-C or SIGTERM is only noted; a second one works as usual."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._signal = 0
-        self._handled = contextlib.ExitStack()
-
-    def __enter__(self) -> Interruption:
-        self._handled.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handled.close()
-
-    def asked(self, accelerator: Accelerator) -> bool:
-        """Whether any process got a signal; every process calls it, and gets the same answer."""
-        if accelerator.num_processes > 1:
-            number = torch.tensor(self._signal, device=accelerator.device)
-            self._signal = int(accelerator.gather(number).max())
-        return self._signal > 0
-
-    def end(self) -> None:
-        """End as the signal would have: by KeyboardInterrupt, or with the exit status of
-        SIGTERM.
-        """
-        raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        self._handled.close()
-        # A line that is just being printed can't be broken into.
-        with contextlib.suppress(RuntimeError):
-            self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")

@@ -396,7 +396,7 @@ def recipe_from(
     if source is None:
         task = fields.get("task", "classification")
         source = load_recipe("small" if task not in ready_recipes() else task)
-        if "architecture" in fields:  # whose weights have names of their own
+        if "architecture" in fields:  # whose weights have other names
             source = dataclasses.replace(source, pretrained=None)
         if "val_data" in fields:  # in place of a share of the training images
             source = dataclasses.replace(source, val_fraction=0.0)

@@ -1,26 +1,32 @@
-"""The demo's data: nothing is trained on and tested, all are credited, and the folders are what the
-trainer reads.
+"""The demo's data and its base: nothing is trained on and tested, all are credited, and the folders
+and scenes are what the trainer reads.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import lzma
+import random
 import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageChops
 
 from benchmarks.drawings.iconify import LICENCES, load_roles
 from radapter_serve.contract.labels import read_label_file, split_label
+from radapter_serve.data.masks import load_masked
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
 
 PLACES = ("train", "val", "test", *(f"shifts/{style}" for style in data.SHIFTS))
+FEW = 4
 
 
 def sets_of(place: str) -> set[str]:
@@ -88,11 +94,12 @@ def test_drawings_are_on_white_paper_and_silhouettes_on_black(some: data.DemoDat
         assert np.median(corners) == ground
 
 
-def test_a_finished_folder_is_taken_as_it_is(some: data.DemoData) -> None:
-    image = next(some.train.glob("*/*.png"))
-    changed = image.stat().st_mtime_ns
+def test_a_finished_folder_is_taken_as_it_is(some: data.DemoData, folder: data.SceneData) -> None:
+    images = [next(some.train.glob("*/*.png")), next((folder.train / "images").iterdir())]
+    changed = [image.stat().st_mtime_ns for image in images]
     assert data.prepare(some.classes.parent, quiet=True) == some
-    assert image.stat().st_mtime_ns == changed
+    assert data.prepare_scenes(folder.train.parent, quiet=True) == folder
+    assert [image.stat().st_mtime_ns for image in images] == changed
 
 
 def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -119,3 +126,135 @@ def test_missing_styles_are_drawn_beside_those_that_are_there(
     both = data.prepare(tmp_path / "images", styles=("colour", "line"), shipped=shipped, quiet=True)
     assert [*both.test] == ["colour", "line"] and (few.train / "mark").exists()
     assert [path.name for path in both.test["line"].rglob("*.png")] == ["a--b.png"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> data.SceneData:
+    place = tmp_path_factory.mktemp("demo") / "scenes"
+    return data.prepare_scenes(place, train=FEW, test=FEW, quiet=True)
+
+
+def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
+    paper = len(data.scene_classes())
+    both = np.zeros(3)  # pixels that are painted, inside, and both
+    for scene in data.compose("test", "emoji-noto", 3 * FEW, 0):
+        background = Image.new("RGB", scene.image.size, scene.image.getpixel((0, 0)))
+        painted = np.asarray(ImageChops.difference(scene.image, background)).max(axis=2) > 0
+        inside = scene.mask != paper
+        both += [painted.sum(), inside.sum(), (painted & inside).sum()]
+        lines = [data.scene_classes()[number] for number in np.unique(scene.mask[inside])]
+        assert lines == sorted(scene.shown)
+    assert both[2] > 0.9 * both[1]
+    assert both[2] > 0.8 * both[0]  # half transparent edges are painted and not inside
+
+
+def test_a_mask_equals_the_alpha_of_its_drawing() -> None:
+    alpha = (
+        Image.radial_gradient("L").point(lambda value: 255 - value).resize((data.CELL, data.CELL))
+    )
+    drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
+    fills_its_cell = (data.CELL, data.CELL + 1)
+    paper = len(data.scene_classes())
+    expected = np.asarray(alpha) >= 128
+    (scene,) = data.compose(
+        "test", "colour", 1, 0, sides=fills_its_cell, draw_svg=lambda svg: drawn
+    )
+    cells = scene.mask.reshape(data.CELLS, data.CELL, data.CELLS, data.CELL).swapaxes(1, 2)
+    full = [cell for cell in cells.reshape(-1, data.CELL, data.CELL) if (cell != paper).any()]
+    assert len(full) == len(scene.shown)
+    for cell in full:
+        np.testing.assert_array_equal(cell != paper, expected)
+
+
+def test_scenes_show_drawings_of_their_own_place() -> None:
+    shown: list[str] = []
+    blank = Image.new("RGBA", (data.CELL, data.CELL))
+
+    def note(svg: str) -> Image.Image:
+        shown.append(svg)
+        return blank
+
+    for split, style, place in (("train", "colour", "train"), ("test", "filled", "shifts/filled")):
+        shown.clear()
+        assert list(data.compose(split, style, 10, 0, draw_svg=note))  # type: ignore[arg-type]
+        known = {svg for of in data.drawings_of(place).values() for svg in of}
+        assert shown and set(shown) <= known
+
+
+def test_styles_show_the_same_scenes() -> None:
+    colour, noto = (list(data.compose("test", style, FEW, 1)) for style in ("colour", "emoji-noto"))
+    for first, second in zip(colour, noto, strict=True):
+        assert first.shown == second.shown
+        assert first.image.tobytes() != second.image.tobytes()
+        assert first.image.getpixel((0, 0)) == second.image.getpixel((0, 0))
+
+
+def test_the_folders_are_data_of_masks_and_of_captions(
+    folder: data.SceneData, tmp_path: Path
+) -> None:
+    with_paper = tmp_path / "classes.txt"
+    with_paper.write_text("\n".join([*data.scene_classes(), "paper"]), encoding="utf-8")
+    made = [(folder.train, data.compose("train", "colour", FEW, 0))]
+    made += [(path, data.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
+    for place, drawn in made:
+        composed = list(drawn)
+        closed, opened = (
+            load_masked(f"masks:{place}", classes=c) for c in (folder.classes, with_paper)
+        )
+        assert closed.classes == list(data.scene_classes()) and opened.classes == [
+            *closed.classes,
+            "paper",
+        ]
+        for scene, image, whole in zip(composed, closed.images, opened.images, strict=True):
+            assert Image.open(image.path).tobytes() == scene.image.tobytes()
+            np.testing.assert_array_equal(whole.mask(), scene.mask)
+            inside = scene.mask < len(closed.classes)
+            np.testing.assert_array_equal(image.mask() >= 0, inside)  # the paper is ignored
+            assert len(image.segments()) == len(scene.shown)
+        with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == FEW * data.CAPTIONS and all(
+            (place / row["image"]).is_file() for row in rows
+        )
+        for scene, row in zip(composed, rows[:: data.CAPTIONS], strict=True):
+            assert all(split_label(line)[0] in row["caption"] for line in scene.shown)
+    with folder.gallery.open(encoding="utf-8", newline="") as file:
+        gallery = list(csv.DictReader(file))
+    assert len(gallery) == FEW * len(folder.test)
+    assert all((folder.gallery.parent / row["image"]).is_file() for row in gallery)
+
+
+def test_captions_name_all_that_is_shown() -> None:
+    shown = ["home, house", "key", "search, magnifying glass, magnifier"]
+    seen = set()
+    for seed in range(20):
+        names, words = (
+            re.split(", | and ", caption.partition(" of ")[2])
+            for caption in data.captions(shown, random.Random(seed))
+        )
+        assert sorted(names) == ["home", "key", "search"] and len(words) == 3
+        assert all(any(word in line.split(", ") for word in words) for line in shown)
+        seen |= set(words)
+    assert seen == {word for line in shown for word in line.split(", ")}
+
+
+def test_open_clip_loads_the_base_in_fp32() -> None:
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{data.BASE}")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tuple(preprocess(Image.new("RGB", (96, 80))).shape) == (3, 48, 48)
+    assert sum(path.stat().st_size for path in data.BASE.iterdir()) < 20e6
+
+
+@pytest.mark.slow
+def test_zero_shot_is_far_above_chance(some: data.DemoData) -> None:
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{data.BASE}")
+    names = [split_label(line)[0] for line in read_label_file(data.CLASSES)]
+    files = [file for folder in some.test.values() for file in folder.rglob("*.png")]
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{data.BASE}")
+    tokens = tokenizer([f"a drawing of {name}" for name in names])
+    with torch.no_grad():
+        texts: torch.Tensor = model.encode_text(tokens, normalize=True)
+        images = torch.stack([preprocess(Image.open(file)) for file in files])
+        best = (model.eval().encode_image(images) @ texts.T).argmax(dim=1)
+    right = [names[index] == file.parent.name for index, file in zip(best, files, strict=True)]
+    assert len(files) > 100 and sum(right) / len(right) > 5 / len(names)

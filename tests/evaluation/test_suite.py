@@ -20,7 +20,7 @@ from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import ClassFigures, Results, table
 from radapter_serve.evaluation.run import evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
-from tests.evaluation.conftest import CLASSES
+from tests.evaluation.conftest import CLASSES, picture
 
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "recipes" / "suites"
@@ -39,8 +39,9 @@ def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> Non
 
 
 @pytest.mark.parametrize("file", sorted(SUITES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_ready_suites(file: Path) -> None:
-    suite = load_suite(file, "data")
+def test_ready_suites(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # which has no recipes
+    suite = load_suite(file.stem, "data")
     assert suite.name == file.stem
     readers = {
         "classification": ("imagefolder", "csv", "coop"),
@@ -287,10 +288,17 @@ def test_data_that_can_not_be_used(world: Path, tmp_path: Path, fields: str, mes
     assert message in str(error.value)
 
 
-def test_the_digest_tells_sets_apart_and_a_large_limit_takes_all(world: Path) -> None:
-    suite = load_suite(world / "suite.yaml", world)
-    plain = open_set(suite, suite.entries[0])
-    again = open_set(suite, suite.entries[0], limit=1000)
-    shifted = open_set(suite, suite.entries[1])
-    assert plain.set_digest == again.set_digest != shifted.set_digest
-    assert (len(plain), len(again), len(shifted)) == (24, 24, 12)
+def test_the_digest_tells_images_and_draws_apart_and_a_large_limit_takes_all(
+    world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "plain", tmp_path / "plain")
+    suite = dataclasses.replace(load_suite(world / "suite.yaml", world), data_root=tmp_path)
+    plain = suite.entries[0]
+    whole = open_set(suite, plain, limit=1000)
+    draws = [open_set(suite, plain, limit=5, seed=seed) for seed in (0, 0, 1)]
+    assert ([len(draw) for draw in draws], len(whole)) == ([5, 5, 5], 24)
+    digests = [data.set_digest for data in (whole, *draws)]
+    assert digests[1] == digests[2] and len(set(digests)) == 3
+    assert open_set(suite, plain).set_digest == digests[0]
+    picture(np.random.default_rng(1)).save(tmp_path / "plain" / "cat" / "0.png")
+    assert open_set(suite, plain).set_digest not in digests

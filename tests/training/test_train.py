@@ -1,30 +1,44 @@
 """Whole runs on a tiny model: they learn, stop and are resumed to the same result, and say what is
-wrong.
+wrong; with captions, with few shots, and of one tower alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
-from radapter_serve.adapter import attach, load_adapter
+from radapter_serve.adapter import attach, attach_adapter, fold, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.labelled import (
+    Labelled,
+    class_split,
+    few_shot,
+    load_labelled,
+)
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training import Recipe, choose_form, train
+from radapter_serve.training import Average, Recipe, choose_form, train
 from radapter_serve.training.setup import start_accelerator
+from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run
+from tests.helpers.small_models import make_base
+from tests.training.test_wiring import captioned
 
 
 @pytest.fixture
@@ -168,7 +182,6 @@ def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> N
         ("--architecture ViT-X-1", "unknown model 'ViT-X-1'"),
         ("--architecture ViT-B-32", "no weights for ViT-B-32"),
         ("--architecture local-dir:/nowhere", "is not a model folder"),
-        ("--alpha 1.5", "alpha is 1.5"),
         ("--resume", "--resume needs --out"),
         (f"--resume --out {tmp_path}/run", "no checkpoint"),
         ("--warmup-steps 8", "warmup_steps is 8"),
@@ -269,3 +282,246 @@ def test_few_images_are_one_batch_and_notes_come_before_the_first_step(
     words = ("a batch is 24 images", "momentum 0.99 keeps 3.0%", "step 1/3")
     places = [printed.index(word) for word in words]
     assert places == sorted(places)
+
+
+@pytest.fixture
+def unsaved(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
+    return short_run(
+        tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", save_every=None, tracker="none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_run_that_is_stopped_is_resumed_from_its_folder_alone(
+    unsaved: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    ending: type[BaseException],
+) -> None:
+    whole = load_adapter(train(unsaved))
+    cut = tmp_path / "cut"
+    update = Average.update
+
+    def send(self: Average) -> None:
+        if self.steps == 4:  # in the middle of the fifth step
+            os.kill(os.getpid(), number)
+        update(self)
+
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(ending) as error:
+            patch.setattr(Average, "update", send)
+            train(dataclasses.replace(unsaved, out=cut), progress=True)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ending is KeyboardInterrupt or error.value.code == 143  # type: ignore[attr-defined]
+    assert {path.name for path in cut.iterdir()} == {
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
+    assert len(rows(cut)) == 5
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "saved a checkpoint after step 5; continue with radapter-train --resume" in printed
+    assert main(["--resume", str(cut)]) == 0
+    resumed = load_adapter(cut)
+    assert len([row for row in rows(cut) if "loss" in row]) == 8
+    torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
+
+
+def test_the_other_ways_to_name_the_run(
+    unsaved: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(
+        "radapter_serve.training.start.train", lambda unsaved, **_: recipes.append(unsaved)
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(unsaved.to_dict()))
+    for arguments, workers in (
+        (["--resume", "--out", str(run)], 0),
+        ([f"--resume={run}"], 0),
+        (["--resume", str(run), "--workers", "1"], 1),
+    ):
+        assert main(arguments) == 0
+        expected = dataclasses.replace(unsaved, out=run, resume=True, workers=workers)
+        assert recipes.pop() == expected
+    assert main(["--resume", str(tmp_path / "none")]) == 2
+    assert "no run to resume" in capsys.readouterr().err
+    assert main(["--resume", "--data", "csv:t.csv"]) == 2
+    assert "--resume needs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_with_workers(
+    unsaved: Recipe, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    out = tmp_path / "group"
+    fields = {**unsaved.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5}
+    path.write_text(yaml.safe_dump(fields))
+    arguments = ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == status and "Traceback" not in errors, errors
+    assert (out / "checkpoint.pt").is_file()
+
+
+@pytest.fixture
+def with_captions(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
+    """16 images with 40 captions, as rows."""
+    data, _ = captioned(tmp_path / "data", 16, seed=1)
+    return short_run(tiny_clip_dir, tmp_path, task="retrieval", data=data, val_data=data)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"captions_per_image": 2, "accumulate": 2}, {"streaming": True}]
+)
+def test_a_killed_run_with_captions_resumes_to_the_same_result(
+    with_captions: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
+) -> None:
+    assert_resumes(dataclasses.replace(with_captions, val_data=None, **change), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("captions_per_image", [1, 2])
+def test_two_processes_take_captions_as_one_does(
+    with_captions: Recipe, tmp_path: Path, train_in_two_processes: Any, captions_per_image: int
+) -> None:
+    with_captions = dataclasses.replace(with_captions, captions_per_image=captions_per_image)
+    one = load_adapter(train(with_captions))
+    train_in_two_processes(with_captions, tmp_path / "two")
+    two = load_adapter(tmp_path / "two")
+    assert two.metadata.metrics == one.metadata.metrics
+    assert_same(two.tensors, one.tensors)
+
+
+def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "data" / "0.png").write_bytes(b"no image")
+    with (tmp_path / "data" / "rows.csv").open("a") as file:
+        file.write("1.png,\n")
+    with pytest.raises(RAdapterError, match=r"row 41 of .* has no text in 'caption'"):
+        train(with_captions)
+    out = train(
+        dataclasses.replace(with_captions, on_broken="skip", out=tmp_path / "skipped")
+    ).folder
+    broken = (out / "broken.txt").read_text()
+    assert "0.png can't be read: 8 bytes are not an image\n" in broken and "row 41 of" in broken
+    assert load_adapter(out).metadata.metrics  # the broken image is in the validation data too
+
+
+def test_images_in_another_folder(with_captions: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "data" / "rows.csv").rename(tmp_path / "rows.csv")
+    few: dict[str, Any] = {"val_data": None, "steps": 1, "warmup_steps": 0}
+    with_captions = dataclasses.replace(with_captions, data=f"csv:{tmp_path}/rows.csv", **few)
+    with pytest.raises(RAdapterError, match="can't be read"):
+        train(with_captions)
+    assert train(dataclasses.replace(with_captions, images=tmp_path / "data")).adapter.exists()
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Labelled:
+    """Five classes with 6, 6, 2, 6 and 6 rows, as names."""
+    sizes = {"a": 6, "b": 6, "c": 2, "d": 6, "e": 6}
+    rows = [(f"{name}{index}.png", name) for name, size in sizes.items() for index in range(size)]
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
+    return load_labelled(f"csv:{tmp_path}/t.csv")
+
+
+def drawn(data: Labelled) -> dict[str, set[str]]:
+    """The images of each class."""
+    images: dict[str, set[str]] = {}
+    for row in data.rows:
+        images.setdefault(data.classes[data.label(row)], set()).add(row["image"])
+    return images
+
+
+def test_shots_of_each_class_by_the_seed(labelled: Labelled, tmp_path: Path) -> None:
+    two = drawn(few_shot(labelled, 2, 1))
+    four = drawn(few_shot(labelled, 4, 1))
+    assert {name: len(images) for name, images in two.items()} == dict.fromkeys("abcde", 2)
+    assert [len(four[name]) for name in "abcde"] == [4, 4, 2, 4, 4]
+    assert all(image.startswith(name) for name, images in four.items() for image in images)
+    assert all(two[name] <= four[name] for name in two)
+    assert drawn(few_shot(labelled, 2, 1)) == two
+    draws = [drawn(few_shot(labelled, 2, seed)) for seed in (1, 2, 3)]
+    assert all(draws.count(draw) == 1 for draw in draws)
+    data = open_run(Recipe(data=f"csv:{tmp_path}/t.csv", shots=2, seed=3), images=False).data
+    assert isinstance(data, Labelled) and drawn(data) == draws[2]
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: bool) -> None:
+    if numbers:
+        table = pd.read_csv(tmp_path / "t.csv")
+        table["label"] = table["label"].map("abcde".index)
+        table.to_csv(tmp_path / "n.csv", index=False)
+        (tmp_path / "classes.txt").write_text("\n".join("abcde"))
+        labelled = load_labelled(f"csv:{tmp_path}/n.csv", classes=tmp_path / "classes.txt")
+    everything = drawn(labelled)
+    for half, names in (("base", "abc"), ("novel", "de")):
+        data = class_split(labelled, half)  # type: ignore[arg-type]
+        assert data.classes == list(names)
+        assert drawn(data) == {name: everything[name] for name in names}
+        assert drawn(few_shot(data, 1, 1)).keys() == set(names)
+    assert class_split(labelled, "all") is labelled
+
+
+@pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
+def test_without_text_adapters(
+    tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str
+) -> None:
+    fields: dict[str, Any] = {"adapt_text": False, "rank": rank, "form": form}
+    run = train(short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", **fields))
+    adapter = load_adapter(run)
+    assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys)
+    model: Any = load_base(tiny_clip_dir).model
+    state = model.state_dict()
+    folded = fold(state, adapter, 0.7)
+    changed = [name for name, value in state.items() if not torch.equal(folded[name], value)]
+    assert changed and all(name.startswith("visual.") for name in changed)
+    other: Any = load_base(tiny_clip_dir).model
+    attached = attach_adapter(other, adapter, 0.7)
+    assert all(name.startswith("visual.") for name in attached.named_tensors())
+    model.load_state_dict(folded)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        embeds = other.encode_image(pixels)
+        torch.testing.assert_close(embeds, model.encode_image(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_partial_adapts_the_text_tower_of_a_convolutional_clip(
+    images: Path, tmp_path: Path
+) -> None:
+    name = make_base("resnet", tmp_path / "base")
+    data = f"imagefolder:{images}"
+    with pytest.raises(RAdapterError, match=r"image tower .*ModifiedResNet.*--partial"):
+        train(short_run(name, tmp_path, data=data))
+    assert not (tmp_path / "run").exists()
+    adapter = load_adapter(train(short_run(name, tmp_path, data=data, steps=3, partial=True)))
+    assert {key.split(".")[0] for key in adapter.keys} == {"transformer"}
+    assert adapter.metadata.recipe["partial"] is True
