@@ -196,7 +196,7 @@ def test_any_bytes(place: Path, content: bytes) -> None:
 
 
 @given(header=st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON))
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_in_the_metadata(place: Path, header: dict[str, Any]) -> None:
     loads_or_is_refused_in_one_line(write(place, **header))
 
@@ -216,7 +216,7 @@ def test_any_text_in_the_metadata(place: Path, header: dict[str, str], deep: str
     header=JSON | st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRY, max_size=4),
     size=st.integers(0, 64),
 )
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_as_the_header(place: Path, header: Any, size: int) -> None:
     write_header(place, header, size)
     loads_or_is_refused_in_one_line(place)
