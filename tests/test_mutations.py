@@ -115,7 +115,6 @@ ROOMS = {
                 "examples",
                 "label_embeddings",
                 "segment",
-                "segmenter",
             )
         ),
         ("radapter_serve/tasks",),

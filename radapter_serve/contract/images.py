@@ -209,12 +209,14 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
             if image.info.get("progressive") or colours < image.layers:
                 pixel_bytes = max(PIXEL_BYTES, 4 + 2 * image.layers)
             max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
-            if data.count(_SCAN) > max_scans and (scans := count_scans(data)) > max_scans:
-                raise TaskError(
-                    IMAGE_TOO_LARGE,
-                    f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans} are"
-                    " allowed",
-                )
+            if data.count(_SCAN) > max_scans:
+                scans = sum(marker == _SCAN[1] for marker, _ in _markers(data))
+                if scans > max_scans:
+                    raise TaskError(
+                        IMAGE_TOO_LARGE,
+                        f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans}"
+                        " are allowed",
+                    )
         kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
         check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
     return ImageFile(data, width, height, pixels * pixel_bytes)
@@ -303,22 +305,16 @@ def check_pixels(width: int, height: int, limit: int, what: str) -> None:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG file, each with the position behind it; what belongs to a marker, such
-    as a preview in metadata, is passed over.
+    """The markers of a JPEG file up to its end, each with the position behind it; what belongs to a
+    marker, such as a preview in metadata, is passed over.
     """
     position = 2
     while match := _MARKER.search(data, position):
+        if match[0][1] == _END:
+            break
         position = match.end()
         yield match[0][1], position
         position += int.from_bytes(data[position : position + 2], "big")
-
-
-def count_scans(data: bytes) -> int:
-    """The scans of a JPEG file up to its end."""
-    markers = itertools.takewhile(
-        lambda marker: marker != _END, (each for each, _ in _markers(data))
-    )
-    return sum(marker == _SCAN[1] for marker in markers)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,6 @@ class _Caller:
     results: Sequence[Result] | None = None
     steps: list[Step] = field(default_factory=list)  # of the batch that its needs were in
 
-    @property
-    def rows(self) -> int:
-        return sum(len(need.rows) for need in self.needs)
-
 
 class Queue:
     """Encodes what waits as one batch, in the thread of one of its callers.
@@ -103,7 +99,7 @@ class Queue:
                 following: list[_Caller] = []
                 rows = 0
                 while self._waiting:
-                    rows += self._waiting[0].rows
+                    rows += sum(len(need.rows) for need in self._waiting[0].needs)
                     if following and rows > self._max_rows:
                         break
                     following.append(self._waiting.popleft())

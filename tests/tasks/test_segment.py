@@ -1,25 +1,405 @@
-"""The task `segment` in this process: what a request may hold, and whose labels it gets."""
+"""Segmentation in this process: against torch's interpolate, plain loops over windows, and masks
+known beforehand; and the task `segment`: what a request may hold, and whose labels it gets.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.functional import interpolate, pad
 
-from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.errors import Encode, TaskError
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop, Preprocess
 from radapter_serve.encoders.loaded import LoadedRelease, Need, complete, encode_together
 from radapter_serve.tasks import segment as module
-from radapter_serve.tasks.dense import SegmentOptions
+from radapter_serve.tasks.dense import (
+    PATCH_SCALE,
+    DenseSegmenter,
+    ScoredMask,
+    SegmentOptions,
+    encode_windows,
+    refine,
+    window_starts,
+)
 from radapter_serve.tasks.embed import Labels, embed_labels
-from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
-from tests.helpers.segmenting import Segmenter
+from radapter_serve.tasks.segment import LabelledMask, ProposalSegmenter, SegmentRequest, segment
 from tests.helpers.small_release import LABELS, Local, png, together
+
+SIZE = 32
+GRID = 4
+WIDTH = 6
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values / np.linalg.norm(values, axis=-1, keepdims=True), np.float32)
+
+
+def random_patches(pixels: np.ndarray) -> np.ndarray:
+    """Patches that depend on all of a window's pixels in an arbitrary way."""
+    means = pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4))
+    weight = np.random.default_rng(3).normal(size=(3, WIDTH))
+    return unit(np.sin(means @ weight) + 0.3 * np.sin(means.mean((1, 2), keepdims=True) @ weight))
+
+
+def colour_embeds(pixels: np.ndarray) -> np.ndarray:
+    """Mean colours about grey, of patches [B, g, g, 3] or of whole images [B, 3]."""
+    return unit(pixels.astype(np.float64) - 127.5 + 1e-3)
+
+
+def colour_patches(pixels: np.ndarray) -> np.ndarray:
+    return colour_embeds(
+        pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4))
+    )
+
+
+def colour_images(pixels: np.ndarray) -> np.ndarray:
+    return colour_embeds(pixels.mean((1, 2)))
+
+
+class Segmenter:
+    """By patches, and by masks that a request brings; with what a release would say."""
+
+    def __init__(
+        self,
+        patches: Encode = random_patches,
+        images: Encode = colour_images,
+        preprocess: Preprocess = Preprocess((SIZE, SIZE)),  # noqa: B008  # frozen
+        *,
+        crop: MaskCrop = MaskCrop(fill=(127, 128, 127)),  # noqa: B008  # grey to `colour_embeds`
+        scale: float = 10.0,
+        batch: int = 3,
+        bias: float | None = None,
+    ) -> None:
+        self._patches = patches
+        self._images = images
+        self._dense = DenseSegmenter(preprocess, batch, scale, bias)
+        self._proposals = ProposalSegmenter(preprocess, crop, scale, batch, bias)
+
+    def dense(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
+        return encode_windows(self._dense.segment(image, *arguments, **options), self._patches)
+
+    def from_proposals(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
+        windows = self._proposals.segment(image, *arguments, **options)
+        return encode_windows(windows, self._images)
+
+
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def embeds(count: int, seed: int = 1) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(count, WIDTH)))
+
+
+def reference(
+    picture: Image.Image, labels: np.ndarray, short_side: int, stride: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The working image's cosines [C, h, w], window by window with torch, as precise as `labels`,
+    and its pixels.
+    """
+    ratio = max(picture.size) / min(picture.size)
+    sides = [
+        short_side if side == min(picture.size) else int(short_side * ratio)
+        for side in picture.size
+    ]
+    working = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC).convert("RGB"))
+    height, width = working.shape[:2]
+    total = torch.zeros(len(labels), height, width, dtype=torch.from_numpy(labels).dtype)
+    count = torch.zeros(height, width)
+    top = 0
+    while True:
+        bottom = min(top + SIZE, height)
+        left = 0
+        while True:
+            right = min(left + SIZE, width)
+            window = slice(bottom - SIZE, bottom), slice(right - SIZE, right)
+            cosines = random_patches(working[window][None]) @ labels.T
+            maps = torch.from_numpy(cosines).permute(0, 3, 1, 2)
+            total[:, window[0], window[1]] += interpolate(
+                maps, (SIZE, SIZE), mode="bilinear", align_corners=False
+            )[0]
+            count[window] += 1
+            if right == width:
+                break
+            left += stride
+        if bottom == height:
+            break
+        top += stride
+    return total / count, working
+
+
+def check(picture, labels, options, *, short_side=None, stride=None, maps=None) -> None:
+    if maps is None:
+        maps, _ = reference(picture, labels, short_side or SIZE * 3 // 2, stride or SIZE // 2)
+    full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
+    probabilities = (PATCH_SCALE * full).softmax(0)
+    best, expected = (values.numpy() for values in probabilities.max(0))
+    found = Segmenter().dense(picture, labels, options)
+    assert found.mask.dtype == np.uint16
+    assert found.mask.shape == picture.size[::-1]
+    top_two = (
+        probabilities.topk(2, dim=0).values if len(labels) > 1 else torch.tensor([[1.0], [0.0]])
+    )
+    clear = (top_two[0] - top_two[1]).numpy() > 1e-4
+    if options.threshold is not None:
+        expected = np.where(best < options.threshold, len(labels), expected)
+        clear &= np.abs(best - options.threshold) > 1e-4
+    assert clear.mean() > 0.9 or clear.size < 10
+    np.testing.assert_array_equal(np.where(clear, found.mask, 0), np.where(clear, expected, 0))
+    for label, score in enumerate(found.scores):
+        values = best[found.mask == label]
+        if label == len(labels):
+            values = 1 - values
+        assert score == pytest.approx(values.mean() if values.size else 0, abs=1e-4)
+    assert len(found.scores) == len(labels) + (options.threshold is not None)
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "options"),
+    [
+        *(((width, height), 5, {}) for width, height in ((50, 70), (1, 1), (300, 9), (600, 500))),
+        *(((40, 30), count, {}) for count in (1, 3000)),
+        ((90, 71), 4, {"short_side": 45, "stride": 1}),
+        ((90, 71), 4, {"short_side": 100, "stride": 24}),
+        *(((90, 71), 6, {"threshold": threshold}) for threshold in (0.0, 0.3, 0.9)),
+    ],
+)
+def test_dense_is_a_loop_over_windows_with_torch(size, labels, options):
+    sizes = {name: options[name] for name in ("short_side", "stride") if name in options}
+    check(image(*size), embeds(labels), SegmentOptions(**options), **sizes)
+
+
+@pytest.mark.parametrize(("count", "bias"), [(10, -3.0), (30, None)])
+def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
+    picture = image(640, 480)
+    labels = embeds(count)
+    maps, _ = reference(picture, labels.astype(np.float64), SIZE * 3 // 2, SIZE // 2)
+    full = interpolate(maps[None], (480, 640), mode="bilinear", align_corners=False)[0]
+    scale = PATCH_SCALE if bias is None else 10.0
+    best, expected = full.max(0)
+    if bias is None:
+        probabilities = 1 / (scale * (full - best)).exp_().sum(0)
+    else:
+        probabilities = (scale * best + bias).sigmoid()
+    found = Segmenter(bias=bias).dense(picture, labels)
+    assert (found.mask != expected.numpy()).mean() <= 1e-5
+    for label in range(count):
+        own = probabilities[expected == label]
+        mean = float(own.mean()) if len(own) else 0.0
+        assert found.scores[label] == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_an_error(wrong):
+    def broken(pixels):
+        embeds = random_patches(pixels)
+        embeds[-1, ..., 0] = wrong
+        return embeds
+
+    made = Segmenter(broken, lambda pixels: np.full((len(pixels), 3), wrong, np.float32))
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
+        made.dense(image(40, 30), embeds(3))
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
+        made.from_proposals(image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8))
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda window: st.tuples(st.integers(window, 300), st.just(window), st.integers(1, window))
+    )
+)
+def test_windows_cover_every_pixel(case):
+    length, window, stride = case
+    starts = window_starts(length, window, stride)
+    covered = {pixel for start in starts for pixel in range(start, start + window)}
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts))
+    assert all(second - first <= stride for first, second in itertools.pairwise(starts))
+    assert len(starts) == -(-(length - window) // stride) + 1  # no window more than needed
+
+
+def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tensor:
+    """By unfolding neighbourhoods: maps [C, h, w]."""
+    colours = torch.from_numpy(pixels.copy()).permute(2, 0, 1).double() / 255
+
+    def around(values: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for dilation in (8, 16):
+            padded = pad(values[None], (dilation,) * 4, mode="replicate")
+            parts.append(
+                torch.nn.functional.unfold(padded, 3, dilation=dilation).reshape(
+                    len(values), 9, *values.shape[1:]
+                )
+            )
+        return torch.cat(parts, 1)
+
+    others = [index for index in range(18) if index % 9 != 4]
+    near = around(colours)
+    weights = -(near[:, others] - colours[:, None]).abs() / (1e-8 + 0.1 * near.std(1, keepdim=True))
+    weights = weights.mean(0).softmax(0)
+    for _ in range(steps):
+        maps = (around(maps)[:, others] * weights).sum(1)
+    return maps
+
+
+def test_refining_is_pamr():
+    picture = image(90, 71)
+    maps, working = reference(picture, embeds(20), 48, 16)
+    expected = torch_pamr(maps.double(), working, 3)
+    found = maps.numpy().copy()
+    refine(found, working, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    check(picture, embeds(20), SegmentOptions(refine=3), maps=expected.float())
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def colour_labels() -> np.ndarray:
+    return colour_embeds(np.array(list(COLOURS.values())))
+
+
+def test_the_mask_of_coloured_quarters():
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    truth = np.zeros((48, 64), int)
+    for index, (colour, where) in enumerate(
+        zip(COLOURS.values(), np.ndindex(2, 2), strict=True)  # quarters of 24 x 32 pixels
+    ):
+        quarter = slice(24 * where[0], 24 * where[0] + 24), slice(32 * where[1], 32 * where[1] + 32)
+        pixels[quarter] = colour
+        truth[quarter] = index
+    picture = Image.fromarray(pixels)
+    found = Segmenter(colour_patches).dense(picture, colour_labels(), SegmentOptions(stride=8))
+    border = np.zeros_like(truth, bool)
+    # half a patch
+    border[20:28] = True
+    border[:, 28:36] = True
+    np.testing.assert_array_equal(found.mask[~border], truth[~border])
+    assert (found.scores > 0.9).all()
+
+    masks = np.stack([np.where(truth == index, 255, 0) for index in range(4)]).astype(np.uint8)
+    found = Segmenter().from_proposals(picture, colour_labels(), masks)
+    np.testing.assert_array_equal(found.mask, truth)
+
+
+@pytest.mark.parametrize("mode", ["LA", "P", "1", "CMYK"])
+def test_images_of_any_mode(mode):
+    picture = image(40, 30).convert(mode)
+    assert Segmenter().dense(picture, embeds(3)).mask.shape == (30, 40)
+    masks = np.full((1, 30, 40), 255, np.uint8)
+    assert (Segmenter().from_proposals(picture, colour_labels(), masks).mask < 4).all()
+
+
+# OVSeg
+
+
+def test_proposals_are_fused_as_computed_by_hand():
+    """Two masks that overlap in the middle pixel of three, one of them half sure of itself."""
+    masks = np.array([[[255, 255, 0]], [[0, 153, 204]]], np.uint8)
+    scores = np.array([[0.8, 0.1], [0.2, 0.6]], np.float32)
+    clip = iter([np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)])
+    labels = np.eye(2, dtype=np.float32)
+    made = Segmenter(images=lambda pixels: next(clip), scale=2.0)
+    found = made.from_proposals(
+        image(3, 1), labels, masks, scores, SegmentOptions(proposal_weight=0.25, threshold=0.1)
+    )
+    first = np.exp([1.2, 1.6]) / np.exp([1.2, 1.6]).sum()
+    second = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum()
+    p = scores.astype(float) ** 0.75 * np.array([first, second]) ** 0.25
+    pixels = np.array([p[0], (p[0] + 0.6 * p[1]) / 1.6, 0.8 * p[1]])
+    np.testing.assert_array_equal(found.mask, [pixels.argmax(1)])
+    assert found.mask.tolist() == [[0, 0, 1]]
+    np.testing.assert_allclose(found.scores, [pixels[:2, 0].mean(), pixels[2, 1], 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [None, np.ones((2, 3), np.float32)])
+def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine(scores):
+    """In float32 a sigmoid is 1 for all logits above 17."""
+    masks = np.array([[[255, 255, 0]], [[0, 255, 204]]], np.uint8)
+    cosines = np.array([[0.7, 0.6, -1.0], [0.6, 0.75, -1.0]], np.float32)
+    made = Segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
+    found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks, scores)
+    assert found.mask.tolist() == [[0, 1, 1]]
+
+
+def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:10] = (255, 0, 0)
+    pixels[10:, :10] = (0, 0, 255)
+    pixels[10:, 10:] = (255, 255, 255)
+    masks = np.zeros((4, 20, 20), np.uint8)
+    # the third is empty
+    masks[0, 10:, 10:] = 255
+    masks[1, 10:, :10] = 200
+    masks[3, :10] = 103
+    found = Segmenter(scale=100).from_proposals(
+        Image.fromarray(pixels), colour_labels(), masks, options=SegmentOptions(threshold=0.5)
+    )
+    expected = np.full((20, 20), 4)
+    expected[10:, 10:] = 3
+    expected[10:, :10] = 2
+    np.testing.assert_array_equal(found.mask, expected)  # a mask of 0.4 is below the threshold
+    assert found.scores[4] == pytest.approx(1 - 103 / 255, abs=1e-3)
+
+
+# what is refused
+
+
+FULL = np.full((2, 6, 8), 255, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("masks", "scores", "message"),
+    [
+        (FULL[:0], None, r"proposals are uint8 \[0, 6, 8\]; for this image: uint8 \[N, 6, 8\]"),
+        (FULL.transpose(0, 2, 1), None, r"proposals are uint8 \[2, 8, 6\]"),
+        (FULL[0], None, r"proposals are uint8 \[6, 8\]"),
+        (FULL.astype(np.float32), None, r"proposals are float32 \[2, 6, 8\]"),
+        (FULL // 255, None, r"no value of the proposals is above 1; send .*255 inside"),
+        (FULL * 0 + 102, None, r"all 2 proposals are empty: no value is above 102"),
+        (FULL, np.ones((2, 3)), r"shape \[2, 3\]; \[2, 4\] is needed"),
+        (FULL, np.full((2, 4), 1.1), r"proposal_scores hold a value outside 0 to 1"),
+        (FULL, np.full((2, 4), np.nan), r"proposal_scores hold a value outside 0 to 1"),
+    ],
+)
+def test_proposals_that_do_not_fit(masks, scores, message):
+    with pytest.raises(TaskError, match=message) as error:
+        Segmenter().from_proposals(image(8, 6), colour_labels(), masks, scores)
+    assert error.value.code == "invalid_argument"
+
+
+def test_memory_is_bounded():
+    """Cosines of all pixels and labels would take 576 MB."""
+    picture = image(1200, 800)
+    masks = np.zeros((4, 800, 1200), np.uint8)
+    masks[:, 200:500, 100:900] = 255
+    labels = unit(np.random.default_rng(0).normal(size=(150, 3)))
+    for run in (
+        lambda: Segmenter(colour_patches).dense(picture, labels, SegmentOptions(threshold=0.1)),
+        lambda: Segmenter().from_proposals(picture, labels, masks),
+    ):
+        tracemalloc.start()
+        found = run()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found.mask.shape == (800, 1200)
+        assert peak < 100_000_000
+
+
+# The task
+
 
 NAMES = ["cat, kitty", "dog", "bird"]
 CATS = Labels(NAMES)
@@ -29,15 +409,15 @@ def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: A
     return complete(segment(loaded, SegmentRequest(image, labels, **options)))
 
 
-def segmenter(local: Local) -> Segmenter:
+def of(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter(local.patches, local.images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
+    return Segmenter(local.patches, local.images, Preprocess((16, 16)), crop=MaskCrop(), batch=64)
 
 
 def test_labels_of_the_request(local: Local) -> None:
     image = Image.open(io.BytesIO(png(3)))
     label_set = complete(embed_labels(local.loaded, NAMES, ["a photo of a {}."]))
-    expected = segmenter(local).dense(image, label_set.embeds)
+    expected = of(local).dense(image, label_set.embeds)
     found = ask(local.loaded, png(3))
     assert found.labels == ("cat", "dog", "bird")
     np.testing.assert_array_equal(found.mask, expected.mask)
@@ -45,7 +425,7 @@ def test_labels_of_the_request(local: Local) -> None:
 
     templates = ["one {}", "two {}"]
     label_set = complete(embed_labels(local.loaded, NAMES, templates))
-    expected = segmenter(local).dense(image, label_set.embeds, SegmentOptions(20, 5, 2, 0.5))
+    expected = of(local).dense(image, label_set.embeds, SegmentOptions(20, 5, 2, 0.5))
     given = {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5}
     found = ask(local.loaded, png(3), Labels(NAMES, templates=templates), **given)
     assert found.labels == ("cat", "dog", "bird", "background")
@@ -59,7 +439,7 @@ def test_a_label_set_and_proposals(local: Local) -> None:
     masks[1, 8:] = 180
     scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
     label_set = complete(embed_labels(local.loaded, LABELS, ["a {}"]))
-    expected = segmenter(local).from_proposals(
+    expected = of(local).from_proposals(
         Image.open(io.BytesIO(png(3))),
         label_set.embeds,
         masks,
