@@ -1,7 +1,7 @@
 """Robust fine-tuning of CLIP with R-Adapter, from training to a served model.
 
-The names below load on first use, with the extra that each needs, so that whoever imports
-the rooms below without torch stays free of it.
+The names below load on first use, with the extra that each needs: an import of the package alone
+brings no torch.
 """
 
 from __future__ import annotations

@@ -51,10 +51,10 @@ def extra_of(module: str, first: str | None = None) -> str:
             packages.setdefault(extra[1], set()).add(re.sub(r"[._-]+", "-", name[0]).lower())
     top = module.partition(".")[0]
     wanted = _PACKAGES.get(top, top.replace("_", "-").lower())
-    found = [extra for extra, names in packages.items() if wanted in names]
-    if first in found:
+    extras = [extra for extra, names in packages.items() if wanted in names]
+    if first in extras:
         return str(first)
-    return min(found, key=lambda extra: (len(packages[extra]), extra), default="all")
+    return min(extras, key=lambda extra: (len(packages[extra]), extra), default="all")
 
 
 def install_command(extra: str) -> str:
@@ -134,7 +134,7 @@ def one_line(extra: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:  # is for whoever prints
+    except BrokenPipeError:  # is for the caller, who prints
         raise
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radapter"):

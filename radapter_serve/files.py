@@ -161,7 +161,7 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
     """Atomic folder: yields a temporary folder that takes the place of `folder` on success.
 
     A failure leaves what was there before, and the next call removes what a killed one left.
-    Whoever looks finds one of the two folders; only a disk that can't exchange folders has a moment
+    Readers find one of the two folders; only a disk that can't exchange folders has a moment
     without any. A second writer at the same time is refused with an `RAdapterError`, in which
     `writer` is the name of the command.
     """

@@ -128,8 +128,10 @@ def environment(threads: int) -> dict[str, str]:
     """Variables for the processes of a server: the cores are for the encoders, which do not use
     OpenMP.
     """
-    own = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return {THREADS: str(threads), **own}
+    variables = {THREADS: str(threads)}
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        variables[name] = os.environ.get(name, "1")
+    return variables
 
 
 def limit_threads(threads: int | None) -> None:

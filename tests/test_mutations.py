@@ -112,7 +112,6 @@ ROOMS = {
             f"tests/tasks/test_{name}.py"
             for name in (
                 "classify",
-                "examples",
                 "label_embeddings",
                 "segment",
             )

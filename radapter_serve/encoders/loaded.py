@@ -2,8 +2,8 @@
 how the rows that several tasks need are encoded together.
 
 A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So it
-reads from top to bottom, knows nothing of other requests, and whoever serves it encodes its rows
-with those of everyone who waits.
+reads from top to bottom, and knows nothing of other requests; the server encodes its rows with
+those of all that wait.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TensorRT engines of a model repository: a `model.plan` for the `model.onnx` of each encoder and
 release, and `model.plan.json`, a sidecar with the facts of how it was built.
 
-An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar tells of a
+An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar shows a
 mismatch before a server starts. It is written last, so an engine without it is not finished.
 """
 

@@ -1,20 +1,25 @@
-"""The task `retrieve` without a server: names, indexes that come, change and go, and what is
-computed when.
+"""The task `retrieve` without a server: indexes that come, change and go; and queries of several
+parts, pages and a least score, against numpy.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
     INDEX_MISMATCH,
+    INDEX_REPLACED,
     INVALID_ARGUMENT,
+    NOT_CALIBRATED,
     UNKNOWN_INDEX,
     TaskError,
 )
@@ -23,7 +28,7 @@ from radapter_serve.index import index as opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import Indexes, open_index
-from radapter_serve.tasks.retrieve import Query, RetrieveRequest, retrieve
+from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest, retrieve
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
@@ -197,3 +202,178 @@ def test_indexes_are_opened_before_the_first_search(
     assert len(search.ids(RetrieveRequest("photos", A))) == 4
     with pytest.raises(TaskError, match="'broken' can't be opened"):
         search(RetrieveRequest("broken", A))
+
+
+ODD = ["it's.png", 'quo"te.png', "Ünï 猫.png", "100%_.png", "back\\slash.png"]
+
+
+@dataclass(frozen=True)
+class World:
+    """An index of 45 images, of which ten are alike and five have names that need care."""
+
+    folder: Path
+    files: list[Path]  # in the order of their ids
+    embeds: NDArray[np.float32]  # of the images, [45, D]
+    search: Searching
+
+    @property
+    def ids(self) -> list[str]:
+        return [file.name for file in self.files]
+
+    def find(self, query: Query, **options: Any) -> tuple[list[str], list[float]]:
+        hits = self.search(RetrieveRequest("photos", query, **options)).hits
+        return [hit.id for hit in hits], [hit.score for hit in hits]
+
+    def best(self, query: NDArray[np.floating[Any]]) -> list[int]:
+        """By numpy: all images, the best first, equals by their ids."""
+        scores = (self.embeds * query.astype(np.float32)).sum(axis=1)
+        return sorted(range(len(self.ids)), key=lambda row: (-scores[row], self.ids[row]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("search")
+    for number in range(40):
+        # Ten have the same pixels.
+        write(folder / "photos" / f"{number:02}.png", min(number, 30))
+    for number, name in enumerate(ODD):
+        write(folder / "photos" / name, 50 + number)
+    build(str(folder / "photos"), folder / "indexes" / "photos", projecting())
+    files = sorted((folder / "photos").iterdir(), key=lambda file: file.name)
+    search = Searching.of(projecting(folder / "indexes"))
+    return World(folder / "indexes", files, embeds_of(files), search)
+
+
+def unit(weights: Sequence[float], vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    total = np.einsum("n,nd->d", np.array(weights, np.float64), np.array(vectors, np.float64))
+    return np.asarray(total / np.sqrt((total**2).sum()))
+
+
+@pytest.mark.parametrize("weights", [None, (1, 1, 1, 1), (0.5, -0.25, 2, 0), (3e38, 1, -3e38, 7)])
+def test_a_query_of_several_parts_is_numpys_sum(
+    world: World, weights: tuple[float, ...] | None
+) -> None:
+    image = world.files[5].read_bytes()
+    query = Query(["1", "2"], [image], [world.ids[9]], weights)
+    ids, scores = world.find(query, top_k=45)
+    parts = [TEXTS[1], TEXTS[2], world.embeds[5], world.embeds[9]]
+    expected = unit(weights or [1, 1, 1, 1], parts)
+    np.testing.assert_allclose(sorted(scores, reverse=True), scores)
+    np.testing.assert_allclose(
+        scores, np.sort(world.embeds @ expected)[::-1], atol=1e-6, err_msg=str(ids)
+    )
+    found = dict(zip(ids, scores, strict=True))
+    np.testing.assert_allclose([found[id] for id in world.ids], world.embeds @ expected, atol=1e-6)
+
+
+def test_an_image_of_the_index_asks_by_its_id(world: World) -> None:
+    for name in (*ODD, "07.png"):
+        row = world.ids.index(name)
+        ids, scores = world.find(Query(ids=[name]), top_k=45)
+        assert ids == [world.ids[other] for other in world.best(world.embeds[row])]
+        assert ids[0] == name
+        assert scores[0] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_least_score_leaves_out_what_is_below_it(world: World) -> None:
+    all_ids, scores = world.find(Query(["3"]), top_k=45)
+    for least in (-1.0, 0.0, scores[4], np.nextafter(np.float32(scores[4]), np.float32(2)), 1.0):
+        kept = [id for id, score in zip(all_ids, scores, strict=True) if score >= least]
+        value = np.float32(least)
+        assert world.find(Query(["3"]), top_k=45, min_score=value)[0] == kept
+        assert world.find(Query(["3"]), top_k=3, min_score=value)[0] == kept[:3]
+        assert world.find(Query(["3"]), top_k=3, min_score=value, offset=len(kept))[0] == []
+        page = world.find(Query(["3"]), top_k=3, min_score=value, offset=min(2, len(kept)))
+        assert page[0] == kept[2:5]
+
+
+def test_a_page_of_another_version_is_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder, tmp_path / "indexes")
+    (tmp_path / "photos").mkdir()
+    for file in world.files[:20]:
+        shutil.copy(file, tmp_path / "photos")
+    search = Searching.of(projecting(tmp_path / "indexes"))
+    request = RetrieveRequest("photos", Query(["1"]), top_k=5, offset=0)
+    version = search(request).index_version
+    following = replace(request, offset=5, index_version=version)
+    assert len(search.ids(following)) == 5
+    build(str(tmp_path / "photos"), tmp_path / "indexes" / "photos", projecting())
+    with pytest.raises(TaskError, match=r"'photos' has another version.*offset 0") as caught:
+        search(following)
+    assert caught.value.code == INDEX_REPLACED
+    assert "\n" not in str(caught.value)
+    assert search(request).index_version != version
+
+
+def calibrated(world: World, *, alpha: float = 0.5, **confidence: Any) -> Searching:
+    """The task of a release that was fitted to validation data."""
+    fitted: dict[str, Any] = dict.fromkeys(("scale", "bias", "ece_before", "label_ece"), 0.0)
+    fitted |= {"dataset": "photos", "n": 100, "classes": 2, **confidence}
+    own = projecting(world.folder, alpha=alpha, dynamic_alpha=True, confidence=fitted)
+    return Searching.of(own)
+
+
+def test_the_calibrated_least_score_is_the_releases(world: World) -> None:
+    _, scores = world.find(Query(["3"]), top_k=45)
+    search = calibrated(world, min_score=scores[6])
+    request = RetrieveRequest("photos", Query(["3"]), top_k=45, calibrated=True)
+    assert [hit.score for hit in search(request).hits] == scores[:7]
+    for query in (
+        Query(["1", "2"]),
+        Query(["1"], weights=[-1]),
+        Query(ids=["00.png"]),
+        Query(images=[world.files[0].read_bytes()]),
+    ):
+        with pytest.raises(TaskError, match="calibrated is for a search by one text; give a numb"):
+            replace(request, query=query)
+    with pytest.raises(TaskError, match="give min_score or calibrated, not both"):
+        replace(request, min_score=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "message"),
+    [
+        (None, "no calibrated scores; .*radapter-export --validation DATA"),
+        ({}, "no calibrated least score; .*radapter-export --validation DATA"),
+        ({"alpha": 0.25, "min_score": 0.5}, r"calibrated at alpha 0\.25, not at 0\.5"),
+    ],
+)
+def test_without_a_calibrated_least_score_the_command_is_named(
+    world: World, fitted: dict[str, Any] | None, message: str
+) -> None:
+    """A release without validation data, one of an earlier export, and one of another alpha."""
+    search = world.search if fitted is None else calibrated(world, **fitted)
+    with pytest.raises(TaskError, match=message) as caught:
+        search(RetrieveRequest("photos", Query(["3"]), calibrated=True))
+    assert caught.value.code == NOT_CALIBRATED
+    assert "\n" not in str(caught.value)
+
+
+NAN = float("nan")
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "why"),
+    [
+        (Query(), {}, "nothing to search for"),
+        (Query(["1"] * (MAX_PARTS + 1)), {}, "17 texts, images and ids; at most 16"),
+        (Query(["1"], weights=[1, 2]), {}, "2 weights for 1 texts"),
+        (Query(["1", "2"], weights=[1, NAN]), {}, "a weight is nan; allowed are finite"),
+        (Query(["1", "2"], weights=[INFINITE, 1]), {}, "a weight is inf; allowed are finite"),
+        (Query(["1", "1"], weights=[1, -0.9999]), {}, "cancel to nothing"),
+        (Query(["1"], weights=[0]), {}, "the weights 0 cancel to nothing"),
+        (Query(ids=["none.png"]), {}, "the index 'photos' has no image 'none.png'"),
+        (Query(ids=["x" * 10_001]), {}, "a name of an image of 10001 characters"),
+        (A, {"offset": -1}, "offset is -1; allowed are whole numbers from 0 to 1000"),
+        (A, {"offset": 46}, "offset is 46, past the end; this search finds 45 images"),
+        (A, {"offset": 9, "where": "path < '05'"}, "offset is 9, past the end.* 5 images"),
+        (A, {"min_score": NAN}, "min_score is nan; allowed are numbers from -1 to 1"),
+        (A, {"min_score": 1.5}, "min_score is 1.5; allowed"),
+    ],
+)
+def test_bad_queries(world: World, query: Query, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(TaskError, match=why) as caught:
+        world.find(query, **options)
+    assert caught.value.code == INVALID_ARGUMENT
+    assert "\n" not in str(caught.value)

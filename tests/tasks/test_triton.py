@@ -5,7 +5,6 @@ all answers are those of the engine, tests/engine/test_as_served.py shows.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import os
 import re
@@ -221,14 +220,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until_dead(server: TritonServer) -> None:
-    """Ends by what `check` raises."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        server.check()
-        time.sleep(0.1)
-
-
 def one_release(repository: Path, folder: Path) -> Path:
     for name in ("image_encoder", "embed_image"):
         shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("1"))
@@ -292,23 +283,6 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
         pids = [server.pid, *processes_of(server.pid)]
         assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
     assert not (tmp_path / "evil").exists()
-
-
-def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
-    repository, tmp_path
-):
-    """A fault of tritonserver 2.51; where a newer one answers, this test and the warnings in the
-    docs can go.
-    """
-    ended = http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError
-    with running(one_release(repository, tmp_path / "repository")) as server:
-        with pytest.raises(ended):
-            urllib.request.urlopen(f"{server.http_url}/v2/any", b" " * (5 << 20), timeout=30)
-        with pytest.raises(
-            RAdapterError,
-            match="segmentation fault.*Content-Type: application/json.*radapter-serve",
-        ):
-            until_dead(server)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
