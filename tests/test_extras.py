@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -91,10 +92,17 @@ def brought() -> dict[str, set[str]]:
     return {extra: set(packages(extra)) for extra in written}
 
 
-def trees() -> Iterator[ast.Module]:
-    for folder in ("radapter_serve", "export", "clients"):
-        for path in (ROOT / folder).rglob("*.py"):
-            yield ast.parse(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def installed() -> Mapping[str, list[str]]:
+    """The packages that bring a module; to read them takes seconds."""
+    return packages_distributions()
+
+
+@functools.cache
+def trees() -> list[ast.Module]:
+    folders = ("radapter_serve", "export", "clients")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def imported() -> set[str]:
@@ -108,8 +116,9 @@ def imported() -> set[str]:
     return found
 
 
-def test_the_smallest_extra_that_brings_a_library_is_named(brought: dict[str, set[str]]) -> None:
-    installed = packages_distributions()
+def test_the_smallest_extra_that_brings_a_library_is_named(
+    brought: dict[str, set[str]], installed: Mapping[str, list[str]]
+) -> None:
     seen = set()
     for module in imported() & set(installed):
         packages = {normal(name) for name in installed[module]}
@@ -129,9 +138,8 @@ def test_the_smallest_extra_that_brings_a_library_is_named(brought: dict[str, se
 
 
 def test_where_a_library_is_looked_for_an_extra_that_brings_it_is_named(
-    brought: dict[str, set[str]],
+    brought: dict[str, set[str]], installed: Mapping[str, list[str]]
 ) -> None:
-    installed = packages_distributions()
     count = 0
     for node in (node for tree in trees() for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_installed":

@@ -22,6 +22,7 @@ from radapter_serve.errors import RAdapterError, reason
 # Long words are rare and could fill the memory.
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
+Rows = Callable[[Sequence[str]], list[list[int]]]  # cleaned texts to token ids
 
 
 class Tokenizer:
@@ -33,7 +34,8 @@ class Tokenizer:
     """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
-        if spec["kind"] not in ("clip", "hf"):
+        kinds = {"clip": _clip_rows, "hf": _hugging_face_rows}
+        if spec["kind"] not in kinds:
             raise RAdapterError(
                 f"tokenizer kind {spec['kind']!r} is unknown; this version knows clip and hf"
             )
@@ -41,9 +43,7 @@ class Tokenizer:
         self.dynamic_length = bool(spec.get("dynamic_length", False))
         self._pad = int(spec["pad"])
         self._clean = _CLEAN[spec.get("clean", "lower")]
-        self._rows = (
-            _ClipRows(core, spec) if spec["kind"] == "clip" else _HuggingFaceRows(core, spec)
-        )
+        self._rows = kinds[spec["kind"]](core, spec)
 
     @classmethod
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
@@ -78,64 +78,58 @@ class Tokenizer:
         return tokens
 
 
-class _ClipRows:
+def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     """open_clip's `SimpleTokenizer`: its own split into words by `regex`, then byte-level BPE word
     by word.
     """
+    added = sorted(core.get_added_tokens_decoder().items())
+    special = {token.content: index for index, token in added}
+    # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other
+    # Unicode versions.
+    pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    words = regex.compile(pattern, regex.IGNORECASE).findall
+    start = int(spec["start"])
+    end = int(spec["end"])
+    context_length = int(spec["context_length"])
+    alphabet = bytes_to_unicode()
 
-    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
-        added = sorted(core.get_added_tokens_decoder().items())
-        special = {token.content: index for index, token in added}
-        # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other
-        # Unicode versions.
-        pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-        self._words = regex.compile(pattern, regex.IGNORECASE).findall
-        self._start = int(spec["start"])
-        self._end = int(spec["end"])
-        self._context_length = int(spec["context_length"])
-        alphabet = bytes_to_unicode()
+    def word_ids(word: str) -> tuple[int, ...]:
+        if word in special:
+            return (special[word],)
+        shown = "".join(alphabet[byte] for byte in word.encode())
+        return tuple(token.id for token in core.model.tokenize(shown))
 
-        def word_ids(word: str) -> tuple[int, ...]:
-            if word in special:
-                return (special[word],)
-            return tuple(
-                token.id
-                for token in core.model.tokenize("".join(alphabet[byte] for byte in word.encode()))
-            )
+    cached_ids = lru_cache(_CACHED_WORDS)(word_ids)
 
-        self._word_ids = word_ids
-        self._cached_ids = lru_cache(_CACHED_WORDS)(word_ids)
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
         rows = []
         for text in texts:
-            row = [self._start]
-            for word in self._words(text):
-                word_ids = self._cached_ids if len(word) <= _CACHED_LENGTH else self._word_ids
-                row.extend(word_ids(word))
-                if len(row) >= self._context_length:
+            row = [start]
+            for word in words(text):
+                row.extend(cached_ids(word) if len(word) <= _CACHED_LENGTH else word_ids(word))
+                if len(row) >= context_length:
                     break
-            rows.append([*row[: self._context_length - 1], self._end])
+            rows.append([*row[: context_length - 1], end])
         return rows
 
+    return encode
 
-class _HuggingFaceRows:
+
+def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     """open_clip's `HFTokenizer`: everything as the file says, special tokens and truncation
     included.
     """
+    core.no_padding()
+    core.enable_truncation(int(spec["context_length"]))
+    strip = spec.get("strip")  # in whose place open_clip's strip_sep_token puts 0
 
-    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
-        core.no_padding()
-        core.enable_truncation(int(spec["context_length"]))
-        self._core = core
-        # open_clip's strip_sep_token puts 0 in its place
-        self._strip: int | None = spec.get("strip")
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = [encoding.ids for encoding in self._core.encode_batch(list(texts))]
-        if self._strip is None:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        rows = [encoding.ids for encoding in core.encode_batch(list(texts))]
+        if strip is None:
             return rows
-        return [[0 if token == self._strip else token for token in row] for row in rows]
+        return [[0 if token == strip else token for token in row] for row in rows]
+
+    return encode
 
 
 def bytes_to_unicode() -> dict[int, str]:

@@ -56,8 +56,7 @@ class Gpu:
 
 def find_gpu() -> Gpu:
     """The GPU of this machine; raises a `RAdapterError` where there is no driver or no GPU."""
-    driver = _load()
-    device = _first(driver)
+    driver, device = _open()
     name = ctypes.create_string_buffer(256)
     major = ctypes.c_int()
     minor = ctypes.c_int()
@@ -71,8 +70,7 @@ class Stream:
     """A stream of the GPU (its `handle` is a CUstream, an integer) and memory, freed on exit."""
 
     def __init__(self) -> None:
-        self._driver = _load()
-        self._device = _first(self._driver)
+        self._driver, self._device = _open()
         self._memory: list[int] = []
         # The device's primary context, which is that of the CUDA runtime too, and so TensorRT's.
         context = ctypes.c_void_p()
@@ -128,7 +126,8 @@ class Stream:
         _check(self._driver, "cuStreamSynchronize", stream)
 
 
-def _load() -> ctypes.CDLL:
+def _open() -> tuple[ctypes.CDLL, ctypes.c_int]:
+    """The driver, and the first GPU that it shows."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -137,10 +136,6 @@ def _load() -> ctypes.CDLL:
         ) from None
     if status := driver.cuInit(ctypes.c_uint(0)):
         raise RAdapterError(f"no GPU: the NVIDIA driver says {_error(driver, status)}; {_INSTEAD}")
-    return driver
-
-
-def _first(driver: ctypes.CDLL) -> ctypes.c_int:
     count = ctypes.c_int()
     device = ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))
@@ -149,7 +144,7 @@ def _first(driver: ctypes.CDLL) -> ctypes.c_int:
             f"no GPU: the NVIDIA driver shows none (CUDA_VISIBLE_DEVICES?); {_INSTEAD}"
         )
     _check(driver, "cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
-    return device
+    return driver, device
 
 
 def _check(driver: ctypes.CDLL, function: str, *arguments: Any) -> None:

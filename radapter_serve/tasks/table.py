@@ -176,10 +176,6 @@ def _text(value: Any) -> str:
         raise invalid(f"a text is not UTF-8 ({error})") from None
 
 
-def _bytes_of(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else bytes(value)
-
-
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
@@ -230,7 +226,7 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
     if not (images is places is weights is None):
         if images is None or places is None:
             raise invalid("examples and example_labels belong together, and example_weight to them")
-        encoded = tuple(map(_bytes_of, images))
+        encoded = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
         shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
         examples = Examples(encoded, tuple(places), shares)
     return ClassifyRequest(values.pop("image"), labels, examples=examples, **values)
