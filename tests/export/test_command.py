@@ -112,7 +112,6 @@ def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
         ("--precision bf16", "cannot compute in bf16 on a CPU; add --runtime openvino"),
         ("--precision int8 --calibration none", "none is no folder"),
         ("--max-drop -1", "max_drop is -1.0; allowed: points from 0 to 100"),
-        ("--max-batch-size 0", "max_batch_size is 0; allowed: 1 or more"),
         ("--merged runs", "runs holds"),
         ("--model-repository animals.txt", "animals.txt is a file"),
     ],

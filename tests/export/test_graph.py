@@ -207,14 +207,6 @@ def references(adapter_path: Path, inputs: Inputs, tiny_clip_dir: str) -> dict[s
     return references_of(base, inputs, "naclip")
 
 
-def test_samples_have_several_batches_and_lengths(inputs: Inputs) -> None:
-    assert [len(tokens) for tokens in inputs.tokens] == [1, 2, 7]
-    assert inputs.tokens[0].shape[1] < 77  # cropped
-    assert inputs.tokens[1].shape[1] == inputs.tokens[2].shape[1] == 77
-    for served, full in zip(inputs.tokens, inputs.full_tokens, strict=True):
-        np.testing.assert_array_equal(served, full[:, : served.shape[1]])
-
-
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_folded_graph_agrees_with_attached_adapters_and_another_alpha_does_not(
     name: str, exported: Exported, inputs: Inputs, references: dict[str, list[Array]]
