@@ -51,7 +51,9 @@ class HttpTransport:
 
     def send(self, request: Request, timeout: float) -> Any:
         body, headers = encode(request) if request.action == "infer" else (None, {})
-        response = self._request(target(request), body, headers, timeout)
+        version = f"/versions/{request.version}" if request.version else ""
+        path = f"/v2/models/{quote(request.model)}{version}/{request.action}"
+        response = self._request(path, body, headers, timeout)
         return answer(request, response.status, response.data, response.headers, str(self._url))
 
     def live(self, timeout: float) -> int:
@@ -113,12 +115,6 @@ class AsyncHttpTransport:
     async def close(self) -> None:
         self._http.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def target(request: Request) -> str:
-    """The path of a request."""
-    version = f"/versions/{request.version}" if request.version else ""
-    return f"/v2/models/{quote(request.model)}{version}/{request.action}"
 
 
 def answer(

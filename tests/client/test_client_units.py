@@ -413,25 +413,26 @@ def test_examples_are_sent_with_the_first_image_alone():
 
 # Batches
 
-MAX_BYTES = 32 * 2**20
 
-
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
 def test_batches(sizes: list[int], rows: int):
-    """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must
+    """Runs of at most `rows` images and 32 KiB, or of one image, and none shorter than it must
     be.
     """
     recorder = Recorder()
-    images = [bytes([index + 1]) + bytes(size * 2**20) for index, size in enumerate(sizes)]
-    Client(transport=recorder, release=1, batch_size=rows, concurrency=1).embed_images(images)
+    images = [bytes([index + 1]) + bytes(size * 2**10) for index, size in enumerate(sizes)]
+    most = 32 * 2**10
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radapter_client._methods.MAX_BYTES", most)
+        Client(transport=recorder, release=1, batch_size=rows, concurrency=1).embed_images(images)
     runs = [[image for [image] in request.inputs["image"]] for request in recorder.inferences]
     assert [image for run in runs for image in run] == images
     for run in runs:
         assert 1 <= len(run) <= rows
-        assert len(run) == 1 or sum(map(len, run)) <= MAX_BYTES
+        assert len(run) == 1 or sum(map(len, run)) <= most
     for run, following in itertools.pairwise(runs):
-        assert len(run) == rows or sum(map(len, [*run, following[0]])) > MAX_BYTES
+        assert len(run) == rows or sum(map(len, [*run, following[0]])) > most
 
 
 @settings(deadline=None, max_examples=10)

@@ -171,36 +171,28 @@ def test_closed_paths(served: Served, path: str) -> None:
     assert not served.upstream.asked
 
 
-def test_headers_that_are_refused(served: Served) -> None:
-    for headers, status, code in (
-        ({"Content_Encoding": "gzip"}, 415, "unsupported_type"),
-        ({"Content_Encoding": "identity, br"}, 415, "unsupported_type"),
-        ({"Content_Type": "text/plain; charset=utf-8"}, 415, "unsupported_type"),
-        ({"Inference_Header_Content_Length": "99999"}, 400, "invalid_argument"),
-    ):
-        assert served.refusal(INFER, TEXT, **headers) == (status, code)
-    assert served.ask(INFER, TEXT, Content_Type="application/json; charset=utf-8")[0] == 200
-    head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n\r\n"
-    for size, begin in ((32_768, b"HTTP/1.1 200"), (32_769, b"HTTP/1.1 431")):
-        with served.connection(head % (b"a" * (size - len(head) + 2))) as it:
-            assert heard(it).startswith(begin)
-
-
-def test_bodies_that_are_too_large() -> None:
+def test_headers_and_bodies_that_are_refused() -> None:
     with serving(max_body=0.01) as served:
+        for headers, status, code in (
+            ({"Content_Encoding": "gzip"}, 415, "unsupported_type"),
+            ({"Content_Encoding": "identity, br"}, 415, "unsupported_type"),
+            ({"Content_Type": "text/plain; charset=utf-8"}, 415, "unsupported_type"),
+            ({"Inference_Header_Content_Length": "99999"}, 400, "invalid_argument"),
+        ):
+            assert served.refusal(INFER, TEXT, **headers) == (status, code)
+        assert served.ask(INFER, TEXT, Content_Type="application/json; charset=utf-8")[0] == 200
+        head = b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n\r\n"
+        for size, begin in ((32_768, b"HTTP/1.1 200"), (32_769, b"HTTP/1.1 431")):
+            with served.connection(head % (b"a" * (size - len(head) + 2))) as it:
+                assert heard(it).startswith(begin)
         assert served.refusal(INFER, b"x" * 11_000) == (413, "too_large")
         assert served.refusal(INFER, b"") == (400, "invalid_argument")
         chunk = b"1000\r\n" + bytes(0x1000) + b"\r\n"
-        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3
-        with served.connection(chunked) as it:
+        with served.connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3) as it:
             assert b"413" in heard(it)
-        assert served.ask(INFER, TEXT)[0] == 200
-
-
-def test_a_body_that_does_not_come() -> None:
     with (
         serving(timeout=0.1, timeouts=Timeouts(discard=0.1)) as served,
-        served.connection(HEAD + b"Content-Length: 10\r\n\r\nabc") as it,
+        served.connection(HEAD + b"Content-Length: 10\r\n\r\nabc") as it,  # and no more comes
     ):
         assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
         with contextlib.suppress(ConnectionResetError):
@@ -293,24 +285,25 @@ def test_an_answer_that_is_read_slowly_or_by_nobody() -> None:
 # Pages of other sites
 
 
+HOSTS = {
+    True: [LOCAL, "LOCALHOST", "127.9.9.9", "[::1]:8080", "box"],
+    False: ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "10.0.0.1"],
+}
+EVIL = ("http://evil.example", "http://localhost:3000", "null", "http://[")
+
+
 @pytest.mark.parametrize(
     ("headers", "lets_in"),
     [
-        *(
-            ([("Host", host)], True)
-            for host in (LOCAL, "LOCALHOST", "127.9.9.9", "[::1]:8080", "box")
-        ),
-        *(([("Host", host)], False) for host in ("evil.example", "localhost.evil.example", "[")),
-        *(([("Host", host)], False) for host in ("127.0.0.1.evil.example:8080", "10.0.0.1", "")),
+        *(([("Host", host)], lets_in) for lets_in, hosts in HOSTS.items() for host in hosts),
+        *(([("Host", host)], False) for host in ("[", "")),
         *(([("Host", "localhost")] * count, False) for count in (0, 2)),
         ([("Host", LOCAL), ("Origin", f"http://{LOCAL}")], True),
+        *(([("Host", LOCAL), ("Origin", origin)], False) for origin in EVIL),
+        *(([("Host", LOCAL), ("Sec-Fetch-Site", site)], True) for site in ("none", "same-origin")),
         *(
-            ([("Host", LOCAL), ("Origin", origin)], False)
-            for origin in ("http://evil.example", "http://localhost:3000", "null", "http://[")
-        ),
-        *(
-            ([("Host", LOCAL), ("Sec-Fetch-Site", site)], site in ("none", "same-origin"))
-            for site in ("none", "same-origin", "same-site", "cross-site")
+            ([("Host", LOCAL), ("Sec-Fetch-Site", f"{kind}-site")], False)
+            for kind in ("same", "cross")
         ),
     ],
 )
@@ -334,16 +327,14 @@ def test_the_rule_for_browsers_holds_for_all_paths_and_not_for_keys(
     served: Served, tmp_path: Path
 ) -> None:
     foreign = {"Host": "models.example.org", "Origin": "http://other.example"}
-    for path in ("/v2", "/v2/models/classify/config", "/v1/models", "/metrics", "/health/live"):
-        for name, value in foreign.items():
-            assert served.ask(path, **{name: value})[0] == 403
+    for path in ("/v2", "/v1/models", "/metrics", "/health/live"):
+        assert [served.ask(path, **{name: foreign[name]})[0] for name in foreign] == [403, 403]
     key = new_key(tmp_path / "keys", "ann")
     with serving(api_keys=tmp_path / "keys") as with_keys:
         assert with_keys.ask("/v2", Authorization=f"Bearer {key}", **foreign)[0] == 200
     with serving(no_api_keys=True) as everybody:
         assert everybody.ask("/v2", Host="models.example.org")[0] == 200
         assert everybody.ask(INFER, TEXT, Origin="http://other.example")[0] == 403
-        assert not everybody.upstream.asked
 
 
 # Health and metrics

@@ -255,25 +255,6 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "key", "status"),
-    [(INFER, "s", 429), (INFER, "wrong", 401), ("/v2/models/none/infer", "x", 404)],
-)
-def test_a_caller_who_is_refused_while_he_sends_reads_why(
-    served: Served, path: str, key: str, status: int
-) -> None:
-    """He is not cut off, and the connection stays open."""
-    body = json.dumps({**TEXT, "parameters": {"padding": "x" * 300_000}})
-    served.ask(INFER, TEXT, Authorization="Bearer s")
-    connection = http.client.HTTPConnection("127.0.0.1", served.port)
-    for _ in range(20):
-        connection.request("POST", path, body, {"Authorization": f"Bearer {key}"})
-        answer = connection.getresponse()
-        answer.read()
-        assert (answer.status, answer.getheader("Connection")) == (status, None)
-    connection.close()
-
-
-@pytest.mark.parametrize(
     ("headers", "waits"),
     [
         (f"Content-Length: {2**20 + 1}", False),

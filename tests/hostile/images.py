@@ -93,7 +93,7 @@ def _patched(data: bytes, old: bytes, new: bytes) -> bytes:
 def _zip() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("../../etc/passwd", "x")
+        archive.writestr(zipfile.ZipInfo("../../etc/passwd"), "x")  # at no time
     return file.getvalue()
 
 
