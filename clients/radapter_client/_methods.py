@@ -209,7 +209,7 @@ class Methods:
                 fits: the answer is then "unknown" alone. Needs calibrated scores.
             examples: images that show some of the labels, by label; without labels, its keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
-            example_weight: weight of a label's examples beside its text, in [0, 1], for all labels
+            example_weight: weight of a label's examples against its text, in [0, 1], for all labels
                 or by label; 1 leaves the text out, 0.5 is taken where none is given.
             timeout: seconds for each request of this call; None for the client's own.
 

@@ -346,8 +346,9 @@ class Gateway:
         if model is None or now - when >= fresh:
             model = await self._upstream.config(name, version)
             # Versions come and go: what nobody asks for any more is forgotten.
-            known = self._models.items()
-            self._models = {key: one for key, one in known if now - one[0] < FRESH}
+            for key, (asked, _) in list(self._models.items()):
+                if now - asked >= FRESH:
+                    del self._models[key]
             self._models[name, version] = now, model
         return model
 

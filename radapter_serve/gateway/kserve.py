@@ -183,45 +183,43 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
 
 
 def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
+    name = tensor.name
     count = math.prod(tensor.shape)
     if tensor.datatype == "BYTES":
-        return _objects(_split(tensor.name, data, count), tensor.shape)
+        # Texts, or the bytes of images, each after its length
+        values: list[Any] = []
+        offset = 0
+        for number in range(1, count + 1):
+            place = f"value {number} of {count} of the input {name}"
+            start = offset + 4
+            length = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else len(data)
+            offset = start + length
+            if offset > len(data):
+                raise bad_request(f"{place} goes beyond its end")
+            value: Any = bytes(data[start:offset])
+            if name not in IMAGES:
+                try:
+                    value = value.decode()
+                except UnicodeDecodeError:
+                    raise bad_request(f"{place} is not UTF-8") from None
+            values.append(value)
+        if offset != len(data):
+            raise bad_request(
+                f"the input {name} has {len(data) - offset} bytes after its {count} values"
+            )
+        return _objects(values, tensor.shape)
+
     kind = np.dtype(NUMPY[tensor.datatype])
     if len(data) != count * kind.itemsize:
         raise bad_request(
-            f"the input {tensor.name} has {len(data)} bytes; {tensor.shape} of {tensor.datatype}"
-            f" are {count * kind.itemsize}"
+            f"the input {name} has {len(data)} bytes; {tensor.shape} of {tensor.datatype} are"
+            f" {count * kind.itemsize}"
         )
     if kind.kind == "b" and max(data) > 1:
-        raise bad_request(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
-    values = np.frombuffer(bytes(data), kind)  # a copy: a view would keep the whole body
-    _check_finite(tensor.name, values)
-    return values.reshape(tensor.shape)
-
-
-def _split(name: str, data: memoryview, count: int) -> list[Any]:
-    """Split a tensor of type BYTES into texts, or the bytes of images, each after its length."""
-    values: list[Any] = []
-    offset = 0
-    for number in range(1, count + 1):
-        place = f"value {number} of {count} of the input {name}"
-        start = offset + 4
-        length = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else len(data)
-        offset = start + length
-        if offset > len(data):
-            raise bad_request(f"{place} goes beyond its end")
-        value: Any = bytes(data[start:offset])
-        if name not in IMAGES:
-            try:
-                value = value.decode()
-            except UnicodeDecodeError:
-                raise bad_request(f"{place} is not UTF-8") from None
-        values.append(value)
-    if offset != len(data):
-        raise bad_request(
-            f"the input {name} has {len(data) - offset} bytes after its {count} values"
-        )
-    return values
+        raise bad_request(f"the input {name} holds a byte that is neither 0 nor 1")
+    numbers = np.frombuffer(bytes(data), kind)  # a copy: a view would keep the whole body
+    _check_finite(name, numbers)
+    return numbers.reshape(tensor.shape)
 
 
 def _from_json(tensor: _Input) -> NDArray[Any]:
@@ -243,7 +241,7 @@ def _from_json(tensor: _Input) -> NDArray[Any]:
     if tensor.datatype == "BYTES":
         if kinds != {str}:
             raise bad_request(f"the data of the input {name} are not all texts")
-        return _objects([one.encode() for one in data] if name in IMAGES else data, shape)
+        return _objects(list(map(str.encode, data)) if name in IMAGES else data, shape)
 
     # Numbers and truth values: in 64 bits first, to see whether they fit
     kind = np.dtype(NUMPY[tensor.datatype])
@@ -353,5 +351,8 @@ def pack(array: NDArray[Any]) -> bytes:
     """Pack a tensor in KServe's binary form; texts and files each follow their length."""
     if array.dtype != object:
         return np.ascontiguousarray(array).tobytes()
-    values = [one.encode() if isinstance(one, str) else one for one in array.ravel()]
-    return b"".join(chain.from_iterable((struct.pack("<I", len(one)), one) for one in values))
+    parts: list[bytes] = []
+    for value in array.ravel():
+        data = value.encode() if isinstance(value, str) else value
+        parts += (struct.pack("<I", len(data)), data)
+    return b"".join(parts)

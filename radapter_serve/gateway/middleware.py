@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -235,28 +235,21 @@ class Metrics:
 
     def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
         """Each gauge, `running`, `waiting` or `body_bytes`, is read when Prometheus asks."""
-        self._registry = registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
+        registered: dict[str, Any] = {"namespace": "radapter_gateway", "registry": self._registry}
         self._seconds = Histogram(
-            "radapter_gateway_request_seconds",
+            "request_seconds",
             "From a request's headers to its answer",
             ["task"],
             buckets=_BUCKETS,
-            registry=registry,
+            **registered,
         )
-        self._requests = Counter(
-            "radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry
-        )
+        self._requests = Counter("requests", "By outcome", ["task", "code"], **registered)
         self._requests_of_key = Counter(
-            "radapter_gateway_key_requests",
-            "By the caller's key and outcome",
-            ["key", "code"],
-            registry=registry,
+            "key_requests", "By the caller's key and outcome", ["key", "code"], **registered
         )
         self._images_of_key = Counter(
-            "radapter_gateway_key_images",
-            "Images that were sent with a key",
-            ["key"],
-            registry=registry,
+            "key_images", "Images that were sent with a key", ["key"], **registered
         )
         meanings = {
             "running": "Requests that Triton works on",
@@ -264,8 +257,7 @@ class Metrics:
             "body_bytes": "Bytes of bodies in memory",
         }
         for name, read in gauges.items():
-            gauge = Gauge(f"radapter_gateway_{name}", meanings[name], registry=registry)
-            gauge.set_function(read)
+            Gauge(name, meanings[name], **registered).set_function(read)
         # For itself: in front of Triton, which has this metric, there is none.
         self._indexes = CollectorRegistry()
         self._outdated = Gauge(OUTDATED, OUTDATED_MEANS, ["index"], registry=self._indexes)

@@ -1,5 +1,13 @@
-"""The server that `radapter-query` asks, which is the client's."""
+"""The server that `radapter-query` asks."""
 
-from tests.client.conftest import fake_repository, fake_server, protocol, url
+import pytest
 
-__all__ = ["fake_repository", "fake_server", "protocol", "url"]
+from tests.client.conftest import fake_repository, fake_server
+from tests.helpers.fake_server import FakeServer
+
+__all__ = ["fake_repository", "fake_server"]
+
+
+@pytest.fixture
+def url(fake_server: FakeServer) -> str:
+    return fake_server.urls["http"]
