@@ -163,10 +163,9 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
 
 
 def _refusal_trouble(case: Case, answer: Answer) -> str | None:
-    # A caller may wish for a deadline that is too short.
-    late = answer.status == 504 and b'"timeout"' in b"".join(
-        part for part in case.parts if isinstance(part, bytes)
-    )
+    # A caller may wish for a deadline that is too short, or for work that outlasts the gateway's.
+    sent = b"".join(part for part in case.parts if isinstance(part, bytes))
+    late = answer.status == 504 and (b'"timeout"' in sent or case.kind == "much work")
     if not (400 <= answer.status < 500 or late) or answer.status == 429:
         return f"status {answer.status}: {answer.body[:200]!r}"
     if not answer.body:
