@@ -54,6 +54,14 @@ def test_open_clip_loads_it_equal_to_the_bit(
         assert load_base(f"local-dir:{written.merged}").config == tiny_base.config
 
 
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_quick_gelu_is_always_written(tiny_base: Base, tmp_path: Path, quick_gelu: bool) -> None:
+    base = Base(**{**vars(tiny_base), "config": {**tiny_base.config, "quick_gelu": quick_gelu}})
+    write_merged(tmp_path / "merged", base, base.model.state_dict(), release(1))
+    config = json.loads((tmp_path / "merged" / "open_clip_config.json").read_text(encoding="utf-8"))
+    assert config["model_cfg"]["quick_gelu"] is quick_gelu
+
+
 def test_a_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):

@@ -217,6 +217,17 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_of_another_base_writes_nothing(
+    export: Export, adapter_path: Path, tmp_path: Path
+) -> None:
+    adapter = load_adapter(adapter_path)
+    metadata = dataclasses.replace(adapter.metadata, base_digest="sha256:0123")
+    save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "other.safetensors")
+    with pytest.raises(RAdapterError, match=f"sha256:0123.*{adapter.metadata.base_digest}"):
+        export(adapter=tmp_path / "other.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
 @pytest.mark.parametrize("fault", ["disk full at a graph", "disk full at the tokenizer", "Ctrl-C"])
 def test_a_failure_leaves_everything_as_it_was(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -18,6 +18,7 @@ from radapter_client import InvalidRequest
 from radapter_export.source import read_label_set
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
+from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
@@ -272,3 +273,12 @@ def test_as_many_images_as_are_allowed(
     path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 4}]))
     with pytest.raises(RAdapterError, match="has 4 images; at most 3 are allowed"):
         read_label_set(path, dynamic_alpha=dynamic)
+
+
+def test_a_comma_in_a_name_stays_one_name_in_every_file(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("salt\\, pepper, spices\ncat\n", encoding="utf-8")
+    entries = [{"label": "salt\\, pepper,spices"}, "cat"]
+    (tmp_path / "labels.yaml").write_text(json.dumps(entries), encoding="utf-8")
+    for name in ("labels.txt", "labels.yaml"):
+        labels = read_label_set(tmp_path / name, dynamic_alpha=False).labels
+        assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]
