@@ -78,18 +78,18 @@ class TritonPythonModel:
             return [others[version] for version in served if version in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases)
-        # Callers who name no release get the newest, whose indexes count.
         self._metric: IndexMetric | None = None
-        policy = json.loads(args["model_config"]).get("version_policy", {})
-        versions = policy.get("specific", {}).get("versions", [])
-        version = int(args["model_version"])
-        if self.task == "retrieve" and version == max(map(int, versions), default=version):
-            # Here: the index's libraries are for the processes of this task alone.
-            from radapter_serve.index.index import outdated
+        if self.task == "retrieve":
+            # Callers who name no release get the newest, whose indexes count.
+            policy = json.loads(args["model_config"]).get("version_policy", {})
+            served = [int(version) for version in policy.get("specific", {}).get("versions", [])]
+            if int(args["model_version"]) >= max(served, default=0):
+                # Here: the index's libraries are for the processes of this task alone.
+                from radapter_serve.index.index import outdated
 
-            with contextlib.suppress(pb.TritonModelException):  # the server has no metrics
-                look = partial(outdated, self.loaded.indexes, self.loaded.release)
-                self._metric = IndexMetric(look)
+                with contextlib.suppress(pb.TritonModelException):  # the server has no metrics
+                    look = partial(outdated, self.loaded.indexes, self.loaded.release)
+                    self._metric = IndexMetric(look)
 
     def finalize(self) -> None:
         """Close the metric; Triton calls this before it takes the model away."""
