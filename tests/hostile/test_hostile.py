@@ -27,6 +27,8 @@ def keep_promises(folder: Path, engine: str, count: int) -> None:
         before = running.processes()
         with Good(running.address) as good:
             report = attack(running.address, SEED, range(count))
+        if running.server is not None:
+            running.server.check()  # says what died, and why
         assert not report.failures, "\n".join(report.failures[:20])
         assert good.troubles == [] and good.asked >= 10
         assert running.processes() == before
