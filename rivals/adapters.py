@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from radapter_serve.clip.towers import is_causal, text_tower
 from radapter_serve.errors import RAdapterError
-from rivals.method import Loss, Method, Run, System, Tuned, paper
+from rivals.method import Batch, Loss, Method, Run, System, Tuned, paper
 
 
 def blocks_of(model: nn.Module, tower: str) -> list[Any]:
@@ -306,7 +306,6 @@ class Spectrum(nn.Module):
 
     def __init__(self, weight: Tensor, parts: int) -> None:
         super().__init__()
-        self.parts = parts
         left, values, right = torch.linalg.svd(
             torch.stack(weight.detach().chunk(parts)), full_matrices=False
         )
@@ -339,6 +338,10 @@ class SingularValues(Tuned):
                 ):
                     spectrum = Spectrum(getattr(layer, name), parts)
                     parametrize.register_parametrization(layer, name, spectrum, unsafe=True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        with parametrize.cached():  # attention reads its weight several times
+            return super().forward(batch)
 
     @torch.no_grad()
     def clip(self) -> dict[str, Tensor]:

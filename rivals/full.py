@@ -107,9 +107,13 @@ class FullFineTuning(Method):
     )
 
     def start(self, run: Run) -> System:
-        system = Classifier(run)
+        system = self.classifier(run)
         system.model.visual.requires_grad_(True)
         return system
+
+    def classifier(self, run: Run) -> Classifier:
+        """Build the system whose image tower learns."""
+        return Classifier(run)
 
 
 @dataclass(frozen=True)
@@ -180,10 +184,8 @@ class Ingredient(ProbeThenFineTuning):
     smoothing: float = 0.0
     mixup: float = 0.0
 
-    def start(self, run: Run) -> System:
-        system = Mixed(run, self.smoothing, self.mixup)
-        system.model.visual.requires_grad_(True)
-        return system
+    def classifier(self, run: Run) -> Classifier:
+        return Mixed(run, self.smoothing, self.mixup)
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,5 @@ class MaskFill(FullFineTuning):
     threshold: float = 0.3
     weight: float = 30.0
 
-    def start(self, run: Run) -> System:
-        system = Masked(run, self.threshold, self.weight)
-        system.model.visual.requires_grad_(True)
-        return system
+    def classifier(self, run: Run) -> Classifier:
+        return Masked(run, self.threshold, self.weight)
