@@ -44,7 +44,7 @@ def _templates(value: Any) -> Any:
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Entry(DataSource):
     """One data set of a suite: a data source, whose paths are below the data root, and how a model
-    is evaluated on it. docs/suites.md says what the fields are.
+    is evaluated on it. docs/choose-alpha.md says what the fields are.
     """
 
     name: str
