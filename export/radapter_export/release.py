@@ -46,7 +46,8 @@ from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
-from radapter_serve.encoders.plans import PlanWriter
+from radapter_serve.encoders.plans import PLAN, write_plan
+from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.files import digest_of, disk_errors, staged_folder
@@ -135,7 +136,6 @@ class _Job:
     tokenizer: ServedTokenizer
     calibration: Calibration | None
     validation: EvaluationSet | None
-    engines: PlanWriter | None
     repository: Repository
     merged: Path
     transformers: Path | None
@@ -209,7 +209,9 @@ def export_release(
     if settings.push is not None:
         say("asking the Hugging Face hub")
         hub = prepare_push(settings.push, len(numbers), settings.served_by)
-    engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # asks for a GPU
+    if settings.served_by == TENSORRT:
+        find_gpu()
+        import_tensorrt()
 
     # Fold: the base, and what α scales.
     say("loading the base")
@@ -265,7 +267,6 @@ def export_release(
             tokenizer=tokenizer,
             calibration=calibration,
             validation=validation,
-            engines=engines,
             repository=repository,
             merged=merged,
             transformers=transformers,
@@ -343,14 +344,16 @@ def _write_release(job: _Job, version: int, alpha: float, name: str) -> Exported
         if settings.precision == "int8":
             ranges = () if job.calibration is None else job.calibration.of(graph.name)
             size = quantize(folder / "model.onnx", ranges)
-        if job.engines is not None:
-            size = job.engines.write(
+        if settings.served_by == TENSORRT:
+            write_plan(
                 graph.name,
                 folder,
                 max_batch_size=settings.max_batch_size,
                 max_length=int(job.tokenizer.spec["context_length"]),
                 bounds=settings.bounds,
-            ).size
+                progress=say,
+            )
+            size = (folder / PLAN).stat().st_size
         runtime = settings.served_by
         file = folder / RUNTIMES[runtime].file
         encoder = EncoderGraph(file, runtime, precision=settings.precision)

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.encoders.plans import build_engines, check_engines
-from radapter_serve.encoders.tensorrt import Options
+from radapter_serve.encoders.plans import OPT_BATCH_SIZE, build_engines
 from radapter_serve.errors import RAdapterError
 
 PROG = "radapter-build-engine"
@@ -22,10 +21,7 @@ PROG = "radapter-build-engine"
 
 def build_engine(
     model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
-    check: bool = False,
-    force: bool = False,
-    engine: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  # frozen
-    timing_cache: Path | None = None,
+    opt_batch_size: int = OPT_BATCH_SIZE,
     tolerance: float | None = None,
 ) -> None:
     """Build a TensorRT engine of each encoder and release, check them against torch, and let
@@ -37,33 +33,22 @@ def build_engine(
 
     Args:
         model_repository: folder that radapter-export has filled.
-        check: build nothing; say whether what is there can be served here.
-        force: build those that fit, too.
-        engine: how engines are built.
-        timing_cache: file of what TensorRT measured, which makes the next build faster; one in
-            ~/.cache if not given.
+        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
         tolerance: largest difference from torch allowed in a component of the unit-length
             embeddings; the release's own if not given.
     """
-    if check:
-        folders = check_engines(model_repository)
-        print(
-            "\n".join(f"{folder}: fits" for folder in folders)
-            or "TensorRT serves nothing here: nothing to check"
-        )
-        return
     if tolerance is not None and not 0 < tolerance <= 1:
         raise RAdapterError(
             f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4"
         )
+    if opt_batch_size < 1:
+        raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
     console = Console(stderr=True)
     with console.status("starting") as status:
         built = build_engines(
             model_repository,
-            engine,
+            opt_batch_size=opt_batch_size,
             tolerance=tolerance,
-            timing_cache=timing_cache,
-            force=force,
             progress=status.update,
         )
     table = Table(title="TensorRT engines", title_justify="left")

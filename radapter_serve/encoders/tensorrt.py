@@ -4,8 +4,7 @@ The GPU is reached through its driver alone, libcuda: neither torch nor a CUDA t
 TensorRT ends the process where there is no driver, so `find_gpu` comes first.
 
 Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer,
-11 included, and its builder half with TensorRT's RTX edition, which builds without a GPU; so the
-functions take the module. Only this module imports TensorRT.
+11 included. The functions take the module, for TensorRT's RTX edition builds without a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
 
 _DRIVER = "libcuda.so.1"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants another stream than the default one
@@ -36,9 +33,6 @@ _INSTEAD = (
     " this machine: radapter-serve --runtime onnxruntime, or radapter-export --runtime onnxruntime"
 )
 Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]
-
-_OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
 _INSTALL = (
     "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, pip"
     " install tensorrt-cu13-bindings==VERSION, with the version that `ls"
@@ -158,33 +152,6 @@ def _error(driver: ctypes.CDLL, status: int) -> str:
     return name.value.decode() if name.value else f"error {status}"
 
 
-@dataclass(frozen=True)
-class Options:
-    """How engines are built.
-
-    Args:
-        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
-        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if none is
-            given.
-        version_compatible: engines also run under later versions of TensorRT, somewhat slower.
-        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above,
-            somewhat slower.
-    """
-
-    opt_batch_size: int = 8
-    workspace: float | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-
-    def __post_init__(self) -> None:
-        if self.workspace is not None and not 0 < self.workspace < math.inf:
-            raise RAdapterError(
-                f"--workspace is {self.workspace:g}; allowed: GiB above 0, such as 4"
-            )
-        if self.opt_batch_size < 1:
-            raise RAdapterError(f"--opt-batch-size is {self.opt_batch_size}; allowed: 1 or more")
-
-
 def import_tensorrt() -> Any:
     """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the
     system has them.
@@ -204,20 +171,18 @@ def import_tensorrt() -> Any:
 def build(
     trt: Any,
     onnx: Path,
-    options: Options,
     *,
+    opt_batch_size: int = 8,
     max_batch_size: int,
+    opt_length: int = 16,
     max_length: int,
-    opt_length: int = _OPT_LENGTH,
-    timing_cache: Path | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> tuple[bytes, Profile]:
-    """Build an engine for batches of 1 to `max_batch_size` rows, by the module `tensorrt` or
-    `tensorrt_rtx`; gives it, and smallest, usual and largest shape of each input.
+    progress: Callable[[str], None] = lambda line: None,
+) -> bytes:
+    """Build an engine by the module `tensorrt` or `tensorrt_rtx`.
 
-    It takes texts of up to `max_length` tokens, and is tuned for `opt_length`. The file
-    `timing_cache` keeps what TensorRT measured, for the next build; `progress` is called with
-    lines from TensorRT's own threads.
+    It takes batches of up to `max_batch_size` rows and texts of up to `max_length` tokens, and is
+    tuned for `opt_batch_size` and `opt_length`; prompts have 8 to 16 tokens. `progress` is called
+    with lines from TensorRT's own threads.
     """
     log = _log(trt)
     log.clear()
@@ -235,34 +200,31 @@ def build(
                 " --calibration DATA"
             )
         raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {why}")
-    inputs = (network.get_input(number) for number in range(network.num_inputs))
-    open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
-    batches = (options.opt_batch_size, max_batch_size)
-    profile = make_profile(open_shapes, batches, (opt_length, max_length))
-
-    # How it is built.
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32; fp16 and bf16 are for speed
-    shapes = builder.create_optimization_profile()
-    for name, limits in profile.items():
-        shapes.set_shape(name, *limits)
-    config.add_optimization_profile(shapes)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if timing_cache is not None:
-        kept = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        for content in (kept, b""):  # the file may be of another GPU or version
-            cache = config.create_timing_cache(content)
-            if config.set_timing_cache(cache, ignore_mismatch=False):
-                break
 
-    say = progress or (lambda line: None)
-    config.progress_monitor = monitor = _monitor(trt, say)
+    # The smallest, usual and largest shape of each input. An open dimension (-1) is the batch if
+    # it is the first, else a length.
+    profile = builder.create_optimization_profile()
+    limits = (
+        (1, 1),
+        (min(opt_batch_size, max_batch_size), min(opt_length, max_length)),
+        (max_batch_size, max_length),
+    )
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        shapes = []
+        for rows, length in limits:
+            sizes = [length if axis else rows for axis in range(len(tensor.shape))]
+            for axis, size in enumerate(tensor.shape):
+                if size >= 0:
+                    sizes[axis] = size
+            shapes.append(tuple(sizes))
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+
     # In another thread: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
+    config.progress_monitor = monitor = _monitor(trt, progress)
     with ThreadPoolExecutor(1) as pool:
         try:
             plan = pool.submit(builder.build_serialized_network, network, config).result()
@@ -271,33 +233,7 @@ def build(
             raise
     if plan is None:
         raise RAdapterError(f"TensorRT {trt.__version__} cannot build {onnx}: {log.summary()}")
-    if timing_cache is not None:
-        try:
-            timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            with staged(timing_cache) as file:
-                file.write_bytes(bytes(config.get_timing_cache().serialize()))
-        except OSError as error:
-            say(f"what TensorRT measured is not kept for the next build: {error}")
-    return bytes(plan), profile
-
-
-def make_profile(
-    inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]
-) -> Profile:
-    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if
-    first, else a length, of which `batches` and `lengths` have the usual and the largest.
-    """
-
-    def fill(shape: Shape, batch: int, length: int) -> Shape:
-        return tuple(
-            (length if axis else batch) if size < 0 else size for axis, size in enumerate(shape)
-        )
-
-    limits = ((1, 1), (min(batches), min(lengths)), (batches[1], lengths[1]))
-    return {
-        name: (fill(shape, *limits[0]), fill(shape, *limits[1]), fill(shape, *limits[2]))
-        for name, shape in inputs.items()
-    }
+    return bytes(plan)
 
 
 class Engine:
@@ -310,21 +246,12 @@ class Engine:
         self._trt = trt
         log = _log(trt)
         log.clear()
-        runtime = trt.Runtime(log)
-        # Version-compatible engines bring their own runtime; all are of our making.
-        runtime.engine_host_code_allowed = True
-        self._engine = runtime.deserialize_cuda_engine(plan)
+        self._engine = trt.Runtime(log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise RAdapterError(
                 f"TensorRT {trt.__version__} does not load the engine: {log.summary()}"
             )
-        if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
-            self._context = self._engine.create_execution_context()
-        else:
-            # The RTX edition makes kernels for a shape when it first meets it: before that run.
-            config = self._engine.create_runtime_config()
-            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
-            self._context = self._engine.create_execution_context(config)
+        self._context = self._engine.create_execution_context()
         if self._context is None:
             raise RAdapterError(
                 f"TensorRT {trt.__version__} does not run the engine: {log.summary()}"

@@ -249,12 +249,8 @@ def command_line(
     config: ServerConfig,
     secret: str,
     models: Collection[str],
-    *,
-    version_compatible: bool,
 ) -> list[str]:
-    """The program and its arguments; `version_compatible` allows TensorRT engines to bring their
-    runtime, which is code.
-    """
+    """The program and its arguments."""
     arguments = [
         str(installation.binary),
         f"--model-repository={folder / MODELS}",
@@ -272,8 +268,6 @@ def command_line(
     ]
     if installation.caches:
         arguments.append(f"--cache-directory={installation.caches}")
-    if version_compatible:
-        arguments.append("--backend-config=tensorrt,version-compatible=true")
     if otlp_endpoint() is not None:
         arguments += [f"--trace-config={setting}" for setting in _TRACING]
     return ending_with_parent(arguments)

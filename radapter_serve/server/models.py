@@ -88,7 +88,6 @@ class Configured:
 
     runtime: str | None  # of all of them; None if each has that of its export
     configs: dict[str, str] = field(default_factory=dict)  # runtime and threads of each, by name
-    version_compatible: bool = False  # whether an engine brings its runtime, code to be allowed
     checked: set[str] = field(default_factory=set)  # encoders that were compared with torch
 
 
@@ -127,10 +126,8 @@ def configure(
             per_instance = max(1, threads // encoder.instances)
             files = [encoder.file(version, chosen) for version in encoder.versions]
             if chosen == TENSORRT:
-                plans = [check_plan(file.parent) for file in files]
-                configured.version_compatible |= any(
-                    plan.options.version_compatible for plan in plans
-                )
+                for file in files:
+                    check_plan(file.parent)
             if check or chosen != encoder.runtime:
                 progress(f"checking {encoder.name} by {chosen}")
                 try:

@@ -87,7 +87,6 @@ class TritonServer(ReleaseServer):
         self._installation = installation
         self._clock = clock
         self.offered: dict[str, ModelEntry] = {}  # what the server's folder holds
-        self._version_compatible = False  # whether TensorRT engines may bring their runtime
         self._folder: Path | None = None
         self._stack = contextlib.ExitStack()  # removes the folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -261,13 +260,6 @@ class TritonServer(ReleaseServer):
             self._installation.backends,
             progress,
         )
-        known = self._version_compatible
-        if configured.version_compatible and not known and self._process is not None:
-            raise RAdapterError(
-                "an engine brings a TensorRT runtime, which a server allows from its start on;"
-                " stop the server, give this command again, and start the server"
-            )
-        self._version_compatible = known or configured.version_compatible
         self.runtime = configured.runtime
         models = other_models(repository, configured.configs) if others else {}
         models |= plan_models(repository, releases, configured.configs)
@@ -351,12 +343,7 @@ class TritonServer(ReleaseServer):
         config = self.config
         folder = self.folder
         command = launch.command_line(
-            folder,
-            self._installation,
-            config,
-            self._secret,
-            self.offered,
-            version_compatible=self._version_compatible,
+            folder, self._installation, config, self._secret, self.offered
         )
         with contextlib.ExitStack() as stack:
             output = None  # this process's stderr

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.plans import PLAN, build_engines, check_engines, check_plan
-from radapter_serve.encoders.tensorrt import Engine, Options, Stream, build, find_gpu
+from radapter_serve.encoders.plans import PLAN, build_engines, check_plan
+from radapter_serve.encoders.tensorrt import Engine, Stream, build, find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
 
@@ -24,8 +24,7 @@ TOLERANCE = 1e-4  # fp32, which TF32 would miss
 
 
 @pytest.fixture
-def repository(exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def repository(exported_tiny_clip: Path, tmp_path: Path) -> Path:
     for model in ENCODERS:
         shutil.copytree(
             exported_tiny_clip / "model_repository" / model, tmp_path / "repository" / model
@@ -49,22 +48,15 @@ def test_the_gpu_is_found_and_keeps_what_it_is_given() -> None:
         )
 
 
-@pytest.mark.parametrize("options", [Options(), Options(hardware_compatible=True)])
-def test_engines_agree_with_torch(repository: Path, options: Options) -> None:
+def test_engines_agree_with_torch_and_are_refused_on_another_machine(repository: Path) -> None:
     pytest.importorskip("tensorrt")
-    built = build_engines(repository, options)
-    assert {one.agreement.max_error < TOLERANCE for one in built} == {True}
-    sidecars = check_engines(repository)
-    assert len(sidecars) == 4
-    for folder in sidecars:
-        agrees(folder.parent.name, EncoderGraph(folder / PLAN, "tensorrt"), folder)
-
-
-def test_an_engine_for_another_machine_is_refused(repository: Path) -> None:
-    pytest.importorskip("tensorrt")
-    build_engines(repository)
-    for folder, sidecar in check_engines(repository).items():
-        replace(sidecar, compute_capability="1.0").save(folder)
+    built = build_engines(repository)
+    assert len(built) == 4
+    for one in built:
+        assert one.agreement.max_error < TOLERANCE
+        folder = repository / one.model / str(one.version)
+        agrees(one.model, EncoderGraph(folder / PLAN, "tensorrt"), folder)
+        replace(check_plan(folder), compute_capability="1.0").save(folder)
         with pytest.raises(RAdapterError, match="compute capability 1.0"):
             check_plan(folder)
 
@@ -74,7 +66,7 @@ def test_the_rtx_edition_agrees_with_torch(repository: Path, model: str) -> None
     trt: Any = pytest.importorskip("tensorrt_rtx")
     find_gpu()
     folder = repository / model / "1"
-    plan, _ = build(trt, folder / "model.onnx", Options(), max_batch_size=8, max_length=77)
+    plan = build(trt, folder / "model.onnx", max_batch_size=8, max_length=77)
     agrees(model, Engine(trt, plan), folder)
 
 

@@ -17,7 +17,7 @@ from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.precision import TYPES, lower, quantize
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.encoders.tensorrt import Options, build
+from radapter_serve.encoders.tensorrt import build
 from radapter_serve.errors import RAdapterError
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
@@ -29,27 +29,18 @@ LIMITS: dict[str, Any] = {"max_batch_size": 64, "max_length": 77}
 
 
 def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: Path) -> None:
-    """Build an engine of a graph, and compare the shapes it takes with those that are served."""
+    """Build an engine of a graph for the shapes that are served."""
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
     (lower(graph, precision) if precision in TYPES else graph).save(weights, path)
-    shapes = {}
-    for tensor in graph.model.graph.inputs:
-        shapes[str(tensor.name)] = [
-            size if isinstance(size, int) else -1 for size in tensor.shape or ()
-        ]
     if precision == "int8":
         random = np.random.default_rng(0)
-        [shape] = shapes.values()
+        [tensor] = graph.model.graph.inputs
+        shape = [size if isinstance(size, int) else -1 for size in tensor.shape or ()]
         kind = np.int32 if graph.name == "text_encoder" else np.uint8
         batch = [3, *(9 if size < 0 else size for size in shape[1:])]
         quantize(path, [random.integers(0, 256, batch).astype(kind)])
-    plan, profile = build(trt, path, Options(), **LIMITS)
-    assert len(plan) > 10_000
-    assert profile.keys() == shapes.keys()
-    for name, shape in shapes.items():
-        for found, (rows, length) in zip(profile[name], ((1, 1), (8, 16), (64, 77)), strict=True):
-            assert found == (rows, *(length if size < 0 else size for size in shape[1:]))
+    assert len(build(trt, path, **LIMITS)) > 10_000
 
 
 @pytest.mark.parametrize(
@@ -84,14 +75,14 @@ def test_graphs_that_take_alpha_are_built(
 
 def test_graphs_that_tensorrt_cannot_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match=r"TensorRT \S+ cannot read .*none.onnx: "):
-        build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
+        build(trt, tmp_path / "none.onnx", **LIMITS)
     floats = onnx.helper.make_tensor_value_info("floats", onnx.TensorProto.FLOAT, [-1, 4])
     whole = onnx.helper.make_tensor_value_info("whole", onnx.TensorProto.UINT8, [-1, 4])
     node = onnx.helper.make_node("DynamicQuantizeLinear", ["floats"], ["whole", "scale", "zero"])
     graph = onnx.helper.make_graph([node], "quantized", [floats], [whole])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(RAdapterError, match=r"DynamicQuantizeLinear.*; .*--calibration DATA"):
-        build(trt, tmp_path / "model.onnx", Options(), **LIMITS)
+        build(trt, tmp_path / "model.onnx", **LIMITS)
 
 
 def test_ctrl_c_ends_a_build(
@@ -99,7 +90,7 @@ def test_ctrl_c_ends_a_build(
 ) -> None:
     graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     lines: list[str] = []
-    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, progress=lines.append)
+    build(trt, tmp_path / "model.onnx", **LIMITS, progress=lines.append)
     whole = len(lines)
 
     def interrupt(line: str) -> None:
@@ -109,7 +100,7 @@ def test_ctrl_c_ends_a_build(
 
     lines.clear()
     with pytest.raises(KeyboardInterrupt):
-        build(trt, tmp_path / "model.onnx", Options(), **LIMITS, progress=interrupt)
+        build(trt, tmp_path / "model.onnx", **LIMITS, progress=interrupt)
     assert 1 <= len(lines) < whole
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 
+from radapter_export import release
 from radapter_serve.encoders import plans, tensorrt
-from radapter_serve.encoders.tensorrt import Gpu, Options, Profile, make_profile
+from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
 
 GPU = Gpu("NVIDIA H100", "9.0")
@@ -30,25 +30,8 @@ class Engine:
         return embeds
 
 
-def build(
-    trt: Any,
-    path: Path,
-    options: Options,
-    *,
-    max_batch_size: int,
-    max_length: int,
-    timing_cache: Path | None = None,
-    progress: Any = None,
-) -> tuple[bytes, Profile]:
-    model = onnx.load(path)
-    shapes = {
-        tensor.name: tuple(dim.dim_value or -1 for dim in tensor.type.tensor_type.shape.dim)
-        for tensor in model.graph.input
-    }
-    if timing_cache is not None:
-        timing_cache.write_bytes(b"measured")
-    batches = (options.opt_batch_size, max_batch_size)
-    return model.SerializeToString(), make_profile(shapes, batches, (16, max_length))
+def build(trt: Any, path: Path, **options: Any) -> bytes:
+    return path.read_bytes()
 
 
 def install(
@@ -67,6 +50,6 @@ def install(
             refuse("TensorRT is not installed for Python")
         return SimpleNamespace(__version__=version)
 
-    for module in (tensorrt, plans):
+    for module in (tensorrt, plans, release):
         for fake in (find_gpu, import_tensorrt, build, Engine):
-            monkeypatch.setattr(module, fake.__name__, fake)
+            monkeypatch.setattr(module, fake.__name__, fake, raising=False)
