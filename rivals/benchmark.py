@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import EvaluationSet
@@ -77,6 +79,15 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     fields.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)
     return Benchmark(suite.name, fields, suite)
+
+
+def write_benchmark(path: Path, suite: Mapping[str, Any], train: Mapping[str, Any]) -> None:
+    """Write a benchmark file and, next to it, its suite."""
+    name = "suite.yaml" if path.stem == "benchmark" else f"{path.stem}-suite.yaml"
+    documents = {name: suite, path.name: {"suite": name, "train": train}}
+    for file, document in documents.items():
+        text = yaml.safe_dump(document, sort_keys=False)
+        (path.parent / file).write_text(text, encoding="utf-8")
 
 
 TableName = Literal["main", "1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]

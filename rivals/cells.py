@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -19,17 +20,15 @@ from numpy.typing import NDArray
 
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import normalised
-from radapter_serve.contract.errors import Alpha
-from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import Candidate, Change, NoSuchWay, in_torch
+from radapter_serve.evaluation.models import Candidate, Change, in_torch
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
 from radapter_serve.evaluation.run import evaluate, warn_of_overlap
 from radapter_serve.process import limit_threads
 from rivals.benchmark import Benchmark
-from rivals.method import Cost, Learned, Method, Run, kept, learned, moved
+from rivals.method import Cost, Learned, Method, Run, System, kept, learned, moved
 
 
 def judge(
@@ -39,6 +38,7 @@ def judge(
     its own embeddings. No system may have started from the run's base.
     """
     weights = learned.at(1.0).clip()
+    models: Sequence[Candidate]
     if weights is None:
         models = systems_of(learned, run.base, alphas)
     else:
@@ -51,81 +51,54 @@ def judge(
     return [row for data in sets for row in evaluate(models, data)]
 
 
-def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[Candidate]:
+def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:
     """List a system at points of its line, with the preprocessing of a base."""
-    encoder = SystemEncoder(learned, base)
-    models: list[Candidate] = []
+    models = []
     for model in in_torch(base, [Change(type(learned.system).__name__, {})], alphas):
         assert model.alpha is not None
         scale = learned.at(model.alpha).factor
-        release = dataclasses.replace(
-            model.loaded.release, dynamic_alpha=True, logit_scale=scale, logit_bias=None
-        )
-        loaded = LoadedRelease(release, encoder, encoder)
-        models.append(SystemModel(model.source, model.alpha, model.facts, loaded))
+        loaded = copy.copy(model.loaded)
+        loaded.release = dataclasses.replace(loaded.release, logit_scale=scale, logit_bias=None)
+        models.append(SystemModel(model.source, model.alpha, model.facts, loaded, learned=learned))
     return models
 
 
+@dataclass(frozen=True, eq=False)
 class SystemModel(Candidate):
-    """A system at a point of its line, which embeds classes all at once: two may have one name."""
+    """A system at a point of its line."""
 
+    learned: Learned = field(kw_only=True)
+
+    @property
+    def system(self) -> System:
+        """The system, with its weights at the point."""
+        assert self.alpha is not None
+        return self.learned.at(self.alpha)
+
+    @torch.inference_mode()
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        preprocess = self.loaded.release.preprocess
+        system = self.system
+        embeds = system.embed_images(normalised(np.stack(items), preprocess, system.device))
+        return np.asarray(embeds.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        return np.asarray(self.system.embed_texts(texts).float().cpu().numpy())
+
+    @torch.inference_mode()
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
-        encoder = self.loaded.encoder
-        assert isinstance(encoder, SystemEncoder) and self.alpha is not None
-        return encoder.classes(self.alpha, tuple(classes), tuple(templates))
+        """Embed classes all at once: two may have one name."""
+        key = (tuple(templates), "\n".join(classes))
+        if key not in self.known:
+            embeds = self.system.embed_classes(list(classes), templates)
+            self.known[key] = np.asarray(embeds.float().cpu().numpy())
+        return self.known[key]
 
     def way(self, dense: str | None) -> str:
-        raise NoSuchWay(
+        raise RAdapterError(
             f"{self.source} is no plain CLIP, so it can't segment; leave it out by --only"
         )
-
-
-class SystemEncoder:
-    """The encoder and the tokenizer of a system, whose α is the point on its line.
-
-    Its tokens are the texts themselves, as the system has the tokenizer.
-    """
-
-    def __init__(self, learned: Learned, base: Base) -> None:
-        self._learned = learned
-        self._preprocess = base.preprocess
-        self._classes: dict[tuple[Any, ...], Floats] = {}
-
-    @torch.inference_mode()
-    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
-        assert alpha is not None
-        system = self._learned.at(float(alpha[0, 0]))
-        return _numpy(system.embed_images(normalised(pixels, self._preprocess, system.device)))
-
-    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> Floats:
-        raise NotImplementedError
-
-    @torch.inference_mode()
-    def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> Floats:
-        assert alpha is not None
-        return _numpy(self._learned.at(float(alpha[0, 0])).embed_texts(list(tokens)))
-
-    @torch.inference_mode()
-    def classes(self, alpha: float, classes: tuple[str, ...], templates: tuple[str, ...]) -> Floats:
-        """Embed classes by the system at a point, float32 [C, D]."""
-        key = (alpha, classes, templates)
-        if key not in self._classes:
-            embeds = self._learned.at(alpha).embed_classes(list(classes), templates)
-            self._classes[key] = _numpy(embeds)
-        return self._classes[key]
-
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        return [[text] for text in texts]
-
-    def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
-        return np.array([text for (text,) in rows], object)
-
-    def close(self) -> None:
-        pass
-
-
-def _numpy(values: torch.Tensor) -> Floats:
-    return np.asarray(values.float().cpu().numpy())
 
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))

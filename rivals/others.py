@@ -32,11 +32,10 @@ from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
 from rivals.benchmark import check_seeds
 from rivals.layout import corrected, lead_of, markdown, origin, publish, say
-from rivals.method import Method, Run, System, learned, with_rate
-from rivals.prompts import CoOp, MaPLe
+from rivals.method import Method, Run, System, learned
 from rivals.radapter import r_adapter
 from rivals.small import table_of
-from rivals.tables import METHODS
+from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step, at most all
@@ -105,22 +104,18 @@ def methods() -> dict[str, Method]:
     """List the rows at fixed rates: the paper's, that of `auto` on photos, and for rivals those
     that validation chose for the main table of the drawings.
     """
-    kept: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
     closed: dict[str, Any] = {"negative_classes": 1000}
     words: dict[str, Any] = {"preserve_words": 3.0}
     return {
         "R-Adapter": r_adapter("imagenet"),
         "rank 4": r_adapter("imagenet", rank=4),
         "rank 4 at 5e-3": r_adapter("imagenet", rank=4, learning_rate=5e-3),
-        "preserve": r_adapter("imagenet", **kept),
-        "preserve, all classes": r_adapter("imagenet", **kept, **closed),
-        "preserve, words": r_adapter("imagenet", **kept, **words),
-        "preserve, all classes, words": r_adapter("imagenet", **kept, **words, **closed),
-        "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
-        "LoRA": with_rate(METHODS["lora"], 6e-4),
-        "CLIP-SVD": with_rate(METHODS["clip-svd"], 3e-3),
-        "CoOp, no full stop": CoOp(words="{}"),
-        "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
+        "preserve": r_adapter("imagenet", **PRESERVE),
+        "preserve, all classes": r_adapter("imagenet", **PRESERVE, **closed),
+        "preserve, words": r_adapter("imagenet", **PRESERVE, **words),
+        "preserve, all classes, words": r_adapter("imagenet", **PRESERVE, **words, **closed),
+        **{name: AT_CHOSEN_RATE[name] for name in ("WiSE-FLYP", "LoRA", "CLIP-SVD")},
+        **NO_STOP,
         "CLIPood": METHODS["clipood"],
     }
 

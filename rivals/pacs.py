@@ -10,10 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+from rivals.benchmark import write_benchmark
 
 # A link to PACS: paths are relative, so that finished runs count wherever the data is.
 PICTURES = Path("images")
@@ -40,7 +39,15 @@ def pacs(root: Path, out: Path, /) -> None:
             part = PARTS[number % len(PARTS)]
             parts[part].append((PICTURES / file.relative_to(root), folder.name))
     out.mkdir(parents=True, exist_ok=True)
-    link(out / PICTURES, root.resolve())
+    link = out / PICTURES
+    try:
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(root.resolve(), target_is_directory=True)
+    except OSError as error:
+        raise RAdapterError(
+            f"can't link {link} to {root}: {error.strerror}; give another folder OUT"
+        ) from None
     for part, rows in parts.items():
         with (out / f"{part}.csv").open("w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows([("image", "label"), *rows])
@@ -68,32 +75,9 @@ def pacs(root: Path, out: Path, /) -> None:
         "flip": True,
         "workers": 0,
     }
-    documents = {
-        "suite": {"name": "PACS", "templates": "simple", "sets": sets},
-        "benchmark": {"suite": "suite.yaml", "train": train},
-    }
-    for name, document in documents.items():
-        (out / f"{name}.yaml").write_text(
-            yaml.safe_dump(document, sort_keys=False), encoding="utf-8"
-        )
-    print(
-        f"wrote {out / 'benchmark.yaml'}; next: python -m rivals.table 1 --data"
-        f" {out / 'benchmark.yaml'}"
-    )
-
-
-def link(path: Path, to: Path) -> None:
-    """Make a link unless it exists; replace a broken one."""
-    if path.is_symlink() and path.resolve() == to:
-        return
-    try:
-        if path.is_symlink() and not path.exists():
-            path.unlink()
-        path.symlink_to(to, target_is_directory=True)
-    except OSError as error:
-        raise RAdapterError(
-            f"can't link {path} to {to}: {error.strerror}; give another folder OUT"
-        ) from None
+    path = out / "benchmark.yaml"
+    write_benchmark(path, {"name": "PACS", "templates": "simple", "sets": sets}, train)
+    print(f"wrote {path}; next: python -m rivals.table 1 --data {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Learned vectors in place of the first words of all prompts: CoOp, CoCoOp, MaPLe."""
+"""Learned vectors in place of the first words of all prompts: CoOp and MaPLe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import encode_image, encode_text, text_tower
+from radapter_serve.clip.towers import text_tower
 from radapter_serve.errors import RAdapterError
 from rivals.adapters import blocks_of, width_of
 from rivals.method import Method, Run, System, Tuned, paper
@@ -19,12 +19,8 @@ from rivals.method import Method, Run, System, Tuned, paper
 # CoOp. Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022: one context for all
 # classes. For 16-shot ImageNet its code takes 16 vectors drawn at random, or 4 that start as "a
 # photo of a", and the class at the end.
-#
-# CoCoOp. Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022: a small
-# network shifts the context for each image. Its code learns from one image a step; `Recipe` takes
-# two at least, so here it learns from two.
 
-# MaPLe has them, too; the rest are defaults of the library that all three are written with.
+# MaPLe has them, too; the rest are defaults of the library that both are written with.
 SETTINGS: dict[str, Any] = {
     "learning_rate": 0.002,
     "min_learning_rate": 0.0,
@@ -59,12 +55,10 @@ class Context(nn.Module):
         if words:
             vectors = embedding.weight[tokens[1 : 1 + length]].detach().clone()
         self.vectors = nn.Parameter(vectors)
-        self.shift: Tensor | None = None  # [d], added to each vector
         embedding.register_forward_hook(self._put)
 
     def _put(self, module: nn.Module, args: Any, embeds: Tensor) -> Tensor:
-        vectors = self.vectors if self.shift is None else self.vectors + self.shift
-        return replaced(embeds, 1, vectors)
+        return replaced(embeds, 1, self.vectors)
 
 
 def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
@@ -94,45 +88,9 @@ class Prompted(Tuned):
         return super().embed_classes(classes, [self.template])
 
 
-class Conditional(Prompted):
-    """Context `v + π(f)` for an image's embedding f; π is linear, ReLU, linear, a sixteenth as wide
-    as f between them.
-
-    Images differ in their class weights, so the embedding of an image is its scores of the classes
-    that were embedded last, and that of a class is a row of the identity.
-    """
-
-    def __init__(self, run: Run, words: str | None, length: int) -> None:
-        super().__init__(run, words, length)
-        width = self.context.vectors.shape[1]
-        features = self.model.visual.output_dim
-        inner = features // 16
-        self.net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, width))
-        self.asked = self.prompts
-
-    def scores(self, pixels: Tensor) -> Tensor:
-        return self.scale * self._cosines(pixels, self.prompts)
-
-    def _cosines(self, pixels: Tensor, prompts: Tensor) -> Tensor:
-        images = encode_image(self.model, pixels)
-        rows = []
-        for image, shift in zip(images, self.net(images), strict=True):
-            self.context.shift = shift
-            rows.append(encode_text(self.model, prompts) @ image)
-        self.context.shift = None
-        return torch.stack(rows)
-
-    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        self.asked = self.tokens(classes).to(self.device)
-        return torch.eye(len(classes), device=self.device)
-
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        return self._cosines(pixels, self.asked)
-
-
 @dataclass(frozen=True)
 class PromptLearning(Method):
-    """The optimizer of CoOp, CoCoOp and MaPLe: SGD.
+    """The optimizer of CoOp and MaPLe: SGD.
 
     Their code holds the rate at 1e-5 for the first epoch; here it rises for a fifth of the run, and
     500 steps at most.
@@ -158,18 +116,6 @@ class CoOp(PromptLearning):
 
     def start(self, run: Run) -> System:
         return Prompted(run, self.words, self.length)
-
-
-@dataclass(frozen=True)
-class CoCoOp(PromptLearning):
-    """Conditional context optimization; fields as of `Prompted`."""
-
-    settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=2, epochs=10)
-    length: int = 4
-    words: str | None = "a photo of a"
-
-    def start(self, run: Run) -> System:
-        return Conditional(run, self.words, self.length)
 
 
 # MaPLe. Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023: prompts in the first blocks

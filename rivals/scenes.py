@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from radapter_serve.cli import run
 from radapter_serve.demo.data import (
@@ -22,6 +20,7 @@ from radapter_serve.demo.data import (
     prepare_scenes,
     write_scenes,
 )
+from rivals.benchmark import write_benchmark
 
 VALIDATION = "validation"
 
@@ -42,68 +41,42 @@ def scenes(out: Path, /) -> None:
     shutil.copy(TEMPLATES, out / TEMPLATES.name)
 
     dense = {"classes": "classes.txt", "templates": TEMPLATES.name}
-    write_benchmark(
-        out,
-        "retrieval",
-        data="csv:{}/captions.csv",
-        suite={"metric": "image_retrieval_recall@1"},
-        of_set={},
-        of_training={},
-    )
-    write_benchmark(
-        out,
-        "segmentation",
-        data="masks:{}",
-        suite=dense,
-        of_set={"dense": "proposals", "threshold": 0.0},
-        of_training=dense,
-    )
-    print(
-        f"wrote {out}/retrieval.yaml and segmentation.yaml; next: python -m rivals.table 3 --data"
-        f" {out}/retrieval.yaml"
-    )
-
-
-def write_benchmark(
-    out: Path,
-    task: str,
-    data: str,
-    suite: Mapping[str, Any],
-    of_set: Mapping[str, Any],
-    of_training: Mapping[str, Any],
-) -> None:
-    """Write a task's benchmark and its suite; `data` has {} where a folder of scenes goes."""
     places: list[tuple[str, dict[str, str]]] = [
         (VALIDATION, {"shift": "id", "split": "validation"}),
         (f"test-{FINE_TUNED}", {"shift": "id"}),
         *((f"test-{style}", {"shift": "ood"}) for style in SCENE_SHIFTS),
     ]
-    sets = [
-        {
-            "name": f"scenes, {place.removeprefix('test-')}",
-            "data": data.format(place),
-            **of_set,
-            **fields,
+    # By task: the data of a folder, and fields of the suite, of its sets, and of training.
+    tasks: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+        "retrieval": ("csv:{}/captions.csv", {"metric": "image_retrieval_recall@1"}, {}, {}),
+        "segmentation": ("masks:{}", dense, {"dense": "proposals", "threshold": 0.0}, dense),
+    }
+    for task, (data, of_suite, of_set, of_training) in tasks.items():
+        sets = [
+            {
+                "name": f"scenes, {place.removeprefix('test-')}",
+                "data": data.format(place),
+                **of_set,
+                **fields,
+            }
+            for place, fields in places
+        ]
+        training = {
+            "task": task,
+            "data": data.format("train"),
+            "batch_size": 64,
+            "epochs": 10,
+            "crop_scale": 0.9,
+            "flip": False,
+            "workers": 0,
+            **of_training,
         }
-        for place, fields in places
-    ]
-    training = {
-        "task": task,
-        "data": data.format("train"),
-        "batch_size": 64,
-        "epochs": 10,
-        "crop_scale": 0.9,
-        "flip": False,
-        "workers": 0,
-        **of_training,
-    }
-    documents = {
-        f"{task}-suite": {"name": "scenes", "task": task, **suite, "sets": sets},
-        task: {"suite": f"{task}-suite.yaml", "train": training},
-    }
-    for name, document in documents.items():
-        text = yaml.safe_dump(document, sort_keys=False)
-        (out / f"{name}.yaml").write_text(text, encoding="utf-8")
+        suite = {"name": "scenes", "task": task, **of_suite, "sets": sets}
+        write_benchmark(out / f"{task}.yaml", suite, training)
+    print(
+        f"wrote {out}/retrieval.yaml and segmentation.yaml; next: python -m rivals.table 3 --data"
+        f" {out}/retrieval.yaml"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -26,13 +26,11 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from rivals.benchmark import Flags, check_seeds
 from rivals.cells import Cells, Judged
-from rivals.full import MaskFill
-from rivals.layout import Images, corrected, lead_over, markdown, origin, publish, say
-from rivals.method import Cost, Learned, Method, Run, System, with_rate
-from rivals.prompts import CoOp, MaPLe
+from rivals.layout import corrected, lead_over, markdown, origin, publish, say
+from rivals.method import Cost, Learned, Method, Run, System
 from rivals.radapter import r_adapter
 from rivals.small import table_of
-from rivals.tables import METHODS, figures, images_of
+from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, figures, images_of
 
 ZERO_SHOT = "zero-shot"
 # Fields that a benchmark may set for all methods.
@@ -82,32 +80,19 @@ def methods() -> dict[str, Method]:
     return {
         ZERO_SHOT: METHODS["zero-shot"],
         "labels by example": LabelsByExample(),
-        "CoOp, no full stop": CoOp(words="{}"),
-        "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
+        **NO_STOP,
         "CLIPood": METHODS["clipood"],
-        "LoRA, rank 2": with_rate(METHODS["lora"], 6e-4),
-        "CLIP-SVD": with_rate(METHODS["clip-svd"], 3e-3),
-        "full fine-tuning": with_rate(METHODS["ft"], 2.7e-4),
-        "WiSE-FT": with_rate(METHODS["wise-ft"], 2.7e-4),
-        "Mask-Fill": with_rate(MaskFill(weight=0.75), 9e-4),
+        "LoRA, rank 2": AT_CHOSEN_RATE["LoRA"],
+        **{
+            name: AT_CHOSEN_RATE[name]
+            for name in ("CLIP-SVD", "full fine-tuning", "WiSE-FT", "Mask-Fill")
+        },
         **{
             f"R-Adapter, rank {rank}": r_adapter("few-shot", rank=rank, **few) for rank in (1, 4, 8)
         },
         "R-Adapter, full rank": r_adapter("few-shot", rank=None, **few),
         "R-Adapter, the recipe small": r_adapter("small", **few),
     }
-
-
-@dataclass(frozen=True)
-class Result:
-    """By seed, the accuracies of a method in % by column, and each image's part of them."""
-
-    values: Sequence[Mapping[str, float]]
-    images: Sequence[Mapping[str, Images]]
-
-    def mean(self, head: str) -> float:
-        """Average a column over the seeds."""
-        return mean(row[head] for row in self.values)
 
 
 def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Path) -> str:
@@ -192,19 +177,18 @@ def shots(
                 alphas = [1.0 if method.alpha is None else method.alpha]
                 rows = cells.cell(f"{name}, {number} {unit}", method, seed, alphas).rows
             judged.setdefault((name, number), []).append(rows)
-    results = {
-        place: Result([figures(rows) for rows in seeds_of], [images_of(rows) for rows in seeds_of])
-        for place, seeds_of in judged.items()
-    }
+    values = {place: [figures(rows) for rows in of_seeds] for place, of_seeds in judged.items()}
+    parts = {place: [images_of(rows) for rows in of_seeds] for place, of_seeds in judged.items()}
+
+    def middle(head: str, name: str, number: int) -> float:
+        return mean(row[head] for row in values[name, number])
 
     # Make two tables: of the trained style, and of the mean of the others.
-    heads = list(results[ZERO_SHOT, numbers[0]].values[0])[:2]
+    heads = list(values[ZERO_SHOT, numbers[0]][0])[:2]
     places = [(head, name, number) for head, name, number in product(heads, known, numbers)]
     leads = corrected(
         {
-            (head, name, number): lead_over(
-                results[name, number].images, results[ZERO_SHOT, number].images, head
-            )
+            (head, name, number): lead_over(parts[name, number], parts[ZERO_SHOT, number], head)
             for head, name, number in places
             if name != ZERO_SHOT
         }
@@ -215,9 +199,9 @@ def shots(
         for name in known:
             line = [name]
             for number in numbers:
-                middle = results[name, number].mean(head)
                 lead = leads.get((head, name, number))
-                line.append(f"{middle:.1f}" if lead is None else f"{middle:.1f} ({lead})")
+                after = "" if lead is None else f" ({lead})"
+                line.append(f"{middle(head, name, number):.1f}{after}")
             lines.append(line)
         tables.append(markdown([head, *(f"{number} {unit}" for number in numbers)], lines))
 
@@ -226,7 +210,7 @@ def shots(
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):
         for name in known:
-            middles = [results[name, number].mean(head) for number in numbers]
+            middles = [middle(head, name, number) for number in numbers]
             style = {"color": "grey", "linestyle": "--"} if name == ZERO_SHOT else {"marker": "o"}
             width = 2.5 if "small" in name else 1.2
             panel.plot(numbers, middles, label=name, linewidth=width, **style)

@@ -184,17 +184,7 @@ BASES = ("zero-shot", "r-adapter", "r-adapter, preserve", "r-adapter, preserve, 
 Methods = Mapping[str, Method]  # by name in the table
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Flags of the command; `alpha` is set if validation chooses α."""
-
-    seeds: Sequence[int]
-    validation_seeds: Sequence[int] | None
-    alpha: bool
-    rates: Sequence[float]
-
-
-def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+def _rows(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -> str:
     """Make a table with a row a method."""
     lines = []
     values: dict[str, list[dict[str, float]]] = {}
@@ -202,7 +192,7 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
     ns = {}
     for name, method in methods.items():
         place = 1.0 if method.alpha is None else method.alpha
-        of_seeds = [cells.cell(name, method, seed, [place]) for seed in choices.seeds]
+        of_seeds = [cells.cell(name, method, seed, [place]) for seed in seeds]
         values[name] = [figures(cell.rows) for cell in of_seeds]
         images[name] = [images_of(cell.rows) for cell in of_seeds]
         ns = {row.dataset: row.n for row in of_seeds[-1].rows}
@@ -273,13 +263,13 @@ def leads(
     return "".join(f"\n\n{part}" for part in parts)
 
 
-def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+def _curves(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -> str:
     """Make a table with a row a method and α, for every α."""
     lines: list[list[str]] = []
     curves: dict[str, list[dict[str, float]]] = {}
     sets: dict[str, Judged] = {}
     for name, method in methods.items():
-        of_seeds = [cells.cell(name, method, seed, ALPHAS) for seed in choices.seeds]
+        of_seeds = [cells.cell(name, method, seed, ALPHAS) for seed in seeds]
         sets = {row.dataset: row for row in of_seeds[0].rows}
         curves[name] = []
         for alpha in ALPHAS:
@@ -313,39 +303,47 @@ def _shown_alpha(method: Method) -> str:
 
 
 def _conditions(
-    benchmark: Benchmark, methods: Methods, choices: Choices, starts: Mapping[str, float]
+    benchmark: Benchmark,
+    methods: Methods,
+    seeds: Sequence[int],
+    choosing: Sequence[int],
+    factors: Sequence[float],
+    starts: Mapping[str, float],
+    *,
+    alpha: bool,
 ) -> str:
-    """Describe the command, the machine, and all choices."""
+    """Describe the command, the machine, and all choices, by the `choosing` seeds; `alpha` is
+    chosen too.
+    """
     hidden = {"data", "images", "classes", "templates"}
     if "steps" in benchmark.fields:
         hidden.add("epochs")
     values = {**benchmark.fields, "architecture": Path(benchmark.fields["architecture"]).name}
     shown = ", ".join(f"{key} {value}" for key, value in values.items() if key not in hidden)
-    seeds = ", ".join(map(str, choices.seeds))
     mean_of = "by the mean of all seeds"
-    if choices.validation_seeds:
-        mean_of = f"by the mean of seeds {', '.join(map(str, choices.validation_seeds))}"
+    if choosing != seeds:
+        mean_of = f"by the mean of seeds {', '.join(map(str, choosing))}"
     parts = [
         origin("rivals.table"),
-        f"Benchmark {benchmark.name}, seeds {seeds}: per cent, mean ± standard deviation over the"
-        " seeds.",
+        f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}: per cent, mean ± standard"
+        " deviation over the seeds.",
         f"Every method learned with {shown}; the rest is its own paper's.",
-        f"Validation chose α, {mean_of}." if choices.alpha else "α is each paper's own.",
+        f"Validation chose α, {mean_of}." if alpha else "α is each paper's own.",
     ]
-    if set(choices.rates) - {1}:
-        several = len(choices.rates) > 1
+    if set(factors) - {1}:
+        several = len(factors) > 1
         rates = [
             f"{name} at {method.settings['learning_rate']:.2g}"
             for name, method in methods.items()
             if method.settings
         ]
-        factors = ", ".join(f"{rate:g}" for rate in choices.rates)
+        grid = ", ".join(f"{factor:g}" for factor in factors)
         further = [f"{name} {start:g}" for name, start in starts.items() if name in methods]
         if further and several:
-            factors += f", and these times {', '.join(further)}"
+            grid += f", and these times {', '.join(further)}"
         chosen = f"Validation chose the learning rate, {mean_of}," if several else ""
         chosen = chosen or "The learning rate is"
-        parts.append(f"{chosen} each paper's own times {factors}: {'; '.join(rates)}.")
+        parts.append(f"{chosen} each paper's own times {grid}: {'; '.join(rates)}.")
         if several:
             validation = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
             parts.append(
@@ -418,7 +416,7 @@ def table(
             )
 
     # The choice of each row.
-    choices = Choices(seeds, validation_seeds, alpha == "validation", rates)
+    choosing = validation_seeds or seeds
     spec = TABLES[number]
     if unknown := [name for name in only if name not in spec.rows]:
         raise RAdapterError(
@@ -438,20 +436,28 @@ def table(
             cells,
             name,
             [method, *others],
-            validation_seeds or seeds,
+            choosing,
             grid,
-            CHOICES if choices.alpha else (),
+            CHOICES if alpha == "validation" else (),
         )
 
     # The cells, their picture and their page.
     methods = {name: choice.method for name, choice in chosen.items()}
     flags.out.mkdir(parents=True, exist_ok=True)
     picture = flags.out / f"table-{number}.png"
-    body = (_curves if spec.curves else _rows)(cells, methods, choices, picture)
+    body = (_curves if spec.curves else _rows)(cells, methods, seeds, picture)
     say(f"wrote {picture}")
     parts = [
         f"# {spec.title}",
-        _conditions(benchmark, methods, choices, spec.starts),
+        _conditions(
+            benchmark,
+            methods,
+            seeds,
+            choosing,
+            rates,
+            spec.starts,
+            alpha=alpha == "validation",
+        ),
         *cells.warnings(),
         body,
         *_trials(chosen),

@@ -5,7 +5,7 @@ removed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -191,9 +191,6 @@ class LinearAdapter(nn.Module):
         return self.on_output(output)
 
 
-Make = Callable[[int, int | None], LinearAdapter]  # from a layer's width and a rank
-
-
 class Adapters(nn.Module):
     """All adapters of one model, as a module: its parameters are what is trained."""
 
@@ -204,7 +201,6 @@ class Adapters(nn.Module):
         form: Form,
         drop: float,
         left_out: Sequence[str] = (),
-        make: Make = LinearAdapter,
     ) -> None:
         super().__init__()
         self.sites = list(sites)
@@ -212,7 +208,9 @@ class Adapters(nn.Module):
         self.rank = rank
         self.form = form
         self.drop = drop
-        self.layers = nn.ModuleList(make(site.layer.out_features, rank) for site in self.sites)
+        self.layers = nn.ModuleList(
+            LinearAdapter(site.layer.out_features, rank) for site in self.sites
+        )
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.layers, strict=True):
             assert isinstance(layer, LinearAdapter)
@@ -306,7 +304,6 @@ def attach(
     drop: float = 0.0,
     text: bool = True,
     partial: bool = False,
-    make: Make = LinearAdapter,
 ) -> Adapters:
     """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both
     towers.
@@ -323,7 +320,6 @@ def attach(
         partial: adapt only what can be: a tower without known blocks (a convolutional one) and
             layers with a norm between them and their residual are left out, where else they are
             refused.
-        make: makes the adapter of one layer.
 
     Raises:
         RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of
@@ -334,7 +330,7 @@ def attach(
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
     sites = find_sites(model, text=text, partial=partial)
-    return _attach(model, sites, rank, form, drop, left_out(model, text=text), make)
+    return _attach(model, sites, rank, form, drop, left_out(model, text=text))
 
 
 def _attach(
@@ -344,7 +340,6 @@ def _attach(
     form: Form,
     drop: float = 0.0,
     left_out: Sequence[str] = (),
-    make: Make = LinearAdapter,
 ) -> Adapters:
     width = min(site.layer.out_features for site in sites)
     if rank is not None and rank >= width:
@@ -360,7 +355,7 @@ def _attach(
                 f"{site.key} has an adapter already; call remove() on the first adapters"
             )
     model.requires_grad_(False)
-    adapters = Adapters(sites, rank, form, drop, left_out, make)
+    adapters = Adapters(sites, rank, form, drop, left_out)
     logging.getLogger(__name__).info(adapters.summary(model))
     return adapters
 

@@ -341,7 +341,7 @@ class RetrievalSet(EvaluationSet):
 
     def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
         images = answers["images"]
-        texts = model.loaded.embed_texts(self.captions)
+        texts = model.embed_texts(self.captions)
         ranks = retrieval_ranks(images, texts, self.image_of, self.groups)
         metrics = recalls_of(ranks)
         # Captions of one image are no independent cases: images are counted both ways.

@@ -95,6 +95,10 @@ class Candidate:
             return encoder.images(np.stack(items), self._alpha)
         return self.loaded.embed_pixels(items)
 
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        """Texts to float32 [N, D], unit length."""
+        return self.loaded.embed_texts(texts)
+
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
         """Unit-length embeddings of classes, float32 [C, D]: the mean over a class's names and all
         templates.
@@ -104,7 +108,7 @@ class Candidate:
         key = tuple(templates)
         new = [line for line in dict.fromkeys(classes) if (key, line) not in self.known]
         if new:
-            embeds = check_finite(mean_embeddings(self.loaded.embed_texts, new, templates))
+            embeds = check_finite(mean_embeddings(self.embed_texts, new, templates))
             self.known.update({(key, line): embed for line, embed in zip(new, embeds, strict=True)})
         return np.stack([self.known[key, line] for line in classes])
 

@@ -116,15 +116,6 @@ def test_these_parts_learn_and_no_others(
     assert found.cost.parameters == counted
 
 
-def test_line_is_an_interpolation(make_run: Callable[..., Run]):
-    found = learned(FullFineTuning(alpha=0.5), make_run())
-    system = found.at(0.25)
-    for name, value in system.state_dict().items():
-        if name in found.end:
-            torch.testing.assert_close(value, 0.75 * found.start[name] + 0.25 * found.end[name])
-    assert "head.bias" in found.end
-
-
 @pytest.mark.slow
 def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
     run = make_run()
