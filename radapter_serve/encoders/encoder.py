@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
-from radapter_serve.errors import RAdapterError
-from radapter_serve.process import total
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import RUNTIMES, SPINNING, TENSORRT
+from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
 ENCODER = "_encoder"  # how the names of the steps end that are calls of an encoder
 
@@ -114,8 +112,6 @@ class EncoderGraph:
         device: int | None = None,
         parameters: Mapping[str, str] | None = None,
     ) -> None:
-        if runtime not in RUNTIMES:
-            raise RAdapterError(f"no runtime {runtime!r}; allowed are {', '.join(RUNTIMES)}")
         options = dict(parameters or {})
         if precision == "bf16":
             options["HINT_BF16"] = "YES"
@@ -136,40 +132,6 @@ class EncoderGraph:
         feed = dict(zip(self._graph.inputs, values, strict=True))
         [embeds] = self._graph.run(feed, self._graph.outputs[:1])
         return np.asarray(embeds, dtype=np.float32)
-
-
-def load_graphs(
-    repository: Path,
-    release: Release,
-    *,
-    device: int | None = None,
-    threads: int | None = None,
-    runtime: str | None = None,
-    spin: bool = False,
-) -> GraphEncoder:
-    """The graphs of a release in a model repository: on GPU `device` of ONNX Runtime, or on the
-    CPU; with `threads`, or one a core; in `runtime`, or the one of their export.
-
-    With `spin` the threads of ONNX Runtime wait for work busily: a call is a fifth quicker, and
-    others who share the cores are slower.
-    """
-    runtime = runtime or release.runtime
-    parameters = dict(RUNTIMES[runtime].parameters)
-    if spin:
-        parameters.pop(SPINNING, None)
-    graphs: dict[str, EncoderGraph] = {}
-    for name in ("image_encoder", "text_encoder", "patch_encoder"):
-        if name == "patch_encoder" and not release.dense:
-            continue
-        graphs[name] = EncoderGraph(
-            repository / name / str(release.version) / RUNTIMES[runtime].file,
-            runtime,
-            precision=release.precision,
-            threads=total() if threads is None else threads,
-            device=device if runtime == "onnxruntime" else None,
-            parameters=parameters,
-        )
-    return GraphEncoder(graphs)
 
 
 @dataclass(frozen=True)

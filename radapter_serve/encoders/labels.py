@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import sqlite3
-import sys
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +21,6 @@ DEFAULT_WEIGHT = 0.5  # of a label's examples; the rest is its text's
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # of a label set
 MAX_LABELS = 20_000  # whose embeddings are kept
-_WAIT = 0.5  # seconds for another process that writes
-_KEYS = 500  # of a query; SQLite takes at least 999 values
-_TABLE = """CREATE TABLE IF NOT EXISTS labels
-    (number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, embed BLOB NOT NULL)"""
-_OLD = "DELETE FROM labels WHERE number <= (SELECT MAX(number) FROM labels) - ?"
 
 
 @dataclass(frozen=True)
@@ -100,98 +91,33 @@ def load_label_sets(folder: Path) -> dict[str, LabelSet]:
 
 
 class LabelCache:
-    """Embeddings of labels and examples by key, and the label sets that requests brought.
-
-    Embeddings are in a file of SQLite that several processes share, or in memory (`file` None):
-    those of `max_labels` at most, and the oldest go first. This is a cache and no more: where its
-    file can't be read or written, it is empty, and the log says why. `max_labels` also bounds how
-    many labels and templates the label sets have together. `release` is a part of every key.
+    """Embeddings of labels and examples, and the label sets that requests brought, by key; what was
+    used longest ago goes first. Thread-safe.
     """
 
-    def __init__(
-        self, release: str, file: Path | None = None, *, max_labels: int = MAX_LABELS
-    ) -> None:
-        self._release = release
-        self._file = file
-        self._max_labels = max_labels
-        self._file_lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._complained = False
+    def __init__(self, max_size: int = MAX_LABELS) -> None:
+        self._max_size = max_size
+        self._size = 0
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
-        # Callers mostly send the same list again; this saves them the walk through it.
-        self._sets: OrderedDict[Any, LabelSet] = OrderedDict()
-        self._texts_in_sets = 0
 
-    def key(self, *parts: Any) -> bytes:
-        """The key of an embedding."""
-        return hashlib.sha256(repr((self._release, *parts)).encode()).digest()
-
-    def embeddings(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """The embeddings, float32 [D], that are kept of some keys."""
-        embeds: dict[bytes, NDArray[np.float32]] = {}
-
-        def read(connection: sqlite3.Connection) -> None:
-            for start in range(0, len(keys), _KEYS):
-                some = keys[start : start + _KEYS]
-                places = ", ".join("?" * len(some))
-                query = f"SELECT key, embed FROM labels WHERE key IN ({places})"
-                for key, embed in connection.execute(query, some):
-                    embeds[key] = np.frombuffer(embed, np.float32)
-
-        self._try(read)
-        return embeds
-
-    def keep(self, embeds: Mapping[bytes, NDArray[np.float32]]) -> None:
-        """Keep embeddings, float32 [D] each, by key; all of them, or where that fails none."""
-        rows = [(key, embed.tobytes()) for key, embed in embeds.items()]
-
-        def write(connection: sqlite3.Connection) -> None:
-            with connection:
-                connection.executemany(
-                    "INSERT OR IGNORE INTO labels (key, embed) VALUES (?, ?)", rows
-                )
-                connection.execute(_OLD, (self._max_labels,))
-
-        self._try(write)
-
-    def get(self, key: Any) -> LabelSet | None:
-        """The label set of a list of labels, if it was asked for before."""
+    def get(self, key: Any) -> Any:
+        """The value of a key; None if it is not kept."""
         with self._lock:
-            if key in self._sets:
-                self._sets.move_to_end(key)
-            return self._sets.get(key)
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
-    def put(self, key: Any, label_set: LabelSet) -> None:
-        """Keep a label set; the oldest go."""
+    def put(self, key: Any, value: Any, size: int = 1) -> None:
+        """Keep a value, such as an array that is no view of a larger one; `size` is the number of
+        its labels and templates.
+        """
         with self._lock:
-            if key in self._sets:  # another thread was quicker
+            if key in self._entries:  # another thread was quicker
                 return
-            self._sets[key] = label_set
-            self._texts_in_sets += _texts_of(label_set)
-            while len(self._sets) > 1 and self._texts_in_sets > self._max_labels:
-                _, dropped = self._sets.popitem(last=False)
-                self._texts_in_sets -= _texts_of(dropped)
-
-    def _try(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        """Read from the file or write into it."""
-        with self._file_lock:
-            try:
-                if self._connection is None:
-                    file = ":memory:" if self._file is None else self._file
-                    connection = sqlite3.connect(file, timeout=_WAIT, check_same_thread=False)
-                    weakref.finalize(self, connection.close)
-                    # Those who read and those who write do not wait for each other; a machine that
-                    # fails may lose what is kept.
-                    connection.execute("PRAGMA journal_mode = WAL")
-                    connection.execute("PRAGMA synchronous = OFF")
-                    connection.execute(_TABLE)
-                    self._connection = connection
-                work(self._connection)
-            except sqlite3.Error as error:
-                if not self._complained:
-                    print(f"embeddings of labels are not kept: {error}", file=sys.stderr)
-                self._complained = True
-
-
-def _texts_of(label_set: LabelSet) -> int:
-    return len(label_set.labels) + len(label_set.templates)
+            self._entries[key] = value, size
+            self._size += size
+            while self._size > self._max_size and len(self._entries) > 1:
+                _, (_, dropped) = self._entries.popitem(last=False)
+                self._size -= dropped

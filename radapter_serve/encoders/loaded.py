@@ -12,9 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,12 +39,18 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import ImageFile
 from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.encoders.encoder import Encoder, load_graphs
+from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.errors import RAdapterError
-from radapter_serve.process import LABELS, decoders
+from radapter_serve.process import decoders, total
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import Served, find_release, split_repository
+from radapter_serve.release.repository import (
+    RUNTIMES,
+    SPINNING,
+    Served,
+    find_release,
+    split_repository,
+)
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
@@ -260,9 +264,7 @@ class LoadedRelease:
     @cached_property
     def label_cache(self) -> LabelCache:
         """The embeddings of labels that requests brought."""
-        shared = os.environ.get(LABELS)
-        facts = json.dumps(self.release.to_dict(), sort_keys=True)
-        return LabelCache(facts, Path(shared) if shared else None)
+        return LabelCache()
 
     def request_alpha(self, alpha: float | None) -> float | None:
         """The encoder's α for a request, which may bring one; None where it is folded. Raises a
@@ -346,15 +348,33 @@ def load_release(
     runtime: str | None = None,
     spin: bool = False,
 ) -> LoadedRelease:
-    """A release of a model repository: `DIR@N` or `version` names it, else it is the newest. The
-    other arguments are those of `load_graphs`.
+    """A release of a model repository: `DIR@N` or `version` names it, else it is the newest.
+
+    It runs on GPU `device` of ONNX Runtime, or on the CPU; with `threads`, or one a core; in
+    `runtime`, or the one of its export. With `spin` the threads of ONNX Runtime wait for work
+    busily: a call is a fifth quicker, and others who share the cores are slower.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
-    place = folder.parent.parent
+    runtime = runtime or release.runtime
+    parameters = dict(RUNTIMES[runtime].parameters)
+    if spin:
+        parameters.pop(SPINNING, None)
+    graphs: dict[str, EncoderGraph] = {}
+    for name in ("image_encoder", "text_encoder", "patch_encoder"):
+        if name == "patch_encoder" and not release.dense:
+            continue
+        graphs[name] = EncoderGraph(
+            folder.parents[1] / name / folder.name / RUNTIMES[runtime].file,
+            runtime,
+            precision=release.precision,
+            threads=total() if threads is None else threads,
+            device=device if runtime == "onnxruntime" else None,
+            parameters=parameters,
+        )
     return LoadedRelease(
         release,
-        load_graphs(place, release, device=device, threads=threads, runtime=runtime, spin=spin),
+        GraphEncoder(graphs),
         Tokenizer.load(folder / "tokenizer.json", release.tokenizer),
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=indexes,

@@ -42,10 +42,9 @@ def load_graph(
     parameters: Mapping[str, str],
     *,
     device: int | None = None,
-    optimization: int = 0,
 ) -> Graph:
     """Load a graph into a runtime, as its config.pbtxt asks for it, on GPU `device` (None: the CPU)
-    and nowhere else; `optimization` is for ONNX Runtime alone.
+    and nowhere else.
     """
     if runtime == "openvino":
         graph = _load_openvino(path, parameters, device)
@@ -65,7 +64,7 @@ def load_graph(
             lambda feed, _: [engine(*(feed[name] for name in engine.inputs))],
         )
     else:
-        graph = _load_onnxruntime(path, parameters, device, optimization)
+        graph = _load_onnxruntime(path, parameters, device)
     # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
     # weights. Other systems than Linux with glibc lack the function.
     with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -73,13 +72,9 @@ def load_graph(
     return graph
 
 
-def _load_onnxruntime(
-    path: Path, parameters: Mapping[str, str], device: int | None, optimization: int
-) -> Graph:
-    """By parameters as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count`,
-    `inter_op_thread_count`, `execution_mode`, `enable_mem_arena`, `enable_mem_pattern` (off unless
-    it says 1) and `session.*`; `optimization` is the `level` there: below 0 basic, 0 as ONNX
-    Runtime itself, above 0 all.
+def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | None) -> Graph:
+    """By parameters as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count` and
+    `session.*`.
     """
     try:
         import onnxruntime
@@ -89,18 +84,9 @@ def _load_onnxruntime(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
-    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 0))
-    if parameters.get("execution_mode") == "1":
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    if parameters.get("enable_mem_arena") == "0":
-        options.enable_cpu_mem_arena = False
     # A pattern takes another block for each shape on top of what the runs before took; batches have
     # many shapes, and are no faster by it.
-    options.enable_mem_pattern = parameters.get("enable_mem_pattern") == "1"
-    if optimization < 0:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if optimization > 0:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False
     for key, value in parameters.items():
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
@@ -127,7 +113,7 @@ def _load_onnxruntime(
         # A large run needs more memory between its layers than a usual one, which ONNX Runtime
         # would keep for good.
         is_large = False
-        if options.enable_cpu_mem_arena and device is None:
+        if device is None:
             for array in feed.values():
                 if array.ndim > 2:
                     is_large |= array.shape[0] > LARGE_ROWS

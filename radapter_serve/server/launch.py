@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from radapter_serve.errors import RAdapterError, install_command
 from radapter_serve.files import disk_errors, hold, staged
-from radapter_serve.process import INDEXES, LABELS, LABELS_FILE, SURPLUS, environment, otlp_endpoint
+from radapter_serve.process import INDEXES, SURPLUS, environment, otlp_endpoint
 from radapter_serve.release.repository import CONFIG, RUNTIMES
 
 if TYPE_CHECKING:
@@ -284,7 +284,6 @@ def server_environment(
         "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
         INDEXES: str(config.indexes),
         SURPLUS: str(folder / WAITING),
-        LABELS: str(folder / LABELS_FILE),
     }
     if "OTEL_EXPORTER_OTLP_TIMEOUT" not in variables:
         # How long it waits for a collector, also when it stops; 10 s if unset.

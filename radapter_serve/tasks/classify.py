@@ -230,21 +230,19 @@ def mix_examples(
     """
     # The embedding of each example, computed once and kept.
     cache = loaded.label_cache
-    keys = {
-        image: cache.key("example", alpha, digest)
-        for image, digest in zip(examples.images, examples.digests, strict=True)
-    }
-    kept = cache.embeddings(list(keys.values()))
-    embeds = {image: kept[key] for image, key in keys.items() if key in kept}
-    for image in keys:
-        if image in embeds:
-            continue
-        try:
-            pixels = yield from loaded.decoded([_example_header(examples, image)], cancelled)
-        except TaskError as error:
-            raise _of_example(error, examples, image) from None
-        [embeds[image]] = yield from loaded.encoded("images", pixels, alpha, cancelled)
-        cache.keep({keys[image]: embeds[image]})
+    embeds: dict[bytes, NDArray[np.float32]] = {}
+    for image, digest in zip(examples.images, examples.digests, strict=True):
+        kept = embeds.get(image, cache.get((digest, alpha)))
+        if kept is None:
+            try:
+                header = _example_header(examples, image)
+                pixels = yield from loaded.decoded([header], cancelled)
+            except TaskError as error:
+                raise _of_example(error, examples, image) from None
+            encoded = yield from loaded.encoded("images", pixels, alpha, cancelled)
+            kept = encoded[0].copy()
+            cache.put((digest, alpha), kept)
+        embeds[image] = kept
 
     # The label's own, mixed.
     weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))

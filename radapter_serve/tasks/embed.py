@@ -179,45 +179,42 @@ def embed_labels(
     """
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), alpha)
-    label_set = cache.get(whole)
+    label_set: LabelSet | None = cache.get(whole)
     if label_set is not None:
         return label_set
     names = check_names(labels)
     check_templates(templates)
 
-    # Those that were embedded before.
+    # In parts, which are kept one by one: labels that are not kept yet and have at most so many
+    # prompts together, or one with more.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
-    keys = {label: cache.key((alpha, digest), label) for label in labels}
-    kept = cache.embeddings(list(keys.values()))
-    embeds = {label: kept[key] for label, key in keys.items() if key in kept}
-    missing = deque(label for label in labels if label not in embeds)
-
-    # The others in parts, which are kept one by one.
-    while missing:
-        # Labels that have at most so many prompts together, or one with more.
+    embeds: dict[str, NDArray[np.float32]] = {}
+    waiting = deque(labels)
+    while waiting:
         count = 0
         part: list[str] = []
-        while missing and (not part or count < _PROMPTS):
-            count += len(names[missing[0]]) * len(templates)
-            part.append(missing.popleft())
-        # Another process may have embedded the same labels since.
-        kept = cache.embeddings([keys[label] for label in part])
-        embeds |= {label: kept[keys[label]] for label in part if keys[label] in kept}
-        new = [label for label in part if label not in embeds]
-        if new:
-            prompts = [prompts_of(names[label], templates) for label in new]
+        while waiting and (not part or count < _PROMPTS):
+            label = waiting.popleft()
+            kept = cache.get((digest, alpha, label))
+            if kept is not None:
+                embeds[label] = kept
+                continue
+            count += len(names[label]) * len(templates)
+            part.append(label)
+        if part:
+            prompts = [prompts_of(names[label], templates) for label in part]
             texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
             rows = loaded.tokenizer.encode(texts)
             encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
-            means = dict(zip(new, means_of(prompts, texts, encoded), strict=True))
-            cache.keep({keys[label]: mean for label, mean in means.items()})
-            embeds |= means
+            for label, mean in zip(part, means_of(prompts, texts, encoded), strict=True):
+                embeds[label] = mean.copy()
+                cache.put((digest, alpha, label), embeds[label])
         if progress is not None:
             progress(len(embeds))
     shown = tuple(names[label][0] for label in labels)
     rows_of_all = np.stack([embeds[label] for label in labels])
     label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
-    cache.put(whole, label_set)
+    cache.put(whole, label_set, len(labels) + len(templates))
     return label_set
 
 

@@ -73,8 +73,7 @@ class GraphModel:
         device = None
         if args["model_instance_kind"] == "GPU":
             device = int(args["model_instance_device_id"])
-        level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
-        self._graph = load_graph(path, self.runtime, parameters, device=device, optimization=level)
+        self._graph = load_graph(path, self.runtime, parameters, device=device)
         for kind, wanted, actual in (
             ("input", self._inputs, self._graph.inputs),
             ("output", self._outputs, self._graph.outputs),

@@ -63,22 +63,6 @@ def asking(server: TritonServer) -> Iterator[Client]:
 # Answers
 
 
-def test_new_labels_are_embedded_once_for_all_processes(server, client, asking):
-    """Two of `classify` and two of `segment`, in turn."""
-    labels = ["asked of everybody", "by many callers"]
-
-    def encoded() -> int:
-        models = client.get_inference_statistics("text_encoder").model_stats
-        return sum(model.inference_stats.success.count for model in models)
-
-    before = encoded()
-    asking.classify(png(0), labels)
-    with ThreadPoolExecutor(4) as callers:
-        list(callers.map(lambda _: asking.classify(png(0), labels), range(12)))
-        list(callers.map(lambda _: asking.segment(png(0), labels), range(12)))
-    assert encoded() == before + 1
-
-
 @pytest.mark.parametrize("model", ["text_encoder", "patch_encoder"])
 def test_callers_who_give_up_do_not_hold_up_the_others(client, asking, model):
     def encoded() -> int:

@@ -1,8 +1,7 @@
 """Triton backend `onnxruntime` in Python, for servers without the C++ backend of that name; same
 configs, same numbers.
 
-Of the C++ backend's parameters it knows those of `radapter_serve.encoders.runtimes.load_graph`, and
-`graph_optimization_level` of the `optimization` block.
+Of the C++ backend's parameters it knows those of `radapter_serve.encoders.runtimes.load_graph`.
 """
 
 from __future__ import annotations
