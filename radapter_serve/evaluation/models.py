@@ -37,8 +37,8 @@ from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import LOCAL
-from radapter_serve.tasks.dense import DenseSegmenter, SegmentOptions, encode_windows
-from radapter_serve.tasks.segment import ProposalSegmenter
+from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
+from radapter_serve.tasks.segment import segment_proposals
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TEMPLATES = ["a photo of a {}."]  # of models that name none
@@ -173,14 +173,14 @@ class Candidate:
         image = decode(data, exif_orientation=self.loaded.preprocess.exif_orientation)
         if query.dense == PROPOSALS:
             assert masks is not None
-            crops = ProposalSegmenter.of(self.loaded).segment(image, embeds, masks, scores, options)
+            crops = segment_proposals(self.loaded, image, embeds, masks, scores, options)
             return encode_windows(crops, self.loaded.embed_pixels).mask
         patches: Callable[..., Floats] = self.loaded.embed_patches
         if isinstance(encoder, TorchEncoder):
             patches = partial(encoder.patches, alpha=self._alpha, way=query.dense)
         rows = min(16, release.max_batch_size)
-        segmenter = replace(DenseSegmenter.of(self.loaded), max_batch_size=rows)
-        return encode_windows(segmenter.segment(image, embeds, options), patches).mask
+        views = segment_densely(self.loaded, image, embeds, options, rows=rows)
+        return encode_windows(views, patches).mask
 
     def close(self) -> None:
         """Release what this model and the others that were loaded with it hold."""

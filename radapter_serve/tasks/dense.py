@@ -4,7 +4,7 @@ these to pixels; with the options and the result that segmentation by proposals 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
@@ -123,13 +123,6 @@ class MaskTally:
         return ScoredMask(self._mask if shape is None else self._mask.reshape(shape), scores)
 
 
-def check_label_embeddings(embeds: NDArray[np.float32]) -> None:
-    """Raise a `TaskError` for no or too many labels, or embeddings that are not finite."""
-    if not 1 <= len(embeds) <= MAX_LABELS:
-        raise invalid(f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
-    finite(embeds)
-
-
 def encode_windows(windows: Windows[S], encode: Encode) -> S:
     """Run a segmentation by an encoder alone, such as one in torch."""
     try:
@@ -141,151 +134,114 @@ def encode_windows(windows: Windows[S], encode: Encode) -> S:
         return result
 
 
-@dataclass(frozen=True)
-class DenseSegmenter:
-    """Labels each pixel of an image by the cosines of patches with labels.
+def check_size(
+    loaded: LoadedRelease, size: tuple[int, int], labels: int, options: SegmentOptions
+) -> None:
+    """Raise a `TaskError`, before anything is decoded, for an image that is too long and thin, or
+    too many labels, for the windows that it takes.
+    """
+    window = loaded.preprocess.size[0]
+    short_side, stride = options.sizes(window)
+    width, height = _working(loaded, short_side).resized(*size)
+    windows = len(window_starts(height, window, stride)) * len(window_starts(width, window, stride))
+    if windows > MAX_WINDOWS:
+        raise invalid(
+            f"an image of {size[0]} x {size[1]}, resized to {width} x {height}, takes"
+            f" {windows} windows of {window} pixels; at most {MAX_WINDOWS} are allowed: give a"
+            " smaller short_side, a larger stride, or the image in parts"
+        )
+    if loaded.release.dense:
+        grid = loaded.release.dense["grid"]
+        _check_values(windows * grid**2, labels, "at a smaller short_side")
+    if options.refine:
+        _check_values(height * width, labels, "to refine; or leave refine out")
+
+
+def segment_densely(
+    loaded: LoadedRelease,
+    image: Image.Image,
+    embeds: NDArray[np.float32],
+    options: SegmentOptions = USUAL,
+    *,
+    rows: int,
+    cancelled: Cancelled | None = None,
+) -> Windows[ScoredMask]:
+    """Label each pixel of an image by the cosines of patches with labels, whose text embeddings are
+    of unit length, float32 [C, D]; yields batches of up to `rows` windows, and is sent their
+    patches.
 
     The image is resized to a working image, in which windows overlap; cosines are upsampled
     bilinearly to their window, averaged over the windows of a pixel, refined if wished, and
     upsampled to the image's own size, where softmax(40 cos) gives the probabilities; of a release
     with a bias, the sigmoid of each label, as in `classify`.
+
+    The image, of any mode, is let go of before the first batch is encoded. Raises a `TaskError` for
+    options that don't fit, too much to compute, and a caller who has left.
     """
+    check = partial(check_cancelled, cancelled)
+    finite(embeds)
 
-    preprocess: Preprocess  # its size is a window's, its interpolation makes the working image
-    max_batch_size: int
-    logit_scale: float = PATCH_SCALE
-    logit_bias: float | None = None  # of a model that was trained with a sigmoid loss
-    grid: int | None = None  # patches on a window's side; None: only the encoder knows
+    # The working image, and where windows are on it.
+    size = image.size
+    window = loaded.preprocess.size[0]
+    short_side, stride = options.sizes(window)
+    working = np.asarray(_working(loaded, short_side).resize(image).convert("RGB"))
+    del image
+    height, width = working.shape[:2]
+    tops = window_starts(height, window, stride)
+    lefts = window_starts(width, window, stride)
 
-    @classmethod
-    def of(cls, loaded: LoadedRelease) -> DenseSegmenter:
-        """As a release says."""
-        release = loaded.release
-        return cls(
-            loaded.preprocess,
-            release.max_batch_size,
-            release.logit_scale,
-            release.logit_bias,
-            release.dense["grid"] if release.dense else None,
-        )
+    # The cosines of the windows' patches, side by side: [windows down x g, C, windows across x g].
+    corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
+    values = np.empty(0, np.float32)
+    grid = 0
+    for start in range(0, len(corners), rows):
+        check()
+        batch = corners[start : start + rows]
+        views = [
+            working[tops[i] : tops[i] + window, lefts[j] : lefts[j] + window] for i, j in batch
+        ]
+        patches = finite((yield np.stack(views)))
+        if not start:
+            grid = patches.shape[1]
+            _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
+            values = np.empty((len(tops), grid, len(embeds), len(lefts), grid), np.float32)
+        for (row, column), patch in zip(batch, patches, strict=True):
+            cosines = embeds @ patch.reshape(grid * grid, -1).T
+            values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
+    values = values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
 
-    def check_size(self, size: tuple[int, int], labels: int, options: SegmentOptions) -> None:
-        """Raise a `TaskError`, before anything is decoded, for an image that is too long and thin,
-        or too many labels, for the windows that it takes.
-        """
-        window = self.preprocess.size[0]
-        short_side, stride = options.sizes(window)
-        width, height = self._shortest(short_side).resized(*size)
-        windows = len(window_starts(height, window, stride)) * len(
-            window_starts(width, window, stride)
-        )
-        if windows > MAX_WINDOWS:
-            raise invalid(
-                f"an image of {size[0]} x {size[1]}, resized to {width} x {height}, takes"
-                f" {windows} windows of {window} pixels; at most {MAX_WINDOWS} are allowed: give a"
-                " smaller short_side, a larger stride, or the image in parts"
-            )
-        if self.grid is not None:
-            _check_values(windows * self.grid**2, labels, "at a smaller short_side")
-        if options.refine:
-            _check_values(height * width, labels, "to refine; or leave refine out")
-
-    def segment(
-        self,
-        image: Image.Image,
-        embeds: NDArray[np.float32],
-        options: SegmentOptions = USUAL,
-        *,
-        cancelled: Cancelled | None = None,
-    ) -> Windows[ScoredMask]:
-        """Segment an image by labels' text embeddings of unit length, float32 [C, D]; yields
-        batches of windows, and is sent their patches.
-
-        The image, of any mode, is let go of before the first batch is encoded. Raises a `TaskError`
-        for options that don't fit, too much to compute, and a caller who has left.
-        """
-        check = partial(check_cancelled, cancelled)
-        self.check_size(image.size, len(embeds), options)
-        check_label_embeddings(embeds)
-
-        # The working image, and where windows are on it.
-        size = image.size
-        window = self.preprocess.size[0]
-        short_side, stride = options.sizes(window)
-        working = np.asarray(self._shortest(short_side).resize(image).convert("RGB"))
-        del image
-        height, width = working.shape[:2]
-        tops = window_starts(height, window, stride)
-        lefts = window_starts(width, window, stride)
-
-        # The cosines of their patches, and from these to the image's own pixels.
-        values = yield from self._cosines(working, tops, lefts, embeds, check)
-        grid = values.shape[0] // len(tops)
-        rows = Axis(size[1], height, window, grid, tuple(tops))
-        columns = Axis(size[0], width, window, grid, tuple(lefts))
-        if options.refine:
-            maps = np.empty((len(embeds), height, width), np.float32)
-            for (vertical, horizontal), part in upsampled(
-                values, replace(rows, pixels=height), replace(columns, pixels=width)
-            ):
-                check()
-                maps[:, vertical, horizontal] = part
-            refine(maps, working, options.refine, check)
-            values = maps.transpose(1, 0, 2)
-            rows, columns = (
-                Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns)
-            )
-
-        # The best label of each pixel; a bias belongs to the scale that it was trained with.
-        scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale
-        tally = MaskTally(
-            (size[1], size[0]),
-            len(embeds),
-            options.threshold is not None,
-            options.threshold,
-        )
-        for where, cosines in upsampled(values, rows, columns):
+    # From these to the image's own pixels.
+    down = Axis(size[1], height, window, grid, tuple(tops))
+    across = Axis(size[0], width, window, grid, tuple(lefts))
+    if options.refine:
+        maps = np.empty((len(embeds), height, width), np.float32)
+        for (vertical, horizontal), part in upsampled(
+            values, replace(down, pixels=height), replace(across, pixels=width)
+        ):
             check()
-            shape = cosines.shape[1:]
-            flat = cosines.reshape(len(embeds), -1)
-            best, probabilities = best_class(flat, scale, self.logit_bias)
-            tally.put(where, best.reshape(shape), probabilities.reshape(shape))
-        return tally.result()
+            maps[:, vertical, horizontal] = part
+        refine(maps, working, options.refine, check)
+        values = maps.transpose(1, 0, 2)
+        down, across = (
+            Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (down, across)
+        )
 
-    def _shortest(self, short_side: int) -> Preprocess:
-        """The preprocessing whose resize makes the working image."""
-        return replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
+    # The best label of each pixel; a bias belongs to the scale that it was trained with.
+    bias = loaded.release.logit_bias
+    scale = PATCH_SCALE if bias is None else loaded.release.logit_scale
+    has_background = options.threshold is not None
+    tally = MaskTally((size[1], size[0]), len(embeds), has_background, options.threshold)
+    for where, part in upsampled(values, down, across):
+        check()
+        best, probabilities = best_class(part.reshape(len(embeds), -1), scale, bias)
+        tally.put(where, best.reshape(part.shape[1:]), probabilities.reshape(part.shape[1:]))
+    return tally.result()
 
-    def _cosines(
-        self,
-        working: NDArray[np.uint8],
-        tops: Sequence[int],
-        lefts: Sequence[int],
-        embeds: NDArray[np.float32],
-        check: Callable[[], None],
-    ) -> Windows[NDArray[np.float32]]:
-        """The cosines of all windows' patches side by side, float32 [windows down x g, C, windows
-        across x g].
-        """
-        size = self.preprocess.size[0]
-        step = self.max_batch_size
-        corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
-        values = np.empty(0, np.float32)
-        for start in range(0, len(corners), step):
-            check()
-            batch = corners[start : start + step]
-            views = [
-                working[tops[i] : tops[i] + size, lefts[j] : lefts[j] + size] for i, j in batch
-            ]
-            patches = finite((yield np.stack(views)))
-            if not start:
-                grid = patches.shape[1]
-                _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
-                values = np.empty((len(tops), grid, len(embeds), len(lefts), grid), np.float32)
-            for (row, column), patch in zip(batch, patches, strict=True):
-                cosines = embeds @ patch.reshape(grid * grid, -1).T
-                values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
-        return values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
+
+def _working(loaded: LoadedRelease, short_side: int) -> Preprocess:
+    """The preprocessing whose resize makes the working image."""
+    return replace(loaded.preprocess, size=(short_side, short_side), resize_mode="shortest")
 
 
 def _check_values(places: int, labels: int, way_out: str) -> None:
@@ -415,25 +371,14 @@ def upsampled(
 @lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
 def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
     """The image's own pixels in bands of at most `step`: which, which of the patches count, and
-    their `weights`.
+    their weights.
     """
     bands = []
-    for first in range(0, axis.pixels, BAND):
-        which, weights = axis.weights(first, min(first + BAND, axis.pixels))
-        for start in range(0, len(weights), step):
-            band = weights[start : start + step]
-            used = np.flatnonzero(band.any(0))
-            begin = int(used[0])
-            end = int(used[-1]) + 1
-            kept = np.ascontiguousarray(band[:, begin:end])
-            kept.flags.writeable = False  # callers share it
-            bands.append(
-                (
-                    slice(first + start, first + start + len(band)),
-                    slice(which.start + begin, which.start + end),
-                    kept,
-                )
-            )
+    for block in range(0, axis.pixels, BAND):
+        end = min(block + BAND, axis.pixels)
+        for first in range(block, end, step):
+            last = min(first + step, end)
+            bands.append((slice(first, last), *axis.weights(first, last)))
     return tuple(bands)
 
 

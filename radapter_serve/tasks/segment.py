@@ -24,18 +24,18 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import MAX_PIXELS, ImageFile, decode, read_header, turn
 from radapter_serve.contract.labels import class_probabilities
-from radapter_serve.contract.preprocess import MaskCrop, Preprocess
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, Part, Steps
 from radapter_serve.tasks.dense import (
     BLOCK,
     MAX_LABELS,
     USUAL,
-    DenseSegmenter,
     MaskTally,
     ScoredMask,
     SegmentOptions,
     Windows,
-    check_label_embeddings,
+    check_size,
+    segment_densely,
 )
 from radapter_serve.tasks.embed import Labels, check_labels, embed_label_set, finite
 
@@ -112,8 +112,6 @@ def segment(
     alpha = loaded.request_alpha(request.alpha)
     window = loaded.preprocess.size[0]
     turned = loaded.preprocess.exif_orientation
-    dense = DenseSegmenter.of(loaded)
-    by_proposals = ProposalSegmenter.of(loaded)
     masks = request.proposals
     if masks is None:
         if not release.dense:
@@ -140,10 +138,10 @@ def segment(
                 " request may ask for; send a smaller image, fewer labels or fewer steps"
             )
         if masks is None:
-            dense.check_size(size, count, options)
+            check_size(loaded, size, count, options)
         else:
             sizes = [size, size[::-1]] if turned else [size]
-            by_proposals.check(masks, request.proposal_scores, sizes, count)
+            check_proposals(loaded, masks, request.proposal_scores, sizes, count)
 
         label_set = yield from embed_label_set(loaded, request.labels, alpha, cancelled)
         embeds = label_set.embeds
@@ -154,11 +152,18 @@ def segment(
         with turn(file, cancelled):
             image = decode(file, exif_orientation=turned)
             if masks is None:
-                windows = dense.segment(image, embeds, options, cancelled=cancelled)
+                windows = segment_densely(
+                    loaded,
+                    image,
+                    embeds,
+                    options,
+                    rows=release.max_batch_size,
+                    cancelled=cancelled,
+                )
             else:
                 scores = request.proposal_scores
-                windows = by_proposals.segment(
-                    image, embeds, masks, scores, options, cancelled=cancelled
+                windows = segment_proposals(
+                    loaded, image, embeds, masks, scores, options, cancelled=cancelled
                 )
             del image  # a large one goes before the next is decoded
             batch = next(windows)
@@ -178,131 +183,116 @@ def segment(
     return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
 
 
-@dataclass(frozen=True)
-class ProposalSegmenter:
-    """Labels each pixel of an image by the classes of the masks that cover it, as OVSeg does.
-
-    Each mask's crop is classified as `classify` does it; with scores, the class probabilities of
-    mask q are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q,
-    divided by sum_q mask_q where that is above one (which changes no label and keeps it a
-    probability). A pixel without any mask is background, with a threshold or without.
+def check_proposals(
+    loaded: LoadedRelease,
+    masks: NDArray[np.uint8],
+    scores: NDArray[np.float32] | None,
+    sizes: Sequence[tuple[int, int]],
+    labels: int,
+) -> None:
+    """Raise a `TaskError` for masks or scores that do not fit, or hold nothing, and for a crop that
+    is too large, before anything is decoded; `sizes` are widths and heights that the image may
+    have.
     """
+    width, height = sizes[0]
+    expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
+    shape = list(masks.shape)
+    if (
+        masks.dtype != np.uint8
+        or masks.ndim != 3
+        or (shape[2], shape[1]) not in sizes
+        or not len(masks)
+    ):
+        raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
+    most = masks.max()
+    if most == 1:
+        raise invalid(f"no value of the proposals is above 1; send {expected}")
+    if most <= BINARY:
+        raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
+    if scores is not None:
+        if scores.shape != (len(masks), labels):
+            raise invalid(
+                f"proposal_scores have the shape {list(scores.shape)}; [{len(masks)}, {labels}]"
+                " is needed, a row for each proposal and a column for each label"
+            )
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
+    # Only of long and thin images a square crop may be too large.
+    crop = MaskCrop.from_dict(loaded.release.crop)
+    if crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
+        for mask in masks:
+            if mask.max() > BINARY:
+                crop.box(mask > BINARY)
 
-    preprocess: Preprocess  # makes the image encoder's input
-    crop: MaskCrop  # how a mask is shown to the image encoder
-    logit_scale: float
-    max_batch_size: int
-    logit_bias: float | None = None  # of a model that was trained with a sigmoid loss
 
-    @classmethod
-    def of(cls, loaded: LoadedRelease) -> ProposalSegmenter:
-        """As a release says."""
-        release = loaded.release
-        crop = MaskCrop.from_dict(release.crop)
-        size = release.max_batch_size
-        return cls(loaded.preprocess, crop, release.logit_scale, size, release.logit_bias)
+def segment_proposals(
+    loaded: LoadedRelease,
+    image: Image.Image,
+    embeds: NDArray[np.float32],
+    masks: NDArray[np.uint8],
+    scores: NDArray[np.float32] | None = None,
+    options: SegmentOptions = USUAL,
+    *,
+    cancelled: Cancelled | None = None,
+) -> Windows[ScoredMask]:
+    """Label each pixel of an image by the classes of the masks that cover it, as OVSeg does, by
+    labels' text embeddings of unit length, float32 [C, D]; yields batches of crops, and is sent
+    their embeddings.
 
-    def check(
-        self,
-        masks: NDArray[np.uint8],
-        scores: NDArray[np.float32] | None,
-        sizes: Sequence[tuple[int, int]],
-        labels: int,
-    ) -> None:
-        """Raise a `TaskError` for masks or scores that do not fit, or hold nothing, and for a crop
-        that is too large, before anything is decoded; `sizes` are widths and heights that the
-        image may have.
-        """
-        width, height = sizes[0]
-        expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
-        shape = list(masks.shape)
-        if (
-            masks.dtype != np.uint8
-            or masks.ndim != 3
-            or (shape[2], shape[1]) not in sizes
-            or not len(masks)
-        ):
-            raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
-        most = masks.max()
-        if most == 1:
-            raise invalid(f"no value of the proposals is above 1; send {expected}")
-        if most <= BINARY:
-            raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
-        if scores is not None:
-            if scores.shape != (len(masks), labels):
-                raise invalid(
-                    f"proposal_scores have the shape {list(scores.shape)}; [{len(masks)}, {labels}]"
-                    " is needed, a row for each proposal and a column for each label"
-                )
-            if not ((scores >= 0) & (scores <= 1)).all():
-                raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
-        # Only of long and thin images a square crop may be too large.
-        if self.crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
-            for mask in masks:
-                if mask.max() > BINARY:
-                    self.crop.box(mask > BINARY)
+    `masks`, uint8 [N, H, W], have the probability of each mask, 0 to 255: a crop holds what is
+    above 0.4, and a mask that holds nothing is left out. Each crop is classified as `classify` does
+    it; with `scores`, the proposals' class probabilities, float32 [N, C], those of mask q are
+    p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by
+    sum_q mask_q where that is above one (which changes no label and keeps it a probability). A
+    pixel without any mask is background, with a threshold or without.
 
-    def segment(
-        self,
-        image: Image.Image,
-        embeds: NDArray[np.float32],
-        masks: NDArray[np.uint8],
-        scores: NDArray[np.float32] | None = None,
-        options: SegmentOptions = USUAL,
-        *,
-        cancelled: Cancelled | None = None,
-    ) -> Windows[ScoredMask]:
-        """Segment an image by labels' text embeddings of unit length, float32 [C, D]; yields
-        batches of crops, and is sent their embeddings.
+    Raises a `TaskError` for what does not fit, and for a caller who has left.
+    """
+    finite(embeds)
+    check_proposals(loaded, masks, scores, [image.size], len(embeds))
+    check = partial(check_cancelled, cancelled)
+    release = loaded.release
+    crop = MaskCrop.from_dict(release.crop)
+    used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
 
-        `masks`, uint8 [N, H, W], have the probability of each mask, 0 to 255: a crop holds what is
-        above 0.4, and a mask that holds nothing is left out. `scores`, float32 [N, C], are the
-        proposals' class probabilities. Raises a `TaskError` for what does not fit, and for a caller
-        who has left.
-        """
-        check_label_embeddings(embeds)
-        self.check(masks, scores, [image.size], len(embeds))
-        check = partial(check_cancelled, cancelled)
-        used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
+    # The cosines and the class probabilities of each mask's crop.
+    parts = []
+    for start in range(0, len(used), release.max_batch_size):
+        check()
+        batch = used[start : start + release.max_batch_size]
+        crops = [loaded.preprocess(crop(image, masks[index] > BINARY)) for index in batch]
+        parts.append(finite((yield np.stack(crops))) @ embeds.T)
+    del image
+    cosines = np.concatenate(parts)
+    classes = class_probabilities(cosines, release.logit_scale, release.logit_bias)
+    if scores is not None:
+        weight = options.proposal_weight
+        classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
 
-        # The cosines and the class probabilities of each mask's crop.
-        parts = []
-        for start in range(0, len(used), self.max_batch_size):
-            check()
-            batch = used[start : start + self.max_batch_size]
-            crops = [self.preprocess(self.crop(image, masks[index] > BINARY)) for index in batch]
-            parts.append(finite((yield np.stack(crops))) @ embeds.T)
-        del image
-        cosines = np.concatenate(parts)
-        classes = class_probabilities(cosines, self.logit_scale, self.logit_bias)
-        if scores is not None:
-            weight = options.proposal_weight
-            classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
-
-        # The best label of each pixel by sums over its masks.
-        flat = masks.reshape(len(masks), -1)
-        tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
-        step = max(1, BLOCK // max(len(masks), len(embeds)))
-        for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
-            check()
-            part = flat[:, where][used]
-            part = part[present := part.any(1)]
-            # Runs of pixels that are inside the same masks have the same label.
-            changes = (part[:, 1:] != part[:, :-1]).any(0)
-            starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-            lengths = np.diff(starts, append=part.shape[1])
-            inside = part[:, starts].astype(np.float32) / 255
-            sums = inside.T @ classes[present]
-            total = inside.sum(0)
-            sums /= np.maximum(total, 1)[:, None]
-            best = sums.argmax(1)
-            # Of equal labels, as a sigmoid ends at 1 in float32, the one with the greater cosines.
-            equal = sums == sums.max(1, keepdims=True)
-            unclear = equal.sum(1) > 1
-            if unclear.any():
-                ranks = inside.T[unclear] @ cosines[present]
-                best[unclear] = np.where(equal[unclear], ranks, -np.inf).argmax(1)
-            probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
-            best[total == 0] = len(embeds)
-            tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
-        return tally.result(masks.shape[1:])
+    # The best label of each pixel by sums over its masks.
+    flat = masks.reshape(len(masks), -1)
+    tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
+    step = max(1, BLOCK // max(len(masks), len(embeds)))
+    for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
+        check()
+        part = flat[:, where][used]
+        part = part[present := part.any(1)]
+        # Runs of pixels that are inside the same masks have the same label.
+        changes = (part[:, 1:] != part[:, :-1]).any(0)
+        starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+        lengths = np.diff(starts, append=part.shape[1])
+        inside = part[:, starts].astype(np.float32) / 255
+        sums = inside.T @ classes[present]
+        total = inside.sum(0)
+        sums /= np.maximum(total, 1)[:, None]
+        best = sums.argmax(1)
+        # Of equal labels, as a sigmoid ends at 1 in float32, the one with the greater cosines.
+        equal = sums == sums.max(1, keepdims=True)
+        unclear = equal.sum(1) > 1
+        if unclear.any():
+            ranks = inside.T[unclear] @ cosines[present]
+            best[unclear] = np.where(equal[unclear], ranks, -np.inf).argmax(1)
+        probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
+        best[total == 0] = len(embeds)
+        tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
+    return tally.result(masks.shape[1:])

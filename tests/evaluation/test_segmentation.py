@@ -21,8 +21,8 @@ from PIL import Image
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
 from radapter_serve.contract.images import decode
-from radapter_serve.contract.preprocess import MaskCrop, Preprocess
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
 from radapter_serve.evaluation.models import (
@@ -37,8 +37,9 @@ from radapter_serve.evaluation.plots import draw
 from radapter_serve.evaluation.rows import Results, table
 from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
-from radapter_serve.tasks.dense import DenseSegmenter, encode_windows
+from radapter_serve.tasks.dense import encode_windows, segment_densely
 from tests.evaluation.conftest import Fake, candidate
+from tests.helpers.small_models import release
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE = 32
@@ -296,12 +297,13 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
         pixels = torch.stack([transform(Image.fromarray(window)) for window in windows])
         return encode_patches(base.model, pixels, "naclip").numpy()
 
-    preprocess = Preprocess.from_dict(base.preprocess)
-    segmenter = DenseSegmenter(preprocess, 5)
+    nothing: Any = None
+    loaded = LoadedRelease(release(preprocess=base.preprocess), nothing, nothing)
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
         options = data.query(oracle()).options
-        windows = segmenter.segment(decode(image.data()), classifier.numpy(), options)
+        picture = decode(image.data())
+        windows = segment_densely(loaded, picture, classifier.numpy(), options, rows=5)
         expected = encode_windows(windows, encode).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1

@@ -20,20 +20,21 @@ from torch.nn.functional import interpolate, pad
 
 from radapter_serve.contract.errors import Encode, TaskError
 from radapter_serve.contract.images import decode
-from radapter_serve.contract.preprocess import MaskCrop, Preprocess
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, Need, complete, encode_together
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.dense import (
     PATCH_SCALE,
-    DenseSegmenter,
     ScoredMask,
     SegmentOptions,
     encode_windows,
     refine,
+    segment_densely,
     window_starts,
 )
 from radapter_serve.tasks.embed import Labels, embed_labels
-from radapter_serve.tasks.segment import LabelledMask, ProposalSegmenter, SegmentRequest, segment
+from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment, segment_proposals
+from tests.helpers.small_models import release
 from tests.helpers.small_release import LABELS, Local, png, together
 
 SIZE = 32
@@ -74,7 +75,7 @@ class Segmenter:
         self,
         patches: Encode = random_patches,
         images: Encode = colour_images,
-        preprocess: Preprocess = Preprocess((SIZE, SIZE)),  # noqa: B008  # frozen
+        size: int = SIZE,
         *,
         crop: MaskCrop = MaskCrop(fill=(127, 128, 127)),  # noqa: B008  # grey to `colour_embeds`
         scale: float = 10.0,
@@ -83,14 +84,18 @@ class Segmenter:
     ) -> None:
         self._patches = patches
         self._images = images
-        self._dense = DenseSegmenter(preprocess, batch, scale, bias)
-        self._proposals = ProposalSegmenter(preprocess, crop, scale, batch, bias)
+        facts: dict[str, Any] = {"logit_scale": scale, "logit_bias": bias, "max_batch_size": batch}
+        nothing: Any = None
+        self._loaded = LoadedRelease(
+            release(preprocess={"size": size}, crop=crop.to_dict(), **facts), nothing, nothing
+        )
 
-    def dense(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
-        return encode_windows(self._dense.segment(image, *arguments, **options), self._patches)
+    def dense(self, image: Image.Image, *arguments: Any) -> ScoredMask:
+        windows = segment_densely(self._loaded, image, *arguments, rows=3)
+        return encode_windows(windows, self._patches)
 
     def from_proposals(self, image: Image.Image, *arguments: Any, **options: Any) -> ScoredMask:
-        windows = self._proposals.segment(image, *arguments, **options)
+        windows = segment_proposals(self._loaded, image, *arguments, **options)
         return encode_windows(windows, self._images)
 
 
@@ -411,7 +416,7 @@ def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: A
 
 def of(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter(local.patches, local.images, Preprocess((16, 16)), crop=MaskCrop(), batch=64)
+    return Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
 
 
 def test_labels_of_the_request(local: Local) -> None:
