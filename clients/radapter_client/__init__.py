@@ -2,10 +2,11 @@
 without torch.
 """
 
-from ._arguments import ImageLike, list_images
-from ._client import AsyncClient, Client
+from ._async import AsyncClient
+from ._client import Client
+from ._images import ImageLike, list_images
 from ._results import Classification, Hit, Hits, Release, Segmentation
-from ._wire import AsyncTransport, Reply, Request, Transport, Values
+from ._wire import Reply, Request, Transport, Values
 from .failures import (
     InvalidImage,
     InvalidRequest,
@@ -20,7 +21,6 @@ from .failures import (
 
 __all__ = [
     "AsyncClient",
-    "AsyncTransport",
     "Classification",
     "Client",
     "Hit",

@@ -1,136 +1,92 @@
-"""The two clients: `Client` waits with threads, `AsyncClient` with tasks. Their methods are in
-_methods.py.
-"""
+"""The client: what its methods ask a server, and what they make of the answers."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from ._arguments import check_key, count, seconds
-from ._methods import Answer, Methods, Part, T
-from ._wire import (
-    DEFAULT_URLS,
-    AsyncTransport,
-    Request,
-    ServerURL,
-    Transport,
-    find_server,
-    parse_url,
+import numpy as np
+import numpy.typing as npt
+
+from ._arguments import (
+    check_key,
+    check_seconds,
+    checked,
+    count,
+    example_values,
+    one_each,
+    proposal_values,
+    several_images,
+    several_texts,
 )
-from .failures import RAdapterClientError, ServerUnavailable
+from ._images import (
+    ImageLike,
+    chunks,
+    encode_image,
+    encode_small,
+    is_one_image,
+    orientation,
+    size_bound,
+)
+from ._results import (
+    Classification,
+    Hit,
+    Hits,
+    Release,
+    Segmentation,
+    pick_release,
+    read_releases,
+)
+from ._sending import Sender, connect
+from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_server, parse_url
+from .failures import (
+    InvalidRequest,
+    ModelNotFound,
+    ServerError,
+    ServerUnavailable,
+    Timeout,
+    bad_argument,
+)
 
-W = TypeVar("W")
+P = ParamSpec("P")
+T = TypeVar("T")
+Embeddings = npt.NDArray[np.float32]
+
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
+# Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
+MAX_BYTES = 32 * 2**20
+# Labels and templates are repeated for each row of a request; this many keep it small compared with
+# its images.
+MAX_STRINGS = 8192
 MIN_SIDE = 64  # of photos that are made small
-# seconds before the first repetition, and at most
-FIRST = 0.1
-MOST = 5.0
 
 
-class Tries:
-    """The tries of one request: `retries` repetitions at most, in so many `seconds` with the waits.
+class Each(Protocol[P, T]):
+    """A method that answers for one image, or with a list for several."""
 
-    Every request only reads, so one that got no answer can be repeated. A time-out is not: the
-    server is slow, and the caller has waited long enough.
-    """
-
-    def __init__(self, retries: int, seconds: float) -> None:
-        self._left = retries
-        self._wait = FIRST
-        self._end = time.monotonic() + seconds
-        self.seconds = seconds  # for the next try
-
-    def pause(self, error: ServerUnavailable) -> float:
-        """Seconds to wait before the next try: longer each time, never less than the server asks
-        for. Raises `error` where no try or no time is left.
-        """
-        wait = max(self._wait * random.uniform(0.5, 1), error.retry_after)
-        self._wait = min(2 * self._wait, MOST)
-        self._left -= 1
-        self.seconds = self._end - time.monotonic() - wait
-        if self._left < 0 or self.seconds <= 0:
-            raise error
-        return wait
+    @overload
+    def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]  # a path is also a sequence of texts
+    @overload
+    def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
 
 
-class BaseClient(Methods, Generic[W]):
-    """Everything of the clients but the waiting."""
+def for_each(method: Callable[Concatenate[Any, Any, P], list[T]]) -> Each[P, T]:
+    """The method that takes one image as well; `method` always answers with a list."""
 
-    def __init__(
-        self,
-        url: str | None = None,
-        *,
-        release: int | None = None,
-        timeout: float = 60.0,
-        retries: int = 2,
-        batch_size: int = 16,
-        concurrency: int = 4,
-        api_key: str | None = None,
-        transport: W | None = None,
-        progress: bool = False,
-        shrink_to: int | None = None,
-    ) -> None:
-        if url is None:
-            url = find_server() if transport is None else DEFAULT_URLS[0]
-        self._url = parse_url(url)
-        self._version = None if release is None else count("release", release)
-        self._timeout = seconds(timeout)
-        self._retries = count("retries", retries, 0)
-        self._batch_size = count("batch_size", batch_size)
-        self._concurrency = count("concurrency", concurrency)
-        self._progress = progress
-        self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
-        self._closed = False
-        if api_key is not None:
-            check_key(api_key, self._url)
-        self._transport: W = self._connect(self._url, api_key) if transport is None else transport
-        self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
+    @wraps(method)
+    def one_or_list(client: Any, images: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
+        answers = method(client, images, *args, **kwargs)
+        return answers[0] if is_one_image(images) else answers
 
-    def __repr__(self) -> str:
-        pinned = "" if self._version is None else f", release={self._version}"
-        return f"{type(self).__name__}({str(self._url)!r}{pinned})"
-
-    def _connect(self, url: ServerURL, api_key: str | None) -> W:
-        raise NotImplementedError
-
-    def _start(self, timeout: float | None) -> float:
-        """The time-out of a call that begins, in seconds."""
-        if self._closed:
-            raise RAdapterClientError("the client is closed; make a new one")
-        return self._timeout if timeout is None else seconds(timeout)
-
-    def _tries(self, request: Request, seconds: float) -> Tries:
-        """The tries of a request. Whether a server is ready is asked once, for "no server answers"
-        is an answer too.
-        """
-        return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
-
-    @contextlib.contextmanager
-    def _until_closed(self) -> Iterator[None]:
-        """Each protocol has its own way to fail in a call under way when its connection is
-        closed.
-        """
-        try:
-            yield
-        except (Exception, asyncio.CancelledError) as error:
-            if self._closed:
-                raise RAdapterClientError(
-                    "the client was closed in the middle of a call"
-                ) from error
-            raise
+    each: Any = one_or_list
+    return each  # type: ignore[no-any-return]
 
 
-# The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s
-# each.
-
-
-class Client(BaseClient[Transport]):
+class Client:
     """A client of one server, safe to use from several threads.
 
     Args:
@@ -156,8 +112,7 @@ class Client(BaseClient[Transport]):
             sent, to classify, to embed and to search by: less to send, and less for the server to
             decode. Take twice the side of the model's input or more: answers change a little.
             `segment` sends images as they are.
-        progress: show a bar on stderr while a call takes several requests; `AsyncClient` shows
-            none.
+        progress: show a bar on stderr while a call takes several requests.
 
     Raises:
         RAdapterClientError: here and in every method; the same for every protocol: see its
@@ -170,11 +125,43 @@ class Client(BaseClient[Transport]):
         ```
     """
 
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        release: int | None = None,
+        timeout: float = 60.0,
+        retries: int = 2,
+        batch_size: int = 16,
+        concurrency: int = 4,
+        api_key: str | None = None,
+        transport: Transport | None = None,
+        progress: bool = False,
+        shrink_to: int | None = None,
+    ) -> None:
+        if url is None:
+            url = find_server() if transport is None else DEFAULT_URLS[0]
+        self._url = parse_url(url)
+        self._version = None if release is None else count("release", release, 1)
+        self._batch_size = count("batch_size", batch_size, 1)
+        self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
+        if api_key is not None:
+            check_key(api_key, self._url)
+        self._sender = Sender(
+            connect(self._url, api_key) if transport is None else transport,
+            timeout=check_seconds(timeout),
+            retries=count("retries", retries),
+            concurrency=count("concurrency", concurrency, 1),
+            progress=progress,
+        )
+
+    def __repr__(self) -> str:
+        pinned = "" if self._version is None else f", release={self._version}"
+        return f"{type(self).__name__}({str(self._url)!r}{pinned})"
+
     def close(self) -> None:
         """Closes the connections; calls under way in other threads fail."""
-        self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._transport.close()
+        self._sender.close()
 
     def __enter__(self) -> Client:
         return self
@@ -182,132 +169,444 @@ class Client(BaseClient[Transport]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self, url: ServerURL, api_key: str | None) -> Transport:
-        if url.protocol == "grpc":
-            from ._grpc import GrpcTransport
+    @for_each
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int | None = None,
+        alpha: float | None = None,
+        multi_label: bool = False,
+        threshold: float | None = None,
+        calibrated: bool = False,
+        unknown: float | None = None,
+        examples: Mapping[str, ImageLike | Sequence[ImageLike]] | None = None,
+        example_weight: float | Mapping[str, float] | None = None,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """The best labels of an image, or of each of a list of images: a `Classification`, or a
+        list of them.
 
-            return GrpcTransport(url, api_key)
-        from ._http import HttpTransport
+        Args:
+            images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB)
+                or [H, W] (grey); or a list of them, such as `list_images` gives of a folder. The
+                server turns an image by its EXIF
+                orientation, unless its release says otherwise.
+            labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
+                label. The first request with new ones waits until they are embedded; more than
+                some hundred (times templates) that stay the same are better a label set.
+            label_set: instead of labels, the name of a set that was exported with the release
+                (radapter-export --label-set).
+            templates: prompts with {} for the label; None for the release's own.
+            top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label
+                for all.
+            alpha: the adapter's weight in [0, 1], of a release that takes any
+                (`release().dynamic_alpha`); None for the release's own.
+            multi_label: score each label by itself, so that several can be right, or none. Needs a
+                release with calibrated scores (`release().facts["confidence"]`).
+            threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
+            calibrated: scores that say how often a label is right, as the release was fitted to
+                validation data. The labels and their order stay the same.
+            unknown: score in [0, 1], of a label by itself as with multi_label, below which no label
+                fits: the answer is then "unknown" alone. Needs calibrated scores.
+            examples: images that show some of the labels, by label; without labels, its keys are
+                the labels. A server keeps their embeddings, so they may be sent each time.
+            example_weight: weight of a label's examples against its text, in [0, 1], for all labels
+                or by label; 1 leaves the text out, 0.5 is taken where none is given.
+            timeout: seconds for each request of this call; None for the client's own.
 
-        return HttpTransport(url, api_key)
+        Raises:
+            InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage
+                among them, for the first image that cannot be read.
 
-    def _run(self, answer: Answer[T], timeout: float | None) -> T:
-        seconds = self._start(timeout)
-
-        def send(part: Part) -> Any:
-            request = part()
-            tries = self._tries(request, seconds)
-            while True:
-                try:
-                    return self._transport.send(request, tries.seconds)
-                except ServerUnavailable as error:
-                    pause = tries.pause(error)
-                time.sleep(pause)
-
-        step = partial(next, answer)
-        with self._until_closed():
-            try:
-                while True:
-                    parts = step()
-                    try:  # one request is not handed over to another thread
-                        replies = list(
-                            map(send, parts) if len(parts) == 1 else self._in_threads(send, parts)
-                        )
-                        step = partial(answer.send, replies)
-                    except RAdapterClientError as error:
-                        step = partial(answer.throw, error)
-            except StopIteration as done:
-                value: T = done.value
-                return value
-
-    def _in_threads(self, send: Callable[[Part], Any], parts: Sequence[Part]) -> Iterator[Any]:
-        replies = self._threads.map(send, parts)
-        if not self._progress:
-            return replies
-        from rich.console import Console  # here: few calls show a bar
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        watched = console.is_terminal or console.is_jupyter
-        return iter(
-            track(
-                replies, "asking", len(parts), console=console, transient=True, disable=not watched
-            )
+        Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
+        """
+        items = several_images("images", images)
+        names = list(examples) if labels is None and examples else labels
+        options = checked(
+            labels=names,
+            label_set=label_set,
+            templates=templates,
+            top_k=top_k,
+            alpha=alpha,
+            multi_label=multi_label or None,
+            threshold=threshold,
+            calibrated=calibrated or None,
+            unknown=unknown,
         )
+        if examples is not None or example_weight is not None:
+            shown = {} if examples is None else examples
+            options |= example_values(list(names or []), shown, example_weight, self._shrink_to)
+        strings = sum(len(value) if isinstance(value, list) else 1 for value in options.values())
+        rows = max(1, min(self._batch_size, MAX_STRINGS // max(1, strings)))
+        answers = []
+        for reply in self._in_batches("classify", "image", items, options, rows, timeout):
+            for row, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True):
+                best = [label for label in row if label]  # empty ones fill up a shorter row
+                answer = Classification(best, scores[: len(best)].tolist(), reply.version)
+                answers.append(answer)
+        return answers
 
+    @for_each
+    def segment(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        alpha: float | None = None,
+        threshold: float | None = None,
+        short_side: int | None = None,
+        stride: int | None = None,
+        refine: int | None = None,
+        proposals: Any = None,
+        proposal_scores: Any = None,
+        proposal_weight: float | None = None,
+        timeout: float | None = None,
+    ) -> list[Segmentation]:
+        """Which label each pixel of an image has: a `Segmentation`, or a list of them for a list of
+        images.
 
-class AsyncClient(BaseClient[AsyncTransport]):
-    """Client for asyncio: the same arguments, methods and results, to be awaited.
+        Each image is one request. The arguments that are not named here are those of `classify`.
 
-    It belongs to one event loop, that of its first call.
+        Args:
+            labels: as in `classify`; at most 65,534.
+            threshold: probability in [0, 1] below which a pixel is background; None: only those in
+                no proposal are.
+            short_side: shorter side in pixels of the working image that windows go over; None for
+                1.5 windows.
+            stride: pixels from one window to the next; None for half a window.
+            refine: steps of pixel-adaptive refinement along the image's edges; None for 0.
+            proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255
+                inside) [N, H, W] of the image's own size, from any network that proposes masks. For
+                a list of images, a list of them.
+            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be
+                fused with CLIP's.
+            proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None
+                for 0.7.
 
-    Example:
-        ```python
-        async with AsyncClient() as client:
-            print((await client.classify("cat.jpg", ["a cat", "a dog"])).top)
-        ```
-    """
+        Raises:
+            InvalidRequest: as in `classify`.
+            ModelNotFound: the release has no patch encoder, and no proposals were given.
 
-    async def close(self) -> None:
-        """Closes the connections; calls under way in other tasks fail."""
-        self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        await self._transport.close()
+        Example: `client.segment("street.jpg", ["road", "car",
+        "sky"]).overlay().save("overlay.png")`
+        """
+        items = several_images("images", images)
+        length = None if is_one_image(images) else len(items)
+        options = checked(
+            labels=labels,
+            label_set=label_set,
+            templates=templates,
+            alpha=alpha,
+            threshold=threshold,
+            short_side=short_side,
+            stride=stride,
+            refine=refine,
+            proposal_weight=proposal_weight,
+        )
+        masks = one_each("proposals", proposals, length)
+        scores = one_each("proposal_scores", proposal_scores, length)
 
-    async def __aenter__(self) -> AsyncClient:
-        return self
+        def request(index: int, version: str) -> Request:
+            values = proposal_values(masks[index], scores[index]) | options
+            values["image"] = encode_image(items[index])
+            return Request("infer", "segment", version, Values(values))
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        parts = [partial(request, index) for index in range(len(items))]
+        replies = self._infer("segment", parts, timeout)
+        turned: dict[int, bool] = {}  # by release, asked only where it matters
+        if any(orientation(image) != 1 for image in items):
+            served = self._served(timeout)
+            turned = {release.version: release.exif_orientation for release in served}
+        answers = []
+        for image, reply in zip(items, replies, strict=True):
+            mask = _output(reply, "mask")
+            names = _texts(reply, "label")
+            if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
+                raise ServerError(
+                    f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
+                )
+            background = None if threshold is None and proposals is None else len(names) - 1
+            means = _output(reply, "score").tolist()
+            upright = turned.get(reply.version, True)
+            answers.append(
+                Segmentation(mask, names, means, reply.version, background, image, upright)
+            )
+        return answers
 
-    def _connect(self, url: ServerURL, api_key: str | None) -> AsyncTransport:
-        if url.protocol == "grpc":
-            from ._grpc import AsyncGrpcTransport
+    def search(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        id: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        index: str,
+        top_k: int = 10,
+        where: str | None = None,
+        min_score: float | Literal["calibrated"] | None = None,
+        offset: int | None = None,
+        index_version: str | None = None,
+        thumbnails: bool = False,
+        timeout: float | None = None,
+    ) -> Hits:
+        """The images of an index that are nearest to a text or an image, best first.
 
-            return AsyncGrpcTransport(url, api_key)
-        from ._http import AsyncHttpTransport
+        Several texts, images and ids, at most 16, are one query: the weighted sum of their
+        embeddings.
 
-        return AsyncHttpTransport(url, api_key)
+        Args:
+            text: what to search for, or several; or
+            image: an image (as in `classify`) to find the like of, or several; or
+            id: an image of the index, by its id, or several.
+            weights: of texts, images and ids, in this order; negative ones lead away. None for 1
+                each.
+            index: name of an index that `radapter-index build` wrote and the server has.
+            top_k: hits to return, fewer where there are fewer.
+            where: condition in SQL on the index's metadata, such as "year > 2020".
+            min_score: cosine in [-1, 1] from which images are returned; "calibrated" for the one
+                that the release was exported with, of a search by one text.
+            offset: images to leave out before the first, 0 to 1000. Pages of one search begin with
+                0, and go on with the `index_version` of the first page.
+            index_version: refuse to search another version of the index, as after it was replaced.
+            thumbnails: whether hits bring their thumbnails.
+            timeout: as in `classify`.
 
-    @cached_property
-    def _slots(self) -> asyncio.Semaphore:
-        return asyncio.Semaphore(self._concurrency)
+        Raises:
+            InvalidRequest: bad arguments, a page past the end, an unknown index, or one of another
+                release; its message names the command that builds it.
 
-    async def _run(self, answer: Answer[T], timeout: float | None) -> T:
-        seconds = self._start(timeout)
+        Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
+        """
+        images = [] if image is None else several_images("image", image)
+        by_release = isinstance(min_score, str) and min_score == "calibrated"
+        options = checked(
+            text=[text] if isinstance(text, str) else text or None,
+            id=[id] if isinstance(id, str) else id or None,
+            weight=weights,
+            index=index,
+            top_k=top_k,
+            where=where,
+            min_score=None if by_release else min_score,
+            calibrated=by_release or None,
+            offset=offset,
+            index_version=index_version,
+        )
+        if not images and not {"text", "id"} & options.keys():
+            raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
+        outputs = ["id", "score", "metadata"]
+        if thumbnails:
+            outputs.append("thumbnail")
+        paged = offset is not None or index_version is not None
+        if paged:
+            outputs.append("index_version")
 
-        async def send(part: Part) -> Any:
-            async with self._slots:
-                with self._until_closed():
-                    # Reads files, encodes images.
-                    request = await asyncio.get_running_loop().run_in_executor(self._threads, part)
-                    tries = self._tries(request, seconds)
-                    while True:
-                        try:
-                            return await self._transport.send(request, tries.seconds)
-                        except ServerUnavailable as error:
-                            pause = tries.pause(error)
-                        await asyncio.sleep(pause)
+        def request(version: str) -> Request:
+            values = dict(options)
+            if images:
+                values["image"] = [encode_small(item, self._shrink_to) for item in images]
+            return Request("infer", "retrieve", version, Values(values), outputs)
 
-        step = partial(next, answer)
+        [reply] = self._infer("retrieve", [request], timeout)
+        ids = _texts(reply, "id")
+        scores = _output(reply, "score").tolist()
+        metadata = _texts(reply, "metadata")
+        pictures = list(_output(reply, "thumbnail")) if thumbnails else [b""] * len(ids)
+        hits = Hits()
         try:
-            while True:
-                parts = step()
-                try:
-                    replies = await _together([send(part) for part in parts])
-                    step = partial(answer.send, replies)
-                except RAdapterClientError as error:
-                    step = partial(answer.throw, error)
-        except StopIteration as done:
-            value: T = done.value
-            return value
+            for name, score, facts, file in zip(ids, scores, metadata, pictures, strict=True):
+                hits.append(Hit(name, score, json.loads(facts), bytes(file) or None))
+        except ValueError as error:
+            raise ServerError(f"the server's hits cannot be read: {error}") from error
+        if paged:
+            [hits.index_version] = _texts(reply, "index_version")
+        return hits
+
+    def embed_images(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        alpha: float | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Embeddings of images, unit length: float32 [N, D] in the order of a list, or [D] of one.
+
+        The arguments and the exceptions are those of `classify`.
+
+        Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts("a cat")`
+        """
+        embeds = self._embed("image", several_images("images", images), alpha, timeout)
+        return embeds[0] if is_one_image(images) else embeds
+
+    def embed_texts(
+        self,
+        texts: str | Iterable[str],
+        *,
+        alpha: float | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Embeddings of texts, unit length: float32 [N, D] in the order of a list, or [D] of one.
+
+        Texts that are too long are cut as by open_clip. The other arguments are those of
+        `classify`.
+
+        Example: `client.embed_texts(["a photo of a cat."]).shape`
+        """
+        items = several_texts("texts", [texts] if isinstance(texts, str) else texts)
+        embeds = self._embed("text", items, alpha, timeout)
+        return embeds[0] if isinstance(texts, str) else embeds
+
+    # The names of open_clip and of sentence-transformers.
+    encode_image = embed_images
+    encode_text = embed_texts
+
+    @staticmethod
+    def similarity(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Cosines of embeddings, of a list with a list float32 [N, M]; each may also be one, [D].
+
+        Example: `client.similarity(client.embed_images(paths), client.embed_texts(["a cat"]))`
+        """
+        return np.asarray(np.asarray(a, np.float32) @ np.asarray(b, np.float32).T)
+
+    def release(self, *, timeout: float | None = None) -> Release:
+        """The release that calls use, asked of the server: the one given to the client, or the
+        newest.
+
+        Example: `client.release().alpha`
+        """
+        return pick_release(self._served(timeout), self._version)
+
+    def releases(self, *, timeout: float | None = None) -> list[Release]:
+        """All releases that the server serves, oldest first.
+
+        Example: `[release.version for release in client.releases()]`
+        """
+        return self._served(timeout)
+
+    def indexes(self, *, timeout: float | None = None) -> list[str]:
+        """The names of the indexes that `search` can search, in alphabetical order.
+
+        Raises:
+            InvalidRequest: a server that does not list them, such as Triton.
+
+        Example: `client.indexes()`
+        """
+        try:
+            [reply] = self._sender.ask([partial(Request, "indexes", "retrieve")], timeout)
+        except (InvalidRequest, ModelNotFound) as error:
+            if error.code is not None:
+                raise
+            raise InvalidRequest(
+                "this server does not list its indexes, for Triton has no call for it; ask"
+                " radapter-gateway --indexes DIR, or radapter-serve --engine process"
+            ) from error
+        try:
+            return [str(name) for name in reply["indexes"]]
+        except (KeyError, TypeError) as error:
+            raise ServerError("the server's list of indexes cannot be read") from error
+
+    def is_ready(self, *, timeout: float | None = None) -> bool:
+        """Whether the server can answer every method, in the client's release; False also where
+        no server answers.
+
+        Example: `while not client.is_ready(): time.sleep(1)`
+        """
+        version = "" if self._version is None else str(self._version)
+        try:
+            return all(
+                self._sender.ask(
+                    [partial(Request, "ready", task, version) for task in TASKS], timeout
+                )
+            )
+        except (ServerUnavailable, Timeout, ModelNotFound):
+            return False
+
+    # What the methods share
+
+    def _embed(
+        self, kind: str, items: list[Any], alpha: float | None, timeout: float | None
+    ) -> Embeddings:
+        options = checked(alpha=alpha)
+        if not items:
+            return np.zeros((0, self.release(timeout=timeout).embed_dim), np.float32)
+        size = self._batch_size
+        replies = self._in_batches(f"embed_{kind}", kind, items, options, size, timeout)
+        embeds: list[Embeddings] = [_output(reply, f"{kind}_embeds") for reply in replies]
+        return np.concatenate(embeds).astype(np.float32, copy=False)
+
+    def _in_batches(
+        self,
+        task: str,
+        name: str,
+        items: list[Any],
+        options: dict[str, Any],
+        rows: int,
+        timeout: float | None,
+    ) -> list[Reply]:
+        """The replies to requests of at most so many images or texts each, with the same
+        options.
+        """
+        room = MAX_BYTES - sum(map(len, options.get("examples", ())))
+        sizes = [len(item.encode()) if name == "text" else size_bound(item) for item in items]
+
+        def request(run: range, version: str) -> Request:
+            values = [items[row] for row in run]
+            if name == "image":
+                values = [encode_small(item, self._shrink_to) for item in values]
+            return Request("infer", task, version, Rows(options | {name: values}, name))
+
+        parts = [partial(request, run) for run in chunks(sizes, rows, room)]
+        return self._infer(task, parts, timeout)
+
+    def _infer(
+        self, task: str, parts: Sequence[Callable[[str], Request]], timeout: float | None
+    ) -> list[Reply]:
+        """The replies to inferences of a task, which are given the version of the release, all from
+        one release; asked again where another took over meanwhile.
+        """
+        version = self._version
+        free = version is None and len(parts) > 1
+        if free:
+            version = self._served(timeout, task)[-1].version
+        while True:
+            number = "" if version is None else str(version)
+            try:
+                return self._sender.ask([partial(part, number) for part in parts], timeout)
+            except (ModelNotFound, ServerUnavailable):
+                before = version
+                if free:
+                    version = self._served(timeout, task)[-1].version
+                if version == before:
+                    raise
+
+    def _served(self, timeout: float | None, task: str = TASKS[-1]) -> list[Release]:
+        # The newest configuration names every release.
+        [config] = self._sender.ask([partial(Request, "config", task)], timeout)
+        return read_releases(config)
 
 
-async def _together(calls: list[Any]) -> list[Any]:
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:  # where one failed, the others have nothing left to do
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _output(reply: Reply, name: str) -> Any:
+    if name not in reply.outputs:
+        raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
+    return reply.outputs[name]
+
+
+def _texts(reply: Reply, name: str) -> list[Any]:
+    """An output of texts: a list, or with a batch a list of lists."""
+
+    def decoded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decoded(entry) for entry in value]
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+    outputs = reply.outputs
+    if isinstance(outputs, Values) and isinstance(outputs.plain.get(name), list):
+        texts: list[Any] = decoded(outputs.plain[name])  # in this process no array is made
+    else:
+        texts = decoded(_output(reply, name).tolist())
+    return texts

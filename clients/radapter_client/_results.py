@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ._arguments import ImageLike, read_image
+from ._images import ImageLike, read_image
 from .failures import ModelNotFound, ServerError, bad_argument, shown
 
 
@@ -221,9 +221,7 @@ def read_releases(config: Mapping[str, Any]) -> list[Release]:
     texts = {
         key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()
     }
-    keys = [key for key in texts if key.startswith("release.")] or [
-        key for key in texts if key == "release"
-    ]
+    keys = [key for key in texts if key.startswith("release.")]
     if not keys:
         raise ServerError(
             "the server says nothing of its release: its models were not written by radapter-export"
@@ -420,28 +418,14 @@ def _percent(share: float) -> str:
 
 
 def _spelled(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """The name in one line; what the font lacks without its accents, or else by code point: \\u732b
-    for 猫.
-    """
+    """The name in one line; what the font lacks by its code point: \\u732b for 猫."""
     lacking = font.getmask("\uffff")
 
-    def has(text: str) -> bool:
-        masks = map(font.getmask, text)
-        return text != "" and all(
-            mask.size != lacking.size or bytes(mask) != bytes(lacking) for mask in masks
-        )
-
     def spell(character: str) -> str:
-        if has(character):
+        mask = font.getmask(character)
+        if mask.size != lacking.size or bytes(mask) != bytes(lacking):
             return character
-        bare = "".join(
-            part
-            for part in unicodedata.normalize("NFKD", character)
-            if not unicodedata.combining(part)
-        )
-        return bare if has(bare) else character.encode("ascii", "backslashreplace").decode()
+        return character.encode("ascii", "backslashreplace").decode()
 
-    return (
-        "".join(map(spell, unicodedata.normalize("NFC", " ".join(name.split())[:200])))
-        or "(no name)"
-    )
+    text = unicodedata.normalize("NFC", " ".join(name.split())[:200])
+    return "".join(map(spell, text)) or "(no name)"

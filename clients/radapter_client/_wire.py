@@ -1,10 +1,11 @@
-"""The seam between the clients and the protocols: a client makes requests, a transport brings their
+"""The seam between the client and the protocols: a client makes requests, a transport brings their
 replies. The scheme of the server's URL chooses the protocol.
 """
 
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -17,6 +18,15 @@ import numpy.typing as npt
 from .failures import InvalidURL, shown
 
 Array = npt.NDArray[Any]
+KINDS: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "INT32": np.int32,
+    "FP32": np.float32,
+    "BYTES": np.object_,
+}
+DATATYPES = {np.dtype(kind): name for name, kind in KINDS.items()}
 
 
 class Values(Mapping[str, Array]):
@@ -48,11 +58,8 @@ class Values(Mapping[str, Array]):
 
 
 class Rows(Values):
-    """The inputs of a task with a batch.
-
-    Args:
-        plain: as in `Values`.
-        varied: the name of the input that has an entry a row; the others are repeated for each.
+    """The inputs of a task with a batch: `varied` has an entry a row, and the others are repeated
+    for each.
     """
 
     def __init__(self, plain: Mapping[str, Any], varied: str) -> None:
@@ -81,6 +88,29 @@ def _array(value: Any) -> Array:
     if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
         items = [item.encode() if isinstance(item, str) else item for item in items]
     return np.array(items, kind)
+
+
+def pack(array: Array) -> bytes:
+    """A tensor in KServe's binary form; texts and files each follow their length."""
+    if array.dtype != object:
+        return array.tobytes()
+    return b"".join(part for data in array.ravel() for part in (struct.pack("<I", len(data)), data))
+
+
+def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
+    """The tensor of `pack`; raises `ValueError`, `KeyError` or `struct.error` if it is none."""
+    if datatype != "BYTES":
+        return np.frombuffer(data, KINDS[datatype]).reshape(shape)
+    items = []
+    end = 0
+    while end < len(data):
+        start = end + 4
+        (size,) = struct.unpack_from("<I", data, end)
+        end = start + size
+        if end > len(data):
+            raise ValueError("a text is longer than its tensor")
+        items.append(bytes(data[start:end]))
+    return np.array(items, object).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -128,8 +158,7 @@ class Reply:
 
 
 class Transport(Protocol):
-    """The way from `Client` to a server; write one yourself to test code without a
-    server.
+    """The way from a client to a server; write one yourself to test code without a server.
 
     `send` is called from several threads, and raises nothing but `RAdapterClientError`.
 
@@ -153,19 +182,6 @@ class Transport(Protocol):
         """The reply to a request, of the type that its action has, within `timeout` seconds."""
 
     def close(self) -> None:
-        """Ends the connections."""
-
-
-class AsyncTransport(Protocol):
-    """The way from `AsyncClient` to a server: `Transport`, to be awaited, in one event loop.
-
-    Example: `Cats` from the example of `Transport` with `async def send` and `async def close`.
-    """
-
-    async def send(self, request: Request, timeout: float) -> Any:
-        """The reply to a request, of the type that its action has, within `timeout` seconds."""
-
-    async def close(self) -> None:
         """Ends the connections."""
 
 
@@ -224,28 +240,23 @@ def find_server() -> str:
 
 def parse_url(url: str) -> ServerURL:
     """The parts of a server's URL; the error of another names the allowed forms."""
-
-    def refuse(why: str) -> InvalidURL:
-        return InvalidURL(f"not a server's URL: {shown(url)} {why}; allowed are {ALLOWED}")
-
-    if not isinstance(url, str):
-        raise refuse("is not a text")
-    scheme, separator, _ = url.partition("://")
-    if not separator or scheme.lower() not in PORTS:
-        raise refuse("has no scheme" if not separator else f"has the scheme {shown(scheme)}")
-    if any(character.isspace() or not character.isprintable() for character in url):
-        raise refuse("has white space in it")
+    refused = InvalidURL(f"{shown(url)} is no server's URL; allowed are {ALLOWED}")
+    if not isinstance(url, str) or not url.isprintable() or " " in url:
+        raise refused
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise refuse(f"({error})") from None
-    if not parts.hostname:
-        raise refuse("names no host")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise refuse("has more than a host, a port and a path")
+    except ValueError:
+        raise refused from None
     path = parts.path.rstrip("/")
-    if path and parts.scheme.startswith("grpc"):
-        raise refuse("has a path, which gRPC has not")
+    if (
+        parts.scheme not in PORTS
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+        or (path and parts.scheme.startswith("grpc"))
+    ):
+        raise refused
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return ServerURL(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from radapter_client import AsyncClient, Client
 from tests.helpers.fake_server import FakeServer, write_repository
 
 
@@ -29,9 +28,3 @@ def protocol(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(fake_server: FakeServer, protocol: str) -> str:
     return fake_server.urls[protocol]
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> type:
-    """The two clients."""
-    return request.param

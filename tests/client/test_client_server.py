@@ -33,33 +33,9 @@ def order(**what: Any) -> bytes:
     return json.dumps(what).encode()
 
 
-class Awaited:
-    """AsyncClient with Client's face, so that each test runs on both."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._client = AsyncClient(url, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._client, name)
-        return lambda *args, **kwargs: self._loop.run_until_complete(found(*args, **kwargs))
-
-    def __enter__(self) -> Awaited:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.run_until_complete(self._client.close())
-        self._loop.close()
-
-
-@pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @pytest.fixture
-def client(kind: Any, url: str) -> Iterator[Any]:
-    with kind(url, timeout=20, batch_size=4, concurrency=3) as client:
+def client(url: str) -> Iterator[Client]:
+    with Client(url, timeout=20, batch_size=4, concurrency=3) as client:
         yield client
 
 
@@ -117,16 +93,16 @@ def test_triton_lists_no_indexes(client):
     assert caught.value.code is None
 
 
-def test_release(client, kind, url: str):
+def test_release(client, url: str):
     release = client.release()
     assert (release.version, release.alpha, release.embed_dim) == (2, 1.0, 4)
     assert release.facts["preprocess"] == {"size": 224}
     assert [release.version for release in client.releases()] == [1, 2]
-    with kind(url, release=1) as pinned:
+    with Client(url, release=1) as pinned:
         assert (pinned.release().version, pinned.release().alpha) == (1, 0.5)
         assert pinned.is_ready()
         assert {result.release for result in pinned.classify([b"x"] * 40, LABELS)} == {1}
-    with kind(url, release=7) as absent:
+    with Client(url, release=7) as absent:
         assert not absent.is_ready()
         with pytest.raises(radapter_client.ModelNotFound, match="release 7; it serves 1, 2"):
             absent.release()
@@ -156,7 +132,7 @@ def test_tasks_share_a_client(url: str):
             assert [answer.top for answer in answers] == [
                 expected(image, LABELS)[0][0] for image in images
             ]
-            slow = asyncio.ensure_future(client.classify(order(sleep=5), LABELS))
+            slow = asyncio.ensure_future(client.classify(order(sleep=1), LABELS))
             await asyncio.sleep(0.1)
             slow.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -171,11 +147,7 @@ def test_server_that_goes_away(fake_repository: Path):
     works again.
     """
     with FakeServer(fake_repository) as server:
-        clients = [
-            kind(url, timeout=60, batch_size=1)
-            for url in server.urls.values()
-            for kind in (Client, Awaited)
-        ]
+        clients = [Client(url, timeout=60, batch_size=1) for url in server.urls.values()]
 
         def call(client: Any) -> str:
             try:
@@ -204,17 +176,15 @@ def test_server_that_goes_away(fake_repository: Path):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             assert client.embed_texts(["x"]).shape == (1, 4)
-            client.__exit__(None, None, None)
+            client.close()
 
 
 def test_server_that_stops(fake_repository: Path):
     """It answers what it has begun, and meanwhile takes its models away: to its clients it is
     unavailable.
     """
-    with FakeServer(fake_repository, drain_seconds=4) as server, ThreadPoolExecutor(4) as threads:
-        clients = [
-            kind(url, timeout=20) for url in server.urls.values() for kind in (Client, Awaited)
-        ]
+    with FakeServer(fake_repository, drain_seconds=4) as server, ThreadPoolExecutor(2) as threads:
+        clients = [Client(url, timeout=20) for url in server.urls.values()]
 
         def ask(client: Any) -> set[str]:
             """What happens until the server is gone."""
@@ -231,7 +201,7 @@ def test_server_that_stops(fake_repository: Path):
                         call()
                     except Exception as error:
                         seen.add(f"{type(error).__name__}: {error}")
-            client.__exit__(None, None, None)
+            client.close()
             return seen
 
         for client in clients:

@@ -1,5 +1,5 @@
 """What goes over the wire and comes back, with servers that a test makes up: errors, silence,
-HTTP's bodies.
+HTTP's bodies, tries and keys.
 """
 
 from __future__ import annotations
@@ -24,23 +24,14 @@ import trustme
 from tritonclient.grpc import service_pb2
 
 import radapter_client
-from radapter_client import AsyncClient, Client
-from radapter_client._client import Tries
-from radapter_client._wire import PORTS
+from radapter_client import AsyncClient, Client, Timeout
 from radapter_serve.cli import query
 from tests.helpers.stand_ins import grpc_server, http_server
 
 
-def attempt(kind: type, url: str, ask: Any, **options: Any) -> Any:
-    """The answer of a call by a client of either kind, or the error."""
-
-    async def main() -> Any:
-        async with AsyncClient(url, **options) as client:
-            return await ask(client)
-
+def attempt(url: str, ask: Callable[[Client], Any], **options: Any) -> Any:
+    """The answer of a call, or the error."""
     try:
-        if kind is AsyncClient:
-            return asyncio.run(main())
         with Client(url, **options) as client:
             return ask(client)
     except radapter_client.RAdapterClientError as error:
@@ -111,7 +102,7 @@ UNKNOWN = "Request for unknown model: 'segment' "
     ],
 )
 def test_errors_of_the_server(
-    kind: type, status: tuple[str, int], text: str, error: str, code: str | None, message: str
+    status: tuple[str, int], text: str, error: str, code: str | None, message: str
 ):
     body = json.dumps({"error": text}).encode()
     with (
@@ -119,9 +110,9 @@ def test_errors_of_the_server(
         http_server(status[1], body) as (other, _),
     ):
         for url in (one, other):
-            found = attempt(kind, url, embed, timeout=20, retries=0)
-            assert (type(found).__name__, found.code) == (error, code)
-            assert re.search(message, str(found))
+            raised = attempt(url, embed, timeout=20, retries=0)
+            assert (type(raised).__name__, raised.code) == (error, code)
+            assert re.search(message, str(raised))
 
 
 ANSWER = {"model_name": "m", "model_version": "3"}
@@ -146,7 +137,7 @@ def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
     return b"".join([head, *parts]), {"Inference-Header-Content-Length": str(len(head))}
 
 
-def test_inference_over_http(kind: type):
+def test_inference_over_http():
     """In binary; a proxy or another server may answer in JSON."""
     body, headers = binary(
         label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32)
@@ -158,9 +149,7 @@ def test_inference_over_http(kind: type):
     in_json = json.dumps({**ANSWER, "outputs": outputs}).encode()
     for answer in ((body, headers), (in_json, {})):
         with http_server(200, *answer) as (url, seen):
-            found = attempt(
-                kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3
-            )
+            found = attempt(url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3)
         assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
     [(method, path, sent, body, _)] = seen
     assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
@@ -177,7 +166,6 @@ def test_inference_over_http(kind: type):
     assert values == {
         "labels": ("BYTES", [1, 2], b"\2\0\0\0a\0\2\0\0\0\xc3\xbc"),
         "alpha": ("FP32", [1, 1], struct.pack("<f", 0.5)),
-        "top_k": ("INT32", [1, 1], struct.pack("<i", 5)),
         "image": ("BYTES", [1, 1], b"\5\0\0\0image"),
     }
 
@@ -201,15 +189,15 @@ GOOD, LENGTH = binary(text_embeds=np.ones((1, 4), np.float32))
 )
 def test_answer_that_is_none(body: bytes, headers: dict[str, str]):
     with http_server(200, body, headers) as (url, _):
-        found = attempt(Client, url, embed)
-    assert type(found) is radapter_client.ServerError and "\n" not in str(found)
+        raised = attempt(url, embed)
+    assert type(raised) is radapter_client.ServerError and "\n" not in str(raised)
 
 
-def test_every_request_with_a_body_says_what_it_is(kind: type):
+def test_every_request_with_a_body_says_what_it_is():
     """curl's default type, with a body of 4 MiB and more, ends some servers. Connections are
     kept.
     """
-    asked = [
+    asked: list[Callable[[Client], Any]] = [
         lambda client: client.is_ready(),
         lambda client: client.release(),
         lambda client: client.classify([b"x"] * 40, ["a"]),
@@ -217,21 +205,15 @@ def test_every_request_with_a_body_says_what_it_is(kind: type):
         lambda client: client.search("x", index="i"),
         lambda client: client.segment(b"x", ["a"]),
     ]
-
-    async def awaited(client: AsyncClient) -> None:
-        for _ in range(5):
-            await embed(client)
-
     with http_server(400, b"{}") as (url, seen):
         for ask in asked:
-            attempt(kind, url, ask, release=1)
+            attempt(url, ask, release=1)
     assert {method for method, *_ in seen} == {"GET", "POST"}
     for method, _, headers, body, _ in seen:
         assert headers["Content-Type"] == ("application/octet-stream" if method == "POST" else None)
         assert method == "POST" or not body
     with http_server(200, GOOD, LENGTH) as (url, seen):
-        ask = awaited if kind is AsyncClient else lambda client: [embed(client) for _ in range(5)]
-        attempt(kind, url, ask)
+        attempt(url, lambda client: [embed(client) for _ in range(5)])
     assert len(seen) == 5 and len({caller for *_, caller in seen}) == 1
 
 
@@ -241,16 +223,14 @@ INNARDS = re.compile(r"\b_[A-Z]|\bat 0x")
 
 @pytest.mark.parametrize("protocol", ["grpc", "http", "https"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "a" * 70 + ".com"])
-def test_a_server_that_does_not_answer_is_named_by_host_and_port(
-    protocol: str, host: str, kind: type
-):
+def test_a_server_that_does_not_answer_is_named_by_host_and_port(protocol: str, host: str):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = url_of(listener, protocol, host)
-    error = attempt(kind, url, embed, timeout=5, retries=0)
-    assert type(error) is radapter_client.ServerUnavailable
-    assert re.search(rf"{url[-20:]}: .*radapter-serve", str(error))
-    assert not INNARDS.search(str(error))
-    assert attempt(kind, url, lambda client: client.is_ready(), timeout=5) is False
+    raised = attempt(url, embed, timeout=5, retries=0)
+    assert type(raised) is radapter_client.ServerUnavailable
+    assert re.search(rf"{url[-20:]}: .*radapter-serve", str(raised))
+    assert not INNARDS.search(str(raised))
+    assert attempt(url, lambda client: client.is_ready(), timeout=5) is False
 
 
 def test_a_certificate_that_is_not_trusted_is_said_to_be_so():
@@ -261,35 +241,21 @@ def test_a_certificate_that_is_not_trusted_is_said_to_be_so():
         settings.wrap_socket(caller, server_side=True)
 
     with serving(serve, "https") as url:
-        found = attempt(Client, url, embed, retries=0)
-    assert type(found) is radapter_client.ServerUnavailable
-    assert f"{url}: its certificate is not trusted: " in str(found)
-    assert not INNARDS.search(str(found)) and "_ssl" not in str(found)
+        raised = attempt(url, embed, retries=0)
+    assert type(raised) is radapter_client.ServerUnavailable
+    assert f"{url}: its certificate is not trusted: " in str(raised)
+    assert not INNARDS.search(str(raised)) and "_ssl" not in str(raised)
 
 
-@pytest.mark.parametrize("status", [200, 404])
-def test_a_grpc_url_where_a_server_answers_http_alone(
-    kind: type, status: int, monkeypatch: pytest.MonkeyPatch
-):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with http_server(status, b"") as (url, seen):
-        monkeypatch.setitem(PORTS, "http", int(url.rpartition(":")[2]))
-        grpc_url = f"grpc://127.0.0.1:{port}"
-        found = attempt(kind, grpc_url, embed, retries=0)
-        assert [path for _, path, *_ in seen] == ["/v2/health/live"]
-        assert attempt(kind, grpc_url, lambda client: client.is_ready()) is False
-    assert type(found) is radapter_client.ServerUnavailable and grpc_url in str(found)
-    assert (f'write Client("{url}"), or --url {url}' in str(found)) == (status == 200)
+# Time
 
 
 @pytest.mark.parametrize(("protocol", "timeout"), [("http", 0.2), ("grpc", 0.2), ("grpc", 1.2)])
-def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, timeout: float):
+def test_silence_is_a_timeout(silent: socket.socket, protocol: str, timeout: float):
     """gRPC itself gives up after a second, and remembers the first failure."""
     start = time.monotonic()
     for _ in range(2 if protocol == "grpc" and timeout < 1 else 1):
-        error = attempt(kind, url_of(silent, protocol), embed, timeout=timeout)
-        assert type(error) is radapter_client.Timeout
+        assert type(attempt(url_of(silent, protocol), embed, timeout=timeout)) is Timeout
     assert time.monotonic() - start < 2 * timeout + 2
 
 
@@ -300,7 +266,7 @@ def test_silence_is_a_timeout(silent: socket.socket, protocol: str, kind: type, 
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"Connection: close\r\n"),
     ],
 )
-def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, keep: bytes):
+def test_an_answer_that_comes_byte_by_byte_is_late(start: bytes, keep: bytes):
     """Whether its head is long or its body; no thread goes on for longer than the call."""
 
     def drip(caller: socket.socket) -> None:
@@ -311,69 +277,37 @@ def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, kee
 
     with serving(drip) as url:
         begin = time.monotonic()
-        found = attempt(kind, url, embed, timeout=0.3)
-        assert type(found) is radapter_client.Timeout and time.monotonic() - begin < 2
+        assert type(attempt(url, embed, timeout=0.3)) is Timeout
+        assert time.monotonic() - begin < 2
 
 
-def test_a_slow_handshake_takes_from_the_time_of_the_answer(
-    kind: type, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_slow_handshake_takes_from_the_time_of_the_answer(monkeypatch: pytest.MonkeyPatch):
     """Neither the handshake nor the answer is late by itself."""
     authority = trustme.CA()
     settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(settings)
-    body, headers = binary(text_embeds=np.ones((1, 4), np.float32))
-    head = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body)]
-    head += [f"{name}: {value}".encode() for name, value in headers.items()]
+    head = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(GOOD)]
+    head += [f"{name}: {value}".encode() for name, value in LENGTH.items()]
 
     def serve(accepted: socket.socket) -> None:
         time.sleep(0.3)
         with settings.wrap_socket(accepted, server_side=True) as caller:
             caller.recv(65536)
             time.sleep(0.3)
-            caller.sendall(b"\r\n".join([*head, b"", body]))
+            caller.sendall(b"\r\n".join([*head, b"", GOOD]))
 
     with authority.cert_pem.tempfile() as trusted, serving(serve, "https") as url:
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
-        found = attempt(kind, url, embed, timeout=0.5, retries=0)
-    assert type(found) is radapter_client.Timeout
+        assert type(attempt(url, embed, timeout=0.5, retries=0)) is Timeout
 
 
-def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        async def main() -> None:
-            async with AsyncClient(url_of(listener), timeout=0.5) as client:
-                call = asyncio.ensure_future(client.embed_texts(["x"]))
-                with (await asyncio.to_thread(listener.accept))[0] as caller:
-                    call.cancel()
-                    caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                    with pytest.raises(ConnectionError):  # the client has hung up
-                        for _ in range(150):
-                            await asyncio.sleep(0.02)
-                            caller.sendall(b"x")
-
-        asyncio.run(main())
-
-
-def test_hanging_up_is_no_timeout(protocol: str, kind: type):
+def test_hanging_up_is_no_timeout(protocol: str):
     with serving(socket.socket.close, protocol) as url:
-        found = attempt(kind, url, embed, timeout=5)
-    assert type(found) is radapter_client.ServerUnavailable
+        raised = attempt(url, embed, timeout=5)
+    assert type(raised) is radapter_client.ServerUnavailable
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, count: int):
-    client = Client(f"{protocol}://127.0.0.1:1", batch_size=1, release=1, timeout=0.3)
-
-    def texts() -> Any:
-        client.close()
-        yield from ["x"] * count
-
-    with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
-        client.embed_texts(texts())
-
-
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
 @pytest.mark.parametrize("count", [1, 5])
 def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: type, count: int):
     """At once, and not when the time-out of their requests is over."""
@@ -399,6 +333,30 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
             with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
                 waiting.result()
     assert time.monotonic() - start < 5
+
+
+def test_a_cancelled_call_ends_at_once_and_sends_no_more():
+    """What it has sent goes on until its time-out, and no longer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        options: dict[str, Any] = {"concurrency": 1, "batch_size": 1, "release": 1}
+
+        async def main() -> None:
+            async with AsyncClient(url_of(listener), timeout=0.5, **options) as client:
+                call = asyncio.ensure_future(client.embed_texts(["x"] * 9))
+                with (await asyncio.to_thread(listener.accept))[0] as caller:
+                    call.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await call
+                    caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                    with pytest.raises(ConnectionError):  # the client has hung up
+                        for _ in range(150):
+                            await asyncio.sleep(0.02)
+                            caller.sendall(b"x")
+                listener.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    await asyncio.to_thread(listener.accept)
+
+        asyncio.run(main())
 
 
 # What is asked again, and keys
@@ -427,10 +385,44 @@ def http_steps(*steps: Step) -> Iterator[tuple[str, list[Any]]]:
         yield served
 
 
-@contextlib.contextmanager
-def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[Any]]]:
-    """The same over gRPC."""
-    left = list(steps)
+@pytest.mark.parametrize(
+    ("steps", "options", "asked", "error"),
+    [
+        ([], {}, 1, None),
+        ([None, STOPS], {}, 3, None),
+        ([(502, {}), None], {}, 3, None),
+        *(([BUSY] * 3, {"retries": count}, count + 1, "ServerUnavailable") for count in (0, 1)),
+        # What is wrong or late is not asked again.
+        ([(413, {"error": "[any] no"})], {}, 1, "InvalidRequest"),
+        ([(401, {"error": "[any] no"})], {}, 1, "Unauthorized"),
+        ([(404, {"error": "[any] no"})], {}, 1, "ModelNotFound"),
+        *(([(status, {"error": "[any] no"})], {}, 1, "Timeout") for status in (408, 504)),
+        ([(500, {"error": "[any] no"})], {}, 1, "ServerError"),
+        # A wait beyond the time-out is not begun.
+        ([(429, {"Retry-After": "3600"})], {"timeout": 5}, 1, "ServerUnavailable"),
+        *(([(429, {"Retry-After": wait})], {"timeout": 5}, 2, None) for wait in ("none", "-5")),
+    ],
+)
+def test_what_is_asked_again_over_http(
+    steps: list[Step], options: dict[str, Any], asked: int, error: str | None
+) -> None:
+    with http_steps(*steps) as (url, seen):
+        answer = attempt(url, embed, **options)
+    assert len(seen) == asked
+    if error is None:
+        assert answer.tolist() == [[7]]
+    else:
+        assert type(answer).__name__ == error and steps[0] is not None
+        wait = steps[0][1].get("Retry-After", "0")
+        assert getattr(answer, "retry_after", 0.0) == float(wait)
+
+
+def test_over_grpc() -> None:
+    """What is asked again, and the key, which is a header."""
+    left = [
+        (grpc.StatusCode.UNAVAILABLE, "[server_stopping] x"),
+        (grpc.StatusCode.UNAVAILABLE, "y"),
+    ]
     seen: list[Any] = []
 
     def infer(request: Any, context: grpc.ServicerContext) -> service_pb2.ModelInferResponse:
@@ -451,81 +443,22 @@ def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[
         "inference.GRPCInferenceService", {"ModelInfer": handler}
     )
     server = grpc.server(ThreadPoolExecutor(1), handlers=[service])
-    port = server.add_insecure_port("127.0.0.1:0")
+    url = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
-        yield f"grpc://127.0.0.1:{port}", seen
+        assert attempt(url, embed, api_key="secret").tolist() == [[7]]
+        assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
+        left.append((grpc.StatusCode.DEADLINE_EXCEEDED, "late"))
+        assert type(attempt(url, embed)) is Timeout and len(seen) == 4
     finally:
         server.stop(None).wait()
 
 
-@pytest.mark.parametrize(
-    ("steps", "options", "asked", "error"),
-    [
-        ([], {}, 1, None),
-        ([BUSY], {}, 2, None),
-        ([None, STOPS], {}, 3, None),
-        ([(502, {}), None], {}, 3, None),
-        *(([BUSY] * 3, {"retries": count}, count + 1, "ServerUnavailable") for count in (0, 1)),
-        # What is wrong or late is not asked again.
-        *(([(status, {"error": "[any] no"})], {}, 1, "InvalidRequest") for status in (400, 413)),
-        ([(401, {"error": "[any] no"})], {}, 1, "Unauthorized"),
-        ([(404, {"error": "[any] no"})], {}, 1, "ModelNotFound"),
-        *(([(status, {"error": "[any] no"})], {}, 1, "Timeout") for status in (408, 504)),
-        ([(500, {"error": "[any] no"})], {}, 1, "ServerError"),
-        # A wait beyond the time-out is not begun.
-        ([(429, {"Retry-After": "3600"})], {"timeout": 5}, 1, "ServerUnavailable"),
-        *(([(429, {"Retry-After": wait})], {"timeout": 5}, 2, None) for wait in ("none", "-5")),
-    ],
-)
-def test_what_is_asked_again_over_http(
-    kind: type, steps: list[Step], options: dict[str, Any], asked: int, error: str | None
-) -> None:
-    with http_steps(*steps) as (url, seen):
-        answer = attempt(kind, url, embed, **options)
-    assert len(seen) == asked
-    if error is None:
-        assert answer.tolist() == [[7]]
-    else:
-        assert type(answer).__name__ == error and steps[0] is not None
-        wait = steps[0][1].get("Retry-After", "0")
-        assert getattr(answer, "retry_after", 0.0) == float(wait)
-
-
-def test_over_grpc(kind: type) -> None:
-    away = grpc.StatusCode.UNAVAILABLE
-    with grpc_steps((away, "[server_stopping] x"), (away, "y")) as (url, seen):
-        assert attempt(kind, url, embed, api_key="secret").tolist() == [[7]]
-    assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
-    with grpc_steps((grpc.StatusCode.DEADLINE_EXCEEDED, "late")) as (url, seen):
-        assert type(attempt(kind, url, embed)) is radapter_client.Timeout
-    assert len(seen) == 1
-
-
-def test_waits_grow_and_end() -> None:
-    tries = Tries(50, 1000)
-    error = radapter_client.ServerUnavailable("x")
-    waits = []
-    assert tries.seconds == 1000
-    for _ in range(10):
-        waits.append(tries.pause(error))
-    for wait, most in zip(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5], strict=True):
-        assert most / 2 <= wait <= most
-    assert 994 < tries.seconds < 1000
-    with pytest.raises(radapter_client.ServerUnavailable):
-        Tries(50, 0.01).pause(error)
-
-
 def test_whether_it_is_ready_is_asked_once() -> None:
     with http_steps(*[STOPS] * 20) as (url, seen):
-        with Client(url) as client:
-            assert not client.is_ready()
-        assert (
-            len(seen) <= 5
-        )  # of five tasks; what waits for a thread after the first failure is not sent
-
-
-# Keys
+        assert attempt(url, lambda client: client.is_ready()) is False
+        # Of five tasks; what waits for a thread after the first failure is not sent.
+        assert len(seen) <= 5
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\n", "ü", 5])

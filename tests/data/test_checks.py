@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from radapter_client._arguments import SUFFIXES as OF_THE_CLIENT
+from radapter_client._images import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import FORMATS, SUFFIXES, decode, list_images, verify

@@ -32,7 +32,7 @@ def described(version: int, **facts: Any) -> dict[str, Any]:
         "label_sets": {},
         **facts,
     }
-    return {"parameters": {"release": {"string_value": json.dumps(known)}}}
+    return {"parameters": {f"release.{version}": {"string_value": json.dumps(known)}}}
 
 
 class Recorder:
@@ -81,14 +81,6 @@ class Recorder:
         }
 
     def close(self) -> None:
-        pass
-
-
-class AsyncRecorder(Recorder):
-    async def send(self, request: Request, timeout: float) -> Any:
-        return super().send(request, timeout)
-
-    async def close(self) -> None:  # type: ignore[override]
         pass
 
 

@@ -1,0 +1,105 @@
+"""The client for asyncio: the calls of `Client`, each in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+
+from ._client import Client, Each
+from ._images import ImageLike
+from ._sending import CANCELLED
+
+P = ParamSpec("P")
+T = TypeVar("T")
+THREADS = 1024  # of calls under way, started as they are needed
+
+
+class _AsyncEach(Protocol[P, T]):
+    @overload
+    async def __call__(  # type: ignore[overload-overlap]  # a path is also a sequence of texts
+        self, images: ImageLike, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
+
+
+def _constructor(
+    init: Callable[Concatenate[Client, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[AsyncClient, P], None]]:
+    """A constructor that takes the arguments of `init`."""
+    return wraps(init)  # type: ignore[return-value]
+
+
+def _awaited(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """A method of `Client`, to be awaited."""
+
+    @wraps(method)
+    async def call(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        cancelled = threading.Event()
+
+        def work() -> T:
+            CANCELLED.set(cancelled)
+            return method(client._client, *args, **kwargs)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(client._calls, work)
+        finally:  # of a call that is cancelled, what has not been sent is left out
+            cancelled.set()
+
+    return call
+
+
+def _each_awaited(method: Each[P, T]) -> _AsyncEach[P, T]:
+    return cast(Any, _awaited(cast(Any, method)))  # type: ignore[no-any-return]
+
+
+class AsyncClient:
+    """Client for asyncio: the same arguments, methods and results, to be awaited.
+
+    Its calls run in threads, so it takes the same `transport` as `Client`. A cancelled call ends at
+    once for its caller, and its requests under way when they are answered or out of time.
+
+    Example:
+        ```python
+        async with AsyncClient() as client:
+            print((await client.classify("cat.jpg", ["a cat", "a dog"])).top)
+        ```
+    """
+
+    @_constructor(Client.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._client = Client(*args, **options)
+        self._calls = ThreadPoolExecutor(THREADS, thread_name_prefix="radapter-client-call")
+
+    def __repr__(self) -> str:
+        return f"Async{self._client!r}"
+
+    async def close(self) -> None:
+        """Closes the connections; calls under way in other tasks fail."""
+        self._client.close()
+        self._calls.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    classify = _each_awaited(Client.classify)
+    segment = _each_awaited(Client.segment)
+    search = _awaited(Client.search)
+    embed_images = encode_image = _awaited(Client.embed_images)
+    embed_texts = encode_text = _awaited(Client.embed_texts)
+    release = _awaited(Client.release)
+    releases = _awaited(Client.releases)
+    indexes = _awaited(Client.indexes)
+    is_ready = _awaited(Client.is_ready)
+    similarity = staticmethod(Client.similarity)

@@ -1,0 +1,113 @@
+"""How requests are sent: in threads, and again where no server answers."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from ._arguments import check_seconds
+from ._wire import Request, ServerURL, Transport
+from .failures import RAdapterClientError, ServerUnavailable
+
+Part = Callable[[], Request]  # makes a request, in the thread that sends it
+FIRST_WAIT = 0.1  # seconds before a request is tried again; twice as many each time, up to
+LAST_WAIT = 5.0
+# Set where a call of `AsyncClient` is cancelled, in the thread that runs it.
+CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=None)
+
+
+def connect(url: ServerURL, api_key: str | None) -> Transport:
+    """The transport of a URL, whose libraries take 0.2 s to load."""
+    if url.protocol == "grpc":
+        from ._grpc import GrpcTransport
+
+        return GrpcTransport(url, api_key)
+    from ._http import HttpTransport
+
+    return HttpTransport(url, api_key)
+
+
+class Sender:
+    """Sends the requests of a client, of which `concurrency` are under way at once."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        timeout: float,
+        retries: int,
+        concurrency: int,
+        progress: bool,
+    ) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._retries = retries
+        self._progress = progress
+        self._closed = False
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="radapter-client")
+
+    def close(self) -> None:
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+
+    def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
+        """The replies to requests, each within so many seconds; None for the client's own."""
+        if self._closed:
+            raise RAdapterClientError("the client is closed; make a new one")
+        seconds = self._timeout if timeout is None else check_seconds(timeout)
+        cancelled = CANCELLED.get()
+        send = partial(self._send, seconds=seconds, cancelled=cancelled)
+        try:
+            # One request is not handed over to another thread.
+            if len(parts) == 1 and cancelled is None:
+                return [send(parts[0])]
+            replies = self._threads.map(send, parts)
+            if not self._progress:
+                return list(replies)
+            from rich.console import Console  # here: few calls show a bar
+            from rich.progress import track
+
+            console = Console(stderr=True)
+            looked_at = console.is_terminal or console.is_jupyter
+            bar = partial(track, console=console, transient=True, disable=not looked_at)
+            return list(bar(replies, "asking", len(parts)))
+        except Exception as error:
+            # Each protocol has its own way to fail when its connection is closed.
+            if self._closed:
+                raise RAdapterClientError(
+                    "the client was closed in the middle of a call"
+                ) from error
+            raise
+
+    def _send(self, part: Part, seconds: float, cancelled: threading.Event | None) -> Any:
+        """The reply to a request, tried again where no server answers.
+
+        Every request only reads, so it can be repeated. A time-out is not: the server is slow, and
+        the caller has waited long enough. Whether a server is ready is asked once, for "no server
+        answers" is an answer too.
+        """
+        if cancelled is not None and cancelled.is_set():
+            raise RAdapterClientError("the call was cancelled")
+        request = part()
+        retries = 0 if request.action == "ready" else self._retries
+        wait = FIRST_WAIT
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._transport.send(request, seconds)
+            except ServerUnavailable as error:
+                # Longer each time, never less than the server asks for
+                pause = max(wait * random.uniform(0.5, 1), error.retry_after)
+                seconds = end - time.monotonic() - pause
+                if not retries or seconds <= 0 or self._closed:
+                    raise
+            time.sleep(pause)
+            retries -= 1
+            wait = min(2 * wait, LAST_WAIT)
