@@ -33,7 +33,6 @@ from radapter_serve.evaluation.metrics import (
     Interval,
     average_precisions,
     calibration_error,
-    calibration_sums,
     caption_groups,
     check_finite,
     class_ious,
@@ -51,7 +50,7 @@ from radapter_serve.evaluation.metrics import (
     wilson,
 )
 from radapter_serve.evaluation.models import Candidate, SegmentQuery
-from radapter_serve.evaluation.rows import Bin, ClassFigures, Row, packed
+from radapter_serve.evaluation.rows import ClassFigures, Row, packed
 from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry
 from radapter_serve.files import digest_of
 from radapter_serve.tasks.dense import SegmentOptions
@@ -140,8 +139,8 @@ class EvaluationSet(ABC):
         """The measured fields of a row, from the answers for all images in order."""
 
     def row(self, model: Candidate) -> Row:
-        """The row of a model on the set, before anything is measured; raises `NoSuchWay` where the
-        model lacks the dense method of the set.
+        """The row of a model on the set, before anything is measured; an error if the model lacks
+        the dense method of the set.
         """
         entry = self.entry
         return Row(
@@ -255,8 +254,7 @@ class ClassificationSet(EvaluationSet):
         release = model.loaded.release
         probabilities = class_probabilities(scores, release.logit_scale, release.logit_bias)
         confidences = np.take_along_axis(probabilities, best[:, None], axis=1)[:, 0]
-        sums = calibration_sums(confidences, ranks < 1)
-        return {**answers, "ranks": ranks, "best": best, "calibration": sums[None]}
+        return {**answers, "ranks": ranks, "best": best, "confidences": confidences}
 
     def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
         embeds = model.embed_classes(self.classes, self.prompts(model))
@@ -264,10 +262,9 @@ class ClassificationSet(EvaluationSet):
         if self.several:
             return {**self._measure_several(answers["scores"]), "indistinguishable": alike}
         ranks = answers["ranks"]
-        sums: Any = sum(answers["calibration"])  # batch by batch
         count = len(self.classes)
         metrics = classification_metrics(ranks, self.labels, count)
-        metrics["ece"] = calibration_error(sums)
+        metrics["ece"] = calibration_error(answers["confidences"], ranks < 1)
         n = np.bincount(self.labels, minlength=count)
         hits = np.bincount(self.labels[ranks < 1], minlength=count)
         intervals: dict[str, Interval] = {
@@ -278,16 +275,9 @@ class ClassificationSet(EvaluationSet):
         if count <= MOST_CONFUSED:
             confusions = confusion(self.labels, answers["best"], count).tolist()
         k = {"acc1": 1, "acc5": 5}.get(self.entry.metric)
-        bins = zip(
-            sums[0].astype(int).tolist(),
-            _rounded(shares(sums[1], sums[0])),
-            _rounded(shares(sums[2], sums[0])),
-            strict=True,
-        )
         return {
             "metrics": metrics,
             "intervals": intervals,
-            "calibration": [Bin(*figures) for figures in bins],
             "per_class": by_class(self.classes, n, recall=shares(hits, n)),
             "confusion": confusions,
             "indistinguishable": alike,

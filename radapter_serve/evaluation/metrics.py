@@ -40,7 +40,6 @@ _MAX_SCORES = 5_000_000  # of an image and a class
 LEAST = 100  # images
 MAX_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
-Doubles = NDArray[np.float64]
 
 
 def check_finite(values: Floats) -> Floats:
@@ -97,24 +96,16 @@ def average_precisions(
     return np.stack(classes, axis=-1)
 
 
-def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Of each bin of confidence the number of images, the sum of their confidences, and the number
-    of right ones, float64 [3, 15]; from the probability of the best label of each image, and
-    whether it is right, [N].
+def calibration_error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
+    """Expected calibration error (ECE; Guo et al., ICML 2017): the sum over bins of
+    n_b/N * |accuracy_b - confidence_b|, in [0, 1]; from the probability of the best label of each
+    image, and whether it is right, [N].
 
     Bin k holds confidences above k/15 and up to (k + 1)/15, and the first bin 0 too.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
-    weights = (np.ones(len(bins)), confidences, hits)
-    return np.stack([np.bincount(bins, weight, BINS) for weight in weights])
-
-
-def calibration_error(sums: NDArray[np.float64]) -> float:
-    """Expected calibration error (ECE; Guo et al., ICML 2017), from `calibration_sums`: the sum
-    over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1].
-    """
-    count, confidences, hits = sums
-    return float(np.abs(hits - confidences).sum() / count.sum())
+    right, sure = (np.bincount(bins, weights, BINS) for weights in (hits, confidences))
+    return float(np.abs(right - sure).sum() / len(bins))
 
 
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
@@ -385,18 +376,16 @@ def fit_confidence(
         dataset=dataset,
         n=n,
         classes=classes,
-        ece_before=_error(plain[np.arange(n), best], hits),
-        label_ece=_error(pairs.ravel(), right.ravel()),
+        ece_before=calibration_error(plain[np.arange(n), best], hits),
+        label_ece=calibration_error(pairs.ravel(), right.ravel()),
         temperature=temperature,
-        ece_after=_error(after, hits) if known else None,
+        ece_after=calibration_error(after, hits) if known else None,
         min_score=min_score,
         false_answers=float((others.max(axis=0) >= min_score).mean()),
     )
 
 
-def fit_temperature(
-    logits: Floats, truth: NDArray[np.int64], *, max_pairs: int = MAX_PAIRS
-) -> float | None:
+def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     """The temperature at which the highest score p predicts best whether its label is right.
 
     The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The
@@ -404,13 +393,14 @@ def fit_temperature(
     where there are many labels: it makes the best label's score too low.
 
     None where there is no such temperature within `RANGE`: no image is wrong, or the scores do not
-    tell right from wrong. Of more than `max_pairs` of an image and a label, every k-th image
+    tell right from wrong. Of more than `MAX_PAIRS` of an image and a label, every k-th image
     counts.
     """
     from scipy.optimize import minimize_scalar  # which takes a while to load
 
-    logits, truth = _some(logits, truth, max_pairs)
-    logits = np.array(logits, np.float64)
+    step = -(-logits.size // MAX_PAIRS)
+    truth = truth[::step]
+    logits = np.array(logits[::step], np.float64)
     rows = np.arange(len(logits))
     best = logits.argmax(axis=1)
     right = best == truth
@@ -434,14 +424,15 @@ def fit_temperature(
     return float(np.exp(best_log)) if np.abs(ends - best_log).min() > 1e-4 else None
 
 
-def fit_sigmoid(
-    cosines: Floats, truth: NDArray[np.int64], *, max_pairs: int = MAX_PAIRS
-) -> tuple[float, float]:
-    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right."""
+def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
+    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by as
+    many images as `fit_temperature` takes.
+    """
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    cosines, truth = _some(cosines, truth, max_pairs)
+    step = -(-cosines.size // MAX_PAIRS)
+    cosines, truth = cosines[::step], truth[::step]
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
     count = right.sum()
     others = len(right) - count
@@ -453,7 +444,7 @@ def fit_sigmoid(
     spread = max(float(values.std()), 1e-12)
     values = (values - mean) / spread
 
-    def loss(line: Doubles) -> tuple[float, Doubles]:
+    def loss(line: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """The mean cross-entropy, and its gradient."""
         logits = line[0] * values + line[1]
         error = expit(logits) - target
@@ -463,15 +454,3 @@ def fit_sigmoid(
     start = np.array([0.0, np.log((count + 1) / (others + 1))])
     slope, shift = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return float(slope / spread), float(shift - slope * mean / spread)
-
-
-def _some(
-    values: Floats, truth: NDArray[np.int64], max_pairs: int
-) -> tuple[Floats, NDArray[np.int64]]:
-    """Every k-th image, where all have too many pairs."""
-    step = -(-values.size // max_pairs)
-    return values[::step], truth[::step]
-
-
-def _error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
-    return calibration_error(calibration_sums(confidences, hits))

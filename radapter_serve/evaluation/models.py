@@ -46,10 +46,6 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_TEXTS = 256  # that torch encodes at once
 
 
-class NoSuchWay(RAdapterError):
-    """The dense method is not available for this model; the message says how to get it."""
-
-
 @dataclass(frozen=True)
 class SegmentQuery:
     """Labels, with synonyms after commas, prompt templates, the dense method or `proposals`, and
@@ -113,8 +109,8 @@ class Candidate:
         return np.stack([self.known[key, line] for line in classes])
 
     def way(self, dense: str | None) -> str:
-        """The dense method to use where `dense` is asked for, None for the model's default; raises
-        `NoSuchWay` where the model lacks it.
+        """The dense method to use where `dense` is asked for, None for the model's default; an
+        error where the model lacks it.
         """
         release = self.loaded.release
         default = (release.dense or {}).get("way")
@@ -122,7 +118,7 @@ class Candidate:
         if isinstance(encoder, TorchEncoder):
             way = dense or default
             if way is None:
-                raise NoSuchWay(
+                raise RAdapterError(
                     "this model has no dense method of its own (dense: none); give the set one, as"
                     " in dense: naclip"
                 )
@@ -132,7 +128,7 @@ class Candidate:
         if dense == PROPOSALS or (default and dense in (None, default)):
             return dense or str(default)
         has = f"has dense {default}" if default else "has no patch_encoder"
-        raise NoSuchWay(
+        raise RAdapterError(
             f"release {release.version} {has}; export one with radapter-export --dense"
             f" {dense or 'naclip'}"
         )

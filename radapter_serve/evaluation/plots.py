@@ -55,7 +55,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
 
     `bars.png` always; `alpha.png`, if `curve_too`, where there are several α of one source, one
     each for dense segmentation and proposals; by the last model `confusion-NAME.png` of each data
-    set of few classes, and `calibration-NAME.png` of each data set of labelled images.
+    set of few classes.
     """
     unit = common_unit(row.metric for row in rows)
     pictures = [folder / "bars.png"]
@@ -92,17 +92,12 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         )
         pictures.append(path)
 
-    # Details of each data set, by the last model that has them.
+    # The confusions of each data set, by the last model that has them.
     confused = {row.dataset: row for row in rows if row.confusion is not None}
-    calibrated = {row.dataset: row for row in rows if row.calibration is not None}
-    for kind, last, plot in (
-        ("confusion", confused, plot_confusion),
-        ("calibration", calibrated, plot_calibration),
-    ):
-        for dataset, row in last.items():
-            name = re.sub(r"[^\w.-]+", "_", dataset)
-            pictures.append(folder / f"{kind}-{name}.png")
-            plot(row, pictures[-1])
+    for dataset, row in confused.items():
+        name = re.sub(r"[^\w.-]+", "_", dataset)
+        pictures.append(folder / f"confusion-{name}.png")
+        plot_confusion(row, pictures[-1])
     return pictures
 
 
@@ -273,29 +268,4 @@ def plot_confusion(row: Row, path: str | Path) -> None:
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")
-    figure.savefig(path)
-
-
-def plot_calibration(row: Row, path: str | Path) -> None:
-    """Draw the reliability diagram of a row with `calibration`: accuracy over confidence; on the
-    diagonal the model is as sure as it is right.
-    """
-    assert row.calibration is not None
-    bins = [bin_ for bin_ in row.calibration if bin_.n]
-    figure = Figure(figsize=(4.2, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 100], [0, 100], "--", color="tab:gray")
-    most = max(bin_.n for bin_ in bins)
-    axes.scatter(
-        [100 * (bin_.confidence or 0.0) for bin_ in bins],
-        [100 * (bin_.accuracy or 0.0) for bin_ in bins],
-        [10 + 90 * bin_.n / most for bin_ in bins],
-    )
-    axes.set_xlabel("mean confidence of a bin, %; larger dots are more images")
-    axes.set_ylabel("accuracy, %")
-    axes.set_xlim(-3, 103)
-    axes.set_ylim(-3, 103)
-    axes.grid(alpha=0.3)
-    model = model_name(row.source, row.alpha, ", α = ")
-    figure.suptitle(f"{row.dataset}: {model}\nECE {100 * row.metrics['ece']:.1f} %, n {row.n}")
     figure.savefig(path)

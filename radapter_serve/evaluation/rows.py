@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,17 +23,9 @@ from radapter_serve.files import checker, staged
 FILE = "results.jsonl"
 KEPT = "kept"  # of metrics; see `Row`
 _STRICT = {"extra": "forbid"}
-# Written as null, too, where the first is there; every other field is left out then.
-_NULLS = {
-    "source": ("model", "pretrained", "alpha"),
-    "release": ("base_digest", "adapter_digest"),
-    "dense": ("short_side", "stride", "threshold", "background"),
-    "proposals": ("proposal_weight",),
-}
 _NOT_MEASURED: dict[str, Any] = {
     "metrics": {},
     "intervals": None,
-    "calibration": None,
     "per_class": None,
     "confusion": None,
     "indistinguishable": None,
@@ -47,7 +40,7 @@ class ClassFigures:
 
     name: str  # the first
     n: int  # images, or pixels
-    recall: float | None  # of images with one label, and of pixels
+    recall: float | None = None  # of images with one label, and of pixels
     iou: float | None = None  # of pixels
     average_precision: float | None = None  # of images with several labels
 
@@ -55,17 +48,6 @@ class ClassFigures:
         **_STRICT,
         "alias_generator": lambda name: "class" if name == "name" else name,
     }
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The images of one bin of confidence: number, mean confidence and accuracy in [0, 1]."""
-
-    n: int
-    confidence: float | None
-    accuracy: float | None
-
-    __pydantic_config__: ClassVar[Mapping[str, object]] = _STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +81,6 @@ class Row:
             is among the models: the share of images whose best noun is the one that alpha 0
             answers, among some hundred common ones that are no class of the set.
         intervals: the two ends of each metric's 95 % interval.
-        calibration: of whole images with classes, by bin of confidence.
         per_class: of each class.
         confusion: of few classes, cases by true and answered class.
         indistinguishable: pairs of labels that the model can't tell apart.
@@ -112,6 +93,7 @@ class Row:
         version: of this package.
     """
 
+    dataset: str
     model: str | None = None
     pretrained: str | None = None
     precision: str | None = None
@@ -120,7 +102,6 @@ class Row:
     release: int | None = None
     weights_digest: str | None = None
     quantization: Mapping[str, object] | None = None
-    dataset: str
     task: str
     language: str = "en"
     source: str
@@ -150,7 +131,6 @@ class Row:
     templates: tuple[str, ...] | None = None
     metrics: dict[str, float]
     intervals: dict[str, Interval] | None = None
-    calibration: list[Bin] | None = None
     per_class: list[ClassFigures] | None = None
     confusion: list[list[int]] | None = None
     indistinguishable: list[tuple[str, str]] | None = None
@@ -175,30 +155,11 @@ class Row:
         return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a line of `results.jsonl` has them."""
-        values = {"dataset": self.dataset, **vars(self)}
-        nulls = {name for key, names in _NULLS.items() if values[key] is not None for name in names}
-        if not self.border:
-            del values["border"]
-        if self.exif_orientation:
-            del values["exif_orientation"]
-        if self.crop is not None:
-            values["crop"] = self.crop.to_dict()
-        if self.templates is not None:
-            values["templates"] = list(self.templates)
-        if self.calibration is not None:
-            values["calibration"] = [asdict(bin_) for bin_ in self.calibration]
-        if self.per_class is not None:
-            kind = "recall"
-            if self.metric == "mean_average_precision":
-                kind = "average_precision"
-            elif self.dense is not None:
-                kind = "iou"
-            values["per_class"] = [
-                {"class": row.name, "n": row.n, "recall": row.recall, kind: getattr(row, kind)}
-                for row in self.per_class
-            ]
-        return {name: value for name, value in values.items() if value is not None or name in nulls}
+        """Plain values, as a line of `results.jsonl` has them: without what is not known, but for
+        α.
+        """
+        values = checker(Row).dump_python(self, mode="json", by_alias=True, exclude_none=True)
+        return {"alpha": self.alpha, **values}
 
     @classmethod
     def from_json(cls, line: str) -> Row:
@@ -328,7 +289,6 @@ def metric_name(metric: str) -> str:
         "miou": "mIoU",
         "pixel_accuracy": "pixel acc",
         "mean_class_accuracy": "mean acc",
-        "harmonic_mean": "H",
         "mean_average_precision": "mAP",
     }
     return names.get(metric, metric.replace("_retrieval_recall", " R"))
@@ -338,41 +298,6 @@ def common_unit(metrics: Iterable[str]) -> str:
     """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
     names = {metric_name(metric) for metric in metrics}
     return f"{names.pop()}, %" if len(names) == 1 else "%"
-
-
-def harmonic(*values: float) -> float:
-    """The harmonic mean; 0 if a value is 0."""
-    return len(values) / sum(1 / value for value in values) if all(values) else 0.0
-
-
-def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Row]:
-    """A row of the harmonic mean for each model and each pair of names of the sets of base and of
-    novel classes.
-    """
-    by_model = {(row.dataset, row.source, row.alpha): row for row in rows}
-    means = []
-    for first, second in pairs:
-        for (name, source, alpha), base in by_model.items():
-            novel = by_model.get((second, source, alpha))
-            if name != first or novel is None:
-                continue
-            values = {"base": base.metrics[base.metric], "novel": novel.metrics[novel.metric]}
-            mean = replace(
-                base,
-                **{
-                    **_NOT_MEASURED,
-                    "dataset": f"{base.dataset} and {novel.dataset}",
-                    "metric": "harmonic_mean",
-                    "n": base.n + novel.n,
-                    "classes": None,
-                    "class_split": None,
-                    "set_digest": f"{base.set_digest} {novel.set_digest}",
-                    "metrics": {**values, "harmonic_mean": harmonic(*values.values())},
-                    "runtime": round(base.runtime + novel.runtime, 3),
-                },
-            )
-            means.append(mean)
-    return means
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
@@ -417,7 +342,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
         if pairs:
             halves = [_mean_of(values, names) for names in zip(*pairs, strict=True)]
             known = [half for half in halves if half is not None]
-            figures.append(harmonic(*known) if len(known) == len(halves) else None)
+            figures.append(harmonic_mean(known) if len(known) == len(halves) else None)
         if has_kept:
             figures.append(mean_kept(of_set.values()))
         cells += ["" if value is None else f"{value:.2f}" for value in figures]

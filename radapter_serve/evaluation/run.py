@@ -44,8 +44,8 @@ from radapter_serve.evaluation.image_sets import (
     drawn,
 )
 from radapter_serve.evaluation.metrics import wilson
-from radapter_serve.evaluation.models import Candidate, NoSuchWay
-from radapter_serve.evaluation.rows import KEPT, Results, Row, harmonic_means
+from radapter_serve.evaluation.models import Candidate
+from radapter_serve.evaluation.rows import KEPT, Results, Row
 from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Suite
 from radapter_serve.files import read_yaml
 
@@ -153,16 +153,12 @@ def evaluate_suite(
     seed: int = 0,
     batch_size: int = 64,
     say: Say = lambda line: None,
-    skip: Say | None = None,
     opened: Callable[[EvaluationSet], None] = lambda data: None,
 ) -> list[Row]:
     """Evaluate models of one kind on the data sets of one split of a suite; rows that `results` has
     are not made again.
 
-    Where a suite has both the base and the novel classes of a data set, a row of their harmonic
-    mean is added to the results. `skip` gets a line about each data set that these models can't be
-    evaluated on, which is an error if it is None; `opened` gets each data set that they are
-    evaluated on.
+    `opened` gets each data set.
     """
     rows: list[Row] = []
     for entry in suite.of_split(split):
@@ -171,11 +167,8 @@ def evaluate_suite(
         stamp: dict[str, Any] = {"suite": suite.name, "seed": seed, "version": __version__}
         try:
             cases = [replace(data.row(model), **stamp) for model in models]
-        except NoSuchWay as error:
-            if skip is None:
-                raise
-            skip(f"{entry.name} is left out: {error}")
-            continue
+        except RAdapterError as error:
+            raise RAdapterError(f"data set {entry.name!r}: {error}") from error
         opened(data)
         # The share that is kept of the base is measured together with alpha 0.
         keep = ["nouns"] if data.nouns and any(model.alpha == 0.0 for model in models) else []
@@ -199,9 +192,6 @@ def evaluate_suite(
             )
             results.add(replace(row, **stamp) for row in new)
         rows += [row for case in cases if (row := results.find(case)) is not None]
-    means = [row for row in harmonic_means(rows, suite.pairs(split)) if results.find(row) is None]
-    if means:
-        results.add(means)
     return rows
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from radapter_serve.errors import RAdapterError, all_of, one_line
+from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.rows import Results, Row, table, warnings
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
@@ -326,7 +326,6 @@ def evaluate_model(
         warn_of_overlap,
     )
 
-    skipped: list[str] = []
     choosing: list[EvaluationSet] = []
     testing: list[EvaluationSet] = []
     rows: list[Row] = []
@@ -355,13 +354,9 @@ def evaluate_model(
                         choosing.append(open_set(tests, entry, **draws))
             # The model, on test data.
             if tests:
-                rows = evaluate_suite(
-                    tested, tests, results, skip=skipped.append, opened=testing.append, **how
-                )
+                rows = evaluate_suite(tested, tests, results, opened=testing.append, **how)
         finally:
             models[0].close()
-        if tests and not rows and skipped:
-            raise all_of(skipped, f"the data of {tests.name}")
         overlaps = warn_of_overlap(choosing, testing)
         if tests and rows:
             # After auto there are only a few α on test data: they must not replace a whole curve.
@@ -373,7 +368,7 @@ def evaluate_model(
         rows=tuple(rows),
         choice=choice,
         suite=tests,
-        notes=(*notes, *skipped, *overlaps, *warnings(rows)),
+        notes=(*notes, *overlaps, *warnings(rows)),
         files=tuple(files),
         measured=results.measured,
     )

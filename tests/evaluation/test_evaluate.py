@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.clip.towers import zero_shot_classifier
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import nouns_beside
@@ -261,19 +260,7 @@ def test_a_live_server_gives_the_same_numbers(
             assert other.source == "server"
 
 
-def test_the_classifier_is_open_clips_and_averages_synonyms(tiny_clip_dir: str) -> None:
-    base = load_base(tiny_clip_dir)
-    classes = ["cat", "dog", "tree", "house"]
-    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]
-    expected = open_clip.build_zero_shot_classifier(base.model, base.tokenizer, classes, templates)
-    found = zero_shot_classifier(base.model, base.tokenizer, classes, TEMPLATES)
-    torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)
-    both = zero_shot_classifier(base.model, base.tokenizer, ["cat, dog"], TEMPLATES[:1])
-    each = zero_shot_classifier(base.model, base.tokenizer, ["cat", "dog"], TEMPLATES[:1])
-    torch.testing.assert_close(both[0], torch.nn.functional.normalize(each.mean(dim=0), dim=0))
-
-
-def test_best_classes_by_hand_and_a_model_of_nan(tiny_clip_dir: str) -> None:
+def test_a_model_of_nan_ranks_nothing(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
     pixels = torch.randn(6, 3, 32, 32)
     with torch.no_grad():

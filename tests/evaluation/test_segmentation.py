@@ -27,7 +27,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
 from radapter_serve.evaluation.models import (
     Candidate,
-    NoSuchWay,
     from_adapter,
     from_merged,
     from_release,
@@ -358,28 +357,23 @@ def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -
             assert all(alike(masks, served[name]) for name, masks in expected.items()), url
 
 
-def test_a_set_that_a_release_can_not_be_evaluated_on_is_left_out() -> None:
+def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
+    masked: Path, run_folder: Path, tmp_path: Path
+) -> None:
     fake = Fake(NAMES, by_colour)
     has = candidate(fake, SIZE, dense={"way": "maskclip", "grid": 7})
     lacks = candidate(fake, SIZE)
     assert has.way(None) == has.way("maskclip") == "maskclip"
     assert lacks.way("proposals") == "proposals"
     for model, dense in ((has, "naclip"), (lacks, None)):
-        with pytest.raises(NoSuchWay, match="export one with radapter-export --dense naclip"):
+        with pytest.raises(RAdapterError, match="export one with radapter-export --dense naclip"):
             model.way(dense)
-
-
-def test_left_out_sets_are_told_and_others_evaluated(
-    masked: Path, run_folder: Path, tmp_path: Path
-) -> None:
-    suite = suite_of(masked, "- {name: own}\n- {name: named, dense: maskclip}")
+    suite = suite_of(masked, "- {name: named, dense: maskclip}\n- {name: own}")
     models = from_adapter(run_folder, [0.5])  # its recipe names no way
-    lines: list[str] = []
-    rows = evaluate_suite(models, suite, Results(tmp_path), skip=lines.append)
-    assert [row.dataset for row in rows] == ["named"]
-    assert len(lines) == 1 and lines[0].startswith("own is left out: this model has no dense")
-    with pytest.raises(NoSuchWay):
-        evaluate_suite(models, suite, Results(tmp_path, resume=True))
+    results = Results(tmp_path)
+    with pytest.raises(RAdapterError, match="this model has no dense method"):
+        evaluate_suite(models, suite, results)
+    assert [row.dataset for row in results.rows] == ["named"]
     models[0].close()
 
 

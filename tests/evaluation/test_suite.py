@@ -86,23 +86,16 @@ def test_base_and_novel_classes_have_a_harmonic_mean(
     results = Results(tmp_path / "out")
     models = from_adapter(run_folder, [0.0, 1.0])
     said: list[str] = []
-    for _ in range(2):  # the second time nothing is added
+    for _ in range(2):
         rows = evaluate_suite(models, suite, results, say=said.append)
     models[0].close()
     reading = [f"{name}: reading imagefolder:plain" for name in ("base", "novel", "all")]
     assert said[0] == reading[0] and said[-3:] == reading
-    means = [row for row in results.rows if row.metric == "harmonic_mean"]
-    assert [(row.dataset, row.alpha, row.n) for row in means] == [
-        ("base and novel", 0.0, 24),
-        ("base and novel", 1.0, 24),
-    ]
-    for row in means:
-        a, b = (r.metrics["acc1"] for r in rows if r.alpha == row.alpha and r.dataset != "all")
-        mean = 2 * a * b / (a + b) if a and b else 0.0
-        assert row.metrics == pytest.approx({"base": a, "novel": b, "harmonic_mean": mean})
     columns = table(rows, "", suite.pairs("test")).columns
     (shown,) = [list(of.cells) for of in columns if str(of.header).startswith("H")]
-    assert shown == [f"{100 * row.metrics['harmonic_mean']:.2f}" for row in means]
+    for alpha, cell in zip((0.0, 1.0), shown, strict=True):
+        a, b = (r.metrics["acc1"] for r in rows if r.alpha == alpha and r.dataset != "all")
+        assert cell == (f"{200 * a * b / (a + b):.2f}" if a and b else "0.00")
 
 
 def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
@@ -203,7 +196,7 @@ ANY_SUITE = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.binary(max_size=60)
