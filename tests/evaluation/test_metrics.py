@@ -4,6 +4,8 @@ simulated repetitions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -94,7 +96,7 @@ def test_calibration_error_against_a_loop(n: int, seed: int, edges: bool) -> Non
     """An edge belongs to the bin below."""
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, 16, n) / 15 if edges else generator.random(n)
-    confidences = drawn if edges else drawn.astype(np.float32)
+    confidences: Any = drawn if edges else drawn.astype(np.float32)
     hits = generator.random(n) < 0.6
     expected = 0.0
     for number in range(15):
