@@ -4,7 +4,6 @@ removed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,13 +38,11 @@ class Site:
 
 @dataclass(frozen=True)
 class _Place:
-    """An adapted layer inside a block, by names: itself, the module whose output is its own, a norm
-    that may come next.
+    """An adapted layer inside a block, by names: itself, the module whose output is its own, and a
+    norm that may come next.
 
-    Anything linear may come between a layer and the residual that it is added to: an adapter
-    directly behind its layer folds exactly, and the LayerScale (`ls_1`, `gamma_1`) that comes after
-    it sees the same. A norm may not: the adapter would no longer be the last linear map before the
-    residual, as in the paper. A norm of the sum (BERT) may.
+    Anything linear, such as a LayerScale, may come between a layer and the residual that it is
+    added to, but no norm: the adapter would no longer be the last linear map, as in the paper.
     """
 
     layer: str
@@ -86,7 +83,7 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
     Args:
         model: an open_clip model.
         text: look in the text tower too.
-        partial: leave out what cannot be adapted, as `left_out` says, rather than refuse.
+        partial: leave out what cannot be adapted, rather than refuse.
 
     Raises:
         RAdapterError: a tower has no known sites, or a norm is between a site and its residual;
@@ -99,12 +96,8 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
     return sites
 
 
-def left_out(model: nn.Module, *, text: bool = True) -> list[str]:
-    """What `find_sites` leaves out if it is `partial`, each with the reason."""
-    return _search(model, text)[1]
-
-
 def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
+    """The adapted layers, and what can't be adapted, each with the reason."""
     sites: list[Site] = []
     reasons: list[str] = []
     for tower, holders in list(TOWERS.items())[: 1 + text]:
@@ -153,21 +146,12 @@ class LinearAdapter(nn.Module):
         self.alpha = 1.0
         self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
 
-    @property
-    def factor(self) -> float | Tensor:
-        """Scale of the adapter's output, α × gate."""
-        return self.alpha * self.gate
-
     def change(self, x: Tensor) -> Tensor:
         """What the adapter adds to activations [..., d]: `X·W_adp`."""
         linear = nn.functional.linear
         if self.rank is None:
             return linear(x, self.full)
         return linear(linear(x, self.down), self.up)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What an adapter file has of it: `full`, or `up` and `down`."""
-        return dict(self.named_parameters())
 
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias
@@ -176,19 +160,17 @@ class LinearAdapter(nn.Module):
         if self.alpha == 0:
             return value
         change = self.full @ value if self.rank is None else self.up @ (self.down @ value)
-        return value + self.factor * change
-
-    def on_output(self, x: Tensor) -> Tensor:
-        """Activation form: `X + α·X·W_adp` for X [..., d]."""
-        if self.alpha == 0:
-            return x
-        return x + self.factor * self.change(x)
+        return value + self.alpha * self.gate * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook; attention gives a pair whose first element is the activation."""
-        if isinstance(output, tuple):
-            return (self.on_output(output[0]), *output[1:])
-        return self.on_output(output)
+        """Activation form, a forward hook: `X + α·X·W_adp` for X [..., d]; attention gives a pair
+        whose first element is X.
+        """
+        if self.alpha == 0:
+            return output
+        x = output[0] if isinstance(output, tuple) else output
+        x = x + self.alpha * self.gate * self.change(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
 class Adapters(nn.Module):
@@ -205,15 +187,12 @@ class Adapters(nn.Module):
         super().__init__()
         self.sites = list(sites)
         self.left_out = left_out
-        self.rank = rank
         self.form = form
         self.drop = drop
-        self.layers = nn.ModuleList(
-            LinearAdapter(site.layer.out_features, rank) for site in self.sites
-        )
+        self.adapters = [LinearAdapter(site.layer.out_features, rank) for site in self.sites]
+        self.layers = nn.ModuleList(self.adapters)  # which makes their parameters known
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for site, layer in zip(self.sites, self.layers, strict=True):
-            assert isinstance(layer, LinearAdapter)
+        for site, layer in zip(self.sites, self.adapters, strict=True):
             layer.to(site.layer.weight.device)
             if form == "activation":
                 self.hooks.append(site.output.register_forward_hook(layer.hook))
@@ -225,11 +204,11 @@ class Adapters(nn.Module):
     @property
     def alpha(self) -> float:
         """The re-scaling α of Eq. 9, in [0, 1]: 0 is the base, 1 is what was learned."""
-        return float(self._adapters()[0].alpha)
+        return float(self.adapters[0].alpha)
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        for adapter in self._adapters():
+        for adapter in self.adapters:
             adapter.alpha = value
 
     def sample_drop(self) -> None:
@@ -239,20 +218,20 @@ class Adapters(nn.Module):
         """
         self.train()
         keep = torch.rand(len(self.layers)) >= self.drop
-        for adapter, kept in zip(self._adapters(), keep.tolist(), strict=True):
+        for adapter, kept in zip(self.adapters, keep.tolist(), strict=True):
             adapter.gate = kept / (1 - self.drop)
 
     def stop_drop(self) -> None:
         """Switch every adapter on, unscaled, as at test time."""
         self.eval()
-        for adapter in self._adapters():
+        for adapter in self.adapters:
             adapter.gate = 1.0
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """The trained parameters by the names they have in an adapter file (live, not copies)."""
         return {
-            _name(site, name): parameter
-            for site, adapter in zip(self.sites, self.layers, strict=True)
+            site.key if name == "full" else f"{site.key}.{name}": parameter
+            for site, adapter in zip(self.sites, self.adapters, strict=True)
             for name, parameter in adapter.named_parameters()
         }
 
@@ -265,9 +244,8 @@ class Adapters(nn.Module):
     def adapter(self, metadata: Metadata) -> Adapter:
         """A copy of the present values as something to save or to fold."""
         tensors = {
-            _name(site, name): value.detach().float().cpu().clone()
-            for site, adapter in zip(self.sites, self._adapters(), strict=True)
-            for name, value in adapter.tensors().items()
+            name: value.detach().float().cpu().clone()
+            for name, value in self.named_tensors().items()
         }
         return Adapter(tensors, metadata)
 
@@ -285,15 +263,13 @@ class Adapters(nn.Module):
         """One line that says how much of a model is trained, and what is left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        share = (
-            f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's"
-            f" {base:,}"
-        )
-        more = f", and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
-        return share + (f"; left out: {self.left_out[0]}{more}" if self.left_out else "")
-
-    def _adapters(self) -> list[LinearAdapter]:
-        return [layer for layer in self.layers if isinstance(layer, LinearAdapter)]
+        share = 100 * trained / base
+        line = f"trainable: {trained:,} parameters, {share:.2f} % of the base's {base:,}"
+        if self.left_out:
+            line += f"; left out: {self.left_out[0]}"
+        if len(self.left_out) > 1:
+            line += f", and {len(self.left_out) - 1} more"
+        return line
 
 
 def attach(
@@ -330,7 +306,8 @@ def attach(
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
     sites = find_sites(model, text=text, partial=partial)
-    return _attach(model, sites, rank, form, drop, left_out(model, text=text))
+    _, left_out = _search(model, text)
+    return _attach(model, sites, rank, form, drop, left_out)
 
 
 def _attach(
@@ -355,9 +332,7 @@ def _attach(
                 f"{site.key} has an adapter already; call remove() on the first adapters"
             )
     model.requires_grad_(False)
-    adapters = Adapters(sites, rank, form, drop, left_out)
-    logging.getLogger(__name__).info(adapters.summary(model))
-    return adapters
+    return Adapters(sites, rank, form, drop, left_out)
 
 
 def attach_adapter(
@@ -386,11 +361,6 @@ def attach_adapter(
     adapters.load_tensors(adapter.tensors)
     adapters.alpha = alpha
     return adapters
-
-
-def _name(site: Site, name: str) -> str:
-    """What an adapter file calls a tensor of the adapter at a site."""
-    return site.key if name == "full" else f"{site.key}.{name}"
 
 
 def _tensors_of(layer: nn.Linear) -> list[str]:

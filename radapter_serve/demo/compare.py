@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -22,12 +23,12 @@ from radapter_serve.data.labelled import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
 from radapter_serve.evaluation.image_sets import drawn
 from radapter_serve.evaluation.metrics import paired_difference
-from radapter_serve.training.validation import evaluation_batches
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"
 RIVAL = "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
+Line = dict[float, Hits]  # by α
 Weights = dict[str, Tensor]
 _BATCH = 32  # larger ones are slower on a CPU, whose cache they leave
 
@@ -43,83 +44,123 @@ class Ends:
     classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Which test images are right at every point of both lines, by method and α; R-Adapter is
-    compared at `alpha`.
+def line_of(run: Path) -> Ends:
+    """The line from the demo's base to a run on it."""
+    state = load_base(f"local-dir:{BASE}").model.state_dict()
+    start = {name: value.clone() for name, value in state.items()}
+    return Ends(start, fold(start, load_adapter(run), 1.0))
+
+
+def right(
+    lines: Mapping[str, Ends],
+    data: DemoData,
+    alphas: Mapping[str, Sequence[float]],
+    limit: int | None = None,
+) -> dict[str, Line]:
+    """Which test images are right, by method and α; all methods start at the demo's base, and
+    `limit` images of a style at most are drawn by a fixed seed.
     """
+    base = load_base(f"local-dir:{BASE}")
+    model: Any = base.model
+    classes = read_label_file(data.classes)
+    templates = read_templates(data.templates)
+    images = {style: _read(base, place, classes, limit) for style, place in data.test.items()}
+    hits: dict[str, Line] = {method: {} for method in lines}
+    points = [(method, alpha) for method in lines for alpha in alphas[method]]
+    for method, alpha in track(points, "Evaluating"):
+        line = lines[method]
+        zero_shot = [other[0.0] for other in hits.values() if 0.0 in other]
+        if alpha == 0.0 and zero_shot:  # which all lines start at
+            hits[method][alpha] = zero_shot[0]
+            continue
+        with torch.inference_mode():
+            # Set the model to (1−α)·start + α·end, and make its classifier.
+            for name, value in model.state_dict().items():
+                value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
+            if line.classifiers is None:
+                weights = zero_shot_classifier(model, base.tokenizer, classes, templates)
+                bias = torch.zeros(len(weights))
+            else:
+                first, last = line.classifiers
+                weights = torch.lerp(first[0], last[0], alpha)
+                bias = torch.lerp(first[1], last[1], alpha)
 
-    hits: dict[str, dict[float, Hits]]
-    alpha: float
+            hits[method][alpha] = {}
+            for style, (pixels, labels) in images.items():
+                parts = torch.split(pixels, _BATCH)
+                scores = torch.cat([encode_image(model, part) @ weights.T + bias for part in parts])
+                hits[method][alpha][style] = np.asarray(scores.argmax(dim=1) == labels)
+    return hits
 
-    @property
-    def systems(self) -> dict[str, Hits]:
-        """The compared systems by name; R-Adapter at its α is the second."""
-        ours = self.hits[OURS]
-        rival = self.hits[RIVAL]
-        return {
-            "zero-shot": ours[0.0],
-            f"{OURS}, α = {self.alpha:g}": ours[self.alpha],
-            f"{OURS}, α = 1": ours[1.0],
-            "full fine-tuning": rival[1.0],
-            f"{RIVAL}, α = 0.5": rival[0.5],
-        }
 
-    def sets(self, method: str) -> list[tuple[str, int, dict[float, list[float]]]]:
-        """Style, images and, by α, the accuracy in per cent, of each test set."""
-        line = self.hits[method]
-        return [
-            (
-                style,
-                len(of),
-                {alpha: [100 * float(hits[style].mean())] for alpha, hits in line.items()},
-            )
-            for style, of in line[0.0].items()
-        ]
+def _read(
+    base: Base, folder: Path, classes: Sequence[str], limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """Read pixels [N, 3, S, S] and labels [N] of images of a folder."""
+    data = load_labelled(f"imagefolder:{folder}", every_class=False)
+    rows = data.rows.select(drawn(len(data.rows), limit, 0))
+    transform: Any = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    names = [split_label(line)[0] for line in classes]
+    labels = [names.index(data.keys[data.label(row)]) for row in rows]
+    return torch.stack([transform(data.image(row)) for row in rows]), torch.tensor(labels)
 
-    def facts(self) -> list[dict[str, Any]]:
-        """Accuracy of each system in per cent, in distribution and as the mean of the shifts, and
-        R-Adapter's lead with the half-width of its interval of 95 % over images.
-        """
-        shifts = [style for style in self.hits[OURS][0.0] if style != FINE_TUNED]
-        groups = {"in_distribution": [FINE_TUNED], "shifts": shifts}
-        ours = list(self.systems.values())[1]
-        rows = []
-        for name, hits in self.systems.items():
-            row: dict[str, Any] = {"system": name}
-            for group, styles in groups.items():
-                pair = _compared(hits, ours, styles)
-                row[group] = {
-                    "n": pair["n"],
-                    "accuracy": pair["before"],
-                    "lead": pair["gain"],
-                    "interval": pair["interval"],
-                }
-            rows.append(row)
-        return rows
 
-    def table(self) -> Table:
-        """Systems down; accuracy and lead across."""
-        facts = self.facts()
-        result = Table(
-            title=(
-                f"Accuracy in %, and what {OURS} at α = {self.alpha:g} leads by, with intervals of"
-                " 95 %"
-            )
-        )
-        result.add_column("system")
-        groups = {"in distribution": "in_distribution", "mean of the shifts": "shifts"}
-        for title, group in groups.items():
-            result.add_column(f"{title}, {facts[0][group]['n']:,} images", justify="right")
-            result.add_column(f"{OURS}'s lead", justify="right")
-        for row in facts:
-            cells = [row["system"]]
-            for group in groups.values():
-                cells.append(f"{row[group]['accuracy']:.1f}")
-                lead = lead_in_words(row[group]["lead"], row[group]["interval"])
-                cells.append("" if row is facts[1] else lead)
-            result.add_row(*cells)
-        return result
+def accuracies(line: Line) -> list[tuple[str, int, dict[float, list[float]]]]:
+    """Style, images and, by α, the accuracy in per cent, of each test set."""
+    sets = []
+    for style, of_base in line[0.0].items():
+        values = {alpha: [100 * float(hits[style].mean())] for alpha, hits in line.items()}
+        sets.append((style, len(of_base), values))
+    return sets
+
+
+def compared(hits: Mapping[str, Line], alpha: float) -> list[dict[str, Any]]:
+    """Accuracy of five systems in per cent, in distribution and as the mean of the shifts, and the
+    lead of R-Adapter at an α, the second of them, with the half-width of its interval of 95 % over
+    images.
+    """
+    line = hits[OURS]
+    rival = hits[RIVAL]
+    systems = {
+        "zero-shot": line[0.0],
+        f"{OURS}, α = {alpha:g}": line[alpha],
+        f"{OURS}, α = 1": line[1.0],
+        "full fine-tuning": rival[1.0],
+        f"{RIVAL}, α = 0.5": rival[0.5],
+    }
+    shifts = [style for style in line[0.0] if style != FINE_TUNED]
+    groups = {"in_distribution": [FINE_TUNED], "shifts": shifts}
+    rows = []
+    for name, of_system in systems.items():
+        row: dict[str, Any] = {"system": name}
+        for group, styles in groups.items():
+            pair = _compared(of_system, line[alpha], styles)
+            row[group] = {
+                "n": pair["n"],
+                "accuracy": pair["before"],
+                "lead": pair["gain"],
+                "interval": pair["interval"],
+            }
+        rows.append(row)
+    return rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
+    """Systems down; accuracy and lead across."""
+    title = f"Accuracy in %, and what {OURS} at α = {alpha:g} leads by, with intervals of 95 %"
+    result = Table("system", title=title)
+    groups = {"in distribution": "in_distribution", "mean of the shifts": "shifts"}
+    for title, group in groups.items():
+        result.add_column(f"{title}, {rows[0][group]['n']:,} images", justify="right")
+        result.add_column(f"{OURS}'s lead", justify="right")
+    for row in rows:
+        cells = [row["system"]]
+        for group in groups.values():
+            cells.append(f"{row[group]['accuracy']:.1f}")
+            lead = lead_in_words(row[group]["lead"], row[group]["interval"])
+            cells.append("" if row is rows[1] else lead)
+        result.add_row(*cells)
+    return result
 
 
 def lead_in_words(lead: float, interval: float) -> str:
@@ -170,65 +211,3 @@ def gain_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
             f"{row['gain']:+.1f} ± {row['interval']:.1f}{star}",
         )
     return result
-
-
-def line_of(run: Path) -> Ends:
-    """The line from the demo's base to a run on it."""
-    state = load_base(f"local-dir:{BASE}").model.state_dict()
-    start = {name: value.clone() for name, value in state.items()}
-    return Ends(start, fold(start, load_adapter(run), 1.0))
-
-
-def right(
-    lines: Mapping[str, Ends],
-    data: DemoData,
-    alphas: Mapping[str, Sequence[float]],
-    limit: int | None = None,
-) -> dict[str, dict[float, Hits]]:
-    """Which test images are right, by method and α; all methods start at the demo's base, and
-    `limit` images of a style at most are drawn by a fixed seed.
-    """
-    base = load_base(f"local-dir:{BASE}")
-    model: Any = base.model
-    classes = read_label_file(data.classes)
-    templates = read_templates(data.templates)
-    images = {style: _read(base, place, classes, limit) for style, place in data.test.items()}
-    hits: dict[str, dict[float, Hits]] = {method: {} for method in lines}
-    points = [(method, alpha) for method in lines for alpha in alphas[method]]
-    for method, alpha in track(points, "Evaluating"):
-        line = lines[method]
-        zero_shot = [other[0.0] for other in hits.values() if 0.0 in other]
-        if alpha == 0.0 and zero_shot:  # which all lines start at
-            hits[method][alpha] = zero_shot[0]
-            continue
-        with torch.inference_mode():
-            # Set the model to (1−α)·start + α·end, and make its classifier.
-            for name, value in model.state_dict().items():
-                value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
-            if line.classifiers is None:
-                weights = zero_shot_classifier(model, base.tokenizer, classes, templates)
-                bias = torch.zeros(len(weights))
-            else:
-                first, last = line.classifiers
-                weights = torch.lerp(first[0], last[0], alpha)
-                bias = torch.lerp(first[1], last[1], alpha)
-
-            hits[method][alpha] = {}
-            for style, (pixels, labels) in images.items():
-                parts = torch.split(pixels, _BATCH)
-                scores = torch.cat([encode_image(model, part) @ weights.T + bias for part in parts])
-                hits[method][alpha][style] = np.asarray(scores.argmax(dim=1) == labels)
-    return hits
-
-
-def _read(
-    base: Base, folder: Path, classes: Sequence[str], limit: int | None
-) -> tuple[Tensor, Tensor]:
-    """Read pixels [N, 3, S, S] and labels [N] of images of a folder."""
-    data = load_labelled(f"imagefolder:{folder}", every_class=False)
-    rows = data.rows.select(drawn(len(data.rows), limit, 0))
-    batches = evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row)))
-    pixels, labels = zip(*batches, strict=True)
-    numbers = {split_label(line)[0]: number for number, line in enumerate(classes)}
-    number_of = torch.tensor([numbers[name] for name in data.keys])
-    return torch.cat(pixels), number_of[torch.cat(labels)]

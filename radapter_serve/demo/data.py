@@ -15,7 +15,7 @@ import lzma
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -229,16 +229,11 @@ def prepare_scenes(
             table = csv.writer(file)
             table.writerow(["image", "style", "caption"])
             for style, place in tests.items():
-                for image, caption in read_captions(place):
-                    table.writerow([f"{place.name}/{image}", style, caption])
+                with (place / "captions.csv").open(encoding="utf-8", newline="") as captions_of:
+                    rows = list(csv.DictReader(captions_of))
+                for row in rows[::CAPTIONS]:
+                    table.writerow([f"{place.name}/{row['image']}", style, row["caption"]])
     return SceneData(folder / "train", tests, classes, gallery)
-
-
-def read_captions(place: Path) -> list[tuple[str, str]]:
-    """The images of a folder of scenes, each with its caption by the names of the classes."""
-    with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["image"], row["caption"]) for row in rows[::CAPTIONS]]
 
 
 @functools.cache
@@ -260,20 +255,11 @@ def rendered(svg: str) -> Image.Image:
     return render(svg, CELL)
 
 
-def compose(
-    split: Split,
-    style: str,
-    count: int,
-    seed: int,
-    *,
-    sides: tuple[int, int] = SIDES,
-    draw_svg: Callable[[str], Image.Image] = rendered,
-) -> Iterator[Scene]:
+def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
     """Compose scenes of two to four drawings, each of another class.
 
     The same seed shows the same classes at the same places in every style; only `val` lacks
-    drawings of some classes. `sides` are the pixels of a drawing, from and below; `draw_svg`
-    renders an SVG document as RGBA.
+    drawings of some classes.
     """
     classes = scene_classes()
     draw = random.Random(seed)
@@ -286,12 +272,12 @@ def compose(
         chosen = draw.sample(corners, draw.randint(2, len(corners)))
         shown = draw.sample(drawn_classes, len(chosen))
         for (left, top), line in zip(chosen, shown, strict=True):
-            side = draw.randrange(*sides)
+            side = draw.randrange(*SIDES)
             x = left + draw.randint(0, CELL - side)
             y = top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
             # `random` takes one draw in every style, however many drawings there are.
-            drawn = draw_svg(svgs[int(draw.random() * len(svgs))])
+            drawn = rendered(svgs[int(draw.random() * len(svgs))])
             drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
             # The mask is where the drawing covers more than half of the paper.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from rich.progress import track
 from rich.table import Table
 from torch.optim import AdamW
 
-from radapter_client import Client
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, linear_head, zero_shot_classifier
 from radapter_serve.contract.errors import check_alpha
@@ -27,8 +25,10 @@ from radapter_serve.demo.compare import (
     ALPHAS,
     OURS,
     RIVAL,
-    Comparison,
     Ends,
+    accuracies,
+    compared,
+    comparison_table,
     line_of,
     right,
 )
@@ -40,34 +40,20 @@ from radapter_serve.demo.data import (
     SceneData,
     prepare,
     prepare_scenes,
-    read_captions,
     style_of,
 )
-from radapter_serve.demo.run import (
-    QUERIES,
-    Log,
-    ask_labels,
-    ask_masks,
-    ask_search,
-    export,
-    fields_of,
-    recipe_of,
-    served,
-)
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.demo.run import Log, fields_of, recipe_of
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.index.build import build
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
 
-INDEX = "scenes"
 # Name, images and, by α, the metrics in per cent of each data set.
 Sets = list[tuple[str, int, dict[float, list[float]]]]
 
@@ -80,8 +66,8 @@ class Lesson:
     fields: dict[str, Any]  # of the recipe, from the demo's data
     metrics: tuple[str, ...]  # of the table; the curve shows the first
     caption: str  # of the table
-    entries: tuple[Entry, ...] = ()  # the first is in distribution, the others in other styles
-    rest: tuple[Entry, ...] = ()  # evaluated at α 0, 1 and the table's alone
+    # By style, in distribution first; then any others.
+    entries: tuple[Entry, ...] = ()
 
 
 def run_full(settings: DemoSettings) -> dict[str, Any]:
@@ -110,57 +96,37 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         facts: dict[str, Any] = {"alpha": at, "metrics": lesson.metrics}
 
         # Evaluate, and compare classification with full fine-tuning.
-        beside: dict[str, Sets] = {}
-        picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
+        beside: dict[str, list[dict[str, float]]] = {}
         if task == "classification":
             whole = recipe_of("full", out, seed, settings.steps)
             rival = fine_tune(dataclasses.replace(whole, **lesson.fields))
             points = {OURS: sorted({*ALPHAS, at}), RIVAL: [0.0, 0.5, 1.0]}
             lines = {OURS: line_of(run), RIVAL: rival}
-            compared = Comparison(right(lines, data, points, settings.limit), at)
-            log.console.print(compared.table())
-            sets = compared.sets(OURS)
-            beside = {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
-            facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
+            hits = right(lines, data, points, settings.limit)
+            systems = compared(hits, at)
+            log.console.print(comparison_table(systems, at))
+            sets = accuracies(hits[OURS])
+            of_rival = accuracies(hits[RIVAL])
+            beside = {f"{RIVAL}, full fine-tuning at α = 1": _points(of_rival)}
+            facts |= {"systems": systems, RIVAL: with_mean(of_rival)}
         else:
             sets = evaluate(lesson, run, at, settings.limit)
-        log.console.print(table(lesson, sets, at))
-        names = [name for name, _, values in sets if len(values) >= len(ALPHAS)]
-        plot_alpha_curve(
-            _points(sets),
-            names[0],
-            names[1:],
-            picture,
-            title=f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}",
-            beside={method: _points(other) for method, other in beside.items()},
-        )
-        log.say(f"the curve: {picture}")
         results[task] = {**facts, "sets": with_mean(sets)}
 
-        # Export, serve, and ask.
-        log.say(f"fold at α = {at:g}, export, check against torch")
-        repository = out / "repositories" / task
-        merged = export(run, at, repository, out / "merged" / task, data, log)
-        index = out / "indexes" / INDEX
-        if task == "retrieval":
-            count = build(f"csv:{scenes.gallery}", index, load_release(repository)).count
-            log.say(f"{index}: an index of {count} test scenes")
-        with served(repository, index.parent) as url, Client(url) as client:
-            if task == "classification":
-                log.say(ask_labels(client, merged, data, out / "classified.png", seed))
-            elif task == "retrieval":
-                captions = read_captions(scenes.test[FINE_TUNED])
-                queries = []
-                for image, caption in random.Random(seed).sample(captions, QUERIES):
-                    # The same scene in any style is right.
-                    queries.append(
-                        (caption, lambda id, name=Path(image).name: Path(id).name == name)
-                    )
-                log.say(ask_search(client, INDEX, queries, out / "found.png"))
-            else:
-                log.say(ask_masks(client, scenes, out / "segmented.png", seed))
+        # Show it: data sets down; zero-shot, fine-tuned and the recipe's α across.
+        columns = ("data", "images", "zero-shot", "fine-tuned, α = 1", f"α = {at:g}")
+        table = Table(*columns, title=lesson.caption)
+        for name, count, values in with_mean(sets):
+            cells = (" / ".join(f"{value:.1f}" for value in values[a]) for a in (0.0, 1.0, at))
+            table.add_row(style_of(name), str(count), *cells)
+        log.console.print(table)
+        names = [name for name, *_ in sets if name in STYLES]
+        picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
+        title = f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}"
+        plot_alpha_curve(_points(sets), names[0], names[1:], picture, title=title, beside=beside)
+        log.say(f"the curve: {picture}")
     log.end(results, out)
-    log.say(f"  cd {out} && radapter-serve repositories/retrieval")
+    log.say(f"  radapter-export --adapter {out}/runs/retrieval && radapter-serve")
     return results
 
 
@@ -202,8 +168,7 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
             of_scenes,
             ("miou",),
             "mIoU in %, true masks as proposals, and dense by naclip",
-            proposals,
-            (dense,),
+            (*proposals, dense),
         ),
     ]
 
@@ -223,8 +188,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     model.requires_grad_(False).visual.requires_grad_(True)
     learning = [*model.visual.parameters(), *head.parameters()]
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
-    start = _copy(model.state_dict())
-    first = _copy(head.state_dict())
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    first = head.weight.detach().clone(), head.bias.detach().clone()
     examples = Examples(data, augmentation(base, recipe), recipe.seed)
     source = endless(examples, recipe.batch_size, workers=recipe.workers)
     plan = recipe.resolved(None)
@@ -240,13 +205,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    last = head.state_dict()
-    classifiers = (first["weight"], first["bias"]), (last["weight"], last["bias"])
-    return Ends(start, model.state_dict(), classifiers)
-
-
-def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
+    last = head.weight.detach(), head.bias.detach()
+    return Ends(start, model.state_dict(), (first, last))
 
 
 def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets:
@@ -255,22 +215,18 @@ def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets
     """
     models = from_adapter(run, sorted({*ALPHAS, alpha}))
     try:
-        results = Results(run)
-        # One call for all data sets of the curve embeds the names of the classes once.
-        rows = evaluate_suite(models, Suite(lesson.task, lesson.entries), results, limit=limit)
-        few = [model for model in models if model.alpha in (0.0, alpha, 1.0)]
-        rows += evaluate_suite(few, Suite(lesson.task, lesson.rest), results, limit=limit)
+        # One call for all data sets embeds the names of the classes once.
+        suite = Suite(lesson.task, lesson.entries)
+        rows = evaluate_suite(models, suite, Results(run), limit=limit)
     finally:
         models[0].close()
     sets: Sets = []
-    for entry in (*lesson.entries, *lesson.rest):
-        rows_of_set = [row for row in rows if row.dataset == entry.name]
+    for entry in lesson.entries:
+        of_set = [row for row in rows if row.dataset == entry.name]
         values = {
-            row.alpha: [100 * row.metrics[name] for name in lesson.metrics]
-            for row in rows_of_set
-            if row.alpha is not None
+            row.alpha or 0.0: [100 * row.metrics[m] for m in lesson.metrics] for row in of_set
         }
-        sets.append((entry.name, rows_of_set[0].n, values))
+        sets.append((entry.name, of_set[0].n, values))
     return sets
 
 
@@ -285,20 +241,9 @@ def with_mean(sets: Sets) -> Sets:
     return [sets[0], *shifts, row, *sets[len(shifts) + 1 :]]
 
 
-def table(lesson: Lesson, sets: Sets, alpha: float) -> Table:
-    """Data sets down; zero-shot, fine-tuned and the release's α across."""
-    result = Table(title=lesson.caption)
-    for column in ("data", "images", "zero-shot", "fine-tuned, α = 1", f"α = {alpha:g}"):
-        result.add_column(column, justify="left" if column == "data" else "right")
-    for name, count, values in with_mean(sets):
-        cells = (" / ".join(f"{value:.1f}" for value in values[at]) for at in (0.0, 1.0, alpha))
-        result.add_row(style_of(name), str(count), *cells)
-    return result
-
-
 def _points(sets: Sets) -> list[dict[str, float]]:
     """The first metric of each set by its name, a row an α."""
     return [
-        {"alpha": alpha, **{name: values[alpha][0] for name, _, values in sets if alpha in values}}
+        {"alpha": alpha, **{name: values[alpha][0] for name, _, values in sets}}
         for alpha in sets[0][2]
     ]

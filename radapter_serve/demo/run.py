@@ -13,9 +13,9 @@ import shutil
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -98,6 +98,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
     log.chapter(f"3. Fold at α = {alpha:g}, export one release, check it against torch")
     repository = out / "model_repository"
+    shutil.rmtree(repository, ignore_errors=True)  # of an earlier demo
     merged = export(run, alpha, repository, out / "merged", data, log)
 
     log.chapter("4. Index the drawings of the other styles, serve, and ask for all three tasks")
@@ -105,12 +106,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     count = build(str(out / "data" / "shifts"), index, load_release(repository)).count
     log.say(f"{index}: an index of {count:,} drawings")
     classes = [split_label(line)[0] for line in read_label_file(data.classes)]
-    queries = []
-    for name in random.Random(seed).sample(classes, QUERIES):
-        queries.append((f"a drawing of {name}", lambda id, name=name: Path(id).parent.name == name))
+    names = random.Random(seed).sample(classes, QUERIES)
     with served(repository, index.parent) as url, Client(url) as client:
         log.say(ask_labels(client, merged, data, out / "classified.png", seed))
-        log.say(ask_search(client, INDEX, queries, out / "found.png"))
+        log.say(ask_search(client, names, out / "found.png"))
         log.say(ask_masks(client, scenes, out / "segmented.png", seed))
     log.say(f"the pictures: {', '.join(str(out / f'{name}.png') for name in PICTURES)}")
 
@@ -168,10 +167,14 @@ def fields_of(data: DemoData) -> dict[str, Any]:
 
 
 def export(
-    run: Path, alpha: float, repository: Path, merged: Path, data: DemoData, log: Log
+    run: Path,
+    alpha: float | Literal["dynamic"],
+    repository: Path,
+    merged: Path,
+    data: DemoData,
+    log: Log,
 ) -> Path:
     """Export a release into a repository of the demo; returns the folder of its checkpoint."""
-    shutil.rmtree(repository, ignore_errors=True)  # of an earlier demo
     settings = ExportSettings(
         model_repository=repository,
         merged=merged,
@@ -179,8 +182,9 @@ def export(
         templates=data.templates,
         dense="naclip",
     )
+    alphas = alpha if alpha == "dynamic" else [alpha]
     (release,) = export_release(
-        run, [alpha], settings, progress=lambda line: log.say(f"[dim]{line}[/]")
+        run, alphas, settings, progress=lambda line: log.say(f"[dim]{line}[/]")
     )
     errors = [f"{graph.name} {graph.agreement.max_error:.1e}" for graph in release.graphs]
     log.say(f"max error against torch: {', '.join(errors)}")
@@ -248,27 +252,27 @@ def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: i
     )
 
 
-def ask_search(
-    client: Client, index: str, queries: Sequence[tuple[str, Callable[[str], bool]]], path: Path
-) -> str:
-    """Search an index, and draw the best hits of each query; a query is a text and whether the
-    image of an ID is right. Returns a line of what was right.
+def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
+    """Search the index of drawings for each of some classes, and draw the best hits; returns a line
+    of what was right.
     """
-    figure = Figure(figsize=(9, 1.85 * len(queries) + 0.3), dpi=80, layout="constrained")
-    rows = figure.subfigures(len(queries), 1, squeeze=False)[:, 0]
+    figure = Figure(figsize=(9, 1.85 * len(names) + 0.3), dpi=80, layout="constrained")
+    rows = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
     count = 0
-    for row, (text, is_right) in zip(rows, queries, strict=True):
-        hits = client.search(text, index=index, top_k=6, thumbnails=True)
+    for row, name in zip(rows, names, strict=True):
+        text = f"a drawing of {name}"
+        hits = client.search(text, index=INDEX, top_k=6, thumbnails=True)
+        is_right = [Path(hit.id).parent.name == name for hit in hits]
         row.suptitle(text, fontsize=9, x=0.01, ha="left")
-        for axes, hit in zip(row.subplots(1, len(hits)), hits, strict=True):
+        for axes, hit, hit_is_right in zip(row.subplots(1, len(hits)), hits, is_right, strict=True):
             axes.imshow(np.asarray(Image.open(io.BytesIO(hit.thumbnail or b""))))
             axes.set_xlabel(f"{hit.score:.2f}", fontsize=7)
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
-                spine.set(color="green" if is_right(hit.id) else "red", linewidth=3)
-        count += any(is_right(hit.id) for hit in hits)
+                spine.set(color="green" if hit_is_right else "red", linewidth=3)
+        count += any(is_right)
     _save(figure, path, "the best six hits of each search, with their cosines")
-    return f"searches: {count} of {len(queries)} have a right image among the first six"
+    return f"searches: {count} of {len(names)} have a right image among the first six"
 
 
 def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
@@ -331,25 +335,16 @@ def play(out: Path) -> None:
     folder = out / "playground"
     repository = folder / "model_repository"
     indexes = folder / "indexes"
+    log = Log()
     data = prepare(out / "data", styles=(FINE_TUNED,))
     scenes = prepare_scenes(out / "data" / "scenes", train=0)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
-    print("\nThe playground: export with any α, index the scenes, serve", flush=True)
-    settings = ExportSettings(
-        model_repository=repository,
-        merged=folder / "merged",
-        label_sets={LABEL_SET: data.classes},
-        templates=data.templates,
-        dense="naclip",
-    )
-    export_release(out / "runs" / "classification", "dynamic", settings)
+    log.chapter("The playground: export with any α, index the scenes, serve")
+    export(out / "runs" / "classification", "dynamic", repository, folder / "merged", data, log)
     build(f"csv:{scenes.gallery}", indexes / "scenes", load_release(repository))
-    print(
-        f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}",
-        flush=True,
-    )
+    log.say(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}")
     port, *_ = free_ports()
     with served(repository, indexes) as server, serving(PageSettings(server, port=port)) as url:
-        print(f"playground  {url}\nCtrl-C stops it.", flush=True)
+        log.say(f"playground  {url}\nCtrl-C stops it.")
         webbrowser.open(url)
         threading.Event().wait()

@@ -23,7 +23,6 @@ from torch.nn.utils import parametrize
 from radapter_serve.adapter import Adapters, Metadata, save_adapter
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.sources import ADAPTER, RECIPE
@@ -79,30 +78,29 @@ def fit(
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         (out / RECIPE).write_text(text, encoding="utf-8")
     start_tracker(accelerator, recipe)
-    notes = (*opened.notes, *plan.notes)
-    with Progress(
-        accelerator, out, plan.steps, recipe.batch_size, done=step, show=show
-    ) as progress:
-        for line in (_summary(learner, out, step), *notes):
-            progress.say(line)
-        progress.broken(list(opened.broken))
+    progress = Progress(accelerator, out, plan.steps, recipe.batch_size, step, show=show)
+    notes = [*opened.notes, *plan.notes]
+    for line in (_summary(learner, out, step), *notes):
+        progress.say(line)
+    progress.broken.update(opened.broken)
 
-        def validated() -> dict[str, float]:
-            if learner.val is None:
-                return {}
-            with learner.average.applied():
-                metrics = measure(learner.base, adapters, learner.val, recipe, accelerator)
-            progress.metrics(step, metrics)
-            return metrics
+    def validated() -> dict[str, float]:
+        if learner.val is None:
+            return {}
+        with learner.average.applied():
+            metrics = measure(learner.base, adapters, learner.val, recipe, accelerator)
+        progress.metrics(step, metrics)
+        return metrics
 
-        source = endless(
-            learner.examples,
-            plan.part,
-            position=position,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=recipe.workers,
-        )
+    source = endless(
+        learner.examples,
+        plan.part,
+        position=position,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=recipe.workers,
+    )
+    with progress.bar:
         with Interruption(progress.say) as interruption:
             while step < plan.steps:
                 started = time.perf_counter()
@@ -125,7 +123,7 @@ def fit(
                         optimizer.step()
                         optimizer.zero_grad()
                     loss_sum += loss.item()
-                    progress.broken(batch["broken"])
+                    progress.broken.update(batch["broken"])
                 learner.average.update()
                 step += 1
 
@@ -154,7 +152,7 @@ def fit(
                     validated()
 
         metrics = validated()
-        progress.end()
+        notes += progress.end()
         if accelerator.is_main_process:
             progress.say(write_adapter(learner, metrics, out))
     accelerator.wait_for_everyone()
@@ -163,7 +161,7 @@ def fit(
         # holds the lock and waits for that thread: too early, and both wait for ever.
         time.sleep(GLOO_SECONDS)
     accelerator.end_training()
-    return Run(out, recipe, metrics, (*notes, *progress.notes))
+    return Run(out, recipe, metrics, tuple(notes))
 
 
 def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
@@ -177,10 +175,10 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     labels = batch["of_images"].to(device)
     labels = accelerator.pad_across_processes(labels, dim=1, pad_index=NO_LABEL)
     labels = accelerator.gather(labels)
+    data = learner.examples.data
     others: dict[int, str] = {}
     if recipe.negative_classes:
-        data = learner.data
-        assert not isinstance(data, Captioned)  # the recipe refuses it
+        assert isinstance(data, LabelledImages)  # else the recipe refuses it
         draw = random.Random(f"{recipe.seed}-{step}")
         present = labels.unique().tolist()
         others = other_prompts(data, present, recipe.negative_classes, draw)
@@ -189,8 +187,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     base = learner.base
     words: list[str] = []
     if recipe.preserve_words:
-        seen = learner.examples.data
-        known = vocabulary(tuple(seen.classes) if isinstance(seen, LabelledImages) else ())
+        known = vocabulary(tuple(data.classes) if isinstance(data, LabelledImages) else ())
         words = [known[place] for place in torch.randperm(len(known))[:WORDS].tolist()]
 
     # Embed the images and texts, a share of the prompts, and the words; gather all but the words.
@@ -234,7 +231,7 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
     """
     recipe = learner.plan.recipe
     base = learner.base
-    data = learner.data
+    data = learner.examples.data
     learner.adapters.load_tensors(learner.average.tensors)
     metadata = Metadata(
         architecture=base.name,
@@ -246,7 +243,7 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
         templates=templates_of(recipe.templates),
         recipe=recipe.to_dict(),
         metrics=metrics,
-        classes=None if isinstance(data, Captioned) else list(data.classes),
+        classes=list(data.classes) if isinstance(data, LabelledImages) else None,
         held_out=learner.held_out,
     )
     path = out / ADAPTER
@@ -270,7 +267,7 @@ def _summary(learner: Learner, out: Path, step: int) -> str:
     processes = learner.accelerator.num_processes
     sigmoid = learner.loss_fn.func is pairwise_sigmoid
     return (
-        f"{learner.adapters.summary(learner.base.model)}, {rank}, in {learner.form} form;"
+        f"{learner.adapters.summary(learner.base.model)}, {rank}, in {learner.adapters.form} form;"
         f" {plan.steps} steps of {recipe.batch_size} images"
         + ("" if recipe.precision == "no" else f" in {recipe.precision}")
         + (f" in {processes} processes" if processes > 1 else "")

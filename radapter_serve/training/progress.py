@@ -24,8 +24,8 @@ from radapter_serve.sources import METRICS
 
 class Progress:
     """Reports from the main process: on the console unless `show` is False, to the trackers of the
-    accelerator, and to `metrics.jsonl` in the folder `out`, from which it removes what a resumed
-    run reported after its `done` steps. `notes` are lines for the user that the end brings.
+    accelerator, and to `metrics.jsonl` in the folder `out`, without what a resumed run reported
+    after its `done` steps. `broken` are the images that could not be read.
     """
 
     def __init__(
@@ -34,29 +34,25 @@ class Progress:
         out: Path,
         steps: int,
         batch_size: int,
-        done: int = 0,
+        done: int,
         *,
-        show: bool = True,
+        show: bool,
     ) -> None:
         self.accelerator = accelerator
         self.out = out
         self.steps = steps
         self.batch_size = batch_size
-        self.notes: list[str] = []
+        self.broken: set[str] = set()
         self.speed = 0.0
         self.first: list[float] = []  # seconds of the first two steps
         self.printed = time.monotonic()
-        self.broken_images: set[str] = set()
         self.console = Console(quiet=not (show and accelerator.is_main_process))
-        columns = (
+        self.bar = Bar(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.1f} images/s"),
             TimeRemainingColumn(),
-        )
-        self.bar = Bar(
-            *columns,
             console=self.console,
             disable=not (show and self.console.is_terminal),
             transient=True,
@@ -64,20 +60,10 @@ class Progress:
         self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
         self.path = out / METRICS
         if accelerator.is_main_process and self.path.exists():
-            rows = [
-                line
-                for line in self.path.read_text(encoding="utf-8").splitlines()
-                if line.endswith("}")
-            ]
-            kept = [row for row in rows if json.loads(row)["step"] <= done]
-            self.path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            whole = [line for line in lines if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= done]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -123,23 +109,19 @@ class Progress:
             + ", ".join(f"{name} {100 * value:.2f} %" for name, value in metrics.items())
         )
 
-    def broken(self, names: list[str]) -> None:
-        """Remember images that could not be read."""
-        self.broken_images.update(names)
-
-    def end(self) -> None:
-        """Name the images of all processes that could not be read, in broken.txt; every process
-        calls it.
+    def end(self) -> list[str]:
+        """Name the images of all processes that could not be read, in broken.txt; returns a note on
+        them. Every process calls it.
         """
-        names = sorted(set(gather_object(sorted(self.broken_images))))
-        if names and self.accelerator.is_main_process:
-            path = self.out / "broken.txt"
-            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            self.notes.append(
-                f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names"
-                " them"
-            )
-            self.say(self.notes[-1])
+        names = sorted(set(gather_object(sorted(self.broken))))
+        if not names or not self.accelerator.is_main_process:
+            return []
+        path = self.out / "broken.txt"
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        images = "image" if len(names) == 1 else "images"
+        note = f"left out {len(names)} broken {images}; {path} names them"
+        self.say(note)
+        return [note]
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

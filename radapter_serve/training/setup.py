@@ -59,12 +59,10 @@ class Learner:
     base: Base
     digest: str
     adapters: Adapters
-    form: Form
     towers: nn.Module
     optimizer: Optimizer
     average: Average
     loss_fn: partial[Tensor]
-    data: Data
     examples: Examples
     val: Data | None
     held_out: str | None
@@ -102,12 +100,10 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
         base=base,
         digest=digest,
         adapters=adapters,
-        form=form,
         towers=towers,
         optimizer=optimizer,
         average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
         loss_fn=choose_loss(base, recipe),
-        data=data,
         examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
         val=val,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,

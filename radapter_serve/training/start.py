@@ -1,5 +1,5 @@
-"""Training from a recipe: the data is checked before torch is loaded and a model is fetched, and
-the learning rate is searched where the recipe says `auto`.
+"""`train`: checks the data before torch is loaded and a model is fetched, and searches the learning
+rate where the recipe says `auto`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 PAPER = 5e-4
 START = GRID[3:6]  # around the paper's
-SHARE = 4  # a short run has one of so many steps
-WIDENINGS = 1  # with the start, four short runs: as many steps as the run itself
+SHARE = 4  # a short run has one of so many steps, so that four have as many as the run itself
 
 
 @one_line("train")
@@ -85,8 +84,6 @@ def train(
     from radapter_serve.training.loop import fit
 
     if chosen.learning_rate == "auto":
-        from radapter_serve.training.start import search_rate
-
         say = print if progress else lambda line: None
         chosen, notes = search_rate(chosen, opened, out, say)
         opened = dataclasses.replace(opened, notes=(*opened.notes, *notes))
@@ -120,28 +117,43 @@ class Tried:
         """The share that is right."""
         return float(self.right.mean())
 
+    @property
+    def away(self) -> tuple[int, float]:
+        """How far the rate is from the paper's in the grid; and the rate, which orders two as
+        far.
+        """
+        return abs(GRID.index(self.learning_rate) - GRID.index(PAPER)), self.learning_rate
+
 
 def search_rate(
     recipe: Recipe, opened: RunData, out: Path, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
     """Choose the learning rate of a run with `learning_rate: auto`, and write `rates.json` into its
-    folder; returns the recipe with the rate, and what its user should know, a line each.
+    folder; returns the recipe with the rate, and notes for the user.
     """
+    from radapter_serve.training.loop import fit
+    from radapter_serve.training.validation import answers
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
             "learning_rate auto searches in one process; start radapter-train by itself, stop it"
             " once it has printed the rate, and start several processes with --learning-rate RATE"
         )
     # Warm-up and average follow the length of a short run.
-    steps = max(1, recipe.resolved(opened.images).steps // SHARE)
+    short = dataclasses.replace(
+        recipe,
+        steps=max(1, recipe.resolved(opened.images).steps // SHARE),
+        warmup_steps=None,
+        momentum=None,
+        validate_every=None,
+        save_every=None,
+        tracker="none",
+    )
     of_base: list[NDArray[np.int64]] = []  # what the base answers, once it was asked
+    tried: list[Tried] = []
 
-    from radapter_serve.training.loop import fit
-    from radapter_serve.training.validation import answers
-
-    def short_run(rate: float) -> Tried:
+    def short_run(rate: float) -> None:
         began = time.monotonic()
-        measured: list[Tried] = []
 
         def measure(
             base: Base, adapters: Adapters, val: Any, recipe: Recipe, accelerator: Accelerator
@@ -150,47 +162,36 @@ def search_rate(
             answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
             if not of_base:
                 of_base.append(answered[0])
-            measured.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))
-            adapters.alpha = 1.0
+            tried.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))
             return {}
 
+        least = min(recipe.min_learning_rate, rate)
+        at_rate = dataclasses.replace(short, learning_rate=rate, min_learning_rate=least)
         with tempfile.TemporaryDirectory() as folder:
-            short = dataclasses.replace(
-                recipe,
-                learning_rate=rate,
-                min_learning_rate=min(recipe.min_learning_rate, rate),
-                steps=steps,
-                warmup_steps=None,
-                momentum=None,
-                validate_every=None,
-                save_every=None,
-                tracker="none",
-            )
-            fit(short, opened, Path(folder), show=False, measure=measure)
-        run = measured[-1]
+            fit(at_rate, opened, Path(folder), show=False, measure=measure)
+        run = tried[-1]
         say(
             f"learning rate {rate:.2g}: {100 * run.accuracy:.1f} % of {len(run.right)} held-out"
             f" images right at alpha {recipe.alpha:g}, {100 * run.kept:.1f} % of the base's"
             f" answers kept ({time.monotonic() - began:.0f} s)"
         )
-        return run
 
-    most = len(START) + WIDENINGS
+    # Try the rates around the paper's, and one beyond the edge where the best is.
+    most = len(START) + 1
     say(
-        f"choosing the learning rate by {len(START)} to {most} short runs, with"
+        f"choosing the learning rate by {len(START)} or {most} short runs, with"
         f" {len(START) / SHARE:.2g} to {most / SHARE:.2g} times the steps of the run itself"
     )
-    tried = [short_run(rate) for rate in START]
-    for _ in range(WIDENINGS):
-        beyond = wider(tried)
-        if beyond is None:
-            break
-        tried.append(short_run(beyond))
+    for rate in START:
+        short_run(rate)
+    beyond = wider(tried)
+    if beyond is not None:
+        short_run(beyond)
     chosen = nearest(tried).learning_rate
-    notes = []
     best = _best(tried).learning_rate
-    rates = [run.learning_rate for run in tried]
-    if best in (min(rates), max(rates)):
+    tried.sort(key=lambda run: run.learning_rate)
+    notes = []
+    if best in (tried[0].learning_rate, tried[-1].learning_rate):
         notes.append(
             f"warning: the best learning rate, {best:.2g}, is at the edge of what was tried; see"
             " whether the loss falls, or give a rate with --learning-rate"
@@ -208,7 +209,7 @@ def search_rate(
                 "base_answers_kept": round(100 * run.kept, 2),
                 "images": len(run.right),
             }
-            for run in sorted(tried, key=lambda run: run.learning_rate)
+            for run in tried
         ],
         "notes": notes,
     }
@@ -236,16 +237,14 @@ def wider(tried: Sequence[Tried]) -> float | None:
 
 def nearest(tried: Sequence[Tried]) -> Tried:
     """From the best rate towards the paper's, as long as each is within one standard error of the
-    best.
-
-    The error is that of the paired difference over the held-out images (the one-standard-error
-    rule of Breiman et al., Classification and Regression Trees, 1984).
+    best: that of the paired difference over the held-out images (the one-standard-error rule of
+    Breiman et al., Classification and Regression Trees, 1984).
     """
     best = _best(tried)
     low, high = sorted([best.learning_rate, PAPER])
     way = [run for run in tried if low <= run.learning_rate <= high]
     chosen = best
-    for run in sorted(way, key=_away, reverse=True):
+    for run in sorted(way, key=lambda run: run.away, reverse=True):
         differences = best.right.astype(np.float64) - run.right.astype(np.float64)
         error = float(np.std(differences) / len(differences) ** 0.5)
         if best.accuracy - run.accuracy > error:
@@ -258,9 +257,4 @@ def _best(tried: Sequence[Tried]) -> Tried:
     """The most accurate one; of equals the nearest to the paper's, of two as near the lower one,
     which keeps more of the base.
     """
-    return min(tried, key=lambda run: (-round(run.accuracy, 9), *_away(run)))
-
-
-def _away(run: Tried) -> tuple[int, float]:
-    """How far its rate is from the paper's in the grid; and the rate, which orders two as far."""
-    return abs(GRID.index(run.learning_rate) - GRID.index(PAPER)), run.learning_rate
+    return min(tried, key=lambda run: (-round(run.accuracy, 9), *run.away))

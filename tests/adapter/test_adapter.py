@@ -180,29 +180,11 @@ def test_gradients_are_those_of_a_plain_adapter(
         attached.remove()
 
 
-def test_only_adapters_train_and_the_rest_stays_to_the_bit(
-    model: nn.Module, inputs: tuple[Tensor, Tensor]
-) -> None:
-    before = state_of(model)
-    adapters = attach(model, rank=4, form="weight")
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.1, weight_decay=0.1)
-    for _ in range(2):
-        encode_image(model, inputs[0]).sum().backward()
-        optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None or ("parametrizations" in name and "original" not in name)
-    moved = [tensor for name, tensor in adapters.named_tensors().items() if name.endswith(".up")]
-    assert any(tensor.detach().any() for tensor in moved)
-    adapters.remove()
-    assert_same_state(model, before)
-
-
-@pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("form", ["activation", "weight"])
-def test_folded_equals_attached(
-    model: nn.Module, inputs: tuple[Tensor, Tensor], rank: int | None, form: Any
+def test_a_low_rank_folded_equals_attached(
+    model: nn.Module, inputs: tuple[Tensor, Tensor], form: Any
 ) -> None:
-    adapter = random_adapter(model, rank)
+    adapter = random_adapter(model, 3)
     folded = copy.deepcopy(model)
     folded.load_state_dict(fold(model.state_dict(), adapter, 0.7))
     adapters = attach_adapter(model, adapter, 0.7, form=form)
@@ -269,36 +251,30 @@ def test_adapter_of_another_base_names_both_digests(model: nn.Module) -> None:
     assert not list(find_sites(other)[0].output._forward_hooks)
 
 
-def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str, model: nn.Module) -> None:
+def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str) -> None:
     normed: Any = load_base(tiny_clip_dir).model
-    normed.transformer.resblocks[1].ln_attn = nn.LayerNorm(64)
-    convolutional: Any = load_base(tiny_clip_dir).model
-    convolutional.visual = nn.Conv2d(3, 8, 3)
-    for clip, reason in (
-        (normed, r"resblocks\.1\.ln_attn .*stands between .*--partial"),
-        (convolutional, r"image tower of CLIP \(Conv2d\) has no blocks .*--partial"),
-    ):
-        with pytest.raises(RAdapterError, match=reason):
-            attach(clip)
-        assert all(p.requires_grad for p in clip.parameters())
-        assert not any(module._forward_hooks for module in clip.modules())
     for arguments in ({"rank": 0}, {"rank": 64}, {"drop": 1.0}, {"drop": -0.1}):
         with pytest.raises(RAdapterError, match="allowed"):
-            attach(model, **arguments)  # type: ignore[arg-type]
+            attach(normed, **arguments)
+    normed.transformer.resblocks[1].ln_attn = nn.LayerNorm(64)
+    with pytest.raises(RAdapterError, match=r"resblocks\.1\.ln_attn .*stands between .*--partial"):
+        attach(normed)
+    assert all(p.requires_grad for p in normed.parameters())
+    assert not any(module._forward_hooks for module in normed.modules())
 
 
 def test_dropping_draws_one_scaled_gate_an_adapter(model: nn.Module) -> None:
     adapters = attach(model, drop=0.25)
     layers: Any = list(adapters.layers)
     gates = []
-    for step in range(500):
+    for step in range(300):
         torch.manual_seed(step)
         adapters.sample_drop()
         gates += [layer.gate for layer in layers]
     adapters.remove()
     assert set(gates) == {0.0, 1 / 0.75}
-    # 4,000 draws: the mean's deviation is 0.009.
-    assert sum(gates) / len(gates) == pytest.approx(1.0, abs=0.03)
+    # 2,400 draws: the mean's deviation is 0.012.
+    assert sum(gates) / len(gates) == pytest.approx(1.0, abs=0.04)
     adapters.stop_drop()
     assert {layer.gate for layer in layers} == {1.0}
 
@@ -396,7 +372,7 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
     ("family", "tower"), [("resnet", "ModifiedResNet"), ("mobileclip-s", "TimmModel")]
 )
 def test_convolutional_towers_are_refused_or_left_out(
-    family: str, tower: str, load: Callable[[str], Base], caplog: pytest.LogCaptureFixture
+    family: str, tower: str, load: Callable[[str], Base]
 ) -> None:
     model = load(family).model
     with pytest.raises(
@@ -413,27 +389,10 @@ def test_convolutional_towers_are_refused_or_left_out(
 
 
 def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> None:
-    """A block of open_clip may have one behind attention; timm's post-norm blocks have one behind
-    both layers.
-    """
-    import open_clip
+    """timm's post-norm blocks have one behind both layers."""
     from timm.models.eva import EvaBlockPostNorm
     from timm.models.vision_transformer import ResPostBlock
 
-    config = {
-        "image_size": 32,
-        "layers": 1,
-        "width": 64,
-        "patch_size": 16,
-        "head_width": 32,
-        "scale_attn": True,
-    }
-    normed = open_clip.CLIP(32, config, {"vocab_size": 8, "width": 32, "heads": 2, "layers": 1})
-    with pytest.raises(
-        RAdapterError, match=r"resblocks\.0\.ln_attn \(LayerNorm\) stands between .*--partial"
-    ):
-        attach(normed)
-    assert [site.key for site in find_sites(normed, partial=True)] == [IMAGE[1], *CLIP]
     for block in (ResPostBlock(64, 2), EvaBlockPostNorm(64, 2)):
         model: Any = load("siglip").model
         model.visual.trunk.blocks[0] = block

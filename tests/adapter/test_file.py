@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -101,16 +101,10 @@ def refused(path: Path) -> str:
     ("field", "value", "message"),
     [
         ("alpha", "0.5", "its 'alpha' is '0.5': "),
-        ("alpha", math.nan, "its 'alpha' is nan: "),
-        ("templates", [], "its 'templates' is []: "),
         ("templates", ["a photo"], "its 'templates.0' is 'a photo': "),
         ("recipe", {"dense": 5}, "its 'recipe.dense' is 5: "),
-        ("recipe", {"val_data": {}}, "its 'recipe.val_data' is {}: "),
-        ("architecture", None, "its 'architecture' is None: "),
-        ("base_digest", 7, "its 'base_digest' is 7: "),
         ("rank", 0, "its 'rank' is 0: "),
         ("classes", "cat", "its 'classes' is 'cat': "),
-        ("held_out", 7, "its 'held_out' is 7: "),
         ("format_version", "1", "its 'format_version' is '1': "),
     ],
 )
@@ -161,14 +155,14 @@ def test_tensors_that_the_specification_does_not_allow(
 def test_values_that_are_not_finite_are_neither_attached_nor_folded(tiny_clip_dir: str) -> None:
     model = load_base(tiny_clip_dir).model
     key = "visual.transformer.resblocks.0.mlp.c_proj"
-    matrix = torch.zeros(64, 64)
-    matrix[3, 5] = math.nan
+    matrix = torch.full((64, 64), math.nan)
     adapter = Adapter({key: matrix}, Metadata("x", base_digest(model.state_dict(), [key])))
-    for alpha in (0.0, 0.5):
+    for use in (
+        lambda: attach_adapter(model, adapter, 0.0),
+        lambda: fold(model.state_dict(), adapter, 0.0),
+    ):
         with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
-            attach_adapter(model, adapter, alpha)
-        with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
-            fold(model.state_dict(), adapter, alpha)
+            use()
 
 
 @pytest.fixture(scope="module")
@@ -195,28 +189,23 @@ def test_any_bytes(place: Path, content: bytes) -> None:
     loads_or_is_refused_in_one_line(place)
 
 
-@given(header=st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-def test_any_json_in_the_metadata(place: Path, header: dict[str, Any]) -> None:
-    loads_or_is_refused_in_one_line(write(place, **header))
-
-
 @given(
-    header=st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20)),
+    header=st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON.map(json.dumps) | st.text()),
     deep=st.sampled_from(FIELDS),
 )
-@settings(max_examples=40)
-def test_any_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_any_json_and_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
     texts = {name: json.dumps(value) for name, value in HEADER.items()} | header
-    save_file({"layer": torch.eye(4)}, place, metadata={**texts, deep: "[" * 100_000})
-    loads_or_is_refused_in_one_line(place)
+    for more in ({}, {deep: "[" * 100_000}):
+        save_file({"layer": torch.eye(4)}, place, metadata={**texts, **more})
+        loads_or_is_refused_in_one_line(place)
 
 
 @given(
     header=JSON | st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRY, max_size=4),
     size=st.integers(0, 64),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_any_json_as_the_header(place: Path, header: Any, size: int) -> None:
     write_header(place, header, size)
     loads_or_is_refused_in_one_line(place)
@@ -244,13 +233,12 @@ def make(seed: int, rank: int | None, **metadata: object) -> Adapter:
     return Adapter(tensors, Metadata("x", digest, rank=rank, **metadata))  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     ranks=st.lists(st.sampled_from([None, 1, 2, 3]), min_size=1, max_size=4),
     parts=st.lists(st.integers(0, 5), min_size=4, max_size=4),
     alpha=st.floats(0, 1),
 )
-@example(ranks=[3, 3], parts=[1, 2, 0, 0], alpha=0.5)  # as wide as the narrowest layer
 def test_the_fold_of_the_average_is_the_average_of_the_folds(
     ranks: list[int | None], parts: list[int], alpha: float
 ) -> None:
@@ -266,10 +254,7 @@ def test_the_fold_of_the_average_is_the_average_of_the_folds(
             share * each[name].double() for share, each in zip(shares, folds, strict=True)
         )
         np.testing.assert_allclose(found[name], expected, atol=1e-4 * (1 + float(base.abs().max())))
-    total = None if None in ranks else sum(rank or 0 for rank in ranks)
-    assert average.metadata.rank == (
-        total if total is not None and total < min(WIDTHS.values()) else None
-    )
+    assert average.metadata.rank == (ranks[0] if len(ranks) == 1 else None)
 
 
 def test_a_soup_says_what_was_held_out_where_all_held_out_the_same() -> None:

@@ -16,17 +16,18 @@ from radapter_serve.demo import data
 from radapter_serve.demo.compare import (
     OURS,
     RIVAL,
-    Comparison,
     Ends,
+    Line,
+    accuracies,
+    compared,
     gains,
-    lead_in_words,
     line_of,
     right,
 )
 from radapter_serve.demo.full import fine_tune
 from radapter_serve.evaluation.models import from_adapter
-from radapter_serve.evaluation.rows import Results
-from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.rows import Results, Row
+from radapter_serve.evaluation.run import evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.training import Recipe, train
 from rivals.cells import judge
@@ -79,19 +80,32 @@ def two_styles(some: data.DemoData) -> data.DemoData:
 
 
 @pytest.fixture(scope="module")
-def comparison(run: Path, rival: Ends, two_styles: data.DemoData) -> Comparison:
-    """Of the two."""
-    alphas = {OURS: (0.0, 0.25, 0.3, 0.5, 0.75, 1.0), RIVAL: (0.0, 0.5, 1.0)}
-    return Comparison(right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas), 0.3)
+def hits(run: Path, rival: Ends, two_styles: data.DemoData) -> dict[str, Line]:
+    """Of both."""
+    alphas = {OURS: (0.0, 0.3, 1.0), RIVAL: (0.0, 0.5, 1.0)}
+    return right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas)
 
 
-def suite_of(tests: data.DemoData) -> Suite:
+@pytest.fixture(scope="module")
+def suite(two_styles: data.DemoData) -> Suite:
     """The same test sets as `radapter-eval` takes them."""
-    more: dict[str, Any] = {"classes": str(tests.classes), "templates": str(tests.templates)}
-    return Suite(
-        "styles",
-        tuple(Entry(f"imagefolder:{of}", name=style, **more) for style, of in tests.test.items()),
+    more: dict[str, Any] = {
+        "classes": str(two_styles.classes),
+        "templates": str(two_styles.templates),
+    }
+    entries = (
+        Entry(f"imagefolder:{of}", name=style, **more) for style, of in two_styles.test.items()
     )
+    return Suite("styles", tuple(entries))
+
+
+def assert_equal(line: Line, rows: list[Row]) -> None:
+    expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
+    figures = {
+        (style, at): of[0] for style, _, values in accuracies(line) for at, of in values.items()
+    }
+    assert figures == pytest.approx(expected)
+    assert len(set(figures.values())) > 1  # else it would show nothing
 
 
 @pytest.mark.slow
@@ -111,44 +125,18 @@ def test_full_fine_tuning_is_that_of_the_rivals(
 
 
 @pytest.mark.slow
-def test_r_adapter_is_right_as_often_as_radapter_eval_says(
-    run: Path, comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
+def test_both_are_right_as_often_as_other_judges_say(
+    given: dict[str, Any], run: Path, hits: dict[str, Line], suite: Suite, tmp_path: Path
 ) -> None:
-    alphas = (0.0, 0.25, 0.3, 0.5, 0.75, 1.0)
-    rows = evaluate_suite(from_adapter(run, alphas), suite_of(two_styles), Results(tmp_path))
-    expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
-    found = {
-        (style, at): of[0]
-        for style, _, values in comparison.sets(OURS)
-        for at, of in values.items()
-    }
-    assert found == pytest.approx(expected)
-    assert (
-        len({expected[data.FINE_TUNED, alpha] for alpha in alphas}) > 1
-    )  # else it would show nothing
-
-
-@pytest.mark.slow
-def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
-    given: dict[str, Any], comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
-) -> None:
-    from radapter_serve.evaluation.run import open_set
-
-    suite = suite_of(two_styles)
+    rows = evaluate_suite(from_adapter(run, (0.0, 0.3, 1.0)), suite, Results(tmp_path))
+    assert_equal(hits[OURS], rows)
     method = FullFineTuning({"weight_decay": 0.0})
     source = Run(given, tmp_path).of(method.settings)
     sets = [open_set(suite, entry) for entry in suite.entries]
-    rows = judge(learned(method, source), source, sets, (0.0, 0.5, 1.0))
-    expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
-    found = {
-        (style, at): of[0]
-        for style, _, values in comparison.sets(RIVAL)
-        for at, of in values.items()
-    }
-    assert found == pytest.approx(expected)
+    assert_equal(hits[RIVAL], judge(learned(method, source), source, sets, (0.0, 0.5, 1.0)))
 
 
-def test_leads_are_paired_and_stand_beside_their_intervals() -> None:
+def test_leads_are_paired_and_have_intervals() -> None:
     def hits(*right: int) -> dict[str, Any]:
         return {
             style: np.arange(100) < count
@@ -156,20 +144,15 @@ def test_leads_are_paired_and_stand_beside_their_intervals() -> None:
         }
 
     line = {0.0: hits(50, 40, 42), 0.5: hits(60, 45, 41), 1.0: hits(70, 30, 30)}
-    compared = Comparison({OURS: line, RIVAL: {**line, 1.0: hits(20, 10, 12)}}, 0.5)
-    zero, ours, whole, full, wise = compared.facts()
+    rival = {**line, 1.0: hits(20, 10, 12)}
+    zero, ours, whole, full, wise = compared({OURS: line, RIVAL: rival}, 0.5)
     assert [row["system"] for row in (ours, full)] == ["R-Adapter, α = 0.5", "full fine-tuning"]
     assert (ours["shifts"]["accuracy"], ours["shifts"]["lead"], ours["shifts"]["n"]) == (43, 0, 200)
     assert (zero["shifts"]["lead"], whole["in_distribution"]["lead"]) == pytest.approx((2, -10))
     assert (full["shifts"]["lead"], wise["shifts"]["lead"]) == pytest.approx((32, 0))
-    assert zero["in_distribution"]["interval"] == pytest.approx(
-        196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3
-    )
+    interval = pytest.approx(196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3)
+    assert zero["in_distribution"]["interval"] == interval
     own, other, more, mean = gains(line[0.0], line[0.5])
-    assert (own["gain"], other["gain"], mean["gain"]) == pytest.approx((10, 5, 2))
+    assert own["interval"] == interval
+    assert [row["gain"] for row in (own, other, more, mean)] == pytest.approx([10, 5, -1, 2])
     assert (mean["before"], mean["after"], mean["n"]) == pytest.approx((41, 43, 200))
-    assert (own["interval"], more["gain"]) == pytest.approx(
-        (zero["in_distribution"]["interval"], -1)
-    )
-    assert lead_in_words(3.21, 1.1) == "+3.2 ± 1.1, larger than its interval"
-    assert lead_in_words(-0.5, 0.8) == "-0.5 ± 0.8, within its interval"

@@ -5,8 +5,6 @@ and scenes are what the trainer reads.
 from __future__ import annotations
 
 import csv
-import json
-import lzma
 import random
 import re
 from collections import Counter
@@ -109,25 +107,6 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_missing_styles_are_drawn_beside_those_that_are_there(
-    some: data.DemoData, tmp_path: Path
-) -> None:
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    (shipped / "classes.txt").write_text("bell\n")
-    (shipped / "templates.txt").write_text("{}\n")
-    svg = data.drawings_of("train")["bell"][0]
-    places = [f"{place}/bell/a--b.svg" for place in ("train", "val", "test", "shifts/line")]
-    with lzma.open(shipped / "drawings.json.xz", "wt") as file:
-        json.dump(dict.fromkeys(places, svg), file)
-    few = data.prepare(tmp_path / "images", styles=("colour",), shipped=shipped, quiet=True)
-    assert list(few.test) == ["colour"] and not (tmp_path / "images" / "shifts").exists()
-    (few.train / "mark").touch()
-    both = data.prepare(tmp_path / "images", styles=("colour", "line"), shipped=shipped, quiet=True)
-    assert [*both.test] == ["colour", "line"] and (few.train / "mark").exists()
-    assert [path.name for path in both.test["line"].rglob("*.png")] == ["a--b.png"]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> data.SceneData:
     place = tmp_path_factory.mktemp("demo") / "scenes"
@@ -148,35 +127,17 @@ def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
     assert both[2] > 0.8 * both[0]  # half transparent edges are painted and not inside
 
 
-def test_a_mask_equals_the_alpha_of_its_drawing() -> None:
-    alpha = (
-        Image.radial_gradient("L").point(lambda value: 255 - value).resize((data.CELL, data.CELL))
-    )
-    drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
-    fills_its_cell = (data.CELL, data.CELL + 1)
-    paper = len(data.scene_classes())
-    expected = np.asarray(alpha) >= 128
-    (scene,) = data.compose(
-        "test", "colour", 1, 0, sides=fills_its_cell, draw_svg=lambda svg: drawn
-    )
-    cells = scene.mask.reshape(data.CELLS, data.CELL, data.CELLS, data.CELL).swapaxes(1, 2)
-    full = [cell for cell in cells.reshape(-1, data.CELL, data.CELL) if (cell != paper).any()]
-    assert len(full) == len(scene.shown)
-    for cell in full:
-        np.testing.assert_array_equal(cell != paper, expected)
-
-
-def test_scenes_show_drawings_of_their_own_place() -> None:
+def test_scenes_show_drawings_of_their_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    blank = Image.new("RGBA", (data.CELL, data.CELL))
 
     def note(svg: str) -> Image.Image:
         shown.append(svg)
-        return blank
+        return Image.new("RGBA", (data.CELL, data.CELL))
 
+    monkeypatch.setattr(data, "rendered", note)
     for split, style, place in (("train", "colour", "train"), ("test", "filled", "shifts/filled")):
         shown.clear()
-        assert list(data.compose(split, style, 10, 0, draw_svg=note))  # type: ignore[arg-type]
+        assert list(data.compose(split, style, 10, 0))  # type: ignore[arg-type]
         known = {svg for of in data.drawings_of(place).values() for svg in of}
         assert shown and set(shown) <= known
 

@@ -13,13 +13,13 @@ import open_clip
 import pytest
 import torch
 from open_clip.loss import ClipLoss
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import EvaluationSet
-from radapter_serve.training.validation import evaluation_batches
 from rivals.adapters import CLIPSVD, AdaptFormer, LoRA, RepAdapter
 from rivals.cells import judge
 from rivals.flyp import FineTuneLikePretrain, Flyp
@@ -187,8 +187,9 @@ def test_judge_counts_what_the_system_finds(
     assert [(row.dataset, row.alpha) for row in rows] == [("same", 0.0), ("same", 1.0)]
     data = run.data
     assert isinstance(data, Labelled)
-    read = evaluation_batches(run.base, data.rows, lambda row: (data.image(row), data.label(row)))
-    ((pixels, labels),) = list(read)
+    transform: Any = image_transform_v2(PreprocessCfg(**run.base.preprocess), is_train=False)
+    pixels = torch.stack([transform(data.image(row)) for row in data.rows])
+    labels = torch.tensor([data.label(row) for row in data.rows])
     for row in rows:
         found.at(row.alpha or 0.0)
         with torch.no_grad():
