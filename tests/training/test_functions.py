@@ -97,27 +97,12 @@ def test_a_run_has_notes_can_be_resumed_and_shows_progress_in_a_terminal(
     ("call", "arguments", "message"),
     [
         (train, {}, "no training data; name it with --data"),
-        (
-            train,
-            {"recipe": "tiny"},
-            "there is no recipe tiny; allowed: a file, or one",
-        ),
+        (train, {"recipe": "tiny"}, "there is no recipe tiny; allowed: a file, or one"),
         (train, {"recipe": 5}, "the recipe is 5; allowed: "),
-        (
-            train,
-            {"data": Path("photos")},
-            "data is PosixPath('photos'); it should be",
-        ),
-        (train, {"data": "imagefolder:none"}, "none"),
+        (train, {"data": Path("photos")}, "data is PosixPath('photos'); it should be"),
         (evaluate, {"suite": "pacs", "data": "imagefolder:x"}, "are both given; leave one out"),
         (evaluate, {"suite": "pacs"}, "no run with an adapter in "),
-        (evaluate, {"suite": "pacs", "alpha": [0.5, None]}, "alpha is None; allowed: "),
-        (evaluate, {"suite": "pacs", "threads": 0}, "threads is 0; allowed: 1 or more"),
-        (
-            evaluate,
-            {"suite": "pacs", "release": "r"},
-            "no argument 'release'; allowed are",
-        ),
+        (evaluate, {"suite": "pacs", "release": "r"}, "no argument 'release'; allowed are"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(

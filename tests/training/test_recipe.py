@@ -80,15 +80,10 @@ def test_any_yaml_gives_a_recipe_or_one_line(path: Path, document: Any) -> None:
     [
         ("shots: true", "shots is True; it should be a valid integer"),
         ("drop: true", "drop is True; it should be a number"),
-        ("shots: 1.5", "shots is 1.5"),
         ("learning_rate: .inf", "learning_rate is inf"),
         ("learning_rate: fast", "learning_rate is 'fast'; it should be .*auto"),
-        ("rank: 0", "rank is 0"),
-        ("drop: 1.0", "drop is 1.0"),
         ("seed: 2147483648", "seed is 2147483648"),
-        ("mask_padding: -1", "mask_padding is -1"),
         ("task: sing", "task is 'sing'; it should be 'classification', 'retrieval' or"),
-        ("label_separator: ''", "label_separator is ''"),
     ],
 )
 def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message: str) -> None:
@@ -107,11 +102,8 @@ def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
         ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
         ({"streaming": True, "steps": 1, "shots": 4}, "leave --streaming out"),
-        ({"streaming": True, "steps": 1, "class_split": "base"}, "leave --streaming out"),
         ({"task": "retrieval", "shots": 4}, "which task retrieval does not use"),
         ({"task": "classification", "captions_per_image": 2}, "captions_per_image is 2, which"),
-        ({"task": "retrieval", "classes": Path("c.txt")}, "classes is c.txt, which task retrieval"),
-        ({"task": "segmentation", "image_column": "c"}, "image_column is c, which task segment"),
     ],
 )
 def test_values_that_do_not_go_together(fields: dict[str, Any], message: str) -> None:
@@ -175,7 +167,6 @@ def test_other_names_of_fields(path: Path, trained: list[Recipe]) -> None:
     [
         ([], "small", {}),
         (["--task", "retrieval"], "retrieval", {}),
-        (["--base=local-dir:x"], "small", {"architecture": "local-dir:x", "pretrained": None}),
         (["--val-data", "csv:v.csv"], "small", {"val_data": "csv:v.csv", "val_fraction": 0.0}),
     ],
 )
@@ -223,7 +214,6 @@ def test_a_batch_is_all_images_at_most(
     [
         (0.999, False, 105, "10.0%"),
         (0.99, False, 229, "90.0%"),
-        (0.99, False, 230, None),
         (0.999, True, 105, None),
         (None, False, 105, None),  # the default follows the length
     ],

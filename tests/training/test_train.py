@@ -32,7 +32,7 @@ from radapter_serve.data.labelled import (
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
-from radapter_serve.training.setup import start_accelerator
+from radapter_serve.training.setup import start_accelerator, with_precision
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
@@ -121,15 +121,12 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
     ("amx", "avx512", "precision"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no")]
 )
 def test_auto_takes_bf16_where_the_processor_computes_with_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    run = train(dataclasses.replace(recipe, precision="auto", steps=3))
-    assert run.recipe.precision == precision
-    text = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
-    assert yaml.safe_load(text)["precision"] == precision  # which --resume goes on with
+    assert with_precision(Recipe(precision="auto")).precision == precision
 
 
 @pytest.mark.slow
@@ -177,20 +174,15 @@ def refused(
 
 
 def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
     for flags, message in (
         ("--architecture ViT-X-1", "unknown model 'ViT-X-1'"),
-        ("--architecture ViT-B-32", "no weights for ViT-B-32"),
         ("--architecture local-dir:/nowhere", "is not a model folder"),
         ("--resume", "--resume needs --out"),
         (f"--resume --out {tmp_path}/run", "no checkpoint"),
-        ("--warmup-steps 8", "warmup_steps is 8"),
-        (f"--out {tmp_path}/file/run", "Not a directory"),
         ("--tracker wanbd", "tracker 'wanbd'"),
     ):
         assert message in refused(*flags.split())
     assert "unknown fields learning_rat" in refused(text="learning_rat: 1\n")
-    assert "templates is ['a {}']" in refused(text="templates: ['a {}']\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +195,7 @@ def test_a_broken_image_is_one_line_with_workers_too(
 ) -> None:
     (images / "red" / "0.png").write_bytes(b"no image")
     flags = ["--val-data", "none", "--workers", "2"]
-    assert "red/0.png can't be read" in refused(*flags, "--out", str(tmp_path / "refused"))
+    assert "red/0.png can't be read" in refused(*flags, "--out", str(tmp_path / "skipped"))
     skip = ["--recipe", str(tmp_path / "recipe.yaml"), *flags, "--on-broken", "skip"]
     assert main([*skip, "--out", str(tmp_path / "skipped")]) == 0
     assert "left out 1 broken image" in capsys.readouterr().out
@@ -223,6 +215,10 @@ def test_an_image_that_breaks_before_validation(
     skipping = dataclasses.replace(recipe, on_broken="skip")
     answered, right = answers(base, adapters, data, [0.0, 1.0], skipping, accelerator)
     assert answered.shape == right.shape == (2, 23)
+    with torch.no_grad():
+        base.model.get_parameter("visual.proj")[0, 0] = torch.nan
+    with pytest.raises(RAdapterError, match="not finite"):
+        answers(base, adapters, data, [1.0], skipping, accelerator)
 
 
 def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(
@@ -257,19 +253,6 @@ def test_a_full_disk_in_the_middle_of_a_run(
     assert recipe.out is not None
     assert "No space left on device" in refused("--out", str(recipe.out))
     assert {path.name for path in recipe.out.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
-
-
-def test_a_run_that_failed_before_its_first_checkpoint_starts_again(
-    recipe: Recipe, images: Path
-) -> None:
-    broken = next(images.rglob("*.png"))
-    whole = broken.read_bytes()
-    broken.write_bytes(b"no image")
-    recipe = dataclasses.replace(recipe, val_data=None, on_broken="refuse")
-    with pytest.raises(RAdapterError, match="can't be read"):
-        train(recipe)
-    broken.write_bytes(whole)
-    assert len(losses(train(recipe).folder)) == recipe.steps
 
 
 def test_few_images_are_one_batch_and_notes_come_before_the_first_step(
@@ -363,10 +346,7 @@ def test_the_other_ways_to_name_the_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_whole_group_with_workers(
-    unsaved: Recipe, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
+def test_a_signal_to_the_whole_group_with_workers(unsaved: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     out = tmp_path / "group"
     fields = {**unsaved.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5}
@@ -383,11 +363,11 @@ def test_a_signal_to_the_whole_group_with_workers(
         deadline = time.monotonic() + 300
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=200)
     finally:
         process.kill()
-    assert process.returncode == status and "Traceback" not in errors, errors
+    assert process.returncode == 130 and "Traceback" not in errors, errors
     assert (out / "checkpoint.pt").is_file()
 
 
@@ -399,7 +379,7 @@ def with_captions(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"captions_per_image": 2, "accumulate": 2}, {"streaming": True}]
+    "change", [{"captions_per_image": 2, "accumulate": 2}, {"streaming": True}]
 )
 def test_a_killed_run_with_captions_resumes_to_the_same_result(
     with_captions: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
@@ -408,11 +388,10 @@ def test_a_killed_run_with_captions_resumes_to_the_same_result(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("captions_per_image", [1, 2])
 def test_two_processes_take_captions_as_one_does(
-    with_captions: Recipe, tmp_path: Path, train_in_two_processes: Any, captions_per_image: int
+    with_captions: Recipe, tmp_path: Path, train_in_two_processes: Any
 ) -> None:
-    with_captions = dataclasses.replace(with_captions, captions_per_image=captions_per_image)
+    with_captions = dataclasses.replace(with_captions, captions_per_image=2)
     one = load_adapter(train(with_captions))
     train_in_two_processes(with_captions, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
@@ -432,15 +411,6 @@ def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path
     broken = (out / "broken.txt").read_text()
     assert "0.png can't be read: 8 bytes are not an image\n" in broken and "row 41 of" in broken
     assert load_adapter(out).metadata.metrics  # the broken image is in the validation data too
-
-
-def test_images_in_another_folder(with_captions: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "data" / "rows.csv").rename(tmp_path / "rows.csv")
-    few: dict[str, Any] = {"val_data": None, "steps": 1, "warmup_steps": 0}
-    with_captions = dataclasses.replace(with_captions, data=f"csv:{tmp_path}/rows.csv", **few)
-    with pytest.raises(RAdapterError, match="can't be read"):
-        train(with_captions)
-    assert train(dataclasses.replace(with_captions, images=tmp_path / "data")).adapter.exists()
 
 
 @pytest.fixture
@@ -474,44 +444,28 @@ def test_shots_of_each_class_by_the_seed(labelled: Labelled, tmp_path: Path) -> 
     assert isinstance(data, Labelled) and drawn(data) == draws[2]
 
 
-@pytest.mark.parametrize("numbers", [False, True])
-def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: bool) -> None:
-    if numbers:
-        table = pd.read_csv(tmp_path / "t.csv")
-        table["label"] = table["label"].map("abcde".index)
-        table.to_csv(tmp_path / "n.csv", index=False)
-        (tmp_path / "classes.txt").write_text("\n".join("abcde"))
-        labelled = load_labelled(f"csv:{tmp_path}/n.csv", classes=tmp_path / "classes.txt")
+def test_base_and_novel_classes(labelled: Labelled) -> None:
     everything = drawn(labelled)
     for half, names in (("base", "abc"), ("novel", "de")):
         data = class_split(labelled, half)  # type: ignore[arg-type]
         assert data.classes == list(names)
         assert drawn(data) == {name: everything[name] for name in names}
         assert drawn(few_shot(data, 1, 1)).keys() == set(names)
-    assert class_split(labelled, "all") is labelled
 
 
-@pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
-def test_without_text_adapters(
-    tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str
-) -> None:
-    fields: dict[str, Any] = {"adapt_text": False, "rank": rank, "form": form}
+def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"adapt_text": False, "rank": 2, "form": "weight"}
     run = train(short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", **fields))
     adapter = load_adapter(run)
     assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys)
     model: Any = load_base(tiny_clip_dir).model
+    attached = attach_adapter(model, adapter, 0.7)
+    assert all(name.startswith("visual.") for name in attached.named_tensors())
+    attached.remove()
     state = model.state_dict()
     folded = fold(state, adapter, 0.7)
     changed = [name for name, value in state.items() if not torch.equal(folded[name], value)]
     assert changed and all(name.startswith("visual.") for name in changed)
-    other: Any = load_base(tiny_clip_dir).model
-    attached = attach_adapter(other, adapter, 0.7)
-    assert all(name.startswith("visual.") for name in attached.named_tensors())
-    model.load_state_dict(folded)
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        embeds = other.encode_image(pixels)
-        torch.testing.assert_close(embeds, model.encode_image(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_partial_adapts_the_text_tower_of_a_convolutional_clip(

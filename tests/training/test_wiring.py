@@ -164,7 +164,6 @@ def assert_trains_as_by_hand(
         {"flip": True, "bias_correction": True, "grad_clip": None},
         {"accumulate": 2, "form": "weight"},
         {"positives": "single"},
-        {"preserve": 20.0, "form": "activation"},
         {"preserve": 20.0, "form": "weight", "accumulate": 2},
         {"preserve": 2.0, "preserve_words": 3.0, "accumulate": 2},
         {"preserve_words": 3.0, "negative_classes": 9},
@@ -290,9 +289,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
 @pytest.mark.parametrize(
     "change",
     [
-        {"delta": 0.11},
         {"momentum": 0.81},
-        {"learning_rate": 1.01e-2},
         {"preserve_words": 0.01},
         {"grad_clip": 1.4},
     ],
