@@ -19,7 +19,6 @@ from radapter_serve.errors import RAdapterError
 THREADS = "RADAPTER_THREADS"  # number of threads that compute in an encoder
 INDEXES = "RADAPTER_INDEXES"  # folder of the indexes that the task `retrieve` searches
 SURPLUS = "RADAPTER_SURPLUS"  # folder of the files that say how many requests a model rejects
-PULSE = "RADAPTER_PULSE"  # number of the open pipe into which a gateway writes that it lives
 # Where traces go by OTLP, as OpenTelemetry names it; the second is for the full path.
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,8 @@ def gateway(
             file=sys.stderr,
         )
         return
-    from radapter_serve.gateway.run import serve
+    from radapter_serve.gateway.run import GatewayServer
+    from radapter_serve.gateway.upstream import LOG
 
     console = Console(stderr=True)
     if settings.no_api_keys:
@@ -54,8 +56,11 @@ def gateway(
         )
     elif settings.api_keys is not None and settings.tls_certificate is None:
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
-    with handled(lambda *_: sys.exit(0), *STOPPING):
-        serve(settings, lambda url: print(f"gateway  {url}\nCtrl-C stops it.", flush=True))
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{PROG}: %(message)s")
+    LOG.setLevel(logging.INFO)
+    with handled(lambda *_: sys.exit(0), *STOPPING), GatewayServer(settings) as server:
+        print(f"gateway  {server.url}\nCtrl-C stops it.", flush=True)
+        server.run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

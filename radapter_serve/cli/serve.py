@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +25,8 @@ from radapter_serve.server.releases import AdminSocket
 from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
-    from radapter_serve.gateway.run import Child
+    from radapter_serve.gateway.run import GatewayServer
+    from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.triton_server import TritonServer
 
 PROG = "radapter-serve"
@@ -50,8 +51,8 @@ class GatewayFlags:
         tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by
             https.
         tls_key: PEM file of its key.
-        log: what the gateway says of each request on stderr: nothing, a line of words, or one of
-            JSON. Traces go to where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
+        log: whether the gateway writes a line of JSON for each request to stderr. Traces go to
+            where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
     """
 
     gateway_port: int | None = None
@@ -60,15 +61,31 @@ class GatewayFlags:
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    log: Literal["off", "line", "json"] = "off"
+    log: Literal["off", "json"] = "off"
 
     @property
     def lets_in(self) -> bool:
         """Whether callers beyond this machine are let in, with keys or all of them."""
         return self.no_api_keys or self.api_keys is not None
 
-    def child(self, endpoints: Endpoints, indexes: Path) -> Child | None:
-        """The gateway of a server, which is not started yet; None without --gateway-port."""
+    def settings(self, host: str, port: int, indexes: Path, triton: str = "") -> Settings:
+        """The settings of a gateway at a host and a port."""
+        from radapter_serve.gateway.settings import Settings  # here: Triton alone needs no gateway
+
+        return Settings(
+            host=host,
+            port=port,
+            indexes=indexes,
+            api_keys=self.api_keys,
+            no_api_keys=self.no_api_keys,
+            tls_certificate=self.tls_certificate,
+            tls_key=self.tls_key,
+            log=self.log,
+            server=triton,
+        )
+
+    def server(self, endpoints: Endpoints, indexes: Path) -> GatewayServer | None:
+        """A gateway in front of Triton, which listens already; None without --gateway-port."""
         if self.gateway_port is None:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
@@ -76,22 +93,11 @@ class GatewayFlags:
                         f"--{field.name.replace('_', '-')} needs a gateway: --gateway-port PORT"
                     )
             return None
-        from radapter_serve.gateway.run import Child, listen
-        from radapter_serve.gateway.settings import Settings
+        from radapter_serve.gateway.run import GatewayServer
 
-        settings = Settings(
-            host=self.gateway_host,
-            port=self.gateway_port,
-            server=endpoints.grpc_url.removeprefix("grpc://"),
-            indexes=indexes,
-            api_keys=self.api_keys,
-            no_api_keys=self.no_api_keys,
-            tls_certificate=self.tls_certificate,
-            tls_key=self.tls_key,
-            log=self.log,
-        )
-        listen(settings, "--gateway-").close()
-        return Child(settings)
+        triton = endpoints.grpc_url.removeprefix("grpc://")
+        settings = self.settings(self.gateway_host, self.gateway_port, indexes, triton)
+        return GatewayServer(settings)
 
 
 def serve(
@@ -187,7 +193,8 @@ def serve(
     if not in_process:
         from radapter_serve.server.triton_server import TritonServer
 
-        keep_serving(TritonServer(config), gateway.child(endpoints, config.indexes))
+        with gateway.server(endpoints, config.indexes) or contextlib.nullcontext() as front:
+            keep_serving(TritonServer(config), front)
         return
     changed = {
         "--grpc-port": grpc_port != 8001,
@@ -207,8 +214,8 @@ def serve(
     answer_in_process(config, gateway, trust_network)
 
 
-def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
-    """Start a server, and keep it and a gateway up until a signal ends this process."""
+def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> None:
+    """Start a server, and keep it up until a signal ends this process, with a gateway in front."""
     from radapter_serve.server.supervisor import Supervisor
 
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
@@ -237,9 +244,9 @@ def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
             _show(server.config, server.models, server.runtime, urls, server.grpc_url)
             with (
                 AdminSocket(server.folder, server),
-                gateway or contextlib.nullcontext(),
+                contextlib.nullcontext() if gateway is None else gateway.in_thread(),
             ):
-                Supervisor(server, _say, gateway).run()
+                Supervisor(server, _say).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:
@@ -252,26 +259,19 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     """
     check_installed("uvicorn", "server")
     from radapter_serve.gateway.in_process import InProcess
-    from radapter_serve.gateway.run import GatewayServer, allow_files, listen
-    from radapter_serve.gateway.settings import Settings
+    from radapter_serve.gateway.run import GatewayServer
     from radapter_serve.server.engine_server import EngineServer
 
-    settings = Settings(
-        host=config.endpoints.host,
-        port=config.endpoints.http_port,
-        indexes=config.indexes,
-        api_keys=flags.api_keys,
-        no_api_keys=flags.no_api_keys or (trust_network and flags.api_keys is None),
-        tls_certificate=flags.tls_certificate,
-        tls_key=flags.tls_key,
-        log=flags.log,
-    )
-    with contextlib.closing(listen(settings, "--http-")) as listener:
-        allow_files(settings.max_connections)
-        server = EngineServer(config)
-        gateway = GatewayServer(
-            settings, listener, lambda: InProcess(server.engine, settings.max_concurrent)
-        )
+    if trust_network and flags.api_keys is None:
+        flags = replace(flags, no_api_keys=True)
+    endpoints = config.endpoints
+    settings = flags.settings(endpoints.host, endpoints.http_port, config.indexes)
+    server = EngineServer(config)
+
+    def connect() -> InProcess:
+        return InProcess(server.engine, settings.max_concurrent)
+
+    with GatewayServer(settings, connect) as gateway:
         with (
             handled(lambda *_: sys.exit(0), *STOPPING),
             Console(stderr=True).status("starting") as status,

@@ -26,11 +26,19 @@ INDEX_REPLACED = "index_replaced"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
+UNKNOWN_MODEL = "unknown_model"
 SERVER_STOPPING = "server_stopping"
 # The same request may succeed a little later: a part of the server is starting again, or has too
 # much to do.
 RESTARTING = "restarting"
 OVERLOADED = "overloaded"
+RETRYABLE = {  # messages of these three, about a model
+    SERVER_STOPPING: "the server is stopping; ask again when it is back",
+    RESTARTING: "{} is being started again; ask again in a few seconds",
+    OVERLOADED: (
+        "{} has more to do than it can take on; ask again in a moment, with fewer requests at once"
+    ),
+}
 # It took too long, and would again.
 TIMED_OUT = "timed_out"
 
@@ -46,6 +54,7 @@ _STATUS = {
     ENCODER_FAILED: "INTERNAL",
     INTERNAL_ERROR: "INTERNAL",
     CANCELLED: "CANCELLED",
+    UNKNOWN_MODEL: "NOT_FOUND",
     SERVER_STOPPING: "UNAVAILABLE",
     RESTARTING: "UNAVAILABLE",
     OVERLOADED: "UNAVAILABLE",

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from radapter_client import RAdapterClientError, Reply, Request, Values
+from radapter_client import Reply, Request, Values
 from radapter_client.failures import from_server
 from radapter_serve.contract.errors import (
-    OVERLOADED,
     SERVER_STOPPING,
     TIMED_OUT,
+    UNKNOWN_MODEL,
     Cancelled,
     TaskError,
 )
@@ -31,7 +31,6 @@ from radapter_serve.encoders.loaded import (
     run_together,
 )
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
-from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
@@ -42,13 +41,9 @@ SEGMENTED = 2  # images at once, each of which may hold half a gigabyte of cosin
 TEXTS = 256  # texts of a batch, unless one caller has more
 
 
-class NotServed(RAdapterError):
-    """A task or a release that the engine does not have."""
-
-
 class ServedRelease:
-    """A release, its tasks and the queues of its encoder; `served` are all releases that are
-    served, and `max_waiting` the requests of one task that are under way.
+    """A release, the queues of its encoder and its tasks; `served` are all releases that are
+    served.
     """
 
     def __init__(
@@ -63,15 +58,14 @@ class ServedRelease:
             part: Queue(encode_together, max_rows=size, max_waiting=max_waiting)
             for part, size in (("images", rows), ("patches", rows), ("tokens", TEXTS))
         }
-        self.places = {name: threading.Semaphore(max_waiting) for name in TASKS}
         self.turns = Turns(SEGMENTED, max_waiting)  # of segmentation
         self._served = served
-        self._locks = {name: threading.Lock() for name in TASKS}
+        self._lock = threading.Lock()
         self._runs: dict[str, Run[Any, Any]] = {}
 
     def run(self, name: str) -> Run[Any, Any]:
         """The steps of a task, which is made when it is first asked."""
-        with self._locks[name]:
+        with self._lock:
             if name not in self._runs:
                 self._runs[name] = TASKS[name].make(
                     self.loaded,
@@ -84,19 +78,13 @@ class Engine:
     """Releases in this process; a `Transport` of the client.
 
     Each request runs in its caller's thread, and the rows that it needs encoded join those of all
-    requests that wait. `max_waiting` limits the requests of one task that are under way, and
-    `max_seconds` each of them.
+    requests that wait, of which there may be `max_waiting`.
     """
 
     def __init__(
-        self,
-        releases: Sequence[LoadedRelease],
-        *,
-        max_waiting: int = MAX_WAITING,
-        max_seconds: float = math.inf,
+        self, releases: Sequence[LoadedRelease], *, max_waiting: int = MAX_WAITING
     ) -> None:
         self._closed = False
-        self._max_seconds = max_seconds
         self._max_waiting = max_waiting
         # So few that others find a place.
         LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
@@ -161,31 +149,25 @@ class Engine:
 
     def send(self, request: Request, timeout: float) -> Any:
         """The reply to a request of the client's; see `Transport`."""
+        model = request.model
+        version = request.version
         try:
             if request.action == "infer":
+                deadline = time.monotonic() + timeout
                 return self.infer(
-                    request.model,
-                    request.version,
-                    request.inputs,
-                    request.outputs,
-                    deadline=time.monotonic() + timeout,
-                    values=request.values,
+                    model, version, request.inputs, request.outputs, deadline=deadline
                 )
             if request.action == "config":
-                named = release_parameters(self.releases(request.model, request.version))
+                named = release_parameters(self.releases(model, version))
                 return {
                     "parameters": {key: {"string_value": value} for key, value in named.items()}
                 }
             if request.action == "indexes":
                 return {"indexes": self.indexes()}
-            self._pick(request.model, request.version)
+            self._pick(model, version)
             return True  # it is ready
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
-        except NotServed as error:
-            raise from_server("NOT_FOUND", str(error)) from error
-        except RAdapterError as error:
-            raise RAdapterClientError(str(error)) from error
 
     def infer(
         self,
@@ -194,37 +176,23 @@ class Engine:
         inputs: Tensors,
         outputs: Sequence[str] = (),
         *,
-        deadline: float | None = None,
+        deadline: float = math.inf,
         cancelled: Cancelled = lambda: False,
-        values: Mapping[str, Any] | None = None,
     ) -> Reply:
         """The answer of a task by a release, the newest if `version` is empty, with the named
-        outputs, or all; to tensors, or to the plain `values` that they were to be made of.
-
-        `deadline` is in seconds of `time.monotonic`. Raises `TaskError`, or `NotServed` for an
-        unknown task or release.
+        outputs, or all; `deadline` is in seconds of `time.monotonic`. Raises a `TaskError`.
         """
         with step("engine"):
             served = self._pick(model, version)
-            return self._answer(served, model, inputs, outputs, deadline, cancelled, values)
+            return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
-        """The facts of the releases that are served, the newest last; raises `NotServed` for an
+        """The facts of the releases that are served, the newest last; raises a `TaskError` for an
         unknown task or release.
         """
         self._pick(model, version)
         served = self._served
         return [served[number].loaded.release for number in sorted(served)]
-
-    def outdated_indexes(self) -> dict[str, bool]:
-        """Whether another release than the newest made an index, by its name."""
-        from radapter_serve.index.index import outdated  # here: its libraries load slowly
-
-        served = self._served
-        if not served:
-            return {}
-        newest = served[max(served)].loaded
-        return outdated(newest.indexes, newest.release)
 
     def indexes(self) -> list[str]:
         """The names of the indexes that `retrieve` searches."""
@@ -259,14 +227,16 @@ class Engine:
         if self._closed:
             raise TaskError(SERVER_STOPPING, "the model is closed")
         if model not in TASKS:
-            raise NotServed(f"there is no task {model!r:.80}; there are {', '.join(TASKS)}")
+            why = f"there is no task {model!r:.80}; there are {', '.join(TASKS)}"
+            raise TaskError(UNKNOWN_MODEL, why)
         served = self._served
         number = int(version) if version.isdecimal() else 0
         if not version:
             number = max(served, default=0)
         if number not in served:
             known = ", ".join(map(str, served))
-            raise NotServed(f"no release {version[:20]} of {model} here; there are {known}")
+            why = f"no release {version[:20]} of {model} here; there are {known}"
+            raise TaskError(UNKNOWN_MODEL, why)
         return served[number]
 
     def _answer(
@@ -275,16 +245,13 @@ class Engine:
         model: str,
         inputs: Tensors,
         asked: Sequence[str] = (),
-        deadline: float | None = None,
+        deadline: float = math.inf,
         cancelled: Cancelled = lambda: False,
-        values: Mapping[str, Any] | None = None,
     ) -> Reply:
         task = TASKS[model]
-        end = time.monotonic() + self._max_seconds
-        until = end if deadline is None else min(end, deadline)
 
         def given_up() -> bool:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TaskError(TIMED_OUT, "no answer within the time-out")
             return cancelled()
 
@@ -292,23 +259,18 @@ class Engine:
             return not asked or name in asked
 
         # Typed requests: of a caller in this process, or from tensors.
-        if values is not None:
-            requests = [task.request(dict(values), wants)]
+        if isinstance(inputs, Values):
+            requests = [task.request(dict(inputs.plain), wants)]
         else:
             task.check(model, forms(inputs), served.loaded.release.max_batch_size)
             requests = task.read(served.loaded, inputs, wants)
 
         # The steps of each, in this thread.
-        if not served.places[model].acquire(blocking=False):
-            raise TaskError(OVERLOADED, "too many requests wait; ask again later")
-        try:
-            turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
-            with turn, step(model):
-                run = served.run(model)
-                encode = partial(self._encode, served)
-                answers = run_together([run(request, given_up) for request in requests], encode)
-        finally:
-            served.places[model].release()
+        turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
+        with turn, step(model):
+            run = served.run(model)
+            encode = partial(self._encode, served)
+            answers = run_together([run(request, given_up) for request in requests], encode)
 
         # From the answers to outputs, which become tensors only for a server.
         for answer in answers:

@@ -10,10 +10,8 @@ import contextlib
 import hashlib
 import hmac
 import math
-import os
 import re
 import secrets
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -124,16 +122,8 @@ def new_key(path: Path, name: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """Read a file of keys; a pipe, a device or a folder is refused at once."""
     try:
-        # Opening a pipe without a writer would block; Windows lacks the flag, and such pipes.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-        with open(os.open(path, flags), encoding="utf-8") as file:  # noqa: PTH123
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RAdapterError(
-                    f"cannot read the keys {path}: it is not a plain file; give --api-keys FILE"
-                )
-            return file.read()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise RAdapterError(

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -28,19 +28,18 @@ from radapter_serve.contract.errors import (
     RESTARTING,
     SERVER_STOPPING,
     TIMED_OUT,
+    UNKNOWN_MODEL,
 )
 from radapter_serve.gateway import kserve, openai
 from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
 from radapter_serve.gateway.middleware import (
     BrowserRule,
-    DiscardBody,
     Errors,
     Metrics,
     Pieces,
     Record,
     RequestId,
     RequireKey,
-    is_longer,
     open_spans,
 )
 from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
@@ -49,7 +48,6 @@ from radapter_serve.gateway.upstream import (
     SERVER_UNAVAILABLE,
     SHORT_TIMEOUT,
     TOO_LARGE,
-    UNKNOWN_MODEL,
     UNSUPPORTED_TYPE,
     Entry,
     Inference,
@@ -57,7 +55,6 @@ from radapter_serve.gateway.upstream import (
     Refused,
     Upstream,
     bad_request,
-    escape,
 )
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
@@ -92,7 +89,6 @@ class Gateway:
         self._connect = connect
         self._timeouts = timeouts
         self._models: dict[tuple[str, str], tuple[float, Model]] = {}
-        self._outdated: Mapping[str, bool] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self._memory = MemoryBudget(int(settings.max_memory * MIB))
         self._parsers = {
@@ -112,16 +108,12 @@ class Gateway:
         every = [
             Middleware(RequestId),
             Middleware(Pieces),
-            Middleware(DiscardBody, timeouts.discard),
             Middleware(Errors),
         ]
         # and then those of its path.
-        facts = [Middleware(Record, settings.log)] if settings.log != "off" else []
-        facts.append(Middleware(Errors))
-        inference = [
-            Middleware(Record, settings.log, self._metrics, self._spans),
-            Middleware(Errors),
-        ]
+        log = settings.log == "json"
+        facts = [Middleware(Record, log), Middleware(Errors)]
+        inference = [Middleware(Record, log, self._metrics, self._spans), Middleware(Errors)]
         if settings.api_keys is None:
             every.append(Middleware(BrowserRule, None if settings.no_api_keys else settings.host))
         else:
@@ -181,11 +173,7 @@ class Gateway:
         return JSONResponse({"ready": True})
 
     async def prometheus(self, request: Request) -> Response:
-        # A slow or failing upstream leaves what was known last.
-        with anyio.move_on_after(self._timeouts.index), contextlib.suppress(OSError):
-            self._outdated = await self._upstream.outdated_indexes()
-        text = self._metrics.text(self._outdated)
-        return Response(text, media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def server(self, request: Request) -> Response:
         return JSONResponse(
@@ -270,7 +258,7 @@ class Gateway:
         end = time.monotonic() + self._settings.timeout
         with self._memory.lease() as acquire:
             body = await self._body(request, acquire)
-            read = partial(openai.read, body, self._settings.max_inputs)
+            read = partial(openai.read, body)
             asked = await self._read(request, body, len(body), end, read)
             del body, read
             self._count_images(request, len(asked.images))
@@ -288,10 +276,10 @@ class Gateway:
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind not in _TYPES:
             allowed = " or ".join(_TYPES[1:])
-            raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {escape(kind)}; send {allowed}")
+            raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {kind!a:.80}; send {allowed}")
         limit = int(self._settings.max_body * MIB)
         too_large = f"the body has more than {limit / MIB:g} MiB, the most that is taken"
-        if is_longer(headers, limit):
+        if int(headers.get("Content-Length", "0")[:18]) > limit:
             raise Refused(413, TOO_LARGE, too_large)
         parts = []
         size = 0
@@ -411,10 +399,10 @@ def _named(request: Request) -> tuple[str, str]:
     name = request.path_params["model"]
     version = request.path_params.get("version", "")
     if name not in TASKS:
-        why = f"no model {escape(name)} here; there are {', '.join(TASKS)}"
+        why = f"no model {name!a:.80} here; there are {', '.join(TASKS)}"
         raise Refused(404, UNKNOWN_MODEL, why)
     if not re.fullmatch(r"(?:[1-9][0-9]{0,17})?", version):
-        why = f"{name} has no version {escape(version)}; versions are whole numbers from 1"
+        why = f"{name} has no version {version!a:.80}; versions are whole numbers from 1"
         raise Refused(404, UNKNOWN_MODEL, why)
     return name, version
 

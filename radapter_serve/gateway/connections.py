@@ -28,7 +28,6 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from radapter_serve.gateway.middleware import MAX_DISCARDED
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, TOO_LARGE, Refused, bad_request
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 MAX_HEADERS = 32 * 1024  # bytes of the headers of a request, and of the trailers of its chunks
+MAX_DISCARDED = 2**20  # bytes that are read of the body of a refused request
 TICK_SECONDS = 0.25  # between two looks for connections whose time is over
 WARN_SECONDS = 60.0  # between two warnings that an address has all its places
 _HEAD_END = b"\r\n\r\n"
@@ -58,10 +58,9 @@ class Connections:
     a certificate or a key that cannot be read.
     """
 
-    def __init__(
-        self, app: ASGIApp, listener: socket.socket, settings: Settings, timeouts: Timeouts
-    ) -> None:
-        self._listener = listener
+    _listener: socket.socket
+
+    def __init__(self, app: ASGIApp, settings: Settings, timeouts: Timeouts) -> None:
         self._max = settings.max_connections
         # An address that may have all places waits for one, as all others do.
         per_address = settings.max_connections_per_address or max(1, self._max // 4)
@@ -94,9 +93,10 @@ class Connections:
         self.place_is_free = asyncio.Event()  # set where one may have become free
         self._warned = -WARN_SECONDS
 
-    async def serve(self, stop: asyncio.Event) -> None:
+    async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Answer until `stop` is set; running requests then have `timeouts.drain` to end."""
         self.loop = asyncio.get_running_loop()
+        self._listener = listener
         self._listener.setblocking(False)
         try:
             async with anyio.create_task_group() as ticking:
@@ -228,9 +228,8 @@ class _Connection(HttpToolsProtocol):
         self._in_body = False
         self._body_left: int | None = None
         self._between = 0
-        # After a refusal nothing more is parsed, and so many bytes were thrown away
-        self._is_deaf = False
-        self._discarded = 0
+        self._is_deaf = False  # after a refusal of bytes that are no request, nothing is parsed
+        self._discarded = 0  # bytes after a refusal
 
     @property
     def is_idle(self) -> bool:
@@ -287,9 +286,7 @@ class _Connection(HttpToolsProtocol):
             if self._is_answering:
                 self.flow.pause_reading()
                 return
-            self._discarded += len(data)
-            if self._discarded > MAX_DISCARDED:
-                self.end()
+            self._discard(data)
             return
         is_continued = bool(self._left)
         data = self._left + data
@@ -328,6 +325,10 @@ class _Connection(HttpToolsProtocol):
                     end = last
                 piece = memoryview(data)[start:end]
                 self._between += len(piece)
+            if self._in_body and not self._has_request:
+                # The rest of a body whose request was refused: a caller who is cut off while
+                # sending never reads the answer.
+                self._discard(piece)
             try:
                 self.parser.feed_data(piece)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -356,6 +357,7 @@ class _Connection(HttpToolsProtocol):
         self._in_body = True
         self._body_left = None
         self._between = 0
+        self._discarded = 0
         for name, value in self.headers:
             if name == b"content-length":
                 self._body_left = int(value)
@@ -377,6 +379,8 @@ class _Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         # A caller who reads its end slowly, or goes on to send, has the time of one who waits.
         self.wait_for_request()
+        if self.cycle.more_body and self.expect_100_continue:  # its body may not come now
+            self.transport.close()
         if not self.transport.is_closing():
             self.flow.resume_reading()
             if self._left:
@@ -390,6 +394,11 @@ class _Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         """True if all of a request has come, and not all of its answer is sent."""
         return self._has_request and not self.cycle.more_body
+
+    def _discard(self, data: bytes | memoryview) -> None:
+        self._discarded += len(data)
+        if self._discarded > MAX_DISCARDED:
+            self.end()
 
     def _refuse(self, error: Refused) -> None:
         """Answer bytes that are not a request, and parse nothing that comes after them."""

@@ -6,23 +6,20 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.encoder import collected
-from radapter_serve.engine.engine import Engine, NotServed
-from radapter_serve.gateway.run import GatewayServer, listen
+from radapter_serve.engine.engine import Engine
+from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import (
     LOG,
-    UNKNOWN_MODEL,
     Entry,
     Inference,
     Model,
-    Refused,
     from_status,
 )
 from radapter_serve.release.release import release_parameters
@@ -37,9 +34,7 @@ class InProcess:
 
     def __init__(self, engine: Engine, max_concurrent: int) -> None:
         self._engine = engine
-        self._requests = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
-        # Indexes may wait for a slow file system.
-        self._indexes = ThreadPoolExecutor(1, thread_name_prefix="indexes")
+        self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
 
     async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
         cancelled = threading.Event()
@@ -57,40 +52,27 @@ class InProcess:
                 )
 
         try:
-            with _refusing(request.model):
-                return await asyncio.get_running_loop().run_in_executor(self._requests, infer)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, infer)
+        except TaskError as error:
+            refused = from_status(error.status, str(error))
+            if refused.status >= 500:
+                LOG.warning("%s: %s", request.model, error)
+            raise refused from None
         finally:
             cancelled.set()
 
     async def config(self, model: str, version: str = "") -> Model:
-        with _refusing(model):
-            return Model.of(model, release_parameters(self._engine.releases(model, version)))
+        try:
+            releases = self._engine.releases(model, version)
+        except TaskError as error:
+            raise from_status(error.status, str(error)) from None
+        return Model.of(model, release_parameters(releases))
 
     async def ready(self, model: str, version: str = "") -> bool:
         return not version or int(version) in self._engine.versions()
 
-    async def outdated_indexes(self) -> Mapping[str, bool]:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._indexes, self._engine.outdated_indexes
-        )
-
     async def close(self) -> None:
-        for threads in (self._requests, self._indexes):
-            threads.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _refusing(model: str) -> Iterator[None]:
-    """Turn errors of the engine into refusals."""
-    try:
-        yield
-    except TaskError as error:
-        refused = from_status(error.status, str(error))
-        if refused.status >= 500:
-            LOG.warning("%s: %s", model, error)
-        raise refused from None
-    except NotServed as error:
-        raise Refused(404, UNKNOWN_MODEL, str(error)) from None
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -98,10 +80,10 @@ def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer
     """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
     that can't be served, or a port that is taken.
     """
-    with (
-        contextlib.closing(listen(settings, "--http-")) as listener,
-        EngineServer(config) as server,
-    ):
-        upstream = partial(InProcess, server.engine, settings.max_concurrent)
-        with GatewayServer(settings, listener, upstream).in_thread():
-            yield server
+    server = EngineServer(config)
+
+    def connect() -> InProcess:
+        return InProcess(server.engine, settings.max_concurrent)
+
+    with GatewayServer(settings, connect) as gateway, server, gateway.in_thread():
+        yield server

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.gateway.upstream import IMAGES, Inference, Model, bad_request, escape
+from radapter_serve.gateway.upstream import IMAGES, Inference, Model, bad_request
 from radapter_serve.tasks.table import DATATYPES, NUMPY, TASKS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -86,9 +86,9 @@ def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = escape(".".join(map(str, first["loc"])))
-        param = field[1:-1] or None
-        raise bad_request(f"{field if param else 'the body'}: {first['msg']}", param) from None
+        field = ".".join(map(str, first["loc"]))
+        param = ascii(field)[1:-1][:60] or None
+        raise bad_request(f"{param or 'the body'}: {first['msg']}", param) from None
 
 
 def json_length(header_length: str | None, size: int) -> int:
@@ -98,7 +98,7 @@ def json_length(header_length: str | None, size: int) -> int:
     is_number = header_length.isascii() and header_length.isdigit()
     if not is_number or not 0 < int(header_length[:12]) <= size:
         raise bad_request(
-            f"{HEADER_LENGTH} is {escape(header_length)}; allowed are 1 to {size}, the length of"
+            f"{HEADER_LENGTH} is {header_length!a:.80}; allowed are 1 to {size}, the length of"
             " the body"
         )
     return int(header_length[:12])
@@ -141,7 +141,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     if len(declared) < len(header.inputs):
         names = [tensor.name for tensor in header.inputs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise bad_request(f"the input {escape(twice)} comes twice")
+        raise bad_request(f"the input {twice!a:.80} comes twice")
     try:
         TASKS[model.name].check(model.name, declared, model.max_batch_size)
     except TaskError as error:
@@ -282,8 +282,7 @@ def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[
     for output in header.outputs:
         if output.name not in model.outputs:
             raise bad_request(
-                f"{model.name} has no output {escape(output.name)}; it has"
-                f" {', '.join(model.outputs)}"
+                f"{model.name} has no output {output.name!a:.80}; it has {', '.join(model.outputs)}"
             )
         if output.name in names:
             raise bad_request(f"the output {output.name} is asked for twice")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -29,9 +28,7 @@ from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
 from radapter_serve.gateway.access import Keys, Quota
-from radapter_serve.gateway.settings import Log
 from radapter_serve.gateway.upstream import CODES, LOG, UNAUTHORIZED, Entry, Refused
-from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
 
@@ -40,7 +37,6 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "X-Request-Id"
 PIECE = 512 * 1024  # bytes of an answer that the caller has to take before the next are sent
-MAX_DISCARDED = 2**20  # bytes of the body of a refused request that are read
 # Upper bounds of the histogram of a request's time, in seconds
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
@@ -98,50 +94,6 @@ class Pieces:
                 await send(piece)
 
         await self.app(scope, receive, sending)
-
-
-@dataclass(frozen=True)
-class DiscardBody:
-    """Reads the rest of a refused request's body before the answer, within limits: a caller who is
-    cut off while sending never reads the answer. Above the limits the connection closes.
-    """
-
-    app: ASGIApp
-    seconds: float
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        is_over = False
-
-        async def receiving() -> Message:
-            nonlocal is_over
-            message = await receive()
-            is_over = not message.get("more_body", False)
-            return message
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                headers = Headers(scope=scope)
-                # `Expect` asks whether to send a body at all.
-                too_much = is_longer(headers, MAX_DISCARDED) or "Expect" in headers
-                size = 0
-                with anyio.move_on_after(self.seconds):
-                    while not (is_over or too_much):
-                        size += len((await receiving()).get("body", b""))
-                        too_much = size > MAX_DISCARDED
-                if too_much or not is_over:
-                    MutableHeaders(scope=message)["Connection"] = "close"
-            await send(message)
-
-        await self.app(scope, receiving, sending)
-
-
-def is_longer(headers: Headers, limit: int) -> bool:
-    """True if `Content-Length` is above a limit."""
-    length = headers.get("Content-Length", "")
-    return length.isdigit() and int(length[:18]) > limit
 
 
 @dataclass(frozen=True)
@@ -258,9 +210,6 @@ class Metrics:
         }
         for name, read in gauges.items():
             Gauge(name, meanings[name], **registered).set_function(read)
-        # For itself: in front of Triton, which has this metric, there is none.
-        self._indexes = CollectorRegistry()
-        self._outdated = Gauge(OUTDATED, OUTDATED_MEANS, ["index"], registry=self._indexes)
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""
@@ -274,17 +223,9 @@ class Metrics:
     def count_images(self, key: str, count: int) -> None:
         self._images_of_key.labels(key).inc(count)
 
-    def text(self, outdated: Mapping[str, bool]) -> bytes:
-        """All metrics in the format of Prometheus; `outdated` is that of
-        `Upstream.outdated_indexes`.
-        """
-        text = generate_latest(self._registry)
-        if not outdated:
-            return text
-        self._outdated.clear()
-        for index, is_outdated in outdated.items():
-            self._outdated.labels(index).set(is_outdated)
-        return text + generate_latest(self._indexes)
+    def text(self) -> bytes:
+        """All metrics in the format of Prometheus."""
+        return generate_latest(self._registry)
 
 
 @dataclass(frozen=True)
@@ -294,7 +235,7 @@ class Record:
     """
 
     app: ASGIApp
-    log: Log
+    log: bool
     metrics: Metrics | None = None
     spans: Spans | None = None
 
@@ -309,22 +250,22 @@ class Record:
                 entry.task = model
         span = None
         if self.spans is not None:
-            span = self.spans.begin(Headers(scope=scope), scope["method"], scope["route"].path)
-            entry.traceparent = span.traceparent
+            headers = Headers(scope=scope)
+            span = self.spans.begin(headers, scope["method"], scope["route"].path, entry)
 
         def record(answer: Message) -> None:
             seconds = time.monotonic() - start
             if self.metrics is not None:
                 self.metrics.count(entry, seconds)
-            if self.log != "off":
+            if self.log:
                 entry.bytes_out = int(Headers(raw=answer["headers"])["Content-Length"])
                 entry.ms = 1e3 * seconds
                 if entry.steps:
                     entry.encoder_ms = encoder_ms(entry.steps)
-                entry.write(self.log)
+                entry.write()
             # A caller without a key must not reach the collector.
-            if span is not None and entry.code != UNAUTHORIZED:
-                span.end(entry)
+            if self.spans is not None and span is not None and entry.code != UNAUTHORIZED:
+                self.spans.end(span, entry)
 
         await self.app(scope, receive, _on_start(send, record))
 

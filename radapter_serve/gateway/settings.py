@@ -14,7 +14,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server.endpoints import address_of
 
 MIB = 2**20
-Log = Literal["off", "line", "json"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class Settings:
             bits by IPv6; a quarter of --max-connections if not given. Behind a proxy, where all
             callers come from one address, give it the number of --max-connections.
         timeout: seconds that a request may take, the sending of its body included.
-        max_inputs: texts and images of a request to /v1/embeddings.
-        log: what to say of each request on stderr: nothing, a line of words, or one of JSON. Traces
-            go to where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
+        log: whether to write a line of JSON for each request to stderr. Traces go to where the
+            variable OTEL_EXPORTER_OTLP_ENDPOINT says.
     """
 
     host: str = "127.0.0.1"
@@ -61,23 +59,21 @@ class Settings:
     max_connections: int = 2048
     max_connections_per_address: int | None = None
     timeout: float = 60.0
-    max_inputs: int = 2048
-    log: Log = "off"
+    log: Literal["off", "json"] = "off"
 
-    def check(self, where: str = "--") -> str:
+    def check(self) -> str:
         """The address to listen on; raises `RAdapterError` for values that are not allowed, and for
-        a port that is open to others by mistake. `where` begins the flags of host and port.
+        a port that is open to others by mistake.
         """
         if not 0 <= self.port <= 65535:
             raise RAdapterError(
-                f"{where}port is {self.port}; allowed are 1 to 65535, and 0 for any that is free"
+                f"the port is {self.port}; allowed are 1 to 65535, and 0 for any that is free"
             )
         lowest = {
             "max_concurrent": 1,
             "max_queue": 0,
             "max_connections": 1,
             "max_connections_per_address": 1,
-            "max_inputs": 1,
         }
         for name in (*lowest, "max_body", "max_memory", "timeout"):
             value = getattr(self, name)
@@ -95,11 +91,11 @@ class Settings:
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or neither")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
-        address = address_of(self.host, f"{where}host")
+        address = address_of(self.host)
         is_local = ipaddress.ip_address(address).is_loopback
         if self.api_keys is None and not self.no_api_keys and not is_local:
             raise RAdapterError(
-                f"{where}host {self.host} lets others in, and there are no keys; make one with:"
+                f"the host {self.host} lets others in, and there are no keys; make one with:"
                 " radapter-gateway --api-keys FILE --new-key NAME, or let everybody in with"
                 " --no-api-keys"
             )
@@ -112,8 +108,6 @@ class Timeouts:
 
     idle: float = 10.0  # for a handshake, the headers of a request, and between two requests
     piece: float = 8.0  # for a caller to take a piece of an answer: 64 KiB a second at least
-    discard: float = 1.0  # for the rest of a refused request's body
-    index: float = 2.0  # for the releases that made the indexes
     drain: float = 20.0  # for running requests, when the gateway stops
     spans: float = 2.0  # for the last spans to be sent, after that
 

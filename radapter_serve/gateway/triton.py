@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -104,9 +104,6 @@ class Triton:
     async def ready(self, model: str, version: str = "") -> bool:
         request = service_pb2.ModelReadyRequest(name=model, version=version)
         return bool((await self._ask(self._stub.ModelReady, request)).ready)
-
-    async def outdated_indexes(self) -> Mapping[str, bool]:
-        return {}  # a metric of Triton's own
 
     async def close(self) -> None:
         for closing in self._closing:

@@ -25,8 +25,10 @@ from radapter_serve.contract.errors import (
     INVALID_ARGUMENT,
     OVERLOADED,
     RESTARTING,
+    RETRYABLE,
     SERVER_STOPPING,
     TIMED_OUT,
+    UNKNOWN_MODEL,
     redact,
 )
 from radapter_serve.encoders.encoder import Step
@@ -41,15 +43,13 @@ SHORT_TIMEOUT = 10.0  # seconds for a request that needs no encoder
 UNAUTHORIZED = "unauthorized"
 RATE_LIMITED = "rate_limited"
 NOT_FOUND = "not_found"
-UNKNOWN_MODEL = "unknown_model"
 TOO_LARGE = "too_large"
 UNSUPPORTED_TYPE = "unsupported_type"
 SERVER_UNAVAILABLE = "server_unavailable"
 
 # Every code that a caller can get: these, and the tasks' own.
 CODES = frozenset(
-    {UNAUTHORIZED, RATE_LIMITED, NOT_FOUND, UNKNOWN_MODEL}
-    | {TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
+    {UNAUTHORIZED, RATE_LIMITED, NOT_FOUND, TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
     | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
 )
 
@@ -75,12 +75,6 @@ _WITHOUT_CODE: dict[int, tuple[str, str | None]] = {
         "the model server starts, stops or does not answer; try again in a moment",
     ),
     504: (TIMED_OUT, "the request took longer than it may"),
-}
-# Messages of codes that no task raised itself.
-_RETRYABLE = {
-    OVERLOADED: "this model has more to do than it can take on; try again in a moment",
-    RESTARTING: "a part of the server starts again; try again in a moment",
-    SERVER_STOPPING: "the server is stopping; try again in a moment",
 }
 
 
@@ -114,16 +108,12 @@ def from_status(status: str, text: str) -> Refused:
     number = _STATUS_OF_GRPC.get(status, 500)
     failure = read_failure(text)
     if failure.code is not None:
-        message = redact(failure.message) if failure.by_task else _RETRYABLE[failure.code]
+        message = redact(failure.message)
+        if not failure.by_task:
+            message = RETRYABLE[failure.code].format("this model")
         return Refused(_STATUS_OF_CODE.get(failure.code, number), failure.code, message)
     code, sentence = _WITHOUT_CODE[number]
     return Refused(number, code, sentence or redact(failure.message))
-
-
-def escape(text: str) -> str:
-    """Quote a caller's text for a message: at most 60 characters, printable ASCII."""
-    quoted = repr(text if len(text) <= 60 else f"{text[:60]}...")
-    return quoted.encode("ascii", "backslashreplace").decode()
 
 
 # Requests, and what is known of the tasks
@@ -253,24 +243,14 @@ class Entry:
     traceparent: str | None = None  # for the server that computes; not in the log
     steps: list[Step] = field(default_factory=list)  # of an engine; not in the log
 
-    def write(self, log: str) -> None:
-        """Print one line on stderr, in words, or with "json" as JSON."""
+    def write(self) -> None:
+        """Print a line of JSON on stderr."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        if log == "json":
-            facts: dict[str, Any] = {"time": now}
-            for name, value in vars(self).items():
-                if name not in ("traceparent", "steps"):
-                    facts[name] = round(value, 3) if isinstance(value, float) else value
-            line = json.dumps(facts)
-        else:
-            encoder = "" if self.encoder_ms is None else f", encoder {self.encoder_ms:.1f}"
-            line = (
-                f"{now} {self.id} {self.key or '-'} {self.task or '-'} {self.status} {self.code}"
-                f" release {self.release or '-'}, {self.bytes_in} bytes in, {self.bytes_out} out,"
-                f" {self.ms:.1f} ms (queue {self.queue_ms:.1f}, model {self.model_ms:.1f}"
-                f"{encoder})"
-            )
-        print(line, file=sys.stderr, flush=True)
+        facts: dict[str, Any] = {"time": now}
+        for name, value in vars(self).items():
+            if name not in ("traceparent", "steps"):
+                facts[name] = round(value, 3) if isinstance(value, float) else value
+        print(json.dumps(facts), file=sys.stderr, flush=True)
 
 
 class Upstream(Protocol):
@@ -285,10 +265,5 @@ class Upstream(Protocol):
         """Inputs, outputs and releases of a task."""
 
     async def ready(self, model: str, version: str = "") -> bool: ...
-
-    async def outdated_indexes(self) -> Mapping[str, bool]:
-        """Whether another release than the newest made an index, by its name; empty where the
-        upstream has metrics for that.
-        """
 
     async def close(self) -> None: ...

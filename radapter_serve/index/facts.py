@@ -19,9 +19,6 @@ from radapter_serve.release.release import Release
 FORMAT = 6
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
-# The metric that Prometheus reads of each index, by its name in the label `index`.
-OUTDATED = "radapter_index_outdated"
-OUTDATED_MEANS = "1 where another release than the newest that is served made the index, else 0"
 
 
 def index_names(indexes: Path) -> list[str]:

@@ -38,7 +38,6 @@ from radapter_serve.index.facts import (
 )
 from radapter_serve.index.folder import UNIT, Hit, Table, open_generation, read_pointer
 from radapter_serve.index.qdrant import Collection, Qdrant
-from radapter_serve.release.release import Release
 
 LINK = "at"  # the one fact in the index.json of a folder that links to a published index
 MAX_TOP_K = 1000
@@ -157,13 +156,6 @@ def releases_of(indexes: Path) -> dict[str, MadeBy]:
             if name[0] != ".":
                 releases[name] = current(path.parent)[1].plan.release
     return releases
-
-
-def outdated(indexes: Path, release: Release) -> dict[str, bool]:
-    """Whether another release than this, the default of callers, made the indexes of a folder, by
-    their names; those that can't be read are left out.
-    """
-    return {name: not made.is_of(release) for name, made in releases_of(indexes).items()}
 
 
 def link_of(folder: Path) -> str:

@@ -17,8 +17,6 @@ from radapter_serve.server.launch import server_folder
 from radapter_serve.server.models import check_repository, configure
 from radapter_serve.server.releases import ReleaseServer, Say, State
 
-MAX_REQUEST_SECONDS = 120.0  # of work on one request, as in Triton's processes
-
 
 class EngineServer(ReleaseServer):
     """An engine with the releases that are served; `radapter-release` finds it by its `folder`."""
@@ -39,9 +37,7 @@ class EngineServer(ReleaseServer):
         served = self.config.wanted()
         for number in served.releases:
             verify(repository, number, progress)
-        self.engine = Engine(
-            [], max_waiting=self.config.max_waiting, max_seconds=MAX_REQUEST_SECONDS
-        )
+        self.engine = Engine([], max_waiting=self.config.max_waiting)
         self._take_over(served, progress)
         self.served = served
         self.folder = self._stack.enter_context(server_folder())

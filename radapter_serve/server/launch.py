@@ -35,7 +35,6 @@ OUR_BACKENDS = {name: _BACKENDS / name for name in RUNTIMES}
 FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of what Triton may load, in a server's folder
-GATEWAY = "radapter-gateway"
 SECRET_HEADER = "radapter-secret"
 STOPPED = "a signal had stopped it, so it was killed"
 DISK_ADVICE = "free some space, or set TMPDIR to another"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer, in_json
-from radapter_serve.server.launch import GATEWAY
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Failure
 from radapter_serve.tasks.table import GLANCES
@@ -23,7 +20,6 @@ INTERVAL_SECONDS = 1.0  # from one look to the next
 WINDOW_SECONDS = 60.0  # starts within this time lengthen the next pause
 MAX_PAUSE_SECONDS = 8.0
 MAX_FAILURES = 5  # starts in a row that made nothing ready
-STEADY_SECONDS = 10.0  # after which a gateway that still runs counts as ready
 # Of a probe.
 PROBE_SECONDS = 5.0  # from an answer to the next request
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
@@ -108,25 +104,12 @@ class Probe:
         return True
 
 
-class Gateway(Protocol):
-    """A gateway in front of a server, which lives in the room above."""
-
-    def died(self) -> str | None:
-        """Why it no longer runs; None while it does."""
-
-    def start(self) -> None:
-        """Start it again."""
-
-
 @dataclass
 class _History:
-    """Starts of one program: when they were, how many of the last ones failed in a row, and since
-    when it is up.
-    """
+    """Starts of one program: when they were, and how many of the last ones failed in a row."""
 
     starts: deque[float] = field(default_factory=deque)
     failures: int = 0
-    up_since: float = -math.inf
 
 
 class Supervisor:
@@ -140,18 +123,15 @@ class Supervisor:
         self,
         server: TritonServer,
         say: Callable[[str], None],
-        gateway: Gateway | None = None,
         *,
         clock: Clock = SYSTEM,
         probe: Probe | None = None,
     ) -> None:
         self._server = server
         self._say = say
-        self._gateway = gateway
         self._clock = clock
         self._probe = probe or Probe(server.control, server.cpu_seconds, clock=clock)
         self._histories: defaultdict[str, _History] = defaultdict(_History)
-        self._histories[GATEWAY].up_since = clock.monotonic()
 
     def run(self) -> None:
         """Look after the server until an exception ends it, such as that of a signal."""
@@ -169,17 +149,12 @@ class Supervisor:
         if any(failure.name == SERVER for failure in failures):
             # A restart brings its models back, too.
             failures = [failure for failure in failures if failure.name == SERVER]
-        if self._gateway is not None and (why := self._gateway.died()) is not None:
-            failures.append(Failure(GATEWAY, why))
         for failure in failures:
             self._start_again(failure)
 
     def _start_again(self, failure: Failure) -> None:
         name = failure.name
         history = self._histories[name]
-        if name == GATEWAY:
-            steady = self._clock.monotonic() - history.up_since >= STEADY_SECONDS
-            history.failures = 0 if steady else history.failures + 1
         while True:
             if history.failures >= MAX_FAILURES:
                 raise RAdapterError(
@@ -202,8 +177,6 @@ class Supervisor:
             try:
                 if name == SERVER:
                     self._server.restart()
-                elif name == GATEWAY and self._gateway is not None:
-                    self._gateway.start()
                 else:
                     self._server.reload(name)
                 break
@@ -215,10 +188,8 @@ class Supervisor:
                 why = f"it could not be started again: {error}"
                 failure = Failure(name, why, failure.version)
 
-        history.up_since = self._clock.monotonic()
         for other, past in self._histories.items():
-            # With tritonserver all its models are ready; of a gateway, time will tell.
-            if other != GATEWAY and name in (SERVER, other):
+            if name in (SERVER, other):  # with tritonserver all its models are ready
                 past.failures = 0
         self._probe.forget()
-        self._say(f"{name} is back after {history.up_since - began:.1f} s")
+        self._say(f"{name} is back after {self._clock.monotonic() - began:.1f} s")

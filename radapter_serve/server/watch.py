@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from radapter_serve.server.launch import GATEWAY, STOPPED, how_it_ended
+from radapter_serve.server.launch import STOPPED, how_it_ended
 
 SERVER = "tritonserver"
 _SAME_TIME = 10.0  # seconds in which a death counts as one for want of memory
@@ -27,14 +27,14 @@ _SEGMENTATION_FAULT = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A death: the name is a model's, `SERVER` or `GATEWAY`; `why` is a clause about "it"."""
+    """A death: the name is a model's or `SERVER`; `why` is a clause about "it"."""
 
     name: str
     why: str
     version: int | None = None
 
     def __str__(self) -> str:
-        if self.name in (SERVER, GATEWAY):
+        if self.name == SERVER:
             return f"{self.name} died: {self.why}"
         version = "" if self.version is None else f" version {self.version}"
         return f"the process of {self.name}{version} died: {self.why}"

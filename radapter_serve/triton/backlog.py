@@ -12,20 +12,16 @@ import contextlib
 import os
 import re
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from radapter_serve.files import staged
-from radapter_serve.process import SURPLUS, SYSTEM
+from radapter_serve.process import SURPLUS
 
 INTERVAL_SECONDS = 0.25  # from one look to the next
-MAX_SECONDS = 60.0  # that a request may wait
-_LINE = re.compile(
-    r'^nv_inference_(pending_request_count|request_success|request_failure)\{(?:[^}]*,)?model="([^"]+)"[^}]*\}'
-    r" (\d+)",
-    re.MULTILINE,
+_WAITING = re.compile(
+    r'^nv_inference_pending_request_count\{(?:[^}]*,)?model="([^"]+)"[^}]*\} (\d+)', re.MULTILINE
 )
 
 
@@ -63,30 +59,6 @@ class Surplus:
 of_this_process = Surplus()
 
 
-@dataclass
-class Queue:
-    """The queue of one model: how many requests may wait, for how many seconds, and how many had
-    arrived at which times.
-    """
-
-    max_waiting: int
-    max_seconds: float = MAX_SECONDS
-    _arrived: deque[tuple[float, int]] = field(default_factory=deque)
-
-    def surplus(self, now: float, waiting: int, done: int) -> int:
-        """Number of waiting requests that are too many, or have waited too long, at `now`."""
-        arrived = done + waiting
-        # An empty queue holds nothing old; a smaller count is that of another Triton.
-        if not waiting or (self._arrived and arrived < self._arrived[-1][1]):
-            self._arrived.clear()
-        self._arrived.append((now, arrived))
-        while len(self._arrived) > 1 and self._arrived[1][0] <= now - self.max_seconds:
-            self._arrived.popleft()
-        then, arrived_then = self._arrived[0]
-        overdue = arrived_then - done if then <= now - self.max_seconds else 0
-        return max(0, waiting - self.max_waiting, min(overdue, waiting))
-
-
 class Backlog:
     """A thread of the server that reads Triton's metrics at `url`, and writes into `folder` how
     many requests each process of a model is to reject; `processes` says how many a model has.
@@ -98,7 +70,7 @@ class Backlog:
         self._url = url
         self._folder = folder
         self._processes = processes
-        self._queues: dict[str, Queue] = defaultdict(lambda: Queue(max_waiting))
+        self._max_waiting = max_waiting
         self._number = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="backlog", daemon=True)
@@ -109,21 +81,17 @@ class Backlog:
         self._ended.set()
         self._thread.join()
 
-    def observe(self, metrics: str, now: float) -> None:
-        """Write how many requests each model is to reject, by Triton's metrics at `now`."""
-        # Requests of each model in all its versions: how many wait, how many were answered since
-        # the server began.
-        waiting: dict[str, int] = defaultdict(int)
-        done: dict[str, int] = defaultdict(int)
-        for name, model, value in _LINE.findall(metrics):
-            counts = waiting if name == "pending_request_count" else done
-            counts[model] += int(value)
+    def observe(self, metrics: str) -> None:
+        """Write how many requests each model is to reject, by Triton's metrics."""
+        waiting: dict[str, int] = defaultdict(int)  # for each model in all its versions
+        for model, value in _WAITING.findall(metrics):
+            waiting[model] += int(value)
 
         # No file means that nothing is to be rejected; the number tells this time from one with as
         # many.
         self._number += 1
         for model, processes in self._processes().items():
-            surplus = self._queues[model].surplus(now, waiting[model], done[model])
+            surplus = max(0, waiting[model] - self._max_waiting)
             each = -(-surplus // max(1, processes))
             if each:
                 with staged(self._folder / model) as path:
@@ -139,4 +107,4 @@ class Backlog:
                 # Triton may be away or busy, which the supervisor sees, and the folder may go.
                 with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
                     text = pool.request("GET", self._url).data.decode("utf-8", "replace")
-                    self.observe(text, SYSTEM.monotonic())
+                    self.observe(text)

@@ -21,10 +21,7 @@ MAX_SECONDS = 120.0  # of work on one request
 HUNG = 300.0  # seconds of work on a batch that show a hang: encoders answer within a minute
 
 _trace: ContextVar[Any] = ContextVar("trace", default=None)
-_TOO_MANY = TaskError(
-    OVERLOADED,
-    "too many requests wait for this model, or this one waited too long; ask again later",
-)
+_TOO_MANY = TaskError(OVERLOADED, "too many requests wait for this model; ask again later")
 
 
 def given_up(request: Any) -> Cancelled:

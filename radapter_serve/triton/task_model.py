@@ -4,13 +4,9 @@ only inside one of its processes.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,7 @@ from numpy.typing import NDArray
 from radapter_client.failures import read_failure
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
-    OVERLOADED,
-    RESTARTING,
-    SERVER_STOPPING,
+    RETRYABLE,
     Alpha,
     TaskError,
     redact,
@@ -32,7 +26,6 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, Steps, run_together
-from radapter_serve.index.facts import OUTDATED, OUTDATED_MEANS
 from radapter_serve.process import INDEXES
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
@@ -40,17 +33,6 @@ from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, forms
 from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer, given_up, trace_of_request
-
-LOOK_SECONDS = 10.0  # from one look at the indexes to the next
-CLOSE_SECONDS = 10.0  # that a look on a slow disk may still take
-# Message to a caller if another model cannot answer now.
-_RETRYABLE = {
-    SERVER_STOPPING: "the server is stopping; ask again when it is back",
-    RESTARTING: "{} is being started again; ask again in a few seconds",
-    OVERLOADED: (
-        "{} has more to do than it can take on; ask again in a moment, with fewer requests at once"
-    ),
-}
 
 
 class TritonPythonModel:
@@ -78,23 +60,6 @@ class TritonPythonModel:
             return [others[version] for version in served if version in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases)
-        self._metric: IndexMetric | None = None
-        if self.task == "retrieve":
-            # Callers who name no release get the newest, whose indexes count.
-            policy = json.loads(args["model_config"]).get("version_policy", {})
-            served = [int(version) for version in policy.get("specific", {}).get("versions", [])]
-            if int(args["model_version"]) >= max(served, default=0):
-                # Here: the index's libraries are for the processes of this task alone.
-                from radapter_serve.index.index import outdated
-
-                with contextlib.suppress(pb.TritonModelException):  # the server has no metrics
-                    look = partial(outdated, self.loaded.indexes, self.loaded.release)
-                    self._metric = IndexMetric(look)
-
-    def finalize(self) -> None:
-        """Close the metric; Triton calls this before it takes the model away."""
-        if self._metric is not None:
-            self._metric.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._answers)
@@ -203,39 +168,4 @@ class TritonEncoder:
             )
         if failure.by_task:
             raise TaskError(failure.code, failure.message)
-        raise TaskError(failure.code, _RETRYABLE[failure.code].format(model))
-
-
-class IndexMetric:
-    """A thread that looks now and then whether another release made the indexes, by their names,
-    for a metric that all processes of `retrieve` share.
-    """
-
-    def __init__(self, look: Callable[[], Mapping[str, bool]]) -> None:
-        self._look = look
-        self._family = pb.MetricFamily(
-            name=OUTDATED, description=OUTDATED_MEANS, kind=pb.MetricFamily.GAUGE
-        )
-        self._metrics: dict[str, Any] = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="indexes", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Look no more."""
-        self._closed.set()
-        self._thread.join(CLOSE_SECONDS)
-        self._metrics.clear()  # before their family, as Triton wants it
-
-    def _run(self) -> None:
-        while True:
-            with contextlib.suppress(OSError):  # of a disk or a mount: the last look holds
-                outdated = self._look()
-                for name in set(self._metrics) - set(outdated):
-                    self._metrics.pop(name).set(0)  # a killed process would hold it for ever
-                for name, is_outdated in outdated.items():
-                    if name not in self._metrics:
-                        self._metrics[name] = self._family.Metric(labels={"index": name})
-                    self._metrics[name].set(int(is_outdated))
-            if self._closed.wait(LOOK_SECONDS):
-                return
+        raise TaskError(failure.code, RETRYABLE[failure.code].format(model))

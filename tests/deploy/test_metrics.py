@@ -43,7 +43,7 @@ def test_metrics_of_the_gateway() -> None:
     gateway = Metrics({name: lambda: 0.0 for name in ("running", "waiting", "body_bytes")})
     gateway.count(Entry("1", key="ann", task="classify"), 0.1)
     gateway.count_images("ann", 1)
-    there = names_and_labels(gateway.text({"photos": True}).decode())
+    there = names_and_labels(gateway.text().decode())
     asked = {name for name in metrics() if name.startswith("radapter_")}
     assert asked and asked <= set(there)
     assert not [
@@ -77,14 +77,10 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.asking import connect, tensors
-    from tests.helpers.indexes import write_facts
     from tests.helpers.small_release import TASKS, write_release
 
     write_release(tmp_path / "models", 3, seed=1, tasks=(*TASKS, "retrieve"))
-    write_facts(tmp_path / "indexes" / "photos", "sha256:another")
-    config = ServerConfig(
-        tmp_path / "models", Endpoints.on_free_ports(), indexes=tmp_path / "indexes"
-    )
+    config = ServerConfig(tmp_path / "models", Endpoints.on_free_ports())
     with (
         TritonServer(config) as server,
         connect(server) as client,
@@ -96,7 +92,7 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
         for path in _probes():
             assert urllib.request.urlopen(server.http_url + path, timeout=10).status == 200
     there = names_and_labels(text)
-    asked = {name for name in metrics() if name.startswith(("nv_", "radapter_index_"))}
+    asked = {name for name in metrics() if name.startswith("nv_")}
     assert len(asked) > 5 and asked <= set(there)
     assert not [
         (name, label)

@@ -184,30 +184,12 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
         assert engine.versions() == [2]
 
 
-def test_of_a_task_few_requests_are_under_way(repository: Path) -> None:
-    local = Local(repository, 2)
-    held = Held(local, "tokens")
-    with Engine([local.loaded], max_waiting=1) as engine:
-        inputs = {"text": texts(b"a")}
-        first = threading.Thread(target=engine.infer, args=("embed_text", "", inputs))
-        first.start()
-        assert held.begun.wait(20)
-        with pytest.raises(TaskError, match=r"\[overloaded\] too many requests wait"):
-            engine.infer("embed_text", "", inputs)
-        held.gate.set()
-        first.join(20)
-        assert engine.infer("embed_text", "", inputs).version == 2
-
-
-@pytest.mark.parametrize(("own", "of_all"), [(0.001, 60.0), (60.0, 0.001)])
-def test_nobody_waits_longer_than_they_said_or_than_is_allowed(
-    repository: Path, own: float, of_all: float
-) -> None:
+def test_nobody_waits_longer_than_they_said(engine: Engine) -> None:
     labels = np.array([[f"label {number}".encode() for number in range(2000)]], object)
-    inputs = {"image": texts(png(0)), "labels": labels}
-    loaded = load_release(repository, 2)
-    with Engine([loaded], max_seconds=of_all) as engine, pytest.raises(Timeout):
-        engine.send(Request("infer", "classify", inputs=inputs), own)
+    with pytest.raises(Timeout):
+        engine.send(
+            Request("infer", "classify", inputs={"image": texts(png(0)), "labels": labels}), 0.001
+        )
 
 
 def test_a_closed_engine_says_so(repository: Path) -> None:

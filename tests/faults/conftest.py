@@ -16,13 +16,13 @@ import pytest
 import urllib3
 
 from radapter_client import Client, RAdapterClientError
-from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.fake_upstream import until
+from tests.helpers.gateway import start
 from tests.helpers.served import repository
 from tests.helpers.shared import shared
 from tests.helpers.small_release import seal, write_release

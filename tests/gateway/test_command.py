@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
-import select
-import signal
 import socket
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import urllib3
@@ -20,24 +15,19 @@ import urllib3
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Keys
-from radapter_serve.gateway.run import (
-    MAX_SILENCE_SECONDS,
-    MAX_START_SECONDS,
-    Child,
-)
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.endpoints import free_ports
-from tests.helpers.fake_clock import FakeClock
+from tests.gateway.test_gateway import HEAD
 from tests.helpers.fake_upstream import until
+from tests.helpers.gateway import start
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in, and there are no keys; make one"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets others in, and there are no keys; make one"),
         ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
-        ({"port": 70000}, "--port is 70000"),
-        ({"max_body": 0}, "--max-body is 0"),
+        ({"port": 70000}, "port is 70000"),
         ({"timeout": float("inf")}, "--timeout is inf"),
         ({"max_queue": -1}, "--max-queue is -1; allowed are 0 and more"),
         ({"max_connections_per_address": 0}, "--max-connections-per-address is 0; allowed are 1"),
@@ -93,98 +83,40 @@ def test_certificates_keys_and_ports_that_do_not_work(
         assert message in capsys.readouterr().err
 
 
-def test_a_gateway_that_never_says_that_it_lives_is_killed() -> None:
-    started: list[int] = []
-
-    def sleeping(_: Settings, pulse: int) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(["sleep", "60"], pass_fds=[pulse])
-        started.append(process.pid)
-        return process
-
-    clock = FakeClock()
-    with Child(Settings(), clock, sleeping) as child:
-        clock.now += MAX_START_SECONDS - 1
-        assert child.died() is None
-        clock.now += 1
-        assert child.died() == "its event loop no longer answered, so it was killed"
-        assert child.died() == "it was killed by SIGKILL"
-        child.start()
-        assert child.died() is None
-        os.kill(started[-1], signal.SIGSTOP)
-        os.waitpid(started[-1], os.WUNTRACED)  # until it has stopped
-        assert child.died() == "a signal had stopped it, so it was killed"
-        assert child.died() == "it was killed by SIGKILL"
-
-
-def beats(child: Child, seconds: float) -> bool:
-    """Whether a gateway gives a sign of life within some seconds."""
-    assert child._pulse is not None
-    return bool(select.select([child._pulse], [], [], seconds)[0])
-
-
-def test_a_gateway_whose_event_loop_hangs_is_killed() -> None:
-    code = (
-        "import asyncio, sys, time; from tests.helpers.fake_upstream import *\n"
-        "run.PULSE_SECONDS = 0.1\n"
-        "def connect():\n"
-        "    asyncio.get_running_loop().call_later(0.3, time.sleep, 60)\n"
-        "    return FakeUpstream()\n"
-        "settings = Settings(port=0)\n"
-        "listener = run.listen(settings)\n"
-        "run.GatewayServer(settings, listener, connect, pulse=int(sys.argv[1])).run()"
-    )
-
-    def hanging(_: Settings, pulse: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", code, str(pulse)]
-        return subprocess.Popen(command, pass_fds=[pulse], cwd=Path(__file__).parents[2])
-
-    clock = FakeClock()
-    with Child(Settings(), clock, hanging) as child:
-        assert beats(child, 60)
-        while beats(child, 0.8):  # until its last sign
-            assert child.died() is None
-        clock.now += MAX_SILENCE_SECONDS - 1
-        assert child.died() is None
-        clock.now += 1
-        assert child.died() == "its event loop no longer answered, so it was killed"
-
-
 def test_a_gateway_without_triton_and_without_a_free_place_lives_on_and_stops_in_order() -> None:
     port, nobody, _ = free_ports()
-    clock = FakeClock()
-    places: dict[str, Any] = {"max_connections": 3, "max_connections_per_address": 3}
-    settings = Settings(port=port, server=f"127.0.0.1:{nobody}", **places)
-    head = (
-        b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
-    )
-    with Child(settings, clock) as child:
-        assert beats(child, 60) and child.died() is None
-        url = f"http://127.0.0.1:{port}"
-        for path, status in (("/health/live", 200), ("/health/ready", 503)):
-            answer = urllib3.request("GET", url + path, retries=5)
-            assert answer.status == status
-        assert b"[server_unavailable]" in answer.data
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):  # the last of them waits for a place
-                stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
-                stranger.sendall(head)  # and no body
-            stranger.settimeout(0.3)
-            with pytest.raises(TimeoutError):
-                stranger.recv(1)
-            for _ in range(2):
-                clock.now += MAX_SILENCE_SECONDS - 1
-                assert beats(child, 30) and child.died() is None
-    assert child._process.returncode == 0
+    settings = Settings(port=port, server=f"127.0.0.1:{nobody}", max_connections=3)
+    process = start(replace(settings, max_connections_per_address=3))
+    url = f"http://127.0.0.1:{port}"
+
+    def answers(path: str) -> int | None:
+        assert process.poll() is None
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            return urllib3.request("GET", url + path, retries=False, timeout=20).status
+        return None
+
+    until(lambda: answers("/health/live") == 200, 60)
+    assert answers("/health/ready") == 503
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):  # the last of them waits for a place
+            stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            stranger.sendall(HEAD + b"Content-Length: 9\r\n\r\n")  # and no body
+        stranger.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            stranger.recv(1)
+    until(lambda: answers("/health/live") == 200)
+    process.terminate()
+    assert process.wait(40) == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--api-keys", "keys"], "--api-keys needs a gateway: --gateway-port PORT"),
-        (["--gateway-port", "70000"], "--gateway-port is 70000; allowed are 1 to 65535"),
-        (["--gateway-port", "0", "--gateway-host", "::"], "--gateway-host :: lets others in"),
+        (["--gateway-port", "70000"], "port is 70000; allowed are 1 to 65535"),
+        (["--gateway-port", "0", "--gateway-host", "::"], "host :: lets others in"),
         (["--gateway-port", "0", "--tls-key", "k"], "--tls-certificate and --tls-key go together"),
-        (["--gateway-port", "TAKEN"], "Address already in use; choose another with --gateway-port"),
+        (["--gateway-port", "TAKEN"], "Address already in use; choose another"),
     ],
 )
 def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
@@ -195,20 +127,3 @@ def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
         flags = [flag.replace("TAKEN", port) for flag in flags]
         assert serve.main([str(tmp_path), "--engine", "triton", *flags]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_gateway_ends_with_its_parent() -> None:
-    port, nobody, _ = free_ports()
-    code = (
-        "from radapter_serve.gateway.run import start\n"
-        "from radapter_serve.gateway.settings import Settings\n"
-        f"settings = Settings(port={port}, server='127.0.0.1:{nobody}')\n"
-        "print(start(settings).pid, flush=True); input()"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as parent:
-        assert parent.stdout is not None
-        child = Path("/proc", parent.stdout.readline().decode().strip())
-        assert child.exists()
-        parent.kill()
-    until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text(), 60)

@@ -12,11 +12,10 @@ import pytest
 
 from radapter_serve.gateway.connections import MAX_HEADERS, network_of
 from radapter_serve.gateway.settings import Timeouts
-from tests.gateway.test_gateway import BODY, HEAD
+from tests.gateway.test_gateway import ALIVE, BODY, HEAD
 from tests.helpers.fake_upstream import Served, serving, until
 
 HOST = b"HTTP/1.1\r\nHost: localhost\r\n"
-ALIVE = b"GET /health/live " + HOST + b"\r\n"
 EMBED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 

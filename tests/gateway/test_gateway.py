@@ -28,10 +28,10 @@ from radapter_serve.release.release import TASKS
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import INFER, TEXT, FakeUpstream, Served, config, serving, until
-from tests.helpers.indexes import outdated_at
 
 BODY = json.dumps(TEXT).encode()
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\n" % INFER.encode()
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 IMAGE = {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["eA=="]}
 LOCAL = "localhost:8080"
 
@@ -191,7 +191,7 @@ def test_headers_and_bodies_that_are_refused() -> None:
         with served.connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3) as it:
             assert b"413" in heard(it)
     with (
-        serving(timeout=0.1, timeouts=Timeouts(discard=0.1)) as served,
+        serving(timeout=0.1, timeouts=Timeouts(idle=0.3)) as served,
         served.connection(HEAD + b"Content-Length: 10\r\n\r\nabc") as it,  # and no more comes
     ):
         assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
@@ -216,7 +216,7 @@ def test_failures_tell_nothing_of_the_server(
 
 def test_more_than_may_wait_is_refused_at_once() -> None:
     with (
-        serving(max_concurrent=2, max_queue=1, timeouts=Timeouts(index=0.05)) as served,
+        serving(max_concurrent=2, max_queue=1) as served,
         ThreadPoolExecutor(3) as pool,
     ):
         served.hold()
@@ -383,21 +383,3 @@ def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
     ):
         assert line in text
     assert "mallory" not in text
-
-
-def test_metrics_of_indexes_do_not_wait_for_a_storage() -> None:
-    name = 'fötos "写真" \\ 👩‍🔬'
-    with serving(timeouts=Timeouts(index=0.05)) as served:
-        url = f"{served.url}/metrics"
-        assert "radapter_index" not in served.metrics()
-        served.upstream.outdated = {name: True, "new": False}
-        known = outdated_at(url)
-        assert known == {name: 1, "new": 0}
-        served.upstream.outdated = {}
-        served.hold()
-        assert outdated_at(url) == known  # what was known last
-        served.let_go()
-        served.upstream.outdated = None
-        assert outdated_at(url) == known
-        served.upstream.outdated = {}
-        assert outdated_at(url) == {}

@@ -140,7 +140,7 @@ def text(message: str = "", **changes: Any) -> tuple[str, list[Any], str]:
         text(shape=[65, 1], data=["a"] * 65),
         # JSON
         ("embed_text", [1], ""),
-        text("'inputs.0.shape.0': Input should be greater than 0", shape=[0, 1]),
+        text("inputs.0.shape.0: Input should be greater than 0", shape=[0, 1]),
         *(text(shape=shape) for shape in ([-1, 1], [2**31, 1], [1.0, 1], [True, 1], "11", [1] * 9)),
         text("the input text has 2 values; the shape [1, 1] has 1", data=["a", "b"]),
         *(text(data=data) for data in ([], [1], [None], [{"a": 1}], [[["a"]]], "a")),

@@ -18,7 +18,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, Steps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
-from radapter_serve.gateway.run import GatewayServer, allow_files, listen
+from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
 from radapter_serve.tasks.embed import Labels
@@ -62,10 +62,12 @@ def main(
     if "orders" in extra:
         engines.TASKS = {**TASKS, "classify": ORDERS}  # type: ignore[attr-defined]
     settings = Settings(port=port, api_keys=keys, timeout=timeout)
-    with listen(settings) as listener, Engine.open(repository, indexes=indexes) as engine:
-        allow_files(settings.max_connections)
-        at_once = settings.max_concurrent
-        GatewayServer(settings, listener, lambda: InProcess(engine, at_once)).run()
+    at_once = settings.max_concurrent
+    with (
+        Engine.open(repository, indexes=indexes) as engine,
+        GatewayServer(settings, lambda: InProcess(engine, at_once)) as server,
+    ):
+        server.run()
 
 
 if __name__ == "__main__":

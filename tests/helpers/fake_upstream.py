@@ -20,7 +20,7 @@ import numpy as np
 import urllib3
 
 from radapter_client import Reply
-from radapter_serve.gateway import run
+from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import Entry, Inference, Model, Refused
 from radapter_serve.release.release import TASKS
@@ -70,7 +70,6 @@ class FakeUpstream:
         self.configs = {name: config(name) for name in TASKS}  # of the newest release
         self.older: dict[tuple[str, str], Model] = {}  # of others, by task and version
         self.outputs: dict[str, np.ndarray] | None = None  # of every answer
-        self.outdated: dict[str, bool] | None = {}  # indexes; None: their storage fails
 
     async def infer(self, asked: Inference, timeout: float, entry: Entry | None = None) -> Reply:
         self.asked.append(asked)
@@ -100,12 +99,6 @@ class FakeUpstream:
     async def ready(self, model: str, version: str = "") -> bool:
         return version in ("", "1")
 
-    async def outdated_indexes(self) -> dict[str, bool]:
-        await self.hold.wait()
-        if self.outdated is None:
-            raise OSError("the storage is gone")
-        return self.outdated
-
     async def close(self) -> None:
         pass
 
@@ -115,13 +108,12 @@ class Served:
 
     def __init__(
         self,
-        port: int,
-        server: run.GatewayServer,
+        server: GatewayServer,
         upstream: FakeUpstream,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = server.url
+        self.port = int(server.url.rpartition(":")[2])
         self.upstream = upstream
         self.connections = server._connections
         self.stop = server.stop
@@ -189,11 +181,9 @@ def serving(
         connected.append((upstream(), asyncio.get_running_loop()))
         return connected[0][0]
 
-    with run.listen(settings, timeouts=timeouts) as listener:
-        server = run.GatewayServer(settings, listener, connect, timeouts=timeouts)
-        with server.in_thread():
-            until(lambda: connected)
-            yield Served(listener.getsockname()[1], server, *connected[0])
+    with GatewayServer(settings, connect, timeouts) as server, server.in_thread():
+        until(lambda: connected)
+        yield Served(server, *connected[0])
 
 
 class BigAnswers(FakeUpstream):
@@ -213,9 +203,8 @@ def main(
     """
     timeouts = Timeouts(idle=patience, piece=patience)
     settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
-    with run.listen(settings, timeouts=timeouts) as listener:
-        run.allow_files(settings.max_connections)
-        run.GatewayServer(settings, listener, BigAnswers, timeouts=timeouts).run()
+    with GatewayServer(settings, BigAnswers, timeouts) as server:
+        server.run()
 
 
 if __name__ == "__main__":

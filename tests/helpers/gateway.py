@@ -1,12 +1,15 @@
-"""A gateway in this process, in front of a real tritonserver."""
+"""Gateways: in this process in front of a real tritonserver, or in a process alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from subprocess import DEVNULL, Popen
 from typing import Any
 
-from radapter_serve.gateway import run
+from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.triton_server import TritonServer
 
@@ -15,6 +18,15 @@ from radapter_serve.server.triton_server import TritonServer
 def gateway(server: TritonServer, **options: Any) -> Iterator[str]:
     """A gateway before a server; its URL."""
     settings = Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), **options)
-    scheme = "https" if settings.tls_certificate else "http"
-    with run.listen(settings) as listener, run.GatewayServer(settings, listener).in_thread():
-        yield f"{scheme}://localhost:{listener.getsockname()[1]}"
+    with GatewayServer(settings) as running, running.in_thread():
+        yield running.url.replace("127.0.0.1", "localhost")
+
+
+def start(settings: Settings) -> Popen[bytes]:
+    """A gateway in a process."""
+    command = [sys.executable, "-m", "radapter_serve.cli.gateway"]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            command += [f"--{field.name.replace('_', '-')}", str(value)]
+    return Popen(command, stdin=DEVNULL)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 
 from radapter_serve.encoders.loaded import LoadedRelease, Need, complete
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
@@ -58,18 +56,6 @@ def said(out: Path) -> dict[str, Any]:
 def say(out: Path, facts: dict[str, Any]) -> None:
     """Have it say something else."""
     (generation(out) / FACTS).write_text(json.dumps(facts))
-
-
-def outdated_at(url: str) -> dict[str, float]:
-    """What a server's metrics say of its indexes, by their names."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    return {
-        sample.labels["index"]: sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "radapter_index_outdated"
-    }
 
 
 def search_little(out: Path) -> None:

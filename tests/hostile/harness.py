@@ -25,7 +25,6 @@ import psutil
 
 from radapter_client._http import decode
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import CODES
 from radapter_serve.index.build import build
@@ -33,6 +32,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_upstream import until
+from tests.helpers.gateway import start
 from tests.helpers.small_release import TASKS, png, write_release
 from tests.hostile.asks import INDEX, KEY, good
 from tests.hostile.cases import BROKEN, REFUSED, Case, case

@@ -29,7 +29,7 @@ from radapter_serve.index import folder as generations
 from radapter_serve.index import writer
 from radapter_serve.index.build import add, build, verify
 from radapter_serve.index.facts import FACTS, build_command
-from radapter_serve.index.index import current, open_index, outdated
+from radapter_serve.index.index import current, open_index
 from tests.helpers.indexes import generation, said, say, search_little, write_facts
 from tests.helpers.projection import DIM, SIZE, TEXTS, Projection
 from tests.helpers.small_models import release as release_facts
@@ -582,25 +582,6 @@ def test_another_release_is_refused_with_the_command_that_rebuilds(photos: Path,
     assert add(out, same).kept == 12
     build(str(photos), out, other)
     assert add(out, other).kept == 12
-
-
-def test_indexes_of_another_release_are_outdated(tmp_path: Path) -> None:
-    release = FakeRelease().release
-    for name, digest in (("fötos", release.digest), ("of another", "sha256:elsewhere")):
-        write_facts(tmp_path / name, digest)
-    write_facts(tmp_path / ".fötos.building", release.digest)  # nobody can ask for it
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "index.json").write_text("{")
-    assert outdated(tmp_path, release) == {"fötos": False, "of another": True}
-    assert outdated(tmp_path / "missing", release) == {}
-    # A release that takes any alpha has that of the index.
-    any_alpha = dataclasses.replace(release, dynamic_alpha=True, alpha=0.9)
-    write_facts(tmp_path / "any" / "photos", any_alpha.at(0.5).digest)
-    assert outdated(tmp_path / "any", any_alpha) == {"photos": False}
-    facts = said(tmp_path / "any" / "photos")
-    facts["plan"]["release"]["alpha"] = 7.0  # no release has it
-    say(tmp_path / "any" / "photos", facts)
-    assert outdated(tmp_path / "any", any_alpha) == {"photos": True}
 
 
 KILLED = """
