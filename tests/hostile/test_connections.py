@@ -20,8 +20,8 @@ import pytest
 import trustme
 
 from radapter_serve.server.endpoints import free_ports
-from tests.gateway.test_connections import ALIVE, answer, answers
-from tests.gateway.test_gateway import HEAD
+from tests.gateway.test_connections import answer, answers
+from tests.gateway.test_gateway import ALIVE, HEAD
 from tests.helpers.fake_upstream import until
 from tests.hostile.harness import Caller, memory, open_files
 
