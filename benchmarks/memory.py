@@ -7,45 +7,98 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc.aio
+import psutil
 import tyro
-from common import CLASS_NAMES, RESULTS, Report, say
-from soak import GATEWAY, GRPC, HTTP, pids, resident, running, write
+import urllib3
+from common import CLASS_NAMES, RESULTS, Report, memory, say
 from tritonclient.grpc import service_pb2
 
 from radapter_client import Client
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.index.build import build
+from radapter_serve.server.endpoints import free_ports
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the requests are made as the tests make them
 
-from tests.helpers.small_release import png
+from tests.helpers.small_release import TASKS, photos_in, png, write_release
 from tests.hostile.asks import LABEL_SET, ask, pack
 from tests.hostile.images import png_of
 
 MIB = 2**20
+GRPC = "gRPC"
+HTTP = "HTTP"
+GATEWAY = "gateway"
 END = b"\r\n\r\n"  # of headers
 WAIT = 300  # seconds for an answer, after which a request counts as a TimeoutError
 PIECE = 2**17  # bytes that a caller hands over at once
 GRPC_CALLERS = 100  # connections over gRPC; its messages take turns on one
 
 
-def own(pid: int) -> float:
-    """MiB of memory that a process shares with no other."""
-    lines = re.findall(r"Private_\w+:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
-    return sum(map(int, lines)) / 1024
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[tuple[list[int], dict[str, str]]]:
+    """radapter-serve of a tiny release with an index, and radapter-gateway; the numbers of their
+    processes, and a URL for each way in.
+    """
+    write_release(folder / "repository", 1, seed=1, tasks=(*TASKS, "retrieve"))
+    indexes = folder / "indexes"
+    build(photos_in(folder / "photos"), indexes / "photos", load_release(folder / "repository"))
+    http, grpc, metrics = free_ports()
+    gateway = free_ports()[0]
+    serve = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    commands = [
+        ["serve", str(folder / "repository"), *serve, "--indexes", str(indexes)],
+        ["gateway", "--port", str(gateway), "--server", f"127.0.0.1:{grpc}"],
+    ]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for name, *arguments in commands:
+            command = [sys.executable, "-m", f"radapter_serve.cli.{name}", *arguments]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            processes.append(process)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        ways = {GRPC: f"grpc://127.0.0.1:{grpc}", HTTP: f"http://127.0.0.1:{http}"}
+        ways[GATEWAY] = f"http://127.0.0.1:{gateway}"
+        retries = urllib3.Retry(40, backoff_factor=1, backoff_max=5, status_forcelist=[503])
+        urllib3.request("GET", f"{ways[GATEWAY]}/health/ready", retries=retries, timeout=10)
+        yield [process.pid for process in processes], ways
+
+
+def pids(parents: list[int]) -> dict[str, int]:
+    """The numbers of all processes, by what people call them."""
+    numbers = dict(zip(("radapter-serve", "radapter-gateway"), parents, strict=True))
+    models: Counter[str] = Counter()
+    for server in psutil.Process(parents[0]).children():
+        numbers["tritonserver"] = server.pid
+        for process in server.children():
+            if model := re.search(r"/([^/]+)/\d+/model\.py$", process.cmdline()[1]):
+                models[model[1]] += 1
+                numbers[f"{model[1]}, process {models[model[1]]}"] = process.pid
+    return numbers
+
+
+def resident(pid: int, field: str = "VmRSS") -> float:
+    """MiB of memory of a process, now or at its peak (`VmHWM`)."""
+    return memory(field, pid) / MIB
 
 
 def at_rest(parents: list[int]) -> dict[str, tuple[float, float]]:
     """MiB of each process: all of it, and what it shares with no other."""
-    return {name: (resident(pid), own(pid)) for name, pid in pids(parents).items()}
+    return {
+        name: (resident(pid), psutil.Process(pid).memory_full_info().uss / MIB)
+        for name, pid in pids(parents).items()
+    }
 
 
 def work(url: str) -> None:
@@ -175,7 +228,6 @@ def main(
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(folder)
         say("starting the server and the gateway")
         with running(folder) as (parents, ways):
             first = at_rest(parents)

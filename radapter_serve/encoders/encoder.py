@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
-from radapter_serve.release.agreement import Samples, Tolerance, compare
-from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
 ENCODER = "_encoder"  # how the names of the steps end that are calls of an encoder
@@ -48,7 +46,7 @@ class GraphEncoder:
     """
 
     def __init__(self, graphs: Mapping[str, EncoderGraph]) -> None:
-        self._graphs = graphs
+        self.graphs = graphs
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         return self._encode("image_encoder", pixels, alpha)
@@ -62,31 +60,8 @@ class GraphEncoder:
     def close(self) -> None:
         """The graphs go with their last user."""
 
-    def check_agreement(
-        self,
-        repository: Path,
-        release: Release,
-        say: Callable[[str], None] = lambda line: None,
-        *,
-        without: Collection[str] = (),
-    ) -> None:
-        """Compare the graphs with torch's embeddings of the export; raises a `RAdapterError` where
-        one differs by more than was allowed then.
-
-        `say` is called with a short line before each; those in `without` have been compared.
-        """
-        agreement = release.agreement
-        bounds = Tolerance(float(agreement["tolerance"]), float(agreement["min_cosine"]))
-        for name, graph in self._graphs.items():
-            if name in without:
-                continue
-            named = f"{name} of release {release.version}"
-            say(f"comparing {named} with torch's embeddings")
-            samples = Samples.load(repository / name / str(release.version))
-            compare(named, graph, samples, bounds)
-
     def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
-        graph = self._graphs[name]
+        graph = self.graphs[name]
         try:
             with step(name):
                 return graph(rows) if alpha is None else graph(rows, alpha)

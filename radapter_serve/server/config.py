@@ -9,7 +9,7 @@ from pathlib import Path
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import total
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.repository import AUTO, RUNTIMES, Served
+from radapter_serve.release.repository import AUTO, RUNTIMES
 from radapter_serve.server.endpoints import Endpoints
 
 MAX_INSTANCES = 64
@@ -23,8 +23,6 @@ class ServerConfig:
     Args:
         model_repository: folder that radapter-export has filled.
         endpoints: where the server listens.
-        releases: numbers of the releases to serve; None serves those of `served.json`, or those of
-            the newest export.
         indexes: folder of the indexes for `retrieve`; it need not exist yet.
         runtime: runs the encoders, once its embeddings have been compared with torch's:
             onnxruntime, openvino or tensorrt. "auto" takes the one that is usually fastest on this
@@ -38,8 +36,8 @@ class ServerConfig:
             longest are refused.
         timeout: seconds to wait until every model answers.
         drain_seconds: seconds that running calls may take when the server is stopped.
-        log: file for the server's messages; None keeps them only for the report of a failure.
-        verbose: let the server write its messages to this process's stderr instead.
+        verbose: let the server write its messages to this process's stderr, in place of a file
+            from which the reason of a failure is read.
 
     Raises:
         RAdapterError: an unknown runtime or task, or a number that is not allowed.
@@ -47,7 +45,6 @@ class ServerConfig:
 
     model_repository: Path
     endpoints: Endpoints = field(default_factory=Endpoints)
-    releases: Sequence[int] | None = None
     indexes: Path = Path("indexes")
     runtime: str | None = None
     threads: int | None = None
@@ -55,7 +52,6 @@ class ServerConfig:
     max_waiting: int = MAX_WAITING
     timeout: float = 120.0
     drain_seconds: int = 10
-    log: Path | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -78,12 +74,6 @@ class ServerConfig:
                 flag = name.replace("_", "-")
                 raise RAdapterError(f"--{flag} is {number}; allowed are 1 and more")
         self.instance_counts()
-
-    def wanted(self) -> Served:
-        """The releases that a server begins with."""
-        if self.releases is None:
-            return Served.load(self.model_repository)
-        return Served(tuple(sorted(self.releases)))
 
     @property
     def encoder_threads(self) -> int:

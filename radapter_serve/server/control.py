@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+import urllib3
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.process import SYSTEM, Clock
@@ -23,9 +23,14 @@ from radapter_serve.server.launch import SECRET_HEADER
 from radapter_serve.server.models import ModelEntry
 from radapter_serve.tasks.table import PROBES, Tensors
 
+if TYPE_CHECKING:
+    from radapter_serve.server.triton_server import TritonServer
+
 LOAD_TIMEOUT_SECONDS = 300.0
 DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer their calls; longer than the longest request
 _POLL_SECONDS = 0.2
+# Statuses of a task that works: a refusal, also of a caller too many, is an answer.
+_WORKS = (200, 400, 429, 503, 504)
 
 
 class NoAnswer(RAdapterError):
@@ -41,10 +46,10 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """Reason of a refusal; empty if there is none."""
-        if self.status == 200 or not isinstance(self.body, dict):
-            return ""
-        return str(self.body.get("error", self.body))
+        """Reason of a refusal, without the traceback of a model."""
+        if isinstance(self.body, dict):
+            return str(self.body.get("error", self.body)).partition("\n")[0]
+        return f"status {self.status}"
 
 
 class Control:
@@ -52,7 +57,10 @@ class Control:
 
     def __init__(self, url: str, secret: str) -> None:
         self.url = url
-        self._headers = {"Content-Type": "application/json", SECRET_HEADER: secret}
+        # A model's process inherits the connections that are open when it starts: they would stay
+        # open, and silent, after the server has died.
+        headers = {SECRET_HEADER: secret, "Connection": "close"}
+        self._http = urllib3.PoolManager(retries=False, headers=headers)
 
     def index(self, *, ready: bool = False) -> list[dict[str, Any]]:
         """Versions of models, or those that are ready: name, version, state, reason."""
@@ -93,43 +101,35 @@ class Control:
         """Post JSON to a path below /v2, or get it if `body` is None; raise `NoAnswer` if nothing
         comes within `timeout` seconds.
         """
-        address = self.url.removeprefix("http://")
         method = "GET" if body is None else "POST"
-        data = None if body is None else json.dumps(body).encode()
+        url = f"{self.url}/v2/{path}".rstrip("/")
         try:
-            connection = http.client.HTTPConnection(address, timeout=timeout)
-            with contextlib.closing(connection):
-                connection.request(method, f"/v2/{path}".rstrip("/"), data, self._headers)
-                response = connection.getresponse()
-                text = response.read()
-        except (OSError, http.client.HTTPException) as error:
+            response = self._http.request(method, url, json=body, timeout=timeout)
+        except urllib3.exceptions.HTTPError as error:
             raise NoAnswer(f"{self.url}: no answer ({reason(error)})") from error
         try:
-            return Answer(response.status, json.loads(text))
+            return Answer(response.status, response.json())
         except ValueError:
-            return Answer(response.status, {})
+            return Answer(response.status, None)
 
     def _need(self, path: str, body: Mapping[str, Any], *, timeout: float = 10.0) -> Any:
         answer = self.ask(path, body, timeout=timeout)
         if answer.status != 200:
-            raise RAdapterError(f"{self.url}: {answer.error or answer.status}")
+            raise RAdapterError(f"{self.url}: {answer.error}")
         return answer.body
 
 
 def in_json(tensors: Tensors) -> list[dict[str, Any]]:
     """Inputs of a request, texts and encoded images, for its JSON body."""
-    return [
-        {
-            "name": name,
-            "shape": list(array.shape),
-            "datatype": "BYTES",
-            "data": [
-                base64.b64encode(value).decode() if name == "image" else value.decode()
-                for value in array.ravel()
-            ],
-        }
-        for name, array in tensors.items()
-    ]
+    inputs = []
+    for name, array in tensors.items():
+        values = [
+            base64.b64encode(value).decode() if name == "image" else value.decode()
+            for value in array.ravel()
+        ]
+        shape = list(array.shape)
+        inputs.append({"name": name, "shape": shape, "datatype": "BYTES", "data": values})
+    return inputs
 
 
 def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
@@ -146,19 +146,8 @@ def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: floa
                     f"{model} version {version} did not answer within {timeout:g} s; allow more"
                     " with --timeout"
                 ) from None
-            if answer.status not in (200, 400):  # a refusal comes from a task that works
+            if answer.status not in _WORKS:
                 raise RAdapterError(f"{model} version {version} fails: {answer.error}")
-
-
-class Server(Protocol):
-    """The part of a `TritonServer` that a switch needs."""
-
-    control: Control
-    offered: dict[str, ModelEntry]
-
-    def put(self, name: str, model: ModelEntry | None) -> None: ...
-
-    def refresh(self) -> None: ...
 
 
 def check_side_by_side(old: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -> None:
@@ -168,39 +157,39 @@ def check_side_by_side(old: Mapping[str, ModelEntry], new: Mapping[str, ModelEnt
             continue
         served = parsed(old[name].config)
         wanted = parsed(new[name].config)
-        differences = [
-            f"its {field} is {getattr(served, field)!r} and not {getattr(wanted, field)!r}"
-            for field in ("backend", "default_model_filename", "max_batch_size")
-            if getattr(served, field) != getattr(wanted, field)
-        ]
-        differences += [
-            f"its {kind}s have other shapes or types"
-            for kind in ("input", "output")
-            if list(getattr(served, kind)) != list(getattr(wanted, kind))
-        ]
-        if differences:
+        for field in ("backend", "default_model_filename", "max_batch_size", "input", "output"):
+            before = getattr(served, field)
+            after = getattr(wanted, field)
+            if before == after:
+                continue
+            difference = f"its {field} is {before!r} and not {after!r}"
+            if field in ("input", "output"):
+                difference = f"its {field}s have other shapes or types"
             raise RAdapterError(
-                f"{name} cannot be loaded next to the one that is served: {differences[0]}; stop"
-                " the server, give this command again, and start the server"
+                f"{name} cannot be loaded next to the one that is served: {difference}; stop the"
+                " server, give this command again, and start the server"
             )
 
 
 def switch(
-    server: Server,
+    server: TritonServer,
     new: Mapping[str, ModelEntry],
+    check: Callable[[], None],
     say: Callable[[str], None],
     clock: Clock = SYSTEM,
 ) -> None:
     """Serve the models of other releases in the place of those that a server offers, so that no
     caller notices; `say` takes a line before each step.
 
-    1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call.
+    1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call,
+       and `check` raises a `RAdapterError` if they compute something else than torch.
     2. Tasks: each loads its new version, and goes over to it in one step when it is ready. From
        here on the new release answers new calls; the old one answers the calls that it has begun.
+       Each new task is asked once.
     3. Once the old tasks have answered, their encoders are unloaded.
 
-    If a model does not load in 1 or 2, the steps are undone, the last one first, and a
-    `RAdapterError` says why.
+    If something fails in 1 or 2, the steps are undone, the last one first, and a `RAdapterError`
+    says why.
     """
     old = dict(server.offered)
     encoders = [name for name in new if name in ENCODERS]
@@ -217,20 +206,25 @@ def switch(
             both = old[name].at({*old[name].versions, *new[name].versions})
         steps.append({name: both})
     steps.append({name: new[name] for name in tasks})
-    for number, models in enumerate(steps, 1):
-        say(f"loading {', '.join(models)}")
-        try:
+    taken: list[dict[str, ModelEntry]] = []
+    try:
+        for models in steps:
+            if models is steps[-1]:
+                check()
+            say(f"loading {', '.join(models)}")
+            taken.append(models)
             _load(server, models)
-        except (RAdapterError, OSError) as error:
-            # Undo the steps. A server that died is restarted from its folder, so each of them is
-            # undone there, whatever Triton answers.
-            for step in reversed(steps[:number]):
-                say(f"undoing: loading {', '.join(step)}")
-                if step is not steps[-1]:
-                    _drain(server, tasks, clock)
-                before = {name: old.get(name) for name in step if old.get(name) != step[name]}
-                _try_to_load(server, before)
-            raise RAdapterError(str(error)) from error
+        warm_up(server.control, {name: new[name].versions for name in tasks}, LOAD_TIMEOUT_SECONDS)
+    except (RAdapterError, OSError) as error:
+        # Undo the steps. A server that died is restarted from its folder, so each of them is undone
+        # there, whatever Triton answers.
+        for models in reversed(taken):
+            say(f"undoing: loading {', '.join(models)}")
+            if models is not steps[-1]:
+                _drain(server, tasks, clock)
+            before = {name: old.get(name) for name in models if old.get(name) != models[name]}
+            _try_to_load(server, before)
+        raise RAdapterError(str(error)) from error
 
     # Unload what is no longer needed.
     if gone_tasks:
@@ -245,7 +239,7 @@ def switch(
         _try_to_load(server, {name: model})
 
 
-def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
+def _load(server: TritonServer, models: Mapping[str, ModelEntry | None]) -> None:
     """Load models at once; None unloads one."""
     # The folder first, so that a restart needs no more.
     for name, model in models.items():
@@ -270,12 +264,12 @@ def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
         server.refresh()
 
 
-def _try_to_load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
+def _try_to_load(server: TritonServer, models: Mapping[str, ModelEntry | None]) -> None:
     with contextlib.suppress(RAdapterError, OSError):
         _load(server, models)
 
 
-def _drain(server: Server, tasks: Collection[str], clock: Clock) -> None:
+def _drain(server: TritonServer, tasks: Collection[str], clock: Clock) -> None:
     """Wait until the old versions of tasks have answered their calls."""
     deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
     with contextlib.suppress(RAdapterError):  # a server that died has no calls

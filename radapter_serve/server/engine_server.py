@@ -10,12 +10,13 @@ from radapter_serve.encoders.encoder import GraphEncoder
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.repository import RUNTIMES, Served, format_list
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
-from radapter_serve.server.models import check_repository, configure
-from radapter_serve.server.releases import ReleaseServer, Say, State
+from radapter_serve.server.models import check_agreement, check_repository, configure
+from radapter_serve.server.releases import ReleaseServer, Say
 
 
 class EngineServer(ReleaseServer):
@@ -34,7 +35,7 @@ class EngineServer(ReleaseServer):
         """Load the releases, and ask each of their tasks once."""
         repository = self.config.model_repository
         check_repository(repository)
-        served = self.config.wanted()
+        served = Served.load(repository)
         for number in served.releases:
             verify(repository, number, progress)
         self.engine = Engine([], max_waiting=self.config.max_waiting)
@@ -42,12 +43,10 @@ class EngineServer(ReleaseServer):
         self.served = served
         self.folder = self._stack.enter_context(server_folder())
         self._stack.callback(self.engine.close)
-        self.state = State.READY
         return self
 
     def stop(self) -> None:
         """Let go of everything."""
-        self.state = State.STOPPED
         self._stack.close()
 
     def _take_over(self, wanted: Served, say: Say) -> None:
@@ -59,10 +58,9 @@ class EngineServer(ReleaseServer):
             if number in self._releases:
                 releases[number] = self._releases[number]
                 continue
-            configured = configure(
+            runtime, _ = configure(  # the same for all releases
                 config.model_repository, [number], runtime, config.encoder_threads, RUNTIMES, say
             )
-            runtime = configured.runtime  # the same for all releases
             say(f"loading release {number}")
             loaded = load_release(
                 config.model_repository,
@@ -72,9 +70,9 @@ class EngineServer(ReleaseServer):
                 threads=config.encoder_threads,
             )
             assert isinstance(loaded.encoder, GraphEncoder)
-            loaded.encoder.check_agreement(
-                config.model_repository, loaded.release, say, without=configured.checked
-            )
+            for encoder in encoders_of(config.model_repository, [number]):
+                say(f"comparing {encoder.name} of release {number} with torch's embeddings")
+                check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])
             releases[number] = loaded
         say(f"asking the tasks of release {format_list(wanted.releases)}")
         try:

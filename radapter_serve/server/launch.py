@@ -60,7 +60,6 @@ class Installation:
 
     binary: Path
     backends: dict[str, Path]  # folders by name; ours where the server lacks one
-    caches: Path | None = None  # folder of response caches
     libraries: tuple[Path, ...] = ()  # folders for LD_LIBRARY_PATH
     stub: Path | None = None  # runs Python models, if it is not with the Python backend
 
@@ -84,11 +83,6 @@ def find_tritonserver() -> Installation:
         raise RAdapterError(
             f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy"
             f" 2; {_advice()}"
-        )
-    if sys.version_info >= (3, 13):
-        raise RAdapterError(
-            f"this is {_python()}, for which there is no numpy below 2, as Triton needs;"
-            f" {_advice()}"
         )
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
@@ -118,7 +112,6 @@ def find_tritonserver() -> Installation:
     return Installation(
         server / "bin" / "tritonserver",
         {"python": server / "backends" / "python", **OUR_BACKENDS},
-        server / "caches",
         (package.parent / "nvidia_pytriton.libs", libdir),
         stub,
     )
@@ -265,8 +258,6 @@ def command_line(
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
         *(f"--load-model={model}" for model in models),
     ]
-    if installation.caches:
-        arguments.append(f"--cache-directory={installation.caches}")
     if otlp_endpoint() is not None:
         arguments += [f"--trace-config={setting}" for setting in _TRACING]
     return ending_with_parent(arguments)

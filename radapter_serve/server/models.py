@@ -8,12 +8,13 @@ import functools
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.contract.errors import Encode
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.plans import check_plan
 from radapter_serve.encoders.tensorrt import find_gpu
@@ -82,15 +83,6 @@ def check_repository(repository: Path) -> None:
         )
 
 
-@dataclass
-class Configured:
-    """The encoders of a repository as this machine is to serve them."""
-
-    runtime: str | None  # of all of them; None if each has that of its export
-    configs: dict[str, str] = field(default_factory=dict)  # runtime and threads of each, by name
-    checked: set[str] = field(default_factory=set)  # encoders that were compared with torch
-
-
 def configure(
     repository: Path,
     releases: Sequence[int],
@@ -98,8 +90,9 @@ def configure(
     threads: int,
     backends: Collection[str],
     progress: Callable[[str], None],
-) -> Configured:
-    """Choose the runtime of each encoder, and check that it computes what torch computed.
+) -> tuple[str | None, dict[str, str]]:
+    """Choose the runtime of all encoders, None if each has that of its export, and check that it
+    computes what torch computed; returns it and the text of each encoder's config.
 
     Without `releases` the configs say which are served; without `runtime`, by what. `backends` are
     those of the server, and the instances of an encoder share the `threads`.
@@ -110,9 +103,9 @@ def configure(
             f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
         )
 
-    def by(runtime: str | None, *, check: bool) -> Configured:
+    def by(runtime: str | None, *, check: bool) -> tuple[str | None, dict[str, str]]:
         """The encoders by one runtime, or by those of their export; `check` compares them all."""
-        configured = Configured(runtime)
+        configs = {}
         for encoder in encoders:
             chosen = runtime or encoder.runtime
             if chosen not in backends:
@@ -124,22 +117,24 @@ def configure(
             # where texts are, too, so many threads cost no more than they do one encoder alone
             # (benchmarks/README.md).
             per_instance = max(1, threads // encoder.instances)
-            files = [encoder.file(version, chosen) for version in encoder.versions]
-            if chosen == TENSORRT:
-                for file in files:
+            for version in encoder.versions:
+                file = encoder.file(version, chosen)
+                if chosen == TENSORRT:
                     check_plan(file.parent)
             if check or chosen != encoder.runtime:
                 progress(f"checking {encoder.name} by {chosen}")
                 try:
-                    check_agreement(encoder, chosen, per_instance)
+                    for version in encoder.versions:
+                        graph = load_as_triton(encoder, version, chosen, per_instance)
+                        how = f", run by {chosen} on this machine,"
+                        check_agreement(encoder, version, graph, how)
                 except RAdapterError as error:
                     raise RAdapterError(
                         f"{error}; leave --runtime out ({encoder.name} was exported for"
                         f" {encoder.runtime}), or export for it: radapter-export --runtime {chosen}"
                     ) from error
-                configured.checked.add(encoder.name)
-            configured.configs[encoder.name] = encoder.configured(chosen, per_instance)
-        return configured
+            configs[encoder.name] = encoder.configured(chosen, per_instance)
+        return runtime, configs
 
     if runtime != AUTO:
         return by(runtime, check=False)
@@ -161,33 +156,34 @@ def configure(
     raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")
 
 
-def check_agreement(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> float:
-    """Largest 1 − cosine between a runtime's embeddings and torch's, over all samples of all
-    served versions; raises an error if it is more than was allowed at export.
+def load_as_triton(
+    encoder: ServedEncoder, version: int, runtime: str, threads: int
+) -> EncoderGraph:
+    """An encoder in this process where Triton places it: ONNX Runtime on a GPU if there is one,
+    unless the config says KIND_CPU.
     """
-    # Where Triton will place ONNX Runtime: on a GPU if there is one, unless the config says
-    # KIND_CPU.
     kinds = {group.kind for group in encoder.config.instance_group}
     on_cpu = runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
-    device = None if runtime == "openvino" or on_cpu else _gpu()
-    distance = 0.0
-    for version in encoder.versions:
-        name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
-        graph = EncoderGraph(
-            encoder.file(version, runtime),
-            runtime,
-            precision=encoder.facts.precision,
-            threads=threads,
-            device=device,
+    return EncoderGraph(
+        encoder.file(version, runtime),
+        runtime,
+        precision=encoder.facts.precision,
+        threads=threads,
+        device=None if runtime == "openvino" or on_cpu else _gpu(),
+    )
+
+
+def check_agreement(encoder: ServedEncoder, version: int, encode: Encode, how: str = "") -> None:
+    """Compare an encoder of a release, as a function, with torch's embeddings of its export; raises
+    an error if it differs by more than was allowed then. `how` says what runs it.
+    """
+    name = f"{encoder.name} of release {version}{how}"
+    agreement = compare(name, encode, Samples.load(encoder.folder / str(version)), None)
+    if not agreement.within(encoder.bounds):
+        raise RAdapterError(
+            f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
+            f"{1 - agreement.min_cosine:.1e}), and {encoder.bounds} is allowed"
         )
-        agreement = compare(name, graph, Samples.load(encoder.folder / str(version)), None)
-        if not agreement.within(encoder.bounds):
-            raise RAdapterError(
-                f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
-                f"{1 - agreement.min_cosine:.1e}), and {encoder.bounds} is allowed"
-            )
-        distance = max(distance, 1 - agreement.min_cosine)
-    return distance
 
 
 def _gpu() -> int | None:

@@ -18,7 +18,6 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +34,13 @@ READ_TIMEOUT_SECONDS = 5.0  # to wait for a request
 Say = Callable[[str], None]
 
 
-class State(Enum):
-    """The state of a server."""
-
-    STOPPED = "stopped"
-    STARTING = "starting"
-    READY = "ready"
-    SWITCHING = "changing its releases"
-    STOPPING = "stopping"
-
-
 class ReleaseServer(ABC):
-    """Serves releases of a model repository; `load` and `rollback` serve others.
-
-    `lock` guards `state`, the processes and the folder.
-    """
+    """Serves releases of a model repository; `load` and `rollback` serve others."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.served = Served(())
-        self.state = State.STOPPED
-        self.lock = threading.RLock()
+        self._changing = threading.Lock()
 
     @abstractmethod
     def _take_over(self, wanted: Served, say: Say) -> None:
@@ -94,12 +79,10 @@ class ReleaseServer(ABC):
         named = format_list(wanted.releases)
         if wanted.releases == self.served.releases:
             return f"release {named} is served already"
-        with self.lock:
-            if self.state != State.READY:
-                raise RAdapterError(
-                    f"the server is {self.state.value} already; wait for it: radapter-release list"
-                )
-            self.state = State.SWITCHING
+        if not self._changing.acquire(blocking=False):
+            raise RAdapterError(
+                "the server changes its releases already; wait for it: radapter-release list"
+            )
         try:
             check(repository, wanted.releases, say)
             self._take_over(wanted, say)
@@ -108,9 +91,7 @@ class ReleaseServer(ABC):
             still = f"release {format_list(self.served.releases)} is served as before"
             raise RAdapterError(f"release {named} was not loaded, and {still}: {error}") from error
         finally:
-            with self.lock:
-                if self.state == State.SWITCHING:
-                    self.state = State.READY
+            self._changing.release()
         try:
             wanted.save(repository)
         except OSError as error:

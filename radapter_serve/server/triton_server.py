@@ -8,6 +8,8 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,22 +17,21 @@ from typing import Any, Literal
 import numpy as np
 import tritonclient.grpc
 from numpy.typing import NDArray
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from radapter_serve.contract.errors import Encode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
-from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.config import check, encoders_of
-from radapter_serve.release.repository import Served, format_list
+from radapter_serve.release.config import ServedEncoder, check, encoders_of
+from radapter_serve.release.repository import Served
 from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
-from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.launch import Installation, find_tritonserver
 from radapter_serve.server.models import (
     ModelEntry,
+    check_agreement,
     check_repository,
     check_shared_memory,
     configure,
@@ -38,11 +39,15 @@ from radapter_serve.server.models import (
     plan_models,
     processes_of,
 )
-from radapter_serve.server.releases import ReleaseServer, Say, State
-from radapter_serve.server.watch import SERVER, Failure, Watch
+from radapter_serve.server.releases import ReleaseServer, Say
+from radapter_serve.server.supervisor import SERVER, Failure, Watch
 from radapter_serve.triton.backlog import Backlog
 
+_LOG = "server.log"  # of a server, in its folder
 _READY_POLL_SECONDS = 0.05
+# To ask an encoder that is overloaded.
+_MAX_ATTEMPTS = 20
+_PAUSE_SECONDS = 0.5
 
 
 class TritonServer(ReleaseServer):
@@ -59,7 +64,6 @@ class TritonServer(ReleaseServer):
         clock: tells the time and waits.
 
     Attributes:
-        config: as given.
         control: asks Triton itself, while it runs.
         served: the releases that it serves, and those before them.
         models: the models that are loaded, and their versions.
@@ -79,6 +83,7 @@ class TritonServer(ReleaseServer):
         clock: Clock = SYSTEM,
     ) -> None:
         super().__init__(config)
+        self.lock = threading.RLock()  # guards the process and the folder
         self.models: Mapping[str, list[int]] = {}
         self.runtime = config.runtime
         self.warning: str | None = None
@@ -130,12 +135,11 @@ class TritonServer(ReleaseServer):
         Args:
             progress: called with a short line before each step that takes long.
         """
-        self.state = State.STARTING
         repository = self.config.model_repository
         try:
             check_repository(repository)
             self.config.endpoints.check_ports()
-            served = self.config.wanted()
+            served = Served.load(repository)
             check(repository, served.releases, progress)
             if self._installation is None:
                 self._installation = find_tritonserver()
@@ -150,17 +154,13 @@ class TritonServer(ReleaseServer):
             self.stop()
             raise
         self.served = served
-        self.state = State.READY
         return self
 
     def restart(self) -> None:
         """Start tritonserver again with the same models, in whatever state it is."""
         with self.lock:
-            before = self.state
-            self.state = State.STARTING
             self._end_process(grace_seconds=0)
             self._run("ab")
-            self.state = State.SWITCHING if before == State.SWITCHING else State.READY
 
     def reload(self, model: str) -> None:
         """Start the processes of a model again; the calls that they had begun fail, and the other
@@ -225,13 +225,11 @@ class TritonServer(ReleaseServer):
         """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the
         model repository.
         """
-        self.state = State.STOPPING
         # A second Ctrl-C must not cut this short.
         with handled(signal.SIG_IGN, signal.SIGINT, *STOPPING):
             self._end_process(grace_seconds=self.config.drain_seconds + 5)
             self._stack.close()
             self._folder = None
-        self.state = State.STOPPED
 
     def __enter__(self) -> TritonServer:
         return self.start()
@@ -242,9 +240,9 @@ class TritonServer(ReleaseServer):
     def _take_over(self, wanted: Served, say: Say) -> None:
         models = self._plan(wanted.releases, say)
         check_side_by_side(self.offered, models)
-        self._try(wanted.releases, say)
+        new = [version for version in wanted.releases if version not in self.served.releases]
         with self.lock:
-            switch(self, models, say)
+            switch(self, models, lambda: self._compare(new, say), say, self._clock)
 
     def _plan(
         self, releases: Sequence[int], progress: Say, *, others: bool = False
@@ -252,45 +250,24 @@ class TritonServer(ReleaseServer):
         """Models of releases, and `others` of the repository, as this machine is to load them."""
         assert self._installation is not None
         repository = self.config.model_repository
-        configured = configure(
-            repository,
-            releases,
-            self.runtime,
-            self.config.encoder_threads,
-            self._installation.backends,
-            progress,
+        backends = self._installation.backends
+        threads = self.config.encoder_threads
+        self.runtime, encoders = configure(
+            repository, releases, self.runtime, threads, backends, progress
         )
-        self.runtime = configured.runtime
-        models = other_models(repository, configured.configs) if others else {}
-        models |= plan_models(repository, releases, configured.configs)
+        models = other_models(repository, encoders) if others else {}
+        models |= plan_models(repository, releases, encoders)
         counts = self.config.instance_counts()
         return {name: model.with_instances(counts.get(name)) for name, model in models.items()}
 
-    def _try(self, releases: Sequence[int], say: Say) -> None:
-        """Load releases in a second server that only this machine reaches, which asks each of
-        their tasks, and compare their encoders with torch's samples.
-        """
-        repository = self.config.model_repository
-        config = ServerConfig(
-            repository,
-            Endpoints.on_free_ports(),
-            releases=releases,
-            indexes=Path(os.devnull),  # there are none
-            runtime=self.runtime,
-            threads=self.config.threads,
-        )
-        say(f"trying release {format_list(releases)} next to the running one")
-        with TritonServer(config, installation=self._installation) as second:
-            address = second.grpc_url.removeprefix("grpc://")
-            with tritonclient.grpc.InferenceServerClient(address) as client:
-                for encoder in encoders_of(repository, releases):
-                    inputs = [tensor.name for tensor in encoder.config.input]
-                    for version in encoder.versions:
-                        name = f"{encoder.name} of release {version}"
-                        say(f"comparing {name} with torch's embeddings")
-                        samples = Samples.load(encoder.folder / str(version))
-                        encode = _encode(client, encoder.name, version, inputs)
-                        compare(name, encode, samples, encoder.bounds)
+    def _compare(self, releases: Sequence[int], say: Say) -> None:
+        """Compare the loaded encoders of releases with torch's embeddings."""
+        address = self.grpc_url.removeprefix("grpc://")
+        with tritonclient.grpc.InferenceServerClient(address) as client:
+            for encoder in encoders_of(self.config.model_repository, releases) if releases else ():
+                for version in encoder.versions:
+                    say(f"comparing {encoder.name} of release {version} with torch's embeddings")
+                    check_agreement(encoder, version, _encode(client, encoder, version))
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
         """Start the process, and wait until all tasks have answered; `mode` begins its log or adds
@@ -348,12 +325,8 @@ class TritonServer(ReleaseServer):
         with contextlib.ExitStack() as stack:
             output = None  # this process's stderr
             if not config.verbose:
-                try:
-                    output = stack.enter_context(self._log.open(mode))
-                except OSError as error:
-                    raise RAdapterError(
-                        f"cannot write the log {self._log}: {error.strerror}"
-                    ) from None
+                with disk_errors(folder, launch.DISK_ADVICE):
+                    output = stack.enter_context((folder / _LOG).open(mode))
             self._process = subprocess.Popen(
                 command,
                 env=launch.server_environment(folder, self._installation, config),
@@ -383,31 +356,34 @@ class TritonServer(ReleaseServer):
         if self._folder is not None:
             launch.hide_shared_memory(self._folder)
 
-    @property
-    def _log(self) -> Path:
-        return self.config.log or self.folder / "server.log"
-
     def _reason(self) -> str:
         """Why the server failed, and where to read the rest."""
-        if self.config.verbose or not self._log.exists():
+        if self.config.verbose:
             return "its messages above say why"
-        where = self.config.log or "radapter-serve --verbose"
-        log = self._log.read_text(encoding="utf-8", errors="replace")
-        return f"{launch.reason(log)}; all its messages: {where}"
+        log = (self.folder / _LOG).read_text(encoding="utf-8", errors="replace")
+        return f"{launch.reason(log)}; all its messages: radapter-serve --verbose"
 
 
 def _encode(
-    client: tritonclient.grpc.InferenceServerClient, model: str, version: int, inputs: list[str]
+    client: tritonclient.grpc.InferenceServerClient, encoder: ServedEncoder, version: int
 ) -> Encode:
     """An encoder of a server as a function of arrays."""
 
     def encode(*arrays: NDArray[Any]) -> NDArray[np.float32]:
         tensors = []
-        for name, array in zip(inputs, arrays, strict=True):
+        for named, array in zip(encoder.config.input, arrays, strict=True):
             dtype = np_to_triton_dtype(array.dtype)
-            tensor = tritonclient.grpc.InferInput(name, list(array.shape), dtype)
+            tensor = tritonclient.grpc.InferInput(named.name, list(array.shape), dtype)
             tensors.append(tensor.set_data_from_numpy(array))
-        reply = client.infer(model, tensors, str(version), client_timeout=120.0)
+        for attempt in range(_MAX_ATTEMPTS):
+            try:
+                reply = client.infer(encoder.name, tensors, str(version), client_timeout=120.0)
+                break
+            except InferenceServerException as error:
+                # Callers of the served release may take all room there is.
+                if "UNAVAILABLE" not in str(error.status()) or attempt == _MAX_ATTEMPTS - 1:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
         [output] = reply.get_response().outputs
         return np.asarray(reply.as_numpy(output.name), np.float32)
 

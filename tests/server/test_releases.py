@@ -25,7 +25,6 @@ from radapter_serve.server.releases import (
     AdminSocket,
     ReleaseServer,
     Say,
-    State,
     ask,
 )
 from tests.helpers.indexes import write_facts
@@ -126,7 +125,6 @@ def admin(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(releases, "READ_TIMEOUT_SECONDS", 0.5)
     server = Server(ServerConfig(sealed))
     server.served = Served((2,))
-    server.state = State.READY
     with AdminSocket(tmp_path, server):
         yield server
 
@@ -181,7 +179,9 @@ def test_silent_callers_hold_up_nobody_for_long(admin: Server, tmp_path: Path) -
 
 
 def test_one_change_at_a_time(admin: Server) -> None:
-    admin.state = State.SWITCHING
-    with pytest.raises(RAdapterError, match="changing its releases already"):
-        admin.load([1])
-    assert admin.state == State.SWITCHING and admin.served == Served((2,))
+    def change_again(line: str) -> None:
+        with pytest.raises(RAdapterError, match="changes its releases already"):
+            admin.load([1, 2])
+
+    assert admin.load([1], change_again) == "release 1 is served"
+    assert admin.load([2]) == "release 2 is served"

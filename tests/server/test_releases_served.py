@@ -26,9 +26,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
 from radapter_serve.server.releases import find_server
-from radapter_serve.server.supervisor import Supervisor
+from radapter_serve.server.supervisor import SERVER, Supervisor
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.gateway import gateway
@@ -97,12 +96,6 @@ def metrics_of(served: Running) -> str:
     if isinstance(served.server, TritonServer):
         return served.server.metrics_url
     return f"{served.url}/metrics"
-
-
-@pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load releases without the second server that tries them first: two other tests have that."""
-    monkeypatch.setattr(TritonServer, "_try", lambda *_: None)
 
 
 class Load:
@@ -205,7 +198,6 @@ def test_a_switch_and_the_way_back_under_load(served: Running, folder: Path) -> 
     assert not load.wrong, load.wrong[:5]
 
 
-@pytest.mark.usefixtures("untried")
 def test_the_command_speaks_with_the_server(
     served: Running, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +218,6 @@ def test_the_command_speaks_with_the_server(
     assert served.server.served.releases == (1,)
 
 
-@pytest.mark.usefixtures("untried")
 def test_an_index_is_searched_while_its_release_is_served(served: Running, folder: Path) -> None:
     repository = folder / "repository"
     index = folder / "indexes" / INDEX
@@ -248,7 +239,6 @@ def test_an_index_is_searched_while_its_release_is_served(served: Running, folde
     shutil.rmtree(index)
 
 
-@pytest.mark.usefixtures("untried")
 def test_an_index_is_built_again_while_it_is_searched(served: Running, folder: Path) -> None:
     """Every search is answered, by the old index or by the new one."""
     release = load_release(f"{folder / 'repository'}@1")
@@ -276,7 +266,6 @@ def test_an_index_is_built_again_while_it_is_searched(served: Running, folder: P
     shutil.rmtree(index)
 
 
-@pytest.mark.usefixtures("untried")
 def test_names_may_have_any_letters(served: Running, folder: Path) -> None:
     build(str(folder / "photos"), folder / "indexes" / INDEX, load_release(folder / "repository@1"))
     for url in urls_of(served):
@@ -293,7 +282,6 @@ def test_names_may_have_any_letters(served: Running, folder: Path) -> None:
     shutil.rmtree(folder / "indexes" / INDEX)
 
 
-@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("running", [TRITON], indirect=True)
 def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
     served: Running,

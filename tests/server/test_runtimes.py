@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
-from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.runtimes import cuda_provider
 from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
@@ -21,7 +21,7 @@ from radapter_serve.release.integrity import write_sums
 from radapter_serve.server import models
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
-from radapter_serve.server.models import check_agreement
+from radapter_serve.server.models import check_agreement, load_as_triton
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor
 from tests.helpers.small_release import Local, png
@@ -58,10 +58,10 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     cuda_provider.cache_clear()
     with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
-        check_agreement(encoder(own), ORT, 1)
+        load_as_triton(encoder(own), 1, ORT, 1)
     on_cpu = encoder(own)
     on_cpu.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    assert check_agreement(on_cpu, ORT, 1) < 1e-6
+    check_agreement(on_cpu, 1, load_as_triton(on_cpu, 1, ORT, 1))
 
 
 def start(repository, runtime=None):
@@ -84,23 +84,25 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
 
 
 def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
-    config = own / "image_encoder" / "config.pbtxt"
     folder = own / "image_encoder" / "2"
     samples = Samples.load(folder)
     turned = [reference + 0.05 * np.roll(reference, 1, axis=-1) for reference in samples.references]
     turned = [reference / np.linalg.norm(reference, axis=-1, keepdims=True) for reference in turned]
     Samples(samples.inputs, turned).save(folder)
-    for least, right in ((-1, True), (0.9, True), (0.99999, False)):
-        exported = encoder(own)
+    graph = EncoderGraph(folder / "model.onnx")
+    exported = encoder(own)
+    for least, refusal in (
+        (-1, contextlib.nullcontext()),
+        (0.9, contextlib.nullcontext()),
+        (
+            0.99999,
+            pytest.raises(RAdapterError, match=r"1 - cosine up to .*\(and 1e-05\) is allowed"),
+        ),
+    ):
         agreement = {"tolerance": 2, "min_cosine": least}  # no error is larger
-        facts = replace(exported.facts, agreement=agreement).to_dict()
-        exported.config.parameters["release"].string_value = json.dumps(facts)
-        config.write_text(text_format.MessageToString(exported.config), encoding="utf-8")
-        if right:
-            assert check_agreement(encoder(own), "onnxruntime", 1) > 1e-5
-        else:
-            with pytest.raises(RAdapterError, match=r"1 - cosine up to .*\(and 1e-05\) is allowed"):
-                check_agreement(encoder(own), "onnxruntime", 1)
+        with refusal:
+            facts = replace(exported.facts, agreement=agreement)
+            check_agreement(replace(exported, facts=facts), 2, graph)
 
 
 def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
@@ -126,20 +128,17 @@ def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
     def chosen(*backends):
         return models.configure(own, [], "auto", 2, backends, lambda line: None)
 
-    configured = chosen(ORT, "openvino")
-    assert (configured.runtime, configured.checked) == ("openvino", {"image_encoder"})
-    assert parsed(configured.configs["image_encoder"]).backend == "openvino"
-    assert chosen(ORT).runtime == ORT
+    runtime, configs = chosen(ORT, "openvino")
+    assert runtime == parsed(configs["image_encoder"]).backend == "openvino"
+    assert chosen(ORT)[0] == ORT
 
-    real = models.check_agreement
-
-    def only_onnxruntime(encoder, runtime, threads):
-        if runtime != "onnxruntime":
+    def only_onnxruntime(encoder, version, runtime, threads):
+        if runtime != ORT:
             raise RAdapterError("no kernel")
-        return real(encoder, runtime, threads)
+        return load_as_triton(encoder, version, runtime, threads)
 
-    monkeypatch.setattr(models, "check_agreement", only_onnxruntime)
-    assert chosen(ORT, "openvino").runtime == ORT
+    monkeypatch.setattr(models, "load_as_triton", only_onnxruntime)
+    assert chosen(ORT, "openvino")[0] == ORT
     with pytest.raises(RAdapterError, match="run all encoders: no kernel; .*; this server"):
         chosen("openvino")
 

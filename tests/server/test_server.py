@@ -33,7 +33,6 @@ from radapter_serve.server.launch import (
     shm_prefix,
 )
 from radapter_serve.server.models import ModelEntry, check_shared_memory
-from radapter_serve.server.releases import State
 from radapter_serve.server.triton_server import TritonServer
 
 
@@ -87,12 +86,9 @@ def test_the_handlers_of_signals_are_as_before_after_the_command(repository, usu
             signal.signal(number, handler)
 
 
-def test_numpy_2_and_python_313_are_refused(monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(RAdapterError, match=r"numpy 2\.1\.0"):
-        patch.setattr("importlib.metadata.version", lambda _: "2.1.0")
-        find_tritonserver()
-    monkeypatch.setattr(sys, "version_info", (3, 13, 1, "final", 0))
-    with pytest.raises(RAdapterError, match=r"Python 3\.13"):
+def test_numpy_2_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.1.0")
+    with pytest.raises(RAdapterError, match=r"numpy 2\.1\.0"):
         find_tritonserver()
 
 
@@ -242,7 +238,7 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
     server = TritonServer(config, installation=installation, clock=Clock())
     with pytest.raises(RAdapterError, match=f"tritonserver {message}"):
         server.start()
-    assert (server.pid, server.state) == (None, State.STOPPED)
+    assert server.pid is None
     assert len(pids(tmp_path)) == starts and not any(map(psutil.pid_exists, pids(tmp_path)))
     assert not list(temporary.iterdir())
 
@@ -272,7 +268,6 @@ def test_a_server_that_aborts_before_it_is_ready_is_started_once_again(
 ):
     installation = program(tmp_path, ABORTS_ONCE, sys.executable)
     with TritonServer(local(repository), installation=installation) as server:
-        assert server.state == State.READY
         assert server.pid == pids(tmp_path)[1]
     message = "died before it was ready: it was killed by SIGABRT; starting it once again"
     assert capsys.readouterr().err == f"tritonserver {message}\n"

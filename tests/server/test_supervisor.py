@@ -19,18 +19,20 @@ import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import watch as watch_module
+from radapter_serve.server import supervisor
 from radapter_serve.server.control import Answer, Control, NoAnswer, warm_up
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
     MAX_FAILURES,
     MAX_PAUSE_SECONDS,
+    SERVER,
     TIMEOUT_SECONDS,
     WINDOW_SECONDS,
+    Failure,
     Probe,
     Supervisor,
+    Watch,
 )
-from radapter_serve.server.watch import SERVER, Failure, Watch
 from radapter_serve.triton.backlog import Backlog, Surplus
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
@@ -99,64 +101,45 @@ def test_a_death_is_reported_once_with_its_reason(parent, name, number, why):
 
 def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
     kills = iter([3, *[4] * 100])
-    monkeypatch.setattr(watch_module, "killed_for_memory", lambda: next(kills))
+    monkeypatch.setattr(supervisor, "killed_for_memory", lambda: next(kills))
     watch = Watch(parent)
     parent.kill()
     [failure] = first_of(watch)
     assert str(failure) == "tritonserver died: the kernel killed it, because memory ran out"
 
 
-class Server:
-    """What a supervisor asks of a server; each look gives the next of `polls`."""
+class Scene:
+    """A supervisor of a stand-in for a server. A look finds the next of `deaths`, a
+    probe those in `silent`; a model fails to start `fails` times.
+    """
 
-    def __init__(self, *polls: list[Failure], fails: int = 0) -> None:
-        self.polls = list(polls)
+    def __init__(self, *deaths: str, fails: int = 0, silent: Sequence[str] = ()) -> None:
+        self.deaths = list(deaths)
         self.fails = fails
         self.error = RAdapterError("no room")
-        self.restart_error: RAdapterError | None = None
         self.done: list[str] = []
+        self.clock = FakeClock()
+        self.lines: list[str] = []
         self.models = {"classify": [1], "segment": [1]}
+        probe = Mock(step=Mock(return_value=list(silent)))
+        probe.forget = probe.step.return_value.clear
+        server: Any = self
+        self.supervisor = Supervisor(server, self.lines.append, clock=self.clock, probe=probe)
 
     def failures(self) -> list[Failure]:
-        return self.polls.pop(0) if self.polls else []
+        return [Failure(self.deaths.pop(0), "why", 2)] if self.deaths else []
 
     def kill(self, name: str) -> None:
         self.done.append(f"kill {name}")
 
     def reload(self, name: str) -> None:
         self.done.append(f"reload {name}")
-        if self.fails or isinstance(self.error, NoAnswer):
+        if self.fails:
             self.fails -= 1
             raise self.error
 
     def restart(self) -> None:
         self.done.append("restart")
-        if self.restart_error is not None:
-            raise self.restart_error
-
-
-class Scene:
-    """A supervisor of a stand-in; a look finds the next of `polls` dead, a probe those in
-    `silent`.
-    """
-
-    def __init__(
-        self,
-        *polls: list[Failure],
-        fails: int = 0,
-        silent: Sequence[str] = (),
-    ) -> None:
-        self.server = Server(*polls, fails=fails)
-        self.clock = FakeClock()
-        self.lines: list[str] = []
-        probe = Mock(step=Mock(return_value=list(silent)))
-        probe.forget = probe.step.return_value.clear
-        self.supervisor = Supervisor(
-            self.server,  # type: ignore[arg-type]
-            self.lines.append,
-            clock=self.clock,
-            probe=probe,
-        )
 
     def steps(self, count: int = 1) -> Scene:
         for _ in range(count):
@@ -164,52 +147,50 @@ class Scene:
         return self
 
 
-def test_a_dead_model_is_loaded_again_and_the_log_names_it():
-    scene = Scene([Failure("classify", "it was killed by SIGKILL", 2)]).steps()
-    assert scene.server.done == ["reload classify"]
+def test_what_died_or_fell_silent_is_started_again_and_the_log_names_it():
+    scene = Scene("classify").steps()
+    assert scene.done == ["reload classify"]
     assert scene.lines == [
-        "the process of classify version 2 died: it was killed by SIGKILL; starting it again",
+        "the process of classify version 2 died: why; starting it again",
         "classify is back after 0.0 s",
     ]
-    assert Scene(silent=["segment"]).steps().server.done == ["kill segment", "reload segment"]
-    scene = Scene([Failure("classify", "why", 2), Failure(SERVER, "why")]).steps()
-    assert scene.server.done == ["restart"]  # with all its models
+    assert Scene(silent=["segment"]).steps().done == ["kill segment", "reload segment"]
+    scene = Scene()
+    both = [Failure("classify", "why", 2), Failure(SERVER, "why")]
+    scene.failures = lambda: both  # type: ignore[method-assign]
+    assert scene.steps().done == ["restart"]  # with all its models
 
 
 @pytest.mark.parametrize("name", [SERVER, "classify"])
 def test_a_program_that_becomes_ready_in_between_is_started_again_for_ever_with_pauses(name):
     """Six requests that end tritonserver, in 51 s, ended the supervisor."""
-    scene = Scene(*[[Failure(name, "it was killed")] for _ in range(40)]).steps(40)
-    assert len(scene.server.done) == 40
+    scene = Scene(*[name] * 40).steps(40)
+    assert len(scene.done) == 40
     assert scene.clock.slept[:6] == [0, 1, 2, 4, 8, 8]
     assert max(scene.clock.slept) == MAX_PAUSE_SECONDS
     scene.clock.sleep(WINDOW_SECONDS + 1)
-    scene.server.polls = [[Failure(name, "why")]]
+    scene.deaths = [name]
     assert scene.steps().clock.slept[-1] == 0
 
 
-def test_a_model_that_fails_to_start_is_tried_again_and_given_up_if_it_never_becomes_ready():
-    scene = Scene([Failure("classify", "why", 1)], fails=MAX_FAILURES - 1).steps()
-    assert scene.server.done == ["reload classify"] * MAX_FAILURES
-    scene = Scene([Failure("classify", "why", 1)], fails=100)
-    message = "version 1 died: it could not be started again: no room; it has not become ready in 5"
+def test_a_model_that_never_becomes_ready_is_given_up():
+    scene = Scene("classify", fails=MAX_FAILURES - 1).steps()
+    assert scene.done == ["reload classify"] * MAX_FAILURES
+    scene = Scene("classify", fails=100)
+    message = "version 2 died: it could not be started again: no room; it has not become ready in 5"
     with pytest.raises(RAdapterError, match=message):
         scene.steps()
-    assert scene.server.done == ["reload classify"] * MAX_FAILURES
+    assert scene.done == ["reload classify"] * MAX_FAILURES
 
 
-def test_a_server_that_is_ready_brings_its_models_back():
-    polls = [[Failure("classify", "why", 1)], [Failure(SERVER, "why")]] * (MAX_FAILURES + 1)
-    scene = Scene(*polls)
-    scene.server.error = NoAnswer("it died meanwhile")
-    assert scene.steps(len(polls)).server.done == ["reload classify", "restart"] * (
-        MAX_FAILURES + 1
-    )
+def test_a_server_that_becomes_ready_brings_its_models_back_and_else_is_given_up():
+    deaths = ["classify", SERVER] * (MAX_FAILURES + 1)
+    scene = Scene(*deaths, fails=100)
+    scene.error = NoAnswer("it died meanwhile")
+    assert scene.steps(len(deaths)).done == ["reload classify", "restart"] * (MAX_FAILURES + 1)
 
-
-def test_a_server_that_dies_before_it_is_ready_is_given_up():
-    scene = Scene(*[[Failure(SERVER, "why")] for _ in range(MAX_FAILURES + 1)])
-    scene.server.restart_error = NoAnswer("it died meanwhile")
+    scene = Scene(*[SERVER] * (MAX_FAILURES + 1))
+    scene.restart = Mock(side_effect=NoAnswer("it died"))  # type: ignore[method-assign]
     scene.steps(MAX_FAILURES)
     with pytest.raises(RAdapterError, match="tritonserver died: why; it has not become ready"):
         scene.steps()

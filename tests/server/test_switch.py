@@ -12,6 +12,7 @@ from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import (
     DRAIN_TIMEOUT_SECONDS,
+    Answer,
     NoAnswer,
     check_side_by_side,
     switch,
@@ -50,13 +51,24 @@ class Server:
         self.loads: list[str] = []
         self.configs: dict[str, set[str]] = {name: set() for name in (*ENCODERS, *TASKS)}
         self.fails: set[int] = set()  # numbers of loads
+        self.wrong = ""  # what the comparison with torch says
+        self.status = 200  # of tasks that are asked
         self.dies_at = -1
         self.dense = {1, 2, 3}  # releases with patches
         self.control: Any = self
         self.clock = FakeClock()
 
     def switch(self, new: dict[str, ModelEntry]) -> None:
-        switch(self, new, lambda line: None, self.clock)
+        server: Any = self
+        switch(server, new, self.compare, lambda line: None, self.clock)
+
+    def compare(self) -> None:
+        if self.wrong:
+            raise RAdapterError(self.wrong)
+
+    def ask(self, path: str, body: Any, *, timeout: float) -> Answer:
+        self.refresh()
+        return Answer(self.status, {"error": "no vocabulary"})
 
     def put(self, name: str, model: ModelEntry | None) -> None:
         if model is None:
@@ -168,15 +180,26 @@ def test_calls_that_never_end_hold_up_the_old_encoders_for_a_bounded_time(
     assert sum(server.clock.slept) == pytest.approx(DRAIN_TIMEOUT_SECONDS, abs=1)
 
 
-@pytest.mark.parametrize("number", range(len(models(1))))
-def test_whatever_does_not_load_all_is_as_it_was(number: int) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"fails": {number}}, "does not load: out of memory")
+            for number in range(len(models(1)))
+        ),
+        ({"wrong": "differs from torch"}, "differs from torch"),
+        ({"status": 500}, "version 2 fails: no vocabulary"),
+    ],
+)
+def test_whatever_fails_all_is_as_it_was(change: dict[str, Any], message: str) -> None:
     old = models(1)
     server = Server(old)
-    server.fails = {number}
-    with pytest.raises(RAdapterError, match="does not load: out of memory"):
+    vars(server).update(change)
+    with pytest.raises(RAdapterError, match=message):
         server.switch(models(2))
     assert server.offered == old
     assert server.loaded == {name: {1} for name in old}
+    assert server.wrong == "" or not set(server.loads) & set(TASKS)  # no caller has got it
 
 
 @pytest.mark.parametrize("loads", range(len(models(1)) + len(ENCODERS)))
