@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import urllib3
@@ -22,9 +22,6 @@ from radapter_serve.release.repository import ENCODERS, MODELS
 from radapter_serve.server.launch import SECRET_HEADER
 from radapter_serve.server.models import ModelEntry
 from radapter_serve.tasks.table import PROBES, Tensors
-
-if TYPE_CHECKING:
-    from radapter_serve.server.triton_server import TritonServer
 
 LOAD_TIMEOUT_SECONDS = 300.0
 DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer their calls; longer than the longest request
@@ -171,8 +168,19 @@ def check_side_by_side(old: Mapping[str, ModelEntry], new: Mapping[str, ModelEnt
             )
 
 
+class Server(Protocol):
+    """The part of a `TritonServer` that a switch needs."""
+
+    control: Control
+    offered: dict[str, ModelEntry]
+
+    def put(self, name: str, model: ModelEntry | None) -> None: ...
+
+    def refresh(self) -> None: ...
+
+
 def switch(
-    server: TritonServer,
+    server: Server,
     new: Mapping[str, ModelEntry],
     check: Callable[[], None],
     say: Callable[[str], None],
@@ -239,7 +247,7 @@ def switch(
         _try_to_load(server, {name: model})
 
 
-def _load(server: TritonServer, models: Mapping[str, ModelEntry | None]) -> None:
+def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
     """Load models at once; None unloads one."""
     # The folder first, so that a restart needs no more.
     for name, model in models.items():
@@ -264,12 +272,12 @@ def _load(server: TritonServer, models: Mapping[str, ModelEntry | None]) -> None
         server.refresh()
 
 
-def _try_to_load(server: TritonServer, models: Mapping[str, ModelEntry | None]) -> None:
+def _try_to_load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
     with contextlib.suppress(RAdapterError, OSError):
         _load(server, models)
 
 
-def _drain(server: TritonServer, tasks: Collection[str], clock: Clock) -> None:
+def _drain(server: Server, tasks: Collection[str], clock: Clock) -> None:
     """Wait until the old versions of tasks have answered their calls."""
     deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
     with contextlib.suppress(RAdapterError):  # a server that died has no calls

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import sys
 import sysconfig
 import tempfile
@@ -36,7 +35,6 @@ FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of what Triton may load, in a server's folder
 SECRET_HEADER = "radapter-secret"
-STOPPED = "a signal had stopped it, so it was killed"
 DISK_ADVICE = "free some space, or set TMPDIR to another"
 # A caller could read or change the server's memory, files and log by these, so they ask for the
 # secret of this server.
@@ -312,15 +310,6 @@ def reason(log: str) -> str:
     if not best:
         return "it wrote nothing"
     return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')
-
-
-def how_it_ended(code: int, *, short_of_memory: bool = False) -> str:
-    """Describe an exit status, or minus the number of the signal that killed a process."""
-    if code == -signal.SIGKILL and short_of_memory:
-        return "the kernel killed it, because memory ran out"
-    if code < 0:
-        return f"it was killed by {signal.Signals(-code).name}"
-    return f"it ended by itself with status {code}"
 
 
 def hide_argument(pid: int, secret: str) -> None:

@@ -40,7 +40,7 @@ from radapter_serve.server.models import (
     processes_of,
 )
 from radapter_serve.server.releases import ReleaseServer, Say
-from radapter_serve.server.supervisor import SERVER, Failure, Watch
+from radapter_serve.server.watch import SERVER, Failure, Watch, how_it_ended
 from radapter_serve.triton.backlog import Backlog
 
 _LOG = "server.log"  # of a server, in its folder
@@ -285,7 +285,7 @@ class TritonServer(ReleaseServer):
             code = self._process.poll()
             if code == -signal.SIGABRT and not again:
                 print(
-                    f"tritonserver died before it was ready: {launch.how_it_ended(code)};"
+                    f"tritonserver died before it was ready: {how_it_ended(code)};"
                     " starting it once again",
                     file=sys.stderr,
                 )
@@ -294,7 +294,7 @@ class TritonServer(ReleaseServer):
                 again = True
             elif code is not None:
                 raise RAdapterError(
-                    f"tritonserver did not start: {launch.how_it_ended(code)}: {self._reason()}"
+                    f"tritonserver did not start: {how_it_ended(code)}: {self._reason()}"
                 )
             if self._clock.monotonic() > deadline:
                 raise RAdapterError(

@@ -26,8 +26,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
 from radapter_serve.server.releases import find_server
-from radapter_serve.server.supervisor import SERVER, Supervisor
+from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
+from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.gateway import gateway

@@ -19,20 +19,18 @@ import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import supervisor
+from radapter_serve.server import watch as watch_module
 from radapter_serve.server.control import Answer, Control, NoAnswer, warm_up
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
     MAX_FAILURES,
     MAX_PAUSE_SECONDS,
-    SERVER,
     TIMEOUT_SECONDS,
     WINDOW_SECONDS,
-    Failure,
     Probe,
     Supervisor,
-    Watch,
 )
+from radapter_serve.server.watch import SERVER, Failure, Watch
 from radapter_serve.triton.backlog import Backlog, Surplus
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
@@ -101,7 +99,7 @@ def test_a_death_is_reported_once_with_its_reason(parent, name, number, why):
 
 def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
     kills = iter([3, *[4] * 100])
-    monkeypatch.setattr(supervisor, "killed_for_memory", lambda: next(kills))
+    monkeypatch.setattr(watch_module, "killed_for_memory", lambda: next(kills))
     watch = Watch(parent)
     parent.kill()
     [failure] = first_of(watch)

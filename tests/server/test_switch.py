@@ -59,8 +59,7 @@ class Server:
         self.clock = FakeClock()
 
     def switch(self, new: dict[str, ModelEntry]) -> None:
-        server: Any = self
-        switch(server, new, self.compare, lambda line: None, self.clock)
+        switch(self, new, self.compare, lambda line: None, self.clock)
 
     def compare(self) -> None:
         if self.wrong:
