@@ -36,7 +36,7 @@ demo:
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal $(COVERAGE) $(TESTS)
 
 # Tests with other people's programs and libraries: Chromium, nginx, Helm, Ray, Qdrant, TensorRT, clients of OpenAI's API.
 # The first two are Debian's packages chromium and nginx-light.

@@ -1,32 +1,23 @@
-"""The exception for wrong input, whose sentence says how to correct it; and which extra of
-radapter-serve brings a library that is missing.
+"""The exception for wrong input, whose sentence says how to correct it; and how to install a
+library that is missing.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import reprlib
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 MAX_LISTED = 20  # lines below a message
 _NAME = "radapter-serve"
-_CHECKOUT = Path(__file__).resolve().parents[1]
-_PACKAGES = {  # by their modules, where these have other names
-    "faiss": "faiss-cpu",
-    "open_clip": "open-clip-torch",
-    "opentelemetry": "opentelemetry-sdk",
-    "pytriton": "nvidia-pytriton",
-}
 
 
 class RAdapterError(Exception):
@@ -35,65 +26,25 @@ class RAdapterError(Exception):
     """
 
 
-def extra_of(module: str, first: str | None = None) -> str:
-    """The extra that brings a library, such as "open_clip.model": `first` if it does, else the one
-    with the fewest packages, `all` if none does.
-    """
-    try:
-        requirements = requires(_NAME) or []
-    except PackageNotFoundError:
-        return first or "all"
-    packages: dict[str, set[str]] = {}
-    for requirement in requirements:
-        name = re.match(r"[\w.-]+", requirement)
-        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
-        if name and extra:
-            packages.setdefault(extra[1], set()).add(re.sub(r"[._-]+", "-", name[0]).lower())
-    top = module.partition(".")[0]
-    wanted = _PACKAGES.get(top, top.replace("_", "-").lower())
-    extras = [extra for extra, names in packages.items() if wanted in names]
-    if first in extras:
-        return str(first)
-    return min(extras, key=lambda extra: (len(packages[extra]), extra), default="all")
-
-
 def install_command(extra: str) -> str:
     """What to run so that this installation has an extra, or several with commas.
 
-    The package is installed from a folder, a file or a repository. An index of packages is not
-    asked for it by its name, which anybody could have published there.
+    Where the package did not come from a folder, an index of packages is not asked for it by its
+    name, which anybody could have published there.
     """
-    try:
-        text = distribution(_NAME).read_text("direct_url.json")
-    except PackageNotFoundError:
-        text = json.dumps({"url": _CHECKOUT.as_uri(), "dir_info": {"editable": True}})
-    return command(json.loads(text) if text else None, extra)
-
-
-def command(origin: dict[str, Any] | None, extra: str) -> str:
-    """`install_command` for an installation by its `direct_url.json`; None where it came from an
-    index.
-    """
-    if origin is None:
+    origin: dict[str, Any] = {}
+    with suppress(PackageNotFoundError):
+        origin = json.loads(distribution(_NAME).read_text("direct_url.json") or "{}")
+    if "dir_info" not in origin:
         return f"install {_NAME} again as you did before, with its extra: {_NAME}[{extra}]"
-    url = origin["url"]
-    if "dir_info" in origin:
-        target = shlex.quote(f"{unquote(urlsplit(url).path)}[{extra}]")
-        return f"run: pip install {'-e ' if origin['dir_info'].get('editable') else ''}{target}"
-    if "vcs_info" in origin:
-        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
-    return f"run: pip install {shlex.quote(f'{_NAME}[{extra}] @ {url}')}"
+    target = shlex.quote(f"{unquote(urlsplit(origin['url']).path)}[{extra}]")
+    return f"run: pip install {'-e ' if origin['dir_info'].get('editable') else ''}{target}"
 
 
 def check_installed(name: str, extra: str) -> None:
     """Refuse to go on without a module, which an extra (or several, with commas) brings."""
     if find_spec(name) is None:
         raise RAdapterError(f"{name} is not installed; {install_command(extra)}")
-
-
-def not_installed(name: str, extra: str, error: ImportError) -> RAdapterError:
-    """The error where a library can't be imported, with the command that installs it."""
-    return RAdapterError(f"{name} is not installed ({error}); {install_command(extra)}")
 
 
 def reason(error: BaseException) -> str:
@@ -130,7 +81,7 @@ def all_of(problems: Sequence[str], subject: str) -> RAdapterError:
 @contextmanager
 def one_line(extra: str | None = None) -> Iterator[None]:
     """Turn what a missing library or the disk raises within the block into an `RAdapterError`;
-    `extra` brings all that the block usually needs.
+    `extra` brings all that the block needs.
     """
     try:
         yield
@@ -140,7 +91,7 @@ def one_line(extra: str | None = None) -> Iterator[None]:
         if (error.name or "").startswith("radapter"):
             raise
         missing = error.name or str(error)
-        install = install_command(extra_of(missing, extra))
+        install = install_command(extra or "all")
         raise RAdapterError(f"{missing} is not installed; {install}") from error
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError, not_installed, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.release.repository import CUDA_OPTIONS, TENSORRT
 
 CUDA = "CUDAExecutionProvider"
@@ -76,10 +76,9 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
     """By parameters as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count` and
     `session.*`.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise not_installed("ONNX Runtime", "server", error) from error
+    check_installed("onnxruntime", "server")
+    import onnxruntime
+
     onnxruntime.disable_telemetry_events()  # a graph tells nobody but its callers
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -152,10 +151,9 @@ def _load_openvino(path: Path, parameters: Mapping[str, str], device: int | None
         )
     # Each import would report to its makers.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        import openvino
-    except ImportError as error:
-        raise not_installed("OpenVINO", "openvino", error) from error
+    check_installed("openvino", "openvino")
+    import openvino
+
     try:
         model = openvino_core().compile_model(str(path), "CPU", openvino_properties(parameters))
     except Exception as error:

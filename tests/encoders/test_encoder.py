@@ -108,7 +108,7 @@ def test_a_broken_graph_and_a_missing_runtime_are_named(
         with pytest.raises(RAdapterError, match=rf"{name} \d.* cannot load .*model.onnx: "):
             EncoderGraph(broken, runtime)
         monkeypatch.setitem(sys.modules, runtime, None)
-        with pytest.raises(RAdapterError, match=f"{name} is not installed"):
+        with pytest.raises(RAdapterError, match=f"{runtime} is not installed"):
             EncoderGraph(broken, runtime)
 
 

@@ -96,11 +96,12 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
 def _tower(base: Base, text: bool) -> tuple[Any, ...]:
     """What one of a base's two graphs depends on: models may have the other tower alone."""
     other = "vision_cfg" if text else "text_cfg"
-    config = {name: value for name, value in base.config.items() if name != other}
+    config = {name: value for name, value in sorted(base.config.items()) if name != other}
     parts = [
         (name, part) for name, part in base.model.named_children() if (name == "visual") != text
     ]
-    return config, () if text else base.preprocess, parts
+    scaling = () if text else (base.preprocess["mean"], base.preprocess["std"])
+    return config, scaling, parts
 
 
 @functools.cache
