@@ -123,7 +123,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         names = [name for name, *_ in sets if name in STYLES]
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
         title = f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}"
-        plot_alpha_curve(_points(sets), names[0], names[1:], picture, title=title, beside=beside)
+        plot_alpha_curve(_points(sets), names[:1], names[1:], picture, title=title, beside=beside)
         log.say(f"the curve: {picture}")
     log.end(results, out)
     log.say(f"  radapter-export --adapter {out}/runs/retrieval && radapter-serve")

@@ -29,7 +29,7 @@ from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import mean_embeddings
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, served_release
+from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import model_name
@@ -341,7 +341,7 @@ def in_torch(
 
 def from_adapter(
     path: str | Path,
-    alphas: Sequence[float] | None = None,
+    alphas: Sequence[float] = (),
     *,
     base: str | None = None,
     pretrained: str | None = None,
@@ -349,12 +349,12 @@ def from_adapter(
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> list[Candidate]:
-    """A run at several α: 0, its own and 1 if None; `finetuned`, a checkpoint of the same base, is
+    """A run at several α: 0, its own and 1 if none; `finetuned`, a checkpoint of the same base, is
     WiSE-FT at the same α.
     """
     adapter = load_adapter(path)
     metadata = adapter.metadata
-    alphas = sorted({0.0, metadata.alpha, 1.0}) if alphas is None else alphas
+    alphas = alphas or sorted({0.0, metadata.alpha, 1.0})
     clip = load_base(base or metadata.architecture, pretrained or metadata.pretrained)
     for alpha in alphas:
         check_alpha(alpha)
@@ -444,11 +444,6 @@ def from_release(
         facts["quantization"] = loaded.release.quantization
     points = [loaded.at(alpha) for alpha in alphas or (loaded.release.alpha,)]
     return [Candidate(source, point.release.alpha, facts, point) for point in points]
-
-
-def from_server(url: str, alphas: Sequence[float] = ()) -> list[Candidate]:
-    """A live server's newest release, through the client, at several α, its own if none."""
-    return from_release(served_release(url), alphas, "server")
 
 
 def release_facts(release: Release) -> dict[str, Any]:

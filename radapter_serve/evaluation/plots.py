@@ -103,7 +103,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
 
 def plot_alpha_curve(
     rows: Points,
-    id_names: str | Sequence[str],
+    ids: Sequence[str],
     ood_names: Sequence[str],
     path: str | Path,
     *,
@@ -123,8 +123,7 @@ def plot_alpha_curve(
     as good as the best, the best, the base's level, and the score with the interval of its distance
     from the best.
     """
-    ids = [id_names] if isinstance(id_names, str) else list(id_names)
-    groups = [names for names in (ids, list(ood_names)) if names]
+    groups = [names for names in (ids, ood_names) if names]
     figure = Figure(figsize=(5 * len(groups) + 1.3, 4.2), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, len(groups), squeeze=False)[0])
     if len(groups) == 2:

@@ -1,5 +1,5 @@
-"""Evaluate models on one data set or on a whole suite, and choose α by it; open the data sets that
-a suite or a run names.
+"""Evaluate models on one data set or on a whole suite; open the data sets that a suite or a run
+names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve import __version__
-from radapter_serve.adapter import Metadata, load_adapter
+from radapter_serve.adapter import Metadata
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.captions import Captioned
@@ -33,7 +33,6 @@ from radapter_serve.data.rows import READERS
 from radapter_serve.data.runs import Images, check_held_out, open_source, validation_data
 from radapter_serve.data.source import with_reader
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.image_sets import (
     Answers,
     ClassificationSet,
@@ -193,28 +192,6 @@ def evaluate_suite(
             results.add(replace(row, **stamp) for row in new)
         rows += [row for case in cases if (row := results.find(case)) is not None]
     return rows
-
-
-def choose_alpha(
-    models: Sequence[Candidate],
-    adapter: str | Path,
-    suite: Suite | None,
-    results: Results,
-    **options: Any,
-) -> tuple[Choice, Path]:
-    """Choose α on validation data, and write the choice next to the adapter; returns both.
-
-    The models are an adapter at every α that may be chosen, its own among them. The data are the
-    suite's validation sets, else those that the run was trained with. `options` are those of
-    `evaluate_suite`.
-    """
-    metadata = load_adapter(adapter).metadata
-    if suite is None or not suite.of_split("validation"):
-        suite = own_validation(metadata)
-    models = [model for model in models if model.source == "adapter"]
-    rows = evaluate_suite(models, suite, results, split="validation", **options)
-    choice = choose(rows, metadata.alpha)
-    return choice, save_choice(choice, adapter)
 
 
 def warn_of_overlap(
@@ -382,8 +359,9 @@ def _mapping(path: Path) -> dict[str, str]:
 
 
 def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
-    """Validation data of a run as a suite of one set, opened as training opened it; `data` is other
-    data of the same columns, which the run must not have been trained with.
+    """The data set by which α is chosen without a suite: the run's validation data, opened as
+    training opened it; `data` is other data of the same columns, which the run must not have been
+    trained with.
     """
     source = metadata.source
     place = source.val_data

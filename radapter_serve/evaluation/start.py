@@ -174,7 +174,7 @@ class EvaluatedModel:
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
         """Load it at these alphas; a run from its path."""
         from radapter_serve.adapter.tuned import load_checkpoint, load_lora
-        from radapter_serve.encoders.loaded import load_release
+        from radapter_serve.encoders.loaded import load_release, served_release
         from radapter_serve.evaluation import models
 
         torch: dict[str, Any] = {"precision": self.precision, "device": self.device}
@@ -190,10 +190,10 @@ class EvaluatedModel:
         if self.model_repository:
             return models.from_release(load_release(self.model_repository), alphas)
         if self.url:
-            return models.from_server(self.url, alphas)
+            return models.from_release(served_release(self.url), alphas, "server")
         return models.from_adapter(
             path,
-            alphas or None,
+            alphas,
             base=self.base,
             pretrained=self.pretrained,
             finetuned=self.finetuned,
@@ -318,11 +318,12 @@ def evaluate_model(
     results = Results(folder, resume=settings.resume)
 
     from radapter_serve.adapter import load_adapter
+    from radapter_serve.evaluation.alpha_choice import choose, save_choice
     from radapter_serve.evaluation.plots import draw, draw_choice
     from radapter_serve.evaluation.run import (
-        choose_alpha,
         evaluate_suite,
         open_set,
+        own_validation,
         warn_of_overlap,
     )
 
@@ -336,16 +337,26 @@ def evaluate_model(
         how: dict[str, Any] = {**draws, "batch_size": settings.batch_size, "say": say}
         say("loading the model")
         if auto:  # which may take the run's own
-            alphas = sorted({*alphas, load_adapter(path).metadata.alpha})
+            metadata = load_adapter(path).metadata
+            alphas = sorted({*alphas, metadata.alpha})
         models = model.load(path, alphas)
         try:
             # α, on validation data.
             tested = models
             if auto:
-                choice, file = choose_alpha(
-                    models, path, tests, results, opened=choosing.append, **how
+                chosen_by = tests
+                if chosen_by is None or not chosen_by.of_split("validation"):
+                    chosen_by = own_validation(metadata)
+                validated = evaluate_suite(
+                    [candidate for candidate in models if candidate.source == "adapter"],
+                    chosen_by,
+                    results,
+                    split="validation",
+                    opened=choosing.append,
+                    **how,
                 )
-                files.append(file)
+                choice = choose(validated, metadata.alpha)
+                files.append(save_choice(choice, path))
                 chosen = (0.0, choice.alpha, choice.best)
                 tested = [candidate for candidate in models if candidate.alpha in chosen]
             elif tests:  # α was chosen earlier, and perhaps by these

@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.evaluation.image_sets import nouns_beside
 from radapter_serve.evaluation.models import (
     Candidate,
     from_adapter,
     from_merged,
     from_release,
-    from_server,
 )
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import as_trained, evaluate_suite
@@ -245,13 +244,16 @@ def test_a_live_server_gives_the_same_numbers(
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
 
+    def served(url: str) -> list[Candidate]:
+        return from_release(served_release(url), [0.8], "server")
+
     file = exported_tiny_clip / "adapter.safetensors"
     adapter = evaluated(from_adapter(file, [0.8]), world, tmp_path / "adapter")
     with TritonServer(ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports())) as server:
-        by_grpc = evaluated(from_server(server.grpc_url, [0.8]), world, tmp_path / "grpc")
-        by_http = evaluated(from_server(server.http_url, [0.8]), world, tmp_path / "http")
-    for served in (by_grpc, by_http):
-        for one, other in zip(adapter, served, strict=True):
+        by_grpc = evaluated(served(server.grpc_url), world, tmp_path / "grpc")
+        by_http = evaluated(served(server.http_url), world, tmp_path / "http")
+    for rows in (by_grpc, by_http):
+        for one, other in zip(adapter, rows, strict=True):
             assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
             for name in SAME:
                 assert getattr(one, name) == getattr(other, name), name

@@ -22,19 +22,19 @@ from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation import start
 from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
 from radapter_serve.evaluation.models import (
     Candidate,
     from_adapter,
     from_merged,
     from_release,
-    from_server,
 )
 from radapter_serve.evaluation.plots import draw
 from radapter_serve.evaluation.rows import Results, table
-from radapter_serve.evaluation.run import choose_alpha, evaluate, evaluate_suite, open_set
+from radapter_serve.evaluation.run import evaluate, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import encode_windows, segment_densely
 from tests.evaluation.conftest import Fake, candidate
@@ -353,7 +353,7 @@ def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -
     expected = masks_of(from_release(load_release(repository)), suite)
     with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
         for url in (server.grpc_url, server.http_url):
-            served = masks_of(from_server(url), suite)
+            served = masks_of(from_release(served_release(url), source="server"), suite)
             assert all(alike(masks, served[name]) for name, masks in expected.items()), url
 
 
@@ -417,16 +417,18 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     world: Path,
     run_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapter = load_adapter(run_folder)
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}
     metadata = dataclasses.replace(adapter.metadata, recipe=own, task=task)
     save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")
-    models = from_adapter(tmp_path, [0.0, 0.5, 1.0])
+    monkeypatch.setattr(start, "GRID", (0.0, 1.0))
+    found = start.evaluate(tmp_path, "auto", out=tmp_path / "out")
     results = Results(tmp_path / "out")
-    choice, file = choose_alpha(models, tmp_path, None, results)
-    models[0].close()
-    assert file == tmp_path / "alpha.json"
+    choice = found.choice
+    assert choice is not None and tmp_path / "alpha.json" in found.files
+    assert [point["alpha"] for point in choice.curve] == [0.0, 0.5, 1.0]
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha: row.metrics[metric] for row in results.rows}
     assert scores[choice.best] == max(scores.values())

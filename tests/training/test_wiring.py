@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from radapter_serve.adapter import Adapters, load_adapter
+from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results
-from radapter_serve.evaluation.run import choose_alpha
+from radapter_serve.evaluation.run import evaluate_suite, own_validation
 from radapter_serve.training import Recipe, Run, train
 from radapter_serve.training.loop import fit
 from radapter_serve.training.tasks import open_run
@@ -276,7 +277,9 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
             {"acc1@alpha=0.6": scores[0.6] / 100, "acc1@alpha=1": scores[1.0] / 100}, abs=1e-4
         ), row
     models = from_adapter(out, list(scores))
-    choice, _ = choose_alpha(models, out, None, Results(tmp_path / "results"))
+    suite = own_validation(load_adapter(out).metadata)
+    validation = evaluate_suite(models, suite, Results(tmp_path / "results"), split="validation")
+    choice = choose(validation, 0.6)
     models[0].close()
     assert {point["alpha"]: 100 * point["score"] for point in choice.curve} == pytest.approx(
         scores, abs=0.01
