@@ -39,13 +39,8 @@ from radapter_serve.training.tasks import Data, open_data
 
 
 class Run:
-    """The base, the data and the recipe of a method.
-
-    Args:
-        fields: of `Recipe`, for every method: the base, the data, the seed, and what else is not
-            left to the methods' papers.
-        folder: keeps the learned systems.
-        settings: fields of `Recipe` by the method's paper; those for every method override them.
+    """The base, the data and the recipe of a method, whose learned system `folder` keeps; `fields`
+    of `Recipe` hold for every method, and override the `settings` of its paper.
     """
 
     def __init__(

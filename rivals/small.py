@@ -132,24 +132,17 @@ def few_classes(drawings: Path, copy: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The accuracies of a run in %.
-
-    Attributes:
-        alpha: with the highest accuracy on the held-out images.
-        held_out, style: of the images that may choose, held out or of the style for validation.
-        own, shifts: of the tests, in distribution and the mean of the other styles.
-        seconds: of training, with the search for the rate.
-    """
+    """The accuracies of a run in %."""
 
     candidate: str
     seed: int
     rate: float
-    alpha: float
-    held_out: float
-    style: float
-    own: float
-    shifts: float
-    seconds: float
+    alpha: float  # with the highest accuracy on the held-out images
+    held_out: float  # of the images that choose
+    style: float  # of the style that chooses
+    own: float  # of the test in distribution
+    shifts: float  # the mean of the other styles
+    seconds: float  # of training, with the search for the rate
 
     @property
     def validation(self) -> float:

@@ -77,15 +77,9 @@ def choose(
     """Let the validation sets choose among rates, settings and α.
 
     Of the trials that do not differ significantly from the best, the lowest rate is taken: a lower
-    rate keeps more of the base. The grid of rates grows until the best and that one are inside.
-
-    Args:
-        cells: of the benchmark.
-        name: of the method in its table.
-        methods: a method with each of the settings to choose from.
-        seeds: of training; a score is the mean over them.
-        factors: of the learning rate, to start from; a single factor is not chosen, but taken.
-        alphas: to choose from, if the method has an α; without them it keeps its own.
+    rate keeps more of the base. The grid of rates starts from the factors, and grows until the best
+    and that one are inside; a single factor is not chosen, but taken. `methods` is a method with
+    each of the settings; without `alphas` it keeps its own α.
     """
     first = methods[0]
     rates = sorted(set(factors)) if "learning_rate" in first.settings else [1.0]
@@ -217,11 +211,8 @@ def leads(
     values: Mapping[str, Sequence[Mapping[str, float]]],
     images: Mapping[str, Sequence[Mapping[str, Images]]],
 ) -> str:
-    """Make a table of the leads over each row of `BASES`, if there are several seeds.
-
-    Args:
-        values: by method and seed, the figures in % by column.
-        images: by method and seed, each image's part of them, from `images_of`.
+    """Make a table of the leads over each row of `BASES`, if there are several seeds: by method and
+    seed, the figures in % by column, and each image's part of them, from `images_of`.
     """
     seeds = len(next(iter(values.values())))
     if len(values) == 1 or seeds < 2:

@@ -19,12 +19,10 @@ from radapter_serve.evaluation.metrics import (
     caption_groups,
     classification_metrics,
     mean_recall_interval,
-    paired_difference,
     precision_interval,
     recalls_of,
     retrieval_ranks,
     segmentation_intervals,
-    segmentation_metrics,
     true_ranks,
     wilson,
 )
@@ -154,14 +152,6 @@ def test_equal_captions_match_each_others_images_by_hand() -> None:
     assert alone == {"image_retrieval_recall@1": 1 / 5, "text_retrieval_recall@1": 1 / 4}
 
 
-def test_a_class_that_nobody_has_counts_for_no_mean_of_segmentation() -> None:
-    # Of 4 pixels of the first class 3 are right and 1 has no answer; 2 of the second have none; the
-    # third is nowhere.
-    counts = np.array([[3, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]])
-    expected = {"miou": 3 / 8, "pixel_accuracy": 3 / 6, "mean_class_accuracy": 3 / 8}
-    assert segmentation_metrics(counts) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_an_error(wrong: float) -> None:
     good = np.eye(3, dtype=np.float32)
@@ -232,27 +222,6 @@ def test_images_are_drawn_for_segmentation() -> None:
     same = segmentation_intervals(np.repeat(sums[:, :1], 9, axis=1))
     assert all(high - low == pytest.approx(0) for low, high in same.values())
     assert segmentation_intervals(sums[:, :1]) == {}
-
-
-def test_a_paired_difference_over_sets_is_a_bootstrap_of_images_within_each() -> None:
-    generator = np.random.default_rng(0)
-    easy = [generator.random(n) < 0.7 for n in (150, 600)]
-    hard = [
-        of & (generator.random(len(of)) < share) for of, share in zip(easy, (0.6, 0.9), strict=True)
-    ]
-    lead, half = paired_difference(easy, hard)
-    means = []
-    for _ in range(4000):
-        rows = [generator.integers(0, len(of), len(of)) for of in easy]
-        means.append(
-            np.mean([a[r].mean() - b[r].mean() for a, b, r in zip(easy, hard, rows, strict=True)])
-        )
-    assert lead == pytest.approx(
-        np.mean([a.mean() - b.mean() for a, b in zip(easy, hard, strict=True)])
-    )
-    assert (lead - half, lead + half) == pytest.approx(
-        tuple(np.percentile(means, [2.5, 97.5])), abs=0.005
-    )
 
 
 def test_the_interval_of_a_mean_of_average_precisions_holds_the_truth() -> None:

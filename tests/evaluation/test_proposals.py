@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.models import Candidate
-from radapter_serve.evaluation.rows import Row, table
+from radapter_serve.evaluation.rows import Row
 from radapter_serve.evaluation.run import evaluate, open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from tests.evaluation.conftest import Fake, candidate
@@ -130,33 +129,3 @@ def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
     rewrite(folder, lambda masks, scores: {"masks": masks[1:], "scores": scores[1:]})
     (rest,) = rows_of(suite_of(folder, "proposals: found"))
     assert whole.confusion == rest.confusion
-
-
-def test_the_digest_covers_the_proposals(folder: Path) -> None:
-    suite = suite_of(folder, "proposals: found", "dense: proposals")
-    first, true = (open_set(suite, entry).set_digest for entry in suite.entries)
-    assert first != true
-    rewrite(folder, lambda masks, scores: {"masks": 255 - masks, "scores": scores})
-    assert open_set(suite, suite.entries[0]).set_digest != first
-
-
-def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:
-    rows = rows_of(suite_of(folder, "proposals: found", "dense: proposals"))
-    assert not any("mean of" in str(column.header) for column in table(rows, "t").columns)
-    with pytest.raises(RAdapterError, match="nor are true masks and a network's"):
-        choose(rows, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ("proposals: found, proposal_weight: 2", "proposal_weight is 2.0; allowed: 0 to 1"),
-        ("proposals: none", "data set 's0': no proposals"),
-        ("proposals: found, background: cow", r"float [4, 2], a column for each class"),
-    ],
-)
-def test_bad_entries(folder: Path, fields: str, message: str) -> None:
-    with pytest.raises(RAdapterError) as error:
-        suite = suite_of(folder, fields)
-        open_set(suite, suite.entries[0])
-    assert message in str(error.value) and "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.plots import (
+    draw,
     draw_choice,
     plot_alpha_curve,
     plot_confusion,
@@ -84,6 +86,26 @@ def test_a_table_has_intervals_calibration_errors_means_and_what_is_kept() -> No
         "kept of the base": ["62.50", ""],
     }
     assert "kept" not in str(table(rows[-1:], "t").columns[-1].header)
+
+
+def test_sets_that_are_measured_in_different_ways_have_no_common_mean(
+    drawn: list[Any], tmp_path: Path
+) -> None:
+    dense = {"metric": "miou", "dense": "naclip", "alpha": 0.0}
+    masks = {**dense, "dense": "proposals"}
+    rows = [
+        a_row("a", metrics={"miou": 0.5}, **dense),
+        a_row("b", metrics={"miou": 0.25}, **dense),
+        a_row("c", metrics={"miou": 0.1}, **masks),
+        a_row("d", metrics={"miou": 0.1}, proposals="found", **masks),
+    ]
+    means = [of for of in table(rows, "t").columns if "mean of" in str(of.header)]
+    assert [list(of.cells) for of in means] == [["37.50"]]
+    names = [
+        path.name
+        for path in draw([*rows, *(replace(row, alpha=1.0) for row in rows)], tmp_path, "")
+    ]
+    assert names == ["bars.png", "alpha-dense.png", "alpha-proposals.png"]
 
 
 def test_rows_are_written_into_new_folders_and_replace_earlier_ones(tmp_path: Path) -> None:

@@ -32,8 +32,7 @@ from radapter_serve.evaluation.models import (
     from_merged,
     from_release,
 )
-from radapter_serve.evaluation.plots import draw
-from radapter_serve.evaluation.rows import Results, table
+from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import encode_windows, segment_densely
@@ -159,15 +158,21 @@ def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     assert row.metrics == ALL_RIGHT and row.short_side is None
 
 
-def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> None:
-    shutil.copytree(masked / "data", tmp_path / "data")
-    suite = suite_of(tmp_path, "- {name: a, dense: naclip}\n- {name: b, dense: proposals}")
+def test_the_digest_covers_images_masks_and_proposals(masked: Path, tmp_path: Path) -> None:
+    for part in ("data", "found"):
+        shutil.copytree(masked / part, tmp_path / part)
+    found = "proposals: found"
+    suite = suite_of(
+        tmp_path,
+        "- {name: a, dense: naclip}\n- {name: b, dense: proposals}\n"
+        f"- {{name: c, dense: proposals, {found}}}",
+    )
 
     def digests() -> list[str]:
         return [open_set(suite, entry).set_digest for entry in suite.entries]
 
     first = digests()
-    assert digests() == first
+    assert digests() == first and len(set(first)) == 3
     labels = np.array(Image.open(tmp_path / "data/masks/3.png"))
     labels[-1, -1] = (labels[-1, -1] + 1) % 4
     Image.fromarray(labels).save(tmp_path / "data/masks/3.png")
@@ -175,29 +180,8 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     Image.new("RGB", (labels.shape[1], labels.shape[0])).save(tmp_path / "data/images/0.png")
     third = digests()
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
-
-
-def test_dense_labels_and_proposals_are_never_averaged(
-    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
-    sets = "\n".join(
-        f"- {{name: {name}, dense: {dense}}}"
-        for name, dense in (("a", "naclip"), ("b", "naclip"), ("c", "proposals"))
-    )
-    suite = suite_of(masked, sets)
-    rows = [evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries]
-    columns = table(rows, "").columns
-    (mean,) = [list(of.cells) for of in columns if "mean of" in str(of.header)]
-    assert mean == [f"{50 * (rows[0].metrics['miou'] + rows[1].metrics['miou']):.2f}"]
-    points = [
-        dataclasses.replace(row, source="adapter", alpha=alpha)
-        for row in rows
-        for alpha in (0.0, 1.0)
-    ]
-    names = {path.name for path in draw(points, tmp_path, "t")}
-    assert names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"}
-    assert "alpha.png" not in names
+    np.savez(tmp_path / "found/0.npz", masks=np.ones((1, *labels.shape)), scores=np.ones((1, 4)))
+    assert [a == b for a, b in zip(third, digests(), strict=True)] == [True, True, False]
 
 
 def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
@@ -382,6 +366,11 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     [
         ("background: pig, threshold: 0.1", "background is 'pig', not one of the classes"),
         ("dense: naclip, short_side: 8", "data set 'a', oracle: "),
+        ("dense: proposals, proposals: none", "data set 'a': no proposals"),
+        (
+            "dense: proposals, proposals: found, background: cow",
+            "float [4, 3], a column for each class",
+        ),
     ],
 )
 def test_bad_entries(masked: Path, fields: str, message: str) -> None:
