@@ -121,17 +121,18 @@ COST = ["parameters, M", "time, s", "memory, GB"]
 
 
 def dots(
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    heads: tuple[str, str],
-    path: Path,
+    rows: Mapping[str, Sequence[Mapping[str, float]]], heads: Sequence[str], path: Path
 ) -> None:
-    """Draw two figures of each method, in per cent by seed: the mean, and a bar of the standard
+    """Draw columns of a table, in per cent by method and seed: the mean, and a bar of the standard
     deviation.
     """
-    figure = Figure(figsize=(9, 1.2 + 0.27 * len(points)), dpi=150, layout="constrained")
-    for panel, head, number in zip(figure.subplots(1, 2, sharey=True), heads, (0, 1), strict=True):
-        for row, (name, values) in enumerate(points.items()):
-            figures = values[number]
+    figure = Figure(
+        figsize=(4.5 * len(heads), 1.2 + 0.27 * len(rows)), dpi=150, layout="constrained"
+    )
+    panels = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
+    for panel, head in zip(panels, heads, strict=True):
+        for row, (name, values) in enumerate(rows.items()):
+            figures = [of_seed[head] for of_seed in values]
             ours = "r-adapter" in name.lower()
             bar = stdev(figures) if len(figures) > 1 else None
             panel.errorbar(
@@ -147,9 +148,9 @@ def dots(
                 panel.axvline(mean(figures), color="grey", linestyle="--", linewidth=1)
         panel.set_title(head, fontsize=10)
         panel.set_xlabel("%")
-        panel.set_yticks(range(len(points)), points)
+        panel.set_yticks(range(len(rows)), rows)
         panel.grid(axis="x", alpha=0.3)
-    panel.invert_yaxis()
+    panels[0].invert_yaxis()
     figure.savefig(path)
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
+from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.rows import by_shift
 from rivals.benchmark import Benchmark, Flags, TableName, check_seeds
 from rivals.cells import ALPHAS, Cells, Judged, score
@@ -193,17 +193,8 @@ def _rows(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -
         costs = cost_of([cell.cost for cell in of_seeds])
         lines.append([name, *costs, _shown_alpha(method), *_spreads(values[name])])
     heads = list(next(iter(values.values()))[0])
-    x = heads[0]
-    if len(heads) == 1:
-        means = {name: {x: mean(row[x] for row in rows)} for name, rows in values.items()}
-        plot_bars(means, picture)
-    else:
-        y = next((head for head in heads if head.startswith("mean of")), heads[-1])
-        points = {
-            name: ([row[x] for row in rows], [row[y] for row in rows])
-            for name, rows in values.items()
-        }
-        dots(points, (x, y), picture)
+    others = [head for head in heads if head.startswith("mean of")] or heads[1:]
+    dots(values, [*heads[:1], *others[-1:]], picture)
     return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(values, images)
 
 

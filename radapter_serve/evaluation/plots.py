@@ -19,7 +19,6 @@ from radapter_serve.evaluation.rows import (
     curve,
     mean_kept,
     model_name,
-    own_metric,
 )
 from radapter_serve.evaluation.suite import PROPOSALS
 
@@ -53,17 +52,12 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow; returns the pictures' paths.
 
-    `bars.png` always; `alpha.png`, if `curve_too`, where there are several α of one source, one
+    `alpha.png`, if `curve_too`, where there are several α of one source, one
     each for dense segmentation and proposals; by the last model `confusion-NAME.png` of each data
     set of few classes.
     """
     unit = common_unit(row.metric for row in rows)
-    pictures = [folder / "bars.png"]
-    bars: dict[str, dict[str, float]] = {}
-    for row in rows:
-        name = model_name(row.source, row.alpha, ", α = ")
-        bars.setdefault(name, {})[row.dataset] = own_metric(row)
-    plot_bars(bars, pictures[0], title=title, unit=unit)
+    pictures = []
 
     # A curve for each way of segmentation, of the first source at several α.
     ways: dict[str, list[Row]] = {}
@@ -204,31 +198,6 @@ def _draw_curve(
     axes.margins(0.15)
     if len(methods) > 1:
         axes.legend(fontsize=8)
-
-
-def plot_bars(
-    values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", unit: str = "%"
-) -> None:
-    """Draw a group of bars for each data set, one bar a model; `values` has per cent by model and
-    data set.
-    """
-    sets = list(dict.fromkeys(name for figures in values.values() for name in figures))
-    figure = Figure(
-        figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2),
-        dpi=150,
-        layout="constrained",
-    )
-    axes = figure.subplots()
-    width = 0.8 / max(1, len(values))
-    for number, (model, figures) in enumerate(values.items()):
-        places = [index + (number - (len(values) - 1) / 2) * width for index in range(len(sets))]
-        axes.bar(places, [figures.get(name, 0.0) for name in sets], width, label=model)
-    axes.set_xticks(range(len(sets)), sets, rotation=30 if len(sets) > 4 else 0)
-    axes.set_ylabel(unit)
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
-    figure.suptitle(title)
-    figure.savefig(path)
 
 
 def plot_confusion(row: Row, path: str | Path) -> None:

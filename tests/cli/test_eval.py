@@ -83,7 +83,7 @@ def test_a_sweep_writes_rows_a_table_and_pictures(
     out, err = capfd.readouterr()
     assert err == ""
     assert {path.name for path in (here / "results").iterdir()} == {
-        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png",
+        "results.jsonl", "alpha.png", "confusion-plain.png", "confusion-shifted.png",
     }  # fmt: skip
     assert "n 12" in out and "prompts of plain, shifted: 'a photo of a {}.'" in out
     assert points(here / "results") == [(s, a) for s in ("plain", "shifted") for a in (0, 0.5, 1)]
