@@ -164,10 +164,7 @@ def evaluate_suite(
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
         stamp: dict[str, Any] = {"suite": suite.name, "seed": seed, "version": __version__}
-        try:
-            cases = [replace(data.row(model), **stamp) for model in models]
-        except RAdapterError as error:
-            raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+        cases = [replace(data.row(model), **stamp) for model in models]
         opened(data)
         # The share that is kept of the base is measured together with alpha 0.
         keep = ["nouns"] if data.nouns and any(model.alpha == 0.0 for model in models) else []

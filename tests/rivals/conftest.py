@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from rivals import cells as cells_module
+from rivals.benchmark import write_benchmark
 from rivals.method import Run, learned
 from tests.helpers.own_cache import own_cache as own_cache
 from tests.training.conftest import images as images
@@ -54,7 +54,6 @@ def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
         {"name": "third", "data": "imagefolder:images", "shift": "ood"},
     ]
     suite = {"name": "colours", "templates": "simple", "sets": sets}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
     train = {
         "data": "imagefolder:images",
@@ -62,10 +61,10 @@ def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
         "steps": 2,
         "workers": 0,
         "architecture": tiny_clip_dir,
+        "templates": "templates.txt",
     }
-    train["templates"] = "templates.txt"
     path = tmp_path / "benchmark.yaml"
-    path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
+    write_benchmark(path, suite, train)
     return path
 
 
