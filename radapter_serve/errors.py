@@ -21,9 +21,7 @@ _NAME = "radapter-serve"
 
 
 class RAdapterError(Exception):
-    """An error for people: what is wrong, which value, what is allowed, which command to run
-    next.
-    """
+    """An error for people: what is wrong, which value, what is allowed, what to run next."""
 
 
 def install_command(extra: str) -> str:
@@ -48,17 +46,13 @@ def check_installed(name: str, extra: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of another library's error, for a message of ours; its class where it says
-    nothing.
-    """
+    """The first line of another library's error; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def short(value: Any) -> str:
-    """What a file or a caller calls something, on one line of a message and cut to 40
-    characters.
-    """
+    """A value on one line of a message, cut to 40 characters."""
     return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)
 
 

@@ -53,9 +53,7 @@ def staged(path: Path) -> Iterator[Path]:
 def disk_errors(
     folder: Path, advice: str = "", also: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Raise an error with advice where the system, or a library's `also`, can't write into a
-    folder.
-    """
+    """Raise an error with advice where a folder can't be written; `also` by a library."""
     refusals: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
@@ -113,23 +111,21 @@ def shipped(folder: str) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, writer: str, *, wait: bool = False) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made if it is missing.
-
-    `writer` names the commands that write such a folder, for the error. `wait` waits for another
-    writer instead of raising it.
+def lock(folder: Path, writer: str) -> Iterator[None]:
+    """Keep other writers out of a folder, which is made if it is missing; `writer` names the
+    commands that write such a folder, for the error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(folder, wait=wait))
+            stack.enter_context(hold(folder))
         except BlockingIOError:
             raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
         yield
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, also against other users and containers; a killed program lets go
     of it. Raises `BlockingIOError` if another program holds it.
     """
@@ -138,7 +134,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise
             except OSError:
@@ -150,7 +146,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
             name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
             held = filelock.FileLock(Path(tempfile.gettempdir()) / f"radapter-{name}.lock")
             try:
-                stack.enter_context(held.acquire(blocking=wait))
+                stack.enter_context(held.acquire(blocking=False))
             except filelock.Timeout:
                 raise BlockingIOError from None
         yield

@@ -52,9 +52,7 @@ def otlp_endpoint() -> str | None:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler` within the block; an ignored one, as SIGHUP under nohup, stays
-    ignored.
-    """
+    """Handle signals by `handler` within the block; an ignored one, as under nohup, stays so."""
     before = {number: signal.getsignal(number) for number in numbers}
     if threading.current_thread() is not threading.main_thread():  # signals reach no other thread
         before = {}
@@ -69,9 +67,7 @@ def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int)
 
 
 def cores(root: Path = Path("/")) -> int:
-    """How many cores this process may use: those it may run on, and no more than the quota of its
-    control groups. `proc` and `sys` are in `root`.
-    """
+    """How many cores this process may use, by its affinity and the quota of its groups."""
     # Two threads on one core share what multiplies matrices, so it counts once.
     allowed = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -110,9 +106,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def total() -> int:
-    """Threads that an encoder computes with: what the server was given with --threads, else one a
-    core.
-    """
+    """Threads that an encoder computes with: those of --threads, else one a core."""
     return int(os.environ.get(THREADS) or cores())
 
 
@@ -122,9 +116,7 @@ def decoders(max_threads: int = 4) -> int:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables for the processes of a server: the cores are for the encoders, which do not use
-    OpenMP.
-    """
+    """Variables for a server's processes: the cores are for encoders, which use no OpenMP."""
     variables = {THREADS: str(threads)}
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         variables[name] = os.environ.get(name, "1")
@@ -132,9 +124,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Let a command compute with so many threads, its encoders too, or with one a core, or what
-    OMP_NUM_THREADS says; call it before torch is loaded.
-    """
+    """Let a command compute with so many threads, or one a core; before torch is loaded."""
     if threads is not None and threads < 1:
         raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
     # Threads that wait leave their cores to other work.

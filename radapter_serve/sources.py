@@ -65,9 +65,7 @@ def model_name(checkpoint: str) -> str | None:
 def check_base_is_named(
     checkpoint: str, base: str | None, pretrained: str | None, alphas: Iterable[float] = ()
 ) -> None:
-    """Refuse a checkpoint that needs a base, and has none: a file of weights, which does not say
-    its architecture, and any α below 1.
-    """
+    """Refuse a checkpoint without the base that it needs: weights alone, or an α below 1."""
     if model_name(checkpoint) is None and base is None:
         raise RAdapterError(
             f"{checkpoint} holds weights alone; name what was tuned with --base, such as --base"

@@ -53,8 +53,6 @@ TORCH_FREE = (
     "data",
     "playground",
 )
-# The name of a test that is marked slow, below whatever other marks it has.
-SLOW = r"@pytest\.mark\.slow\b.*\n(?:(?!def |\n).*\n)*def (test_\w+)"
 COMMANDS = ("serve", "build_engine", "eval", "export", "gateway", "index", "query", "train")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
@@ -158,13 +156,6 @@ def test_what_is_installed_needs_no_rival():
             )
 
 
-def test_the_words_of_triton_are_read_in_one_place():
-    for folder in (*PACKAGES, "model_repository"):
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text(encoding="utf-8")
-            assert path.name == "failures.py" or "maximum queue size" not in text, path
-
-
 def test_no_import_circle():
     folders = (*PACKAGES, "rivals")
     modules = {name: path for folder in folders for name, path in sources(folder).items()}
@@ -239,23 +230,6 @@ def test_what_ci_and_contributing_name_is_there():
             place / path for place in (ROOT, ROOT / "radapter_serve") if (place / path).exists()
         ]
         assert there, f"{path} is named, and is not there"
-
-
-def test_ci_asks_for_slow_tests_that_there_are():
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    (found,) = re.findall(r'-m slow -k "([^"]+)" \\\n(.*?)\n}', ci, re.DOTALL)
-    names = set()
-    for place in re.findall(r"tests/[\w./]+", found[1]):
-        path = ROOT / place
-        for file in [path] if path.is_file() else path.rglob("test_*.py"):
-            text = file.read_text(encoding="utf-8")
-            # Marked one by one, or the whole file.
-            pattern = r"def (test_\w+)" if "pytestmark = [pytest.mark.slow" in text else SLOW
-            names |= {f"{file.name}::{name}" for name in re.findall(pattern, text)}
-    for word in found[0].split(" or "):
-        assert [name for name in names if word in name], f"-k {word} finds no slow test"
-    for name in re.findall(r"::(\w+)", found[1]):
-        assert [one for one in names if one.endswith(f"::{name}")], f"{name} is no slow test"
 
 
 def test_a_line_assigns_one_value():

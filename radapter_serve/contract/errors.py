@@ -62,10 +62,8 @@ _STATUS = {
 
 
 class TaskError(RAdapterError):
-    """A request that cannot be answered; `str()` is "[code] sentence".
-
-    `what` is wrong, which value, and what is allowed; the advice says what a caller of a server may
-    send instead.
+    """A request that cannot be answered; `str()` is "[code] sentence". `advice` says what a caller
+    of a server may send instead.
     """
 
     def __init__(self, code: str, what: str, advice: str = "") -> None:
@@ -106,9 +104,7 @@ def check_cancelled(cancelled: Cancelled | None) -> None:
 
 
 def redact(message: str) -> str:
-    """Cut an error's message for callers to its first line, without paths and names of shared
-    memory.
-    """
+    """The first line of an error's message, without paths and names of shared memory."""
     return _PRIVATE.sub("...", message.strip().partition("\n")[0])
 
 

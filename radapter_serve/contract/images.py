@@ -128,9 +128,7 @@ LARGE_IMAGES = Turns()  # of this process
 
 @contextlib.contextmanager
 def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
-    """The block in which an image may be decoded: a large one when those before it are done, a
-    small one at once.
-    """
+    """A block in which an image may be decoded: of large ones one at a time."""
     check_cancelled(cancelled)
     with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
         yield
@@ -164,9 +162,7 @@ def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
 
 
 def read_header(data: bytes | ImageFile) -> ImageFile:
-    """Read the header of an image file, which may be base64 text, with or without a `data:` URI in
-    front; of one whose header has been read, return that.
-    """
+    """Read the header of an image file, or of its base64 text or `data:` URI."""
     if isinstance(data, ImageFile):
         return data
     if not data.startswith(_MAGIC):
@@ -265,9 +261,7 @@ def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.I
 
 
 def verify(data: bytes) -> None:
-    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of
-    their size. Thread-safe.
-    """
+    """Raise what `decode` raises, for less: a JPEG is decoded at an eighth of its size."""
     file = read_header(data)
     image = _open(file.data)
     image.draft(None, (1, 1))
@@ -290,9 +284,8 @@ def _broken() -> Iterator[None]:
         # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error. The
         # frames of contextlib hold the error, and without this it would hold them, and the image.
         error.__traceback__ = None
-        raise TaskError(
-            INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
-        ) from None
+        what = f"the image is broken or truncated ({error})"
+        raise TaskError(INVALID_IMAGE, what, ADVICE) from None
 
 
 def check_pixels(width: int, height: int, limit: int, what: str) -> None:
@@ -331,9 +324,7 @@ def is_image_file(name: str) -> bool:
 
 
 def list_images(folder: Path) -> ImageFiles:
-    """List the images in a folder and in all folders in it; hidden ones are left out, links are
-    followed once.
-    """
+    """List the images in a folder and those below; hidden ones are left out."""
 
     def refuse(error: OSError) -> None:  # or its images would be missing in silence
         raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error

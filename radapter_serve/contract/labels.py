@@ -91,9 +91,7 @@ BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."], "vild": VILD, "ovseg": OVS
 
 
 def read_label_file(path: str | Path) -> list[str]:
-    """Read a label file: UTF-8, one class a line, synonyms after commas; blank lines and `#`
-    comments are skipped.
-    """
+    """Read a UTF-8 file with one class a line, synonyms after commas, and `#` comments."""
     seen: dict[str, int] = {}
     labels = []
     for number, line in _lines(path):
@@ -112,9 +110,7 @@ def read_label_file(path: str | Path) -> list[str]:
 
 
 def read_templates(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates from a list, the name of a built-in set ("simple", "vild"), one template, or
-    a file.
-    """
+    """Prompt templates from a list, the name of a built-in set, one template, or a file."""
     if isinstance(source, (str, Path)):
         text = str(source)
         if text in BUILT_IN_TEMPLATES:
@@ -195,9 +191,7 @@ def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `TaskError` for no template, or one without a place for the label, with too many, or
-    too long.
-    """
+    """Raise a `TaskError` for no templates, or one that has no place for the label."""
     if not templates:
         raise invalid(
             "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
@@ -221,9 +215,7 @@ def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") ->
 
 
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
-    """Raise a `TaskError` where the labels and templates of one request would make too many or too
-    long prompts.
-    """
+    """Raise a `TaskError` where a request would make too many or too long prompts."""
     prompts = characters = 0
     for labels, templates in lists:
         check_templates(templates)
@@ -261,9 +253,7 @@ def _lines(path: str | Path, alternative: str = "") -> Iterable[tuple[int, str]]
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be a name: up to 200 bytes, nothing that cannot be shown or that means
-    something in a path.
-    """
+    """True for a name that can be shown and means nothing in a path, of up to 200 bytes."""
     shown = "".join(sign for sign in text if sign not in _JOINERS)
     return (
         shown.isprintable()
@@ -275,9 +265,7 @@ def is_name(text: str) -> bool:
 
 
 def spellings(name: str) -> list[str]:
-    """A name as it is, and as other systems write the same letters: an é is one sign, or an e with
-    an accent.
-    """
+    """A name, and as other systems write it: an é is one sign, or an e with an accent."""
     return list(
         dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
     )
@@ -314,9 +302,7 @@ def class_probabilities(
 def best_class(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """The best label of each place and its probability, as `class_probabilities` has them, without
-    the probabilities of the others.
-    """
+    """The best label of each place, [C, n] cosines to [n], and its probability."""
     greatest = cosines.max(0)
     winners = cosines == greatest
     best = np.empty(len(greatest), np.intp)
@@ -334,9 +320,7 @@ def best_class(
 def indistinguishable(
     labels: Sequence[str], embeddings: NDArray[np.float32]
 ) -> list[tuple[str, str]]:
-    """The labels that the text tower can't tell apart from an earlier one: every image scores both
-    alike.
-    """
+    """Labels that get the same scores as an earlier one, as pairs with that one first."""
     pairs = []
     for start in range(0, len(labels), _BLOCK):
         alike = embeddings[start : start + _BLOCK] @ embeddings.T > SAME

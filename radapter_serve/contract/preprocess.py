@@ -38,9 +38,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True)
 class Preprocess:
-    """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which
-    the graph does.
-    """
+    """open_clip's evaluation transform without scaling to [0, 1] and normalising."""
 
     size: tuple[int, int]  # height and width of the encoder's input in pixels
     interpolation: str = "bicubic"  # or "bilinear"
@@ -168,9 +166,7 @@ def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 
 class Decoder:
-    """Images to the pixels that an encoder takes; small ones in threads, for Pillow lets go of
-    the interpreter while it works.
-    """
+    """Images to the pixels that an encoder takes; small ones in threads."""
 
     def __init__(self, preprocess: Preprocess, threads: int) -> None:
         self._preprocess = preprocess
@@ -241,9 +237,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class MaskCrop:
-    """A segment alone: the image cropped to the mask's box, everything outside the mask filled
-    (OVSeg's masked crop).
-    """
+    """An image cropped to the box of a mask, and filled outside it (OVSeg's crop)."""
 
     padding: float = 0.0  # border around the box on each side, as a share of its longer side
     # Make the box square about its centre, which keeps the aspect ratio; else it is squashed.

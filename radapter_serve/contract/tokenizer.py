@@ -47,9 +47,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
-        """Read `tokenizer.json`, in the format of Hugging Face `tokenizers`, by the `tokenizer`
-        entry of a release.
-        """
+        """Read `tokenizer.json` by the `tokenizer` entry of a release."""
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library has no narrower class for it
@@ -60,9 +58,7 @@ class Tokenizer:
         return cls(core, spec)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
-        """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its
-        end token kept.
-        """
+        """Token ids, int32 [N, L], padded; too long a text is cut and its end token kept."""
         return self.batch(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -79,9 +75,7 @@ class Tokenizer:
 
 
 def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
-    """open_clip's `SimpleTokenizer`: its own split into words by `regex`, then byte-level BPE word
-    by word.
-    """
+    """open_clip's `SimpleTokenizer`: words by `regex`, then byte-level BPE of each."""
     added = sorted(core.get_added_tokens_decoder().items())
     special = {token.content: index for index, token in added}
     # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other
@@ -116,9 +110,7 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
 
 
 def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
-    """open_clip's `HFTokenizer`: everything as the file says, special tokens and truncation
-    included.
-    """
+    """open_clip's `HFTokenizer`: special tokens and truncation as the file says."""
     core.no_padding()
     core.enable_truncation(int(spec["context_length"]))
     strip = spec.get("strip")  # in whose place open_clip's strip_sep_token puts 0

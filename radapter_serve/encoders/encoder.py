@@ -41,9 +41,7 @@ class Encoder(Protocol):
 
 
 class GraphEncoder:
-    """The graphs of a release in this process, by name: image_encoder, text_encoder, and
-    patch_encoder where there is one.
-    """
+    """The graphs of a release in this process: image_encoder, text_encoder, patch_encoder."""
 
     def __init__(self, graphs: Mapping[str, EncoderGraph]) -> None:
         self.graphs = graphs
@@ -124,9 +122,7 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 @contextlib.contextmanager
 def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Yields the steps that this thread takes in the block, as they end: `into` a list, or a new
-    one.
-    """
+    """Yields the steps that this thread takes in the block, as they end; perhaps `into` a list."""
     steps = [] if into is None else into
     token = _taken.set(steps)
     try:

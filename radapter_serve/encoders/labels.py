@@ -91,9 +91,7 @@ def load_label_sets(folder: Path) -> dict[str, LabelSet]:
 
 
 class LabelCache:
-    """Embeddings of labels and examples, and the label sets that requests brought, by key; what was
-    used longest ago goes first. Thread-safe.
-    """
+    """Embeddings and label sets by key; those used longest ago go first. Thread-safe."""
 
     def __init__(self, max_size: int = MAX_LABELS) -> None:
         self._max_size = max_size
@@ -110,9 +108,7 @@ class LabelCache:
             return self._entries[key][0]
 
     def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Keep a value, such as an array that is no view of a larger one; `size` is the number of
-        its labels and templates.
-        """
+        """Keep a value, which is no view of a larger array; `size` counts labels and templates."""
         with self._lock:
             if key in self._entries:  # another thread was quicker
                 return

@@ -178,9 +178,7 @@ def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
 def run_together(
     tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
 ) -> list[A | TaskError]:
-    """Run tasks side by side, whose needs are encoded `together`; an error is its own task's
-    alone.
-    """
+    """Run tasks side by side, whose needs are encoded `together`; an error is one task's."""
     answers: list[Any] = [None] * len(tasks)
     needs: dict[int, Need] = {}
 
@@ -267,9 +265,7 @@ class LoadedRelease:
         return LabelCache()
 
     def request_alpha(self, alpha: float | None) -> float | None:
-        """The encoder's α for a request, which may bring one; None where it is folded. Raises a
-        `TaskError` for one that the release does not have.
-        """
+        """The encoder's α for a request, which may bring one; None where it is folded."""
         return request_alpha(alpha, self.release.alpha, dynamic=self.release.dynamic_alpha)
 
     def at(self, alpha: float) -> LoadedRelease:

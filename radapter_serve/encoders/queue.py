@@ -55,9 +55,7 @@ class Queue:
         self._is_busy = False
 
     def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """The results of one caller's needs; raises a `TaskError` where too many wait, or this one
-        gave up.
-        """
+        """The results of one caller's needs; a `TaskError` where too many wait, or it gave up."""
         caller = _Caller(needs)
         with self._lock:
             if not self._is_busy:

@@ -73,9 +73,7 @@ def load_graph(
 
 
 def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | None) -> Graph:
-    """By parameters as NVIDIA's backend reads them from a config.pbtxt: `intra_op_thread_count` and
-    `session.*`.
-    """
+    """By `intra_op_thread_count` and `session.*`, as NVIDIA's backend reads them."""
     check_installed("onnxruntime", "server")
     import onnxruntime
 

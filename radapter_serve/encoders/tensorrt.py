@@ -153,9 +153,7 @@ def _error(driver: ctypes.CDLL, status: int) -> str:
 
 
 def import_tensorrt() -> Any:
-    """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the
-    system has them.
-    """
+    """The module `tensorrt`, or its bindings alone, for the system's libraries."""
     problem = "TensorRT is not installed for Python"
     for name in ("tensorrt", "tensorrt_bindings"):
         try:
@@ -299,9 +297,7 @@ class Engine:
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Run on what lies at these addresses of the GPU, in the shapes that were set, without
-        waiting.
-        """
+        """Run on these addresses of the GPU, in the shapes that were set, without waiting."""
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):

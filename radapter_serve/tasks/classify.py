@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,9 +41,7 @@ _BY_EXAMPLE = (
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """Encoded images to classify by the same labels; raises a `TaskError` for a value that is not
-    allowed, or does not go with another.
-    """
+    """Encoded images to classify by the same labels; its values are checked."""
 
     images: Sequence[bytes | ImageFile]
     labels: Labels
@@ -119,7 +118,9 @@ def classify(
                 f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
                 " for all, or one for each"
             )
-        shown = [_example_header(examples, image) for image in dict.fromkeys(examples.images)]
+        for image in dict.fromkeys(examples.images):
+            with _example(examples, image):
+                shown.append(read_header(image))
     files = checked_headers(loaded, request.images, shown)
 
     # The labels' embeddings, with examples mixed in.
@@ -136,9 +137,7 @@ def classify(
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How the labels of a request are scored; `scale` and `bias` are those of
-    `class_probabilities`.
-    """
+    """How labels are scored; `scale` and `bias` are those of `class_probabilities`."""
 
     top_k: int | None  # None: all
     scale: float
@@ -170,9 +169,7 @@ class ScoreRule:
 
 
 def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
-    """The rule of a request; raises a `TaskError` where the release has no such scores, or none for
-    labels by example.
-    """
+    """The rule of a request; raises a `TaskError` where the release has no such scores."""
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
     confidence: Confidence | None = None
@@ -203,19 +200,17 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | 
     return ScoreRule(top_k, scale, bias, unknown=request.unknown, sigmoid=sigmoid)
 
 
-def _example_header(examples: Examples, image: bytes) -> ImageFile:
+@contextlib.contextmanager
+def _example(examples: Examples, image: bytes) -> Iterator[None]:
+    """Name the example in an error, which is not one of the image that is classified."""
     try:
-        return read_header(image)
+        yield
     except TaskError as error:
-        raise _of_example(error, examples, image) from None
-
-
-def _of_example(error: TaskError, examples: Examples, image: bytes) -> TaskError:
-    """The error of an example, which is not one of the image that is classified."""
-    if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE):
-        return error
-    place = examples.images.index(image) + 1
-    return invalid(f"example {place} of {len(examples.images)}: {error.message}")
+        if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE):
+            raise
+        place = examples.images.index(image) + 1
+        message = f"example {place} of {len(examples.images)}: {error.message}"
+        raise invalid(message) from None
 
 
 def mix_examples(
@@ -234,11 +229,8 @@ def mix_examples(
     for image, digest in zip(examples.images, examples.digests, strict=True):
         kept = embeds.get(image, cache.get((digest, alpha)))
         if kept is None:
-            try:
-                header = _example_header(examples, image)
-                pixels = yield from loaded.decoded([header], cancelled)
-            except TaskError as error:
-                raise _of_example(error, examples, image) from None
+            with _example(examples, image):
+                pixels = yield from loaded.decoded([read_header(image)], cancelled)
             encoded = yield from loaded.encoded("images", pixels, alpha, cancelled)
             kept = encoded[0].copy()
             cache.put((digest, alpha), kept)

@@ -303,9 +303,7 @@ def refine(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that they cover every pixel of an axis; the last is shifted back to
-    end at the border.
-    """
+    """Where windows begin so that they cover an axis; the last one ends at the border."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -337,9 +335,7 @@ class Axis:
         return which, np.ascontiguousarray(total[:, which], np.float32)
 
     def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Weights [n, windows x grid] for pixels of the working image: the mean over the windows
-        that cover each.
-        """
+        """Weights [n, windows x grid] of working pixels: the mean over a pixel's windows."""
         total = np.zeros((len(positions), len(self.starts), self.grid))
         within = positions[:, None] - np.array(self.starts)
         position, window = np.nonzero((within >= 0) & (within < self.window))
@@ -353,9 +349,7 @@ class Axis:
 def upsampled(
     values: NDArray[np.float32], rows: Axis, columns: Axis
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """The values [k, C, l] of patches at the image's own pixels, block by block: where, and float32
-    [C, h, w].
-    """
+    """The values [k, C, l] of patches at the image's pixels, by blocks, float32 [C, h, w]."""
     count = values.shape[1]
     across = _bands(columns, BAND)
     step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
@@ -370,9 +364,7 @@ def upsampled(
 
 @lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
 def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
-    """The image's own pixels in bands of at most `step`: which, which of the patches count, and
-    their weights.
-    """
+    """The image's pixels in bands of at most `step`, with the patches and weights of each."""
     bands = []
     for block in range(0, axis.pixels, BAND):
         end = min(block + BAND, axis.pixels)
@@ -385,9 +377,7 @@ def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float3
 def _between(
     positions: NDArray[np.intp], size: int, source: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """For pixels of an axis of `size`, resized from `source`: the two source pixels and the share
-    of the second.
-    """
+    """The two source pixels of each pixel of a resized axis, and the share of the second."""
     at: NDArray[np.float64] = np.clip((positions + 0.5) * source / size - 0.5, 0, source - 1)
     low = np.floor(at).astype(np.intp)
     return low, np.minimum(low + 1, source - 1), at - low

@@ -47,9 +47,7 @@ class EmbedImagesRequest:
 
 @dataclass(frozen=True)
 class EmbedTextsRequest:
-    """Texts to embed, at an α or the release's own; raises a `TaskError` for a text that is empty
-    or too long.
-    """
+    """Texts to embed, none of them empty or too long, at an α or the release's own."""
 
     texts: Sequence[str]
     alpha: float | None = None
@@ -146,9 +144,7 @@ def check_labels(
 def embed_label_set(
     loaded: LoadedRelease, labels: Labels, alpha: float | None, cancelled: Cancelled | None
 ) -> Steps[LabelSet]:
-    """The label set of a request that `check_labels` let through, with examples that are still to
-    be mixed in.
-    """
+    """The label set of a checked request; its examples are still to be mixed in."""
     if labels.label_set is None:
         names = labels.names or ()
         templates = loaded.release.templates if labels.templates is None else labels.templates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,52 +36,46 @@ MIN_LENGTH = 1e-3
 
 @dataclass(frozen=True)
 class Query:
-    """The parts of a query: texts, encoded images, and ids of images of the index, with weights in
-    this order (None: 1 each).
-    """
+    """Texts, encoded images and ids of an index's images, with weights in this order."""
 
     texts: Sequence[str] = ()
     images: Sequence[bytes | ImageFile] = ()
     ids: Sequence[str] = ()
     weights: Sequence[float] | None = None
 
-    def __len__(self) -> int:
-        return len(self.texts) + len(self.images) + len(self.ids)
-
-    @property
-    def is_one_text(self) -> bool:
-        """Whether it is a text and nothing else, such as scores are calibrated for."""
-        return len(self) == len(self.texts) == 1 and self.checked_weights() == [1.0]
-
-    def checked_weights(self) -> list[float]:
-        """The weight of each part; raises a `TaskError` for no part, too many, or weights that
-        don't fit them.
-        """
+    def __post_init__(self) -> None:
         count = len(self)
         if not count:
             raise invalid("nothing to search for; give text, image or id, one or more")
         if count > MAX_PARTS:
             raise invalid(f"{count} texts, images and ids; at most {MAX_PARTS} are allowed")
-        if self.weights is None:
-            return [1.0] * count
-        weights = [float(weight) for weight in self.weights]
-        if len(weights) != count:
+        if len(self.factors) != count:
             raise invalid(
-                f"{len(weights)} weights for {count} texts, images and ids; give one for each, or"
-                " none"
+                f"{len(self.factors)} weights for {count} texts, images and ids; give one for each,"
+                " or none"
             )
-        for weight in weights:
+        for weight in self.factors:
             if not np.isfinite(weight):
                 raise invalid(f"a weight is {weight}; allowed are finite numbers")
-        return weights
+
+    def __len__(self) -> int:
+        return len(self.texts) + len(self.images) + len(self.ids)
+
+    @property
+    def factors(self) -> list[float]:
+        """The weight of each part."""
+        return [1.0] * len(self) if self.weights is None else [float(w) for w in self.weights]
+
+    @property
+    def is_one_text(self) -> bool:
+        """True for a text and nothing else, such as scores are calibrated for."""
+        return len(self) == len(self.texts) == 1 and self.factors == [1.0]
 
 
 def combine(
     vectors: Sequence[NDArray[np.float32]], weights: Sequence[float]
 ) -> NDArray[np.float32]:
-    """The weighted sum of vectors, float32 [D], made unit length; one of weight 1 stays as it is.
-    Raises a `TaskError` where the weights cancel to nothing.
-    """
+    """The weighted sum of vectors, float32 [D], made unit length, unless it cancels out."""
     if list(weights) == [1.0]:
         return vectors[0]
     factors = np.array(weights, np.float64)
@@ -103,7 +97,7 @@ class RetrieveRequest:
     """A search of an index; raises a `TaskError` for values that do not go together."""
 
     index: str
-    query: Query = field(default_factory=Query)
+    query: Query
     top_k: int | None = None  # None: 10
     where: str | None = None  # a condition in SQL on the metadata's columns
     thumbnails: bool = False
@@ -113,7 +107,6 @@ class RetrieveRequest:
     calibrated: bool = False  # the one that the release was fitted to; for one text
 
     def __post_init__(self) -> None:
-        self.query.checked_weights()
         if self.calibrated and self.min_score is not None:
             raise invalid("give min_score or calibrated, not both")
         if self.calibrated and not self.query.is_one_text:
@@ -160,7 +153,7 @@ def retrieve(
         vectors += list(index.embeddings(list(query.ids)))
 
     hits = index.search(
-        combine(vectors, query.checked_weights()),
+        combine(vectors, query.factors),
         DEFAULT_TOP_K if request.top_k is None else request.top_k,
         request.where,
         thumbnails=request.thumbnails,

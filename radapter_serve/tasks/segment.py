@@ -50,9 +50,7 @@ BINARY = 102
 
 @dataclass(frozen=True, eq=False)
 class SegmentRequest:
-    """An encoded image to segment, densely or by proposals; raises a `TaskError` for a value that
-    is not allowed, or has no effect with the others.
-    """
+    """An encoded image to segment, densely or by proposals; its values are checked."""
 
     image: bytes | ImageFile
     labels: Labels

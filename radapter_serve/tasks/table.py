@@ -253,9 +253,7 @@ def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) 
 
 
 def _write_rankings(answers: Sequence[list[Ranking]]) -> Values:
-    """As wide as the image with most labels, and at least 1: others have empty labels of score 0
-    at their end.
-    """
+    """As wide as the image with most labels; others have empty ones of score 0 at the end."""
     rankings = [ranking for answer in answers for ranking in answer]
     width = max(1, *(len(ranking.labels) for ranking in rankings))
     scores = np.zeros((len(rankings), width), np.float32)

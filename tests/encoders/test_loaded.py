@@ -18,7 +18,6 @@ from PIL import Image
 
 from radapter_client import RAdapterClientError
 from radapter_serve.contract.errors import OVERLOADED, TaskError
-from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
@@ -38,21 +37,7 @@ from radapter_serve.tasks.embed import (
     embed_texts,
 )
 from tests.helpers.small_models import release
-from tests.helpers.small_release import SIZE, WIDTH, Local, png, together
-
-
-def test_images_are_prepared_and_embedded(local: Local) -> None:
-    images = [png(0), png(1, 90, 16), png(2, kind="JPEG")]
-    pixels = [local.loaded.pixels(image) for image in images]
-    opened = [Image.open(io.BytesIO(image)) for image in images]
-    expected = [Preprocess((SIZE, SIZE))(image) for image in opened]
-    np.testing.assert_array_equal(pixels, expected)
-    embeds = local.images(np.stack(expected))
-    np.testing.assert_allclose(local.loaded.embed_pixels(pixels), embeds, atol=1e-6)
-    patches = local.patches(np.stack(expected))
-    np.testing.assert_allclose(local.loaded.embed_patches(pixels), patches, atol=1e-6)
-    with pytest.raises(TaskError, match="invalid_image"):
-        local.loaded.pixels(b"nonsense")
+from tests.helpers.small_release import SIZE, Local, png, together
 
 
 def test_a_copy_turns_images_or_leaves_them(local: Local) -> None:
@@ -277,30 +262,29 @@ def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     assert capfd.readouterr().err.count("Traceback") == 1
 
 
-def test_an_encoders_own_error_reaches_its_task(local: Local) -> None:
-    def encode(needs: Any) -> list[TaskError]:
-        return [TaskError("restarting", "later") for _ in needs]
+def test_an_error_reaches_its_own_task_alone(
+    local: Local, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of the encoder, which a task may catch, and a fault of a task, which the log has."""
 
-    def task() -> Steps[str]:
+    def task(*, fails: bool = False) -> Steps[str]:
         try:
             yield from local.loaded.encoded("tokens", [[1]])
         except TaskError as error:
-            return f"was told: {error.message}"
-        return ""
+            return error.message
+        if fails:
+            raise ZeroDivisionError("at /home/somebody/secret.py")
+        return "an answer"
 
-    assert together([task(), task()], encode) == ["was told: later"] * 2
+    def later(needs: Any) -> list[TaskError]:
+        return [TaskError("restarting", "later") for _ in needs]
+
+    assert together([task(), task()], later) == ["later"] * 2
     with pytest.raises(TaskError, match=r"^\[restarting\] later$"):
-        complete(texts(local.loaded, "a"), encode)
-
-
-def test_a_fault_of_a_task_is_its_own(local: Local, capfd: pytest.CaptureFixture[str]) -> None:
-    def broken() -> Steps[None]:
-        yield from local.loaded.encoded("tokens", [[1]])
-        raise ZeroDivisionError("at /home/somebody/secret.py")
-
-    found, other = together([broken(), texts(local.loaded, "a cat")])
-    assert str(found) == "[internal_error] the server failed on this request; its log says why"
-    assert other.shape == (1, WIDTH)
+        complete(texts(local.loaded, "a"), later)
+    failed, other = together([task(fails=True), task()])
+    assert str(failed) == "[internal_error] the server failed on this request; its log says why"
+    assert other == "an answer"
     assert "secret.py" in capfd.readouterr().err
 
 

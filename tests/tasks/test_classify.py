@@ -5,7 +5,7 @@ refused.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -143,29 +143,37 @@ def test_templates_of_the_request_and_a_label_set_of_the_release(local: Local) -
     assert local.calls == [(6, SIZE, SIZE, 3)]  # its labels were embedded when it was made
 
 
-def test_calibrated_scores_are_a_softmax_at_the_temperature(
-    local: Local, cosines: np.ndarray, label_set: LabelSet
+ALL: dict[str, Any] = {"multi_label": True, "threshold": 0.0}
+# Of the small release the scale is 10, the temperature 2, and those of a label alone 6 and -1.
+SIGMOID: dict[str, Any] = {"logit_bias": -3.0, "confidence": {**CONFIDENCE, "temperature": None}}
+SCORES: list[tuple[dict[str, Any], dict[str, Any], Callable[[np.ndarray], np.ndarray], int]] = [
+    ({}, {}, lambda c: softmax(10 * c), 5),
+    ({}, {"top_k": 100}, lambda c: softmax(10 * c), 7),
+    ({}, {"calibrated": True, "top_k": 7}, lambda c: softmax(5 * c), 7),
+    ({}, ALL, lambda c: sigmoid(6 * c - 1), 7),
+    ({}, {**ALL, "top_k": 2}, lambda c: sigmoid(6 * c - 1), 2),
+    (SIGMOID, ALL, lambda c: sigmoid(6 * c - 1), 7),
+    (SIGMOID, {"top_k": 7}, lambda c: sigmoid(10 * c - 3), 7),
+    (SIGMOID, {"top_k": 7, "calibrated": True}, lambda c: sigmoid(6 * c - 1), 7),
+]
+
+
+@pytest.mark.parametrize(("facts", "options", "expected", "count"), SCORES)
+def test_scores_are_those_of_the_formula(
+    local: Local,
+    cosines: np.ndarray,
+    label_set: LabelSet,
+    facts: dict[str, Any],
+    options: dict[str, Any],
+    expected: Callable[[np.ndarray], np.ndarray],
+    count: int,
 ) -> None:
-    # Of the small release the scale is 10 and the temperature 2.
-    cases: list[tuple[dict[str, Any], float]] = [({}, 10.0), ({"calibrated": True}, 5.0)]
-    for options, scale in cases:
-        found = ask(local.loaded, top_k=7, **options)
-        assert [len(one.labels) for one in found] == [7] * 6
-        check(found, softmax(scale * cosines), label_set.labels)
-    assert [len(one.labels) for one in ask(local.loaded, calibrated=True)] == [5] * 6
-
-
-def test_labels_that_stand_alone(local: Local, cosines: np.ndarray, label_set: LabelSet) -> None:
-    scores = sigmoid(6.0 * cosines - 1.0)
-    found = ask(local.loaded, multi_label=True, threshold=0.0)
-    assert [len(one.labels) for one in found] == [7] * 6
-    check(found, scores, label_set.labels)
-    fewer = ask(local.loaded, multi_label=True, threshold=0.0, top_k=2)
-    assert [len(one.labels) for one in fewer] == [2] * 6
-    check(fewer, scores, label_set.labels)
-    # Each is scored as it would be if it were the only one.
-    [alone] = ask(local.loaded, IMAGES[:1], Labels(["cat"]), multi_label=True, threshold=0.0)
-    assert alone.scores[0] == pytest.approx(scores[0, 0], rel=1e-5)
+    rankings = ask(local.changed(**facts), **options)
+    assert [len(ranking.labels) for ranking in rankings] == [count] * 6
+    check(rankings, expected(cosines), label_set.labels)
+    if "multi_label" in options:  # each is scored as it would be if it were the only one
+        [alone] = ask(local.changed(**facts), IMAGES[:1], Labels(["cat"]), **options)
+        assert alone.scores[0] == pytest.approx(expected(cosines)[0, 0], rel=1e-5)
 
 
 def test_labels_below_the_threshold_are_left_out(
@@ -311,11 +319,6 @@ def test_what_is_refused(
     assert not local.calls
 
 
-def test_labels_are_a_list_or_a_label_set() -> None:
-    with pytest.raises(TaskError, match="not both"):
-        Labels(["a"], "colours")
-
-
 def column(*rows: Any, kind: Any = object) -> np.ndarray:
     return np.array(rows, kind)
 
@@ -394,18 +397,6 @@ def test_examples_are_mixed_with_texts_by_their_weight(
     expected[2] = unit((1 - third) * expected[2] + third * shown[1])
     examples = Examples(SHOWN, (0, 2, 0), *([weights] if weights else []))
     check(shown_by(local.loaded, examples), softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
-
-
-def test_examples_are_embedded_once(local: Local) -> None:
-    examples = Examples((*SHOWN, SHOWN[0]), (0, 2, 0, 1))
-    whole = shown_by(local.loaded, examples)
-    # The texts, each example, which its first caller brings alone, and the images.
-    assert [shape[0] for shape in local.calls] == [3, 1, 1, 1, 4]
-    local.calls.clear()
-    again = shown_by(local.loaded, examples)
-    assert [shape[0] for shape in local.calls] == [4]
-    for one, other in zip(whole, again, strict=True):
-        np.testing.assert_array_equal(one.scores, other.scores)
 
 
 def read(local: Local, **inputs: np.ndarray) -> list[ClassifyRequest]:

@@ -96,18 +96,6 @@ def test_a_request_may_say_how_long_its_caller_waits(client):
         client.infer("embed_image", inputs, timeout=1)
 
 
-def test_no_text_waits_for_half_a_second(asking):
-    """A queue with a limit made Triton overlook a free encoder: one answer in twenty took 0.5 s."""
-
-    def ask(number: int) -> float:
-        start = time.monotonic()
-        asking.embed_texts([f"text {number}"])
-        return time.monotonic() - start
-
-    with ThreadPoolExecutor(4) as callers:
-        assert max(callers.map(ask, range(400))) < 0.4
-
-
 # Exports against torch
 
 
@@ -208,22 +196,6 @@ def one_release(repository: Path, folder: Path) -> Path:
     for name in ("image_encoder", "embed_image"):
         shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("1"))
     return folder
-
-
-def test_a_model_that_does_not_load_is_named_with_the_reason(repository, tmp_path):
-    folder = one_release(repository, tmp_path / "repository")
-    (folder / "image_encoder" / "2" / "model.onnx").write_bytes(b"not a graph")
-    server = TritonServer(ServerConfig(folder, Endpoints.on_free_ports()))
-    with pytest.raises(
-        RAdapterError,
-        match=r"did not start: it ended by itself with status 1: "
-        r"failed to load 'image_encoder' version 2: .*Protobuf.*; all its messages: ",
-    ):
-        server.start()
-    assert server.pid is None
-    shutil.copy(repository / "image_encoder" / "2" / "model.onnx", folder / "image_encoder" / "2")
-    with server:  # the same object can start again
-        assert server.models == {"embed_image": [2], "image_encoder": [2]}
 
 
 def test_only_what_is_a_model_is_served_and_the_secret_opens_the_doors(repository, tmp_path):
