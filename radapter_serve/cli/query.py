@@ -1,5 +1,5 @@
-"""radapter-query: the client on the command line. A new subcommand is one function, and one entry
-in `main`.
+"""radapter-query: the client on the command line. A sub-command is one function and one entry of
+`COMMANDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +20,16 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import tyro
-from PIL import Image, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from radapter_client import Client, InvalidImage, list_images
+from radapter_client import Client, InvalidImage
 from radapter_serve.cli import guard
-from radapter_serve.contract.images import is_image_file
+from radapter_serve.contract.images import count_kinds, list_images
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
@@ -37,7 +37,7 @@ from radapter_serve.files import staged
 PROG = "radapter-query"
 T = TypeVar("T")
 Row = dict[str, Any]
-Answer = tuple[Row, list[Row]]  # of an image, as one JSON object and as rows of a table
+Answer = tuple[Row, list[Row]]  # as one JSON object, and as rows of a table
 
 
 @dataclass(frozen=True)
@@ -122,28 +122,11 @@ class Labels:
         }
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """How pixels get their labels.
-
-    Args:
-        threshold: probability below which a pixel is background; no pixel is if none is given.
-        short_side: px of the working image that windows go over; 1.5 windows if none is given.
-        stride: px from one window to the next; half a window if none is given.
-        refine: steps of refinement along edges, of which 10 are usual; 0 if none is given.
-    """
-
-    threshold: float | None = None
-    short_side: int | None = None
-    stride: int | None = None
-    refine: int | None = None
-
-
-Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE [IMAGE ...]")]
+Paths = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE [IMAGE ...]")]
 
 
 def classify(
-    images: Images,
+    images: Paths,
     labels: OmitArgPrefixes[Labels],
     server: OmitArgPrefixes[Server],
     top_k: int | None = None,
@@ -152,7 +135,7 @@ def classify(
     calibrated: FlagCreatePairsOff[bool] = False,
     unknown: float | None = None,
     examples: Path | None = None,
-    example_weight: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="W|LABEL=W")] = (),
+    example_weight: float | None = None,
     out: Path | None = None,
 ) -> int:
     """The best labels of images.
@@ -169,49 +152,50 @@ def classify(
             1, of a release that was exported with validation data.
         examples: folder with a folder of images for each label that has some, called as the label;
             the folders are the labels where none are given.
-        example_weight: of a label's examples beside its text, from 0 to 1, for all labels or as
-            LABEL=W for one, a flag each; 1 leaves the text out, and 0.5 is taken if none is given.
+        example_weight: of a label's examples beside its text, from 0 to 1; 1 leaves the text out,
+            and 0.5 is taken if none is given.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
-    files = ImageFiles(images)
-    arguments = labels.arguments(optional=examples is not None)
-    shown: dict[str, list[str]] | None = None
+    files = Images(images)
+    options = labels.arguments(optional=examples is not None)
     if examples is not None:
         try:
             folders = sorted(path for path in examples.iterdir() if path.is_dir())
         except OSError as error:
             raise RAdapterError(f"cannot read {examples}: {error.strerror}") from error
-        folders = [path for path in folders if not path.name.startswith(".")]
-        if not folders:
-            raise RAdapterError(f"{examples} has no folders: it needs one for each label")
-        shown = {path.name: list_images(path) for path in folders}
-    arguments |= {
+        shown = {path.name: list_images(path).images for path in folders if path.name[0] != "."}
+        if not all(shown.values()) or not shown:
+            raise RAdapterError(f"{examples} needs a folder with images for each label")
+        options["examples"] = shown
+    options |= {
         "top_k": top_k,
         "multi_label": multi_label,
         "threshold": threshold,
         "calibrated": calibrated,
         "unknown": unknown,
-        "examples": shown,
-        "example_weight": read_weights(example_weight, shown or {}),
+        "example_weight": example_weight,
     }
     with server.client() as client:
 
         def answers() -> Iterator[Answer]:
-            ask = files.answers(lambda paths: client.classify(paths, **arguments), 64)
+            ask = files.answers(lambda paths: client.classify(paths, **options), 64)
             for image, answer in ask:
                 pairs = zip(answer.labels, answer.scores, strict=True)
                 rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
                 yield {"image": image, **vars(answer)}, rows
 
-        report(answers(), ("image", "label", "score"), out, server.json)
+        report(answers(), ("image", "label", "score"), server.json, out)
     return int(files.left_out)
 
 
 def segment(
-    images: Images,
+    images: Paths,
     labels: OmitArgPrefixes[Labels],
-    pixels: OmitArgPrefixes[Pixels],
     server: OmitArgPrefixes[Server],
+    threshold: float | None = None,
+    short_side: int | None = None,
+    stride: int | None = None,
+    refine: int | None = None,
     save: Path | None = None,
     save_mask: Path | None = None,
     font: str | None = None,
@@ -222,6 +206,10 @@ def segment(
     Args:
         images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is
             left out.
+        threshold: probability below which a pixel is background; no pixel is if none is given.
+        short_side: px of the working image that windows go over; 1.5 windows if none is given.
+        stride: px from one window to the next; half a window if none is given.
+        refine: steps of refinement along edges, of which 10 are usual; 0 if none is given.
         save: picture to write, .png or .jpg: colours and a legend. For several images, a folder of
             them.
         save_mask: .png to write: the index of each pixel's label. For several images, a folder of
@@ -230,23 +218,16 @@ def segment(
         out: file to write instead, .csv (a row for each label that occurs) or .jsonl (a line for
             each image).
     """
-    if font is not None:  # before any work
-        try:
-            ImageFont.truetype(font, 20)
-        except OSError as error:
-            raise RAdapterError(
-                f"cannot read the font {font}: {error}; allowed are TrueType and OpenType files"
-            ) from error
-    files = ImageFiles(images)
-    arguments = labels.arguments() | vars(pixels)
+    files = Images(images)
+    options = labels.arguments()
+    options |= {"threshold": threshold, "short_side": short_side}
+    options |= {"stride": stride, "refine": refine}
     files.check_pictures("--save", save, ".png", ".jpg")
     files.check_pictures("--save-mask", save_mask, ".png")
-    if save is not None and save == save_mask:
-        raise RAdapterError(f"--save and --save-mask are both {save}; give them names of their own")
     with server.client() as client:
 
         def answers() -> Iterator[Answer]:
-            ask = files.answers(lambda paths: client.segment(paths, **arguments), 8)
+            ask = files.answers(lambda paths: client.segment(paths, **options), 8)
             for image, answer in ask:
                 if save is not None:
                     files.save_picture(save, image, answer.overlay(font=font))
@@ -254,23 +235,18 @@ def segment(
                     wide = len(answer.labels) > 256
                     mask = answer.mask if wide else answer.mask.astype(np.uint8)
                     files.save_picture(save_mask, image, Image.fromarray(mask))
+                names = ("labels", "shares", "scores", "release")
+                facts = {"image": image, "size": answer.mask.shape[::-1]}
+                facts |= {name: getattr(answer, name) for name in names}
                 shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
                 rows = [
                     {"image": image, "label": label, "share": share, "score": score}
                     for share, label, score in sorted(shares, key=lambda row: -row[0])
                     if share
                 ]
-                facts = {
-                    "image": image,
-                    "size": answer.mask.shape[::-1],
-                    "labels": answer.labels,
-                    "shares": answer.shares,
-                    "scores": answer.scores,
-                    "release": answer.release,
-                }
                 yield facts, rows
 
-        report(answers(), ("image", "label", "share", "score"), out, server.json)
+        report(answers(), ("image", "label", "share", "score"), server.json, out)
     if not server.json:
         for path in filter(None, (save, save_mask)):
             print(path)
@@ -337,31 +313,22 @@ def search(
         alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
-    if server.json:
+    version = {} if hits.index_version is None else {"index_version": hits.index_version}
+
+    def answers() -> Iterator[Answer]:
         for hit in hits:
-            row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
-            if hits.index_version is not None:
-                row["index_version"] = hits.index_version
-            print(to_json(row))
-        return
-    table = Table(Column("score", justify="right"), "id", "metadata")
-    for hit in hits:
-        about = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
-        table.add_row(
-            f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold")
-        )
-    if hits:
-        Console().print(table)
-    else:
-        print("nothing was found")
-    if hits.index_version is not None:
-        print(f"index version: {hits.index_version}")
-    if save is not None:
-        print(save)
+            row = {"score": hit.score, "id": hit.id}
+            about = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
+            yield {**row, "metadata": hit.metadata, **version}, [{**row, "metadata": about}]
+
+    report(answers(), ("score", "id", "metadata"), server.json)
+    if not server.json:
+        for line in filter(None, (hits.index_version, save)):
+            print(f"index version: {line}" if line == hits.index_version else line)
 
 
 def embed_image(
-    images: Images,
+    images: Paths,
     server: OmitArgPrefixes[Server],
     out: Path = Path("image_embeds.npy"),
     alpha: float | None = None,
@@ -375,7 +342,7 @@ def embed_image(
     """
     check_output("--out", out, ".npy")
     with server.client() as client:
-        _save_embeds(out, client.embed_images(ImageFiles(images).paths, alpha=alpha), server)
+        _save_embeds(out, client.embed_images(Images(images).paths, alpha=alpha), server)
 
 
 def embed_text(
@@ -400,9 +367,8 @@ def embed_text(
 
 def _save_embeds(out: Path, embeds: npt.NDArray[np.float32], server: Server) -> None:
     write_whole(out, lambda file: np.save(file, embeds))
-    rows, width = embeds.shape
-    facts = to_json({"file": str(out), "shape": [rows, width]})
-    print(facts if server.json else f"{out}: float32 [{rows}, {width}]")
+    facts = {"file": str(out), "shape": list(embeds.shape)}
+    print(to_json(facts) if server.json else f"{out}: float32 {facts['shape']}")
 
 
 def release(server: OmitArgPrefixes[Server]) -> None:
@@ -412,9 +378,6 @@ def release(server: OmitArgPrefixes[Server]) -> None:
     with server.client() as client:
         used = client.release()
         served = client.releases()
-    if server.json:
-        print(to_json({"release": used.facts, "served": [release.version for release in served]}))
-        return
     templates = used.templates[0] if used.templates else "none"
     if len(used.templates) > 1:
         templates = f"{len(used.templates)}, such as {templates!r}"
@@ -431,16 +394,23 @@ def release(server: OmitArgPrefixes[Server]) -> None:
         "exported": used.facts.get("created", "unknown"),
         "served": ", ".join(f"{release.version} (α = {release.alpha:g})" for release in served),
     }
-    table = Table(show_header=False)
-    for name, value in facts.items():
-        table.add_row(name, Text(str(value), overflow="fold"))
-    Console().print(table)
+    whole = {"release": used.facts, "served": [release.version for release in served]}
+    rows = [{"fact": name, "value": str(value)} for name, value in facts.items()]
+    report([(whole, rows)], ("fact", "value"), server.json)
 
 
-class ImageFiles:
-    """Images as a command is given them: files, and folders with all the images in them, in the
-    order of their names.
-    """
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "classify": classify,
+    "segment": segment,
+    "search": search,
+    "embed-image": embed_image,
+    "embed-text": embed_text,
+    "release": release,
+}
+
+
+class Images:
+    """Images as a command is given them: files, and folders with all the images in them."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.paths: list[str] = []
@@ -451,15 +421,12 @@ class ImageFiles:
             if not Path(name).is_dir():
                 self.paths.append(name)
                 continue
-            for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
-                if is_image_file(path.name):
-                    self.paths.append(str(path))
-                    self._in_folders.add(str(path))
-                else:
-                    others[path.suffix.lower() or path.name] += 1
+            files = list_images(Path(name))
+            self.paths += map(str, files.images)
+            self._in_folders |= {*map(str, files.images)}
+            others.update(files.left_out)
         if others:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-            note(f"files that are no JPEG, PNG or WebP are left out: {kinds}")
+            note(f"files that are no JPEG, PNG or WebP are left out: {count_kinds(others)}")
         if not self.paths:
             raise RAdapterError(
                 f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}"
@@ -478,12 +445,8 @@ class ImageFiles:
         quiet = len(batches) == 1 or not sys.stderr.isatty()
         console = Console(stderr=True)
         for batch in track(batches, "asking", console=console, transient=True, disable=quiet):
-            try:
-                answers = ask(batch)
-            except InvalidImage:
-                pass
-            else:
-                yield from zip(batch, answers, strict=True)
+            with suppress(InvalidImage):
+                yield from zip(batch, ask(batch), strict=True)
                 continue
             for path in batch:  # one by one, to see which
                 try:
@@ -501,11 +464,9 @@ class ImageFiles:
         """Refuse a path that the pictures of these images can't go to: a file for one image, a
         folder for several.
         """
-        if path is None:
-            return
-        if self.is_single:
+        if path is not None and self.is_single:
             check_output(flag, path, *suffixes)
-        elif path.suffix.lower() in suffixes or path.is_file():
+        elif path is not None and (path.suffix.lower() in suffixes or path.is_file()):
             raise RAdapterError(
                 f"{flag} {path}: of several images, give a folder for their pictures"
             )
@@ -516,40 +477,9 @@ class ImageFiles:
             folders = [Path(name).absolute().parent for name in self.paths]
             place = Path(image).absolute().relative_to(os.path.commonpath(folders))
             path = path / f"{place}.png"
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RAdapterError(f"cannot make {path.parent}: {error.strerror}") from error
+            path.parent.mkdir(parents=True, exist_ok=True)
         kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
         write_whole(path, lambda file: picture.save(file, kind, quality=90))
-
-
-def read_weights(
-    texts: Sequence[str], examples: Mapping[str, Any]
-) -> float | dict[str, float] | None:
-    """The weight of examples beside texts, for all labels or by label, from such as `0.7` and
-    `a mug=0.9`.
-    """
-    common: float | None = None
-    by_label: dict[str, float] = {}
-    for text in texts:
-        label, equals, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            raise RAdapterError(
-                f"--example-weight {text}: write a number from 0 to 1, or LABEL=NUMBER"
-            ) from None
-        if label in by_label or (not equals and common is not None):
-            raise RAdapterError(f"--example-weight {text}: this weight is given twice")
-        if equals:
-            by_label[label] = weight
-        else:
-            common = weight
-    if not by_label:
-        return common
-    others = {} if common is None else dict.fromkeys(examples, common)
-    return {**others, **by_label}
 
 
 def check_output(flag: str, path: Path, *suffixes: str) -> None:
@@ -570,7 +500,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def report(
-    answers: Iterable[Answer], columns: Sequence[str], out: Path | None, as_json: bool
+    answers: Iterable[Answer], columns: Sequence[str], as_json: bool, out: Path | None = None
 ) -> None:
     """Prints the answers, or writes them to a .csv or .jsonl file: as they come, but for a
     table.
@@ -582,8 +512,8 @@ def report(
         def write(file: BinaryIO) -> None:
             nonlocal count
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            table = csv.DictWriter(text, columns, lineterminator="\n")
             as_csv = out.suffix.lower() == ".csv"
+            table = csv.DictWriter(text, columns, lineterminator="\n")
             if as_csv:
                 table.writeheader()
             for facts, rows in answers:
@@ -596,25 +526,27 @@ def report(
 
         write_whole(out, write)
         print(to_json({"file": str(out), "images": count}) if as_json else f"{out}: {count} images")
-    elif as_json:
+        return
+    if as_json:
         for facts, _ in answers:
             print(to_json(facts), flush=True)
-    else:
-        table = Table()
-        for column in columns:
-            table.add_column(column, justify="left" if column in ("image", "label") else "right")
-        for _, rows in answers:
-            for place, row in enumerate(rows):
-                cells = []
-                for column in columns:
-                    value = row[column]
-                    if column == "share":
-                        value = f"{value * 100:.1f} %"
-                    elif isinstance(value, float):
-                        value = f"{value:.4f}"
-                    cells.append(Text("" if column == "image" and place else value))
-                table.add_row(*cells, end_section=place + 1 == len(rows))
+        return
+    numbers = {"score", "share"}
+    heads = [Column(name, justify="right" if name in numbers else "left") for name in columns]
+    table = Table(*heads)
+    for _, rows in answers:
+        for place, row in enumerate(rows):
+            cells = []
+            for column in columns:
+                value = row[column]
+                if column in numbers:
+                    value = f"{value * 100:.1f} %" if column == "share" else f"{value:.4f}"
+                cells.append(Text("" if column == "image" and place else value, overflow="fold"))
+            table.add_row(*cells, end_section=columns[0] == "image" and place + 1 == len(rows))
+    if table.rows:
         Console().print(table)
+    else:
+        print("nothing was found")
 
 
 def to_json(value: object) -> str:
@@ -626,8 +558,6 @@ def note(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    commands = (classify, segment, search, embed_image, embed_text, release)
-    named = {command.__name__.replace("_", "-"): command for command in commands}
     description = (
         "Asks a server that radapter-serve started, or with --model a model in this process."
     )
@@ -635,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     return guard(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            named, prog=PROG, description=description, args=argv
+            COMMANDS, prog=PROG, description=description, args=argv
         ),
         argv,
         prog=PROG,

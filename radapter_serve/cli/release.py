@@ -33,18 +33,15 @@ PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
 
 
-def list_(
-    model_repository: Path = REPOSITORY, http_port: int | None = None, url: str | None = None
-) -> None:
+def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
     """Show the releases of a repository, and which of them are served.
 
     Args:
         model_repository: folder that radapter-export has filled.
-        http_port: the port of the server to ask, where several serve the repository.
-        url: or its URL, http://localhost:PORT.
+        url: of the server to ask, http://localhost:PORT, where several serve the repository.
     """
     versions = require_known(model_repository, releases_of(model_repository))
-    _, served, state = _state(model_repository, _port(url, http_port))
+    _, served, state = _state(model_repository, url)
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
@@ -69,7 +66,6 @@ def list_(
 def load(
     release: tyro.conf.Positional[tuple[int, ...]],
     model_repository: Path = REPOSITORY,
-    http_port: int | None = None,
     url: str | None = None,
 ) -> None:
     """Serve a release in the place of the present one, without a pause: on a running server, or
@@ -83,8 +79,7 @@ def load(
         release: its number; several are served together, and the highest answers callers that name
             none.
         model_repository: folder that radapter-export has filled.
-        http_port: the port of the server, where several serve the repository.
-        url: or its URL, http://localhost:PORT.
+        url: of the server, http://localhost:PORT, where several serve the repository.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
@@ -92,22 +87,19 @@ def load(
     _do(
         {"do": "load", "releases": wanted},
         model_repository,
-        _port(url, http_port),
+        url,
         lambda served: served.next(wanted),
     )
 
 
-def rollback(
-    model_repository: Path = REPOSITORY, http_port: int | None = None, url: str | None = None
-) -> None:
+def rollback(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
     """Serve again what was served before, as `load` does.
 
     Args:
         model_repository: folder that radapter-export has filled.
-        http_port: the port of the server, where several serve the repository.
-        url: or its URL, http://localhost:PORT.
+        url: of the server, http://localhost:PORT, where several serve the repository.
     """
-    _do({"do": "rollback"}, model_repository, _port(url, http_port), Served.back)
+    _do({"do": "rollback"}, model_repository, url, Served.back)
 
 
 def verify(
@@ -131,26 +123,21 @@ def verify(
         print(f"release {version}: as it was exported")
 
 
-def _port(url: str | None, http_port: int | None) -> int | None:
-    """The port of the server that `--url` or `--http-port` names."""
-    if url is None:
-        return http_port
-    try:
-        parts = urlsplit(url)
-        port = parts.port or {"http": 8000, "https": 443}[parts.scheme]
-        if not (parts.hostname == "localhost" or ip_address(parts.hostname or "").is_loopback):
-            raise ValueError("another machine's")
-    except (ValueError, KeyError):
-        raise RAdapterError(
-            f"--url is {url!r:.80}; allowed: the HTTP URL of a server on this machine, such as"
-            " http://localhost:8000"
-        ) from None
-    return port
-
-
-def _state(repository: Path, http_port: int | None) -> tuple[Path | None, Served, dict[str, Any]]:
+def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict[str, Any]]:
     """The server of a repository, if one runs, what is served, and what the server says."""
-    server = find_server(repository, http_port)
+    port: int | None = None
+    if url is not None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 8000, "https": 443}[parts.scheme]
+            if parts.hostname != "localhost" and not ip_address(parts.hostname or "").is_loopback:
+                raise ValueError("another machine's")
+        except (ValueError, KeyError):
+            raise RAdapterError(
+                f"--url is {url!r:.80}; allowed: the HTTP URL of a server on this machine, such as"
+                " http://localhost:8000"
+            ) from None
+    server = find_server(repository, port)
     if server is None:
         return None, Served.load(repository), {}
     state = ask(server, {"do": "state"})
@@ -160,10 +147,13 @@ def _state(repository: Path, http_port: int | None) -> tuple[Path | None, Served
 def _do(
     request: dict[str, Any],
     repository: Path,
-    http_port: int | None,
+    url: str | None,
     offline: Callable[[Served], Served],
 ) -> None:
-    server, served, state = _state(repository, http_port)
+    """Have a request done by the server of a repository; without one, `offline` says what its next
+    start serves.
+    """
+    server, served, state = _state(repository, url)
     wanted = offline(served)
     indexes = Path(state.get("indexes", "indexes"))
     for note in lacking(repository, served.releases, wanted.releases, indexes):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
@@ -241,7 +240,7 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
                 "gRPC": server.grpc_url,
                 "metrics": server.metrics_url,
             }
-            _show(server.config, server.models, server.runtime, urls, server.grpc_url)
+            _show(server.config, server.served.releases, server.runtime, urls, server.grpc_url)
             with (
                 AdminSocket(server.folder, server),
                 contextlib.nullcontext() if gateway is None else gateway.in_thread(),
@@ -279,8 +278,8 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
             server.start(lambda line: status.update(f"{escape(line)} ..."))
         try:
             url = config.endpoints.http_url
-            releases = {"classify": list(server.served.releases)}
-            _show(config, releases, server.runtime, {"HTTP": url, "metrics": f"{url}/metrics"}, url)
+            urls = {"HTTP": url, "metrics": f"{url}/metrics"}
+            _show(config, server.served.releases, server.runtime, urls, url)
             with AdminSocket(server.folder, server):
                 gateway.run()
         except KeyboardInterrupt:
@@ -291,34 +290,21 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
 
 def _show(
     config: ServerConfig,
-    models: Mapping[str, Sequence[int]],
+    releases: Sequence[int],
     runtime: str | None,
-    facts: Mapping[str, str],
+    urls: Mapping[str, str],
     url: str,
 ) -> None:
     """Print what is served, by what, and where."""
-    table = Table(title=escape(str(config.model_repository)), title_justify="left")
-    for column in ("model", "versions", "release"):
-        table.add_column(column)
-    for name, versions in models.items():
-        lines = []
-        for version in versions:
-            with contextlib.suppress(RAdapterError, ValueError, TypeError):
-                release = Release.load(config.model_repository / name / str(version))
-                alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
-                lines.append(
-                    f"{version}: {release.architecture} at alpha {alpha}, {release.precision}"
-                )
-        table.add_row(escape(name), ", ".join(map(str, versions)), escape("\n".join(lines)))
-    Console().print(table)
-    for name, value in {**facts, "indexes": str(config.indexes)}.items():
-        print(f"{name:<8} {value}")
-    if runtime is not None:
-        print(f"runtime  {runtime}")
-    if "classify" in models:
-        print(
-            f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n'
-        )
+    print(config.model_repository)
+    for version in releases:
+        release = Release.load(config.model_repository / "classify" / str(version))
+        alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
+        print(f"release  {version}: {release.architecture} at alpha {alpha}, {release.precision}")
+    for name, value in {**urls, "indexes": config.indexes, "runtime": runtime}.items():
+        if value is not None:
+            print(f"{name:<8} {value}")
+    print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n')
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 

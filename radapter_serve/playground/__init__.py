@@ -59,18 +59,16 @@ class Settings:
         address = address_of(self.host)
         login = None
         if self.user is not None and self.password_file is not None:
-            file = self.password_file
-            if not file.is_file():
-                raise RAdapterError(
-                    f"--password-file {file}: there is no such file; its first line is the password"
-                )
             try:
-                password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
+                password = self.password_file.read_text(encoding="utf-8").partition("\n")[0].strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise RAdapterError(f"--password-file {file} cannot be read: {error}") from None
+                raise RAdapterError(
+                    f"--password-file {self.password_file} cannot be read: {error}"
+                ) from None
             if not password:
                 raise RAdapterError(
-                    f"--password-file {file}: its first line is empty; it is the password"
+                    f"--password-file {self.password_file}: its first line is empty; it is the"
+                    " password"
                 )
             login = self.user, password
         if login is None and not ipaddress.ip_address(address).is_loopback:

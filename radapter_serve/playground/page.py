@@ -18,7 +18,6 @@ from radapter_serve.contract.images import oriented
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
-MAX_PAGES = 16  # of 60 hits at most: pages reach the 1,000 nearest
 NO_PICTURE = "Drop a picture on the left."
 _LABELS = "a cat\na dog\na house\na tree\na car"
 _PARTS = "sky\ngrass\na house\na tree\na person"
@@ -133,56 +132,43 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
 def _search(client: Client, picture: Any) -> Any:
     text = gradio.Textbox(label="Text", placeholder="a red bicycle", elem_id="query")
     with gradio.Row():
+        by = gradio.Radio(["text", "picture", "both"], value="text", label="Search by")
         index = gradio.Dropdown([""], label="Index", allow_custom_value=True, elem_id="index")
         count = gradio.Slider(1, 60, 12, step=1, label="How many")
-        page = gradio.Slider(1, MAX_PAGES, 1, step=1, label="Page", elem_id="page")
         least = gradio.Slider(
             -1, 1, -1, step=0.01, label="Pictures with a lower score are left out", elem_id="least"
         )
-    with gradio.Row():
-        by_text = gradio.Button("Search by text", variant="primary")
-        by_picture = gradio.Button("Search by the picture")
-        by_both = gradio.Button("Search by both")
+    button = gradio.Button("Search", variant="primary")
     gallery = gradio.Gallery(label="Found", columns=4, elem_id="found")
     took = gradio.Markdown(elem_id="found-took")
 
-    def search_by(*parts: str) -> Handler:
-        """A handler of the parts of a query, such as "text", and the options."""
+    def search(
+        file: str | None, text: str, by: str, index: str | None, count: int, least: float
+    ) -> tuple[Any, str]:
+        if by != "text" and file is None:
+            return None, NO_PICTURE
+        start = time.perf_counter()
+        hits = client.search(
+            None if by == "picture" else text,
+            image=None if by == "text" or file is None else Path(file),
+            index=index or "",
+            top_k=int(count),
+            min_score=None if least == -1 else least,
+            thumbnails=True,
+        )
+        shown = [
+            (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
+            for hit in hits
+            if hit.thumbnail
+        ]
+        return shown, f"{_took(start)}, {len(hits)} found"
 
-        def search(*values: Any) -> tuple[Any, str]:
-            query = dict(zip(parts, values, strict=False))
-            if "image" in query:
-                if query["image"] is None:
-                    return None, NO_PICTURE
-                query["image"] = Path(query["image"])
-            index, count, page, least = values[len(parts) :]
-            start = time.perf_counter()
-            hits = client.search(
-                **query,
-                index=index or "",
-                top_k=int(count),
-                offset=int(count) * (int(page) - 1),
-                min_score=None if least == -1 else least,
-                thumbnails=True,
-            )
-            shown = [
-                (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
-                for hit in hits
-                if hit.thumbnail
-            ]
-            return shown, f"{_took(start)}, {len(hits)} found"
-
-        return explained(search)
-
-    answers = [gallery, took]
-    options = [index, count, page, least]
-    for name, events, parts in (
-        ("search_text", [by_text.click, text.submit], {"text": text}),
-        ("search_picture", [by_picture.click], {"image": picture}),
-        ("search_both", [by_both.click], {"image": picture, "text": text}),
-    ):
-        inputs = [*parts.values(), *options]
-        gradio.on(events, search_by(*parts), inputs, answers, api_name=name)
+    gradio.on(
+        [button.click, text.submit],
+        explained(search),
+        [picture, text, by, index, count, least],
+        [gallery, took],
+    )
     return index
 
 

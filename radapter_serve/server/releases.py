@@ -211,7 +211,7 @@ def find_server(repository: Path, http_port: int | None = None) -> Path | None:
         )
     if http_port is None and len(servers) > 1:
         raise RAdapterError(
-            f"several servers serve {repository}; choose one: --http-port"
-            f" {' or '.join(map(str, sorted(servers)))}"
+            f"several servers serve {repository}; choose one: --url"
+            f" {' or '.join(f'http://localhost:{port}' for port in sorted(servers))}"
         )
     return next(iter(servers.values()), None) if http_port is None else servers[http_port]

@@ -55,7 +55,8 @@ def test_without_a_server_the_next_start_is_chosen(
     for words, message in (
         (["load", "1"], "text_encoder/1/model.onnx is empty"),
         (["load", "9"], "no release 9"),
-        (["list", "--http-port", "1"], "no server of"),
+        (["list", "--url", "http://localhost:1"], "no server of"),
+        (["list", "--url", "http://example.org"], "a server on this machine"),
     ):
         assert main([*words, *where]) == 2
         assert message in capsys.readouterr().err

@@ -209,8 +209,8 @@ def test_the_command_speaks_with_the_server(
     assert main(["load", "2", *where]) == 0
     assert capsys.readouterr().out == "release 2 is served\n"
     assert Served.load(repository) == Served((2,), (1,))
-    port = str(served.server.config.endpoints.http_port)
-    assert main(["list", *where, "--http-port", port]) == 0
+    url = served.server.config.endpoints.http_url
+    assert main(["list", *where, "--url", url]) == 0
     assert f"served at {served.url}" in capsys.readouterr().out
     assert main(["rollback", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served\n"
