@@ -88,6 +88,7 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 255, (40, 36, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "photos-test").symlink_to(tmp_path / "photos")
     (tmp_path / "data" / "pacs").mkdir(parents=True)
     for style in ("photo", "art_painting", "cartoon", "sketch"):
         (tmp_path / "data" / "pacs" / style).symlink_to(tmp_path / "photos")
@@ -103,19 +104,7 @@ def small(command: list[str], architecture: str) -> list[str]:
         if "--architecture" in words:
             place = words.index("--architecture")
             del words[place : place + 2]
-        words += ["--architecture", architecture]
-        words += [
-            "--steps",
-            "3",
-            "--batch-size",
-            "8",
-            "--val-fraction",
-            "0.2",
-            "--workers",
-            "0",
-            "--tracker",
-            "none",
-        ]
+        words += ["--architecture", architecture, *SHORT.split()]
     return words
 
 
