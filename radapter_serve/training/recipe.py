@@ -1,6 +1,4 @@
-"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names;
-what a recipe comes to on its data, and the run that it gives.
-"""
+"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names."""
 
 from __future__ import annotations
 
@@ -219,10 +217,9 @@ class Recipe(RunSource):
             raise RAdapterError("--resume needs --out, the folder of the run to continue")
         if not self.data:
             raise RAdapterError("no training data; name it with --data, for example --data photos")
-        used_by = users(Recipe)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            tasks = used_by.get(field.name, (self.task,))
+            tasks = users(Recipe).get(field.name, (self.task,))
             if self.task not in tasks and value != field.default:
                 raise RAdapterError(
                     f"{field.name} is {value}, which task {self.task} does not use; leave it out "
@@ -238,8 +235,7 @@ class Recipe(RunSource):
     @property
     def peak_rate(self) -> float:
         """The learning rate, which is a number once a run starts."""
-        assert self.learning_rate != "auto"
-        return self.learning_rate
+        return float(self.learning_rate)
 
     def resolved(self, images: int | None, processes: int = 1) -> Plan:
         """Work out what follows from the number of images (or captions) of an epoch, None for a
@@ -252,25 +248,21 @@ class Recipe(RunSource):
                 f"batch_size {self.batch_size} is not a multiple of {parts} parts (processes ×"
                 " accumulate)"
             )
+        least = max(2, parts)
         batch_size = self.batch_size
         if images is not None:
-            largest = images // parts * parts
-            if largest < max(2, parts):
-                raise RAdapterError(
-                    f"the data holds {images} images to train with; a batch needs"
-                    f" {max(2, parts)} at least, so add images, or lower --val-fraction or"
-                    " --accumulate"
-                )
-            batch_size = min(batch_size, largest)
+            batch_size = min(batch_size, images // parts * parts)
+        if batch_size < least:
+            raise RAdapterError(
+                f"the data holds {images} images to train with; a batch needs {least} at least, so"
+                " add images, or lower --val-fraction or --accumulate"
+            )
         if batch_size < self.batch_size:
             notes.append(
                 f"note: a batch is {batch_size} images, all that the data has; the recipe's"
                 f" batch_size is {self.batch_size}"
             )
-        steps = self.steps
-        if steps is None:
-            assert images is not None  # a stream says its steps
-            steps = self.epochs * (images // batch_size)
+        steps = self.steps or self.epochs * ((images or 0) // batch_size)  # a stream says its steps
         warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps:
             raise RAdapterError(
@@ -385,17 +377,17 @@ def recipe_from(
     Without a source it is that of the run to resume, a folder; else `small`, or for another task
     the recipe of its name. `resume=True` continues the run in the recipe's `out`.
     """
+    if resume:
+        fields["resume"] = True
     if resume and not isinstance(resume, bool):
+        fields["out"] = Path(resume)
         if source is None:
             source = Path(resume) / RECIPE
             if not source.is_file():
                 raise RAdapterError(f"no run to resume in {resume}: it has no {RECIPE}")
-        fields["out"] = Path(resume)
-    if resume:
-        fields["resume"] = True
     if source is None:
         task = fields.get("task", "classification")
-        source = load_recipe("small" if task not in ready_recipes() else task)
+        source = load_recipe(task if task in ready_recipes() else "small")
         if "architecture" in fields:  # whose weights have other names
             source = dataclasses.replace(source, pretrained=None)
         if "val_data" in fields:  # in place of a share of the training images
@@ -419,14 +411,12 @@ def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
         pairs = {ALIASES.get(name, name): value}
         if name == "base":
             model, _, tag = str(value).partition(":")
-            if str(value).startswith((LOCAL, HUB)):
-                model = str(value)
-                tag = ""
             pairs = {"architecture": model, "pretrained": tag or None}
-        for field, given in pairs.items():
-            if field in named:
-                raise RAdapterError(f"{field} is set twice, the second time by {name}")
-            named[field] = given
+            if str(value).startswith((LOCAL, HUB)):
+                pairs = {"architecture": str(value), "pretrained": None}
+        if twice := named.keys() & pairs:
+            raise RAdapterError(f"{min(twice)} is set twice, the second time by {name}")
+        named |= pairs
     return named
 
 

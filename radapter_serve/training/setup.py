@@ -94,6 +94,17 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
     # This moves the weights to their device, where the average then starts.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
+
+    # The loss: by softmax, or by sigmoids where the base's scores are made so.
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
+    numbers: dict[str, Any] = {
+        "logit_scale": scale,
+        "delta": recipe.delta,
+        "epsilon": recipe.epsilon,
+    }
+    loss_fn = partial(mpm_nce, **numbers)
+    if bias is not None:
+        loss_fn = partial(pairwise_sigmoid, logit_bias=bias, **numbers)
     return Learner(
         plan=plan,
         accelerator=accelerator,
@@ -103,24 +114,11 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
         towers=towers,
         optimizer=optimizer,
         average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
-        loss_fn=choose_loss(base, recipe),
+        loss_fn=loss_fn,
         examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
         val=val,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
     )
-
-
-def choose_loss(base: Base, recipe: Recipe) -> partial[Tensor]:
-    """The loss by softmax, or by sigmoids where the base's scores are made so."""
-    scale, bias = logit_scale_and_bias(base.model.state_dict())
-    numbers: dict[str, Any] = {
-        "logit_scale": scale,
-        "delta": recipe.delta,
-        "epsilon": recipe.epsilon,
-    }
-    if bias is None:
-        return partial(mpm_nce, **numbers)
-    return partial(pairwise_sigmoid, logit_bias=bias, **numbers)
 
 
 def choose_form(
@@ -154,14 +152,16 @@ def choose_form(
 
 def augmentation(base: Base, recipe: Recipe) -> Transform:
     """The paper's augmentation: a random resized crop, bicubic, and for few-shot a flip."""
-    size = base.preprocess["size"]
-    crop = transforms.RandomResizedCrop(
-        size, scale=(recipe.crop_scale, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    bicubic = transforms.InterpolationMode.BICUBIC
+    scale = (recipe.crop_scale, 1.0)
+    composed: Transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(base.preprocess["size"], scale, interpolation=bicubic),
+            *([transforms.RandomHorizontalFlip()] if recipe.flip else []),
+            transforms.ToTensor(),
+            transforms.Normalize(base.preprocess["mean"], base.preprocess["std"]),
+        ]
     )
-    flip = [transforms.RandomHorizontalFlip()] if recipe.flip else []
-    normalize = transforms.Normalize(base.preprocess["mean"], base.preprocess["std"])
-    rgb = transforms.Lambda(lambda image: image.convert("RGB"))
-    composed: Transform = transforms.Compose([crop, *flip, rgb, transforms.ToTensor(), normalize])
     return composed
 
 

@@ -72,7 +72,15 @@ def train(
     chosen = recipe_from(recipe, resume, **fields)
     chosen.check()
     limit_threads(chosen.threads)  # before torch is loaded
-    out = run_folder(chosen)
+
+    # The folder, which must not hold another run. What failed before there was a checkpoint has
+    # nothing to go on with, and nothing to lose.
+    stem = chosen.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
+    out = chosen.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not chosen.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
+        raise RAdapterError(
+            f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
+        )
     if chosen.learning_rate == "auto" and chosen.resume:  # its run has found the rate
         earlier = recipe_from(resume=out)
         chosen = dataclasses.replace(
@@ -88,18 +96,6 @@ def train(
         chosen, notes = search_rate(chosen, opened, out, say)
         opened = dataclasses.replace(opened, notes=(*opened.notes, *notes))
     return fit(chosen, opened, out, show=progress)
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """The folder of a run; refuses one that holds another run."""
-    stem = recipe.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
-    out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
-    if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
-        raise RAdapterError(
-            f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
-        )
-    return out
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,7 @@ _BIAS = "visual.ln_post.bias"
         (_with(_BIAS, lambda x: x[:5]), r"its weight visual.ln_post.bias is \[5\], and \[64\]"),
         (_with(_BIAS, lambda x: x.fill_(float("nan"))), "is damaged: its weight visual.ln_post"),
         (lambda weights: {**weights, "head.weight": torch.ones(2)}, "has the weight head.weight"),
-        (
-            _with(_BIAS, lambda x: x.to("meta")),
-            "is torch.float32, torch.strided, on meta",
-        ),
         (_with(_BIAS, lambda x: x.to(torch.int8)), r"is torch.int8, .* allowed are plain floating"),
-        (lambda weights: {"a": 1, **weights}, "holds no state dict"),
         (lambda weights: {**weights, "x": _Pickled()}, "loading them could run foreign code"),
         (None, "could not read the checkpoint .* neither of torch.save nor of safetensors"),
     ],
@@ -296,32 +291,17 @@ _Q = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weigh
     [
         (_edited("peft_type", "LOHA"), "is of the kind LOHA; allowed: LORA"),
         (_edited("use_dora", True), "has use_dora True, which is more than a plain LoRA"),
-        (_edited("modules_to_save", ["visual_projection"]), "has modules_to_save"),
         (_edited("init_lora_weights", "pissa"), "init_lora_weights pissa, which changes the base"),
         (_edited("alpha_pattern", {"(a+)+$": 1}), "allowed are names of layers"),
         (_edited("lora_alpha", float("nan")), "rank or alpha nan; allowed"),
         (_edited("r", 3), "has rank 4, and 3 by adapter_config.json"),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text("["),
-            "is no folder of peft",
-        ),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds no adapter_model"),
+        (lambda folder: (folder / "adapter_config.json").write_text("["), "is no folder of peft"),
         (_reweighted(lambda w: w[_Q].fill_(float("inf"))), "holds values that are not finite"),
-        (_reweighted(lambda w: w.pop(_Q)), "lora_A and lora_B of .* do not fit"),
         (
             _reweighted(lambda w: w.update({"x.lora_embedding_A": w[_Q].clone()})),
             "has the tensor x.lora",
         ),
         (_reweighted(lambda w: w.update({_Q: torch.ones(4, 3)})), "is of another base than"),
-        (
-            _reweighted(
-                lambda w: w.update(
-                    {_Q.replace("text_model", "head"): torch.ones(4, 64)}
-                    | {_Q.replace("text_model", "head").replace("_A", "_B"): torch.ones(64, 4)}
-                )
-            ),
-            "adapts the layer head.encoder.*, which .* has not",
-        ),
     ],
 )
 def test_bad_loras_are_refused_in_one_line(

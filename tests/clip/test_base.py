@@ -20,12 +20,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from radapter_serve.adapter import save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.data.rows import open_rows
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.models import from_adapter
-from tests.helpers.small_models import IMAGE, TEXT, make_base, random_adapter
+from tests.helpers.small_models import IMAGE, TEXT, make_base
 
 TOWER = {
     "hidden_size": 32,
@@ -35,7 +33,6 @@ TOWER = {
 }
 OF_TEXTS = {**TOWER, "hidden_act": "gelu"}
 OTHER_TEXTS = "its text embeddings in transformers differ"
-Change = Callable[[Path, str], None]
 
 
 @pytest.fixture
@@ -63,7 +60,6 @@ def embeds(model: torch.nn.Module) -> torch.Tensor:
     ("name", "beside", "quick"),
     [
         ("weights.pt", None, False),
-        ("vit-openai.pt", None, True),
         ("tiny.openai/weights.pt", None, True),
         ("weights.pt", {"quick_gelu": True}, True),
         ("vit-openai.pt", {}, False),
@@ -119,24 +115,24 @@ def test_quickgelu_for_a_checkpoint_without_is_refused(architectures: str, tmp_p
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
     with pytest.raises(RAdapterError, match="trained with GELU.*name the architecture tiny$"):
         load_base("tiny-quickgelu", str(tmp_path / "weights.pt"))
-    assert load_base("tiny", str(tmp_path / "weights.pt")).config["quick_gelu"] is False
 
 
-class Code:
-    """Pickled, it makes a file when it is loaded."""
+class Line:
+    """Pickled, it runs a line of Python when it is loaded."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, line: str) -> None:
+        self.line = line
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
+        return exec, (self.line,)
 
 
 def test_a_checkpoint_is_no_program(architectures: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    torch.save({"logit_scale": Code(mark)}, tmp_path / "new.pt")
-    (tmp_path / "old.pt").write_bytes(pickle.dumps(Code(mark)))
-    np.savez(tmp_path / "big-vision.npz", params=np.array([Code(mark)], object))
+    code = Line(f"open({str(mark)!r}, 'w').close()")
+    torch.save({"logit_scale": code}, tmp_path / "new.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(code))
+    np.savez(tmp_path / "big-vision.npz", params=np.array([code], object))
     for name in ("new.pt", "old.pt", "big-vision.npz"):
         with pytest.raises(RAdapterError, match="could not load tiny"):
             load_base(architectures, str(tmp_path / name))
@@ -260,12 +256,9 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
         ("config.json", changed(model_type="siglip"), "its model_type is siglip; allowed: clip"),
         ("config.json", changed(text_config={**TOWER, "hidden_act": "relu"}), OTHER_TEXTS),
         ("config.json", changed(text_config={**OF_TEXTS, "eos_token_id": 7}), OTHER_TEXTS),
-        ("config.json", changed(projection_dim=16), "could not load"),
         ("processor_config.json", changed(do_center_crop=False), "its processor in transformers g"),
         ("processor_config.json", changed(do_normalize=False), "its processor in transformers dif"),
-        ("processor_config.json", changed(rescale_factor=1.0), "its processor in transformers dif"),
         ("tokenizer.json", swap_words, "its vocabulary is not CLIP's"),
-        ("tokenizer.json", None, "could not load"),
         ("model.safetensors", None, "could not load"),
     ],
 )
@@ -301,114 +294,71 @@ def test_weights_that_are_missing_are_never_random(
         load_base(f"local-dir:{folder}")
 
 
-class Line:
-    """Pickled, it runs a line of Python when it is loaded."""
-
-    def __init__(self, line: str) -> None:
-        self.line = line
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (self.line,)
+def of_texts(**fields: Any) -> dict[str, Any]:
+    return {"model_cfg": {"text_cfg": fields}}
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    change(found)
-    path.write_text(json.dumps(found), encoding="utf-8")
-
-
-def edit_text(folder: Path, **fields: Any) -> None:
-    path = folder / "open_clip_config.json"
-    edit(path, lambda found: found["model_cfg"]["text_cfg"].update(fields))
-
-
-def field(file: str, **fields: Any) -> Change:
-    """Adds fields to a file."""
-
-    def change(folder: Path, line: str) -> None:
-        edit(folder / file, lambda found: found.update(fields))
-
-    return change
-
-
-def module_of(folder: Path, line: str) -> str:
-    (folder / "evil.py").write_text(f"{line}\nclass Evil: pass\n", encoding="utf-8")
-    return "evil.Evil"
-
-
-def trusted_tokenizer(folder: Path, line: str) -> None:
-    mapped_tokenizer(folder, line)
-    edit_text(folder, tokenizer_kwargs={"trust_remote_code": True})
-
-
-def mapped_tokenizer(folder: Path, line: str) -> None:
-    name = module_of(folder, line)
-    tokenizer = folder / "tokenizer_config.json"
-    edit(tokenizer, lambda found: found.pop("tokenizer_class", None))
-    edit(tokenizer, lambda found: found.update(auto_map={"AutoTokenizer": [name, name]}))
-
-
-def mapped_config(folder: Path, line: str) -> None:
-    auto_map = {"AutoConfig": module_of(folder, line)}
-    edit(folder / "config.json", lambda found: found.update(model_type="own", auto_map=auto_map))
-
-
-def mapped_text_tower(folder: Path, line: str) -> None:
-    mapped_config(folder / "text", line)
-
-
-def other_keyword(folder: Path, line: str) -> None:
-    edit_text(folder, tokenizer_kwargs={"tokenizer_file": "/etc/passwd"})
-
-
-def timm_of_a_folder(folder: Path, line: str) -> None:
-    image = {"timm_model_name": f"local-dir:{folder}"}
-    path = folder / "open_clip_config.json"
-    edit(path, lambda found: found["model_cfg"]["vision_cfg"].update(image))
-
-
-def not_json(folder: Path, line: str) -> None:
-    (folder / "tokenizer_config.json").write_text("[" * 100_000, encoding="utf-8")
-
-
-def no_table(folder: Path, line: str) -> None:
-    (folder / "open_clip_config.json").write_text("[5]", encoding="utf-8")
-
-
-def pickled_weights(folder: Path, line: str) -> None:
-    (folder / "open_clip_model.safetensors").unlink()
-    torch.save({"logit_scale": Line(line)}, folder / "open_clip_pytorch_model.bin")
-
-
-def old_pickled_weights(folder: Path, line: str) -> None:
-    (folder / "open_clip_model.safetensors").unlink()
-    (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Line(line)))
-
-
-HOSTILE: dict[str, tuple[Change, str]] = {
-    "trusted tokenizer": (trusted_tokenizer, "open_clip_config.json has trust_remote_code"),
-    "mapped tokenizer": (mapped_tokenizer, "tokenizer_config.json has auto_map"),
-    "mapped config": (mapped_config, "config.json has auto_map"),
+# A file of a folder, what is added to it, and the message; `evil` is a module of the folder.
+HOSTILE: dict[str, tuple[str, dict[str, Any] | str, str]] = {
+    "trusted tokenizer": (
+        "open_clip_config.json",
+        of_texts(tokenizer_kwargs={"trust_remote_code": True}),
+        "open_clip_config.json has trust_remote_code",
+    ),
+    "mapped tokenizer": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+        "tokenizer_config.json has auto_map",
+    ),
+    "mapped config": (
+        "config.json",
+        {"model_type": "own", "auto_map": {"AutoConfig": "evil.Evil"}},
+        "config.json has auto_map",
+    ),
     "config of a version": (
-        field("config.json", configuration_files=["config.4.0.json"]),
+        "config.json",
+        {"configuration_files": ["config.4.0.json"]},
         "config.json has configuration_files",
     ),
-    "mapped text tower": (mapped_text_tower, "text/config.json has auto_map"),
+    "mapped text tower": (
+        "text/config.json",
+        {"auto_map": {"AutoConfig": "evil.Evil"}},
+        "text/config.json has auto_map",
+    ),
     "kernel of the hub": (
-        field("text/config.json", attn_implementation="someone/kernel"),
+        "text/config.json",
+        {"attn_implementation": "someone/kernel"},
         "text/config.json has attn_implementation someone/kernel",
     ),
     "adapter of peft": (
-        field("adapter_config.json", megatron_core="evil"),
+        "adapter_config.json",
+        {"megatron_core": "evil"},
         "holds adapter_config.json, an adapter of peft",
     ),
-    "other keyword": (other_keyword, "has tokenizer_kwargs.tokenizer_file.*allowed are clean"),
-    "timm of a folder": (timm_of_a_folder, "has timm_model_name local-dir:"),
-    "not JSON": (not_json, "tokenizer_config.json: it is no JSON"),
-    "no table": (no_table, "open_clip_config.json is missing or broken"),
-    "pickled weights": (pickled_weights, "could not load"),
-    "old pickled weights": (old_pickled_weights, "could not load"),
+    "other keyword": (
+        "open_clip_config.json",
+        of_texts(tokenizer_kwargs={"tokenizer_file": "/etc/passwd"}),
+        "has tokenizer_kwargs.tokenizer_file.*allowed are clean",
+    ),
+    "timm of a folder": (
+        "open_clip_config.json",
+        {"model_cfg": {"vision_cfg": {"timm_model_name": "local-dir:."}}},
+        "has timm_model_name local-dir:",
+    ),
+    "not JSON": (
+        "tokenizer_config.json",
+        "[" * 100_000,
+        "tokenizer_config.json: it is no JSON",
+    ),
 }
+
+
+def update(found: dict[str, Any], fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict) and name in found:
+            update(found[name], value)
+        else:
+            found[name] = value
 
 
 @pytest.fixture(scope="module")
@@ -418,32 +368,37 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", [*HOSTILE, "pickled weights", "old pickled weights"])
 def test_a_folder_that_would_run_code_is_refused(
     roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    change, message = HOSTILE[kind]
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to a library that asks whether it may
     base = tmp_path / "base"
-    mark = tmp_path / "mark"
     shutil.copytree(roberta, base)
-    edit_text(base, hf_model_name=str(base / "text"))
-    change(base, f"open({str(mark)!r}, 'w').close()")
+    mark = tmp_path / "mark"
+    line = f"open({str(mark)!r}, 'w').close()"
+    (base / "evil.py").write_text(f"{line}\nclass Evil: pass\n")
+    file, fields, message = HOSTILE.get(kind, ("open_clip_config.json", {}, "could not load"))
+    for name, change in (
+        ("open_clip_config.json", of_texts(hf_model_name=str(base / "text"))),
+        (file, fields),
+    ):
+        path = base / name
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if isinstance(change, dict):
+            update(found, change)
+        path.write_text(change if isinstance(change, str) else json.dumps(found))
+    if kind not in HOSTILE:
+        (base / "open_clip_model.safetensors").unlink()
+        path = base / "open_clip_pytorch_model.bin"
+        if kind == "pickled weights":
+            torch.save({"logit_scale": Line(line)}, path)
+        else:
+            path.write_bytes(pickle.dumps(Line(line)))
     with pytest.raises(RAdapterError, match=message) as caught:
         load_base(f"local-dir:{base}")
     assert not mark.exists()
     assert "\n" not in str(caught.value)
-
-
-def test_an_adapter_that_names_such_a_base_is_refused(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    mark = tmp_path / "mark"
-    name = make_base("siglip", base)
-    save_adapter(random_adapter(name), tmp_path / "adapter.safetensors")
-    trusted_tokenizer(base, f"open({str(mark)!r}, 'w').close()")
-    with pytest.raises(RAdapterError, match="has trust_remote_code"):
-        from_adapter(tmp_path / "adapter.safetensors")
-    assert not mark.exists()
 
 
 @pytest.mark.parametrize(

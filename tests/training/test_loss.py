@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from radapter_serve.adapter import attach
 from radapter_serve.clip.base import load_base
 from radapter_serve.data.labelled import Labelled
-from radapter_serve.training import Average, gather_with_grad, mpm_nce, pairwise_sigmoid
+from radapter_serve.training import Average, mpm_nce, pairwise_sigmoid
 from radapter_serve.training.loop import other_prompts, share
 from radapter_serve.training.loss import distance_to_base, positives_of
 from radapter_serve.training.setup import flatten_projections
@@ -149,43 +147,6 @@ def test_stable_at_huge_logits_and_with_one_class(scale: float) -> None:
         loss = mpm_nce(f, g, torch.tensor(labels), logit_scale=scale, epsilon=0.02)
         gradients = torch.autograd.grad(loss, (f, g))
         assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
-
-
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    data = torch.load(f"{folder}/data.pt", weights_only=True)
-    weight = data["weight"].clone().requires_grad_()
-    mine = slice(rank * 3, rank * 3 + 3)
-    f, g = (F.normalize(data[name][mine] @ weight, dim=-1) for name in ("x", "y"))
-    labels = gather_with_grad(data["labels"][mine])
-    loss = mpm_nce(gather_with_grad(f), gather_with_grad(g), labels, epsilon=0.02)
-    (loss * 2).backward()
-    assert weight.grad is not None
-    dist.all_reduce(weight.grad)
-    # The mean, as DDP takes it.
-    torch.save({"loss": loss.detach(), "grad": weight.grad / 2}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    data = {"x": torch.randn(6, 5), "y": torch.randn(6, 5), "weight": torch.randn(5, 4)}
-    labels = torch.tensor([0, 1, 2, 0, 1, 1])  # positives across the processes
-    torch.save({**data, "labels": labels}, tmp_path / "data.pt")
-    mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[attr-defined]
-    weight = data["weight"].clone().requires_grad_()
-    f, g = (F.normalize(data[name] @ weight, dim=-1) for name in ("x", "y"))
-    loss = mpm_nce(f, g, labels, epsilon=0.02)
-    loss.backward()
-    assert weight.grad is not None
-    for rank in range(2):
-        process = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(process["loss"], loss.detach())
-        assert (process["grad"] - weight.grad).norm() < 1e-4 * weight.grad.norm()
 
 
 @settings(max_examples=30)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,28 @@ VALUES = st.recursive(
 )
 
 
-def read(path: Path, content: bytes) -> None:
+DOCUMENTS = VALUES | st.dictionaries(
+    st.sampled_from(FIELDS) | st.text(max_size=5), VALUES, max_size=6
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes") / "recipe.yaml"
+
+
+TEXT = st.text() | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1")
+
+
+@given(content=st.binary() | TEXT.map(str.encode) | DOCUMENTS.map(yaml.dump).map(str.encode))
+@settings(max_examples=40, deadline=None)
+@example(content=b"\xff\xfe alpha")
+@example(content=b"a: 2001-99-99")
+@example(content=b"[" * 1500)
+@example(content=b"? [1]\n: 2\n1: 2\nb: 3")
+@example(content=b"alpha: !!int ''")
+@example(content=b"a: &a [x, x, x]\nb: &b [*a, *a, *a]\ntemplates: [*b, *b, *b]")
+def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None:
     """A file is a valid recipe that can become YAML again, or is refused in one line."""
     path.write_bytes(content)
     try:
@@ -39,40 +59,6 @@ def read(path: Path, content: bytes) -> None:
         return
     assert load_recipe(path) == recipe
     yaml.safe_dump(recipe.to_dict())
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipes") / "recipe.yaml"
-
-
-@given(
-    content=st.binary()
-    | st.text().map(str.encode)
-    | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1").map(str.encode)
-)
-@settings(max_examples=30, deadline=None)
-@example(content=b"\xff\xfe alpha")
-@example(content=b"a: 2001-99-99")
-@example(content=b"[" * 1500)
-@example(content=b"? [1]\n: 2\n1: 2\nb: 3")
-@example(content=b"alpha: !!int ''")
-@example(content=b"a: &a [x, x, x]\nb: &b [*a, *a, *a]\ntemplates: [*b, *b, *b]")
-def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None:
-    read(path, content)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    document=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), VALUES, max_size=6)
-    | VALUES
-)
-def test_any_yaml_gives_a_recipe_or_one_line(path: Path, document: Any) -> None:
-    try:
-        content = yaml.dump(document, allow_unicode=True).encode()
-    except UnicodeEncodeError:
-        return
-    read(path, content)
 
 
 @pytest.mark.parametrize(
@@ -230,29 +216,20 @@ def test_an_average_that_keeps_little_of_a_run_is_warned_of(
 @pytest.mark.slow
 def test_help_refusals_and_threads_come_before_torch() -> None:
     code = (
-        "import os, sys, contextlib\n"
+        "import sys, contextlib\n"
         "from radapter_serve.cli.train import main\n"
         "with contextlib.suppress(SystemExit): main(['--help'])\n"
         "assert main(['--alpha', '2', '--data', 'csv:t.csv']) == 2\n"
         "assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules)\n"
         "assert main(['--data', 'imagefolder:/nowhere']) == 2\n"
         "assert not {'torch', 'open_clip'} & set(sys.modules)\n"
-        "from radapter_serve.process import limit_threads, total\n"
+        "from radapter_serve.process import limit_threads\n"
         "limit_threads(1)\n"
-        "assert 'torch' not in sys.modules and total() == 1\n"
-        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
         "import torch\n"
         "assert torch.get_num_threads() == 1\n"
-        "limit_threads(2)\n"
-        "assert torch.get_num_threads() == 2\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
-    assert "no folder /nowhere" in done.stderr

@@ -32,6 +32,7 @@ from radapter_serve.data.labelled import (
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
+from radapter_serve.training.recipe import recipe_from
 from radapter_serve.training.setup import start_accelerator, with_precision
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
@@ -318,31 +319,15 @@ def test_a_run_that_is_stopped_is_resumed_from_its_folder_alone(
     torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
 
 
-def test_the_other_ways_to_name_the_run(
-    unsaved: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    recipes: list[Recipe] = []
-    monkeypatch.setattr(
-        "radapter_serve.training.start.train", lambda unsaved, **_: recipes.append(unsaved)
-    )
+def test_the_ways_to_name_a_run_to_resume(unsaved: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    with pytest.raises(RAdapterError, match="no run to resume"):
+        recipe_from(resume=run)
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(unsaved.to_dict()))
-    for arguments, workers in (
-        (["--resume", "--out", str(run)], 0),
-        ([f"--resume={run}"], 0),
-        (["--resume", str(run), "--workers", "1"], 1),
-    ):
-        assert main(arguments) == 0
-        expected = dataclasses.replace(unsaved, out=run, resume=True, workers=workers)
-        assert recipes.pop() == expected
-    assert main(["--resume", str(tmp_path / "none")]) == 2
-    assert "no run to resume" in capsys.readouterr().err
-    assert main(["--resume", "--data", "csv:t.csv"]) == 2
-    assert "--resume needs" in capsys.readouterr().err
+    expected = dataclasses.replace(unsaved, out=run, resume=True)
+    assert recipe_from(resume=run) == recipe_from(unsaved, True, out=run) == expected
+    assert recipe_from(resume=str(run), workers=1) == dataclasses.replace(expected, workers=1)
 
 
 @pytest.mark.slow
